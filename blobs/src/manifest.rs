@@ -1,0 +1,343 @@
+//! What a model is made of.
+
+use prost::Message;
+use weft_proto::wire;
+
+use crate::{
+    Hash,
+    path::{self, PathError},
+};
+
+/// The longest encoded manifest, in bytes: room for 10,000 files and several hundred thousand tensors.
+pub const MAX_MANIFEST: u64 = 64 * 1024 * 1024;
+
+/// The most files in a manifest.
+pub const MAX_FILES: usize = 100_000;
+
+/// The format's version.
+const VERSION: u32 = 1;
+
+/// A model: its files and their tensors, checked.
+///
+/// Holding one means: the paths are safe and do not clash, the hashes have the right length, tensors lie within their files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    files: Vec<File>,
+}
+
+/// A file of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    /// Relative to the model's folder, `/`-separated.
+    pub path: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// BLAKE3 of the content.
+    pub blake3: Hash,
+    /// SHA-256 of the content.
+    pub sha256: [u8; 32],
+    /// The tensors in it, by start; empty for files that are not safetensors.
+    pub tensors: Vec<Tensor>,
+}
+
+/// A tensor in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tensor {
+    /// Its name.
+    pub name: String,
+    /// Element type as the file spells it.
+    pub dtype: String,
+    /// Dimensions, outermost first.
+    pub shape: Vec<u64>,
+    /// First byte within the file.
+    pub start: u64,
+    /// One past the last byte within the file.
+    pub end: u64,
+}
+
+/// Why bytes are not a manifest, or files do not make one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    /// Not a protobuf message of the schema.
+    #[error("the manifest is malformed: {0}")]
+    Decode(#[from] prost::DecodeError),
+    /// Of a later version than this program knows.
+    #[error("the manifest is of version {0}; this program reads version {VERSION}")]
+    Version(u32),
+    /// A path is refused.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// A field breaks a rule.
+    #[error("the manifest's entry {path:?} is refused: {reason}")]
+    Entry {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// It names no file.
+    #[error("the model has no files")]
+    Empty,
+    /// Over [`MAX_MANIFEST`] or [`MAX_FILES`].
+    #[error("the model is over the limit of {limit} {what}")]
+    TooLarge {
+        /// The limit.
+        limit: u64,
+        /// What it counts.
+        what: &'static str,
+    },
+}
+
+impl Manifest {
+    /// A manifest of `files`, in any order.
+    ///
+    /// # Errors
+    /// [`ManifestError`] if they break a rule that a receiver would refuse them for.
+    pub fn new(mut files: Vec<File>) -> Result<Self, ManifestError> {
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        let manifest = Self { files };
+        manifest.check()?;
+        if manifest.to_wire().encoded_len() as u64 > MAX_MANIFEST {
+            return Err(ManifestError::TooLarge {
+                limit: MAX_MANIFEST,
+                what: "bytes of manifest",
+            });
+        }
+        Ok(manifest)
+    }
+
+    /// Decodes and checks what a stranger sent.
+    ///
+    /// # Errors
+    /// [`ManifestError`] with the rule that is broken.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        if bytes.len() as u64 > MAX_MANIFEST {
+            return Err(ManifestError::TooLarge {
+                limit: MAX_MANIFEST,
+                what: "bytes of manifest",
+            });
+        }
+        let message = wire::Manifest::decode(bytes)?;
+        if message.version != VERSION {
+            return Err(ManifestError::Version(message.version));
+        }
+        let files = message
+            .files
+            .into_iter()
+            .map(|file| {
+                let refuse = |reason| ManifestError::Entry {
+                    path: file.path.chars().take(200).collect(),
+                    reason,
+                };
+                Ok(File {
+                    size: file.size,
+                    blake3: Hash::from_slice(&file.blake3)
+                        .ok_or_else(|| refuse("its BLAKE3 hash is not 32 bytes"))?,
+                    sha256: file
+                        .sha256
+                        .as_ref()
+                        .try_into()
+                        .map_err(|_| refuse("its SHA-256 hash is not 32 bytes"))?,
+                    tensors: file.tensors.into_iter().map(Tensor::from).collect(),
+                    path: file.path,
+                })
+            })
+            .collect::<Result<_, ManifestError>>()?;
+        let manifest = Self { files };
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// The bytes whose hash is the model's id.
+    pub fn encode(&self) -> Vec<u8> {
+        self.to_wire().encode_to_vec()
+    }
+
+    /// The files, by path.
+    pub fn files(&self) -> &[File] {
+        &self.files
+    }
+
+    /// The sum of the files' sizes in bytes.
+    pub fn size(&self) -> u64 {
+        self.files.iter().map(|file| file.size).sum()
+    }
+
+    /// The number of tensors in all files.
+    pub fn tensors(&self) -> usize {
+        self.files.iter().map(|file| file.tensors.len()).sum()
+    }
+
+    fn to_wire(&self) -> wire::Manifest {
+        wire::Manifest {
+            version: VERSION,
+            files: self
+                .files
+                .iter()
+                .map(|file| wire::ManifestFile {
+                    path: file.path.clone(),
+                    size: file.size,
+                    blake3: file.blake3.as_bytes().to_vec().into(),
+                    sha256: file.sha256.to_vec().into(),
+                    tensors: file.tensors.iter().cloned().map(Into::into).collect(),
+                })
+                .collect(),
+        }
+    }
+
+    fn check(&self) -> Result<(), ManifestError> {
+        if self.files.is_empty() {
+            return Err(ManifestError::Empty);
+        }
+        if self.files.len() > MAX_FILES {
+            return Err(ManifestError::TooLarge {
+                limit: MAX_FILES as u64,
+                what: "files",
+            });
+        }
+        path::check_all(self.files.iter().map(|file| file.path.as_str()))?;
+        let mut total: u64 = 0;
+        let mut previous: Option<&str> = None;
+        let mut sizes = std::collections::HashMap::new();
+        for file in &self.files {
+            let refuse = |reason| {
+                Err(ManifestError::Entry {
+                    path: file.path.clone(),
+                    reason,
+                })
+            };
+            if previous.is_some_and(|previous| previous >= file.path.as_str()) {
+                return refuse("the files are not in order");
+            }
+            previous = Some(&file.path);
+            // Half of u64 leaves room for every offset computed from a size.
+            total = match total.checked_add(file.size) {
+                Some(total) if total <= u64::MAX / 2 => total,
+                _ => return refuse("the sizes add up to more than 2^63 bytes"),
+            };
+            if *sizes.entry(file.blake3).or_insert(file.size) != file.size {
+                return refuse("another file has the same hash and another size");
+            }
+            if file
+                .tensors
+                .iter()
+                .any(|tensor| tensor.start > tensor.end || tensor.end > file.size)
+            {
+                return refuse("a tensor lies outside the file");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl From<wire::ManifestTensor> for Tensor {
+    fn from(tensor: wire::ManifestTensor) -> Self {
+        Self {
+            name: tensor.name,
+            dtype: tensor.dtype,
+            shape: tensor.shape,
+            start: tensor.start,
+            end: tensor.end,
+        }
+    }
+}
+
+impl From<Tensor> for wire::ManifestTensor {
+    fn from(tensor: Tensor) -> Self {
+        Self {
+            name: tensor.name,
+            dtype: tensor.dtype,
+            shape: tensor.shape,
+            start: tensor.start,
+            end: tensor.end,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(path: &str, size: u64) -> File {
+        File {
+            path: path.to_owned(),
+            size,
+            blake3: Hash::of(path.as_bytes()),
+            sha256: [1; 32],
+            tensors: vec![],
+        }
+    }
+
+    fn hostile(change: impl FnOnce(&mut wire::Manifest)) -> Result<Manifest, ManifestError> {
+        let mut message = Manifest::new(vec![file("a", 1), file("b/c", 2)])
+            .unwrap()
+            .to_wire();
+        change(&mut message);
+        Manifest::decode(&message.encode_to_vec())
+    }
+
+    #[test]
+    fn the_same_files_in_any_order_have_the_same_id() {
+        let one = Manifest::new(vec![file("a", 1), file("b/c", 2)]).unwrap();
+        let two = Manifest::new(vec![file("b/c", 2), file("a", 1)]).unwrap();
+        assert_eq!(one.encode(), two.encode());
+        assert_eq!(Manifest::decode(&one.encode()).unwrap(), one);
+        assert_eq!(one.size(), 3);
+    }
+
+    #[test]
+    fn hostile_manifests_are_refused() {
+        assert!(hostile(|_| {}).is_ok());
+        assert!(matches!(
+            hostile(|m| m.version = 2),
+            Err(ManifestError::Version(2))
+        ));
+        assert!(matches!(
+            hostile(|m| m.files.clear()),
+            Err(ManifestError::Empty)
+        ));
+        for path in ["../a", "/a", "b/../../c", "B", ".weft-x", "B/x"] {
+            assert!(
+                hostile(|m| m.files[0].path = path.to_owned()).is_err(),
+                "{path}"
+            );
+        }
+        assert!(matches!(
+            hostile(|m| m.files[1].path = "A".to_owned()),
+            Err(ManifestError::Path(_))
+        ));
+        for change in [
+            |m: &mut wire::Manifest| m.files.swap(0, 1),
+            |m: &mut wire::Manifest| m.files[0].blake3 = vec![1; 31].into(),
+            |m: &mut wire::Manifest| m.files[0].sha256 = vec![1; 33].into(),
+            |m: &mut wire::Manifest| m.files[0].size = u64::MAX,
+            |m: &mut wire::Manifest| m.files[1].blake3 = m.files[0].blake3.clone(),
+            |m: &mut wire::Manifest| {
+                m.files[0].tensors.push(wire::ManifestTensor {
+                    start: 0,
+                    end: 2,
+                    ..Default::default()
+                })
+            },
+        ] {
+            assert!(matches!(hostile(change), Err(ManifestError::Entry { .. })));
+        }
+        assert!(Manifest::decode(&[0xff; 100]).is_err());
+    }
+
+    #[test]
+    fn mutated_bytes_never_panic() {
+        let bytes = Manifest::new(vec![file("a", 1), file("b/c", 2)])
+            .unwrap()
+            .encode();
+        for at in 0..bytes.len() {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut bad = bytes.clone();
+                bad[at] = value;
+                let _ = Manifest::decode(&bad);
+                let _ = Manifest::decode(&bytes[..at]);
+            }
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! A file that is still arriving.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rustix::fs::{FallocateFlags, OFlags, RenameFlags};
+
+use crate::{
+    Hash,
+    index::Location,
+    store::{PartLease, StoreError},
+    tree::{GROUP, PARENT, Tree},
+};
+
+/// Which groups of a blob are had: one bit a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bitfield {
+    bytes: Vec<u8>,
+    groups: u64,
+    set: u64,
+}
+
+impl Bitfield {
+    /// None of `groups`.
+    pub fn empty(groups: u64) -> Self {
+        Self {
+            bytes: vec![0; groups.div_ceil(8) as usize],
+            groups,
+            set: 0,
+        }
+    }
+
+    /// From its bytes, if they have the right length and no bit beyond the last group.
+    pub fn from_bytes(bytes: &[u8], groups: u64) -> Option<Self> {
+        let tail = (groups % 8) as u32;
+        let stray = tail != 0 && bytes.last().is_some_and(|last| last >> tail != 0);
+        (bytes.len() as u64 == groups.div_ceil(8) && !stray).then(|| Self {
+            bytes: bytes.to_vec(),
+            groups,
+            set: bytes.iter().map(|byte| u64::from(byte.count_ones())).sum(),
+        })
+    }
+
+    /// Its bytes: group `i` is bit `i % 8` of byte `i / 8`.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.bytes.clone()
+    }
+
+    /// Whether group `index` is had.
+    pub fn has(&self, index: u64) -> bool {
+        self.bytes[(index / 8) as usize] & (1 << (index % 8)) != 0
+    }
+
+    /// Marks group `index`; whether it was new.
+    pub fn insert(&mut self, index: u64) -> bool {
+        let new = !self.has(index);
+        self.bytes[(index / 8) as usize] |= 1 << (index % 8);
+        self.set += u64::from(new);
+        new
+    }
+
+    /// Whether every group is had.
+    pub fn is_full(&self) -> bool {
+        self.set == self.groups
+    }
+
+    /// The bytes in the groups that are had.
+    pub fn bytes(&self, tree: &Tree) -> u64 {
+        let last = self.groups - 1;
+        let short =
+            GROUP.min(tree.size()) - (tree.group_bytes(last).end - tree.group_bytes(last).start);
+        let full = self.set * GROUP.min(tree.size());
+        if self.has(last) { full - short } else { full }
+    }
+
+    /// The first run of missing groups at or after `from`, of at most `most` groups.
+    pub fn next_missing(&self, from: u64, most: u64) -> Option<std::ops::Range<u64>> {
+        let start = (from..self.groups).find(|index| !self.has(*index))?;
+        let limit = self.groups.min(start + most);
+        let end = (start..limit)
+            .find(|index| self.has(*index))
+            .unwrap_or(limit);
+        Some(start..end)
+    }
+}
+
+/// Verified, contiguous groups on their way to the disk.
+#[derive(Debug, Default)]
+pub(crate) struct Segment {
+    /// The first group.
+    pub(crate) first: u64,
+    /// How many.
+    pub(crate) groups: u64,
+    /// Their content.
+    pub(crate) data: Vec<u8>,
+    /// Parents that came with them, by index in the outboard.
+    pub(crate) parents: Vec<(u64, [u8; PARENT])>,
+}
+
+/// A blob that is still arriving, written beside its target.
+#[derive(Debug)]
+pub(crate) struct Partial {
+    lease: PartLease,
+    hash: Hash,
+    tree: Tree,
+    target: PathBuf,
+    file: File,
+    outboard: Option<(PathBuf, File)>,
+    have: Mutex<Bitfield>,
+    /// Written to since it was last settled.
+    dirty: AtomicBool,
+    /// Has become its target.
+    finished: AtomicBool,
+}
+
+impl Partial {
+    /// Opens or makes the part file. `committed` is what an earlier run vouched for; it counts only if the files are still there.
+    pub(crate) fn open(
+        lease: PartLease,
+        hash: Hash,
+        tree: Tree,
+        target: &Path,
+        outboard: Option<PathBuf>,
+        committed: Option<Bitfield>,
+    ) -> Result<Self, StoreError> {
+        let part = lease.part.clone();
+        let file = open(&part)?;
+        let io = |path: &Path| StoreError::io("cannot write", path);
+        let mut kept = file.metadata().map_err(io(&part))?.len() == tree.size();
+        let outboard = match outboard {
+            Some(path) => {
+                let file = open(&path)?;
+                let size = file.metadata().map_err(io(&path))?.len();
+                kept &= size == tree.outboard_size();
+                if size != tree.outboard_size() {
+                    file.set_len(tree.outboard_size()).map_err(io(&path))?;
+                }
+                Some((path, file))
+            }
+            None => None,
+        };
+        let have = match committed {
+            Some(bits) if kept => bits,
+            _ => Bitfield::empty(tree.groups()),
+        };
+        if !kept {
+            reserve(&file, tree.size()).map_err(io(&part))?;
+        }
+        Ok(Self {
+            lease,
+            hash,
+            tree,
+            target: target.to_owned(),
+            file,
+            outboard,
+            // A file that an earlier run made whole is still to be settled.
+            dirty: AtomicBool::new(have.is_full()),
+            have: Mutex::new(have),
+            finished: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn hash(&self) -> Hash {
+        self.hash
+    }
+
+    pub(crate) fn tree(&self) -> Tree {
+        self.tree
+    }
+
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
+    pub(crate) fn part(&self) -> &Path {
+        &self.lease.part
+    }
+
+    /// What is had now.
+    pub(crate) fn have(&self) -> Bitfield {
+        self.lock().clone()
+    }
+
+    /// Bytes had now.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.lock().bytes(&self.tree)
+    }
+
+    /// Whether it has become its target.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::Acquire)
+    }
+
+    /// Whether it was written to since the last call.
+    pub(crate) fn take_dirty(&self) -> bool {
+        self.dirty.swap(false, Ordering::AcqRel)
+    }
+
+    /// Writes verified groups, then counts them as had; how many bytes were new.
+    pub(crate) fn write(&self, segment: &Segment) -> Result<u64, StoreError> {
+        self.file
+            .write_all_at(&segment.data, segment.first * GROUP)
+            .map_err(StoreError::io("cannot write", self.part()))?;
+        if let Some((path, file)) = &self.outboard {
+            // Parents of one slice mostly lie side by side: one write a run.
+            let mut run: Vec<u8> = Vec::new();
+            let mut start = 0;
+            for (index, parent) in &segment.parents {
+                if start + (run.len() / PARENT) as u64 != *index {
+                    file.write_all_at(&run, start * PARENT as u64)
+                        .map_err(StoreError::io("cannot write", path))?;
+                    run.clear();
+                    start = *index;
+                }
+                run.extend_from_slice(parent);
+            }
+            file.write_all_at(&run, start * PARENT as u64)
+                .map_err(StoreError::io("cannot write", path))?;
+        }
+        let mut have = self.lock();
+        let before = have.bytes(&self.tree);
+        for index in segment.first..segment.first + segment.groups {
+            have.insert(index);
+        }
+        self.dirty.store(true, Ordering::Release);
+        Ok(have.bytes(&self.tree) - before)
+    }
+
+    /// Syncs what was written; the groups that are on disk for certain afterwards.
+    pub(crate) fn sync(&self) -> Result<Bitfield, StoreError> {
+        // Taken first: what arrives during the sync is not vouched for.
+        let have = self.have();
+        self.file
+            .sync_data()
+            .map_err(StoreError::io("cannot sync", self.part()))?;
+        if let Some((path, file)) = &self.outboard {
+            file.sync_data()
+                .map_err(StoreError::io("cannot sync", path))?;
+        }
+        Ok(have)
+    }
+
+    /// Gives the whole file its name, without replacing anything that has it.
+    pub(crate) fn finish(&self) -> Result<Location, StoreError> {
+        rename_new(self.part(), &self.target)
+            .map_err(StoreError::io("cannot complete", &self.target))?;
+        self.finished.store(true, Ordering::Release);
+        Location::of(&self.target, &self.file).map_err(StoreError::io("cannot read", &self.target))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Bitfield> {
+        self.have
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+fn open(path: &Path) -> Result<File, StoreError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+        .open(path)
+        .map_err(StoreError::io("cannot write", path))
+}
+
+/// Makes `file` `size` bytes long with the room set aside, where the file system can, so that a full disk shows now.
+fn reserve(file: &File, size: u64) -> io::Result<()> {
+    file.set_len(size)?;
+    if size == 0 {
+        return Ok(());
+    }
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size) {
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+/// Renames without replacing.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    use rustix::fs::CWD;
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // File systems without it: a hard link does not replace either.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)
+        }
+        result => Ok(result?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bitfield_counts_and_finds_what_is_missing() {
+        let tree = Tree::new(10 * GROUP + 7);
+        let mut bits = Bitfield::empty(tree.groups());
+        assert_eq!(bits.next_missing(0, 4), Some(0..4));
+        for index in [0, 1, 5, 10] {
+            assert!(bits.insert(index));
+            assert!(!bits.insert(index));
+        }
+        assert_eq!(bits.bytes(&tree), 3 * GROUP + 7);
+        assert_eq!(bits.next_missing(0, 256), Some(2..5));
+        assert_eq!(bits.next_missing(5, 2), Some(6..8));
+        assert_eq!(bits.next_missing(10, 2), None);
+        assert_eq!(
+            Bitfield::from_bytes(&bits.to_bytes(), 11),
+            Some(bits.clone())
+        );
+        (0..11).for_each(|index| {
+            bits.insert(index);
+        });
+        assert!(bits.is_full());
+        assert_eq!(bits.bytes(&tree), tree.size());
+    }
+
+    #[test]
+    fn damaged_bitfields_are_refused() {
+        assert!(Bitfield::from_bytes(&[0xff], 8).is_some());
+        assert!(Bitfield::from_bytes(&[0xff], 7).is_none());
+        assert!(Bitfield::from_bytes(&[0], 9).is_none());
+        assert!(Bitfield::from_bytes(&[], 1).is_none());
+    }
+
+    #[test]
+    fn the_bytes_of_small_blobs_are_counted_exactly() {
+        for size in [0, 1, GROUP - 1, GROUP, GROUP + 1] {
+            let tree = Tree::new(size);
+            let mut bits = Bitfield::empty(tree.groups());
+            assert_eq!(bits.bytes(&tree), 0);
+            (0..tree.groups()).for_each(|index| {
+                bits.insert(index);
+            });
+            assert_eq!(bits.bytes(&tree), size, "size {size}");
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! Whole transfers between two stores over an in-memory pipe.
+
+use std::{
+    fs,
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use weft_blobs::{
+    Download, Hash, Manifest, PlanError, Store, TransferError,
+    download::{Progress, fetch_manifest},
+    index::{self, index},
+    serve::serve,
+};
+
+const GROUP: usize = 64 * 1024;
+
+fn content(size: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    (0..size)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 56) as u8
+        })
+        .collect()
+}
+
+fn write(root: &Path, path: &str, data: &[u8]) {
+    let path = root.join(path);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, data).unwrap();
+}
+
+struct World {
+    home: tempfile::TempDir,
+    provider: Store,
+    receiver: Store,
+    manifest: Manifest,
+    id: Hash,
+}
+
+impl World {
+    fn new(files: &[(&str, Vec<u8>)]) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let source = home.path().join("source");
+        for (path, data) in files {
+            write(&source, path, data);
+        }
+        let provider = Store::open(&home.path().join("provider")).unwrap();
+        let indexed = index(&source, &index::Progress::default()).unwrap();
+        let id = provider.add(&indexed, None).unwrap();
+        let receiver = Store::open(&home.path().join("receiver")).unwrap();
+        Self {
+            home,
+            provider,
+            receiver,
+            manifest: indexed.manifest,
+            id,
+        }
+    }
+
+    fn path(&self, path: &str) -> std::path::PathBuf {
+        self.home.path().join(path)
+    }
+
+    fn connect(&self) -> DuplexStream {
+        let (near, far) = duplex(256 * 1024);
+        let store = self.provider.clone();
+        tokio::spawn(serve(store, far));
+        near
+    }
+
+    fn plan(&self, to: &str) -> Result<(Download, Arc<Progress>), PlanError> {
+        let progress = Arc::new(Progress::default());
+        let download = Download::plan(
+            &self.receiver,
+            &self.manifest,
+            &self.path(to),
+            Arc::clone(&progress),
+        )?;
+        Ok((download, progress))
+    }
+
+    fn assert_equal(&self, to: &str) {
+        for file in self.manifest.files() {
+            let want = fs::read(self.path("source").join(&file.path)).unwrap();
+            let got = fs::read(self.path(to).join(&file.path)).unwrap();
+            assert!(want == got, "{} differs", file.path);
+        }
+        assert_no_leftovers(&self.path(to));
+    }
+}
+
+fn assert_no_leftovers(folder: &Path) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        assert!(!name.starts_with(".weft-"), "{name} is left over");
+        if entry.file_type().unwrap().is_dir() {
+            assert_no_leftovers(&entry.path());
+        }
+    }
+}
+
+fn moved(progress: &Progress) -> u64 {
+    progress.moved.load(Ordering::Relaxed)
+}
+
+#[tokio::test]
+async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
+    let sizes = [
+        0,
+        1,
+        GROUP - 1,
+        GROUP,
+        GROUP + 1,
+        3 * GROUP,
+        40 * GROUP + 123,
+        300 * GROUP,
+    ];
+    let names: Vec<String> = sizes.iter().map(|size| format!("d{size}/f")).collect();
+    let files: Vec<_> = names
+        .iter()
+        .zip(sizes)
+        .map(|(name, size)| (name.as_str(), content(size, size as u64)))
+        .collect();
+    let world = World::new(&files);
+    let manifest = fetch_manifest(world.connect(), world.id).await.unwrap();
+    assert_eq!(Manifest::decode(&manifest).unwrap(), world.manifest);
+    let (mut download, progress) = world.plan("to").unwrap();
+    assert!(!download.is_complete());
+    download.fetch(world.connect()).await.unwrap();
+    assert!(download.is_complete());
+    world.assert_equal("to");
+    assert_eq!(moved(&progress), world.manifest.size());
+    assert_eq!(progress.done.load(Ordering::Relaxed), world.manifest.size());
+
+    let (download, progress) = world.plan("to").unwrap();
+    assert!(download.is_complete());
+    assert_eq!(progress.done.load(Ordering::Relaxed), world.manifest.size());
+
+    // What arrived can be served on.
+    let (near, far) = duplex(1 << 16);
+    tokio::spawn(serve(world.receiver.clone(), far));
+    let third = Store::open(&world.path("third")).unwrap();
+    let mut download = Download::plan(
+        &third,
+        &world.manifest,
+        &world.path("to3"),
+        Arc::new(Progress::default()),
+    )
+    .unwrap();
+    download.fetch(near).await.unwrap();
+    world.assert_equal("to3");
+}
+
+#[tokio::test]
+async fn hundreds_of_small_files_pass_through_few_descriptors() {
+    let names: Vec<String> = (0..300).map(|i| format!("f{i:03}")).collect();
+    let files: Vec<_> = names
+        .iter()
+        .enumerate()
+        .map(|(i, name)| (name.as_str(), content(100 + i, i as u64)))
+        .collect();
+    let world = World::new(&files);
+    let (mut download, _) = world.plan("to").unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+}
+
+#[tokio::test]
+async fn equal_files_move_once_and_known_content_not_at_all() {
+    let data = content(5 * GROUP + 9, 1);
+    let world = World::new(&[
+        ("a", data.clone()),
+        ("b/c", data.clone()),
+        ("d", content(GROUP, 2)),
+    ]);
+    let (mut download, progress) = world.plan("to").unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+    assert_eq!(moved(&progress), (data.len() + GROUP) as u64);
+
+    let (download, progress) = world.plan("elsewhere").unwrap();
+    assert!(download.is_complete());
+    world.assert_equal("elsewhere");
+    assert_eq!(moved(&progress), 0);
+}
+
+#[tokio::test]
+async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
+    let world = World::new(&[("big", content(800 * GROUP, 3)), ("z", content(10, 4))]);
+    let (mut download, progress) = world.plan("to").unwrap();
+    let size = world.manifest.size();
+    let mut stream = world.connect();
+    let (mut near, far) = duplex(64 * 1024);
+    // A link that breaks after 20 MiB of answers.
+    let link = tokio::spawn(async move {
+        let (mut from_near, mut to_near) = tokio::io::split(&mut near);
+        let (mut from_provider, mut to_provider) = tokio::io::split(&mut stream);
+        let up = tokio::io::copy(&mut from_near, &mut to_provider);
+        let down = async {
+            let mut limited = (&mut from_provider).take(20 << 20);
+            tokio::io::copy(&mut limited, &mut to_near).await
+        };
+        tokio::select! { _ = up => {}, _ = down => {} }
+    });
+    let error = download.fetch(far).await.unwrap_err();
+    assert!(!error.is_provider_wrong(), "{error}");
+    link.await.unwrap();
+    let first = moved(&progress);
+    assert!(first > 19 << 20 && first < 20 << 20, "{first}");
+    assert!(!world.path("to/big").exists());
+    drop(download);
+
+    let (mut download, progress) = world.plan("to").unwrap();
+    let had = progress.done.load(Ordering::Relaxed);
+    assert!(had + (1 << 20) >= first, "{had} of {first}");
+    download.fetch(world.connect()).await.unwrap();
+    assert_eq!(moved(&progress), size - had);
+    world.assert_equal("to");
+}
+
+#[tokio::test]
+async fn another_provider_finishes_what_one_began() {
+    let world = World::new(&[("big", content(400 * GROUP, 3)), ("z", content(10, 4))]);
+    let (mut download, progress) = world.plan("to").unwrap();
+    let (near, mut far) = duplex(64 * 1024);
+    let mut stream = world.connect();
+    tokio::spawn(async move {
+        let (mut from_near, mut to_near) = tokio::io::split(&mut far);
+        let (mut from_provider, mut to_provider) = tokio::io::split(&mut stream);
+        let mut limited = (&mut from_provider).take(9 << 20);
+        tokio::select! {
+            _ = tokio::io::copy(&mut from_near, &mut to_provider) => {}
+            _ = tokio::io::copy(&mut limited, &mut to_near) => {}
+        }
+    });
+    download.fetch(near).await.unwrap_err();
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+    let again = moved(&progress) - world.manifest.size();
+    assert!(again <= GROUP as u64 * 16, "{again} bytes moved twice");
+}
+
+#[tokio::test]
+async fn one_flipped_byte_is_refused_and_never_reaches_a_file() {
+    let data = content(100 * GROUP, 5);
+    let world = World::new(&[("a", content(50, 1)), ("big", data.clone())]);
+    let path = world.path("source/big");
+    // The same size and time: only the tree can tell.
+    let modified = fs::metadata(&path).unwrap().modified().unwrap();
+    let mut bad = data.clone();
+    let at = 60 * GROUP + 77;
+    bad[at] ^= 1;
+    fs::write(&path, &bad).unwrap();
+    fs::File::open(&path)
+        .unwrap()
+        .set_modified(modified)
+        .unwrap();
+    let (mut download, progress) = world.plan("to").unwrap();
+    let error = download.fetch(world.connect()).await.unwrap_err();
+    assert!(matches!(error, TransferError::Corrupt { .. }), "{error}");
+    assert!(error.is_provider_wrong());
+    assert_eq!(moved(&progress), (60 * GROUP + 50) as u64);
+    assert!(!world.path("to/big").exists());
+    let part = fs::read_dir(world.path("to"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|e| e == "part"))
+        .unwrap();
+    let part = fs::read(part).unwrap();
+    assert!(part[..60 * GROUP] == data[..60 * GROUP]);
+    assert!(part[60 * GROUP..].iter().all(|byte| *byte == 0));
+}
+
+#[tokio::test]
+async fn providers_that_lie_or_lack_are_told_apart() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    let (mut download, _) = world.plan("to").unwrap();
+    let empty = Store::open(&world.path("empty")).unwrap();
+    let (near, far) = duplex(1 << 16);
+    tokio::spawn(serve(empty, far));
+    assert!(matches!(
+        download.fetch(near).await.unwrap_err(),
+        TransferError::Missing(_)
+    ));
+    for garbage in [&[0xff; 4096][..], &[2, 8, 1], &[4, 8, 1, 16, 9]] {
+        let (near, mut far) = duplex(1 << 16);
+        far.write_all(garbage).await.unwrap();
+        let keep = far;
+        let error = download.fetch(near).await.unwrap_err();
+        assert!(error.is_provider_wrong(), "{garbage:?}: {error}");
+        drop(keep);
+    }
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_provider_counts_as_lost() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    let (near, _far) = duplex(1 << 16);
+    let error = tokio::time::timeout(Duration::from_secs(60), fetch_manifest(near, world.id))
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert!(matches!(error, TransferError::Stalled));
+}
+
+#[tokio::test]
+async fn files_that_are_there_are_adopted_or_refused_but_never_replaced() {
+    let world = World::new(&[("a", content(3 * GROUP, 1)), ("b/c", content(10, 2))]);
+    write(&world.path("same"), "a", &content(3 * GROUP, 1));
+    let (mut download, progress) = world.plan("same").unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    assert_eq!(moved(&progress), 10);
+
+    for (i, (path, data)) in [("a", content(3 * GROUP, 9)), ("a", vec![]), ("b", vec![1])]
+        .into_iter()
+        .enumerate()
+    {
+        let to = format!("other{i}");
+        write(&world.path(&to), path, &data);
+        assert!(matches!(
+            world.plan(&to),
+            Err(PlanError::TargetExists { count: 1, .. })
+        ));
+        assert_eq!(fs::read(world.path(&to).join(path)).unwrap(), data);
+        assert_eq!(fs::read_dir(world.path(&to)).unwrap().count(), 1);
+    }
+
+    fs::create_dir_all(world.path("linked")).unwrap();
+    fs::create_dir_all(world.path("victim")).unwrap();
+    std::os::unix::fs::symlink(world.path("victim"), world.path("linked/b")).unwrap();
+    assert!(matches!(
+        world.plan("linked"),
+        Err(PlanError::TargetExists { .. })
+    ));
+    assert_eq!(fs::read_dir(world.path("victim")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn hostile_requests_are_refused_without_harm() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    for bytes in [
+        &[0xff, 0xff, 0xff, 0xff, 0x7f][..],
+        &[3, 1, 2, 3],
+        &[0],
+        &[200, 1],
+        &[4, 10, 2, 1, 1],
+    ] {
+        let mut stream = world.connect();
+        stream.write_all(bytes).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.len() < 16, "{answer:?}");
+    }
+}

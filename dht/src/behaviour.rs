@@ -1,0 +1,510 @@
+//! Kademlia in the swarm, and the handle to it.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    fmt,
+    num::NonZeroUsize,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    core::{Endpoint, transport::PortUse},
+    identity::Keypair,
+    kad::{
+        self, GetRecordOk, Mode, PutRecordError, QueryId, QueryResult, Quorum, Record as KadRecord,
+        RecordKey, store::MemoryStore,
+    },
+    swarm::{
+        ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
+        THandlerOutEvent, ToSwarm,
+        behaviour::{ConnectionClosed, ConnectionEstablished, NewExternalAddrOfPeer},
+    },
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    Record, RecordError, record,
+    store::{self, MAX_PACKET, Store},
+};
+
+/// The name of our own Kademlia: IPFS's nodes are not in it.
+const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/kad/1");
+
+/// Nodes that keep a record, and the size of a bucket; the value of the Kademlia paper.
+const REPLICATION: NonZeroUsize = NonZeroUsize::new(20).expect("not zero");
+
+/// How long a look-up may take. A dead node costs a dial's time-out, and look-ups ask several at a time.
+const QUERY: Duration = Duration::from_secs(30);
+
+/// A look-up ends early once this many nodes have answered with statements: they were stored at twenty.
+const ENOUGH: usize = 4;
+
+/// How often the routing table is refreshed.
+const REFRESH: Duration = Duration::from_secs(300);
+
+/// How often expired statements are dropped.
+const SWEEP: Duration = Duration::from_secs(60);
+
+/// Addresses remembered of a peer.
+const MAX_ADDRESSES: usize = 16;
+
+/// Requests that may wait.
+const COMMANDS: usize = 256;
+
+/// Why a record was not published or looked up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DhtError {
+    /// The record breaks a rule.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// This node's own store is full.
+    #[error("the local record store refused it: {0}")]
+    Store(String),
+    /// The network has stopped.
+    #[error("the network has stopped")]
+    Stopped,
+}
+
+/// What the DHT looks like from here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Nodes in the routing table.
+    pub nodes: usize,
+    /// Statements kept for others and ourselves.
+    pub records: usize,
+}
+
+/// The handle. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Dht {
+    keys: Keypair,
+    commands: mpsc::Sender<Command>,
+    nodes: watch::Receiver<usize>,
+    /// The last sequence number given out.
+    sequence: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Put(Record, oneshot::Sender<Result<usize, DhtError>>),
+    Get(Vec<u8>, oneshot::Sender<Vec<Record>>),
+    Status(oneshot::Sender<Status>),
+}
+
+impl Dht {
+    /// A DHT whose statements `keys` signs; the behaviour goes into the swarm.
+    pub fn new(keys: &Keypair) -> (Self, Behaviour) {
+        let (commands, requests) = mpsc::channel(COMMANDS);
+        let (count, nodes) = watch::channel(0);
+        let local = keys.public().to_peer_id();
+        let mut config = kad::Config::new(PROTOCOL);
+        config
+            .set_replication_factor(REPLICATION)
+            .set_query_timeout(QUERY)
+            .set_max_packet_size(MAX_PACKET)
+            .set_record_ttl(Some(record::MAX_TTL))
+            // Publishers say again what still holds; Kademlia need not do it for them.
+            .set_publication_interval(None)
+            .set_provider_publication_interval(None)
+            .set_caching(kad::Caching::Disabled)
+            .set_periodic_bootstrap_interval(Some(REFRESH));
+        let mut kad = kad::Behaviour::with_config(local, Store::default(), config);
+        kad.set_mode(Some(Mode::Server));
+        let behaviour = Behaviour {
+            kad,
+            requests,
+            queries: HashMap::new(),
+            peers: HashMap::new(),
+            count,
+            swept: Instant::now(),
+        };
+        let dht = Self {
+            keys: keys.clone(),
+            commands,
+            nodes,
+            sequence: Arc::default(),
+        };
+        (dht, behaviour)
+    }
+
+    /// States `value` under `key` and `subkey` for `ttl`; how many other nodes took it. Zero is no error: this node keeps it, and
+    /// whoever asks this node gets it.
+    ///
+    /// # Errors
+    /// [`DhtError`].
+    pub async fn publish(
+        &self,
+        key: &[u8],
+        subkey: &[u8],
+        value: &[u8],
+        ttl: Duration,
+    ) -> Result<usize, DhtError> {
+        self.put(key, subkey, Some(value), ttl).await
+    }
+
+    /// Takes back what this node stated under `key` and `subkey`; how many other nodes heard it.
+    ///
+    /// # Errors
+    /// [`DhtError`].
+    pub async fn withdraw(
+        &self,
+        key: &[u8],
+        subkey: &[u8],
+        ttl: Duration,
+    ) -> Result<usize, DhtError> {
+        self.put(key, subkey, None, ttl).await
+    }
+
+    /// What anybody states under `key`, each statement checked, at most one per publisher and subkey, the newest.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn get(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Get(key.to_vec(), reply)).await?;
+        let mut records = answer.await.map_err(|_| DhtError::Stopped)?;
+        records.retain(|record| record.value().is_some() && !record.remaining().is_zero());
+        Ok(records)
+    }
+
+    /// What the DHT looks like from here.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn status(&self) -> Result<Status, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Status(reply)).await?;
+        answer.await.map_err(|_| DhtError::Stopped)
+    }
+
+    /// The number of nodes in the routing table, as it changes.
+    pub fn nodes(&self) -> watch::Receiver<usize> {
+        self.nodes.clone()
+    }
+
+    async fn put(
+        &self,
+        key: &[u8],
+        subkey: &[u8],
+        value: Option<&[u8]>,
+        ttl: Duration,
+    ) -> Result<usize, DhtError> {
+        let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Put(record, reply)).await?;
+        answer.await.map_err(|_| DhtError::Stopped)?
+    }
+
+    /// The clock in milliseconds, so that a restart goes on from there; never the same twice.
+    fn next_sequence(&self) -> u64 {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_millis() as u64);
+        let next = |last: u64| Some(now.max(last + 1));
+        match self
+            .sequence
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, next)
+        {
+            Ok(last) | Err(last) => now.max(last + 1),
+        }
+    }
+
+    async fn send(&self, command: Command) -> Result<(), DhtError> {
+        self.commands
+            .send(command)
+            .await
+            .map_err(|_| DhtError::Stopped)
+    }
+}
+
+/// A query under way, and whom its result goes to.
+#[derive(Debug)]
+enum Query {
+    Put(oneshot::Sender<Result<usize, DhtError>>),
+    Get {
+        found: Vec<Record>,
+        answers: usize,
+        reply: oneshot::Sender<Vec<Record>>,
+    },
+}
+
+/// What is known of a connected peer.
+#[derive(Debug)]
+struct Peer {
+    /// Where we see it.
+    seen_at: Multiaddr,
+    /// Where it says it is.
+    claimed: Vec<Multiaddr>,
+    /// Whether it is a server of our DHT.
+    serves: bool,
+    connections: usize,
+}
+
+/// Kademlia with signed records, as part of a swarm.
+pub struct Behaviour {
+    kad: kad::Behaviour<Store>,
+    requests: mpsc::Receiver<Command>,
+    queries: HashMap<QueryId, Query>,
+    peers: HashMap<PeerId, Peer>,
+    /// Tells of the number of nodes in the routing table.
+    count: watch::Sender<usize>,
+    swept: Instant,
+}
+
+impl fmt::Debug for Behaviour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Behaviour")
+            .field("queries", &self.queries.len())
+            .field("peers", &self.peers.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Behaviour {
+    /// Nodes in the routing table.
+    fn nodes(&mut self) -> usize {
+        self.kad.kbuckets().map(|bucket| bucket.num_entries()).sum()
+    }
+
+    fn on_command(&mut self, command: Command) {
+        // In every arm, whoever asked may be gone by the time of the answer.
+        match command {
+            Command::Put(record, reply) => {
+                let kad_record = KadRecord {
+                    key: RecordKey::new(&record.key()),
+                    value: store::encode(std::iter::once(&record)),
+                    publisher: None,
+                    expires: Some(Instant::now() + record.remaining()),
+                };
+                // All: the error then counts who took it, which the success of a smaller quorum does not.
+                match self.kad.put_record(kad_record, Quorum::All) {
+                    Ok(id) => drop(self.queries.insert(id, Query::Put(reply))),
+                    Err(error) => drop(reply.send(Err(DhtError::Store(error.to_string())))),
+                }
+            }
+            Command::Get(key, reply) => {
+                let id = self.kad.get_record(RecordKey::from(key));
+                let query = Query::Get {
+                    found: Vec::new(),
+                    answers: 0,
+                    reply,
+                };
+                self.queries.insert(id, query);
+            }
+            Command::Status(reply) => {
+                let status = Status {
+                    nodes: self.nodes(),
+                    records: self.kad.store_mut().len(),
+                };
+                let _ = reply.send(status);
+            }
+        }
+    }
+
+    fn on_kad_event(&mut self, event: kad::Event) {
+        match event {
+            kad::Event::OutboundQueryProgressed {
+                id, result, step, ..
+            } => self.on_progress(id, result, step.last),
+            kad::Event::RoutingUpdated {
+                peer, is_new_peer, ..
+            } => {
+                if is_new_peer {
+                    let nodes = self.nodes();
+                    self.count.send_replace(nodes);
+                    self.on_server(peer);
+                }
+            }
+            kad::Event::UnroutablePeer { peer } => self.on_server(peer),
+            _ => {}
+        }
+    }
+
+    fn on_progress(&mut self, id: QueryId, result: QueryResult, last: bool) {
+        let Some(query) = self.queries.get_mut(&id) else {
+            return;
+        };
+        if let (
+            Query::Get { found, answers, .. },
+            QueryResult::GetRecord(Ok(GetRecordOk::FoundRecord(record))),
+        ) = (query, &result)
+        {
+            for statement in store::decode(record.record.key.as_ref(), &record.record.value) {
+                store::merge(found, statement);
+            }
+            *answers += usize::from(record.peer.is_some());
+            if *answers >= ENOUGH
+                && let Some(mut query) = self.kad.query_mut(&id)
+            {
+                query.finish();
+            }
+        }
+        if !last {
+            return;
+        }
+        match (self.queries.remove(&id), result) {
+            (Some(Query::Get { found, reply, .. }), _) => drop(reply.send(found)),
+            (Some(Query::Put(reply)), QueryResult::PutRecord(result)) => {
+                let took = match result {
+                    Ok(_) => REPLICATION.get(),
+                    Err(
+                        PutRecordError::QuorumFailed { success, .. }
+                        | PutRecordError::Timeout { success, .. },
+                    ) => success.len(),
+                };
+                let _ = reply.send(Ok(took));
+            }
+            _ => {}
+        }
+    }
+
+    /// A connected peer turns out to serve our DHT: what it said of its addresses becomes routes.
+    fn on_server(&mut self, peer: PeerId) {
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        known.serves = true;
+        for address in known.claimed.clone() {
+            self.kad.add_address(&peer, address);
+        }
+    }
+
+    fn on_claimed(&mut self, peer: PeerId, address: &Multiaddr) {
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        let address = weft_net::split_peer_id(address.clone()).0;
+        if known.claimed.len() >= MAX_ADDRESSES
+            || known.claimed.contains(&address)
+            || !weft_net::dialable_from(&known.seen_at, &address)
+        {
+            return;
+        }
+        known.claimed.push(address.clone());
+        if known.serves {
+            self.kad.add_address(&peer, address);
+        }
+    }
+}
+
+impl NetworkBehaviour for Behaviour {
+    // The same for every store; ours is private.
+    type ConnectionHandler = <kad::Behaviour<MemoryStore> as NetworkBehaviour>::ConnectionHandler;
+    type ToSwarm = Infallible;
+
+    fn handle_pending_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), ConnectionDenied> {
+        self.kad
+            .handle_pending_inbound_connection(id, local, remote)
+    }
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.kad
+            .handle_established_inbound_connection(id, peer, local, remote)
+    }
+
+    fn handle_pending_outbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: Option<PeerId>,
+        addresses: &[Multiaddr],
+        role: Endpoint,
+    ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
+        self.kad
+            .handle_pending_outbound_connection(id, peer, addresses, role)
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        address: &Multiaddr,
+        role: Endpoint,
+        port: PortUse,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.kad
+            .handle_established_outbound_connection(id, peer, address, role, port)
+    }
+
+    fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        match &event {
+            FromSwarm::ConnectionEstablished(ConnectionEstablished {
+                peer_id, endpoint, ..
+            }) => {
+                let peer = self.peers.entry(*peer_id).or_insert_with(|| Peer {
+                    seen_at: endpoint.get_remote_address().clone(),
+                    claimed: Vec::new(),
+                    serves: false,
+                    connections: 0,
+                });
+                peer.connections += 1;
+            }
+            FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, .. }) => {
+                if let Some(peer) = self.peers.get_mut(peer_id) {
+                    peer.connections -= 1;
+                    if peer.connections == 0 {
+                        self.peers.remove(peer_id);
+                    }
+                }
+            }
+            FromSwarm::NewExternalAddrOfPeer(NewExternalAddrOfPeer { peer_id, addr }) => {
+                self.on_claimed(*peer_id, addr);
+            }
+            _ => {}
+        }
+        self.kad.on_swarm_event(event);
+    }
+
+    fn on_connection_handler_event(
+        &mut self,
+        peer: PeerId,
+        id: ConnectionId,
+        event: THandlerOutEvent<Self>,
+    ) {
+        self.kad.on_connection_handler_event(peer, id, event);
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
+        loop {
+            // Closed means that all handles are gone; the swarm that polls us stops on its own.
+            if let Poll::Ready(Some(command)) = self.requests.poll_recv(cx) {
+                self.on_command(command);
+                continue;
+            }
+            if self.swept.elapsed() > SWEEP {
+                self.swept = Instant::now();
+                self.kad.store_mut().sweep();
+            }
+            match self.kad.poll(cx) {
+                Poll::Ready(ToSwarm::GenerateEvent(event)) => self.on_kad_event(event),
+                Poll::Ready(other) => {
+                    return Poll::Ready(
+                        other.map_out(|_| unreachable!("events are handled above")),
+                    );
+                }
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+}

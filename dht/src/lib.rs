@@ -1,0 +1,21 @@
+//! Who has what: signed records in our own Kademlia.
+//!
+//! A [`Record`] is a publisher's statement under a key until it expires: "this name is this manifest", "I have this model, and
+//! here is how to reach me". Many publishers state things under one key, each under its own identity, and a look-up returns all
+//! of them. [`Dht`] publishes and looks up; its [`Behaviour`] rides in the swarm of `weft-net`.
+//!
+//! It promises: nothing is stored or returned whose signature, key and expiry were not checked here; an older statement never
+//! replaces a newer one of the same publisher; nobody can state something for somebody else; what strangers can make us
+//! store is bounded by the constants in `store`.
+//!
+//! It leaves out, so far: a store on disk, watching, prefixes, and look-ups over disjoint paths. Every node serves records; once
+//! reachability is known, only reachable ones will.
+
+mod behaviour;
+mod record;
+mod store;
+
+pub use self::{
+    behaviour::{Behaviour, Dht, DhtError, Status},
+    record::{MAX_KEY, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
+};

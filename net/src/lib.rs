@@ -1,0 +1,26 @@
+//! One libp2p swarm: transports, paths, streams, limits.
+//!
+//! [`Network::spawn`] starts it; the handle dials peers and opens streams to them by protocol name, and hands out the streams that
+//! peers open. The other crates see [`Stream`]s (tokio's `AsyncRead + AsyncWrite`), [`PeerInfo`] and [`Path`], and not the swarm. A
+//! behaviour of their own, such as the DHT's, rides in the same swarm as its *extension*.
+//!
+//! It promises: a peer's identity is proven before anything else happens; a stream goes over the best path there is; what
+//! strangers can make us hold (connections, streams, queues) is bounded by [`Limits`], and what is refused is reset, so
+//! that the other side knows; dropping the last handle stops everything.
+//!
+//! It leaves out, so far: relays, hole punching and reachability, which widen [`PathKind`] and the set of addresses.
+
+mod address;
+mod muxer;
+mod network;
+mod streams;
+mod tls;
+mod transport;
+
+pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
+
+pub use self::{
+    address::{Path, PathKind, Transport, dialable_from, split_peer_id},
+    network::{Config, ConnectError, Limits, Network, PeerInfo, SpawnError},
+    streams::{AcceptError, Class, Incoming, OpenError, Stream},
+};

@@ -1,0 +1,502 @@
+//! Streams by protocol name, over the best connection there is.
+//!
+//! libp2p-stream opens on any connection of a peer, negotiates one stream at a time and drops what its queue cannot hold. This
+//! behaviour picks the connection by class, lets negotiations overlap, and resets what it refuses.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    convert::Infallible,
+    fmt, io,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use futures::future::{self, Ready};
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    core::{
+        Endpoint, UpgradeInfo,
+        transport::PortUse,
+        upgrade::{InboundUpgrade, OutboundUpgrade},
+    },
+    swarm::{
+        ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
+        NetworkBehaviour, NotifyHandler, StreamUpgradeError, SubstreamProtocol, THandlerInEvent,
+        ToSwarm,
+        behaviour::{ConnectionClosed, ConnectionEstablished},
+        handler::{
+            ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
+        },
+    },
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+};
+use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
+
+use crate::{Path, Transport};
+
+/// How long opening a stream on an open connection may take.
+const NEGOTIATION: Duration = Duration::from_secs(10);
+
+/// Streams of a protocol that may wait to be accepted. Accepting is a matter of spawning a task, so a full queue means overload.
+const BACKLOG: usize = 64;
+
+/// What a stream is for: which connection suits it best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Small and rare.
+    Control,
+    /// Small and frequent; latency matters.
+    Interactive,
+    /// Large; throughput matters.
+    Bulk,
+}
+
+/// A stream to a peer. Dropping it resets it; shutting it down closes it in order.
+pub struct Stream {
+    inner: Compat<libp2p::Stream>,
+    peer: PeerId,
+    path: Path,
+    /// The place it takes among the streams that the peer may have open; `None` for those that we opened.
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl Stream {
+    /// Who is at the other end.
+    pub fn peer(&self) -> PeerId {
+        self.peer
+    }
+
+    /// The path it goes over.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stream")
+            .field("peer", &self.peer)
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// Why a stream could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// There is no connection to the peer.
+    #[error("not connected to {0}")]
+    NotConnected(PeerId),
+    /// The peer does not speak the protocol.
+    #[error("{peer} does not speak {protocol}")]
+    Unsupported {
+        /// The peer.
+        peer: PeerId,
+        /// The protocol.
+        protocol: StreamProtocol,
+    },
+    /// The connection failed or the peer took too long.
+    #[error("cannot open a stream to {peer}: {source}")]
+    Failed {
+        /// The peer.
+        peer: PeerId,
+        /// What happened.
+        source: io::Error,
+    },
+    /// The network has stopped.
+    #[error("the network has stopped")]
+    Stopped,
+}
+
+/// A protocol is already being accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the protocol {0} is already being accepted")]
+pub struct AcceptError(pub StreamProtocol);
+
+/// The streams that peers open for one protocol. Dropping it stops accepting.
+#[derive(Debug)]
+pub struct Incoming {
+    protocol: StreamProtocol,
+    protocols: Protocols,
+    streams: mpsc::Receiver<Stream>,
+}
+
+impl Incoming {
+    /// The next stream; `None` when the network has stopped.
+    pub async fn next(&mut self) -> Option<Stream> {
+        self.streams.recv().await
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.protocols.lock().remove(&self.protocol);
+    }
+}
+
+/// The protocols that are accepted, shared by all connections.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Protocols(Arc<Mutex<HashMap<StreamProtocol, mpsc::Sender<Stream>>>>);
+
+impl Protocols {
+    pub(crate) fn accept(&self, protocol: StreamProtocol) -> Result<Incoming, AcceptError> {
+        let (sender, streams) = mpsc::channel(BACKLOG);
+        let mut protocols = self.lock();
+        if protocols.contains_key(&protocol) {
+            return Err(AcceptError(protocol));
+        }
+        protocols.insert(protocol.clone(), sender);
+        drop(protocols);
+        Ok(Incoming {
+            protocol,
+            protocols: self.clone(),
+            streams,
+        })
+    }
+
+    /// Ends all [`Incoming`]s.
+    pub(crate) fn clear(&self) {
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<StreamProtocol, mpsc::Sender<Stream>>> {
+        self.0
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+type Reply = oneshot::Sender<Result<Stream, OpenError>>;
+
+/// A request to a connection: open a stream.
+#[derive(Debug)]
+pub(crate) struct Open {
+    protocol: StreamProtocol,
+    reply: Reply,
+}
+
+/// The behaviour: knows the connections, and routes requests to one.
+#[derive(Debug)]
+pub(crate) struct Behaviour {
+    protocols: Protocols,
+    connections: HashMap<PeerId, Vec<(ConnectionId, Path)>>,
+    requests: VecDeque<(PeerId, ConnectionId, Open)>,
+    waker: Option<Waker>,
+    /// Streams that a peer may have open on one connection.
+    max_inbound: usize,
+}
+
+impl Behaviour {
+    pub(crate) fn new(protocols: Protocols, max_inbound: usize) -> Self {
+        Self {
+            protocols,
+            connections: HashMap::new(),
+            requests: VecDeque::new(),
+            waker: None,
+            max_inbound,
+        }
+    }
+
+    /// Opens a stream on the connection to `peer` that suits `class` best.
+    pub(crate) fn open(
+        &mut self,
+        peer: PeerId,
+        protocol: StreamProtocol,
+        class: Class,
+        reply: Reply,
+    ) {
+        let best = self
+            .connections
+            .get(&peer)
+            .and_then(|all| all.iter().min_by_key(|(_, path)| preference(path, class)));
+        let Some((connection, _)) = best else {
+            // Whoever asked may be gone.
+            let _ = reply.send(Err(OpenError::NotConnected(peer)));
+            return;
+        };
+        self.requests
+            .push_back((peer, *connection, Open { protocol, reply }));
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+/// Smaller is better. Nearness first. For bulk, TCP: its path through the kernel is cheaper. Otherwise QUIC: a lost packet
+/// there delays no other stream.
+fn preference(path: &Path, class: Class) -> impl Ord + use<> {
+    let preferred = match class {
+        Class::Bulk => Transport::Tcp,
+        Class::Control | Class::Interactive => Transport::Quic,
+    };
+    (path.kind, path.transport != preferred)
+}
+
+impl NetworkBehaviour for Behaviour {
+    type ConnectionHandler = Handler;
+    type ToSwarm = Infallible;
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        _: ConnectionId,
+        peer: PeerId,
+        _: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<Handler, ConnectionDenied> {
+        Ok(Handler::new(self, peer, remote))
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        _: ConnectionId,
+        peer: PeerId,
+        address: &Multiaddr,
+        _: Endpoint,
+        _: PortUse,
+    ) -> Result<Handler, ConnectionDenied> {
+        Ok(Handler::new(self, peer, address))
+    }
+
+    fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        match event {
+            FromSwarm::ConnectionEstablished(ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            }) => {
+                let path = Path::of(endpoint.get_remote_address());
+                self.connections
+                    .entry(peer_id)
+                    .or_default()
+                    .push((connection_id, path));
+            }
+            FromSwarm::ConnectionClosed(ConnectionClosed {
+                peer_id,
+                connection_id,
+                ..
+            }) => {
+                if let Some(all) = self.connections.get_mut(&peer_id) {
+                    all.retain(|(id, _)| *id != connection_id);
+                    if all.is_empty() {
+                        self.connections.remove(&peer_id);
+                    }
+                }
+                // Requests on their way to it fail as their senders are dropped.
+                self.requests.retain(|(_, id, _)| *id != connection_id);
+            }
+            _ => {}
+        }
+    }
+
+    fn on_connection_handler_event(&mut self, _: PeerId, _: ConnectionId, event: Infallible) {
+        match event {}
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
+        if let Some((peer_id, connection, event)) = self.requests.pop_front() {
+            return Poll::Ready(ToSwarm::NotifyHandler {
+                peer_id,
+                handler: NotifyHandler::One(connection),
+                event,
+            });
+        }
+        self.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+/// The part of the behaviour that lives with one connection.
+#[derive(Debug)]
+pub(crate) struct Handler {
+    peer: PeerId,
+    path: Path,
+    protocols: Protocols,
+    requests: VecDeque<Open>,
+    places: Arc<Semaphore>,
+    waker: Option<Waker>,
+}
+
+impl Handler {
+    fn new(behaviour: &Behaviour, peer: PeerId, remote: &Multiaddr) -> Self {
+        Self {
+            peer,
+            path: Path::of(remote),
+            protocols: behaviour.protocols.clone(),
+            requests: VecDeque::new(),
+            places: Arc::new(Semaphore::new(behaviour.max_inbound)),
+            waker: None,
+        }
+    }
+
+    fn stream(&self, inner: libp2p::Stream, place: Option<OwnedSemaphorePermit>) -> Stream {
+        Stream {
+            inner: inner.compat(),
+            peer: self.peer,
+            path: self.path.clone(),
+            _place: place,
+        }
+    }
+
+    fn accept(&self, inner: libp2p::Stream, protocol: &StreamProtocol) {
+        // In each refusal the stream is dropped, which resets it: the peer learns of it.
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+            tracing::debug!(peer = %self.peer, %protocol, "refused: the peer has too many streams open");
+            return;
+        };
+        let Some(sender) = self.protocols.lock().get(protocol).cloned() else {
+            return;
+        };
+        if sender.try_send(self.stream(inner, Some(place))).is_err() {
+            tracing::debug!(peer = %self.peer, %protocol, "refused: too many streams wait to be accepted");
+        }
+    }
+}
+
+impl ConnectionHandler for Handler {
+    type FromBehaviour = Open;
+    type ToBehaviour = Infallible;
+    type InboundProtocol = Accept;
+    type OutboundProtocol = Request;
+    type InboundOpenInfo = ();
+    type OutboundOpenInfo = Open;
+
+    fn listen_protocol(&self) -> SubstreamProtocol<Accept> {
+        let names = self.protocols.lock().keys().cloned().collect();
+        SubstreamProtocol::new(Accept(names), ()).with_timeout(NEGOTIATION)
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ConnectionHandlerEvent<Request, Open, Infallible>> {
+        if let Some(open) = self.requests.pop_front() {
+            let request = Request(open.protocol.clone());
+            return Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest {
+                protocol: SubstreamProtocol::new(request, open).with_timeout(NEGOTIATION),
+            });
+        }
+        self.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    fn on_behaviour_event(&mut self, open: Open) {
+        self.requests.push_back(open);
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn on_connection_event(&mut self, event: ConnectionEvent<'_, Accept, Request, (), Open>) {
+        match event {
+            ConnectionEvent::FullyNegotiatedInbound(FullyNegotiatedInbound {
+                protocol: (stream, protocol),
+                ..
+            }) => self.accept(stream, &protocol),
+            ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
+                protocol: stream,
+                info,
+            }) => {
+                // Whoever asked may be gone.
+                let _ = info.reply.send(Ok(self.stream(stream, None)));
+            }
+            ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
+                let peer = self.peer;
+                let error = match error {
+                    StreamUpgradeError::NegotiationFailed => OpenError::Unsupported {
+                        peer,
+                        protocol: info.protocol,
+                    },
+                    StreamUpgradeError::Timeout => OpenError::Failed {
+                        peer,
+                        source: io::ErrorKind::TimedOut.into(),
+                    },
+                    StreamUpgradeError::Io(source) => OpenError::Failed { peer, source },
+                    StreamUpgradeError::Apply(never) => match never {},
+                };
+                let _ = info.reply.send(Err(error));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Accepts any of the protocols that are listened for.
+#[derive(Debug)]
+pub(crate) struct Accept(Vec<StreamProtocol>);
+
+impl UpgradeInfo for Accept {
+    type Info = StreamProtocol;
+    type InfoIter = std::vec::IntoIter<StreamProtocol>;
+
+    fn protocol_info(&self) -> Self::InfoIter {
+        self.0.clone().into_iter()
+    }
+}
+
+impl InboundUpgrade<libp2p::Stream> for Accept {
+    type Output = (libp2p::Stream, StreamProtocol);
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Output, Infallible>>;
+
+    fn upgrade_inbound(self, stream: libp2p::Stream, protocol: StreamProtocol) -> Self::Future {
+        future::ready(Ok((stream, protocol)))
+    }
+}
+
+/// Asks for one protocol.
+#[derive(Debug)]
+pub(crate) struct Request(StreamProtocol);
+
+impl UpgradeInfo for Request {
+    type Info = StreamProtocol;
+    type InfoIter = std::iter::Once<StreamProtocol>;
+
+    fn protocol_info(&self) -> Self::InfoIter {
+        std::iter::once(self.0.clone())
+    }
+}
+
+impl OutboundUpgrade<libp2p::Stream> for Request {
+    type Output = libp2p::Stream;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Output, Infallible>>;
+
+    fn upgrade_outbound(self, stream: libp2p::Stream, _: StreamProtocol) -> Self::Future {
+        future::ready(Ok(stream))
+    }
+}

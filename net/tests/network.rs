@@ -1,0 +1,280 @@
+//! Networks that meet on loopback.
+
+use std::time::Duration;
+
+use libp2p::{StreamProtocol, Swarm, identity::Keypair, noise, swarm::dummy, tcp, yamux};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
+use weft_net::{
+    Class, Config, ConnectError, Multiaddr, Network, OpenError, PathKind, SpawnError, Transport,
+};
+
+const ECHO: StreamProtocol = StreamProtocol::new("/weft/test/echo");
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn config(listen: &[&str]) -> Config {
+    let mut config = Config::new(Keypair::generate_ed25519());
+    config.mdns = false;
+    config.listen = Some(listen.iter().map(|a| a.parse().unwrap()).collect());
+    config
+}
+
+async fn network(listen: &[&str]) -> Network {
+    Network::spawn(config(listen), dummy::Behaviour)
+        .await
+        .unwrap()
+}
+
+/// Echoes every stream, each in a task of its own.
+fn echo(network: &Network) {
+    let mut incoming = network.accept(ECHO).unwrap();
+    tokio::spawn(async move {
+        while let Some(stream) = incoming.next().await {
+            tokio::spawn(async move {
+                let (mut reader, mut writer) = tokio::io::split(stream);
+                tokio::io::copy(&mut reader, &mut writer).await?;
+                writer.shutdown().await
+            });
+        }
+    });
+}
+
+async fn round_trip(network: &Network, other: &Network, size: usize) {
+    let mut stream = network
+        .open(other.local_peer(), ECHO, Class::Bulk)
+        .await
+        .unwrap();
+    assert_eq!(stream.peer(), other.local_peer());
+    let sent: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
+    let (mut reader, mut writer) = tokio::io::split(&mut stream);
+    let mut got = Vec::new();
+    let (wrote, read) = tokio::join!(
+        async {
+            writer.write_all(&sent).await?;
+            writer.shutdown().await
+        },
+        reader.read_to_end(&mut got)
+    );
+    wrote.unwrap();
+    read.unwrap();
+    assert!(got == sent);
+}
+
+#[tokio::test]
+async fn streams_carry_bytes_over_tcp_and_quic() {
+    for (listen, transport) in [
+        ("/ip4/127.0.0.1/tcp/0", Transport::Tcp),
+        ("/ip4/127.0.0.1/udp/0/quic-v1", Transport::Quic),
+    ] {
+        let (one, two) = (network(&[]).await, network(&[listen]).await);
+        echo(&two);
+        let path = one
+            .connect(two.local_peer(), two.addresses().await)
+            .await
+            .unwrap();
+        assert_eq!((path.kind, path.transport), (PathKind::Loopback, transport));
+        round_trip(&one, &two, 0).await;
+        round_trip(&one, &two, 3 << 20).await;
+        let peers = one.peers().await;
+        assert_eq!(peers.len(), 1);
+        assert_eq!(peers[0].peer, two.local_peer());
+    }
+}
+
+#[tokio::test]
+async fn a_hundred_streams_at_once_all_arrive() {
+    let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
+    echo(&two);
+    one.connect(two.local_peer(), two.addresses().await)
+        .await
+        .unwrap();
+    // Below the limit of streams a peer may have open at a time, in waves.
+    for _ in 0..2 {
+        let waves = (0..50).map(|_| round_trip(&one, &two, 10_000));
+        timeout(PATIENCE, futures::future::join_all(waves))
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test]
+async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
+    let (one, two) = (network(&[]).await, {
+        let mut config = config(&["/ip4/127.0.0.1/tcp/0"]);
+        config.limits.streams = 4;
+        Network::spawn(config, dummy::Behaviour).await.unwrap()
+    });
+    let mut incoming = two.accept(ECHO).unwrap();
+    one.connect(two.local_peer(), two.addresses().await)
+        .await
+        .unwrap();
+    let mut opened = Vec::new();
+    for _ in 0..8 {
+        opened.push(
+            one.open(two.local_peer(), ECHO, Class::Control)
+                .await
+                .unwrap(),
+        );
+    }
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(timeout(PATIENCE, incoming.next()).await.unwrap().unwrap());
+    }
+    for stream in &mut opened[4..] {
+        let mut byte = [0];
+        assert!(
+            timeout(PATIENCE, stream.read_exact(&mut byte))
+                .await
+                .unwrap()
+                .is_err()
+        );
+    }
+    // A place that becomes free is given again.
+    held.pop();
+    opened[3].shutdown().await.unwrap();
+    let mut again = one
+        .open(two.local_peer(), ECHO, Class::Control)
+        .await
+        .unwrap();
+    again.write_all(b"x").await.unwrap();
+    again.flush().await.unwrap();
+    assert!(timeout(PATIENCE, incoming.next()).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn errors_say_what_happened() {
+    let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
+    let stranger = Keypair::generate_ed25519().public().to_peer_id();
+    let addresses = two.addresses().await;
+    assert!(matches!(
+        one.connect(stranger, vec![]).await,
+        Err(ConnectError::NoAddress(_))
+    ));
+    // Somebody else lives there.
+    let error = one.connect(stranger, addresses.clone()).await.unwrap_err();
+    assert!(
+        error.to_string().contains(&two.local_peer().to_string()),
+        "{error}"
+    );
+    let nobody: Multiaddr = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
+    let error = one
+        .connect(two.local_peer(), vec![nobody])
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("refused"), "{error}");
+    assert!(matches!(
+        one.open(two.local_peer(), ECHO, Class::Bulk).await,
+        Err(OpenError::NotConnected(_))
+    ));
+    one.connect(two.local_peer(), addresses).await.unwrap();
+    assert!(matches!(
+        one.open(two.local_peer(), ECHO, Class::Bulk).await,
+        Err(OpenError::Unsupported { .. })
+    ));
+    let _held = two.accept(ECHO).unwrap();
+    assert!(two.accept(ECHO).is_err());
+    two.stop().await;
+    assert!(matches!(
+        two.connect(one.local_peer(), vec![]).await,
+        Err(ConnectError::Stopped)
+    ));
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_an_error_when_asked_for() {
+    let one = network(&["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"]).await;
+    for address in one.addresses().await {
+        let error = Network::spawn(config(&[&address.to_string()]), dummy::Behaviour)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, SpawnError::Listen { .. }), "{error}");
+    }
+    let mut config = config(&[]);
+    config.bootstrap = one.addresses().await;
+    assert!(matches!(
+        Network::spawn(config, dummy::Behaviour).await,
+        Err(SpawnError::Bootstrap(_))
+    ));
+}
+
+#[tokio::test]
+async fn a_bootstrap_node_is_reached_also_when_it_comes_later() {
+    let first = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    let address = first.addresses().await.remove(0);
+    let key = Keypair::generate_ed25519();
+    let peer = key.public().to_peer_id();
+    first.stop().await;
+    let mut waiting = config(&[]);
+    waiting.bootstrap = vec![format!("{address}/p2p/{peer}").parse().unwrap()];
+    let waiting = Network::spawn(waiting, dummy::Behaviour).await.unwrap();
+    let mut late = config(&[&address.to_string()]);
+    late.key = key;
+    // The first node's socket may take a moment to close.
+    let _late = timeout(PATIENCE, async {
+        loop {
+            if let Ok(network) = Network::spawn(late.clone(), dummy::Behaviour).await {
+                return network;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    timeout(PATIENCE, async {
+        while waiting.peers().await.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn dropping_the_last_handle_stops_the_network() {
+    let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
+    let mut incoming = two.accept(ECHO).unwrap();
+    one.connect(two.local_peer(), two.addresses().await)
+        .await
+        .unwrap();
+    drop(two);
+    assert!(timeout(PATIENCE, incoming.next()).await.unwrap().is_none());
+    timeout(PATIENCE, async {
+        while !one.peers().await.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn stock_libp2p_with_noise_and_yamux_connects() {
+    use futures::StreamExt;
+    let us = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    let address = us.addresses().await.remove(0);
+    let mut stock: Swarm<dummy::Behaviour> = libp2p::SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .unwrap()
+        .with_behaviour(|_| dummy::Behaviour)
+        .unwrap()
+        .build();
+    let peer = *stock.local_peer_id();
+    stock.dial(address).unwrap();
+    timeout(PATIENCE, async {
+        loop {
+            tokio::select! {
+                _ = stock.select_next_some() => {}
+                peers = us.peers() => if peers.iter().any(|p| p.peer == peer) { return },
+            }
+        }
+    })
+    .await
+    .unwrap();
+}
