@@ -253,20 +253,15 @@ impl Download {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
-        let shared = Arc::clone(&self.shared);
         let (reader, writer) = tokio::io::split(stream);
         let window = Semaphore::new(WINDOW);
         let (sent, pending) = mpsc::unbounded_channel();
         let opened = AtomicUsize::new(0);
         let result = {
-            let transfer = async {
-                tokio::try_join!(
-                    self.send_requests(writer, &window, sent, &opened),
-                    receive(reader, &window, pending, &self.shared, &self.progress)
-                )
-            };
+            let send = self.send_requests(writer, &window, sent, &opened);
+            let receive = receive(reader, &window, pending, &self.shared, &self.progress);
             tokio::select! {
-                result = transfer => result,
+                result = both(send, receive) => result,
                 error = keep_settling(&self.shared) => Err(error.into()),
             }
         };
@@ -430,6 +425,21 @@ async fn keep_settling(shared: &Arc<Shared>) -> StoreError {
     }
 }
 
+/// Runs both until the receiver ends. A sender that fails does not stop it: what is on its way is still worth having.
+async fn both(
+    send: impl Future<Output = Result<(), TransferError>>,
+    receive: impl Future<Output = Result<(), TransferError>>,
+) -> Result<(), TransferError> {
+    tokio::pin!(send, receive);
+    let mut sent = None;
+    loop {
+        tokio::select! {
+            received = &mut receive => return received.and(sent.unwrap_or(Ok(()))),
+            result = &mut send, if sent.is_none() => sent = Some(result),
+        }
+    }
+}
+
 /// A request on its way.
 struct Pending {
     partial: Arc<Partial>,
@@ -493,46 +503,84 @@ where
         progress,
     };
     while let Some(Pending { partial, range }) = pending.recv().await {
-        let tree = partial.tree();
-        let size = response(&mut reader, partial.hash()).await?;
-        if size != tree.size() {
-            return Err(TransferError::Protocol("it answered with another size"));
-        }
-        let mut verifier = Verifier::new(tree, partial.hash(), range.clone());
-        let corrupt = |source| TransferError::Corrupt {
-            hash: partial.hash(),
-            source,
-        };
         let mut segment = writer.segment(range.start).await?;
-        while let Some(step) = verifier.step() {
-            match step {
-                Step::Parent { index } => {
-                    let mut parent = [0; PARENT];
-                    read_exact(&mut reader, &mut parent).await?;
-                    verifier.parent(&parent).map_err(corrupt)?;
-                    segment.parents.push((index, parent));
-                }
-                Step::Group { index, size } => {
-                    let at = segment.data.len();
-                    segment.data.resize(at + size, 0);
-                    read_exact(&mut reader, &mut segment.data[at..]).await?;
-                    verifier.group(&segment.data[at..]).map_err(corrupt)?;
-                    segment.groups += 1;
-                    progress.moved.fetch_add(size as u64, Ordering::Relaxed);
-                    window.add_permits(1);
-                    if segment.data.len() >= SEGMENT {
-                        let full =
-                            std::mem::replace(&mut segment, writer.segment(index + 1).await?);
-                        writer.write(&partial, full);
-                    }
-                }
-            }
-        }
+        let result = receive_range(
+            &mut reader,
+            window,
+            &partial,
+            range,
+            &mut segment,
+            &mut writer,
+        );
+        let result = result.await;
+        // Also when the rest did not come: what is verified is kept.
         if segment.groups > 0 {
             writer.write(&partial, segment);
         }
+        if let Err(error) = result {
+            writer.finish().await?;
+            return Err(error);
+        }
     }
     writer.finish().await
+}
+
+/// Receives one answer; `segment` holds what is verified and not yet on its way to the disk.
+async fn receive_range<S>(
+    reader: &mut ReadHalf<S>,
+    window: &Semaphore,
+    partial: &Arc<Partial>,
+    range: std::ops::Range<u64>,
+    segment: &mut Segment,
+    writer: &mut Writer<'_>,
+) -> Result<(), TransferError>
+where
+    S: AsyncRead,
+{
+    let tree = partial.tree();
+    let size = response(reader, partial.hash()).await?;
+    if size != tree.size() {
+        return Err(TransferError::Protocol("it answered with another size"));
+    }
+    let mut verifier = Verifier::new(tree, partial.hash(), range);
+    let corrupt = |source| TransferError::Corrupt {
+        hash: partial.hash(),
+        source,
+    };
+    while let Some(step) = verifier.step() {
+        match step {
+            Step::Parent { index } => {
+                let mut parent = [0; PARENT];
+                read_exact(reader, &mut parent).await?;
+                verifier.parent(&parent).map_err(corrupt)?;
+                segment.parents.push((index, parent));
+            }
+            Step::Group { index, size } => {
+                let at = segment.data.len();
+                segment.data.resize(at + size, 0);
+                let group = &mut segment.data[at..];
+                let checked = match read_exact(reader, group).await {
+                    Ok(()) => verifier.group(group).map_err(corrupt),
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = checked {
+                    segment.data.truncate(at);
+                    return Err(error);
+                }
+                segment.groups += 1;
+                writer
+                    .progress
+                    .moved
+                    .fetch_add(size as u64, Ordering::Relaxed);
+                window.add_permits(1);
+                if segment.data.len() >= SEGMENT {
+                    let next = writer.segment(index + 1).await?;
+                    writer.write(partial, std::mem::replace(segment, next));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes on blocking threads, a few at a time, re-using their buffers.

@@ -207,7 +207,8 @@ async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
             let mut limited = (&mut from_provider).take(20 << 20);
             tokio::io::copy(&mut limited, &mut to_near).await
         };
-        tokio::select! { _ = up => {}, _ = down => {} }
+        // All requests may be out before the link breaks.
+        tokio::select! { _ = async { up.await.unwrap(); std::future::pending::<()>().await } => {}, _ = down => {} }
     });
     let error = download.fetch(far).await.unwrap_err();
     assert!(!error.is_provider_wrong(), "{error}");
@@ -219,7 +220,7 @@ async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
 
     let (mut download, progress) = world.plan("to").unwrap();
     let had = progress.done.load(Ordering::Relaxed);
-    assert!(had + (1 << 20) >= first, "{had} of {first}");
+    assert!(had == first, "{had} of {first}");
     download.fetch(world.connect()).await.unwrap();
     assert_eq!(moved(&progress), size - had);
     world.assert_equal("to");
@@ -235,8 +236,14 @@ async fn another_provider_finishes_what_one_began() {
         let (mut from_near, mut to_near) = tokio::io::split(&mut far);
         let (mut from_provider, mut to_provider) = tokio::io::split(&mut stream);
         let mut limited = (&mut from_provider).take(9 << 20);
+        let up = async {
+            tokio::io::copy(&mut from_near, &mut to_provider)
+                .await
+                .unwrap();
+            std::future::pending::<()>().await
+        };
         tokio::select! {
-            _ = tokio::io::copy(&mut from_near, &mut to_provider) => {}
+            _ = up => {}
             _ = tokio::io::copy(&mut limited, &mut to_near) => {}
         }
     });
@@ -244,7 +251,7 @@ async fn another_provider_finishes_what_one_began() {
     download.fetch(world.connect()).await.unwrap();
     world.assert_equal("to");
     let again = moved(&progress) - world.manifest.size();
-    assert!(again <= GROUP as u64 * 16, "{again} bytes moved twice");
+    assert!(again <= GROUP as u64, "{again} bytes moved twice");
 }
 
 #[tokio::test]

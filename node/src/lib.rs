@@ -1,1 +1,63 @@
+//! The `weft` program: the daemon, its local gRPC API, and the command line that talks to it.
+//!
+//! - `daemon` runs a node ([`weft::Node`]) and serves the API; `api` is that API over the SDK.
+//! - `commands` are the subcommands; all but `up` and `demo` are clients of the API of a running daemon.
+//! - `demo` runs three nodes in this process and moves a model between them.
+//!
+//! It promises: whatever the program does, an embedding process can do through the SDK, and any language through the API; every command
+//! takes `--json`; errors say what happened and what to do next, and end with the exit codes of [`exit`].
+//!
+//! It leaves out: everything a node does by itself, which is in the SDK and below.
 
+mod api;
+mod cli;
+mod client;
+mod commands;
+mod daemon;
+mod demo;
+pub mod exit;
+mod output;
+mod stop;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::{cli::Cli, exit::Failure};
+
+/// Runs the program with these arguments, the first of which is its name. Blocks until it is done.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to standard output, mistakes to standard error; a closed one is no reason to fail differently.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { exit::USAGE } else { 0 });
+        }
+    };
+    let filter = EnvFilter::try_from_env("WEFT_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    // Fails only if a subscriber is set already, by whoever embeds this.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
+    let json = cli.json;
+    let result = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::other(format!("cannot start: {error}")))
+        .and_then(|runtime| {
+            let result = runtime.block_on(commands::run(cli));
+            // Threads that still hash or sync have been told to stop.
+            runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+            result
+        });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.print(json);
+            ExitCode::from(failure.code)
+        }
+    }
+}

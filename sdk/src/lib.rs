@@ -1,1 +1,64 @@
+//! A node of the mesh, in your process.
+//!
+//! A [`Node`] finds other nodes, publishes models from this machine's disk, and fetches models by name from whoever has them, checking
+//! every byte. It is what the `weft` program runs; embedding it gives an inference server the same node without a second process.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), weft::Error> {
+//! use futures::StreamExt;
+//! use weft::Node;
+//!
+//! let node = Node::builder()
+//!     .home("/var/lib/weft")
+//!     .bootstrap(["/ip4/192.0.2.1/tcp/9338/p2p/12D3KooWSHj3RRbBjD15g6wekV8y3mm57Pobmps2g2WJm6F67Lay".parse()?])
+//!     .spawn()
+//!     .await?;
+//!
+//! // Publish a folder of weights. The files stay where they are.
+//! let added = node.models().add("/models/llama").name("acme/llama".parse()?).start().await?;
+//! println!("{} is {}", added.ticket, added.model.id);
+//!
+//! // Fetch one by name, with progress.
+//! let mut get = node.models().get("acme/mistral".parse()?).to("/models/mistral").start();
+//! while let Some(progress) = get.next().await {
+//!     println!("{} of {} bytes", progress.bytes_done, progress.bytes_total);
+//! }
+//! println!("it is in {}", get.await?.directory.display());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! It promises: handles are cheap to clone, and dropping the last one stops the node; long operations ([`Operation`]) report progress as
+//! a stream and stop when dropped, keeping what is done; every error says what failed and why.
+//!
+//! It leaves out: the command line and the gRPC API, which the `weft` program builds on exactly this.
 
+mod announce;
+mod builder;
+mod error;
+mod get;
+mod home;
+mod models;
+mod name;
+mod node;
+mod operation;
+mod providers;
+mod target;
+
+pub use weft_blobs::{
+    Hash, Manifest, ParseHashError,
+    manifest::{File, Tensor},
+};
+pub use weft_net::{Limits, Multiaddr, Path, PathKind, PeerId, PeerInfo, Transport};
+
+pub use self::{
+    builder::Builder,
+    error::{Error, Failure},
+    get::{Get, GetPhase, GetProgress, Got, Source},
+    home::{HomeError, default_home},
+    models::{Add, AddPhase, AddProgress, Added, ModelInfo, Models, Removed},
+    name::{ModelName, ParseNameError},
+    node::{Node, Status},
+    operation::Operation,
+    target::{ParseTargetError, Target, Ticket},
+};

@@ -1,0 +1,255 @@
+//! Where the API answers: a Unix socket in the home, and loopback TCP with a token.
+//!
+//! The socket's folder is for its owner alone, so who can open it is the owner. A TCP port is open to everybody on the machine, browsers
+//! included, hence the token.
+
+use std::{
+    fs, io,
+    io::Write,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use futures::{FutureExt, future::Shared};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::oneshot,
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::{
+    Request, Status,
+    service::InterceptorLayer,
+    transport::{Error, Server, server::Router},
+};
+use weft::Node;
+use weft_proto::{
+    DESCRIPTORS,
+    api::{models_server::ModelsServer, node_server::NodeServer},
+};
+
+use super::service::Service;
+use crate::exit::Failure;
+
+/// The longest path of a Unix socket: 108 bytes with the terminating zero on Linux, 104 on macOS.
+const MAX_SOCKET_PATH: usize = 103;
+
+/// The files through which clients of a home find its API.
+#[derive(Debug, Clone)]
+pub(crate) struct Files {
+    pub(crate) folder: PathBuf,
+    pub(crate) socket: PathBuf,
+    pub(crate) token: PathBuf,
+    /// Holds `host:port`.
+    pub(crate) address: PathBuf,
+}
+
+impl Files {
+    pub(crate) fn of(home: &Path) -> Self {
+        let folder = home.join("api");
+        Self {
+            socket: folder.join("weft.sock"),
+            token: folder.join("token"),
+            address: folder.join("address"),
+            folder,
+        }
+    }
+
+    /// Whether the socket's path is short enough to be one.
+    pub(crate) fn has_socket(&self) -> bool {
+        self.socket.as_os_str().len() <= MAX_SOCKET_PATH
+    }
+}
+
+/// The running API.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    files: Files,
+    names: Vec<String>,
+    stop: Option<oneshot::Sender<()>>,
+    servers: Vec<JoinHandle<Result<(), Error>>>,
+}
+
+impl Endpoint {
+    /// Serves the API of `node`.
+    pub(crate) async fn serve(node: Node, address: SocketAddr) -> Result<Self, Failure> {
+        if !address.ip().is_loopback() {
+            return Err(Failure::usage(format!(
+                "the API is for this machine only, and {address} is not a loopback address"
+            ))
+            .hint("Use --api 127.0.0.1:PORT; reach it from elsewhere through ssh -L, say."));
+        }
+        let files = Files::of(node.home());
+        let failed = |what: &Path| {
+            let what = what.display().to_string();
+            move |error: io::Error| Failure::other(format!("cannot serve the API: {what}: {error}"))
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&files.folder)
+            .map_err(failed(&files.folder))?;
+        let token = load_or_make_token(&files.token).map_err(failed(&files.token))?;
+        let tcp = TcpListener::bind(address).await.map_err(|error| {
+            Failure::other(format!("cannot serve the API on {address}: {error}"))
+                .hint("Choose another port with --api, or leave it out for a free one.")
+        })?;
+        let bound = tcp.local_addr().map_err(failed(&files.address))?;
+        write_private(&files.address, bound.to_string().as_bytes())
+            .map_err(failed(&files.address))?;
+        let mut names = vec![bound.to_string()];
+        let socket = if files.has_socket() {
+            // We hold the home: a socket that is there is a dead node's.
+            match fs::remove_file(&files.socket) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed(&files.socket)(error));
+                }
+                _ => {}
+            }
+            names.insert(0, format!("unix:{}", files.socket.display()));
+            Some(UnixListener::bind(&files.socket).map_err(failed(&files.socket))?)
+        } else {
+            tracing::warn!(path = %files.socket.display(), "too long for a Unix socket: the API is on TCP only");
+            None
+        };
+        let service = Service::new(node, names.clone());
+        let (stop, stopped) = oneshot::channel::<()>();
+        // An error means that the sender is gone, which is the same wish.
+        let stopped = stopped.map(drop).shared();
+        let token = Arc::new(token);
+        let mut servers = vec![tokio::spawn(serve_tcp(
+            service.clone(),
+            tcp,
+            token,
+            stopped.clone(),
+        ))];
+        if let Some(socket) = socket {
+            servers.push(tokio::spawn(async move {
+                router(Server::builder(), service)
+                    .await
+                    .serve_with_incoming_shutdown(UnixListenerStream::new(socket), stopped)
+                    .await
+            }));
+        }
+        Ok(Self {
+            files,
+            names,
+            stop: Some(stop),
+            servers,
+        })
+    }
+
+    /// Where it answers: `unix:PATH` and `host:port`.
+    pub(crate) fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The files through which clients find it.
+    pub(crate) fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Takes no more calls, ends those that run, and takes the socket away.
+    pub(crate) async fn stop(mut self) {
+        drop(self.stop.take());
+        for server in &mut self.servers {
+            // Streams may run for hours: they are cut, as documented for each call.
+            if tokio::time::timeout(std::time::Duration::from_millis(300), &mut *server)
+                .await
+                .is_err()
+            {
+                server.abort();
+            }
+        }
+        for file in [&self.files.socket, &self.files.address] {
+            // Gone already is as good.
+            let _ = fs::remove_file(file);
+        }
+    }
+}
+
+async fn serve_tcp(
+    service: Service,
+    tcp: TcpListener,
+    token: Arc<String>,
+    stopped: Shared<impl Future<Output = ()> + Send + 'static>,
+) -> Result<(), Error> {
+    let check = move |request: Request<()>| {
+        let given = request
+            .metadata()
+            .get("authorization")
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.strip_prefix("Bearer "));
+        match given {
+            Some(given) if equal(given.as_bytes(), token.as_bytes()) => Ok(request),
+            _ => Err(Status::unauthenticated(
+                "over TCP, send the metadata `authorization: Bearer <token>` with the token from the home's api/token",
+            )),
+        }
+    };
+    let server = Server::builder().layer(InterceptorLayer::new(check));
+    router(server, service)
+        .await
+        .serve_with_incoming_shutdown(TcpListenerStream::new(tcp), stopped)
+        .await
+}
+
+/// All services on one server: ours, health, reflection.
+async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<NodeServer<Service>>().await;
+    health.set_serving::<ModelsServer<Service>>().await;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    server
+        .add_service(health_service)
+        .add_service(
+            reflection()
+                .build_v1()
+                .expect("the schemas are those this was built from"),
+        )
+        .add_service(
+            reflection()
+                .build_v1alpha()
+                .expect("the schemas are those this was built from"),
+        )
+        .add_service(NodeServer::new(service.clone()))
+        .add_service(ModelsServer::new(service))
+}
+
+/// In a time that does not depend on where they differ.
+fn equal(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
+}
+
+/// 32 random bytes in hex, made once and kept, so that scripts survive a restart.
+fn load_or_make_token(path: &Path) -> io::Result<String> {
+    match fs::read_to_string(path) {
+        Ok(text) if text.trim().len() == 64 => return Ok(text.trim().to_owned()),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    write_private(path, token.as_bytes())?;
+    Ok(token)
+}
+
+fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
+    file.write_all(bytes)?;
+    fs::rename(&temporary, path)
+}

@@ -1,0 +1,10 @@
+//! The local gRPC API: the SDK, for any language beside the node.
+
+mod endpoint;
+mod service;
+mod status;
+
+pub(crate) use self::{
+    endpoint::{Endpoint, Files},
+    status::status,
+};

@@ -1,0 +1,324 @@
+//! The services of `api.proto` over the SDK.
+
+use std::{
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use futures::Stream;
+use tonic::{Request, Response, Status};
+use weft::{AddPhase, AddProgress, Added, GetPhase, GetProgress, Got, ModelInfo, Node, Operation};
+use weft_proto::api::{self, add_event, get_event, models_server::Models, node_server};
+
+use super::status::{invalid, status};
+
+/// Implements both services.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    node: Node,
+    /// Where the API answers, for the status.
+    endpoints: Vec<String>,
+}
+
+impl Service {
+    pub(crate) fn new(node: Node, endpoints: Vec<String>) -> Self {
+        Self { node, endpoints }
+    }
+}
+
+#[tonic::async_trait]
+impl node_server::Node for Service {
+    async fn status(
+        &self,
+        _: Request<api::StatusRequest>,
+    ) -> Result<Response<api::StatusResponse>, Status> {
+        let now = self.node.status().await.map_err(|error| status(&error))?;
+        Ok(Response::new(api::StatusResponse {
+            peer_id: now.peer_id.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            home: now.home.display().to_string(),
+            addresses: now.addresses.iter().map(ToString::to_string).collect(),
+            api: self.endpoints.clone(),
+            uptime_seconds: now.uptime.as_secs(),
+            peers: now.peers as u32,
+            dht_nodes: now.dht_nodes as u32,
+            dht_records: now.dht_records as u64,
+            models: now.models as u32,
+            model_bytes: now.model_bytes,
+        }))
+    }
+
+    async fn peers(
+        &self,
+        _: Request<api::PeersRequest>,
+    ) -> Result<Response<api::PeersResponse>, Status> {
+        let peers = self.node.peers().await;
+        let peers = peers
+            .into_iter()
+            .map(|peer| api::Peer {
+                peer_id: peer.peer.to_string(),
+                address: peer.path.address.to_string(),
+                path: peer.path.kind.to_string(),
+                transport: peer.path.transport.to_string(),
+                rtt_micros: peer.rtt.map(|rtt| rtt.as_micros() as u64),
+                agent: peer.agent,
+                connections: peer.connections as u32,
+            })
+            .collect();
+        Ok(Response::new(api::PeersResponse { peers }))
+    }
+}
+
+#[tonic::async_trait]
+impl Models for Service {
+    type AddStream = Events<AddProgress, Added, api::AddEvent>;
+    type GetStream = Events<GetProgress, Got, api::GetEvent>;
+
+    async fn add(
+        &self,
+        request: Request<api::AddRequest>,
+    ) -> Result<Response<Self::AddStream>, Status> {
+        let request = request.into_inner();
+        let mut add = self.node.models().add(absolute("path", &request.path)?);
+        if !request.name.is_empty() {
+            let name = request
+                .name
+                .parse()
+                .map_err(|error| status(&weft::Error::Name(error)))?;
+            add = add.name(name);
+        }
+        Ok(Response::new(Events {
+            operation: Some(add.start()),
+            progress: |progress| api::AddEvent {
+                event: Some(add_event::Event::Progress(add_progress(progress))),
+            },
+            done: |added| api::AddEvent {
+                event: Some(add_event::Event::Done(add_done(added))),
+            },
+        }))
+    }
+
+    async fn get(
+        &self,
+        request: Request<api::GetRequest>,
+    ) -> Result<Response<Self::GetStream>, Status> {
+        let request = request.into_inner();
+        let target = request
+            .target
+            .parse()
+            .map_err(|error| status(&weft::Error::Target(error)))?;
+        let mut get = self.node.models().get(target);
+        if !request.to.is_empty() {
+            get = get.to(absolute("to", &request.to)?);
+        }
+        if !request.publisher.is_empty() {
+            let publisher = request
+                .publisher
+                .parse()
+                .map_err(|_| invalid(format!("not a PeerId: {}", request.publisher)))?;
+            get = get.publisher(publisher);
+        }
+        Ok(Response::new(Events {
+            operation: Some(get.start()),
+            progress: |progress| api::GetEvent {
+                event: Some(get_event::Event::Progress(get_progress(progress))),
+            },
+            done: |got| api::GetEvent {
+                event: Some(get_event::Event::Done(get_done(got))),
+            },
+        }))
+    }
+
+    async fn list(
+        &self,
+        _: Request<api::ListRequest>,
+    ) -> Result<Response<api::ListResponse>, Status> {
+        let models = self.node.models().list().await;
+        let models = models.map_err(|error| status(&error))?;
+        Ok(Response::new(api::ListResponse {
+            models: models.into_iter().map(model).collect(),
+        }))
+    }
+
+    async fn show(
+        &self,
+        request: Request<api::ShowRequest>,
+    ) -> Result<Response<api::ShowResponse>, Status> {
+        let shown = self.node.models().show(&request.into_inner().model).await;
+        let (info, manifest, ticket) = shown.map_err(|error| status(&error))?;
+        let files = manifest.iter().flat_map(weft::Manifest::files);
+        Ok(Response::new(api::ShowResponse {
+            model: Some(model(info)),
+            files: files
+                .map(|file| api::File {
+                    path: file.path.clone(),
+                    size: file.size,
+                    blake3: file.blake3.to_string(),
+                    sha256: weft::Hash::from(file.sha256).to_string(),
+                    tensors: file.tensors.iter().map(tensor).collect(),
+                })
+                .collect(),
+            ticket: ticket.to_string(),
+        }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<api::RemoveRequest>,
+    ) -> Result<Response<api::RemoveResponse>, Status> {
+        let request = request.into_inner();
+        let removed = self
+            .node
+            .models()
+            .remove(&request.model, request.files)
+            .await;
+        let removed = removed.map_err(|error| status(&error))?;
+        Ok(Response::new(api::RemoveResponse {
+            model: Some(model(removed.model)),
+            files_deleted: removed.files_deleted,
+        }))
+    }
+}
+
+/// An operation as a stream of events: progress, then the result. Dropping it, as when the client goes away, stops the work.
+pub(crate) struct Events<P, T, E> {
+    operation: Option<Operation<P, T>>,
+    progress: fn(P) -> E,
+    done: fn(T) -> E,
+}
+
+impl<P, T: Unpin, E> Stream for Events<P, T, E> {
+    type Item = Result<E, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        let Some(operation) = &mut this.operation else {
+            return Poll::Ready(None);
+        };
+        match Pin::new(&mut *operation).poll_next(cx) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Some(progress)) => return Poll::Ready(Some(Ok((this.progress)(progress)))),
+            Poll::Ready(None) => {}
+        }
+        match Pin::new(operation).poll(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(result) => {
+                this.operation = None;
+                let event = result.map(this.done);
+                Poll::Ready(Some(event.map_err(|error| status(&error))))
+            }
+        }
+    }
+}
+
+/// The node has a working folder of its own, which a client cannot know.
+fn absolute(field: &str, path: &str) -> Result<PathBuf, Status> {
+    let path = PathBuf::from(path);
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(invalid(format!(
+            "{field} must be an absolute path on the node's machine, and is {:?}",
+            path.display()
+        )))
+    }
+}
+
+fn model(info: ModelInfo) -> api::Model {
+    api::Model {
+        id: info.id.to_string(),
+        names: info.names,
+        size: info.size,
+        files: info.files as u32,
+        tensors: info.tensors as u32,
+        path: info.path.display().to_string(),
+        complete: info.complete,
+        bytes_here: info.bytes_here,
+        origin: if info.fetched { "fetched" } else { "added" }.to_owned(),
+        added_at: info.added_at,
+    }
+}
+
+fn tensor(tensor: &weft::Tensor) -> api::Tensor {
+    api::Tensor {
+        name: tensor.name.clone(),
+        dtype: tensor.dtype.clone(),
+        shape: tensor.shape.clone(),
+        start: tensor.start,
+        end: tensor.end,
+    }
+}
+
+fn add_progress(progress: AddProgress) -> api::AddProgress {
+    api::AddProgress {
+        phase: match progress.phase {
+            AddPhase::Walking => "walking",
+            AddPhase::Hashing => "hashing",
+            AddPhase::Publishing => "publishing",
+        }
+        .to_owned(),
+        files_total: progress.files_total as u32,
+        files_done: progress.files_done as u32,
+        bytes_total: progress.bytes_total,
+        bytes_done: progress.bytes_done,
+    }
+}
+
+fn add_done(added: Added) -> api::AddDone {
+    api::AddDone {
+        model: Some(model(added.model)),
+        ticket: added.ticket.to_string(),
+        announced_to: added.announced_to as u32,
+        skipped: added.skipped,
+    }
+}
+
+fn get_progress(progress: GetProgress) -> api::GetProgress {
+    let (provider, path) = match progress.provider {
+        Some((peer, path)) => (peer.to_string(), path.to_string()),
+        None => Default::default(),
+    };
+    api::GetProgress {
+        phase: match progress.phase {
+            GetPhase::Resolving => "resolving",
+            GetPhase::Connecting => "connecting",
+            GetPhase::Checking => "checking",
+            GetPhase::Fetching => "fetching",
+            GetPhase::Waiting => "waiting",
+        }
+        .to_owned(),
+        bytes_total: progress.bytes_total,
+        bytes_done: progress.bytes_done,
+        bytes_moved: progress.bytes_moved,
+        provider,
+        path,
+        waiting_for: progress.waiting_for.unwrap_or_default(),
+    }
+}
+
+fn get_done(got: Got) -> api::GetDone {
+    api::GetDone {
+        model: Some(model(got.model)),
+        directory: got.directory.display().to_string(),
+        bytes_moved: got.bytes_moved,
+        bytes_reused: got.bytes_reused,
+        elapsed_micros: got.elapsed.as_micros() as u64,
+        lookup_micros: got.lookup.as_micros() as u64,
+        publisher: got
+            .publisher
+            .map(|peer| peer.to_string())
+            .unwrap_or_default(),
+        sources: got
+            .sources
+            .into_iter()
+            .map(|source| api::Source {
+                peer_id: source.peer.to_string(),
+                path: source.path.to_string(),
+                transport: source.transport.to_string(),
+                bytes: source.bytes,
+            })
+            .collect(),
+    }
+}

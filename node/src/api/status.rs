@@ -1,0 +1,52 @@
+//! Errors of the node as gRPC's.
+
+use std::collections::HashMap;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+use weft::Error;
+
+/// Whose reasons these are, in `google.rpc.ErrorInfo`.
+const DOMAIN: &str = "weft";
+
+/// The status for an error: a code, the message, and an `ErrorInfo` whose reason programs can rely on.
+pub(crate) fn status(error: &Error) -> Status {
+    let mut metadata = HashMap::new();
+    let (code, reason) = match error {
+        Error::NoSuchName { .. } => (Code::NotFound, "NO_SUCH_NAME"),
+        Error::NoSuchModel(_) => (Code::NotFound, "NO_SUCH_MODEL"),
+        Error::NoProvider { .. } => (Code::Unavailable, "NO_PROVIDER"),
+        Error::SeveralPublishers { publishers, .. } => {
+            let list: Vec<String> = publishers
+                .iter()
+                .map(|(peer, _)| peer.to_string())
+                .collect();
+            metadata.insert("publishers".to_owned(), list.join(","));
+            (Code::FailedPrecondition, "SEVERAL_PUBLISHERS")
+        }
+        Error::TargetExists { .. } => (Code::AlreadyExists, "TARGET_EXISTS"),
+        Error::DiskFull { .. } => (Code::ResourceExhausted, "DISK_FULL"),
+        Error::Busy(_) => (Code::Aborted, "BUSY"),
+        Error::Index(_) | Error::Name(_) | Error::Target(_) | Error::Address(_) => {
+            (Code::InvalidArgument, "INVALID_INPUT")
+        }
+        Error::InvalidContent { .. } => (Code::DataLoss, "INVALID_CONTENT"),
+        Error::Network(_) => (Code::Internal, "NETWORK"),
+        Error::Stopped => (Code::Unavailable, "STOPPED"),
+        _ => (Code::Internal, "STORE"),
+    };
+    let mut message = error.to_string();
+    if let Error::SeveralPublishers { publishers, .. } = error {
+        for (peer, model) in publishers {
+            message.push_str(&format!("\n  {peer} says it is {model}"));
+        }
+    }
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
+    Status::with_error_details(code, message, details)
+}
+
+/// Refuses what a client sent.
+pub(crate) fn invalid(message: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_error_info("INVALID_INPUT", DOMAIN, HashMap::new());
+    Status::with_error_details(Code::InvalidArgument, message, details)
+}

@@ -1,0 +1,92 @@
+//! The command line's way to a running node.
+
+use std::{fs, path::Path};
+
+use tonic::{
+    Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
+};
+use weft_proto::api::{models_client::ModelsClient, node_client::NodeClient};
+
+use crate::{
+    api::Files,
+    exit::{Failure, NOT_RUNNING},
+};
+
+/// The longest answer accepted, in bytes: a manifest of its greatest size, with room for the text form of hashes.
+const MAX_ANSWER: usize = 256 * 1024 * 1024;
+
+/// A connection to the node of a home.
+#[derive(Debug, Clone)]
+pub(crate) struct Client {
+    channel: InterceptedService<Channel, Token>,
+}
+
+/// Sends the token with every call; none over the socket.
+#[derive(Debug, Clone)]
+struct Token(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Token {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            request
+                .metadata_mut()
+                .insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl Client {
+    /// Connects to the node that runs on `home`: by its socket, else by TCP.
+    pub(crate) async fn connect(home: &Path) -> Result<Self, Failure> {
+        // The node writes them at the real path, and the socket's path has a limit.
+        let home = home.canonicalize().map_err(|_| not_running(home))?;
+        let files = Files::of(&home);
+        if files.has_socket()
+            && let Ok(endpoint) = Endpoint::from_shared(format!("unix:{}", files.socket.display()))
+            && let Ok(channel) = endpoint.connect().await
+        {
+            return Ok(Self {
+                channel: InterceptedService::new(channel, Token(None)),
+            });
+        }
+        let read = |path| fs::read_to_string(path).map_err(|_| not_running(&home));
+        let address = read(&files.address)?;
+        let token = read(&files.token)?;
+        let token = format!("Bearer {}", token.trim())
+            .parse()
+            .map_err(|_| Failure::other(format!("{} is damaged", files.token.display())))?;
+        let channel = Endpoint::from_shared(format!("http://{}", address.trim()))
+            .map_err(|error| {
+                Failure::other(format!("{} is damaged: {error}", files.address.display()))
+            })?
+            .connect()
+            .await
+            .map_err(|_| not_running(&home))?;
+        Ok(Self {
+            channel: InterceptedService::new(channel, Token(Some(token))),
+        })
+    }
+
+    pub(crate) fn node(&self) -> NodeClient<InterceptedService<Channel, impl Interceptor + use<>>> {
+        NodeClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn models(
+        &self,
+    ) -> ModelsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
+        ModelsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+}
+
+fn not_running(home: &Path) -> Failure {
+    Failure::new(
+        NOT_RUNNING,
+        "NOT_RUNNING",
+        format!("no node is running on {}", home.display()),
+    )
+    .hint("Start one with `weft up`, in another terminal or as a service; with another home, add --home DIR to both.")
+}

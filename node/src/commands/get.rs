@@ -1,0 +1,152 @@
+//! `weft get`.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+use weft::Target;
+use weft_proto::api::{GetDone, GetProgress, GetRequest, get_event::Event};
+
+use super::{absolute, show::model_json};
+use crate::{
+    cli::Get,
+    client::Client,
+    exit::Failure,
+    output::{self, Meter},
+    stop::Stop,
+};
+
+pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<(), Failure> {
+    let mut stop = Stop::new()?;
+    let target: Target = options
+        .target
+        .parse()
+        .map_err(|error| Failure::usage(format!("{error}")))?;
+    let folder = options.to.unwrap_or_else(|| default_folder(&target));
+    let request = GetRequest {
+        target: target.to_string(),
+        to: absolute(folder)?,
+        publisher: options
+            .publisher
+            .map(|publisher| publisher.to_string())
+            .unwrap_or_default(),
+    };
+    let mut meter = Meter::new();
+    let mut last = GetProgress::default();
+    let mut events = client.models().get(request).await?.into_inner();
+    let done = loop {
+        let message = tokio::select! {
+            message = events.message() => message,
+            () = stop.wait() => {
+                meter.finish();
+                return Err(interrupted(&last));
+            }
+        };
+        let message = message.inspect_err(|_| meter.finish())?;
+        match message.and_then(|message| message.event) {
+            Some(Event::Progress(progress)) => {
+                meter.update(&text(&progress), progress.bytes_done, progress.bytes_total);
+                last = progress;
+            }
+            Some(Event::Done(done)) => break done,
+            None => {
+                meter.finish();
+                return Err(Failure::other("the node ended the call without a result"));
+            }
+        }
+    };
+    meter.finish();
+    print(done, as_json);
+    Ok(())
+}
+
+fn default_folder(target: &Target) -> PathBuf {
+    match target {
+        Target::Name(name) => name.name().into(),
+        Target::Id(id) => id.short().into(),
+        Target::Ticket(ticket) => ticket.model.short().into(),
+    }
+}
+
+fn text(progress: &GetProgress) -> String {
+    if !progress.waiting_for.is_empty() {
+        return format!("waiting for {}", progress.waiting_for);
+    }
+    if progress.path.is_empty() {
+        progress.phase.clone()
+    } else {
+        format!("{} ({})", progress.phase, progress.path)
+    }
+}
+
+fn interrupted(last: &GetProgress) -> Failure {
+    Failure::interrupted(format!(
+        "stopped; {} of {} are verified and kept",
+        output::bytes(last.bytes_done),
+        output::bytes(last.bytes_total)
+    ))
+    .hint("The same command goes on from there.")
+}
+
+fn print(done: GetDone, as_json: bool) {
+    let model = done.model.unwrap_or_default();
+    let elapsed = std::time::Duration::from_micros(done.elapsed_micros);
+    if as_json {
+        let sources: Vec<_> = done
+            .sources
+            .iter()
+            .map(|source| {
+                json!({
+                    "peer_id": source.peer_id,
+                    "path": source.path,
+                    "transport": source.transport,
+                    "bytes": source.bytes,
+                })
+            })
+            .collect();
+        println!(
+            "{}",
+            json!({
+                "model": model_json(&model),
+                "directory": done.directory,
+                "bytes_moved": done.bytes_moved,
+                "bytes_reused": done.bytes_reused,
+                "seconds": elapsed.as_secs_f64(),
+                "lookup_seconds": done.lookup_micros as f64 / 1e6,
+                "publisher": (!done.publisher.is_empty()).then_some(done.publisher),
+                "sources": sources,
+            })
+        );
+        return;
+    }
+    if done.bytes_moved == 0 {
+        println!(
+            "{} is complete in {}; nothing had to be moved",
+            output::bytes(model.size),
+            done.directory
+        );
+    } else {
+        println!(
+            "got {} in {} ({}), every byte verified",
+            output::bytes(done.bytes_moved),
+            output::duration(elapsed),
+            output::rate(done.bytes_moved, elapsed)
+        );
+        if done.bytes_reused > 0 {
+            println!("  re-used    {}", output::bytes(done.bytes_reused));
+        }
+        println!("  folder     {}", done.directory);
+    }
+    println!("  id         {}", model.id);
+    if !done.publisher.is_empty() {
+        println!("  publisher  {}", done.publisher);
+    }
+    for source in &done.sources {
+        println!(
+            "  from       {} ({}, {}): {}",
+            source.peer_id,
+            source.path,
+            source.transport,
+            output::bytes(source.bytes)
+        );
+    }
+}

@@ -1,0 +1,156 @@
+//! The subcommands.
+
+mod add;
+mod get;
+mod show;
+
+use std::path::PathBuf;
+
+use serde_json::json;
+use weft_proto::api;
+
+use crate::{
+    cli::{Cli, Command},
+    client::Client,
+    daemon, demo,
+    exit::Failure,
+    output,
+};
+
+/// Runs one.
+pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
+    let json = cli.json;
+    if let Command::Demo(options) = cli.command {
+        return demo::run(options, json).await;
+    }
+    let home = match cli.home {
+        Some(home) => home,
+        None => weft::default_home().map_err(weft::Error::from)?,
+    };
+    if let Command::Up(options) = cli.command {
+        return daemon::up(home, options, json).await;
+    }
+    let client = Client::connect(&home).await?;
+    match cli.command {
+        Command::Up(_) | Command::Demo(_) => unreachable!("handled above"),
+        Command::Status => status(&client, json).await,
+        Command::Peers => peers(&client, json).await,
+        Command::Add(options) => add::run(&client, options, json).await,
+        Command::Get(options) => get::run(&client, options, json).await,
+        Command::Ls => show::list(&client, json).await,
+        Command::Show(options) => show::show(&client, options, json).await,
+        Command::Rm(options) => show::remove(&client, options, json).await,
+    }
+}
+
+/// A path as the node understands it: absolute, in text.
+fn absolute(path: PathBuf) -> Result<String, Failure> {
+    let path = std::path::absolute(&path)
+        .map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| Failure::usage(format!("{} is not UTF-8", path.display())))
+}
+
+async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
+    let status = client
+        .node()
+        .status(api::StatusRequest {})
+        .await?
+        .into_inner();
+    if as_json {
+        println!(
+            "{}",
+            json!({
+                "peer_id": status.peer_id,
+                "version": status.version,
+                "pid": status.pid,
+                "home": status.home,
+                "addresses": status.addresses,
+                "api": status.api,
+                "uptime_seconds": status.uptime_seconds,
+                "peers": status.peers,
+                "dht_nodes": status.dht_nodes,
+                "dht_records": status.dht_records,
+                "models": status.models,
+                "model_bytes": status.model_bytes,
+            })
+        );
+        return Ok(());
+    }
+    let up = output::duration(std::time::Duration::from_secs(status.uptime_seconds));
+    println!("peer       {}", status.peer_id);
+    println!(
+        "version    {}, process {}, up {up}",
+        status.version, status.pid
+    );
+    println!("home       {}", status.home);
+    for (i, address) in status.addresses.iter().enumerate() {
+        println!(
+            "{}  {address}",
+            if i == 0 { "address  " } else { "         " }
+        );
+    }
+    for (i, name) in status.api.iter().enumerate() {
+        println!("{}  {name}", if i == 0 { "api      " } else { "         " });
+    }
+    println!("peers      {}", status.peers);
+    println!(
+        "dht        {}, {}",
+        output::count(status.dht_nodes.into(), "node"),
+        output::count(status.dht_records, "record")
+    );
+    println!(
+        "models     {}, {}",
+        status.models,
+        output::bytes(status.model_bytes)
+    );
+    Ok(())
+}
+
+async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
+    let peers = client
+        .node()
+        .peers(api::PeersRequest {})
+        .await?
+        .into_inner()
+        .peers;
+    if as_json {
+        let peers: Vec<_> = peers
+            .iter()
+            .map(|peer| {
+                json!({
+                    "peer_id": peer.peer_id,
+                    "address": peer.address,
+                    "path": peer.path,
+                    "transport": peer.transport,
+                    "rtt_micros": peer.rtt_micros,
+                    "agent": peer.agent,
+                    "connections": peer.connections,
+                })
+            })
+            .collect();
+        println!("{}", json!({ "peers": peers }));
+        return Ok(());
+    }
+    if peers.is_empty() {
+        println!("connected to nobody");
+        return Ok(());
+    }
+    let heading = ["PEER", "PATH", "OVER", "RTT", "ADDRESS"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for peer in peers {
+        let rtt = peer
+            .rtt_micros
+            .map_or_else(String::new, |rtt| format!("{:.1} ms", rtt as f64 / 1e3));
+        rows.push(vec![
+            peer.peer_id,
+            peer.path,
+            peer.transport,
+            rtt,
+            peer.address,
+        ]);
+    }
+    print!("{}", output::table(&rows));
+    Ok(())
+}

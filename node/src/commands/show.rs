@@ -1,0 +1,181 @@
+//! `weft ls`, `weft show`, `weft rm`.
+
+use serde_json::{Value, json};
+use weft_proto::api;
+
+use crate::{
+    cli::{Rm, Show},
+    client::Client,
+    exit::Failure,
+    output,
+};
+
+pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
+    let models = client
+        .models()
+        .list(api::ListRequest {})
+        .await?
+        .into_inner()
+        .models;
+    if as_json {
+        let models: Vec<_> = models.iter().map(model_json).collect();
+        println!("{}", json!({ "models": models }));
+        return Ok(());
+    }
+    if models.is_empty() {
+        println!("no models yet: weft add PATH, or weft get NAME");
+        return Ok(());
+    }
+    let heading = ["NAME", "ID", "SIZE", "FILES", "HERE", "FOLDER"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for model in models {
+        rows.push(vec![
+            if model.names.is_empty() {
+                "-".to_owned()
+            } else {
+                model.names.join(", ")
+            },
+            model.id.chars().take(10).collect(),
+            output::bytes(model.size),
+            model.files.to_string(),
+            here(&model),
+            model.path,
+        ]);
+    }
+    print!("{}", output::table(&rows));
+    Ok(())
+}
+
+pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Result<(), Failure> {
+    let request = api::ShowRequest {
+        model: options.model,
+    };
+    let shown = client.models().show(request).await?.into_inner();
+    let model = shown.model.unwrap_or_default();
+    if as_json {
+        let files: Vec<_> = shown.files.iter().map(file_json).collect();
+        println!(
+            "{}",
+            json!({ "model": model_json(&model), "files": files, "ticket": shown.ticket })
+        );
+        return Ok(());
+    }
+    println!("id      {}", model.id);
+    for name in &model.names {
+        println!("name    {name}");
+    }
+    println!("folder  {} ({})", model.path, model.origin);
+    println!("here    {} of {}", here(&model), output::bytes(model.size));
+    println!("ticket  {}", shown.ticket);
+    println!();
+    let heading = ["FILE", "SIZE", "TENSORS", "BLAKE3"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for file in &shown.files {
+        rows.push(vec![
+            file.path.clone(),
+            output::bytes(file.size),
+            file.tensors.len().to_string(),
+            file.blake3.chars().take(10).collect(),
+        ]);
+    }
+    print!("{}", output::table(&rows));
+    if options.tensors {
+        let heading = ["TENSOR", "DTYPE", "SHAPE", "BYTES"];
+        let mut rows = vec![heading.map(str::to_owned).to_vec()];
+        for tensor in shown.files.iter().flat_map(|file| &file.tensors) {
+            rows.push(vec![
+                printable(&tensor.name),
+                printable(&tensor.dtype),
+                format!("{:?}", tensor.shape),
+                format!("{}..{}", tensor.start, tensor.end),
+            ]);
+        }
+        println!();
+        print!("{}", output::table(&rows));
+    }
+    Ok(())
+}
+
+pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Result<(), Failure> {
+    let request = api::RemoveRequest {
+        model: options.model,
+        files: options.files,
+    };
+    let removed = client.models().remove(request).await?.into_inner();
+    let model = removed.model.unwrap_or_default();
+    if as_json {
+        println!(
+            "{}",
+            json!({ "model": model_json(&model), "files_deleted": removed.files_deleted })
+        );
+        return Ok(());
+    }
+    println!("forgot {}", model.id);
+    if removed.files_deleted > 0 {
+        println!(
+            "  deleted {} in {}",
+            output::count(removed.files_deleted.into(), "file"),
+            model.path
+        );
+    } else {
+        println!("  its files stay in {}", model.path);
+    }
+    Ok(())
+}
+
+pub(crate) fn model_json(model: &api::Model) -> Value {
+    json!({
+        "id": model.id,
+        "names": model.names,
+        "size": model.size,
+        "files": model.files,
+        "tensors": model.tensors,
+        "path": model.path,
+        "complete": model.complete,
+        "bytes_here": model.bytes_here,
+        "origin": model.origin,
+        "added_at": model.added_at,
+    })
+}
+
+fn file_json(file: &api::File) -> Value {
+    let tensors: Vec<_> = file
+        .tensors
+        .iter()
+        .map(|tensor| {
+            json!({
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "start": tensor.start,
+                "end": tensor.end,
+            })
+        })
+        .collect();
+    json!({
+        "path": file.path,
+        "size": file.size,
+        "blake3": file.blake3,
+        "sha256": file.sha256,
+        "tensors": tensors,
+    })
+}
+
+fn here(model: &api::Model) -> String {
+    if model.complete {
+        return "all".to_owned();
+    }
+    // Rounded down: only "all" is all.
+    let percent = match model.size {
+        0 => 0,
+        size => (u128::from(model.bytes_here) * 100 / u128::from(size)).min(99),
+    };
+    format!("{percent} %")
+}
+
+/// A stranger's text, on its way to a terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}

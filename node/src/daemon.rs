@@ -1,0 +1,60 @@
+//! `weft up`.
+
+use serde_json::json;
+use weft::Node;
+
+use crate::{api::Endpoint, cli::Up, exit::Failure, stop::Stop};
+
+/// Runs a node and its API until a signal.
+pub(crate) async fn up(
+    home: std::path::PathBuf,
+    options: Up,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let mut stop = Stop::new()?;
+    let mut builder = Node::builder()
+        .home(&home)
+        .bootstrap(options.bootstrap)
+        .external(options.external)
+        .mdns(!options.no_mdns);
+    if !options.listen.is_empty() {
+        builder = builder.listen(options.listen);
+    }
+    let node = builder.spawn().await?;
+    let endpoint = Endpoint::serve(node.clone(), options.api).await?;
+    let addresses = node.addresses().await;
+    if as_json {
+        println!(
+            "{}",
+            json!({
+                "peer_id": node.peer_id().to_string(),
+                "addresses": addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "api": endpoint.names(),
+                "token": endpoint.files().token.display().to_string(),
+                "home": node.home().display().to_string(),
+                "pid": std::process::id(),
+            })
+        );
+    } else {
+        println!("weft {} is up", env!("CARGO_PKG_VERSION"));
+        println!("  peer     {}", node.peer_id());
+        println!("  home     {}", node.home().display());
+        for (i, address) in addresses.iter().enumerate() {
+            println!(
+                "  {}  {address}",
+                if i == 0 { "address" } else { "       " }
+            );
+        }
+        for (i, name) in endpoint.names().iter().enumerate() {
+            println!("  {}  {name}", if i == 0 { "api    " } else { "       " });
+        }
+        println!("Ctrl-C stops it.");
+    }
+    stop.wait().await;
+    if !as_json {
+        eprintln!("stopping");
+    }
+    endpoint.stop().await;
+    node.shutdown().await;
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! How the program ends.
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | something else failed |
+//! | 2 | the command line makes no sense |
+//! | 3 | no such name, or no such model here |
+//! | 4 | no provider can be reached |
+//! | 5 | several publishers claim the name |
+//! | 6 | no node is running on this home |
+//! | 7 | the target exists with other content |
+//! | 8 | the disk is full |
+//! | 130 | interrupted |
+
+use serde_json::json;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// The command line makes no sense.
+pub const USAGE: u8 = 2;
+/// No such name, or no such model here.
+pub const NOT_FOUND: u8 = 3;
+/// No provider can be reached.
+pub const NO_PROVIDER: u8 = 4;
+/// Several publishers claim the name.
+pub const SEVERAL_PUBLISHERS: u8 = 5;
+/// No node is running on this home.
+pub const NOT_RUNNING: u8 = 6;
+/// The target exists with other content.
+pub const TARGET_EXISTS: u8 = 7;
+/// The disk is full.
+pub const DISK_FULL: u8 = 8;
+/// Interrupted by Ctrl-C or SIGTERM.
+pub const INTERRUPTED: u8 = 130;
+
+/// What the program says when it fails, and the code it ends with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) code: u8,
+    /// One of the reasons in `api.proto`, or `INTERRUPTED`, `NOT_RUNNING`, `USAGE`, `OTHER`.
+    pub(crate) reason: String,
+    pub(crate) message: String,
+    /// What to do next.
+    pub(crate) hint: Option<String>,
+}
+
+impl Failure {
+    pub(crate) fn new(code: u8, reason: &str, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            reason: reason.to_owned(),
+            message: message.into(),
+            hint: None,
+        }
+    }
+
+    pub(crate) fn other(message: impl Into<String>) -> Self {
+        Self::new(1, "OTHER", message)
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(USAGE, "USAGE", message)
+    }
+
+    pub(crate) fn interrupted(message: impl Into<String>) -> Self {
+        Self::new(INTERRUPTED, "INTERRUPTED", message)
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Says it: for people on standard error, with `--json` as an object on standard output.
+    pub(crate) fn print(&self, json: bool) {
+        if json {
+            println!(
+                "{}",
+                json!({ "error": {
+                    "reason": self.reason,
+                    "message": self.message,
+                    "hint": self.hint,
+                    "code": self.code,
+                }})
+            );
+            return;
+        }
+        eprintln!("weft: {}", self.message);
+        if let Some(hint) = &self.hint {
+            eprintln!("  {}", hint.replace('\n', "\n  "));
+        }
+    }
+}
+
+impl From<weft::Error> for Failure {
+    fn from(error: weft::Error) -> Self {
+        crate::api::status(&error).into()
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        let details = status.get_details_error_info();
+        let reason = details
+            .as_ref()
+            .map_or("OTHER", |details| details.reason.as_str());
+        let (code, hint) = match reason {
+            "NO_SUCH_NAME" => (
+                NOT_FOUND,
+                "Check the spelling, that `weft status` shows peers, and that the publisher's node is up:\n\
+                 names are announced by `weft add PATH --name ORG/NAME`.",
+            ),
+            "NO_SUCH_MODEL" => (NOT_FOUND, "`weft ls` shows what is here."),
+            "NO_PROVIDER" => (
+                NO_PROVIDER,
+                "What is verified is kept. Start a node that has the model, check `weft peers`, and run the same command again.",
+            ),
+            "SEVERAL_PUBLISHERS" => (
+                SEVERAL_PUBLISHERS,
+                "Run it again with --publisher and the PeerId you trust, or get the model by its id.",
+            ),
+            "TARGET_EXISTS" => (
+                TARGET_EXISTS,
+                "Nothing was written. Move it away, or choose another folder with --to.",
+            ),
+            "DISK_FULL" => (
+                DISK_FULL,
+                "What is verified is kept. Make room, or choose another folder with --to, and run the same command again.",
+            ),
+            "BUSY" => (1, "Wait for it to end, or choose another folder with --to."),
+            "NETWORK" => (
+                1,
+                "Choose other addresses with --listen, or end what uses them.",
+            ),
+            _ if status.code() == Code::Unauthenticated => (
+                1,
+                "The token in the home's api/token is not the running node's. Is --home right?",
+            ),
+            _ if status.code() == Code::Unavailable => {
+                (NOT_RUNNING, "The node has stopped. Start it with: weft up")
+            }
+            _ => (1, ""),
+        };
+        Self {
+            code,
+            reason: reason.to_owned(),
+            message: status.message().to_owned(),
+            hint: (!hint.is_empty()).then(|| hint.to_owned()),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! How a node is started.
+
+use std::path::PathBuf;
+
+use weft_blobs::Store;
+use weft_dht::Dht;
+use weft_net::{Config, Limits, Multiaddr, Network};
+
+use crate::{Error, Node, default_home, home::Home, node::blocking};
+
+/// What a node is to be; see [`Node::builder`].
+#[derive(Debug, Clone, Default)]
+pub struct Builder {
+    home: Option<PathBuf>,
+    listen: Option<Vec<Multiaddr>>,
+    external: Vec<Multiaddr>,
+    bootstrap: Vec<Multiaddr>,
+    no_mdns: bool,
+    limits: Limits,
+}
+
+impl Builder {
+    /// The folder that holds the node's identity and store; one node at a time. Default: [`default_home`].
+    pub fn home(mut self, path: impl Into<PathBuf>) -> Self {
+        self.home = Some(path.into());
+        self
+    }
+
+    /// Where to listen, as in `/ip4/0.0.0.0/tcp/9338` or `/ip6/::/udp/9338/quic-v1`. An address that is taken is an error then. Default:
+    /// TCP and QUIC on all interfaces, port 9338, or a free one if that is taken.
+    pub fn listen(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
+        self.listen.get_or_insert_default().extend(addresses);
+        self
+    }
+
+    /// Addresses that lead here from outside, such as a forwarded port's.
+    pub fn external(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
+        self.external.extend(addresses);
+        self
+    }
+
+    /// Nodes to join the mesh through; each ends in `/p2p/<PeerId>`. Unreachable ones are tried again, up to every minute.
+    pub fn bootstrap(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
+        self.bootstrap.extend(addresses);
+        self
+    }
+
+    /// Whether to find nodes on the local network by multicast DNS. Default: yes.
+    pub fn mdns(mut self, on: bool) -> Self {
+        self.no_mdns = !on;
+        self
+    }
+
+    /// What strangers can make the node hold.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Starts the node; it listens when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Home`] if another process runs a node there, [`Error::Network`] if an address cannot be used, [`Error::Store`] if the
+    /// store cannot be opened.
+    pub async fn spawn(self) -> Result<Node, Error> {
+        let path = match self.home {
+            Some(path) => path,
+            None => default_home()?,
+        };
+        let (home, store) = blocking(move || {
+            let home = Home::open(&path)?;
+            let store = Store::open(&home.store())?;
+            Ok((home, store))
+        })
+        .await?;
+        let (dht, behaviour) = Dht::new(home.key());
+        let mut config = Config::new(home.key().clone());
+        config.listen = self.listen;
+        config.external = self.external;
+        config.bootstrap = self.bootstrap;
+        config.mdns = !self.no_mdns;
+        config.limits = self.limits;
+        // Only a node that has somebody to wait for waits.
+        let expects_peers = config.mdns || !config.bootstrap.is_empty();
+        let network = Network::spawn(config, behaviour).await?;
+        Node::start(home, store, network, dht, expects_peers)
+    }
+}

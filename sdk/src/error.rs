@@ -1,0 +1,166 @@
+//! Why something did not work.
+
+use std::{fmt, path::PathBuf};
+
+use weft_blobs::{PlanError, StoreError, index::IndexError, manifest::ManifestError};
+use weft_dht::DhtError;
+use weft_net::{PeerId, SpawnError, multiaddr};
+
+use crate::{Hash, HomeError, ModelName, ParseNameError, ParseTargetError};
+
+/// Why an operation of the node failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The home folder cannot be used.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// The network did not start.
+    #[error(transparent)]
+    Network(#[from] SpawnError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(StoreError),
+    /// A folder cannot be indexed.
+    #[error(transparent)]
+    Index(IndexError),
+    /// The DHT refused something.
+    #[error(transparent)]
+    Dht(#[from] DhtError),
+    /// A name is malformed.
+    #[error(transparent)]
+    Name(#[from] ParseNameError),
+    /// A target is neither name, id nor ticket.
+    #[error(transparent)]
+    Target(#[from] ParseTargetError),
+    /// An address is malformed.
+    #[error("not an address: {0}")]
+    Address(#[from] multiaddr::Error),
+    /// Nobody publishes the name.
+    #[error("nobody publishes the name {name}{}", with_publisher(.publisher))]
+    NoSuchName {
+        /// The name.
+        name: ModelName,
+        /// The only publisher that would have been accepted, if one was given.
+        publisher: Option<PeerId>,
+    },
+    /// Several peers publish the name, and none of them is trusted.
+    #[error("{name} is published by {} peers, and as different models; say whose you want", .publishers.len())]
+    SeveralPublishers {
+        /// The name.
+        name: ModelName,
+        /// Who publishes what.
+        publishers: Vec<(PeerId, Hash)>,
+    },
+    /// No provider was found, or none could be reached.
+    #[error("no provider of {model} can be reached{}", list(.failures))]
+    NoProvider {
+        /// The model.
+        model: Hash,
+        /// What each provider that was tried did last.
+        failures: Vec<Failure>,
+    },
+    /// This node holds no such model.
+    #[error("this node holds no model {0}")]
+    NoSuchModel(String),
+    /// Files stand where the model is to go, with other content.
+    #[error("{} exists with other content{}", .path.display(), more(.count))]
+    TargetExists {
+        /// The first such file.
+        path: PathBuf,
+        /// How many there are.
+        count: usize,
+    },
+    /// No room for the content.
+    #[error("the disk that holds {} is full{}", .path.display(), need(.needed, .free))]
+    DiskFull {
+        /// Where the content was to go.
+        path: PathBuf,
+        /// Bytes needed, when known.
+        needed: Option<u64>,
+        /// Bytes free, when known.
+        free: Option<u64>,
+    },
+    /// The same folder is being filled by another `get`.
+    #[error("another get is writing to {}", .0.display())]
+    Busy(PathBuf),
+    /// What a provider sent as a manifest is none that this node accepts.
+    #[error("the model {model} is refused: {reason}")]
+    InvalidContent {
+        /// The model.
+        model: Hash,
+        /// Which rule it breaks.
+        reason: ManifestError,
+    },
+    /// The node has stopped.
+    #[error("the node has stopped")]
+    Stopped,
+}
+
+/// What went wrong with one provider.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// The provider.
+    pub peer: PeerId,
+    /// What happened, in words.
+    pub reason: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.peer, self.reason)
+    }
+}
+
+fn list(failures: &[Failure]) -> String {
+    failures
+        .iter()
+        .map(|failure| format!("\n  {failure}"))
+        .collect()
+}
+
+fn more(count: &usize) -> String {
+    match count {
+        0 | 1 => String::new(),
+        n => format!(" (and {} more)", n - 1),
+    }
+}
+
+fn need(needed: &Option<u64>, free: &Option<u64>) -> String {
+    match (needed, free) {
+        (Some(needed), Some(free)) => format!(": {needed} bytes are needed and {free} are free"),
+        _ => String::new(),
+    }
+}
+
+fn with_publisher(publisher: &Option<PeerId>) -> String {
+    publisher.map_or_else(String::new, |peer| format!(" as {peer}"))
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::DiskFull { path, needed, free } => Self::DiskFull { path, needed, free },
+            StoreError::NoSuchModel(id) => Self::NoSuchModel(id.to_string()),
+            StoreError::Busy(path) => Self::Busy(path),
+            error => Self::Store(error),
+        }
+    }
+}
+
+impl From<IndexError> for Error {
+    fn from(error: IndexError) -> Self {
+        Self::Index(error)
+    }
+}
+
+impl From<PlanError> for Error {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::TargetExists { first, count } => Self::TargetExists { path: first, count },
+            PlanError::Store(error) => error.into(),
+            PlanError::Check(error) => error.into(),
+            error => unreachable!("a new reason of this workspace: {error}"),
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! Fetching a model.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use prost::Message;
+use tokio::time::timeout;
+use weft_blobs::{
+    Download, Manifest, TransferError,
+    download::{self, fetch_manifest},
+    store,
+};
+use weft_net::{Path, PathKind, PeerId, Transport};
+use weft_proto::wire;
+
+use crate::{
+    Error, Hash, ModelInfo, ModelName, Node, Operation, Target,
+    models::{by_name, describe},
+    node::blocking,
+    providers::Providers,
+};
+
+/// How long a node that has just started waits to meet the mesh before it says that a name is unknown.
+const MEET: Duration = Duration::from_secs(5);
+
+/// A model to be fetched; see [`Models::get`](crate::Models::get).
+#[derive(Debug, Clone)]
+#[must_use = "nothing happens before start()"]
+pub struct Get {
+    node: Node,
+    target: Target,
+    to: Option<PathBuf>,
+    publisher: Option<PeerId>,
+}
+
+/// What fetching is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GetPhase {
+    /// Finding out which model the name means.
+    Resolving,
+    /// Finding and reaching a provider.
+    Connecting,
+    /// Looking at what is here already.
+    Checking,
+    /// Receiving.
+    Fetching,
+    /// No provider answers; trying again.
+    Waiting,
+}
+
+/// How far fetching is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GetProgress {
+    /// What it is at.
+    pub phase: GetPhase,
+    /// Bytes in all files; zero until the manifest is here.
+    pub bytes_total: u64,
+    /// Bytes verified and in place.
+    pub bytes_done: u64,
+    /// Content bytes received in this run.
+    pub bytes_moved: u64,
+    /// Who sends, and over which path.
+    pub provider: Option<(PeerId, PathKind)>,
+    /// What is waited for, in words.
+    pub waiting_for: Option<String>,
+}
+
+/// What fetching came to.
+#[derive(Debug, Clone)]
+pub struct Got {
+    /// The model.
+    pub model: ModelInfo,
+    /// Where it is.
+    pub directory: PathBuf,
+    /// Content bytes received in this run; zero when everything was here.
+    pub bytes_moved: u64,
+    /// Bytes that were here already.
+    pub bytes_reused: u64,
+    /// From the start to the last file in place.
+    pub elapsed: Duration,
+    /// From the start to the first provider's answer; zero when none was needed.
+    pub lookup: Duration,
+    /// Who publishes the name; `None` for an id, a ticket, or a name that only this node remembers.
+    pub publisher: Option<PeerId>,
+    /// Who sent content.
+    pub sources: Vec<Source>,
+}
+
+/// A provider that sent content.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Who.
+    pub peer: PeerId,
+    /// How near it is.
+    pub path: PathKind,
+    /// Over what.
+    pub transport: Transport,
+    /// Content bytes it sent.
+    pub bytes: u64,
+}
+
+/// The part of the progress that is not counted.
+#[derive(Debug)]
+struct State {
+    phase: GetPhase,
+    provider: Option<(PeerId, PathKind)>,
+    waiting_for: Option<String>,
+}
+
+impl Get {
+    pub(crate) fn new(node: Node, target: Target) -> Self {
+        Self {
+            node,
+            target,
+            to: None,
+            publisher: None,
+        }
+    }
+
+    /// The folder the files go to. Default: a folder of the model in the node's home.
+    pub fn to(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.to = Some(folder.into());
+        self
+    }
+
+    /// Takes only this peer's word for what the name means.
+    pub fn publisher(mut self, peer: PeerId) -> Self {
+        self.publisher = Some(peer);
+        self
+    }
+
+    /// Begins. Dropping the operation keeps what is verified; another `get` of the same to the same folder goes on from there.
+    pub fn start(self) -> Operation<GetProgress, Got> {
+        let counts = Arc::new(download::Progress::default());
+        let state = Arc::new(Mutex::new(State {
+            phase: GetPhase::Resolving,
+            provider: None,
+            waiting_for: None,
+        }));
+        let sample = {
+            let (counts, state) = (Arc::clone(&counts), Arc::clone(&state));
+            move || {
+                let state = state.lock().expect("nothing panics while holding the lock");
+                GetProgress {
+                    phase: state.phase,
+                    bytes_total: counts.total.load(Ordering::Relaxed),
+                    bytes_done: counts.done.load(Ordering::Relaxed),
+                    bytes_moved: counts.moved.load(Ordering::Relaxed),
+                    provider: state.provider,
+                    waiting_for: state.waiting_for.clone(),
+                }
+            }
+        };
+        let work = Work {
+            node: self.node.clone(),
+            counts,
+            state,
+            started: Instant::now(),
+            lookup: None,
+            sources: BTreeMap::new(),
+        };
+        Operation::spawn(sample, work.run(self))
+    }
+}
+
+struct Work {
+    node: Node,
+    counts: Arc<download::Progress>,
+    state: Arc<Mutex<State>>,
+    started: Instant,
+    lookup: Option<Duration>,
+    sources: BTreeMap<PeerId, (Path, u64)>,
+}
+
+impl Work {
+    async fn run(mut self, request: Get) -> Result<Got, Error> {
+        let (name, id, publisher) = match &request.target {
+            Target::Name(name) => {
+                let (id, publisher) = resolve(&self.node, name, request.publisher).await?;
+                (Some(name.clone()), id, publisher)
+            }
+            Target::Id(id) => (None, *id, None),
+            Target::Ticket(ticket) => (None, ticket.model, None),
+        };
+        let folder = request
+            .to
+            .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id));
+        let folder = std::path::absolute(&folder).unwrap_or(folder);
+        let _lease = self.node.lease(&folder)?;
+        let given = match request.target {
+            Target::Ticket(ticket) => ticket.peers,
+            _ => Vec::new(),
+        };
+        let mut providers = Providers::new(self.node.clone(), id, given);
+
+        self.enter(GetPhase::Connecting);
+        let manifest = self.manifest(id, &mut providers).await?;
+
+        self.enter(GetPhase::Checking);
+        let mut download = self.plan(manifest.clone(), &folder).await?;
+        let directory = download.root().to_owned();
+        let reused = self.counts.done.load(Ordering::Relaxed);
+        {
+            let (store, root) = (self.node.store().clone(), directory.clone());
+            let name = name.map(|name| name.to_string());
+            blocking(move || Ok(store.expect_model(id, &root, name.as_deref())?)).await?;
+        }
+
+        while !download.is_complete() {
+            self.fetch_once(&mut download, &mut providers).await?;
+        }
+        drop(download);
+        let (model, info) = {
+            let store = self.node.store().clone();
+            blocking(move || {
+                let model = store.model(&id)?;
+                let (info, _) = describe(&store, &model)?;
+                Ok((model, info))
+            })
+            .await?
+        };
+        self.announce(model, &manifest);
+        Ok(Got {
+            model: info,
+            directory,
+            bytes_moved: self.counts.moved.load(Ordering::Relaxed),
+            bytes_reused: reused,
+            elapsed: self.started.elapsed(),
+            lookup: self.lookup.unwrap_or_default(),
+            publisher,
+            sources: self
+                .sources
+                .into_iter()
+                .map(|(peer, (path, bytes))| Source {
+                    peer,
+                    path: path.kind,
+                    transport: path.transport,
+                    bytes,
+                })
+                .collect(),
+        })
+    }
+
+    /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
+    fn announce(&self, model: store::Model, manifest: &Manifest) {
+        let announcer = self.node.announcer().clone();
+        let size = crate::announce::manifest_size(manifest);
+        tokio::spawn(async move {
+            if let Err(error) = announcer.announce(&model, size).await {
+                tracing::debug!(%error, "a fetched model is not announced yet");
+            }
+        });
+    }
+
+    /// From the store, or from a provider.
+    async fn manifest(&mut self, id: Hash, providers: &mut Providers) -> Result<Manifest, Error> {
+        let store = self.node.store().clone();
+        if let Some(manifest) = blocking(move || Ok(store.manifest(&id)?)).await? {
+            return Ok(manifest);
+        }
+        loop {
+            let stream = providers.next(0).await?;
+            self.lookup.get_or_insert_with(|| self.started.elapsed());
+            let peer = stream.peer();
+            match fetch_manifest(stream, id).await {
+                Ok(bytes) => {
+                    // It is what the id names, so no other provider has a better one.
+                    let manifest = Manifest::decode(&bytes)
+                        .map_err(|reason| Error::InvalidContent { model: id, reason })?;
+                    let store = self.node.store().clone();
+                    blocking(move || Ok(store.add_manifest(&bytes)?)).await?;
+                    return Ok(manifest);
+                }
+                Err(TransferError::Store(error)) => return Err(error.into()),
+                Err(error) => providers.failed(peer, &error),
+            }
+        }
+    }
+
+    async fn plan(&self, manifest: Manifest, folder: &std::path::Path) -> Result<Download, Error> {
+        let store = self.node.store().clone();
+        let folder = folder.to_owned();
+        let counts = Arc::clone(&self.counts);
+        let _stop = StopOnDrop(Arc::clone(&counts));
+        blocking(move || Ok(Download::plan(&store, &manifest, &folder, counts)?)).await
+    }
+
+    /// Fetches from the next provider, as far as that one goes.
+    async fn fetch_once(
+        &mut self,
+        download: &mut Download,
+        providers: &mut Providers,
+    ) -> Result<(), Error> {
+        let before = self.counts.moved.load(Ordering::Relaxed);
+        let stream = providers.next(before).await?;
+        self.lookup.get_or_insert_with(|| self.started.elapsed());
+        let (peer, path) = (stream.peer(), stream.path().clone());
+        {
+            let mut state = self.state();
+            state.phase = GetPhase::Fetching;
+            state.provider = Some((peer, path.kind));
+            state.waiting_for = None;
+        }
+        let result = download.fetch(stream).await;
+        let bytes = self.counts.moved.load(Ordering::Relaxed) - before;
+        if bytes > 0 {
+            self.sources.entry(peer).or_insert((path, 0)).1 += bytes;
+        }
+        match result {
+            Ok(()) => Ok(()),
+            Err(TransferError::Store(error)) => Err(error.into()),
+            Err(error) => {
+                providers.failed(peer, &error);
+                let mut state = self.state();
+                state.phase = GetPhase::Waiting;
+                state.provider = None;
+                state.waiting_for = Some(providers.waiting_for());
+                Ok(())
+            }
+        }
+    }
+
+    fn enter(&self, phase: GetPhase) {
+        self.state().phase = phase;
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// Stops the hashing of what is there when the `get` that waits for it is dropped.
+struct StopOnDrop(Arc<download::Progress>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.check.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+fn default_folder(node: &Node, name: Option<&ModelName>, id: &Hash) -> PathBuf {
+    let models = node.models_folder();
+    match name {
+        Some(name) => models
+            .join(name.org())
+            .join(format!("{}@{}", name.name(), name.revision())),
+        None => models.join(id.to_string()),
+    }
+}
+
+/// Which model a name means, and who says so.
+async fn resolve(
+    node: &Node,
+    name: &ModelName,
+    publisher: Option<PeerId>,
+) -> Result<(Hash, Option<PeerId>), Error> {
+    let local = {
+        let (store, name) = (node.store().clone(), name.clone());
+        blocking(move || Ok(by_name(store.models()?, &name))).await?
+    };
+    let own = node.peer_id();
+    if let Some(model) = &local
+        && publisher.is_none_or(|publisher| publisher == own)
+        && model
+            .names
+            .iter()
+            .any(|known| known.published && known.name == name.to_string())
+    {
+        return Ok((model.id, Some(own)));
+    }
+    if node.expects_peers() {
+        // Not meeting anybody is not an error yet: the look-up below says what came of it.
+        let mut nodes = node.dht().nodes();
+        let _ = timeout(MEET, nodes.wait_for(|nodes| *nodes > 0)).await;
+    }
+    let records = node.dht().get(&name.record_key()).await?;
+    let claims: Vec<(PeerId, Hash)> = records
+        .iter()
+        .filter(|record| record.subkey().is_empty())
+        .filter(|record| publisher.is_none_or(|publisher| publisher == record.publisher()))
+        .filter_map(|record| {
+            let claim = wire::NameClaim::decode(record.value()?).ok()?;
+            Some((record.publisher(), Hash::from_slice(&claim.manifest)?))
+        })
+        .collect();
+    match claims.as_slice() {
+        [(publisher, id)] => Ok((*id, Some(*publisher))),
+        // Several who agree are as good as one.
+        [(publisher, id), rest @ ..] if rest.iter().all(|(_, other)| other == id) => {
+            Ok((*id, Some(*publisher)))
+        }
+        [] => match local {
+            Some(model) if publisher.is_none() => Ok((model.id, None)),
+            _ => Err(Error::NoSuchName {
+                name: name.clone(),
+                publisher,
+            }),
+        },
+        _ => Err(Error::SeveralPublishers {
+            name: name.clone(),
+            publishers: claims,
+        }),
+    }
+}

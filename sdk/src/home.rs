@@ -1,0 +1,211 @@
+//! The node's home folder: its identity, and that one process at a time uses it.
+
+use std::{
+    env, fs, io,
+    io::Write,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use weft_blobs::lock::{Lock, LockError};
+use weft_net::identity::Keypair;
+
+/// Why a home folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HomeError {
+    /// Another node uses it.
+    #[error("a node is running on this home already: {0}")]
+    InUse(#[source] LockError),
+    /// A file or folder in it cannot be made, read or written.
+    #[error("{action} {}: {source}", .path.display())]
+    Io {
+        /// What was tried, as in "cannot read".
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// The key file is not a key.
+    #[error("{} holds no Ed25519 key; restore it from a backup, or remove it and become a new node", .0.display())]
+    BadKey(PathBuf),
+    /// Others can read the key file.
+    #[error("others can read {} (mode {mode:o}); whoever has it can pass for this node. Run: chmod 600 '{}'", .path.display(), .path.display())]
+    OpenKey {
+        /// The key file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// There is no place for a home by default.
+    #[error("neither WEFT_HOME nor HOME is set: say where the node is to live")]
+    Unknown,
+}
+
+/// Where a node lives when it is not told: `$WEFT_HOME`, else the platform's folder for application data.
+///
+/// # Errors
+/// [`HomeError::Unknown`] if the environment names neither.
+pub fn default_home() -> Result<PathBuf, HomeError> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(home) = set("WEFT_HOME") {
+        return Ok(home.into());
+    }
+    if let Some(data) = set("XDG_DATA_HOME") {
+        return Ok(PathBuf::from(data).join("weft"));
+    }
+    let home = env::home_dir().ok_or(HomeError::Unknown)?;
+    Ok(if cfg!(target_os = "macos") {
+        home.join("Library/Application Support/weft")
+    } else {
+        home.join(".local/share/weft")
+    })
+}
+
+/// A home that this process holds.
+#[derive(Debug)]
+pub(crate) struct Home {
+    path: PathBuf,
+    key: Keypair,
+    _lock: Lock,
+}
+
+impl Home {
+    /// Opens the home at `path`; makes it, and an identity, if there is none.
+    pub(crate) fn open(path: &Path) -> Result<Self, HomeError> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(io_error("cannot make", path))?;
+        let path = path.canonicalize().map_err(io_error("cannot read", path))?;
+        let lock = Lock::take(&path).map_err(|error| match error {
+            LockError::Io { path, source } => HomeError::Io {
+                action: "cannot lock",
+                path,
+                source,
+            },
+            held => HomeError::InUse(held),
+        })?;
+        let key = load_or_make_key(&path.join("key"))?;
+        Ok(Self {
+            path,
+            key,
+            _lock: lock,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn key(&self) -> &Keypair {
+        &self.key
+    }
+
+    pub(crate) fn store(&self) -> PathBuf {
+        self.path.join("store")
+    }
+
+    /// Where models go that are fetched to no particular folder.
+    pub(crate) fn models(&self) -> PathBuf {
+        self.path.join("models")
+    }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HomeError + use<> {
+    let path = path.to_owned();
+    move |source| HomeError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+fn load_or_make_key(path: &Path) -> Result<Keypair, HomeError> {
+    match fs::read(path) {
+        Ok(bytes) => {
+            let metadata = fs::metadata(path).map_err(io_error("cannot read", path))?;
+            let mode = metadata.permissions().mode() & 0o777;
+            if mode & 0o077 != 0 {
+                return Err(HomeError::OpenKey {
+                    path: path.to_owned(),
+                    mode,
+                });
+            }
+            Keypair::from_protobuf_encoding(&bytes).map_err(|_| HomeError::BadKey(path.to_owned()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let key = Keypair::generate_ed25519();
+            let bytes = key
+                .to_protobuf_encoding()
+                .map_err(|_| HomeError::BadKey(path.to_owned()))?;
+            write_key(path, &bytes).map_err(io_error("cannot write", path))?;
+            Ok(key)
+        }
+        Err(error) => Err(io_error("cannot read", path)(error)),
+    }
+}
+
+/// Never readable by others, and never half written.
+fn write_key(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    match path.parent() {
+        Some(folder) => fs::File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_identity_is_made_once_and_kept_private() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("home");
+        let first = Home::open(&path).unwrap();
+        let id = first.key().public().to_peer_id();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path.join("key")), 0o600);
+        assert_eq!(mode(&path), 0o700);
+        match Home::open(&path) {
+            Err(HomeError::InUse(error)) => {
+                let pid = std::process::id().to_string();
+                assert!(error.to_string().contains(&pid), "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
+        drop(first);
+        assert_eq!(Home::open(&path).unwrap().key().public().to_peer_id(), id);
+    }
+
+    #[test]
+    fn a_bad_or_open_key_is_refused_and_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = folder.path().join("key");
+        drop(Home::open(folder.path()).unwrap());
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(
+            Home::open(folder.path()),
+            Err(HomeError::OpenKey { mode: 0o644, .. })
+        ));
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(&key, b"garbage").unwrap();
+        assert!(matches!(
+            Home::open(folder.path()),
+            Err(HomeError::BadKey(_))
+        ));
+        assert_eq!(fs::read(&key).unwrap(), b"garbage");
+    }
+}

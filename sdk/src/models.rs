@@ -1,0 +1,323 @@
+//! Publishing and listing models.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use weft_blobs::{
+    Manifest, Store,
+    index::{self, index},
+    store,
+};
+
+use crate::{
+    Error, Get, Hash, ModelName, Node, Operation, Target, Ticket,
+    announce::{MAX_ADDRESSES, manifest_size},
+    node::blocking,
+};
+
+/// The least digits that stand for a whole id.
+const MIN_ID_PREFIX: usize = 6;
+
+/// The models of a node; see [`Node::models`].
+#[derive(Debug, Clone)]
+pub struct Models {
+    node: Node,
+}
+
+/// A model that this node holds, whole or in part.
+#[derive(Debug, Clone)]
+pub struct ModelInfo {
+    /// The manifest's hash.
+    pub id: Hash,
+    /// Names it is known by here.
+    pub names: Vec<String>,
+    /// The sum of its files' sizes in bytes.
+    pub size: u64,
+    /// The number of its files.
+    pub files: usize,
+    /// The number of tensors in its safetensors files.
+    pub tensors: usize,
+    /// The folder on this machine.
+    pub path: PathBuf,
+    /// Every byte is here, in files that are unchanged since they were checked.
+    pub complete: bool,
+    /// Verified bytes here.
+    pub bytes_here: u64,
+    /// Fetched from the mesh, rather than indexed in place.
+    pub fetched: bool,
+    /// When it came, seconds since the Unix epoch.
+    pub added_at: i64,
+}
+
+/// What adding came to.
+#[derive(Debug, Clone)]
+pub struct Added {
+    /// The model.
+    pub model: ModelInfo,
+    /// Names it and this node; works with no DHT.
+    pub ticket: Ticket,
+    /// Nodes that took the announcement. Zero while this node knows nobody: it announces again when it meets others.
+    pub announced_to: usize,
+    /// What was left out of the folder, each with the reason.
+    pub skipped: Vec<String>,
+}
+
+/// What removing came to.
+#[derive(Debug, Clone)]
+pub struct Removed {
+    /// The model as it was.
+    pub model: ModelInfo,
+    /// Files deleted from its folder.
+    pub files_deleted: u32,
+}
+
+/// What adding is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddPhase {
+    /// Looking for files.
+    Walking,
+    /// Reading and hashing them.
+    Hashing,
+    /// Telling the mesh.
+    Publishing,
+}
+
+/// How far adding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AddProgress {
+    /// What it is at.
+    pub phase: AddPhase,
+    /// Files found.
+    pub files_total: u64,
+    /// Files hashed.
+    pub files_done: u64,
+    /// Bytes in the files found.
+    pub bytes_total: u64,
+    /// Bytes hashed.
+    pub bytes_done: u64,
+}
+
+/// A folder or file to be added; see [`Models::add`].
+#[derive(Debug, Clone)]
+#[must_use = "nothing happens before start()"]
+pub struct Add {
+    node: Node,
+    path: PathBuf,
+    name: Option<ModelName>,
+}
+
+impl Models {
+    pub(crate) fn new(node: Node) -> Self {
+        Self { node }
+    }
+
+    /// Indexes a folder or file where it is, announces it, and publishes its name if it gets one. The files must stay as they are; a
+    /// changed one is no longer served until it is added again.
+    pub fn add(&self, path: impl Into<PathBuf>) -> Add {
+        Add {
+            node: self.node.clone(),
+            path: path.into(),
+            name: None,
+        }
+    }
+
+    /// Fetches a model.
+    pub fn get(&self, target: Target) -> Get {
+        Get::new(self.node.clone(), target)
+    }
+
+    /// The models this node holds, oldest first.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn list(&self) -> Result<Vec<ModelInfo>, Error> {
+        let store = self.node.store().clone();
+        blocking(move || {
+            let models = store.models()?;
+            models
+                .iter()
+                .map(|model| Ok(describe(&store, model)?.0))
+                .collect()
+        })
+        .await
+    }
+
+    /// One model with its manifest, and a ticket for it. `model` is a name, an id, or the first digits of one; the manifest is `None` while
+    /// it is still to be fetched.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchModel`] if this node does not hold it.
+    pub async fn show(&self, model: &str) -> Result<(ModelInfo, Option<Manifest>, Ticket), Error> {
+        let store = self.node.store().clone();
+        let wanted = model.to_owned();
+        let (info, manifest) = blocking(move || {
+            let model = find(&store, &wanted)?;
+            describe(&store, &model)
+        })
+        .await?;
+        let ticket = self.ticket(info.id).await;
+        Ok((info, manifest, ticket))
+    }
+
+    /// Forgets a model and takes back what this node announced of it. `files`: also deletes the files that [`get`](Self::get) wrote
+    /// and that are unchanged since; those that were added in place are never deleted.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchModel`] if this node does not hold it.
+    pub async fn remove(&self, model: &str, files: bool) -> Result<Removed, Error> {
+        let store = self.node.store().clone();
+        let wanted = model.to_owned();
+        let (info, removed) = blocking(move || {
+            let model = find(&store, &wanted)?;
+            let (info, _) = describe(&store, &model)?;
+            Ok((info, store.remove(&model.id, files)?))
+        })
+        .await?;
+        self.node.announcer().withdraw(&removed.model).await?;
+        Ok(Removed {
+            model: info,
+            files_deleted: removed.files_deleted,
+        })
+    }
+
+    async fn ticket(&self, model: Hash) -> Ticket {
+        let addresses = self.node.network().addresses().await;
+        Ticket {
+            model,
+            peers: vec![(
+                self.node.peer_id(),
+                addresses.into_iter().take(MAX_ADDRESSES).collect(),
+            )],
+        }
+    }
+}
+
+impl Add {
+    /// Publishes it by this name.
+    pub fn name(mut self, name: ModelName) -> Self {
+        self.name = Some(name);
+        self
+    }
+
+    /// Begins.
+    pub fn start(self) -> Operation<AddProgress, Added> {
+        let progress = Arc::new(index::Progress::default());
+        let publishing = Arc::new(AtomicBool::new(false));
+        let sample = {
+            let (progress, publishing) = (Arc::clone(&progress), Arc::clone(&publishing));
+            move || {
+                let files_total = progress.files_total.load(Ordering::Relaxed);
+                AddProgress {
+                    phase: match files_total {
+                        _ if publishing.load(Ordering::Relaxed) => AddPhase::Publishing,
+                        0 => AddPhase::Walking,
+                        _ => AddPhase::Hashing,
+                    },
+                    files_total,
+                    files_done: progress.files_done.load(Ordering::Relaxed),
+                    bytes_total: progress.bytes_total.load(Ordering::Relaxed),
+                    bytes_done: progress.bytes_done.load(Ordering::Relaxed),
+                }
+            }
+        };
+        Operation::spawn(sample, self.run(progress, publishing))
+    }
+
+    async fn run(
+        self,
+        progress: Arc<index::Progress>,
+        publishing: Arc<AtomicBool>,
+    ) -> Result<Added, Error> {
+        let _stop = StopOnDrop(Arc::clone(&progress));
+        let store = self.node.store().clone();
+        let name = self.name.map(|name| name.to_string());
+        let path = self.path;
+        let (model, info, manifest, skipped) = blocking(move || {
+            let indexed = index(&path, &progress)?;
+            let id = store.add(&indexed, name.as_deref())?;
+            let model = store.model(&id)?;
+            let (info, _) = describe(&store, &model)?;
+            Ok((model, info, indexed.manifest, indexed.skipped))
+        })
+        .await?;
+        publishing.store(true, Ordering::Relaxed);
+        let announced_to = self
+            .node
+            .announcer()
+            .announce(&model, manifest_size(&manifest))
+            .await?;
+        Ok(Added {
+            model: info,
+            ticket: self.node.models().ticket(model.id).await,
+            announced_to,
+            skipped,
+        })
+    }
+}
+
+/// Tells hashing threads to stop when the work that waits for them is dropped.
+struct StopOnDrop(Arc<index::Progress>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What is to be said of a model. Blocks.
+pub(crate) fn describe(
+    store: &Store,
+    model: &store::Model,
+) -> Result<(ModelInfo, Option<Manifest>), Error> {
+    let manifest = store.manifest(&model.id)?;
+    let presence = match &manifest {
+        Some(manifest) => Some(store.presence(model, manifest)?),
+        None => None,
+    };
+    let info = ModelInfo {
+        id: model.id,
+        names: model.names.iter().map(|name| name.name.clone()).collect(),
+        size: manifest.as_ref().map_or(0, Manifest::size),
+        files: manifest.as_ref().map_or(0, |m| m.files().len()),
+        tensors: manifest.as_ref().map_or(0, Manifest::tensors),
+        path: model.root.clone(),
+        complete: presence.is_some_and(|presence| presence.complete),
+        bytes_here: presence.map_or(0, |presence| presence.bytes),
+        fetched: model.fetched,
+        added_at: model.added_at,
+    };
+    Ok((info, manifest))
+}
+
+/// The model that `text` names: by name, id, or the first digits of an id. Blocks.
+fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
+    let none = || Error::NoSuchModel(text.chars().take(200).collect());
+    let models = store.models()?;
+    if let Ok(name) = text.parse::<ModelName>() {
+        return by_name(models, &name).ok_or_else(none);
+    }
+    let prefix = text.to_ascii_lowercase();
+    if prefix.len() < MIN_ID_PREFIX {
+        return Err(none());
+    }
+    let mut matching = models
+        .into_iter()
+        .filter(|model| model.id.to_string().starts_with(&prefix));
+    match (matching.next(), matching.next()) {
+        (Some(model), None) => Ok(model),
+        _ => Err(none()),
+    }
+}
+
+/// The model known here by `name`.
+pub(crate) fn by_name(models: Vec<store::Model>, name: &ModelName) -> Option<store::Model> {
+    let name = name.to_string();
+    models
+        .into_iter()
+        .find(|model| model.names.iter().any(|known| known.name == name))
+}

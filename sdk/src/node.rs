@@ -1,0 +1,272 @@
+//! The node: what the parts make together.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::Semaphore,
+    task::{JoinSet, spawn_blocking},
+};
+use weft_blobs::{
+    Store,
+    serve::{self, serve},
+};
+use weft_dht::Dht;
+use weft_net::{Incoming, Multiaddr, Network, PeerId, PeerInfo, StreamProtocol};
+
+use crate::{Builder, Error, Models, announce::Announcer, home::Home};
+
+/// The transfer protocol's name on the network.
+pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
+
+/// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
+const MAX_SERVED: usize = 128;
+
+/// A running node. Cheap to clone; it stops when the last clone and the last [`Operation`](crate::Operation) are gone.
+#[derive(Debug, Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    network: Network,
+    dht: Dht,
+    store: Store,
+    announcer: Announcer,
+    started: Instant,
+    expects_peers: bool,
+    /// Folders that a `get` is filling.
+    targets: Mutex<HashSet<PathBuf>>,
+    /// What runs beside: ends when this is dropped.
+    tasks: Mutex<JoinSet<()>>,
+    /// Last, so that the home is free only when all else is gone.
+    home: Home,
+}
+
+/// What a node is doing.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// Its id.
+    pub peer_id: PeerId,
+    /// Its home folder.
+    pub home: PathBuf,
+    /// Addresses that others can dial, each ending in `/p2p/<PeerId>`.
+    pub addresses: Vec<Multiaddr>,
+    /// Since it started.
+    pub uptime: Duration,
+    /// Peers connected to.
+    pub peers: usize,
+    /// Nodes in the DHT's routing table.
+    pub dht_nodes: usize,
+    /// Statements kept for the DHT.
+    pub dht_records: usize,
+    /// Models held, whole or in part.
+    pub models: usize,
+    /// The sum of their sizes in bytes.
+    pub model_bytes: u64,
+}
+
+impl Node {
+    /// How a node is started.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    pub(crate) fn start(
+        home: Home,
+        store: Store,
+        network: Network,
+        dht: Dht,
+        expects_peers: bool,
+    ) -> Result<Self, Error> {
+        let announcer = Announcer::new(dht.clone(), network.clone(), store.clone());
+        let incoming = network
+            .accept(BLOBS)
+            .expect("a new network accepts nothing yet");
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_all(incoming, store.clone()));
+        tasks.spawn(announcer.clone().run());
+        Ok(Self {
+            inner: Arc::new(Inner {
+                network,
+                dht,
+                store,
+                announcer,
+                started: Instant::now(),
+                expects_peers,
+                targets: Mutex::default(),
+                tasks: Mutex::new(tasks),
+                home,
+            }),
+        })
+    }
+
+    /// The node's id.
+    pub fn peer_id(&self) -> PeerId {
+        self.inner.network.local_peer()
+    }
+
+    /// The node's home folder.
+    pub fn home(&self) -> &Path {
+        self.inner.home.path()
+    }
+
+    /// What it is doing.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if the store cannot be read, [`Error::Stopped`] after a shutdown.
+    pub async fn status(&self) -> Result<Status, Error> {
+        let models = self.models().list().await?;
+        let dht = self.inner.dht.status().await.map_err(|_| Error::Stopped)?;
+        Ok(Status {
+            peer_id: self.peer_id(),
+            home: self.home().to_owned(),
+            addresses: self.addresses().await,
+            uptime: self.inner.started.elapsed(),
+            peers: self.peers().await.len(),
+            dht_nodes: dht.nodes,
+            dht_records: dht.records,
+            models: models.len(),
+            model_bytes: models.iter().map(|model| model.size).sum(),
+        })
+    }
+
+    /// Addresses that others can dial, each ending in `/p2p/<PeerId>`.
+    pub async fn addresses(&self) -> Vec<Multiaddr> {
+        let peer = self.peer_id();
+        let addresses = self.inner.network.addresses().await;
+        addresses
+            .into_iter()
+            .filter_map(|address| address.with_p2p(peer).ok())
+            .collect()
+    }
+
+    /// Who it is connected to.
+    pub async fn peers(&self) -> Vec<PeerInfo> {
+        let mut peers = self.inner.network.peers().await;
+        peers.sort_by_key(|peer| (peer.path.kind, peer.peer));
+        peers
+    }
+
+    /// Publishing, fetching and listing models.
+    pub fn models(&self) -> Models {
+        Models::new(self.clone())
+    }
+
+    /// Closes connections in order and ends what runs beside. The home is free for another node when the last handle is gone.
+    pub async fn shutdown(&self) {
+        self.inner.network.stop().await;
+        let mut tasks = std::mem::take(
+            &mut *self
+                .inner
+                .tasks
+                .lock()
+                .expect("nothing panics while holding the lock"),
+        );
+        tasks.shutdown().await;
+    }
+
+    pub(crate) fn network(&self) -> &Network {
+        &self.inner.network
+    }
+
+    pub(crate) fn dht(&self) -> &Dht {
+        &self.inner.dht
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    pub(crate) fn announcer(&self) -> &Announcer {
+        &self.inner.announcer
+    }
+
+    /// Where models go that are fetched to no particular folder.
+    pub(crate) fn models_folder(&self) -> PathBuf {
+        self.inner.home.models()
+    }
+
+    /// Whether others can be expected to turn up: a node with neither bootstrap nodes nor mDNS need not wait for any.
+    pub(crate) fn expects_peers(&self) -> bool {
+        self.inner.expects_peers
+    }
+
+    /// Takes the right to fill `folder`.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if another `get` has it.
+    pub(crate) fn lease(&self, folder: &Path) -> Result<TargetLease, Error> {
+        let mut targets = self
+            .inner
+            .targets
+            .lock()
+            .expect("nothing panics while holding the lock");
+        if !targets.insert(folder.to_owned()) {
+            return Err(Error::Busy(folder.to_owned()));
+        }
+        Ok(TargetLease {
+            node: self.clone(),
+            folder: folder.to_owned(),
+        })
+    }
+}
+
+/// The right to fill a folder, given back when dropped.
+#[derive(Debug)]
+pub(crate) struct TargetLease {
+    node: Node,
+    folder: PathBuf,
+}
+
+impl Drop for TargetLease {
+    fn drop(&mut self) {
+        if let Ok(mut targets) = self.node.inner.targets.lock() {
+            targets.remove(&self.folder);
+        }
+    }
+}
+
+/// Answers every transfer stream that peers open.
+async fn serve_all(mut incoming: Incoming, store: Store) {
+    let places = Arc::new(Semaphore::new(MAX_SERVED));
+    let mut streams = JoinSet::new();
+    loop {
+        tokio::select! {
+            stream = incoming.next() => {
+                let Some(stream) = stream else { return };
+                let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                    // Dropped, and so reset: the peer asks another provider.
+                    tracing::debug!(peer = %stream.peer(), "refused: too many transfers are being served");
+                    continue;
+                };
+                let store = store.clone();
+                streams.spawn(async move {
+                    let peer = stream.peer();
+                    match serve(store, stream).await {
+                        Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
+                        Err(error) => tracing::debug!(%peer, %error, "serving ended early"),
+                    }
+                    drop(place);
+                });
+            }
+            Some(_) = streams.join_next() => {}
+        }
+    }
+}
+
+/// Runs what blocks on a thread for that.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    match spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) if error.is_cancelled() => Err(Error::Stopped),
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

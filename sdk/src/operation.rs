@@ -1,0 +1,102 @@
+//! Long work: with progress, and stopped by dropping it.
+
+use std::{
+    fmt,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::Stream;
+use tokio::{
+    task::{JoinError, JoinHandle},
+    time::{Interval, MissedTickBehavior, interval},
+};
+
+use crate::Error;
+
+/// How often progress is reported: often enough for a smooth bar, too seldom to cost anything.
+const EVERY: Duration = Duration::from_millis(100);
+
+/// Work under way. As a [`Stream`] it yields progress until the work ends; as a future it is the result. Dropping it stops the work.
+pub struct Operation<P, T> {
+    sample: Box<dyn Fn() -> P + Send + Sync>,
+    task: JoinHandle<Result<T, Error>>,
+    tick: Interval,
+    /// Kept between the stream's end and the future's.
+    result: Option<Result<T, Error>>,
+}
+
+impl<P, T> Operation<P, T>
+where
+    T: Send + 'static,
+{
+    /// Runs `work`; `sample` tells how far it is.
+    pub(crate) fn spawn(
+        sample: impl Fn() -> P + Send + Sync + 'static,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Self {
+        let mut tick = interval(EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            sample: Box::new(sample),
+            task: tokio::spawn(work),
+            tick,
+            result: None,
+        }
+    }
+}
+
+impl<P, T> Operation<P, T> {
+    /// How far it is now.
+    pub fn progress(&self) -> P {
+        (self.sample)()
+    }
+
+    fn finished(joined: Result<Result<T, Error>, JoinError>) -> Result<T, Error> {
+        match joined {
+            Ok(result) => result,
+            // The runtime is shutting down; nothing else cancels it while we hold it.
+            Err(error) if error.is_cancelled() => Err(Error::Stopped),
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+}
+
+impl<P, T: Unpin> Stream for Operation<P, T> {
+    type Item = P;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<P>> {
+        if self.result.is_some() {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(joined) = Pin::new(&mut self.task).poll(cx) {
+            self.result = Some(Self::finished(joined));
+            return Poll::Ready(None);
+        }
+        self.tick.poll_tick(cx).map(|_| Some(self.progress()))
+    }
+}
+
+impl<P, T: Unpin> Future for Operation<P, T> {
+    type Output = Result<T, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(result) = self.result.take() {
+            return Poll::Ready(result);
+        }
+        Pin::new(&mut self.task).poll(cx).map(Self::finished)
+    }
+}
+
+impl<P, T> Drop for Operation<P, T> {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl<P, T> fmt::Debug for Operation<P, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Operation").finish_non_exhaustive()
+    }
+}
