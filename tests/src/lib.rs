@@ -1,1 +1,17 @@
+//! What the system tests and benchmarks share: the real program as a child process, a slow network, real weights.
+//!
+//! It promises: processes are ended by their id when a test ends, however it ends; all traffic stays on loopback; nothing is skipped
+//! silently: what a test needs and does not find is an error that says how to get it.
+//!
+//! It leaves out: the tests themselves, in `tests/`, and the benchmarks, in the program `bench`.
 
+pub mod bench;
+mod model;
+mod program;
+mod proxy;
+
+pub use self::{
+    model::{python, real_model, same_files},
+    program::{Daemon, Finished, Home, Running},
+    proxy::Proxy,
+};

@@ -1,0 +1,319 @@
+//! The `weft` program as a user starts it.
+
+use std::{
+    env,
+    io::{BufRead, BufReader, Read},
+    path::PathBuf,
+    process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// How long a program may take to do what a test waits for. Generous: the machine may be busy building.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program under test: `$WEFT_BIN`, or the one built into the same folder as this test.
+fn program() -> PathBuf {
+    if let Some(path) = env::var_os("WEFT_BIN") {
+        return path.into();
+    }
+    let test = env::current_exe().expect("a test has a path");
+    let folder = test
+        .ancestors()
+        .find(|path| path.join(".cargo-lock").exists())
+        .expect("a test is in cargo's target folder");
+    let path = folder.join("weft");
+    assert!(
+        path.exists(),
+        "{} does not exist: run tests/run, or cargo build -p weft-node first",
+        path.display()
+    );
+    path
+}
+
+/// A node's home in a folder of its own, gone with this value.
+#[derive(Debug)]
+pub struct Home {
+    folder: tempfile::TempDir,
+    name: String,
+}
+
+impl Default for Home {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Home {
+    /// A new one. Nothing is in it yet.
+    pub fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().expect("a temporary folder can be made"),
+            name: "home".to_owned(),
+        }
+    }
+
+    /// A new one whose path is long.
+    pub fn with_long_path() -> Self {
+        Self {
+            name: "d".repeat(120),
+            ..Self::new()
+        }
+    }
+
+    /// The folder that `--home` names.
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join(&self.name)
+    }
+
+    /// A path beside the home, for models.
+    pub fn beside(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The program with this home and these arguments, its output captured.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command
+            .env_remove("WEFT_HOME")
+            .env(
+                "WEFT_LOG",
+                env::var("WEFT_LOG").unwrap_or_else(|_| "warn".to_owned()),
+            )
+            .arg("--home")
+            .arg(self.path())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn run(&self, arguments: &[&str]) -> Finished {
+        self.start(arguments).finish()
+    }
+
+    /// Runs the program with `--json` and returns what it printed; it must succeed.
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let mut all = vec!["--json"];
+        all.extend_from_slice(arguments);
+        let finished = self.run(&all);
+        assert!(
+            finished.status.success(),
+            "weft {arguments:?}: {finished:#?}"
+        );
+        finished.json()
+    }
+
+    /// Starts the program.
+    pub fn start(&self, arguments: &[&str]) -> Running {
+        Running::spawn(self.command(arguments))
+    }
+
+    /// Starts a node that listens on loopback only and looks for nobody, but for what `arguments` say.
+    pub fn up(&self, arguments: &[&str]) -> Daemon {
+        let mut all = vec!["--json", "up", "--no-mdns"];
+        if !arguments.contains(&"--listen") {
+            all.extend_from_slice(&["--listen", "/ip4/127.0.0.1/tcp/0"]);
+        }
+        all.extend_from_slice(arguments);
+        Daemon::wait_for(self.command(&all))
+    }
+}
+
+/// A program that runs. Killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    stdout: JoinHandle<String>,
+    stderr: JoinHandle<String>,
+}
+
+/// A program that has ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// How.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Finished {
+    /// The exit code; none if a signal ended it.
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    /// The last line of standard output, as JSON.
+    pub fn json(&self) -> Value {
+        let line = self.stdout.lines().last().unwrap_or_default();
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {self:#?}"))
+    }
+}
+
+impl Running {
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command.spawn().expect("the program can be started");
+        let stdout = child.stdout.take().expect("standard output is captured");
+        let stderr = child.stderr.take().expect("standard error is captured");
+        Self {
+            child,
+            stdout: collect(stdout),
+            stderr: collect(stderr),
+        }
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        send(&self.child, signal);
+    }
+
+    /// Waits for its end.
+    pub fn finish(mut self) -> Finished {
+        let status = wait(&mut self.child);
+        let empty = || thread::spawn(String::new);
+        let text = |thread: JoinHandle<String>| thread.join().expect("reading does not panic");
+        Finished {
+            status,
+            stdout: text(std::mem::replace(&mut self.stdout, empty())),
+            stderr: text(std::mem::replace(&mut self.stderr, empty())),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Fails if it has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What was read before an error is still worth showing.
+        let _ = from.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+fn send(child: &Child, signal: Signal) {
+    let pid = Pid::from_child(child);
+    kill_process(pid, signal).expect("a child that was not waited for can be signalled");
+}
+
+fn wait(child: &mut Child) -> ExitStatus {
+    let begin = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("a child can be waited for") {
+            return status;
+        }
+        if begin.elapsed() > 2 * PATIENCE {
+            // Ends the wait for its output as well.
+            let _ = child.kill();
+            panic!(
+                "the program did not end within {} s",
+                2 * PATIENCE.as_secs()
+            );
+        }
+        thread::park_timeout(Duration::from_millis(5));
+    }
+}
+
+/// A node that is up. Killed with SIGKILL when dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    /// What it printed when it was up.
+    pub info: Value,
+    stderr: Option<ChildStderr>,
+    _stdout: BufReader<ChildStdout>,
+}
+
+impl Daemon {
+    /// Starts a command that runs `weft --json up`, and waits until it is up.
+    pub fn wait_for(mut command: Command) -> Self {
+        let mut child = command.spawn().expect("the program can be started");
+        let mut stderr = child.stderr.take();
+        let mut stdout = BufReader::new(child.stdout.take().expect("standard output is captured"));
+        let mut line = String::new();
+        stdout.read_line(&mut line).expect("its output can be read");
+        let info = serde_json::from_str(&line).unwrap_or_else(|error| {
+            // It may be running and silent.
+            let _ = child.kill();
+            let mut text = String::new();
+            if let Some(stderr) = &mut stderr {
+                let _ = stderr.read_to_string(&mut text);
+            }
+            panic!("the node did not come up: {error}: {line:?}: {text}")
+        });
+        Self {
+            child,
+            info,
+            stderr,
+            _stdout: stdout,
+        }
+    }
+
+    /// The node's id.
+    pub fn peer_id(&self) -> &str {
+        self.info["peer_id"].as_str().expect("up prints its id")
+    }
+
+    /// The first address it can be dialled at, with its id.
+    pub fn address(&self) -> &str {
+        self.info["addresses"][0]
+            .as_str()
+            .expect("up prints its addresses")
+    }
+
+    /// The port it listens on with TCP.
+    pub fn port(&self) -> u16 {
+        let address = self.address();
+        let port = address
+            .split("/tcp/")
+            .nth(1)
+            .and_then(|rest| rest.split('/').next());
+        port.and_then(|port| port.parse().ok())
+            .unwrap_or_else(|| panic!("no TCP port in {address}"))
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it with SIGKILL.
+    pub fn kill(mut self) {
+        self.child.kill().expect("a running child can be killed");
+        self.child.wait().expect("a child can be waited for");
+    }
+
+    /// Ends it with a signal that it can handle; how it ended, and its standard error.
+    pub fn stop(mut self, signal: Signal) -> (ExitStatus, String) {
+        send(&self.child, signal);
+        let status = wait(&mut self.child);
+        let mut text = String::new();
+        if let Some(mut stderr) = self.stderr.take() {
+            stderr
+                .read_to_string(&mut text)
+                .expect("its output can be read");
+        }
+        (status, text)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Fails if it has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

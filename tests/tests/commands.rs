@@ -1,0 +1,202 @@
+//! The command line: what it prints, and how it ends.
+
+use std::fs;
+
+use weft_tests::{Home, same_files};
+
+fn folder(home: &Home, name: &str, content: &[u8]) -> String {
+    let path = home.beside(name);
+    fs::create_dir_all(path.join("sub")).unwrap();
+    fs::write(path.join("weights.bin"), content).unwrap();
+    fs::write(path.join("sub/config.json"), "{}").unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn each_failure_has_its_exit_code_and_says_what_to_do() {
+    let home = Home::new();
+    let missing = home.run(&["status"]);
+    assert_eq!(missing.code(), Some(6), "{missing:#?}");
+    assert!(missing.stderr.contains("weft up"), "{}", missing.stderr);
+
+    let _up = home.up(&[]);
+    let to = home.beside("to");
+    let to = to.to_str().unwrap();
+    let absent = "0".repeat(64);
+    for (arguments, code, says) in [
+        (&["get", "no/such", "--to", to][..], 3, "nobody publishes"),
+        (&["get", &absent, "--to", to], 4, "no provider"),
+        (&["get", "llama", "--to", to], 2, "neither a name"),
+        (&["get", "weft:abc", "--to", to], 2, "ticket"),
+        (&["get", "a/b/c", "--to", to], 2, "org/name"),
+        (&["get", "a/b", "--publisher", "x"], 2, "publisher"),
+        (&["rm", "no/such"], 3, "weft ls"),
+        (&["show", "abcdef"], 3, "holds no model"),
+        (&["add", "/no/such/folder"], 1, "/no/such/folder"),
+        (&["add", to, "--name", "bad name"], 2, "name"),
+        (&["frobnicate"], 2, "unrecognized"),
+    ] {
+        let finished = home.run(arguments);
+        assert_eq!(finished.code(), Some(code), "{arguments:?}: {finished:#?}");
+        assert!(
+            finished.stderr.contains(says),
+            "{arguments:?}: {}",
+            finished.stderr
+        );
+        assert!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
+    }
+    let finished = home.run(&["--json", "get", "no/such", "--to", to]);
+    assert_eq!(finished.json()["error"]["reason"], "NO_SUCH_NAME");
+    assert!(!home.beside("to").exists());
+
+    let other = Home::new();
+    let refused = other.run(&[
+        "up",
+        "--no-mdns",
+        "--listen",
+        "/ip4/127.0.0.1/tcp/0",
+        "--api",
+        "0.0.0.0:1",
+    ]);
+    assert_eq!(refused.code(), Some(2), "{refused:#?}");
+    let refused = other.run(&["up", "--no-mdns", "--listen", "/ip4/127.0.0.1"]);
+    assert_eq!(refused.code(), Some(1), "{refused:#?}");
+    let refused = other.run(&["up", "--no-mdns", "--bootstrap", "/ip4/127.0.0.1/tcp/1"]);
+    assert!(refused.stderr.contains("/p2p/"), "{refused:#?}");
+}
+
+#[test]
+fn several_publishers_are_listed_and_one_can_be_chosen() {
+    let homes = [Home::new(), Home::new(), Home::new()];
+    let first = homes[0].up(&[]);
+    let second = homes[1].up(&["--bootstrap", first.address()]);
+    let _third = homes[2].up(&["--bootstrap", first.address()]);
+    for (home, content) in homes.iter().zip([b"one", b"two"]) {
+        let path = folder(home, "m", content);
+        let added = home.json(&["add", &path, "--name", "acme/llama@v2"]);
+        assert!(added["announced_to"].as_u64().unwrap() > 0, "{added}");
+    }
+    let target = homes[2].beside("to");
+    let to = target.to_str().unwrap();
+    let finished = homes[2].run(&["get", "acme/llama@v2", "--to", to]);
+    assert_eq!(finished.code(), Some(5), "{finished:#?}");
+    for daemon in [&first, &second] {
+        assert!(
+            finished.stderr.contains(daemon.peer_id()),
+            "{}",
+            finished.stderr
+        );
+    }
+    let publisher = second.peer_id();
+    let got = homes[2].json(&["get", "acme/llama@v2", "--to", to, "--publisher", publisher]);
+    assert_eq!(got["publisher"], publisher);
+    same_files(&homes[1].beside("m"), &target);
+    let unknown = homes[2].run(&["get", "acme/llama", "--to", to]);
+    assert_eq!(
+        unknown.code(),
+        Some(3),
+        "another revision is another name: {unknown:#?}"
+    );
+}
+
+#[test]
+fn a_target_with_other_content_is_left_alone() {
+    let (provider, receiver) = (Home::new(), Home::new());
+    let first = provider.up(&[]);
+    let _second = receiver.up(&["--bootstrap", first.address()]);
+    let path = folder(&provider, "m", b"weights");
+    let added = provider.json(&["add", &path, "--name", "a/b"]);
+    let target = receiver.beside("to");
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("weights.bin"), "mine").unwrap();
+    let to = target.to_str().unwrap();
+    let finished = receiver.run(&["get", "a/b", "--to", to]);
+    assert_eq!(finished.code(), Some(7), "{finished:#?}");
+    assert_eq!(
+        fs::read_to_string(target.join("weights.bin")).unwrap(),
+        "mine"
+    );
+    assert!(!target.join("sub").exists());
+    // The right content is taken for what it is, and other files do not matter.
+    fs::write(target.join("weights.bin"), "weights").unwrap();
+    fs::write(target.join("notes.txt"), "mine").unwrap();
+    let got = receiver.json(&["get", "a/b", "--to", to]);
+    assert_eq!(got["bytes_moved"], 2);
+    assert_eq!(got["model"]["id"], added["model"]["id"]);
+}
+
+#[test]
+fn no_reachable_provider_is_told_from_no_such_name() {
+    let homes = [Home::new(), Home::new(), Home::new()];
+    let meeting = homes[0].up(&[]);
+    let publisher = homes[1].up(&["--bootstrap", meeting.address()]);
+    let path = folder(&homes[1], "m", b"x");
+    homes[1].json(&["add", &path, "--name", "a/b"]);
+    publisher.kill();
+    let _up = homes[2].up(&["--bootstrap", meeting.address()]);
+    let to = homes[2].beside("to");
+    let finished = homes[2].run(&["get", "a/b", "--to", to.to_str().unwrap()]);
+    assert_eq!(finished.code(), Some(4), "{finished:#?}");
+    assert!(finished.stderr.contains("refused"), "{}", finished.stderr);
+}
+
+#[test]
+fn text_output_reads_well() {
+    let home = Home::new();
+    let up = home.up(&[]);
+    let path = folder(&home, "m", b"x");
+    let empty = home.run(&["ls"]);
+    assert!(empty.stdout.contains("weft add"), "{empty:#?}");
+    let added = home.run(&["add", &path, "--name", "a/b"]);
+    assert!(added.status.success(), "{added:#?}");
+    assert!(added.stdout.contains("ticket  weft:"), "{added:#?}");
+    for (command, has) in [
+        (&["ls"][..], "a/b"),
+        (&["show", "a/b"], "sub/config.json"),
+        (&["status"], up.peer_id()),
+        (&["peers"], "nobody"),
+        (&["rm", "a/b"], "its files stay"),
+    ] {
+        let finished = home.run(command);
+        assert!(finished.status.success(), "{finished:#?}");
+        assert!(finished.stdout.contains(has), "{command:?}: {finished:#?}");
+    }
+}
+
+#[test]
+fn the_demo_moves_a_model_and_leaves_nothing_behind() {
+    let home = Home::new();
+    let temporary = home.beside("tmp");
+    fs::create_dir(&temporary).unwrap();
+    let path = folder(&home, "m", &[5; 300_000]);
+    for (arguments, bytes) in [
+        (&["demo", "--json"][..], 64 << 20),
+        (&["demo", "--json", &path], 300_002),
+    ] {
+        let mut command = home.command(arguments);
+        command.env("TMPDIR", &temporary);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let result: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        assert_eq!(result["verified"], true);
+        assert!(result["bytes"].as_u64().unwrap() >= bytes, "{result}");
+        assert!(result["seconds"].as_f64().unwrap() > 0.0);
+        assert_eq!(
+            result["paths"][0].as_str().unwrap().split('/').next(),
+            Some("loopback")
+        );
+        assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
+    }
+    assert!(!home.path().exists());
+    let mut command = home.command(&["demo", &path]);
+    command.env("TMPDIR", &temporary);
+    let output = command.output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("yes, every byte"), "{text}");
+    for next in ["weft up", "weft add", "weft get"] {
+        assert!(text.contains(next), "{text}");
+    }
+    let failed = home.run(&["demo", "/no/such/folder"]);
+    assert_eq!(failed.code(), Some(1), "{failed:#?}");
+}
