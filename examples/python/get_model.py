@@ -34,7 +34,9 @@ def main():
     api, services = load_api()
     # The socket is for its owner alone. Over TCP, at the address in `api/address`, send the metadata
     # ("authorization", "Bearer " + the token in `api/token`) with every call.
-    channel = grpc.insecure_channel(f"unix:{os.path.realpath(home)}/api/weft.sock")
+    socket = f"unix:{os.path.realpath(home)}/api/weft.sock"
+    # By default grpcio names the socket's path as the host, in a form that other HTTP/2 servers refuse.
+    channel = grpc.insecure_channel(socket, options=[("grpc.default_authority", "localhost")])
 
     status = services.NodeStub(channel).Status(api.StatusRequest())
     print(f"node {status.peer_id} with {status.peers} peers")

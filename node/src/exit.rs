@@ -129,6 +129,10 @@ impl From<Status> for Failure {
                 "What is verified is kept. Make room, or choose another folder with --to, and run the same command again.",
             ),
             "BUSY" => (1, "Wait for it to end, or choose another folder with --to."),
+            "STOPPED" => (
+                NOT_RUNNING,
+                "Start it again with `weft up`, and run the same command again.",
+            ),
             "NETWORK" => (
                 1,
                 "Choose other addresses with --listen, or end what uses them.",
@@ -137,8 +141,14 @@ impl From<Status> for Failure {
                 1,
                 "The token in the home's api/token is not the running node's. Is --home right?",
             ),
-            _ if status.code() == Code::Unavailable => {
-                (NOT_RUNNING, "The node has stopped. Start it with: weft up")
+            // Every error of the node itself has a reason: this one is the connection's.
+            "OTHER" => {
+                return Self::new(
+                    NOT_RUNNING,
+                    "NOT_RUNNING",
+                    format!("the connection to the node was lost: {}", status.message()),
+                )
+                .hint("If it has stopped, start it again with `weft up`; then run the same command again.");
             }
             _ => (1, ""),
         };

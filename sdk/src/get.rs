@@ -8,7 +8,6 @@ use std::{
 };
 
 use prost::Message;
-use tokio::time::timeout;
 use weft_blobs::{
     Download, Manifest, TransferError,
     download::{self, fetch_manifest},
@@ -23,9 +22,6 @@ use crate::{
     node::blocking,
     providers::Providers,
 };
-
-/// How long a node that has just started waits to meet the mesh before it says that a name is unknown.
-const MEET: Duration = Duration::from_secs(5);
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).
 #[derive(Debug, Clone)]
@@ -374,11 +370,7 @@ async fn resolve(
     {
         return Ok((model.id, Some(own)));
     }
-    if node.expects_peers() {
-        // Not meeting anybody is not an error yet: the look-up below says what came of it.
-        let mut nodes = node.dht().nodes();
-        let _ = timeout(MEET, nodes.wait_for(|nodes| *nodes > 0)).await;
-    }
+    node.meet().await;
     let records = node.dht().get(&name.record_key()).await?;
     let claims: Vec<(PeerId, Hash)> = records
         .iter()

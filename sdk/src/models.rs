@@ -246,6 +246,7 @@ impl Add {
         })
         .await?;
         publishing.store(true, Ordering::Relaxed);
+        self.node.meet().await;
         let announced_to = self
             .node
             .announcer()

@@ -26,6 +26,9 @@ pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
 /// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
 const MAX_SERVED: usize = 128;
 
+/// How long after its start a node waits to meet the mesh.
+const MEET: Duration = Duration::from_secs(5);
+
 /// A running node. Cheap to clone; it stops when the last clone and the last [`Operation`](crate::Operation) are gone.
 #[derive(Debug, Clone)]
 pub struct Node {
@@ -39,6 +42,7 @@ struct Inner {
     store: Store,
     announcer: Announcer,
     started: Instant,
+    /// There are bootstrap nodes, or mDNS may find some.
     expects_peers: bool,
     /// Folders that a `get` is filling.
     targets: Mutex<HashSet<PathBuf>>,
@@ -192,9 +196,16 @@ impl Node {
         self.inner.home.models()
     }
 
-    /// Whether others can be expected to turn up: a node with neither bootstrap nodes nor mDNS need not wait for any.
-    pub(crate) fn expects_peers(&self) -> bool {
-        self.inner.expects_peers
+    /// Waits until the mesh is met, if this node has just started and there is anybody to expect: what follows would otherwise find, or
+    /// tell, nobody.
+    pub(crate) async fn meet(&self) {
+        if !self.inner.expects_peers {
+            return;
+        }
+        let mut nodes = self.inner.dht.nodes();
+        let until = tokio::time::Instant::from_std(self.inner.started + MEET);
+        // Not meeting anybody is no error: what follows says what came of it.
+        let _ = tokio::time::timeout_at(until, nodes.wait_for(|nodes| *nodes > 0)).await;
     }
 
     /// Takes the right to fill `folder`.

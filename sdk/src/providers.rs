@@ -96,7 +96,12 @@ impl Providers {
                 sleep(self.pause).await;
                 self.pause = (self.pause * 2).min(PAUSE.1);
             }
-            self.waited = true;
+            if !self.waited {
+                self.waited = true;
+                if self.given.is_empty() {
+                    self.node.meet().await;
+                }
+            }
             self.look_up().await?;
         }
     }

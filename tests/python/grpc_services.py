@@ -21,7 +21,7 @@ for name in ["token", "address", "weft.sock"]:
 assert os.stat(os.path.join(home, "api", "token")).st_mode & 0o777 == 0o600
 
 # Over the socket: no token.
-channel = grpc.insecure_channel(f"unix:{home}/api/weft.sock")
+channel = grpc.insecure_channel(f"unix:{home}/api/weft.sock", options=[("grpc.default_authority", "localhost")])
 health = health_pb2_grpc.HealthStub(channel)
 for service in ["", "weft.api.v1.Node", "weft.api.v1.Models"]:
     answer = health.Check(health_pb2.HealthCheckRequest(service=service))

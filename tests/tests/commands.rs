@@ -67,10 +67,12 @@ fn each_failure_has_its_exit_code_and_says_what_to_do() {
 
 #[test]
 fn several_publishers_are_listed_and_one_can_be_chosen() {
+    let meeting = Home::new();
+    let third = meeting.up(&[]);
     let homes = [Home::new(), Home::new(), Home::new()];
-    let first = homes[0].up(&[]);
-    let second = homes[1].up(&["--bootstrap", first.address()]);
-    let _third = homes[2].up(&["--bootstrap", first.address()]);
+    let [first, second, _receiver] = homes
+        .each_ref()
+        .map(|home| home.up(&["--bootstrap", third.address()]));
     for (home, content) in homes.iter().zip([b"one", b"two"]) {
         let path = folder(home, "m", content);
         let added = home.json(&["add", &path, "--name", "acme/llama@v2"]);
