@@ -1,5 +1,7 @@
 //! Whole transfers between two stores over an in-memory pipe.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     fs,
     path::Path,

@@ -94,7 +94,7 @@ pub struct Dht {
 
 #[derive(Debug)]
 enum Command {
-    Put(Record, oneshot::Sender<Result<usize, DhtError>>),
+    Put(Box<Record>, oneshot::Sender<Result<usize, DhtError>>),
     Get(Vec<u8>, oneshot::Sender<Vec<Record>>),
     Status(oneshot::Sender<Status>),
 }
@@ -199,7 +199,7 @@ impl Dht {
     ) -> Result<usize, DhtError> {
         let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Put(record, reply)).await?;
+        self.send(Command::Put(Box::new(record), reply)).await?;
         answer.await.map_err(|_| DhtError::Stopped)?
     }
 
@@ -280,7 +280,7 @@ impl Behaviour {
             Command::Put(record, reply) => {
                 let kad_record = KadRecord {
                     key: RecordKey::new(&record.key()),
-                    value: store::encode(std::iter::once(&record)),
+                    value: store::encode(std::iter::once(&*record)),
                     publisher: None,
                     expires: Some(Instant::now() + record.remaining()),
                 };
@@ -315,13 +315,13 @@ impl Behaviour {
                 id, result, step, ..
             } => self.on_progress(id, result, step.last),
             kad::Event::RoutingUpdated {
-                peer, is_new_peer, ..
+                peer,
+                is_new_peer: true,
+                ..
             } => {
-                if is_new_peer {
-                    let nodes = self.nodes();
-                    self.count.send_replace(nodes);
-                    self.on_server(peer);
-                }
+                let nodes = self.nodes();
+                self.count.send_replace(nodes);
+                self.on_server(peer);
             }
             kad::Event::UnroutablePeer { peer } => self.on_server(peer),
             _ => {}

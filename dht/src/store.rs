@@ -216,7 +216,7 @@ mod tests {
             for record in order {
                 put(&mut store, std::slice::from_ref(record)).unwrap();
             }
-            assert_eq!(read(&store), [new.clone()]);
+            assert_eq!(read(&store), std::slice::from_ref(&new));
         }
         let mut store = Store::default();
         let gone = Record::sign(&keys, b"k", b"", None, 3, HOUR).unwrap();

@@ -1,5 +1,7 @@
 //! A handful of nodes on loopback that know one of them.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 
 use libp2p::identity::Keypair;

@@ -1,5 +1,7 @@
 //! Networks that meet on loopback.
 
+#![allow(clippy::unwrap_used)]
+
 use std::time::Duration;
 
 use libp2p::{StreamProtocol, Swarm, identity::Keypair, noise, swarm::dummy, tcp, yamux};

@@ -62,3 +62,7 @@ pub use self::{
     operation::Operation,
     target::{ParseTargetError, Target, Ticket},
 };
+
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

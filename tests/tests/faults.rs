@@ -1,5 +1,7 @@
 //! What goes wrong on machines and wires: crashes, cuts, full disks, wrong bytes.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     fs,
     path::Path,

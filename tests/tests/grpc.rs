@@ -1,5 +1,7 @@
 //! The gRPC API as clients in another language use it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{path::Path, process::Output};
 
 use weft_tests::{Home, python, real_model, same_files};

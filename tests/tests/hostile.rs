@@ -1,5 +1,7 @@
 //! Peers and files that mean harm.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 
 use prost::Message;

@@ -1,5 +1,7 @@
 //! The main job with real weights: publish on one node, get by name on another that knows only a third.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 
 use serde_json::Value;
