@@ -1,6 +1,6 @@
 //! Verified content: what a model is made of, where its bytes are, and how they move.
 //!
-//! - [`Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
+//! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
 //! - [`store`] remembers which bytes are where; [`partial`] is a file that is still arriving.
 //! - [`serve`] answers requests over a stream; [`download`] brings a manifest's files to a folder.

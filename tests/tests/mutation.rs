@@ -1,0 +1,297 @@
+//! Bytes from strangers, mutated by the thousand: every parser refuses or accepts, and none panics or runs away.
+//!
+//! The mutations follow from a seed, which a failure prints. `WEFT_MUTATIONS` sets how many there are of each kind.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Duration,
+};
+
+use prost::Message;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, duplex},
+    time::timeout,
+};
+use weft::{Hash, Manifest, ModelName, PeerId, Target, Ticket};
+use weft_blobs::{
+    Download, Store,
+    download::Progress,
+    index::{self, index},
+    serve::serve,
+};
+use weft_dht::Record;
+use weft_net::identity::Keypair;
+use weft_proto::{
+    frame,
+    wire::{BlobRequest, SignedRecord},
+};
+
+/// How many mutations of each kind, unless `$WEFT_MUTATIONS` says otherwise.
+const MUTATIONS: u64 = 20_000;
+
+fn mutations() -> u64 {
+    std::env::var("WEFT_MUTATIONS").map_or(MUTATIONS, |text| text.parse().unwrap())
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n.max(1) as u64) as usize
+    }
+
+    /// A few changes of the kinds that break parsers: bits, extreme bytes, cuts, repeats, insertions.
+    fn mutate(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut bytes = bytes.to_vec();
+        for _ in 0..=self.below(4) {
+            let at = self.below(bytes.len());
+            match self.below(6) {
+                0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
+                1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][self.below(5)],
+                2 => bytes.truncate(at),
+                3 => {
+                    let end = (at + self.below(32)).min(bytes.len());
+                    let part = bytes[at..end].to_vec();
+                    bytes.splice(at..at, part);
+                }
+                4 => bytes.insert(at, self.next() as u8),
+                _ if !bytes.is_empty() => drop(bytes.remove(at)),
+                _ => {}
+            }
+        }
+        bytes
+    }
+}
+
+/// Feeds mutations of `seed_bytes` to `parse`.
+fn check(what: &str, seed_bytes: &[u8], parse: impl Fn(Vec<u8>)) {
+    for seed in 0..mutations() {
+        let bytes = Random(seed).mutate(seed_bytes);
+        let parsed = catch_unwind(AssertUnwindSafe(|| parse(bytes)));
+        assert!(parsed.is_ok(), "{what}: seed {seed} panics");
+    }
+}
+
+fn model(folder: &std::path::Path) -> Manifest {
+    let header = br#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header);
+    bytes.extend_from_slice(&[7; 12]);
+    fs::create_dir_all(folder.join("sub")).unwrap();
+    fs::write(folder.join("model.safetensors"), bytes).unwrap();
+    fs::write(folder.join("sub/big.bin"), vec![3; 300_000]).unwrap();
+    index(folder, &index::Progress::default()).unwrap().manifest
+}
+
+#[test]
+fn messages_names_and_tickets() {
+    let folder = tempfile::tempdir().unwrap();
+    let manifest = model(folder.path());
+    check("manifest", &manifest.encode(), |bytes| {
+        // What is accepted is what it says it is.
+        if let Ok(manifest) = Manifest::decode(&bytes) {
+            assert_eq!(Manifest::decode(&manifest.encode()).unwrap(), manifest);
+        }
+    });
+
+    let keys = Keypair::generate_ed25519();
+    let hour = Duration::from_secs(3600);
+    let record = Record::sign(&keys, b"key", b"sub", Some(b"value"), 1, hour).unwrap();
+    let wire = SignedRecord {
+        key: b"key".to_vec().into(),
+        subkey: b"sub".to_vec().into(),
+        value: b"value".to_vec().into(),
+        sequence: 1,
+        expires_at: 4_000_000_000_000,
+        removed: false,
+        publisher: keys.public().encode_protobuf().into(),
+        signature: vec![9; 64].into(),
+    };
+    check("record", &wire.encode_to_vec(), |bytes| {
+        if let Ok(wire) = SignedRecord::decode(bytes.as_slice()) {
+            assert!(
+                Record::verify(wire, b"key").is_err(),
+                "a forged record is accepted"
+            );
+        }
+    });
+    drop(record);
+
+    let ticket = Ticket {
+        model: Hash::of(b"m"),
+        peers: vec![(
+            PeerId::random(),
+            vec!["/ip4/192.0.2.1/tcp/1".parse().unwrap()],
+        )],
+    };
+    let text = ticket.to_string();
+    check("ticket", text.as_bytes(), |bytes| {
+        if let Ok(text) = String::from_utf8(bytes)
+            && let Ok(Target::Ticket(parsed)) = text.parse()
+        {
+            assert_eq!(parsed, ticket, "a damaged ticket is accepted");
+        }
+    });
+    check("name", b"acme/llama-3@v1.0", |bytes| {
+        if let Ok(text) = String::from_utf8(bytes)
+            && let Ok(name) = text.parse::<ModelName>()
+        {
+            assert_eq!(name.to_string().parse(), Ok(name));
+        }
+    });
+}
+
+#[test]
+fn frames() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let message = BlobRequest {
+        hash: vec![7; 32].into(),
+        size: Some(1 << 30),
+        first_group: 5,
+        groups: 200,
+    };
+    check(
+        "frame",
+        &message.encode_length_delimited_to_vec(),
+        |bytes| {
+            runtime.block_on(async {
+                let mut reader = bytes.as_slice();
+                // Ends at the first error, or with the bytes.
+                while let Ok(Some(_)) = frame::read::<BlobRequest, _>(&mut reader, 128).await {}
+            });
+        },
+    );
+}
+
+#[test]
+fn safetensors_headers() {
+    let folder = tempfile::tempdir().unwrap();
+    model(folder.path());
+    let bytes = fs::read(folder.path().join("model.safetensors")).unwrap();
+    let mutant = folder.path().join("mutant.safetensors");
+    for seed in 0..mutations() / 20 {
+        fs::write(&mutant, Random(seed).mutate(&bytes)).unwrap();
+        let indexed = catch_unwind(|| index(&mutant, &index::Progress::default()));
+        let indexed = indexed.unwrap_or_else(|_| panic!("seed {seed} panics"));
+        // What is accepted lies within the file: `Manifest` checks it.
+        drop(indexed);
+    }
+}
+
+/// A provider's answers to one `fetch`, as they went over the wire.
+async fn recorded_answers(store: &Store, manifest: &Manifest, root: &std::path::Path) -> Vec<u8> {
+    let receiver = Store::open(&root.join("recorder")).unwrap();
+    let progress = Arc::new(Progress::default());
+    let mut download =
+        Download::plan(&receiver, manifest, &root.join("recorded"), progress).unwrap();
+    let (near, mut middle) = duplex(1 << 20);
+    let (mut other, far) = duplex(1 << 20);
+    let served = tokio::spawn(serve(store.clone(), far));
+    let fetched = tokio::spawn(async move { download.fetch(near).await });
+    let (mut from_near, mut to_near) = tokio::io::split(&mut middle);
+    let (mut from_far, mut to_far) = tokio::io::split(&mut other);
+    let mut answers = Vec::new();
+    let up = async {
+        tokio::io::copy(&mut from_near, &mut to_far).await.unwrap();
+        to_far.shutdown().await.unwrap();
+    };
+    let down = async {
+        from_far.read_to_end(&mut answers).await.unwrap();
+        to_near.write_all(&answers).await.unwrap();
+        to_near.shutdown().await.unwrap();
+    };
+    tokio::join!(up, down);
+    fetched.await.unwrap().unwrap();
+    served.await.unwrap().unwrap();
+    answers
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_fed_mutated_answers_writes_nothing_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let source = root.join("source");
+    let manifest = model(&source);
+    let store = Store::open(&root.join("provider")).unwrap();
+    let indexed = index(&source, &index::Progress::default()).unwrap();
+    store.add(&indexed, None).unwrap();
+    let answers = recorded_answers(&store, &manifest, root).await;
+    let receiver = Store::open(&root.join("receiver")).unwrap();
+    for seed in 0..mutations() / 100 {
+        let to = root.join(format!("to{seed}"));
+        let progress = Arc::new(Progress::default());
+        let mut download = Download::plan(&receiver, &manifest, &to, progress).unwrap();
+        let (near, mut far) = duplex(1 << 20);
+        far.write_all(&Random(seed).mutate(&answers)).await.unwrap();
+        far.shutdown().await.unwrap();
+        let result = timeout(Duration::from_secs(30), download.fetch(near)).await;
+        let result = result.unwrap_or_else(|_| panic!("seed {seed} hangs"));
+        drop(far);
+        for file in manifest.files() {
+            if let Ok(bytes) = fs::read(to.join(&file.path)) {
+                assert_eq!(Hash::of(&bytes), file.blake3, "seed {seed}: {}", file.path);
+            } else {
+                assert!(result.is_err(), "seed {seed}: {} is missing", file.path);
+            }
+        }
+        drop(download);
+        // Each round starts anew: what one completed is not there for the next to copy.
+        for model in receiver.models().unwrap() {
+            receiver.remove(&model.id, true).unwrap();
+        }
+        let _ = fs::remove_dir_all(&to);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_fed_mutated_requests_ends_the_stream() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    model(&source);
+    let store = Store::open(&folder.path().join("provider")).unwrap();
+    let indexed = index(&source, &index::Progress::default()).unwrap();
+    store.add(&indexed, None).unwrap();
+    let mut requests = Vec::new();
+    for file in indexed.manifest.files() {
+        let request = BlobRequest {
+            hash: file.blake3.as_bytes().to_vec().into(),
+            size: Some(file.size),
+            first_group: 0,
+            groups: file.size.div_ceil(65_536),
+        };
+        requests.extend(request.encode_length_delimited_to_vec());
+    }
+    for seed in 0..mutations() / 20 {
+        let (mut near, far) = duplex(1 << 20);
+        let served = tokio::spawn(serve(store.clone(), far));
+        let bytes = Random(seed).mutate(&requests);
+        // It may have closed the stream by now.
+        let _ = near.write_all(&bytes).await;
+        let _ = near.shutdown().await;
+        let mut answers = Vec::new();
+        let _ = near.read_to_end(&mut answers).await;
+        let ended = timeout(Duration::from_secs(30), served).await;
+        let ended = ended.unwrap_or_else(|_| panic!("seed {seed} hangs"));
+        assert!(ended.is_ok(), "seed {seed} panics");
+        assert!(
+            answers.len() < 1 << 20,
+            "seed {seed}: {} bytes",
+            answers.len()
+        );
+    }
+}
