@@ -211,7 +211,7 @@ impl Download {
         download.check_room(&missing)?;
         let mut wanted = HashSet::new();
         for file in missing {
-            if copy_local(store, &download.root, file)? {
+            if copy_local(store, &download.root, file, &download.progress)? {
                 download
                     .progress
                     .done
@@ -223,7 +223,7 @@ impl Download {
                 continue;
             }
             let target = download.root.join(&file.path);
-            let had = store.partial_bytes(&target, &file.blake3)?;
+            let had = store.partial_bytes(&target, &file.blake3, file.size)?;
             download.progress.done.fetch_add(had, Ordering::Relaxed);
             download.wants.push_back(Want {
                 hash: file.blake3,
@@ -268,7 +268,7 @@ impl Download {
         self.wants.drain(..opened.into_inner());
         let settled = settle(&self.shared).await;
         match (result, settled) {
-            (Ok(_), Ok(())) => self.finish_copies().await,
+            (Ok(_), Ok(())) => Ok(self.finish_copies().await?),
             (Ok(_), Err(error)) => Err(error.into()),
             // The provider's failure would be retried, and this one would come again.
             (Err(error), Err(settling)) if !matches!(error, TransferError::Store(_)) => {
@@ -278,18 +278,33 @@ impl Download {
         }
     }
 
-    /// Puts files in place whose content has just arrived under another path.
-    async fn finish_copies(&mut self) -> Result<(), TransferError> {
+    /// Whether anything is missing that only a provider has. If not, and it is not complete, call [`finish_copies`](Self::finish_copies).
+    pub fn needs_provider(&self) -> bool {
+        !self.wants.is_empty() || !self.shared.lock().is_empty()
+    }
+
+    /// Puts files in place whose content has arrived under another path. What turns out not to be there is wanted from a provider again.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn finish_copies(&mut self) -> Result<(), StoreError> {
         while let Some(file) = self.copies.pop() {
             let (store, root) = (self.shared.store.clone(), self.root.clone());
-            let (hash, size) = (file.blake3, file.size);
-            let copied = spawn_blocking(move || copy_local(&store, &root, &file))
+            let progress = Arc::clone(&self.progress);
+            let want = Want {
+                hash: file.blake3,
+                size: file.size,
+                target: root.join(&file.path),
+                had: 0,
+            };
+            let copied = spawn_blocking(move || copy_local(&store, &root, &file, &progress))
                 .await
                 .expect("copying does not panic")?;
-            if !copied {
-                return Err(TransferError::Missing(hash));
+            if copied {
+                self.progress.done.fetch_add(want.size, Ordering::Relaxed);
+            } else {
+                self.wants.push_back(want);
             }
-            self.progress.done.fetch_add(size, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -325,7 +340,11 @@ impl Download {
             opened.fetch_add(1, Ordering::Relaxed);
             request_missing(&mut writer, window, &sent, &partial).await?;
         }
-        writer.shutdown().await?;
+        // Lets the receiver end when the last answer is here, whatever becomes of the farewell.
+        drop(sent);
+        if !matches!(timeout(STALL, writer.shutdown()).await, Ok(Ok(()))) {
+            tracing::debug!("a stream did not close");
+        }
         Ok(())
     }
 
@@ -400,9 +419,17 @@ impl Shared {
         if dirty.is_empty() {
             return Ok(());
         }
-        self.store.settle(&dirty)?;
-        self.lock().retain(|partial| !partial.is_finished());
-        self.settled.notify_one();
+        let result = self.store.settle(&dirty);
+        if result.is_err() {
+            dirty.iter().for_each(|partial| partial.set_dirty());
+            return result;
+        }
+        let mut open = self.lock();
+        let before = open.len();
+        open.retain(|partial| !partial.is_finished());
+        if open.len() < before {
+            self.settled.notify_one();
+        }
         Ok(())
     }
 }
@@ -471,8 +498,7 @@ where
             first_group: range.start,
             groups,
         };
-        frame::write(writer, &request, MAX_MESSAGE).await?;
-        writer.flush().await?;
+        send_request(writer, &request).await?;
         from = range.end;
         let pending = Pending {
             partial: Arc::clone(partial),
@@ -647,8 +673,7 @@ where
         hash: id.as_bytes().to_vec().into(),
         ..Default::default()
     };
-    frame::write(&mut writer, &request, MAX_MESSAGE).await?;
-    writer.flush().await?;
+    send_request(&mut writer, &request).await?;
     let size = response(&mut reader, id).await?;
     if size > MAX_MANIFEST {
         return Err(TransferError::Protocol("the manifest is over the limit"));
@@ -674,10 +699,27 @@ where
         }
     }
     // The manifest is here and checked: a provider that fails to hear the end changes nothing.
-    if let Err(error) = writer.shutdown().await {
-        tracing::debug!(%error, "a stream did not close");
+    if !matches!(timeout(STALL, writer.shutdown()).await, Ok(Ok(()))) {
+        tracing::debug!("a stream did not close");
     }
     Ok(bytes)
+}
+
+async fn send_request<S>(
+    writer: &mut WriteHalf<S>,
+    request: &BlobRequest,
+) -> Result<(), TransferError>
+where
+    S: AsyncWrite,
+{
+    let sending = async {
+        frame::write(writer, request, MAX_MESSAGE).await?;
+        writer.flush().await?;
+        Ok(())
+    };
+    timeout(STALL, sending)
+        .await
+        .map_err(|_| TransferError::Stalled)?
 }
 
 /// Reads a response; the blob's size.
@@ -785,7 +827,12 @@ fn open(store: &Store, want: &Want) -> Result<Partial, StoreError> {
 }
 
 /// Fills a file below `root` from the same content elsewhere on this machine, checking it on the way; whether it could. Blocks.
-fn copy_local(store: &Store, root: &Path, file: &manifest::File) -> Result<bool, StoreError> {
+fn copy_local(
+    store: &Store,
+    root: &Path,
+    file: &manifest::File,
+    progress: &Progress,
+) -> Result<bool, StoreError> {
     let target = root.join(&file.path);
     make_folder(&target)?;
     let source = match file.size {
@@ -802,7 +849,7 @@ fn copy_local(store: &Store, root: &Path, file: &manifest::File) -> Result<bool,
         had: 0,
     };
     let partial = Arc::new(open(store, &want)?);
-    match copy(source.as_ref(), &partial) {
+    match copy(store, source.as_ref(), &partial, progress) {
         Ok(()) => {}
         Err(CopyError::Store(error)) => return Err(error),
         Err(CopyError::Source(error)) => {
@@ -820,9 +867,13 @@ enum CopyError {
     Store(StoreError),
 }
 
-/// Copies a blob, checking every group. No source: the empty blob.
-fn copy(source: Option<&crate::store::BlobReader>, partial: &Partial) -> Result<(), CopyError> {
-    let tree = partial.tree();
+/// Copies what is missing of a blob, checking every group. No source: the empty blob.
+fn copy(
+    store: &Store,
+    source: Option<&crate::store::BlobReader>,
+    partial: &Arc<Partial>,
+    progress: &Progress,
+) -> Result<(), CopyError> {
     let Some(source) = source else {
         let segment = Segment {
             groups: 1,
@@ -831,43 +882,62 @@ fn copy(source: Option<&crate::store::BlobReader>, partial: &Partial) -> Result<
         partial.write(&segment).map_err(CopyError::Store)?;
         return Ok(());
     };
-    let mut first = 0;
-    while first < tree.groups() {
-        let range = first..tree.groups().min(first + MAX_GROUPS);
-        let mut bytes = Vec::new();
-        let mut walk = Walk::new(tree, range.clone());
-        source
-            .read_slice(&mut walk, &mut bytes, usize::MAX)
-            .map_err(CopyError::Source)?;
-        let mut rest = bytes.as_slice();
-        let mut verifier = Verifier::new(tree, partial.hash(), range.clone());
-        let mut segment = Segment {
-            first,
-            ..Segment::default()
-        };
-        while let Some(step) = verifier.step() {
-            let size = match step {
-                Step::Parent { .. } => PARENT,
-                Step::Group { size, .. } => size,
-            };
-            let (element, after) = rest.split_at(size);
-            rest = after;
-            let checked = match step {
-                Step::Parent { index } => {
-                    let parent: [u8; PARENT] = element.try_into().expect("split at its size");
-                    segment.parents.push((index, parent));
-                    verifier.parent(&parent)
-                }
-                Step::Group { .. } => {
-                    segment.data.extend_from_slice(element);
-                    segment.groups += 1;
-                    verifier.group(element)
-                }
-            };
-            checked.map_err(|mismatch| CopyError::Source(io::Error::other(mismatch)))?;
+    let have = partial.have();
+    let mut settled = Instant::now();
+    let mut from = 0;
+    while let Some(range) = have.next_missing(from, MAX_GROUPS) {
+        if progress.check.cancelled.load(Ordering::Relaxed) {
+            return Err(CopyError::Store(StoreError::Cancelled));
         }
+        let segment = copy_range(source, partial, range.clone()).map_err(CopyError::Source)?;
         partial.write(&segment).map_err(CopyError::Store)?;
-        first = range.end;
+        from = range.end;
+        // Not the last range: settling that completes the file, which is the caller's.
+        if settled.elapsed() >= SETTLE && have.next_missing(from, 1).is_some() {
+            store
+                .settle(std::slice::from_ref(partial))
+                .map_err(CopyError::Store)?;
+            settled = Instant::now();
+        }
     }
     Ok(())
+}
+
+/// Reads a range of groups and checks it against the blob's hash.
+fn copy_range(
+    source: &crate::store::BlobReader,
+    partial: &Partial,
+    range: std::ops::Range<u64>,
+) -> io::Result<Segment> {
+    let tree = partial.tree();
+    let mut bytes = Vec::new();
+    let mut walk = Walk::new(tree, range.clone());
+    source.read_slice(&mut walk, &mut bytes, usize::MAX)?;
+    let mut rest = bytes.as_slice();
+    let mut segment = Segment {
+        first: range.start,
+        ..Segment::default()
+    };
+    let mut verifier = Verifier::new(tree, partial.hash(), range);
+    while let Some(step) = verifier.step() {
+        let size = match step {
+            Step::Parent { .. } => PARENT,
+            Step::Group { size, .. } => size,
+        };
+        let (element, after) = rest.split_at(size);
+        rest = after;
+        match step {
+            Step::Parent { index } => {
+                let parent: [u8; PARENT] = element.try_into().expect("split at its size");
+                segment.parents.push((index, parent));
+                verifier.parent(&parent).map_err(io::Error::other)?;
+            }
+            Step::Group { .. } => {
+                segment.data.extend_from_slice(element);
+                segment.groups += 1;
+                verifier.group(element).map_err(io::Error::other)?;
+            }
+        }
+    }
+    Ok(segment)
 }

@@ -14,6 +14,12 @@ pub const MAX_MANIFEST: u64 = 64 * 1024 * 1024;
 /// The most files in a manifest.
 pub const MAX_FILES: usize = 100_000;
 
+/// The most tensors in a manifest.
+pub const MAX_TENSORS: usize = 1_000_000;
+
+/// The most dimensions of a tensor.
+pub const MAX_DIMENSIONS: usize = 32;
+
 /// The format's version.
 const VERSION: u32 = 1;
 
@@ -118,6 +124,8 @@ impl Manifest {
                 what: "bytes of manifest",
             });
         }
+        // An entry of two bytes becomes a structure of a hundred: count before anything is allocated.
+        count_entries(bytes)?;
         let message = wire::Manifest::decode(bytes)?;
         if message.version != VERSION {
             return Err(ManifestError::Version(message.version));
@@ -196,6 +204,12 @@ impl Manifest {
                 what: "files",
             });
         }
+        if self.tensors() > MAX_TENSORS {
+            return Err(ManifestError::TooLarge {
+                limit: MAX_TENSORS as u64,
+                what: "tensors",
+            });
+        }
         path::check_all(self.files.iter().map(|file| file.path.as_str()))?;
         let mut total: u64 = 0;
         let mut previous: Option<&str> = None;
@@ -222,12 +236,121 @@ impl Manifest {
             if file
                 .tensors
                 .iter()
+                .any(|tensor| tensor.shape.len() > MAX_DIMENSIONS)
+            {
+                return refuse("a tensor has more than 32 dimensions");
+            }
+            if file
+                .tensors
+                .iter()
                 .any(|tensor| tensor.start > tensor.end || tensor.end > file.size)
             {
                 return refuse("a tensor lies outside the file");
             }
         }
         Ok(())
+    }
+}
+
+/// Checks the numbers of files, tensors and dimensions in an encoded manifest, by a walk over its fields.
+fn count_entries(bytes: &[u8]) -> Result<(), ManifestError> {
+    // The fields' numbers in manifest.proto.
+    const FILES: u64 = 2;
+    const TENSORS: u64 = 5;
+    const SHAPE: u64 = 3;
+    let mut tensors = 0;
+    for file in fields(bytes, FILES, MAX_FILES, "files")? {
+        let of_file = fields(file, TENSORS, MAX_TENSORS - tensors, "tensors")?;
+        tensors += of_file.len();
+        for tensor in of_file {
+            // Packed, each takes at least a byte; unpacked, each is a field of its own.
+            let dimensions: usize = fields(tensor, SHAPE, MAX_DIMENSIONS, "dimensions")?
+                .iter()
+                .map(|packed| packed.iter().filter(|byte| **byte < 0x80).count().max(1))
+                .sum();
+            if dimensions > MAX_DIMENSIONS {
+                return Err(ManifestError::TooLarge {
+                    limit: MAX_DIMENSIONS as u64,
+                    what: "dimensions",
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The contents of the fields of this number, at most `limit` of them.
+fn fields<'a>(
+    message: &'a [u8],
+    number: u64,
+    limit: usize,
+    what: &'static str,
+) -> Result<Vec<&'a [u8]>, ManifestError> {
+    let mut found = Vec::new();
+    for field in Fields(message) {
+        if field.number == GROUP {
+            return Err(ManifestError::Entry {
+                path: String::new(),
+                reason: "it holds a protobuf group, which no manifest does",
+            });
+        }
+        if field.number == number {
+            if found.len() == limit {
+                return Err(ManifestError::TooLarge {
+                    limit: limit as u64,
+                    what,
+                });
+            }
+            found.push(field.bytes);
+        }
+    }
+    Ok(found)
+}
+
+/// Stands for the number of a group, in which entries could hide from the count. No field has it.
+const GROUP: u64 = u64::MAX;
+
+/// The fields of an encoded protobuf message, up to the first that is malformed: decoding reports that.
+struct Fields<'a>(&'a [u8]);
+
+struct Field<'a> {
+    number: u64,
+    /// The content of a length-delimited field; empty for others.
+    bytes: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    fn varint(&mut self) -> Option<u64> {
+        prost::encoding::decode_varint(&mut self.0).ok()
+    }
+
+    fn take(&mut self, n: u64) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(usize::try_from(n).ok()?)?;
+        self.0 = rest;
+        Some(taken)
+    }
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Field<'a>;
+
+    fn next(&mut self) -> Option<Field<'a>> {
+        let key = self.varint()?;
+        let mut number = key >> 3;
+        let mut bytes: &[u8] = &[];
+        // The wire types of the protobuf encoding.
+        match key & 7 {
+            0 => drop(self.varint()?),
+            1 => drop(self.take(8)?),
+            2 => {
+                let size = self.varint()?;
+                bytes = self.take(size)?;
+            }
+            5 => drop(self.take(4)?),
+            3 => number = GROUP,
+            _ => return None,
+        }
+        Some(Field { number, bytes })
     }
 }
 
@@ -324,6 +447,34 @@ mod tests {
             assert!(matches!(hostile(change), Err(ManifestError::Entry { .. })));
         }
         assert!(Manifest::decode(&[0xff; 100]).is_err());
+    }
+
+    #[test]
+    fn a_bomb_of_empty_entries_is_refused_before_it_is_decoded() {
+        let refused = |bytes: &[u8]| {
+            assert!(matches!(
+                Manifest::decode(bytes),
+                Err(ManifestError::TooLarge { .. })
+            ));
+        };
+        // Empty files; a file of empty tensors; a tensor of many dimensions, packed and not.
+        refused(&[0x12, 0].repeat(MAX_FILES + 1));
+        let field = |tag: u8, content: Vec<u8>| {
+            let mut bytes = vec![tag];
+            prost::encoding::encode_varint(content.len() as u64, &mut bytes);
+            bytes.extend(content);
+            bytes
+        };
+        refused(&field(0x12, [0x2a, 0].repeat(MAX_TENSORS + 1)));
+        refused(&field(0x12, field(0x2a, field(0x1a, vec![1; 33]))));
+        refused(&field(0x12, field(0x2a, [0x18, 1].repeat(33))));
+        // A group, which could hide entries from the count, is none of ours.
+        let mut hidden = vec![0x7b, 0x7c];
+        hidden.extend([0x12, 0].repeat(MAX_FILES + 1));
+        assert!(matches!(
+            Manifest::decode(&hidden),
+            Err(ManifestError::Entry { .. })
+        ));
     }
 
     #[test]

@@ -122,7 +122,7 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    /// Opens or makes the part file. `committed` is what an earlier run vouched for; it counts only if the files are still there.
+    /// Opens the part file that `committed` vouches for, or makes a new one.
     pub(crate) fn open(
         lease: PartLease,
         hash: Hash,
@@ -134,12 +134,11 @@ impl Partial {
         let part = lease.part.clone();
         let file = open(&part)?;
         let io = |path: &Path| StoreError::io("cannot write", path);
-        let mut kept = file.metadata().map_err(io(&part))?.len() == tree.size();
+        let kept = committed.is_some();
         let outboard = match outboard {
             Some(path) => {
                 let file = open(&path)?;
                 let size = file.metadata().map_err(io(&path))?.len();
-                kept &= size == tree.outboard_size();
                 if size != tree.outboard_size() {
                     file.set_len(tree.outboard_size()).map_err(io(&path))?;
                 }
@@ -147,10 +146,7 @@ impl Partial {
             }
             None => None,
         };
-        let have = match committed {
-            Some(bits) if kept => bits,
-            _ => Bitfield::empty(tree.groups()),
-        };
+        let have = committed.unwrap_or_else(|| Bitfield::empty(tree.groups()));
         if !kept {
             reserve(&file, tree.size()).map_err(io(&part))?;
         }
@@ -204,6 +200,11 @@ impl Partial {
         self.dirty.swap(false, Ordering::AcqRel)
     }
 
+    /// Takes the last [`take_dirty`](Self::take_dirty) back: what it was for did not happen.
+    pub(crate) fn set_dirty(&self) {
+        self.dirty.store(true, Ordering::Release);
+    }
+
     /// Writes verified groups, then counts them as had; how many bytes were new.
     pub(crate) fn write(&self, segment: &Segment) -> Result<u64, StoreError> {
         self.file
@@ -250,9 +251,12 @@ impl Partial {
 
     /// Gives the whole file its name, without replacing anything that has it.
     pub(crate) fn finish(&self) -> Result<Location, StoreError> {
-        rename_new(self.part(), &self.target)
-            .map_err(StoreError::io("cannot complete", &self.target))?;
-        self.finished.store(true, Ordering::Release);
+        // An earlier attempt may have failed after the rename.
+        if !self.is_finished() {
+            rename_new(self.part(), &self.target)
+                .map_err(StoreError::io("cannot complete", &self.target))?;
+            self.finished.store(true, Ordering::Release);
+        }
         Location::of(&self.target, &self.file).map_err(StoreError::io("cannot read", &self.target))
     }
 

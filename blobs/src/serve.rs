@@ -64,11 +64,9 @@ where
     let mut sent = 0;
     let mut current: Option<(Hash, Arc<BlobReader>)> = None;
     loop {
-        let request = timeout(IDLE, frame::read(&mut stream, MAX_MESSAGE))
-            .await
-            .map_err(|_| ServeError::Idle)??;
+        let request = patient(frame::read(&mut stream, MAX_MESSAGE)).await?;
         let Some(request): Option<BlobRequest> = request else {
-            stream.shutdown().await?;
+            patient(stream.shutdown()).await?;
             return Ok(sent);
         };
         let Some(hash) = Hash::from_slice(&request.hash) else {
@@ -143,21 +141,41 @@ where
             .expect("reading does not panic")
             .map_err(ServeError::Read)?;
         let more = (!ended).then(|| read(walk, std::mem::take(&mut spare)));
-        timeout(IDLE, stream.write_all(&buffer))
-            .await
-            .map_err(|_| ServeError::Idle)??;
+        send(stream, &buffer).await?;
         sent += buffer.len() as u64;
         spare = buffer;
         match more {
             Some(more) => next = more,
             None => {
-                timeout(IDLE, stream.flush())
-                    .await
-                    .map_err(|_| ServeError::Idle)??;
+                patient(stream.flush()).await?;
                 return Ok(sent);
             }
         }
     }
+}
+
+/// Writes all of `bytes`, however slowly, as long as the peer takes some of them now and then.
+async fn send<S>(stream: &mut S, mut bytes: &[u8]) -> Result<(), ServeError>
+where
+    S: AsyncWrite + Unpin,
+{
+    while !bytes.is_empty() {
+        let n = patient(stream.write(bytes)).await?;
+        if n == 0 {
+            return Err(io::Error::from(io::ErrorKind::WriteZero).into());
+        }
+        bytes = &bytes[n..];
+    }
+    Ok(())
+}
+
+/// Waits for the peer, but not for ever.
+async fn patient<T, E>(work: impl Future<Output = Result<T, E>>) -> Result<T, ServeError>
+where
+    ServeError: From<E>,
+{
+    let done = timeout(IDLE, work).await.map_err(|_| ServeError::Idle)?;
+    Ok(done?)
 }
 
 async fn answer<S>(stream: &mut S, status: Status, size: u64) -> Result<(), ServeError>
@@ -168,11 +186,8 @@ where
         status: status.into(),
         size,
     };
-    frame::write(stream, &response, MAX_MESSAGE).await?;
-    timeout(IDLE, stream.flush())
-        .await
-        .map_err(|_| ServeError::Idle)??;
-    Ok(())
+    patient(frame::write(stream, &response, MAX_MESSAGE)).await?;
+    patient(stream.flush()).await
 }
 
 async fn refuse<S, T>(stream: &mut S, why: &'static str) -> Result<T, ServeError>
@@ -180,6 +195,6 @@ where
     S: AsyncWrite + Unpin,
 {
     answer(stream, Status::BadRequest, 0).await?;
-    stream.shutdown().await?;
+    patient(stream.shutdown()).await?;
     Err(ServeError::BadRequest(why))
 }

@@ -101,6 +101,9 @@ pub enum StoreError {
     /// Another transfer in this process writes the same file.
     #[error("another transfer is writing {}", .0.display())]
     Busy(PathBuf),
+    /// The work was stopped by whoever asked for it.
+    #[error("stopped")]
+    Cancelled,
     /// The store holds no such model.
     #[error("this node holds no model {0}")]
     NoSuchModel(Hash),
@@ -162,6 +165,9 @@ struct LocationRow {
     size: u64,
     #[prost(int64, tag = "3")]
     modified: i64,
+    /// Written by a transfer, and so ours to delete.
+    #[prost(bool, tag = "4")]
+    written: bool,
 }
 
 /// A row of `models`.
@@ -202,6 +208,7 @@ impl From<&Location> for LocationRow {
             path: location.path.as_os_str().as_bytes().to_vec(),
             size: location.size,
             modified: location.modified,
+            written: false,
         }
     }
 }
@@ -348,7 +355,12 @@ impl Store {
         }
         self.write(|txn| {
             for file in indexed.manifest.files() {
-                put_location(txn, &file.blake3, &indexed.files[&file.path].location)?;
+                put_location(
+                    txn,
+                    &file.blake3,
+                    &indexed.files[&file.path].location,
+                    false,
+                )?;
             }
             put_model(txn, id, &indexed.root, false)?;
             if let Some(name) = name {
@@ -362,7 +374,11 @@ impl Store {
     /// Takes in a file that was found to hold a known blob. Durable when it returns.
     pub(crate) fn adopt(&self, hash: &Hash, file: &IndexedFile) -> Result<(), StoreError> {
         self.write_outboard(hash, &file.outboard)?;
-        self.write(|txn| put_location(txn, hash, &file.location))
+        self.write(|txn| {
+            // A crash between a rename and its record leaves a row for a part file that is gone.
+            forget_partials(txn, hash, Some(&part_path(&file.location.path, hash)))?;
+            put_location(txn, hash, &file.location, false)
+        })
     }
 
     /// Takes in an encoded manifest as a blob. Durable when it returns.
@@ -387,7 +403,7 @@ impl Store {
         }
         let metadata = fs::metadata(&path).map_err(StoreError::io("cannot read", &path))?;
         let location = Location::from_metadata(&path, &metadata);
-        self.write(|txn| put_location(txn, &id, &location))?;
+        self.write(|txn| put_location(txn, &id, &location, true))?;
         Ok(id)
     }
 
@@ -480,16 +496,21 @@ impl Store {
                 continue;
             }
             presence.complete = false;
-            presence.bytes += self.partial_bytes(&model.root.join(&file.path), &file.blake3)?;
+            presence.bytes +=
+                self.partial_bytes(&model.root.join(&file.path), &file.blake3, file.size)?;
         }
         Ok(presence)
     }
 
-    /// Where a whole blob is, unchanged.
+    /// Where a whole blob is, unchanged and with its tree.
     pub(crate) fn locate(&self, hash: &Hash) -> Result<Option<(Location, File)>, StoreError> {
         let Some(row) = self.blob_row(hash)? else {
             return Ok(None);
         };
+        if !self.has_outboard(hash, &Tree::new(row.size)) {
+            tracing::warn!(%hash, "a tree is missing: its content counts as absent until it is added again");
+            return Ok(None);
+        }
         Ok(row.locations.iter().find_map(|row| {
             let location = Location::from(row);
             location.open().map(|file| (location, file))
@@ -499,10 +520,13 @@ impl Store {
     /// Whether the file at `path` is known to hold the blob, and unchanged since.
     pub(crate) fn holds(&self, hash: &Hash, path: &Path) -> Result<bool, StoreError> {
         Ok(self.blob_row(hash)?.is_some_and(|row| {
-            row.locations
-                .iter()
-                .map(Location::from)
-                .any(|location| location.path == path && location.open().is_some())
+            let has_tree = self.has_outboard(hash, &Tree::new(row.size));
+            has_tree
+                && row
+                    .locations
+                    .iter()
+                    .map(Location::from)
+                    .any(|location| location.path == path && location.open().is_some())
         }))
     }
 
@@ -548,6 +572,12 @@ impl Store {
                 kept_paths.insert(other.root.join(&file.path));
             }
         }
+        for file in manifest.iter().flat_map(Manifest::files) {
+            let part = part_path(&model.root.join(&file.path), &file.blake3);
+            if self.open_parts().contains(&part) {
+                return Err(StoreError::Busy(part));
+            }
+        }
         let mut deletable = Vec::new();
         let mut gone = BTreeSet::new();
         let mut parts = Vec::new();
@@ -560,12 +590,17 @@ impl Store {
                     Some(row) => Some(decode::<BlobRow>("blobs", row.value())?),
                     None => None,
                 };
-                let Some(mut row) = row else { continue };
+                let Some(mut row) = row else {
+                    if !kept_blobs.contains(&file.blake3) {
+                        gone.insert(file.blake3);
+                    }
+                    continue;
+                };
                 if !kept_paths.contains(&path) {
                     row.locations.retain(|row| {
                         let location = Location::from(row);
                         let ours = location.path == path;
-                        if ours {
+                        if ours && row.written {
                             deletable.push(location);
                         }
                         !ours
@@ -580,11 +615,11 @@ impl Store {
                     gone.insert(file.blake3);
                 }
             }
-            let mut partials = txn.open_table(PARTIALS).map_err(database)?;
-            for part in &parts {
-                partials
-                    .remove(part.as_os_str().as_bytes())
-                    .map_err(database)?;
+            for file in manifest.iter().flat_map(Manifest::files) {
+                let part = part_path(&model.root.join(&file.path), &file.blake3);
+                // Without its tree, no part of a blob is worth anything.
+                let only = kept_blobs.contains(&file.blake3).then_some(part.as_path());
+                forget_partials(txn, &file.blake3, only)?;
             }
             txn.open_table(MODELS)
                 .map_err(database)?
@@ -633,10 +668,12 @@ impl Store {
         let part = part_path(target, &hash);
         let lease = PartLease::take(self, &part)?;
         let tree = Tree::new(size);
-        let committed = self
-            .partial_row(&part)?
-            .filter(|row| row.hash == hash.as_bytes() && row.size == size)
-            .and_then(|row| Bitfield::from_bytes(&row.bits, tree.groups()));
+        let committed = self.committed(&part, &hash, &tree)?;
+        if committed.is_none() {
+            // Before the files get their full size: a row from earlier must not vouch for what they hold then.
+            let all = !self.has_outboard(&hash, &tree);
+            self.write(|txn| forget_partials(txn, &hash, (!all).then_some(part.as_path())))?;
+        }
         let outboard = (tree.groups() > 1).then(|| self.outboard_path(&hash));
         Partial::open(lease, hash, tree, target, outboard, committed)
     }
@@ -666,7 +703,7 @@ impl Store {
         }
         self.write(|txn| {
             for (partial, location) in &finished {
-                put_location(txn, &partial.hash(), location)?;
+                put_location(txn, &partial.hash(), location, true)?;
             }
             let mut table = txn.open_table(PARTIALS).map_err(database)?;
             for (partial, _) in &finished {
@@ -691,6 +728,13 @@ impl Store {
         })
     }
 
+    fn open_parts(&self) -> std::sync::MutexGuard<'_, HashSet<PathBuf>> {
+        self.inner
+            .open_parts
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
     fn partial_row(&self, part: &Path) -> Result<Option<PartialRow>, StoreError> {
         let txn = self.inner.database.begin_read().map_err(database)?;
         let table = txn.open_table(PARTIALS).map_err(database)?;
@@ -701,20 +745,29 @@ impl Store {
     }
 
     /// Bytes that are verified and durable in the part file of a blob that is to become `target`.
-    pub(crate) fn partial_bytes(&self, target: &Path, hash: &Hash) -> Result<u64, StoreError> {
-        let part = part_path(target, hash);
-        let Some(row) = self.partial_row(&part)? else {
-            return Ok(0);
-        };
-        let tree = Tree::new(row.size);
-        let whole = |path: &Path, size| fs::metadata(path).is_ok_and(|file| file.len() == size);
-        if row.hash != hash.as_bytes()
-            || !whole(&part, tree.size())
-            || (tree.groups() > 1 && !whole(&self.outboard_path(hash), tree.outboard_size()))
-        {
-            return Ok(0);
-        }
-        Ok(Bitfield::from_bytes(&row.bits, tree.groups()).map_or(0, |bits| bits.bytes(&tree)))
+    pub(crate) fn partial_bytes(
+        &self,
+        target: &Path,
+        hash: &Hash,
+        size: u64,
+    ) -> Result<u64, StoreError> {
+        let tree = Tree::new(size);
+        let committed = self.committed(&part_path(target, hash), hash, &tree)?;
+        Ok(committed.map_or(0, |bits| bits.bytes(&tree)))
+    }
+
+    /// The groups that a row vouches for, if the files it speaks of are still there.
+    fn committed(
+        &self,
+        part: &Path,
+        hash: &Hash,
+        tree: &Tree,
+    ) -> Result<Option<Bitfield>, StoreError> {
+        let row = self
+            .partial_row(part)?
+            .filter(|row| row.hash == hash.as_bytes() && row.size == tree.size())
+            .filter(|_| has_size(part, tree.size()) && self.has_outboard(hash, tree));
+        Ok(row.and_then(|row| Bitfield::from_bytes(&row.bits, tree.groups())))
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
@@ -745,6 +798,11 @@ impl Store {
         write_durably(&self.outboard_path(hash), outboard)
     }
 
+    /// Whether the tree of a blob is on disk with the right size, or the blob needs none.
+    fn has_outboard(&self, hash: &Hash, tree: &Tree) -> bool {
+        tree.groups() == 1 || has_size(&self.outboard_path(hash), tree.outboard_size())
+    }
+
     fn outboard_path(&self, hash: &Hash) -> PathBuf {
         self.inner.folder.join("outboards").join(hash.to_string())
     }
@@ -763,11 +821,7 @@ pub(crate) struct PartLease {
 
 impl PartLease {
     fn take(store: &Store, part: &Path) -> Result<Self, StoreError> {
-        let mut open = store
-            .inner
-            .open_parts
-            .lock()
-            .expect("nothing panics while holding the lock");
+        let mut open = store.open_parts();
         if !open.insert(part.to_owned()) {
             return Err(StoreError::Busy(part.to_owned()));
         }
@@ -806,9 +860,11 @@ impl BlobReader {
     /// # Errors
     /// If the file changed since it was opened, or a read fails.
     pub fn read_slice(&self, walk: &mut Walk, out: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
+        let mut ended = false;
         while out.len() < limit {
             let Some(step) = walk.next() else {
-                return Ok(true);
+                ended = true;
+                break;
             };
             let at = out.len();
             match step {
@@ -830,14 +886,33 @@ impl BlobReader {
         if Location::of(&self.location.path, &self.file)? != self.location {
             return Err(io::Error::other("the file changed while it was read"));
         }
-        Ok(false)
+        Ok(ended)
     }
 }
 
+/// Drops the rows of part files of a blob: of one, or of all.
+fn forget_partials(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    only: Option<&Path>,
+) -> Result<(), StoreError> {
+    let mut table = txn.open_table(PARTIALS).map_err(database)?;
+    if let Some(part) = only {
+        table
+            .remove(part.as_os_str().as_bytes())
+            .map_err(database)?;
+        return Ok(());
+    }
+    let of_blob = |row: &[u8]| PartialRow::decode(row).is_ok_and(|row| row.hash == hash.as_bytes());
+    table.retain(|_, row| !of_blob(row)).map_err(database)
+}
+
+/// Notes that a whole blob is in a file; `written` if it was us who wrote it.
 fn put_location(
     txn: &WriteTransaction,
     hash: &Hash,
     location: &Location,
+    written: bool,
 ) -> Result<(), StoreError> {
     let mut table = txn.open_table(BLOBS).map_err(database)?;
     let mut row = match table.get(hash.as_bytes()).map_err(database)? {
@@ -845,7 +920,10 @@ fn put_location(
         None => BlobRow::default(),
     };
     row.size = location.size;
-    let new = LocationRow::from(location);
+    let new = LocationRow {
+        written,
+        ..LocationRow::from(location)
+    };
     row.locations.retain(|old| old.path != new.path);
     row.locations.push(new);
     table
@@ -907,7 +985,10 @@ fn set_name(
             .iter()
             .any(|known| known.name == name && known.published);
         let before = model.names.len();
-        model.names.retain(|known| known.name != name);
+        // What somebody else calls by this name does not take it from what we publish.
+        model
+            .names
+            .retain(|known| known.name != name || (key != id && known.published && !published));
         if key == id {
             model.names.push(Name {
                 name: name.to_owned(),
@@ -949,6 +1030,10 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         Some(folder) => sync_folder(folder),
         None => Ok(()),
     }
+}
+
+fn has_size(path: &Path, size: u64) -> bool {
+    fs::metadata(path).is_ok_and(|file| file.len() == size)
 }
 
 fn sync_folder(folder: &Path) -> Result<(), StoreError> {

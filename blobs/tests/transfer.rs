@@ -371,3 +371,129 @@ async fn hostile_requests_are_refused_without_harm() {
         assert!(answer.len() < 16, "{answer:?}");
     }
 }
+
+/// Breaks the link to the provider after so many bytes of answers.
+async fn fetch_some(world: &World, download: &mut Download, bytes: u64) {
+    let (near, mut far) = duplex(64 * 1024);
+    let mut stream = world.connect();
+    tokio::spawn(async move {
+        let (mut from_near, mut to_near) = tokio::io::split(&mut far);
+        let (mut from_provider, mut to_provider) = tokio::io::split(&mut stream);
+        let mut limited = (&mut from_provider).take(bytes);
+        let up = async {
+            tokio::io::copy(&mut from_near, &mut to_provider)
+                .await
+                .unwrap();
+            std::future::pending::<()>().await
+        };
+        tokio::select! {
+            _ = up => {}
+            _ = tokio::io::copy(&mut limited, &mut to_near) => {}
+        }
+    });
+    download.fetch(near).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_part_file_that_was_removed_is_never_vouched_for() {
+    let world = World::new(&[
+        ("a", content(300 * GROUP, 1)),
+        ("b", content(300 * GROUP, 2)),
+    ]);
+    let (mut download, _) = world.plan("to").unwrap();
+    fetch_some(&world, &mut download, 15 << 20).await;
+    drop(download);
+    // The user clears the folder; the next run is cut before it has come to anything of the same file.
+    fs::remove_dir_all(world.path("to")).unwrap();
+    let (mut download, progress) = world.plan("to").unwrap();
+    assert_eq!(progress.done.load(Ordering::Relaxed), 0);
+    fetch_some(&world, &mut download, 10).await;
+    drop(download);
+    let (mut download, progress) = world.plan("to").unwrap();
+    assert_eq!(progress.done.load(Ordering::Relaxed), 0);
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+    assert_eq!(moved(&progress), world.manifest.size());
+}
+
+#[tokio::test]
+async fn trees_are_not_shared_with_parts_that_were_forgotten() {
+    let world = World::new(&[("a", content(300 * GROUP, 1))]);
+    let id = world.id;
+    let expect = |to: &str| {
+        let root = world.path(to);
+        fs::create_dir_all(&root).unwrap();
+        let bytes = world.manifest.encode();
+        world.receiver.add_manifest(&bytes).unwrap();
+        world
+            .receiver
+            .expect_model(id, &root.canonicalize().unwrap(), None)
+            .unwrap();
+    };
+    for to in ["one", "two"] {
+        expect(to);
+        let (mut download, _) = world.plan(to).unwrap();
+        fetch_some(&world, &mut download, 10 << 20).await;
+        drop(download);
+    }
+    // Removes the tree that both parts share.
+    let mut tries = 0;
+    while let Err(error) = world.receiver.remove(&id, false) {
+        // The dropped download may still be settling.
+        assert!(tries < 1000, "{error}");
+        tries += 1;
+        tokio::task::yield_now().await;
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    for to in ["two", "one"] {
+        let (mut download, progress) = world.plan(to).unwrap();
+        assert_eq!(progress.done.load(Ordering::Relaxed), 0, "{to}");
+        download.fetch(world.connect()).await.unwrap();
+        world.assert_equal(to);
+        fs::remove_dir_all(world.path(to)).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn removing_with_files_deletes_what_was_written_and_nothing_else() {
+    let world = World::new(&[
+        ("mine", content(10, 1)),
+        ("sub/fetched", content(3 * GROUP, 2)),
+    ]);
+    write(&world.path("to"), "mine", &content(10, 1));
+    let manifest = world.manifest.encode();
+    world.receiver.add_manifest(&manifest).unwrap();
+    let (mut download, _) = world.plan("to").unwrap();
+    world
+        .receiver
+        .expect_model(world.id, download.root(), None)
+        .unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    let removed = world.receiver.remove(&world.id, true).unwrap();
+    assert_eq!(removed.files_deleted, 1);
+    assert!(world.path("to/mine").exists());
+    assert!(!world.path("to/sub").exists());
+}
+
+#[tokio::test]
+async fn a_lost_tree_makes_its_content_absent_and_not_an_error() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    let tree = world
+        .path("provider/outboards")
+        .join(world.manifest.files()[0].blake3.to_string());
+    fs::remove_file(tree).unwrap();
+    let (mut download, _) = world.plan("to").unwrap();
+    assert!(matches!(
+        download.fetch(world.connect()).await.unwrap_err(),
+        TransferError::Missing(_)
+    ));
+    world
+        .provider
+        .add(
+            &index(&world.path("source"), &index::Progress::default()).unwrap(),
+            None,
+        )
+        .unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+}
