@@ -43,7 +43,7 @@ const REPLICATION: NonZeroUsize = NonZeroUsize::new(20).expect("not zero");
 /// How long a look-up may take. A dead node costs a dial's time-out, and look-ups ask several at a time.
 const QUERY: Duration = Duration::from_secs(30);
 
-/// A look-up ends early once this many nodes have answered with statements: they were stored at twenty.
+/// [`Dht::get_some`] ends once this many nodes have answered with valid statements: they were stored at twenty.
 const ENOUGH: usize = 4;
 
 /// How often the routing table is refreshed.
@@ -88,6 +88,7 @@ pub struct Dht {
     keys: Keypair,
     commands: mpsc::Sender<Command>,
     nodes: watch::Receiver<usize>,
+    meetings: watch::Receiver<u64>,
     /// The last sequence number given out.
     sequence: Arc<AtomicU64>,
 }
@@ -95,7 +96,12 @@ pub struct Dht {
 #[derive(Debug)]
 enum Command {
     Put(Box<Record>, oneshot::Sender<Result<usize, DhtError>>),
-    Get(Vec<u8>, oneshot::Sender<Vec<Record>>),
+    Get {
+        key: Vec<u8>,
+        /// End after this many nodes have answered with something.
+        enough: usize,
+        reply: oneshot::Sender<Vec<Record>>,
+    },
     Status(oneshot::Sender<Status>),
 }
 
@@ -104,6 +110,7 @@ impl Dht {
     pub fn new(keys: &Keypair) -> (Self, Behaviour) {
         let (commands, requests) = mpsc::channel(COMMANDS);
         let (count, nodes) = watch::channel(0);
+        let (met, meetings) = watch::channel(0);
         let local = keys.public().to_peer_id();
         let mut config = kad::Config::new(PROTOCOL);
         config
@@ -111,12 +118,13 @@ impl Dht {
             .set_query_timeout(QUERY)
             .set_max_packet_size(MAX_PACKET)
             .set_record_ttl(Some(record::MAX_TTL))
-            // Publishers say again what still holds; Kademlia need not do it for them.
+            // Publishers say again what still holds; Kademlia need not do it for them, nor pass on what others stored here.
             .set_publication_interval(None)
+            .set_replication_interval(None)
             .set_provider_publication_interval(None)
             .set_caching(kad::Caching::Disabled)
             .set_periodic_bootstrap_interval(Some(REFRESH));
-        let mut kad = kad::Behaviour::with_config(local, Store::default(), config);
+        let mut kad = kad::Behaviour::with_config(local, Store::new(local), config);
         kad.set_mode(Some(Mode::Server));
         let behaviour = Behaviour {
             kad,
@@ -124,12 +132,14 @@ impl Dht {
             queries: HashMap::new(),
             peers: HashMap::new(),
             count,
+            met,
             swept: Instant::now(),
         };
         let dht = Self {
             keys: keys.clone(),
             commands,
             nodes,
+            meetings,
             sequence: Arc::default(),
         };
         (dht, behaviour)
@@ -163,13 +173,27 @@ impl Dht {
         self.put(key, subkey, None, ttl).await
     }
 
-    /// What anybody states under `key`, each statement checked, at most one per publisher and subkey, the newest.
+    /// What anybody states under `key`, each statement checked, at most one per publisher and subkey, the newest. Asks every node that should
+    /// know, which takes as long as the slowest of them, and 30 s at most.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+        self.look_up(key, usize::MAX).await
+    }
+
+    /// As [`get`](Self::get), but content with what the first few nodes say: for when some of many statements will do.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn get_some(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+        self.look_up(key, ENOUGH).await
+    }
+
+    async fn look_up(&self, key: &[u8], enough: usize) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Get(key.to_vec(), reply)).await?;
+        let key = key.to_vec();
+        self.send(Command::Get { key, enough, reply }).await?;
         let mut records = answer.await.map_err(|_| DhtError::Stopped)?;
         records.retain(|record| record.value().is_some() && !record.remaining().is_zero());
         Ok(records)
@@ -188,6 +212,11 @@ impl Dht {
     /// The number of nodes in the routing table, as it changes.
     pub fn nodes(&self) -> watch::Receiver<usize> {
         self.nodes.clone()
+    }
+
+    /// Counts the nodes met, and met again after they were gone: each may know nothing of what was stated before.
+    pub fn meetings(&self) -> watch::Receiver<u64> {
+        self.meetings.clone()
     }
 
     async fn put(
@@ -230,6 +259,8 @@ impl Dht {
 enum Query {
     Put(oneshot::Sender<Result<usize, DhtError>>),
     Get {
+        key: Vec<u8>,
+        enough: usize,
         found: Vec<Record>,
         answers: usize,
         reply: oneshot::Sender<Vec<Record>>,
@@ -256,6 +287,8 @@ pub struct Behaviour {
     peers: HashMap<PeerId, Peer>,
     /// Tells of the number of nodes in the routing table.
     count: watch::Sender<usize>,
+    /// Counts nodes met.
+    met: watch::Sender<u64>,
     swept: Instant,
 }
 
@@ -290,9 +323,11 @@ impl Behaviour {
                     Err(error) => drop(reply.send(Err(DhtError::Store(error.to_string())))),
                 }
             }
-            Command::Get(key, reply) => {
-                let id = self.kad.get_record(RecordKey::from(key));
+            Command::Get { key, enough, reply } => {
+                let id = self.kad.get_record(RecordKey::new(&key));
                 let query = Query::Get {
+                    key,
+                    enough,
                     found: Vec::new(),
                     answers: 0,
                     reply,
@@ -333,15 +368,23 @@ impl Behaviour {
             return;
         };
         if let (
-            Query::Get { found, answers, .. },
+            Query::Get {
+                key,
+                enough,
+                found,
+                answers,
+                ..
+            },
             QueryResult::GetRecord(Ok(GetRecordOk::FoundRecord(record))),
         ) = (query, &result)
         {
-            for statement in store::decode(record.record.key.as_ref(), &record.record.value) {
-                store::merge(found, statement);
+            // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
+            let statements = store::decode(key, &record.record.value);
+            *answers += usize::from(record.peer.is_some() && !statements.is_empty());
+            for statement in statements {
+                store::merge(found, statement, None);
             }
-            *answers += usize::from(record.peer.is_some());
-            if *answers >= ENOUGH
+            if *answers >= *enough
                 && let Some(mut query) = self.kad.query_mut(&id)
             {
                 query.finish();
@@ -372,6 +415,7 @@ impl Behaviour {
             return;
         };
         known.serves = true;
+        self.met.send_modify(|met| *met += 1);
         for address in known.claimed.clone() {
             self.kad.add_address(&peer, address);
         }
@@ -389,6 +433,18 @@ impl Behaviour {
             return;
         }
         known.claimed.push(address.clone());
+        let known_route = |kad: &mut kad::Behaviour<Store>| {
+            kad.kbucket(peer).is_some_and(|bucket| {
+                bucket
+                    .iter()
+                    .any(|entry| *entry.node.key.preimage() == peer)
+            })
+        };
+        // A peer that comes back is in the table already, and Kademlia says nothing of it.
+        if !known.serves && known_route(&mut self.kad) {
+            known.serves = true;
+            self.met.send_modify(|met| *met += 1);
+        }
         if known.serves {
             self.kad.add_address(&peer, address);
         }

@@ -177,6 +177,12 @@ impl Record {
         (self.wire.sequence, &self.wire.signature) > (other.wire.sequence, &other.wire.signature)
     }
 
+    /// Bytes it takes in a set: a tag and a length of at most three bytes, and the statement.
+    pub(crate) fn size(&self) -> usize {
+        use prost::Message;
+        self.wire.encoded_len() + 4
+    }
+
     pub(crate) fn as_wire(&self) -> &wire::SignedRecord {
         &self.wire
     }

@@ -3,7 +3,12 @@
 //! One Kademlia record holds the set of all publishers' statements under a key. Storing merges sets; reading returns what still
 //! holds. libp2p-kad's own provider records are not used: they carry no addresses and no signature.
 
-use std::{borrow::Cow, collections::HashMap, iter, time::Instant};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    iter,
+    time::{Duration, Instant},
+};
 
 use libp2p::{
     PeerId,
@@ -17,14 +22,18 @@ use weft_proto::wire;
 
 use crate::Record;
 
-/// Keys held. With full sets of small records, some hundred megabytes; in practice sets are small.
+/// Keys held for others.
 const MAX_KEYS: usize = 32_768;
+
+/// Bytes of statements held for others. A full store takes no new keys until something expires.
+const MAX_BYTES: usize = 64 * 1024 * 1024;
 
 /// Statements under one key.
 const MAX_RECORDS: usize = 64;
 
-/// Statements of one publisher under one key: one publisher must not fill the set.
+/// Statements of one publisher under one key, and their bytes: one publisher must not fill the set, nor the answer.
 const MAX_PER_PUBLISHER: usize = 16;
+const MAX_PUBLISHER_BYTES: usize = MAX_SET / 8;
 
 /// Bytes of statements that an answer carries. Kademlia's packets are limited to [`MAX_PACKET`], and closer peers take room as well.
 const MAX_SET: usize = 48 * 1024;
@@ -32,13 +41,29 @@ const MAX_SET: usize = 48 * 1024;
 /// The longest Kademlia message, in bytes.
 pub(crate) const MAX_PACKET: usize = 64 * 1024;
 
+/// The lifetime by which statements are compared when a set is full: that of the shortest-lived honest ones. Who claims to live
+/// longer gains nothing by it.
+const COMPARED_LIFE: Duration = Duration::from_secs(3600);
+
 /// In memory; on a restart, publishers say again what still holds.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Store {
+    /// Whose statements are kept whatever strangers send.
+    local: PeerId,
     sets: HashMap<RecordKey, Vec<Record>>,
+    /// Bytes in the sets.
+    bytes: usize,
 }
 
 impl Store {
+    pub(crate) fn new(local: PeerId) -> Self {
+        Self {
+            local,
+            sets: HashMap::new(),
+            bytes: 0,
+        }
+    }
+
     /// Statements held.
     pub(crate) fn len(&self) -> usize {
         self.sets.values().map(Vec::len).sum()
@@ -50,7 +75,13 @@ impl Store {
             set.retain(|record| !record.remaining().is_zero());
             !set.is_empty()
         });
+        self.bytes = self.sets.values().map(|set| size(set)).sum();
     }
+}
+
+/// Bytes that statements take.
+fn size(set: &[Record]) -> usize {
+    set.iter().map(Record::size).sum()
 }
 
 /// The statements in a Kademlia record's value that hold, checked. Those that do not are passed over: a set is the work of
@@ -73,35 +104,44 @@ pub(crate) fn decode(key: &[u8], value: &[u8]) -> Vec<Record> {
 pub(crate) fn encode<'a>(records: impl Iterator<Item = &'a Record>) -> Vec<u8> {
     let mut size = 0;
     let records = records
-        .map(|record| record.as_wire().clone())
-        .take_while(|wire| {
-            // A tag and a length of at most three bytes.
-            size += wire.encoded_len() + 4;
-            size <= MAX_SET
+        .filter(|record| {
+            let fits = size + record.size() <= MAX_SET;
+            size += if fits { record.size() } else { 0 };
+            fits
         })
+        .map(|record| record.as_wire().clone())
         .collect();
     wire::RecordSet { records }.encode_to_vec()
 }
 
-/// Adds `record` to `set` unless the set has a newer one about the same thing, or is full of others.
-pub(crate) fn merge(set: &mut Vec<Record>, record: Record) {
+/// Adds `record` to `set` unless the set has a newer one about the same thing, or is full of others. Those of `pinned` are always
+/// taken and never make room.
+pub(crate) fn merge(set: &mut Vec<Record>, record: Record, pinned: Option<PeerId>) {
     if let Some(known) = set.iter_mut().find(|known| known.is_same(&record)) {
         if record.supersedes(known) {
             *known = record;
         }
         return;
     }
-    let same = |known: &&Record| known.publisher() == record.publisher();
-    if set.iter().filter(same).count() >= MAX_PER_PUBLISHER {
+    let is_pinned = |record: &Record| Some(record.publisher()) == pinned;
+    let (count, bytes) = set
+        .iter()
+        .filter(|known| known.publisher() == record.publisher())
+        .fold((0, 0), |(n, size), known| (n + 1, size + known.size()));
+    if count >= MAX_PER_PUBLISHER || bytes + record.size() > MAX_PUBLISHER_BYTES {
         return;
     }
     if set.len() < MAX_RECORDS {
         set.push(record);
         return;
     }
-    // Full: what would soon be gone makes room for what holds longer.
-    if let Some(soonest) = set.iter_mut().min_by_key(|known| known.remaining())
-        && soonest.remaining() < record.remaining()
+    // Full: what is about to expire makes room. Otherwise first come, first served.
+    let life = |record: &Record| record.remaining().min(COMPARED_LIFE);
+    if let Some(soonest) = set
+        .iter_mut()
+        .filter(|known| !is_pinned(known))
+        .min_by_key(|known| life(known))
+        && (is_pinned(&record) || life(soonest) < life(&record))
     {
         *soonest = record;
     }
@@ -132,17 +172,26 @@ impl RecordStore for Store {
             // Kademlia's errors have no word for "not signed"; any of them resets the request.
             return Err(Error::ValueTooLarge);
         }
-        if !self.sets.contains_key(&record.key) && self.sets.len() >= MAX_KEYS {
+        let ours = records
+            .iter()
+            .any(|record| record.publisher() == self.local);
+        let full = |store: &Self| {
+            (store.sets.len() >= MAX_KEYS && !store.sets.contains_key(&record.key))
+                || store.bytes + record.value.len() > MAX_BYTES
+        };
+        if !ours && full(self) {
             self.sweep();
-            if self.sets.len() >= MAX_KEYS {
+            if full(self) {
                 return Err(Error::MaxRecords);
             }
         }
         let set = self.sets.entry(record.key).or_default();
+        let before = size(set);
         set.retain(|record| !record.remaining().is_zero());
         for record in records {
-            merge(set, record);
+            merge(set, record, Some(self.local));
         }
+        self.bytes = self.bytes + size(set) - before;
         Ok(())
     }
 
@@ -174,13 +223,15 @@ impl RecordStore for Store {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use libp2p::identity::Keypair;
 
     use super::*;
 
-    const HOUR: Duration = Duration::from_secs(3600);
+    const HOUR: Duration = Duration::from_secs(2 * 3600);
+
+    fn store() -> Store {
+        Store::new(PeerId::random())
+    }
 
     fn record(keys: &Keypair, subkey: &[u8], value: &[u8], sequence: u64) -> Record {
         Record::sign(keys, b"k", subkey, Some(value), sequence, HOUR).unwrap()
@@ -198,7 +249,7 @@ mod tests {
 
     #[test]
     fn publishers_share_a_key_and_none_replaces_another() {
-        let mut store = Store::default();
+        let mut store = store();
         let keys: Vec<_> = (0..3).map(|_| Keypair::generate_ed25519()).collect();
         for key in &keys {
             put(&mut store, &[record(key, b"", b"v", 1)]).unwrap();
@@ -212,13 +263,13 @@ mod tests {
         let keys = Keypair::generate_ed25519();
         let (old, new) = (record(&keys, b"", b"old", 1), record(&keys, b"", b"new", 2));
         for order in [[&old, &new], [&new, &old]] {
-            let mut store = Store::default();
+            let mut store = store();
             for record in order {
                 put(&mut store, std::slice::from_ref(record)).unwrap();
             }
             assert_eq!(read(&store), std::slice::from_ref(&new));
         }
-        let mut store = Store::default();
+        let mut store = store();
         let gone = Record::sign(&keys, b"k", b"", None, 3, HOUR).unwrap();
         put(&mut store, &[gone.clone(), old, new]).unwrap();
         assert_eq!(read(&store), [gone]);
@@ -226,7 +277,7 @@ mod tests {
 
     #[test]
     fn forged_expired_and_misplaced_statements_are_not_stored() {
-        let mut store = Store::default();
+        let mut store = store();
         let keys = Keypair::generate_ed25519();
         let good = record(&keys, b"", b"v", 1);
         let mut forged = good.as_wire().clone();
@@ -253,7 +304,7 @@ mod tests {
 
     #[test]
     fn a_flood_under_one_key_is_bounded() {
-        let mut store = Store::default();
+        let mut store = store();
         let one = Keypair::generate_ed25519();
         for i in 0..100u8 {
             put(&mut store, &[record(&one, &[i], &[0; 100], 1)]).unwrap();
@@ -273,8 +324,49 @@ mod tests {
     }
 
     #[test]
+    fn strangers_neither_evict_nor_block_what_this_node_states() {
+        let keys = Keypair::generate_ed25519();
+        let mut store = Store::new(keys.public().to_peer_id());
+        let flood = |store: &mut Store| {
+            for _ in 0..MAX_RECORDS + 10 {
+                let other = Keypair::generate_ed25519();
+                let long = Record::sign(&other, b"k", b"", Some(b"x"), 1, crate::MAX_TTL).unwrap();
+                put(store, &[long]).unwrap();
+            }
+        };
+        flood(&mut store);
+        let ours = record(&keys, b"", b"v", 1);
+        put(&mut store, std::slice::from_ref(&ours)).unwrap();
+        assert!(read(&store).contains(&ours));
+        flood(&mut store);
+        assert!(read(&store).contains(&ours));
+        // Nor do they evict each other by claiming a longer life.
+        let mut set = vec![];
+        let honest = record(&Keypair::generate_ed25519(), b"", b"v", 1);
+        merge(&mut set, honest.clone(), None);
+        for _ in 0..MAX_RECORDS + 10 {
+            let other = Keypair::generate_ed25519();
+            let long = Record::sign(&other, b"k", b"", Some(b"x"), 1, crate::MAX_TTL).unwrap();
+            merge(&mut set, long, None);
+        }
+        assert!(set.contains(&honest));
+    }
+
+    #[test]
+    fn one_publisher_does_not_fill_the_answer() {
+        let mut store = store();
+        let one = Keypair::generate_ed25519();
+        for i in 0..MAX_PER_PUBLISHER as u8 {
+            put(&mut store, &[record(&one, &[i], &[0; 4000], 1)]).unwrap();
+        }
+        let late = record(&Keypair::generate_ed25519(), b"", &[1; 4000], 1);
+        put(&mut store, std::slice::from_ref(&late)).unwrap();
+        assert!(read(&store).contains(&late));
+    }
+
+    #[test]
     fn expired_statements_are_swept_and_never_returned() {
-        let mut store = Store::default();
+        let mut store = store();
         let keys = Keypair::generate_ed25519();
         let brief =
             Record::sign(&keys, b"k", b"", Some(b"v"), 1, Duration::from_millis(30)).unwrap();

@@ -74,6 +74,7 @@ async fn what_one_publishes_another_finds_and_many_publishers_share_a_key() {
     let found = nodes[3].dht.get(b"k").await.unwrap();
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].value(), Some(&b"one again"[..]));
+    assert_eq!(nodes[3].dht.get_some(b"k").await.unwrap().len(), 1);
     assert!(nodes[3].dht.get(b"unknown").await.unwrap().is_empty());
 }
 

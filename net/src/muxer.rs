@@ -21,11 +21,11 @@ use libp2p::core::{
 const FRAME: usize = 256 * 1024;
 
 /// Streams open at a time on a connection, both directions.
-const MAX_STREAMS: usize = 256;
+const MAX_STREAMS: usize = 128;
 
 /// Bytes a peer may have in flight to us on a connection. Each stream starts at 256 KiB and grows only while it is being read,
 /// so a stranger's idle streams hold a quarter of this.
-const MAX_RECEIVE_WINDOW: usize = 256 * 1024 * 1024;
+const MAX_RECEIVE_WINDOW: usize = 128 * 1024 * 1024;
 
 /// Streams a peer may have opened that nobody has asked for yet.
 const MAX_WAITING: usize = 64;

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     io,
-    net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -24,6 +24,7 @@ use libp2p::{
         dial_opts::{DialOpts, PeerCondition},
     },
 };
+use socket2::{Domain, Socket, Type};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{MissedTickBehavior, interval, timeout},
@@ -55,6 +56,15 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 
 /// Peers found by mDNS are dialled while fewer than this many are connected: a hall full of machines is no reason to connect to all.
 const MDNS_PEERS: usize = 32;
+
+/// Streams that a peer may be negotiating on a connection.
+const MAX_NEGOTIATING: usize = 64;
+
+/// Dials under way at a time, whoever asked for them.
+const MAX_DIALS: u32 = 256;
+
+/// Addresses taken from what a peer says of itself.
+const MAX_CLAIMED: usize = 16;
 
 /// Requests to the swarm that may wait.
 const COMMANDS: usize = 256;
@@ -246,6 +256,7 @@ impl Network {
             .collect::<Result<_, _>>()?;
         let limits = ConnectionLimits::default()
             .with_max_pending_incoming(Some(config.limits.pending_incoming))
+            .with_max_pending_outgoing(Some(MAX_DIALS))
             .with_max_established_incoming(Some(config.limits.established_incoming))
             .with_max_established(Some(config.limits.established))
             .with_max_established_per_peer(Some(config.limits.per_peer));
@@ -259,7 +270,9 @@ impl Network {
             identify: identify::Behaviour::new(
                 identify::Config::new("/weft/1".to_owned(), config.key.public())
                     .with_agent_version(config.agent.clone())
-                    .with_push_listen_addr_updates(true),
+                    .with_push_listen_addr_updates(true)
+                    // Its cache would tell the other behaviours of an address only once, however often the peer comes back.
+                    .with_cache_size(0),
             ),
             ping: ping::Behaviour::default(),
             mdns: mdns.into(),
@@ -270,7 +283,9 @@ impl Network {
             transport::build(&config.key)?,
             behaviour,
             local,
-            libp2p::swarm::Config::with_tokio_executor().with_idle_connection_timeout(IDLE),
+            libp2p::swarm::Config::with_tokio_executor()
+                .with_idle_connection_timeout(IDLE)
+                .with_max_negotiating_inbound_streams(MAX_NEGOTIATING),
         );
         let listeners = listen(&mut swarm, config.listen.as_deref())?;
         for address in config.external {
@@ -455,15 +470,29 @@ fn check_free(address: &Multiaddr) -> io::Result<()> {
         Some(Protocol::Ip6(ip)) => ip.into(),
         _ => return Ok(()),
     };
-    match parts.next() {
-        Some(Protocol::Tcp(port)) if port != 0 && ip.is_ipv4() => {
-            TcpListener::bind(SocketAddr::new(ip, port)).map(drop)
-        }
-        Some(Protocol::Udp(port)) if port != 0 && ip.is_ipv4() => {
-            UdpSocket::bind(SocketAddr::new(ip, port)).map(drop)
-        }
-        _ => Ok(()),
+    let (kind, port) = match parts.next() {
+        Some(Protocol::Tcp(port)) => (Type::STREAM, port),
+        Some(Protocol::Udp(port)) => (Type::DGRAM, port),
+        _ => return Ok(()),
+    };
+    if port == 0 {
+        return Ok(());
     }
+    let address = SocketAddr::new(ip, port);
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
+    if ip.is_ipv6() {
+        // As libp2p does: otherwise it would clash with our own listener for IPv4.
+        socket.set_only_v6(true)?;
+    }
+    if kind == Type::STREAM {
+        // A port whose last connections are winding down is free all the same.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&address.into())?;
+    if kind == Type::STREAM {
+        socket.listen(1)?;
+    }
+    Ok(())
 }
 
 /// A peer to stay connected to.
@@ -486,6 +515,14 @@ impl Bootstrap {
     }
 }
 
+/// A dial under way.
+#[derive(Debug)]
+struct Dial {
+    peer: PeerId,
+    /// What was given to dial, for another try without those that turn out to be somebody else's.
+    addresses: Vec<Multiaddr>,
+}
+
 /// What the driver knows of a connected peer.
 #[derive(Debug, Default)]
 struct Peer {
@@ -505,8 +542,8 @@ struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     requests: mpsc::Receiver<Command>,
     protocols: Protocols,
     peers: HashMap<PeerId, Peer>,
-    /// Dials under way, and who is dialled.
-    dials: HashMap<ConnectionId, PeerId>,
+    /// Dials under way.
+    dials: HashMap<ConnectionId, Dial>,
     /// Who waits for a connection, and the errors so far.
     waiting: HashMap<PeerId, Vec<oneshot::Sender<Result<Path, ConnectError>>>>,
     bootstrap: Vec<Bootstrap>,
@@ -615,18 +652,61 @@ where
     }
 
     fn dial(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<(), ConnectError> {
-        let options = DialOpts::peer_id(peer)
+        let mut options = DialOpts::peer_id(peer)
             .condition(PeerCondition::Disconnected)
-            .addresses(addresses)
-            .extend_addresses_through_behaviour()
-            .build();
+            .addresses(addresses.clone());
+        if addresses.is_empty() {
+            // What the DHT has heard of the peer comes from anybody: a last resort.
+            options = options.extend_addresses_through_behaviour();
+        }
+        let options = options.build();
         let id = options.connection_id();
         match self.swarm.dial(options) {
             Ok(()) => {
-                self.dials.insert(id, peer);
+                self.dials.insert(id, Dial { peer, addresses });
                 Ok(())
             }
+            Err(_) if self.is_dialling(&peer) => Ok(()),
             Err(error) => Err(dial_error(peer, &error)),
+        }
+    }
+
+    fn is_dialling(&self, peer: &PeerId) -> bool {
+        self.dials.values().any(|dial| dial.peer == *peer)
+    }
+
+    fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
+        let Some(Dial {
+            peer,
+            mut addresses,
+        }) = self.dials.remove(&id)
+        else {
+            return;
+        };
+        tracing::debug!(%peer, %error, "a dial failed");
+        // The first to answer ends a dial, and it was another node, as happens with private addresses from another
+        // network: the rest have not been tried.
+        let elsewhere = match error {
+            DialError::WrongPeerId { address, .. } | DialError::LocalPeerId { address } => {
+                Some(split_peer_id(address.clone()).0)
+            }
+            _ => None,
+        };
+        if let Some(elsewhere) = elsewhere {
+            let before = addresses.len();
+            addresses.retain(|address| split_peer_id(address.clone()).0 != elsewhere);
+            let fewer = !addresses.is_empty() && addresses.len() < before;
+            if fewer && self.dial(peer, addresses).is_ok() {
+                return;
+            }
+        }
+        // Another dial to the same peer may still succeed.
+        if self.is_dialling(&peer) {
+            return;
+        }
+        for reply in self.waiting.remove(&peer).unwrap_or_default() {
+            // Whoever asked may be gone.
+            let _ = reply.send(Err(dial_error(peer, error)));
         }
     }
 
@@ -672,17 +752,7 @@ where
                 error,
                 ..
             } => {
-                let Some(peer) = self.dials.remove(&connection_id) else {
-                    return;
-                };
-                tracing::debug!(%peer, %error, "a dial failed");
-                // Another dial to the same peer may still succeed.
-                if self.dials.values().any(|dialled| *dialled == peer) {
-                    return;
-                }
-                for reply in self.waiting.remove(&peer).unwrap_or_default() {
-                    let _ = reply.send(Err(dial_error(peer, &error)));
-                }
+                self.on_dial_failed(connection_id, &error);
             }
             SwarmEvent::NewListenAddr { address, .. } => {
                 tracing::info!(%address, "listening");
@@ -695,6 +765,9 @@ where
                 info,
                 ..
             })) => {
+                for address in info.listen_addrs.into_iter().take(MAX_CLAIMED) {
+                    self.swarm.add_peer_address(peer_id, address);
+                }
                 if let Some(peer) = self.peers.get_mut(&peer_id) {
                     // A stranger's text on its way to terminals and logs.
                     peer.agent = info
@@ -731,7 +804,9 @@ where
                         .push(split_peer_id(address).0);
                 }
                 for (peer, addresses) in by_peer {
-                    if self.peers.len() < MDNS_PEERS && !self.peers.contains_key(&peer) {
+                    if self.peers.len() + self.dials.len() < MDNS_PEERS
+                        && !self.peers.contains_key(&peer)
+                    {
                         tracing::debug!(%peer, "found on the local network");
                         // Already dialling it is as good.
                         let _ = self.dial(peer, addresses);

@@ -185,8 +185,35 @@ async fn errors_say_what_happened() {
 }
 
 #[tokio::test]
+async fn an_address_where_another_node_answers_does_not_hide_a_good_one() {
+    let listen = &["/ip4/127.0.0.1/tcp/0"][..];
+    let (one, two, other) = (
+        network(listen).await,
+        network(listen).await,
+        network(listen).await,
+    );
+    // Ourselves, and somebody else, before the right one.
+    let mut addresses = one.addresses().await;
+    addresses.extend(other.addresses().await);
+    addresses.extend(two.addresses().await);
+    for _ in 0..5 {
+        one.connect(two.local_peer(), addresses.clone())
+            .await
+            .unwrap();
+    }
+    assert_eq!(one.peers().await[0].peer, two.local_peer());
+}
+
+#[tokio::test]
 async fn a_port_in_use_is_an_error_when_asked_for() {
-    let one = network(&["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"]).await;
+    let listen = [
+        "/ip4/127.0.0.1/tcp/0",
+        "/ip4/127.0.0.1/udp/0/quic-v1",
+        "/ip6/::1/tcp/0",
+        "/ip6/::1/udp/0/quic-v1",
+    ];
+    let one = network(&listen).await;
+    assert_eq!(one.addresses().await.len(), 4);
     for address in one.addresses().await {
         let error = Network::spawn(config(&[&address.to_string()]), dummy::Behaviour)
             .await

@@ -40,15 +40,18 @@ impl Interceptor for Token {
 }
 
 impl Client {
-    /// Connects to the node that runs on `home`: by its socket, else by TCP.
+    /// Connects to the node that runs on `home`: by its socket, or by TCP where the home's path is too long for one.
     pub(crate) async fn connect(home: &Path) -> Result<Self, Failure> {
         // The node writes them at the real path, and the socket's path has a limit.
         let home = home.canonicalize().map_err(|_| not_running(home))?;
         let files = Files::of(&home);
-        if files.has_socket()
-            && let Ok(endpoint) = Endpoint::from_shared(format!("unix:{}", files.socket.display()))
-            && let Ok(channel) = endpoint.connect().await
-        {
+        if files.has_socket() {
+            // A node has its socket whenever it can. Without one, whoever listens at the address is not to get the token.
+            let channel = Endpoint::from_shared(format!("unix:{}", files.socket.display()))
+                .map_err(|error| Failure::other(format!("{}: {error}", files.socket.display())))?
+                .connect()
+                .await
+                .map_err(|_| not_running(&home))?;
             return Ok(Self {
                 channel: InterceptedService::new(channel, Token(None)),
             });

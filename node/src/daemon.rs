@@ -1,5 +1,7 @@
 //! `weft up`.
 
+use crate::output::{err, out};
+
 use serde_json::json;
 use weft::Node;
 
@@ -24,7 +26,7 @@ pub(crate) async fn up(
     let endpoint = Endpoint::serve(node.clone(), options.api).await?;
     let addresses = node.addresses().await;
     if as_json {
-        println!(
+        out!(
             "{}",
             json!({
                 "peer_id": node.peer_id().to_string(),
@@ -36,23 +38,23 @@ pub(crate) async fn up(
             })
         );
     } else {
-        println!("weft {} is up", env!("CARGO_PKG_VERSION"));
-        println!("  peer     {}", node.peer_id());
-        println!("  home     {}", node.home().display());
+        out!("weft {} is up", env!("CARGO_PKG_VERSION"));
+        out!("  peer     {}", node.peer_id());
+        out!("  home     {}", node.home().display());
         for (i, address) in addresses.iter().enumerate() {
-            println!(
+            out!(
                 "  {}  {address}",
                 if i == 0 { "address" } else { "       " }
             );
         }
         for (i, name) in endpoint.names().iter().enumerate() {
-            println!("  {}  {name}", if i == 0 { "api    " } else { "       " });
+            out!("  {}  {name}", if i == 0 { "api    " } else { "       " });
         }
-        println!("Ctrl-C stops it.");
+        out!("Ctrl-C stops it.");
     }
     stop.wait().await;
     if !as_json {
-        eprintln!("stopping");
+        err!("stopping");
     }
     endpoint.stop().await;
     node.shutdown().await;

@@ -3,11 +3,13 @@
 //! Three nodes in this process talk over real sockets on loopback. One has a model, one fetches it by name, and the two know
 //! only the third.
 
+use crate::output::{err, out};
+
 use std::{
     fs::{self, File},
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::StreamExt;
@@ -32,6 +34,9 @@ const ELEMENT: usize = 2;
 
 const NAME: &str = "demo/model";
 
+/// How long removing the demo's folder is tried.
+const REMOVE: Duration = Duration::from_secs(10);
+
 /// What is shown, and printed with `--json`.
 struct Outcome {
     got: Got,
@@ -46,15 +51,18 @@ pub(crate) async fn run(options: cli::Demo, as_json: bool) -> Result<(), Failure
         .prefix("weft-demo-")
         .tempdir()
         .map_err(|error| Failure::other(format!("cannot make a folder for the demo: {error}")))?;
+    let mut nodes = Vec::new();
     let outcome = tokio::select! {
-        outcome = play(&folder, options.model) => outcome,
+        outcome = play(&folder, options.model, &mut nodes) => outcome,
         () = stop.wait() => Err(Failure::interrupted("stopped; nothing is left behind")),
     };
+    for node in nodes.drain(..) {
+        node.shutdown().await;
+    }
     // Before the table: what it ends with is the last that happens.
-    folder
-        .close()
-        .map_err(|error| Failure::other(format!("cannot remove the demo's folder: {error}")))?;
+    let removed = remove(&folder).await;
     let outcome = outcome?;
+    removed?;
     print(&outcome, as_json);
     if outcome.verified {
         Ok(())
@@ -63,11 +71,33 @@ pub(crate) async fn run(options: cli::Demo, as_json: bool) -> Result<(), Failure
     }
 }
 
-async fn play(folder: &TempDir, model: Option<PathBuf>) -> Result<Outcome, Failure> {
+/// Removes the demo's folder. Threads that were told to stop may still be writing there for a moment.
+async fn remove(folder: &TempDir) -> Result<(), Failure> {
+    let begin = Instant::now();
+    loop {
+        match fs::remove_dir_all(folder.path()) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(_) if begin.elapsed() < REMOVE => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err(error) => {
+                let path = folder.path().display();
+                return Err(Failure::other(format!("cannot remove {path}: {error}")));
+            }
+        }
+    }
+}
+
+async fn play(
+    folder: &TempDir,
+    model: Option<PathBuf>,
+    nodes: &mut Vec<Node>,
+) -> Result<Outcome, Failure> {
     let source = match model {
         Some(path) => path,
         None => {
-            eprintln!("writing a safetensors model of 64 MiB");
+            err!("writing a safetensors model of 64 MiB");
             let path = folder.path().join("source");
             let written = path.clone();
             tokio::task::spawn_blocking(move || write_model(&written))
@@ -78,10 +108,13 @@ async fn play(folder: &TempDir, model: Option<PathBuf>) -> Result<Outcome, Failu
         }
     };
     let name: ModelName = NAME.parse().map_err(Error::Name)?;
-    eprintln!("starting three nodes: one to meet at, one with the model, one without");
+    err!("starting three nodes: one to meet at, one with the model, one without");
     let meeting = node(&folder.path().join("meeting"), None).await?;
+    nodes.push(meeting.clone());
     let publisher = node(&folder.path().join("publisher"), Some(&meeting)).await?;
+    nodes.push(publisher.clone());
     let receiver = node(&folder.path().join("receiver"), Some(&meeting)).await?;
+    nodes.push(receiver.clone());
     for node in [&publisher, &receiver] {
         met(node).await?;
     }
@@ -93,7 +126,7 @@ async fn play(folder: &TempDir, model: Option<PathBuf>) -> Result<Outcome, Failu
     }
     meter.finish();
     let added = add.await?;
-    eprintln!(
+    err!(
         "added {}, {}, in {}: {NAME} is {}",
         output::count(added.model.files as u64, "file"),
         output::bytes(added.model.size),
@@ -117,12 +150,9 @@ async fn play(folder: &TempDir, model: Option<PathBuf>) -> Result<Outcome, Failu
     let peers = receiver.peers().await;
 
     // With other code than that which received it: from the files alone.
-    eprintln!("reading back what arrived");
+    err!("reading back what arrived");
     let again = receiver.models().add(&target).start().await?;
     let verified = again.model.id == added.model.id;
-    for node in [receiver, publisher, meeting] {
-        node.shutdown().await;
-    }
     Ok(Outcome {
         got,
         announced_to: added.announced_to,
@@ -206,7 +236,7 @@ fn print(outcome: &Outcome, as_json: bool) {
         .map(|source| format!("{}/{}", source.path, source.transport))
         .collect();
     if as_json {
-        println!(
+        out!(
             "{}",
             json!({
                 "verified": outcome.verified,
@@ -242,14 +272,10 @@ fn print(outcome: &Outcome, as_json: bool) {
             .to_owned(),
         ),
     ];
-    println!("{}", output::table(&rows));
-    println!("Now on two machines:");
-    println!(
-        "  weft up                                    on both; on the second, with --bootstrap"
-    );
-    println!(
-        "                                             and an address that the first one prints"
-    );
-    println!("  weft add ./my-model --name me/my-model     on the first, in another terminal");
-    println!("  weft get me/my-model                       on the second");
+    out!("{}", output::table(&rows));
+    out!("Now on two machines:");
+    out!("  weft up                                    on both; on the second, with --bootstrap");
+    out!("                                             and an address that the first one prints");
+    out!("  weft add ./my-model --name me/my-model     on the first, in another terminal");
+    out!("  weft get me/my-model                       on the second");
 }

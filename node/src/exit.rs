@@ -13,6 +13,8 @@
 //! | 8 | the disk is full |
 //! | 130 | interrupted |
 
+use crate::output::{err, out};
+
 use serde_json::json;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -75,7 +77,7 @@ impl Failure {
     /// Says it: for people on standard error, with `--json` as an object on standard output.
     pub(crate) fn print(&self, json: bool) {
         if json {
-            println!(
+            out!(
                 "{}",
                 json!({ "error": {
                     "reason": self.reason,
@@ -86,9 +88,9 @@ impl Failure {
             );
             return;
         }
-        eprintln!("weft: {}", self.message);
+        err!("weft: {}", self.message);
         if let Some(hint) = &self.hint {
-            eprintln!("  {}", hint.replace('\n', "\n  "));
+            err!("  {}", hint.replace('\n', "\n  "));
         }
     }
 }
@@ -141,8 +143,13 @@ impl From<Status> for Failure {
                 1,
                 "The token in the home's api/token is not the running node's. Is --home right?",
             ),
-            // Every error of the node itself has a reason: this one is the connection's.
-            "OTHER" => {
+            // Every error of the node itself has a reason: these are the connection's.
+            "OTHER"
+                if matches!(
+                    status.code(),
+                    Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Internal
+                ) =>
+            {
                 return Self::new(
                     NOT_RUNNING,
                     "NOT_RUNNING",
@@ -150,6 +157,10 @@ impl From<Status> for Failure {
                 )
                 .hint("If it has stopped, start it again with `weft up`; then run the same command again.");
             }
+            "OTHER" if status.code() == Code::Unimplemented => (
+                1,
+                "The running node is of another version than this program. Restart it with this one.",
+            ),
             _ => (1, ""),
         };
         Self {

@@ -5,6 +5,32 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// As `println!`, but a reader that has gone away, such as `head`, is no reason to end otherwise than planned.
+macro_rules! out {
+    ($($argument:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($argument)*);
+    }};
+}
+
+/// As `print!`, likewise.
+macro_rules! out_raw {
+    ($($argument:tt)*) => {{
+        use std::io::Write;
+        let _ = write!(std::io::stdout(), $($argument)*);
+    }};
+}
+
+/// As `eprintln!`, likewise.
+macro_rules! err {
+    ($($argument:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), $($argument)*);
+    }};
+}
+
+pub(crate) use {err, out, out_raw};
+
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// How often a plain line of progress is printed where there is no terminal.
@@ -139,7 +165,7 @@ impl Meter {
         self.last_bytes = done;
         self.last_text = text.to_owned();
         if total == 0 {
-            eprintln!("{text}");
+            err!("{text}");
             return;
         }
         let percent = done as f64 * 100.0 / total as f64;
@@ -153,7 +179,7 @@ impl Meter {
         } else {
             String::new()
         };
-        eprintln!(
+        err!(
             "{text}: {} of {} ({percent:.0} %){speed}",
             bytes(done),
             bytes(total)

@@ -1,15 +1,18 @@
 //! Telling the DHT what this node has.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use prost::Message;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep, sleep_until},
+};
 use weft_blobs::{Hash, Manifest, Store, store::Model};
 use weft_dht::Dht;
 use weft_net::Network;
 use weft_proto::wire;
 
-use crate::{Error, ModelName, node::blocking};
+use crate::{Error, ModelName, models::describe, node::blocking};
 
 /// How long a provider's claim holds. A provider that is gone is tried in vain for no longer.
 const PROVIDER_TTL: Duration = Duration::from_secs(2 * 3600);
@@ -29,6 +32,9 @@ const ENOUGH: usize = 20;
 /// Between two models of a round, so that a large library does not flood the mesh.
 const PACE: Duration = Duration::from_millis(20);
 
+/// At least this long between two rounds, however often nodes come and go.
+const ROUND: Duration = Duration::from_secs(2);
+
 /// Addresses in a claim.
 pub(crate) const MAX_ADDRESSES: usize = 16;
 
@@ -43,6 +49,8 @@ pub(crate) struct Announcer {
     dht: Dht,
     network: Network,
     store: Store,
+    /// Stating and taking back do not overlap: the last to run is right.
+    order: Arc<Mutex<()>>,
 }
 
 impl Announcer {
@@ -51,11 +59,16 @@ impl Announcer {
             dht,
             network,
             store,
+            order: Arc::default(),
         }
     }
 
     /// States that we have a model, and the names we publish it by; how many nodes took the claim that fewest took.
     pub(crate) async fn announce(&self, model: &Model, manifest_size: u64) -> Result<usize, Error> {
+        let _alone = self.order.lock().await;
+        let (store, id) = (self.store.clone(), model.id);
+        // It may have been removed since whoever calls looked.
+        let model = blocking(move || Ok(store.model(&id)?)).await?;
         let addresses = self.network.addresses().await;
         let claim = wire::ProviderClaim {
             addresses: addresses
@@ -67,7 +80,7 @@ impl Announcer {
         let key = provider_key(&model.id);
         let value = claim.encode_to_vec();
         let mut took = self.dht.publish(&key, &[], &value, PROVIDER_TTL).await?;
-        for name in published(model) {
+        for name in published(&model) {
             let claim = wire::NameClaim {
                 manifest: model.id.as_bytes().to_vec().into(),
                 manifest_size,
@@ -81,6 +94,7 @@ impl Announcer {
 
     /// Takes back what [`announce`](Self::announce) stated.
     pub(crate) async fn withdraw(&self, model: &Model) -> Result<(), Error> {
+        let _alone = self.order.lock().await;
         self.dht
             .withdraw(&provider_key(&model.id), &[], PROVIDER_TTL)
             .await?;
@@ -90,50 +104,65 @@ impl Announcer {
         Ok(())
     }
 
-    /// Announces everything when the mesh is met, when it grows while it is small, and from time to time. Ends with the network.
+    /// Announces everything when nodes are met while the mesh is small, and from time to time. Ends with the network.
     pub(crate) async fn run(self) {
-        let mut nodes = self.dht.nodes();
-        let mut known = 0;
+        let nodes = self.dht.nodes();
+        let mut meetings = self.dht.meetings();
         let mut refresh = Instant::now() + REFRESH;
         loop {
             tokio::select! {
                 () = sleep_until(refresh) => {}
-                grown = async { nodes.wait_for(|now| *now > known).await.is_ok() }, if known < ENOUGH => {
-                    if !grown {
+                met = meetings.changed() => {
+                    if met.is_err() {
                         return;
+                    }
+                    // In a large mesh, one node more that knows nothing changes little.
+                    if *nodes.borrow() >= ENOUGH {
+                        continue;
                     }
                     sleep(SETTLE).await;
                 }
             }
-            known = *nodes.borrow();
+            meetings.mark_unchanged();
             refresh = Instant::now() + REFRESH;
-            if let Err(error) = self.announce_all().await {
-                tracing::warn!(%error, "not everything could be announced; trying again later");
+            match self.whole_models().await {
+                Ok(models) => self.announce_all(models).await,
+                Err(error) => {
+                    tracing::warn!(%error, "nothing can be announced; trying again later")
+                }
             }
+            sleep(ROUND).await;
         }
     }
 
-    async fn announce_all(&self) -> Result<(), Error> {
+    async fn whole_models(&self) -> Result<Vec<(Model, u64)>, Error> {
         let store = self.store.clone();
-        let models = blocking(move || {
+        blocking(move || {
             let mut whole = Vec::new();
             for model in store.models()? {
-                let Some(manifest) = store.manifest(&model.id)? else {
-                    continue;
-                };
-                if store.presence(&model, &manifest)?.complete {
-                    whole.push((model, manifest_size(&manifest)));
+                match describe(&store, &model) {
+                    Ok((info, Some(manifest))) if info.complete => {
+                        whole.push((model, manifest_size(&manifest)));
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        tracing::warn!(model = %model.id, %error, "a model cannot be read");
+                    }
                 }
             }
             Ok(whole)
         })
-        .await?;
+        .await
+    }
+
+    async fn announce_all(&self, models: Vec<(Model, u64)>) {
         for (model, size) in models {
-            let took = self.announce(&model, size).await?;
-            tracing::debug!(model = %model.id, took, "announced");
+            match self.announce(&model, size).await {
+                Ok(took) => tracing::debug!(model = %model.id, took, "announced"),
+                Err(error) => tracing::debug!(model = %model.id, %error, "not announced"),
+            }
             sleep(PACE).await;
         }
-        Ok(())
     }
 }
 

@@ -143,6 +143,7 @@ impl From<StoreError> for Error {
             StoreError::DiskFull { path, needed, free } => Self::DiskFull { path, needed, free },
             StoreError::NoSuchModel(id) => Self::NoSuchModel(id.to_string()),
             StoreError::Busy(path) => Self::Busy(path),
+            StoreError::Cancelled => Self::Stopped,
             error => Self::Store(error),
         }
     }

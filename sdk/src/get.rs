@@ -19,7 +19,7 @@ use weft_proto::wire;
 use crate::{
     Error, Hash, ModelInfo, ModelName, Node, Operation, Target,
     models::{by_name, describe},
-    node::blocking,
+    node::{TargetLease, blocking},
     providers::Providers,
 };
 
@@ -186,7 +186,7 @@ impl Work {
             .to
             .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id));
         let folder = std::path::absolute(&folder).unwrap_or(folder);
-        let _lease = self.node.lease(&folder)?;
+        let lease = self.node.lease(&folder, id)?;
         let given = match request.target {
             Target::Ticket(ticket) => ticket.peers,
             _ => Vec::new(),
@@ -197,7 +197,8 @@ impl Work {
         let manifest = self.manifest(id, &mut providers).await?;
 
         self.enter(GetPhase::Checking);
-        let mut download = self.plan(manifest.clone(), &folder).await?;
+        let (mut download, _lease) = self.plan(manifest.clone(), &folder, lease).await?;
+        providers.renew();
         let directory = download.root().to_owned();
         let reused = self.counts.done.load(Ordering::Relaxed);
         {
@@ -207,7 +208,11 @@ impl Work {
         }
 
         while !download.is_complete() {
-            self.fetch_once(&mut download, &mut providers).await?;
+            if download.needs_provider() {
+                self.fetch_once(&mut download, &mut providers).await?;
+            } else {
+                download.finish_copies().await?;
+            }
         }
         drop(download);
         let (model, info) = {
@@ -245,7 +250,7 @@ impl Work {
     fn announce(&self, model: store::Model, manifest: &Manifest) {
         let announcer = self.node.announcer().clone();
         let size = crate::announce::manifest_size(manifest);
-        tokio::spawn(async move {
+        self.node.spawn(async move {
             if let Err(error) = announcer.announce(&model, size).await {
                 tracing::debug!(%error, "a fetched model is not announced yet");
             }
@@ -264,12 +269,16 @@ impl Work {
             let peer = stream.peer();
             match fetch_manifest(stream, id).await {
                 Ok(bytes) => {
-                    // It is what the id names, so no other provider has a better one.
-                    let manifest = Manifest::decode(&bytes)
-                        .map_err(|reason| Error::InvalidContent { model: id, reason })?;
+                    providers.succeeded(peer);
                     let store = self.node.store().clone();
-                    blocking(move || Ok(store.add_manifest(&bytes)?)).await?;
-                    return Ok(manifest);
+                    return blocking(move || {
+                        // It is what the id names, so no other provider has a better one.
+                        let manifest = Manifest::decode(&bytes)
+                            .map_err(|reason| Error::InvalidContent { model: id, reason })?;
+                        store.add_manifest(&bytes)?;
+                        Ok(manifest)
+                    })
+                    .await;
                 }
                 Err(TransferError::Store(error)) => return Err(error.into()),
                 Err(error) => providers.failed(peer, &error),
@@ -277,12 +286,22 @@ impl Work {
         }
     }
 
-    async fn plan(&self, manifest: Manifest, folder: &std::path::Path) -> Result<Download, Error> {
+    /// Holds on to the lease until the work is really over, also when nobody waits for it any more.
+    async fn plan(
+        &self,
+        manifest: Manifest,
+        folder: &std::path::Path,
+        lease: TargetLease,
+    ) -> Result<(Download, TargetLease), Error> {
         let store = self.node.store().clone();
         let folder = folder.to_owned();
         let counts = Arc::clone(&self.counts);
         let _stop = StopOnDrop(Arc::clone(&counts));
-        blocking(move || Ok(Download::plan(&store, &manifest, &folder, counts)?)).await
+        blocking(move || {
+            let download = Download::plan(&store, &manifest, &folder, counts)?;
+            Ok((download, lease))
+        })
+        .await
     }
 
     /// Fetches from the next provider, as far as that one goes.
@@ -340,12 +359,16 @@ impl Drop for StopOnDrop {
     }
 }
 
+/// With the id: a name may come to mean another model.
 fn default_folder(node: &Node, name: Option<&ModelName>, id: &Hash) -> PathBuf {
     let models = node.models_folder();
     match name {
-        Some(name) => models
-            .join(name.org())
-            .join(format!("{}@{}", name.name(), name.revision())),
+        Some(name) => models.join(name.org()).join(format!(
+            "{}@{}-{}",
+            name.name(),
+            name.revision(),
+            id.short()
+        )),
         None => models.join(id.to_string()),
     }
 }

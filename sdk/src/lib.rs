@@ -49,7 +49,7 @@ pub use weft_blobs::{
     Hash, Manifest, ParseHashError,
     manifest::{File, Tensor},
 };
-pub use weft_net::{Limits, Multiaddr, Path, PathKind, PeerId, PeerInfo, Transport};
+pub use weft_net::{Limits, Multiaddr, Path, PathKind, PeerId, PeerInfo, SpawnError, Transport};
 
 pub use self::{
     builder::Builder,

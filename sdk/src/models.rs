@@ -172,8 +172,12 @@ impl Models {
     pub async fn remove(&self, model: &str, files: bool) -> Result<Removed, Error> {
         let store = self.node.store().clone();
         let wanted = model.to_owned();
+        let node = self.node.clone();
         let (info, removed) = blocking(move || {
             let model = find(&store, &wanted)?;
+            if let Some(folder) = node.is_fetching(&model.id) {
+                return Err(Error::Busy(folder));
+            }
             let (info, _) = describe(&store, &model)?;
             Ok((info, store.remove(&model.id, files)?))
         })

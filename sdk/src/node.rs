@@ -1,18 +1,15 @@
 //! The node: what the parts make together.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, hash_map::Entry},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use tokio::{
-    sync::Semaphore,
-    task::{JoinSet, spawn_blocking},
-};
+use tokio::task::{JoinSet, spawn_blocking};
 use weft_blobs::{
-    Store,
+    Hash, Store,
     serve::{self, serve},
 };
 use weft_dht::Dht;
@@ -44,8 +41,8 @@ struct Inner {
     started: Instant,
     /// There are bootstrap nodes, or mDNS may find some.
     expects_peers: bool,
-    /// Folders that a `get` is filling.
-    targets: Mutex<HashSet<PathBuf>>,
+    /// Folders that a `get` is filling, and with what.
+    targets: Mutex<HashMap<PathBuf, Hash>>,
     /// What runs beside: ends when this is dropped.
     tasks: Mutex<JoinSet<()>>,
     /// Last, so that the home is free only when all else is gone.
@@ -212,19 +209,41 @@ impl Node {
     ///
     /// # Errors
     /// [`Error::Busy`] if another `get` has it.
-    pub(crate) fn lease(&self, folder: &Path) -> Result<TargetLease, Error> {
-        let mut targets = self
-            .inner
-            .targets
-            .lock()
-            .expect("nothing panics while holding the lock");
-        if !targets.insert(folder.to_owned()) {
-            return Err(Error::Busy(folder.to_owned()));
-        }
+    pub(crate) fn lease(&self, folder: &Path, model: Hash) -> Result<TargetLease, Error> {
+        match self.targets().entry(folder.to_owned()) {
+            Entry::Occupied(_) => return Err(Error::Busy(folder.to_owned())),
+            Entry::Vacant(entry) => entry.insert(model),
+        };
         Ok(TargetLease {
             node: self.clone(),
             folder: folder.to_owned(),
         })
+    }
+
+    /// The folder that a `get` of `model` is filling, if there is one.
+    pub(crate) fn is_fetching(&self, model: &Hash) -> Option<PathBuf> {
+        let targets = self.targets();
+        let found = targets.iter().find(|(_, fetched)| *fetched == model);
+        found.map(|(folder, _)| folder.clone())
+    }
+
+    /// Runs `work` beside, until it ends or the node does.
+    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self
+            .inner
+            .tasks
+            .lock()
+            .expect("nothing panics while holding the lock");
+        // Those that have ended need not be kept.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(work);
+    }
+
+    fn targets(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, Hash>> {
+        self.inner
+            .targets
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 }
 
@@ -243,30 +262,45 @@ impl Drop for TargetLease {
     }
 }
 
+/// Streams served at a time to one peer.
+const MAX_SERVED_PER_PEER: usize = 8;
+
 /// Answers every transfer stream that peers open.
 async fn serve_all(mut incoming: Incoming, store: Store) {
-    let places = Arc::new(Semaphore::new(MAX_SERVED));
-    let mut streams = JoinSet::new();
+    let mut streams: JoinSet<PeerId> = JoinSet::new();
+    let mut per_peer: HashMap<PeerId, usize> = HashMap::new();
     loop {
         tokio::select! {
             stream = incoming.next() => {
                 let Some(stream) = stream else { return };
-                let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                let peer = stream.peer();
+                let served = per_peer.get(&peer).copied().unwrap_or(0);
+                if streams.len() >= MAX_SERVED || served >= MAX_SERVED_PER_PEER {
                     // Dropped, and so reset: the peer asks another provider.
-                    tracing::debug!(peer = %stream.peer(), "refused: too many transfers are being served");
+                    tracing::debug!(%peer, "refused: too many transfers are being served");
                     continue;
-                };
+                }
+                per_peer.insert(peer, served + 1);
                 let store = store.clone();
                 streams.spawn(async move {
-                    let peer = stream.peer();
                     match serve(store, stream).await {
                         Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
                         Err(error) => tracing::debug!(%peer, %error, "serving ended early"),
                     }
-                    drop(place);
+                    peer
                 });
             }
-            Some(_) = streams.join_next() => {}
+            Some(ended) = streams.join_next() => {
+                // A panic there would be a defect of ours; its place is lost, not the node.
+                if let Ok(peer) = ended
+                    && let Entry::Occupied(mut entry) = per_peer.entry(peer)
+                {
+                    *entry.get_mut() -= 1;
+                    if *entry.get() == 0 {
+                        entry.remove();
+                    }
+                }
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{StreamExt, stream::FuturesUnordered};
 use prost::Message;
 use tokio::time::sleep;
 use weft_blobs::{Hash, TransferError};
@@ -29,15 +30,18 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 /// Providers tried in a round.
 const MAX_PROVIDERS: usize = 32;
 
+/// Providers connected to at a time; the first that answers is used.
+const RACE: usize = 4;
+
 /// Goes through a model's providers, round after round, until one finishes the work or patience ends.
 #[derive(Debug)]
 pub(crate) struct Providers {
     node: Node,
     model: Hash,
-    /// From a ticket; they count before those of the DHT.
+    /// From a ticket. The first round is theirs alone: they need no look-up.
     given: Vec<(PeerId, Vec<Multiaddr>)>,
     queue: VecDeque<(PeerId, Vec<Multiaddr>)>,
-    failures: BTreeMap<PeerId, String>,
+    failures: BTreeMap<PeerId, Failed>,
     /// Sent wrong bytes: never asked again.
     banned: HashSet<PeerId>,
     /// Content that had arrived at the last progress.
@@ -45,8 +49,14 @@ pub(crate) struct Providers {
     since: Instant,
     patience: Duration,
     pause: Duration,
-    /// Whether a round is over.
-    waited: bool,
+    /// Rounds begun since the last progress.
+    rounds: u32,
+}
+
+#[derive(Debug, Default)]
+struct Failed {
+    times: u32,
+    reason: String,
 }
 
 impl Providers {
@@ -62,48 +72,57 @@ impl Providers {
             since: Instant::now(),
             patience: FIRST,
             pause: PAUSE.0,
-            waited: false,
+            rounds: 0,
         }
     }
 
     /// A stream to the next provider. `moved` is the content that has arrived so far: progress renews the patience.
     ///
     /// # Errors
-    /// [`Error::NoProvider`] when patience has ended, with what each one did.
+    /// [`Error::NoProvider`] when patience has ended, with what each one did. Every provider that is known has been tried by then.
     pub(crate) async fn next(&mut self, moved: u64) -> Result<Stream, Error> {
         if moved > self.moved {
             self.moved = moved;
-            self.since = Instant::now();
             self.patience = LOST;
-            self.pause = PAUSE.0;
+            self.renew();
         }
         loop {
-            while let Some((peer, addresses)) = self.queue.pop_front() {
-                match self.reach(peer, addresses).await {
-                    Ok(stream) => return Ok(stream),
-                    Err(reason) => {
-                        tracing::debug!(%peer, reason, "a provider cannot be reached");
-                        self.failures.insert(peer, reason);
-                    }
-                }
+            if let Some(stream) = self.race().await {
+                return Ok(stream);
             }
-            if self.waited {
-                let all_banned = !self.failures.is_empty()
-                    && self.failures.keys().all(|peer| self.banned.contains(peer));
-                if self.since.elapsed() >= self.patience || all_banned {
-                    return Err(self.exhausted());
-                }
+            let all_banned = !self.failures.is_empty()
+                && self.failures.keys().all(|peer| self.banned.contains(peer));
+            // The ticket's own round does not count: the mesh may know more.
+            if self.rounds >= 2 && (self.since.elapsed() >= self.patience || all_banned) {
+                return Err(self.exhausted());
+            }
+            if self.rounds >= 2 {
                 sleep(self.pause).await;
                 self.pause = (self.pause * 2).min(PAUSE.1);
             }
-            if !self.waited {
-                self.waited = true;
-                if self.given.is_empty() {
-                    self.node.meet().await;
-                }
-            }
-            self.look_up().await?;
+            self.rounds += 1;
+            self.queue = if self.rounds == 1 {
+                self.given.clone().into()
+            } else {
+                self.look_up().await?
+            };
         }
+    }
+
+    /// `peer` has just proved to be a good one: it comes next, and patience begins anew.
+    pub(crate) fn succeeded(&mut self, peer: PeerId) {
+        self.failures.remove(&peer);
+        // We are connected to it: no addresses are needed.
+        self.queue.push_front((peer, Vec::new()));
+        self.renew();
+    }
+
+    /// Patience begins anew: what took the time since was not a provider.
+    pub(crate) fn renew(&mut self) {
+        self.since = Instant::now();
+        self.pause = PAUSE.0;
+        // The next look-up is the mesh's.
+        self.rounds = 1;
     }
 
     /// Notes why `peer` did not finish the work.
@@ -114,15 +133,21 @@ impl Providers {
         } else {
             tracing::debug!(%peer, %error, "a provider did not finish");
         }
-        self.failures.insert(peer, error.to_string());
+        self.note(peer, error.to_string());
     }
 
     /// What is being waited for, in words.
     pub(crate) fn waiting_for(&self) -> String {
         match self.failures.iter().next_back() {
-            Some((peer, reason)) => format!("a provider ({peer}: {reason})"),
+            Some((peer, failed)) => format!("a provider ({peer}: {})", failed.reason),
             None => "a provider".to_owned(),
         }
+    }
+
+    fn note(&mut self, peer: PeerId, reason: String) {
+        let failed = self.failures.entry(peer).or_default();
+        failed.times += 1;
+        failed.reason = reason;
     }
 
     fn exhausted(&self) -> Error {
@@ -131,21 +156,53 @@ impl Providers {
             failures: self
                 .failures
                 .iter()
-                .map(|(peer, reason)| Failure {
+                .map(|(peer, failed)| Failure {
                     peer: *peer,
-                    reason: reason.clone(),
+                    reason: failed.reason.clone(),
                 })
                 .collect(),
         }
     }
 
-    /// Fills the queue: the ticket's peers, then the DHT's, those we are connected to first.
-    async fn look_up(&mut self) -> Result<(), Error> {
+    /// Goes through the queue, a few at a time; the first stream that opens. Those that were not waited for stay in the queue.
+    async fn race(&mut self) -> Option<Stream> {
+        let mut running = FuturesUnordered::new();
+        let mut waiting: Vec<(PeerId, Vec<Multiaddr>)> = Vec::new();
+        loop {
+            while running.len() < RACE
+                && let Some((peer, addresses)) = self.queue.pop_front()
+            {
+                if self.banned.contains(&peer) {
+                    continue;
+                }
+                waiting.push((peer, addresses.clone()));
+                let node = self.node.clone();
+                running.push(async move { (peer, reach(&node, peer, addresses).await) });
+            }
+            let (peer, result) = running.next().await?;
+            waiting.retain(|(other, _)| *other != peer);
+            match result {
+                Ok(stream) => {
+                    for candidate in waiting.into_iter().rev() {
+                        self.queue.push_front(candidate);
+                    }
+                    return Some(stream);
+                }
+                Err(reason) => {
+                    tracing::debug!(%peer, reason, "a provider cannot be reached");
+                    self.note(peer, reason);
+                }
+            }
+        }
+    }
+
+    /// Whom to try: the ticket's peers and the DHT's, those that failed least and that we are connected to first.
+    async fn look_up(&mut self) -> Result<VecDeque<(PeerId, Vec<Multiaddr>)>, Error> {
+        if self.given.is_empty() {
+            self.node.meet().await;
+        }
         let mut found: Vec<(PeerId, Vec<Multiaddr>)> = self.given.clone();
-        let mut records = self.node.dht().get(&provider_key(&self.model)).await?;
-        // The longest to live is the last that was stated.
-        records.sort_by_key(|record| std::cmp::Reverse(record.remaining()));
-        for record in records {
+        for record in self.node.dht().get_some(&provider_key(&self.model)).await? {
             let Some(Ok(claim)) = record.value().map(wire::ProviderClaim::decode) else {
                 continue;
             };
@@ -172,21 +229,23 @@ impl Providers {
             .iter()
             .map(|info| info.peer)
             .collect();
-        found.sort_by_key(|(peer, _)| !connected.contains(peer));
+        found.sort_by_key(|(peer, _)| {
+            let failures = self.failures.get(peer).map_or(0, |failed| failed.times);
+            (failures, !connected.contains(peer))
+        });
         found.truncate(MAX_PROVIDERS);
-        self.queue = found.into();
-        Ok(())
+        Ok(found.into())
     }
+}
 
-    async fn reach(&self, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Stream, String> {
-        let network = self.node.network();
-        network
-            .connect(peer, addresses)
-            .await
-            .map_err(|error| error.to_string())?;
-        network
-            .open(peer, BLOBS, Class::Bulk)
-            .await
-            .map_err(|error| error.to_string())
-    }
+async fn reach(node: &Node, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Stream, String> {
+    let network = node.network();
+    network
+        .connect(peer, addresses)
+        .await
+        .map_err(|error| error.to_string())?;
+    network
+        .open(peer, BLOBS, Class::Bulk)
+        .await
+        .map_err(|error| error.to_string())
 }

@@ -7,7 +7,7 @@ use std::{
     fs, io,
     io::Write,
     net::SocketAddr,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -91,7 +91,10 @@ impl Endpoint {
             .mode(0o700)
             .create(&files.folder)
             .map_err(failed(&files.folder))?;
-        let token = load_or_make_token(&files.token).map_err(failed(&files.token))?;
+        // It may have been there, with other rights.
+        fs::set_permissions(&files.folder, fs::Permissions::from_mode(0o700))
+            .map_err(failed(&files.folder))?;
+        let token = make_token(&files.token).map_err(failed(&files.token))?;
         let tcp = TcpListener::bind(address).await.map_err(|error| {
             Failure::other(format!("cannot serve the API on {address}: {error}"))
                 .hint("Choose another port with --api, or leave it out for a free one.")
@@ -227,14 +230,8 @@ fn equal(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
 }
 
-/// 32 random bytes in hex, made once and kept, so that scripts survive a restart.
-fn load_or_make_token(path: &Path) -> io::Result<String> {
-    match fs::read_to_string(path) {
-        Ok(text) if text.trim().len() == 64 => return Ok(text.trim().to_owned()),
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
+/// 32 random bytes in hex, new at every start: what a dead node's address file leads to learns nothing that is still of use.
+fn make_token(path: &Path) -> io::Result<String> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(io::Error::other)?;
     let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();

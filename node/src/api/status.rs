@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use weft::Error;
+use weft::{Error, SpawnError};
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
@@ -31,6 +31,7 @@ pub(crate) fn status(error: &Error) -> Status {
             (Code::InvalidArgument, "INVALID_INPUT")
         }
         Error::InvalidContent { .. } => (Code::DataLoss, "INVALID_CONTENT"),
+        Error::Network(SpawnError::Bootstrap(_)) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Network(_) => (Code::Internal, "NETWORK"),
         Error::Stopped => (Code::Unavailable, "STOPPED"),
         _ => (Code::Internal, "STORE"),

@@ -1,5 +1,7 @@
 //! `weft add`.
 
+use crate::output::{err, out};
+
 use serde_json::json;
 use weft_proto::api::{AddDone, AddRequest, add_event::Event};
 
@@ -22,19 +24,25 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
             .unwrap_or_default(),
     };
     let mut meter = Meter::new();
+    let mut phase = String::new();
     let mut events = client.models().add(request).await?.into_inner();
     let done = loop {
         let message = tokio::select! {
             message = events.message() => message,
             () = stop.wait() => {
                 meter.finish();
-                return Err(Failure::interrupted("stopped; nothing was added"));
+                return Err(Failure::interrupted(if phase == "publishing" {
+                    "stopped; the model is added, and is announced when this node meets others"
+                } else {
+                    "stopped; nothing was added"
+                }));
             }
         };
         let message = message.inspect_err(|_| meter.finish())?;
         match message.and_then(|message| message.event) {
             Some(Event::Progress(progress)) => {
                 meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
+                phase = progress.phase;
             }
             Some(Event::Done(done)) => break done,
             None => {
@@ -51,7 +59,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
 fn print(done: AddDone, meter: &Meter, as_json: bool) {
     let model = done.model.unwrap_or_default();
     if as_json {
-        println!(
+        out!(
             "{}",
             json!({
                 "model": model_json(&model),
@@ -63,9 +71,9 @@ fn print(done: AddDone, meter: &Meter, as_json: bool) {
         return;
     }
     for skipped in &done.skipped {
-        eprintln!("left out {skipped}");
+        err!("left out {skipped}");
     }
-    println!(
+    out!(
         "added {}, {}, {} in {} ({})",
         output::count(model.files.into(), "file"),
         output::count(model.tensors.into(), "tensor"),
@@ -73,15 +81,15 @@ fn print(done: AddDone, meter: &Meter, as_json: bool) {
         output::duration(meter.elapsed()),
         output::rate(model.size, meter.elapsed()),
     );
-    println!("  id      {}", model.id);
+    out!("  id      {}", model.id);
     for name in &model.names {
-        println!("  name    {name}");
+        out!("  name    {name}");
     }
-    println!("  ticket  {}", done.ticket);
+    out!("  ticket  {}", done.ticket);
     if done.announced_to == 0 {
-        println!("  nobody is connected yet: it is announced when this node meets others");
+        out!("  nobody is connected yet: it is announced when this node meets others");
     } else {
-        println!(
+        out!(
             "  announced to {}",
             output::count(done.announced_to.into(), "node")
         );

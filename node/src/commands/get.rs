@@ -1,5 +1,7 @@
 //! `weft get`.
 
+use crate::output::out;
+
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -103,7 +105,7 @@ fn print(done: GetDone, as_json: bool) {
                 })
             })
             .collect();
-        println!(
+        out!(
             "{}",
             json!({
                 "model": model_json(&model),
@@ -119,29 +121,29 @@ fn print(done: GetDone, as_json: bool) {
         return;
     }
     if done.bytes_moved == 0 {
-        println!(
+        out!(
             "{} is complete in {}; nothing had to be moved",
             output::bytes(model.size),
             done.directory
         );
     } else {
-        println!(
+        out!(
             "got {} in {} ({}), every byte verified",
             output::bytes(done.bytes_moved),
             output::duration(elapsed),
             output::rate(done.bytes_moved, elapsed)
         );
         if done.bytes_reused > 0 {
-            println!("  re-used    {}", output::bytes(done.bytes_reused));
+            out!("  re-used    {}", output::bytes(done.bytes_reused));
         }
-        println!("  folder     {}", done.directory);
+        out!("  folder     {}", done.directory);
     }
-    println!("  id         {}", model.id);
+    out!("  id         {}", model.id);
     if !done.publisher.is_empty() {
-        println!("  publisher  {}", done.publisher);
+        out!("  publisher  {}", done.publisher);
     }
     for source in &done.sources {
-        println!(
+        out!(
             "  from       {} ({}, {}): {}",
             source.peer_id,
             source.path,

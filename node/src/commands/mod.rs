@@ -1,5 +1,7 @@
 //! The subcommands.
 
+use crate::output::{out, out_raw};
+
 mod add;
 mod get;
 mod show;
@@ -59,7 +61,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         .await?
         .into_inner();
     if as_json {
-        println!(
+        out!(
             "{}",
             json!({
                 "peer_id": status.peer_id,
@@ -79,28 +81,29 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     let up = output::duration(std::time::Duration::from_secs(status.uptime_seconds));
-    println!("peer       {}", status.peer_id);
-    println!(
+    out!("peer       {}", status.peer_id);
+    out!(
         "version    {}, process {}, up {up}",
-        status.version, status.pid
+        status.version,
+        status.pid
     );
-    println!("home       {}", status.home);
+    out!("home       {}", status.home);
     for (i, address) in status.addresses.iter().enumerate() {
-        println!(
+        out!(
             "{}  {address}",
             if i == 0 { "address  " } else { "         " }
         );
     }
     for (i, name) in status.api.iter().enumerate() {
-        println!("{}  {name}", if i == 0 { "api      " } else { "         " });
+        out!("{}  {name}", if i == 0 { "api      " } else { "         " });
     }
-    println!("peers      {}", status.peers);
-    println!(
+    out!("peers      {}", status.peers);
+    out!(
         "dht        {}, {}",
         output::count(status.dht_nodes.into(), "node"),
         output::count(status.dht_records, "record")
     );
-    println!(
+    out!(
         "models     {}, {}",
         status.models,
         output::bytes(status.model_bytes)
@@ -130,11 +133,11 @@ async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
                 })
             })
             .collect();
-        println!("{}", json!({ "peers": peers }));
+        out!("{}", json!({ "peers": peers }));
         return Ok(());
     }
     if peers.is_empty() {
-        println!("connected to nobody");
+        out!("connected to nobody");
         return Ok(());
     }
     let heading = ["PEER", "PATH", "OVER", "RTT", "ADDRESS"];
@@ -151,6 +154,6 @@ async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
             peer.address,
         ]);
     }
-    print!("{}", output::table(&rows));
+    out_raw!("{}", output::table(&rows));
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! `weft ls`, `weft show`, `weft rm`.
 
+use crate::output::{out, out_raw};
+
 use serde_json::{Value, json};
 use weft_proto::api;
 
@@ -19,11 +21,11 @@ pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> 
         .models;
     if as_json {
         let models: Vec<_> = models.iter().map(model_json).collect();
-        println!("{}", json!({ "models": models }));
+        out!("{}", json!({ "models": models }));
         return Ok(());
     }
     if models.is_empty() {
-        println!("no models yet: weft add PATH, or weft get NAME");
+        out!("no models yet: weft add PATH, or weft get NAME");
         return Ok(());
     }
     let heading = ["NAME", "ID", "SIZE", "FILES", "HERE", "FOLDER"];
@@ -42,7 +44,7 @@ pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> 
             model.path,
         ]);
     }
-    print!("{}", output::table(&rows));
+    out_raw!("{}", output::table(&rows));
     Ok(())
 }
 
@@ -54,20 +56,20 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
     let model = shown.model.unwrap_or_default();
     if as_json {
         let files: Vec<_> = shown.files.iter().map(file_json).collect();
-        println!(
+        out!(
             "{}",
             json!({ "model": model_json(&model), "files": files, "ticket": shown.ticket })
         );
         return Ok(());
     }
-    println!("id      {}", model.id);
+    out!("id      {}", model.id);
     for name in &model.names {
-        println!("name    {name}");
+        out!("name    {name}");
     }
-    println!("folder  {} ({})", model.path, model.origin);
-    println!("here    {} of {}", here(&model), output::bytes(model.size));
-    println!("ticket  {}", shown.ticket);
-    println!();
+    out!("folder  {} ({})", model.path, model.origin);
+    out!("here    {} of {}", here(&model), output::bytes(model.size));
+    out!("ticket  {}", shown.ticket);
+    out!();
     let heading = ["FILE", "SIZE", "TENSORS", "BLAKE3"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for file in &shown.files {
@@ -78,7 +80,7 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
             file.blake3.chars().take(10).collect(),
         ]);
     }
-    print!("{}", output::table(&rows));
+    out_raw!("{}", output::table(&rows));
     if options.tensors {
         let heading = ["TENSOR", "DTYPE", "SHAPE", "BYTES"];
         let mut rows = vec![heading.map(str::to_owned).to_vec()];
@@ -90,8 +92,8 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
                 format!("{}..{}", tensor.start, tensor.end),
             ]);
         }
-        println!();
-        print!("{}", output::table(&rows));
+        out!();
+        out_raw!("{}", output::table(&rows));
     }
     Ok(())
 }
@@ -104,21 +106,21 @@ pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Resul
     let removed = client.models().remove(request).await?.into_inner();
     let model = removed.model.unwrap_or_default();
     if as_json {
-        println!(
+        out!(
             "{}",
             json!({ "model": model_json(&model), "files_deleted": removed.files_deleted })
         );
         return Ok(());
     }
-    println!("forgot {}", model.id);
+    out!("forgot {}", model.id);
     if removed.files_deleted > 0 {
-        println!(
+        out!(
             "  deleted {} in {}",
             output::count(removed.files_deleted.into(), "file"),
             model.path
         );
     } else {
-        println!("  its files stay in {}", model.path);
+        out!("  its files stay in {}", model.path);
     }
     Ok(())
 }
