@@ -232,24 +232,7 @@ async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
 async fn another_provider_finishes_what_one_began() {
     let world = World::new(&[("big", content(400 * GROUP, 3)), ("z", content(10, 4))]);
     let (mut download, progress) = world.plan("to").unwrap();
-    let (near, mut far) = duplex(64 * 1024);
-    let mut stream = world.connect();
-    tokio::spawn(async move {
-        let (mut from_near, mut to_near) = tokio::io::split(&mut far);
-        let (mut from_provider, mut to_provider) = tokio::io::split(&mut stream);
-        let mut limited = (&mut from_provider).take(9 << 20);
-        let up = async {
-            tokio::io::copy(&mut from_near, &mut to_provider)
-                .await
-                .unwrap();
-            std::future::pending::<()>().await
-        };
-        tokio::select! {
-            _ = up => {}
-            _ = tokio::io::copy(&mut limited, &mut to_near) => {}
-        }
-    });
-    download.fetch(near).await.unwrap_err();
+    fetch_some(&world, &mut download, 9 << 20).await;
     download.fetch(world.connect()).await.unwrap();
     world.assert_equal("to");
     let again = moved(&progress) - world.manifest.size();

@@ -131,6 +131,10 @@ impl From<Status> for Failure {
                 "What is verified is kept. Make room, or choose another folder with --to, and run the same command again.",
             ),
             "BUSY" => (1, "Wait for it to end, or choose another folder with --to."),
+            "HOME_IN_USE" => (
+                1,
+                "Stop that node first, or give this one another home with --home DIR.",
+            ),
             "STOPPED" => (
                 NOT_RUNNING,
                 "Start it again with `weft up`, and run the same command again.",

@@ -81,7 +81,7 @@ impl Home {
             .env_remove("WEFT_HOME")
             .env(
                 "WEFT_LOG",
-                env::var("WEFT_LOG").unwrap_or_else(|_| "warn".to_owned()),
+                env::var("WEFT_LOG").unwrap_or_else(|_| "warn,libp2p_kad=error".to_owned()),
             )
             .arg("--home")
             .arg(self.path())

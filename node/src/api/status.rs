@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use weft::{Error, SpawnError};
+use weft::{Error, HomeError, SpawnError};
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
@@ -30,6 +30,7 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::Index(_) | Error::Name(_) | Error::Target(_) | Error::Address(_) => {
             (Code::InvalidArgument, "INVALID_INPUT")
         }
+        Error::Home(HomeError::InUse(_)) => (Code::FailedPrecondition, "HOME_IN_USE"),
         Error::InvalidContent { .. } => (Code::DataLoss, "INVALID_CONTENT"),
         Error::Network(SpawnError::Bootstrap(_)) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Network(_) => (Code::Internal, "NETWORK"),

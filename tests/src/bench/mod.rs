@@ -33,17 +33,15 @@ impl Figure {
     /// Prints the line that all benchmarks share: JSON, or text.
     pub fn print(&self, json: bool) {
         if json {
-            let round = |value: f64, to: f64| (value * to).round() / to;
+            // Written out, so that the fields stand in the order in which a person reads them.
             println!(
-                "{}",
-                serde_json::json!({
-                    "bench": self.bench,
-                    "weft": round(self.weft, 10.0),
-                    "unit": self.unit,
-                    "baseline": self.baseline,
-                    "value": round(self.value, 10.0),
-                    "ratio": round(self.ratio(), 1000.0),
-                })
+                r#"{{"bench":"{}","weft":{:.1},"unit":"{}","baseline":"{}","value":{:.1},"ratio":{:.3}}}"#,
+                self.bench,
+                self.weft,
+                self.unit,
+                self.baseline,
+                self.value,
+                self.ratio()
             );
         } else {
             println!("{self}");
@@ -74,4 +72,15 @@ impl fmt::Display for Figure {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_one_counts() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![1.0]), 1.0);
+    }
 }
