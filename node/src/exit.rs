@@ -135,6 +135,14 @@ impl From<Status> for Failure {
                 1,
                 "Stop that node first, or give this one another home with --home DIR.",
             ),
+            "INVALID_CONTENT" => (
+                1,
+                "Nothing was written. No honest program makes such a manifest: do not trust who gave you this name or ticket.",
+            ),
+            "STORE" => (
+                1,
+                "Run the node with WEFT_LOG=weft=debug,info to see more; its store lies in the home's folder `store`.",
+            ),
             "STOPPED" => (
                 NOT_RUNNING,
                 "Start it again with `weft up`, and run the same command again.",

@@ -103,6 +103,10 @@ async fn hostile_manifests_are_refused_and_write_nothing() {
         assert_eq!(finished.code(), Some(1), "{what}: {finished:#?}");
         let error = &finished.json()["error"];
         assert_eq!(error["reason"], "INVALID_CONTENT", "{what}: {error}");
+        assert!(
+            error["hint"].as_str().unwrap().contains("do not trust"),
+            "{error}"
+        );
         assert!(!target.exists(), "{what}");
     }
     assert!(!victim.beside("escaped").exists());
