@@ -48,6 +48,10 @@ const CONNECT: Duration = Duration::from_secs(15);
 /// How long listeners may take to report an address.
 const LISTEN: Duration = Duration::from_secs(3);
 
+/// A listener on all interfaces reports one address after the other. When none has come for this long, they are complete; they
+/// come within a millisecond of each other.
+const QUIET: Duration = Duration::from_millis(50);
+
 /// How long an orderly stop waits for connections to close.
 const STOP: Duration = Duration::from_secs(1);
 
@@ -553,14 +557,23 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// Runs the swarm until every listener has an address or has had time enough.
+    /// Runs the swarm until every listener has reported its addresses or has had time enough.
     async fn wait_for_listeners(
         &mut self,
         mut listeners: Vec<ListenerId>,
     ) -> Result<(), SpawnError> {
         let ready = async {
-            while !listeners.is_empty() {
-                match self.swarm.select_next_some().await {
+            loop {
+                let next = self.swarm.select_next_some();
+                let event = if listeners.is_empty() {
+                    match timeout(QUIET, next).await {
+                        Ok(event) => event,
+                        Err(_) => return Ok(()),
+                    }
+                } else {
+                    next.await
+                };
+                match event {
                     SwarmEvent::NewListenAddr { listener_id, .. } => {
                         listeners.retain(|id| *id != listener_id);
                     }
@@ -575,7 +588,6 @@ where
                     event => self.on_event(event),
                 }
             }
-            Ok(())
         };
         // An IPv6 listener on a machine with no IPv6 address has none to report: that is no failure.
         timeout(LISTEN, ready).await.unwrap_or(Ok(()))
