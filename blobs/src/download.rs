@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -257,14 +257,16 @@ impl Download {
         let window = Semaphore::new(WINDOW);
         let (sent, pending) = mpsc::unbounded_channel();
         let opened = AtomicUsize::new(0);
+        let stop = StopOnDrop::default();
         let result = {
-            let send = self.send_requests(writer, &window, sent, &opened);
+            let send = self.send_requests(writer, &window, sent, &opened, &stop.0);
             let receive = receive(reader, &window, pending, &self.shared, &self.progress);
             tokio::select! {
                 result = both(send, receive) => result,
                 error = keep_settling(&self.shared) => Err(error.into()),
             }
         };
+        drop(stop);
         self.wants.drain(..opened.into_inner());
         let settled = settle(&self.shared).await;
         match (result, settled) {
@@ -316,6 +318,7 @@ impl Download {
         window: &Semaphore,
         sent: mpsc::UnboundedSender<Pending>,
         opened: &AtomicUsize,
+        stop: &Arc<AtomicBool>,
     ) -> Result<(), TransferError>
     where
         S: AsyncWrite,
@@ -329,7 +332,8 @@ impl Download {
                 self.shared.settled.notified().await;
             }
             let (store, wanted) = (self.shared.store.clone(), want.clone());
-            let partial = spawn_blocking(move || open(&store, &wanted))
+            let stop = Arc::clone(stop);
+            let partial = spawn_blocking(move || open(&store, &wanted, &stop))
                 .await
                 .expect("opening a part file does not panic")?;
             // Had the part file vanished since the plan, its bytes would count twice.
@@ -464,6 +468,16 @@ async fn both(
             received = &mut receive => return received.and(sent.unwrap_or(Ok(()))),
             result = &mut send, if sent.is_none() => sent = Some(result),
         }
+    }
+}
+
+/// Tells blocking work that outlives its transfer that nobody waits for it any more.
+#[derive(Debug, Default)]
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -814,10 +828,10 @@ fn make_folder(target: &Path) -> Result<(), StoreError> {
 }
 
 /// Opens the part file of `want`, waiting for a cancelled transfer to let go of it. Blocks.
-fn open(store: &Store, want: &Want) -> Result<Partial, StoreError> {
+fn open(store: &Store, want: &Want, cancelled: &AtomicBool) -> Result<Partial, StoreError> {
     let begin = Instant::now();
     loop {
-        match store.partial(want.hash, want.size, &want.target) {
+        match store.partial(want.hash, want.size, &want.target, cancelled) {
             Err(StoreError::Busy(_)) if begin.elapsed() < BUSY_WAIT => {
                 std::thread::park_timeout(Duration::from_millis(20));
             }
@@ -848,7 +862,7 @@ fn copy_local(
         target,
         had: 0,
     };
-    let partial = Arc::new(open(store, &want)?);
+    let partial = Arc::new(open(store, &want, &progress.check.cancelled)?);
     match copy(store, source.as_ref(), &partial, progress) {
         Ok(()) => {}
         Err(CopyError::Store(error)) => return Err(error),
@@ -940,4 +954,39 @@ fn copy_range(
         }
     }
     Ok(segment)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_open_that_outlives_its_transfer_makes_no_part_file() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::open(&home.path().join("store")).unwrap();
+        let want = Want {
+            hash: Hash::of(b"abc"),
+            size: 3,
+            target: home.path().join("file"),
+            had: 0,
+        };
+        let stop = StopOnDrop::default();
+        let stopped = Arc::clone(&stop.0);
+        // It waits for the one who writes the part now, and is given up meanwhile.
+        let holder = open(&store, &want, &stopped).unwrap();
+        let part = holder.part().to_owned();
+        let late = std::thread::spawn({
+            let want = want.clone();
+            let store = store.clone();
+            move || open(&store, &want, &stopped)
+        });
+        std::thread::park_timeout(Duration::from_millis(60));
+        drop(stop);
+        fs::remove_file(&part).unwrap();
+        drop(holder);
+        let error = late.join().unwrap().unwrap_err();
+        assert!(matches!(error, StoreError::Cancelled), "{error}");
+        assert!(!part.exists());
+        assert!(!want.target.exists());
+    }
 }

@@ -19,7 +19,10 @@ use std::{
     io::{self, Read, Write},
     os::unix::{ffi::OsStrExt, fs::FileExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -664,9 +667,14 @@ impl Store {
         hash: Hash,
         size: u64,
         target: &Path,
+        cancelled: &AtomicBool,
     ) -> Result<Partial, StoreError> {
         let part = part_path(target, &hash);
         let lease = PartLease::take(self, &part)?;
+        // With the lease in hand: whoever fetches the same file next either finds this one's part or is never followed by it.
+        if cancelled.load(Ordering::Acquire) {
+            return Err(StoreError::Cancelled);
+        }
         let tree = Tree::new(size);
         let committed = self.committed(&part, &hash, &tree)?;
         if committed.is_none() {
