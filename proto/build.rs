@@ -10,6 +10,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "weft/api/v1/api.proto",
         "weft/wire/v1/blobs.proto",
         "weft/wire/v1/manifest.proto",
+        "weft/wire/v1/punch.proto",
         "weft/wire/v1/record.proto",
     ];
     let descriptors = protox::compile(files, ["schema"])?;

@@ -1,6 +1,9 @@
 //! What an address says about the path it leads over.
 
-use std::{fmt, net::IpAddr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
 
@@ -40,7 +43,7 @@ pub struct Path {
 impl Path {
     /// What `address`, the remote's on an open connection, says.
     pub fn of(address: &Multiaddr) -> Self {
-        let relayed = address.iter().any(|p| p == Protocol::P2pCircuit);
+        let relayed = is_relayed(address);
         let quic = address
             .iter()
             .any(|p| matches!(p, Protocol::Quic | Protocol::QuicV1));
@@ -57,6 +60,98 @@ impl Path {
             },
             address: address.clone(),
         }
+    }
+}
+
+impl Path {
+    /// What the two ends of a connection that a peer opened say. `remote` names no place if the connection came through a relay: that is
+    /// in `local`.
+    pub(crate) fn inbound(local: &Multiaddr, remote: &Multiaddr) -> Self {
+        if is_relayed(local) {
+            Self::of(local)
+        } else {
+            Self::of(remote)
+        }
+    }
+
+    /// The relay it goes through.
+    pub fn relay(&self) -> Option<PeerId> {
+        if !is_relayed(&self.address) {
+            return None;
+        }
+        self.address
+            .iter()
+            .take_while(|part| *part != Protocol::P2pCircuit)
+            .filter_map(|part| match part {
+                Protocol::P2p(peer) => Some(peer),
+                _ => None,
+            })
+            .last()
+    }
+}
+
+pub(crate) fn is_relayed(address: &Multiaddr) -> bool {
+    address.iter().any(|part| part == Protocol::P2pCircuit)
+}
+
+/// Whether packets for it cross the public internet (RFC 6890), as far as an address tells.
+pub(crate) fn is_public(ip: &IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let [a, b, ..] = ip.octets();
+            // Shared between a carrier's customers: RFC 6598.
+            let carrier = a == 100 && (64..128).contains(&b);
+            !(ip.is_private()
+                || ip.is_loopback()
+                || ip.is_link_local()
+                || ip.is_broadcast()
+                || ip.is_multicast()
+                || carrier
+                || a == 0
+                || a >= 240)
+        }
+        IpAddr::V6(ip) => {
+            !(ip.is_unspecified()
+                || ip.is_loopback()
+                || ip.is_multicast()
+                || ip.is_unique_local()
+                || ip.is_unicast_link_local())
+        }
+    }
+}
+
+/// The IP address, port and transport of an address that a socket can be opened to, and `None` for any other, such as a relayed one or a name.
+pub(crate) fn socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)> {
+    let mut parts = address.iter();
+    let ip: IpAddr = match parts.next()? {
+        Protocol::Ip4(ip) => ip.into(),
+        Protocol::Ip6(ip) => ip.into(),
+        _ => return None,
+    };
+    let (port, transport) = match parts.next()? {
+        Protocol::Tcp(port) => (port, Transport::Tcp),
+        Protocol::Udp(port) => match parts.next()? {
+            Protocol::QuicV1 => (port, Transport::Quic),
+            _ => return None,
+        },
+        _ => return None,
+    };
+    match parts.next() {
+        None | Some(Protocol::P2p(_)) => {}
+        Some(_) => return None,
+    }
+    (parts.next().is_none() && port != 0 && !ip.is_unspecified())
+        .then_some((SocketAddr::new(ip, port), transport))
+}
+
+/// The reverse of [`socket`].
+pub(crate) fn of_socket(address: SocketAddr, transport: Transport) -> Multiaddr {
+    let host = Multiaddr::from(address.ip());
+    match transport {
+        Transport::Tcp => host.with(Protocol::Tcp(address.port())),
+        Transport::Quic => host
+            .with(Protocol::Udp(address.port()))
+            .with(Protocol::QuicV1),
     }
 }
 
@@ -157,6 +252,69 @@ mod tests {
         assert!(!check("/ip4/203.0.113.1/tcp/1", "/ip4/192.168.0.2/tcp/2"));
         assert!(check("/ip4/203.0.113.1/tcp/1", "/ip4/198.51.100.1/tcp/2"));
         assert!(!check("/ip4/127.0.0.1/tcp/1", "/ip4/0.0.0.0/tcp/2"));
+    }
+
+    #[test]
+    fn sockets_and_addresses_convert() {
+        for address in ["/ip4/1.2.3.4/tcp/5", "/ip6/2001:db8::1/udp/5/quic-v1"] {
+            let address: Multiaddr = address.parse().unwrap();
+            let (at, transport) = socket(&address).unwrap();
+            assert_eq!(of_socket(at, transport), address);
+        }
+        let relay = PeerId::random();
+        for other in [
+            "/ip4/1.2.3.4/tcp/0".to_owned(),
+            "/ip4/0.0.0.0/tcp/1".to_owned(),
+            "/ip4/1.2.3.4/udp/1".to_owned(),
+            "/ip4/1.2.3.4/tcp/1/ws".to_owned(),
+            "/dns4/a.example/tcp/1".to_owned(),
+            format!("/ip4/1.2.3.4/tcp/1/p2p/{relay}/p2p-circuit"),
+        ] {
+            assert_eq!(socket(&other.parse().unwrap()), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_relayed_path_names_its_relay() {
+        let relay = PeerId::random();
+        let other = PeerId::random();
+        let local: Multiaddr = format!("/ip4/1.2.3.4/tcp/1/p2p/{relay}/p2p-circuit")
+            .parse()
+            .unwrap();
+        let remote: Multiaddr = format!("/p2p/{other}").parse().unwrap();
+        let path = Path::inbound(&local, &remote);
+        assert_eq!(path.kind, PathKind::Relayed);
+        assert_eq!(path.relay(), Some(relay));
+        assert_eq!(
+            Path::of(&"/ip4/1.2.3.4/tcp/1".parse().unwrap()).relay(),
+            None
+        );
+    }
+
+    #[test]
+    fn what_is_public_is_told_from_what_is_not() {
+        for ip in ["1.1.1.1", "203.0.113.9", "2001:db8::1", "::ffff:8.8.8.8"] {
+            assert!(is_public(&ip.parse().unwrap()), "{ip}");
+        }
+        for ip in [
+            "127.0.0.1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.0.1",
+            "169.254.1.1",
+            "100.64.0.1",
+            "0.0.0.0",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "fe80::1",
+            "fd00::1",
+            "ff02::1",
+            "::ffff:10.0.0.1",
+        ] {
+            assert!(!is_public(&ip.parse().unwrap()), "{ip}");
+        }
     }
 
     #[test]

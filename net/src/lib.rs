@@ -8,11 +8,17 @@
 //! strangers can make us hold (connections, streams, queues) is bounded by [`Limits`], and what is refused is reset, so
 //! that the other side knows; dropping the last handle stops everything.
 //!
-//! It leaves out, so far: relays, hole punching and reachability, which widen [`PathKind`] and the set of addresses.
+//! A node that others cannot reach holds reservations on relays, and every relayed connection is punched into a direct one where the
+//! NATs on both sides allow it; a stream can ask to [yield](Stream::yield_to_better_path) to the better path.
+//!
+//! It leaves out, so far: AutoNAT, port mappings, WebSocket and lanes.
 
 mod address;
 mod muxer;
 mod network;
+mod punch;
+mod reach;
+mod relays;
 mod streams;
 mod tls;
 mod transport;
@@ -21,6 +27,11 @@ pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 
 pub use self::{
     address::{Path, PathKind, Transport, dialable_from, split_peer_id},
-    network::{Config, ConnectError, Limits, Network, PeerInfo, SpawnError},
-    streams::{AcceptError, Class, Incoming, OpenError, Stream},
+    network::{
+        Config, ConnectError, Limits, Network, PeerInfo, PingError, Reachability, RelayServer,
+        SpawnError,
+    },
+    reach::Mapping,
+    relays::RelayLimits,
+    streams::{AcceptError, Class, Incoming, OpenError, Stream, is_superseded},
 };

@@ -1,10 +1,11 @@
 //! The swarm's owner, and the handle to it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,12 +13,13 @@ use futures::StreamExt;
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, TransportError, connection_limits,
     connection_limits::ConnectionLimits,
-    core::transport::ListenerId,
+    core::transport::PortUse,
+    core::{ConnectedPoint, Endpoint, transport::ListenerId},
     identify,
     identity::Keypair,
     mdns,
     multiaddr::Protocol,
-    ping,
+    ping, relay,
     swarm::{
         ConnectionId, DialError, NetworkBehaviour, SwarmEvent,
         behaviour::toggle::Toggle,
@@ -26,12 +28,19 @@ use libp2p::{
 };
 use socket2::{Domain, Socket, Type};
 use tokio::{
-    sync::{mpsc, oneshot},
-    time::{MissedTickBehavior, interval, timeout},
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::{Semaphore, mpsc, oneshot},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
 use crate::{
-    AcceptError, Class, Incoming, OpenError, Path, Stream, split_peer_id,
+    AcceptError, Class, Incoming, Mapping, OpenError, Path, PathKind, RelayLimits, Stream,
+    Transport,
+    address::{dialable_from, is_public, is_relayed, of_socket, socket},
+    punch::{self, Candidates, Plan, PunchError, Schedule},
+    reach::Reach,
+    relays::{Candidate, Relays},
+    split_peer_id,
     streams::{self, Protocols},
     tls, transport,
 };
@@ -70,6 +79,37 @@ const MAX_DIALS: u32 = 256;
 /// Addresses taken from what a peer says of itself.
 const MAX_CLAIMED: usize = 16;
 
+/// Addresses of a peer dialled at a time: a dead one does not hold up those after it.
+const CONCURRENT_ADDRESSES: u8 = 16;
+
+/// How long a connection that a better one has replaced is kept for what may still be under way on it.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Hole punching exchanges that peers may have under way with us.
+const MAX_RESPONDING: usize = 64;
+
+/// IP addresses remembered as dialled.
+const MAX_DIALLED: usize = 4096;
+
+/// How long a ping may take.
+const PING: Duration = Duration::from_secs(10);
+
+/// Bytes that come back as they are. Not libp2p's ping: that has one stream a connection, which keeps the connection alive, and a second one
+/// would end it.
+const PING_PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/ping/1");
+
+/// Bytes in a ping.
+const PING_SIZE: usize = 32;
+
+/// Pings that a stream may carry.
+const MAX_PINGS: usize = 1024;
+
+/// Streams of pings answered at a time.
+const MAX_PINGERS: usize = 64;
+
+/// What a peer that serves as a relay speaks (circuit relay v2).
+const HOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
+
 /// Requests to the swarm that may wait.
 const COMMANDS: usize = 256;
 
@@ -100,6 +140,18 @@ impl Default for Limits {
     }
 }
 
+/// Whether to relay others' connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RelayServer {
+    /// Once it is known that others can reach this node.
+    #[default]
+    Auto,
+    /// From the start, at all addresses that it listens on.
+    Always,
+    /// Not at all.
+    Never,
+}
+
 /// How to start.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -111,6 +163,14 @@ pub struct Config {
     pub external: Vec<Multiaddr>,
     /// Peers to stay connected to; each ends in `/p2p/<PeerId>`.
     pub bootstrap: Vec<Multiaddr>,
+    /// Relays to stay connected to and to hold reservations on, before others; each address ends in `/p2p/<PeerId>`.
+    pub relays: Vec<Multiaddr>,
+    /// Whether to be a relay for others.
+    pub relay_server: RelayServer,
+    /// What being a relay may cost.
+    pub relay_limits: RelayLimits,
+    /// Open direct connections beside relayed ones (hole punching). Without it, peers reached through a relay do not learn our addresses from us.
+    pub hole_punching: bool,
     /// Find peers on the local network by multicast DNS.
     pub mdns: bool,
     /// What we tell peers that we are.
@@ -127,6 +187,10 @@ impl Config {
             listen: None,
             external: Vec::new(),
             bootstrap: Vec::new(),
+            relays: Vec::new(),
+            relay_server: RelayServer::default(),
+            relay_limits: RelayLimits::default(),
+            hole_punching: true,
             mdns: true,
             agent: concat!("weft/", env!("CARGO_PKG_VERSION")).to_owned(),
             limits: Limits::default(),
@@ -152,10 +216,8 @@ pub enum SpawnError {
         /// Why.
         reason: String,
     },
-    /// A bootstrap address does not name its peer.
-    #[error(
-        "the bootstrap address {0} does not end in /p2p/<PeerId>: without it anybody could answer there"
-    )]
+    /// A bootstrap node's or a relay's address does not name its peer.
+    #[error("the address {0} does not end in /p2p/<PeerId>: without it anybody could answer there")]
     Bootstrap(Multiaddr),
 }
 
@@ -185,6 +247,41 @@ pub enum ConnectError {
     Stopped,
 }
 
+/// Why a ping came to nothing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PingError {
+    /// No stream.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The connection failed.
+    #[error("the connection failed: {0}")]
+    Io(#[from] io::Error),
+    /// Something else came back than was sent.
+    #[error("the peer answered with other bytes")]
+    Mismatch,
+    /// No answer.
+    #[error("no answer within {} s", PING.as_secs())]
+    TimedOut,
+}
+
+/// What is known of how others reach this node.
+#[derive(Debug, Clone)]
+pub struct Reachability {
+    /// Addresses at which strangers have reached this node, or that were given as external.
+    pub public: Vec<Multiaddr>,
+    /// Where others see this node.
+    pub observed: Vec<Multiaddr>,
+    /// How the NAT maps the TCP port.
+    pub tcp_mapping: Mapping,
+    /// How the NAT maps the QUIC port.
+    pub quic_mapping: Mapping,
+    /// Relays that hold a reservation for this node.
+    pub relays: Vec<PeerId>,
+    /// Whether this node relays for others.
+    pub is_relay: bool,
+}
+
 /// A connected peer.
 #[derive(Debug, Clone)]
 pub struct PeerInfo {
@@ -198,6 +295,8 @@ pub struct PeerInfo {
     pub agent: String,
     /// Open connections.
     pub connections: usize,
+    /// From the first connection to the first that is not relayed, if the first one was.
+    pub direct_after: Option<Duration>,
 }
 
 /// A running network. Cheap to clone; dropping the last clone stops it.
@@ -223,6 +322,7 @@ enum Command {
     },
     Peers(oneshot::Sender<Vec<PeerInfo>>),
     Addresses(oneshot::Sender<Vec<Multiaddr>>),
+    Reachability(oneshot::Sender<Reachability>),
     Stop(oneshot::Sender<()>),
 }
 
@@ -233,6 +333,8 @@ struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
     identify: identify::Behaviour,
     ping: ping::Behaviour,
     mdns: Toggle<mdns::tokio::Behaviour>,
+    relay_client: relay::client::Behaviour,
+    relay_server: relay::Behaviour,
     streams: streams::Behaviour,
     extension: E,
 }
@@ -253,6 +355,7 @@ impl Network {
         let bootstrap = config
             .bootstrap
             .iter()
+            .chain(&config.relays)
             .map(|address| match split_peer_id(address.clone()) {
                 (address, Some(peer)) => Ok(Bootstrap::new(peer, address)),
                 (address, None) => Err(SpawnError::Bootstrap(address)),
@@ -269,7 +372,13 @@ impl Network {
         } else {
             None
         };
+        let (relayed, relay_client) = relay::client::new(local);
+        let mut relay_server = relay::Behaviour::new(local, config.relay_limits.config());
+        // By itself it would count an address through another relay as reachable.
+        relay_server.set_status(Some(relay::Status::Disable));
         let behaviour = Behaviour {
+            relay_client,
+            relay_server,
             limits: connection_limits::Behaviour::new(limits),
             identify: identify::Behaviour::new(
                 identify::Config::new("/weft/1".to_owned(), config.key.public())
@@ -284,17 +393,28 @@ impl Network {
             extension,
         };
         let mut swarm = Swarm::new(
-            transport::build(&config.key)?,
+            transport::build(&config.key, relayed)?,
             behaviour,
             local,
             libp2p::swarm::Config::with_tokio_executor()
                 .with_idle_connection_timeout(IDLE)
+                .with_dial_concurrency_factor(
+                    std::num::NonZeroU8::new(CONCURRENT_ADDRESSES).expect("not zero"),
+                )
                 .with_max_negotiating_inbound_streams(MAX_NEGOTIATING),
         );
         let listeners = listen(&mut swarm, config.listen.as_deref())?;
-        for address in config.external {
-            swarm.add_external_address(split_peer_id(address).0);
+        let external: Vec<_> = config.external.into_iter().map(split_peer_id).collect();
+        for (address, _) in &external {
+            swarm.add_external_address(address.clone());
         }
+        let punches = protocols
+            .accept(punch::PROTOCOL)
+            .expect("nothing is accepted yet");
+        let pings = protocols
+            .accept(PING_PROTOCOL)
+            .expect("nothing is accepted yet");
+        let (outcomes, finished) = mpsc::channel(COMMANDS);
         let (commands, requests) = mpsc::channel(COMMANDS);
         let mut driver = Driver {
             swarm,
@@ -304,8 +424,27 @@ impl Network {
             dials: HashMap::new(),
             waiting: HashMap::new(),
             bootstrap,
+            reach: Reach::default(),
+            relays: Relays::default(),
+            preferred_relays: config
+                .relays
+                .into_iter()
+                .filter_map(|address| split_peer_id(address).1)
+                .collect(),
+            relay_server: config.relay_server,
+            hole_punching: config.hole_punching,
+            public: external.into_iter().map(|(address, _)| address).collect(),
+            dialled: HashSet::new(),
+            schedules: HashMap::new(),
+            punches,
+            pings,
+            pingers: Arc::new(Semaphore::new(MAX_PINGERS)),
+            responding: HashSet::new(),
+            outcomes,
+            finished,
         };
         driver.wait_for_listeners(listeners).await?;
+        driver.update_relay_server();
         tokio::spawn(driver.run());
         Ok(Self {
             local,
@@ -388,6 +527,24 @@ impl Network {
         self.ask(Command::Addresses).await.unwrap_or_default()
     }
 
+    /// What is known of how others reach this node; `None` once the network has stopped.
+    pub async fn reachability(&self) -> Option<Reachability> {
+        self.ask(Command::Reachability).await
+    }
+
+    /// Measures the round trip to a connected peer over the best path, after the stream for it is open.
+    ///
+    /// # Errors
+    /// [`PingError`], after 10 s at the latest.
+    pub async fn ping(&self, peer: PeerId) -> Result<(Duration, Path), PingError> {
+        let ping = async {
+            let mut stream = self.open(peer, PING_PROTOCOL, Class::Control).await?;
+            let rtt = echo(&mut stream).await?;
+            Ok((rtt, stream.path().clone()))
+        };
+        timeout(PING, ping).await.map_err(|_| PingError::TimedOut)?
+    }
+
     /// Closes all connections in order and stops.
     pub async fn stop(&self) {
         // No answer means that it has stopped already.
@@ -398,6 +555,50 @@ impl Network {
         let (reply, answer) = oneshot::channel();
         self.commands.send(command(reply)).await.ok()?;
         answer.await.ok()
+    }
+}
+
+/// Sends 32 bytes and waits for them.
+async fn echo(stream: &mut Stream) -> Result<Duration, PingError> {
+    // Not a secret: it only tells this ping from others.
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_nanos()
+        .to_le_bytes();
+    let mut sent = [0; PING_SIZE];
+    sent[..16].copy_from_slice(&seed);
+    let begin = Instant::now();
+    stream.write_all(&sent).await?;
+    stream.flush().await?;
+    let mut back = [0; PING_SIZE];
+    stream.read_exact(&mut back).await?;
+    let rtt = begin.elapsed();
+    if back != sent {
+        return Err(PingError::Mismatch);
+    }
+    Ok(rtt)
+}
+
+/// Sends everything back, until the peer ends or falls silent.
+async fn answer_pings(mut stream: Stream) -> io::Result<()> {
+    let mut ping = [0; PING_SIZE];
+    for _ in 0..MAX_PINGS {
+        timeout(PING, stream.read_exact(&mut ping)).await??;
+        timeout(PING, stream.write_all(&ping)).await??;
+        timeout(PING, stream.flush()).await??;
+    }
+    Ok(())
+}
+
+/// The path that a connection is.
+pub(crate) fn path(endpoint: &ConnectedPoint) -> Path {
+    match endpoint {
+        ConnectedPoint::Dialer { address, .. } => Path::of(address),
+        ConnectedPoint::Listener {
+            local_addr,
+            send_back_addr,
+        } => Path::inbound(local_addr, send_back_addr),
     }
 }
 
@@ -528,16 +729,64 @@ struct Dial {
 }
 
 /// What the driver knows of a connected peer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Peer {
     agent: String,
-    connections: HashMap<ConnectionId, (Path, Option<Duration>)>,
+    connections: HashMap<ConnectionId, Connection>,
+    since: Instant,
+    direct_after: Option<Duration>,
+    /// Relays for others, at these addresses of its own.
+    hop: Option<Vec<Multiaddr>>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    path: Path,
+    rtt: Option<Duration>,
+    since: Instant,
+    /// We dialled it.
+    dialled: bool,
+    /// Our end of it is our listening port.
+    from_listener: bool,
 }
 
 impl Peer {
-    fn best(&self) -> Option<&(Path, Option<Duration>)> {
-        self.connections.values().min_by_key(|(path, _)| path.kind)
+    fn new(now: Instant) -> Self {
+        Self {
+            agent: String::new(),
+            connections: HashMap::new(),
+            since: now,
+            direct_after: None,
+            hop: None,
+        }
     }
+
+    fn best(&self) -> Option<&Connection> {
+        let rank = |c: &&Connection| (c.path.kind, c.rtt.unwrap_or(Duration::MAX));
+        self.connections.values().min_by_key(rank)
+    }
+
+    fn is_direct(&self) -> bool {
+        self.best()
+            .is_some_and(|best| best.path.kind < PathKind::Relayed)
+    }
+
+    /// A relayed connection that we dialled: it is on us to punch.
+    fn to_punch(&self) -> Option<ConnectionId> {
+        if self.is_direct() {
+            return None;
+        }
+        let mut dialled = self.connections.iter().filter(|(_, c)| c.dialled);
+        dialled.next().map(|(id, _)| *id)
+    }
+}
+
+/// What a task that the driver started came to.
+#[derive(Debug)]
+struct Outcome {
+    peer: PeerId,
+    initiator: bool,
+    result: Result<Plan, PunchError>,
 }
 
 /// Owns the swarm; ends when the last handle is dropped.
@@ -551,6 +800,23 @@ struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     /// Who waits for a connection, and the errors so far.
     waiting: HashMap<PeerId, Vec<oneshot::Sender<Result<Path, ConnectError>>>>,
     bootstrap: Vec<Bootstrap>,
+    reach: Reach,
+    relays: Relays,
+    preferred_relays: HashSet<PeerId>,
+    relay_server: RelayServer,
+    hole_punching: bool,
+    /// Where strangers have reached us, or are said to be able to.
+    public: HashSet<Multiaddr>,
+    /// Where we have dialled: a packet from there proves nothing about strangers.
+    dialled: HashSet<IpAddr>,
+    /// Peers to punch to.
+    schedules: HashMap<PeerId, Schedule>,
+    punches: Incoming,
+    pings: Incoming,
+    pingers: Arc<Semaphore>,
+    responding: HashSet<PeerId>,
+    outcomes: mpsc::Sender<Outcome>,
+    finished: mpsc::Receiver<Outcome>,
 }
 
 impl<E> Driver<E>
@@ -609,7 +875,19 @@ where
                     None => return self.stop().await,
                 },
                 event = self.swarm.select_next_some() => self.on_event(event),
-                _ = tick.tick() => self.reach_bootstrap(),
+                Some(stream) = self.punches.next() => self.respond(stream),
+                Some(stream) = self.pings.next() => {
+                    // Dropped, and so reset, if there are too many.
+                    if let Ok(place) = Arc::clone(&self.pingers).try_acquire_owned() {
+                        tokio::spawn(async move {
+                            let _place = place;
+                            // How it ends is the peer's affair.
+                            let _ = answer_pings(stream).await;
+                        });
+                    }
+                }
+                Some(outcome) = self.finished.recv() => self.on_outcome(outcome),
+                _ = tick.tick() => self.on_tick(),
             }
         }
     }
@@ -622,8 +900,8 @@ where
                 addresses,
                 reply,
             } => {
-                if let Some((path, _)) = self.peers.get(&peer).and_then(Peer::best) {
-                    let _ = reply.send(Ok(path.clone()));
+                if let Some(best) = self.peers.get(&peer).and_then(Peer::best) {
+                    let _ = reply.send(Ok(best.path.clone()));
                     return;
                 }
                 match self.dial(peer, addresses) {
@@ -646,19 +924,21 @@ where
                     .peers
                     .iter()
                     .filter_map(|(id, peer)| {
-                        let (path, rtt) = peer.best()?;
+                        let best = peer.best()?;
                         Some(PeerInfo {
                             peer: *id,
-                            path: path.clone(),
-                            rtt: *rtt,
+                            path: best.path.clone(),
+                            rtt: best.rtt,
                             agent: peer.agent.clone(),
                             connections: peer.connections.len(),
+                            direct_after: peer.direct_after,
                         })
                     })
                     .collect();
                 let _ = reply.send(peers);
             }
             Command::Addresses(reply) => drop(reply.send(self.addresses())),
+            Command::Reachability(reply) => drop(reply.send(self.reachability())),
             Command::Stop(_) => unreachable!("handled where the loop can end"),
         }
     }
@@ -675,6 +955,7 @@ where
         let id = options.connection_id();
         match self.swarm.dial(options) {
             Ok(()) => {
+                self.note_dialled(&addresses);
                 self.dials.insert(id, Dial { peer, addresses });
                 Ok(())
             }
@@ -730,20 +1011,7 @@ where
                 endpoint,
                 ..
             } => {
-                let path = Path::of(endpoint.get_remote_address());
-                tracing::debug!(peer = %peer_id, address = %path.address, kind = %path.kind, "connected");
-                self.dials.remove(&connection_id);
-                for reply in self.waiting.remove(&peer_id).unwrap_or_default() {
-                    let _ = reply.send(Ok(path.clone()));
-                }
-                self.peers
-                    .entry(peer_id)
-                    .or_default()
-                    .connections
-                    .insert(connection_id, (path, None));
-                for bootstrap in self.bootstrap.iter_mut().filter(|b| b.peer == peer_id) {
-                    bootstrap.pause = RETRY.0;
-                }
+                self.on_connected(peer_id, connection_id, &endpoint);
             }
             SwarmEvent::ConnectionClosed {
                 peer_id,
@@ -756,6 +1024,8 @@ where
                     peer.connections.remove(&connection_id);
                     if peer.connections.is_empty() {
                         self.peers.remove(&peer_id);
+                        self.schedules.remove(&peer_id);
+                        self.reach.forget(&peer_id);
                     }
                 }
             }
@@ -766,38 +1036,45 @@ where
             } => {
                 self.on_dial_failed(connection_id, &error);
             }
-            SwarmEvent::NewListenAddr { address, .. } => {
-                tracing::info!(%address, "listening");
+            SwarmEvent::NewListenAddr {
+                listener_id,
+                address,
+            } => {
+                if is_relayed(&address) {
+                    if self.relays.granted(listener_id) {
+                        tracing::info!(%address, "a relay holds a place for this node");
+                    }
+                } else {
+                    tracing::info!(%address, "listening");
+                    self.update_relay_server();
+                }
+            }
+            SwarmEvent::ListenerClosed {
+                listener_id,
+                reason,
+                ..
+            } => {
+                if let Some(relay) = self.relays.lost(listener_id, Instant::now()) {
+                    tracing::info!(%relay, ?reason, "a relay holds no place for this node any more");
+                    self.hold_relays();
+                }
             }
             SwarmEvent::ListenerError { error, .. } => {
                 tracing::warn!(%error, "a listener failed");
             }
             SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received {
+                connection_id,
                 peer_id,
                 info,
-                ..
-            })) => {
-                for address in info.listen_addrs.into_iter().take(MAX_CLAIMED) {
-                    self.swarm.add_peer_address(peer_id, address);
-                }
-                if let Some(peer) = self.peers.get_mut(&peer_id) {
-                    // A stranger's text on its way to terminals and logs.
-                    peer.agent = info
-                        .agent_version
-                        .chars()
-                        .filter(|c| !c.is_control())
-                        .take(64)
-                        .collect();
-                }
-            }
+            })) => self.on_identified(peer_id, connection_id, info),
             SwarmEvent::Behaviour(BehaviourEvent::Ping(event)) => match event.result {
                 Ok(rtt) => {
-                    if let Some((_, known)) = self
+                    if let Some(connection) = self
                         .peers
                         .get_mut(&event.peer)
                         .and_then(|peer| peer.connections.get_mut(&event.connection))
                     {
-                        *known = Some(rtt);
+                        connection.rtt = Some(rtt);
                     }
                 }
                 Err(ping::Failure::Unsupported) => {}
@@ -829,6 +1106,429 @@ where
         }
     }
 
+    fn on_connected(&mut self, id: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
+        let now = Instant::now();
+        let path = path(endpoint);
+        tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "connected");
+        self.dials.remove(&connection);
+        for reply in self.waiting.remove(&id).unwrap_or_default() {
+            // Whoever asked may be gone.
+            let _ = reply.send(Ok(path.clone()));
+        }
+        for bootstrap in self.bootstrap.iter_mut().filter(|b| b.peer == id) {
+            bootstrap.pause = RETRY.0;
+        }
+        if let ConnectedPoint::Listener { local_addr, .. } = endpoint {
+            self.on_reached(local_addr, &path);
+        }
+        let peer = self.peers.entry(id).or_insert_with(|| Peer::new(now));
+        let was_direct = peer.is_direct();
+        let was_connected = !peer.connections.is_empty();
+        let direct = path.kind < PathKind::Relayed;
+        peer.connections.insert(
+            connection,
+            Connection {
+                path,
+                rtt: None,
+                since: now,
+                dialled: endpoint.is_dialer(),
+                from_listener: match endpoint {
+                    ConnectedPoint::Dialer { port_use, .. } => *port_use == PortUse::Reuse,
+                    ConnectedPoint::Listener { .. } => true,
+                },
+            },
+        );
+        if direct {
+            self.schedules.remove(&id);
+            if was_connected && !was_direct {
+                let after = now - peer.since;
+                peer.direct_after.get_or_insert(after);
+                tracing::info!(peer = %id, after_ms = after.as_millis(), "connected directly");
+            }
+        } else {
+            self.punch(id);
+        }
+    }
+
+    /// Somebody has opened a connection to us.
+    fn on_reached(&mut self, local: &Multiaddr, path: &Path) {
+        let Some((from, _)) = socket(&path.address) else {
+            return;
+        };
+        let Some((at, transport)) = socket(local) else {
+            return;
+        };
+        // Where we have dialled, a NAT or a firewall lets the answer through: that proves nothing about strangers.
+        let stranger = is_public(&from.ip()) && !self.dialled.contains(&from.ip().to_canonical());
+        if !stranger || !is_public(&at.ip()) {
+            return;
+        }
+        let address = of_socket(at, transport);
+        if self.public.insert(address.clone()) {
+            tracing::info!(%address, "strangers reach this node here");
+            self.swarm.add_external_address(address);
+            self.update_relay_server();
+        }
+    }
+
+    fn note_dialled(&mut self, addresses: &[Multiaddr]) {
+        for (address, _) in addresses.iter().filter_map(socket) {
+            if self.dialled.len() < MAX_DIALLED {
+                self.dialled.insert(address.ip().to_canonical());
+            }
+        }
+    }
+
+    fn on_identified(&mut self, id: PeerId, connection: ConnectionId, info: identify::Info) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        let Some(connection) = peer.connections.get(&connection) else {
+            return;
+        };
+        // A stranger's text on its way to terminals and logs.
+        peer.agent = info
+            .agent_version
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(64)
+            .collect();
+        let seen_at = connection.path.address.clone();
+        let relayed = connection.path.kind == PathKind::Relayed;
+        let claimed: Vec<Multiaddr> = info
+            .listen_addrs
+            .into_iter()
+            .filter(|address| match socket(address) {
+                // A relay tells nothing of where its users are.
+                Some((at, _)) if relayed => is_public(&at.ip()),
+                _ => relayed || dialable_from(&seen_at, address),
+            })
+            .take(MAX_CLAIMED)
+            .collect();
+        peer.hop = (!relayed && info.protocols.contains(&HOP)).then(|| claimed.clone());
+        let observer = socket(&seen_at).map(|(at, _)| at.ip());
+        let seen = socket(&info.observed_addr).filter(|_| connection.from_listener && !relayed);
+        if let (Some(observer), Some((seen, transport))) = (observer, seen) {
+            let now = Instant::now();
+            if self.reach.observe(id, observer, transport, seen, now) {
+                tracing::debug!(peer = %id, %seen, %transport, "seen at");
+            }
+        }
+        for address in claimed {
+            self.swarm.add_peer_address(id, address);
+        }
+        self.hold_relays();
+        let waiting: Vec<_> = self.peers.keys().copied().collect();
+        for peer in waiting {
+            self.punch(peer);
+        }
+    }
+
+    fn on_tick(&mut self) {
+        self.reach_bootstrap();
+        for relay in self.relays.overdue(Instant::now()) {
+            tracing::debug!(%relay, "a relay does not answer");
+            // Which also closes the listener. Removing just that would leave libp2p with an answer that it does not expect: a panic.
+            // Gone already is as good.
+            let _ = self.swarm.disconnect_peer_id(relay);
+        }
+        self.hold_relays();
+        let peers: Vec<_> = self.peers.keys().copied().collect();
+        for peer in peers {
+            self.punch(peer);
+        }
+        self.drain();
+    }
+
+    /// Asks for the reservations that are lacking. A node that strangers reach needs none.
+    fn hold_relays(&mut self) {
+        if !self.public.is_empty() || self.relay_server == RelayServer::Always {
+            return;
+        }
+        let preferred = &self.preferred_relays;
+        let candidates = self.peers.iter().filter_map(|(id, peer)| {
+            let hop = peer.hop.as_ref()?;
+            let direct = peer
+                .connections
+                .values()
+                .filter(|c| c.path.kind < PathKind::Relayed);
+            let connection = direct.min_by_key(|c| (!c.dialled, c.rtt))?;
+            let address = match connection.dialled {
+                true => connection.path.address.clone(),
+                false => hop
+                    .iter()
+                    .find(|address| socket(address).is_some())?
+                    .clone(),
+            };
+            let rtt = if preferred.contains(id) {
+                Some(Duration::ZERO)
+            } else {
+                connection.rtt
+            };
+            Some(Candidate {
+                peer: *id,
+                rtt,
+                address: split_peer_id(address).0,
+            })
+        });
+        let now = Instant::now();
+        for candidate in self.relays.wanted(candidates.collect(), now) {
+            let address = candidate
+                .address
+                .with(Protocol::P2p(candidate.peer))
+                .with(Protocol::P2pCircuit);
+            match self.swarm.listen_on(address) {
+                Ok(listener) => self.relays.asked(listener, candidate.peer, now),
+                Err(error) => {
+                    tracing::debug!(relay = %candidate.peer, %error, "cannot ask a relay");
+                    self.relays.pause(candidate.peer, now);
+                }
+            }
+        }
+    }
+
+    /// Serves as a relay if told to, or if strangers reach us.
+    fn update_relay_server(&mut self) {
+        let serve = match self.relay_server {
+            RelayServer::Always => true,
+            RelayServer::Never => false,
+            RelayServer::Auto => !self.public.is_empty(),
+        };
+        if !serve {
+            return;
+        }
+        // A reservation names the relay's external addresses. One that strangers reach at one port is taken to be reached at the others.
+        let reached: HashSet<IpAddr> = self
+            .public
+            .iter()
+            .filter_map(socket)
+            .map(|(at, _)| at.ip())
+            .collect();
+        let all = self.relay_server == RelayServer::Always;
+        let listeners: Vec<_> = self
+            .swarm
+            .listeners()
+            .filter(|address| {
+                socket(address).is_some_and(|(at, _)| all || reached.contains(&at.ip()))
+            })
+            .cloned()
+            .collect();
+        for address in listeners {
+            self.swarm.add_external_address(address);
+        }
+        let server = &mut self.swarm.behaviour_mut().relay_server;
+        server.set_status(Some(relay::Status::Enable));
+    }
+
+    /// Where we may be reached by one who punches.
+    fn candidates(&self) -> Candidates {
+        let mut mine = Candidates::default();
+        for transport in [Transport::Quic, Transport::Tcp] {
+            for seen in self.reach.candidates(transport) {
+                mine.seen_at.insert(seen.ip());
+                mine.public.push(of_socket(seen, transport));
+            }
+        }
+        let loopback = mine.seen_at.iter().any(IpAddr::is_loopback);
+        for address in self
+            .swarm
+            .external_addresses()
+            .chain(self.swarm.listeners())
+        {
+            let Some((at, _)) = socket(address) else {
+                continue;
+            };
+            let address = split_peer_id(address.clone()).0;
+            if is_public(&at.ip()) {
+                mine.seen_at.insert(at.ip());
+                mine.public.push(address);
+            } else if loopback || !at.ip().is_loopback() {
+                mine.private.push(address);
+            }
+        }
+        for list in [&mut mine.public, &mut mine.private] {
+            let mut seen = HashSet::new();
+            list.retain(|address| seen.insert(address.clone()));
+            list.truncate(punch::MAX_ADDRESSES / 2);
+            // The order says nothing, and a change of it is no news.
+            list.sort_by_key(Multiaddr::to_vec);
+        }
+        mine
+    }
+
+    /// Begins to punch to `peer` if that is due.
+    fn punch(&mut self, id: PeerId) {
+        if !self.hole_punching {
+            return;
+        }
+        let Some(connection) = self.peers.get(&id).and_then(Peer::to_punch) else {
+            return;
+        };
+        let now = Instant::now();
+        let mine = self.candidates();
+        let schedule = self
+            .schedules
+            .entry(id)
+            .or_insert_with(|| Schedule::new(now));
+        if !schedule.is_due(&mine, now) {
+            return;
+        }
+        schedule.begin(now);
+        let (reply, answer) = oneshot::channel();
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        streams.open_on(id, connection, punch::PROTOCOL, reply);
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            let result = match answer.await {
+                Ok(Ok(stream)) => punch::initiate(stream, &mine).await,
+                Ok(Err(error)) => Err(io::Error::other(error).into()),
+                Err(_) => Err(PunchError::Ended),
+            };
+            if let Ok(plan) = &result {
+                sleep(plan.wait).await;
+            }
+            // The network may have stopped.
+            let _ = outcomes
+                .send(Outcome {
+                    peer: id,
+                    initiator: true,
+                    result,
+                })
+                .await;
+        });
+    }
+
+    /// A peer begins to punch to us.
+    fn respond(&mut self, stream: Stream) {
+        let id = stream.peer();
+        let direct = self.peers.get(&id).is_none_or(Peer::is_direct);
+        if !self.hole_punching
+            || direct
+            || self.responding.len() >= MAX_RESPONDING
+            || !self.responding.insert(id)
+        {
+            // Dropped, and so reset.
+            return;
+        }
+        let mine = self.candidates();
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            let result = punch::respond(stream, &mine).await;
+            // The network may have stopped.
+            let _ = outcomes
+                .send(Outcome {
+                    peer: id,
+                    initiator: false,
+                    result,
+                })
+                .await;
+        });
+    }
+
+    fn on_outcome(&mut self, outcome: Outcome) {
+        let Outcome {
+            peer: id,
+            initiator,
+            result,
+        } = outcome;
+        if !initiator {
+            self.responding.remove(&id);
+        } else if let Some(schedule) = self.schedules.get_mut(&id) {
+            schedule.exchanged(result.is_ok(), Instant::now());
+        }
+        if self.peers.get(&id).is_none_or(Peer::is_direct) {
+            return;
+        }
+        let plan = match result {
+            Ok(plan) => plan,
+            Err(error) => {
+                tracing::debug!(peer = %id, %error, "no direct connection can be tried");
+                return;
+            }
+        };
+        self.note_dialled(&plan.addresses);
+        for (transport, addresses) in punch::by_transport(&plan.addresses) {
+            if addresses.is_empty() {
+                continue;
+            }
+            tracing::debug!(peer = %id, ?addresses, "punching");
+            let mut options = DialOpts::peer_id(id)
+                .condition(PeerCondition::Always)
+                .addresses(addresses);
+            // Both sides of a QUIC connection may be its client; on TCP one packet each way makes one connection.
+            if transport == Transport::Tcp && plan.role == Endpoint::Listener {
+                options = options.override_role();
+            }
+            if let Err(error) = self.swarm.dial(options.build()) {
+                tracing::debug!(peer = %id, %error, "cannot punch");
+            }
+        }
+    }
+
+    /// Closes connections that a better one has replaced, once nothing is under way on them.
+    fn drain(&mut self) {
+        let now = Instant::now();
+        let local = *self.swarm.local_peer_id();
+        let mut surplus = Vec::new();
+        for (id, peer) in &self.peers {
+            let old = |c: &Connection| now.duration_since(c.since) >= DRAIN;
+            let settled = |c: &Connection| c.path.kind < PathKind::Relayed && old(c);
+            if peer.connections.values().any(settled) {
+                let relayed = peer
+                    .connections
+                    .iter()
+                    .filter(|(_, c)| c.path.kind == PathKind::Relayed && old(c));
+                surplus.extend(relayed.map(|(connection, _)| *connection));
+            }
+            // Where both sides dialled at once: one of the two sides decides, so that not both close the other's.
+            if local < *id {
+                let mut kept = HashMap::new();
+                for (connection, c) in &peer.connections {
+                    let class = (c.path.kind, c.path.transport);
+                    let first = kept.entry(class).or_insert((c.since, *connection));
+                    *first = (*first).min((c.since, *connection));
+                }
+                let doubles = peer.connections.iter().filter(|(connection, c)| {
+                    kept[&(c.path.kind, c.path.transport)].1 != **connection && old(c)
+                });
+                surplus.extend(doubles.map(|(connection, _)| *connection));
+            }
+        }
+        for connection in surplus {
+            if !self.swarm.behaviour().streams.in_use(connection) {
+                tracing::debug!(%connection, "a better connection has replaced it");
+                self.swarm.close_connection(connection);
+            }
+        }
+    }
+
+    fn reachability(&self) -> Reachability {
+        let own: Vec<IpAddr> = self
+            .swarm
+            .listeners()
+            .filter_map(socket)
+            .map(|(at, _)| at.ip())
+            .collect();
+        let observed = [Transport::Tcp, Transport::Quic].into_iter().flat_map(|t| {
+            let seen = self.reach.candidates(t).into_iter();
+            seen.map(move |address| of_socket(address, t))
+        });
+        let mut public: Vec<_> = self.public.iter().cloned().collect();
+        public.sort_by_key(Multiaddr::to_vec);
+        Reachability {
+            is_relay: match self.relay_server {
+                RelayServer::Always => true,
+                RelayServer::Never => false,
+                RelayServer::Auto => !public.is_empty(),
+            },
+            public,
+            observed: observed.collect(),
+            tcp_mapping: self.reach.mapping(Transport::Tcp, &own),
+            quic_mapping: self.reach.mapping(Transport::Quic, &own),
+            relays: self.relays.held(),
+        }
+    }
+
     fn reach_bootstrap(&mut self) {
         let now = Instant::now();
         let due: Vec<_> = self
@@ -853,11 +1553,15 @@ where
             .swarm
             .external_addresses()
             .chain(self.swarm.listeners())
-            .cloned()
+            .map(|address| split_peer_id(address.clone()).0)
             .collect();
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         all.retain(|address| seen.insert(address.clone()));
-        let local = |address: &Multiaddr| Path::of(address).kind == crate::PathKind::Loopback;
+        let local = |address: &Multiaddr| {
+            let first = address.iter().next();
+            matches!(first, Some(Protocol::Ip4(ip)) if ip.is_loopback())
+                || matches!(first, Some(Protocol::Ip6(ip)) if ip.is_loopback())
+        };
         if all.iter().any(|address| !local(address)) {
             all.retain(|address| !local(address));
         }

@@ -8,7 +8,7 @@ use std::{
     convert::Infallible,
     fmt, io,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -33,11 +33,11 @@ use libp2p::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
-use crate::{Path, Transport};
+use crate::{Path, PathKind, Transport};
 
 /// How long opening a stream on an open connection may take.
 const NEGOTIATION: Duration = Duration::from_secs(10);
@@ -61,9 +61,16 @@ pub struct Stream {
     inner: Compat<libp2p::Stream>,
     peer: PeerId,
     path: Path,
+    /// Resolves when a better path to the peer is open, for those who asked to be told.
+    superseded: Option<Superseding>,
     /// The place it takes among the streams that the peer may have open; `None` for those that we opened.
     _place: Option<OwnedSemaphorePermit>,
+    /// Says that its connection is in use.
+    _use: Arc<()>,
+    best: watch::Receiver<PathKind>,
 }
+
+type Superseding = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 
 impl Stream {
     /// Who is at the other end.
@@ -75,6 +82,33 @@ impl Stream {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// From now on, reading fails as soon as a nearer path to the peer is open ([`is_superseded`] tells that error from others): whoever can
+    /// go on over a new stream does not stay on a relay.
+    pub fn yield_to_better_path(&mut self) {
+        if self.path.kind < PathKind::Relayed {
+            return;
+        }
+        let (mut best, own) = (self.best.clone(), self.path.kind);
+        self.superseded = Some(Box::pin(async move {
+            if best.wait_for(|best| *best < own).await.is_err() {
+                // The last connection is gone, and reading says so itself.
+                std::future::pending::<()>().await;
+            }
+        }));
+    }
+}
+
+/// The error of a stream that [yields](Stream::yield_to_better_path).
+#[derive(Debug, thiserror::Error)]
+#[error("a better path to the peer is open")]
+struct BetterPath;
+
+/// Whether reading failed because a better path is open, and the same work can go on over a new stream.
+pub fn is_superseded(error: &io::Error) -> bool {
+    error
+        .get_ref()
+        .is_some_and(|inner| inner.is::<BetterPath>())
 }
 
 impl fmt::Debug for Stream {
@@ -92,6 +126,15 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(superseded) = &mut self.superseded
+            && superseded.as_mut().poll(cx).is_ready()
+        {
+            self.superseded = Some(Box::pin(std::future::ready(())));
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                BetterPath,
+            )));
+        }
         Pin::new(&mut self.inner).poll_read(cx, buffer)
     }
 }
@@ -214,6 +257,10 @@ pub(crate) struct Open {
 pub(crate) struct Behaviour {
     protocols: Protocols,
     connections: HashMap<PeerId, Vec<(ConnectionId, Path)>>,
+    /// Dead when the connection is; each stream on it is one holder more than its handler.
+    uses: HashMap<ConnectionId, Weak<()>>,
+    /// The nearest path to each peer.
+    best: HashMap<PeerId, watch::Sender<PathKind>>,
     requests: VecDeque<(PeerId, ConnectionId, Open)>,
     waker: Option<Waker>,
     /// Streams that a peer may have open on one connection.
@@ -225,9 +272,66 @@ impl Behaviour {
         Self {
             protocols,
             connections: HashMap::new(),
+            uses: HashMap::new(),
+            best: HashMap::new(),
             requests: VecDeque::new(),
             waker: None,
             max_inbound,
+        }
+    }
+
+    /// Whether streams are open, or about to be, on a connection.
+    pub(crate) fn in_use(&self, connection: ConnectionId) -> bool {
+        let streams = self
+            .uses
+            .get(&connection)
+            .is_some_and(|u| u.strong_count() > 1);
+        streams || self.requests.iter().any(|(_, id, _)| *id == connection)
+    }
+
+    /// Opens a stream on one connection.
+    pub(crate) fn open_on(
+        &mut self,
+        peer: PeerId,
+        connection: ConnectionId,
+        protocol: StreamProtocol,
+        reply: Reply,
+    ) {
+        self.requests
+            .push_back((peer, connection, Open { protocol, reply }));
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn handler(&mut self, id: ConnectionId, peer: PeerId, path: Path) -> Handler {
+        let used = Arc::new(());
+        self.uses.insert(id, Arc::downgrade(&used));
+        let best = self
+            .best
+            .entry(peer)
+            .or_insert_with(|| watch::Sender::new(PathKind::Relayed));
+        Handler {
+            peer,
+            path,
+            protocols: self.protocols.clone(),
+            requests: VecDeque::new(),
+            places: Arc::new(Semaphore::new(self.max_inbound)),
+            used,
+            best: best.subscribe(),
+            waker: None,
+        }
+    }
+
+    fn update_best(&mut self, peer: PeerId) {
+        let kinds = self.connections.get(&peer).into_iter().flatten();
+        match kinds.map(|(_, path)| path.kind).min() {
+            Some(kind) => {
+                if let Some(best) = self.best.get(&peer) {
+                    best.send_if_modified(|known| std::mem::replace(known, kind) != kind);
+                }
+            }
+            None => drop(self.best.remove(&peer)),
         }
     }
 
@@ -248,11 +352,8 @@ impl Behaviour {
             let _ = reply.send(Err(OpenError::NotConnected(peer)));
             return;
         };
-        self.requests
-            .push_back((peer, *connection, Open { protocol, reply }));
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
+        let connection = *connection;
+        self.open_on(peer, connection, protocol, reply);
     }
 }
 
@@ -272,23 +373,23 @@ impl NetworkBehaviour for Behaviour {
 
     fn handle_established_inbound_connection(
         &mut self,
-        _: ConnectionId,
+        id: ConnectionId,
         peer: PeerId,
-        _: &Multiaddr,
+        local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Handler::new(self, peer, remote))
+        Ok(self.handler(id, peer, Path::inbound(local, remote)))
     }
 
     fn handle_established_outbound_connection(
         &mut self,
-        _: ConnectionId,
+        id: ConnectionId,
         peer: PeerId,
         address: &Multiaddr,
         _: Endpoint,
         _: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Handler::new(self, peer, address))
+        Ok(self.handler(id, peer, Path::of(address)))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -299,11 +400,12 @@ impl NetworkBehaviour for Behaviour {
                 endpoint,
                 ..
             }) => {
-                let path = Path::of(endpoint.get_remote_address());
+                let path = crate::network::path(endpoint);
                 self.connections
                     .entry(peer_id)
                     .or_default()
                     .push((connection_id, path));
+                self.update_best(peer_id);
             }
             FromSwarm::ConnectionClosed(ConnectionClosed {
                 peer_id,
@@ -318,6 +420,14 @@ impl NetworkBehaviour for Behaviour {
                 }
                 // Requests on their way to it fail as their senders are dropped.
                 self.requests.retain(|(_, id, _)| *id != connection_id);
+                self.uses.remove(&connection_id);
+                self.update_best(peer_id);
+            }
+            // Another behaviour refused a connection for which a handler had been made.
+            FromSwarm::ListenFailure(_) | FromSwarm::DialFailure(_) => {
+                self.uses.retain(|_, used| used.strong_count() > 0);
+                let connections = &self.connections;
+                self.best.retain(|peer, _| connections.contains_key(peer));
             }
             _ => {}
         }
@@ -348,27 +458,21 @@ pub(crate) struct Handler {
     protocols: Protocols,
     requests: VecDeque<Open>,
     places: Arc<Semaphore>,
+    used: Arc<()>,
+    best: watch::Receiver<PathKind>,
     waker: Option<Waker>,
 }
 
 impl Handler {
-    fn new(behaviour: &Behaviour, peer: PeerId, remote: &Multiaddr) -> Self {
-        Self {
-            peer,
-            path: Path::of(remote),
-            protocols: behaviour.protocols.clone(),
-            requests: VecDeque::new(),
-            places: Arc::new(Semaphore::new(behaviour.max_inbound)),
-            waker: None,
-        }
-    }
-
     fn stream(&self, inner: libp2p::Stream, place: Option<OwnedSemaphorePermit>) -> Stream {
         Stream {
             inner: inner.compat(),
             peer: self.peer,
             path: self.path.clone(),
+            superseded: None,
             _place: place,
+            _use: Arc::clone(&self.used),
+            best: self.best.clone(),
         }
     }
 
