@@ -29,7 +29,7 @@ use libp2p::{
 use socket2::{Domain, Socket, Type};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot, watch},
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
@@ -305,6 +305,7 @@ pub struct Network {
     local: PeerId,
     protocols: Protocols,
     commands: mpsc::Sender<Command>,
+    addresses: watch::Receiver<Vec<Multiaddr>>,
 }
 
 #[derive(Debug)]
@@ -321,7 +322,6 @@ enum Command {
         reply: oneshot::Sender<Result<Stream, OpenError>>,
     },
     Peers(oneshot::Sender<Vec<PeerInfo>>),
-    Addresses(oneshot::Sender<Vec<Multiaddr>>),
     Reachability(oneshot::Sender<Reachability>),
     Stop(oneshot::Sender<()>),
 }
@@ -442,14 +442,18 @@ impl Network {
             responding: HashSet::new(),
             outcomes,
             finished,
+            told: watch::Sender::default(),
         };
         driver.wait_for_listeners(listeners).await?;
         driver.update_relay_server();
+        let addresses = driver.told.subscribe();
+        driver.tell_addresses();
         tokio::spawn(driver.run());
         Ok(Self {
             local,
             protocols,
             commands,
+            addresses,
         })
     }
 
@@ -522,9 +526,13 @@ impl Network {
     }
 
     /// Addresses to give to others, without `/p2p`: the external ones and those of our interfaces; loopback only if there is nothing else.
-    /// Empty once the network has stopped.
     pub async fn addresses(&self) -> Vec<Multiaddr> {
-        self.ask(Command::Addresses).await.unwrap_or_default()
+        self.addresses.borrow().clone()
+    }
+
+    /// The same, to be told when they change: a relay is found or lost, an interface comes or goes. Closed once the network has stopped.
+    pub fn watch_addresses(&self) -> watch::Receiver<Vec<Multiaddr>> {
+        self.addresses.clone()
     }
 
     /// What is known of how others reach this node; `None` once the network has stopped.
@@ -817,6 +825,8 @@ struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     responding: HashSet<PeerId>,
     outcomes: mpsc::Sender<Outcome>,
     finished: mpsc::Receiver<Outcome>,
+    /// Our addresses, for those who want to know of changes.
+    told: watch::Sender<Vec<Multiaddr>>,
 }
 
 impl<E> Driver<E>
@@ -937,7 +947,6 @@ where
                     .collect();
                 let _ = reply.send(peers);
             }
-            Command::Addresses(reply) => drop(reply.send(self.addresses())),
             Command::Reachability(reply) => drop(reply.send(self.reachability())),
             Command::Stop(_) => unreachable!("handled where the loop can end"),
         }
@@ -1041,6 +1050,7 @@ where
                 address,
             } => {
                 if is_relayed(&address) {
+                    self.tell_addresses();
                     if self.relays.granted(listener_id) {
                         tracing::info!(%address, "a relay holds a place for this node");
                     }
@@ -1054,6 +1064,7 @@ where
                 reason,
                 ..
             } => {
+                self.tell_addresses();
                 if let Some(relay) = self.relays.lost(listener_id, Instant::now()) {
                     tracing::info!(%relay, ?reason, "a relay holds no place for this node any more");
                     self.hold_relays();
@@ -1238,6 +1249,7 @@ where
             self.punch(peer);
         }
         self.drain();
+        self.tell_addresses();
     }
 
     /// Asks for the reservations that are lacking. A node that strangers reach needs none.
@@ -1546,6 +1558,16 @@ where
                 tracing::debug!(%error, "a bootstrap node cannot be dialled");
             }
         }
+    }
+
+    fn tell_addresses(&self) {
+        let mut now = self.addresses();
+        now.sort_by_key(|address| (is_relayed(address), address.to_vec()));
+        self.told.send_if_modified(|told| {
+            let changed = *told != now;
+            *told = now;
+            changed
+        });
     }
 
     fn addresses(&self) -> Vec<Multiaddr> {

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use weft::{ModelName, Multiaddr, PeerId};
 
 /// Machines that find each other and move models, with no server between them.
@@ -35,6 +35,14 @@ pub(crate) enum Command {
     Status,
     /// Whom the node is connected to
     Peers,
+    /// Connect to a peer, by its id or at an address ending in /p2p/<PeerId>
+    Connect(Connect),
+    /// Measure the round trip to a peer
+    Ping(Ping),
+    /// How others reach this node: the NAT before it, its addresses from outside, relays
+    Doctor,
+    /// Run a node that relays for others from the start
+    Relay(Relay),
     /// Publish a model: index a folder or file where it is, and announce it
     Add(Add),
     /// Fetch a model by name, id or ticket
@@ -64,6 +72,21 @@ pub(crate) struct Up {
     #[arg(long, value_name = "ADDR")]
     pub(crate) external: Vec<Multiaddr>,
 
+    /// A relay to hold a place on, ending in /p2p/<PeerId>; may be repeated
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) relay: Vec<Multiaddr>,
+
+    /// Whether to relay for others: auto is once strangers have reached this node
+    #[arg(long, value_enum, default_value_t = RelayServer::Auto, value_name = "WHEN")]
+    pub(crate) relay_server: RelayServer,
+
+    #[command(flatten)]
+    pub(crate) relay_limits: RelayLimits,
+
+    /// Stay on relays: open no direct connection beside a relayed one, and tell those reached through relays no addresses
+    #[arg(long)]
+    pub(crate) no_hole_punching: bool,
+
     /// Do not look for nodes on the local network
     #[arg(long)]
     pub(crate) no_mdns: bool,
@@ -71,6 +94,95 @@ pub(crate) struct Up {
     /// Where the API listens on TCP; loopback only
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
     pub(crate) api: SocketAddr,
+}
+
+/// Whether to relay for others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RelayServer {
+    Auto,
+    Always,
+    Never,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RelayLimits {
+    /// Peers that this node holds a place for as their relay
+    #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().reservations)]
+    pub(crate) relay_reservations: usize,
+
+    /// Connections that this node relays at a time
+    #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits)]
+    pub(crate) relay_circuits: usize,
+
+    /// Connections that this node relays at a time for one peer
+    #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits_per_peer)]
+    pub(crate) relay_circuits_per_peer: usize,
+
+    /// Bytes that pass through a relayed connection before it is closed
+    #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().circuit_bytes)]
+    pub(crate) relay_circuit_bytes: u64,
+
+    /// Seconds that a relayed connection lasts before it is closed
+    #[arg(long, value_name = "SECONDS", default_value_t = weft::RelayLimits::default().circuit_duration.as_secs())]
+    pub(crate) relay_circuit_seconds: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Relay {
+    /// A node to join the mesh through, ending in /p2p/<PeerId>; may be repeated
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) bootstrap: Vec<Multiaddr>,
+
+    /// Where to listen; may be repeated [default: as for weft up]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Vec<Multiaddr>,
+
+    /// An address that leads here from outside, such as a forwarded port's; may be repeated
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) external: Vec<Multiaddr>,
+
+    #[command(flatten)]
+    pub(crate) relay_limits: RelayLimits,
+
+    /// Where the API listens on TCP; loopback only
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    pub(crate) api: SocketAddr,
+}
+
+impl From<Relay> for Up {
+    fn from(relay: Relay) -> Self {
+        Self {
+            bootstrap: relay.bootstrap,
+            listen: relay.listen,
+            external: relay.external,
+            relay: Vec::new(),
+            relay_server: RelayServer::Always,
+            relay_limits: relay.relay_limits,
+            no_hole_punching: false,
+            no_mdns: true,
+            api: relay.api,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Connect {
+    /// A PeerId, or an address ending in /p2p/<PeerId>
+    pub(crate) peer: String,
+
+    /// Wait this many seconds for a path that is not relayed
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) wait_direct: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ping {
+    /// A PeerId, or an address ending in /p2p/<PeerId>
+    pub(crate) peer: String,
+
+    /// How many times
+    #[arg(long, short = 'n', default_value_t = 4)]
+    pub(crate) count: u32,
 }
 
 #[derive(Debug, Args)]

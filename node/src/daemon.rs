@@ -2,10 +2,17 @@
 
 use crate::output::{err, out};
 
+use std::time::Duration;
+
 use serde_json::json;
 use weft::Node;
 
-use crate::{api::Endpoint, cli::Up, exit::Failure, stop::Stop};
+use crate::{
+    api::Endpoint,
+    cli::{RelayServer, Up},
+    exit::Failure,
+    stop::Stop,
+};
 
 /// Runs a node and its API until a signal.
 pub(crate) async fn up(
@@ -18,6 +25,21 @@ pub(crate) async fn up(
         .home(&home)
         .bootstrap(options.bootstrap)
         .external(options.external)
+        .relays(options.relay)
+        .relay_server(match options.relay_server {
+            RelayServer::Auto => weft::RelayServer::Auto,
+            RelayServer::Always => weft::RelayServer::Always,
+            RelayServer::Never => weft::RelayServer::Never,
+        })
+        .relay_limits(weft::RelayLimits {
+            reservations: options.relay_limits.relay_reservations,
+            circuits: options.relay_limits.relay_circuits,
+            circuits_per_peer: options.relay_limits.relay_circuits_per_peer,
+            circuit_bytes: options.relay_limits.relay_circuit_bytes,
+            circuit_duration: Duration::from_secs(options.relay_limits.relay_circuit_seconds),
+            ..weft::RelayLimits::default()
+        })
+        .hole_punching(!options.no_hole_punching)
         .mdns(!options.no_mdns);
     if !options.listen.is_empty() {
         builder = builder.listen(options.listen);

@@ -6,7 +6,7 @@
 //! | 1 | something else failed |
 //! | 2 | the command line makes no sense |
 //! | 3 | no such name, or no such model here |
-//! | 4 | no provider can be reached |
+//! | 4 | no provider, or not the peer, can be reached |
 //! | 5 | several publishers claim the name |
 //! | 6 | no node is running on this home |
 //! | 7 | the target exists with other content |
@@ -114,6 +114,11 @@ impl From<Status> for Failure {
                  names are announced by `weft add PATH --name ORG/NAME`.",
             ),
             "NO_SUCH_MODEL" => (NOT_FOUND, "`weft ls` shows what is here."),
+            "UNREACHABLE" => (
+                NO_PROVIDER,
+                "Check that the peer's node is up and shares a bootstrap node or relay with this one (`weft peers`), or give an\n\
+                 address that ends in /p2p/<PeerId>. `weft doctor` on both machines says how others reach them.",
+            ),
             "NO_PROVIDER" => (
                 NO_PROVIDER,
                 "What is verified is kept. Start a node that has the model, check `weft peers`, and run the same command again.",

@@ -104,13 +104,21 @@ impl Announcer {
         Ok(())
     }
 
-    /// Announces everything when nodes are met while the mesh is small, and from time to time. Ends with the network.
+    /// Announces everything when nodes are met while the mesh is small, when our addresses change, and from time to time. Ends with the network.
     pub(crate) async fn run(self) {
         let nodes = self.dht.nodes();
         let mut meetings = self.dht.meetings();
+        let mut addresses = self.network.watch_addresses();
         let mut refresh = Instant::now() + REFRESH;
         loop {
             tokio::select! {
+                // A claim that leads nowhere is worse than none: a relay was found or lost, the network has changed.
+                changed = addresses.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    sleep(SETTLE).await;
+                }
                 () = sleep_until(refresh) => {}
                 met = meetings.changed() => {
                     if met.is_err() {
@@ -123,6 +131,7 @@ impl Announcer {
                     sleep(SETTLE).await;
                 }
             }
+            addresses.mark_unchanged();
             meetings.mark_unchanged();
             refresh = Instant::now() + REFRESH;
             match self.whole_models().await {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use weft_blobs::Store;
 use weft_dht::Dht;
-use weft_net::{Config, Limits, Multiaddr, Network};
+use weft_net::{Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
 use crate::{Error, Node, default_home, home::Home, node::blocking};
 
@@ -15,6 +15,10 @@ pub struct Builder {
     listen: Option<Vec<Multiaddr>>,
     external: Vec<Multiaddr>,
     bootstrap: Vec<Multiaddr>,
+    relays: Vec<Multiaddr>,
+    relay_server: RelayServer,
+    relay_limits: RelayLimits,
+    no_hole_punching: bool,
     no_mdns: bool,
     limits: Limits,
 }
@@ -42,6 +46,31 @@ impl Builder {
     /// Nodes to join the mesh through; each ends in `/p2p/<PeerId>`. Unreachable ones are tried again, up to every minute.
     pub fn bootstrap(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
         self.bootstrap.extend(addresses);
+        self
+    }
+
+    /// Relays to hold places on, before those that are found; each ends in `/p2p/<PeerId>`. Only a node that others cannot reach uses relays.
+    pub fn relays(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
+        self.relays.extend(addresses);
+        self
+    }
+
+    /// Whether to relay for others. Default: once strangers have reached this node.
+    pub fn relay_server(mut self, serve: RelayServer) -> Self {
+        self.relay_server = serve;
+        self
+    }
+
+    /// What relaying for others may cost.
+    pub fn relay_limits(mut self, limits: RelayLimits) -> Self {
+        self.relay_limits = limits;
+        self
+    }
+
+    /// Whether to open direct connections beside relayed ones. Default: yes. Without it, peers reached through a relay do not learn this
+    /// node's addresses from it.
+    pub fn hole_punching(mut self, on: bool) -> Self {
+        self.no_hole_punching = !on;
         self
     }
 
@@ -78,10 +107,15 @@ impl Builder {
         config.listen = self.listen;
         config.external = self.external;
         config.bootstrap = self.bootstrap;
+        config.relays = self.relays;
+        config.relay_server = self.relay_server;
+        config.relay_limits = self.relay_limits;
+        config.hole_punching = !self.no_hole_punching;
         config.mdns = !self.no_mdns;
         config.limits = self.limits;
         // Only a node that has somebody to wait for waits.
-        let expects_peers = config.mdns || !config.bootstrap.is_empty();
+        let expects_peers =
+            config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;
         Node::start(home, store, network, dht, expects_peers)
     }

@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf};
 
 use weft_blobs::{PlanError, StoreError, index::IndexError, manifest::ManifestError};
 use weft_dht::DhtError;
-use weft_net::{PeerId, SpawnError, multiaddr};
+use weft_net::{ConnectError, PeerId, PingError, SpawnError, multiaddr};
 
 use crate::{Hash, HomeError, ModelName, ParseNameError, ParseTargetError};
 
@@ -92,6 +92,12 @@ pub enum Error {
         /// Which rule it breaks.
         reason: ManifestError,
     },
+    /// A peer cannot be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A peer does not answer.
+    #[error(transparent)]
+    Ping(#[from] PingError),
     /// The node has stopped.
     #[error("the node has stopped")]
     Stopped,

@@ -13,8 +13,8 @@ use weft_blobs::{
     download::{self, fetch_manifest},
     store,
 };
-use weft_net::{Path, PathKind, PeerId, Transport};
-use weft_proto::wire;
+use weft_net::{Path, PathKind, PeerId, Transport, is_superseded};
+use weft_proto::{frame::FrameError, wire};
 
 use crate::{
     Error, Hash, ModelInfo, ModelName, Node, Operation, Target,
@@ -311,7 +311,9 @@ impl Work {
         providers: &mut Providers,
     ) -> Result<(), Error> {
         let before = self.counts.moved.load(Ordering::Relaxed);
-        let stream = providers.next(before).await?;
+        let mut stream = providers.next(before).await?;
+        // A relayed path is used from the first byte, and left as soon as there is a direct one.
+        stream.yield_to_better_path();
         self.lookup.get_or_insert_with(|| self.started.elapsed());
         let (peer, path) = (stream.peer(), stream.path().clone());
         {
@@ -328,6 +330,11 @@ impl Work {
         match result {
             Ok(()) => Ok(()),
             Err(TransferError::Store(error)) => Err(error.into()),
+            Err(TransferError::Frame(FrameError::Io(error))) if is_superseded(&error) => {
+                tracing::debug!(%peer, "going on over a better path");
+                providers.succeeded(peer);
+                Ok(())
+            }
             Err(error) => {
                 providers.failed(peer, &error);
                 let mut state = self.state();

@@ -49,7 +49,10 @@ pub use weft_blobs::{
     Hash, Manifest, ParseHashError,
     manifest::{File, Tensor},
 };
-pub use weft_net::{Limits, Multiaddr, Path, PathKind, PeerId, PeerInfo, SpawnError, Transport};
+pub use weft_net::{
+    ConnectError, Limits, Mapping, Multiaddr, OpenError, Path, PathKind, PeerId, PeerInfo,
+    PingError, Reachability, RelayLimits, RelayServer, SpawnError, Transport, split_peer_id,
+};
 
 pub use self::{
     builder::Builder,

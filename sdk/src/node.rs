@@ -13,7 +13,9 @@ use weft_blobs::{
     serve::{self, serve},
 };
 use weft_dht::Dht;
-use weft_net::{Incoming, Multiaddr, Network, PeerId, PeerInfo, StreamProtocol};
+use weft_net::{
+    Incoming, Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Reachability, StreamProtocol,
+};
 
 use crate::{Builder, Error, Models, announce::Announcer, home::Home};
 
@@ -152,6 +154,38 @@ impl Node {
         let mut peers = self.inner.network.peers().await;
         peers.sort_by_key(|peer| (peer.path.kind, peer.peer));
         peers
+    }
+
+    /// Connects to a peer at any of `addresses` (without `/p2p`), or where the mesh has seen it; the path is the best there is now, and may be
+    /// replaced by a better one.
+    ///
+    /// # Errors
+    /// [`Error::Connect`], after 15 s at the latest.
+    pub async fn connect(
+        &self,
+        peer: PeerId,
+        addresses: impl IntoIterator<Item = Multiaddr>,
+    ) -> Result<NetPath, Error> {
+        let addresses = addresses.into_iter().collect();
+        Ok(self.inner.network.connect(peer, addresses).await?)
+    }
+
+    /// Measures the round trip to a peer over the best path, connecting to it if need be.
+    ///
+    /// # Errors
+    /// [`Error::Connect`], [`Error::Ping`].
+    pub async fn ping(&self, peer: PeerId) -> Result<(Duration, NetPath), Error> {
+        self.inner.network.connect(peer, Vec::new()).await?;
+        Ok(self.inner.network.ping(peer).await?)
+    }
+
+    /// What is known of how others reach this node.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] after a shutdown.
+    pub async fn doctor(&self) -> Result<Reachability, Error> {
+        let known = self.inner.network.reachability().await;
+        known.ok_or(Error::Stopped)
     }
 
     /// Publishing, fetching and listing models.

@@ -8,7 +8,10 @@ use std::{
 
 use futures::Stream;
 use tonic::{Request, Response, Status};
-use weft::{AddPhase, AddProgress, Added, GetPhase, GetProgress, Got, ModelInfo, Node, Operation};
+use weft::{
+    AddPhase, AddProgress, Added, GetPhase, GetProgress, Got, ModelInfo, Node, Operation, PeerInfo,
+    split_peer_id,
+};
 use weft_proto::api::{self, add_event, get_event, models_server::Models, node_server};
 
 use super::status::{invalid, status};
@@ -55,19 +58,98 @@ impl node_server::Node for Service {
         _: Request<api::PeersRequest>,
     ) -> Result<Response<api::PeersResponse>, Status> {
         let peers = self.node.peers().await;
-        let peers = peers
-            .into_iter()
-            .map(|peer| api::Peer {
-                peer_id: peer.peer.to_string(),
-                address: peer.path.address.to_string(),
-                path: peer.path.kind.to_string(),
-                transport: peer.path.transport.to_string(),
-                rtt_micros: peer.rtt.map(|rtt| rtt.as_micros() as u64),
-                agent: peer.agent,
-                connections: peer.connections as u32,
-            })
-            .collect();
+        let peers = peers.into_iter().map(peer).collect();
         Ok(Response::new(api::PeersResponse { peers }))
+    }
+
+    async fn connect(
+        &self,
+        request: Request<api::ConnectRequest>,
+    ) -> Result<Response<api::ConnectResponse>, Status> {
+        let request = request.into_inner();
+        let id = peer_id(&request.peer_id)?;
+        let mut addresses = Vec::new();
+        for address in &request.addresses {
+            let address = address
+                .parse()
+                .map_err(|error| status(&weft::Error::Address(error)))?;
+            match split_peer_id(address) {
+                (_, Some(other)) if other != id => {
+                    return Err(invalid(format!(
+                        "an address given for {id} is one of {other}"
+                    )));
+                }
+                (address, _) => addresses.push(address),
+            }
+        }
+        let path = self.node.connect(id, addresses).await;
+        let path = path.map_err(|error| status(&error))?;
+        let known = self.node.peers().await.into_iter().find(|p| p.peer == id);
+        // It may be gone again; the path was open all the same.
+        let known = known.unwrap_or(PeerInfo {
+            peer: id,
+            path,
+            rtt: None,
+            agent: String::new(),
+            connections: 0,
+            direct_after: None,
+        });
+        Ok(Response::new(api::ConnectResponse {
+            peer: Some(peer(known)),
+        }))
+    }
+
+    async fn ping(
+        &self,
+        request: Request<api::PingRequest>,
+    ) -> Result<Response<api::PingResponse>, Status> {
+        let id = peer_id(&request.into_inner().peer_id)?;
+        let (rtt, path) = self.node.ping(id).await.map_err(|error| status(&error))?;
+        Ok(Response::new(api::PingResponse {
+            rtt_micros: rtt.as_micros() as u64,
+            path: path.kind.to_string(),
+            transport: path.transport.to_string(),
+        }))
+    }
+
+    async fn doctor(
+        &self,
+        _: Request<api::DoctorRequest>,
+    ) -> Result<Response<api::DoctorResponse>, Status> {
+        let known = self.node.doctor().await.map_err(|error| status(&error))?;
+        let text =
+            |addresses: &[weft::Multiaddr]| addresses.iter().map(ToString::to_string).collect();
+        Ok(Response::new(api::DoctorResponse {
+            public_addresses: text(&known.public),
+            observed_addresses: text(&known.observed),
+            tcp_mapping: known.tcp_mapping.to_string(),
+            quic_mapping: known.quic_mapping.to_string(),
+            relays: known.relays.iter().map(ToString::to_string).collect(),
+            is_relay: known.is_relay,
+        }))
+    }
+}
+
+fn peer_id(text: &str) -> Result<weft::PeerId, Status> {
+    text.parse()
+        .map_err(|_| invalid(format!("not a PeerId: {text}")))
+}
+
+fn peer(peer: PeerInfo) -> api::Peer {
+    api::Peer {
+        peer_id: peer.peer.to_string(),
+        address: peer.path.address.to_string(),
+        path: peer.path.kind.to_string(),
+        transport: peer.path.transport.to_string(),
+        rtt_micros: peer.rtt.map(|rtt| rtt.as_micros() as u64),
+        relay: peer
+            .path
+            .relay()
+            .map(|relay| relay.to_string())
+            .unwrap_or_default(),
+        direct_after_millis: peer.direct_after.map(|after| after.as_millis() as u64),
+        agent: peer.agent,
+        connections: peer.connections as u32,
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use weft::{Error, HomeError, SpawnError};
+use weft::{ConnectError, Error, HomeError, OpenError, PingError, SpawnError};
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
@@ -34,6 +34,9 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::InvalidContent { .. } => (Code::DataLoss, "INVALID_CONTENT"),
         Error::Network(SpawnError::Bootstrap(_)) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Network(_) => (Code::Internal, "NETWORK"),
+        Error::Connect(ConnectError::Stopped)
+        | Error::Ping(PingError::Open(OpenError::Stopped)) => (Code::Unavailable, "STOPPED"),
+        Error::Connect(_) | Error::Ping(_) => (Code::Unavailable, "UNREACHABLE"),
         Error::Stopped => (Code::Unavailable, "STOPPED"),
         _ => (Code::Internal, "STORE"),
     };

@@ -4,6 +4,7 @@ use crate::output::{out, out_raw};
 
 mod add;
 mod get;
+mod reach;
 mod show;
 
 use std::path::PathBuf;
@@ -32,9 +33,15 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     if let Command::Up(options) = cli.command {
         return daemon::up(home, options, json).await;
     }
+    if let Command::Relay(options) = cli.command {
+        return daemon::up(home, options.into(), json).await;
+    }
     let client = Client::connect(&home).await?;
     match cli.command {
-        Command::Up(_) | Command::Demo(_) => unreachable!("handled above"),
+        Command::Up(_) | Command::Relay(_) | Command::Demo(_) => unreachable!("handled above"),
+        Command::Connect(options) => reach::connect(&client, options, json).await,
+        Command::Ping(options) => reach::ping(&client, options, json).await,
+        Command::Doctor => reach::doctor(&client, json).await,
         Command::Status => status(&client, json).await,
         Command::Peers => peers(&client, json).await,
         Command::Add(options) => add::run(&client, options, json).await,
@@ -119,20 +126,7 @@ async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
         .into_inner()
         .peers;
     if as_json {
-        let peers: Vec<_> = peers
-            .iter()
-            .map(|peer| {
-                json!({
-                    "peer_id": peer.peer_id,
-                    "address": peer.address,
-                    "path": peer.path,
-                    "transport": peer.transport,
-                    "rtt_micros": peer.rtt_micros,
-                    "agent": peer.agent,
-                    "connections": peer.connections,
-                })
-            })
-            .collect();
+        let peers: Vec<_> = peers.iter().map(reach::peer_json).collect();
         out!("{}", json!({ "peers": peers }));
         return Ok(());
     }

@@ -1,0 +1,215 @@
+//! `weft connect`, `weft ping`, `weft doctor`.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use weft::{Multiaddr, PeerId, split_peer_id};
+use weft_proto::api;
+
+use crate::{
+    cli::{Connect, Ping},
+    client::Client,
+    exit::{Failure, NO_PROVIDER},
+    output::out,
+};
+
+/// Between two looks at whether a path has become direct.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Between two pings.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// As JSON.
+pub(super) fn peer_json(peer: &api::Peer) -> Value {
+    json!({
+        "peer_id": peer.peer_id,
+        "address": peer.address,
+        "path": peer.path,
+        "transport": peer.transport,
+        "rtt_micros": peer.rtt_micros,
+        "relay": if peer.relay.is_empty() { None } else { Some(&peer.relay) },
+        "direct_after_millis": peer.direct_after_millis,
+        "agent": peer.agent,
+        "connections": peer.connections,
+    })
+}
+
+/// A peer by its id, or one of its addresses.
+fn request(peer: &str) -> Result<api::ConnectRequest, Failure> {
+    if let Ok(peer) = peer.parse::<PeerId>() {
+        return Ok(api::ConnectRequest {
+            peer_id: peer.to_string(),
+            addresses: Vec::new(),
+        });
+    }
+    let malformed = || {
+        Failure::usage(format!(
+            "{peer} is neither a PeerId nor an address that ends in /p2p/<PeerId>"
+        ))
+    };
+    let address: Multiaddr = peer.parse().map_err(|_| malformed())?;
+    let (address, id) = split_peer_id(address);
+    Ok(api::ConnectRequest {
+        peer_id: id.ok_or_else(malformed)?.to_string(),
+        addresses: vec![address.to_string()],
+    })
+}
+
+async fn open(client: &Client, request: api::ConnectRequest) -> Result<api::Peer, Failure> {
+    let response = client.node().connect(request).await?.into_inner();
+    let missing = || Failure::other("the node answers without a path");
+    response.peer.ok_or_else(missing)
+}
+
+pub(super) async fn connect(
+    client: &Client,
+    options: Connect,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = request(&options.peer)?;
+    let wait = options.wait_direct.map(Duration::try_from_secs_f64);
+    let wait = wait
+        .transpose()
+        .map_err(|error| Failure::usage(format!("--wait-direct: {error}")))?;
+    let begin = Instant::now();
+    let first = open(client, request.clone()).await?;
+    let connected = begin.elapsed();
+    let mut peer = first.clone();
+    while let Some(wait) = wait
+        && peer.path == "relayed"
+    {
+        if begin.elapsed() >= wait {
+            break;
+        }
+        sleep(LOOK).await;
+        peer = open(client, request.clone()).await?;
+    }
+    let direct = (peer.path != "relayed").then(|| begin.elapsed().as_millis() as u64);
+    if as_json {
+        let mut value = peer_json(&peer);
+        value["first_path"] = json!(first.path);
+        value["connected_millis"] = json!(connected.as_millis() as u64);
+        value["direct_millis"] = json!(direct);
+        out!("{value}");
+    } else {
+        let first_address = &first.address;
+        out!(
+            "connected in {} ms: {} over {} at {first_address}",
+            connected.as_millis(),
+            first.path,
+            first.transport
+        );
+        if let (Some(direct), "relayed") = (direct, first.path.as_str()) {
+            out!(
+                "after {direct} ms: {} over {} at {}",
+                peer.path,
+                peer.transport,
+                peer.address
+            );
+        }
+    }
+    if wait.is_some() && direct.is_none() {
+        return Err(Failure::new(
+            NO_PROVIDER,
+            "UNREACHABLE",
+            format!("the path to {} is still relayed", peer.peer_id),
+        )
+        .hint("It works as it is. `weft doctor` on both machines says what keeps them from a direct one."));
+    }
+    Ok(())
+}
+
+pub(super) async fn ping(client: &Client, options: Ping, as_json: bool) -> Result<(), Failure> {
+    let request = request(&options.peer)?;
+    let peer_id = open(client, request).await?.peer_id;
+    for n in 0..options.count {
+        if n > 0 {
+            sleep(INTERVAL).await;
+        }
+        let request = api::PingRequest {
+            peer_id: peer_id.clone(),
+        };
+        let pong = client.node().ping(request).await?.into_inner();
+        if as_json {
+            out!(
+                "{}",
+                json!({ "peer_id": peer_id, "rtt_micros": pong.rtt_micros, "path": pong.path, "transport": pong.transport })
+            );
+        } else {
+            let rtt = pong.rtt_micros as f64 / 1e3;
+            out!(
+                "{peer_id}: {rtt:.2} ms, {} over {}",
+                pong.path,
+                pong.transport
+            );
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure> {
+    let known = client
+        .node()
+        .doctor(api::DoctorRequest {})
+        .await?
+        .into_inner();
+    if as_json {
+        out!(
+            "{}",
+            json!({
+                "public_addresses": known.public_addresses,
+                "observed_addresses": known.observed_addresses,
+                "tcp_mapping": known.tcp_mapping,
+                "quic_mapping": known.quic_mapping,
+                "relays": known.relays,
+                "is_relay": known.is_relay,
+            })
+        );
+        return Ok(());
+    }
+    let list = |name: &str, all: &[String], none: &str| {
+        if all.is_empty() {
+            out!("{name}  {none}");
+        }
+        for (i, one) in all.iter().enumerate() {
+            let name = if i == 0 { name } else { "          " };
+            out!("{name}  {one}");
+        }
+    };
+    list(
+        "reached at",
+        &known.public_addresses,
+        "no stranger has reached this node yet",
+    );
+    list(
+        "seen at   ",
+        &known.observed_addresses,
+        "nobody has told yet: connect to a peer outside this network",
+    );
+    out!("NAT, TCP    {}", mapping(&known.tcp_mapping));
+    out!("NAT, QUIC   {}", mapping(&known.quic_mapping));
+    list("relays    ", &known.relays, "none");
+    let relays = if known.is_relay { "yes" } else { "no" };
+    out!("is a relay  {relays}");
+    if known.public_addresses.is_empty() && known.relays.is_empty() {
+        out!();
+        out!(
+            "Nobody from outside can reach this node. Either forward TCP and UDP port 9338 to it and start it with --external ADDR,"
+        );
+        out!("or give it a relay with --relay ADDR, or connect it to a node that is one.");
+    }
+    Ok(())
+}
+
+fn mapping(mapping: &str) -> &str {
+    match mapping {
+        "unknown" => "unknown: two peers in different places must have seen this node",
+        "none" => "none",
+        "endpoint-independent" => "the same port for everyone: direct connections can be opened",
+        "endpoint-dependent" => {
+            "another port for every peer: a direct connection needs a peer that is reachable or has an easier NAT"
+        }
+        other => other,
+    }
+}
