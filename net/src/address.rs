@@ -94,6 +94,11 @@ pub(crate) fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
+/// Whether its first component is a link-local IPv6 address.
+pub(crate) fn is_link_local(address: &Multiaddr) -> bool {
+    matches!(address.iter().next(), Some(Protocol::Ip6(ip)) if ip.is_unicast_link_local())
+}
+
 /// Whether packets for it cross the public internet (RFC 6890), as far as an address tells.
 pub(crate) fn is_public(ip: &IpAddr) -> bool {
     match ip.to_canonical() {

@@ -36,7 +36,7 @@ use tokio::{
 use crate::{
     AcceptError, Class, Incoming, Mapping, OpenError, Path, PathKind, RelayLimits, Stream,
     Transport,
-    address::{dialable_from, is_public, is_relayed, of_socket, socket},
+    address::{dialable_from, is_link_local, is_public, is_relayed, of_socket, socket},
     punch::{self, Candidates, Plan, PunchError, Schedule},
     reach::Reach,
     relays::{Candidate, Relays},
@@ -1317,13 +1317,11 @@ where
             .map(|(at, _)| at.ip())
             .collect();
         let all = self.relay_server == RelayServer::Always;
-        let listeners: Vec<_> = self
-            .swarm
-            .listeners()
+        let own = self.addresses().into_iter();
+        let listeners: Vec<_> = own
             .filter(|address| {
                 socket(address).is_some_and(|(at, _)| all || reached.contains(&at.ip()))
             })
-            .cloned()
             .collect();
         for address in listeners {
             self.swarm.add_external_address(address);
@@ -1354,7 +1352,7 @@ where
             if is_public(&at.ip()) {
                 mine.seen_at.insert(at.ip());
                 mine.public.push(address);
-            } else if loopback || !at.ip().is_loopback() {
+            } else if (loopback || !at.ip().is_loopback()) && !is_link_local(&address) {
                 mine.private.push(address);
             }
         }
@@ -1578,7 +1576,8 @@ where
             .map(|address| split_peer_id(address.clone()).0)
             .collect();
         let mut seen = HashSet::new();
-        all.retain(|address| seen.insert(address.clone()));
+        // A link-local address means something only together with the interface.
+        all.retain(|address| !is_link_local(address) && seen.insert(address.clone()));
         let local = |address: &Multiaddr| {
             let first = address.iter().next();
             matches!(first, Some(Protocol::Ip4(ip)) if ip.is_loopback())

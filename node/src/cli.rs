@@ -167,8 +167,9 @@ impl From<Relay> for Up {
 
 #[derive(Debug, Args)]
 pub(crate) struct Connect {
-    /// A PeerId, or an address ending in /p2p/<PeerId>
-    pub(crate) peer: String,
+    /// A PeerId, or addresses of one peer, each ending in /p2p/<PeerId>
+    #[arg(required = true)]
+    pub(crate) peer: Vec<String>,
 
     /// Wait this many seconds for a path that is not relayed
     #[arg(long, value_name = "SECONDS")]

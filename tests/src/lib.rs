@@ -1,11 +1,13 @@
 //! What the system tests and benchmarks share: the real program as a child process, a slow network, real weights.
 //!
-//! It promises: processes are ended by their id when a test ends, however it ends; all traffic stays on loopback; nothing is skipped
+//! It promises: processes are ended by their id when a test ends, however it ends; all traffic stays on loopback or in
+//! network namespaces of the test's own; nothing is skipped
 //! silently: what a test needs and does not find is an error that says how to get it.
 //!
 //! It leaves out: the tests themselves, in `tests/`, and the benchmarks, in the program `bench`.
 
 pub mod bench;
+pub mod lab;
 mod model;
 mod program;
 mod proxy;

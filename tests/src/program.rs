@@ -114,6 +114,18 @@ impl Home {
         Running::spawn(self.command(arguments))
     }
 
+    /// Starts the program where `spawn` puts it, such as another network namespace, and waits until its node is up.
+    ///
+    /// # Errors
+    /// That of `spawn`.
+    pub fn up_in<E>(
+        &self,
+        arguments: &[&str],
+        spawn: impl FnOnce(Command) -> Result<Child, E>,
+    ) -> Result<Daemon, E> {
+        Ok(Daemon::wait_for_child(spawn(self.command(arguments))?))
+    }
+
     /// Starts a node that listens on loopback only and looks for nobody, but for what `arguments` say.
     pub fn up(&self, arguments: &[&str]) -> Daemon {
         let mut all = vec!["--json", "up", "--no-mdns"];
@@ -240,7 +252,11 @@ pub struct Daemon {
 impl Daemon {
     /// Starts a command that runs `weft --json up`, and waits until it is up.
     pub fn wait_for(mut command: Command) -> Self {
-        let mut child = command.spawn().expect("the program can be started");
+        Self::wait_for_child(command.spawn().expect("the program can be started"))
+    }
+
+    /// The same for one that has been started, with its standard output captured.
+    pub fn wait_for_child(mut child: Child) -> Self {
         let mut stderr = child.stderr.take();
         let mut stdout = BufReader::new(child.stdout.take().expect("standard output is captured"));
         let mut line = String::new();

@@ -35,6 +35,25 @@ pub(super) fn peer_json(peer: &api::Peer) -> Value {
     })
 }
 
+/// One peer, by any of its addresses.
+fn any_of(peers: &[String]) -> Result<api::ConnectRequest, Failure> {
+    let mut all = peers.iter().map(|peer| request(peer));
+    let mut first = all
+        .next()
+        .unwrap_or_else(|| Err(Failure::usage("which peer?")))?;
+    for other in all {
+        let other = other?;
+        if other.peer_id != first.peer_id {
+            return Err(Failure::usage(format!(
+                "these are addresses of two peers, {} and {}",
+                first.peer_id, other.peer_id
+            )));
+        }
+        first.addresses.extend(other.addresses);
+    }
+    Ok(first)
+}
+
 /// A peer by its id, or one of its addresses.
 fn request(peer: &str) -> Result<api::ConnectRequest, Failure> {
     if let Ok(peer) = peer.parse::<PeerId>() {
@@ -67,7 +86,7 @@ pub(super) async fn connect(
     options: Connect,
     as_json: bool,
 ) -> Result<(), Failure> {
-    let request = request(&options.peer)?;
+    let request = any_of(&options.peer)?;
     let wait = options.wait_direct.map(Duration::try_from_secs_f64);
     let wait = wait
         .transpose()

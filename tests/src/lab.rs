@@ -1,0 +1,380 @@
+//! Networks with NATs and firewalls, made of network namespaces, with real nodes in them.
+//!
+//! One cell is a pair of sides and a public relay that both know. All of it is IPv4 but for [`Side::Ipv6`]. A router answers nothing that
+//! comes from outside and was not asked for, as home routers do.
+//!
+//! The NATs are `patchbay`'s. Its full-cone and address-restricted ones are so for UDP only.
+
+use std::{
+    fmt,
+    fs::File,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use patchbay::{
+    Device, IpSupport, Lab, Nat, NatConfig, NatFiltering, NatMapping, NodeId, Router, RouterBuilder,
+};
+use serde_json::Value;
+
+use crate::{Daemon, Home};
+
+/// What one end of a cell is behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// Nothing: a public address.
+    Public,
+    /// A home router: endpoint-independent mapping, address- and port-dependent filtering.
+    Home,
+    /// A NAT that lets everybody in where anybody was sent to.
+    FullCone,
+    /// A NAT that lets in the addresses that were sent to.
+    AddressRestricted,
+    /// A NAT with another port for every destination.
+    Symmetric,
+    /// A home router behind a carrier's NAT with endpoint-independent mapping.
+    Cgnat,
+    /// A home router behind a carrier's symmetric NAT.
+    CgnatSymmetric,
+    /// A home router that lets no UDP out.
+    UdpBlocked,
+    /// A home router that lets nothing out but TCP to port 443.
+    Only443,
+    /// IPv6 only, with a firewall that lets in only what was asked for.
+    Ipv6,
+}
+
+impl Side {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Public,
+        Self::Home,
+        Self::FullCone,
+        Self::AddressRestricted,
+        Self::Symmetric,
+        Self::Cgnat,
+        Self::CgnatSymmetric,
+        Self::UdpBlocked,
+        Self::Only443,
+        Self::Ipv6,
+    ];
+
+    fn is_symmetric(self) -> bool {
+        matches!(self, Self::Symmetric | Self::CgnatSymmetric)
+    }
+
+    fn has_udp(self) -> bool {
+        !matches!(self, Self::UdpBlocked | Self::Only443)
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Public => "public",
+            Self::Home => "home",
+            Self::FullCone => "full_cone",
+            Self::AddressRestricted => "address_restricted",
+            Self::Symmetric => "symmetric",
+            Self::Cgnat => "cgnat",
+            Self::CgnatSymmetric => "cgnat_symmetric",
+            Self::UdpBlocked => "udp_blocked",
+            Self::Only443 => "only_443",
+            Self::Ipv6 => "ipv6",
+        })
+    }
+}
+
+/// Whether a direct path between two sides can exist at all.
+pub fn is_possible(one: Side, other: Side) -> bool {
+    let pair = [one, other];
+    if pair.contains(&Side::Ipv6) {
+        return one == other;
+    }
+    if pair.contains(&Side::Only443) {
+        // No port but 443 can be reached from there, and none of the sides listens on it.
+        return false;
+    }
+    if !one.has_udp() || !other.has_udp() {
+        // On TCP, every mapping here but the symmetric ones can be punched.
+        return pair.contains(&Side::Public) || !pair.iter().any(|side| side.is_symmetric());
+    }
+    !(one.is_symmetric() && other.is_symmetric())
+}
+
+/// Whether [`is_possible`] and done: a symmetric NAT facing one that filters by port needs a search for the port.
+pub fn is_expected(one: Side, other: Side) -> bool {
+    let filters_port = |side| matches!(side, Side::Home | Side::Cgnat);
+    let search =
+        one.is_symmetric() && filters_port(other) || other.is_symmetric() && filters_port(one);
+    is_possible(one, other) && !search
+}
+
+/// What came of a cell.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// From the request to the first path.
+    pub connected: Duration,
+    /// From the request to a path that is not relayed, if there came one in time.
+    pub direct: Option<Duration>,
+    /// The kind of the path at the end: direct, lan or relayed.
+    pub path: String,
+    /// What it goes over: tcp or quic.
+    pub transport: String,
+}
+
+/// Why a cell could not be tried, in words.
+#[derive(Debug)]
+pub struct LabError(String);
+
+impl fmt::Display for LabError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<anyhow::Error> for LabError {
+    fn from(error: anyhow::Error) -> Self {
+        Self(format!("the network cannot be made: {error:#}"))
+    }
+}
+
+/// Enters a user namespace in which networks can be made.
+///
+/// # Errors
+/// If the kernel does not allow it. Must be called before the process has a second thread.
+pub fn prepare() -> Result<(), LabError> {
+    patchbay::init_userns()?;
+    Ok(())
+}
+
+/// Has `one` connect to `other`, which a public relay knows, and waits for a direct path for at most `wait`.
+///
+/// # Errors
+/// [`LabError`] if the network or a node did not start, or no path came about.
+pub async fn try_cell(one: Side, other: Side, wait: Duration) -> Result<Outcome, LabError> {
+    let lab = Lab::new().await?;
+    let internet = lab
+        .add_router("internet")
+        .ip_support(IpSupport::DualStack)
+        .build()
+        .await?;
+    let relay = lab
+        .add_device("relay")
+        .uplink(internet.id())
+        .build()
+        .await?;
+    let relay = Host::start(
+        relay,
+        &[
+            "--json",
+            "relay",
+            "--listen",
+            "/ip4/0.0.0.0/tcp/443",
+            "--listen",
+            "/ip4/0.0.0.0/udp/443/quic-v1",
+            "--listen",
+            "/ip6/::/tcp/443",
+            "--listen",
+            "/ip6/::/udp/443/quic-v1",
+        ],
+    )?;
+    let relays = relay.addresses();
+    let mut devices = Vec::new();
+    for (name, side) in [("one", one), ("other", other)] {
+        devices.push(behind(&lab, name, side).await?);
+    }
+    forget_neighbours(&lab)?;
+    let mut sides = Vec::new();
+    for device in devices {
+        sides.push(Host::join(device, &relays)?);
+    }
+    sides[1].wait_until_reachable()?;
+    let addresses = sides[1].addresses();
+    let seconds = wait.as_secs_f64().to_string();
+    let mut arguments = vec!["--json", "connect", "--wait-direct", &seconds];
+    arguments.extend(addresses.iter().map(String::as_str));
+    let finished = sides[0].home.run(&arguments);
+    let value = finished
+        .stdout
+        .lines()
+        .next()
+        .and_then(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|value| value["path"].is_string());
+    let Some(value) = value else {
+        return Err(LabError(format!(
+            "no path: {finished:?}\none: {}\nother: {}",
+            sides[0].log(),
+            sides[1].log()
+        )));
+    };
+    let millis = |name: &str| value[name].as_u64().map(Duration::from_millis);
+    let text = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
+    let outcome = Outcome {
+        connected: millis("connected_millis").unwrap_or_default(),
+        direct: millis("direct_millis"),
+        path: text("path"),
+        transport: text("transport"),
+    };
+    if std::env::var_os("WEFT_LAB_LOG").is_some() {
+        eprintln!(
+            "{one} to {other}: {outcome:?}\none: {}\nother: {}",
+            sides[0].log(),
+            sides[1].log()
+        );
+    }
+    Ok(outcome)
+}
+
+/// A machine with a node.
+struct Host {
+    device: Device,
+    home: Home,
+    _daemon: Daemon,
+}
+
+impl Host {
+    fn start(device: Device, arguments: &[&str]) -> Result<Self, LabError> {
+        let home = Home::new();
+        let log = home.beside("log");
+        let daemon = home.up_in(arguments, |mut command: Command| {
+            let log = File::create(&log).map_err(anyhow::Error::from)?;
+            if std::env::var_os("WEFT_LOG").is_none() {
+                command.env("WEFT_LOG", "warn,weft_net=debug,libp2p_kad=error");
+            }
+            // A node with much to say must not wait for somebody to read it.
+            command.stderr(log);
+            device.spawn_command_sync(command)
+        })?;
+        Ok(Self {
+            device,
+            home,
+            _daemon: daemon,
+        })
+    }
+
+    /// A node that holds a place on the relay at any of these addresses.
+    fn join(device: Device, relays: &[String]) -> Result<Self, LabError> {
+        let v6 = device.ip().is_none();
+        let mut arguments = vec!["--json", "up", "--no-mdns"];
+        for relay in relays
+            .iter()
+            .filter(|relay| relay.starts_with("/ip6") == v6)
+        {
+            arguments.extend_from_slice(&["--relay", relay]);
+        }
+        Self::start(device, &arguments)
+    }
+
+    /// Until it has a place on the relay. One with a public address asks for a place as well, until strangers have come.
+    fn wait_until_reachable(&self) -> Result<(), LabError> {
+        let begin = Instant::now();
+        loop {
+            let known = self.home.json(&["doctor"]);
+            let any = |name: &str| known[name].as_array().is_some_and(|all| !all.is_empty());
+            if any("relays") {
+                return Ok(());
+            }
+            if begin.elapsed() > Duration::from_secs(20) {
+                let address = self.device.ip();
+                return Err(LabError(format!(
+                    "the node at {address:?} holds no place on the relay: {known}\n{}",
+                    self.log()
+                )));
+            }
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+    }
+
+    fn addresses(&self) -> Vec<String> {
+        let status = self.home.json(&["status"]);
+        let all = status["addresses"].as_array().into_iter().flatten();
+        all.filter_map(|address| address.as_str().map(str::to_owned))
+            .collect()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.home.beside("log")).unwrap_or_else(|error| error.to_string())
+    }
+}
+
+/// A machine behind what `side` says.
+async fn behind(lab: &Lab, name: &str, side: Side) -> Result<Device, LabError> {
+    let home = |builder: RouterBuilder| builder.nat(Nat::Moderate);
+    let router = |suffix: &str| lab.add_router(&format!("{name}{suffix}"));
+    let carrier = |nat: Nat| async move {
+        let carrier = router("carrier").nat(nat).build().await?;
+        shield(&carrier)?;
+        Ok::<NodeId, LabError>(carrier.id())
+    };
+    let router = match side {
+        Side::Public => router("net"),
+        Side::Home => home(router("nat")),
+        Side::FullCone => router("nat").nat(Nat::Open),
+        Side::AddressRestricted => {
+            let nat = NatConfig::builder()
+                .mapping(NatMapping::EndpointIndependent)
+                .filtering(NatFiltering::AddressDependent)
+                .build()
+                .map_err(anyhow::Error::from)?;
+            router("nat").nat(nat)
+        }
+        Side::Symmetric => router("nat").nat(Nat::Strict),
+        Side::Cgnat => home(router("nat")).upstream(carrier(Nat::Moderate).await?),
+        Side::CgnatSymmetric => home(router("nat")).upstream(carrier(Nat::Strict).await?),
+        Side::UdpBlocked => home(router("nat")).firewall_custom(|f| f.block_udp()),
+        Side::Only443 => home(router("nat")).firewall_custom(|f| f.block_udp().allow_tcp(&[443])),
+        Side::Ipv6 => router("net")
+            .ip_support(IpSupport::V6Only)
+            .firewall_custom(|f| f.block_inbound()),
+    };
+    let router = router.build().await?;
+    if side != Side::Public {
+        shield(&router)?;
+    }
+    Ok(lab.add_device(name).uplink(router.id()).build().await?)
+}
+
+/// A bridge takes on the lowest hardware address of its ports, so every port that is added may change it, and those who know the old one send into
+/// the void for as long as they trust it.
+fn forget_neighbours(lab: &Lab) -> Result<(), LabError> {
+    let flush = || {
+        let mut command = Command::new("ip");
+        command.args(["neigh", "flush", "all"]);
+        command
+    };
+    let in_routers = lab
+        .routers()
+        .into_iter()
+        .map(|r| r.spawn_command_sync(flush()));
+    let in_devices = lab
+        .devices()
+        .into_iter()
+        .map(|d| d.spawn_command_sync(flush()));
+    for child in in_routers.chain(in_devices) {
+        succeeded(child?)?;
+    }
+    Ok(())
+}
+
+fn succeeded(mut child: std::process::Child) -> Result<(), LabError> {
+    let status = child.wait().map_err(anyhow::Error::from)?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(LabError(format!(
+            "a command failed in a namespace: {status}"
+        )))
+    }
+}
+
+/// Has a router answer nothing that it was not asked for. Without it, its kernel would refuse what a NAT has no mapping for, and the
+/// refusal would end the other side's attempt.
+fn shield(router: &Router) -> Result<(), LabError> {
+    let mut command = Command::new("nft");
+    command.arg(
+        "table inet shield { chain input { type filter hook input priority 0; \
+         meta l4proto { tcp, udp } ct state new drop; }; }",
+    );
+    succeeded(router.spawn_command_sync(command)?)
+}
