@@ -13,7 +13,7 @@ use weft_blobs::{
     download::{self, fetch_manifest},
     store,
 };
-use weft_net::{Path, PathKind, PeerId, Transport, is_superseded};
+use weft_net::{PathKind, PeerId, Transport, is_superseded};
 use weft_proto::{frame::FrameError, wire};
 
 use crate::{
@@ -82,11 +82,11 @@ pub struct Got {
     pub lookup: Duration,
     /// Who publishes the name; `None` for an id, a ticket, or a name that only this node remembers.
     pub publisher: Option<PeerId>,
-    /// Who sent content.
+    /// Who sent content, and over which paths: one that began relayed and went on directly is there twice.
     pub sources: Vec<Source>,
 }
 
-/// A provider that sent content.
+/// A provider that sent content, over one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
     /// Who.
@@ -169,7 +169,7 @@ struct Work {
     state: Arc<Mutex<State>>,
     started: Instant,
     lookup: Option<Duration>,
-    sources: BTreeMap<PeerId, (Path, u64)>,
+    sources: BTreeMap<(PeerId, PathKind, Transport), u64>,
 }
 
 impl Work {
@@ -236,10 +236,10 @@ impl Work {
             sources: self
                 .sources
                 .into_iter()
-                .map(|(peer, (path, bytes))| Source {
+                .map(|((peer, path, transport), bytes)| Source {
                     peer,
-                    path: path.kind,
-                    transport: path.transport,
+                    path,
+                    transport,
                     bytes,
                 })
                 .collect(),
@@ -325,7 +325,8 @@ impl Work {
         let result = download.fetch(stream).await;
         let bytes = self.counts.moved.load(Ordering::Relaxed) - before;
         if bytes > 0 {
-            self.sources.entry(peer).or_insert((path, 0)).1 += bytes;
+            let source = (peer, path.kind, path.transport);
+            *self.sources.entry(source).or_default() += bytes;
         }
         match result {
             Ok(()) => Ok(()),

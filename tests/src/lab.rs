@@ -148,89 +148,163 @@ pub fn prepare() -> Result<(), LabError> {
     Ok(())
 }
 
-/// Has `one` connect to `other`, which a public relay knows, and waits for a direct path for at most `wait`.
+/// Two machines with nodes and the public relays that both know.
+pub struct Cell {
+    lab: Lab,
+    relays: Vec<Host>,
+    /// The one that begins.
+    pub one: Host,
+    /// The one that holds a place on a relay.
+    pub other: Host,
+}
+
+impl fmt::Debug for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cell")
+            .field("lab", &self.lab.prefix())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Has `one` connect to `other`, and waits for a direct path for at most `wait`.
 ///
 /// # Errors
 /// [`LabError`] if the network or a node did not start, or no path came about.
 pub async fn try_cell(one: Side, other: Side, wait: Duration) -> Result<Outcome, LabError> {
+    Cell::new(one, other, 1).await?.connect(wait)
+}
+
+/// The same for two machines behind one home router, which may let them reach each other at its own public address.
+///
+/// # Errors
+/// As for [`try_cell`].
+pub async fn try_neighbours(hairpin: bool, wait: Duration) -> Result<Outcome, LabError> {
     let lab = Lab::new().await?;
-    let internet = lab
-        .add_router("internet")
-        .ip_support(IpSupport::DualStack)
+    let nat = NatConfig::builder()
+        .mapping(NatMapping::EndpointIndependent)
+        .filtering(NatFiltering::AddressAndPortDependent)
+        .hairpin(hairpin)
         .build()
-        .await?;
-    let relay = lab
-        .add_device("relay")
-        .uplink(internet.id())
-        .build()
-        .await?;
-    let relay = Host::start(
-        relay,
-        &[
-            "--json",
-            "relay",
-            "--listen",
+        .map_err(anyhow::Error::from)?;
+    let router = lab.add_router("nat").nat(nat).build().await?;
+    shield(&router)?;
+    let device = |name| lab.add_device(name).uplink(router.id()).build();
+    let devices = [device("one").await?, device("other").await?];
+    Cell::start(lab, devices, 1).await?.connect(wait)
+}
+
+impl Cell {
+    /// Two machines behind what the sides say, and this many relays.
+    ///
+    /// # Errors
+    /// [`LabError`] if the network or a node did not start.
+    pub async fn new(one: Side, other: Side, relays: usize) -> Result<Self, LabError> {
+        let lab = Lab::new().await?;
+        let devices = [
+            behind(&lab, "one", one).await?,
+            behind(&lab, "other", other).await?,
+        ];
+        Self::start(lab, devices, relays).await
+    }
+
+    async fn start(lab: Lab, devices: [Device; 2], relays: usize) -> Result<Self, LabError> {
+        let mut servers = Vec::new();
+        for n in 0..relays {
+            let internet = lab.add_router(&format!("internet{n}"));
+            let internet = internet.ip_support(IpSupport::DualStack).build().await?;
+            let server = lab.add_device(&format!("relay{n}"));
+            servers.push(server.uplink(internet.id()).build().await?);
+        }
+        forget_neighbours(&lab)?;
+        let listen = [
             "/ip4/0.0.0.0/tcp/443",
-            "--listen",
             "/ip4/0.0.0.0/udp/443/quic-v1",
-            "--listen",
             "/ip6/::/tcp/443",
-            "--listen",
             "/ip6/::/udp/443/quic-v1",
-        ],
-    )?;
-    let relays = relay.addresses();
-    let mut devices = Vec::new();
-    for (name, side) in [("one", one), ("other", other)] {
-        devices.push(behind(&lab, name, side).await?);
+        ];
+        let mut arguments = vec!["--json", "relay"];
+        for address in listen {
+            arguments.extend_from_slice(&["--listen", address]);
+        }
+        let relays = servers
+            .into_iter()
+            .map(|server| Host::start(server, &arguments))
+            .collect::<Result<Vec<_>, _>>()?;
+        let addresses: Vec<String> = relays.iter().flat_map(Host::addresses).collect();
+        let [one, other] = devices;
+        let one = Host::join(one, &addresses)?;
+        let other = Host::join(other, &addresses)?;
+        other.wait_until_reachable(relays.len().min(2))?;
+        Ok(Self {
+            lab,
+            relays,
+            one,
+            other,
+        })
     }
-    forget_neighbours(&lab)?;
-    let mut sides = Vec::new();
-    for device in devices {
-        sides.push(Host::join(device, &relays)?);
+
+    /// Has the first connect to the second, and waits for a direct path for at most `wait`.
+    ///
+    /// # Errors
+    /// [`LabError`] if no path came about.
+    pub fn connect(&self, wait: Duration) -> Result<Outcome, LabError> {
+        let addresses = self.other.addresses();
+        let seconds = wait.as_secs_f64().to_string();
+        let mut arguments = vec!["--json", "connect", "--wait-direct", &seconds];
+        arguments.extend(addresses.iter().map(String::as_str));
+        let finished = self.one.home.run(&arguments);
+        // A path that is still relayed after the wait is an error of the command, printed after the path.
+        let value = finished
+            .stdout
+            .lines()
+            .next()
+            .and_then(|line| serde_json::from_str::<Value>(line).ok())
+            .filter(|value| value["path"].is_string());
+        let Some(value) = value else {
+            return Err(LabError(format!("no path: {finished:?}{}", self.logs())));
+        };
+        let millis = |name: &str| value[name].as_u64().map(Duration::from_millis);
+        let text = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
+        let outcome = Outcome {
+            connected: millis("connected_millis").unwrap_or_default(),
+            direct: millis("direct_millis"),
+            path: text("path"),
+            transport: text("transport"),
+        };
+        if std::env::var_os("WEFT_LAB_LOG").is_some() {
+            eprintln!("{outcome:?}{}", self.logs());
+        }
+        Ok(outcome)
     }
-    sides[1].wait_until_reachable()?;
-    let addresses = sides[1].addresses();
-    let seconds = wait.as_secs_f64().to_string();
-    let mut arguments = vec!["--json", "connect", "--wait-direct", &seconds];
-    arguments.extend(addresses.iter().map(String::as_str));
-    let finished = sides[0].home.run(&arguments);
-    let value = finished
-        .stdout
-        .lines()
-        .next()
-        .and_then(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|value| value["path"].is_string());
-    let Some(value) = value else {
-        return Err(LabError(format!(
-            "no path: {finished:?}\none: {}\nother: {}",
-            sides[0].log(),
-            sides[1].log()
-        )));
-    };
-    let millis = |name: &str| value[name].as_u64().map(Duration::from_millis);
-    let text = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
-    let outcome = Outcome {
-        connected: millis("connected_millis").unwrap_or_default(),
-        direct: millis("direct_millis"),
-        path: text("path"),
-        transport: text("transport"),
-    };
-    if std::env::var_os("WEFT_LAB_LOG").is_some() {
-        eprintln!(
-            "{one} to {other}: {outcome:?}\none: {}\nother: {}",
-            sides[0].log(),
-            sides[1].log()
-        );
+
+    /// Ends the relay with this id with SIGKILL; whether there was one.
+    pub fn kill_relay(&mut self, peer: &str) -> bool {
+        let found = self.relays.iter().position(|r| r.daemon.peer_id() == peer);
+        let Some(at) = found else { return false };
+        self.relays.remove(at).daemon.kill();
+        true
     }
-    Ok(outcome)
+
+    /// What both nodes have logged.
+    pub fn logs(&self) -> String {
+        format!("\none: {}\nother: {}", self.one.log(), self.other.log())
+    }
 }
 
 /// A machine with a node.
-struct Host {
+pub struct Host {
     device: Device,
-    home: Home,
-    _daemon: Daemon,
+    /// The node's home. Commands reach the node from anywhere on this machine, by its socket.
+    pub home: Home,
+    daemon: Daemon,
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Host")
+            .field("device", &self.device.name())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Host {
@@ -240,7 +314,10 @@ impl Host {
         let daemon = home.up_in(arguments, |mut command: Command| {
             let log = File::create(&log).map_err(anyhow::Error::from)?;
             if std::env::var_os("WEFT_LOG").is_none() {
-                command.env("WEFT_LOG", "warn,weft_net=debug,libp2p_kad=error");
+                command.env(
+                    "WEFT_LOG",
+                    "warn,weft=debug,weft_net=debug,libp2p_kad=error",
+                );
             }
             // A node with much to say must not wait for somebody to read it.
             command.stderr(log);
@@ -249,36 +326,37 @@ impl Host {
         Ok(Self {
             device,
             home,
-            _daemon: daemon,
+            daemon,
         })
     }
 
-    /// A node that holds a place on the relay at any of these addresses.
+    /// A node that knows the relays at these addresses.
     fn join(device: Device, relays: &[String]) -> Result<Self, LabError> {
         let v6 = device.ip().is_none();
         let mut arguments = vec!["--json", "up", "--no-mdns"];
-        for relay in relays
-            .iter()
-            .filter(|relay| relay.starts_with("/ip6") == v6)
-        {
-            arguments.extend_from_slice(&["--relay", relay]);
+        for relay in relays {
+            if relay.starts_with("/ip6") == v6 {
+                arguments.extend_from_slice(&["--relay", relay]);
+            }
         }
         Self::start(device, &arguments)
     }
 
-    /// Until it has a place on the relay. One with a public address asks for a place as well, until strangers have come.
-    fn wait_until_reachable(&self) -> Result<(), LabError> {
+    /// Until it has places on this many relays. One with a public address asks for them as well, until strangers have come.
+    fn wait_until_reachable(&self, relays: usize) -> Result<(), LabError> {
         let begin = Instant::now();
         loop {
             let known = self.home.json(&["doctor"]);
-            let any = |name: &str| known[name].as_array().is_some_and(|all| !all.is_empty());
-            if any("relays") {
+            if known["relays"]
+                .as_array()
+                .is_some_and(|all| all.len() >= relays)
+            {
                 return Ok(());
             }
             if begin.elapsed() > Duration::from_secs(20) {
-                let address = self.device.ip();
+                let name = self.device.name();
                 return Err(LabError(format!(
-                    "the node at {address:?} holds no place on the relay: {known}\n{}",
+                    "{name} holds no place on a relay: {known}\n{}",
                     self.log()
                 )));
             }

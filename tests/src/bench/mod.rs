@@ -1,5 +1,6 @@
 //! The benchmarks behind the program `bench`.
 
+pub mod nat;
 pub mod transfer;
 
 use std::fmt;

@@ -1,10 +1,10 @@
 //! The benchmarks. Each prints one line a figure, with both sides measured in the same run, and their ratio; see
 //! `docs/benchmarks.md`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
-use weft_tests::bench::{Failure, transfer};
+use weft_tests::bench::{Failure, nat, transfer};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -24,6 +24,12 @@ struct Cli {
 enum Bench {
     /// A blob from one process to another over loopback onto disk, against rustls over TCP with BLAKE3 of the stream
     Transfer(Transfer),
+    /// Which pairs of machines behind NATs and firewalls connect, which directly, and how fast
+    Nat {
+        /// How long a pair may take to a direct path, in seconds
+        #[arg(long, default_value_t = 8)]
+        wait: u64,
+    },
     /// The other process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
     Provider {
@@ -55,6 +61,7 @@ fn main() -> ExitCode {
             let folder = options.folder.unwrap_or_else(std::env::temp_dir);
             transfer::run(options.mib << 20, options.rounds, &folder, cli.json)
         }
+        Bench::Nat { wait } => nat::run(Duration::from_secs(wait), cli.json),
         Bench::Provider { file, side } => transfer::provide(&file, side),
     };
     match result {
