@@ -14,6 +14,7 @@
 //! It leaves out, so far: AutoNAT, port mappings, WebSocket and lanes.
 
 mod address;
+mod crowd;
 mod muxer;
 mod network;
 mod punch;

@@ -37,6 +37,7 @@ use crate::{
     AcceptError, Class, Incoming, Mapping, OpenError, Path, PathKind, RelayLimits, Stream,
     Transport,
     address::{dialable_from, is_link_local, is_public, is_relayed, of_socket, socket},
+    crowd,
     punch::{self, Candidates, Plan, PunchError, Schedule},
     reach::Reach,
     relays::{Candidate, Relays},
@@ -124,6 +125,8 @@ pub struct Limits {
     pub established: u32,
     /// Connections with one peer. Above one, because both sides may dial, over several transports.
     pub per_peer: u32,
+    /// Connections opened by others from one IPv4 address or one IPv6 network of 64 bits. Wide enough for a carrier's customers, who share one.
+    pub per_address: u32,
     /// Streams that a peer may have open to our own protocols on one connection.
     pub streams: usize,
 }
@@ -135,6 +138,7 @@ impl Default for Limits {
             established_incoming: 512,
             established: 1024,
             per_peer: 8,
+            per_address: 64,
             streams: 64,
         }
     }
@@ -330,6 +334,7 @@ enum Command {
 #[behaviour(prelude = "libp2p::swarm::derive_prelude")]
 struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
     limits: connection_limits::Behaviour,
+    crowd: crowd::Behaviour,
     identify: identify::Behaviour,
     ping: ping::Behaviour,
     mdns: Toggle<mdns::tokio::Behaviour>,
@@ -380,6 +385,7 @@ impl Network {
             relay_client,
             relay_server,
             limits: connection_limits::Behaviour::new(limits),
+            crowd: crowd::Behaviour::new(config.limits.per_address),
             identify: identify::Behaviour::new(
                 identify::Config::new("/weft/1".to_owned(), config.key.public())
                     .with_agent_version(config.agent.clone())

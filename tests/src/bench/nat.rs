@@ -1,4 +1,4 @@
-//! Which pairs of machines behind NATs and firewalls connect, which directly, and how fast: the cells of the [`lab`](crate::lab).
+//! Which pairs of machines behind NATs and firewalls connect, which directly, and how fast: the cells of the [`lab`].
 
 use std::{collections::HashMap, time::Duration};
 

@@ -1,0 +1,172 @@
+//! A limit on connections from one place: an IPv4 address, or an IPv6 network of 64 bits, which is what one site has at least.
+//!
+//! libp2p limits connections in all and by peer; a stranger who makes a new key for every connection is one peer each time.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    net::{IpAddr, Ipv6Addr},
+    task::{Context, Poll},
+};
+
+use libp2p::{
+    Multiaddr, PeerId,
+    core::{Endpoint, transport::PortUse},
+    swarm::{
+        ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
+        ToSwarm, dummy,
+    },
+};
+
+use crate::address::{is_relayed, socket};
+
+/// Too many connections come from one place.
+#[derive(Debug, thiserror::Error)]
+#[error("too many connections from {0}")]
+struct Crowded(IpAddr);
+
+/// Counts the connections that others open, from the first packet on.
+#[derive(Debug)]
+pub(crate) struct Behaviour {
+    limit: u32,
+    counts: HashMap<IpAddr, u32>,
+    connections: HashMap<ConnectionId, IpAddr>,
+}
+
+impl Behaviour {
+    /// At most `limit` from one place. Connections from this machine are not counted.
+    pub(crate) fn new(limit: u32) -> Self {
+        Self {
+            limit,
+            counts: HashMap::new(),
+            connections: HashMap::new(),
+        }
+    }
+
+    fn enter(&mut self, id: ConnectionId, from: IpAddr) -> Result<(), ConnectionDenied> {
+        let count = self.counts.entry(from).or_default();
+        if *count >= self.limit {
+            return Err(ConnectionDenied::new(Crowded(from)));
+        }
+        *count += 1;
+        self.connections.insert(id, from);
+        Ok(())
+    }
+
+    fn leave(&mut self, id: ConnectionId) {
+        let Some(from) = self.connections.remove(&id) else {
+            return;
+        };
+        if let Some(count) = self.counts.get_mut(&from) {
+            *count -= 1;
+            if *count == 0 {
+                self.counts.remove(&from);
+            }
+        }
+    }
+}
+
+/// The place that a connection comes from; `None` if it came through a relay or from this machine.
+fn place(local: &Multiaddr, remote: &Multiaddr) -> Option<IpAddr> {
+    if is_relayed(local) {
+        return None;
+    }
+    let ip = socket(remote)?.0.ip().to_canonical();
+    if ip.is_loopback() {
+        return None;
+    }
+    Some(match ip {
+        IpAddr::V4(_) => ip,
+        IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 64 << 64).into(),
+    })
+}
+
+impl NetworkBehaviour for Behaviour {
+    type ConnectionHandler = dummy::ConnectionHandler;
+    type ToSwarm = Infallible;
+
+    fn handle_pending_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), ConnectionDenied> {
+        match place(local, remote) {
+            Some(from) => self.enter(id, from),
+            None => Ok(()),
+        }
+    }
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        _: ConnectionId,
+        _: PeerId,
+        _: &Multiaddr,
+        _: &Multiaddr,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        Ok(dummy::ConnectionHandler)
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        _: ConnectionId,
+        _: PeerId,
+        _: &Multiaddr,
+        _: Endpoint,
+        _: PortUse,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        Ok(dummy::ConnectionHandler)
+    }
+
+    fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        match event {
+            FromSwarm::ConnectionClosed(closed) => self.leave(closed.connection_id),
+            FromSwarm::ListenFailure(failure) => self.leave(failure.connection_id),
+            _ => {}
+        }
+    }
+
+    fn on_connection_handler_event(&mut self, _: PeerId, _: ConnectionId, event: Infallible) {
+        match event {}
+    }
+
+    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
+        Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_place_is_held_to_its_limit_and_others_are_not() {
+        let mut crowd = Behaviour::new(2);
+        let local: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
+        let mut next = 0;
+        let mut open = |crowd: &mut Behaviour, from: &str| {
+            next += 1;
+            let id = ConnectionId::new_unchecked(next);
+            let result =
+                crowd.handle_pending_inbound_connection(id, &local, &from.parse().unwrap());
+            (id, result.is_ok())
+        };
+        let (first, taken) = open(&mut crowd, "/ip4/1.1.1.1/tcp/1");
+        assert!(taken);
+        assert!(open(&mut crowd, "/ip4/1.1.1.1/udp/2/quic-v1").1);
+        assert!(!open(&mut crowd, "/ip4/1.1.1.1/tcp/3").1);
+        assert!(open(&mut crowd, "/ip4/1.1.1.2/tcp/3").1);
+        crowd.leave(first);
+        crowd.leave(first);
+        assert!(open(&mut crowd, "/ip4/1.1.1.1/tcp/3").1);
+        assert!(!open(&mut crowd, "/ip4/1.1.1.1/tcp/4").1);
+        // One site of IPv6 has addresses without end.
+        assert!(open(&mut crowd, "/ip6/2001:db8:0:1::1/tcp/1").1);
+        assert!(open(&mut crowd, "/ip6/2001:db8:0:1::2/tcp/1").1);
+        assert!(!open(&mut crowd, "/ip6/2001:db8:0:1::3/tcp/1").1);
+        assert!(open(&mut crowd, "/ip6/2001:db8:0:2::3/tcp/1").1);
+        for _ in 0..9 {
+            assert!(open(&mut crowd, "/ip4/127.0.0.1/tcp/1").1);
+        }
+    }
+}
