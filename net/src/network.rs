@@ -89,6 +89,9 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// Hole punching exchanges that peers may have under way with us.
 const MAX_RESPONDING: usize = 64;
 
+/// A peer's exchanges begin at least this far apart.
+const RESPOND_AGAIN: Duration = Duration::from_millis(500);
+
 /// IP addresses remembered as dialled.
 const MAX_DIALLED: usize = 4096;
 
@@ -446,6 +449,7 @@ impl Network {
             pings,
             pingers: Arc::new(Semaphore::new(MAX_PINGERS)),
             responding: HashSet::new(),
+            responded: HashMap::new(),
             outcomes,
             finished,
             told: watch::Sender::default(),
@@ -829,6 +833,8 @@ struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     pings: Incoming,
     pingers: Arc<Semaphore>,
     responding: HashSet<PeerId>,
+    /// Peers that punched to us a moment ago.
+    responded: HashMap<PeerId, Instant>,
     outcomes: mpsc::Sender<Outcome>,
     finished: mpsc::Receiver<Outcome>,
     /// Our addresses, for those who want to know of changes.
@@ -1049,7 +1055,18 @@ where
                 error,
                 ..
             } => {
+                if let DialError::Transport(attempts) = &error {
+                    attempts.iter().for_each(|(address, _)| {
+                        self.note_dialled(std::slice::from_ref(address));
+                    });
+                }
                 self.on_dial_failed(connection_id, &error);
+            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                tracing::info!(%address, "not listening any more");
+                self.public.remove(&address);
+                self.swarm.remove_external_address(&address);
+                self.tell_addresses();
             }
             SwarmEvent::NewListenAddr {
                 listener_id,
@@ -1135,8 +1152,12 @@ where
         for bootstrap in self.bootstrap.iter_mut().filter(|b| b.peer == id) {
             bootstrap.pause = RETRY.0;
         }
-        if let ConnectedPoint::Listener { local_addr, .. } = endpoint {
-            self.on_reached(local_addr, &path);
+        match endpoint {
+            ConnectedPoint::Listener { local_addr, .. } => self.on_reached(local_addr, &path),
+            // The DHT dials as well.
+            ConnectedPoint::Dialer { address, .. } => {
+                self.note_dialled(std::slice::from_ref(address));
+            }
         }
         let peer = self.peers.entry(id).or_insert_with(|| Peer::new(now));
         let was_direct = peer.is_direct();
@@ -1175,8 +1196,11 @@ where
         let Some((at, transport)) = socket(local) else {
             return;
         };
-        // Where we have dialled, a NAT or a firewall lets the answer through: that proves nothing about strangers.
-        let stranger = is_public(&from.ip()) && !self.dialled.contains(&from.ip().to_canonical());
+        // Where we have dialled, a NAT or a firewall lets the answer through: that proves nothing about strangers. Once there have been too
+        // many to remember, nobody is known to be one.
+        let stranger = self.dialled.len() < MAX_DIALLED
+            && is_public(&from.ip())
+            && !self.dialled.contains(&from.ip().to_canonical());
         if !stranger || !is_public(&at.ip()) {
             return;
         }
@@ -1417,7 +1441,14 @@ where
     /// A peer begins to punch to us.
     fn respond(&mut self, stream: Stream) {
         let id = stream.peer();
+        let now = Instant::now();
+        self.responded
+            .retain(|_, at| now.duration_since(*at) < RESPOND_AGAIN);
         let direct = self.peers.get(&id).is_none_or(Peer::is_direct);
+        if self.responded.contains_key(&id) {
+            // Dropped, and so reset: what a peer names is dialled, and might be somebody else's.
+            return;
+        }
         if !self.hole_punching
             || direct
             || self.responding.len() >= MAX_RESPONDING
@@ -1426,6 +1457,7 @@ where
             // Dropped, and so reset.
             return;
         }
+        self.responded.insert(id, now);
         let mine = self.candidates();
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
@@ -1496,8 +1528,9 @@ where
                     .filter(|(_, c)| c.path.kind == PathKind::Relayed && old(c));
                 surplus.extend(relayed.map(|(connection, _)| *connection));
             }
-            // Where both sides dialled at once: one of the two sides decides, so that not both close the other's.
-            if local < *id {
+            // Where both sides punched at once: one of the two sides decides, so that not both close the other's. Only there: elsewhere, a
+            // second connection may carry what others relay through us, which does not show here.
+            if local < *id && peer.direct_after.is_some() {
                 let mut kept = HashMap::new();
                 for (connection, c) in &peer.connections {
                     let class = (c.path.kind, c.path.transport);
