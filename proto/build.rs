@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let files = [
         "weft/api/v1/api.proto",
         "weft/wire/v1/blobs.proto",
+        "weft/wire/v1/circuit.proto",
         "weft/wire/v1/manifest.proto",
         "weft/wire/v1/punch.proto",
         "weft/wire/v1/record.proto",

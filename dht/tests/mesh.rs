@@ -27,7 +27,7 @@ async fn node(bootstrap: Option<&Node>) -> Node {
         config.bootstrap = node
             .network
             .addresses()
-            .await
+            .all
             .into_iter()
             .map(|address| address.with_p2p(peer).unwrap())
             .collect();

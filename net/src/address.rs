@@ -127,6 +127,11 @@ pub(crate) fn is_public(ip: &IpAddr) -> bool {
 
 /// The IP address, port and transport of an address that a socket can be opened to, and `None` for any other, such as a relayed one or a name.
 pub(crate) fn socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)> {
+    any_socket(address).filter(|(at, _)| at.port() != 0 && !at.ip().is_unspecified())
+}
+
+/// The same, and also for what a socket can only be bound to: any address, any port.
+pub(crate) fn any_socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)> {
     let mut parts = address.iter();
     let ip: IpAddr = match parts.next()? {
         Protocol::Ip4(ip) => ip.into(),
@@ -145,7 +150,9 @@ pub(crate) fn socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)> {
         None | Some(Protocol::P2p(_)) => {}
         Some(_) => return None,
     }
-    (parts.next().is_none() && port != 0 && !ip.is_unspecified())
+    parts
+        .next()
+        .is_none()
         .then_some((SocketAddr::new(ip, port), transport))
 }
 

@@ -1,10 +1,13 @@
 //! A limit on connections from one place: an IPv4 address, or an IPv6 network of 64 bits, which is what one site has at least.
 //!
+//! A relay through which others come is one place too.
+//!
 //! libp2p limits connections in all and by peer; a stranger who makes a new key for every connection is one peer each time.
 
 use std::{
     collections::HashMap,
     convert::Infallible,
+    fmt,
     net::{IpAddr, Ipv6Addr},
     task::{Context, Poll},
 };
@@ -18,19 +21,35 @@ use libp2p::{
     },
 };
 
-use crate::address::{is_relayed, socket};
+use crate::{Path, address::socket};
 
 /// Too many connections come from one place.
 #[derive(Debug, thiserror::Error)]
 #[error("too many connections from {0}")]
-struct Crowded(IpAddr);
+struct Crowded(Place);
+
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Place {
+    Network(IpAddr),
+    Relay(PeerId),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(ip) => ip.fmt(f),
+            Self::Relay(peer) => write!(f, "the relay {peer}"),
+        }
+    }
+}
 
 /// Counts the connections that others open, from the first packet on.
 #[derive(Debug)]
 pub(crate) struct Behaviour {
     limit: u32,
-    counts: HashMap<IpAddr, u32>,
-    connections: HashMap<ConnectionId, IpAddr>,
+    counts: HashMap<Place, u32>,
+    connections: HashMap<ConnectionId, Place>,
 }
 
 impl Behaviour {
@@ -43,12 +62,12 @@ impl Behaviour {
         }
     }
 
-    fn enter(&mut self, id: ConnectionId, from: IpAddr) -> Result<(), ConnectionDenied> {
-        let count = self.counts.entry(from).or_default();
-        if *count >= self.limit {
+    fn enter(&mut self, id: ConnectionId, from: Place) -> Result<(), ConnectionDenied> {
+        let count = self.counts.get(&from).copied().unwrap_or_default();
+        if count >= self.limit {
             return Err(ConnectionDenied::new(Crowded(from)));
         }
-        *count += 1;
+        self.counts.insert(from, count + 1);
         self.connections.insert(id, from);
         Ok(())
     }
@@ -66,19 +85,19 @@ impl Behaviour {
     }
 }
 
-/// The place that a connection comes from; `None` if it came through a relay or from this machine.
-fn place(local: &Multiaddr, remote: &Multiaddr) -> Option<IpAddr> {
-    if is_relayed(local) {
-        return None;
+/// The place that a connection comes from; `None` if that is this machine.
+fn place(local: &Multiaddr, remote: &Multiaddr) -> Option<Place> {
+    if let Some(relay) = Path::of(local).relay() {
+        return Some(Place::Relay(relay));
     }
     let ip = socket(remote)?.0.ip().to_canonical();
     if ip.is_loopback() {
         return None;
     }
-    Some(match ip {
+    Some(Place::Network(match ip {
         IpAddr::V4(_) => ip,
         IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 64 << 64).into(),
-    })
+    }))
 }
 
 impl NetworkBehaviour for Behaviour {
@@ -137,6 +156,8 @@ impl NetworkBehaviour for Behaviour {
 
 #[cfg(test)]
 mod tests {
+    use libp2p::multiaddr::Protocol;
+
     use super::*;
 
     #[test]
@@ -167,6 +188,19 @@ mod tests {
         assert!(open(&mut crowd, "/ip6/2001:db8:0:2::3/tcp/1").1);
         for _ in 0..9 {
             assert!(open(&mut crowd, "/ip4/127.0.0.1/tcp/1").1);
+        }
+    }
+
+    #[test]
+    fn a_relay_is_one_place() {
+        let mut crowd = Behaviour::new(2);
+        let relay = Multiaddr::empty().with(Protocol::P2p(PeerId::random()));
+        let local = relay.with(Protocol::P2pCircuit);
+        for n in 0..4 {
+            let remote = Multiaddr::empty().with(Protocol::P2p(PeerId::random()));
+            let id = ConnectionId::new_unchecked(n);
+            let taken = crowd.handle_pending_inbound_connection(id, &local, &remote);
+            assert_eq!(taken.is_ok(), n < 2);
         }
     }
 }

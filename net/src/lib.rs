@@ -8,18 +8,28 @@
 //! strangers can make us hold (connections, streams, queues) is bounded by [`Limits`], and what is refused is reset, so
 //! that the other side knows; dropping the last handle stops everything.
 //!
-//! A node that others cannot reach holds reservations on relays, and every relayed connection is punched into a direct one where the
-//! NATs on both sides allow it; a stream can ask to [yield](Stream::yield_to_better_path) to the better path.
+//! A node that others cannot reach has its gateway forward its ports, or holds reservations on relays; every relayed connection is punched into a
+//! direct one where the NATs on both sides allow it, after a search for the port where one of them is symmetric; a stream can ask to
+//! [yield](Stream::yield_to_better_path) to the better path.
 //!
-//! It leaves out, so far: AutoNAT, port mappings, WebSocket and lanes.
+//! It leaves out, so far: AutoNAT, WebSocket and lanes.
 
 mod address;
+mod circuit;
 mod crowd;
+mod dialled;
+mod driver;
+mod listen;
+mod mappings;
 mod muxer;
 mod network;
+mod ping;
 mod punch;
+mod quic;
 mod reach;
+mod relay_server;
 mod relays;
+mod search;
 mod streams;
 mod tls;
 mod transport;
@@ -29,10 +39,11 @@ pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 pub use self::{
     address::{Path, PathKind, Transport, dialable_from, split_peer_id},
     network::{
-        Config, ConnectError, Limits, Network, PeerInfo, PingError, Reachability, RelayServer,
+        Addresses, Config, ConnectError, Limits, Network, PeerInfo, Reachability, RelayServer,
         SpawnError,
     },
+    ping::PingError,
     reach::Mapping,
-    relays::RelayLimits,
+    relay_server::{RelayLimits, RelayUse},
     streams::{AcceptError, Class, Incoming, OpenError, Stream, is_superseded},
 };

@@ -8,7 +8,7 @@
 use std::{
     collections::HashSet,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -20,12 +20,13 @@ use tokio::{
 };
 use weft_proto::{
     frame::{self, FrameError},
-    wire::{PunchAnswer, PunchGo, PunchOffer},
+    wire::{PunchAnswer, PunchGo, PunchOffer, UdpMapping},
 };
 
 use crate::{
     Transport,
     address::{is_public, socket},
+    search::{self, Token},
 };
 
 /// The protocol's name.
@@ -41,7 +42,15 @@ pub(crate) const MAX_ADDRESSES: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long an attempt takes to show: from the exchange to a connection.
-const ATTEMPT: Duration = Duration::from_secs(3);
+pub(crate) const ATTEMPT: Duration = Duration::from_secs(3);
+
+/// How long dialling has before a search begins.
+pub(crate) const HEAD_START: Duration = Duration::from_millis(600);
+
+/// Candidates that change make the attempts begin anew: this often at first, while they become known, and then once in this time. Behind a symmetric
+/// NAT every new peer sees a new port.
+const RESETS: u32 = 4;
+const RESET_AGAIN: Duration = Duration::from_secs(30);
 
 /// The first and the longest pause between attempts.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -55,6 +64,24 @@ pub(crate) struct Candidates {
     pub(crate) private: Vec<Multiaddr>,
     /// The IP addresses that others see us at. Private ones if the relay is on our own network.
     pub(crate) seen_at: HashSet<IpAddr>,
+    /// How the NAT maps our QUIC port on IPv4.
+    pub(crate) udp: UdpMapping,
+}
+
+/// A search for a port, to be begun if dialling does not do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Search {
+    /// By opening many ports, because ours are never the same.
+    OpenMany {
+        targets: Vec<SocketAddr>,
+        token: Token,
+    },
+    /// By trying many of the other side's.
+    TryMany {
+        target: IpAddr,
+        last: u16,
+        token: Token,
+    },
 }
 
 /// What an exchange came to: what to dial, in which role, and when.
@@ -64,6 +91,7 @@ pub(crate) struct Plan {
     /// The role on TCP.
     pub(crate) role: Endpoint,
     pub(crate) wait: Duration,
+    pub(crate) search: Option<Search>,
 }
 
 /// Why an exchange failed.
@@ -88,14 +116,18 @@ where
 {
     let exchange = async {
         let begin = Instant::now();
+        let token = search::token()?;
         let offer = PunchOffer {
             addresses: encode(&mine.public),
+            udp_mapping: mine.udp.into(),
+            token: Bytes::copy_from_slice(&token),
         };
         frame::write(&mut stream, &offer, MAX_MESSAGE).await?;
         stream.flush().await?;
         let answer: Option<PunchAnswer> = frame::read(&mut stream, MAX_MESSAGE).await?;
         let round_trip = begin.elapsed();
-        let theirs = decode(&answer.ok_or(PunchError::Ended)?.addresses);
+        let answer = answer.ok_or(PunchError::Ended)?;
+        let theirs = decode(&answer.addresses);
         let neighbours = share_address(mine, &theirs);
         let go = PunchGo {
             addresses: match neighbours {
@@ -105,8 +137,10 @@ where
         };
         frame::write(&mut stream, &go, MAX_MESSAGE).await?;
         stream.flush().await?;
+        let addresses = dialable(theirs, neighbours)?;
         Ok(Plan {
-            addresses: dialable(theirs, neighbours)?,
+            search: search_for(mine.udp, answer.udp_mapping(), &addresses, token),
+            addresses,
             role: Endpoint::Dialer,
             wait: round_trip / 2,
         })
@@ -123,7 +157,8 @@ where
 {
     let exchange = async {
         let offer: Option<PunchOffer> = frame::read(&mut stream, MAX_MESSAGE).await?;
-        let mut theirs = decode(&offer.ok_or(PunchError::Ended)?.addresses);
+        let offer = offer.ok_or(PunchError::Ended)?;
+        let mut theirs = decode(&offer.addresses);
         let neighbours = share_address(mine, &theirs);
         let mut addresses = mine.public.clone();
         if neighbours {
@@ -131,13 +166,19 @@ where
         }
         let answer = PunchAnswer {
             addresses: encode(&addresses),
+            udp_mapping: mine.udp.into(),
         };
         frame::write(&mut stream, &answer, MAX_MESSAGE).await?;
         stream.flush().await?;
         let go: Option<PunchGo> = frame::read(&mut stream, MAX_MESSAGE).await?;
         theirs.extend(decode(&go.ok_or(PunchError::Ended)?.addresses));
+        let addresses = dialable(theirs, neighbours)?;
+        // Without a token there is nothing to search with.
+        let token = Token::try_from(offer.token.as_ref()).ok();
         Ok(Plan {
-            addresses: dialable(theirs, neighbours)?,
+            search: token
+                .and_then(|token| search_for(mine.udp, offer.udp_mapping(), &addresses, token)),
+            addresses,
             role: Endpoint::Listener,
             wait: Duration::ZERO,
         })
@@ -188,14 +229,48 @@ fn dialable(theirs: Vec<Multiaddr>, neighbours: bool) -> Result<Vec<Multiaddr>, 
     Ok(all)
 }
 
-/// Splits by transport: each is a dial of its own, so that neither waits for the other.
-pub(crate) fn by_transport(addresses: &[Multiaddr]) -> [(Transport, Vec<Multiaddr>); 2] {
-    [Transport::Quic, Transport::Tcp].map(|transport| {
-        let matching = addresses
-            .iter()
-            .filter(|address| socket(address).is_some_and(|(_, t)| t == transport));
-        (transport, matching.cloned().collect())
-    })
+/// The search that leads from here to the other side, if one can.
+fn search_for(
+    mine: UdpMapping,
+    theirs: UdpMapping,
+    addresses: &[Multiaddr],
+    token: Token,
+) -> Option<Search> {
+    let targets = addresses
+        .iter()
+        .filter_map(socket)
+        .filter(|(at, t)| *t == Transport::Quic && at.is_ipv4() && is_public(&at.ip()));
+    let targets: Vec<SocketAddr> = targets.map(|(at, _)| at).collect();
+    let first = targets.first()?;
+    match (mine, theirs) {
+        (UdpMapping::EndpointDependent, UdpMapping::EndpointIndependent) => {
+            Some(Search::OpenMany { targets, token })
+        }
+        (UdpMapping::EndpointIndependent, UdpMapping::EndpointDependent) => Some(Search::TryMany {
+            target: first.ip(),
+            last: first.port(),
+            token,
+        }),
+        _ => None,
+    }
+}
+
+/// Splits by transport, and private from public: each part is a dial of its own, so that none waits for another, and none ends because at a
+/// private address somebody else answered.
+pub(crate) fn parts(addresses: &[Multiaddr]) -> Vec<(Transport, Vec<Multiaddr>)> {
+    let kinds = [Transport::Quic, Transport::Tcp]
+        .into_iter()
+        .flat_map(|transport| [(transport, true), (transport, false)]);
+    kinds
+        .map(|(transport, public)| {
+            let matching = addresses.iter().filter(|address| {
+                socket(address)
+                    .is_some_and(|(at, t)| t == transport && is_public(&at.ip()) == public)
+            });
+            (transport, matching.cloned().collect::<Vec<_>>())
+        })
+        .filter(|(_, addresses)| !addresses.is_empty())
+        .collect()
 }
 
 /// When to try to punch to one peer.
@@ -203,7 +278,10 @@ pub(crate) fn by_transport(addresses: &[Multiaddr]) -> [(Transport, Vec<Multiadd
 pub(crate) struct Schedule {
     next: Instant,
     pause: Duration,
-    began: Option<Instant>,
+    running: bool,
+    /// When candidates that changed last made it begin anew, and how often they have.
+    reset: Instant,
+    resets: u32,
     candidates: Candidates,
 }
 
@@ -212,7 +290,9 @@ impl Schedule {
         Self {
             next: now,
             pause: PAUSE.0,
-            began: None,
+            running: false,
+            reset: now,
+            resets: 0,
             candidates: Candidates::default(),
         }
     }
@@ -222,25 +302,30 @@ impl Schedule {
         if candidates.public.is_empty() && candidates.private.is_empty() {
             return false;
         }
-        if self.candidates != *candidates {
+        let again = self.resets < RESETS || now >= self.reset + RESET_AGAIN;
+        if self.candidates != *candidates && again {
             self.candidates = candidates.clone();
             self.next = now;
             self.pause = PAUSE.0;
+            self.reset = now;
+            self.resets += 1;
         }
-        let running = self
-            .began
-            .is_some_and(|began| now < began + PATIENCE + ATTEMPT);
-        !running && self.next <= now
+        !self.running && self.next <= now
     }
 
-    pub(crate) fn begin(&mut self, now: Instant) {
-        self.began = Some(now);
+    /// An exchange begins; [`exchanged`](Self::exchanged) must follow.
+    pub(crate) fn begin(&mut self) {
+        self.running = true;
     }
 
-    /// The exchange is over, and both sides dial, or it failed.
-    pub(crate) fn exchanged(&mut self, dialling: bool, now: Instant) {
-        self.began = None;
-        let attempt = if dialling { ATTEMPT } else { Duration::ZERO };
+    /// Whether an exchange is under way.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// The exchange is over, and what follows takes as long as `attempt` to show.
+    pub(crate) fn exchanged(&mut self, attempt: Duration, now: Instant) {
+        self.running = false;
         self.next = now + attempt + self.pause;
         self.pause = (self.pause * 2).min(PAUSE.1);
     }
@@ -263,6 +348,7 @@ mod tests {
             seen_at: seen_at.collect(),
             private: addresses(private),
             public,
+            udp: UdpMapping::Unspecified,
         }
     }
 
@@ -283,9 +369,11 @@ mod tests {
         assert_eq!(at_other.addresses, one.public);
         assert_eq!(at_one.role, Endpoint::Dialer);
         assert_eq!(at_other.role, Endpoint::Listener);
-        let [(_, quic), (_, tcp)] = by_transport(&at_other.addresses);
-        assert_eq!(quic, one.public[1..]);
-        assert_eq!(tcp, one.public[..1]);
+        let expected = [
+            (Transport::Quic, one.public[1..].to_vec()),
+            (Transport::Tcp, one.public[..1].to_vec()),
+        ];
+        assert_eq!(parts(&at_other.addresses), expected);
     }
 
     #[tokio::test]
@@ -321,6 +409,41 @@ mod tests {
         assert!(matches!(at_other, Err(PunchError::NoAddress)));
     }
 
+    #[tokio::test]
+    async fn a_search_is_agreed_on_only_where_one_side_is_symmetric() {
+        let side = |address: &str, udp| Candidates {
+            udp,
+            ..candidates(&[address], &[])
+        };
+        let (hard, easy) = (
+            UdpMapping::EndpointDependent,
+            UdpMapping::EndpointIndependent,
+        );
+        let one = side("/ip4/1.1.1.1/udp/7/quic-v1", hard);
+        let other = side("/ip4/2.2.2.2/udp/9/quic-v1", easy);
+        for (at_hard, at_easy) in [exchange(&one, &other).await.map(Result::unwrap).into(), {
+            let [a, b] = exchange(&other, &one).await.map(Result::unwrap);
+            (b, a)
+        }] {
+            let Some(Search::OpenMany { targets, token }) = at_hard.search else {
+                panic!("{at_hard:?}");
+            };
+            assert_eq!(targets, ["2.2.2.2:9".parse().unwrap()]);
+            let expected = Search::TryMany {
+                target: [1, 1, 1, 1].into(),
+                last: 7,
+                token,
+            };
+            assert_eq!(at_easy.search, Some(expected));
+        }
+        for (a, b) in [(hard, hard), (easy, easy), (hard, UdpMapping::Unspecified)] {
+            let one = side("/ip4/1.1.1.1/udp/7/quic-v1", a);
+            let other = side("/ip4/2.2.2.2/udp/9/quic-v1", b);
+            let plans = exchange(&one, &other).await.map(Result::unwrap);
+            assert!(plans.iter().all(|plan| plan.search.is_none()));
+        }
+    }
+
     #[test]
     fn what_is_taken_from_a_peer_is_bounded() {
         let many: Vec<Multiaddr> = (1..100)
@@ -340,17 +463,25 @@ mod tests {
         let mine = candidates(&["/ip4/1.1.1.1/tcp/1"], &[]);
         for pause in [1, 2, 4] {
             assert!(schedule.is_due(&mine, now));
-            schedule.begin(now);
+            schedule.begin();
             assert!(!schedule.is_due(&mine, now));
-            schedule.exchanged(true, now);
+            schedule.exchanged(ATTEMPT, now);
             now += ATTEMPT + Duration::from_secs(pause) - Duration::from_millis(1);
             assert!(!schedule.is_due(&mine, now));
             now += Duration::from_millis(1);
         }
-        schedule.begin(now);
-        schedule.exchanged(true, now);
-        let other = candidates(&["/ip4/1.1.1.1/tcp/2"], &[]);
+        schedule.begin();
+        schedule.exchanged(ATTEMPT, now);
         assert!(!schedule.is_due(&mine, now));
-        assert!(schedule.is_due(&other, now));
+        // Somebody who tells of another port each time does not keep us at it.
+        let other = |port: u32| candidates(&[&format!("/ip4/1.1.1.1/tcp/{port}")], &[]);
+        for port in 2..=RESETS {
+            assert!(schedule.is_due(&other(port), now));
+            schedule.begin();
+            schedule.exchanged(ATTEMPT, now);
+        }
+        assert!(!schedule.is_due(&other(99), now));
+        now += RESET_AGAIN;
+        assert!(schedule.is_due(&other(100), now));
     }
 }

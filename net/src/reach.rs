@@ -5,7 +5,7 @@
 //! is what the NAT has mapped.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt,
     net::{IpAddr, SocketAddr},
     time::Instant,
@@ -51,6 +51,10 @@ struct Observation {
     observer: IpAddr,
     seen: SocketAddr,
     at: Instant,
+    /// One that we chose, such as a configured relay.
+    trusted: bool,
+    /// The observer is gone; kept until somebody else tells.
+    stale: bool,
 }
 
 /// Where others see us.
@@ -60,32 +64,43 @@ pub(crate) struct Reach {
 }
 
 impl Reach {
-    /// `peer`, which is at `observer`, sees our listening port of `transport` as `seen`; whether that is new.
+    /// `peer`, which is at `observer`, sees our listening port of `transport` as `seen`; whether that is new. `trusted`: a peer that we chose.
     pub(crate) fn observe(
         &mut self,
         peer: PeerId,
-        observer: IpAddr,
+        (observer, trusted): (IpAddr, bool),
         transport: Transport,
         seen: SocketAddr,
         now: Instant,
     ) -> bool {
         let observer = observer.to_canonical();
         let seen = SocketAddr::new(seen.ip().to_canonical(), seen.port());
+        // Nobody sees a private address from outside the network that it is on.
+        if scope(&seen.ip()) < scope(&observer) {
+            return false;
+        }
         let new = self
             .observations
             .iter()
             .all(|((_, known, _), o)| *known != transport || o.seen != seen);
         let key = (peer, transport, seen.is_ipv6());
+        self.observations
+            .retain(|(_, known, v6), o| !(o.stale && *known == transport && *v6 == seen.is_ipv6()));
         self.observations.insert(
             key,
             Observation {
                 observer,
                 seen,
                 at: now,
+                trusted,
+                stale: false,
             },
         );
         if self.observations.len() > MAX_OBSERVATIONS
-            && let Some(oldest) = self.observations.iter().min_by_key(|(_, o)| o.at)
+            && let Some(oldest) = self
+                .observations
+                .iter()
+                .min_by_key(|(_, o)| (o.trusted, o.at))
         {
             let oldest = *oldest.0;
             self.observations.remove(&oldest);
@@ -93,12 +108,36 @@ impl Reach {
         new
     }
 
-    /// What `peer` told is out of date: its connections are gone.
+    /// What `peer` told is out of date: its connections are gone. The last witness is kept until there is another: an old address is better
+    /// than none.
     pub(crate) fn forget(&mut self, peer: &PeerId) {
-        // The last witness is kept: an old address is better than none.
-        if self.observations.keys().any(|(other, ..)| other != peer) {
-            self.observations.retain(|(other, ..), _| other != peer);
-        }
+        let others: Vec<_> = self
+            .observations
+            .iter()
+            .filter(|((other, ..), o)| other != peer && !o.stale)
+            .map(|((_, transport, v6), _)| (*transport, *v6))
+            .collect();
+        self.observations.retain(|(other, transport, v6), o| {
+            if other == peer {
+                o.stale = true;
+            }
+            other != peer || !others.contains(&(*transport, *v6))
+        });
+    }
+
+    /// The IP addresses that others see us at, if one that we chose or two in different places say so: one liar must not make a stranger look like
+    /// a neighbour.
+    pub(crate) fn seen_at(&self) -> HashSet<IpAddr> {
+        let all = self.observations.values();
+        all.filter(|o| {
+            let mut witnesses = self
+                .observations
+                .values()
+                .filter(|w| w.seen.ip() == o.seen.ip());
+            o.trusted || witnesses.any(|witness| witness.observer != o.observer)
+        })
+        .map(|o| o.seen.ip())
+        .collect()
     }
 
     /// Where we may be reached from outside: seen by most first, then the latest.
@@ -121,13 +160,18 @@ impl Reach {
 
     /// How the NAT maps the listening port of `transport` (IPv4), if `own` are the addresses of our interfaces.
     pub(crate) fn mapping(&self, transport: Transport, own: &[IpAddr]) -> Mapping {
-        let seen: Vec<_> = self
+        let mut seen: Vec<_> = self
             .observations
             .iter()
             .filter(|((_, known, v6), o)| *known == transport && !v6 && is_public(&o.observer))
             .map(|(_, observation)| observation)
             .collect();
-        if seen.iter().any(|o| own.contains(&o.seen.ip())) {
+        // What strangers say counts only while there are not enough of the others.
+        let trusted = seen.iter().filter(|o| o.trusted).map(|o| o.observer);
+        if trusted.collect::<HashSet<_>>().len() > 1 {
+            seen.retain(|o| o.trusted);
+        }
+        if !seen.is_empty() && seen.iter().all(|o| own.contains(&o.seen.ip())) {
             return Mapping::None;
         }
         let pairs = || {
@@ -148,6 +192,15 @@ impl Reach {
     }
 }
 
+/// How far an address can be seen: on this machine, on its network, everywhere.
+fn scope(ip: &IpAddr) -> u8 {
+    match ip {
+        ip if ip.is_loopback() => 0,
+        ip if !is_public(ip) => 1,
+        _ => 2,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +211,7 @@ mod tests {
         for (observer, seen) in observations {
             let observer = observer.parse().unwrap();
             let seen = seen.parse().unwrap();
+            let observer = (observer, false);
             reach.observe(PeerId::random(), observer, Quic, seen, Instant::now());
         }
         reach
@@ -182,7 +236,39 @@ mod tests {
             mapping(&[("1.1.1.1", "9.9.9.9:5"), ("2.2.2.2", "9.9.9.9:6")]),
             Mapping::EndpointDependent
         );
-        assert_eq!(mapping(&[("1.1.1.1", "10.0.0.2:5")]), Mapping::None);
+        assert_eq!(mapping(&[("10.0.0.1", "10.0.0.2:5")]), Mapping::Unknown);
+    }
+
+    #[test]
+    fn one_liar_does_not_decide() {
+        let mut reach = Reach::default();
+        let (now, own) = (Instant::now(), ["10.0.0.2".parse().unwrap()]);
+        let observe = |reach: &mut Reach, observer: &str, trusted, seen: &str| {
+            let peer = PeerId::random();
+            let observer = (observer.parse().unwrap(), trusted);
+            reach.observe(peer, observer, Quic, seen.parse().unwrap(), now);
+            peer
+        };
+        observe(&mut reach, "1.1.1.1", true, "9.9.9.9:5");
+        let last = observe(&mut reach, "2.2.2.2", true, "9.9.9.9:5");
+        observe(&mut reach, "6.6.6.6", false, "6.6.6.6:7");
+        observe(&mut reach, "6.6.6.6", false, "127.0.0.1:7");
+        observe(&mut reach, "6.6.6.6", false, "192.168.0.1:7");
+        let nine = "9.9.9.9".parse().unwrap();
+        assert_eq!(reach.seen_at(), HashSet::from([nine]));
+        assert_eq!(reach.mapping(Quic, &own), Mapping::EndpointIndependent);
+        // Two strangers in different places are believed.
+        observe(&mut reach, "7.7.7.7", false, "6.6.6.6:7");
+        assert_eq!(reach.seen_at().len(), 2);
+        // Who is gone is believed until somebody else tells.
+        let peers: Vec<_> = reach.observations.keys().map(|(peer, ..)| *peer).collect();
+        for peer in peers.iter().filter(|peer| **peer != last) {
+            reach.forget(peer);
+        }
+        reach.forget(&last);
+        assert_eq!(reach.seen_at(), HashSet::from([nine]));
+        observe(&mut reach, "1.1.1.1", true, "8.8.8.8:5");
+        assert_eq!(reach.seen_at(), HashSet::from(["8.8.8.8".parse().unwrap()]));
     }
 
     #[test]
@@ -202,7 +288,7 @@ mod tests {
         let mut reach = Reach::default();
         for port in 1..1000 {
             let seen = SocketAddr::new([9, 9, 9, 9].into(), port);
-            let at = [1, 1, 1, 1].into();
+            let at = ([1, 1, 1, 1].into(), false);
             reach.observe(PeerId::random(), at, Tcp, seen, Instant::now());
         }
         assert_eq!(reach.observations.len(), MAX_OBSERVATIONS);

@@ -1,152 +1,145 @@
-//! Relays: which to hold reservations on, and what serving as one may cost.
+//! Relays for this node: which to hold reservations on.
 //!
-//! libp2p renews a reservation while its connection lives and does nothing when it is lost. [`Relays`] decides, without I/O, where to
-//! reserve, notices losses by the listener that stands for the reservation, and pauses longer after each failure.
+//! [`Relays`] decides, without I/O, where to reserve and when to renew, and pauses longer after each failure.
 
 use std::{
-    collections::HashMap,
-    num::NonZeroU32,
+    collections::{HashMap, HashSet},
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
-use libp2p::{Multiaddr, PeerId, core::transport::ListenerId, relay};
+use libp2p::{Multiaddr, PeerId};
+
+use crate::address::{is_public, socket};
 
 /// Reservations to hold, so that the loss of one relay costs no reachability.
 const HOLD: usize = 2;
 
-/// How long a relay may take to grant a reservation.
-const PATIENCE: Duration = Duration::from_secs(10);
-
 /// The first and the longest pause after a relay failed or refused.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
 
-/// What serving as a relay may cost (circuit relay v2).
-#[derive(Debug, Clone)]
-pub struct RelayLimits {
-    /// Peers that may hold a reservation. Each keeps a connection open.
-    pub reservations: usize,
-    /// How long a reservation holds without being renewed.
-    pub reservation_duration: Duration,
-    /// Relayed connections at a time, in all.
-    pub circuits: usize,
-    /// Relayed connections at a time, of one peer.
-    pub circuits_per_peer: usize,
-    /// How long a relayed connection may last.
-    pub circuit_duration: Duration,
-    /// Bytes that may pass through a relayed connection.
-    pub circuit_bytes: u64,
-}
-
-impl Default for RelayLimits {
-    /// Room for a model to move: 64 GiB and 12 hours a circuit.
-    fn default() -> Self {
-        Self {
-            reservations: 512,
-            reservation_duration: Duration::from_secs(3600),
-            circuits: 256,
-            circuits_per_peer: 16,
-            circuit_duration: Duration::from_secs(12 * 3600),
-            circuit_bytes: 64 << 30,
-        }
-    }
-}
-
-impl RelayLimits {
-    pub(crate) fn config(&self) -> relay::Config {
-        const SECOND: Duration = Duration::from_secs(1);
-        let per = |limit: u32| NonZeroU32::new(limit).expect("not zero");
-        // Token buckets: `limit` at once, then one each interval. By peer, and wider by IP address, because a carrier's customers share one.
-        let config = relay::Config {
-            max_reservations: self.reservations,
-            max_reservations_per_peer: 4,
-            reservation_duration: self.reservation_duration,
-            reservation_rate_limiters: Vec::new(),
-            max_circuits: self.circuits,
-            max_circuits_per_peer: self.circuits_per_peer,
-            max_circuit_duration: self.circuit_duration,
-            max_circuit_bytes: self.circuit_bytes,
-            circuit_src_rate_limiters: Vec::new(),
-        };
-        config
-            .reservation_rate_per_peer(per(16), 10 * SECOND)
-            .reservation_rate_per_ip(per(128), SECOND)
-            .circuit_src_per_peer(per(32), 2 * SECOND)
-            .circuit_src_per_ip(per(256), SECOND / 2)
-    }
-}
+/// A relay that was held for this long may be asked again at once when it is back.
+const PROVEN: Duration = Duration::from_secs(60);
 
 /// A relay that could be asked.
 #[derive(Debug, Clone)]
 pub(crate) struct Candidate {
     pub(crate) peer: PeerId,
+    /// Named by whoever runs this node: comes before all others.
+    pub(crate) preferred: bool,
     pub(crate) rtt: Option<Duration>,
     pub(crate) address: Multiaddr,
 }
 
+impl Candidate {
+    /// Where it is. On a private network, nobody is somebody else.
+    fn place(&self) -> Option<IpAddr> {
+        let at = socket(&self.address)?.0;
+        is_public(&at.ip()).then_some(at.ip())
+    }
+}
+
 #[derive(Debug)]
 struct Reservation {
-    relay: PeerId,
-    asked: Instant,
-    granted: bool,
+    place: Option<IpAddr>,
+    preferred: bool,
+    since: Instant,
+    /// What others dial, and when to renew; `None` until it is granted.
+    granted: Option<(Vec<Multiaddr>, Instant)>,
+    /// A request is under way.
+    asking: bool,
 }
 
 /// The reservations we hold or have asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
-    reservations: HashMap<ListenerId, Reservation>,
+    reservations: HashMap<PeerId, Reservation>,
     /// When a relay that failed may be asked again, and the pause after the next failure.
     paused: HashMap<PeerId, (Instant, Duration)>,
 }
 
 impl Relays {
-    /// Which of `candidates` to ask now: the nearest, as many as are lacking.
+    /// Which of `candidates` to ask now: preferred ones first, then those that others can reach, then the nearest; as many as are lacking, and of those
+    /// that are not preferred only one in a place.
     pub(crate) fn wanted(&self, mut candidates: Vec<Candidate>, now: Instant) -> Vec<Candidate> {
-        let lacking = HOLD.saturating_sub(self.reservations.len());
         candidates.retain(|candidate| {
-            let asked = self
-                .reservations
-                .values()
-                .any(|r| r.relay == candidate.peer);
+            let asked = self.reservations.contains_key(&candidate.peer);
             let paused = self.paused.get(&candidate.peer);
             !asked && paused.is_none_or(|(until, _)| *until <= now)
         });
-        candidates.sort_by_key(|candidate| candidate.rtt.unwrap_or(Duration::MAX));
-        candidates.truncate(lacking);
+        candidates.sort_by_key(|candidate| {
+            let public = candidate.place().is_some();
+            let rtt = candidate.rtt.unwrap_or(Duration::MAX);
+            (!candidate.preferred, !public, rtt)
+        });
+        let mut places: HashSet<_> = self.reservations.values().filter_map(|r| r.place).collect();
+        let preferred = self.reservations.values().filter(|r| r.preferred).count();
+        // Those that are not preferred do not stand in the way of those that are.
+        let mut lacking = HOLD.saturating_sub(preferred);
+        let mut lacking_others = HOLD.saturating_sub(self.reservations.len());
+        candidates.retain(|candidate| {
+            if candidate.preferred && lacking > 0 {
+                lacking -= 1;
+                lacking_others = lacking_others.saturating_sub(1);
+                return true;
+            }
+            let take = lacking_others > 0
+                && lacking > 0
+                && candidate.place().is_none_or(|place| places.insert(place));
+            if take {
+                lacking -= 1;
+                lacking_others -= 1;
+            }
+            take
+        });
         candidates
     }
 
-    /// `relay` was asked; `listener` stands for the reservation.
-    pub(crate) fn asked(&mut self, listener: ListenerId, relay: PeerId, now: Instant) {
+    /// `relay` is being asked.
+    pub(crate) fn asked(&mut self, relay: &Candidate, now: Instant) {
         let reservation = Reservation {
-            relay,
-            asked: now,
-            granted: false,
+            place: relay.place(),
+            preferred: relay.preferred,
+            since: now,
+            granted: None,
+            asking: true,
         };
-        self.reservations.insert(listener, reservation);
+        self.reservations.insert(relay.peer, reservation);
     }
 
-    /// The reservation is granted; whether that was news.
-    pub(crate) fn granted(&mut self, listener: ListenerId) -> bool {
-        let Some(reservation) = self.reservations.get_mut(&listener) else {
-            return false;
-        };
-        self.paused.remove(&reservation.relay);
-        !std::mem::replace(&mut reservation.granted, true)
+    /// The reservation is granted, or renewed; the addresses that it had before.
+    pub(crate) fn granted(
+        &mut self,
+        relay: PeerId,
+        addresses: Vec<Multiaddr>,
+        holds: Duration,
+        now: Instant,
+    ) -> Option<Vec<Multiaddr>> {
+        let reservation = self.reservations.get_mut(&relay)?;
+        reservation.asking = false;
+        let before = reservation
+            .granted
+            .replace((addresses, now + holds * 3 / 4));
+        Some(before.map(|(addresses, _)| addresses).unwrap_or_default())
     }
 
-    /// The reservation failed or is lost; on which relay.
-    pub(crate) fn lost(&mut self, listener: ListenerId, now: Instant) -> Option<PeerId> {
-        let reservation = self.reservations.remove(&listener)?;
-        if reservation.granted {
-            // A relay that worked and went away may come back at once.
-            return Some(reservation.relay);
+    /// The reservation failed or is lost; the addresses that it had, if there was one.
+    pub(crate) fn lost(&mut self, relay: &PeerId, now: Instant) -> Option<Vec<Multiaddr>> {
+        let reservation = self.reservations.remove(relay)?;
+        if reservation.granted.is_some() && now.duration_since(reservation.since) >= PROVEN {
+            self.paused.remove(relay);
+        } else {
+            self.pause(*relay, now);
         }
-        self.pause(reservation.relay, now);
-        Some(reservation.relay)
+        Some(
+            reservation
+                .granted
+                .map(|(addresses, _)| addresses)
+                .unwrap_or_default(),
+        )
     }
 
-    /// `relay` could not even be asked, or failed.
-    pub(crate) fn pause(&mut self, relay: PeerId, now: Instant) {
+    fn pause(&mut self, relay: PeerId, now: Instant) {
         // What has long been over tells nothing; this also bounds the map by what can fail in the longest pause.
         self.paused.retain(|_, (until, _)| *until + PAUSE.1 > now);
         let pause = self.paused.get(&relay).map_or(PAUSE.0, |(_, pause)| *pause);
@@ -154,19 +147,55 @@ impl Relays {
         self.paused.insert(relay, (now + pause, next));
     }
 
-    /// Reservations that were not granted in time.
-    pub(crate) fn overdue(&self, now: Instant) -> Vec<PeerId> {
-        self.reservations
+    /// Reservations to be renewed now; they count as being asked for.
+    pub(crate) fn due(&mut self, now: Instant) -> Vec<PeerId> {
+        let mut due = Vec::new();
+        for (relay, reservation) in &mut self.reservations {
+            let renew = reservation
+                .granted
+                .as_ref()
+                .is_some_and(|(_, at)| *at <= now);
+            if renew && !reservation.asking {
+                reservation.asking = true;
+                due.push(*relay);
+            }
+        }
+        due
+    }
+
+    /// Whether there are fewer than there should be.
+    pub(crate) fn lacks(&self) -> bool {
+        self.reservations.len() < HOLD
+    }
+
+    /// What others dial to reach us through the relays that we hold.
+    pub(crate) fn addresses(&self) -> Vec<Multiaddr> {
+        let granted = self
+            .reservations
             .values()
-            .filter(|r| !r.granted && now.duration_since(r.asked) >= PATIENCE)
-            .map(|r| r.relay)
+            .filter_map(|r| r.granted.as_ref());
+        granted
+            .flat_map(|(addresses, _)| addresses.clone())
             .collect()
+    }
+
+    /// Whether we hold a reservation on `relay`, or have asked for one.
+    pub(crate) fn knows(&self, relay: &PeerId) -> bool {
+        self.reservations.contains_key(relay)
+    }
+
+    /// Whether `relay` grants us a reservation now.
+    pub(crate) fn holds(&self, relay: &PeerId) -> bool {
+        let reservation = self.reservations.get(relay);
+        reservation.is_some_and(|reservation| reservation.granted.is_some())
     }
 
     /// The relays that grant us a reservation now.
     pub(crate) fn held(&self) -> Vec<PeerId> {
-        let granted = self.reservations.values().filter(|r| r.granted);
-        granted.map(|reservation| reservation.relay).collect()
+        let all = self.reservations.iter();
+        all.filter(|(_, r)| r.granted.is_some())
+            .map(|(relay, _)| *relay)
+            .collect()
     }
 }
 
@@ -177,56 +206,97 @@ mod tests {
     fn candidate(rtt: u64) -> Candidate {
         Candidate {
             peer: PeerId::random(),
+            preferred: false,
             rtt: Some(Duration::from_millis(rtt)),
-            address: Multiaddr::empty(),
+            address: format!("/ip4/1.1.1.{rtt}/tcp/1").parse().unwrap(),
         }
     }
+
+    fn peers(candidates: &[Candidate]) -> Vec<PeerId> {
+        candidates.iter().map(|candidate| candidate.peer).collect()
+    }
+
+    const HOUR: Duration = Duration::from_secs(3600);
 
     #[test]
     fn the_nearest_are_asked_and_a_lost_one_is_replaced() {
         let mut relays = Relays::default();
         let now = Instant::now();
-        let candidates = vec![candidate(90), candidate(10), candidate(50)];
-        let wanted = relays.wanted(candidates.clone(), now);
-        assert_eq!(wanted.len(), HOLD);
-        assert_eq!(wanted[0].peer, candidates[1].peer);
-        assert_eq!(wanted[1].peer, candidates[2].peer);
-        let listeners: Vec<_> = wanted
-            .iter()
-            .map(|wanted| {
-                let listener = ListenerId::next();
-                relays.asked(listener, wanted.peer, now);
-                assert!(relays.granted(listener));
-                assert!(!relays.granted(listener));
-                listener
-            })
-            .collect();
-        assert!(relays.wanted(candidates.clone(), now).is_empty());
-        assert_eq!(relays.lost(listeners[0], now), Some(candidates[1].peer));
-        assert_eq!(relays.held(), [candidates[2].peer]);
-        assert_eq!(
-            relays.wanted(candidates.clone(), now)[0].peer,
-            candidates[1].peer
-        );
-        assert_eq!(relays.lost(listeners[0], now), None);
+        let all = vec![candidate(90), candidate(10), candidate(50)];
+        let wanted = relays.wanted(all.clone(), now);
+        assert_eq!(peers(&wanted), [all[1].peer, all[2].peer]);
+        for relay in &wanted {
+            relays.asked(relay, now);
+            assert_eq!(
+                relays.granted(relay.peer, Vec::new(), HOUR, now),
+                Some(Vec::new())
+            );
+        }
+        assert!(relays.wanted(all.clone(), now).is_empty());
+        let later = now + PROVEN;
+        assert!(relays.lost(&all[1].peer, later).is_some());
+        assert_eq!(relays.held(), [all[2].peer]);
+        assert_eq!(peers(&relays.wanted(all.clone(), later)), [all[1].peer]);
+        assert!(relays.lost(&all[1].peer, later).is_none());
     }
 
     #[test]
-    fn one_that_refuses_is_left_alone_for_longer_each_time() {
+    fn configured_ones_come_first_whoever_was_there_before() {
+        let mut relays = Relays::default();
+        let now = Instant::now();
+        for other in [candidate(10), candidate(20)] {
+            relays.asked(&other, now);
+        }
+        let preferred = |rtt| Candidate {
+            preferred: true,
+            ..candidate(rtt)
+        };
+        let (one, two, three) = (preferred(90), preferred(80), preferred(99));
+        let all = vec![one.clone(), candidate(5), two.clone(), three];
+        assert_eq!(peers(&relays.wanted(all, now)), [two.peer, one.peer]);
+    }
+
+    #[test]
+    fn one_place_is_asked_once_and_private_ones_come_last() {
+        let relays = Relays::default();
+        let (one, two, far) = (candidate(10), candidate(10), candidate(90));
+        let wanted = relays.wanted(vec![one.clone(), two, far.clone()], Instant::now());
+        assert_eq!(peers(&wanted), [one.peer, far.peer]);
+        let mut near = candidate(1);
+        near.address = "/ip4/192.168.0.1/tcp/1".parse().unwrap();
+        let wanted = relays.wanted(vec![near, one.clone(), far.clone()], Instant::now());
+        assert_eq!(peers(&wanted), [one.peer, far.peer]);
+    }
+
+    #[test]
+    fn one_that_refuses_or_drops_us_is_left_alone_for_longer_each_time() {
         let mut relays = Relays::default();
         let mut now = Instant::now();
         let only = candidate(10);
-        for pause in [2, 4, 8] {
-            let listener = ListenerId::next();
-            relays.asked(listener, only.peer, now);
-            assert!(relays.overdue(now).is_empty());
-            now += PATIENCE;
-            assert_eq!(relays.overdue(now), [only.peer]);
-            relays.lost(listener, now);
+        for (pause, grants) in [(2, false), (4, true), (8, true)] {
+            relays.asked(&only, now);
+            if grants {
+                relays.granted(only.peer, Vec::new(), HOUR, now);
+            }
+            relays.lost(&only.peer, now);
             now += Duration::from_secs(pause) - Duration::from_millis(1);
             assert!(relays.wanted(vec![only.clone()], now).is_empty());
             now += Duration::from_millis(1);
             assert_eq!(relays.wanted(vec![only.clone()], now).len(), 1);
         }
+    }
+
+    #[test]
+    fn a_reservation_is_renewed_in_time_and_once() {
+        let mut relays = Relays::default();
+        let now = Instant::now();
+        let only = candidate(10);
+        relays.asked(&only, now);
+        relays.granted(only.peer, vec![only.address.clone()], HOUR, now);
+        assert!(relays.due(now + HOUR / 2).is_empty());
+        assert_eq!(relays.due(now + HOUR * 3 / 4), [only.peer]);
+        assert!(relays.due(now + HOUR).is_empty());
+        let before = relays.granted(only.peer, Vec::new(), HOUR, now + HOUR);
+        assert_eq!(before, Some(vec![only.address]));
     }
 }

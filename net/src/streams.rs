@@ -8,7 +8,10 @@ use std::{
     convert::Infallible,
     fmt, io,
     pin::Pin,
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -56,7 +59,8 @@ pub enum Class {
     Bulk,
 }
 
-/// A stream to a peer. Dropping it resets it; shutting it down closes it in order.
+/// A stream to a peer. Dropping it ends it at once, shutting it down in order: over QUIC the peer cannot tell the two apart, so a protocol has to know
+/// when it is complete.
 pub struct Stream {
     inner: Compat<libp2p::Stream>,
     peer: PeerId,
@@ -261,6 +265,8 @@ pub(crate) struct Behaviour {
     uses: HashMap<ConnectionId, Weak<()>>,
     /// The nearest path to each peer.
     best: HashMap<PeerId, watch::Sender<PathKind>>,
+    /// Whether connections to a peer stay open unused.
+    kept: HashMap<PeerId, Arc<AtomicBool>>,
     requests: VecDeque<(PeerId, ConnectionId, Open)>,
     waker: Option<Waker>,
     /// Streams that a peer may have open on one connection.
@@ -274,6 +280,7 @@ impl Behaviour {
             connections: HashMap::new(),
             uses: HashMap::new(),
             best: HashMap::new(),
+            kept: HashMap::new(),
             requests: VecDeque::new(),
             waker: None,
             max_inbound,
@@ -287,6 +294,13 @@ impl Behaviour {
             .get(&connection)
             .is_some_and(|u| u.strong_count() > 1);
         streams || self.requests.iter().any(|(_, id, _)| *id == connection)
+    }
+
+    /// Keeps the connections to `peer` open although nothing uses them, until told otherwise or they are gone.
+    pub(crate) fn keep(&mut self, peer: PeerId, keep: bool) {
+        if let Some(kept) = self.kept.get(&peer) {
+            kept.store(keep, Ordering::Relaxed);
+        }
     }
 
     /// Opens a stream on one connection.
@@ -318,6 +332,7 @@ impl Behaviour {
             requests: VecDeque::new(),
             places: Arc::new(Semaphore::new(self.max_inbound)),
             used,
+            keep: Arc::clone(self.kept.entry(peer).or_default()),
             best: best.subscribe(),
             waker: None,
         }
@@ -331,7 +346,10 @@ impl Behaviour {
                     best.send_if_modified(|known| std::mem::replace(known, kind) != kind);
                 }
             }
-            None => drop(self.best.remove(&peer)),
+            None => {
+                self.best.remove(&peer);
+                self.kept.remove(&peer);
+            }
         }
     }
 
@@ -400,7 +418,7 @@ impl NetworkBehaviour for Behaviour {
                 endpoint,
                 ..
             }) => {
-                let path = crate::network::path(endpoint);
+                let path = crate::driver::path(endpoint);
                 self.connections
                     .entry(peer_id)
                     .or_default()
@@ -428,6 +446,7 @@ impl NetworkBehaviour for Behaviour {
                 self.uses.retain(|_, used| used.strong_count() > 0);
                 let connections = &self.connections;
                 self.best.retain(|peer, _| connections.contains_key(peer));
+                self.kept.retain(|peer, _| connections.contains_key(peer));
             }
             _ => {}
         }
@@ -459,6 +478,7 @@ pub(crate) struct Handler {
     requests: VecDeque<Open>,
     places: Arc<Semaphore>,
     used: Arc<()>,
+    keep: Arc<AtomicBool>,
     best: watch::Receiver<PathKind>,
     waker: Option<Waker>,
 }
@@ -516,6 +536,10 @@ impl ConnectionHandler for Handler {
         }
         self.waker = Some(cx.waker().clone());
         Poll::Pending
+    }
+
+    fn connection_keep_alive(&self) -> bool {
+        self.keep.load(Ordering::Relaxed)
     }
 
     fn on_behaviour_event(&mut self, open: Open) {
@@ -602,5 +626,28 @@ impl OutboundUpgrade<libp2p::Stream> for Request {
 
     fn upgrade_outbound(self, stream: libp2p::Stream, _: StreamProtocol) -> Self::Future {
         future::ready(Ok(stream))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_kept_open_while_it_is_to_be() {
+        let mut streams = Behaviour::new(Protocols::default(), 1);
+        let (peer, id) = (PeerId::random(), ConnectionId::new_unchecked(1));
+        let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
+        // To a peer that is not there, it means nothing.
+        streams.keep(peer, true);
+        let (role, port) = (Endpoint::Dialer, PortUse::Reuse);
+        let handler =
+            streams.handle_established_outbound_connection(id, peer, &address, role, port);
+        let handler = handler.unwrap();
+        assert!(!handler.connection_keep_alive());
+        streams.keep(peer, true);
+        assert!(handler.connection_keep_alive());
+        streams.keep(peer, false);
+        assert!(!handler.connection_keep_alive());
     }
 }

@@ -23,8 +23,8 @@ use libp2p::{
 };
 use libp2p_tls::certificate;
 use rustls::{
-    CertificateError, ClientConfig, CommonState, DigitallySignedStruct, DistinguishedName,
-    Error as RustlsError, ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error as RustlsError,
+    ServerConfig, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, ServerName, UnixTime},
@@ -39,6 +39,9 @@ pub enum ConfigError {
     /// The certificate could not be generated.
     #[error("cannot make a certificate: {0}")]
     Certificate(#[from] certificate::GenError),
+    /// The cipher suites do not do for QUIC.
+    #[error("cannot configure TLS for QUIC: {0}")]
+    Suite(quinn::crypto::rustls::NoInitialCipherSuite),
     /// rustls refused the configuration.
     #[error("cannot configure TLS: {0}")]
     Rustls(#[from] RustlsError),
@@ -85,6 +88,14 @@ impl Tls {
             client: Arc::new(client),
         })
     }
+
+    pub(crate) fn server(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.server)
+    }
+
+    pub(crate) fn client(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.client)
+    }
 }
 
 impl UpgradeInfo for Tls {
@@ -107,7 +118,7 @@ where
     fn upgrade_inbound(self, socket: C, _: Self::Info) -> Self::Future {
         async move {
             let stream = TlsAcceptor::from(self.server).accept(socket).await?;
-            let peer = peer_id(stream.get_ref().1)?;
+            let peer = peer_id(stream.get_ref().1.peer_certificates())?;
             Ok((peer, stream.into()))
         }
         .boxed()
@@ -129,7 +140,7 @@ where
             let stream = TlsConnector::from(self.client)
                 .connect(name, socket)
                 .await?;
-            let peer = peer_id(stream.get_ref().1)?;
+            let peer = peer_id(stream.get_ref().1.peer_certificates())?;
             Ok((peer, stream.into()))
         }
         .boxed()
@@ -137,8 +148,8 @@ where
 }
 
 /// Whose certificate the other side proved to hold.
-fn peer_id(state: &CommonState) -> io::Result<PeerId> {
-    let Some([certificate]) = state.peer_certificates() else {
+pub(crate) fn peer_id(certificates: Option<&[CertificateDer<'_>]>) -> io::Result<PeerId> {
+    let Some([certificate]) = certificates else {
         return Err(io::Error::other("the peer presented no single certificate"));
     };
     let certificate = certificate::parse(certificate).map_err(io::Error::other)?;

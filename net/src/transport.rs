@@ -20,13 +20,20 @@ use libp2p::{
     },
     dns,
     identity::Keypair,
-    noise, quic, relay,
+    noise,
     tcp::{self, tokio::TcpStream},
 };
 use multistream_select::{dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
 
-use crate::{muxer::Yamux, network::SpawnError, tls::Tls};
+use crate::{
+    circuit::Circuits,
+    dialled::{Dialled, Noted},
+    muxer::Yamux,
+    network::SpawnError,
+    quic::{Quic, Sockets},
+    tls::Tls,
+};
 
 /// How long a connection may take from the first packet to the multiplexer.
 const HANDSHAKE: Duration = Duration::from_secs(20);
@@ -34,17 +41,19 @@ const HANDSHAKE: Duration = Duration::from_secs(20);
 /// The least and the most that the listening side of a punched TCP connection waits to be spoken to.
 const SPOKEN_TO: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(1500));
 
-/// Makes the transport of the node that `key` names; `relayed` carries connections through relays.
+/// Makes the transport of the node that `key` names; `relayed` carries connections through relays, `sockets` gives access to QUIC's.
 pub(crate) fn build(
     key: &Keypair,
-    relayed: relay::client::Transport,
+    relayed: Circuits,
+    sockets: &Sockets,
+    dialled: &Dialled,
 ) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
-    let direct = match dns::tokio::Transport::system(direct(key)?) {
+    let direct = match dns::tokio::Transport::system(direct(key, sockets, dialled)?) {
         Ok(transport) => transport.boxed(),
         Err(error) => {
             // A machine without a resolver still has addresses.
             tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialled");
-            direct(key)?
+            direct(key, sockets, dialled)?
         }
     };
     let relayed = relayed
@@ -57,16 +66,21 @@ pub(crate) fn build(
 }
 
 /// TCP and QUIC, without names.
-fn direct(key: &Keypair) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
+fn direct(
+    key: &Keypair,
+    sockets: &Sockets,
+    dialled: &Dialled,
+) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
     let security = Security::new(key)?;
-    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true)).and_then(
-        move |socket, endpoint| {
-            let begin = Instant::now();
-            upgrade_tcp(socket, endpoint, security.clone(), begin)
-        },
-    );
-    let quic = quic::tokio::Transport::new(quic::Config::new(key))
-        .map(|(peer, connection), _| (peer, StreamMuxerBox::new(connection)));
+    let quic = Noted::new(
+        Quic::new(key, &security.tls, sockets.clone())?,
+        dialled.clone(),
+    )
+    .map(|((peer, connection), _), _| (peer, StreamMuxerBox::new(connection)));
+    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
+    let tcp = Noted::new(tcp, dialled.clone()).and_then(move |(socket, begin), endpoint| {
+        upgrade_tcp(socket, endpoint, security.clone(), begin)
+    });
     Ok(either(OrTransport::new(
         quic,
         TransportTimeout::new(tcp, HANDSHAKE),

@@ -73,7 +73,7 @@ async fn streams_carry_bytes_over_tcp_and_quic() {
         let (one, two) = (network(&[]).await, network(&[listen]).await);
         echo(&two);
         let path = one
-            .connect(two.local_peer(), two.addresses().await)
+            .connect(two.local_peer(), two.addresses().all)
             .await
             .unwrap();
         assert_eq!((path.kind, path.transport), (PathKind::Loopback, transport));
@@ -89,7 +89,7 @@ async fn streams_carry_bytes_over_tcp_and_quic() {
 async fn a_hundred_streams_at_once_all_arrive() {
     let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     echo(&two);
-    one.connect(two.local_peer(), two.addresses().await)
+    one.connect(two.local_peer(), two.addresses().all)
         .await
         .unwrap();
     // Below the limit of streams a peer may have open at a time, in waves.
@@ -109,7 +109,7 @@ async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
         Network::spawn(config, dummy::Behaviour).await.unwrap()
     });
     let mut incoming = two.accept(ECHO).unwrap();
-    one.connect(two.local_peer(), two.addresses().await)
+    one.connect(two.local_peer(), two.addresses().all)
         .await
         .unwrap();
     let mut opened = Vec::new();
@@ -149,7 +149,7 @@ async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
 async fn errors_say_what_happened() {
     let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let stranger = Keypair::generate_ed25519().public().to_peer_id();
-    let addresses = two.addresses().await;
+    let addresses = two.addresses().all;
     assert!(matches!(
         one.connect(stranger, vec![]).await,
         Err(ConnectError::NoAddress(_))
@@ -193,9 +193,9 @@ async fn an_address_where_another_node_answers_does_not_hide_a_good_one() {
         network(listen).await,
     );
     // Ourselves, and somebody else, before the right one.
-    let mut addresses = one.addresses().await;
-    addresses.extend(other.addresses().await);
-    addresses.extend(two.addresses().await);
+    let mut addresses = one.addresses().all;
+    addresses.extend(other.addresses().all);
+    addresses.extend(two.addresses().all);
     for _ in 0..5 {
         one.connect(two.local_peer(), addresses.clone())
             .await
@@ -213,15 +213,15 @@ async fn a_port_in_use_is_an_error_when_asked_for() {
         "/ip6/::1/udp/0/quic-v1",
     ];
     let one = network(&listen).await;
-    assert_eq!(one.addresses().await.len(), 4);
-    for address in one.addresses().await {
+    assert_eq!(one.addresses().all.len(), 4);
+    for address in one.addresses().all {
         let error = Network::spawn(config(&[&address.to_string()]), dummy::Behaviour)
             .await
             .unwrap_err();
         assert!(matches!(error, SpawnError::Listen { .. }), "{error}");
     }
     let mut config = config(&[]);
-    config.bootstrap = one.addresses().await;
+    config.bootstrap = one.addresses().all;
     assert!(matches!(
         Network::spawn(config, dummy::Behaviour).await,
         Err(SpawnError::Bootstrap(_))
@@ -231,7 +231,7 @@ async fn a_port_in_use_is_an_error_when_asked_for() {
 #[tokio::test]
 async fn a_bootstrap_node_is_reached_also_when_it_comes_later() {
     let first = network(&["/ip4/127.0.0.1/tcp/0"]).await;
-    let address = first.addresses().await.remove(0);
+    let address = first.addresses().all.remove(0);
     let key = Keypair::generate_ed25519();
     let peer = key.public().to_peer_id();
     first.stop().await;
@@ -264,7 +264,7 @@ async fn a_bootstrap_node_is_reached_also_when_it_comes_later() {
 async fn dropping_the_last_handle_stops_the_network() {
     let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let mut incoming = two.accept(ECHO).unwrap();
-    one.connect(two.local_peer(), two.addresses().await)
+    one.connect(two.local_peer(), two.addresses().all)
         .await
         .unwrap();
     drop(two);
@@ -282,7 +282,7 @@ async fn dropping_the_last_handle_stops_the_network() {
 async fn stock_libp2p_with_noise_and_yamux_connects() {
     use futures::StreamExt;
     let us = network(&["/ip4/127.0.0.1/tcp/0"]).await;
-    let address = us.addresses().await.remove(0);
+    let address = us.addresses().all.remove(0);
     let mut stock: Swarm<dummy::Behaviour> = libp2p::SwarmBuilder::with_new_identity()
         .with_tokio()
         .with_tcp(

@@ -35,7 +35,7 @@ async fn relay() -> Network {
 }
 
 async fn address(network: &Network) -> Multiaddr {
-    let address = network.addresses().await.remove(0);
+    let address = network.addresses().all.remove(0);
     address.with(Protocol::P2p(network.local_peer()))
 }
 
@@ -73,7 +73,7 @@ async fn holds(network: &Network, relay: PeerId) {
 /// The addresses of `network` that lead through a relay.
 async fn circuits(network: &Network) -> Vec<Multiaddr> {
     until("an address through a relay", || async {
-        let mut all = network.addresses().await;
+        let mut all = network.addresses().all;
         all.retain(is_circuit);
         (!all.is_empty()).then_some(all)
     })
@@ -192,6 +192,26 @@ async fn a_relay_that_goes_away_is_replaced_and_used_again_when_it_is_back() {
     assert_eq!(through.len(), 1);
     let path = other.connect(node.local_peer(), through).await.unwrap();
     assert_eq!(path.relay(), Some(spare[0].local_peer()));
+}
+
+#[tokio::test]
+async fn a_reservation_is_renewed_before_it_ends() {
+    let mut config = config("/ip4/127.0.0.1/tcp/0");
+    config.relay_server = RelayServer::Always;
+    config.relay_limits.reservation_duration = Duration::from_secs(12);
+    let relay = spawn(config).await;
+    let node = client("/ip4/127.0.0.1/tcp/0", &[&relay]).await;
+    holds(&node, relay.local_peer()).await;
+    // Its own address too, for those on this machine.
+    assert!(!node.addresses().all.iter().all(is_circuit));
+    sleep(Duration::from_secs(14)).await;
+    let used = relay.reachability().await.unwrap().relay_use;
+    assert_eq!(used.reservations, 1, "{used:?}");
+    let other = client("/ip4/127.0.0.1/tcp/0", &[]).await;
+    let through = circuits(&node).await;
+    let path = other.connect(node.local_peer(), through).await.unwrap();
+    assert_eq!(path.kind, PathKind::Relayed);
+    assert_eq!(relay.reachability().await.unwrap().relay_use.circuits, 1);
 }
 
 #[tokio::test]

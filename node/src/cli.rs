@@ -83,9 +83,13 @@ pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) relay_limits: RelayLimits,
 
-    /// Stay on relays: open no direct connection beside a relayed one, and tell those reached through relays no addresses
+    /// Stay on relays: open no direct connection beside a relayed one
     #[arg(long)]
     pub(crate) no_hole_punching: bool,
+
+    /// Do not ask the gateway of this network to forward ports (PCP, NAT-PMP, UPnP)
+    #[arg(long)]
+    pub(crate) no_port_mapping: bool,
 
     /// Do not look for nodes on the local network
     #[arg(long)]
@@ -118,13 +122,29 @@ pub(crate) struct RelayLimits {
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits_per_peer)]
     pub(crate) relay_circuits_per_peer: usize,
 
-    /// Bytes that pass through a relayed connection before it is closed
+    /// Bytes that pass through a relayed connection each way before it is closed; 0: no limit
     #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().circuit_bytes)]
     pub(crate) relay_circuit_bytes: u64,
 
     /// Seconds that a relayed connection lasts before it is closed
     #[arg(long, value_name = "SECONDS", default_value_t = weft::RelayLimits::default().circuit_duration.as_secs())]
     pub(crate) relay_circuit_seconds: u64,
+
+    /// Bytes a second that this node relays in all; 0: no limit
+    #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().rate)]
+    pub(crate) relay_rate: u64,
+
+    /// Bytes a second that this node relays for one peer; 0: no limit
+    #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().rate_per_peer)]
+    pub(crate) relay_rate_per_peer: u64,
+
+    /// Bytes a day that this node relays in all; 0: no limit
+    #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().daily_bytes)]
+    pub(crate) relay_daily_bytes: u64,
+
+    /// Bytes a day that this node relays for one peer; 0: no limit
+    #[arg(long, value_name = "BYTES", default_value_t = weft::RelayLimits::default().daily_bytes_per_peer)]
+    pub(crate) relay_daily_bytes_per_peer: u64,
 }
 
 #[derive(Debug, Args)]
@@ -159,6 +179,7 @@ impl From<Relay> for Up {
             relay_server: RelayServer::Always,
             relay_limits: relay.relay_limits,
             no_hole_punching: false,
+            no_port_mapping: true,
             no_mdns: true,
             api: relay.api,
         }

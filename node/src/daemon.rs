@@ -37,8 +37,13 @@ pub(crate) async fn up(
             circuits_per_peer: options.relay_limits.relay_circuits_per_peer,
             circuit_bytes: options.relay_limits.relay_circuit_bytes,
             circuit_duration: Duration::from_secs(options.relay_limits.relay_circuit_seconds),
+            rate: options.relay_limits.relay_rate,
+            rate_per_peer: options.relay_limits.relay_rate_per_peer,
+            daily_bytes: options.relay_limits.relay_daily_bytes,
+            daily_bytes_per_peer: options.relay_limits.relay_daily_bytes_per_peer,
             ..weft::RelayLimits::default()
         })
+        .port_mapping(!options.no_port_mapping)
         .hole_punching(!options.no_hole_punching)
         .mdns(!options.no_mdns);
     if !options.listen.is_empty() {

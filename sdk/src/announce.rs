@@ -12,7 +12,7 @@ use weft_dht::Dht;
 use weft_net::Network;
 use weft_proto::wire;
 
-use crate::{Error, ModelName, models::describe, node::blocking};
+use crate::{Error, ModelName, models::describe, node::blocking, whereabouts::encode};
 
 /// How long a provider's claim holds. A provider that is gone is tried in vain for no longer.
 const PROVIDER_TTL: Duration = Duration::from_secs(2 * 3600);
@@ -34,9 +34,6 @@ const PACE: Duration = Duration::from_millis(20);
 
 /// At least this long between two rounds, however often nodes come and go.
 const ROUND: Duration = Duration::from_secs(2);
-
-/// Addresses in a claim.
-pub(crate) const MAX_ADDRESSES: usize = 16;
 
 /// The key under which providers of a model state where they are.
 pub(crate) fn provider_key(id: &Hash) -> Vec<u8> {
@@ -69,13 +66,9 @@ impl Announcer {
         let (store, id) = (self.store.clone(), model.id);
         // It may have been removed since whoever calls looked.
         let model = blocking(move || Ok(store.model(&id)?)).await?;
-        let addresses = self.network.addresses().await;
+        let addresses = self.network.addresses().for_strangers;
         let claim = wire::ProviderClaim {
-            addresses: addresses
-                .iter()
-                .take(MAX_ADDRESSES)
-                .map(|address| address.to_vec().into())
-                .collect(),
+            addresses: encode(&addresses),
         };
         let key = provider_key(&model.id);
         let value = claim.encode_to_vec();

@@ -19,6 +19,7 @@ pub struct Builder {
     relay_server: RelayServer,
     relay_limits: RelayLimits,
     no_hole_punching: bool,
+    no_port_mapping: bool,
     no_mdns: bool,
     limits: Limits,
 }
@@ -67,10 +68,15 @@ impl Builder {
         self
     }
 
-    /// Whether to open direct connections beside relayed ones. Default: yes. Without it, peers reached through a relay do not learn this
-    /// node's addresses from it.
+    /// Whether to open direct connections beside relayed ones. Default: yes. Without it, connections through relays stay there.
     pub fn hole_punching(mut self, on: bool) -> Self {
         self.no_hole_punching = !on;
+        self
+    }
+
+    /// Whether to ask the gateway of our network to forward our ports (PCP, NAT-PMP, UPnP). Default: yes.
+    pub fn port_mapping(mut self, on: bool) -> Self {
+        self.no_port_mapping = !on;
         self
     }
 
@@ -111,6 +117,7 @@ impl Builder {
         config.relay_server = self.relay_server;
         config.relay_limits = self.relay_limits;
         config.hole_punching = !self.no_hole_punching;
+        config.port_mapping = !self.no_port_mapping;
         config.mdns = !self.no_mdns;
         config.limits = self.limits;
         // Only a node that has somebody to wait for waits.

@@ -333,7 +333,7 @@ impl Work {
             Err(TransferError::Store(error)) => Err(error.into()),
             Err(TransferError::Frame(FrameError::Io(error))) if is_superseded(&error) => {
                 tracing::debug!(%peer, "going on over a better path");
-                providers.succeeded(peer);
+                providers.superseded(peer, bytes > 0);
                 Ok(())
             }
             Err(error) => {

@@ -44,6 +44,7 @@ mod node;
 mod operation;
 mod providers;
 mod target;
+mod whereabouts;
 
 pub use weft_blobs::{
     Hash, Manifest, ParseHashError,
@@ -51,7 +52,8 @@ pub use weft_blobs::{
 };
 pub use weft_net::{
     ConnectError, Limits, Mapping, Multiaddr, OpenError, Path, PathKind, PeerId, PeerInfo,
-    PingError, Reachability, RelayLimits, RelayServer, SpawnError, Transport, split_peer_id,
+    PingError, Reachability, RelayLimits, RelayServer, RelayUse, SpawnError, Transport,
+    split_peer_id,
 };
 
 pub use self::{

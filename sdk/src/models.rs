@@ -15,8 +15,7 @@ use weft_blobs::{
 };
 
 use crate::{
-    Error, Get, Hash, ModelName, Node, Operation, Target, Ticket,
-    announce::{MAX_ADDRESSES, manifest_size},
+    Error, Get, Hash, ModelName, Node, Operation, Target, Ticket, announce::manifest_size,
     node::blocking,
 };
 
@@ -190,13 +189,11 @@ impl Models {
     }
 
     async fn ticket(&self, model: Hash) -> Ticket {
-        let addresses = self.node.network().addresses().await;
+        let addresses = self.node.network().addresses().all;
         Ticket {
             model,
-            peers: vec![(
-                self.node.peer_id(),
-                addresses.into_iter().take(MAX_ADDRESSES).collect(),
-            )],
+            // Encoding keeps no more than a ticket may hold.
+            peers: vec![(self.node.peer_id(), addresses)],
         }
     }
 }

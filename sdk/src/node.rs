@@ -14,10 +14,11 @@ use weft_blobs::{
 };
 use weft_dht::Dht;
 use weft_net::{
-    Incoming, Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Reachability, StreamProtocol,
+    ConnectError, Incoming, Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Reachability,
+    StreamProtocol,
 };
 
-use crate::{Builder, Error, Models, announce::Announcer, home::Home};
+use crate::{Builder, Error, Models, announce::Announcer, home::Home, whereabouts};
 
 /// The transfer protocol's name on the network.
 pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
@@ -94,6 +95,8 @@ impl Node {
         let mut tasks = JoinSet::new();
         tasks.spawn(serve_all(incoming, store.clone()));
         tasks.spawn(announcer.clone().run());
+        tasks.spawn(whereabouts::tell(dht.clone(), network.clone()));
+        tasks.spawn(whereabouts::find_relays(dht.clone(), network.clone()));
         Ok(Self {
             inner: Arc::new(Inner {
                 network,
@@ -142,7 +145,7 @@ impl Node {
     /// Addresses that others can dial, each ending in `/p2p/<PeerId>`.
     pub async fn addresses(&self) -> Vec<Multiaddr> {
         let peer = self.peer_id();
-        let addresses = self.inner.network.addresses().await;
+        let addresses = self.inner.network.addresses().all;
         addresses
             .into_iter()
             .filter_map(|address| address.with_p2p(peer).ok())
@@ -156,18 +159,31 @@ impl Node {
         peers
     }
 
-    /// Connects to a peer at any of `addresses` (without `/p2p`), or where the mesh has seen it; the path is the best there is now, and may be
+    /// Connects to a peer at any of `addresses` (without `/p2p`), or where it says in the DHT that it is; the path is the best there is now, and may be
     /// replaced by a better one.
     ///
     /// # Errors
-    /// [`Error::Connect`], after 15 s at the latest.
+    /// [`Error::Connect`], after a minute at the latest.
     pub async fn connect(
         &self,
         peer: PeerId,
         addresses: impl IntoIterator<Item = Multiaddr>,
     ) -> Result<NetPath, Error> {
-        let addresses = addresses.into_iter().collect();
-        Ok(self.inner.network.connect(peer, addresses).await?)
+        let network = &self.inner.network;
+        let given: Vec<_> = addresses.into_iter().collect();
+        let error = match network.connect(peer, given.clone()).await {
+            Ok(path) => return Ok(path),
+            Err(error @ ConnectError::Stopped) => return Err(error.into()),
+            Err(error) => error,
+        };
+        self.meet().await;
+        let found = whereabouts::find(&self.inner.dht, &peer).await;
+        let mut found = found.map_err(|_| Error::Stopped)?;
+        found.retain(|address| !given.contains(address));
+        if found.is_empty() {
+            return Err(error.into());
+        }
+        Ok(network.connect(peer, found).await?)
     }
 
     /// Measures the round trip to a peer over the best path, connecting to it if need be.
@@ -175,7 +191,7 @@ impl Node {
     /// # Errors
     /// [`Error::Connect`], [`Error::Ping`].
     pub async fn ping(&self, peer: PeerId) -> Result<(Duration, NetPath), Error> {
-        self.inner.network.connect(peer, Vec::new()).await?;
+        self.connect(peer, Vec::new()).await?;
         Ok(self.inner.network.ping(peer).await?)
     }
 

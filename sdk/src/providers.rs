@@ -12,11 +12,7 @@ use weft_blobs::{Hash, TransferError};
 use weft_net::{Class, Multiaddr, PeerId, Stream};
 use weft_proto::wire;
 
-use crate::{
-    Error, Failure, Node,
-    announce::{MAX_ADDRESSES, provider_key},
-    node::BLOBS,
-};
+use crate::{Error, Failure, Node, announce::provider_key, node::BLOBS, whereabouts::decode};
 
 /// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
 const FIRST: Duration = Duration::from_secs(10);
@@ -29,6 +25,9 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_
 
 /// Providers tried in a round.
 const MAX_PROVIDERS: usize = 32;
+
+/// Changes of path without content in between that a provider may make before others are asked first.
+const MAX_CHANGES: u32 = 3;
 
 /// Providers connected to at a time; the first that answers is used.
 const RACE: usize = 4;
@@ -115,6 +114,24 @@ impl Providers {
         // We are connected to it: no addresses are needed.
         self.queue.push_front((peer, Vec::new()));
         self.renew();
+    }
+
+    /// There is a better path to `peer`: it comes next. If content had come, patience begins anew; otherwise it may do so a few times.
+    pub(crate) fn superseded(&mut self, peer: PeerId, content: bool) {
+        if content {
+            self.failures.remove(&peer);
+            self.renew();
+        } else {
+            self.note(
+                peer,
+                "left one path for another without sending anything".to_owned(),
+            );
+            if self.failures[&peer].times > MAX_CHANGES {
+                return;
+            }
+        }
+        // We are connected to it: no addresses are needed.
+        self.queue.push_front((peer, Vec::new()));
     }
 
     /// Patience begins anew: what took the time since was not a provider.
@@ -206,12 +223,7 @@ impl Providers {
             let Some(Ok(claim)) = record.value().map(wire::ProviderClaim::decode) else {
                 continue;
             };
-            let addresses: Vec<Multiaddr> = claim
-                .addresses
-                .into_iter()
-                .take(MAX_ADDRESSES)
-                .filter_map(|bytes| Multiaddr::try_from(bytes.to_vec()).ok())
-                .collect();
+            let addresses = decode(&claim.addresses);
             match found
                 .iter_mut()
                 .find(|(peer, _)| *peer == record.publisher())

@@ -7,7 +7,10 @@ use prost::Message;
 use weft_net::{Multiaddr, PeerId};
 use weft_proto::wire;
 
-use crate::{Hash, ModelName, ParseNameError};
+use crate::{
+    Hash, ModelName, ParseNameError,
+    whereabouts::{decode, encode},
+};
 
 /// What a ticket begins with.
 const SCHEME: &str = "weft:";
@@ -65,7 +68,7 @@ impl fmt::Display for Ticket {
                 .iter()
                 .map(|(peer, addresses)| wire::TicketPeer {
                     peer: peer.to_bytes().into(),
-                    addresses: addresses.iter().map(|a| a.to_vec().into()).collect(),
+                    addresses: encode(addresses),
                 })
                 .collect(),
         };
@@ -113,12 +116,7 @@ impl FromStr for Ticket {
             .take(MAX_PEERS)
             .map(|peer| {
                 let id = PeerId::from_bytes(&peer.peer).ok()?;
-                let addresses = peer
-                    .addresses
-                    .into_iter()
-                    .take(MAX_PEERS)
-                    .filter_map(|address| Multiaddr::try_from(address.to_vec()).ok())
-                    .collect();
+                let addresses = decode(&peer.addresses);
                 Some((id, addresses))
             })
             .collect::<Option<_>>()

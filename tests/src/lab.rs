@@ -1,6 +1,6 @@
 //! Networks with NATs and firewalls, made of network namespaces, with real nodes in them.
 //!
-//! One cell is a pair of sides and a public relay that both know. All of it is IPv4 but for [`Side::Ipv6`]. A router answers nothing that
+//! One cell is a pair of sides and two public relays that both know. All of it is IPv4 but for [`Side::Ipv6`]. A router answers nothing that
 //! comes from outside and was not asked for, as home routers do.
 //!
 //! The NATs are `patchbay`'s. Its full-cone and address-restricted ones are so for UDP only.
@@ -18,6 +18,17 @@ use patchbay::{
 use serde_json::Value;
 
 use crate::{Daemon, Home};
+
+mod conditions;
+mod gateway;
+mod wire;
+
+use gateway::Gateway;
+use wire::Part;
+pub use wire::{Distance, Measured, be_a_part};
+
+/// Relays that both nodes know: what two say tells what kind of NAT a node is behind.
+const RELAYS: usize = 2;
 
 /// What one end of a cell is behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,13 +51,15 @@ pub enum Side {
     UdpBlocked,
     /// A home router that lets nothing out but TCP to port 443.
     Only443,
+    /// A home router that forwards ports when asked (PCP, NAT-PMP, UPnP).
+    PortMapping,
     /// IPv6 only, with a firewall that lets in only what was asked for.
     Ipv6,
 }
 
 impl Side {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Public,
         Self::Home,
         Self::FullCone,
@@ -56,6 +69,7 @@ impl Side {
         Self::CgnatSymmetric,
         Self::UdpBlocked,
         Self::Only443,
+        Self::PortMapping,
         Self::Ipv6,
     ];
 
@@ -80,6 +94,7 @@ impl fmt::Display for Side {
             Self::CgnatSymmetric => "cgnat_symmetric",
             Self::UdpBlocked => "udp_blocked",
             Self::Only443 => "only_443",
+            Self::PortMapping => "port_mapping",
             Self::Ipv6 => "ipv6",
         })
     }
@@ -97,17 +112,10 @@ pub fn is_possible(one: Side, other: Side) -> bool {
     }
     if !one.has_udp() || !other.has_udp() {
         // On TCP, every mapping here but the symmetric ones can be punched.
-        return pair.contains(&Side::Public) || !pair.iter().any(|side| side.is_symmetric());
+        let reachable = pair.contains(&Side::Public) || pair.contains(&Side::PortMapping);
+        return reachable || !pair.iter().any(|side| side.is_symmetric());
     }
     !(one.is_symmetric() && other.is_symmetric())
-}
-
-/// Whether [`is_possible`] and done: a symmetric NAT facing one that filters by port needs a search for the port.
-pub fn is_expected(one: Side, other: Side) -> bool {
-    let filters_port = |side| matches!(side, Side::Home | Side::Cgnat);
-    let search =
-        one.is_symmetric() && filters_port(other) || other.is_symmetric() && filters_port(one);
-    is_possible(one, other) && !search
 }
 
 /// What came of a cell.
@@ -151,6 +159,10 @@ pub fn prepare() -> Result<(), LabError> {
 /// Two machines with nodes and the public relays that both know.
 pub struct Cell {
     lab: Lab,
+    /// What forwards ports.
+    gateways: Vec<Gateway>,
+    /// What keeps the networks apart.
+    _distance: Vec<Part>,
     relays: Vec<Host>,
     /// The one that begins.
     pub one: Host,
@@ -166,12 +178,18 @@ impl fmt::Debug for Cell {
     }
 }
 
-/// Has `one` connect to `other`, and waits for a direct path for at most `wait`.
+/// Has `one` connect to `other` over this distance, and waits for a direct path for at most `wait`.
 ///
 /// # Errors
 /// [`LabError`] if the network or a node did not start, or no path came about.
-pub async fn try_cell(one: Side, other: Side, wait: Duration) -> Result<Outcome, LabError> {
-    Cell::new(one, other, 1).await?.connect(wait)
+pub async fn try_cell(
+    one: Side,
+    other: Side,
+    distance: Distance,
+    wait: Duration,
+) -> Result<Outcome, LabError> {
+    let cell = Cell::new(one, other, distance, RELAYS).await?;
+    cell.connect(wait)
 }
 
 /// The same for two machines behind one home router, which may let them reach each other at its own public address.
@@ -190,24 +208,37 @@ pub async fn try_neighbours(hairpin: bool, wait: Duration) -> Result<Outcome, La
     shield(&router)?;
     let device = |name| lab.add_device(name).uplink(router.id()).build();
     let devices = [device("one").await?, device("other").await?];
-    Cell::start(lab, devices, 1).await?.connect(wait)
+    let cell = Cell::start(lab, devices, Distance::default(), RELAYS).await?;
+    cell.connect(wait)
 }
 
 impl Cell {
-    /// Two machines behind what the sides say, and this many relays.
+    /// Two machines behind what the sides say, and this many relays, all of them this far apart.
     ///
     /// # Errors
     /// [`LabError`] if the network or a node did not start.
-    pub async fn new(one: Side, other: Side, relays: usize) -> Result<Self, LabError> {
+    pub async fn new(
+        one: Side,
+        other: Side,
+        distance: Distance,
+        relays: usize,
+    ) -> Result<Self, LabError> {
         let lab = Lab::new().await?;
-        let devices = [
-            behind(&lab, "one", one).await?,
-            behind(&lab, "other", other).await?,
-        ];
-        Self::start(lab, devices, relays).await
+        let (one, gateway) = behind(&lab, "one", one, "11.0.0.0/24").await?;
+        let mut gateways = Vec::from_iter(gateway);
+        let (other, gateway) = behind(&lab, "other", other, "11.0.1.0/24").await?;
+        gateways.extend(gateway);
+        let mut cell = Self::start(lab, [one, other], distance, relays).await?;
+        cell.gateways = gateways;
+        Ok(cell)
     }
 
-    async fn start(lab: Lab, devices: [Device; 2], relays: usize) -> Result<Self, LabError> {
+    async fn start(
+        lab: Lab,
+        devices: [Device; 2],
+        distance: Distance,
+        relays: usize,
+    ) -> Result<Self, LabError> {
         let mut servers = Vec::new();
         for n in 0..relays {
             let internet = lab.add_router(&format!("internet{n}"));
@@ -216,6 +247,7 @@ impl Cell {
             servers.push(server.uplink(internet.id()).build().await?);
         }
         forget_neighbours(&lab)?;
+        let apart = wire::set(&lab, distance)?;
         let listen = [
             "/ip4/0.0.0.0/tcp/443",
             "/ip4/0.0.0.0/udp/443/quic-v1",
@@ -237,6 +269,8 @@ impl Cell {
         other.wait_until_reachable(relays.len().min(2))?;
         Ok(Self {
             lab,
+            gateways: Vec::new(),
+            _distance: apart,
             relays,
             one,
             other,
@@ -275,6 +309,32 @@ impl Cell {
             eprintln!("{outcome:?}{}", self.logs());
         }
         Ok(outcome)
+    }
+
+    /// Has the second connect to the first as well, at the same time as the first to the second.
+    ///
+    /// # Errors
+    /// As for [`connect`](Self::connect).
+    pub fn connect_both(&self, wait: Duration) -> Result<Outcome, LabError> {
+        self.one.wait_until_reachable(self.relays.len().min(2))?;
+        let addresses = self.one.addresses();
+        let mut arguments = vec!["connect"];
+        arguments.extend(addresses.iter().map(String::as_str));
+        let other = self.other.home.start(&arguments);
+        let outcome = self.connect(wait);
+        let finished = other.finish();
+        if !finished.status.success() {
+            return Err(LabError(format!("no path back: {finished:?}")));
+        }
+        outcome
+    }
+
+    /// Measures the way from the first machine, which must speak IPv4 and UDP, to the first relay.
+    ///
+    /// # Errors
+    /// [`LabError`] if nothing comes back.
+    pub fn measure(&self) -> Result<Measured, LabError> {
+        wire::between(&self.one.device, &self.relays[0].device)
     }
 
     /// Ends the relay with this id with SIGKILL; whether there was one.
@@ -342,15 +402,13 @@ impl Host {
         Self::start(device, &arguments)
     }
 
-    /// Until it has places on this many relays. One with a public address asks for them as well, until strangers have come.
+    /// Until it has places on this many relays, or the gateway forwards both its ports. One with a public address asks for them as well, until strangers have come.
     fn wait_until_reachable(&self, relays: usize) -> Result<(), LabError> {
         let begin = Instant::now();
         loop {
             let known = self.home.json(&["doctor"]);
-            if known["relays"]
-                .as_array()
-                .is_some_and(|all| all.len() >= relays)
-            {
+            let has = |what: &str, count| known[what].as_array().is_some_and(|a| a.len() >= count);
+            if has("relays", relays) || has("mapped_addresses", 2) {
                 return Ok(());
             }
             if begin.elapsed() > Duration::from_secs(20) {
@@ -377,7 +435,17 @@ impl Host {
 }
 
 /// A machine behind what `side` says.
-async fn behind(lab: &Lab, name: &str, side: Side) -> Result<Device, LabError> {
+async fn behind(
+    lab: &Lab,
+    name: &str,
+    side: Side,
+    provider: &str,
+) -> Result<(Device, Option<Gateway>), LabError> {
+    if side == Side::PortMapping {
+        let (router, gateway) = gateway::build(lab, name, provider).await?;
+        let device = lab.add_device(name).uplink(router.id()).build().await?;
+        return Ok((device, Some(gateway)));
+    }
     let home = |builder: RouterBuilder| builder.nat(Nat::Moderate);
     let router = |suffix: &str| lab.add_router(&format!("{name}{suffix}"));
     let carrier = |nat: Nat| async move {
@@ -401,6 +469,7 @@ async fn behind(lab: &Lab, name: &str, side: Side) -> Result<Device, LabError> {
         Side::Cgnat => home(router("nat")).upstream(carrier(Nat::Moderate).await?),
         Side::CgnatSymmetric => home(router("nat")).upstream(carrier(Nat::Strict).await?),
         Side::UdpBlocked => home(router("nat")).firewall_custom(|f| f.block_udp()),
+        Side::PortMapping => unreachable!("built above"),
         Side::Only443 => home(router("nat")).firewall_custom(|f| f.block_udp().allow_tcp(&[443])),
         Side::Ipv6 => router("net")
             .ip_support(IpSupport::V6Only)
@@ -410,7 +479,8 @@ async fn behind(lab: &Lab, name: &str, side: Side) -> Result<Device, LabError> {
     if side != Side::Public {
         shield(&router)?;
     }
-    Ok(lab.add_device(name).uplink(router.id()).build().await?)
+    let device = lab.add_device(name).uplink(router.id()).build().await?;
+    Ok((device, None))
 }
 
 /// A bridge takes on the lowest hardware address of its ports, so every port that is added may change it, and those who know the old one send into
@@ -449,10 +519,15 @@ fn succeeded(mut child: std::process::Child) -> Result<(), LabError> {
 /// Has a router answer nothing that it was not asked for. Without it, its kernel would refuse what a NAT has no mapping for, and the
 /// refusal would end the other side's attempt.
 fn shield(router: &Router) -> Result<(), LabError> {
-    let mut command = Command::new("nft");
-    command.arg(
+    nft(
+        router,
         "table inet shield { chain input { type filter hook input priority 0; \
          meta l4proto { tcp, udp } ct state new drop; }; }",
-    );
+    )
+}
+
+fn nft(router: &Router, rules: &str) -> Result<(), LabError> {
+    let mut command = Command::new("nft");
+    command.arg(rules);
     succeeded(router.spawn_command_sync(command)?)
 }

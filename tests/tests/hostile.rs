@@ -46,7 +46,7 @@ impl Liar {
 
     async fn ticket(&self, manifest: &[u8]) -> String {
         let model = self.store.add_manifest(manifest).unwrap();
-        let peers = vec![(self.network.local_peer(), self.network.addresses().await)];
+        let peers = vec![(self.network.local_peer(), self.network.addresses().all)];
         Ticket { model, peers }.to_string()
     }
 }

@@ -8,13 +8,16 @@ use std::{
 };
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use weft_tests::lab::{self, Cell, Side};
+use weft_tests::lab::{self, Cell, Distance, Side};
 
 /// How long a direct path may take. A path that should stay relayed is watched for as long.
 const DIRECT: Duration = Duration::from_secs(8);
 const RELAYED: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
+    if let Some(code) = lab::be_a_part() {
+        return code;
+    }
     let arguments = Arguments::from_args();
     // Before there is a second thread.
     if !arguments.list
@@ -36,12 +39,81 @@ fn main() -> ExitCode {
         Trial::test("a_transfer_leaves_the_relay_for_a_direct_path", || {
             runtime()?.block_on(leave_the_relay())
         }),
+        Trial::test("a_forwarded_port_is_reached_without_a_relay", || {
+            runtime()?.block_on(forwarded())
+        }),
         Trial::test("a_transfer_outlives_the_relay_that_it_goes_through", || {
             runtime()?.block_on(outlive_the_relay())
         }),
     ];
-    let trials = cells.chain(neighbours).chain(transfers).collect();
+    let both = Trial::test("a_search_is_one_although_both_ends_begin", || {
+        runtime()?.block_on(begin_at_both())
+    });
+    let far = FAR.map(|(one, other, loss)| {
+        let name = format!(
+            "{one}_to_{other}_at_50_ms_with_{:.0}_percent_loss",
+            loss * 100.0
+        );
+        Trial::test(name, move || far_apart(one, other, loss))
+    });
+    let trials = cells
+        .chain(neighbours)
+        .chain(transfers)
+        .chain(far)
+        .chain([both])
+        .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Pairs that are also tried at a distance; all of them are in the benchmark.
+const FAR: [(Side, Side, f64); 5] = [
+    (Side::Home, Side::Home, 0.0),
+    (Side::Home, Side::Home, 0.05),
+    (Side::Cgnat, Side::Public, 0.05),
+    (Side::Symmetric, Side::Home, 0.0),
+    (Side::Symmetric, Side::Home, 0.05),
+];
+
+/// Each end dials the other, so that two exchanges cross; what both search for must be the same.
+async fn begin_at_both() -> Result<(), Failed> {
+    let distance = Distance {
+        round_trip: Duration::from_millis(50),
+        loss: 0.0,
+    };
+    let cell = Cell::new(Side::Symmetric, Side::Home, distance, 2).await;
+    let cell = cell.map_err(|error| error.to_string())?;
+    let outcome = cell
+        .connect_both(DIRECT)
+        .map_err(|error| error.to_string())?;
+    match outcome.direct {
+        Some(_) => Ok(()),
+        None => Err(format!("{outcome:?}{}", cell.logs()).into()),
+    }
+}
+
+/// A round trip of 50 ms, which is measured, as is the loss.
+fn far_apart(one: Side, other: Side, loss: f64) -> Result<(), Failed> {
+    let distance = Distance {
+        round_trip: Duration::from_millis(50),
+        loss,
+    };
+    let cell = runtime()?.block_on(Cell::new(one, other, distance, 2));
+    let cell = cell.map_err(|error| error.to_string())?;
+    let measured = cell.measure().map_err(|error| error.to_string())?;
+    let lost = 1.0 - (1.0 - loss).powi(2);
+    let right = measured.round_trip > Duration::from_millis(49)
+        && measured.round_trip < Duration::from_millis(80)
+        && (measured.lost - lost).abs() < 0.08;
+    if !right {
+        return Err(format!("the distance is not what was set: {measured:?}").into());
+    }
+    let outcome = cell
+        .connect(2 * DIRECT)
+        .map_err(|error| error.to_string())?;
+    if outcome.connected > Duration::from_secs(5) || outcome.direct.is_none() {
+        return Err(format!("{outcome:?}{}", cell.logs()).into());
+    }
+    Ok(())
 }
 
 /// Mutual discovery on the local network is off: only the exchange over the relay tells them of each other.
@@ -76,9 +148,47 @@ fn check_content(cell: &Cell, to: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Behind a home router that forwards ports: strangers come in at its address, until the node stops.
+async fn forwarded() -> Result<(), Failed> {
+    let cell = Cell::new(Side::Public, Side::PortMapping, Distance::default(), 1).await;
+    let cell = cell.map_err(|error| error.to_string())?;
+    let begin = Instant::now();
+    let known = loop {
+        let known = cell.other.home.json(&["doctor"]);
+        if known["mapped_addresses"]
+            .as_array()
+            .is_some_and(|all| all.len() == 2)
+        {
+            break known;
+        }
+        if begin.elapsed() > Duration::from_secs(20) {
+            return Err(format!("nothing is forwarded: {known}{}", cell.logs()).into());
+        }
+        std::thread::park_timeout(Duration::from_millis(50));
+    };
+    if known["is_relay"] == true {
+        return Err(format!("a home became a relay: {known}").into());
+    }
+    let status = cell.other.home.json(&["status"]);
+    let peer = status["peer_id"].as_str().ok_or("no id")?;
+    let addresses: Vec<String> = known["mapped_addresses"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|address| Some(format!("{}/p2p/{peer}", address.as_str()?)))
+        .collect();
+    let mut arguments = vec!["connect"];
+    arguments.extend(addresses.iter().map(String::as_str));
+    let connected = cell.one.home.json(&arguments);
+    if connected["path"] != "direct" || !addresses.iter().any(|a| a.contains("/11.0.1.")) {
+        return Err(format!("{connected} at {addresses:?}{}", cell.logs()).into());
+    }
+    Ok(())
+}
+
 /// Both behind home routers: the transfer begins at once over the relay, and ends directly.
 async fn leave_the_relay() -> Result<(), Failed> {
-    let cell = Cell::new(Side::Home, Side::Home, 1).await;
+    let cell = Cell::new(Side::Home, Side::Home, Distance::default(), 1).await;
     let cell = cell.map_err(|error| error.to_string())?;
     let ticket = publish(&cell, 256 << 20)?;
     let to = cell.one.home.beside("got");
@@ -98,7 +208,7 @@ async fn leave_the_relay() -> Result<(), Failed> {
 
 /// Both behind symmetric NATs, so that there is no other way than through a relay. It is killed in the middle.
 async fn outlive_the_relay() -> Result<(), Failed> {
-    let cell = Cell::new(Side::Symmetric, Side::Symmetric, 2).await;
+    let cell = Cell::new(Side::Symmetric, Side::Symmetric, Distance::default(), 2).await;
     let mut cell = cell.map_err(|error| error.to_string())?;
     let ticket = publish(&cell, 512 << 20)?;
     let to = cell.one.home.beside("got");
@@ -152,14 +262,14 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 fn cell(one: Side, other: Side) -> Result<(), Failed> {
-    let expected = lab::is_expected(one, other);
+    let expected = lab::is_possible(one, other);
     let wait = if expected { DIRECT } else { RELAYED };
-    let outcome = runtime()?.block_on(lab::try_cell(one, other, wait));
+    let outcome = runtime()?.block_on(lab::try_cell(one, other, Distance::default(), wait));
     let outcome = outcome.map_err(|error| Failed::from(error.to_string()))?;
     if expected && outcome.direct.is_none() {
         return Err(format!("no direct path within {wait:?}: {outcome:?}").into());
     }
-    if !lab::is_possible(one, other) && outcome.path != "relayed" {
+    if !expected && outcome.path != "relayed" {
         return Err(format!("a path that cannot be: {outcome:?}").into());
     }
     Ok(())

@@ -121,11 +121,18 @@ impl node_server::Node for Service {
             |addresses: &[weft::Multiaddr]| addresses.iter().map(ToString::to_string).collect();
         Ok(Response::new(api::DoctorResponse {
             public_addresses: text(&known.public),
+            mapped_addresses: text(&known.mapped),
             observed_addresses: text(&known.observed),
             tcp_mapping: known.tcp_mapping.to_string(),
             quic_mapping: known.quic_mapping.to_string(),
             relays: known.relays.iter().map(ToString::to_string).collect(),
             is_relay: known.is_relay,
+            relay_use: Some(api::RelayUse {
+                reservations: known.relay_use.reservations as u64,
+                circuits: known.relay_use.circuits as u64,
+                bytes: known.relay_use.bytes,
+                refused: known.relay_use.refused,
+            }),
         }))
     }
 }

@@ -173,16 +173,24 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
         .doctor(api::DoctorRequest {})
         .await?
         .into_inner();
+    let relayed = known.relay_use.unwrap_or_default();
     if as_json {
         out!(
             "{}",
             json!({
                 "public_addresses": known.public_addresses,
+                "mapped_addresses": known.mapped_addresses,
                 "observed_addresses": known.observed_addresses,
                 "tcp_mapping": known.tcp_mapping,
                 "quic_mapping": known.quic_mapping,
                 "relays": known.relays,
                 "is_relay": known.is_relay,
+                "relay_use": {
+                    "reservations": relayed.reservations,
+                    "circuits": relayed.circuits,
+                    "bytes": relayed.bytes,
+                    "refused": relayed.refused,
+                },
             })
         );
         return Ok(());
@@ -206,12 +214,29 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
         &known.observed_addresses,
         "nobody has told yet: connect to a peer outside this network",
     );
+    list(
+        "forwarded ",
+        &known.mapped_addresses,
+        "the gateway of this network forwards nothing",
+    );
     out!("NAT, TCP    {}", mapping(&known.tcp_mapping));
     out!("NAT, QUIC   {}", mapping(&known.quic_mapping));
     list("relays    ", &known.relays, "none");
-    let relays = if known.is_relay { "yes" } else { "no" };
-    out!("is a relay  {relays}");
-    if known.public_addresses.is_empty() && known.relays.is_empty() {
+    if known.is_relay {
+        out!(
+            "is a relay  for {} peers; {} connections now, {} in all, {} requests refused",
+            relayed.reservations,
+            relayed.circuits,
+            crate::output::bytes(relayed.bytes),
+            relayed.refused
+        );
+    } else {
+        out!("is a relay  no");
+    }
+    if known.public_addresses.is_empty()
+        && known.mapped_addresses.is_empty()
+        && known.relays.is_empty()
+    {
         out!();
         out!(
             "Nobody from outside can reach this node. Either forward TCP and UDP port 9338 to it and start it with --external ADDR,"

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{Failure, Figure};
-use crate::lab::{self, Outcome, Side};
+use crate::lab::{self, Cell, Distance, Outcome, Side};
 
 /// The seven sides with UDP and IPv4 that others are measured with.
 const SEVEN: [Side; 7] = [
@@ -16,20 +16,21 @@ const SEVEN: [Side; 7] = [
     Side::CgnatSymmetric,
 ];
 
-/// Tries every pair, one after the other, each for at most `wait`; prints a table, or a line a cell, and then the sums.
+/// Tries every pair, one after the other, at this distance and each for at most `wait`; prints a table, or a line a cell, and then the sums.
 ///
 /// # Errors
 /// [`Failure`] if networks cannot be made on this machine. A pair that does not connect is a result. Must be called before the process has
 /// a second thread.
-pub fn run(wait: Duration, json: bool) -> Result<(), Failure> {
+pub fn run(distance: Distance, wait: Duration, json: bool) -> Result<(), Failure> {
     lab::prepare().map_err(|error| Failure(error.to_string()))?;
+    measure(distance, json)?;
     let mut outcomes = HashMap::new();
     for one in Side::ALL {
         for other in Side::ALL {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()?;
-            match runtime.block_on(lab::try_cell(one, other, wait)) {
+            match runtime.block_on(lab::try_cell(one, other, distance, wait)) {
                 Ok(outcome) => {
                     if json {
                         print_cell(one, other, &outcome);
@@ -45,6 +46,27 @@ pub fn run(wait: Duration, json: bool) -> Result<(), Failure> {
     }
     print_sums("nat", &Side::ALL, &outcomes, json);
     print_sums("nat-49", &SEVEN, &outcomes, json);
+    Ok(())
+}
+
+/// Measures the distance that was set: one that is set and does not act would make every figure a lie.
+fn measure(distance: Distance, json: bool) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let cell = runtime.block_on(Cell::new(Side::Home, Side::Public, distance, 1));
+    let measured = cell
+        .and_then(|cell| cell.measure())
+        .map_err(|error| Failure(error.to_string()))?;
+    let millis = measured.round_trip.as_secs_f64() * 1e3;
+    let percent = measured.lost * 100.0;
+    if json {
+        println!(
+            r#"{{"bench":"nat-distance","round_trip_ms":{millis:.1},"round_trips_lost_percent":{percent:.1}}}"#
+        );
+    } else {
+        println!("measured: round trip {millis:.1} ms, {percent:.1} % of round trips lost");
+    }
     Ok(())
 }
 

@@ -4,7 +4,10 @@
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
-use weft_tests::bench::{Failure, nat, transfer};
+use weft_tests::{
+    bench::{Failure, nat, transfer},
+    lab::{self, Distance},
+};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -29,6 +32,14 @@ enum Bench {
         /// How long a pair may take to a direct path, in seconds
         #[arg(long, default_value_t = 8)]
         wait: u64,
+
+        /// Round trip between the networks, in milliseconds
+        #[arg(long, default_value_t = 0, value_name = "MS")]
+        round_trip: u64,
+
+        /// Packets lost between the networks, each way, in percent
+        #[arg(long, default_value_t = 0.0, value_name = "PERCENT")]
+        loss: f64,
     },
     /// The other process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
@@ -55,13 +66,26 @@ struct Transfer {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = lab::be_a_part() {
+        return code;
+    }
     let cli = Cli::parse();
     let result = match cli.bench {
         Bench::Transfer(options) => {
             let folder = options.folder.unwrap_or_else(std::env::temp_dir);
             transfer::run(options.mib << 20, options.rounds, &folder, cli.json)
         }
-        Bench::Nat { wait } => nat::run(Duration::from_secs(wait), cli.json),
+        Bench::Nat {
+            wait,
+            round_trip,
+            loss,
+        } => {
+            let distance = Distance {
+                round_trip: Duration::from_millis(round_trip),
+                loss: loss / 100.0,
+            };
+            nat::run(distance, Duration::from_secs(wait), cli.json)
+        }
         Bench::Provider { file, side } => transfer::provide(&file, side),
     };
     match result {

@@ -1,0 +1,139 @@
+//! Where we have dialled lately: packets from there prove nothing about strangers, because a NAT or a firewall lets answers through.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use futures::{FutureExt, TryFutureExt, future::BoxFuture};
+use libp2p::{
+    Multiaddr, Transport, TransportError,
+    core::transport::{DialOpts, ListenerId, TransportEvent},
+};
+
+use crate::address::any_socket;
+
+/// How long a NAT or firewall may remember what was sent: an hour and more for an open TCP connection, but that is ours then.
+const MEMORY: Duration = Duration::from_secs(600);
+
+/// Addresses remembered; beyond, the oldest goes.
+const MAX: usize = 4096;
+
+/// Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Dialled(Arc<Mutex<HashMap<IpAddr, Instant>>>);
+
+impl Dialled {
+    pub(crate) fn note(&self, ip: IpAddr, now: Instant) {
+        let mut all = self.lock();
+        if all.len() >= MAX {
+            all.retain(|_, at| now.duration_since(*at) < MEMORY);
+        }
+        if all.len() >= MAX
+            && let Some(oldest) = all.iter().min_by_key(|(_, at)| **at)
+        {
+            let oldest = *oldest.0;
+            all.remove(&oldest);
+        }
+        all.insert(ip.to_canonical(), now);
+    }
+
+    pub(crate) fn contains(&self, ip: IpAddr, now: Instant) -> bool {
+        let all = self.lock();
+        let at = all.get(&ip.to_canonical());
+        at.is_some_and(|at| now.duration_since(*at) < MEMORY)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Instant>> {
+        self.0
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// A transport that notes what it dials, and tells when each connection began.
+#[derive(Debug)]
+pub(crate) struct Noted<T> {
+    inner: T,
+    dialled: Dialled,
+}
+
+impl<T> Noted<T> {
+    pub(crate) fn new(inner: T, dialled: Dialled) -> Self {
+        Self { inner, dialled }
+    }
+}
+
+impl<T> Transport for Noted<T>
+where
+    T: Transport + Unpin,
+    T::Output: Send + 'static,
+    T::Error: 'static,
+    T::Dial: Send + 'static,
+    T::ListenerUpgrade: Send + 'static,
+{
+    type Output = (T::Output, Instant);
+    type Error = T::Error;
+    type ListenerUpgrade = BoxFuture<'static, Result<Self::Output, T::Error>>;
+    type Dial = BoxFuture<'static, Result<Self::Output, T::Error>>;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<T::Error>> {
+        self.inner.listen_on(id, address)
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) -> bool {
+        self.inner.remove_listener(id)
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        options: DialOpts,
+    ) -> Result<Self::Dial, TransportError<T::Error>> {
+        let at = any_socket(&address).map(|(at, _)| at.ip());
+        let dial = self.inner.dial(address, options)?;
+        let begin = Instant::now();
+        if let Some(ip) = at {
+            self.dialled.note(ip, begin);
+        }
+        Ok(dial.map_ok(move |output| (output, begin)).boxed())
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<TransportEvent<Self::ListenerUpgrade, T::Error>> {
+        Pin::new(&mut self.inner).poll(cx).map(|event| {
+            event.map_upgrade(|upgrade| upgrade.map_ok(|output| (output, Instant::now())).boxed())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_dialled_is_remembered_for_a_while_and_not_without_end() {
+        let dialled = Dialled::default();
+        let now = Instant::now();
+        let one: IpAddr = [1, 1, 1, 1].into();
+        dialled.note(one, now);
+        assert!(dialled.contains(one, now));
+        assert!(!dialled.contains([2, 2, 2, 2].into(), now));
+        assert!(!dialled.contains(one, now + MEMORY));
+        for n in 0..2 * MAX as u32 {
+            dialled.note(IpAddr::V4(n.into()), now + Duration::from_secs(1));
+        }
+        assert_eq!(dialled.lock().len(), MAX);
+        assert!(!dialled.contains(one, now));
+    }
+}

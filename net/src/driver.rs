@@ -1,0 +1,974 @@
+//! The swarm's owner: one task that all events and requests pass through.
+
+use std::{
+    collections::{HashMap, HashSet},
+    convert::Infallible,
+    io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::StreamExt;
+use libp2p::{
+    Multiaddr, PeerId, Swarm, TransportError, connection_limits,
+    connection_limits::ConnectionLimits,
+    core::transport::PortUse,
+    core::{ConnectedPoint, transport::ListenerId},
+    identify, mdns,
+    multiaddr::Protocol,
+    ping,
+    swarm::{
+        ConnectionId, DialError, NetworkBehaviour, SwarmEvent,
+        behaviour::toggle::Toggle,
+        dial_opts::{DialOpts, PeerCondition},
+    },
+};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot, watch},
+    time::{MissedTickBehavior, interval, timeout},
+};
+
+use crate::{
+    Config, ConnectError, Incoming, Path, PathKind, PeerInfo, Reachability, RelayServer,
+    SpawnError, Transport,
+    address::{dialable_from, is_public, of_socket, socket},
+    circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
+    crowd,
+    dialled::Dialled,
+    listen,
+    mappings::{Mapped, Mapping},
+    network::{Addresses, Command},
+    ping as pings,
+    punch::{self, Plan, PunchError},
+    quic::Sockets,
+    reach::Reach,
+    relay_server::{Need, Server},
+    relays::Relays,
+    split_peer_id,
+    streams::{self, Protocols},
+    transport,
+};
+
+mod addresses;
+mod punching;
+mod relaying;
+
+use punching::Punching;
+
+/// A connection that nothing uses is closed after this. Long enough that a mesh of a few nodes stays connected between look-ups.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// How long listeners may take to report an address.
+const LISTEN: Duration = Duration::from_secs(3);
+
+/// A listener on all interfaces reports one address after the other. When none has come for this long, they are complete; they
+/// come within a millisecond of each other.
+const QUIET: Duration = Duration::from_millis(50);
+
+/// How long an orderly stop waits for connections to close.
+const STOP_WAIT: Duration = Duration::from_secs(1);
+
+/// The first and the longest pause between attempts to reach a bootstrap node.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// A bootstrap node that has kept a connection for this long is dialled at once when it is lost; one that takes connections and closes them is not.
+const STEADY: Duration = Duration::from_secs(30);
+
+/// Peers found by mDNS are dialled while fewer than this many are connected: a hall full of machines is no reason to connect to all.
+const MDNS_PEERS: usize = 32;
+
+/// Streams that a peer may be negotiating on a connection.
+const MAX_NEGOTIATING: usize = 64;
+
+/// Dials under way at a time, whoever asked for them.
+const MAX_DIALS: u32 = 256;
+
+/// Addresses taken from what a peer says of itself.
+const MAX_CLAIMED: usize = 16;
+
+/// Addresses of a peer dialled at a time: a dead one does not hold up those after it.
+const CONCURRENT_ADDRESSES: u8 = 16;
+
+/// How long a connection that a better one has replaced is kept for what may still be under way on it.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Streams of pings answered at a time.
+const MAX_PINGERS: usize = 64;
+
+/// What tasks have come to and the driver has not looked at yet.
+const OUTCOMES: usize = 256;
+
+/// The path that a connection is.
+pub(crate) fn path(endpoint: &ConnectedPoint) -> Path {
+    match endpoint {
+        ConnectedPoint::Dialer { address, .. } => Path::of(address),
+        ConnectedPoint::Listener {
+            local_addr,
+            send_back_addr,
+        } => Path::inbound(local_addr, send_back_addr),
+    }
+}
+
+#[derive(NetworkBehaviour)]
+#[behaviour(prelude = "libp2p::swarm::derive_prelude")]
+pub(crate) struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
+    limits: connection_limits::Behaviour,
+    crowd: crowd::Behaviour,
+    identify: identify::Behaviour,
+    ping: ping::Behaviour,
+    mdns: Toggle<mdns::tokio::Behaviour>,
+    streams: streams::Behaviour,
+    extension: E,
+}
+
+/// A peer to stay connected to.
+#[derive(Debug)]
+struct Bootstrap {
+    peer: PeerId,
+    address: Multiaddr,
+    next: Instant,
+    pause: Duration,
+}
+
+impl Bootstrap {
+    fn new(peer: PeerId, address: Multiaddr) -> Self {
+        Self {
+            peer,
+            address,
+            next: Instant::now(),
+            pause: RETRY.0,
+        }
+    }
+}
+
+/// A dial under way.
+#[derive(Debug)]
+struct Dial {
+    peer: PeerId,
+    /// What was given to dial, for another try without those that turn out to be somebody else's.
+    addresses: Vec<Multiaddr>,
+}
+
+/// What the driver knows of a connected peer.
+#[derive(Debug)]
+struct Peer {
+    agent: String,
+    connections: HashMap<ConnectionId, Connection>,
+    since: Instant,
+    direct_after: Option<Duration>,
+    /// Relays for others, at these addresses of its own.
+    hop: Option<Vec<Multiaddr>>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    path: Path,
+    rtt: Option<Duration>,
+    since: Instant,
+    /// We dialled it.
+    dialled: bool,
+    /// Our end of it is our listening port.
+    from_listener: bool,
+}
+
+impl Peer {
+    fn new(now: Instant) -> Self {
+        Self {
+            agent: String::new(),
+            connections: HashMap::new(),
+            since: now,
+            direct_after: None,
+            hop: None,
+        }
+    }
+
+    fn best(&self) -> Option<&Connection> {
+        let rank = |c: &&Connection| (c.path.kind, c.rtt.unwrap_or(Duration::MAX));
+        self.connections.values().min_by_key(rank)
+    }
+
+    fn is_direct(&self) -> bool {
+        self.best()
+            .is_some_and(|best| best.path.kind < PathKind::Relayed)
+    }
+
+    /// A relayed connection that we dialled: it is on us to punch.
+    fn to_punch(&self) -> Option<ConnectionId> {
+        if self.is_direct() {
+            return None;
+        }
+        let mut dialled = self.connections.iter().filter(|(_, c)| c.dialled);
+        dialled.next().map(|(id, _)| *id)
+    }
+}
+
+/// What a task came to.
+#[derive(Debug)]
+enum Outcome {
+    /// An exchange is over.
+    Exchanged {
+        peer: PeerId,
+        initiator: bool,
+        result: Result<Plan, PunchError>,
+    },
+    /// A relay has answered.
+    Reserved {
+        relay: PeerId,
+        result: Result<Grant, CircuitError>,
+    },
+    /// A search has found where the other side can be reached from.
+    Found {
+        peer: PeerId,
+        socket: UdpSocket,
+        address: SocketAddr,
+    },
+}
+
+/// Owns the swarm; ends when the last handle is dropped.
+pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
+    swarm: Swarm<Behaviour<E>>,
+    /// Those that have not reported an address yet.
+    listeners: Vec<ListenerId>,
+    /// QUIC's.
+    sockets: Sockets,
+    requests: mpsc::Receiver<Command>,
+    protocols: Protocols,
+    peers: HashMap<PeerId, Peer>,
+    /// Dials under way.
+    dials: HashMap<ConnectionId, Dial>,
+    /// Who waits for a connection, and the errors so far.
+    waiting: HashMap<PeerId, Vec<oneshot::Sender<Result<Path, ConnectError>>>>,
+    bootstrap: Vec<Bootstrap>,
+    reach: Reach,
+    relays: Relays,
+    preferred_relays: HashSet<PeerId>,
+    relay_server: RelayServer,
+    /// Dials through relays.
+    circuit_requests: mpsc::Receiver<DialRequest>,
+    /// Those that wait for a connection to their relay.
+    circuits_wanted: HashMap<PeerId, Vec<DialRequest>>,
+    /// Circuits that lead here, to the transport.
+    arrivals: mpsc::Sender<Arrival>,
+    stops: Incoming,
+    /// This node as a relay.
+    server: Server,
+    needs: mpsc::Receiver<Need>,
+    /// Requests to it, while it is one.
+    hops: Option<Incoming>,
+    /// What was given as external.
+    configured: HashSet<Multiaddr>,
+    /// Where strangers have reached us.
+    public: HashSet<Multiaddr>,
+    /// Where we have dialled: a packet from there proves nothing about strangers.
+    dialled: Dialled,
+    punching: Punching,
+    punches: Incoming,
+    pings: Incoming,
+    pingers: Arc<Semaphore>,
+    port_mapping: bool,
+    /// Our ports that the gateway is asked to forward.
+    mappings: HashMap<Transport, Mapping>,
+    /// Where it forwards them from.
+    mapped: HashMap<Transport, SocketAddr>,
+    maps: mpsc::Sender<Mapped>,
+    mapping_changes: mpsc::Receiver<Mapped>,
+    outcomes: mpsc::Sender<Outcome>,
+    finished: mpsc::Receiver<Outcome>,
+    /// We are part of a mesh beyond our own networks, or are about to be: it is told no private addresses.
+    outside: bool,
+    /// Our addresses, for those who want to know of changes.
+    told: watch::Sender<Addresses>,
+}
+
+impl<E> Driver<E>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    /// Makes the swarm and listens; nothing happens before [`Driver::start`].
+    pub(crate) fn new(
+        config: Config,
+        extension: E,
+        protocols: Protocols,
+        requests: mpsc::Receiver<Command>,
+    ) -> Result<Self, SpawnError> {
+        let local = config.key.public().to_peer_id();
+        let bootstrap = config
+            .bootstrap
+            .iter()
+            .chain(&config.relays)
+            .map(|address| match split_peer_id(address.clone()) {
+                (address, Some(peer)) => Ok(Bootstrap::new(peer, address)),
+                (address, None) => Err(SpawnError::Bootstrap(address)),
+            })
+            .collect::<Result<_, _>>()?;
+        let mut named = config.bootstrap.iter().chain(&config.relays);
+        let outside = named.any(addresses::is_outside);
+        let limits = ConnectionLimits::default()
+            .with_max_pending_incoming(Some(config.limits.pending_incoming))
+            .with_max_pending_outgoing(Some(MAX_DIALS))
+            .with_max_established_incoming(Some(config.limits.established_incoming))
+            .with_max_established(Some(config.limits.established))
+            .with_max_established_per_peer(Some(config.limits.per_peer));
+        let mdns = if config.mdns {
+            Some(mdns::tokio::Behaviour::new(mdns::Config::default(), local)?)
+        } else {
+            None
+        };
+        let (sockets, dialled) = (Sockets::default(), Dialled::default());
+        let (circuits, circuit_requests, arrivals) = Circuits::new();
+        let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
+        let behaviour = Behaviour {
+            limits: connection_limits::Behaviour::new(limits),
+            crowd: crowd::Behaviour::new(config.limits.per_address),
+            identify: identify::Behaviour::new(
+                identify::Config::new("/weft/1".to_owned(), config.key.public())
+                    .with_agent_version(config.agent.clone())
+                    .with_push_listen_addr_updates(true)
+                    // What strangers are told is among the external addresses.
+                    .with_hide_listen_addrs(true)
+                    // Its cache would tell the other behaviours of an address only once, however often the peer comes back.
+                    .with_cache_size(0),
+            ),
+            ping: ping::Behaviour::default(),
+            mdns: mdns.into(),
+            streams: streams::Behaviour::new(protocols.clone(), config.limits.streams),
+            extension,
+        };
+        let mut swarm = Swarm::new(
+            transport::build(&config.key, circuits, &sockets, &dialled)?,
+            behaviour,
+            local,
+            libp2p::swarm::Config::with_tokio_executor()
+                .with_idle_connection_timeout(IDLE)
+                .with_dial_concurrency_factor(
+                    std::num::NonZeroU8::new(CONCURRENT_ADDRESSES).expect("not zero"),
+                )
+                .with_max_negotiating_inbound_streams(MAX_NEGOTIATING),
+        );
+        let listeners = listen::listen(&mut swarm, config.listen.as_deref())?;
+        let on_circuits = Multiaddr::empty().with(Protocol::P2pCircuit);
+        let listening = swarm.listen_on(on_circuits);
+        listening.expect("the transport for circuits listens on them");
+        let external: Vec<_> = config.external.into_iter().map(split_peer_id).collect();
+        let punches = protocols
+            .accept(punch::PROTOCOL)
+            .expect("nothing is accepted yet");
+        let pings = protocols
+            .accept(pings::PING_PROTOCOL)
+            .expect("nothing is accepted yet");
+        let stops = protocols.accept(STOP).expect("nothing is accepted yet");
+        let (maps, mapping_changes) = mpsc::channel(OUTCOMES);
+        let (outcomes, finished) = mpsc::channel(OUTCOMES);
+        Ok(Self {
+            swarm,
+            listeners,
+            requests,
+            protocols,
+            sockets,
+            peers: HashMap::new(),
+            dials: HashMap::new(),
+            waiting: HashMap::new(),
+            bootstrap,
+            reach: Reach::default(),
+            relays: Relays::default(),
+            preferred_relays: config
+                .relays
+                .into_iter()
+                .filter_map(|address| split_peer_id(address).1)
+                .collect(),
+            relay_server: config.relay_server,
+            circuit_requests,
+            circuits_wanted: HashMap::new(),
+            arrivals,
+            stops,
+            server,
+            needs,
+            hops: None,
+            configured: external.into_iter().map(|(address, _)| address).collect(),
+            public: HashSet::new(),
+            dialled,
+            punching: Punching::new(config.hole_punching),
+            punches,
+            pings,
+            pingers: Arc::new(Semaphore::new(MAX_PINGERS)),
+            outside,
+            port_mapping: config.port_mapping,
+            mappings: HashMap::new(),
+            mapped: HashMap::new(),
+            outcomes,
+            finished,
+            maps,
+            mapping_changes,
+            told: watch::Sender::default(),
+        })
+    }
+
+    /// Waits until it listens; our addresses, to be watched.
+    pub(crate) async fn start(&mut self) -> Result<watch::Receiver<Addresses>, SpawnError> {
+        let listeners = std::mem::take(&mut self.listeners);
+        self.wait_for_listeners(listeners).await?;
+        self.update_relay_server();
+        self.map_ports();
+        let addresses = self.told.subscribe();
+        self.tell_addresses();
+        Ok(addresses)
+    }
+
+    /// Runs the swarm until every listener has reported its addresses or has had time enough.
+    async fn wait_for_listeners(
+        &mut self,
+        mut listeners: Vec<ListenerId>,
+    ) -> Result<(), SpawnError> {
+        let ready = async {
+            loop {
+                let next = self.swarm.select_next_some();
+                let event = if listeners.is_empty() {
+                    match timeout(QUIET, next).await {
+                        Ok(event) => event,
+                        Err(_) => return Ok(()),
+                    }
+                } else {
+                    next.await
+                };
+                match event {
+                    SwarmEvent::NewListenAddr { listener_id, .. } => {
+                        listeners.retain(|id| *id != listener_id);
+                    }
+                    SwarmEvent::ListenerClosed {
+                        listener_id,
+                        reason,
+                        ..
+                    } => {
+                        listeners.retain(|id| *id != listener_id);
+                        reason?;
+                    }
+                    event => self.on_event(event),
+                }
+            }
+        };
+        // An IPv6 listener on a machine with no IPv6 address has none to report: that is no failure.
+        timeout(LISTEN, ready).await.unwrap_or(Ok(()))
+    }
+
+    pub(crate) async fn run(mut self) {
+        let mut tick = interval(RETRY.0);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                command = self.requests.recv() => match command {
+                    Some(Command::Stop(reply)) => {
+                        self.stop().await;
+                        // Whoever asked may be gone.
+                        let _ = reply.send(());
+                        return;
+                    }
+                    Some(command) => self.on_command(command),
+                    None => return self.stop().await,
+                },
+                event = self.swarm.select_next_some() => self.on_event(event),
+                Some(stream) = self.punches.next() => self.respond(stream),
+                Some(stream) = self.pings.next() => {
+                    // Dropped, and so reset, if there are too many.
+                    if let Ok(place) = Arc::clone(&self.pingers).try_acquire_owned() {
+                        tokio::spawn(async move {
+                            let _place = place;
+                            // How it ends is the peer's affair.
+                            let _ = pings::answer_pings(stream).await;
+                        });
+                    }
+                }
+                Some(stream) = self.stops.next() => self.on_circuit_offered(stream),
+                Some(stream) = relaying::next(&mut self.hops) => self.on_hop(stream),
+                Some(request) = self.circuit_requests.recv() => self.on_circuit_wanted(request),
+                Some(need) = self.needs.recv() => self.on_need(need),
+                Some(mapped) = self.mapping_changes.recv() => self.on_mapped(mapped),
+                Some(outcome) = self.finished.recv() => self.on_outcome(outcome),
+                _ = tick.tick() => self.on_tick(),
+            }
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        // In every arm, whoever asked may be gone by the time of the answer.
+        match command {
+            Command::Connect {
+                peer,
+                addresses,
+                reply,
+            } => {
+                if let Some(best) = self.peers.get(&peer).and_then(Peer::best) {
+                    let _ = reply.send(Ok(best.path.clone()));
+                    return;
+                }
+                match self.dial(peer, addresses) {
+                    Ok(()) => self.waiting.entry(peer).or_default().push(reply),
+                    Err(error) => drop(reply.send(Err(error))),
+                }
+            }
+            Command::Open {
+                peer,
+                protocol,
+                class,
+                reply,
+            } => self
+                .swarm
+                .behaviour_mut()
+                .streams
+                .open(peer, protocol, class, reply),
+            Command::Peers(reply) => {
+                let peers = self
+                    .peers
+                    .iter()
+                    .filter_map(|(id, peer)| {
+                        let best = peer.best()?;
+                        Some(PeerInfo {
+                            peer: *id,
+                            path: best.path.clone(),
+                            rtt: best.rtt,
+                            agent: peer.agent.clone(),
+                            connections: peer.connections.len(),
+                            direct_after: peer.direct_after,
+                        })
+                    })
+                    .collect();
+                let _ = reply.send(peers);
+            }
+            Command::Reachability(reply) => drop(reply.send(self.reachability())),
+            Command::Stop(_) => unreachable!("handled where the loop can end"),
+        }
+    }
+
+    fn on_outcome(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Exchanged {
+                peer,
+                initiator,
+                result,
+            } => self.on_exchanged(peer, initiator, result),
+            Outcome::Found {
+                peer,
+                socket,
+                address,
+            } => self.on_found(peer, socket, address),
+            Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
+        }
+    }
+
+    fn dial(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<(), ConnectError> {
+        let mut options = DialOpts::peer_id(peer)
+            .condition(PeerCondition::Disconnected)
+            .addresses(addresses.clone());
+        if addresses.is_empty() {
+            // What the DHT has heard of the peer comes from anybody: a last resort.
+            options = options.extend_addresses_through_behaviour();
+        }
+        let options = options.build();
+        let id = options.connection_id();
+        match self.swarm.dial(options) {
+            Ok(()) => {
+                self.dials.insert(id, Dial { peer, addresses });
+                Ok(())
+            }
+            Err(_) if self.is_dialling(&peer) => Ok(()),
+            Err(error) => Err(dial_error(peer, &error)),
+        }
+    }
+
+    fn is_dialling(&self, peer: &PeerId) -> bool {
+        self.dials.values().any(|dial| dial.peer == *peer)
+    }
+
+    fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
+        self.punching.dialled(id);
+        let Some(Dial {
+            peer,
+            mut addresses,
+        }) = self.dials.remove(&id)
+        else {
+            return;
+        };
+        tracing::debug!(%peer, %error, "a dial failed");
+        // The first to answer ends a dial, and it was another node, as happens with private addresses from another
+        // network: the rest have not been tried.
+        let elsewhere = match error {
+            DialError::WrongPeerId { address, .. } | DialError::LocalPeerId { address } => {
+                Some(split_peer_id(address.clone()).0)
+            }
+            _ => None,
+        };
+        if let Some(elsewhere) = elsewhere {
+            let before = addresses.len();
+            addresses.retain(|address| split_peer_id(address.clone()).0 != elsewhere);
+            let fewer = !addresses.is_empty() && addresses.len() < before;
+            if fewer && self.dial(peer, addresses).is_ok() {
+                return;
+            }
+        }
+        // Another dial to the same peer may still succeed.
+        if self.is_dialling(&peer) {
+            return;
+        }
+        self.refuse_circuits(&peer, &dial_error(peer, error).to_string());
+        for reply in self.waiting.remove(&peer).unwrap_or_default() {
+            // Whoever asked may be gone.
+            let _ = reply.send(Err(dial_error(peer, error)));
+        }
+    }
+
+    fn on_event(&mut self, event: SwarmEvent<BehaviourEvent<E>>) {
+        match event {
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            } => {
+                self.on_connected(peer_id, connection_id, &endpoint);
+            }
+            SwarmEvent::ConnectionClosed {
+                peer_id,
+                connection_id,
+                cause,
+                ..
+            } => {
+                tracing::debug!(peer = %peer_id, ?cause, "a connection closed");
+                self.on_closed(peer_id, connection_id);
+            }
+            SwarmEvent::OutgoingConnectionError {
+                connection_id,
+                error,
+                ..
+            } => {
+                self.on_dial_failed(connection_id, &error);
+            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                tracing::info!(%address, "not listening any more");
+                self.on_network_changed(&address);
+                self.on_address_gone(&address);
+            }
+            SwarmEvent::NewListenAddr { address, .. } => {
+                tracing::info!(%address, "listening");
+                self.on_network_changed(&address);
+                self.tell_addresses();
+            }
+            SwarmEvent::ListenerClosed {
+                addresses, reason, ..
+            } => {
+                tracing::warn!(?addresses, ?reason, "a listener has closed");
+                for address in &addresses {
+                    self.on_address_gone(address);
+                }
+            }
+            SwarmEvent::ListenerError { error, .. } => {
+                // A peer can cause it: not worth a line each time.
+                tracing::debug!(%error, "a listener failed");
+            }
+            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received {
+                connection_id,
+                peer_id,
+                info,
+            })) => self.on_identified(peer_id, connection_id, info),
+            SwarmEvent::Behaviour(BehaviourEvent::Ping(event)) => match event.result {
+                Ok(rtt) => {
+                    if let Some(connection) = self
+                        .peers
+                        .get_mut(&event.peer)
+                        .and_then(|peer| peer.connections.get_mut(&event.connection))
+                    {
+                        connection.rtt = Some(rtt);
+                    }
+                }
+                Err(ping::Failure::Unsupported) => {}
+                // A path that carries no ping carries nothing else; libp2p leaves closing it to us.
+                Err(error) => {
+                    tracing::debug!(peer = %event.peer, %error, "no answer to a ping");
+                    self.swarm.close_connection(event.connection);
+                }
+            },
+            SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
+                let mut by_peer: HashMap<PeerId, Vec<Multiaddr>> = HashMap::new();
+                for (peer, address) in found {
+                    by_peer
+                        .entry(peer)
+                        .or_default()
+                        .push(split_peer_id(address).0);
+                }
+                for (peer, addresses) in by_peer {
+                    if self.peers.len() + self.dials.len() < MDNS_PEERS
+                        && !self.peers.contains_key(&peer)
+                    {
+                        tracing::debug!(%peer, "found on the local network");
+                        // Already dialling it is as good.
+                        let _ = self.dial(peer, addresses);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn on_connected(&mut self, id: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
+        let now = Instant::now();
+        let path = path(endpoint);
+        tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "connected");
+        self.dials.remove(&connection);
+        self.punching.dialled(connection);
+        for reply in self.waiting.remove(&id).unwrap_or_default() {
+            // Whoever asked may be gone.
+            let _ = reply.send(Ok(path.clone()));
+        }
+        if let ConnectedPoint::Listener { local_addr, .. } = endpoint {
+            self.on_reached(local_addr, &path);
+        }
+        if !self.outside && addresses::is_outside(&path.address) {
+            self.outside = true;
+            self.tell_addresses();
+        }
+        let peer = self.peers.entry(id).or_insert_with(|| Peer::new(now));
+        let was_direct = peer.is_direct();
+        let was_connected = !peer.connections.is_empty();
+        let direct = path.kind < PathKind::Relayed;
+        peer.connections.insert(
+            connection,
+            Connection {
+                path,
+                rtt: None,
+                since: now,
+                dialled: endpoint.is_dialer(),
+                from_listener: match endpoint {
+                    ConnectedPoint::Dialer { port_use, .. } => *port_use == PortUse::Reuse,
+                    ConnectedPoint::Listener { .. } => true,
+                },
+            },
+        );
+        if direct {
+            self.punching.forget(&id);
+            if was_connected && !was_direct {
+                let after = now - peer.since;
+                peer.direct_after.get_or_insert(after);
+                tracing::info!(peer = %id, after_ms = after.as_millis(), "connected directly");
+            }
+            self.open_circuits(&id);
+        } else {
+            self.punch(id);
+        }
+    }
+
+    fn on_closed(&mut self, id: PeerId, connection: ConnectionId) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        let closed = peer.connections.remove(&connection);
+        let (direct, gone) = (peer.is_direct(), peer.connections.is_empty());
+        if closed.is_some_and(|closed| closed.since.elapsed() >= STEADY) {
+            for bootstrap in self.bootstrap.iter_mut().filter(|b| b.peer == id) {
+                bootstrap.pause = RETRY.0;
+            }
+        }
+        if !direct {
+            self.on_direct_lost(&id);
+        }
+        if gone {
+            self.peers.remove(&id);
+            self.punching.forget(&id);
+            self.reach.forget(&id);
+        }
+    }
+
+    fn on_identified(&mut self, id: PeerId, connection: ConnectionId, info: identify::Info) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        let Some(connection) = peer.connections.get(&connection) else {
+            return;
+        };
+        // A stranger's text on its way to terminals and logs.
+        peer.agent = info
+            .agent_version
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(64)
+            .collect();
+        let seen_at = connection.path.address.clone();
+        let relayed = connection.path.kind == PathKind::Relayed;
+        let claimed: Vec<Multiaddr> = info
+            .listen_addrs
+            .into_iter()
+            .filter(|address| match socket(address) {
+                // A relay tells nothing of where its users are.
+                Some((at, _)) if relayed => is_public(&at.ip()),
+                _ => relayed || dialable_from(&seen_at, address),
+            })
+            .take(MAX_CLAIMED)
+            .collect();
+        if !relayed {
+            peer.hop = info.protocols.contains(&HOP).then(|| claimed.clone());
+        }
+        let observer = socket(&seen_at).map(|(at, _)| at.ip());
+        let seen = socket(&info.observed_addr).filter(|_| connection.from_listener && !relayed);
+        if let (Some(observer), Some((seen, transport))) = (observer, seen) {
+            let now = Instant::now();
+            let chosen = self.bootstrap.iter().any(|bootstrap| bootstrap.peer == id);
+            let observer = (observer, chosen);
+            if self.reach.observe(id, observer, transport, seen, now) {
+                tracing::debug!(peer = %id, %seen, %transport, "seen at");
+            }
+        }
+        for address in claimed {
+            self.swarm.add_peer_address(id, address);
+        }
+        self.hold_relays();
+        self.punch_all();
+    }
+
+    fn on_tick(&mut self) {
+        self.reach_bootstrap();
+        self.renew_relays();
+        self.expire_reservations();
+        self.hold_relays();
+        self.punch_all();
+        self.drain();
+        self.tell_addresses();
+    }
+
+    /// Closes connections that a better one has replaced, once nothing is under way on them.
+    fn drain(&mut self) {
+        let now = Instant::now();
+        let local = *self.swarm.local_peer_id();
+        let mut surplus = Vec::new();
+        for (id, peer) in &self.peers {
+            let old = |c: &Connection| now.duration_since(c.since) >= DRAIN;
+            let settled = |c: &Connection| c.path.kind < PathKind::Relayed && old(c);
+            if peer.connections.values().any(settled) {
+                let relayed = peer
+                    .connections
+                    .iter()
+                    .filter(|(_, c)| c.path.kind == PathKind::Relayed && old(c));
+                surplus.extend(relayed.map(|(connection, _)| *connection));
+            }
+            // Where both sides punched at once: one of the two sides decides, so that not both close the other's. Only there: elsewhere, a
+            // second connection may carry what others relay through us, which does not show here.
+            if local < *id && peer.direct_after.is_some() {
+                let mut kept = HashMap::new();
+                for (connection, c) in &peer.connections {
+                    let class = (c.path.kind, c.path.transport);
+                    let first = kept.entry(class).or_insert((c.since, *connection));
+                    *first = (*first).min((c.since, *connection));
+                }
+                let doubles = peer.connections.iter().filter(|(connection, c)| {
+                    kept[&(c.path.kind, c.path.transport)].1 != **connection && old(c)
+                });
+                surplus.extend(doubles.map(|(connection, _)| *connection));
+            }
+        }
+        for connection in surplus {
+            if !self.swarm.behaviour().streams.in_use(connection) {
+                tracing::debug!(%connection, "a better connection has replaced it");
+                self.swarm.close_connection(connection);
+            }
+        }
+    }
+
+    fn reachability(&self) -> Reachability {
+        let own: Vec<IpAddr> = self
+            .swarm
+            .listeners()
+            .filter_map(socket)
+            .map(|(at, _)| at.ip())
+            .collect();
+        let observed = [Transport::Tcp, Transport::Quic].into_iter().flat_map(|t| {
+            let seen = self.reach.candidates(t).into_iter();
+            seen.map(move |address| of_socket(address, t))
+        });
+        let mut public: Vec<_> = self.configured.union(&self.public).cloned().collect();
+        public.sort_by_key(Multiaddr::to_vec);
+        Reachability {
+            is_relay: self.is_relay(),
+            relay_use: self.server.used(),
+            public,
+            mapped: self.mapped_addresses().collect(),
+            observed: observed.collect(),
+            tcp_mapping: self.reach.mapping(Transport::Tcp, &own),
+            quic_mapping: self.reach.mapping(Transport::Quic, &own),
+            relays: self.relays.held(),
+            lacks_relays: self.lacks_relays(),
+        }
+    }
+
+    fn reach_bootstrap(&mut self) {
+        let now = Instant::now();
+        let due: Vec<_> = self
+            .bootstrap
+            .iter_mut()
+            .filter(|b| b.next <= now && !self.peers.contains_key(&b.peer))
+            .map(|b| {
+                b.next = now + b.pause;
+                b.pause = (b.pause * 2).min(RETRY.1);
+                (b.peer, b.address.clone())
+            })
+            .collect();
+        for (peer, address) in due {
+            if let Err(error) = self.dial(peer, vec![address]) {
+                tracing::debug!(%error, "a bootstrap node cannot be dialled");
+            }
+        }
+    }
+
+    async fn stop(&mut self) {
+        self.protocols.clear();
+        let peers: Vec<PeerId> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            // Gone already is as good.
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        let closed = async {
+            while self.swarm.connected_peers().next().is_some() {
+                self.swarm.select_next_some().await;
+            }
+        };
+        let mappings = std::mem::take(&mut self.mappings);
+        let released = futures::future::join_all(mappings.into_values().map(Mapping::release));
+        let both = futures::future::join(closed, released);
+        if timeout(STOP_WAIT, both).await.is_err() {
+            tracing::debug!("some connections did not close, or the gateway was not told, in time");
+        }
+    }
+}
+
+/// What a person can make use of.
+fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
+    let reason = match error {
+        DialError::NoAddresses => return ConnectError::NoAddress(peer),
+        DialError::Transport(attempts) => attempts
+            .iter()
+            .map(|(address, error)| match error {
+                TransportError::Other(error) => format!("{address}: {}", innermost(error)),
+                TransportError::MultiaddrNotSupported(_) => {
+                    format!("{address}: not an address this node can dial")
+                }
+            })
+            .collect::<Vec<_>>()
+            .join("; "),
+        DialError::WrongPeerId { obtained, .. } => {
+            format!("another node ({obtained}) answers there")
+        }
+        error => error.to_string(),
+    };
+    ConnectError::Failed { peer, reason }
+}
+
+/// The cause at the end of the chain: the layers above it only say that something below failed.
+fn innermost(error: &io::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    loop {
+        let below = match cause.downcast_ref::<io::Error>() {
+            Some(io) => io.get_ref().map(|inner| inner as &dyn std::error::Error),
+            None => cause.source(),
+        };
+        match below {
+            Some(below) => cause = below,
+            None => return cause.to_string(),
+        }
+    }
+}

@@ -1,0 +1,454 @@
+//! Hole punching as the driver does it: when to begin, what to dial, and the search where dialling does not do.
+
+use std::{
+    collections::{HashMap, HashSet},
+    convert::Infallible,
+    io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    PeerId,
+    core::Endpoint,
+    swarm::{
+        ConnectionId, NetworkBehaviour,
+        dial_opts::{DialOpts, PeerCondition},
+    },
+};
+use tokio::{
+    sync::oneshot,
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
+use weft_proto::wire::UdpMapping;
+
+use super::{Driver, Outcome};
+use crate::{
+    Mapping, Stream, Transport,
+    address::{is_link_local, is_public, of_socket, socket},
+    punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
+    search, split_peer_id,
+};
+
+/// Exchanges that peers may have under way with us.
+const MAX_RESPONDING: usize = 64;
+
+/// A peer's exchanges begin at least this far apart.
+const RESPOND_AGAIN: Duration = Duration::from_millis(500);
+
+/// Dials that come of exchanges, under way at a time. Others have the rest of what may be dialled at a time.
+const MAX_DIALS: usize = 64;
+
+/// The same of one peer: three attempts of four.
+const MAX_DIALS_PER_PEER: usize = 12;
+
+/// How long an exchange may take, the opening of its stream included.
+const EXCHANGE: Duration = Duration::from_secs(15);
+
+/// Searches under way at a time, which bounds what they send: 500 packets of 17 bytes a second each.
+const MAX_SEARCHES: usize = 4;
+
+/// The least time between two searches with one peer: from one attempt that searches to the next.
+const SEARCH_AGAIN: Duration = HEAD_START.saturating_add(search::LIMIT);
+
+/// Peers whose last search is remembered.
+const MAX_SEARCHED: usize = 1024;
+
+/// What the driver remembers of it.
+#[derive(Debug)]
+pub(super) struct Punching {
+    enabled: bool,
+    /// When to punch to those that we reach through a relay.
+    schedules: HashMap<PeerId, Schedule>,
+    /// Peers that exchange with us.
+    responding: HashSet<PeerId>,
+    /// Peers that did a moment ago.
+    responded: HashMap<PeerId, Instant>,
+    dials: HashMap<ConnectionId, (PeerId, Instant)>,
+    searches: HashMap<PeerId, AbortHandle>,
+    searched: HashMap<PeerId, Instant>,
+}
+
+impl Punching {
+    pub(super) fn new(enabled: bool) -> Self {
+        Self {
+            enabled,
+            schedules: HashMap::new(),
+            responding: HashSet::new(),
+            responded: HashMap::new(),
+            dials: HashMap::new(),
+            searches: HashMap::new(),
+            searched: HashMap::new(),
+        }
+    }
+
+    /// There is a direct path to the peer now, or none at all.
+    pub(super) fn forget(&mut self, peer: &PeerId) {
+        self.schedules.remove(peer);
+        if let Some(search) = self.searches.remove(peer) {
+            search.abort();
+        }
+    }
+
+    /// A dial is over, whatever it came to.
+    pub(super) fn dialled(&mut self, id: ConnectionId) {
+        self.dials.remove(&id);
+    }
+
+    /// Whether to begin an exchange with `peer`: not while it has begun one.
+    fn may_begin(&self, peer: &PeerId) -> bool {
+        !self.responding.contains(peer)
+    }
+
+    /// Whether to answer an exchange that `peer` begins. Of two that cross, that of the lower id goes on: both sides are to search for the same.
+    fn may_answer(&self, local: &PeerId, peer: &PeerId) -> bool {
+        let begun = self.schedules.get(peer).is_some_and(Schedule::is_running);
+        let wins = begun && local < peer;
+        !wins && !self.responding.contains(peer)
+    }
+
+    /// Whether another exchange with `peer` may lead to dials. Those of an attempt that is over may go on for a while.
+    fn may_dial(&self, peer: &PeerId, now: Instant) -> bool {
+        let begun = self.dials.values().filter(|(dialled, _)| dialled == peer);
+        let begun: Vec<_> = begun.map(|(_, at)| *at).collect();
+        let over = |at: &Instant| now.duration_since(*at) >= ATTEMPT;
+        self.dials.len() < MAX_DIALS && begun.len() < MAX_DIALS_PER_PEER && begun.iter().all(over)
+    }
+}
+
+impl<E> Driver<E>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    /// Where we may be reached by one who punches.
+    fn candidates(&self) -> Candidates {
+        let mut mine = Candidates {
+            seen_at: self.reach.seen_at(),
+            udp: self.udp_mapping(),
+            ..Candidates::default()
+        };
+        let seen = [Transport::Quic, Transport::Tcp]
+            .into_iter()
+            .flat_map(|transport| {
+                let seen = self.reach.candidates(transport).into_iter();
+                seen.map(move |at| (at, transport))
+            });
+        let seen: Vec<_> = seen.collect();
+        // What a neighbour sees is for those who are seen from outside nowhere, as in a mesh on a network of its own.
+        let outside = seen.iter().any(|(at, _)| is_public(&at.ip()));
+        let told = seen
+            .into_iter()
+            .filter(|(at, _)| !outside || is_public(&at.ip()));
+        mine.public
+            .extend(told.map(|(at, transport)| of_socket(at, transport)));
+        let loopback = mine.seen_at.iter().any(IpAddr::is_loopback);
+        let outside = self.reachable_at();
+        for address in outside.iter().chain(self.swarm.listeners()) {
+            let Some((at, _)) = socket(address) else {
+                continue;
+            };
+            let address = split_peer_id(address.clone()).0;
+            if is_public(&at.ip()) {
+                mine.seen_at.insert(at.ip());
+                mine.public.push(address);
+            } else if (loopback || !at.ip().is_loopback()) && !is_link_local(&address) {
+                mine.private.push(address);
+            }
+        }
+        for list in [&mut mine.public, &mut mine.private] {
+            let mut seen = HashSet::new();
+            list.retain(|address| seen.insert(address.clone()));
+            list.truncate(punch::MAX_ADDRESSES / 2);
+            // The order says nothing, and a change of it is no news.
+            list.sort_by_key(libp2p::Multiaddr::to_vec);
+        }
+        mine
+    }
+
+    /// How the NAT maps our QUIC port. Where only one observer has told, a port that is not ours is taken for one of many: to search in vain costs
+    /// little.
+    fn udp_mapping(&self) -> UdpMapping {
+        let own: Vec<_> = self.swarm.listeners().filter_map(socket).collect();
+        let ips: Vec<_> = own.iter().map(|(at, _)| at.ip()).collect();
+        let mut seen = self.reach.candidates(Transport::Quic).into_iter();
+        let Some(seen) = seen.find(|at| at.is_ipv4()) else {
+            return UdpMapping::Unspecified;
+        };
+        let preserved = own
+            .iter()
+            .any(|(at, transport)| *transport == Transport::Quic && at.port() == seen.port());
+        match self.reach.mapping(Transport::Quic, &ips) {
+            Mapping::EndpointDependent => UdpMapping::EndpointDependent,
+            Mapping::Unknown if !preserved => UdpMapping::EndpointDependent,
+            _ => UdpMapping::EndpointIndependent,
+        }
+    }
+
+    /// Begins to punch to all that are reached through a relay, where that is due.
+    pub(super) fn punch_all(&mut self) {
+        let relayed = |(id, peer): (&PeerId, &super::Peer)| peer.to_punch().map(|_| *id);
+        let peers: Vec<_> = self.peers.iter().filter_map(relayed).collect();
+        for peer in peers {
+            self.punch(peer);
+        }
+    }
+
+    /// Begins to punch to `peer` if that is due.
+    pub(super) fn punch(&mut self, id: PeerId) {
+        let now = Instant::now();
+        let punching = &self.punching;
+        if !punching.enabled || !punching.may_begin(&id) || !punching.may_dial(&id, now) {
+            return;
+        }
+        let Some(connection) = self.peers.get(&id).and_then(super::Peer::to_punch) else {
+            return;
+        };
+        let mine = self.candidates();
+        let schedules = &mut self.punching.schedules;
+        let schedule = schedules.entry(id).or_insert_with(|| Schedule::new(now));
+        if !schedule.is_due(&mine, now) {
+            return;
+        }
+        schedule.begin();
+        let (reply, answer) = oneshot::channel();
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        streams.open_on(id, connection, punch::PROTOCOL, reply);
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            let exchange = async {
+                let plan = match answer.await {
+                    Ok(Ok(stream)) => punch::initiate(stream, &mine).await?,
+                    Ok(Err(error)) => return Err(io::Error::other(error).into()),
+                    Err(_) => return Err(PunchError::Ended),
+                };
+                sleep(plan.wait).await;
+                Ok(plan)
+            };
+            let result = timeout(EXCHANGE, exchange).await;
+            // The network may have stopped.
+            let _ = outcomes
+                .send(Outcome::Exchanged {
+                    peer: id,
+                    initiator: true,
+                    result: result.unwrap_or(Err(PunchError::TimedOut)),
+                })
+                .await;
+        });
+    }
+
+    /// A peer begins to punch to us.
+    pub(super) fn respond(&mut self, stream: Stream) {
+        let id = stream.peer();
+        let now = Instant::now();
+        let direct = self.peers.get(&id).is_none_or(super::Peer::is_direct);
+        let punching = &mut self.punching;
+        let responded = &mut punching.responded;
+        responded.retain(|_, at| now.duration_since(*at) < RESPOND_AGAIN);
+        if direct
+            || !punching.enabled
+            // What a peer names is dialled, and might be somebody else's: not too much of it.
+            || punching.responded.contains_key(&id)
+            || !punching.may_dial(&id, now)
+            || !punching.may_answer(self.swarm.local_peer_id(), &id)
+            || punching.responding.len() >= MAX_RESPONDING
+        {
+            // Dropped, and so reset.
+            return;
+        }
+        punching.responding.insert(id);
+        punching.responded.insert(id, now);
+        let mine = self.candidates();
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            let result = punch::respond(stream, &mine).await;
+            // The network may have stopped.
+            let _ = outcomes
+                .send(Outcome::Exchanged {
+                    peer: id,
+                    initiator: false,
+                    result,
+                })
+                .await;
+        });
+    }
+
+    pub(super) fn on_exchanged(
+        &mut self,
+        peer: PeerId,
+        initiator: bool,
+        result: Result<Plan, PunchError>,
+    ) {
+        if !initiator {
+            self.punching.responding.remove(&peer);
+        } else if let Some(schedule) = self.punching.schedules.get_mut(&peer) {
+            let attempt = match &result {
+                Ok(plan) if plan.search.is_some() => HEAD_START + search::LIMIT,
+                Ok(_) => ATTEMPT,
+                Err(_) => Duration::ZERO,
+            };
+            schedule.exchanged(attempt, Instant::now());
+        }
+        if self.peers.get(&peer).is_none_or(super::Peer::is_direct) {
+            return;
+        }
+        match result {
+            Ok(plan) => self.carry_out(peer, plan),
+            Err(error) => tracing::debug!(%peer, %error, "no direct connection can be tried"),
+        }
+    }
+
+    /// A search has shown from which socket `peer` can be reached, and where.
+    pub(super) fn on_found(&mut self, peer: PeerId, socket: UdpSocket, address: SocketAddr) {
+        self.punching.searches.remove(&peer);
+        if self.peers.get(&peer).is_none_or(super::Peer::is_direct) {
+            return;
+        }
+        tracing::debug!(%peer, %address, "a search has found the way");
+        self.sockets.prepare(address, socket);
+        let dial = DialOpts::peer_id(peer)
+            .condition(PeerCondition::Always)
+            .addresses(vec![of_socket(address, Transport::Quic)])
+            // Not ours to listen on: what others see it as says nothing of our listening port.
+            .allocate_new_port();
+        self.punch_dial(peer, dial.build());
+    }
+
+    fn carry_out(&mut self, peer: PeerId, plan: Plan) {
+        for (transport, addresses) in punch::parts(&plan.addresses) {
+            tracing::debug!(%peer, ?addresses, "punching");
+            let mut options = DialOpts::peer_id(peer)
+                .condition(PeerCondition::Always)
+                .addresses(addresses);
+            // Both sides of a QUIC connection may be its client; on TCP one packet each way makes one connection.
+            if transport == Transport::Tcp && plan.role == Endpoint::Listener {
+                options = options.override_role();
+            }
+            self.punch_dial(peer, options.build());
+        }
+        if let Some(search) = plan.search {
+            self.search(peer, search);
+        }
+    }
+
+    fn punch_dial(&mut self, peer: PeerId, options: DialOpts) {
+        let id = options.connection_id();
+        match self.swarm.dial(options) {
+            Ok(()) => drop(self.punching.dials.insert(id, (peer, Instant::now()))),
+            Err(error) => tracing::debug!(%peer, %error, "cannot punch"),
+        }
+    }
+
+    /// Searches for a port, unless a direct connection comes about first.
+    fn search(&mut self, peer: PeerId, search: Search) {
+        let now = Instant::now();
+        let punching = &mut self.punching;
+        punching.searches.retain(|_, task| !task.is_finished());
+        let searched = &mut punching.searched;
+        searched.retain(|_, at| now.duration_since(*at) < SEARCH_AGAIN);
+        if punching.searches.len() >= MAX_SEARCHES
+            || punching.searched.len() >= MAX_SEARCHED
+            || punching.searched.contains_key(&peer)
+        {
+            return;
+        }
+        let task = match search {
+            Search::OpenMany { targets, token } => {
+                let outcomes = self.outcomes.clone();
+                tokio::spawn(async move {
+                    sleep(HEAD_START).await;
+                    match search::open_many(&targets, &token).await {
+                        Ok((socket, address)) => {
+                            // The network may have stopped.
+                            let _ = outcomes
+                                .send(Outcome::Found {
+                                    peer,
+                                    socket,
+                                    address,
+                                })
+                                .await;
+                        }
+                        Err(error) => tracing::debug!(%peer, %error, "a search found nothing"),
+                    }
+                })
+            }
+            Search::TryMany {
+                target,
+                last,
+                token,
+            } => {
+                let Some(socket) = self.sockets.listening(target) else {
+                    return;
+                };
+                tokio::spawn(async move {
+                    sleep(HEAD_START).await;
+                    if let Err(error) = search::try_many(&socket, target, last, &token).await {
+                        tracing::debug!(%peer, %error, "a search cannot be made");
+                    }
+                })
+            }
+        };
+        tracing::debug!(%peer, "searching for a port");
+        self.punching.searched.insert(peer, now);
+        self.punching.searches.insert(peer, task.abort_handle());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_exchanges_that_cross_one_goes_on() {
+        let mut ids = [PeerId::random(), PeerId::random()];
+        ids.sort();
+        let [low, high] = ids;
+        let now = Instant::now();
+        let begun = |peer| {
+            let mut punching = Punching::new(true);
+            let mut schedule = Schedule::new(now);
+            schedule.begin();
+            punching.schedules.insert(peer, schedule);
+            punching
+        };
+        // Both have begun before either hears of the other's.
+        let (at_low, mut at_high) = (begun(high), begun(low));
+        assert!(!at_low.may_answer(&low, &high));
+        assert!(at_high.may_answer(&high, &low));
+        // One that answers does not begin, and answers once.
+        at_high.responding.insert(low);
+        assert!(!at_high.may_begin(&low));
+        assert!(!at_high.may_answer(&high, &low));
+        // One that has not begun answers whoever asks.
+        let idle = Punching::new(true);
+        assert!(idle.may_begin(&high) && idle.may_answer(&low, &high));
+    }
+
+    #[test]
+    fn dials_of_exchanges_are_bounded_and_do_not_hold_up_the_next_attempt() {
+        let mut punching = Punching::new(true);
+        let (peer, now) = (PeerId::random(), Instant::now());
+        let mut next = 0;
+        let mut dial = |punching: &mut Punching, peer, at| {
+            next += 1;
+            let id = ConnectionId::new_unchecked(next);
+            punching.dials.insert(id, (peer, at));
+            id
+        };
+        let first = dial(&mut punching, peer, now);
+        assert!(!punching.may_dial(&peer, now));
+        assert!(punching.may_dial(&PeerId::random(), now));
+        // A packet that is never answered takes longer to fail than an attempt has.
+        assert!(punching.may_dial(&peer, now + ATTEMPT));
+        punching.dialled(first);
+        assert!(punching.may_dial(&peer, now));
+        for _ in 0..MAX_DIALS_PER_PEER {
+            dial(&mut punching, peer, now);
+        }
+        assert!(!punching.may_dial(&peer, now + ATTEMPT));
+        while punching.dials.len() < MAX_DIALS {
+            dial(&mut punching, PeerId::random(), now);
+        }
+        assert!(!punching.may_dial(&PeerId::random(), now + ATTEMPT));
+    }
+}

@@ -1,0 +1,349 @@
+//! Relays as the driver deals with them: those that serve us, and being one.
+
+use std::{collections::HashSet, convert::Infallible, io, net::IpAddr, time::Instant};
+
+use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::NetworkBehaviour};
+use tokio::sync::oneshot;
+
+use super::{Driver, Outcome};
+use crate::{
+    Class, Incoming, OpenError, PathKind, RelayServer, Stream,
+    address::{dialable_from, is_public, is_relayed, socket},
+    circuit::{self, Arrival, CircuitError, DialRequest, Grant, HOP, STOP},
+    relay_server::Need,
+    relays::Candidate,
+    split_peer_id,
+};
+
+/// Addresses through one relay that are given to others.
+const MAX_ADDRESSES: usize = 4;
+
+/// The next stream, if something is accepted at all.
+pub(super) async fn next(incoming: &mut Option<Incoming>) -> Option<Stream> {
+    match incoming {
+        Some(incoming) => incoming.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl<E> Driver<E>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    /// Asks for the reservations that are lacking.
+    pub(super) fn hold_relays(&mut self) {
+        if !self.needs_relays() {
+            return;
+        }
+        let candidates = self.peers.iter().filter_map(|(id, peer)| {
+            let hop = peer.hop.as_ref()?;
+            let direct = peer
+                .connections
+                .values()
+                .filter(|c| c.path.kind < PathKind::Relayed);
+            let connection = direct.min_by_key(|c| (!c.dialled, c.rtt))?;
+            let address = match connection.dialled {
+                true => connection.path.address.clone(),
+                false => hop
+                    .iter()
+                    .find(|address| socket(address).is_some())?
+                    .clone(),
+            };
+            Some(Candidate {
+                peer: *id,
+                preferred: self.preferred_relays.contains(id),
+                rtt: connection.rtt,
+                address: split_peer_id(address).0,
+            })
+        });
+        let now = Instant::now();
+        for candidate in self.relays.wanted(candidates.collect(), now) {
+            self.relays.asked(&candidate, now);
+            self.ask_relay(candidate.peer);
+        }
+    }
+
+    /// A node that strangers reach needs none, if they do over IPv4: with IPv6 alone, many do not.
+    fn needs_relays(&self) -> bool {
+        if self.relay_server == RelayServer::Always {
+            return false;
+        }
+        let v4 = |address: &Multiaddr| {
+            socket(address).is_some_and(|(at, _)| at.is_ipv4() && !at.ip().is_loopback())
+        };
+        let has_v4 = self.swarm.listeners().any(v4);
+        let reachable = self.reachable_at();
+        reachable.is_empty() || has_v4 && !reachable.iter().any(v4)
+    }
+
+    /// Whether more relays should be found than are known.
+    pub(super) fn lacks_relays(&self) -> bool {
+        self.needs_relays() && self.relays.lacks()
+    }
+
+    fn ask_relay(&mut self, relay: PeerId) {
+        let (reply, answer) = oneshot::channel();
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        streams.open(relay, HOP, Class::Control, reply);
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            let result = match answer.await {
+                Ok(Ok(stream)) => circuit::reserve(stream, relay).await,
+                Ok(Err(error)) => Err(io::Error::other(error).into()),
+                Err(_) => Err(CircuitError::Ended),
+            };
+            // The network may have stopped.
+            let _ = outcomes.send(Outcome::Reserved { relay, result }).await;
+        });
+    }
+
+    pub(super) fn on_reserved(&mut self, relay: PeerId, result: Result<Grant, CircuitError>) {
+        let grant = match result {
+            Ok(grant) => grant,
+            Err(error) => {
+                tracing::debug!(%relay, %error, "a relay holds no place for us");
+                return self.lose_relay(&relay);
+            }
+        };
+        let addresses = self.circuit_addresses(relay, &grant);
+        if addresses.is_empty() {
+            tracing::debug!(%relay, "a relay names no address at which others could reach it");
+            return self.lose_relay(&relay);
+        }
+        let now = Instant::now();
+        let granted = self.relays.granted(relay, addresses, grant.holds, now);
+        let Some(before) = granted else {
+            return;
+        };
+        self.update_kept(relay);
+        if before.is_empty() {
+            tracing::info!(%relay, "a relay holds a place for this node");
+        }
+        self.tell_addresses();
+    }
+
+    /// Where others reach us through `relay`: at the addresses that it names, as far as they make sense, and where we reach it.
+    fn circuit_addresses(&self, relay: PeerId, grant: &Grant) -> Vec<Multiaddr> {
+        let connections = self.peers.get(&relay).into_iter();
+        let connections = connections.flat_map(|peer| peer.connections.values());
+        let direct: Vec<_> = connections
+            .filter(|c| c.path.kind < PathKind::Relayed)
+            .collect();
+        let Some(seen) = direct.first() else {
+            return Vec::new();
+        };
+        let dialled = direct.iter().filter(|c| c.dialled);
+        let dialled = dialled.map(|c| split_peer_id(c.path.address.clone()).0);
+        let named = grant.addresses.iter().filter(|address| {
+            let place = match socket(address) {
+                Some((at, _)) => is_public(&at.ip()) || dialable_from(&seen.path.address, address),
+                // A name.
+                None => matches!(
+                    address.iter().next(),
+                    Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_))
+                ),
+            };
+            place && !is_relayed(address)
+        });
+        let mut all: Vec<_> = dialled.chain(named.cloned()).collect();
+        let mut known = HashSet::new();
+        all.retain(|address| known.insert(address.clone()));
+        all.truncate(MAX_ADDRESSES);
+        all.into_iter()
+            .map(|address| {
+                address
+                    .with(Protocol::P2p(relay))
+                    .with(Protocol::P2pCircuit)
+            })
+            .collect()
+    }
+
+    /// The reservation is gone, or was not granted.
+    pub(super) fn lose_relay(&mut self, relay: &PeerId) {
+        let Some(addresses) = self.relays.lost(relay, Instant::now()) else {
+            return;
+        };
+        self.update_kept(*relay);
+        if !addresses.is_empty() {
+            tracing::info!(%relay, "a relay holds no place for this node any more");
+        }
+        self.tell_addresses();
+        self.hold_relays();
+    }
+
+    pub(super) fn renew_relays(&mut self) {
+        for relay in self.relays.due(Instant::now()) {
+            self.ask_relay(relay);
+        }
+    }
+
+    /// Somebody here dials through a relay.
+    pub(super) fn on_circuit_wanted(&mut self, request: DialRequest) {
+        let relay = request.relay;
+        if self.peers.get(&relay).is_some_and(super::Peer::is_direct) {
+            return self.open_circuit(request);
+        }
+        let dialled = match request.address.is_empty() {
+            true => Err(OpenError::NotConnected(relay).to_string()),
+            false => self
+                .dial(relay, vec![request.address.clone()])
+                .map_err(|error| error.to_string()),
+        };
+        match dialled {
+            Ok(()) => self.circuits_wanted.entry(relay).or_default().push(request),
+            Err(error) => {
+                // Whoever asked may be gone.
+                let _ = request.reply.send(Err(io::Error::other(error)));
+            }
+        }
+    }
+
+    /// There is a direct connection to `relay` now.
+    pub(super) fn open_circuits(&mut self, relay: &PeerId) {
+        for request in self.circuits_wanted.remove(relay).unwrap_or_default() {
+            self.open_circuit(request);
+        }
+    }
+
+    /// No connection to `relay` came about.
+    pub(super) fn refuse_circuits(&mut self, relay: &PeerId, error: &str) {
+        for request in self.circuits_wanted.remove(relay).unwrap_or_default() {
+            let error = io::Error::other(format!("cannot reach the relay: {error}"));
+            // Whoever asked may be gone.
+            let _ = request.reply.send(Err(error));
+        }
+    }
+
+    fn open_circuit(&mut self, request: DialRequest) {
+        let (reply, answer) = oneshot::channel();
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        // Models may pass through it.
+        streams.open(request.relay, HOP, Class::Bulk, reply);
+        tokio::spawn(async move {
+            let result = async {
+                let mut stream = answer
+                    .await
+                    .map_err(|_| io::Error::from(io::ErrorKind::NotConnected))?
+                    .map_err(io::Error::other)?;
+                circuit::connect(&mut stream, request.destination)
+                    .await
+                    .map_err(io::Error::other)?;
+                Ok(stream)
+            };
+            let result = result.await;
+            // Whoever asked may be gone.
+            let _ = request.reply.send(result);
+        });
+    }
+
+    /// A relay offers a circuit that somebody has asked for.
+    pub(super) fn on_circuit_offered(&mut self, mut stream: Stream) {
+        let relay = stream.peer();
+        if stream.path().kind == PathKind::Relayed || !self.relays.knows(&relay) {
+            // Dropped, and so reset: it is not one of ours.
+            return;
+        }
+        let address = split_peer_id(stream.path().address.clone()).0;
+        let arrivals = self.arrivals.clone();
+        tokio::spawn(async move {
+            match circuit::accept(&mut stream).await {
+                Ok(source) => {
+                    let arrival = Arrival {
+                        source,
+                        relay: address.with(Protocol::P2p(relay)),
+                        stream,
+                    };
+                    if arrivals.try_send(arrival).is_err() {
+                        tracing::debug!(%relay, "refused: too many circuits arrive");
+                    }
+                }
+                Err(error) => tracing::debug!(%relay, %error, "a circuit did not arrive"),
+            }
+        });
+    }
+
+    /// Serves as a relay if told to, or if strangers reach us; stops if they do not any more.
+    pub(super) fn update_relay_server(&mut self) {
+        let serve = self.is_relay();
+        if serve == self.hops.is_some() {
+            return;
+        }
+        // What is not accepted is not advertised either.
+        self.hops = match serve {
+            true => self.protocols.accept(HOP).ok(),
+            false => None,
+        };
+        tracing::info!(serve, "serving as a relay");
+    }
+
+    pub(super) fn is_relay(&self) -> bool {
+        match self.relay_server {
+            RelayServer::Always => true,
+            RelayServer::Never => false,
+            // A forwarded port is somebody's home: that alone is no offer to relay.
+            RelayServer::Auto => !self.public.is_empty() || !self.configured.is_empty(),
+        }
+    }
+
+    /// A request to this node as a relay.
+    pub(super) fn on_hop(&mut self, stream: Stream) {
+        let addresses = self.relay_addresses();
+        self.server.serve(stream, addresses);
+    }
+
+    /// What reservations here name. One that strangers reach at one port is taken to be reached at the others.
+    fn relay_addresses(&self) -> Vec<Multiaddr> {
+        let reachable = self.reachable_at();
+        let reached: HashSet<IpAddr> = reachable
+            .iter()
+            .filter_map(socket)
+            .map(|(at, _)| at.ip())
+            .collect();
+        let all = self.relay_server == RelayServer::Always;
+        let own = self.addresses().into_iter();
+        own.filter(|address| match socket(address) {
+            Some((at, _)) => all || reached.contains(&at.ip()),
+            // A name that was given, or a WebSocket.
+            None => !is_relayed(address),
+        })
+        .collect()
+    }
+
+    pub(super) fn on_need(&mut self, need: Need) {
+        let direct = |peer| self.peers.get(peer).is_some_and(super::Peer::is_direct);
+        match need {
+            Need::Keep(peer) if direct(&peer) => self.update_kept(peer),
+            // It went away in the meantime.
+            Need::Keep(peer) => self.server.disconnected(&peer),
+            Need::Open(peer, reply) => {
+                if direct(&peer) {
+                    let streams = &mut self.swarm.behaviour_mut().streams;
+                    streams.open(peer, STOP, Class::Bulk, reply);
+                } else {
+                    // Whoever asked may be gone.
+                    let _ = reply.send(Err(OpenError::NotConnected(peer)));
+                }
+            }
+        }
+    }
+
+    /// There is no direct connection to `peer` any more.
+    pub(super) fn on_direct_lost(&mut self, peer: &PeerId) {
+        self.server.disconnected(peer);
+        self.update_kept(*peer);
+        self.lose_relay(peer);
+    }
+
+    /// A connection is kept while either side holds a reservation on the other.
+    fn update_kept(&mut self, peer: PeerId) {
+        let kept = self.relays.holds(&peer) || self.server.holds(&peer);
+        self.swarm.behaviour_mut().streams.keep(peer, kept);
+    }
+
+    /// Reservations here that were not renewed.
+    pub(super) fn expire_reservations(&mut self) {
+        for peer in self.server.expire() {
+            self.update_kept(peer);
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Where a node listens.
+
+use std::{convert::Infallible, io};
+
+use libp2p::{
+    Multiaddr, Swarm, TransportError, core::transport::ListenerId, swarm::NetworkBehaviour,
+};
+use socket2::{Domain, Socket, Type};
+
+use crate::{SpawnError, Transport, address::any_socket, driver::Behaviour, split_peer_id};
+
+/// Where a node listens when it is not told: a fixed port, so that a firewall rule or a port forward can name it.
+const DEFAULT_PORT: u16 = 9338;
+
+/// Listens on what was asked for, or on the defaults.
+pub(crate) fn listen<E>(
+    swarm: &mut Swarm<Behaviour<E>>,
+    addresses: Option<&[Multiaddr]>,
+) -> Result<Vec<ListenerId>, SpawnError>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    let mut listeners = Vec::new();
+    if let Some(addresses) = addresses {
+        for address in addresses {
+            let address = split_peer_id(address.clone()).0;
+            listeners.push(listen_on(swarm, &address)?);
+        }
+        return Ok(listeners);
+    }
+    let mut last = None;
+    for ip in ["/ip4/0.0.0.0", "/ip6/::"] {
+        for (before, after) in [("/tcp/", ""), ("/udp/", "/quic-v1")] {
+            let address = |port: u16| -> Multiaddr {
+                format!("{ip}{before}{port}{after}")
+                    .parse()
+                    .expect("the default addresses are well-formed")
+            };
+            match listen_on(swarm, &address(DEFAULT_PORT))
+                .or_else(|_| listen_on(swarm, &address(0)))
+            {
+                Ok(listener) => listeners.push(listener),
+                // A machine without IPv6, say.
+                Err(error) => {
+                    tracing::debug!(%error, "a default address is not available");
+                    last = Some(error);
+                }
+            }
+        }
+    }
+    match last {
+        Some(error) if listeners.is_empty() => Err(error),
+        _ => Ok(listeners),
+    }
+}
+
+fn listen_on<E>(
+    swarm: &mut Swarm<Behaviour<E>>,
+    address: &Multiaddr,
+) -> Result<ListenerId, SpawnError>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    let refuse = |reason: String| SpawnError::Listen {
+        address: address.clone(),
+        reason,
+    };
+    check_free(address).map_err(|error| refuse(error.to_string()))?;
+    swarm
+        .listen_on(address.clone())
+        .map_err(|error| match error {
+            TransportError::MultiaddrNotSupported(_) => {
+                refuse("it is neither /tcp/<port> nor /udp/<port>/quic-v1".to_owned())
+            }
+            TransportError::Other(error) => refuse(error.to_string()),
+        })
+}
+
+/// Binds and lets go. libp2p sets `SO_REUSEPORT` so that it can dial from its listening port, and with it a second node on the same port
+/// would not fail but take half of the first one's connections.
+fn check_free(address: &Multiaddr) -> io::Result<()> {
+    let Some((address, transport)) = any_socket(address) else {
+        return Ok(());
+    };
+    if address.port() == 0 {
+        return Ok(());
+    }
+    let kind = match transport {
+        Transport::Tcp => Type::STREAM,
+        Transport::Quic => Type::DGRAM,
+    };
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
+    if address.is_ipv6() {
+        // As libp2p does: otherwise it would clash with our own listener for IPv4.
+        socket.set_only_v6(true)?;
+    }
+    if kind == Type::STREAM {
+        // A port whose last connections are winding down is free all the same.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&address.into())?;
+    if kind == Type::STREAM {
+        socket.listen(1)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,827 @@
+//! QUIC version 1, as libp2p has it (<https://github.com/libp2p/specs/blob/master/quic/README.md>), on quinn.
+//!
+//! libp2p-quic keeps its sockets to itself, offers ChaCha20 first, and lets a connection die when the peer's NAT gives it another port.
+//! Here the sockets can be borrowed for a search for a port, a connection can be dialled from a socket that such a search
+//! has found, AES-128-GCM is preferred, and a connection follows a peer that moves.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use futures::{AsyncRead, AsyncWrite, FutureExt, future::BoxFuture, ready};
+use if_watch::{IfEvent, tokio::IfWatcher};
+use libp2p::{
+    Multiaddr, PeerId, Transport as Libp2pTransport, TransportError,
+    core::{
+        muxing::{StreamMuxer, StreamMuxerEvent},
+        transport::{DialOpts, ListenerId, PortUse, TransportEvent},
+    },
+    identity::Keypair,
+};
+use quinn::{
+    ConnectionError, Endpoint, EndpointConfig, TokioRuntime, TransportConfig, VarInt,
+    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+    rustls::pki_types::CertificateDer,
+};
+use socket2::{Domain, Socket, Type};
+use tokio::time::timeout;
+
+use crate::{
+    Transport,
+    address::{any_socket, of_socket},
+    tls::{self, ConfigError, Tls},
+};
+
+/// How long a handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// The round trip assumed before one is measured: a first packet that is lost, as one is when a hole is punched, is sent again after three
+/// times this.
+const ASSUMED_RTT: Duration = Duration::from_millis(100);
+
+/// A connection that nothing arrives on for this long is lost. Short outages are survived.
+const SILENCE: VarInt = VarInt::from_u32(30_000);
+
+/// How often a connection on which nothing else is sent shows that it lives. NATs forget a UDP mapping after 30 s at the earliest (RFC 4787).
+const KEEP_ALIVE: Duration = Duration::from_secs(8);
+
+/// Streams that a peer may have open on a connection.
+const MAX_STREAMS: VarInt = VarInt::from_u32(256);
+
+/// Bytes that a peer may have in flight to us on a stream and on a connection: at a round trip of 50 ms, 200 and 300 MB/s.
+const WINDOW: (VarInt, VarInt) = (VarInt::from_u32(10 << 20), VarInt::from_u32(15 << 20));
+
+/// Bytes that we may have in flight to a peer on a connection.
+const SEND_WINDOW: u64 = 15 << 20;
+
+/// Bytes that the kernel is asked to buffer for a socket, each way. It gives what it may.
+const SOCKET_BUFFER: usize = 4 << 20;
+
+/// Handshakes under way with senders who have not shown that they receive at the address they send from. Beyond, they have to show it first.
+const MAX_UNVALIDATED: usize = 32;
+
+/// Sockets kept for a dial that is to come.
+const MAX_PREPARED: usize = 64;
+
+/// What the driver does with the transport's sockets.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sockets(Arc<Mutex<Shared>>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    listening: HashMap<ListenerId, UdpSocket>,
+    prepared: HashMap<SocketAddr, UdpSocket>,
+}
+
+impl Sockets {
+    /// A listening socket from which packets can be sent to `to`. What comes back goes to the transport.
+    pub(crate) fn listening(&self, to: IpAddr) -> Option<UdpSocket> {
+        let shared = self.lock();
+        shared
+            .listening
+            .values()
+            .find(|socket| fits(socket, to))
+            .and_then(|socket| socket.try_clone().ok())
+    }
+
+    /// The next dial to `to` goes out from `socket`.
+    pub(crate) fn prepare(&self, to: SocketAddr, socket: UdpSocket) {
+        let mut shared = self.lock();
+        if shared.prepared.len() >= MAX_PREPARED {
+            shared.prepared.clear();
+        }
+        shared.prepared.insert(to, socket);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.0
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// Whether a socket can send to `to`: the same family, and this machine's own addresses only from a socket that has them.
+fn fits(socket: &UdpSocket, to: IpAddr) -> bool {
+    socket.local_addr().is_ok_and(|local| {
+        let ip = local.ip();
+        ip.is_ipv4() == to.is_ipv4()
+            && (ip.is_unspecified() || ip.is_loopback() == to.is_loopback())
+    })
+}
+
+/// The transport.
+pub(crate) struct Quic {
+    endpoint: EndpointConfig,
+    server: quinn::ServerConfig,
+    client: quinn::ClientConfig,
+    sockets: Sockets,
+    listeners: Vec<Listener>,
+    /// For dials where nothing listens; IPv4 and IPv6.
+    dialers: [Option<Endpoint>; 2],
+    waker: Option<Waker>,
+}
+
+type Event = TransportEvent<Upgrade, io::Error>;
+type Upgrade = BoxFuture<'static, io::Result<(PeerId, Connection)>>;
+
+impl fmt::Debug for Quic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Quic")
+            .field("listeners", &self.listeners.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Quic {
+    pub(crate) fn new(key: &Keypair, tls: &Tls, sockets: Sockets) -> Result<Self, ConfigError> {
+        let mut transport = TransportConfig::default();
+        transport
+            .max_concurrent_uni_streams(VarInt::from_u32(0))
+            .max_concurrent_bidi_streams(MAX_STREAMS)
+            .datagram_receive_buffer_size(None)
+            .keep_alive_interval(Some(KEEP_ALIVE))
+            .max_idle_timeout(Some(SILENCE.into()))
+            .initial_rtt(ASSUMED_RTT)
+            .stream_receive_window(WINDOW.0)
+            .receive_window(WINDOW.1)
+            .send_window(SEND_WINDOW)
+            .allow_spin(false);
+        let transport = Arc::new(transport);
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(
+            QuicServerConfig::try_from(tls.server()).map_err(ConfigError::Suite)?,
+        ));
+        server.transport_config(Arc::clone(&transport));
+        let mut client = quinn::ClientConfig::new(Arc::new(
+            QuicClientConfig::try_from(tls.client()).map_err(ConfigError::Suite)?,
+        ));
+        client.transport_config(transport);
+        // The same after a restart: peers then learn at once that their connections are gone.
+        let mut endpoint = match key.derive_secret(b"weft quic stateless reset") {
+            Some(secret) => EndpointConfig::new(Arc::new(ResetKey(secret))),
+            None => EndpointConfig::default(),
+        };
+        endpoint.supported_versions(vec![1]);
+        Ok(Self {
+            endpoint,
+            server,
+            client,
+            sockets,
+            listeners: Vec::new(),
+            dialers: [None, None],
+            waker: None,
+        })
+    }
+
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn serve(&self, socket: UdpSocket, server: bool) -> io::Result<Endpoint> {
+        let server = server.then(|| self.server.clone());
+        Endpoint::new(
+            self.endpoint.clone(),
+            server,
+            socket,
+            Arc::new(TokioRuntime),
+        )
+    }
+
+    /// The endpoint to dial `to` from.
+    fn dialer(&mut self, to: SocketAddr, port: PortUse) -> io::Result<Endpoint> {
+        if let Some(socket) = self.sockets.lock().prepared.remove(&to) {
+            return self.serve(socket, false);
+        }
+        let any = match to.is_ipv4() {
+            true => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            false => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        };
+        if port == PortUse::New {
+            return self.serve(bind(any)?, false);
+        }
+        let listener = self
+            .listeners
+            .iter()
+            .find(|listener| !listener.closed && fits(&listener.socket, to.ip()));
+        if let Some(listener) = listener {
+            return Ok(listener.endpoint.clone());
+        }
+        let place = usize::from(to.is_ipv6());
+        if let Some(endpoint) = &self.dialers[place] {
+            return Ok(endpoint.clone());
+        }
+        let endpoint = self.serve(bind(any)?, false)?;
+        self.dialers[place] = Some(endpoint.clone());
+        Ok(endpoint)
+    }
+}
+
+/// The address of `address` if it is `/ip4|ip6/udp/quic-v1`, with or without a peer.
+fn quic(address: &Multiaddr) -> Option<SocketAddr> {
+    any_socket(address)
+        .filter(|(_, transport)| *transport == Transport::Quic)
+        .map(|(at, _)| at)
+}
+
+fn bind(at: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(at), Type::DGRAM, None)?;
+    if at.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    // More than the kernel allows is no error; where it is one, the default does.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    socket.set_nonblocking(true)?;
+    socket.bind(&at.into())?;
+    Ok(socket.into())
+}
+
+impl Libp2pTransport for Quic {
+    type Output = (PeerId, Connection);
+    type Error = io::Error;
+    type ListenerUpgrade = Upgrade;
+    type Dial = Upgrade;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<io::Error>> {
+        let Some(at) = quic(&address) else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let listener = bind(at).and_then(|socket| {
+            let endpoint = self.serve(socket.try_clone()?, true)?;
+            Listener::new(id, socket, endpoint)
+        });
+        let listener = listener.map_err(TransportError::Other)?;
+        let socket = listener.socket.try_clone().map_err(TransportError::Other)?;
+        self.sockets.lock().listening.insert(id, socket);
+        // What dials from now on can be answered there.
+        self.dialers[usize::from(at.is_ipv6())] = None;
+        self.listeners.push(listener);
+        self.wake();
+        Ok(())
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) -> bool {
+        let found = self.listeners.iter_mut().find(|l| l.id == id && !l.closed);
+        let Some(listener) = found else { return false };
+        listener.closed = true;
+        listener.endpoint.close(VarInt::from_u32(0), &[]);
+        self.sockets.lock().listening.remove(&id);
+        self.wake();
+        true
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        options: DialOpts,
+    ) -> Result<Upgrade, TransportError<io::Error>> {
+        let to = quic(&address).filter(|to| to.port() != 0 && !to.ip().is_unspecified());
+        let Some(to) = to else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let endpoint = self
+            .dialer(to, options.port_use)
+            .map_err(TransportError::Other)?;
+        let client = self.client.clone();
+        Ok(async move {
+            // No name: peers are known by their keys. rustls wants something that looks like one.
+            let connecting = endpoint
+                .connect_with(client, to, "l")
+                .map_err(io::Error::other)?;
+            handshake(connecting).await
+        }
+        .boxed())
+    }
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Event> {
+        for at in 0..self.listeners.len() {
+            if let Poll::Ready(event) = self.listeners[at].poll(cx) {
+                if matches!(event, TransportEvent::ListenerClosed { .. }) {
+                    let listener = self.listeners.swap_remove(at);
+                    self.sockets.lock().listening.remove(&listener.id);
+                } else {
+                    // The first must not starve the others.
+                    let next = self.listeners.len();
+                    self.listeners.swap(at, next - 1);
+                }
+                return Poll::Ready(event);
+            }
+        }
+        self.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+async fn handshake(connecting: quinn::Connecting) -> io::Result<(PeerId, Connection)> {
+    let connection = timeout(HANDSHAKE, connecting)
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    let identity = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
+    let peer = tls::peer_id(identity.as_deref().map(Vec::as_slice))?;
+    Ok((peer, Connection::new(connection)))
+}
+
+/// A socket on which connections are accepted.
+struct Listener {
+    id: ListenerId,
+    socket: UdpSocket,
+    endpoint: Endpoint,
+    accept: BoxFuture<'static, Option<quinn::Incoming>>,
+    unvalidated: Arc<AtomicUsize>,
+    interfaces: Option<IfWatcher>,
+    /// The address of a socket that is bound to one, until it is told.
+    bound: Option<IpAddr>,
+    told: HashSet<IpAddr>,
+    closed: bool,
+}
+
+impl Listener {
+    fn new(id: ListenerId, socket: UdpSocket, endpoint: Endpoint) -> io::Result<Self> {
+        let ip = socket.local_addr()?.ip();
+        let accept = accept(endpoint.clone());
+        Ok(Self {
+            id,
+            interfaces: match ip.is_unspecified() {
+                true => Some(IfWatcher::new()?),
+                false => None,
+            },
+            bound: (!ip.is_unspecified()).then_some(ip),
+            socket,
+            endpoint,
+            accept,
+            unvalidated: Arc::default(),
+            told: HashSet::new(),
+            closed: false,
+        })
+    }
+
+    fn address(&self, ip: IpAddr) -> io::Result<Multiaddr> {
+        let port = self.socket.local_addr()?.port();
+        Ok(of_socket(SocketAddr::new(ip, port), Transport::Quic))
+    }
+
+    /// The last event: whoever polls drops the listener then.
+    fn end(&self) -> Poll<Event> {
+        Poll::Ready(TransportEvent::ListenerClosed {
+            listener_id: self.id,
+            reason: Ok(()),
+        })
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        if self.closed {
+            return self.end();
+        }
+        if let Some(ip) = self.bound.take() {
+            return self.up(ip);
+        }
+        while let Some(interfaces) = &mut self.interfaces {
+            let Poll::Ready(event) = interfaces.poll_if_event(cx) else {
+                break;
+            };
+            let v4 = self.socket.local_addr().is_ok_and(|at| at.is_ipv4());
+            match event {
+                Ok(IfEvent::Up(net))
+                    if net.addr().is_ipv4() == v4 && self.told.insert(net.addr()) =>
+                {
+                    return self.up(net.addr());
+                }
+                Ok(IfEvent::Down(net)) if self.told.remove(&net.addr()) => {
+                    if let Ok(listen_addr) = self.address(net.addr()) {
+                        return Poll::Ready(TransportEvent::AddressExpired {
+                            listener_id: self.id,
+                            listen_addr,
+                        });
+                    }
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    return Poll::Ready(TransportEvent::ListenerError {
+                        listener_id: self.id,
+                        error,
+                    });
+                }
+            }
+        }
+        loop {
+            let Some(incoming) = ready!(self.accept.poll_unpin(cx)) else {
+                return self.end();
+            };
+            self.accept = accept(self.endpoint.clone());
+            if let Some(event) = self.incoming(incoming) {
+                return Poll::Ready(event);
+            }
+        }
+    }
+
+    fn up(&self, ip: IpAddr) -> Poll<Event> {
+        Poll::Ready(match self.address(ip) {
+            Ok(listen_addr) => TransportEvent::NewAddress {
+                listener_id: self.id,
+                listen_addr,
+            },
+            Err(error) => TransportEvent::ListenerError {
+                listener_id: self.id,
+                error,
+            },
+        })
+    }
+
+    /// Somebody begins a connection.
+    fn incoming(&self, incoming: quinn::Incoming) -> Option<Event> {
+        let from = incoming.remote_address();
+        let place = Place::take(&self.unvalidated, incoming.remote_address_validated());
+        let Some(place) = place else {
+            // Costs us no state. An error means that it has been validated, which was looked at above.
+            if incoming.may_retry() {
+                let _ = incoming.retry();
+            }
+            return None;
+        };
+        let connecting = match incoming.accept() {
+            Ok(connecting) => connecting,
+            Err(error) => {
+                tracing::debug!(%from, %error, "a QUIC connection cannot be accepted");
+                return None;
+            }
+        };
+        let local = self.socket.local_addr().map(|local| {
+            SocketAddr::new(connecting.local_ip().unwrap_or(local.ip()), local.port())
+        });
+        let local_addr = match local {
+            Ok(local) => of_socket(local, Transport::Quic),
+            Err(error) => {
+                return Some(TransportEvent::ListenerError {
+                    listener_id: self.id,
+                    error,
+                });
+            }
+        };
+        Some(TransportEvent::Incoming {
+            listener_id: self.id,
+            upgrade: async move {
+                let _place = place;
+                handshake(connecting).await
+            }
+            .boxed(),
+            local_addr,
+            send_back_addr: of_socket(from, Transport::Quic),
+        })
+    }
+}
+
+fn accept(endpoint: Endpoint) -> BoxFuture<'static, Option<quinn::Incoming>> {
+    async move { endpoint.accept().await }.boxed()
+}
+
+/// A place among the handshakes under way with senders that may have lied about their address.
+struct Place(Option<Arc<AtomicUsize>>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>, validated: bool) -> Option<Self> {
+        if validated {
+            return Some(Self(None));
+        }
+        let place = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
+            (taken < MAX_UNVALIDATED).then_some(taken + 1)
+        });
+        place.ok().map(|_| Self(Some(Arc::clone(taken))))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(taken) = &self.0 {
+            taken.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Signs stateless resets.
+struct ResetKey([u8; 32]);
+
+impl quinn::crypto::HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], signature: &mut [u8]) {
+        let hash = blake3::keyed_hash(&self.0, data);
+        signature.copy_from_slice(hash.as_bytes());
+    }
+
+    fn signature_len(&self) -> usize {
+        blake3::OUT_LEN
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), quinn::crypto::CryptoError> {
+        let hash = blake3::keyed_hash(&self.0, data);
+        // Compared in constant time.
+        match <[u8; blake3::OUT_LEN]>::try_from(signature) {
+            Ok(signature) if hash == signature => Ok(()),
+            _ => Err(quinn::crypto::CryptoError),
+        }
+    }
+}
+
+type Opening = BoxFuture<'static, Result<(quinn::SendStream, quinn::RecvStream), ConnectionError>>;
+
+/// A QUIC connection as libp2p drives one.
+pub(crate) struct Connection {
+    connection: quinn::Connection,
+    inbound: Option<Opening>,
+    outbound: Option<Opening>,
+    closed: Option<BoxFuture<'static, ConnectionError>>,
+    remote: SocketAddr,
+}
+
+impl Connection {
+    fn new(connection: quinn::Connection) -> Self {
+        Self {
+            remote: connection.remote_address(),
+            connection,
+            inbound: None,
+            outbound: None,
+            closed: None,
+        }
+    }
+}
+
+impl StreamMuxer for Connection {
+    type Substream = Stream;
+    type Error = io::Error;
+
+    fn poll_inbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Stream>> {
+        let this = self.get_mut();
+        let inbound = this.inbound.get_or_insert_with(|| {
+            let connection = this.connection.clone();
+            async move { connection.accept_bi().await }.boxed()
+        });
+        let (send, receive) = ready!(inbound.poll_unpin(cx))?;
+        this.inbound = None;
+        Poll::Ready(Ok(Stream::new(send, receive)))
+    }
+
+    fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Stream>> {
+        let this = self.get_mut();
+        let outbound = this.outbound.get_or_insert_with(|| {
+            let connection = this.connection.clone();
+            async move { connection.open_bi().await }.boxed()
+        });
+        let (send, receive) = ready!(outbound.poll_unpin(cx))?;
+        this.outbound = None;
+        Poll::Ready(Ok(Stream::new(send, receive)))
+    }
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
+        // Nothing wakes us for it; the ping that follows a silence does.
+        let this = self.get_mut();
+        let remote = this.connection.remote_address();
+        if remote != this.remote {
+            this.remote = remote;
+            let address = of_socket(remote, Transport::Quic);
+            return Poll::Ready(Ok(StreamMuxerEvent::AddressChange(address)));
+        }
+        Poll::Pending
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let closed = this.closed.get_or_insert_with(|| {
+            this.connection.close(VarInt::from_u32(0), &[]);
+            let connection = this.connection.clone();
+            async move { connection.closed().await }.boxed()
+        });
+        match ready!(closed.poll_unpin(cx)) {
+            ConnectionError::LocallyClosed => Poll::Ready(Ok(())),
+            error => Poll::Ready(Err(error.into())),
+        }
+    }
+}
+
+/// One stream of a connection. Dropping it ends what is sent and refuses what is received.
+pub(crate) struct Stream {
+    send: quinn::SendStream,
+    receive: quinn::RecvStream,
+    closed: bool,
+}
+
+impl Stream {
+    fn new(send: quinn::SendStream, receive: quinn::RecvStream) -> Self {
+        Self {
+            send,
+            receive,
+            closed: false,
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        AsyncRead::poll_read(Pin::new(&mut self.receive), cx, buffer)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        AsyncWrite::poll_write(Pin::new(&mut self.send), cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        AsyncWrite::poll_flush(Pin::new(&mut self.send), cx)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // A second time is no error.
+        if !self.closed {
+            ready!(AsyncWrite::poll_close(Pin::new(&mut self.send), cx))?;
+            self.closed = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{AsyncReadExt, AsyncWriteExt, future::poll_fn};
+    use libp2p::core::Endpoint as Role;
+
+    use super::*;
+
+    fn transport() -> (PeerId, Sockets, Quic) {
+        let key = Keypair::generate_ed25519();
+        let sockets = Sockets::default();
+        let tls = Tls::new(&key).unwrap();
+        let quic = Quic::new(&key, &tls, sockets.clone()).unwrap();
+        (key.public().to_peer_id(), sockets, quic)
+    }
+
+    async fn next(quic: &mut Quic) -> Event {
+        poll_fn(|cx| Pin::new(&mut *quic).poll(cx)).await
+    }
+
+    async fn listen(quic: &mut Quic) -> Multiaddr {
+        let address = "/ip4/127.0.0.1/udp/0/quic-v1".parse().unwrap();
+        quic.listen_on(ListenerId::next(), address).unwrap();
+        match next(quic).await {
+            TransportEvent::NewAddress { listen_addr, .. } => listen_addr,
+            event => panic!("{event:?}"),
+        }
+    }
+
+    fn options(port_use: PortUse) -> DialOpts {
+        DialOpts {
+            role: Role::Dialer,
+            port_use,
+        }
+    }
+
+    async fn accept(quic: &mut Quic) -> (SocketAddr, io::Result<(PeerId, Connection)>) {
+        match next(quic).await {
+            TransportEvent::Incoming {
+                upgrade,
+                send_back_addr,
+                ..
+            } => (super::quic(&send_back_addr).unwrap(), upgrade.await),
+            event => panic!("{event:?}"),
+        }
+    }
+
+    /// Two ends of a new connection, the dialler's first, and what is said of them: who each saw.
+    async fn connected(near: &mut Quic, far: &mut Quic) -> [(PeerId, Connection); 2] {
+        let address = listen(far).await;
+        let dial = near.dial(address, options(PortUse::Reuse)).unwrap();
+        let (dialled, (_, accepted)) = tokio::join!(dial, accept(far));
+        [dialled.unwrap(), accepted.unwrap()]
+    }
+
+    async fn outbound(connection: &mut Connection) -> Stream {
+        let opened = poll_fn(|cx| Pin::new(&mut *connection).poll_outbound(cx));
+        opened.await.unwrap()
+    }
+
+    async fn inbound(connection: &mut Connection) -> Stream {
+        let opened = poll_fn(|cx| Pin::new(&mut *connection).poll_inbound(cx));
+        opened.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn bytes_pass_and_both_know_each_other() {
+        let (one, _, mut near) = transport();
+        let (other, _, mut far) = transport();
+        let [(seen, mut near), (seen_by_far, mut far)] = connected(&mut near, &mut far).await;
+        assert_eq!((seen, seen_by_far), (other, one));
+        let send = async {
+            let mut stream = outbound(&mut near).await;
+            stream.write_all(b"weft").await.unwrap();
+            stream.close().await.unwrap();
+            stream.close().await.unwrap();
+            stream
+        };
+        let receive = async {
+            let mut stream = inbound(&mut far).await;
+            let mut got = Vec::new();
+            stream.read_to_end(&mut got).await.unwrap();
+            got
+        };
+        let (_stream, got) = tokio::join!(send, receive);
+        assert_eq!(got, b"weft");
+    }
+
+    #[tokio::test]
+    async fn a_dial_goes_out_from_where_it_should() {
+        let (_, sockets, mut near) = transport();
+        let (_, _, mut far) = transport();
+        let near_at = quic(&listen(&mut near).await).unwrap();
+        let address = listen(&mut far).await;
+        let dial = near.dial(address.clone(), options(PortUse::Reuse)).unwrap();
+        let (_, (from, _)) = tokio::join!(dial, accept(&mut far));
+        assert_eq!(from, near_at);
+        let dial = near.dial(address.clone(), options(PortUse::New)).unwrap();
+        let (_, (from, _)) = tokio::join!(dial, accept(&mut far));
+        assert_ne!(from, near_at);
+        let found = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let found_at = found.local_addr().unwrap();
+        sockets.prepare(quic(&address).unwrap(), found);
+        let dial = near.dial(address, options(PortUse::Reuse)).unwrap();
+        let (_, (from, _)) = tokio::join!(dial, accept(&mut far));
+        assert_eq!(from, found_at);
+    }
+
+    #[tokio::test]
+    async fn a_connection_follows_a_peer_that_moves() {
+        let (_, _, mut near) = transport();
+        let (_, _, mut far) = transport();
+        let [(_, mut here), (_, mut there)] = connected(&mut near, &mut far).await;
+        let dialer = near.dialers[0].clone().unwrap();
+        let moved = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let moved_to = moved.local_addr().unwrap();
+        dialer.rebind(moved).unwrap();
+        let send = async {
+            let mut stream = outbound(&mut here).await;
+            stream.write_all(b"weft").await.unwrap();
+            stream
+        };
+        let receive = async {
+            let mut stream = inbound(&mut there).await;
+            let mut got = [0; 4];
+            stream.read_exact(&mut got).await.unwrap();
+            stream
+        };
+        let _streams = tokio::join!(send, receive);
+        match poll_fn(|cx| Pin::new(&mut there).poll(cx)).await.unwrap() {
+            StreamMuxerEvent::AddressChange(address) => assert_eq!(quic(&address), Some(moved_to)),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_listener_that_is_removed_says_so() {
+        let (_, _, mut quic) = transport();
+        let id = ListenerId::next();
+        let address: Multiaddr = "/ip4/127.0.0.1/udp/0/quic-v1".parse().unwrap();
+        quic.listen_on(id, address).unwrap();
+        assert!(matches!(
+            next(&mut quic).await,
+            TransportEvent::NewAddress { .. }
+        ));
+        assert!(quic.remove_listener(id));
+        assert!(!quic.remove_listener(id));
+        assert!(matches!(
+            next(&mut quic).await,
+            TransportEvent::ListenerClosed { reason: Ok(()), .. }
+        ));
+        assert!(quic.sockets.listening([127, 0, 0, 1].into()).is_none());
+    }
+
+    #[test]
+    fn places_for_senders_that_may_lie_are_bounded() {
+        let taken = Arc::default();
+        let held: Vec<_> = (0..MAX_UNVALIDATED)
+            .map(|_| Place::take(&taken, false).unwrap())
+            .collect();
+        assert!(Place::take(&taken, false).is_none());
+        assert!(Place::take(&taken, true).is_some());
+        drop(held);
+        assert!(Place::take(&taken, false).is_some());
+    }
+}

@@ -1,0 +1,209 @@
+//! Where nodes are: what this one says of itself, finding a peer by its id alone, and finding relays.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use prost::Message;
+use tokio::time::{Instant, sleep, sleep_until};
+use weft_dht::{Dht, DhtError, Record};
+use weft_net::{Multiaddr, Network, PeerId};
+use weft_proto::wire;
+
+/// Addresses in a claim, and of a peer in a ticket.
+const MAX_ADDRESSES: usize = 16;
+
+/// How long a node's statement of where it is holds.
+const TTL: Duration = Duration::from_secs(2 * 3600);
+
+/// How often it is said again.
+const REFRESH: Duration = Duration::from_secs(40 * 60);
+
+/// A change is waited for this long: several often come together.
+const SETTLE: Duration = Duration::from_millis(500);
+
+/// At least this long between two statements.
+const PAUSE: Duration = Duration::from_secs(10);
+
+/// Relays state themselves under one of this many keys, so that no node holds all of them.
+const SHARDS: u8 = 16;
+
+/// The first and the longest pause between two looks of a node that lacks relays: each look is up to sixteen look-ups, and a mesh may have no relay.
+const LOOK: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
+
+/// In a mesh smaller than this, every node that comes may be the first relay.
+const SMALL: usize = 20;
+
+/// Relays that are connected to at a time, to find out which are near.
+const TRY: usize = 4;
+
+fn peer_key(peer: &PeerId) -> Vec<u8> {
+    format!("peer/{peer}").into_bytes()
+}
+
+fn relay_key(shard: u8) -> Vec<u8> {
+    format!("relay/{shard}").into_bytes()
+}
+
+fn shard_of(peer: &PeerId) -> u8 {
+    peer.to_bytes().last().map_or(0, |last| last % SHARDS)
+}
+
+/// Addresses as claims and tickets hold them.
+pub(crate) fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
+    let addresses = addresses.iter().take(MAX_ADDRESSES);
+    addresses.map(|address| address.to_vec().into()).collect()
+}
+
+/// The reverse; what is no address is left out.
+pub(crate) fn decode(addresses: &[Bytes]) -> Vec<Multiaddr> {
+    let addresses = addresses.iter().take(MAX_ADDRESSES);
+    addresses
+        .filter_map(|bytes| Multiaddr::try_from(bytes.to_vec()).ok())
+        .collect()
+}
+
+fn addresses_of(record: &Record) -> Vec<Multiaddr> {
+    let claim = record.value().map(wire::PeerClaim::decode);
+    match claim {
+        Some(Ok(claim)) => decode(&claim.addresses),
+        _ => Vec::new(),
+    }
+}
+
+/// Where `peer` says that it is.
+///
+/// # Errors
+/// [`DhtError::Stopped`].
+pub(crate) async fn find(dht: &Dht, peer: &PeerId) -> Result<Vec<Multiaddr>, DhtError> {
+    // Only its own statement counts, so the first few are not enough if others have stated something there.
+    let records = dht.get(&peer_key(peer)).await?;
+    let own = records.iter().filter(|record| record.publisher() == *peer);
+    Ok(own.flat_map(addresses_of).collect())
+}
+
+/// Says where this node is, whenever that changes, and from time to time. Ends with the network.
+pub(crate) async fn tell(dht: Dht, network: Network) {
+    let mut addresses = network.watch_addresses();
+    let mut meetings = dht.meetings();
+    let own = network.local_peer();
+    let mut is_relay = false;
+    loop {
+        sleep(SETTLE).await;
+        addresses.mark_unchanged();
+        meetings.mark_unchanged();
+        let told = network.addresses().for_strangers;
+        let claim = wire::PeerClaim {
+            addresses: encode(&told),
+        };
+        let value = claim.encode_to_vec();
+        let Some(known) = network.reachability().await else {
+            return;
+        };
+        let was_relay = std::mem::replace(&mut is_relay, known.is_relay);
+        let relay_key = relay_key(shard_of(&own));
+        let told = async {
+            let took = dht.publish(&peer_key(&own), &[], &value, TTL).await?;
+            if is_relay {
+                dht.publish(&relay_key, &[], &value, TTL).await?;
+            } else if was_relay {
+                dht.withdraw(&relay_key, &[], TTL).await?;
+            }
+            Ok::<_, DhtError>(took)
+        };
+        let took = told.await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot say where this node is");
+            0
+        });
+        // Whoever has told nobody does not make the first one it meets wait.
+        let pause = if took == 0 { SETTLE } else { PAUSE };
+        let again = Instant::now() + pause;
+        tokio::select! {
+            changed = addresses.changed() => if changed.is_err() { return },
+            met = meetings.changed() => if met.is_err() { return },
+            () = sleep(REFRESH) => {}
+        }
+        sleep_until(again).await;
+    }
+}
+
+/// Connects to relays that the mesh knows while this node lacks some; holding a place on them is the network's affair. Ends with the network.
+pub(crate) async fn find_relays(dht: Dht, network: Network) {
+    // Before that there is nobody to ask.
+    if dht.nodes().wait_for(|nodes| *nodes > 0).await.is_err() {
+        return;
+    }
+    let mut addresses = network.watch_addresses();
+    let mut meetings = dht.meetings();
+    let mut pause = LOOK.0;
+    // Everybody begins elsewhere.
+    let mut shard = shard_of(&network.local_peer());
+    loop {
+        addresses.mark_unchanged();
+        meetings.mark_unchanged();
+        let Some(known) = network.reachability().await else {
+            return;
+        };
+        if known.lacks_relays {
+            let Some(tried) = try_relays(&dht, &network, &mut shard).await else {
+                return;
+            };
+            pause = match tried {
+                0 => (pause * 2).min(LOOK.1),
+                _ => LOOK.0,
+            };
+        } else {
+            pause = LOOK.0;
+        }
+        let (soonest, latest) = (Instant::now() + LOOK.0, Instant::now() + pause);
+        loop {
+            tokio::select! {
+                // A place may have been lost.
+                changed = addresses.changed() => if changed.is_err() { return } else { break },
+                met = meetings.changed() => {
+                    if met.is_err() {
+                        return;
+                    }
+                    if *dht.nodes().borrow() <= SMALL {
+                        break;
+                    }
+                }
+                () = sleep_until(latest) => break,
+            }
+        }
+        sleep_until(soonest).await;
+    }
+}
+
+/// Connects to a few relays that the mesh knows; how many there were to try. `None` once the network has stopped.
+async fn try_relays(dht: &Dht, network: &Network, shard: &mut u8) -> Option<usize> {
+    let mut found = Vec::new();
+    for _ in 0..SHARDS {
+        found.extend(dht.get_some(&relay_key(*shard)).await.ok()?);
+        if found.len() >= TRY {
+            break;
+        }
+        *shard = (*shard + 1) % SHARDS;
+    }
+    let connected = network.peers().await;
+    found.retain(|record| {
+        let relay = record.publisher();
+        relay != network.local_peer() && connected.iter().all(|peer| peer.peer != relay)
+    });
+    // Another order at every node, so that not all come to the same.
+    let own = network.local_peer();
+    found.sort_by_cached_key(|record| {
+        let mut hasher = DefaultHasher::new();
+        (own, record.publisher()).hash(&mut hasher);
+        hasher.finish()
+    });
+    for record in found.iter().take(TRY) {
+        let relay = record.publisher();
+        if let Err(error) = network.connect(relay, addresses_of(record)).await {
+            tracing::debug!(%relay, %error, "a relay that the mesh knows cannot be reached");
+        }
+    }
+    Some(found.len())
+}
