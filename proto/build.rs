@@ -8,8 +8,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=schema");
     let files = [
         "weft/api/v1/api.proto",
+        "weft/wire/v1/autonat.proto",
         "weft/wire/v1/blobs.proto",
         "weft/wire/v1/circuit.proto",
+        "weft/wire/v1/lane.proto",
         "weft/wire/v1/manifest.proto",
         "weft/wire/v1/punch.proto",
         "weft/wire/v1/record.proto",

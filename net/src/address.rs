@@ -27,6 +27,8 @@ pub enum Transport {
     Tcp,
     /// QUIC version 1.
     Quic,
+    /// WebSocket, plain or within TLS, with what runs on TCP within.
+    Ws,
 }
 
 /// A connection to a peer, as its address tells.
@@ -44,20 +46,18 @@ impl Path {
     /// What `address`, the remote's on an open connection, says.
     pub fn of(address: &Multiaddr) -> Self {
         let relayed = is_relayed(address);
-        let quic = address
-            .iter()
-            .any(|p| matches!(p, Protocol::Quic | Protocol::QuicV1));
+        let carries = |part| match part {
+            Protocol::Quic | Protocol::QuicV1 => Some(Transport::Quic),
+            Protocol::Ws(_) | Protocol::Wss(_) => Some(Transport::Ws),
+            _ => None,
+        };
         Self {
             kind: if relayed {
                 PathKind::Relayed
             } else {
                 kind(address)
             },
-            transport: if quic {
-                Transport::Quic
-            } else {
-                Transport::Tcp
-            },
+            transport: address.iter().find_map(carries).unwrap_or(Transport::Tcp),
             address: address.clone(),
         }
     }
@@ -164,6 +164,9 @@ pub(crate) fn of_socket(address: SocketAddr, transport: Transport) -> Multiaddr 
         Transport::Quic => host
             .with(Protocol::Udp(address.port()))
             .with(Protocol::QuicV1),
+        Transport::Ws => host
+            .with(Protocol::Tcp(address.port()))
+            .with(Protocol::Ws("/".into())),
     }
 }
 
@@ -183,6 +186,7 @@ impl fmt::Display for Transport {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Quic => "quic",
+            Self::Ws => "ws",
         })
     }
 }
@@ -240,6 +244,7 @@ mod tests {
         assert_eq!(path("/ip4/127.0.0.1/tcp/1"), (Loopback, Transport::Tcp));
         assert_eq!(path("/ip6/::1/udp/1/quic-v1"), (Loopback, Transport::Quic));
         assert_eq!(path("/ip4/10.0.0.1/tcp/1"), (Lan, Transport::Tcp));
+        assert_eq!(path("/ip4/10.0.0.1/tcp/1/tls/ws"), (Lan, Transport::Ws));
         assert_eq!(path("/ip6/fe80::1/tcp/1"), (Lan, Transport::Tcp));
         assert_eq!(path("/ip6/::ffff:192.168.1.1/tcp/1"), (Lan, Transport::Tcp));
         assert_eq!(

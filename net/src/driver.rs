@@ -14,7 +14,7 @@ use libp2p::{
     Multiaddr, PeerId, Swarm, TransportError, connection_limits,
     connection_limits::ConnectionLimits,
     core::transport::PortUse,
-    core::{ConnectedPoint, transport::ListenerId},
+    core::{ConnectedPoint, transport::ListenerId, upgrade::Version},
     identify, mdns,
     multiaddr::Protocol,
     ping,
@@ -31,11 +31,13 @@ use tokio::{
 
 use crate::{
     Config, ConnectError, Incoming, Path, PathKind, PeerInfo, Reachability, RelayServer,
-    SpawnError, Transport,
+    SpawnError, Stream, Transport,
     address::{dialable_from, is_public, of_socket, socket},
+    autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
     crowd,
     dialled::Dialled,
+    lane::{self, Places},
     listen,
     mappings::{Mapped, Mapping},
     network::{Addresses, Command},
@@ -46,14 +48,19 @@ use crate::{
     relay_server::{Need, Server},
     relays::Relays,
     split_peer_id,
-    streams::{self, Protocols},
+    streams::{self, Moved, Protocols},
+    tls::Tls,
     transport,
 };
 
 mod addresses;
+mod autonat;
+mod lanes;
 mod punching;
 mod relaying;
 
+use autonat::{Autonat, Told};
+use lanes::{Lanes, NoLane};
 use punching::Punching;
 
 /// A connection that nothing uses is closed after this. Long enough that a mesh of a few nodes stays connected between look-ups.
@@ -159,6 +166,12 @@ struct Peer {
     direct_after: Option<Duration>,
     /// Relays for others, at these addresses of its own.
     hop: Option<Vec<Multiaddr>>,
+    /// Where it may take TCP connections, as it says or as we have dialled it; at IP addresses at which we are connected to it.
+    tcp: Vec<Multiaddr>,
+    /// Where it takes QUIC connections, as it says.
+    quic: Option<Multiaddr>,
+    /// Tells others whether it reaches them.
+    autonat: bool,
 }
 
 #[derive(Debug)]
@@ -170,6 +183,11 @@ struct Connection {
     dialled: bool,
     /// Our end of it is our listening port.
     from_listener: bool,
+    /// It went through a hole that was punched for it.
+    punched: bool,
+    moved: (u64, u64),
+    /// Bytes received and sent in the last second.
+    rate: (u64, u64),
 }
 
 impl Peer {
@@ -180,7 +198,22 @@ impl Peer {
             since: now,
             direct_after: None,
             hop: None,
+            tcp: Vec::new(),
+            quic: None,
+            autonat: false,
         }
+    }
+
+    /// Where a lane could be dialled.
+    fn lane_target(&self) -> Option<Multiaddr> {
+        let direct = self.connections.values();
+        let direct = direct.filter(|c| c.path.kind < PathKind::Relayed && !c.punched);
+        // Best where we are connected by TCP already.
+        let proven = direct
+            .filter(|c| c.dialled && c.path.transport == Transport::Tcp)
+            .map(|c| split_peer_id(c.path.address.clone()).0)
+            .find(|address| socket(address).is_some());
+        proven.or_else(|| self.tcp.first().cloned())
     }
 
     fn best(&self) -> Option<&Connection> {
@@ -217,6 +250,19 @@ enum Outcome {
         relay: PeerId,
         result: Result<Grant, CircuitError>,
     },
+    /// A server has said whether it reaches us.
+    Told(Told),
+    /// One has come back with this.
+    CalledBack { stream: Stream, nonce: u64 },
+    /// Somebody wants to be dialled, unless what was asked for makes no sense.
+    ToDial {
+        stream: Stream,
+        wanted: Option<Wanted>,
+    },
+    /// A dial for somebody has served its purpose.
+    Probed(ConnectionId),
+    /// A stream has to do without a lane.
+    NoLane(NoLane),
     /// A search has found where the other side can be reached from.
     Found {
         peer: PeerId,
@@ -258,12 +304,14 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     hops: Option<Incoming>,
     /// What was given as external.
     configured: HashSet<Multiaddr>,
-    /// Where strangers have reached us.
-    public: HashSet<Multiaddr>,
+    /// Where strangers have reached us, and when last.
+    public: HashMap<Multiaddr, Instant>,
     /// Where we have dialled: a packet from there proves nothing about strangers.
     dialled: Dialled,
     punching: Punching,
     punches: Incoming,
+    lanes: Lanes,
+    autonat: Autonat,
     pings: Incoming,
     pingers: Arc<Semaphore>,
     port_mapping: bool,
@@ -335,8 +383,19 @@ where
             streams: streams::Behaviour::new(protocols.clone(), config.limits.streams),
             extension,
         };
+        let tls = Tls::new(&config.key)?;
+        let (lanes_arrive, lane_arrivals) = lane::Arrivals::new();
+        let places = Places::new(config.limits.lanes, config.limits.lanes_per_peer);
+        let parts = transport::Parts {
+            key: &config.key,
+            tls: tls.clone(),
+            certificate: config.certificate.as_ref(),
+            sockets: sockets.clone(),
+            dialled: dialled.clone(),
+            lanes: places.enabled().then_some(lanes_arrive),
+        };
         let mut swarm = Swarm::new(
-            transport::build(&config.key, circuits, &sockets, &dialled)?,
+            transport::build(&parts, circuits)?,
             behaviour,
             local,
             libp2p::swarm::Config::with_tokio_executor()
@@ -344,6 +403,8 @@ where
                 .with_dial_concurrency_factor(
                     std::num::NonZeroU8::new(CONCURRENT_ADDRESSES).expect("not zero"),
                 )
+                // One protocol is asked for at a time: no need to wait for the answer before using the stream.
+                .with_substream_upgrade_protocol_override(Version::V1Lazy)
                 .with_max_negotiating_inbound_streams(MAX_NEGOTIATING),
         );
         let listeners = listen::listen(&mut swarm, config.listen.as_deref())?;
@@ -356,6 +417,15 @@ where
             .expect("nothing is accepted yet");
         let pings = protocols
             .accept(pings::PING_PROTOCOL)
+            .expect("nothing is accepted yet");
+        let callers = protocols
+            .accept(lane::CALL)
+            .expect("nothing is accepted yet");
+        let dial_requests = protocols
+            .accept(DIAL_REQUEST)
+            .expect("nothing is accepted yet");
+        let dial_backs = protocols
+            .accept(DIAL_BACK)
             .expect("nothing is accepted yet");
         let stops = protocols.accept(STOP).expect("nothing is accepted yet");
         let (maps, mapping_changes) = mpsc::channel(OUTCOMES);
@@ -386,10 +456,12 @@ where
             needs,
             hops: None,
             configured: external.into_iter().map(|(address, _)| address).collect(),
-            public: HashSet::new(),
+            public: HashMap::new(),
             dialled,
             punching: Punching::new(config.hole_punching),
             punches,
+            lanes: Lanes::new(tls, lane_arrivals, callers, places),
+            autonat: Autonat::new(dial_requests, dial_backs, config.limits.autonat),
             pings,
             pingers: Arc::new(Semaphore::new(MAX_PINGERS)),
             outside,
@@ -478,6 +550,10 @@ where
                         });
                     }
                 }
+                Some(arrival) = self.lanes.arrivals.recv() => self.on_lane(arrival),
+                Some(stream) = self.lanes.callers.next() => self.on_call(stream),
+                Some(stream) = self.autonat.requests.next() => self.on_dial_request(stream),
+                Some(stream) = self.autonat.backs.next() => self.on_called_back(stream),
                 Some(stream) = self.stops.next() => self.on_circuit_offered(stream),
                 Some(stream) = relaying::next(&mut self.hops) => self.on_hop(stream),
                 Some(request) = self.circuit_requests.recv() => self.on_circuit_wanted(request),
@@ -511,11 +587,7 @@ where
                 protocol,
                 class,
                 reply,
-            } => self
-                .swarm
-                .behaviour_mut()
-                .streams
-                .open(peer, protocol, class, reply),
+            } => self.open(peer, protocol, class, reply),
             Command::Peers(reply) => {
                 let peers = self
                     .peers
@@ -552,6 +624,11 @@ where
                 address,
             } => self.on_found(peer, socket, address),
             Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
+            Outcome::Told(told) => self.on_told(told),
+            Outcome::CalledBack { stream, nonce } => self.on_nonce(stream, nonce),
+            Outcome::ToDial { stream, wanted } => self.on_to_dial(stream, wanted),
+            Outcome::Probed(id) => self.on_probed(id),
+            Outcome::NoLane(without) => self.on_no_lane(without),
         }
     }
 
@@ -581,6 +658,9 @@ where
 
     fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
         self.punching.dialled(id);
+        if self.on_probe(id, false) {
+            return;
+        }
         let Some(Dial {
             peer,
             mut addresses,
@@ -589,6 +669,14 @@ where
             return;
         };
         tracing::debug!(%peer, %error, "a dial failed");
+        let quic = |address: &Multiaddr| {
+            socket(address).is_some_and(|(at, t)| t == Transport::Quic && is_public(&at.ip()))
+        };
+        // It answers over TCP, and not over UDP at the same time.
+        let answers = self.peers.get(&peer).is_some_and(Peer::is_direct);
+        if answers && !addresses.is_empty() && addresses.iter().all(quic) {
+            self.autonat.udp_got_lost(Instant::now());
+        }
         // The first to answer ends a dial, and it was another node, as happens with private addresses from another
         // network: the rest have not been tried.
         let elsewhere = match error {
@@ -686,6 +774,20 @@ where
                     self.swarm.close_connection(event.connection);
                 }
             },
+            SwarmEvent::Behaviour(BehaviourEvent::Streams(Moved {
+                peer,
+                connection,
+                path,
+            })) => {
+                if let Some(known) = self
+                    .peers
+                    .get_mut(&peer)
+                    .and_then(|peer| peer.connections.get_mut(&connection))
+                {
+                    tracing::debug!(%peer, address = %path.address, "a connection has moved");
+                    known.path = path;
+                }
+            }
             SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
                 let mut by_peer: HashMap<PeerId, Vec<Multiaddr>> = HashMap::new();
                 for (peer, address) in found {
@@ -710,10 +812,17 @@ where
 
     fn on_connected(&mut self, id: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
         let now = Instant::now();
+        if self.on_probe(connection, true) {
+            return;
+        }
         let path = path(endpoint);
+        if path.transport == Transport::Quic && path.kind == PathKind::Direct {
+            self.autonat.udp_got_through(now);
+        }
         tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "connected");
-        self.dials.remove(&connection);
-        self.punching.dialled(connection);
+        let dial = self.dials.remove(&connection);
+        let punched = self.punching.dialled(connection);
+        self.lanes.forget(&id);
         for reply in self.waiting.remove(&id).unwrap_or_default() {
             // Whoever asked may be gone.
             let _ = reply.send(Ok(path.clone()));
@@ -729,6 +838,9 @@ where
         let was_direct = peer.is_direct();
         let was_connected = !peer.connections.is_empty();
         let direct = path.kind < PathKind::Relayed;
+        if let (Some(dial), Some((at, _))) = (dial, socket(&path.address)) {
+            lanes::remember(&mut peer.tcp, &dial.addresses, at.ip());
+        }
         peer.connections.insert(
             connection,
             Connection {
@@ -736,6 +848,9 @@ where
                 rtt: None,
                 since: now,
                 dialled: endpoint.is_dialer(),
+                punched,
+                moved: (0, 0),
+                rate: (0, 0),
                 from_listener: match endpoint {
                     ConnectedPoint::Dialer { port_use, .. } => *port_use == PortUse::Reuse,
                     ConnectedPoint::Listener { .. } => true,
@@ -770,6 +885,7 @@ where
             self.on_direct_lost(&id);
         }
         if gone {
+            self.lanes.forget(&id);
             self.peers.remove(&id);
             self.punching.forget(&id);
             self.reach.forget(&id);
@@ -802,6 +918,16 @@ where
             })
             .take(MAX_CLAIMED)
             .collect();
+        if let Some((at, _)) = socket(&seen_at).filter(|_| !relayed) {
+            lanes::remember(&mut peer.tcp, &claimed, at.ip());
+        }
+        peer.autonat = info.protocols.contains(&DIAL_REQUEST);
+        if let Some((seen, _)) = socket(&seen_at).filter(|_| !relayed) {
+            let quic = claimed.iter().find(|address| {
+                socket(address).is_some_and(|(at, t)| t == Transport::Quic && at.ip() == seen.ip())
+            });
+            peer.quic = quic.cloned();
+        }
         if !relayed {
             peer.hop = info.protocols.contains(&HOP).then(|| claimed.clone());
         }
@@ -822,12 +948,28 @@ where
         self.punch_all();
     }
 
+    /// Once a second: how much moved in it.
+    fn count(&mut self) {
+        let streams = &self.swarm.behaviour().streams;
+        for peer in self.peers.values_mut() {
+            for (id, connection) in &mut peer.connections {
+                let moved = streams.moved(*id);
+                let before = std::mem::replace(&mut connection.moved, moved);
+                connection.rate = (moved.0 - before.0, moved.1 - before.1);
+            }
+        }
+    }
+
     fn on_tick(&mut self) {
+        self.count();
         self.reach_bootstrap();
         self.renew_relays();
         self.expire_reservations();
         self.hold_relays();
         self.punch_all();
+        self.try_udp();
+        self.expire_probes();
+        self.verify_addresses();
         self.drain();
         self.tell_addresses();
     }
@@ -881,16 +1023,31 @@ where
             let seen = self.reach.candidates(t).into_iter();
             seen.map(move |address| of_socket(address, t))
         });
-        let mut public: Vec<_> = self.configured.union(&self.public).cloned().collect();
+        let own = own.as_slice();
+        let public = self.configured.iter().chain(self.public.keys()).cloned();
+        let mut public: Vec<_> = public.chain(self.open_at_nat()).collect();
         public.sort_by_key(Multiaddr::to_vec);
+        public.dedup();
+        let verdicts = self.autonat.verdicts.all();
+        let mut verified: Vec<_> = verdicts.map(|(a, verdict)| (a.clone(), verdict)).collect();
+        verified.sort_by_key(|(address, _)| address.to_vec());
         Reachability {
             is_relay: self.is_relay(),
             relay_use: self.server.used(),
             public,
+            verified,
+            tcp_filtering: self.filtering(Transport::Tcp),
+            quic_filtering: self.filtering(Transport::Quic),
+            udp: self.autonat.has_udp(),
+            ipv6: self
+                .swarm
+                .listeners()
+                .filter_map(socket)
+                .any(|(at, _)| at.is_ipv6() && is_public(&at.ip())),
             mapped: self.mapped_addresses().collect(),
             observed: observed.collect(),
-            tcp_mapping: self.reach.mapping(Transport::Tcp, &own),
-            quic_mapping: self.reach.mapping(Transport::Quic, &own),
+            tcp_mapping: self.reach.mapping(Transport::Tcp, own),
+            quic_mapping: self.reach.mapping(Transport::Quic, own),
             relays: self.relays.held(),
             lacks_relays: self.lacks_relays(),
         }

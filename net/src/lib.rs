@@ -15,10 +15,12 @@
 //! It leaves out, so far: AutoNAT, WebSocket and lanes.
 
 mod address;
+mod autonat;
 mod circuit;
 mod crowd;
 mod dialled;
 mod driver;
+mod lane;
 mod listen;
 mod mappings;
 mod muxer;
@@ -33,17 +35,20 @@ mod search;
 mod streams;
 mod tls;
 mod transport;
+mod websocket;
 
 pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 
 pub use self::{
     address::{Path, PathKind, Transport, dialable_from, split_peer_id},
+    autonat::{AutonatLimits, Verdict},
     network::{
         Addresses, Config, ConnectError, Limits, Network, PeerInfo, Reachability, RelayServer,
         SpawnError,
     },
     ping::PingError,
-    reach::Mapping,
+    reach::{Filtering, Mapping},
     relay_server::{RelayLimits, RelayUse},
     streams::{AcceptError, Class, Incoming, OpenError, Stream, is_superseded},
+    websocket::{Certificate, CertificateError},
 };

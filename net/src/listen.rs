@@ -86,7 +86,7 @@ fn check_free(address: &Multiaddr) -> io::Result<()> {
         return Ok(());
     }
     let kind = match transport {
-        Transport::Tcp => Type::STREAM,
+        Transport::Tcp | Transport::Ws => Type::STREAM,
         Transport::Quic => Type::DGRAM,
     };
     let socket = Socket::new(Domain::for_address(address), kind, None)?;

@@ -9,8 +9,8 @@ use tokio::{
 };
 
 use crate::{
-    AcceptError, Class, Incoming, Mapping, OpenError, Path, PingError, RelayLimits, RelayUse,
-    Stream,
+    AcceptError, AutonatLimits, Certificate, Class, Filtering, Incoming, Mapping, OpenError, Path,
+    PingError, RelayLimits, RelayUse, Stream, Verdict,
     driver::Driver,
     ping::{self, PING},
     streams::Protocols,
@@ -38,6 +38,12 @@ pub struct Limits {
     pub per_address: u32,
     /// Streams that a peer may have open to our own protocols on one connection.
     pub streams: usize,
+    /// Lanes in all: TCP connections that carry one bulk stream each. 0: bulk shares connections with everything else.
+    pub lanes: usize,
+    /// Lanes of one peer.
+    pub lanes_per_peer: usize,
+    /// How often this node dials for others, to tell them whether they can be reached.
+    pub autonat: AutonatLimits,
 }
 
 impl Default for Limits {
@@ -49,6 +55,9 @@ impl Default for Limits {
             per_peer: 8,
             per_address: 64,
             streams: 64,
+            lanes: 256,
+            lanes_per_peer: 16,
+            autonat: AutonatLimits::default(),
         }
     }
 }
@@ -88,6 +97,8 @@ pub struct Config {
     pub port_mapping: bool,
     /// Find peers on the local network by multicast DNS.
     pub mdns: bool,
+    /// For secure WebSocket; `None`: one is made up, which other nodes take, and browsers and proxies do not.
+    pub certificate: Option<Certificate>,
     /// What we tell peers that we are.
     pub agent: String,
     /// What strangers can make us hold.
@@ -108,6 +119,7 @@ impl Config {
             hole_punching: true,
             port_mapping: true,
             mdns: true,
+            certificate: None,
             agent: concat!("weft/", env!("CARGO_PKG_VERSION")).to_owned(),
             limits: Limits::default(),
         }
@@ -168,7 +180,9 @@ pub enum ConnectError {
 pub struct Reachability {
     /// Addresses at which strangers have reached this node, or that were given as external.
     pub public: Vec<Multiaddr>,
-    /// Where the gateway says that it forwards to this node.
+    /// What others found who were asked whether they reach this node at an address.
+    pub verified: Vec<(Multiaddr, Verdict)>,
+    /// Where the gateway says that it forwards to this node; without addresses where others have tried in vain.
     pub mapped: Vec<Multiaddr>,
     /// Where others see this node.
     pub observed: Vec<Multiaddr>,
@@ -176,6 +190,14 @@ pub struct Reachability {
     pub tcp_mapping: Mapping,
     /// How the NAT maps the QUIC port.
     pub quic_mapping: Mapping,
+    /// What the NAT or firewall lets in to the TCP port.
+    pub tcp_filtering: Filtering,
+    /// What the NAT or firewall lets in to the QUIC port.
+    pub quic_filtering: Filtering,
+    /// Whether UDP gets out; `None`: there was no peer to try it with.
+    pub udp: Option<bool>,
+    /// Whether this node has a public IPv6 address.
+    pub ipv6: bool,
     /// Relays that hold a reservation for this node.
     pub relays: Vec<PeerId>,
     /// Whether it should have more of them.

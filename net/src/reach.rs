@@ -45,6 +45,30 @@ impl fmt::Display for Mapping {
     }
 }
 
+/// What a NAT or firewall lets in to a port from which something was sent (RFC 4787, section 5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Filtering {
+    /// Nobody has tried yet.
+    Unknown,
+    /// Everybody.
+    EndpointIndependent,
+    /// Whoever is at an IP address that was sent to.
+    AddressDependent,
+    /// Only answers.
+    AddressAndPortDependent,
+}
+
+impl fmt::Display for Filtering {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unknown => "unknown",
+            Self::EndpointIndependent => "endpoint-independent",
+            Self::AddressDependent => "address-dependent",
+            Self::AddressAndPortDependent => "address-and-port-dependent",
+        })
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Observation {
     /// Where the observer is: two at one address are one witness.

@@ -4,13 +4,13 @@
 //! behaviour picks the connection by class, lets negotiations overlap, and resets what it refuses.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     convert::Infallible,
     fmt, io,
     pin::Pin,
     sync::{
         Arc, Mutex, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker},
     time::Duration,
@@ -28,19 +28,23 @@ use libp2p::{
         ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
         NetworkBehaviour, NotifyHandler, StreamUpgradeError, SubstreamProtocol, THandlerInEvent,
         ToSwarm,
-        behaviour::{ConnectionClosed, ConnectionEstablished},
+        behaviour::{AddressChange, ConnectionClosed, ConnectionEstablished},
         handler::{
             ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
         },
     },
 };
+use multistream_select::NegotiationError;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
-use crate::{Path, PathKind, Transport};
+use crate::{
+    Path, PathKind, Transport,
+    lane::{self, Lane},
+};
 
 /// How long opening a stream on an open connection may take.
 const NEGOTIATION: Duration = Duration::from_secs(10);
@@ -59,19 +63,86 @@ pub enum Class {
     Bulk,
 }
 
+/// What our streams have moved over a connection, and whether there are any: each of them holds one.
+#[derive(Debug, Default)]
+pub(crate) struct Traffic {
+    received: AtomicU64,
+    sent: AtomicU64,
+}
+
+impl Traffic {
+    fn received(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
 /// A stream to a peer. Dropping it ends it at once, shutting it down in order: over QUIC the peer cannot tell the two apart, so a protocol has to know
 /// when it is complete.
+///
+/// Opening it takes no round trip: that the peer does not speak the protocol shows at the first read, as an error of the kind
+/// [`Unsupported`](io::ErrorKind::Unsupported), and the peer learns of the stream with the first bytes that are flushed.
 pub struct Stream {
-    inner: Compat<libp2p::Stream>,
+    inner: Inner,
     peer: PeerId,
+    protocol: StreamProtocol,
     path: Path,
     /// Resolves when a better path to the peer is open, for those who asked to be told.
     superseded: Option<Superseding>,
-    /// The place it takes among the streams that the peer may have open; `None` for those that we opened.
-    _place: Option<OwnedSemaphorePermit>,
-    /// Says that its connection is in use.
-    _use: Arc<()>,
+    /// The place it takes among the streams or lanes that the peer may have open.
+    _place: Place,
+    /// Counts what it moves, and says that its connection is in use. A lane's is that of the connection beside it.
+    traffic: Arc<Traffic>,
     best: watch::Receiver<PathKind>,
+}
+
+/// What carries a stream.
+enum Inner {
+    /// One of many on a connection.
+    Shared(Compat<libp2p::Stream>),
+    /// A connection of its own.
+    Lane(Box<Compat<Lane>>),
+}
+
+/// A place among those that a peer may take.
+#[derive(Debug)]
+enum Place {
+    /// We opened it on a shared connection.
+    Ours,
+    Stream(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit),
+    Lane(#[expect(dead_code, reason = "held")] lane::Place),
+}
+
+/// What a lane to a peer needs of a connection to it.
+#[derive(Debug, Clone)]
+pub(crate) struct Beside {
+    peer: PeerId,
+    traffic: Arc<Traffic>,
+    best: watch::Receiver<PathKind>,
+}
+
+impl Beside {
+    pub(crate) fn stream(
+        &self,
+        protocol: StreamProtocol,
+        lane: Lane,
+        path: Path,
+        place: lane::Place,
+    ) -> Stream {
+        Stream {
+            inner: Inner::Lane(Box::new(lane.compat())),
+            peer: self.peer,
+            protocol,
+            path,
+            superseded: None,
+            _place: Place::Lane(place),
+            traffic: Arc::clone(&self.traffic),
+            best: self.best.clone(),
+        }
+    }
 }
 
 type Superseding = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
@@ -82,9 +153,19 @@ impl Stream {
         self.peer
     }
 
+    /// What is spoken on it.
+    pub fn protocol(&self) -> &StreamProtocol {
+        &self.protocol
+    }
+
     /// The path it goes over.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it has a TCP connection of its own, without a multiplexer.
+    pub fn is_lane(&self) -> bool {
+        matches!(self.inner, Inner::Lane(_))
     }
 
     /// From now on, reading fails as soon as a nearer path to the peer is open ([`is_superseded`] tells that error from others): whoever can
@@ -124,6 +205,21 @@ impl fmt::Debug for Stream {
     }
 }
 
+macro_rules! delegate {
+    ($self:ident, $inner:ident => $call:expr) => {
+        match &mut $self.inner {
+            Inner::Shared(stream) => {
+                let $inner = Pin::new(stream);
+                $call
+            }
+            Inner::Lane(lane) => {
+                let $inner = Pin::new(lane);
+                $call
+            }
+        }
+    };
+}
+
 impl AsyncRead for Stream {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -139,7 +235,18 @@ impl AsyncRead for Stream {
                 BetterPath,
             )));
         }
-        Pin::new(&mut self.inner).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        let read = delegate!(self, inner => inner.poll_read(cx, buffer));
+        self.traffic.received(buffer.filled().len() - before);
+        read.map_err(|error| {
+            let refused = error
+                .get_ref()
+                .and_then(|inner| inner.downcast_ref::<NegotiationError>());
+            match refused {
+                Some(NegotiationError::Failed) => unsupported(self.peer, &self.protocol),
+                _ => error,
+            }
+        })
     }
 }
 
@@ -149,16 +256,27 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, bytes)
+        let written = delegate!(self, inner => inner.poll_write(cx, bytes));
+        if let Poll::Ready(Ok(written)) = written {
+            self.traffic.sent(written);
+        }
+        written
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        delegate!(self, inner => inner.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
+        delegate!(self, inner => inner.poll_shutdown(cx))
     }
+}
+
+fn unsupported(peer: PeerId, protocol: &StreamProtocol) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!("{peer} does not speak {protocol}"),
+    )
 }
 
 /// Why a stream could not be opened.
@@ -168,14 +286,6 @@ pub enum OpenError {
     /// There is no connection to the peer.
     #[error("not connected to {0}")]
     NotConnected(PeerId),
-    /// The peer does not speak the protocol.
-    #[error("{peer} does not speak {protocol}")]
-    Unsupported {
-        /// The peer.
-        peer: PeerId,
-        /// The protocol.
-        protocol: StreamProtocol,
-    },
     /// The connection failed or the peer took too long.
     #[error("cannot open a stream to {peer}: {source}")]
     Failed {
@@ -235,6 +345,22 @@ impl Protocols {
         })
     }
 
+    /// The names of all.
+    pub(crate) fn names(&self) -> Vec<StreamProtocol> {
+        self.lock().keys().cloned().collect()
+    }
+
+    /// Hands a stream to whoever accepts its protocol. Dropped, and so reset, if nobody does or too many wait.
+    pub(crate) fn deliver(&self, stream: Stream) {
+        let Some(sender) = self.lock().get(&stream.protocol).cloned() else {
+            return;
+        };
+        if let Err(refused) = sender.try_send(stream) {
+            let Stream { peer, protocol, .. } = refused.into_inner();
+            tracing::debug!(%peer, %protocol, "refused: too many streams wait to be accepted");
+        }
+    }
+
     /// Ends all [`Incoming`]s.
     pub(crate) fn clear(&self) {
         self.lock().clear();
@@ -256,18 +382,29 @@ pub(crate) struct Open {
     reply: Reply,
 }
 
+/// A connection goes over another path than it did.
+#[derive(Debug)]
+pub(crate) struct Moved {
+    pub(crate) peer: PeerId,
+    pub(crate) connection: ConnectionId,
+    pub(crate) path: Path,
+}
+
 /// The behaviour: knows the connections, and routes requests to one.
 #[derive(Debug)]
 pub(crate) struct Behaviour {
     protocols: Protocols,
     connections: HashMap<PeerId, Vec<(ConnectionId, Path)>>,
     /// Dead when the connection is; each stream on it is one holder more than its handler.
-    uses: HashMap<ConnectionId, Weak<()>>,
+    traffic: HashMap<ConnectionId, Weak<Traffic>>,
     /// The nearest path to each peer.
     best: HashMap<PeerId, watch::Sender<PathKind>>,
     /// Whether connections to a peer stay open unused.
     kept: HashMap<PeerId, Arc<AtomicBool>>,
     requests: VecDeque<(PeerId, ConnectionId, Open)>,
+    changed: VecDeque<Moved>,
+    /// Connections that no stream is to be opened on unless it is asked for.
+    set_aside: HashSet<ConnectionId>,
     waker: Option<Waker>,
     /// Streams that a peer may have open on one connection.
     max_inbound: usize,
@@ -278,10 +415,12 @@ impl Behaviour {
         Self {
             protocols,
             connections: HashMap::new(),
-            uses: HashMap::new(),
+            traffic: HashMap::new(),
             best: HashMap::new(),
             kept: HashMap::new(),
             requests: VecDeque::new(),
+            changed: VecDeque::new(),
+            set_aside: HashSet::new(),
             waker: None,
             max_inbound,
         }
@@ -289,11 +428,43 @@ impl Behaviour {
 
     /// Whether streams are open, or about to be, on a connection.
     pub(crate) fn in_use(&self, connection: ConnectionId) -> bool {
-        let streams = self
-            .uses
-            .get(&connection)
-            .is_some_and(|u| u.strong_count() > 1);
-        streams || self.requests.iter().any(|(_, id, _)| *id == connection)
+        self.streams_on(connection) > 0 || self.requests.iter().any(|(_, id, _)| *id == connection)
+    }
+
+    /// Our streams and lanes on a connection.
+    pub(crate) fn streams_on(&self, connection: ConnectionId) -> usize {
+        let traffic = self.traffic.get(&connection);
+        traffic.map_or(0, |traffic| traffic.strong_count().saturating_sub(1))
+    }
+
+    /// Bytes that our streams on a connection have received and sent.
+    pub(crate) fn moved(&self, connection: ConnectionId) -> (u64, u64) {
+        let traffic = self.traffic.get(&connection).and_then(Weak::upgrade);
+        traffic.map_or((0, 0), |traffic| {
+            let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+            (load(&traffic.received), load(&traffic.sent))
+        })
+    }
+
+    /// What a lane to `peer` stands beside: the connection that would be used without it.
+    pub(crate) fn beside(&self, peer: PeerId) -> Option<Beside> {
+        let connection = self.choose(&peer, Class::Bulk)?;
+        Some(Beside {
+            peer,
+            traffic: self.traffic.get(&connection)?.upgrade()?,
+            best: self.best.get(&peer)?.subscribe(),
+        })
+    }
+
+    fn choose(&self, peer: &PeerId, class: Class) -> Option<ConnectionId> {
+        let all = self.connections.get(peer)?.iter();
+        all.min_by_key(|(_, path)| preference(path, class))
+            .map(|(connection, _)| *connection)
+    }
+
+    /// A connection that is being dialled is not to be counted as a path to its peer.
+    pub(crate) fn set_aside(&mut self, connection: ConnectionId) {
+        self.set_aside.insert(connection);
     }
 
     /// Keeps the connections to `peer` open although nothing uses them, until told otherwise or they are gone.
@@ -319,8 +490,8 @@ impl Behaviour {
     }
 
     fn handler(&mut self, id: ConnectionId, peer: PeerId, path: Path) -> Handler {
-        let used = Arc::new(());
-        self.uses.insert(id, Arc::downgrade(&used));
+        let traffic = Arc::new(Traffic::default());
+        self.traffic.insert(id, Arc::downgrade(&traffic));
         let best = self
             .best
             .entry(peer)
@@ -331,7 +502,7 @@ impl Behaviour {
             protocols: self.protocols.clone(),
             requests: VecDeque::new(),
             places: Arc::new(Semaphore::new(self.max_inbound)),
-            used,
+            traffic,
             keep: Arc::clone(self.kept.entry(peer).or_default()),
             best: best.subscribe(),
             waker: None,
@@ -361,16 +532,11 @@ impl Behaviour {
         class: Class,
         reply: Reply,
     ) {
-        let best = self
-            .connections
-            .get(&peer)
-            .and_then(|all| all.iter().min_by_key(|(_, path)| preference(path, class)));
-        let Some((connection, _)) = best else {
+        let Some(connection) = self.choose(&peer, class) else {
             // Whoever asked may be gone.
             let _ = reply.send(Err(OpenError::NotConnected(peer)));
             return;
         };
-        let connection = *connection;
         self.open_on(peer, connection, protocol, reply);
     }
 }
@@ -387,7 +553,7 @@ fn preference(path: &Path, class: Class) -> impl Ord + use<> {
 
 impl NetworkBehaviour for Behaviour {
     type ConnectionHandler = Handler;
-    type ToSwarm = Infallible;
+    type ToSwarm = Moved;
 
     fn handle_established_inbound_connection(
         &mut self,
@@ -418,6 +584,9 @@ impl NetworkBehaviour for Behaviour {
                 endpoint,
                 ..
             }) => {
+                if self.set_aside.contains(&connection_id) {
+                    return;
+                }
                 let path = crate::driver::path(endpoint);
                 self.connections
                     .entry(peer_id)
@@ -438,12 +607,34 @@ impl NetworkBehaviour for Behaviour {
                 }
                 // Requests on their way to it fail as their senders are dropped.
                 self.requests.retain(|(_, id, _)| *id != connection_id);
-                self.uses.remove(&connection_id);
+                self.traffic.remove(&connection_id);
+                self.set_aside.remove(&connection_id);
                 self.update_best(peer_id);
+            }
+            FromSwarm::AddressChange(AddressChange {
+                peer_id,
+                connection_id,
+                new,
+                ..
+            }) => {
+                let path = crate::driver::path(new);
+                let all = self.connections.get_mut(&peer_id).into_iter().flatten();
+                for (_, known) in all.filter(|(id, _)| *id == connection_id) {
+                    *known = path.clone();
+                }
+                self.update_best(peer_id);
+                self.changed.push_back(Moved {
+                    peer: peer_id,
+                    connection: connection_id,
+                    path,
+                });
             }
             // Another behaviour refused a connection for which a handler had been made.
             FromSwarm::ListenFailure(_) | FromSwarm::DialFailure(_) => {
-                self.uses.retain(|_, used| used.strong_count() > 0);
+                if let FromSwarm::DialFailure(failure) = event {
+                    self.set_aside.remove(&failure.connection_id);
+                }
+                self.traffic.retain(|_, traffic| traffic.strong_count() > 0);
                 let connections = &self.connections;
                 self.best.retain(|peer, _| connections.contains_key(peer));
                 self.kept.retain(|peer, _| connections.contains_key(peer));
@@ -456,7 +647,10 @@ impl NetworkBehaviour for Behaviour {
         match event {}
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Moved, THandlerInEvent<Self>>> {
+        if let Some(moved) = self.changed.pop_front() {
+            return Poll::Ready(ToSwarm::GenerateEvent(moved));
+        }
         if let Some((peer_id, connection, event)) = self.requests.pop_front() {
             return Poll::Ready(ToSwarm::NotifyHandler {
                 peer_id,
@@ -477,21 +671,22 @@ pub(crate) struct Handler {
     protocols: Protocols,
     requests: VecDeque<Open>,
     places: Arc<Semaphore>,
-    used: Arc<()>,
+    traffic: Arc<Traffic>,
     keep: Arc<AtomicBool>,
     best: watch::Receiver<PathKind>,
     waker: Option<Waker>,
 }
 
 impl Handler {
-    fn stream(&self, inner: libp2p::Stream, place: Option<OwnedSemaphorePermit>) -> Stream {
+    fn stream(&self, inner: libp2p::Stream, protocol: StreamProtocol, place: Place) -> Stream {
         Stream {
-            inner: inner.compat(),
+            inner: Inner::Shared(inner.compat()),
             peer: self.peer,
+            protocol,
             path: self.path.clone(),
             superseded: None,
             _place: place,
-            _use: Arc::clone(&self.used),
+            traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),
         }
     }
@@ -502,12 +697,8 @@ impl Handler {
             tracing::debug!(peer = %self.peer, %protocol, "refused: the peer has too many streams open");
             return;
         };
-        let Some(sender) = self.protocols.lock().get(protocol).cloned() else {
-            return;
-        };
-        if sender.try_send(self.stream(inner, Some(place))).is_err() {
-            tracing::debug!(peer = %self.peer, %protocol, "refused: too many streams wait to be accepted");
-        }
+        let stream = self.stream(inner, protocol.clone(), Place::Stream(place));
+        self.protocols.deliver(stream);
     }
 }
 
@@ -520,8 +711,7 @@ impl ConnectionHandler for Handler {
     type OutboundOpenInfo = Open;
 
     fn listen_protocol(&self) -> SubstreamProtocol<Accept> {
-        let names = self.protocols.lock().keys().cloned().collect();
-        SubstreamProtocol::new(Accept(names), ()).with_timeout(NEGOTIATION)
+        SubstreamProtocol::new(Accept(self.protocols.names()), ()).with_timeout(NEGOTIATION)
     }
 
     fn poll(
@@ -539,7 +729,8 @@ impl ConnectionHandler for Handler {
     }
 
     fn connection_keep_alive(&self) -> bool {
-        self.keep.load(Ordering::Relaxed)
+        // Lanes are streams too.
+        self.keep.load(Ordering::Relaxed) || Arc::strong_count(&self.traffic) > 1
     }
 
     fn on_behaviour_event(&mut self, open: Open) {
@@ -560,14 +751,19 @@ impl ConnectionHandler for Handler {
                 info,
             }) => {
                 // Whoever asked may be gone.
-                let _ = info.reply.send(Ok(self.stream(stream, None)));
+                let _ = info
+                    .reply
+                    .send(Ok(self.stream(stream, info.protocol, Place::Ours)));
+            }
+            ConnectionEvent::AddressChange(change) => {
+                self.path = Path::of(change.new_address);
             }
             ConnectionEvent::DialUpgradeError(DialUpgradeError { info, error }) => {
                 let peer = self.peer;
                 let error = match error {
-                    StreamUpgradeError::NegotiationFailed => OpenError::Unsupported {
+                    StreamUpgradeError::NegotiationFailed => OpenError::Failed {
                         peer,
-                        protocol: info.protocol,
+                        source: unsupported(peer, &info.protocol),
                     },
                     StreamUpgradeError::Timeout => OpenError::Failed {
                         peer,

@@ -39,6 +39,9 @@ pub enum ConfigError {
     /// The certificate could not be generated.
     #[error("cannot make a certificate: {0}")]
     Certificate(#[from] certificate::GenError),
+    /// A certificate for secure WebSocket could not be made up.
+    #[error("cannot make a certificate: {0}")]
+    MadeUp(#[from] rcgen::Error),
     /// The cipher suites do not do for QUIC.
     #[error("cannot configure TLS for QUIC: {0}")]
     Suite(quinn::crypto::rustls::NoInitialCipherSuite),

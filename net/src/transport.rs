@@ -1,7 +1,9 @@
-//! The transports, in one: TCP with TLS or Noise and yamux, QUIC, both through relays, names resolved by DNS.
+//! The transports, in one: TCP and WebSocket with TLS or Noise and yamux, QUIC, both through relays, names resolved by DNS.
 
 use std::{
     io,
+    pin::Pin,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -11,15 +13,18 @@ use futures::{
 };
 use futures_rustls::TlsStream;
 use libp2p::{
-    PeerId, Transport as _,
+    Multiaddr, PeerId, Transport as _, TransportError,
     core::{
         ConnectedPoint, Endpoint, UpgradeInfo,
-        muxing::StreamMuxerBox,
-        transport::{Boxed, OrTransport, timeout::TransportTimeout},
+        muxing::{StreamMuxer, StreamMuxerBox, StreamMuxerEvent},
+        transport::{
+            Boxed, DialOpts, ListenerId, OrTransport, TransportEvent, timeout::TransportTimeout,
+        },
         upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, Version},
     },
     dns,
     identity::Keypair,
+    multiaddr::Protocol,
     noise,
     tcp::{self, tokio::TcpStream},
 };
@@ -29,10 +34,12 @@ use tokio::time::timeout;
 use crate::{
     circuit::Circuits,
     dialled::{Dialled, Noted},
+    lane::{Arrivals, LANE},
     muxer::Yamux,
     network::SpawnError,
     quic::{Quic, Sockets},
     tls::Tls,
+    websocket::{self, Certificate, Outside, Socket, WebOrPlain},
 };
 
 /// How long a connection may take from the first packet to the multiplexer.
@@ -41,50 +48,100 @@ const HANDSHAKE: Duration = Duration::from_secs(20);
 /// The least and the most that the listening side of a punched TCP connection waits to be spoken to.
 const SPOKEN_TO: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(1500));
 
-/// Makes the transport of the node that `key` names; `relayed` carries connections through relays, `sockets` gives access to QUIC's.
+/// What the transport is made of.
+pub(crate) struct Parts<'a> {
+    pub(crate) key: &'a Keypair,
+    pub(crate) tls: Tls,
+    /// For secure WebSocket.
+    pub(crate) certificate: Option<&'a Certificate>,
+    /// Access to QUIC's sockets.
+    pub(crate) sockets: Sockets,
+    /// Where what is dialled is noted.
+    pub(crate) dialled: Dialled,
+    /// Where lanes go that arrive; `None`: none are taken.
+    pub(crate) lanes: Option<Arrivals>,
+}
+
+/// Makes the transport of a node; `relayed` carries connections through relays.
 pub(crate) fn build(
-    key: &Keypair,
+    parts: &Parts<'_>,
     relayed: Circuits,
-    sockets: &Sockets,
-    dialled: &Dialled,
 ) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
-    let direct = match dns::tokio::Transport::system(direct(key, sockets, dialled)?) {
-        Ok(transport) => transport.boxed(),
+    let direct = match dns::tokio::Transport::system(direct(parts)?) {
+        Ok(transport) => Named(transport).boxed(),
         Err(error) => {
             // A machine without a resolver still has addresses.
             tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialled");
-            direct(key, sockets, dialled)?
+            direct(parts)?
         }
     };
     let relayed = relayed
         .upgrade(Version::V1Lazy)
-        .authenticate(Security::new(key)?)
+        .authenticate(Security::new(parts)?)
         .multiplex(Yamux)
         .timeout(HANDSHAKE)
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     Ok(either(OrTransport::new(relayed, direct)))
 }
 
-/// TCP and QUIC, without names.
-fn direct(
-    key: &Keypair,
-    sockets: &Sockets,
-    dialled: &Dialled,
-) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
-    let security = Security::new(key)?;
+/// TCP, with or without WebSocket, and QUIC, without names.
+fn direct(parts: &Parts<'_>) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
+    let security = Security::new(parts)?;
+    let dialled = &parts.dialled;
     let quic = Noted::new(
-        Quic::new(key, &security.tls, sockets.clone())?,
+        Quic::new(parts.key, &parts.tls, parts.sockets.clone())?,
         dialled.clone(),
     )
     .map(|((peer, connection), _), _| (peer, StreamMuxerBox::new(connection)));
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
-    let tcp = Noted::new(tcp, dialled.clone()).and_then(move |(socket, begin), endpoint| {
-        upgrade_tcp(socket, endpoint, security.clone(), begin)
-    });
+    let tcp = Noted::new(tcp, dialled.clone());
+    let lanes = parts.lanes.clone();
+    let tcp = WebOrPlain::new(tcp, Outside::new(parts.certificate)?).and_then(
+        move |(socket, begin), endpoint| {
+            upgrade_tcp(socket, endpoint, security.clone(), begin, lanes.clone())
+        },
+    );
     Ok(either(OrTransport::new(
         quic,
         TransportTimeout::new(tcp, HANDSHAKE),
     )))
+}
+
+/// Keeps the name in the address of a secure WebSocket when the resolver has replaced it.
+struct Named<T>(T);
+
+impl<T: libp2p::Transport + Unpin> libp2p::Transport for Named<T> {
+    type Output = T::Output;
+    type Error = T::Error;
+    type ListenerUpgrade = T::ListenerUpgrade;
+    type Dial = T::Dial;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<T::Error>> {
+        self.0.listen_on(id, address)
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) -> bool {
+        self.0.remove_listener(id)
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        options: DialOpts,
+    ) -> Result<T::Dial, TransportError<T::Error>> {
+        self.0.dial(websocket::keep_name(address), options)
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<TransportEvent<T::ListenerUpgrade, T::Error>> {
+        Pin::new(&mut self.0).poll(cx)
+    }
 }
 
 type Connection = (PeerId, StreamMuxerBox);
@@ -107,24 +164,29 @@ where
 
 /// From a connected socket to a secured, multiplexed connection.
 async fn upgrade_tcp(
-    socket: TcpStream,
+    socket: Socket,
     endpoint: ConnectedPoint,
     security: Security,
     begin: Instant,
+    lanes: Option<Arrivals>,
 ) -> io::Result<Connection> {
-    let role = match endpoint {
-        ConnectedPoint::Dialer {
-            role_override: Endpoint::Listener,
-            ..
-        } => punched_role(&socket, begin).await?,
-        endpoint => endpoint.to_endpoint(),
+    let role = match (&endpoint, &socket) {
+        (
+            ConnectedPoint::Dialer {
+                role_override: Endpoint::Listener,
+                ..
+            },
+            Socket::Plain(socket),
+        ) => punched_role(socket, begin).await?,
+        (endpoint, _) => endpoint.to_endpoint(),
     };
-    let muxers = Yamux.protocol_info();
+    let web = matches!(socket, Socket::Web(_));
     match role {
         Endpoint::Dialer => {
             let (info, socket) =
                 dialer_select_proto(socket, security.protocol_info(), Version::V1Lazy).await?;
             let (peer, stream) = security.upgrade_outbound(socket, info).await?;
+            let muxers = Yamux.protocol_info();
             let (info, stream) = dialer_select_proto(stream, muxers, Version::V1Lazy).await?;
             let muxer = Yamux.upgrade_outbound(stream, info).await?;
             Ok((peer, StreamMuxerBox::new(muxer)))
@@ -132,10 +194,69 @@ async fn upgrade_tcp(
         Endpoint::Listener => {
             let (info, socket) = listener_select_proto(socket, security.protocol_info()).await?;
             let (peer, stream) = security.upgrade_inbound(socket, info).await?;
+            let from = endpoint.get_remote_address().clone();
+            let lanes = lanes.filter(|_| !web);
+            let muxers = Yamux.protocol_info().chain(lanes.as_ref().map(|_| LANE));
             let (info, stream) = listener_select_proto(stream, muxers).await?;
+            if let (LANE, Some(lanes)) = (info, lanes) {
+                return Err(lanes.take(peer, from, stream));
+            }
             let muxer = Yamux.upgrade_inbound(stream, info).await?;
+            if web {
+                // The listener could not tell from the address.
+                let from = from.with(Protocol::Ws("/".into()));
+                return Ok((peer, StreamMuxerBox::new(Moved::new(muxer, from))));
+            }
             Ok((peer, StreamMuxerBox::new(muxer)))
         }
+    }
+}
+
+/// A connection that says first where it really comes from.
+struct Moved<M> {
+    inner: M,
+    to: Option<Multiaddr>,
+}
+
+impl<M> Moved<M> {
+    fn new(inner: M, to: Multiaddr) -> Self {
+        Self {
+            inner,
+            to: Some(to),
+        }
+    }
+}
+
+impl<M: StreamMuxer + Unpin> StreamMuxer for Moved<M> {
+    type Substream = M::Substream;
+    type Error = M::Error;
+
+    fn poll_inbound(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<M::Substream, M::Error>> {
+        Pin::new(&mut self.inner).poll_inbound(cx)
+    }
+
+    fn poll_outbound(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<M::Substream, M::Error>> {
+        Pin::new(&mut self.inner).poll_outbound(cx)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), M::Error>> {
+        Pin::new(&mut self.inner).poll_close(cx)
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<StreamMuxerEvent, M::Error>> {
+        if let Some(to) = self.to.take() {
+            return Poll::Ready(Ok(StreamMuxerEvent::AddressChange(to)));
+        }
+        Pin::new(&mut self.inner).poll(cx)
     }
 }
 
@@ -159,15 +280,16 @@ struct Security {
 }
 
 impl Security {
-    fn new(key: &Keypair) -> Result<Self, SpawnError> {
+    fn new(parts: &Parts<'_>) -> Result<Self, SpawnError> {
         Ok(Self {
-            tls: Tls::new(key)?,
-            noise: noise::Config::new(key).map_err(io::Error::other)?,
+            tls: parts.tls.clone(),
+            noise: noise::Config::new(parts.key).map_err(io::Error::other)?,
         })
     }
 }
 
-const TLS: &str = "/tls/1.0.0";
+/// The name under which TLS is agreed on.
+pub(crate) const TLS: &str = "/tls/1.0.0";
 const NOISE: &str = "/noise";
 
 type Secured<C> = (PeerId, Either<TlsStream<C>, noise::Output<C>>);

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use libp2p::{StreamProtocol, Swarm, identity::Keypair, noise, swarm::dummy, tcp, yamux};
 use tokio::{
@@ -114,11 +114,14 @@ async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
         .unwrap();
     let mut opened = Vec::new();
     for _ in 0..8 {
-        opened.push(
-            one.open(two.local_peer(), ECHO, Class::Control)
-                .await
-                .unwrap(),
-        );
+        let mut stream = one
+            .open(two.local_peer(), ECHO, Class::Control)
+            .await
+            .unwrap();
+        // Only now the other side learns of it.
+        stream.write_all(b"x").await.unwrap();
+        stream.flush().await.unwrap();
+        opened.push(stream);
     }
     let mut held = Vec::new();
     for _ in 0..4 {
@@ -171,10 +174,12 @@ async fn errors_say_what_happened() {
         Err(OpenError::NotConnected(_))
     ));
     one.connect(two.local_peer(), addresses).await.unwrap();
-    assert!(matches!(
-        one.open(two.local_peer(), ECHO, Class::Bulk).await,
-        Err(OpenError::Unsupported { .. })
-    ));
+    for class in [Class::Interactive, Class::Bulk] {
+        let mut stream = one.open(two.local_peer(), ECHO, class).await.unwrap();
+        let error = stream.read_exact(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        assert!(error.to_string().contains("/weft/test/echo"), "{error}");
+    }
     let _held = two.accept(ECHO).unwrap();
     assert!(two.accept(ECHO).is_err());
     two.stop().await;

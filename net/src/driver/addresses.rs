@@ -8,6 +8,7 @@ use super::Driver;
 use crate::{
     Path, PathKind,
     address::{is_link_local, is_public, is_relayed, of_socket, socket},
+    autonat::Verdict,
     mappings::{Mapped, Mapping},
     network::Addresses,
     split_peer_id,
@@ -100,7 +101,11 @@ where
             return;
         }
         let address = of_socket(at, transport);
-        if self.public.insert(address.clone()) {
+        if self
+            .public
+            .insert(address.clone(), Instant::now())
+            .is_none()
+        {
             tracing::info!(%address, "strangers reach this node here");
             self.update_relay_server();
             self.tell_addresses();
@@ -109,14 +114,18 @@ where
 
     /// Where strangers reach us, as far as is known, what was configured, and what the gateway forwards.
     pub(super) fn reachable_at(&self) -> HashSet<Multiaddr> {
-        let known = self.configured.union(&self.public).cloned();
-        known.chain(self.mapped_addresses()).collect()
+        let known = self.configured.iter().chain(self.public.keys()).cloned();
+        let known = known.chain(self.mapped_addresses());
+        known.chain(self.open_at_nat()).collect()
     }
 
-    /// What the gateway forwards to us, if it has a public address; that of one behind another NAT leads nowhere.
+    /// What the gateway forwards to us, if it has a public address; that of one behind another NAT leads nowhere. Without what servers have tried in
+    /// vain.
     pub(super) fn mapped_addresses(&self) -> impl Iterator<Item = Multiaddr> {
         let public = self.mapped.iter().filter(|(_, at)| is_public(&at.ip()));
-        public.map(|(transport, at)| of_socket(*at, *transport))
+        let all = public.map(|(transport, at)| of_socket(*at, *transport));
+        let verdicts = &self.autonat.verdicts;
+        all.filter(|address| verdicts.of(address) != Some(Verdict::Unreachable))
     }
 
     /// Asks the gateway to forward the ports on which we listen for IPv4, if we are on a private network.
@@ -154,6 +163,7 @@ where
             }
         }
         self.map_ports();
+        self.autonat.verdicts.ask_again(Instant::now());
     }
 }
 

@@ -91,9 +91,9 @@ impl Punching {
         }
     }
 
-    /// A dial is over, whatever it came to.
-    pub(super) fn dialled(&mut self, id: ConnectionId) {
-        self.dials.remove(&id);
+    /// A dial is over, whatever it came to; whether it was one of an exchange.
+    pub(super) fn dialled(&mut self, id: ConnectionId) -> bool {
+        self.dials.remove(&id).is_some()
     }
 
     /// Whether to begin an exchange with `peer`: not while it has begun one.

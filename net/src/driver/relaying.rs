@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 
 use super::{Driver, Outcome};
 use crate::{
-    Class, Incoming, OpenError, PathKind, RelayServer, Stream,
+    Class, Incoming, OpenError, PathKind, RelayServer, Stream, Transport,
     address::{dialable_from, is_public, is_relayed, socket},
     circuit::{self, Arrival, CircuitError, DialRequest, Grant, HOP, STOP},
     relay_server::Need,
@@ -17,6 +17,9 @@ use crate::{
 
 /// Addresses through one relay that are given to others.
 const MAX_ADDRESSES: usize = 4;
+
+/// The port that every network lets out.
+const WEB: u16 = 443;
 
 /// The next stream, if something is accepted at all.
 pub(super) async fn next(incoming: &mut Option<Incoming>) -> Option<Stream> {
@@ -63,17 +66,14 @@ where
         }
     }
 
-    /// A node that strangers reach needs none, if they do over IPv4: with IPv6 alone, many do not.
+    /// A node that everybody reaches needs none. Everybody gets out to TCP port 443 and has IPv4: an address like that will do, any other leaves some
+    /// behind who reach us through a relay only.
     fn needs_relays(&self) -> bool {
-        if self.relay_server == RelayServer::Always {
-            return false;
-        }
-        let v4 = |address: &Multiaddr| {
-            socket(address).is_some_and(|(at, _)| at.is_ipv4() && !at.ip().is_loopback())
+        let for_all = |address: &Multiaddr| {
+            socket(address)
+                .is_some_and(|(at, t)| t == Transport::Tcp && at.port() == WEB && at.is_ipv4())
         };
-        let has_v4 = self.swarm.listeners().any(v4);
-        let reachable = self.reachable_at();
-        reachable.is_empty() || has_v4 && !reachable.iter().any(v4)
+        self.relay_server != RelayServer::Always && !self.reachable_at().iter().any(for_all)
     }
 
     /// Whether more relays should be found than are known.

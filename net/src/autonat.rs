@@ -1,0 +1,717 @@
+//! AutoNAT v2 (<https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md>): asking others whether they reach us at an address, and
+//! answering that for others.
+//!
+//! libp2p's own server dials whatever it is told, private addresses among them, as often as it is asked; its client never asks again. Here the server
+//! dials public addresses only, within rates in all, of one peer and of one network; and what the client has learnt is asked again ([`Verdicts`]).
+//!
+//! The exchanges and the bookkeeping are here, without dialling: that is the driver's.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    io,
+    net::{IpAddr, Ipv6Addr},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use libp2p::{Multiaddr, PeerId, StreamProtocol};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    time::timeout,
+};
+use weft_proto::{
+    frame::{self, FrameError},
+    wire::{
+        AutonatDataRequest, AutonatDataResponse, AutonatDialBack, AutonatDialBackResponse,
+        AutonatDialRequest, AutonatDialResponse, AutonatDialStatus, AutonatMessage,
+        autonat_dial_response::Status, autonat_message::Msg,
+    },
+};
+
+use crate::address::{is_public, socket};
+
+/// From a client to a server.
+pub(crate) const DIAL_REQUEST: StreamProtocol =
+    StreamProtocol::new("/libp2p/autonat/2/dial-request");
+
+/// From a server to a client, on the connection that it has dialled.
+pub(crate) const DIAL_BACK: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-back");
+
+/// Bytes in a message.
+const MAX_MESSAGE: usize = 8 * 1024;
+
+/// How long the other side may take for a message.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the whole of an exchange may take at the client: the server's dial is part of it.
+const EXCHANGE: Duration = Duration::from_secs(30);
+
+/// How long a server may take to dial.
+pub(crate) const DIAL: Duration = Duration::from_secs(10);
+
+/// Addresses read from a request.
+const MAX_ADDRESSES: usize = 16;
+
+/// What a client has to send before an address is dialled where it is not seen itself: more than the dial sends there, so that nobody has us
+/// multiply what he sends to a third party. The least and the most, between which the amount is drawn.
+const DATA: (u64, u64) = (30_000, 100_000);
+
+/// The most that a client sends on demand. A little more than a server may ask for.
+const MAX_DATA: u64 = 120_000;
+
+/// Bytes of it in a message.
+const DATA_CHUNK: usize = 4096;
+
+/// Why nothing is known.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AutonatError {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("no answer in time")]
+    TimedOut,
+    #[error("the other side hung up")]
+    Ended,
+    #[error("the server refused")]
+    Refused,
+    #[error("it broke the protocol")]
+    Malformed,
+}
+
+async fn next<S>(stream: &mut S) -> Result<Msg, AutonatError>
+where
+    S: AsyncRead + Unpin,
+{
+    let read = timeout(
+        PATIENCE,
+        frame::read::<AutonatMessage, _>(stream, MAX_MESSAGE),
+    );
+    let message = read.await.map_err(|_| AutonatError::TimedOut)??;
+    message
+        .ok_or(AutonatError::Ended)?
+        .msg
+        .ok_or(AutonatError::Malformed)
+}
+
+async fn say<S>(stream: &mut S, msg: Msg) -> Result<(), AutonatError>
+where
+    S: AsyncWrite + Unpin,
+{
+    let message = AutonatMessage { msg: Some(msg) };
+    let written = timeout(PATIENCE, async {
+        frame::write(stream, &message, MAX_MESSAGE).await?;
+        stream.flush().await?;
+        Ok(())
+    });
+    written.await.map_err(|_| AutonatError::TimedOut)?
+}
+
+/// Asks a server whether it reaches `address`. `true`: it says so, which counts only if its dial has come ([`answer`]).
+pub(crate) async fn ask<S>(
+    mut stream: S,
+    address: &Multiaddr,
+    nonce: u64,
+) -> Result<bool, AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let exchange = async {
+        let request = AutonatDialRequest {
+            addrs: vec![Bytes::from(address.to_vec())],
+            nonce,
+        };
+        say(&mut stream, Msg::DialRequest(request)).await?;
+        let mut asked = false;
+        loop {
+            let message = timeout(
+                PATIENCE + DIAL,
+                frame::read::<AutonatMessage, _>(&mut stream, MAX_MESSAGE),
+            );
+            let message = message.await.map_err(|_| AutonatError::TimedOut)??;
+            match message.ok_or(AutonatError::Ended)?.msg {
+                Some(Msg::DataRequest(wanted)) if !asked && wanted.num_bytes <= MAX_DATA => {
+                    asked = true;
+                    send_data(&mut stream, wanted.num_bytes).await?;
+                }
+                Some(Msg::DialResponse(response)) => {
+                    return match (response.status(), response.dial_status()) {
+                        (Status::Ok, AutonatDialStatus::Ok) => Ok(true),
+                        (
+                            Status::Ok,
+                            AutonatDialStatus::DialError | AutonatDialStatus::DialBackError,
+                        ) => Ok(false),
+                        (Status::Ok, AutonatDialStatus::Unused) => Err(AutonatError::Malformed),
+                        _ => Err(AutonatError::Refused),
+                    };
+                }
+                _ => return Err(AutonatError::Malformed),
+            }
+        }
+    };
+    let result = timeout(EXCHANGE, exchange).await;
+    result.unwrap_or(Err(AutonatError::TimedOut))
+}
+
+async fn send_data<S>(stream: &mut S, bytes: u64) -> Result<(), AutonatError>
+where
+    S: AsyncWrite + Unpin,
+{
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(DATA_CHUNK as u64);
+        let data = Bytes::from(vec![0; n as usize]);
+        say(stream, Msg::DataResponse(AutonatDataResponse { data })).await?;
+        left -= n;
+    }
+    Ok(())
+}
+
+/// What a client wants to have dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) address: Multiaddr,
+    index: u32,
+    pub(crate) nonce: u64,
+    /// The client is not seen there.
+    elsewhere: bool,
+}
+
+/// The server's part until it dials: reads the request, and takes what it is sent in advance. `from`: where the client is seen; `mine`: where we are, to ourselves and to
+/// others. `Ok(None)`: refused, and said so.
+pub(crate) async fn receive<S>(
+    stream: &mut S,
+    from: IpAddr,
+    mine: &HashSet<IpAddr>,
+) -> Result<Option<Wanted>, AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let Msg::DialRequest(request) = next(stream).await? else {
+        return Err(AutonatError::Malformed);
+    };
+    let Some(wanted) = choose(&request, from, mine) else {
+        let refusal = AutonatDialResponse {
+            status: Status::DialRefused.into(),
+            ..AutonatDialResponse::default()
+        };
+        say(stream, Msg::DialResponse(refusal)).await?;
+        return Ok(None);
+    };
+    if wanted.elsewhere {
+        let mut random = [0; 8];
+        getrandom::fill(&mut random).map_err(io::Error::other)?;
+        let num_bytes = DATA.0 + u64::from_le_bytes(random) % (DATA.1 - DATA.0);
+        let request = AutonatDataRequest {
+            addr_idx: wanted.index,
+            num_bytes,
+        };
+        say(stream, Msg::DataRequest(request)).await?;
+        let mut left = num_bytes;
+        while left > 0 {
+            let Msg::DataResponse(response) = next(stream).await? else {
+                return Err(AutonatError::Malformed);
+            };
+            // An empty one would have us wait without end.
+            if response.data.is_empty() || response.data.len() > DATA_CHUNK {
+                return Err(AutonatError::Malformed);
+            }
+            left = left.saturating_sub(response.data.len() as u64);
+        }
+    }
+    Ok(Some(wanted))
+}
+
+/// The first address that may be dialled: public, and not where we are ourselves, because what is tried within a network says nothing about it from outside.
+fn choose(request: &AutonatDialRequest, from: IpAddr, mine: &HashSet<IpAddr>) -> Option<Wanted> {
+    let addresses = request.addrs.iter().take(MAX_ADDRESSES).enumerate();
+    addresses
+        .filter_map(|(index, bytes)| {
+            let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
+            let address = crate::split_peer_id(address).0;
+            let ip = socket(&address)?.0.ip().to_canonical();
+            (is_public(&ip) && !mine.contains(&ip)).then_some(Wanted {
+                address,
+                index: index as u32,
+                nonce: request.nonce,
+                elsewhere: ip != from.to_canonical(),
+            })
+        })
+        .next()
+}
+
+/// The server's answer, once it has dialled. `dialled`: a connection came about; `told`: the nonce went through as well.
+pub(crate) async fn respond<S>(
+    stream: &mut S,
+    wanted: &Wanted,
+    dialled: bool,
+    told: bool,
+) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let status = match (dialled, told) {
+        (true, true) => AutonatDialStatus::Ok,
+        (true, false) => AutonatDialStatus::DialBackError,
+        (false, _) => AutonatDialStatus::DialError,
+    };
+    let response = AutonatDialResponse {
+        status: Status::Ok.into(),
+        addr_idx: wanted.index,
+        dial_status: status.into(),
+    };
+    say(stream, Msg::DialResponse(response)).await?;
+    stream.shutdown().await?;
+    Ok(())
+}
+
+/// At the server: refuses a request that is over a limit.
+pub(crate) async fn reject<S>(stream: &mut S) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let response = AutonatDialResponse {
+        status: Status::RequestRejected.into(),
+        ..AutonatDialResponse::default()
+    };
+    say(stream, Msg::DialResponse(response)).await?;
+    stream.shutdown().await?;
+    Ok(())
+}
+
+/// At the server, on the connection that it has dialled: proves that it came from us.
+pub(crate) async fn call<S>(mut stream: S, nonce: u64) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let exchange = async {
+        frame::write(&mut stream, &AutonatDialBack { nonce }, MAX_MESSAGE).await?;
+        stream.flush().await?;
+        let answer: Option<AutonatDialBackResponse> = frame::read(&mut stream, MAX_MESSAGE).await?;
+        answer.map(drop).ok_or(AutonatError::Ended)
+    };
+    let result = timeout(PATIENCE, exchange).await;
+    result.unwrap_or(Err(AutonatError::TimedOut))
+}
+
+/// At the client: the nonce that a server's dial brings. The answer follows when it is one of ours ([`acknowledge`]).
+pub(crate) async fn answer<S>(stream: &mut S) -> Result<u64, AutonatError>
+where
+    S: AsyncRead + Unpin,
+{
+    let read = timeout(
+        PATIENCE,
+        frame::read::<AutonatDialBack, _>(stream, MAX_MESSAGE),
+    );
+    let message = read.await.map_err(|_| AutonatError::TimedOut)??;
+    Ok(message.ok_or(AutonatError::Ended)?.nonce)
+}
+
+/// The nonce was ours.
+pub(crate) async fn acknowledge<S>(mut stream: S) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let exchange = async {
+        let answer = AutonatDialBackResponse::default();
+        frame::write(&mut stream, &answer, MAX_MESSAGE).await?;
+        stream.flush().await?;
+        stream.shutdown().await?;
+        Ok(())
+    };
+    let result = timeout(PATIENCE, exchange).await;
+    result.unwrap_or(Err(AutonatError::TimedOut))
+}
+
+/// What serving others may come to.
+#[derive(Debug)]
+pub(crate) struct Bounds {
+    limits: AutonatLimits,
+    /// Who was served in the last minute, from which network, and when.
+    served: VecDeque<(PeerId, IpAddr, Instant)>,
+    under_way: usize,
+}
+
+/// How often this node dials for others to tell them whether they can be reached. 0: not at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AutonatLimits {
+    /// In a minute, in all.
+    pub per_minute: usize,
+    /// In a minute, for one peer.
+    pub per_minute_per_peer: usize,
+    /// In a minute, for one IPv4 network of 24 bits or IPv6 network of 48.
+    pub per_minute_per_network: usize,
+    /// At a time.
+    pub concurrent: usize,
+}
+
+impl Default for AutonatLimits {
+    fn default() -> Self {
+        Self {
+            per_minute: 60,
+            per_minute_per_peer: 6,
+            per_minute_per_network: 20,
+            concurrent: 16,
+        }
+    }
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn network(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, _] = ip.octets();
+            [a, b, c, 0].into()
+        }
+        IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 80 << 80).into(),
+    }
+}
+
+impl Bounds {
+    pub(crate) fn new(limits: AutonatLimits) -> Self {
+        Self {
+            limits,
+            served: VecDeque::new(),
+            under_way: 0,
+        }
+    }
+
+    /// Whether to serve `peer`, which is at `from`; [`ended`](Self::ended) must follow if so.
+    pub(crate) fn begin(&mut self, peer: PeerId, from: IpAddr, now: Instant) -> bool {
+        while self
+            .served
+            .front()
+            .is_some_and(|(.., at)| now.duration_since(*at) >= MINUTE)
+        {
+            self.served.pop_front();
+        }
+        let from = network(from);
+        let of_peer = self.served.iter().filter(|(other, ..)| *other == peer);
+        let of_network = self.served.iter().filter(|(_, other, _)| *other == from);
+        let allowed = self.under_way < self.limits.concurrent
+            && self.served.len() < self.limits.per_minute
+            && of_peer.count() < self.limits.per_minute_per_peer
+            && of_network.count() < self.limits.per_minute_per_network;
+        if allowed {
+            self.served.push_back((peer, from, now));
+            self.under_way += 1;
+        }
+        allowed
+    }
+
+    pub(crate) fn ended(&mut self) {
+        self.under_way -= 1;
+    }
+}
+
+/// How well an address of ours is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// A stranger, or one of several servers at no NAT of ours, has reached it.
+    Reached,
+    /// Only peers that we have sent to reach it: a NAT or firewall lets their answers in.
+    ByContacts,
+    /// Two servers in different places have tried in vain.
+    Unreachable,
+}
+
+/// When an address that was reached is tried again.
+const AGAIN: Duration = Duration::from_secs(600);
+
+/// The first and the longest pause before another try of one that was not.
+const RETRY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(1800));
+
+/// Places that have to have tried in vain.
+const IN_VAIN: usize = 2;
+
+/// Addresses whose verdicts are kept.
+const MAX_KNOWN: usize = 32;
+
+#[derive(Debug)]
+struct Known {
+    verdict: Option<Verdict>,
+    /// Servers' places that have tried in vain since the last time that one did not.
+    in_vain: HashSet<IpAddr>,
+    next: Instant,
+    pause: Duration,
+    asking: bool,
+}
+
+/// What is known of each address of ours, and when to ask again. A state machine without I/O.
+#[derive(Debug, Default)]
+pub(crate) struct Verdicts {
+    known: HashMap<Multiaddr, Known>,
+}
+
+impl Verdicts {
+    /// The addresses among `candidates` to ask about now, and forgets all that are not among them.
+    pub(crate) fn due(&mut self, candidates: &[Multiaddr], now: Instant) -> Vec<Multiaddr> {
+        self.known
+            .retain(|address, known| known.asking || candidates.contains(address));
+        for address in candidates.iter().take(MAX_KNOWN) {
+            self.known.entry(address.clone()).or_insert_with(|| Known {
+                verdict: None,
+                in_vain: HashSet::new(),
+                next: now,
+                pause: RETRY.0,
+                asking: false,
+            });
+        }
+        let due = self
+            .known
+            .iter()
+            .filter(|(_, k)| !k.asking && k.next <= now);
+        due.map(|(address, _)| address.clone()).collect()
+    }
+
+    /// Servers' places that `address` need not be asked of again now.
+    pub(crate) fn tried(&self, address: &Multiaddr) -> HashSet<IpAddr> {
+        let known = self.known.get(address);
+        known.map(|known| known.in_vain.clone()).unwrap_or_default()
+    }
+
+    /// A server is being asked about `address`; [`told`](Self::told) must follow.
+    pub(crate) fn ask(&mut self, address: &Multiaddr) {
+        if let Some(known) = self.known.get_mut(address) {
+            known.asking = true;
+        }
+    }
+
+    /// What the server at `place` found: `Some(true)` if it got through and we had never sent there or no NAT is in between, `Some(false)` if it got through otherwise; `None` in
+    /// vain. Whether the verdict has changed.
+    pub(crate) fn told(
+        &mut self,
+        address: &Multiaddr,
+        place: IpAddr,
+        reached: Option<bool>,
+        now: Instant,
+    ) -> bool {
+        let Some(known) = self.known.get_mut(address) else {
+            return false;
+        };
+        known.asking = false;
+        let verdict = match reached {
+            Some(stranger) => {
+                known.in_vain.clear();
+                known.pause = RETRY.0;
+                known.next = now + AGAIN;
+                // One that knew the way says nothing against one that did not.
+                match (stranger, known.verdict) {
+                    (true, _) | (false, Some(Verdict::Reached)) => Some(Verdict::Reached),
+                    (false, _) => Some(Verdict::ByContacts),
+                }
+            }
+            None => {
+                known.in_vain.insert(place);
+                if known.in_vain.len() < IN_VAIN {
+                    // Somebody else is asked soon.
+                    known.next = now;
+                    known.verdict
+                } else {
+                    known.in_vain.clear();
+                    known.next = now + known.pause;
+                    known.pause = (known.pause * 2).min(RETRY.1);
+                    Some(Verdict::Unreachable)
+                }
+            }
+        };
+        std::mem::replace(&mut known.verdict, verdict) != verdict
+    }
+
+    /// Nobody could be asked, or the one asked did not answer.
+    pub(crate) fn put_off(&mut self, address: &Multiaddr, now: Instant) {
+        if let Some(known) = self.known.get_mut(address) {
+            known.asking = false;
+            known.next = now + RETRY.0;
+        }
+    }
+
+    /// The network is another one: what was known may not hold any more.
+    pub(crate) fn ask_again(&mut self, now: Instant) {
+        for known in self.known.values_mut() {
+            known.next = known.next.min(now);
+            known.pause = RETRY.0;
+        }
+    }
+
+    pub(crate) fn of(&self, address: &Multiaddr) -> Option<Verdict> {
+        self.known.get(address).and_then(|known| known.verdict)
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&Multiaddr, Verdict)> {
+        let known = self.known.iter();
+        known.filter_map(|(address, known)| Some((address, known.verdict?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::*;
+
+    const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(1, 1, 1, 1));
+
+    fn address(text: &str) -> Multiaddr {
+        text.parse().unwrap()
+    }
+
+    async fn exchange(wanted: &str, reached: bool) -> (Result<bool, AutonatError>, Option<Wanted>) {
+        let (near, mut far) = duplex(1 << 12);
+        let wanted = address(wanted);
+        let server = async {
+            let mine = HashSet::from(["9.9.9.9".parse().unwrap()]);
+            let wanted = receive(&mut far, CLIENT, &mine).await.unwrap();
+            if let Some(wanted) = &wanted {
+                respond(&mut far, wanted, reached, reached).await.unwrap();
+            }
+            wanted
+        };
+        tokio::join!(ask(near, &wanted, 7), server)
+    }
+
+    #[tokio::test]
+    async fn a_server_says_what_it_found() {
+        for reached in [true, false] {
+            let (told, wanted) = exchange("/ip4/1.1.1.1/tcp/5", reached).await;
+            assert_eq!(told.unwrap(), reached);
+            let wanted = wanted.unwrap();
+            assert_eq!(wanted.nonce, 7);
+            assert!(!wanted.elsewhere);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_address_elsewhere_has_to_be_paid_for() {
+        let (told, wanted) = exchange("/ip4/2.2.2.2/tcp/5", true).await;
+        assert!(told.unwrap());
+        assert!(wanted.unwrap().elsewhere);
+        let (near, mut far) = duplex(1 << 12);
+        let cheat = async {
+            let (mut reader, mut writer) = tokio::io::split(near);
+            let request = AutonatDialRequest {
+                addrs: vec![address("/ip4/2.2.2.2/tcp/5").to_vec().into()],
+                nonce: 7,
+            };
+            say(&mut writer, Msg::DialRequest(request)).await.unwrap();
+            next(&mut reader).await.unwrap();
+            let nothing = AutonatDataResponse { data: Bytes::new() };
+            say(&mut writer, Msg::DataResponse(nothing)).await.unwrap();
+        };
+        let mine = HashSet::new();
+        let ((), received) = tokio::join!(cheat, receive(&mut far, CLIENT, &mine));
+        assert!(matches!(received, Err(AutonatError::Malformed)));
+    }
+
+    #[tokio::test]
+    async fn nothing_private_is_dialled_nor_ourselves() {
+        for refused in [
+            "/ip4/10.0.0.1/tcp/22",
+            "/ip4/127.0.0.1/tcp/22",
+            "/ip6/::1/tcp/22",
+            "/ip4/9.9.9.9/tcp/22",
+            "/dns4/a.example/tcp/22",
+        ] {
+            let (told, wanted) = exchange(refused, true).await;
+            assert!(matches!(told, Err(AutonatError::Refused)), "{refused}");
+            assert!(wanted.is_none());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_wants_too_much_gets_nothing() {
+        let (near, mut far) = duplex(1 << 16);
+        let server = async {
+            next(&mut far).await.unwrap();
+            let request = AutonatDataRequest {
+                addr_idx: 0,
+                num_bytes: u64::MAX,
+            };
+            say(&mut far, Msg::DataRequest(request)).await.unwrap();
+        };
+        let wanted = address("/ip4/1.1.1.1/tcp/5");
+        let (told, ()) = tokio::join!(ask(near, &wanted, 7), server);
+        assert!(matches!(told, Err(AutonatError::Malformed)));
+    }
+
+    #[tokio::test]
+    async fn the_dial_brings_the_nonce() {
+        let (near, mut far) = duplex(1 << 12);
+        let client = async {
+            let nonce = answer(&mut far).await.unwrap();
+            acknowledge(far).await.unwrap();
+            nonce
+        };
+        let (called, nonce) = tokio::join!(call(near, 42), client);
+        called.unwrap();
+        assert_eq!(nonce, 42);
+    }
+
+    #[test]
+    fn serving_is_bounded_in_all_and_by_peer_and_network() {
+        let limits = AutonatLimits {
+            per_minute: 4,
+            per_minute_per_peer: 2,
+            per_minute_per_network: 3,
+            concurrent: 8,
+        };
+        let mut bounds = Bounds::new(limits);
+        let now = Instant::now();
+        let (one, two) = (PeerId::random(), PeerId::random());
+        let near = ["5.5.5.1", "5.5.5.2"].map(|ip| ip.parse().unwrap());
+        assert!(bounds.begin(one, near[0], now));
+        assert!(bounds.begin(one, near[0], now));
+        assert!(!bounds.begin(one, near[1], now), "one peer");
+        assert!(bounds.begin(two, near[1], now));
+        assert!(!bounds.begin(two, near[1], now), "one network");
+        assert!(bounds.begin(two, "6.6.6.6".parse().unwrap(), now));
+        assert!(
+            !bounds.begin(PeerId::random(), "7.7.7.7".parse().unwrap(), now),
+            "all"
+        );
+        for _ in 0..4 {
+            bounds.ended();
+        }
+        assert!(bounds.begin(one, near[0], now + MINUTE));
+        let mut bounds = Bounds::new(AutonatLimits {
+            concurrent: 1,
+            ..AutonatLimits::default()
+        });
+        assert!(bounds.begin(one, near[0], now));
+        assert!(!bounds.begin(two, near[1], now), "at a time");
+    }
+
+    #[test]
+    fn one_server_alone_makes_nothing_unreachable_and_all_is_asked_again() {
+        let mut verdicts = Verdicts::default();
+        let (now, mine) = (Instant::now(), address("/ip4/1.1.1.1/tcp/5"));
+        let places: [IpAddr; 2] = ["7.7.7.7", "8.8.8.8"].map(|ip| ip.parse().unwrap());
+        let candidates = [mine.clone()];
+        assert_eq!(verdicts.due(&candidates, now), candidates);
+        verdicts.ask(&mine);
+        assert!(verdicts.due(&candidates, now).is_empty());
+        assert!(!verdicts.told(&mine, places[0], None, now));
+        assert_eq!(verdicts.of(&mine), None);
+        assert_eq!(verdicts.tried(&mine), HashSet::from([places[0]]));
+        // At once, elsewhere.
+        assert_eq!(verdicts.due(&candidates, now), candidates);
+        assert!(verdicts.told(&mine, places[1], None, now));
+        assert_eq!(verdicts.of(&mine), Some(Verdict::Unreachable));
+        assert!(verdicts.due(&candidates, now).is_empty());
+        let later = now + RETRY.0;
+        assert_eq!(verdicts.due(&candidates, later), candidates);
+        assert!(verdicts.told(&mine, places[0], Some(false), later));
+        assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
+        assert!(verdicts.told(&mine, places[0], Some(true), later));
+        assert!(!verdicts.told(&mine, places[0], Some(false), later));
+        assert_eq!(verdicts.of(&mine), Some(Verdict::Reached));
+        assert!(verdicts.due(&candidates, later).is_empty());
+        assert_eq!(verdicts.due(&candidates, later + AGAIN), candidates);
+        verdicts.ask_again(later);
+        assert_eq!(verdicts.due(&candidates, later), candidates);
+        // What is no candidate any more is forgotten.
+        assert!(verdicts.due(&[], later).is_empty());
+        assert_eq!(verdicts.all().count(), 0);
+    }
+}

@@ -1,0 +1,272 @@
+//! Lanes as the driver deals with them: when a stream gets one, who dials, and those that arrive.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    io,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    swarm::{ConnectionId, NetworkBehaviour},
+};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Driver, Outcome};
+use crate::{
+    Class, Incoming, OpenError, Path, PathKind, Stream, Transport,
+    address::socket,
+    lane::{self, Arrival, CALL, Calls, LaneError, Places},
+    tls::Tls,
+};
+
+/// How long a peer to which no lane could be opened gets none, unless there is a new connection to it.
+const PAUSE: Duration = Duration::from_secs(600);
+
+/// TCP addresses of a peer that are remembered.
+const MAX_TARGETS: usize = 4;
+
+/// What the driver remembers of them.
+pub(super) struct Lanes {
+    tls: Tls,
+    pub(super) arrivals: mpsc::Receiver<Arrival>,
+    /// Peers that ask to be called.
+    pub(super) callers: Incoming,
+    pub(super) places: Places,
+    calls: Calls,
+    /// Until when a peer gets none.
+    paused: HashMap<PeerId, Instant>,
+}
+
+/// Who dials.
+#[derive(Debug)]
+enum Way {
+    /// We do.
+    Dial(Multiaddr),
+    /// The peer does, asked over this connection.
+    Call(ConnectionId),
+}
+
+/// A stream that gets no lane.
+#[derive(Debug)]
+pub(super) struct NoLane {
+    peer: PeerId,
+    protocol: StreamProtocol,
+    reply: oneshot::Sender<Result<Stream, OpenError>>,
+    error: LaneError,
+}
+
+/// Keeps of `addresses` the TCP ones at `ip`, in `targets`.
+pub(super) fn remember(targets: &mut Vec<Multiaddr>, addresses: &[Multiaddr], ip: IpAddr) {
+    for address in addresses {
+        let tcp = socket(address)
+            .is_some_and(|(at, transport)| transport == Transport::Tcp && at.ip() == ip);
+        let address = crate::split_peer_id(address.clone()).0;
+        if tcp && targets.len() < MAX_TARGETS && !targets.contains(&address) {
+            targets.push(address);
+        }
+    }
+}
+
+impl Lanes {
+    pub(super) fn new(
+        tls: Tls,
+        arrivals: mpsc::Receiver<Arrival>,
+        callers: Incoming,
+        places: Places,
+    ) -> Self {
+        Self {
+            tls,
+            arrivals,
+            callers,
+            places,
+            calls: Calls::default(),
+            paused: HashMap::new(),
+        }
+    }
+
+    /// There is a new connection to the peer, or none any more.
+    pub(super) fn forget(&mut self, peer: &PeerId) {
+        self.paused.remove(peer);
+    }
+}
+
+impl<E> Driver<E>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    /// Opens a stream: for bulk on a lane, if there can be one.
+    pub(super) fn open(
+        &mut self,
+        peer: PeerId,
+        protocol: StreamProtocol,
+        class: Class,
+        reply: oneshot::Sender<Result<Stream, OpenError>>,
+    ) {
+        let way = match class {
+            Class::Bulk => self.way(&peer),
+            Class::Control | Class::Interactive => None,
+        };
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        let (Some(way), Some(beside)) = (way, streams.beside(peer)) else {
+            return streams.open(peer, protocol, class, reply);
+        };
+        let Some(place) = self.lanes.places.take(peer) else {
+            return streams.open(peer, protocol, class, reply);
+        };
+        let called = match &way {
+            Way::Dial(_) => None,
+            Way::Call(connection) => {
+                let (reply, answer) = oneshot::channel();
+                streams.open_on(peer, *connection, CALL, reply);
+                Some(answer)
+            }
+        };
+        let (tls, calls) = (self.lanes.tls.clone(), self.lanes.calls.clone());
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            let opened = async {
+                match (way, called) {
+                    (Way::Dial(address), _) => {
+                        let lane = lane::open(&address, tls, peer, &protocol).await?;
+                        Ok((lane, address))
+                    }
+                    (Way::Call(_), Some(answer)) => {
+                        let stream = answer.await.map_err(|_| LaneError::Refused)?;
+                        let stream = stream.map_err(io::Error::other)?;
+                        lane::be_called(stream, &calls, &protocol).await
+                    }
+                    (Way::Call(_), None) => Err(LaneError::Refused),
+                }
+            };
+            match opened.await {
+                Ok((lane, address)) => {
+                    let stream = beside.stream(protocol, lane, Path::of(&address), place);
+                    // Whoever asked may be gone.
+                    let _ = reply.send(Ok(stream));
+                }
+                Err(error) => {
+                    let without = NoLane {
+                        peer,
+                        protocol,
+                        reply,
+                        error,
+                    };
+                    // The network may have stopped.
+                    let _ = outcomes.send(Outcome::NoLane(without)).await;
+                }
+            }
+        });
+    }
+
+    /// The stream goes over a shared connection, and others do without asking for a while.
+    pub(super) fn on_no_lane(&mut self, without: NoLane) {
+        let NoLane {
+            peer,
+            protocol,
+            reply,
+            error,
+        } = without;
+        tracing::debug!(%peer, %error, "no lane");
+        if self.peers.contains_key(&peer) {
+            self.lanes.paused.insert(peer, Instant::now() + PAUSE);
+        }
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        streams.open(peer, protocol, Class::Bulk, reply);
+    }
+
+    /// How a lane to `peer` could come about; `None` if there is no sense in trying.
+    fn way(&self, peer: &PeerId) -> Option<Way> {
+        let paused = self.lanes.paused.get(peer);
+        if !self.lanes.places.enabled() || paused.is_some_and(|until| *until > Instant::now()) {
+            return None;
+        }
+        let known = self.peers.get(peer)?;
+        let best = known.best()?;
+        // Where only the web gets through, another connection of TCP does not.
+        if best.path.kind >= PathKind::Relayed || best.path.transport == Transport::Ws {
+            return None;
+        }
+        if let Some(address) = known.lane_target() {
+            return Some(Way::Dial(address));
+        }
+        // One that came here by itself can come again; through a punched hole nobody else does.
+        let reachable = best.path.kind < PathKind::Direct
+            || self
+                .reachable_at()
+                .iter()
+                .filter_map(socket)
+                .any(|(_, transport)| transport == Transport::Tcp);
+        let came = known
+            .connections
+            .iter()
+            .find(|(_, c)| !c.dialled && !c.punched && c.path.kind < PathKind::Relayed);
+        came.filter(|_| reachable)
+            .map(|(connection, _)| Way::Call(*connection))
+    }
+
+    /// Somebody has dialled a lane.
+    pub(super) fn on_lane(&mut self, arrival: Arrival) {
+        let peer = arrival.peer;
+        let direct = self.peers.get(&peer).is_some_and(super::Peer::is_direct);
+        let beside = self.swarm.behaviour().streams.beside(peer);
+        let (true, Some(beside)) = (direct && self.lanes.places.enabled(), beside) else {
+            tracing::debug!(%peer, "refused: a lane from a peer that is not connected");
+            return;
+        };
+        let Some(place) = self.lanes.places.take(peer) else {
+            tracing::debug!(%peer, "refused: too many lanes");
+            return;
+        };
+        let path = Path::of(&arrival.from);
+        let calls = self.lanes.calls.clone();
+        let protocols = self.protocols.clone();
+        tokio::spawn(async move {
+            match lane::accept(arrival, &calls, protocols.names()).await {
+                Ok(Some((lane, protocol))) => {
+                    protocols.deliver(beside.stream(protocol, lane, path, place));
+                }
+                // It was called for, and has a place already.
+                Ok(None) => {}
+                Err(error) => tracing::debug!(%peer, %error, "a lane came to nothing"),
+            }
+        });
+    }
+
+    /// A peer that we can reach, and that cannot reach us, wants a lane.
+    pub(super) fn on_call(&mut self, mut stream: Stream) {
+        let peer = stream.peer();
+        let target = self.peers.get(&peer).and_then(super::Peer::lane_target);
+        let beside = self.swarm.behaviour().streams.beside(peer);
+        let place = match (&target, self.lanes.places.enabled()) {
+            (Some(_), true) => self.lanes.places.take(peer),
+            _ => None,
+        };
+        let tls = self.lanes.tls.clone();
+        let protocols = self.protocols.clone();
+        tokio::spawn(async move {
+            let (Some(target), Some(beside), Some(place)) = (target, beside, place) else {
+                // How it takes it is its affair.
+                let _ = lane::refuse(stream).await;
+                return;
+            };
+            let called = async {
+                let token = lane::called(&mut stream).await?;
+                lane::call(&target, tls, peer, token, protocols.names()).await
+            };
+            match called.await {
+                Ok((lane, protocol)) => {
+                    let path = Path::of(&target);
+                    protocols.deliver(beside.stream(protocol, lane, path, place));
+                }
+                Err(error) => {
+                    tracing::debug!(%peer, %error, "a lane that was asked for cannot be opened");
+                    // How it takes it is its affair.
+                    let _ = lane::refuse(stream).await;
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,404 @@
+//! Lanes: connections of their own for bulk, with TLS and no multiplexer.
+//!
+//! A multiplexer cuts a stream into frames, copies each of them on both sides, and shares one task with everything else between two peers. Weights are worth a TCP connection:
+//! same port, same handshake, same proof of who the peer is as for every libp2p connection over TCP and TLS, but where a multiplexer would be agreed on
+//! stands [`LANE`], and then the bytes of one stream follow.
+//!
+//! Whoever can reach the other dials, whoever wants the stream: one that cannot asks to be called ([`CALL`]). Only peers that are connected anyway get lanes,
+//! and only so many.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{AsyncRead, AsyncWrite, future::Either};
+use futures_rustls::TlsStream;
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol,
+    core::upgrade::{OutboundConnectionUpgrade, Version},
+    noise,
+    tcp::tokio::TcpStream,
+};
+use multistream_select::{Negotiated, dialer_select_proto, listener_select_proto};
+use tokio::{
+    io::AsyncWriteExt,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::timeout,
+};
+use tokio_util::compat::FuturesAsyncReadCompatExt;
+use weft_proto::{
+    frame::{self, FrameError},
+    wire::{LaneCall, LaneHello, LaneRefusal},
+};
+
+use crate::{Stream, address::socket, tls::Tls, websocket::Socket};
+
+/// What stands in the place of a multiplexer.
+pub(crate) const LANE: &str = "/weft/lane/1";
+
+/// To be called back.
+pub(crate) const CALL: StreamProtocol = StreamProtocol::new("/weft/lane-call/1");
+
+/// Bytes in a message.
+const MAX_MESSAGE: usize = 64;
+
+/// How long a lane may take from the first packet to its protocol. Whoever waits for one goes on without it then.
+pub(crate) const SETUP: Duration = Duration::from_secs(5);
+
+/// How long TCP may take to where it is not known to get through.
+pub(crate) const CONNECT: Duration = Duration::from_millis(1500);
+
+/// Lanes that have arrived and nobody has looked at yet.
+const ARRIVALS: usize = 64;
+
+/// What tells a call from others.
+pub(crate) type Token = [u8; 16];
+
+/// A secured connection on which [`LANE`] was agreed.
+pub(crate) type Raw =
+    Negotiated<Either<TlsStream<Negotiated<Socket>>, noise::Output<Negotiated<Socket>>>>;
+
+/// A lane on which a stream's protocol was agreed.
+pub(crate) type Lane = Negotiated<Raw>;
+
+/// A lane that somebody has dialled to us.
+pub(crate) struct Arrival {
+    pub(crate) peer: PeerId,
+    /// Where it came from.
+    pub(crate) from: Multiaddr,
+    pub(crate) raw: Raw,
+}
+
+/// Hands lanes over from the transport, which makes them like all connections, to the driver.
+#[derive(Debug, Clone)]
+pub(crate) struct Arrivals(mpsc::Sender<Arrival>);
+
+impl Arrivals {
+    pub(crate) fn new() -> (Self, mpsc::Receiver<Arrival>) {
+        let (sender, arrivals) = mpsc::channel(ARRIVALS);
+        (Self(sender), arrivals)
+    }
+
+    /// Takes a connection out of the transport. What comes back is how the transport is told that there is none for the swarm.
+    pub(crate) fn take(&self, peer: PeerId, from: Multiaddr, raw: Raw) -> io::Error {
+        match self.0.try_send(Arrival { peer, from, raw }) {
+            Ok(()) => io::Error::other("a lane, and no connection"),
+            Err(_) => io::Error::other("too many lanes arrive"),
+        }
+    }
+}
+
+/// Why no lane came about. The stream goes over a shared connection then.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LaneError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("{0}")]
+    Negotiation(#[from] multistream_select::NegotiationError),
+    #[error("somebody else answers there")]
+    WrongPeer,
+    #[error("the peer cannot or will not dial")]
+    Refused,
+    #[error("not in time")]
+    TimedOut,
+}
+
+async fn dial(address: &Multiaddr, tls: Tls, peer: PeerId) -> Result<Raw, LaneError> {
+    let at = socket(address).map(|(at, _)| at);
+    let at = at.ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
+    let tcp = timeout(CONNECT, tokio::net::TcpStream::connect(at));
+    let tcp = tcp.await.map_err(|_| LaneError::TimedOut)??;
+    tcp.set_nodelay(true)?;
+    let tcp = Socket::Plain(TcpStream(tcp));
+    let protocols = [crate::transport::TLS].into_iter();
+    let (info, tcp) = dialer_select_proto(tcp, protocols, Version::V1Lazy).await?;
+    let (found, secured) = tls.upgrade_outbound(tcp, info).await?;
+    if found != peer {
+        return Err(LaneError::WrongPeer);
+    }
+    let lane = [LANE].into_iter();
+    let (_, raw) = dialer_select_proto(Either::Left(secured), lane, Version::V1Lazy).await?;
+    Ok(raw)
+}
+
+async fn hello(raw: &mut Raw, token: &[u8]) -> Result<(), LaneError> {
+    let hello = LaneHello {
+        token: Bytes::copy_from_slice(token),
+    };
+    let mut raw = (&mut *raw).compat();
+    frame::write(&mut raw, &hello, MAX_MESSAGE).await?;
+    raw.flush().await?;
+    Ok(())
+}
+
+async fn choose<S>(raw: S, protocol: &StreamProtocol) -> Result<Negotiated<S>, LaneError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    // Not lazily: who refuses says so before anybody counts on it.
+    let names = [protocol.clone()].into_iter();
+    Ok(dialer_select_proto(raw, names, Version::V1).await?.1)
+}
+
+/// Opens a lane for a stream of `protocol` to `peer`, which is at `address`.
+pub(crate) async fn open(
+    address: &Multiaddr,
+    tls: Tls,
+    peer: PeerId,
+    protocol: &StreamProtocol,
+) -> Result<Lane, LaneError> {
+    let opened = timeout(SETUP, async {
+        let mut raw = dial(address, tls, peer).await?;
+        hello(&mut raw, &[]).await?;
+        choose(raw, protocol).await
+    });
+    opened.await.unwrap_or(Err(LaneError::TimedOut))
+}
+
+/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins.
+pub(crate) async fn be_called(
+    mut stream: Stream,
+    calls: &Calls,
+    protocol: &StreamProtocol,
+) -> Result<(Lane, Multiaddr), LaneError> {
+    let called = timeout(SETUP, async {
+        let mut token = Token::default();
+        getrandom::fill(&mut token).map_err(io::Error::other)?;
+        let call = calls.expect(stream.peer(), token);
+        let message = LaneCall {
+            token: Bytes::copy_from_slice(&token),
+        };
+        frame::write(&mut stream, &message, MAX_MESSAGE).await?;
+        stream.flush().await?;
+        let refusal = frame::read::<LaneRefusal, _>(&mut stream, MAX_MESSAGE);
+        tokio::select! {
+            arrival = call.arrives() => {
+                let arrival = arrival.ok_or(LaneError::Refused)?;
+                Ok((choose(arrival.raw, protocol).await?, arrival.from))
+            }
+            // Also if it hangs up.
+            _ = refusal => Err(LaneError::Refused),
+        }
+    });
+    called.await.unwrap_or(Err(LaneError::TimedOut))
+}
+
+/// The other side of [`be_called`]: what is asked for.
+pub(crate) async fn called(stream: &mut Stream) -> Result<Token, LaneError> {
+    let read = timeout(SETUP, frame::read::<LaneCall, _>(stream, MAX_MESSAGE));
+    let call = read.await.map_err(|_| LaneError::TimedOut)??;
+    let call = call.ok_or(LaneError::Refused)?;
+    Token::try_from(call.token.as_ref()).map_err(|_| LaneError::Refused)
+}
+
+/// Dials a lane that a peer has asked for, and learns which of `protocols` begins on it.
+pub(crate) async fn call(
+    address: &Multiaddr,
+    tls: Tls,
+    peer: PeerId,
+    token: Token,
+    protocols: Vec<StreamProtocol>,
+) -> Result<(Lane, StreamProtocol), LaneError> {
+    let opened = timeout(SETUP, async {
+        let mut raw = dial(address, tls, peer).await?;
+        hello(&mut raw, &token).await?;
+        let (protocol, lane) = listener_select_proto(raw, protocols).await?;
+        Ok((lane, protocol))
+    });
+    opened.await.unwrap_or(Err(LaneError::TimedOut))
+}
+
+/// Says that no lane comes.
+pub(crate) async fn refuse(mut stream: Stream) -> Result<(), LaneError> {
+    let said = timeout(SETUP, async {
+        frame::write(&mut stream, &LaneRefusal {}, MAX_MESSAGE).await?;
+        stream.shutdown().await?;
+        Ok(())
+    });
+    said.await.unwrap_or(Err(LaneError::TimedOut))
+}
+
+/// A lane that has arrived: `None` if it was called for, and has gone to whoever did; else the lane and which of `protocols` begins on it.
+pub(crate) async fn accept(
+    mut arrival: Arrival,
+    calls: &Calls,
+    protocols: Vec<StreamProtocol>,
+) -> Result<Option<(Lane, StreamProtocol)>, LaneError> {
+    let accepted = timeout(SETUP, async {
+        let mut raw = (&mut arrival.raw).compat();
+        let hello: Option<LaneHello> = frame::read(&mut raw, MAX_MESSAGE).await?;
+        let token = hello
+            .ok_or(io::Error::from(io::ErrorKind::UnexpectedEof))?
+            .token;
+        if !token.is_empty() {
+            let token = Token::try_from(token.as_ref()).map_err(|_| LaneError::Refused)?;
+            calls.arrived(token, arrival);
+            return Ok(None);
+        }
+        let (protocol, lane) = listener_select_proto(arrival.raw, protocols).await?;
+        Ok(Some((lane, protocol)))
+    });
+    accepted.await.unwrap_or(Err(LaneError::TimedOut))
+}
+
+/// Calls that peers have been asked for.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Calls(Arc<Mutex<HashMap<Token, (PeerId, oneshot::Sender<Arrival>)>>>);
+
+impl Calls {
+    fn expect(&self, peer: PeerId, token: Token) -> Call {
+        let (sender, arrival) = oneshot::channel();
+        self.lock().insert(token, (peer, sender));
+        Call {
+            calls: self.clone(),
+            token,
+            arrival,
+        }
+    }
+
+    /// Dropped, and so closed, if nobody waits for it.
+    fn arrived(&self, token: Token, arrival: Arrival) {
+        let mut calls = self.lock();
+        if calls
+            .get(&token)
+            .is_some_and(|(peer, _)| *peer == arrival.peer)
+            && let Some((_, sender)) = calls.remove(&token)
+        {
+            // Whoever waited may be gone.
+            let _ = sender.send(arrival);
+        }
+    }
+
+    fn lock(
+        &self,
+    ) -> std::sync::MutexGuard<'_, HashMap<Token, (PeerId, oneshot::Sender<Arrival>)>> {
+        self.0
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// A call that is waited for; forgotten when dropped.
+#[derive(Debug)]
+struct Call {
+    calls: Calls,
+    token: Token,
+    arrival: oneshot::Receiver<Arrival>,
+}
+
+impl Call {
+    async fn arrives(mut self) -> Option<Arrival> {
+        (&mut self.arrival).await.ok()
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.calls.lock().remove(&self.token);
+    }
+}
+
+impl std::fmt::Debug for Arrival {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Arrival")
+            .field("peer", &self.peer)
+            .field("from", &self.from)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Places for lanes, of one peer and in all.
+#[derive(Debug)]
+pub(crate) struct Places {
+    all: Arc<Semaphore>,
+    in_all: usize,
+    per_peer: usize,
+    peers: HashMap<PeerId, Arc<Semaphore>>,
+    refused: u64,
+}
+
+/// One lane's; free again when dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    _all: OwnedSemaphorePermit,
+    _peer: OwnedSemaphorePermit,
+}
+
+impl Places {
+    pub(crate) fn new(in_all: usize, per_peer: usize) -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(in_all)),
+            in_all,
+            per_peer,
+            peers: HashMap::new(),
+            refused: 0,
+        }
+    }
+
+    /// Whether lanes are used at all.
+    pub(crate) fn enabled(&self) -> bool {
+        self.in_all > 0 && self.per_peer > 0
+    }
+
+    /// Lanes open now, and those refused since the start.
+    pub(crate) fn used(&self) -> (usize, u64) {
+        (self.in_all - self.all.available_permits(), self.refused)
+    }
+
+    pub(crate) fn take(&mut self, peer: PeerId) -> Option<Place> {
+        let per_peer = self.per_peer;
+        self.peers
+            .retain(|_, places| places.available_permits() < per_peer);
+        let places = self
+            .peers
+            .entry(peer)
+            .or_insert_with(|| Arc::new(Semaphore::new(per_peer)));
+        let peer = Arc::clone(places).try_acquire_owned();
+        let all = Arc::clone(&self.all).try_acquire_owned();
+        match (peer, all) {
+            (Ok(peer), Ok(all)) => Some(Place {
+                _all: all,
+                _peer: peer,
+            }),
+            _ => {
+                self.refused += 1;
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_bounded_by_peer_and_in_all() {
+        let mut places = Places::new(3, 2);
+        let (one, two) = (PeerId::random(), PeerId::random());
+        let first = places.take(one).unwrap();
+        let _second = places.take(one).unwrap();
+        assert!(places.take(one).is_none());
+        let _third = places.take(two).unwrap();
+        assert!(places.take(two).is_none());
+        assert_eq!(places.used(), (3, 2));
+        drop(first);
+        assert!(places.take(two).is_some());
+        assert!(Places::new(0, 2).take(one).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_given_up_is_forgotten() {
+        let calls = Calls::default();
+        let call = calls.expect(PeerId::random(), [7; 16]);
+        assert_eq!(calls.lock().len(), 1);
+        drop(call);
+        assert_eq!(calls.lock().len(), 0);
+    }
+}

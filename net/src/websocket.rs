@@ -1,0 +1,803 @@
+//! WebSocket (RFC 6455), plain and within TLS: a way in for networks that let out nothing that does not look like the web.
+//!
+//! Every TCP listener takes it beside plain connections: the first byte tells which one comes. So a relay on port 443 needs one listener for all
+//! three. An address that ends in `/ws` or `/tls/ws` (or `/wss`, the older form) is listened on as the TCP address that it begins with, and told to others as it is.
+//!
+//! The TLS outside proves nothing, and no certificate is checked: the libp2p handshake within proves who the peer is, as on plain TCP. A
+//! certificate can be given ([`Certificate`]) for browsers and proxies, which do check it; otherwise one is made up.
+//!
+//! libp2p-websocket lets whoever is dialled have us hold 256 MiB for a message; here a message is bounded on both sides.
+
+use std::{
+    collections::HashMap,
+    fmt, io,
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use futures::{AsyncRead, AsyncWrite, FutureExt, future::BoxFuture};
+use futures_rustls::{TlsAcceptor, TlsConnector};
+use libp2p::{
+    Multiaddr, Transport, TransportError,
+    core::transport::{DialOpts, ListenerId, TransportEvent},
+    multiaddr::Protocol,
+    tcp::tokio::TcpStream,
+};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, Error as RustlsError, ServerConfig, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::aws_lc_rs,
+    pki_types::{
+        CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime, pem::PemObject,
+    },
+};
+use soketto::{
+    connection::{Builder, Error as SokettoError},
+    handshake::{Client, Server, ServerResponse, server::Response},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex, split},
+    sync::oneshot,
+    time::timeout,
+};
+use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
+
+use crate::tls::ConfigError;
+
+/// Bytes of a message. Ours are smaller; other implementations put at most one yamux frame of 1 MiB and what secures it into one.
+const MAX_MESSAGE: usize = (1 << 20) + (64 << 10);
+
+/// Bytes in one message of ours.
+const MESSAGE: usize = 64 * 1024;
+
+/// Bytes between the WebSocket and who uses it, each way.
+const BUFFER: usize = 256 * 1024;
+
+/// How long what was written last may take to be sent once the connection is dropped.
+const CLOSE: Duration = Duration::from_secs(5);
+
+/// The first byte of a TLS handshake, and of an HTTP request; plain libp2p begins with the length of a protocol's name.
+const TLS_HANDSHAKE: u8 = 0x16;
+const HTTP_GET: u8 = b'G';
+
+/// A certificate for secure WebSocket: a chain and its private key.
+#[derive(Debug, Clone)]
+pub struct Certificate {
+    chain: Vec<CertificateDer<'static>>,
+    key: Arc<PrivateKeyDer<'static>>,
+}
+
+/// Why a certificate cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CertificateError {
+    /// A file cannot be read, or holds no PEM of the kind that it should.
+    #[error("{path}: {reason}")]
+    File {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Chain and key do not make a TLS server.
+    #[error("the certificate cannot be used: {0}")]
+    Unusable(#[from] RustlsError),
+}
+
+impl Certificate {
+    /// Reads a chain, the server's own certificate first, and its key, both as PEM.
+    ///
+    /// # Errors
+    /// [`CertificateError`].
+    pub fn from_pem_files(chain: &Path, key: &Path) -> Result<Self, CertificateError> {
+        let wrong = |path: &Path, reason: String| CertificateError::File {
+            path: path.display().to_string(),
+            reason,
+        };
+        let certificates = CertificateDer::pem_file_iter(chain)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .map_err(|error| wrong(chain, error.to_string()))?;
+        if certificates.is_empty() {
+            return Err(wrong(chain, "no certificate in it".to_owned()));
+        }
+        let private =
+            PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(key, error.to_string()))?;
+        let certificate = Self {
+            chain: certificates,
+            key: Arc::new(private),
+        };
+        certificate.server()?;
+        Ok(certificate)
+    }
+
+    /// One that nobody else vouches for.
+    fn made_up() -> Result<Self, ConfigError> {
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()])?;
+        let key = PrivatePkcs8KeyDer::from(made.key_pair.serialize_der());
+        Ok(Self {
+            chain: vec![made.cert.der().clone()],
+            key: Arc::new(key.into()),
+        })
+    }
+
+    fn server(&self) -> Result<ServerConfig, RustlsError> {
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(self.chain.clone(), self.key.clone_key())?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(config)
+    }
+}
+
+/// Both ends of the TLS outside.
+#[derive(Clone)]
+pub(crate) struct Outside {
+    server: TlsAcceptor,
+    client: TlsConnector,
+}
+
+impl Outside {
+    pub(crate) fn new(certificate: Option<&Certificate>) -> Result<Self, ConfigError> {
+        let server = match certificate {
+            Some(certificate) => certificate.server()?,
+            None => Certificate::made_up()?.server()?,
+        };
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let mut client = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Unchecked))
+            .with_no_client_auth();
+        client.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(Self {
+            server: Arc::new(server).into(),
+            client: Arc::new(client).into(),
+        })
+    }
+}
+
+/// Takes any certificate: who the peer is, the handshake within proves.
+#[derive(Debug)]
+struct Unchecked;
+
+impl ServerCertVerifier for Unchecked {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, RustlsError> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, RustlsError> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, RustlsError> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        aws_lc_rs::default_provider()
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+/// What the end of an address says about the WebSocket that it leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Web {
+    /// Within TLS.
+    secure: bool,
+    /// The name to ask for, if the address has one.
+    name: Option<String>,
+    /// As in HTTP.
+    path: String,
+}
+
+/// Takes the WebSocket off the end of an address; `None` if there is none. What is left is a TCP address.
+fn split_web(address: &Multiaddr) -> Option<(Multiaddr, Web)> {
+    let mut tcp = address.clone();
+    let mut last = tcp.pop()?;
+    if let Protocol::P2p(_) = last {
+        last = tcp.pop()?;
+    }
+    let (secure, path) = match last {
+        Protocol::Wss(path) => (true, path.into_owned()),
+        Protocol::Ws(path) => (false, path.into_owned()),
+        _ => return None,
+    };
+    let mut web = Web {
+        secure,
+        name: None,
+        path,
+    };
+    match tcp.pop()? {
+        Protocol::Tls if !secure => web.secure = true,
+        Protocol::Sni(name) if !secure => {
+            web.name = Some(name.into_owned());
+            web.secure = matches!(tcp.pop()?, Protocol::Tls);
+            if !web.secure {
+                return None;
+            }
+        }
+        other => tcp.push(other),
+    }
+    Some((tcp, web))
+}
+
+/// Puts the name of a secure WebSocket's address where it outlasts the look-up: the certificate that a browser or a proxy looks for is chosen by it.
+pub(crate) fn keep_name(address: Multiaddr) -> Multiaddr {
+    let name = match address.iter().next() {
+        Some(Protocol::Dns(name) | Protocol::Dns4(name) | Protocol::Dns6(name)) => {
+            name.into_owned()
+        }
+        _ => return address,
+    };
+    match split_web(&address) {
+        Some((tcp, web)) if web.secure && web.name.is_none() => {
+            let kept = tcp
+                .with(Protocol::Tls)
+                .with(Protocol::Sni(name.into()))
+                .with(Protocol::Ws(web.path.into()));
+            match crate::split_peer_id(address).1 {
+                Some(peer) => kept.with(Protocol::P2p(peer)),
+                None => kept,
+            }
+        }
+        _ => address,
+    }
+}
+
+/// What carries a libp2p connection.
+pub(crate) enum Socket {
+    /// TCP itself.
+    Plain(TcpStream),
+    /// A WebSocket on TCP.
+    Web(Pipe),
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain(_) => "Plain",
+            Self::Web(_) => "Web",
+        })
+    }
+}
+
+macro_rules! delegate {
+    ($self:ident, $inner:ident => $call:expr) => {
+        match $self.get_mut() {
+            Socket::Plain($inner) => $call,
+            Socket::Web(Pipe { bytes: $inner, .. }) => $call,
+        }
+    };
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        delegate!(self, inner => Pin::new(inner).poll_read(cx, buffer))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        delegate!(self, inner => Pin::new(inner).poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        delegate!(self, inner => Pin::new(inner).poll_write_vectored(cx, bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, inner => Pin::new(inner).poll_flush(cx))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        delegate!(self, inner => Pin::new(inner).poll_close(cx))
+    }
+}
+
+/// The near end of what a task moves to and from a WebSocket. Dropping it ends the task, after [`CLOSE`] at the latest.
+pub(crate) struct Pipe {
+    bytes: Compat<DuplexStream>,
+    /// Its end is the sign to end.
+    _held: oneshot::Sender<()>,
+}
+
+impl Pipe {
+    fn new<S>(mut builder: Builder<S>) -> Self
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        builder.set_max_message_size(MAX_MESSAGE);
+        builder.set_max_frame_size(MAX_MESSAGE);
+        let (mut sender, mut receiver) = builder.finish();
+        let (near, far) = duplex(BUFFER);
+        let (mut from_near, mut to_near) = split(far);
+        let (held, dropped) = oneshot::channel::<()>();
+        let receive = async move {
+            let mut message = Vec::new();
+            while receiver.receive_data(&mut message).await.is_ok() {
+                if to_near.write_all(&message).await.is_err() {
+                    break;
+                }
+                message.clear();
+            }
+            // Nobody reads any more is as good.
+            let _ = to_near.shutdown().await;
+        };
+        let send = async move {
+            let mut buffer = vec![0; MESSAGE];
+            loop {
+                let n = from_near.read(&mut buffer).await?;
+                if n == 0 {
+                    break;
+                }
+                let sent = sender.send_binary_mut(&mut buffer[..n]).await;
+                sent.map_err(wrong)?;
+                sender.flush().await.map_err(wrong)?;
+            }
+            sender.close().await.map_err(wrong)
+        };
+        tokio::spawn(async move {
+            let mut send = std::pin::pin!(send);
+            let mut receive = std::pin::pin!(receive);
+            let mut sent = false;
+            let mut received = false;
+            let ended = async {
+                // What is received is read until its end, or until nobody reads; what is sent until it is closed.
+                let _ = dropped.await;
+            };
+            let mut ended = std::pin::pin!(ended);
+            loop {
+                tokio::select! {
+                    () = &mut receive, if !received => received = true,
+                    result = &mut send, if !sent => {
+                        sent = true;
+                        if let Err(error) = result {
+                            tracing::debug!(%error, "a WebSocket failed");
+                            return;
+                        }
+                    }
+                    () = &mut ended => {
+                        if !sent {
+                            // The other side may not take it.
+                            let _ = timeout(CLOSE, &mut send).await;
+                        }
+                        return;
+                    }
+                }
+            }
+        });
+        Self {
+            bytes: near.compat(),
+            _held: held,
+        }
+    }
+}
+
+fn wrong(error: SokettoError) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+/// The server's side, for a connection of any of the three kinds.
+async fn accept(tcp: TcpStream, outside: &Outside) -> io::Result<Socket> {
+    let mut first = [0];
+    if tcp.0.peek(&mut first).await? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    match first[0] {
+        HTTP_GET => serve(tcp).await,
+        TLS_HANDSHAKE => serve(outside.server.accept(tcp).await?).await,
+        _ => Ok(Socket::Plain(tcp)),
+    }
+}
+
+async fn serve<S>(stream: S) -> io::Result<Socket>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut server = Server::new(stream);
+    let key = {
+        let request = server.receive_request().await.map_err(io::Error::other)?;
+        request.key()
+    };
+    let response = Response::Accept {
+        key,
+        protocol: None,
+    };
+    let sent = server.send_response(&response).await;
+    sent.map_err(io::Error::other)?;
+    Ok(Socket::Web(Pipe::new(server.into_builder())))
+}
+
+/// The client's side. `host`: the address's own, for a server that has no name.
+async fn connect(tcp: TcpStream, web: Web, host: String, outside: Outside) -> io::Result<Socket> {
+    let at = tcp.0.peer_addr()?.ip();
+    let host = web.name.clone().unwrap_or(host);
+    if !web.secure {
+        return request(tcp, &host, &web.path).await;
+    }
+    let name = match web.name {
+        Some(name) => ServerName::try_from(name).map_err(io::Error::other)?,
+        None => ServerName::IpAddress(at.into()),
+    };
+    let stream = outside.client.connect(name, tcp).await?;
+    request(stream, &host, &web.path).await
+}
+
+async fn request<S>(stream: S, host: &str, path: &str) -> io::Result<Socket>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut client = Client::new(stream, host, path);
+    match client.handshake().await.map_err(io::Error::other)? {
+        ServerResponse::Accepted { .. } => Ok(Socket::Web(Pipe::new(client.into_builder()))),
+        ServerResponse::Redirect { status_code, .. } | ServerResponse::Rejected { status_code } => {
+            Err(io::Error::other(format!(
+                "the WebSocket was refused with HTTP status {status_code}"
+            )))
+        }
+    }
+}
+
+/// TCP, with or without a WebSocket on it.
+pub(crate) struct WebOrPlain<T> {
+    inner: T,
+    outside: Outside,
+    /// What to tell of the listeners whose addresses end in a WebSocket.
+    suffixes: HashMap<ListenerId, Multiaddr>,
+}
+
+impl<T> fmt::Debug for WebOrPlain<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WebOrPlain")
+            .field("suffixes", &self.suffixes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T> WebOrPlain<T> {
+    pub(crate) fn new(inner: T, outside: Outside) -> Self {
+        Self {
+            inner,
+            outside,
+            suffixes: HashMap::new(),
+        }
+    }
+
+    fn named(&self, id: ListenerId, address: Multiaddr) -> Multiaddr {
+        match self.suffixes.get(&id) {
+            Some(suffix) => suffix.iter().fold(address, Multiaddr::with),
+            None => address,
+        }
+    }
+}
+
+impl<T> Transport for WebOrPlain<T>
+where
+    T: Transport<Output = (TcpStream, Instant), Error = io::Error> + Unpin,
+    T::Dial: Send + 'static,
+    T::ListenerUpgrade: Send + 'static,
+{
+    type Output = (Socket, Instant);
+    type Error = io::Error;
+    type ListenerUpgrade = BoxFuture<'static, io::Result<Self::Output>>;
+    type Dial = BoxFuture<'static, io::Result<Self::Output>>;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<io::Error>> {
+        let Some((tcp, _)) = split_web(&address) else {
+            return self.inner.listen_on(id, address);
+        };
+        let suffix = address.iter().skip(tcp.iter().count()).collect();
+        self.inner.listen_on(id, tcp)?;
+        self.suffixes.insert(id, suffix);
+        Ok(())
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) -> bool {
+        self.inner.remove_listener(id)
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        options: DialOpts,
+    ) -> Result<Self::Dial, TransportError<io::Error>> {
+        let Some((tcp, web)) = split_web(&address) else {
+            let dial = self.inner.dial(address, options)?;
+            return Ok(async move {
+                let (socket, begin) = dial.await?;
+                Ok((Socket::Plain(socket), begin))
+            }
+            .boxed());
+        };
+        let Some((at, _)) = crate::address::socket(&tcp) else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let dial = self.inner.dial(tcp, options)?;
+        let outside = self.outside.clone();
+        Ok(async move {
+            let (socket, begin) = dial.await?;
+            let socket = connect(socket, web, at.to_string(), outside).await?;
+            Ok((socket, begin))
+        }
+        .boxed())
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
+        let event = ready!(Pin::new(&mut self.inner).poll(cx));
+        Poll::Ready(match event {
+            TransportEvent::NewAddress {
+                listener_id,
+                listen_addr,
+            } => TransportEvent::NewAddress {
+                listener_id,
+                listen_addr: self.named(listener_id, listen_addr),
+            },
+            TransportEvent::AddressExpired {
+                listener_id,
+                listen_addr,
+            } => TransportEvent::AddressExpired {
+                listener_id,
+                listen_addr: self.named(listener_id, listen_addr),
+            },
+            TransportEvent::ListenerClosed {
+                listener_id,
+                reason,
+            } => {
+                self.suffixes.remove(&listener_id);
+                TransportEvent::ListenerClosed {
+                    listener_id,
+                    reason,
+                }
+            }
+            // Which kind it is shows only when it speaks.
+            event => event.map_upgrade(|upgrade| {
+                let outside = self.outside.clone();
+                async move {
+                    let (socket, begin) = upgrade.await?;
+                    Ok((accept(socket, &outside).await?, begin))
+                }
+                .boxed()
+            }),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{AsyncReadExt, AsyncWriteExt, future::poll_fn};
+    use libp2p::{
+        core::{Endpoint, transport::PortUse},
+        tcp,
+    };
+
+    use super::*;
+    use crate::dialled::{Dialled, Noted};
+
+    type Web = WebOrPlain<Noted<tcp::tokio::Transport>>;
+
+    fn transport() -> Web {
+        let tcp = tcp::tokio::Transport::new(tcp::Config::default());
+        let outside = Outside::new(None).unwrap();
+        WebOrPlain::new(Noted::new(tcp, Dialled::default()), outside)
+    }
+
+    async fn next(
+        transport: &mut Web,
+    ) -> TransportEvent<<Web as Transport>::ListenerUpgrade, io::Error> {
+        poll_fn(|cx| Pin::new(&mut *transport).poll(cx)).await
+    }
+
+    async fn listen(transport: &mut Web, address: &str) -> Multiaddr {
+        let address = address.parse().unwrap();
+        transport.listen_on(ListenerId::next(), address).unwrap();
+        match next(transport).await {
+            TransportEvent::NewAddress { listen_addr, .. } => listen_addr,
+            event => panic!("{event:?}"),
+        }
+    }
+
+    async fn connected(far: &mut Web, address: Multiaddr) -> [Socket; 2] {
+        let options = DialOpts {
+            role: Endpoint::Dialer,
+            port_use: PortUse::New,
+        };
+        let mut near = transport();
+        let dial = near.dial(address, options).unwrap();
+        let near = async {
+            let mut socket = dial.await.unwrap().0;
+            // Plain connections are told by what is said.
+            socket.write_all(b"\x13").await.unwrap();
+            socket.flush().await.unwrap();
+            socket
+        };
+        let far = async {
+            let mut socket = match next(far).await {
+                TransportEvent::Incoming { upgrade, .. } => upgrade.await.unwrap().0,
+                event => panic!("{event:?}"),
+            };
+            let mut first = [0];
+            socket.read_exact(&mut first).await.unwrap();
+            assert_eq!(&first, b"\x13");
+            socket
+        };
+        let (near, far) = tokio::join!(near, far);
+        [near, far]
+    }
+
+    #[tokio::test]
+    async fn one_listener_takes_all_three_kinds() {
+        let mut far = transport();
+        let address = listen(&mut far, "/ip4/127.0.0.1/tcp/0/tls/ws").await;
+        assert!(address.to_string().ends_with("/tls/ws"), "{address}");
+        let (tcp, _) = split_web(&address).unwrap();
+        let ws = tcp.clone().with(Protocol::Ws("/".into()));
+        for (address, web) in [(address, true), (ws, true), (tcp, false)] {
+            let [mut near, mut other] = connected(&mut far, address.clone()).await;
+            for socket in [&near, &other] {
+                assert_eq!(matches!(socket, Socket::Web(_)), web, "{address}");
+            }
+            // More than any buffer on the way.
+            let sent: Vec<u8> = (0..3 << 20)
+                .map(|n: u32| (n.wrapping_mul(n) >> 7) as u8)
+                .collect();
+            let send = async {
+                near.write_all(&sent).await.unwrap();
+                near.close().await.unwrap();
+                near
+            };
+            let receive = async {
+                let mut got = Vec::new();
+                other.read_to_end(&mut got).await.unwrap();
+                got
+            };
+            let (_near, got) = tokio::join!(send, receive);
+            assert!(got == sent, "{address}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_websocket_is_refused() {
+        for nonsense in [
+            &b"GET / HTTP/1.1\r\n\r\n"[..],
+            b"GET \xff\xff\xff\r\n\r\n",
+            b"\x16\x03\x01\x00\x02xx",
+            b"",
+        ] {
+            let mut far = transport();
+            let address = listen(&mut far, "/ip4/127.0.0.1/tcp/0/ws").await;
+            let at = crate::address::socket(&split_web(&address).unwrap().0)
+                .unwrap()
+                .0;
+            let mut near = tokio::net::TcpStream::connect(at).await.unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut near, nonsense)
+                .await
+                .unwrap();
+            tokio::io::AsyncWriteExt::shutdown(&mut near).await.unwrap();
+            let TransportEvent::Incoming { upgrade, .. } = next(&mut far).await else {
+                panic!("nothing came");
+            };
+            upgrade.await.unwrap_err();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_too_long_ends_the_connection() {
+        let (near, far) = duplex(1 << 16);
+        let mut client = Pipe::new(Builder::new(far.compat(), soketto::Mode::Client));
+        // From a server, unmasked: a binary message of 2^40 bytes.
+        let (mut reader, mut writer) = split(near);
+        let header = [&[0x82, 127][..], &(1_u64 << 40).to_be_bytes()].concat();
+        let write = async {
+            tokio::io::AsyncWriteExt::write_all(&mut writer, &header)
+                .await
+                .unwrap();
+            // It may have hung up already.
+            let _ = tokio::io::AsyncWriteExt::shutdown(&mut writer).await;
+        };
+        let mut got = Vec::new();
+        let (_, read) = tokio::join!(write, client.bytes.read_to_end(&mut got));
+        read.unwrap();
+        assert!(got.is_empty());
+        drop(client);
+        let mut rest = Vec::new();
+        // The task ends, and with it the connection.
+        timeout(
+            Duration::from_secs(20),
+            tokio::io::AsyncReadExt::read_to_end(&mut reader, &mut rest),
+        )
+        .await
+        .unwrap()
+        .unwrap();
+    }
+
+    #[test]
+    fn addresses_are_taken_apart() {
+        let check = |address: &str, tcp: &str, secure: bool, name: Option<&str>| {
+            let (at, web) = split_web(&address.parse().unwrap()).unwrap();
+            assert_eq!(at, tcp.parse().unwrap(), "{address}");
+            assert_eq!(
+                (web.secure, web.name.as_deref()),
+                (secure, name),
+                "{address}"
+            );
+        };
+        check(
+            "/ip4/1.2.3.4/tcp/443/ws",
+            "/ip4/1.2.3.4/tcp/443",
+            false,
+            None,
+        );
+        check(
+            "/ip4/1.2.3.4/tcp/443/tls/ws",
+            "/ip4/1.2.3.4/tcp/443",
+            true,
+            None,
+        );
+        check(
+            "/ip4/1.2.3.4/tcp/443/wss",
+            "/ip4/1.2.3.4/tcp/443",
+            true,
+            None,
+        );
+        check(
+            "/ip4/1.2.3.4/tcp/443/tls/sni/a.example/ws",
+            "/ip4/1.2.3.4/tcp/443",
+            true,
+            Some("a.example"),
+        );
+        for other in ["/ip4/1.2.3.4/tcp/443", "/ip4/1.2.3.4/udp/443/quic-v1"] {
+            assert!(split_web(&other.parse().unwrap()).is_none());
+        }
+        let peer = libp2p::PeerId::random();
+        let keep = |address: String| keep_name(address.parse().unwrap()).to_string();
+        assert_eq!(
+            keep(format!("/dns4/a.example/tcp/443/wss/p2p/{peer}")),
+            format!("/dns4/a.example/tcp/443/tls/sni/a.example/ws/p2p/{peer}")
+        );
+        for same in ["/dns4/a.example/tcp/443/ws", "/ip4/1.2.3.4/tcp/443/tls/ws"] {
+            assert_eq!(keep(same.to_owned()), same);
+        }
+    }
+}

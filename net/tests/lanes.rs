@@ -1,0 +1,213 @@
+//! Lanes: when bulk gets one, who dials it, and that nothing is lost without one.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use libp2p::{StreamProtocol, identity::Keypair, swarm::dummy};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
+use weft_net::{Class, Config, Multiaddr, Network, RelayServer, Stream, Transport};
+
+const ECHO: StreamProtocol = StreamProtocol::new("/weft/test/echo");
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn config(listen: &[&str]) -> Config {
+    let mut config = Config::new(Keypair::generate_ed25519());
+    config.mdns = false;
+    config.listen = Some(listen.iter().map(|a| a.parse().unwrap()).collect());
+    config
+}
+
+async fn spawn(config: Config) -> Network {
+    Network::spawn(config, dummy::Behaviour).await.unwrap()
+}
+
+fn echo(network: &Network) {
+    let mut incoming = network.accept(ECHO).unwrap();
+    tokio::spawn(async move {
+        while let Some(stream) = incoming.next().await {
+            tokio::spawn(async move {
+                let (mut reader, mut writer) = tokio::io::split(stream);
+                tokio::io::copy(&mut reader, &mut writer).await?;
+                writer.shutdown().await
+            });
+        }
+    });
+}
+
+/// A stream on which 4 MiB have come back.
+async fn echoed(network: &Network, other: &Network, class: Class) -> Stream {
+    let mut stream = network.open(other.local_peer(), ECHO, class).await.unwrap();
+    let sent: Vec<u8> = (0..4 << 20).map(|i: u32| (i % 251) as u8).collect();
+    let (mut reader, mut writer) = tokio::io::split(&mut stream);
+    let mut got = vec![0; sent.len()];
+    let both = async {
+        tokio::join!(
+            async {
+                writer.write_all(&sent).await?;
+                writer.flush().await
+            },
+            reader.read_exact(&mut got)
+        )
+    };
+    let (wrote, read) = timeout(PATIENCE, both).await.unwrap();
+    wrote.unwrap();
+    read.unwrap();
+    assert!(got == sent);
+    stream
+}
+
+#[tokio::test]
+async fn bulk_gets_a_lane_whoever_has_dialled_and_the_rest_does_not() {
+    let one = spawn(config(&["/ip4/127.0.0.1/tcp/0"])).await;
+    let other = spawn(config(&[])).await;
+    echo(&one);
+    echo(&other);
+    other
+        .connect(one.local_peer(), one.addresses().all)
+        .await
+        .unwrap();
+    let direct = echoed(&other, &one, Class::Bulk).await;
+    assert!(direct.is_lane());
+    assert_eq!(direct.path().transport, Transport::Tcp);
+    // The other one listens nowhere: it has to be asked to dial.
+    assert!(echoed(&one, &other, Class::Bulk).await.is_lane());
+    assert!(!echoed(&other, &one, Class::Interactive).await.is_lane());
+    // What is written last arrives, and the end after it.
+    let mut stream = direct;
+    stream.write_all(b"end").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut rest = Vec::new();
+    timeout(PATIENCE, stream.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(rest, b"end");
+}
+
+#[tokio::test]
+async fn a_peer_that_is_reached_by_quic_gets_a_lane_where_it_says_that_it_listens() {
+    let one = spawn(config(&[
+        "/ip4/127.0.0.1/tcp/0",
+        "/ip4/127.0.0.1/udp/0/quic-v1",
+    ]))
+    .await;
+    let other = spawn(config(&["/ip4/127.0.0.1/udp/0/quic-v1"])).await;
+    echo(&one);
+    let quic = |address: &Multiaddr| address.to_string().contains("quic");
+    let addresses: Vec<_> = one.addresses().all.into_iter().filter(quic).collect();
+    other.connect(one.local_peer(), addresses).await.unwrap();
+    let lane = async {
+        loop {
+            // Once it has told where it listens.
+            let stream = echoed(&other, &one, Class::Bulk).await;
+            if stream.is_lane() {
+                return stream;
+            }
+        }
+    };
+    let stream = timeout(PATIENCE, lane).await.unwrap();
+    assert_eq!(stream.path().transport, Transport::Tcp);
+}
+
+#[tokio::test]
+async fn without_lanes_bulk_goes_over_the_shared_connection() {
+    // Refused by the other side; not wanted by this one; not possible; and over the limit.
+    let listen = &["/ip4/127.0.0.1/tcp/0"][..];
+    let one = spawn({
+        let mut config = config(listen);
+        config.limits.lanes = 0;
+        config
+    })
+    .await;
+    let other = spawn(config(&[])).await;
+    echo(&one);
+    echo(&other);
+    let addresses = one.addresses().all;
+    other.connect(one.local_peer(), addresses).await.unwrap();
+    assert!(!echoed(&other, &one, Class::Bulk).await.is_lane());
+    assert!(!echoed(&one, &other, Class::Bulk).await.is_lane());
+
+    let quic = spawn(config(&["/ip4/127.0.0.1/udp/0/quic-v1"])).await;
+    echo(&quic);
+    let addresses = quic.addresses().all;
+    other.connect(quic.local_peer(), addresses).await.unwrap();
+    assert!(!echoed(&other, &quic, Class::Bulk).await.is_lane());
+
+    let few = spawn({
+        let mut config = config(listen);
+        config.limits.lanes_per_peer = 1;
+        config
+    })
+    .await;
+    echo(&few);
+    let addresses = few.addresses().all;
+    other.connect(few.local_peer(), addresses).await.unwrap();
+    let held = echoed(&other, &few, Class::Bulk).await;
+    assert!(held.is_lane());
+    assert!(!echoed(&other, &few, Class::Bulk).await.is_lane());
+}
+
+#[tokio::test]
+async fn a_relayed_path_has_no_lanes() {
+    let relay = spawn({
+        let mut config = config(&["/ip4/127.0.0.1/tcp/0"]);
+        config.relay_server = RelayServer::Always;
+        config
+    })
+    .await;
+    let behind = |config: Config| {
+        let mut config = config;
+        let address = relay.addresses().all.remove(0);
+        config.relays = vec![address.with_p2p(relay.local_peer()).unwrap()];
+        config.hole_punching = false;
+        config
+    };
+    let one = spawn(behind(config(&[]))).await;
+    let other = spawn(config(&[])).await;
+    echo(&one);
+    let through = async {
+        loop {
+            let addresses = one.addresses().all;
+            if !addresses.is_empty() {
+                return addresses;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let addresses = timeout(PATIENCE, through).await.unwrap();
+    other.connect(one.local_peer(), addresses).await.unwrap();
+    assert!(!echoed(&other, &one, Class::Bulk).await.is_lane());
+}
+
+#[tokio::test]
+async fn websocket_listeners_take_everything() {
+    for suffix in ["/ws", "/tls/ws"] {
+        let one = spawn(config(&[&format!("/ip4/127.0.0.1/tcp/0{suffix}")])).await;
+        let other = spawn(config(&[])).await;
+        echo(&one);
+        echo(&other);
+        let address = one.addresses().all.remove(0);
+        assert!(address.to_string().ends_with(suffix), "{address}");
+        let path = other
+            .connect(one.local_peer(), vec![address.clone()])
+            .await
+            .unwrap();
+        assert_eq!(path.transport, Transport::Ws);
+        // Where only the web gets through there are no lanes.
+        assert!(!echoed(&other, &one, Class::Bulk).await.is_lane());
+        assert!(!echoed(&one, &other, Class::Bulk).await.is_lane());
+        // The listening side learns what it is when the other one speaks.
+        let seen = one.peers().await.remove(0).path;
+        assert_eq!(seen.transport, Transport::Ws, "{seen:?}");
+        // The same port takes plain TCP.
+        let plain = spawn(config(&[])).await;
+        let tcp: Multiaddr = address.iter().take(2).collect();
+        let path = plain.connect(one.local_peer(), vec![tcp]).await.unwrap();
+        assert_eq!(path.transport, Transport::Tcp);
+        assert!(echoed(&plain, &one, Class::Bulk).await.is_lane());
+    }
+}
