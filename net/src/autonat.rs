@@ -8,7 +8,7 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    io,
+    fmt, io,
     net::{IpAddr, Ipv6Addr},
     time::{Duration, Instant},
 };
@@ -330,6 +330,7 @@ pub(crate) struct Bounds {
     /// Who was served in the last minute, from which network, and when.
     served: VecDeque<(PeerId, IpAddr, Instant)>,
     under_way: usize,
+    refused: u64,
 }
 
 /// How often this node dials for others to tell them whether they can be reached. 0: not at all.
@@ -374,6 +375,7 @@ impl Bounds {
             limits,
             served: VecDeque::new(),
             under_way: 0,
+            refused: 0,
         }
     }
 
@@ -396,8 +398,23 @@ impl Bounds {
         if allowed {
             self.served.push_back((peer, from, now));
             self.under_way += 1;
+        } else {
+            self.refused += 1;
         }
         allowed
+    }
+
+    /// Served in the last minute, under way now, and refused since the start.
+    pub(crate) fn used(&self, now: Instant) -> (usize, usize, u64) {
+        let lately = self
+            .served
+            .iter()
+            .filter(|(.., at)| now.duration_since(*at) < MINUTE);
+        (lately.count(), self.under_way, self.refused)
+    }
+
+    pub(crate) fn limits(&self) -> AutonatLimits {
+        self.limits
     }
 
     pub(crate) fn ended(&mut self) {
@@ -414,6 +431,16 @@ pub enum Verdict {
     ByContacts,
     /// Two servers in different places have tried in vain.
     Unreachable,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reached => "reached",
+            Self::ByContacts => "by-contacts",
+            Self::Unreachable => "unreachable",
+        })
+    }
 }
 
 /// When an address that was reached is tried again.

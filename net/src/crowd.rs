@@ -2,6 +2,8 @@
 //!
 //! A relay through which others come is one place too.
 //!
+//! Nobody comes in while the node is short of memory.
+//!
 //! libp2p limits connections in all and by peer; a stranger who makes a new key for every connection is one peer each time.
 
 use std::{
@@ -21,12 +23,12 @@ use libp2p::{
     },
 };
 
-use crate::{Path, address::socket};
+use crate::{Path, address::socket, limits::Memory};
 
 /// Too many connections come from one place.
 #[derive(Debug, thiserror::Error)]
 #[error("too many connections from {0}")]
-struct Crowded(Place);
+pub(crate) struct Crowded(Place);
 
 /// Where a connection comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,18 +50,25 @@ impl fmt::Display for Place {
 #[derive(Debug)]
 pub(crate) struct Behaviour {
     limit: u32,
+    memory: Memory,
     counts: HashMap<Place, u32>,
     connections: HashMap<ConnectionId, Place>,
 }
 
 impl Behaviour {
     /// At most `limit` from one place. Connections from this machine are not counted.
-    pub(crate) fn new(limit: u32) -> Self {
+    pub(crate) fn new(limit: u32, memory: Memory) -> Self {
         Self {
             limit,
+            memory,
             counts: HashMap::new(),
             connections: HashMap::new(),
         }
+    }
+
+    /// The most that come from one place.
+    pub(crate) fn most(&self) -> u32 {
+        self.counts.values().copied().max().unwrap_or_default()
     }
 
     fn enter(&mut self, id: ConnectionId, from: Place) -> Result<(), ConnectionDenied> {
@@ -110,6 +119,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<(), ConnectionDenied> {
+        self.memory.spare().map_err(ConnectionDenied::new)?;
         match place(local, remote) {
             Some(from) => self.enter(id, from),
             None => Ok(()),
@@ -162,7 +172,7 @@ mod tests {
 
     #[test]
     fn one_place_is_held_to_its_limit_and_others_are_not() {
-        let mut crowd = Behaviour::new(2);
+        let mut crowd = Behaviour::new(2, Memory::new(None));
         let local: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
         let mut next = 0;
         let mut open = |crowd: &mut Behaviour, from: &str| {
@@ -193,7 +203,7 @@ mod tests {
 
     #[test]
     fn a_relay_is_one_place() {
-        let mut crowd = Behaviour::new(2);
+        let mut crowd = Behaviour::new(2, Memory::new(None));
         let relay = Multiaddr::empty().with(Protocol::P2p(PeerId::random()));
         let local = relay.with(Protocol::P2pCircuit);
         for n in 0..4 {

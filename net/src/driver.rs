@@ -19,7 +19,7 @@ use libp2p::{
     multiaddr::Protocol,
     ping,
     swarm::{
-        ConnectionId, DialError, NetworkBehaviour, SwarmEvent,
+        ConnectionDenied, ConnectionId, DialError, ListenError, NetworkBehaviour, SwarmEvent,
         behaviour::toggle::Toggle,
         dial_opts::{DialOpts, PeerCondition},
     },
@@ -30,14 +30,15 @@ use tokio::{
 };
 
 use crate::{
-    Config, ConnectError, Incoming, Path, PathKind, PeerInfo, Reachability, RelayServer,
-    SpawnError, Stream, Transport,
+    Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
+    Reachability, RelayServer, SpawnError, Stream, Transport, access,
     address::{dialable_from, is_public, of_socket, socket},
     autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
     crowd,
     dialled::Dialled,
     lane::{self, Places},
+    limits::Memory,
     listen,
     mappings::{Mapped, Mapping},
     network::{Addresses, Command},
@@ -88,9 +89,6 @@ const MDNS_PEERS: usize = 32;
 /// Streams that a peer may be negotiating on a connection.
 const MAX_NEGOTIATING: usize = 64;
 
-/// Dials under way at a time, whoever asked for them.
-const MAX_DIALS: u32 = 256;
-
 /// Addresses taken from what a peer says of itself.
 const MAX_CLAIMED: usize = 16;
 
@@ -99,6 +97,9 @@ const CONCURRENT_ADDRESSES: u8 = 16;
 
 /// How long a connection that a better one has replaced is kept for what may still be under way on it.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// How long a connection has to show that it still works, when there is reason to doubt it.
+const ALIVE: Duration = Duration::from_secs(4);
 
 /// Streams of pings answered at a time.
 const MAX_PINGERS: usize = 64;
@@ -120,6 +121,7 @@ pub(crate) fn path(endpoint: &ConnectedPoint) -> Path {
 #[derive(NetworkBehaviour)]
 #[behaviour(prelude = "libp2p::swarm::derive_prelude")]
 pub(crate) struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
+    access: access::Behaviour,
     limits: connection_limits::Behaviour,
     crowd: crowd::Behaviour,
     identify: identify::Behaviour,
@@ -236,6 +238,33 @@ impl Peer {
     }
 }
 
+/// Connections that were refused since the start, by what refused them.
+#[derive(Debug, Default)]
+struct Refusals {
+    limits: u64,
+    crowd: u64,
+    access: u64,
+}
+
+impl Refusals {
+    fn count(&mut self, cause: &ConnectionDenied) {
+        // Those for want of memory are counted where they are refused.
+        let count = if cause
+            .downcast_ref::<connection_limits::Exceeded>()
+            .is_some()
+        {
+            &mut self.limits
+        } else if cause.downcast_ref::<crowd::Crowded>().is_some() {
+            &mut self.crowd
+        } else if cause.downcast_ref::<access::KeptOut>().is_some() {
+            &mut self.access
+        } else {
+            return;
+        };
+        *count += 1;
+    }
+}
+
 /// What a task came to.
 #[derive(Debug)]
 enum Outcome {
@@ -250,6 +279,8 @@ enum Outcome {
         relay: PeerId,
         result: Result<Grant, CircuitError>,
     },
+    /// A connection that was in doubt carries nothing.
+    Dead { connection: ConnectionId },
     /// A server has said whether it reaches us.
     Told(Told),
     /// One has come back with this.
@@ -325,6 +356,9 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     finished: mpsc::Receiver<Outcome>,
     /// We are part of a mesh beyond our own networks, or are about to be: it is told no private addresses.
     outside: bool,
+    limits: Limits,
+    memory: Memory,
+    refusals: Refusals,
     /// Our addresses, for those who want to know of changes.
     told: watch::Sender<Addresses>,
 }
@@ -354,7 +388,7 @@ where
         let outside = named.any(addresses::is_outside);
         let limits = ConnectionLimits::default()
             .with_max_pending_incoming(Some(config.limits.pending_incoming))
-            .with_max_pending_outgoing(Some(MAX_DIALS))
+            .with_max_pending_outgoing(Some(config.limits.pending_outgoing))
             .with_max_established_incoming(Some(config.limits.established_incoming))
             .with_max_established(Some(config.limits.established))
             .with_max_established_per_peer(Some(config.limits.per_peer));
@@ -363,12 +397,14 @@ where
         } else {
             None
         };
+        let memory = Memory::new(config.limits.memory);
         let (sockets, dialled) = (Sockets::default(), Dialled::default());
         let (circuits, circuit_requests, arrivals) = Circuits::new();
         let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
         let behaviour = Behaviour {
+            access: access::Behaviour::new(config.access.clone()),
             limits: connection_limits::Behaviour::new(limits),
-            crowd: crowd::Behaviour::new(config.limits.per_address),
+            crowd: crowd::Behaviour::new(config.limits.per_address, memory.clone()),
             identify: identify::Behaviour::new(
                 identify::Config::new("/weft/1".to_owned(), config.key.public())
                     .with_agent_version(config.agent.clone())
@@ -380,7 +416,11 @@ where
             ),
             ping: ping::Behaviour::default(),
             mdns: mdns.into(),
-            streams: streams::Behaviour::new(protocols.clone(), config.limits.streams),
+            streams: streams::Behaviour::new(
+                protocols.clone(),
+                config.limits.streams,
+                memory.clone(),
+            ),
             extension,
         };
         let tls = Tls::new(&config.key)?;
@@ -472,6 +512,9 @@ where
             finished,
             maps,
             mapping_changes,
+            limits: config.limits,
+            memory,
+            refusals: Refusals::default(),
             told: watch::Sender::default(),
         })
     }
@@ -600,11 +643,26 @@ where
                             rtt: best.rtt,
                             agent: peer.agent.clone(),
                             connections: peer.connections.len(),
+                            paths: self.paths(id, peer),
                             direct_after: peer.direct_after,
                         })
                     })
                     .collect();
                 let _ = reply.send(peers);
+            }
+            Command::Limits(reply) => drop(reply.send(self.limit_uses())),
+            Command::Access(reply) => {
+                let access = self.swarm.behaviour().access.get().clone();
+                let _ = reply.send(access);
+            }
+            Command::SetAccess(access, reply) => {
+                tracing::info!(
+                    allow = access.allow.len(),
+                    block = access.block.len(),
+                    "whom to allow and block"
+                );
+                self.swarm.behaviour_mut().access.set(access);
+                let _ = reply.send(());
             }
             Command::Reachability(reply) => drop(reply.send(self.reachability())),
             Command::Stop(_) => unreachable!("handled where the loop can end"),
@@ -624,6 +682,10 @@ where
                 address,
             } => self.on_found(peer, socket, address),
             Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
+            Outcome::Dead { connection } => {
+                tracing::debug!(%connection, "it carries nothing any more");
+                self.swarm.close_connection(connection);
+            }
             Outcome::Told(told) => self.on_told(told),
             Outcome::CalledBack { stream, nonce } => self.on_nonce(stream, nonce),
             Outcome::ToDial { stream, wanted } => self.on_to_dial(stream, wanted),
@@ -729,6 +791,14 @@ where
                 ..
             } => {
                 self.on_dial_failed(connection_id, &error);
+            }
+            SwarmEvent::IncomingConnectionError {
+                error: ListenError::Denied { cause },
+                send_back_addr,
+                ..
+            } => {
+                tracing::debug!(from = %send_back_addr, %cause, "refused");
+                self.refusals.count(&cause);
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 tracing::info!(%address, "not listening any more");
@@ -857,6 +927,13 @@ where
                 },
             },
         );
+        if was_connected {
+            // It may have come back another way than it went.
+            self.doubt(id, Some(connection));
+        }
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
         if direct {
             self.punching.forget(&id);
             if was_connected && !was_direct {
@@ -867,6 +944,35 @@ where
             self.open_circuits(&id);
         } else {
             self.punch(id);
+        }
+    }
+
+    /// Has the connections to `peer` other than `except` show that they still work, and closes those that do not: after a change of network nothing else tells
+    /// for half a minute.
+    fn doubt(&mut self, peer: PeerId, except: Option<ConnectionId>) {
+        let connections = self.peers.get(&peer).into_iter();
+        let connections = connections.flat_map(|peer| peer.connections.keys());
+        let doubted: Vec<_> = connections
+            .filter(|id| Some(**id) != except)
+            .copied()
+            .collect();
+        for connection in doubted {
+            let (reply, answer) = oneshot::channel();
+            let streams = &mut self.swarm.behaviour_mut().streams;
+            streams.open_on(peer, connection, pings::PING_PROTOCOL, reply);
+            let outcomes = self.outcomes.clone();
+            tokio::spawn(async move {
+                // Any answer will do, also a refusal: what is dead gives none.
+                let answered = async {
+                    if let Ok(Ok(mut stream)) = answer.await {
+                        let _ = pings::echo(&mut stream).await;
+                    }
+                };
+                if timeout(ALIVE, answered).await.is_err() {
+                    // The network may have stopped.
+                    let _ = outcomes.send(Outcome::Dead { connection }).await;
+                }
+            });
         }
     }
 
@@ -1010,6 +1116,120 @@ where
                 self.swarm.close_connection(connection);
             }
         }
+    }
+
+    /// The connections to a peer, best first.
+    fn paths(&self, id: &PeerId, peer: &Peer) -> Vec<PathInfo> {
+        let streams = &self.swarm.behaviour().streams;
+        let mut paths: Vec<_> = peer
+            .connections
+            .iter()
+            .map(|(connection, c)| PathInfo {
+                path: c.path.clone(),
+                rtt: c.rtt,
+                loss: match socket(&c.path.address) {
+                    Some((at, Transport::Quic)) => self.sockets.loss(id, at),
+                    _ => None,
+                },
+                streams: streams.streams_on(*connection),
+                moved: streams.moved(*connection),
+                rate: c.rate,
+                age: c.since.elapsed(),
+            })
+            .collect();
+        paths.sort_by_key(|p| (p.path.kind, p.rtt.unwrap_or(Duration::MAX)));
+        paths
+    }
+
+    fn limit_uses(&self) -> Vec<LimitUse> {
+        let info = self.swarm.network_info();
+        let counters = info.connection_counters();
+        let behaviour = self.swarm.behaviour();
+        let limit = |name, used: u64, limit: u64, refused: u64| LimitUse {
+            name,
+            used,
+            limit: Some(limit),
+            refused,
+        };
+        let limits = &self.limits;
+        let connections = self.peers.values().flat_map(|peer| peer.connections.keys());
+        let streams = connections.map(|id| behaviour.streams.streams_on(*id));
+        let per_peer = self.peers.values().map(|peer| peer.connections.len());
+        let (lanes, lanes_of_one, lanes_refused) = self.lanes.places.used();
+        let autonat = self.autonat.bounds.limits();
+        let (probes, probing, probes_refused) = self.autonat.bounds.used(Instant::now());
+        let mut all = vec![
+            limit(
+                "connections",
+                counters.num_established().into(),
+                limits.established.into(),
+                self.refusals.limits,
+            ),
+            limit(
+                "connections_incoming",
+                counters.num_established_incoming().into(),
+                limits.established_incoming.into(),
+                0,
+            ),
+            limit(
+                "connections_pending_incoming",
+                counters.num_pending_incoming().into(),
+                limits.pending_incoming.into(),
+                0,
+            ),
+            limit(
+                "connections_pending_outgoing",
+                counters.num_pending_outgoing().into(),
+                limits.pending_outgoing.into(),
+                0,
+            ),
+            limit(
+                "connections_per_peer",
+                per_peer.max().unwrap_or_default() as u64,
+                limits.per_peer.into(),
+                0,
+            ),
+            limit(
+                "connections_per_address",
+                behaviour.crowd.most().into(),
+                limits.per_address.into(),
+                self.refusals.crowd,
+            ),
+            limit(
+                "streams_per_connection",
+                streams.max().unwrap_or_default() as u64,
+                limits.streams as u64,
+                behaviour.streams.refused(),
+            ),
+            limit("lanes", lanes as u64, limits.lanes as u64, lanes_refused),
+            limit(
+                "lanes_per_peer",
+                lanes_of_one as u64,
+                limits.lanes_per_peer as u64,
+                0,
+            ),
+            self.memory.usage(),
+            limit(
+                "autonat_per_minute",
+                probes as u64,
+                autonat.per_minute as u64,
+                probes_refused,
+            ),
+            limit(
+                "autonat_concurrent",
+                probing as u64,
+                autonat.concurrent as u64,
+                0,
+            ),
+            LimitUse {
+                name: "access",
+                used: 0,
+                limit: None,
+                refused: self.refusals.access,
+            },
+        ];
+        all.extend(self.server.limits());
+        all
     }
 
     fn reachability(&self) -> Reachability {

@@ -346,9 +346,12 @@ impl Places {
         self.in_all > 0 && self.per_peer > 0
     }
 
-    /// Lanes open now, and those refused since the start.
-    pub(crate) fn used(&self) -> (usize, u64) {
-        (self.in_all - self.all.available_permits(), self.refused)
+    /// Lanes open now, in all and of the peer that has most, and those refused since the start.
+    pub(crate) fn used(&self) -> (usize, usize, u64) {
+        let of_peers = self.peers.values();
+        let of_peers = of_peers.map(|places| self.per_peer - places.available_permits());
+        let in_all = self.in_all - self.all.available_permits();
+        (in_all, of_peers.max().unwrap_or_default(), self.refused)
     }
 
     pub(crate) fn take(&mut self, peer: PeerId) -> Option<Place> {
@@ -387,7 +390,7 @@ mod tests {
         assert!(places.take(one).is_none());
         let _third = places.take(two).unwrap();
         assert!(places.take(two).is_none());
-        assert_eq!(places.used(), (3, 2));
+        assert_eq!(places.used(), (3, 2, 2));
         drop(first);
         assert!(places.take(two).is_some());
         assert!(Places::new(0, 2).take(one).is_none());

@@ -10,10 +10,11 @@
 //!
 //! A node that others cannot reach has its gateway forward its ports, or holds reservations on relays; every relayed connection is punched into a
 //! direct one where the NATs on both sides allow it, after a search for the port where one of them is symmetric; a stream can ask to
-//! [yield](Stream::yield_to_better_path) to the better path.
+//! [yield](Stream::yield_to_better_path) to the better path. Bulk between peers that reach each other by TCP gets a connection of its own, a *lane*.
 //!
-//! It leaves out, so far: AutoNAT, WebSocket and lanes.
+//! It leaves out: closed networks by a shared key, for which there are lists of peers ([`Access`]) so far, and anything that knows what the bytes on a stream mean.
 
+mod access;
 mod address;
 mod autonat;
 mod circuit;
@@ -21,6 +22,7 @@ mod crowd;
 mod dialled;
 mod driver;
 mod lane;
+mod limits;
 mod listen;
 mod mappings;
 mod muxer;
@@ -40,10 +42,12 @@ mod websocket;
 pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 
 pub use self::{
+    access::{Access, ParseRuleError, Rule},
     address::{Path, PathKind, Transport, dialable_from, split_peer_id},
     autonat::{AutonatLimits, Verdict},
+    limits::{LimitUse, Limits},
     network::{
-        Addresses, Config, ConnectError, Limits, Network, PeerInfo, Reachability, RelayServer,
+        Addresses, Config, ConnectError, Network, PathInfo, PeerInfo, Reachability, RelayServer,
         SpawnError,
     },
     ping::PingError,

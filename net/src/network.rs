@@ -9,8 +9,8 @@ use tokio::{
 };
 
 use crate::{
-    AcceptError, AutonatLimits, Certificate, Class, Filtering, Incoming, Mapping, OpenError, Path,
-    PingError, RelayLimits, RelayUse, Stream, Verdict,
+    AcceptError, Access, Certificate, Class, Filtering, Incoming, LimitUse, Limits, Mapping,
+    OpenError, Path, PingError, RelayLimits, RelayUse, Stream, Verdict,
     driver::Driver,
     ping::{self, PING},
     streams::Protocols,
@@ -22,45 +22,6 @@ const CONNECT: Duration = Duration::from_secs(15);
 
 /// Requests to the swarm that may wait.
 const COMMANDS: usize = 256;
-
-/// What strangers can make us hold.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// Connections in the handshake, opened by others.
-    pub pending_incoming: u32,
-    /// Connections opened by others.
-    pub established_incoming: u32,
-    /// Connections in all.
-    pub established: u32,
-    /// Connections with one peer. Above one, because both sides may dial, over several transports.
-    pub per_peer: u32,
-    /// Connections opened by others from one IPv4 address or one IPv6 network of 64 bits. Wide enough for a carrier's customers, who share one.
-    pub per_address: u32,
-    /// Streams that a peer may have open to our own protocols on one connection.
-    pub streams: usize,
-    /// Lanes in all: TCP connections that carry one bulk stream each. 0: bulk shares connections with everything else.
-    pub lanes: usize,
-    /// Lanes of one peer.
-    pub lanes_per_peer: usize,
-    /// How often this node dials for others, to tell them whether they can be reached.
-    pub autonat: AutonatLimits,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            pending_incoming: 128,
-            established_incoming: 512,
-            established: 1024,
-            per_peer: 8,
-            per_address: 64,
-            streams: 64,
-            lanes: 256,
-            lanes_per_peer: 16,
-            autonat: AutonatLimits::default(),
-        }
-    }
-}
 
 /// Whether to relay others' connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -103,6 +64,8 @@ pub struct Config {
     pub agent: String,
     /// What strangers can make us hold.
     pub limits: Limits,
+    /// Whom to have to do with at all.
+    pub access: Access,
 }
 
 impl Config {
@@ -122,6 +85,7 @@ impl Config {
             certificate: None,
             agent: concat!("weft/", env!("CARGO_PKG_VERSION")).to_owned(),
             limits: Limits::default(),
+            access: Access::default(),
         }
     }
 }
@@ -221,8 +185,29 @@ pub struct PeerInfo {
     pub agent: String,
     /// Open connections.
     pub connections: usize,
+    /// Each of them, best first.
+    pub paths: Vec<PathInfo>,
     /// From the first connection to the first that is not relayed, if the first one was.
     pub direct_after: Option<Duration>,
+}
+
+/// One connection to a peer.
+#[derive(Debug, Clone)]
+pub struct PathInfo {
+    /// The path that it is.
+    pub path: Path,
+    /// Round-trip time, once measured.
+    pub rtt: Option<Duration>,
+    /// The share of packets sent that were lost, from 0 to 1; `None` where the transport does not tell, as TCP.
+    pub loss: Option<f64>,
+    /// Streams of our own protocols open on it, and lanes beside it.
+    pub streams: usize,
+    /// Bytes that these have received and sent since it was opened.
+    pub moved: (u64, u64),
+    /// Bytes that they have received and sent in the last second.
+    pub rate: (u64, u64),
+    /// How long it has been open.
+    pub age: Duration,
 }
 
 /// A running network. Cheap to clone; dropping the last clone stops it.
@@ -257,6 +242,9 @@ pub(crate) enum Command {
         reply: oneshot::Sender<Result<Stream, OpenError>>,
     },
     Peers(oneshot::Sender<Vec<PeerInfo>>),
+    Limits(oneshot::Sender<Vec<LimitUse>>),
+    Access(oneshot::Sender<Access>),
+    SetAccess(Access, oneshot::Sender<()>),
     Reachability(oneshot::Sender<Reachability>),
     Stop(oneshot::Sender<()>),
 }
@@ -352,6 +340,22 @@ impl Network {
     /// Everyone we are connected to. Empty once the network has stopped.
     pub async fn peers(&self) -> Vec<PeerInfo> {
         self.ask(Command::Peers).await.unwrap_or_default()
+    }
+
+    /// Every limit, and what it comes to. Empty once the network has stopped.
+    pub async fn limits(&self) -> Vec<LimitUse> {
+        self.ask(Command::Limits).await.unwrap_or_default()
+    }
+
+    /// Whom this node has to do with; `None` once the network has stopped.
+    pub async fn access(&self) -> Option<Access> {
+        self.ask(Command::Access).await
+    }
+
+    /// Changes whom this node has to do with, until it stops. Connections that are open and should not be are closed.
+    pub async fn set_access(&self, access: Access) {
+        // A network that has stopped has to do with nobody.
+        let _ = self.ask(|reply| Command::SetAccess(access, reply)).await;
     }
 
     /// Our own addresses.

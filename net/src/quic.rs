@@ -80,6 +80,9 @@ pub(crate) struct Sockets(Arc<Mutex<Shared>>);
 struct Shared {
     listening: HashMap<ListenerId, UdpSocket>,
     prepared: HashMap<SocketAddr, UdpSocket>,
+    /// What is open, to be asked how it goes.
+    connections: HashMap<usize, (PeerId, quinn::Connection)>,
+    next: usize,
 }
 
 impl Sockets {
@@ -102,10 +105,45 @@ impl Sockets {
         shared.prepared.insert(to, socket);
     }
 
+    /// The share of packets sent to `peer` at `to` that were lost, from 0 to 1.
+    pub(crate) fn loss(&self, peer: &PeerId, to: SocketAddr) -> Option<f64> {
+        let shared = self.lock();
+        let mut all = shared.connections.values();
+        let (_, connection) = all.find(|(id, c)| id == peer && c.remote_address() == to)?;
+        let path = connection.stats().path;
+        (path.sent_packets > 0).then(|| path.lost_packets as f64 / path.sent_packets as f64)
+    }
+
+    fn register(&self, peer: PeerId, connection: quinn::Connection) -> Registered {
+        let mut shared = self.lock();
+        shared.next += 1;
+        let id = shared.next;
+        shared.connections.insert(id, (peer, connection));
+        Registered {
+            sockets: self.clone(),
+            id,
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
         self.0
             .lock()
             .expect("nothing panics while holding the lock")
+    }
+}
+
+/// An open connection's place among them.
+#[derive(Debug)]
+struct Registered {
+    sockets: Sockets,
+    id: usize,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // Dropped after the lock is free: the last handle to a connection closes it.
+        let connection = self.sockets.lock().connections.remove(&self.id);
+        drop(connection);
     }
 }
 
@@ -262,7 +300,7 @@ impl Libp2pTransport for Quic {
         };
         let listener = bind(at).and_then(|socket| {
             let endpoint = self.serve(socket.try_clone()?, true)?;
-            Listener::new(id, socket, endpoint)
+            Listener::new(id, socket, endpoint, self.sockets.clone())
         });
         let listener = listener.map_err(TransportError::Other)?;
         let socket = listener.socket.try_clone().map_err(TransportError::Other)?;
@@ -297,12 +335,13 @@ impl Libp2pTransport for Quic {
             .dialer(to, options.port_use)
             .map_err(TransportError::Other)?;
         let client = self.client.clone();
+        let sockets = self.sockets.clone();
         Ok(async move {
             // No name: peers are known by their keys. rustls wants something that looks like one.
             let connecting = endpoint
                 .connect_with(client, to, "l")
                 .map_err(io::Error::other)?;
-            handshake(connecting).await
+            handshake(connecting, &sockets).await
         }
         .boxed())
     }
@@ -326,7 +365,10 @@ impl Libp2pTransport for Quic {
     }
 }
 
-async fn handshake(connecting: quinn::Connecting) -> io::Result<(PeerId, Connection)> {
+async fn handshake(
+    connecting: quinn::Connecting,
+    sockets: &Sockets,
+) -> io::Result<(PeerId, Connection)> {
     let connection = timeout(HANDSHAKE, connecting)
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
@@ -334,13 +376,15 @@ async fn handshake(connecting: quinn::Connecting) -> io::Result<(PeerId, Connect
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
     let peer = tls::peer_id(identity.as_deref().map(Vec::as_slice))?;
-    Ok((peer, Connection::new(connection)))
+    let registered = sockets.register(peer, connection.clone());
+    Ok((peer, Connection::new(connection, registered)))
 }
 
 /// A socket on which connections are accepted.
 struct Listener {
     id: ListenerId,
     socket: UdpSocket,
+    sockets: Sockets,
     endpoint: Endpoint,
     accept: BoxFuture<'static, Option<quinn::Incoming>>,
     unvalidated: Arc<AtomicUsize>,
@@ -352,7 +396,12 @@ struct Listener {
 }
 
 impl Listener {
-    fn new(id: ListenerId, socket: UdpSocket, endpoint: Endpoint) -> io::Result<Self> {
+    fn new(
+        id: ListenerId,
+        socket: UdpSocket,
+        endpoint: Endpoint,
+        sockets: Sockets,
+    ) -> io::Result<Self> {
         let ip = socket.local_addr()?.ip();
         let accept = accept(endpoint.clone());
         Ok(Self {
@@ -363,6 +412,7 @@ impl Listener {
             },
             bound: (!ip.is_unspecified()).then_some(ip),
             socket,
+            sockets,
             endpoint,
             accept,
             unvalidated: Arc::default(),
@@ -473,11 +523,12 @@ impl Listener {
                 });
             }
         };
+        let sockets = self.sockets.clone();
         Some(TransportEvent::Incoming {
             listener_id: self.id,
             upgrade: async move {
                 let _place = place;
-                handshake(connecting).await
+                handshake(connecting, &sockets).await
             }
             .boxed(),
             local_addr,
@@ -545,11 +596,13 @@ pub(crate) struct Connection {
     outbound: Option<Opening>,
     closed: Option<BoxFuture<'static, ConnectionError>>,
     remote: SocketAddr,
+    _registered: Registered,
 }
 
 impl Connection {
-    fn new(connection: quinn::Connection) -> Self {
+    fn new(connection: quinn::Connection, registered: Registered) -> Self {
         Self {
+            _registered: registered,
             remote: connection.remote_address(),
             connection,
             inbound: None,

@@ -27,7 +27,7 @@ use weft_proto::{
 };
 
 use crate::{
-    OpenError, PathKind, Stream,
+    LimitUse, OpenError, PathKind, Stream,
     circuit::{self, CircuitError, MAX_MESSAGE},
 };
 
@@ -232,6 +232,52 @@ impl Server {
             limits: Arc::new(limits),
         };
         (server, needed)
+    }
+
+    /// Every limit, and what it comes to.
+    pub(crate) fn limits(&self) -> Vec<LimitUse> {
+        let state = lock(&self.state);
+        let circuits = state.peers.values().map(|counted| counted.circuits);
+        let per_peer = circuits.max().unwrap_or_default();
+        let bytes = state.peers.values().map(|counted| counted.day.bytes);
+        let bytes_per_peer = bytes.max().unwrap_or_default();
+        let some = |limit: u64| (limit != 0).then_some(limit);
+        let limit = |name, used, limit| LimitUse {
+            name,
+            used,
+            limit,
+            refused: 0,
+        };
+        vec![
+            LimitUse {
+                refused: state.used.refused,
+                ..limit(
+                    "relay_reservations",
+                    state.reservations.len() as u64,
+                    Some(self.limits.reservations as u64),
+                )
+            },
+            limit(
+                "relay_circuits",
+                state.used.circuits as u64,
+                Some(self.limits.circuits as u64),
+            ),
+            limit(
+                "relay_circuits_per_peer",
+                per_peer as u64,
+                Some(self.limits.circuits_per_peer as u64),
+            ),
+            limit(
+                "relay_bytes_today",
+                state.all.bytes,
+                some(self.limits.daily_bytes),
+            ),
+            limit(
+                "relay_bytes_today_per_peer",
+                bytes_per_peer,
+                some(self.limits.daily_bytes_per_peer),
+            ),
+        ]
     }
 
     pub(crate) fn used(&self) -> RelayUse {

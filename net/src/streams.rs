@@ -44,6 +44,7 @@ use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 use crate::{
     Path, PathKind, Transport,
     lane::{self, Lane},
+    limits::Memory,
 };
 
 /// How long opening a stream on an open connection may take.
@@ -408,10 +409,12 @@ pub(crate) struct Behaviour {
     waker: Option<Waker>,
     /// Streams that a peer may have open on one connection.
     max_inbound: usize,
+    memory: Memory,
+    refused: Arc<AtomicU64>,
 }
 
 impl Behaviour {
-    pub(crate) fn new(protocols: Protocols, max_inbound: usize) -> Self {
+    pub(crate) fn new(protocols: Protocols, max_inbound: usize, memory: Memory) -> Self {
         Self {
             protocols,
             connections: HashMap::new(),
@@ -423,7 +426,14 @@ impl Behaviour {
             set_aside: HashSet::new(),
             waker: None,
             max_inbound,
+            memory,
+            refused: Arc::default(),
         }
+    }
+
+    /// Streams that were refused because the peer had too many.
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// Whether streams are open, or about to be, on a connection.
@@ -502,6 +512,8 @@ impl Behaviour {
             protocols: self.protocols.clone(),
             requests: VecDeque::new(),
             places: Arc::new(Semaphore::new(self.max_inbound)),
+            memory: self.memory.clone(),
+            refused: Arc::clone(&self.refused),
             traffic,
             keep: Arc::clone(self.kept.entry(peer).or_default()),
             best: best.subscribe(),
@@ -671,6 +683,8 @@ pub(crate) struct Handler {
     protocols: Protocols,
     requests: VecDeque<Open>,
     places: Arc<Semaphore>,
+    memory: Memory,
+    refused: Arc<AtomicU64>,
     traffic: Arc<Traffic>,
     keep: Arc<AtomicBool>,
     best: watch::Receiver<PathKind>,
@@ -695,8 +709,13 @@ impl Handler {
         // In each refusal the stream is dropped, which resets it: the peer learns of it.
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             tracing::debug!(peer = %self.peer, %protocol, "refused: the peer has too many streams open");
+            self.refused.fetch_add(1, Ordering::Relaxed);
             return;
         };
+        if let Err(error) = self.memory.spare() {
+            tracing::debug!(peer = %self.peer, %protocol, %error, "refused");
+            return;
+        }
         let stream = self.stream(inner, protocol.clone(), Place::Stream(place));
         self.protocols.deliver(stream);
     }
@@ -831,7 +850,7 @@ mod tests {
 
     #[test]
     fn a_connection_is_kept_open_while_it_is_to_be() {
-        let mut streams = Behaviour::new(Protocols::default(), 1);
+        let mut streams = Behaviour::new(Protocols::default(), 1, Memory::new(None));
         let (peer, id) = (PeerId::random(), ConnectionId::new_unchecked(1));
         let address = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
         // To a peer that is not there, it means nothing.

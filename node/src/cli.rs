@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use weft::{ModelName, Multiaddr, PeerId};
+use weft::{ModelName, Multiaddr, PeerId, Rule};
 
 /// Machines that find each other and move models, with no server between them.
 #[derive(Debug, Parser)]
@@ -39,8 +39,12 @@ pub(crate) enum Command {
     Connect(Connect),
     /// Measure the round trip to a peer
     Ping(Ping),
-    /// How others reach this node: the NAT before it, its addresses from outside, relays
+    /// How others reach this node: the NAT before it, its addresses from outside, relays, and what to change
     Doctor,
+    /// Every limit on what others can make this node hold and do, and what it comes to
+    Limits,
+    /// Whom this node has to do with at all; shows the lists, and changes them until the node stops
+    Access(AccessChange),
     /// Run a node that relays for others from the start
     Relay(Relay),
     /// Publish a model: index a folder or file where it is, and announce it
@@ -63,7 +67,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "ADDR")]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
-    /// Where to listen, as in /ip4/0.0.0.0/tcp/9338 or /ip6/::/udp/9338/quic-v1; may be repeated
+    /// Where to listen, as in /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws; may be repeated
     /// [default: TCP and QUIC on all interfaces, port 9338, or a free one if that is taken]
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Vec<Multiaddr>,
@@ -83,6 +87,15 @@ pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) relay_limits: RelayLimits,
 
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+
+    #[command(flatten)]
+    pub(crate) access: Access,
+
+    #[command(flatten)]
+    pub(crate) web: Web,
+
     /// Stay on relays: open no direct connection beside a relayed one
     #[arg(long)]
     pub(crate) no_hole_punching: bool,
@@ -98,6 +111,130 @@ pub(crate) struct Up {
     /// Where the API listens on TCP; loopback only
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
     pub(crate) api: SocketAddr,
+
+    /// Serve metrics for Prometheus at http://IP:PORT/metrics
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) metrics: Option<SocketAddr>,
+}
+
+/// What others can make this node hold.
+#[derive(Debug, Args)]
+pub(crate) struct Limits {
+    /// Connections in all
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().established)]
+    pub(crate) max_connections: u32,
+
+    /// Connections opened by others
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().established_incoming)]
+    pub(crate) max_incoming: u32,
+
+    /// Connections in the handshake, opened by others
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().pending_incoming)]
+    pub(crate) max_pending_incoming: u32,
+
+    /// Connections in the handshake, opened by this node
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().pending_outgoing)]
+    pub(crate) max_pending_outgoing: u32,
+
+    /// Connections with one peer
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_peer)]
+    pub(crate) max_per_peer: u32,
+
+    /// Connections opened by others from one IPv4 address, or one IPv6 network of 64 bits
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_address)]
+    pub(crate) max_per_address: u32,
+
+    /// Streams that a peer may have open on one connection
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().streams)]
+    pub(crate) max_streams: usize,
+
+    /// TCP connections that carry one bulk stream each; 0: bulk shares connections with everything else
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().lanes)]
+    pub(crate) max_lanes: usize,
+
+    /// The same with one peer
+    #[arg(long, value_name = "N", default_value_t = weft::Limits::default().lanes_per_peer)]
+    pub(crate) max_lanes_per_peer: usize,
+
+    /// Resident memory of this process beyond which others can open nothing; 0: no limit
+    #[arg(long, value_name = "BYTES", default_value_t = MAX_MEMORY)]
+    pub(crate) max_memory: u64,
+
+    /// Dials a minute by which this node tells others whether they can be reached; 0: none
+    #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute)]
+    pub(crate) autonat_per_minute: usize,
+
+    /// The same for one peer
+    #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_peer)]
+    pub(crate) autonat_per_minute_per_peer: usize,
+
+    /// The same for one IPv4 network of 24 bits or IPv6 network of 48
+    #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_network)]
+    pub(crate) autonat_per_minute_per_network: usize,
+
+    /// Such dials at a time
+    #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().concurrent)]
+    pub(crate) autonat_concurrent: usize,
+}
+
+/// A process that is nothing but a node needs a small part of this even with all its limits reached.
+const MAX_MEMORY: u64 = 2 << 30;
+
+impl Limits {
+    pub(crate) fn get(&self) -> weft::Limits {
+        weft::Limits {
+            pending_incoming: self.max_pending_incoming,
+            pending_outgoing: self.max_pending_outgoing,
+            established_incoming: self.max_incoming,
+            established: self.max_connections,
+            per_peer: self.max_per_peer,
+            per_address: self.max_per_address,
+            streams: self.max_streams,
+            lanes: self.max_lanes,
+            lanes_per_peer: self.max_lanes_per_peer,
+            memory: (self.max_memory != 0).then_some(self.max_memory),
+            autonat: weft::AutonatLimits {
+                per_minute: self.autonat_per_minute,
+                per_minute_per_peer: self.autonat_per_minute_per_peer,
+                per_minute_per_network: self.autonat_per_minute_per_network,
+                concurrent: self.autonat_concurrent,
+            },
+        }
+    }
+}
+
+/// Whom to have to do with.
+#[derive(Debug, Args)]
+pub(crate) struct Access {
+    /// Have to do with nobody but these: a PeerId, or a network such as 192.0.2.0/24; may be repeated
+    #[arg(long, value_name = "RULE")]
+    pub(crate) allow: Vec<Rule>,
+
+    /// Have nothing to do with these: a PeerId, or a network; may be repeated
+    #[arg(long, value_name = "RULE")]
+    pub(crate) block: Vec<Rule>,
+}
+
+/// Secure WebSocket.
+#[derive(Debug, Args)]
+pub(crate) struct Web {
+    /// The certificate chain for secure WebSocket (PEM), for browsers and proxies [default: one that only other nodes take]
+    #[arg(long, value_name = "FILE", requires = "ws_key")]
+    pub(crate) ws_certificate: Option<PathBuf>,
+
+    /// Its private key (PEM)
+    #[arg(long, value_name = "FILE", requires = "ws_certificate")]
+    pub(crate) ws_key: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AccessChange {
+    #[command(flatten)]
+    pub(crate) add: Access,
+
+    /// Take a rule out of both lists; may be repeated
+    #[arg(long, value_name = "RULE")]
+    pub(crate) remove: Vec<Rule>,
 }
 
 /// Whether to relay for others.
@@ -164,9 +301,22 @@ pub(crate) struct Relay {
     #[command(flatten)]
     pub(crate) relay_limits: RelayLimits,
 
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+
+    #[command(flatten)]
+    pub(crate) access: Access,
+
+    #[command(flatten)]
+    pub(crate) web: Web,
+
     /// Where the API listens on TCP; loopback only
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
     pub(crate) api: SocketAddr,
+
+    /// Serve metrics for Prometheus at http://IP:PORT/metrics
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) metrics: Option<SocketAddr>,
 }
 
 impl From<Relay> for Up {
@@ -178,10 +328,14 @@ impl From<Relay> for Up {
             relay: Vec::new(),
             relay_server: RelayServer::Always,
             relay_limits: relay.relay_limits,
+            limits: relay.limits,
+            access: relay.access,
+            web: relay.web,
             no_hole_punching: false,
             no_port_mapping: true,
             no_mdns: true,
             api: relay.api,
+            metrics: relay.metrics,
         }
     }
 }

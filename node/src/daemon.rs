@@ -11,6 +11,7 @@ use crate::{
     api::Endpoint,
     cli::{RelayServer, Up},
     exit::Failure,
+    metrics::Metrics,
     stop::Stop,
 };
 
@@ -43,13 +44,27 @@ pub(crate) async fn up(
             daily_bytes_per_peer: options.relay_limits.relay_daily_bytes_per_peer,
             ..weft::RelayLimits::default()
         })
+        .limits(options.limits.get())
+        .access(weft::Access {
+            allow: options.access.allow,
+            block: options.access.block,
+        })
         .port_mapping(!options.no_port_mapping)
         .hole_punching(!options.no_hole_punching)
         .mdns(!options.no_mdns);
     if !options.listen.is_empty() {
         builder = builder.listen(options.listen);
     }
+    if let (Some(chain), Some(key)) = (&options.web.ws_certificate, &options.web.ws_key) {
+        let certificate = weft::Certificate::from_pem_files(chain, key)
+            .map_err(|error| Failure::usage(error.to_string()))?;
+        builder = builder.certificate(certificate);
+    }
     let node = builder.spawn().await?;
+    let metrics = match options.metrics {
+        Some(address) => Some(Metrics::serve(node.clone(), address).await?),
+        None => None,
+    };
     let endpoint = Endpoint::serve(node.clone(), options.api).await?;
     let addresses = node.addresses().await;
     if as_json {
@@ -61,6 +76,7 @@ pub(crate) async fn up(
                 "api": endpoint.names(),
                 "token": endpoint.files().token.display().to_string(),
                 "home": node.home().display().to_string(),
+                "metrics": metrics.as_ref().map(Metrics::url),
                 "pid": std::process::id(),
             })
         );
@@ -77,12 +93,16 @@ pub(crate) async fn up(
         for (i, name) in endpoint.names().iter().enumerate() {
             out!("  {}  {name}", if i == 0 { "api    " } else { "       " });
         }
+        if let Some(metrics) = &metrics {
+            out!("  metrics  {}", metrics.url());
+        }
         out!("Ctrl-C stops it.");
     }
     stop.wait().await;
     if !as_json {
         err!("stopping");
     }
+    drop(metrics);
     endpoint.stop().await;
     node.shutdown().await;
     Ok(())

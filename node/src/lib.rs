@@ -16,6 +16,7 @@ mod commands;
 mod daemon;
 mod demo;
 pub mod exit;
+mod metrics;
 mod output;
 mod stop;
 

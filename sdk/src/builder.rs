@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use weft_blobs::Store;
 use weft_dht::Dht;
-use weft_net::{Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
+use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
 use crate::{Error, Node, default_home, home::Home, node::blocking};
 
@@ -22,6 +22,8 @@ pub struct Builder {
     no_port_mapping: bool,
     no_mdns: bool,
     limits: Limits,
+    access: Access,
+    certificate: Option<Certificate>,
 }
 
 impl Builder {
@@ -86,9 +88,21 @@ impl Builder {
         self
     }
 
-    /// What strangers can make the node hold.
+    /// What strangers can make the node hold and do.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+
+    /// Whom the node has to do with at all. Default: everybody. [`Node::set_access`] changes it while the node runs.
+    pub fn access(mut self, access: Access) -> Self {
+        self.access = access;
+        self
+    }
+
+    /// A certificate for secure WebSocket, for browsers and proxies that check it. Default: one is made up, which other nodes take.
+    pub fn certificate(mut self, certificate: Certificate) -> Self {
+        self.certificate = Some(certificate);
         self
     }
 
@@ -120,6 +134,8 @@ impl Builder {
         config.port_mapping = !self.no_port_mapping;
         config.mdns = !self.no_mdns;
         config.limits = self.limits;
+        config.access = self.access;
+        config.certificate = self.certificate;
         // Only a node that has somebody to wait for waits.
         let expects_peers =
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();

@@ -51,9 +51,10 @@ pub use weft_blobs::{
     manifest::{File, Tensor},
 };
 pub use weft_net::{
-    ConnectError, Limits, Mapping, Multiaddr, OpenError, Path, PathKind, PeerId, PeerInfo,
-    PingError, Reachability, RelayLimits, RelayServer, RelayUse, SpawnError, Transport,
-    split_peer_id,
+    Access, AutonatLimits, Certificate, CertificateError, ConnectError, Filtering, LimitUse,
+    Limits, Mapping, Multiaddr, OpenError, ParseRuleError, Path, PathInfo, PathKind, PeerId,
+    PeerInfo, PingError, Reachability, RelayLimits, RelayServer, RelayUse, Rule, SpawnError,
+    Transport, Verdict, split_peer_id,
 };
 
 pub use self::{

@@ -14,8 +14,8 @@ use weft_blobs::{
 };
 use weft_dht::Dht;
 use weft_net::{
-    ConnectError, Incoming, Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Reachability,
-    StreamProtocol,
+    Access, ConnectError, Incoming, LimitUse, Multiaddr, Network, Path as NetPath, PeerId,
+    PeerInfo, Reachability, StreamProtocol,
 };
 
 use crate::{Builder, Error, Models, announce::Announcer, home::Home, whereabouts};
@@ -202,6 +202,31 @@ impl Node {
     pub async fn doctor(&self) -> Result<Reachability, Error> {
         let known = self.inner.network.reachability().await;
         known.ok_or(Error::Stopped)
+    }
+
+    /// Every limit on what others can make this node hold and do, and what it comes to.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] after a shutdown.
+    pub async fn limits(&self) -> Result<Vec<LimitUse>, Error> {
+        let limits = self.inner.network.limits().await;
+        match limits.is_empty() {
+            false => Ok(limits),
+            true => Err(Error::Stopped),
+        }
+    }
+
+    /// Whom this node has to do with at all.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] after a shutdown.
+    pub async fn access(&self) -> Result<Access, Error> {
+        self.inner.network.access().await.ok_or(Error::Stopped)
+    }
+
+    /// Changes whom this node has to do with, until it stops. Connections that are open and should not be are closed.
+    pub async fn set_access(&self, access: Access) {
+        self.inner.network.set_access(access).await;
     }
 
     /// Publishing, fetching and listing models.

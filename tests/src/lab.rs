@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::Signal;
+
 use patchbay::{
     Device, IpSupport, Lab, Nat, NatConfig, NatFiltering, NatMapping, NodeId, Router, RouterBuilder,
 };
@@ -20,6 +22,7 @@ use serde_json::Value;
 use crate::{Daemon, Home};
 
 mod conditions;
+mod flood;
 mod gateway;
 mod wire;
 
@@ -208,7 +211,7 @@ pub async fn try_neighbours(hairpin: bool, wait: Duration) -> Result<Outcome, La
     shield(&router)?;
     let device = |name| lab.add_device(name).uplink(router.id()).build();
     let devices = [device("one").await?, device("other").await?];
-    let cell = Cell::start(lab, devices, Distance::default(), RELAYS).await?;
+    let cell = Cell::start(lab, devices, Distance::default(), &[&[][..]; RELAYS]).await?;
     cell.connect(wait)
 }
 
@@ -222,6 +225,19 @@ impl Cell {
         other: Side,
         distance: Distance,
         relays: usize,
+    ) -> Result<Self, LabError> {
+        Self::with_relays(one, other, distance, &vec![&[][..]; relays]).await
+    }
+
+    /// The same, with more arguments for each of the relays.
+    ///
+    /// # Errors
+    /// [`LabError`] if the network or a node did not start.
+    pub async fn with_relays(
+        one: Side,
+        other: Side,
+        distance: Distance,
+        relays: &[&[&str]],
     ) -> Result<Self, LabError> {
         let lab = Lab::new().await?;
         let (one, gateway) = behind(&lab, "one", one, "11.0.0.0/24").await?;
@@ -237,10 +253,10 @@ impl Cell {
         lab: Lab,
         devices: [Device; 2],
         distance: Distance,
-        relays: usize,
+        relays: &[&[&str]],
     ) -> Result<Self, LabError> {
         let mut servers = Vec::new();
-        for n in 0..relays {
+        for n in 0..relays.len() {
             let internet = lab.add_router(&format!("internet{n}"));
             let internet = internet.ip_support(IpSupport::DualStack).build().await?;
             let server = lab.add_device(&format!("relay{n}"));
@@ -260,7 +276,8 @@ impl Cell {
         }
         let relays = servers
             .into_iter()
-            .map(|server| Host::start(server, &arguments))
+            .zip(relays)
+            .map(|(server, more)| Host::start(server, &[&arguments[..], more].concat()))
             .collect::<Result<Vec<_>, _>>()?;
         let addresses: Vec<String> = relays.iter().flat_map(Host::addresses).collect();
         let [one, other] = devices;
@@ -337,12 +354,100 @@ impl Cell {
         wire::between(&self.one.device, &self.relays[0].device)
     }
 
-    /// Ends the relay with this id with SIGKILL; whether there was one.
-    pub fn kill_relay(&mut self, peer: &str) -> bool {
-        let found = self.relays.iter().position(|r| r.daemon.peer_id() == peer);
-        let Some(at) = found else { return false };
-        self.relays.remove(at).daemon.kill();
-        true
+    /// The relay with this id.
+    pub fn relay(&mut self, peer: &str) -> Option<&mut Host> {
+        self.relays.iter_mut().find(|relay| relay.peer_id() == peer)
+    }
+
+    /// All relays.
+    pub fn relays(&mut self) -> &mut [Host] {
+        &mut self.relays
+    }
+
+    /// Has the NAT before one of the machines, `one` or `other`, forget all that it knows, and map everything to this port from now on.
+    ///
+    /// # Errors
+    /// [`LabError`] if it has none, or `conntrack` fails.
+    pub async fn rebind(&self, whose: &str, port: u16) -> Result<(), LabError> {
+        let name = format!("{whose}nat");
+        let router = self.lab.router_by_name(&name);
+        let router = router.ok_or_else(|| LabError(format!("no NAT called {name}")))?;
+        let ip = router.uplink_ip();
+        let ip = ip.ok_or_else(|| LabError(format!("{name} has no address")))?;
+        for protocol in ["udp", "tcp"] {
+            nft(
+                &router,
+                &format!(
+                    "insert rule ip nat postrouting oifname \"ix\" meta l4proto {protocol} \
+                     snat to {ip}:{port}"
+                ),
+            )?;
+        }
+        router.flush_nat_state().await?;
+        Ok(())
+    }
+
+    /// Lets at most so many megabytes a second through the router before `one` or `other`, by losing what is more.
+    ///
+    /// # Errors
+    /// [`LabError`].
+    pub fn slow_down(&self, whose: &str, megabytes: u32) -> Result<(), LabError> {
+        let mut routers = ["nat", "net"].into_iter();
+        let router = routers.find_map(|kind| self.lab.router_by_name(&format!("{whose}{kind}")));
+        let router = router.ok_or_else(|| LabError(format!("no router before {whose}")))?;
+        nft(
+            &router,
+            &format!(
+                "table inet slow {{ chain forward {{ type filter hook forward priority -5; \
+                 limit rate over {megabytes} mbytes/second burst 2 mbytes drop; }}; }}"
+            ),
+        )
+    }
+
+    /// Moves a machine to a network of its own behind another home router: it has another address, and is seen at another one.
+    ///
+    /// # Errors
+    /// [`LabError`].
+    pub async fn move_away(&self, host: &Host) -> Result<(), LabError> {
+        let name = format!("{}new", host.device.name());
+        let router = self
+            .lab
+            .add_router(&name)
+            .nat(Nat::Moderate)
+            .build()
+            .await?;
+        shield(&router)?;
+        let interface = host.device.default_iface();
+        let interface = interface.ok_or_else(|| LabError("no interface".to_owned()))?;
+        interface.replug(router.id()).await?;
+        forget_neighbours(&self.lab)
+    }
+
+    /// Floods a relay from this many machines of their own.
+    ///
+    /// # Errors
+    /// [`LabError`].
+    pub async fn flood(
+        &self,
+        relay: usize,
+        machines: usize,
+        seconds: u64,
+    ) -> Result<Vec<std::process::Child>, LabError> {
+        let router = self.lab.add_router("attackers").build().await?;
+        let target = self.relays[relay].addresses();
+        let target = target
+            .iter()
+            .find(|address| address.contains("/ip4/") && address.contains("/tcp/"));
+        let target = target.ok_or_else(|| LabError("the relay has no address".to_owned()))?;
+        let mut floods = Vec::new();
+        for n in 0..machines {
+            let device = self.lab.add_device(&format!("attacker{n}"));
+            let device = device.uplink(router.id()).build().await?;
+            forget_neighbours(&self.lab)?;
+            let arguments = [wire::FLOOD.to_owned(), target.clone(), seconds.to_string()];
+            floods.push(device.spawn_command_sync(wire::this_program(&arguments)?)?);
+        }
+        Ok(floods)
     }
 
     /// What both nodes have logged.
@@ -356,7 +461,8 @@ pub struct Host {
     device: Device,
     /// The node's home. Commands reach the node from anywhere on this machine, by its socket.
     pub home: Home,
-    daemon: Daemon,
+    daemon: Option<Daemon>,
+    arguments: Vec<String>,
 }
 
 impl fmt::Debug for Host {
@@ -369,10 +475,26 @@ impl fmt::Debug for Host {
 
 impl Host {
     fn start(device: Device, arguments: &[&str]) -> Result<Self, LabError> {
-        let home = Home::new();
-        let log = home.beside("log");
-        let daemon = home.up_in(arguments, |mut command: Command| {
-            let log = File::create(&log).map_err(anyhow::Error::from)?;
+        let mut host = Self {
+            device,
+            home: Home::new(),
+            daemon: None,
+            arguments: arguments.iter().copied().map(str::to_owned).collect(),
+        };
+        host.start_again()?;
+        Ok(host)
+    }
+
+    /// Starts the node again, with the same home and the same arguments, after it was [killed](Self::kill).
+    ///
+    /// # Errors
+    /// [`LabError`] if the namespace is gone.
+    pub fn start_again(&mut self) -> Result<(), LabError> {
+        let (log, device) = (self.home.beside("log"), &self.device);
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        let daemon = self.home.up_in(&arguments, |mut command: Command| {
+            let log = File::options().create(true).append(true).open(&log);
+            let log = log.map_err(anyhow::Error::from)?;
             if std::env::var_os("WEFT_LOG").is_none() {
                 command.env(
                     "WEFT_LOG",
@@ -383,11 +505,55 @@ impl Host {
             command.stderr(log);
             device.spawn_command_sync(command)
         })?;
-        Ok(Self {
-            device,
-            home,
-            daemon,
-        })
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    /// Ends the node with SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(daemon) = self.daemon.take() {
+            daemon.kill();
+        }
+    }
+
+    /// Sends the node a signal.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(daemon) = &self.daemon {
+            daemon.signal(signal);
+        }
+    }
+
+    /// The node's id; empty while it does not run.
+    pub fn peer_id(&self) -> &str {
+        self.daemon.as_ref().map_or("", Daemon::peer_id)
+    }
+
+    /// The node's resident memory, in bytes.
+    ///
+    /// # Errors
+    /// [`LabError`] if it does not run.
+    pub fn resident(&self) -> Result<u64, LabError> {
+        let pid = self.daemon.as_ref().map_or(0, Daemon::pid);
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+        let status = status.map_err(anyhow::Error::from)?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        kib.map(|kib| kib * 1024)
+            .ok_or_else(|| LabError(format!("no VmRSS in {status}")))
+    }
+
+    /// Cuts the machine off its network, or connects it again.
+    ///
+    /// # Errors
+    /// [`LabError`].
+    pub async fn link(&self, up: bool) -> Result<(), LabError> {
+        let interface = self.device.default_iface();
+        let interface = interface.ok_or_else(|| LabError("no interface".to_owned()))?;
+        match up {
+            true => interface.link_up().await?,
+            false => interface.link_down().await?,
+        }
+        Ok(())
     }
 
     /// A node that knows the relays at these addresses.
@@ -402,13 +568,13 @@ impl Host {
         Self::start(device, &arguments)
     }
 
-    /// Until it has places on this many relays, or the gateway forwards both its ports. One with a public address asks for them as well, until strangers have come.
+    /// Until it has places on this many relays: those that let nothing out but to port 443 reach nobody directly.
     fn wait_until_reachable(&self, relays: usize) -> Result<(), LabError> {
         let begin = Instant::now();
         loop {
             let known = self.home.json(&["doctor"]);
             let has = |what: &str, count| known[what].as_array().is_some_and(|a| a.len() >= count);
-            if has("relays", relays) || has("mapped_addresses", 2) {
+            if has("relays", relays) {
                 return Ok(());
             }
             if begin.elapsed() > Duration::from_secs(20) {

@@ -306,6 +306,11 @@ impl Daemon {
         self.child.id()
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        send(&self.child, signal);
+    }
+
     /// Ends it with SIGKILL.
     pub fn kill(mut self) {
         self.child.kill().expect("a running child can be killed");

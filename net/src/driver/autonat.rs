@@ -43,7 +43,7 @@ pub(super) struct Autonat {
     pub(super) verdicts: Verdicts,
     /// What we have asked, by nonce.
     asked: HashMap<u64, Asked>,
-    bounds: Bounds,
+    pub(super) bounds: Bounds,
     /// What we dial for others.
     probes: HashMap<ConnectionId, Probe>,
     /// When UDP last got through, and when it was last tried.
@@ -113,10 +113,6 @@ impl Autonat {
         if !lately {
             self.udp_blocked = true;
         }
-    }
-
-    pub(super) fn probes(&self) -> usize {
-        self.probes.len()
     }
 }
 

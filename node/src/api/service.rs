@@ -3,14 +3,16 @@
 use std::{
     path::PathBuf,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use futures::Stream;
+use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
 use weft::{
-    AddPhase, AddProgress, Added, GetPhase, GetProgress, Got, ModelInfo, Node, Operation, PeerInfo,
-    split_peer_id,
+    Access, AddPhase, AddProgress, Added, GetPhase, GetProgress, Got, ModelInfo, Node, Operation,
+    ParseRuleError, PathInfo, PeerInfo, Rule, split_peer_id,
 };
 use weft_proto::api::{self, add_event, get_event, models_server::Models, node_server};
 
@@ -22,11 +24,17 @@ pub(crate) struct Service {
     node: Node,
     /// Where the API answers, for the status.
     endpoints: Vec<String>,
+    /// So that no change undoes another that is made at the same time.
+    changing_access: Arc<Mutex<()>>,
 }
 
 impl Service {
     pub(crate) fn new(node: Node, endpoints: Vec<String>) -> Self {
-        Self { node, endpoints }
+        Self {
+            node,
+            endpoints,
+            changing_access: Arc::default(),
+        }
     }
 }
 
@@ -92,6 +100,7 @@ impl node_server::Node for Service {
             rtt: None,
             agent: String::new(),
             connections: 0,
+            paths: Vec::new(),
             direct_after: None,
         });
         Ok(Response::new(api::ConnectResponse {
@@ -125,6 +134,18 @@ impl node_server::Node for Service {
             observed_addresses: text(&known.observed),
             tcp_mapping: known.tcp_mapping.to_string(),
             quic_mapping: known.quic_mapping.to_string(),
+            tcp_filtering: known.tcp_filtering.to_string(),
+            quic_filtering: known.quic_filtering.to_string(),
+            udp: known.udp,
+            ipv6: known.ipv6,
+            verified_addresses: known
+                .verified
+                .iter()
+                .map(|(address, verdict)| api::VerifiedAddress {
+                    address: address.to_string(),
+                    verdict: verdict.to_string(),
+                })
+                .collect(),
             relays: known.relays.iter().map(ToString::to_string).collect(),
             is_relay: known.is_relay,
             relay_use: Some(api::RelayUse {
@@ -134,6 +155,71 @@ impl node_server::Node for Service {
                 refused: known.relay_use.refused,
             }),
         }))
+    }
+
+    async fn limits(
+        &self,
+        _: Request<api::LimitsRequest>,
+    ) -> Result<Response<api::LimitsResponse>, Status> {
+        let limits = self.node.limits().await.map_err(|error| status(&error))?;
+        let limits = limits.into_iter().map(|limit| api::LimitUse {
+            name: limit.name.to_owned(),
+            used: limit.used,
+            limit: limit.limit,
+            refused: limit.refused,
+        });
+        Ok(Response::new(api::LimitsResponse {
+            limits: limits.collect(),
+        }))
+    }
+
+    async fn access(
+        &self,
+        _: Request<api::AccessRequest>,
+    ) -> Result<Response<api::AccessResponse>, Status> {
+        let access = self.node.access().await.map_err(|error| status(&error))?;
+        Ok(Response::new(access_response(&access)))
+    }
+
+    async fn change_access(
+        &self,
+        request: Request<api::ChangeAccessRequest>,
+    ) -> Result<Response<api::AccessResponse>, Status> {
+        let request = request.into_inner();
+        let rules = |all: &[String]| -> Result<Vec<Rule>, Status> {
+            let rules = all.iter().map(|text| text.parse());
+            rules
+                .collect::<Result<_, ParseRuleError>>()
+                .map_err(|error| invalid(error.to_string()))
+        };
+        let (allow, block) = (rules(&request.allow)?, rules(&request.block)?);
+        let remove = rules(&request.remove)?;
+        let _one_at_a_time = self.changing_access.lock().await;
+        let mut access = self.node.access().await.map_err(|error| status(&error))?;
+        for (list, new) in [(&mut access.allow, allow), (&mut access.block, block)] {
+            list.retain(|rule| !remove.contains(rule));
+            for rule in new {
+                if !list.contains(&rule) {
+                    list.push(rule);
+                }
+            }
+            if list.len() > MAX_RULES {
+                return Err(invalid(format!("more than {MAX_RULES} rules in a list")));
+            }
+        }
+        self.node.set_access(access.clone()).await;
+        Ok(Response::new(access_response(&access)))
+    }
+}
+
+/// Rules in a list: each connection is held against all of them.
+const MAX_RULES: usize = 4096;
+
+fn access_response(access: &Access) -> api::AccessResponse {
+    let text = |rules: &[Rule]| rules.iter().map(ToString::to_string).collect();
+    api::AccessResponse {
+        allow: text(&access.allow),
+        block: text(&access.block),
     }
 }
 
@@ -157,6 +243,28 @@ fn peer(peer: PeerInfo) -> api::Peer {
         direct_after_millis: peer.direct_after.map(|after| after.as_millis() as u64),
         agent: peer.agent,
         connections: peer.connections as u32,
+        paths: peer.paths.into_iter().map(path).collect(),
+    }
+}
+
+fn path(info: PathInfo) -> api::PeerPath {
+    api::PeerPath {
+        address: info.path.address.to_string(),
+        path: info.path.kind.to_string(),
+        transport: info.path.transport.to_string(),
+        rtt_micros: info.rtt.map(|rtt| rtt.as_micros() as u64),
+        loss: info.loss,
+        streams: info.streams as u32,
+        bytes_received: info.moved.0,
+        bytes_sent: info.moved.1,
+        receive_rate: info.rate.0,
+        send_rate: info.rate.1,
+        relay: info
+            .path
+            .relay()
+            .map(|relay| relay.to_string())
+            .unwrap_or_default(),
+        age_seconds: info.age.as_secs(),
     }
 }
 

@@ -4,6 +4,7 @@ use crate::output::{out, out_raw};
 
 mod add;
 mod get;
+mod limits;
 mod reach;
 mod show;
 
@@ -42,6 +43,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Connect(options) => reach::connect(&client, options, json).await,
         Command::Ping(options) => reach::ping(&client, options, json).await,
         Command::Doctor => reach::doctor(&client, json).await,
+        Command::Limits => limits::limits(&client, json).await,
+        Command::Access(options) => limits::access(&client, options, json).await,
         Command::Status => status(&client, json).await,
         Command::Peers => peers(&client, json).await,
         Command::Add(options) => add::run(&client, options, json).await,
@@ -134,18 +137,27 @@ async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
         out!("connected to nobody");
         return Ok(());
     }
-    let heading = ["PEER", "PATH", "OVER", "RTT", "ADDRESS"];
+    let heading = [
+        "PEER", "PATH", "OVER", "RTT", "LOSS", "IN", "OUT", "ADDRESS",
+    ];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for peer in peers {
         let rtt = peer
             .rtt_micros
             .map_or_else(String::new, |rtt| format!("{:.1} ms", rtt as f64 / 1e3));
+        let sum = |of: fn(&api::PeerPath) -> u64| peer.paths.iter().map(of).sum::<u64>();
+        let rate = |bytes| output::rate(bytes, std::time::Duration::from_secs(1));
+        let loss = peer.paths.first().and_then(|path| path.loss);
         rows.push(vec![
-            peer.peer_id,
-            peer.path,
-            peer.transport,
+            peer.peer_id.clone(),
+            peer.path.clone(),
+            peer.transport.clone(),
             rtt,
-            peer.address,
+            loss.map_or_else(String::new, |loss| format!("{:.1} %", loss * 100.0)),
+            rate(sum(|path| path.receive_rate)),
+            rate(sum(|path| path.send_rate)),
+            // It names the relay, if there is one.
+            peer.address.clone(),
         ]);
     }
     out_raw!("{}", output::table(&rows));

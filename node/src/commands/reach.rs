@@ -32,6 +32,24 @@ pub(super) fn peer_json(peer: &api::Peer) -> Value {
         "direct_after_millis": peer.direct_after_millis,
         "agent": peer.agent,
         "connections": peer.connections,
+        "paths": peer.paths.iter().map(path_json).collect::<Vec<_>>(),
+    })
+}
+
+fn path_json(path: &api::PeerPath) -> Value {
+    json!({
+        "address": path.address,
+        "path": path.path,
+        "transport": path.transport,
+        "rtt_micros": path.rtt_micros,
+        "loss": path.loss,
+        "streams": path.streams,
+        "bytes_received": path.bytes_received,
+        "bytes_sent": path.bytes_sent,
+        "receive_rate": path.receive_rate,
+        "send_rate": path.send_rate,
+        "relay": if path.relay.is_empty() { None } else { Some(&path.relay) },
+        "age_seconds": path.age_seconds,
     })
 }
 
@@ -174,15 +192,23 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
         .await?
         .into_inner();
     let relayed = known.relay_use.unwrap_or_default();
+    let advice = advice(&known);
     if as_json {
+        let verified = known.verified_addresses.iter();
+        let verified = verified.map(|v| json!({ "address": v.address, "verdict": v.verdict }));
         out!(
             "{}",
             json!({
                 "public_addresses": known.public_addresses,
+                "verified_addresses": verified.collect::<Vec<_>>(),
                 "mapped_addresses": known.mapped_addresses,
                 "observed_addresses": known.observed_addresses,
                 "tcp_mapping": known.tcp_mapping,
                 "quic_mapping": known.quic_mapping,
+                "tcp_filtering": known.tcp_filtering,
+                "quic_filtering": known.quic_filtering,
+                "udp": known.udp,
+                "ipv6": known.ipv6,
                 "relays": known.relays,
                 "is_relay": known.is_relay,
                 "relay_use": {
@@ -191,6 +217,7 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
                     "bytes": relayed.bytes,
                     "refused": relayed.refused,
                 },
+                "advice": advice,
             })
         );
         return Ok(());
@@ -200,50 +227,114 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
             out!("{name}  {none}");
         }
         for (i, one) in all.iter().enumerate() {
-            let name = if i == 0 { name } else { "          " };
+            let name = if i == 0 { name } else { "           " };
             out!("{name}  {one}");
         }
     };
     list(
-        "reached at",
+        "reached at ",
         &known.public_addresses,
         "no stranger has reached this node yet",
     );
     list(
-        "seen at   ",
+        "seen at    ",
         &known.observed_addresses,
         "nobody has told yet: connect to a peer outside this network",
     );
     list(
-        "forwarded ",
+        "forwarded  ",
         &known.mapped_addresses,
         "the gateway of this network forwards nothing",
     );
-    out!("NAT, TCP    {}", mapping(&known.tcp_mapping));
-    out!("NAT, QUIC   {}", mapping(&known.quic_mapping));
-    list("relays    ", &known.relays, "none");
+    let verified = known.verified_addresses.iter();
+    let verified: Vec<_> = verified
+        .map(|v| format!("{}: {}", v.address, verdict(&v.verdict)))
+        .collect();
+    list("tried      ", &verified, "nobody was asked yet");
+    out!("NAT, TCP     {}", mapping(&known.tcp_mapping));
+    out!("NAT, QUIC    {}", mapping(&known.quic_mapping));
+    out!("lets in      TCP: {}", filtering(&known.tcp_filtering));
+    out!("             QUIC: {}", filtering(&known.quic_filtering));
+    out!(
+        "UDP          {}",
+        match known.udp {
+            Some(true) => "gets out",
+            Some(false) => "is blocked: peers that answer over TCP do not over QUIC",
+            None => "unknown: there was no peer outside to try it with",
+        }
+    );
+    out!(
+        "IPv6         {}",
+        if known.ipv6 {
+            "yes"
+        } else {
+            "no public address"
+        }
+    );
+    list("relays     ", &known.relays, "none");
     if known.is_relay {
         out!(
-            "is a relay  for {} peers; {} connections now, {} in all, {} requests refused",
+            "is a relay   for {} peers; {} connections now, {} in all, {} requests refused",
             relayed.reservations,
             relayed.circuits,
             crate::output::bytes(relayed.bytes),
             relayed.refused
         );
     } else {
-        out!("is a relay  no");
+        out!("is a relay   no");
     }
-    if known.public_addresses.is_empty()
-        && known.mapped_addresses.is_empty()
-        && known.relays.is_empty()
-    {
+    if !advice.is_empty() {
         out!();
-        out!(
-            "Nobody from outside can reach this node. Either forward TCP and UDP port 9338 to it and start it with --external ADDR,"
-        );
-        out!("or give it a relay with --relay ADDR, or connect it to a node that is one.");
+    }
+    for line in advice {
+        out!("{line}");
     }
     Ok(())
+}
+
+/// What to change, if anything.
+fn advice(known: &api::DoctorResponse) -> Vec<String> {
+    let mut advice = Vec::new();
+    let mut say = |text: &str| advice.push(text.to_owned());
+    let direct = !known.public_addresses.is_empty() || !known.mapped_addresses.is_empty();
+    if !direct && known.relays.is_empty() {
+        say(
+            "Nobody from outside can reach this node. Forward TCP and UDP port 9338 to it and start it with --external ADDR, or give it a relay with --relay ADDR, or connect it to a node that is one.",
+        );
+    }
+    let refused = known.verified_addresses.iter();
+    for one in refused.filter(|v| v.verdict == "unreachable") {
+        let whose = if known.mapped_addresses.contains(&one.address) {
+            "the gateway says that it forwards it"
+        } else {
+            "a firewall, or a NAT, keeps strangers out"
+        };
+        let seen = known.observed_addresses.contains(&one.address);
+        // A NAT that keeps strangers out is what a NAT is.
+        if !seen {
+            say(&format!(
+                "Others try {} in vain: {whose}. Let that port in, if you want to be reached there.",
+                one.address
+            ));
+        }
+    }
+    if known.udp == Some(false) {
+        say(
+            "No UDP gets out, so there is no QUIC, and direct connections through NATs are TCP's alone. Let UDP out if you can.",
+        );
+    }
+    let symmetric = |mapping: &str| mapping == "endpoint-dependent";
+    if symmetric(&known.quic_mapping) || symmetric(&known.tcp_mapping) {
+        say(
+            "This NAT gives every peer another port. Peers with the same kind of NAT are reached through relays only; a forwarded port, or IPv6, would change that.",
+        );
+    }
+    if known.quic_mapping == "unknown" && known.tcp_mapping == "unknown" && !known.ipv6 {
+        say(
+            "What kind of NAT there is shows once two peers in different places have seen this node: bootstrap nodes or relays outside this network.",
+        );
+    }
+    advice
 }
 
 fn mapping(mapping: &str) -> &str {
@@ -254,6 +345,25 @@ fn mapping(mapping: &str) -> &str {
         "endpoint-dependent" => {
             "another port for every peer: a direct connection needs a peer that is reachable or has an easier NAT"
         }
+        other => other,
+    }
+}
+
+fn filtering(filtering: &str) -> &str {
+    match filtering {
+        "unknown" => "unknown: nobody has tried yet",
+        "endpoint-independent" => "everybody",
+        "address-dependent" => "whoever is where this node has sent to",
+        "address-and-port-dependent" => "answers only",
+        other => other,
+    }
+}
+
+fn verdict(verdict: &str) -> &str {
+    match verdict {
+        "reached" => "others reach it",
+        "by-contacts" => "only those reach it that this node has sent to",
+        "unreachable" => "two others have tried in vain",
         other => other,
     }
 }

@@ -15,11 +15,13 @@ use rustix::process::getppid;
 use super::{
     LabError,
     conditions::{self, Conditions},
+    flood,
 };
 
 const HOLD: &str = "lab-hold-packets";
 const ECHO: &str = "lab-echo-packets";
 const MEASURE: &str = "lab-measure-packets";
+pub(super) const FLOOD: &str = "lab-flood";
 
 /// Where packets are echoed.
 const PORT: u16 = 7;
@@ -59,6 +61,13 @@ pub fn be_a_part() -> Option<ExitCode> {
         HOLD => hold(&rest),
         ECHO => echo(),
         MEASURE => measure(&rest),
+        FLOOD => match &rest[..] {
+            [address, seconds] => match seconds.parse() {
+                Ok(seconds) => flood::run(address, seconds),
+                Err(error) => Err(anyhow::Error::from(error)),
+            },
+            _ => Err(anyhow::anyhow!("two arguments: an address, seconds")),
+        },
         _ => return None,
     };
     Some(match result {
@@ -166,7 +175,7 @@ impl Drop for Part {
     }
 }
 
-fn this_program(arguments: &[String]) -> Result<Command, LabError> {
+pub(super) fn this_program(arguments: &[String]) -> Result<Command, LabError> {
     let program = std::env::current_exe().map_err(anyhow::Error::from)?;
     let mut command = Command::new(program);
     command.args(arguments).stdout(Stdio::piped());

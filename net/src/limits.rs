@@ -1,0 +1,153 @@
+//! What strangers can make a node hold, and what they do.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::AutonatLimits;
+
+/// What strangers can make us hold.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Connections in the handshake, opened by others.
+    pub pending_incoming: u32,
+    /// Connections in the handshake, opened by this node, for whatever reason.
+    pub pending_outgoing: u32,
+    /// Connections opened by others.
+    pub established_incoming: u32,
+    /// Connections in all.
+    pub established: u32,
+    /// Connections with one peer. Above one, because both sides may dial, over several transports.
+    pub per_peer: u32,
+    /// Connections opened by others from one IPv4 address or one IPv6 network of 64 bits. Wide enough for a carrier's customers, who share one.
+    pub per_address: u32,
+    /// Streams that a peer may have open to our own protocols on one connection.
+    pub streams: usize,
+    /// Lanes in all: TCP connections that carry one bulk stream each. 0: bulk shares connections with everything else.
+    pub lanes: usize,
+    /// Lanes of one peer.
+    pub lanes_per_peer: usize,
+    /// Resident memory of the process, in bytes, beyond which others can open no connections and no streams. `None`: not looked at, because the process does
+    /// other things as well.
+    pub memory: Option<u64>,
+    /// How often this node dials for others, to tell them whether they can be reached.
+    pub autonat: AutonatLimits,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            pending_incoming: 128,
+            pending_outgoing: 256,
+            established_incoming: 512,
+            established: 1024,
+            per_peer: 8,
+            per_address: 64,
+            streams: 64,
+            lanes: 256,
+            lanes_per_peer: 16,
+            memory: None,
+            autonat: AutonatLimits::default(),
+        }
+    }
+}
+
+/// A limit, and what it comes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LimitUse {
+    /// The limit's name: words with underscores between them. It does not change from version to version.
+    pub name: &'static str,
+    /// What is used of it now. Of a limit that holds for each of several (peers, connections), the most that one of them uses.
+    pub used: u64,
+    /// `None`: unlimited.
+    pub limit: Option<u64>,
+    /// What was refused because of it since the start.
+    pub refused: u64,
+}
+
+/// How long a measurement of memory is good for.
+const FRESH: Duration = Duration::from_millis(100);
+
+/// Watches over [`Limits::memory`]. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub(crate) struct Memory(Arc<Watched>);
+
+#[derive(Debug)]
+struct Watched {
+    limit: Option<u64>,
+    measured: Mutex<Option<(Instant, u64)>>,
+    refused: AtomicU64,
+}
+
+/// There is too little memory left.
+#[derive(Debug, thiserror::Error)]
+#[error("this node is short of memory")]
+pub(crate) struct Short;
+
+impl Memory {
+    pub(crate) fn new(limit: Option<u64>) -> Self {
+        Self(Arc::new(Watched {
+            limit,
+            measured: Mutex::default(),
+            refused: AtomicU64::new(0),
+        }))
+    }
+
+    /// Resident bytes of this process; 0 where the system does not tell.
+    fn used(&self) -> u64 {
+        let mut measured = self
+            .0
+            .measured
+            .lock()
+            .expect("nothing panics while holding the lock");
+        match *measured {
+            Some((at, bytes)) if at.elapsed() < FRESH => bytes,
+            _ => {
+                let stats = memory_stats::memory_stats();
+                let bytes = stats.map_or(0, |stats| stats.physical_mem as u64);
+                *measured = Some((Instant::now(), bytes));
+                bytes
+            }
+        }
+    }
+
+    /// Whether something more may be held for others.
+    pub(crate) fn spare(&self) -> Result<(), Short> {
+        let short = self.0.limit.is_some_and(|limit| self.used() > limit);
+        if short {
+            self.0.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Short);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn usage(&self) -> LimitUse {
+        LimitUse {
+            name: "memory_bytes",
+            used: self.used(),
+            limit: self.0.limit,
+            refused: self.0.refused.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_over_its_limit_has_no_memory_to_spare() {
+        let none = Memory::new(None);
+        none.spare().unwrap();
+        assert!(none.usage().used > 0);
+        let much = Memory::new(Some(1 << 50));
+        much.spare().unwrap();
+        let little = Memory::new(Some(1));
+        little.spare().unwrap_err();
+        assert_eq!(little.usage().refused, 1);
+    }
+}
