@@ -101,6 +101,9 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// How long a connection has to show that it still works, when there is reason to doubt it.
 const ALIVE: Duration = Duration::from_secs(4);
 
+/// How often a relay that holds a place for us has to show that it is there.
+const RELAY_CHECK: Duration = Duration::from_secs(5);
+
 /// Streams of pings answered at a time.
 const MAX_PINGERS: usize = 64;
 
@@ -319,6 +322,7 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     bootstrap: Vec<Bootstrap>,
     reach: Reach,
     relays: Relays,
+    relays_checked: Instant,
     preferred_relays: HashSet<PeerId>,
     relay_server: RelayServer,
     /// Dials through relays.
@@ -482,6 +486,7 @@ where
             bootstrap,
             reach: Reach::default(),
             relays: Relays::default(),
+            relays_checked: Instant::now(),
             preferred_relays: config
                 .relays
                 .into_iter()
@@ -650,6 +655,7 @@ where
                     .collect();
                 let _ = reply.send(peers);
             }
+            Command::Check(peer) => self.doubt(peer, None),
             Command::Limits(reply) => drop(reply.send(self.limit_uses())),
             Command::Access(reply) => {
                 let access = self.swarm.behaviour().access.get().clone();
@@ -947,6 +953,17 @@ where
         }
     }
 
+    /// Has the relays that hold places for us show that they are there: the loss of one is to be noticed within seconds.
+    fn check_relays(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.relays_checked) >= RELAY_CHECK {
+            self.relays_checked = now;
+            for relay in self.relays.held() {
+                self.doubt(relay, None);
+            }
+        }
+    }
+
     /// Has the connections to `peer` other than `except` show that they still work, and closes those that do not: after a change of network nothing else tells
     /// for half a minute.
     fn doubt(&mut self, peer: PeerId, except: Option<ConnectionId>) {
@@ -1071,6 +1088,7 @@ where
         self.reach_bootstrap();
         self.renew_relays();
         self.expire_reservations();
+        self.check_relays();
         self.hold_relays();
         self.punch_all();
         self.try_udp();

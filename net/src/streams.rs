@@ -91,8 +91,8 @@ pub struct Stream {
     peer: PeerId,
     protocol: StreamProtocol,
     path: Path,
-    /// Resolves when a better path to the peer is open, for those who asked to be told.
-    superseded: Option<Superseding>,
+    /// Resolves when it is not worth waiting for any more, and why.
+    ending: Option<Ending>,
     /// The place it takes among the streams or lanes that the peer may have open.
     _place: Place,
     /// Counts what it moves, and says that its connection is in use. A lane's is that of the connection beside it.
@@ -138,7 +138,7 @@ impl Beside {
             peer: self.peer,
             protocol,
             path,
-            superseded: None,
+            ending: Some(orphaned(self.best.clone())),
             _place: Place::Lane(place),
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),
@@ -146,7 +146,31 @@ impl Beside {
     }
 }
 
-type Superseding = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
+type Ending = Pin<Box<dyn Future<Output = Ended> + Send + Sync>>;
+
+/// Why a stream is given up although nothing failed on it.
+#[derive(Debug, Clone, Copy)]
+enum Ended {
+    BetterPath,
+    Orphaned,
+}
+
+impl From<Ended> for io::Error {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::BetterPath => Self::new(io::ErrorKind::ConnectionAborted, BetterPath),
+            Ended::Orphaned => Self::new(io::ErrorKind::ConnectionReset, Orphaned),
+        }
+    }
+}
+
+/// A lane is given up with the connections beside it: TCP itself would take minutes to find out that nobody is there any more.
+fn orphaned(mut best: watch::Receiver<PathKind>) -> Ending {
+    Box::pin(async move {
+        while best.changed().await.is_ok() {}
+        Ended::Orphaned
+    })
+}
 
 impl Stream {
     /// Who is at the other end.
@@ -176,11 +200,12 @@ impl Stream {
             return;
         }
         let (mut best, own) = (self.best.clone(), self.path.kind);
-        self.superseded = Some(Box::pin(async move {
+        self.ending = Some(Box::pin(async move {
             if best.wait_for(|best| *best < own).await.is_err() {
                 // The last connection is gone, and reading says so itself.
                 std::future::pending::<()>().await;
             }
+            Ended::BetterPath
         }));
     }
 }
@@ -189,6 +214,11 @@ impl Stream {
 #[derive(Debug, thiserror::Error)]
 #[error("a better path to the peer is open")]
 struct BetterPath;
+
+/// The error of a lane whose peer is not connected any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection to the peer is lost")]
+struct Orphaned;
 
 /// Whether reading failed because a better path is open, and the same work can go on over a new stream.
 pub fn is_superseded(error: &io::Error) -> bool {
@@ -227,14 +257,11 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if let Some(superseded) = &mut self.superseded
-            && superseded.as_mut().poll(cx).is_ready()
+        if let Some(ending) = &mut self.ending
+            && let Poll::Ready(ended) = ending.as_mut().poll(cx)
         {
-            self.superseded = Some(Box::pin(std::future::ready(())));
-            return Poll::Ready(Err(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                BetterPath,
-            )));
+            self.ending = Some(Box::pin(std::future::ready(ended)));
+            return Poll::Ready(Err(ended.into()));
         }
         let before = buffer.filled().len();
         let read = delegate!(self, inner => inner.poll_read(cx, buffer));
@@ -698,7 +725,7 @@ impl Handler {
             peer: self.peer,
             protocol,
             path: self.path.clone(),
-            superseded: None,
+            ending: None,
             _place: place,
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),

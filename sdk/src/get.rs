@@ -2,12 +2,14 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     path::PathBuf,
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use prost::Message;
+use tokio::time::sleep;
 use weft_blobs::{
     Download, Manifest, TransferError,
     download::{self, fetch_manifest},
@@ -22,6 +24,9 @@ use crate::{
     node::{TargetLease, blocking},
     providers::Providers,
 };
+
+/// How long no content comes before the path is suspected.
+const SUSPICIOUS: Duration = Duration::from_secs(3);
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).
 #[derive(Debug, Clone)]
@@ -322,7 +327,10 @@ impl Work {
             state.provider = Some((peer, path.kind));
             state.waiting_for = None;
         }
-        let result = download.fetch(stream).await;
+        let result = tokio::select! {
+            result = download.fetch(stream) => result,
+            never = watch(&self.node, peer, &self.counts) => match never {},
+        };
         let bytes = self.counts.moved.load(Ordering::Relaxed) - before;
         if bytes > 0 {
             let source = (peer, path.kind, path.transport);
@@ -355,6 +363,19 @@ impl Work {
         self.state
             .lock()
             .expect("nothing panics while holding the lock")
+    }
+}
+
+/// While content comes from `peer`: when none has come for a while, has the network find out whether the path still works. If it does not, the stream
+/// fails at once, and not after the patience that a slow provider is owed.
+async fn watch(node: &Node, peer: PeerId, counts: &download::Progress) -> Infallible {
+    let mut moved = counts.moved.load(Ordering::Relaxed);
+    loop {
+        sleep(SUSPICIOUS).await;
+        let now = counts.moved.load(Ordering::Relaxed);
+        if std::mem::replace(&mut moved, now) == now {
+            node.network().check(peer).await;
+        }
     }
 }
 

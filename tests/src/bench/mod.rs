@@ -1,9 +1,12 @@
 //! The benchmarks behind the program `bench`.
 
 pub mod nat;
+mod process;
+pub mod stream;
+mod tls;
 pub mod transfer;
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 /// Why a benchmark has no result, in words.
 #[derive(Debug)]
@@ -67,6 +70,11 @@ impl fmt::Display for Figure {
             unit = self.unit,
         )
     }
+}
+
+/// Megabytes a second.
+fn rate(size: u64, elapsed: Duration) -> f64 {
+    size as f64 / 1e6 / elapsed.as_secs_f64()
 }
 
 /// The middle one.

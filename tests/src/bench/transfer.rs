@@ -6,23 +6,19 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Read, Write},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    io::{Read, Write},
     path::Path,
-    process::{Child, Command, Stdio},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use clap::ValueEnum;
-use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
-    crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{PrivatePkcs8KeyDer, ServerName, pem::PemObject},
-};
 use weft::{Node, Target};
 
-use super::{Failure, Figure, median};
+use super::{
+    Failure, Figure, median,
+    process::{Provider, announce, wait_for_end_of_input},
+    rate, tls,
+};
 
 /// Bytes handed to TLS at a time.
 const BUFFER: usize = 1 << 20;
@@ -48,10 +44,10 @@ pub fn run(size: u64, rounds: usize, folder: &Path, json: bool) -> Result<(), Fa
     let hash = write_blob(&source, size)?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 0..rounds.max(1) {
-        let weft = Provider::start(&source, Side::Weft)?;
+        let weft = provider(&source, Side::Weft)?;
         ours.push(rate(size, get_by_weft(folder.path(), &weft.line, &hash)?));
         drop(weft);
-        let rustls = Provider::start(&source, Side::Rustls)?;
+        let rustls = provider(&source, Side::Rustls)?;
         theirs.push(rate(
             size,
             get_by_rustls(folder.path(), &rustls.line, &hash)?,
@@ -90,8 +86,13 @@ pub fn provide(file: &Path, side: Side) -> Result<(), Failure> {
     }
 }
 
-fn rate(size: u64, elapsed: Duration) -> f64 {
-    size as f64 / 1e6 / elapsed.as_secs_f64()
+fn provider(file: &Path, side: Side) -> Result<Provider, Failure> {
+    let side = side.to_possible_value().expect("no side is skipped");
+    Provider::start(&[
+        "transfer-provider".as_ref(),
+        file.as_ref(),
+        side.get_name().as_ref(),
+    ])
 }
 
 /// Bytes that nothing can compress; their hash.
@@ -110,62 +111,6 @@ fn write_blob(path: &Path, size: u64) -> Result<blake3::Hash, Failure> {
     }
     file.sync_all()?;
     Ok(hasher.finalize())
-}
-
-/// The child process, ended when dropped.
-struct Provider {
-    child: Child,
-    /// What it printed: how to reach it.
-    line: String,
-}
-
-impl Provider {
-    fn start(file: &Path, side: Side) -> Result<Self, Failure> {
-        let side = side.to_possible_value().expect("no side is skipped");
-        let mut child = Command::new(std::env::current_exe()?)
-            .arg("transfer-provider")
-            .arg(file)
-            .arg(side.get_name())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let stdout = child.stdout.take().expect("standard output is captured");
-        let mut line = String::new();
-        let read = BufReader::new(stdout).read_line(&mut line);
-        let provider = Self { child, line };
-        match read {
-            Ok(1..) => Ok(provider),
-            _ => Err(Failure("the provider did not start".to_owned())),
-        }
-    }
-}
-
-impl Drop for Provider {
-    fn drop(&mut self) {
-        // The end of its input asks it to stop; a second later it is killed.
-        drop(self.child.stdin.take());
-        let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(1) {
-            if let Ok(Some(_)) = self.child.try_wait() {
-                return;
-            }
-            std::thread::park_timeout(Duration::from_millis(5));
-        }
-        // Fails if it has just ended, which is what is wanted.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn announce(line: &str) -> Result<(), Failure> {
-    println!("{line}");
-    std::io::stdout().flush()?;
-    Ok(())
-}
-
-fn wait_for_end_of_input() -> Result<(), Failure> {
-    std::io::stdin().read_to_end(&mut Vec::new())?;
-    Ok(())
 }
 
 async fn node(home: &Path) -> Result<Node, Failure> {
@@ -219,30 +164,8 @@ fn check(path: &Path, hash: &blake3::Hash) -> Result<(), Failure> {
     }
 }
 
-fn provider() -> Arc<CryptoProvider> {
-    Arc::new(CryptoProvider {
-        cipher_suites: vec![aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256],
-        ..aws_lc_rs::default_provider()
-    })
-}
-
 fn provide_by_rustls(file: &Path) -> Result<(), Failure> {
-    let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
-    let key = PrivatePkcs8KeyDer::from(certified.key_pair.serialize_der());
-    let config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_no_client_auth()
-        .with_single_cert(vec![certified.cert.der().clone()], key.into())?;
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let port = listener.local_addr()?.port();
-    // The certificate on the same line: the receiver trusts this one only.
-    announce(&format!(
-        "{port} {}",
-        certified.cert.pem().replace('\n', "|")
-    ))?;
-    let (socket, _) = listener.accept()?;
-    socket.set_nodelay(true)?;
-    let mut tls = StreamOwned::new(ServerConnection::new(Arc::new(config))?, socket);
+    let mut tls = tls::accept()?;
     let mut file = File::open(file)?;
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -258,24 +181,9 @@ fn provide_by_rustls(file: &Path) -> Result<(), Failure> {
 }
 
 fn get_by_rustls(folder: &Path, line: &str, hash: &blake3::Hash) -> Result<Duration, Failure> {
-    let malformed = || Failure("the provider printed something else".to_owned());
-    let (port, pem) = line.trim().split_once(' ').ok_or_else(malformed)?;
-    let port: u16 = port.parse().map_err(|_| malformed())?;
-    let pem = pem.replace('|', "\n");
-    let certificate = rustls::pki_types::CertificateDer::from_pem_slice(pem.as_bytes())
-        .map_err(|_| malformed())?;
-    let mut roots = RootCertStore::empty();
-    roots.add(certificate)?;
     let target = folder.join("received.bin");
     let begin = Instant::now();
-    let config = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let name = ServerName::try_from("localhost")?;
-    let socket = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
-    socket.set_nodelay(true)?;
-    let mut tls = StreamOwned::new(ClientConnection::new(Arc::new(config), name)?, socket);
+    let mut tls = tls::connect(line)?;
     let mut file = File::create(&target)?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0; BUFFER];

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
-    bench::{Failure, nat, transfer},
+    bench::{Failure, nat, stream, transfer},
     lab::{self, Distance},
 };
 
@@ -40,6 +40,23 @@ enum Bench {
         /// Packets lost between the networks, each way, in percent
         #[arg(long, default_value_t = 0.0, value_name = "PERCENT")]
         loss: f64,
+    },
+    /// One stream from one process to another over loopback, memory to memory: a lane, TCP with yamux, QUIC, against rustls over TCP
+    Stream {
+        /// Size in MiB
+        #[arg(long, default_value_t = 4096)]
+        mib: u64,
+
+        /// Rounds of all sides in turn; the median counts
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+    },
+    /// The other process of `stream`
+    #[command(name = "stream-provider", hide = true)]
+    StreamProvider {
+        #[arg(value_enum)]
+        side: stream::Side,
+        size: u64,
     },
     /// The other process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
@@ -86,6 +103,8 @@ fn main() -> ExitCode {
             };
             nat::run(distance, Duration::from_secs(wait), cli.json)
         }
+        Bench::Stream { mib, rounds } => stream::run(mib << 20, rounds, cli.json),
+        Bench::StreamProvider { side, size } => stream::provide(side, size),
         Bench::Provider { file, side } => transfer::provide(&file, side),
     };
     match result {

@@ -71,11 +71,13 @@ async fn flood(address: Multiaddr, time: Duration) -> anyhow::Result<()> {
     let end = Instant::now() + time;
     let done = Arc::new(Done::default());
     let mut tasks = JoinSet::new();
-    for n in 0..SILENT {
-        tasks.spawn(silent(at, n, end, Arc::clone(&done)));
-    }
     for _ in 0..PEERS {
         tasks.spawn(peers(address.clone(), peer, end, Arc::clone(&done)));
+    }
+    // Later, because they leave no place to anybody else who comes from here.
+    sleep(Duration::from_secs(3)).await;
+    for n in 0..SILENT {
+        tasks.spawn(silent(at, n, end, Arc::clone(&done)));
     }
     while tasks.join_next().await.is_some() {}
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

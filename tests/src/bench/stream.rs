@@ -1,0 +1,211 @@
+//! One stream from one process to another over loopback, memory to memory: a lane, a stream of TCP with yamux, and one of QUIC, each against rustls
+//! over TCP.
+//!
+//! Time runs from opening the stream, to a peer that is connected, to the last byte; for rustls, from connecting.
+
+use std::{
+    io::{Read, Write},
+    time::{Duration, Instant},
+};
+
+use clap::ValueEnum;
+use libp2p::swarm::dummy;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use weft_net::{
+    Class, Config, Multiaddr, Network, StreamProtocol, identity::Keypair, split_peer_id,
+};
+
+use super::{
+    Failure, Figure, median,
+    process::{Provider, announce, wait_for_end_of_input},
+    rate, tls,
+};
+
+/// Bytes handed over at a time.
+const BUFFER: usize = 1 << 20;
+
+const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/bench/1");
+
+/// What carries the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Side {
+    /// A TCP connection of its own.
+    Lane,
+    /// One of many streams on a TCP connection.
+    Yamux,
+    /// One of many streams on a QUIC connection.
+    Quic,
+    /// The baseline.
+    Rustls,
+}
+
+impl Side {
+    fn config(self) -> Config {
+        let mut config = Config::new(Keypair::generate_ed25519());
+        config.mdns = false;
+        config.port_mapping = false;
+        if self != Self::Lane {
+            config.limits.lanes = 0;
+        }
+        config
+    }
+
+    fn listen(self) -> &'static str {
+        match self {
+            Self::Quic => "/ip4/127.0.0.1/udp/0/quic-v1",
+            _ => "/ip4/127.0.0.1/tcp/0",
+        }
+    }
+}
+
+/// Moves so many bytes in each way in turn, and prints the medians.
+///
+/// # Errors
+/// [`Failure`] if a side fails, or fewer bytes arrive.
+pub fn run(size: u64, rounds: usize, json: bool) -> Result<(), Failure> {
+    let sides = [Side::Rustls, Side::Lane, Side::Yamux, Side::Quic];
+    let mut rates: Vec<Vec<f64>> = vec![Vec::new(); sides.len()];
+    for round in 0..rounds.max(1) {
+        for (side, rates) in sides.iter().zip(&mut rates) {
+            let name = side.to_possible_value().expect("no side is skipped");
+            let provider = Provider::start(&[
+                "stream-provider".as_ref(),
+                name.get_name().as_ref(),
+                size.to_string().as_ref(),
+            ])?;
+            let elapsed = match side {
+                Side::Rustls => receive_by_rustls(&provider.line, size)?,
+                side => receive(*side, &provider.line, size)?,
+            };
+            rates.push(rate(size, elapsed));
+            eprintln!(
+                "round {}: {} {:.0} MB/s",
+                round + 1,
+                name.get_name(),
+                rates[round]
+            );
+        }
+    }
+    let mut medians = rates.into_iter().map(median);
+    let baseline = medians.next().unwrap_or_default();
+    for (bench, weft) in ["stream-lane", "stream-yamux", "stream-quic"]
+        .into_iter()
+        .zip(medians)
+    {
+        Figure {
+            bench,
+            weft,
+            unit: "MB/s",
+            baseline: "rustls tcp",
+            value: baseline,
+        }
+        .print(json);
+    }
+    Ok(())
+}
+
+/// Bytes that look like weights.
+fn content() -> Vec<u8> {
+    let mut buffer = vec![0; BUFFER];
+    blake3::Hasher::new().finalize_xof().fill(&mut buffer);
+    buffer
+}
+
+/// The other process: sends so many bytes, until standard input ends.
+///
+/// # Errors
+/// [`Failure`] if it cannot.
+pub fn provide(side: Side, size: u64) -> Result<(), Failure> {
+    if side == Side::Rustls {
+        let mut tls = tls::accept()?;
+        let (content, mut left) = (content(), size);
+        while left > 0 {
+            let n = left.min(BUFFER as u64) as usize;
+            tls.write_all(&content[..n])?;
+            left -= n as u64;
+        }
+        tls.conn.send_close_notify();
+        tls.flush()?;
+        return wait_for_end_of_input();
+    }
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let mut config = side.config();
+        config.listen = Some(vec![side.listen().parse()?]);
+        let network = Network::spawn(config, dummy::Behaviour).await?;
+        let mut incoming = network.accept(PROTOCOL)?;
+        let address = network.addresses().all.remove(0);
+        announce(&format!("{address}/p2p/{}", network.local_peer()))?;
+        let send = async {
+            let content = content();
+            while let Some(mut stream) = incoming.next().await {
+                let mut left = size;
+                while left > 0 {
+                    let n = left.min(BUFFER as u64) as usize;
+                    stream.write_all(&content[..n]).await?;
+                    left -= n as u64;
+                }
+                stream.shutdown().await?;
+            }
+            Ok::<_, Failure>(())
+        };
+        tokio::select! {
+            sent = send => sent?,
+            end = tokio::task::spawn_blocking(wait_for_end_of_input) => end??,
+        }
+        network.stop().await;
+        Ok(())
+    })
+}
+
+fn receive(side: Side, line: &str, size: u64) -> Result<Duration, Failure> {
+    let address: Multiaddr = line.trim().parse()?;
+    let (address, peer) = split_peer_id(address);
+    let peer = peer.ok_or_else(|| Failure("the provider printed something else".to_owned()))?;
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let mut config = side.config();
+        config.listen = Some(Vec::new());
+        let network = Network::spawn(config, dummy::Behaviour).await?;
+        network.connect(peer, vec![address]).await?;
+        let begin = Instant::now();
+        let mut stream = network.open(peer, PROTOCOL, Class::Bulk).await?;
+        if stream.is_lane() != (side == Side::Lane) {
+            return Err(Failure(format!("not what was to be measured: {stream:?}")));
+        }
+        // So that the other side hears of it.
+        stream.flush().await?;
+        let mut buffer = vec![0; BUFFER];
+        let mut left = size;
+        loop {
+            let n = stream.read(&mut buffer).await?;
+            left = left.saturating_sub(n as u64);
+            if n == 0 || left == 0 {
+                break;
+            }
+        }
+        let elapsed = begin.elapsed();
+        network.stop().await;
+        all(left, elapsed)
+    })
+}
+
+fn receive_by_rustls(line: &str, size: u64) -> Result<Duration, Failure> {
+    let begin = Instant::now();
+    let mut tls = tls::connect(line)?;
+    let mut buffer = vec![0; BUFFER];
+    let mut left = size;
+    loop {
+        let n = tls.read(&mut buffer)?;
+        left = left.saturating_sub(n as u64);
+        if n == 0 || left == 0 {
+            break;
+        }
+    }
+    all(left, begin.elapsed())
+}
+
+fn all(left: u64, elapsed: Duration) -> Result<Duration, Failure> {
+    match left {
+        0 => Ok(elapsed),
+        left => Err(Failure(format!("{left} bytes did not arrive"))),
+    }
+}
