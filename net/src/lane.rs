@@ -249,7 +249,10 @@ pub(crate) async fn accept(
 
 /// Calls that peers have been asked for.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Calls(Arc<Mutex<HashMap<Token, (PeerId, oneshot::Sender<Arrival>)>>>);
+pub(crate) struct Calls(Arc<Mutex<Waiting>>);
+
+/// Whom a call was made to, and who waits for it.
+type Waiting = HashMap<Token, (PeerId, oneshot::Sender<Arrival>)>;
 
 impl Calls {
     fn expect(&self, peer: PeerId, token: Token) -> Call {
@@ -275,9 +278,7 @@ impl Calls {
         }
     }
 
-    fn lock(
-        &self,
-    ) -> std::sync::MutexGuard<'_, HashMap<Token, (PeerId, oneshot::Sender<Arrival>)>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Waiting> {
         self.0
             .lock()
             .expect("nothing panics while holding the lock")
