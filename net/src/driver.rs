@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
     io,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -110,6 +110,17 @@ const MAX_PINGERS: usize = 64;
 /// What tasks have come to and the driver has not looked at yet.
 const OUTCOMES: usize = 256;
 
+/// The address of ours from which packets would go to `to` now; nothing is sent. `None`: there is no way there.
+fn source(to: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = match to.is_ipv4() {
+        true => Ipv4Addr::UNSPECIFIED.into(),
+        false => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
 /// The path that a connection is.
 pub(crate) fn path(endpoint: &ConnectedPoint) -> Path {
     match endpoint {
@@ -190,6 +201,8 @@ struct Connection {
     from_listener: bool,
     /// It went through a hole that was punched for it.
     punched: bool,
+    /// The address of ours from which packets go to the other end, when it was opened.
+    source: Option<IpAddr>,
     moved: (u64, u64),
     /// Bytes received and sent in the last second.
     rate: (u64, u64),
@@ -282,8 +295,11 @@ enum Outcome {
         relay: PeerId,
         result: Result<Grant, CircuitError>,
     },
-    /// A connection that was in doubt carries nothing.
-    Dead { connection: ConnectionId },
+    /// Whether a connection that was in doubt still works.
+    Doubted {
+        connection: ConnectionId,
+        alive: bool,
+    },
     /// A server has said whether it reaches us.
     Told(Told),
     /// One has come back with this.
@@ -688,9 +704,13 @@ where
                 address,
             } => self.on_found(peer, socket, address),
             Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
-            Outcome::Dead { connection } => {
-                tracing::debug!(%connection, "it carries nothing any more");
-                self.swarm.close_connection(connection);
+            Outcome::Doubted { connection, alive } => {
+                let streams = &mut self.swarm.behaviour_mut().streams;
+                streams.doubt(connection, false);
+                if !alive {
+                    tracing::debug!(%connection, "it carries nothing any more");
+                    self.swarm.close_connection(connection);
+                }
             }
             Outcome::Told(told) => self.on_told(told),
             Outcome::CalledBack { stream, nonce } => self.on_nonce(stream, nonce),
@@ -914,6 +934,7 @@ where
         let was_direct = peer.is_direct();
         let was_connected = !peer.connections.is_empty();
         let direct = path.kind < PathKind::Relayed;
+        let source = socket(&path.address).and_then(|(at, _)| source(at));
         if let (Some(dial), Some((at, _))) = (dial, socket(&path.address)) {
             lanes::remember(&mut peer.tcp, &dial.addresses, at.ip());
         }
@@ -925,6 +946,7 @@ where
                 since: now,
                 dialled: endpoint.is_dialer(),
                 punched,
+                source,
                 moved: (0, 0),
                 rate: (0, 0),
                 from_listener: match endpoint {
@@ -953,6 +975,41 @@ where
         }
     }
 
+    /// Closes the connections that were opened from an address that is ours no more: TCP's are dead, and over QUIC, which goes on from the new address, nobody would
+    /// tell us where we are seen now. What is there still is made to show that it works.
+    fn leave_old_addresses(&mut self) {
+        let mut doubted = Vec::new();
+        let mut old = Vec::new();
+        for (id, peer) in &self.peers {
+            for (connection, c) in &peer.connections {
+                let Some((at, _)) = socket(&c.path.address) else {
+                    continue;
+                };
+                match (c.source, source(at)) {
+                    (Some(before), Some(now)) if before != now => old.push(*connection),
+                    // Cut off, perhaps for a moment only.
+                    (_, None) => {}
+                    _ if c.path.kind > PathKind::Loopback => doubted.push(*id),
+                    _ => {}
+                }
+            }
+        }
+        if !old.is_empty() {
+            for bootstrap in &mut self.bootstrap {
+                bootstrap.pause = RETRY.0;
+                bootstrap.next = Instant::now();
+            }
+        }
+        for connection in old {
+            tracing::debug!(%connection, "opened from an address that is ours no more");
+            self.swarm.close_connection(connection);
+        }
+        doubted.dedup();
+        for peer in doubted {
+            self.doubt(peer, None);
+        }
+    }
+
     /// Has the relays that hold places for us show that they are there: the loss of one is to be noticed within seconds.
     fn check_relays(&mut self) {
         let now = Instant::now();
@@ -977,6 +1034,7 @@ where
             let (reply, answer) = oneshot::channel();
             let streams = &mut self.swarm.behaviour_mut().streams;
             streams.open_on(peer, connection, pings::PING_PROTOCOL, reply);
+            streams.doubt(connection, true);
             let outcomes = self.outcomes.clone();
             tokio::spawn(async move {
                 // Any answer will do, also a refusal: what is dead gives none.
@@ -985,10 +1043,9 @@ where
                         let _ = pings::echo(&mut stream).await;
                     }
                 };
-                if timeout(ALIVE, answered).await.is_err() {
-                    // The network may have stopped.
-                    let _ = outcomes.send(Outcome::Dead { connection }).await;
-                }
+                let alive = timeout(ALIVE, answered).await.is_ok();
+                // The network may have stopped.
+                let _ = outcomes.send(Outcome::Doubted { connection, alive }).await;
             });
         }
     }

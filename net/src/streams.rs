@@ -433,6 +433,8 @@ pub(crate) struct Behaviour {
     changed: VecDeque<Moved>,
     /// Connections that no stream is to be opened on unless it is asked for.
     set_aside: HashSet<ConnectionId>,
+    /// Connections that may not work any more: any other is better.
+    doubted: HashSet<ConnectionId>,
     waker: Option<Waker>,
     /// Streams that a peer may have open on one connection.
     max_inbound: usize,
@@ -451,6 +453,7 @@ impl Behaviour {
             requests: VecDeque::new(),
             changed: VecDeque::new(),
             set_aside: HashSet::new(),
+            doubted: HashSet::new(),
             waker: None,
             max_inbound,
             memory,
@@ -495,8 +498,17 @@ impl Behaviour {
 
     fn choose(&self, peer: &PeerId, class: Class) -> Option<ConnectionId> {
         let all = self.connections.get(peer)?.iter();
-        all.min_by_key(|(_, path)| preference(path, class))
+        let doubted = |id| self.doubted.contains(id);
+        all.min_by_key(|(id, path)| (doubted(id), preference(path, class)))
             .map(|(connection, _)| *connection)
+    }
+
+    /// Whether a connection may not work any more.
+    pub(crate) fn doubt(&mut self, connection: ConnectionId, doubt: bool) {
+        match doubt {
+            true => self.doubted.insert(connection),
+            false => self.doubted.remove(&connection),
+        };
     }
 
     /// A connection that is being dialled is not to be counted as a path to its peer.
@@ -648,6 +660,7 @@ impl NetworkBehaviour for Behaviour {
                 self.requests.retain(|(_, id, _)| *id != connection_id);
                 self.traffic.remove(&connection_id);
                 self.set_aside.remove(&connection_id);
+                self.doubted.remove(&connection_id);
                 self.update_best(peer_id);
             }
             FromSwarm::AddressChange(AddressChange {

@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         a_slow_relay_is_used_and_not_given_up,
         a_nat_that_rebinds_before_a_public_peer_ends_no_transfer,
         a_nat_that_rebinds_before_a_punched_path_ends_no_transfer,
+        both_ends_move_to_other_networks,
         a_link_is_down_for_a_while,
         a_flood_from_one_machine_is_survived,
         a_flood_from_many_machines_is_survived,
@@ -286,6 +287,26 @@ async fn a_nat_that_rebinds_before_a_punched_path_ends_no_transfer() -> Result<(
     transfer.is_under_way()?;
     cell.rebind("one", 45_001).await.map_err(lab_error)?;
     transfer.finish(&cell)?;
+    Ok(())
+}
+
+async fn both_ends_move_to_other_networks() -> Result<(), Failed> {
+    let cell = cell(Side::Home, Side::Home, &[SLOW, SLOW]).await?;
+    cell.slow_down("other", 20).map_err(lab_error)?;
+    let connected = cell.connect(Duration::from_secs(8)).map_err(lab_error)?;
+    if connected.direct.is_none() {
+        return Err(format!("{connected:?}{}", cell.logs()).into());
+    }
+    let transfer = Transfer::begin(&cell, 160)?;
+    transfer.is_under_way()?;
+    cell.move_away(&cell.one).await.map_err(lab_error)?;
+    cell.move_away(&cell.other).await.map_err(lab_error)?;
+    let begin = Instant::now();
+    transfer.finish(&cell)?;
+    let took = begin.elapsed();
+    if took > Duration::from_secs(60) {
+        return Err(format!("it took {took:?}{}", cell.logs()).into());
+    }
     Ok(())
 }
 

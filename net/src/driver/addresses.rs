@@ -164,15 +164,7 @@ where
         }
         self.map_ports();
         self.autonat.verdicts.ask_again(Instant::now());
-        let remote = |peer: &super::Peer| {
-            let mut paths = peer.connections.values().map(|c| c.path.kind);
-            paths.any(|kind| kind > PathKind::Loopback)
-        };
-        let peers = self.peers.iter().filter(|(_, peer)| remote(peer));
-        let peers: Vec<_> = peers.map(|(id, _)| *id).collect();
-        for peer in peers {
-            self.doubt(peer, None);
-        }
+        self.leave_old_addresses();
     }
 }
 
