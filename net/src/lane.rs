@@ -10,11 +10,13 @@
 use std::{
     collections::HashMap,
     io,
+    pin::Pin,
     sync::{Arc, Mutex},
+    task::{Context, Poll},
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::Bytes as Shared;
 use futures::{AsyncRead, AsyncWrite, future::Either};
 use futures_rustls::TlsStream;
 use libp2p::{
@@ -25,11 +27,12 @@ use libp2p::{
 };
 use multistream_select::{Negotiated, dialer_select_proto, listener_select_proto};
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncWriteExt, ReadBuf},
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::timeout,
 };
-use tokio_util::compat::FuturesAsyncReadCompatExt;
+use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 use weft_proto::{
     frame::{self, FrameError},
     wire::{LaneCall, LaneHello, LaneRefusal},
@@ -64,6 +67,74 @@ pub(crate) type Raw =
 
 /// A lane on which a stream's protocol was agreed.
 pub(crate) type Lane = Negotiated<Raw>;
+
+/// How long a lane that was shut down and dropped stays, so that what was written last arrives.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// The bytes of a lane. Shut down and dropped, it stays until the other side has closed it too, or [`LINGER`] is over: a TCP connection that is closed while
+/// something unread has arrived takes with it what was written last.
+#[derive(Debug)]
+pub(crate) struct Bytes {
+    lane: Option<(Box<Compat<Lane>>, Place)>,
+    shut: bool,
+}
+
+impl Bytes {
+    pub(crate) fn new(lane: Lane, place: Place) -> Self {
+        Self {
+            lane: Some((Box::new(lane.compat()), place)),
+            shut: false,
+        }
+    }
+
+    fn inner(&mut self) -> Pin<&mut Compat<Lane>> {
+        let (lane, _) = self.lane.as_mut().expect("taken only when dropped");
+        Pin::new(lane)
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        if let (true, Some((mut lane, place)), Ok(runtime)) =
+            (self.shut, self.lane.take(), Handle::try_current())
+        {
+            runtime.spawn(async move {
+                let _place = place;
+                // However it ends, it is over.
+                let _ = timeout(LINGER, tokio::io::copy(&mut lane, &mut tokio::io::sink())).await;
+            });
+        }
+    }
+}
+
+impl tokio::io::AsyncRead for Bytes {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.inner().poll_read(cx, buffer)
+    }
+}
+
+impl tokio::io::AsyncWrite for Bytes {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.inner().poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.inner().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.shut = true;
+        self.inner().poll_shutdown(cx)
+    }
+}
 
 /// A lane that somebody has dialled to us.
 pub(crate) struct Arrival {
@@ -129,7 +200,7 @@ async fn dial(address: &Multiaddr, tls: Tls, peer: PeerId) -> Result<Raw, LaneEr
 
 async fn hello(raw: &mut Raw, token: &[u8]) -> Result<(), LaneError> {
     let hello = LaneHello {
-        token: Bytes::copy_from_slice(token),
+        token: Shared::copy_from_slice(token),
     };
     let mut raw = (&mut *raw).compat();
     frame::write(&mut raw, &hello, MAX_MESSAGE).await?;
@@ -172,7 +243,7 @@ pub(crate) async fn be_called(
         getrandom::fill(&mut token).map_err(io::Error::other)?;
         let call = calls.expect(stream.peer(), token);
         let message = LaneCall {
-            token: Bytes::copy_from_slice(&token),
+            token: Shared::copy_from_slice(&token),
         };
         frame::write(&mut stream, &message, MAX_MESSAGE).await?;
         stream.flush().await?;

@@ -105,7 +105,7 @@ enum Inner {
     /// One of many on a connection.
     Shared(Compat<libp2p::Stream>),
     /// A connection of its own.
-    Lane(Box<Compat<Lane>>),
+    Lane(lane::Bytes),
 }
 
 /// A place among those that a peer may take.
@@ -114,7 +114,8 @@ enum Place {
     /// We opened it on a shared connection.
     Ours,
     Stream(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit),
-    Lane(#[expect(dead_code, reason = "held")] lane::Place),
+    /// The lane holds it.
+    Lane,
 }
 
 /// What a lane to a peer needs of a connection to it.
@@ -134,12 +135,12 @@ impl Beside {
         place: lane::Place,
     ) -> Stream {
         Stream {
-            inner: Inner::Lane(Box::new(lane.compat())),
+            inner: Inner::Lane(lane::Bytes::new(lane, place)),
             peer: self.peer,
             protocol,
             path,
             ending: Some(orphaned(self.best.clone())),
-            _place: Place::Lane(place),
+            _place: Place::Lane,
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),
         }
@@ -284,6 +285,14 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if let Inner::Lane(_) = self.inner
+            && let Some(ending) = &mut self.ending
+            && let Poll::Ready(ended) = ending.as_mut().poll(cx)
+        {
+            // Who waits for the other side to take something must not wait for one that is gone.
+            self.ending = Some(Box::pin(std::future::ready(ended)));
+            return Poll::Ready(Err(ended.into()));
+        }
         let written = delegate!(self, inner => inner.poll_write(cx, bytes));
         if let Poll::Ready(Ok(written)) = written {
             self.traffic.sent(written);

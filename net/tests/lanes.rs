@@ -88,6 +88,61 @@ async fn bulk_gets_a_lane_whoever_has_dialled_and_the_rest_does_not() {
     assert_eq!(rest, b"end");
 }
 
+/// Through something that takes a TCP connection for dead once one side has closed its half.
+#[tokio::test]
+async fn a_lane_is_shut_down_one_way_and_goes_on_the_other() {
+    let one = spawn(config(&["/ip4/127.0.0.1/tcp/0"])).await;
+    let other = spawn(config(&[])).await;
+    let mut incoming = one.accept(ECHO).unwrap();
+    let address = one.addresses().all.remove(0).to_string();
+    let port = address.rsplit('/').next().unwrap().to_owned();
+    let proxy = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let through = proxy.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = proxy.accept().await {
+            let at = format!("127.0.0.1:{port}");
+            let mut server = tokio::net::TcpStream::connect(at).await.unwrap();
+            tokio::spawn(async move {
+                let (mut from_client, mut to_client) = client.split();
+                let (mut from_server, mut to_server) = server.split();
+                tokio::select! {
+                    _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+                    _ = tokio::io::copy(&mut from_server, &mut to_client) => {}
+                }
+            });
+        }
+    });
+    let address = format!("/ip4/127.0.0.1/tcp/{through}").parse().unwrap();
+    other
+        .connect(one.local_peer(), vec![address])
+        .await
+        .unwrap();
+    let mut stream = other
+        .open(one.local_peer(), ECHO, Class::Bulk)
+        .await
+        .unwrap();
+    assert!(stream.is_lane());
+    stream.write_all(b"all I have to say").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let answer = async {
+        let mut stream = incoming.next().await.unwrap();
+        let mut asked = Vec::new();
+        stream.read_to_end(&mut asked).await.unwrap();
+        assert_eq!(asked, b"all I have to say");
+        stream.write_all(&vec![7; 8 << 20]).await.unwrap();
+        stream.shutdown().await.unwrap();
+        // Dropped at once: what was written arrives all the same.
+    };
+    let receive = async {
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).await.unwrap();
+        got
+    };
+    let both = async { tokio::join!(answer, receive) };
+    let ((), got) = timeout(PATIENCE, both).await.unwrap();
+    assert!(got == vec![7; 8 << 20], "{} bytes", got.len());
+}
+
 #[tokio::test]
 async fn a_peer_that_is_reached_by_quic_gets_a_lane_where_it_says_that_it_listens() {
     let one = spawn(config(&[
