@@ -1133,9 +1133,11 @@ where
         let streams = &self.swarm.behaviour().streams;
         for peer in self.peers.values_mut() {
             for (id, connection) in &mut peer.connections {
-                let moved = streams.moved(*id);
+                // One that is closing counts nothing any more.
+                let moved = streams.moved(*id).unwrap_or(connection.moved);
                 let before = std::mem::replace(&mut connection.moved, moved);
-                connection.rate = (moved.0 - before.0, moved.1 - before.1);
+                let since = |now: u64, before| now.saturating_sub(before);
+                connection.rate = (since(moved.0, before.0), since(moved.1, before.1));
             }
         }
     }
@@ -1207,7 +1209,7 @@ where
                     _ => None,
                 },
                 streams: streams.streams_on(*connection),
-                moved: streams.moved(*connection),
+                moved: streams.moved(*connection).unwrap_or(c.moved),
                 rate: c.rate,
                 age: c.since.elapsed(),
             })

@@ -486,13 +486,11 @@ impl Behaviour {
         traffic.map_or(0, |traffic| traffic.strong_count().saturating_sub(1))
     }
 
-    /// Bytes that our streams on a connection have received and sent.
-    pub(crate) fn moved(&self, connection: ConnectionId) -> (u64, u64) {
-        let traffic = self.traffic.get(&connection).and_then(Weak::upgrade);
-        traffic.map_or((0, 0), |traffic| {
-            let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
-            (load(&traffic.received), load(&traffic.sent))
-        })
+    /// Bytes that our streams on a connection have received and sent; `None` once it is closing.
+    pub(crate) fn moved(&self, connection: ConnectionId) -> Option<(u64, u64)> {
+        let traffic = self.traffic.get(&connection)?.upgrade()?;
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Some((load(&traffic.received), load(&traffic.sent)))
     }
 
     /// What a lane to `peer` stands beside: the connection that would be used without it.

@@ -18,6 +18,9 @@ use weft_tests::{
 /// How long what is waited for may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a transfer may take after what was done to it.
+const END: Duration = Duration::from_secs(90);
+
 /// How long a machine is cut off.
 const CUT: Duration = Duration::from_secs(20);
 
@@ -141,6 +144,14 @@ impl Transfer {
 
     /// Waits for its end; what the program printed.
     fn finish(self, cell: &Cell) -> Result<Value, Failed> {
+        let begin = Instant::now();
+        while self.is_under_way().is_ok() {
+            if begin.elapsed() > END {
+                let peers = cell.one.home.json(&["peers"]);
+                return Err(format!("no end: {peers}{}", cell.logs()).into());
+            }
+            park_timeout(Duration::from_millis(100));
+        }
         let finished = self.get.finish();
         if !finished.status.success() {
             return Err(format!("{finished:?}{}", cell.logs()).into());
