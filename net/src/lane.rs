@@ -38,7 +38,7 @@ use weft_proto::{
     wire::{LaneCall, LaneHello, LaneRefusal},
 };
 
-use crate::{Stream, address::socket, tls::Tls, websocket::Socket};
+use crate::{Stream, address::socket, tcp::Tcp, tls::Tls, websocket::Socket};
 
 /// What stands in the place of a multiplexer.
 pub(crate) const LANE: &str = "/weft/lane/1";
@@ -186,7 +186,7 @@ async fn dial(address: &Multiaddr, tls: Tls, peer: PeerId) -> Result<Raw, LaneEr
     let tcp = timeout(CONNECT, tokio::net::TcpStream::connect(at));
     let tcp = tcp.await.map_err(|_| LaneError::TimedOut)??;
     tcp.set_nodelay(true)?;
-    let tcp = Socket::Plain(TcpStream(tcp));
+    let tcp = Socket::Plain(Tcp::new(TcpStream(tcp)));
     let protocols = [crate::transport::TLS].into_iter();
     let (info, tcp) = dialer_select_proto(tcp, protocols, Version::V1Lazy).await?;
     let (found, secured) = tls.upgrade_outbound(tcp, info).await?;

@@ -35,6 +35,7 @@ mod relay_server;
 mod relays;
 mod search;
 mod streams;
+mod tcp;
 mod tls;
 mod transport;
 mod websocket;

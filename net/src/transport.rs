@@ -25,8 +25,7 @@ use libp2p::{
     dns,
     identity::Keypair,
     multiaddr::Protocol,
-    noise,
-    tcp::{self, tokio::TcpStream},
+    noise, tcp,
 };
 use multistream_select::{dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
@@ -38,6 +37,7 @@ use crate::{
     muxer::Yamux,
     network::SpawnError,
     quic::{Quic, Sockets},
+    tcp::Tcp,
     tls::Tls,
     websocket::{self, Certificate, Outside, Socket, WebOrPlain},
 };
@@ -264,9 +264,9 @@ impl<M: StreamMuxer + Unpin> StreamMuxer for Moved<M> {
 ///
 /// Two packets that cross open one connection, and the other side speaks. But a packet that arrives before the other side has
 /// dialled reaches its listening socket, which waits to be spoken to: without this, both would wait until they time out.
-async fn punched_role(socket: &TcpStream, begin: Instant) -> io::Result<Endpoint> {
+async fn punched_role(socket: &Tcp, begin: Instant) -> io::Result<Endpoint> {
     let wait = (begin.elapsed() * 2).clamp(SPOKEN_TO.0, SPOKEN_TO.1);
-    match timeout(wait, socket.0.peek(&mut [0])).await {
+    match timeout(wait, socket.peek()).await {
         Ok(peeked) => peeked.map(|_| Endpoint::Listener),
         Err(_) => Ok(Endpoint::Dialer),
     }

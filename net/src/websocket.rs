@@ -45,7 +45,7 @@ use tokio::{
 };
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 
-use crate::tls::ConfigError;
+use crate::{tcp::Tcp, tls::ConfigError};
 
 /// Bytes of a message. Ours are smaller; other implementations put at most one yamux frame of 1 MiB and what secures it into one.
 const MAX_MESSAGE: usize = (1 << 20) + (64 << 10);
@@ -270,7 +270,7 @@ pub(crate) fn keep_name(address: Multiaddr) -> Multiaddr {
 /// What carries a libp2p connection.
 pub(crate) enum Socket {
     /// TCP itself.
-    Plain(TcpStream),
+    Plain(Tcp),
     /// A WebSocket on TCP.
     Web(Pipe),
 }
@@ -325,11 +325,7 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            // What secures it says that nothing more comes. TCP itself is closed when it is dropped: half closed, some NATs and proxies take it for dead.
-            Self::Plain(tcp) => Pin::new(tcp).poll_flush(cx),
-            Self::Web(pipe) => Pin::new(&mut pipe.bytes).poll_close(cx),
-        }
+        delegate!(self, inner => Pin::new(inner).poll_close(cx))
     }
 }
 
@@ -418,11 +414,8 @@ fn wrong(error: SokettoError) -> io::Error {
 
 /// The server's side, for a connection of any of the three kinds.
 async fn accept(tcp: TcpStream, outside: &Outside) -> io::Result<Socket> {
-    let mut first = [0];
-    if tcp.0.peek(&mut first).await? == 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    match first[0] {
+    let tcp = Tcp::new(tcp);
+    match tcp.peek().await? {
         HTTP_GET => serve(tcp).await,
         TLS_HANDSHAKE => serve(outside.server.accept(tcp).await?).await,
         _ => Ok(Socket::Plain(tcp)),
@@ -548,7 +541,7 @@ where
             let dial = self.inner.dial(address, options)?;
             return Ok(async move {
                 let (socket, begin) = dial.await?;
-                Ok((Socket::Plain(socket), begin))
+                Ok((Socket::Plain(Tcp::new(socket)), begin))
             }
             .boxed());
         };

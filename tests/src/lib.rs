@@ -11,9 +11,11 @@ pub mod lab;
 mod model;
 mod program;
 mod proxy;
+mod random;
 
 pub use self::{
     model::{python, real_model, same_files},
     program::{Daemon, Finished, Home, Running},
     proxy::Proxy,
+    random::Random,
 };

@@ -2,8 +2,13 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::fs;
+use std::{
+    fs,
+    io::{Read, Write},
+    time::{Duration, Instant},
+};
 
+use serde_json::Value;
 use weft_tests::{Home, same_files};
 
 fn folder(home: &Home, name: &str, content: &[u8]) -> String {
@@ -203,4 +208,85 @@ fn the_demo_moves_a_model_and_leaves_nothing_behind() {
     }
     let failed = home.run(&["demo", "/no/such/folder"]);
     assert_eq!(failed.code(), Some(1), "{failed:#?}");
+}
+
+#[test]
+fn limits_and_lists_are_shown_and_hold() {
+    let (home, other) = (Home::new(), Home::new());
+    let up = home.up(&["--max-streams", "7", "--metrics", "127.0.0.1:0"]);
+    let limits = home.json(&["limits"]);
+    let limit = |limits: &Value, name: &str| -> Value {
+        let all = limits["limits"].as_array().unwrap();
+        let found = all.iter().find(|limit| limit["name"] == name);
+        found
+            .unwrap_or_else(|| panic!("{name} in {limits}"))
+            .clone()
+    };
+    assert_eq!(limit(&limits, "streams_per_connection")["limit"], 7);
+    assert!(limit(&limits, "memory_bytes")["used"].as_u64().unwrap() > 1 << 20);
+    assert!(home.run(&["limits"]).stdout.contains("relay_circuits"));
+
+    let stranger = other.up(&[]);
+    other.json(&["connect", up.address()]);
+    let access = home.json(&["access", "--block", stranger.peer_id()]);
+    assert_eq!(access["block"][0], stranger.peer_id());
+    let begin = Instant::now();
+    while !home.json(&["peers"])["peers"]
+        .as_array()
+        .unwrap()
+        .is_empty()
+    {
+        assert!(begin.elapsed() < Duration::from_secs(10), "still connected");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    // It may take a moment to see that it was cut off.
+    let refused = other.run(&["ping", up.address(), "-n", "1"]);
+    assert_eq!(refused.code(), Some(4), "{refused:?}");
+    assert!(limit(&home.json(&["limits"]), "access")["refused"].as_u64() > Some(0));
+    let access = home.json(&["access", "--remove", stranger.peer_id()]);
+    assert_eq!(access["block"].as_array().unwrap().len(), 0);
+    other.json(&["connect", up.address()]);
+
+    let url = up.info["metrics"].as_str().unwrap();
+    let at = url.strip_prefix("http://").unwrap();
+    let at = at.strip_suffix("/metrics").unwrap();
+    let mut socket = std::net::TcpStream::connect(at).unwrap();
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    for line in [
+        "weft_limit{name=\"streams_per_connection\"} 7",
+        "weft_peers{path=\"loopback\"} 1",
+        "# TYPE weft_limit_refused_total counter",
+    ] {
+        assert!(text.contains(line), "{line} in {text}");
+    }
+    for (arguments, says) in [
+        (&["access", "--block", "nonsense"][..], "neither a PeerId"),
+        (&["access", "--allow", "10.0.0.0/99"], "neither a PeerId"),
+        (&["up", "--ws-certificate", "/no/file"], "--ws-key"),
+        (
+            &["up", "--ws-certificate", "/no/file", "--ws-key", "/no/key"],
+            "/no/file",
+        ),
+    ] {
+        let finished = home.run(arguments);
+        assert_eq!(finished.code(), Some(2), "{arguments:?}: {finished:?}");
+        assert!(finished.stderr.contains(says), "{finished:?}");
+    }
+}
+
+#[test]
+fn a_websocket_listener_is_told_to_others_and_found_by_them() {
+    let (home, other) = (Home::new(), Home::new());
+    let up = home.up(&["--listen", "/ip4/127.0.0.1/tcp/0/tls/ws"]);
+    assert!(up.address().contains("/tls/ws/p2p/"), "{}", up.address());
+    let model = folder(&home, "model", b"weights");
+    home.json(&["add", &model, "--name", "a/web"]);
+    let _up = other.up(&["--bootstrap", up.address()]);
+    let to = other.beside("to");
+    let got = other.json(&["get", "a/web", "--to", to.to_str().unwrap()]);
+    assert_eq!(got["sources"][0]["transport"], "ws", "{got}");
+    same_files(model.as_ref(), &to);
 }

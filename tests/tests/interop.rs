@@ -212,10 +212,9 @@ async fn js_is_reached_through_our_relay() {
         echo(&network, js.peer, Class::Bulk).await,
         PathKind::Relayed
     );
-    assert_eq!(
-        relay.reachability().await.unwrap().relay_use.reservations,
-        1
-    );
+    // Ours may hold a place there as well.
+    let used = relay.reachability().await.unwrap().relay_use;
+    assert!(used.reservations >= 1, "{used:?}");
 }
 
 #[tokio::test]

@@ -29,6 +29,7 @@ use weft_proto::{
     frame,
     wire::{BlobRequest, SignedRecord},
 };
+use weft_tests::Random;
 
 /// How many mutations of each kind, unless `$WEFT_MUTATIONS` says otherwise.
 const MUTATIONS: u64 = 20_000;
@@ -37,49 +38,10 @@ fn mutations() -> u64 {
     std::env::var("WEFT_MUTATIONS").map_or(MUTATIONS, |text| text.parse().unwrap())
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-
-    /// A few changes of the kinds that break parsers: bits, extreme bytes, cuts, repeats, insertions.
-    fn mutate(&mut self, bytes: &[u8]) -> Vec<u8> {
-        let mut bytes = bytes.to_vec();
-        for _ in 0..=self.below(4) {
-            let at = self.below(bytes.len());
-            match self.below(6) {
-                0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
-                1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][self.below(5)],
-                2 => bytes.truncate(at),
-                3 => {
-                    let end = (at + self.below(32)).min(bytes.len());
-                    let part = bytes[at..end].to_vec();
-                    bytes.splice(at..at, part);
-                }
-                4 => bytes.insert(at, self.next() as u8),
-                _ if !bytes.is_empty() => drop(bytes.remove(at)),
-                _ => {}
-            }
-        }
-        bytes
-    }
-}
-
 /// Feeds mutations of `seed_bytes` to `parse`.
 fn check(what: &str, seed_bytes: &[u8], parse: impl Fn(Vec<u8>)) {
     for seed in 0..mutations() {
-        let bytes = Random(seed).mutate(seed_bytes);
+        let bytes = Random::new(seed).mutate(seed_bytes);
         let parsed = catch_unwind(AssertUnwindSafe(|| parse(bytes)));
         assert!(parsed.is_ok(), "{what}: seed {seed} panics");
     }
@@ -185,7 +147,7 @@ fn safetensors_headers() {
     let bytes = fs::read(folder.path().join("model.safetensors")).unwrap();
     let mutant = folder.path().join("mutant.safetensors");
     for seed in 0..mutations() / 20 {
-        fs::write(&mutant, Random(seed).mutate(&bytes)).unwrap();
+        fs::write(&mutant, Random::new(seed).mutate(&bytes)).unwrap();
         let indexed = catch_unwind(|| index(&mutant, &index::Progress::default()));
         let indexed = indexed.unwrap_or_else(|_| panic!("seed {seed} panics"));
         // What is accepted lies within the file: `Manifest` checks it.
@@ -237,7 +199,9 @@ async fn a_receiver_fed_mutated_answers_writes_nothing_wrong() {
         let progress = Arc::new(Progress::default());
         let mut download = Download::plan(&receiver, &manifest, &to, progress).unwrap();
         let (near, mut far) = duplex(1 << 20);
-        far.write_all(&Random(seed).mutate(&answers)).await.unwrap();
+        far.write_all(&Random::new(seed).mutate(&answers))
+            .await
+            .unwrap();
         far.shutdown().await.unwrap();
         let result = timeout(Duration::from_secs(30), download.fetch(near)).await;
         let result = result.unwrap_or_else(|_| panic!("seed {seed} hangs"));
@@ -279,7 +243,7 @@ async fn a_provider_fed_mutated_requests_ends_the_stream() {
     for seed in 0..mutations() / 20 {
         let (mut near, far) = duplex(1 << 20);
         let served = tokio::spawn(serve(store.clone(), far));
-        let bytes = Random(seed).mutate(&requests);
+        let bytes = Random::new(seed).mutate(&requests);
         // It may have closed the stream by now.
         let _ = near.write_all(&bytes).await;
         let _ = near.shutdown().await;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use serde_json::Value;
 use weft_tests::lab::{self, Cell, Distance, Side};
 
 /// How long a direct path may take. A path that should stay relayed is watched for as long.
@@ -37,6 +38,11 @@ fn main() -> ExitCode {
         "a_forwarded_port_is_reached_without_a_relay",
         || runtime()?.block_on(forwarded()),
     )];
+    let doctors = DOCTORS.map(|(side, name, expected)| {
+        Trial::test(format!("doctor_knows_{side}_by_{name}"), move || {
+            doctor(side, name, &expected())
+        })
+    });
     let both = Trial::test("a_search_is_one_although_both_ends_begin", || {
         runtime()?.block_on(begin_at_both())
     });
@@ -50,10 +56,44 @@ fn main() -> ExitCode {
     let trials = cells
         .chain(neighbours)
         .chain(transfers)
+        .chain(doctors)
         .chain(far)
         .chain([both])
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// What a node behind a side is to find out about it with the help of others.
+const DOCTORS: [(Side, &str, fn() -> Value); 6] = [
+    (Side::Public, "is_relay", || true.into()),
+    (Side::Home, "quic_filtering", || {
+        "address-and-port-dependent".into()
+    }),
+    (Side::Home, "udp", || true.into()),
+    // The lab's filter is so for UDP only.
+    (Side::AddressRestricted, "quic_filtering", || {
+        "address-dependent".into()
+    }),
+    (Side::Symmetric, "quic_mapping", || {
+        "endpoint-dependent".into()
+    }),
+    (Side::UdpBlocked, "udp", || false.into()),
+];
+
+fn doctor(side: Side, name: &str, expected: &Value) -> Result<(), Failed> {
+    let cell = runtime()?.block_on(Cell::new(side, Side::Public, Distance::default(), 2));
+    let cell = cell.map_err(|error| error.to_string())?;
+    let begin = Instant::now();
+    loop {
+        let known = cell.one.home.json(&["doctor"]);
+        if known[name] == *expected {
+            return Ok(());
+        }
+        if begin.elapsed() > Duration::from_secs(40) {
+            return Err(format!("{name} is not {expected}: {known}{}", cell.logs()).into());
+        }
+        std::thread::park_timeout(Duration::from_millis(200));
+    }
 }
 
 /// Pairs that are also tried at a distance; all of them are in the benchmark.
