@@ -484,8 +484,24 @@ impl NetworkBehaviour for Behaviour {
         addresses: &[Multiaddr],
         role: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
-        self.kad
-            .handle_pending_outbound_connection(id, peer, addresses, role)
+        let mut known = self
+            .kad
+            .handle_pending_outbound_connection(id, peer, addresses, role)?;
+        // Most of it is what strangers say of others. They are not to have us dial our neighbours, nor many.
+        let outside = self
+            .peers
+            .values()
+            .any(|peer| weft_net::is_outside(&peer.seen_at));
+        let mut proven = peer.and_then(|peer| self.kad.kbucket(peer));
+        let mut proven = |address: &Multiaddr| {
+            let entries = proven.iter_mut().flat_map(|bucket| bucket.iter());
+            entries
+                .filter(|entry| Some(*entry.node.key.preimage()) == peer)
+                .any(|entry| entry.node.value.iter().any(|known| known == address))
+        };
+        known.retain(|address| !outside || weft_net::is_outside(address) || proven(address));
+        known.truncate(MAX_ADDRESSES);
+        Ok(known)
     }
 
     fn handle_established_outbound_connection(

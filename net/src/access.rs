@@ -5,22 +5,22 @@ use std::{
     fmt,
     net::IpAddr,
     str::FromStr,
+    sync::{Arc, RwLock},
     task::{Context, Poll, Waker},
 };
 
 use libp2p::{
     Multiaddr, PeerId,
     core::{Endpoint, transport::PortUse},
-    multiaddr::Protocol,
     swarm::{
         CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler,
         THandlerInEvent, ToSwarm,
-        behaviour::{ConnectionClosed, ConnectionEstablished},
+        behaviour::{AddressChange, ConnectionClosed, ConnectionEstablished},
         dummy,
     },
 };
 
-use crate::address::is_relayed;
+use crate::address::{first_ip, is_relayed};
 
 /// A peer, or the peers on a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -120,7 +120,7 @@ pub struct Access {
 
 impl Access {
     /// What is known of a connection before the handshake is its address alone.
-    fn admits(&self, peer: Option<&PeerId>, ip: Option<&IpAddr>) -> bool {
+    pub(crate) fn admits(&self, peer: Option<&PeerId>, ip: Option<&IpAddr>) -> bool {
         let holds = |rule: &Rule| rule.holds_for(peer, ip);
         if self.block.iter().any(holds) {
             return false;
@@ -136,46 +136,63 @@ impl Access {
 #[error("kept out by the lists of whom to allow and block")]
 pub(crate) struct KeptOut;
 
-/// Where a direct connection comes from or leads to.
-fn ip(address: &Multiaddr) -> Option<IpAddr> {
-    if is_relayed(address) {
-        return None;
+/// The lists, for all who have to hold to them. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Shared(Arc<RwLock<Arc<Access>>>);
+
+impl Shared {
+    pub(crate) fn new(access: Access) -> Self {
+        Self(Arc::new(RwLock::new(Arc::new(access))))
     }
-    match address.iter().next()? {
-        Protocol::Ip4(ip) => Some(ip.into()),
-        Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
-        _ => None,
+
+    pub(crate) fn get(&self) -> Arc<Access> {
+        let access = self.0.read();
+        Arc::clone(&access.expect("nothing panics while holding the lock"))
+    }
+
+    fn set(&self, access: Access) {
+        let known = self.0.write();
+        *known.expect("nothing panics while holding the lock") = Arc::new(access);
     }
 }
 
-/// Keeps connections to the lists.
+/// Where a direct connection comes from or leads to.
+fn ip(address: &Multiaddr) -> Option<IpAddr> {
+    match is_relayed(address) {
+        true => None,
+        false => first_ip(address),
+    }
+}
+
+/// Keeps connections to the lists. Where a dial leads, the transport looks at: it alone knows what a name stands for.
 #[derive(Debug, Default)]
 pub(crate) struct Behaviour {
-    access: Access,
+    access: Shared,
     open: Vec<(PeerId, ConnectionId, Option<IpAddr>)>,
     to_close: Vec<(PeerId, ConnectionId)>,
     waker: Option<Waker>,
 }
 
 impl Behaviour {
-    pub(crate) fn new(access: Access) -> Self {
+    pub(crate) fn new(access: Shared) -> Self {
         Self {
             access,
             ..Self::default()
         }
     }
 
-    pub(crate) fn get(&self) -> &Access {
-        &self.access
+    pub(crate) fn get(&self) -> Arc<Access> {
+        self.access.get()
     }
 
     /// From now on; connections that are open and should not be are closed.
     pub(crate) fn set(&mut self, access: Access) {
-        self.access = access;
+        self.access.set(access);
+        let access = self.access.get();
         let out = self
             .open
             .iter()
-            .filter(|(peer, _, ip)| !self.access.admits(Some(peer), ip.as_ref()));
+            .filter(|(peer, _, ip)| !access.admits(Some(peer), ip.as_ref()));
         self.to_close
             .extend(out.map(|(peer, connection, _)| (*peer, *connection)));
         if let Some(waker) = self.waker.take() {
@@ -189,7 +206,7 @@ impl Behaviour {
         address: Option<&Multiaddr>,
     ) -> Result<(), ConnectionDenied> {
         let ip = address.and_then(ip);
-        match self.access.admits(peer, ip.as_ref()) {
+        match self.access.get().admits(peer, ip.as_ref()) {
             true => Ok(()),
             false => Err(ConnectionDenied::new(KeptOut)),
         }
@@ -230,7 +247,8 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         // Where it leads shows later; a peer that is blocked need not be dialled at all.
-        if peer.is_some_and(|peer| self.access.block.contains(&Rule::Peer(peer))) {
+        let access = self.access.get();
+        if peer.is_some_and(|peer| access.block.contains(&Rule::Peer(peer))) {
             return Err(ConnectionDenied::new(KeptOut));
         }
         Ok(Vec::new())
@@ -244,7 +262,10 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.check(Some(&peer), Some(address))?;
+        // Where a name leads, the transport tells in a moment.
+        if is_relayed(address) || ip(address).is_some() {
+            self.check(Some(&peer), Some(address))?;
+        }
         Ok(dummy::ConnectionHandler)
     }
 
@@ -261,6 +282,25 @@ impl NetworkBehaviour for Behaviour {
             }
             FromSwarm::ConnectionClosed(ConnectionClosed { connection_id, .. }) => {
                 self.open.retain(|(_, id, _)| *id != connection_id);
+            }
+            FromSwarm::AddressChange(AddressChange {
+                peer_id,
+                connection_id,
+                new,
+                ..
+            }) => {
+                let ip = ip(&crate::driver::path(new).address);
+                for (_, id, known) in &mut self.open {
+                    if *id == connection_id {
+                        *known = ip;
+                    }
+                }
+                if !self.access.get().admits(Some(&peer_id), ip.as_ref()) {
+                    self.to_close.push((peer_id, connection_id));
+                    if let Some(waker) = self.waker.take() {
+                        waker.wake();
+                    }
+                }
             }
             _ => {}
         }

@@ -2,10 +2,12 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
+
+use crate::websocket::split_web;
 
 /// How near a peer is, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -94,6 +96,14 @@ pub(crate) fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
+/// Whether its first component is a name for the resolver.
+pub(crate) fn starts_with_name(address: &Multiaddr) -> bool {
+    matches!(
+        address.iter().next(),
+        Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_) | Protocol::Dnsaddr(_))
+    )
+}
+
 /// Whether its first component is a link-local IPv6 address.
 pub(crate) fn is_link_local(address: &Multiaddr) -> bool {
     matches!(address.iter().next(), Some(Protocol::Ip6(ip)) if ip.is_unicast_link_local())
@@ -156,6 +166,20 @@ pub(crate) fn any_socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)>
         .then_some((SocketAddr::new(ip, port), transport))
 }
 
+/// Where packets go to, also if what they carry is a WebSocket.
+pub(crate) fn socket_within(address: &Multiaddr) -> Option<SocketAddr> {
+    let tcp = split_web(address).map(|(tcp, _)| tcp);
+    socket(tcp.as_ref().unwrap_or(address)).map(|(at, _)| at)
+}
+
+/// What one site has at least: an IPv4 address, or an IPv6 network of 64 bits.
+pub(crate) fn site(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 64 << 64).into(),
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
 /// The reverse of [`socket`].
 pub(crate) fn of_socket(address: SocketAddr, transport: Transport) -> Multiaddr {
     let host = Multiaddr::from(address.ip());
@@ -191,16 +215,17 @@ impl fmt::Display for Transport {
     }
 }
 
-fn ip(address: &Multiaddr) -> Option<IpAddr> {
-    address.iter().find_map(|part| match part {
+/// The IP address that an address begins with, whatever is spoken there.
+pub(crate) fn first_ip(address: &Multiaddr) -> Option<IpAddr> {
+    match address.iter().next()? {
         Protocol::Ip4(ip) => Some(ip.into()),
         Protocol::Ip6(ip) => Some(ip.to_canonical()),
         _ => None,
-    })
+    }
 }
 
 fn kind(address: &Multiaddr) -> PathKind {
-    match ip(address) {
+    match first_ip(address) {
         Some(ip) if ip.is_loopback() => PathKind::Loopback,
         Some(IpAddr::V4(ip)) if ip.is_private() || ip.is_link_local() => PathKind::Lan,
         Some(IpAddr::V6(ip)) if ip.is_unique_local() || ip.is_unicast_link_local() => PathKind::Lan,
@@ -211,13 +236,19 @@ fn kind(address: &Multiaddr) -> PathKind {
 /// Whether `candidate`, which a peer seen at `seen_at` claims as its own, can lead to it from here: a loopback address only
 /// from the same machine, a private one only from a private network. Others would be dialled in vain, or reach somebody else.
 pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
-    let unspecified = ip(candidate).is_some_and(|ip| ip.is_unspecified());
+    let unspecified = first_ip(candidate).is_some_and(|ip| ip.is_unspecified());
     !unspecified
         && match kind(candidate) {
             PathKind::Loopback => kind(seen_at) == PathKind::Loopback,
             PathKind::Lan => kind(seen_at) <= PathKind::Lan,
             PathKind::Direct | PathKind::Relayed => true,
         }
+}
+
+/// Whether an address leads beyond our own networks, as far as it tells: a name may.
+pub fn is_outside(address: &Multiaddr) -> bool {
+    // What leads to the first machine on the way: all of it, or what stands before the relay.
+    first_ip(address).is_none_or(|ip| is_public(&ip))
 }
 
 /// Takes the trailing `/p2p/<PeerId>` off an address.

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     fmt,
-    net::{IpAddr, Ipv6Addr},
+    net::IpAddr,
     task::{Context, Poll},
 };
 
@@ -23,7 +23,11 @@ use libp2p::{
     },
 };
 
-use crate::{Path, address::socket, limits::Memory};
+use crate::{
+    Path,
+    address::{site, socket},
+    limits::Memory,
+};
 
 /// Too many connections come from one place.
 #[derive(Debug, thiserror::Error)]
@@ -103,10 +107,7 @@ fn place(local: &Multiaddr, remote: &Multiaddr) -> Option<Place> {
     if ip.is_loopback() {
         return None;
     }
-    Some(Place::Network(match ip {
-        IpAddr::V4(_) => ip,
-        IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 64 << 64).into(),
-    }))
+    Some(Place::Network(site(ip)))
 }
 
 impl NetworkBehaviour for Behaviour {

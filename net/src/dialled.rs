@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex},
@@ -15,7 +16,10 @@ use libp2p::{
     core::transport::{DialOpts, ListenerId, TransportEvent},
 };
 
-use crate::address::any_socket;
+use crate::{
+    access::{KeptOut, Shared},
+    address::any_socket,
+};
 
 /// How long a NAT or firewall may remember what was sent: an hour and more for an open TCP connection, but that is ours then.
 const MEMORY: Duration = Duration::from_secs(600);
@@ -55,37 +59,42 @@ impl Dialled {
     }
 }
 
-/// A transport that notes what it dials, and tells when each connection began.
+/// A transport that notes what it dials, and tells when each connection began. Below all that resolves names and takes addresses apart, it sees where packets really go,
+/// and holds to the lists there.
 #[derive(Debug)]
 pub(crate) struct Noted<T> {
     inner: T,
     dialled: Dialled,
+    access: Shared,
 }
 
 impl<T> Noted<T> {
-    pub(crate) fn new(inner: T, dialled: Dialled) -> Self {
-        Self { inner, dialled }
+    pub(crate) fn new(inner: T, dialled: Dialled, access: Shared) -> Self {
+        Self {
+            inner,
+            dialled,
+            access,
+        }
     }
 }
 
 impl<T> Transport for Noted<T>
 where
-    T: Transport + Unpin,
+    T: Transport<Error = io::Error> + Unpin,
     T::Output: Send + 'static,
-    T::Error: 'static,
     T::Dial: Send + 'static,
     T::ListenerUpgrade: Send + 'static,
 {
     type Output = (T::Output, Instant);
-    type Error = T::Error;
-    type ListenerUpgrade = BoxFuture<'static, Result<Self::Output, T::Error>>;
-    type Dial = BoxFuture<'static, Result<Self::Output, T::Error>>;
+    type Error = io::Error;
+    type ListenerUpgrade = BoxFuture<'static, Result<Self::Output, io::Error>>;
+    type Dial = BoxFuture<'static, Result<Self::Output, io::Error>>;
 
     fn listen_on(
         &mut self,
         id: ListenerId,
         address: Multiaddr,
-    ) -> Result<(), TransportError<T::Error>> {
+    ) -> Result<(), TransportError<io::Error>> {
         self.inner.listen_on(id, address)
     }
 
@@ -97,20 +106,28 @@ where
         &mut self,
         address: Multiaddr,
         options: DialOpts,
-    ) -> Result<Self::Dial, TransportError<T::Error>> {
-        let at = any_socket(&address).map(|(at, _)| at.ip());
+    ) -> Result<Self::Dial, TransportError<io::Error>> {
+        // What has more parts than these may lead elsewhere than where it seems to.
+        let Some((at, _)) = any_socket(&address) else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let ip = at.ip().to_canonical();
+        if !self.access.get().admits(None, Some(&ip)) {
+            return Err(TransportError::Other(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                KeptOut,
+            )));
+        }
         let dial = self.inner.dial(address, options)?;
         let begin = Instant::now();
-        if let Some(ip) = at {
-            self.dialled.note(ip, begin);
-        }
+        self.dialled.note(ip, begin);
         Ok(dial.map_ok(move |output| (output, begin)).boxed())
     }
 
     fn poll(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<TransportEvent<Self::ListenerUpgrade, T::Error>> {
+    ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
         Pin::new(&mut self.inner).poll(cx).map(|event| {
             event.map_upgrade(|upgrade| upgrade.map_ok(|output| (output, Instant::now())).boxed())
         })

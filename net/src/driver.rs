@@ -26,13 +26,16 @@ use libp2p::{
 };
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{MissedTickBehavior, interval, timeout, timeout_at},
 };
 
 use crate::{
-    Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
+    Access, Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
     Reachability, RelayServer, SpawnError, Stream, Transport, access,
-    address::{dialable_from, is_public, of_socket, socket},
+    address::{
+        dialable_from, first_ip, is_outside, is_public, of_socket, socket, socket_within,
+        starts_with_name,
+    },
     autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
     crowd,
@@ -103,6 +106,9 @@ const ALIVE: Duration = Duration::from_secs(4);
 
 /// How often a relay that holds a place for us has to show that it is there.
 const RELAY_CHECK: Duration = Duration::from_secs(5);
+
+/// Connections closed in a second while the node is short of memory.
+const SHED: usize = 8;
 
 /// Streams of pings answered at a time.
 const MAX_PINGERS: usize = 64;
@@ -298,7 +304,10 @@ enum Outcome {
     /// Whether a connection that was in doubt still works.
     Doubted {
         connection: ConnectionId,
-        alive: bool,
+        /// `None`: no stream could be opened to find out, because there are too many.
+        alive: Option<bool>,
+        /// Bytes that had been received when the doubt began.
+        before: u64,
     },
     /// A server has said whether it reaches us.
     Told(Told),
@@ -405,7 +414,7 @@ where
             })
             .collect::<Result<_, _>>()?;
         let mut named = config.bootstrap.iter().chain(&config.relays);
-        let outside = named.any(addresses::is_outside);
+        let outside = named.any(is_outside);
         let limits = ConnectionLimits::default()
             .with_max_pending_incoming(Some(config.limits.pending_incoming))
             .with_max_pending_outgoing(Some(config.limits.pending_outgoing))
@@ -413,16 +422,18 @@ where
             .with_max_established(Some(config.limits.established))
             .with_max_established_per_peer(Some(config.limits.per_peer));
         let mdns = if config.mdns {
-            Some(mdns::tokio::Behaviour::new(mdns::Config::default(), local)?)
+            let mdns = mdns::tokio::Behaviour::new(mdns::Config::default(), local);
+            Some(mdns.map_err(SpawnError::Mdns)?)
         } else {
             None
         };
         let memory = Memory::new(config.limits.memory);
         let (sockets, dialled) = (Sockets::default(), Dialled::default());
+        let access = access::Shared::new(config.access.clone());
         let (circuits, circuit_requests, arrivals) = Circuits::new();
         let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
         let behaviour = Behaviour {
-            access: access::Behaviour::new(config.access.clone()),
+            access: access::Behaviour::new(access.clone()),
             limits: connection_limits::Behaviour::new(limits),
             crowd: crowd::Behaviour::new(config.limits.per_address, memory.clone()),
             identify: identify::Behaviour::new(
@@ -452,6 +463,7 @@ where
             certificate: config.certificate.as_ref(),
             sockets: sockets.clone(),
             dialled: dialled.clone(),
+            access,
             lanes: places.enabled().then_some(lanes_arrive),
         };
         let mut swarm = Swarm::new(
@@ -674,8 +686,8 @@ where
             Command::Check(peer) => self.doubt(peer, None),
             Command::Limits(reply) => drop(reply.send(self.limit_uses())),
             Command::Access(reply) => {
-                let access = self.swarm.behaviour().access.get().clone();
-                let _ = reply.send(access);
+                let access = self.swarm.behaviour().access.get();
+                let _ = reply.send(Access::clone(&access));
             }
             Command::SetAccess(access, reply) => {
                 tracing::info!(
@@ -704,10 +716,17 @@ where
                 address,
             } => self.on_found(peer, socket, address),
             Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
-            Outcome::Doubted { connection, alive } => {
+            Outcome::Doubted {
+                connection,
+                alive,
+                before,
+            } => {
                 let streams = &mut self.swarm.behaviour_mut().streams;
-                streams.doubt(connection, false);
-                if !alive {
+                let received = streams.moved(connection).map_or(0, |moved| moved.0);
+                if alive.unwrap_or(received > before) {
+                    streams.doubt(connection, false);
+                } else {
+                    // Doubted until it has closed.
                     tracing::debug!(%connection, "it carries nothing any more");
                     self.swarm.close_connection(connection);
                 }
@@ -875,14 +894,7 @@ where
                 connection,
                 path,
             })) => {
-                if let Some(known) = self
-                    .peers
-                    .get_mut(&peer)
-                    .and_then(|peer| peer.connections.get_mut(&connection))
-                {
-                    tracing::debug!(%peer, address = %path.address, "a connection has moved");
-                    known.path = path;
-                }
+                self.on_moved(peer, connection, path);
             }
             SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
                 let mut by_peer: HashMap<PeerId, Vec<Multiaddr>> = HashMap::new();
@@ -926,15 +938,12 @@ where
         if let ConnectedPoint::Listener { local_addr, .. } = endpoint {
             self.on_reached(local_addr, &path);
         }
-        if !self.outside && addresses::is_outside(&path.address) {
-            self.outside = true;
-            self.tell_addresses();
-        }
+        self.note_outside(&path.address);
         let peer = self.peers.entry(id).or_insert_with(|| Peer::new(now));
         let was_direct = peer.is_direct();
         let was_connected = !peer.connections.is_empty();
         let direct = path.kind < PathKind::Relayed;
-        let source = socket(&path.address).and_then(|(at, _)| source(at));
+        let source = socket_within(&path.address).and_then(source);
         if let (Some(dial), Some((at, _))) = (dial, socket(&path.address)) {
             lanes::remember(&mut peer.tcp, &dial.addresses, at.ip());
         }
@@ -975,18 +984,46 @@ where
         }
     }
 
+    /// Its other end is elsewhere, or a name turns out to lead there.
+    fn on_moved(&mut self, id: PeerId, connection: ConnectionId, path: Path) {
+        let known = self.peers.get_mut(&id);
+        let Some(known) = known.and_then(|peer| peer.connections.get_mut(&connection)) else {
+            return;
+        };
+        tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "where it leads");
+        known.source = socket_within(&path.address).and_then(source);
+        known.path = path.clone();
+        if path.transport == Transport::Quic && path.kind == PathKind::Direct {
+            self.autonat.udp_got_through(Instant::now());
+        }
+        self.note_outside(&path.address);
+    }
+
+    /// Whether we are part of a mesh beyond our own networks shows by whom we meet. A name tells later where it leads.
+    fn note_outside(&mut self, address: &Multiaddr) {
+        if !self.outside && !starts_with_name(address) && is_outside(address) {
+            self.outside = true;
+            self.tell_addresses();
+        }
+    }
+
     /// Closes the connections that were opened from an address that is ours no more: TCP's are dead, and over QUIC, which goes on from the new address, nobody would
     /// tell us where we are seen now. What is there still is made to show that it works.
     fn leave_old_addresses(&mut self) {
         let mut doubted = Vec::new();
         let mut old = Vec::new();
+        let own: HashSet<IpAddr> = self.swarm.listeners().filter_map(first_ip).collect();
         for (id, peer) in &self.peers {
             for (connection, c) in &peer.connections {
-                let Some((at, _)) = socket(&c.path.address) else {
+                let Some(at) = socket_within(&c.path.address) else {
                     continue;
                 };
+                // TCP goes on from an address that is still ours, even if another is preferred now.
+                let gone = |before| !own.contains(&before) || c.path.transport == Transport::Quic;
                 match (c.source, source(at)) {
-                    (Some(before), Some(now)) if before != now => old.push(*connection),
+                    (Some(before), Some(now)) if before != now && gone(before) => {
+                        old.push(*connection);
+                    }
                     // Cut off, perhaps for a moment only.
                     (_, None) => {}
                     _ if c.path.kind > PathKind::Loopback => doubted.push(*id),
@@ -1035,17 +1072,28 @@ where
             let streams = &mut self.swarm.behaviour_mut().streams;
             streams.open_on(peer, connection, pings::PING_PROTOCOL, reply);
             streams.doubt(connection, true);
+            let before = streams.moved(connection).map_or(0, |moved| moved.0);
             let outcomes = self.outcomes.clone();
             tokio::spawn(async move {
-                // Any answer will do, also a refusal: what is dead gives none.
-                let answered = async {
-                    if let Ok(Ok(mut stream)) = answer.await {
-                        let _ = pings::echo(&mut stream).await;
+                let deadline = Instant::now() + ALIVE;
+                let alive = match timeout(ALIVE, answer).await {
+                    Ok(Ok(Ok(mut stream))) => {
+                        // Any answer will do, also a refusal: what is dead gives none.
+                        let answered = timeout_at(deadline.into(), pings::echo(&mut stream)).await;
+                        Some(answered.is_ok())
                     }
+                    Ok(Ok(Err(_))) => Some(true),
+                    // It is being closed.
+                    Ok(Err(_)) => Some(false),
+                    Err(_) => None,
                 };
-                let alive = timeout(ALIVE, answered).await.is_ok();
+                let doubted = Outcome::Doubted {
+                    connection,
+                    alive,
+                    before,
+                };
                 // The network may have stopped.
-                let _ = outcomes.send(Outcome::Doubted { connection, alive }).await;
+                let _ = outcomes.send(doubted).await;
             });
         }
     }
@@ -1154,7 +1202,29 @@ where
         self.expire_probes();
         self.verify_addresses();
         self.drain();
+        self.shed();
         self.tell_addresses();
+    }
+
+    /// While the node is short of memory, closes what others have opened, the newest first: whoever came before that was served until then.
+    fn shed(&mut self) {
+        if !self.memory.is_short() {
+            return;
+        }
+        let streams = &self.swarm.behaviour().streams;
+        let all = self.peers.iter().flat_map(|(peer, known)| {
+            let connections = known.connections.iter();
+            connections.map(move |(id, c)| (peer, id, c))
+        });
+        let mut opened: Vec<_> = all
+            .filter(|(peer, _, c)| !c.dialled && !streams.is_kept(peer))
+            .map(|(_, id, c)| (c.since, *id))
+            .collect();
+        opened.sort_by_key(|(since, _)| std::cmp::Reverse(*since));
+        for (_, connection) in opened.into_iter().take(SHED) {
+            tracing::debug!(%connection, "closed for want of memory");
+            self.swarm.close_connection(connection);
+        }
     }
 
     /// Closes connections that a better one has replaced, once nothing is under way on them.

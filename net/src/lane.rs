@@ -232,12 +232,12 @@ pub(crate) async fn open(
     opened.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins.
+/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins. The place is the one that the lane took when it arrived.
 pub(crate) async fn be_called(
     mut stream: Stream,
     calls: &Calls,
     protocol: &StreamProtocol,
-) -> Result<(Lane, Multiaddr), LaneError> {
+) -> Result<(Lane, Multiaddr, Place), LaneError> {
     let called = timeout(SETUP, async {
         let mut token = Token::default();
         getrandom::fill(&mut token).map_err(io::Error::other)?;
@@ -250,8 +250,8 @@ pub(crate) async fn be_called(
         let refusal = frame::read::<LaneRefusal, _>(&mut stream, MAX_MESSAGE);
         tokio::select! {
             arrival = call.arrives() => {
-                let arrival = arrival.ok_or(LaneError::Refused)?;
-                Ok((choose(arrival.raw, protocol).await?, arrival.from))
+                let (arrival, place) = arrival.ok_or(LaneError::Refused)?;
+                Ok((choose(arrival.raw, protocol).await?, arrival.from, place))
             }
             // Also if it hangs up.
             _ = refusal => Err(LaneError::Refused),
@@ -298,9 +298,10 @@ pub(crate) async fn refuse(mut stream: Stream) -> Result<(), LaneError> {
 /// A lane that has arrived: `None` if it was called for, and has gone to whoever did; else the lane and which of `protocols` begins on it.
 pub(crate) async fn accept(
     mut arrival: Arrival,
+    place: Place,
     calls: &Calls,
     protocols: Vec<StreamProtocol>,
-) -> Result<Option<(Lane, StreamProtocol)>, LaneError> {
+) -> Result<Option<(Lane, StreamProtocol, Place)>, LaneError> {
     let accepted = timeout(SETUP, async {
         let mut raw = (&mut arrival.raw).compat();
         let hello: Option<LaneHello> = frame::read(&mut raw, MAX_MESSAGE).await?;
@@ -309,11 +310,11 @@ pub(crate) async fn accept(
             .token;
         if !token.is_empty() {
             let token = Token::try_from(token.as_ref()).map_err(|_| LaneError::Refused)?;
-            calls.arrived(token, arrival);
+            calls.arrived(token, arrival, place);
             return Ok(None);
         }
         let (protocol, lane) = listener_select_proto(arrival.raw, protocols).await?;
-        Ok(Some((lane, protocol)))
+        Ok(Some((lane, protocol, place)))
     });
     accepted.await.unwrap_or(Err(LaneError::TimedOut))
 }
@@ -323,7 +324,7 @@ pub(crate) async fn accept(
 pub(crate) struct Calls(Arc<Mutex<Waiting>>);
 
 /// Whom a call was made to, and who waits for it.
-type Waiting = HashMap<Token, (PeerId, oneshot::Sender<Arrival>)>;
+type Waiting = HashMap<Token, (PeerId, oneshot::Sender<(Arrival, Place)>)>;
 
 impl Calls {
     fn expect(&self, peer: PeerId, token: Token) -> Call {
@@ -337,7 +338,7 @@ impl Calls {
     }
 
     /// Dropped, and so closed, if nobody waits for it.
-    fn arrived(&self, token: Token, arrival: Arrival) {
+    fn arrived(&self, token: Token, arrival: Arrival, place: Place) {
         let mut calls = self.lock();
         if calls
             .get(&token)
@@ -345,7 +346,7 @@ impl Calls {
             && let Some((_, sender)) = calls.remove(&token)
         {
             // Whoever waited may be gone.
-            let _ = sender.send(arrival);
+            let _ = sender.send((arrival, place));
         }
     }
 
@@ -361,11 +362,11 @@ impl Calls {
 struct Call {
     calls: Calls,
     token: Token,
-    arrival: oneshot::Receiver<Arrival>,
+    arrival: oneshot::Receiver<(Arrival, Place)>,
 }
 
 impl Call {
-    async fn arrives(mut self) -> Option<Arrival> {
+    async fn arrives(mut self) -> Option<(Arrival, Place)> {
         (&mut self.arrival).await.ok()
     }
 }
@@ -404,6 +405,9 @@ pub(crate) struct Place {
 
 impl Places {
     pub(crate) fn new(in_all: usize, per_peer: usize) -> Self {
+        // More than a semaphore counts is as good as that many.
+        let in_all = in_all.min(Semaphore::MAX_PERMITS);
+        let per_peer = per_peer.min(Semaphore::MAX_PERMITS);
         Self {
             all: Arc::new(Semaphore::new(in_all)),
             in_all,
@@ -424,6 +428,13 @@ impl Places {
         let of_peers = of_peers.map(|places| self.per_peer - places.available_permits());
         let in_all = self.in_all - self.all.available_permits();
         (in_all, of_peers.max().unwrap_or_default(), self.refused)
+    }
+
+    /// Whether there is one left for `peer`.
+    pub(crate) fn has(&self, peer: &PeerId) -> bool {
+        let of_peer = self.peers.get(peer);
+        let of_peer = of_peer.map_or(self.per_peer, |places| places.available_permits());
+        of_peer > 0 && self.all.available_permits() > 0
     }
 
     pub(crate) fn take(&mut self, peer: PeerId) -> Option<Place> {

@@ -117,12 +117,15 @@ impl Memory {
 
     /// Whether something more may be held for others.
     pub(crate) fn spare(&self) -> Result<(), Short> {
-        let short = self.0.limit.is_some_and(|limit| self.used() > limit);
-        if short {
+        if self.is_short() {
             self.0.refused.fetch_add(1, Ordering::Relaxed);
             return Err(Short);
         }
         Ok(())
+    }
+
+    pub(crate) fn is_short(&self) -> bool {
+        self.0.limit.is_some_and(|limit| self.used() > limit)
     }
 
     pub(crate) fn usage(&self) -> LimitUse {

@@ -7,7 +7,10 @@ use libp2p::{
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::{SpawnError, Transport, address::any_socket, driver::Behaviour, split_peer_id};
+use crate::{
+    SpawnError, Transport, address::any_socket, driver::Behaviour, split_peer_id,
+    websocket::split_web,
+};
 
 /// Where a node listens when it is not told: a fixed port, so that a firewall rule or a port forward can name it.
 const DEFAULT_PORT: u16 = 9338;
@@ -22,9 +25,13 @@ where
 {
     let mut listeners = Vec::new();
     if let Some(addresses) = addresses {
-        for address in addresses {
-            let address = split_peer_id(address.clone()).0;
-            listeners.push(listen_on(swarm, &address)?);
+        let addresses: Vec<_> = addresses.iter().cloned().map(split_peer_id).collect();
+        // All before any: two may share a port, as TCP and the WebSocket on it do.
+        for (address, _) in &addresses {
+            check_free(address).map_err(|error| refuse(address, error.to_string()))?;
+        }
+        for (address, _) in &addresses {
+            listeners.push(listen_on(swarm, address)?);
         }
         return Ok(listeners);
     }
@@ -36,9 +43,9 @@ where
                     .parse()
                     .expect("the default addresses are well-formed")
             };
-            match listen_on(swarm, &address(DEFAULT_PORT))
-                .or_else(|_| listen_on(swarm, &address(0)))
-            {
+            let free = check_free(&address(DEFAULT_PORT)).is_ok();
+            let port = if free { DEFAULT_PORT } else { 0 };
+            match listen_on(swarm, &address(port)) {
                 Ok(listener) => listeners.push(listener),
                 // A machine without IPv6, say.
                 Err(error) => {
@@ -61,25 +68,29 @@ fn listen_on<E>(
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    let refuse = |reason: String| SpawnError::Listen {
-        address: address.clone(),
-        reason,
-    };
-    check_free(address).map_err(|error| refuse(error.to_string()))?;
     swarm
         .listen_on(address.clone())
         .map_err(|error| match error {
             TransportError::MultiaddrNotSupported(_) => {
-                refuse("it is neither /tcp/<port> nor /udp/<port>/quic-v1".to_owned())
+                let kinds = "it is none of /tcp/<port>, /tcp/<port>/ws, /tcp/<port>/tls/ws and /udp/<port>/quic-v1";
+                refuse(address, kinds.to_owned())
             }
-            TransportError::Other(error) => refuse(error.to_string()),
+            TransportError::Other(error) => refuse(address, error.to_string()),
         })
+}
+
+fn refuse(address: &Multiaddr, reason: String) -> SpawnError {
+    SpawnError::Listen {
+        address: address.clone(),
+        reason,
+    }
 }
 
 /// Binds and lets go. libp2p sets `SO_REUSEPORT` so that it can dial from its listening port, and with it a second node on the same port
 /// would not fail but take half of the first one's connections.
 fn check_free(address: &Multiaddr) -> io::Result<()> {
-    let Some((address, transport)) = any_socket(address) else {
+    let tcp = split_web(address).map(|(tcp, _)| tcp);
+    let Some((address, transport)) = any_socket(tcp.as_ref().unwrap_or(address)) else {
         return Ok(());
     };
     if address.port() == 0 {

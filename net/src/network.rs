@@ -100,6 +100,9 @@ pub enum SpawnError {
     /// The operating system refused something.
     #[error("cannot start the network: {0}")]
     Io(#[from] io::Error),
+    /// mDNS cannot watch the interfaces.
+    #[error("cannot find peers on the local network by mDNS: {0}")]
+    Mdns(io::Error),
     /// An address cannot be listened on.
     #[error("cannot listen on {address}: {reason}")]
     Listen {
@@ -226,6 +229,8 @@ pub struct Addresses {
     pub all: Vec<Multiaddr>,
     /// Without the private ones, if there are others.
     pub for_strangers: Vec<Multiaddr>,
+    /// Whether this node relays for others.
+    pub is_relay: bool,
 }
 
 #[derive(Debug)]

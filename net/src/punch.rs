@@ -6,7 +6,7 @@
 //! together; an ordinary dial is part of every attempt, so that a side that is reachable is reached whichever side began.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
@@ -37,6 +37,10 @@ const MAX_MESSAGE: usize = 4096;
 
 /// Addresses in a message.
 pub(crate) const MAX_ADDRESSES: usize = 16;
+
+/// Of these, IP addresses of one family that are dialled, and ports at one for each transport.
+const MAX_PLACES: usize = 2;
+const MAX_PORTS: usize = 3;
 
 /// How long the other side may take for a message.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -214,13 +218,31 @@ fn share_address(mine: &Candidates, theirs: &[Multiaddr]) -> bool {
         .any(|(address, _)| mine.seen_at.contains(&address.ip().to_canonical()))
 }
 
-/// What of the other side's addresses leads to it from here. A stranger's private addresses would lead to a neighbour of ours.
+/// What of the other side's addresses leads to it from here. A stranger's private addresses would lead to a neighbour of ours; and public ones may be somebody else's, so
+/// there are not to be many.
 fn dialable(theirs: Vec<Multiaddr>, neighbours: bool) -> Result<Vec<Multiaddr>, PunchError> {
     let mut seen = HashSet::new();
+    let mut places: HashMap<(bool, bool), HashSet<IpAddr>> = HashMap::new();
+    let mut at_place: HashMap<(IpAddr, Transport), usize> = HashMap::new();
+    let mut few = |address: &Multiaddr| {
+        let Some((at, transport)) = socket(address) else {
+            return false;
+        };
+        let kind = (at.is_ipv4(), is_public(&at.ip()));
+        let places = places.entry(kind).or_default();
+        if places.len() >= MAX_PLACES && !places.contains(&at.ip()) {
+            return false;
+        }
+        places.insert(at.ip());
+        let ports = at_place.entry((at.ip(), transport)).or_default();
+        *ports += 1;
+        *ports <= MAX_PORTS
+    };
     let all: Vec<_> = theirs
         .into_iter()
         .filter(|address| socket(address).is_some_and(|(at, _)| neighbours || is_public(&at.ip())))
         .filter(|address| seen.insert(address.clone()))
+        .filter(|address| few(address))
         .take(MAX_ADDRESSES)
         .collect();
     if all.is_empty() {
@@ -453,6 +475,9 @@ mod tests {
         let bytes: Vec<_> = many.iter().map(|a| a.to_vec().into()).collect();
         assert_eq!(decode(&bytes).len(), MAX_ADDRESSES);
         assert!(decode(&[vec![0xff; 9].into(), vec![].into()]).is_empty());
+        assert_eq!(dialable(many, false).unwrap().len(), MAX_PORTS);
+        let places = (1..100).map(|n| format!("/ip4/1.1.1.{n}/tcp/1").parse().unwrap());
+        assert_eq!(dialable(places.collect(), false).unwrap().len(), MAX_PLACES);
     }
 
     #[test]

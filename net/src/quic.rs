@@ -6,6 +6,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    convert::Infallible,
     fmt, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     pin::Pin,
@@ -33,7 +34,7 @@ use quinn::{
     rustls::pki_types::CertificateDer,
 };
 use socket2::{Domain, Socket, Type};
-use tokio::time::timeout;
+use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
 use crate::{
     Transport,
@@ -65,6 +66,9 @@ const SEND_WINDOW: u64 = 15 << 20;
 
 /// Bytes that the kernel is asked to buffer for a socket, each way. It gives what it may.
 const SOCKET_BUFFER: usize = 4 << 20;
+
+/// How long a connection that is closed waits for what was sent on it to be acknowledged.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Handshakes under way with senders who have not shown that they receive at the address they send from. Beyond, they have to show it first.
 const MAX_UNVALIDATED: usize = 32;
@@ -596,6 +600,8 @@ pub(crate) struct Connection {
     outbound: Option<Opening>,
     closed: Option<BoxFuture<'static, ConnectionError>>,
     remote: SocketAddr,
+    /// Streams that were dropped hold the sender until what was sent on them has arrived. Nothing is ever sent.
+    lingering: (mpsc::Sender<Infallible>, mpsc::Receiver<Infallible>),
     _registered: Registered,
 }
 
@@ -608,6 +614,16 @@ impl Connection {
             inbound: None,
             outbound: None,
             closed: None,
+            lingering: mpsc::channel(1),
+        }
+    }
+
+    fn stream(&self, (send, receive): (quinn::SendStream, quinn::RecvStream)) -> Stream {
+        Stream {
+            send,
+            receive,
+            closed: false,
+            lingering: self.lingering.0.downgrade(),
         }
     }
 }
@@ -622,9 +638,9 @@ impl StreamMuxer for Connection {
             let connection = this.connection.clone();
             async move { connection.accept_bi().await }.boxed()
         });
-        let (send, receive) = ready!(inbound.poll_unpin(cx))?;
+        let halves = ready!(inbound.poll_unpin(cx))?;
         this.inbound = None;
-        Poll::Ready(Ok(Stream::new(send, receive)))
+        Poll::Ready(Ok(this.stream(halves)))
     }
 
     fn poll_outbound(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Stream>> {
@@ -633,9 +649,9 @@ impl StreamMuxer for Connection {
             let connection = this.connection.clone();
             async move { connection.open_bi().await }.boxed()
         });
-        let (send, receive) = ready!(outbound.poll_unpin(cx))?;
+        let halves = ready!(outbound.poll_unpin(cx))?;
         this.outbound = None;
-        Poll::Ready(Ok(Stream::new(send, receive)))
+        Poll::Ready(Ok(this.stream(halves)))
     }
 
     fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
@@ -653,9 +669,16 @@ impl StreamMuxer for Connection {
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let closed = this.closed.get_or_insert_with(|| {
-            this.connection.close(VarInt::from_u32(0), &[]);
             let connection = this.connection.clone();
-            async move { connection.closed().await }.boxed()
+            let (own, mut all) = std::mem::replace(&mut this.lingering, mpsc::channel(1));
+            async move {
+                drop(own);
+                // A connection that closes takes with it what was not acknowledged.
+                let _ = timeout(LINGER, all.recv()).await;
+                connection.close(VarInt::from_u32(0), &[]);
+                connection.closed().await
+            }
+            .boxed()
         });
         match ready!(closed.poll_unpin(cx)) {
             ConnectionError::LocallyClosed => Poll::Ready(Ok(())),
@@ -664,19 +687,24 @@ impl StreamMuxer for Connection {
     }
 }
 
-/// One stream of a connection. Dropping it ends what is sent and refuses what is received.
+/// One stream of a connection. Dropping it ends what is sent and refuses what is received; the connection does not close before what was sent has arrived, or
+/// [`LINGER`] is over.
 pub(crate) struct Stream {
     send: quinn::SendStream,
     receive: quinn::RecvStream,
     closed: bool,
+    lingering: mpsc::WeakSender<Infallible>,
 }
 
-impl Stream {
-    fn new(send: quinn::SendStream, receive: quinn::RecvStream) -> Self {
-        Self {
-            send,
-            receive,
-            closed: false,
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let (Some(held), Ok(runtime)) = (self.lingering.upgrade(), Handle::try_current()) {
+            let arrived = self.send.stopped();
+            runtime.spawn(async move {
+                // However it ends, it is over.
+                let _ = timeout(LINGER, arrived).await;
+                drop(held);
+            });
         }
     }
 }

@@ -6,7 +6,11 @@
 use std::{
     collections::HashMap,
     io,
-    sync::{Arc, Mutex},
+    net::IpAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -16,7 +20,7 @@ use prost::Message;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
     sync::{Semaphore, mpsc, oneshot},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use weft_proto::{
     frame,
@@ -28,6 +32,7 @@ use weft_proto::{
 
 use crate::{
     LimitUse, OpenError, PathKind, Stream,
+    address::{site, socket_within},
     circuit::{self, CircuitError, MAX_MESSAGE},
 };
 
@@ -43,6 +48,9 @@ const CHUNK: usize = 64 * 1024;
 
 /// Bytes that may pass at once before a rate holds them back, in time at that rate.
 const BURST: Duration = Duration::from_millis(250);
+
+/// A circuit through which nothing passes for this long is ended: both ends of a living one ping each other.
+const SILENT: Duration = Duration::from_secs(600);
 
 /// Addresses named in a reservation.
 const MAX_ADDRESSES: usize = 16;
@@ -104,8 +112,19 @@ pub struct RelayUse {
     pub circuits: usize,
     /// Bytes relayed since the start, both ways.
     pub bytes: u64,
-    /// Requests refused since the start.
+    /// Requests refused since the start, for whatever reason.
     pub refused: u64,
+}
+
+/// What was refused because of a limit.
+#[derive(Debug, Default)]
+struct Refused {
+    reservations: u64,
+    circuits: u64,
+    circuits_per_network: u64,
+    circuits_per_peer: u64,
+    bytes: u64,
+    bytes_per_peer: u64,
 }
 
 /// What the server needs of the driver.
@@ -133,8 +152,11 @@ pub(crate) struct Server {
 struct State {
     reservations: HashMap<PeerId, Instant>,
     peers: HashMap<PeerId, Counted>,
+    /// Circuits that were asked for from a network.
+    networks: HashMap<IpAddr, usize>,
     all: Day,
     used: RelayUse,
+    refused: Refused,
 }
 
 #[derive(Debug)]
@@ -205,12 +227,24 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 struct Circuit {
     server: Server,
     ends: [PeerId; 2],
+    /// Where it was asked for from.
+    network: Option<IpAddr>,
+    /// Bytes that have passed.
+    moved: AtomicU64,
 }
 
 impl Drop for Circuit {
     fn drop(&mut self) {
         let mut state = lock(&self.server.state);
         state.used.circuits -= 1;
+        if let Some(network) = self.network
+            && let Some(circuits) = state.networks.get_mut(&network)
+        {
+            *circuits -= 1;
+            if *circuits == 0 {
+                state.networks.remove(&network);
+            }
+        }
         for end in self.ends {
             if let Some(counted) = state.peers.get_mut(&end) {
                 counted.circuits -= 1;
@@ -241,41 +275,51 @@ impl Server {
         let per_peer = circuits.max().unwrap_or_default();
         let bytes = state.peers.values().map(|counted| counted.day.bytes);
         let bytes_per_peer = bytes.max().unwrap_or_default();
+        let per_network = state.networks.values().copied().max().unwrap_or_default();
         let some = |limit: u64| (limit != 0).then_some(limit);
-        let limit = |name, used, limit| LimitUse {
+        let limit = |name, used, limit, refused| LimitUse {
             name,
             used,
             limit,
-            refused: 0,
+            refused,
         };
+        let refused = &state.refused;
         vec![
-            LimitUse {
-                refused: state.used.refused,
-                ..limit(
-                    "relay_reservations",
-                    state.reservations.len() as u64,
-                    Some(self.limits.reservations as u64),
-                )
-            },
+            limit(
+                "relay_reservations",
+                state.reservations.len() as u64,
+                Some(self.limits.reservations as u64),
+                refused.reservations,
+            ),
             limit(
                 "relay_circuits",
                 state.used.circuits as u64,
                 Some(self.limits.circuits as u64),
+                refused.circuits,
+            ),
+            limit(
+                "relay_circuits_per_network",
+                per_network as u64,
+                Some(self.per_network() as u64),
+                refused.circuits_per_network,
             ),
             limit(
                 "relay_circuits_per_peer",
                 per_peer as u64,
                 Some(self.limits.circuits_per_peer as u64),
+                refused.circuits_per_peer,
             ),
             limit(
                 "relay_bytes_today",
                 state.all.bytes,
                 some(self.limits.daily_bytes),
+                refused.bytes,
             ),
             limit(
                 "relay_bytes_today_per_peer",
                 bytes_per_peer,
                 some(self.limits.daily_bytes_per_peer),
+                refused.bytes_per_peer,
             ),
         ]
     }
@@ -364,12 +408,20 @@ impl Server {
         }))
     }
 
+    /// One site is not to have all circuits, however many peers it is.
+    fn per_network(&self) -> usize {
+        (self.limits.circuits / 4).max(self.limits.circuits_per_peer)
+    }
+
     async fn answer(
         &self,
         mut stream: Stream,
         addresses: Vec<Multiaddr>,
     ) -> Result<Option<(Stream, Stream, Circuit)>, CircuitError> {
         let client = stream.peer();
+        let network = socket_within(&stream.path().address)
+            .filter(|at| !at.ip().is_loopback())
+            .map(|at| site(at.ip()));
         let answered = timeout(3 * PATIENCE, async {
             let request = timeout(PATIENCE, frame::read(&mut stream, MAX_MESSAGE)).await;
             let request: Option<HopMessage> = request.map_err(|_| CircuitError::TimedOut)??;
@@ -386,7 +438,7 @@ impl Server {
                 Some(kind) if kind == Hop::Connect as i32 => {
                     let destination = request.peer.as_ref().and_then(circuit::peer_id);
                     let connected = match destination {
-                        Some(destination) => self.connect(client, destination).await,
+                        Some(destination) => self.connect(client, network, destination).await,
                         None => Err(CircuitStatus::MalformedMessage),
                     };
                     match connected {
@@ -450,6 +502,7 @@ impl Server {
             let mut state = lock(&self.state);
             let full = state.reservations.len() >= self.limits.reservations;
             if full && !state.reservations.contains_key(&client) {
+                state.refused.reservations += 1;
                 return Err(CircuitStatus::ReservationRefused);
             }
             state.reservations.insert(client, Instant::now() + holds);
@@ -488,9 +541,10 @@ impl Server {
     async fn connect(
         &self,
         source: PeerId,
+        network: Option<IpAddr>,
         destination: PeerId,
     ) -> Result<(Stream, Circuit), CircuitStatus> {
-        let circuit = self.circuit(source, destination)?;
+        let circuit = self.circuit(source, network, destination)?;
         let (reply, answer) = oneshot::channel();
         let need = Need::Open(destination, reply);
         let asked = self.needs.send(need).await;
@@ -508,8 +562,14 @@ impl Server {
     }
 
     /// Takes a place for a circuit.
-    fn circuit(&self, source: PeerId, destination: PeerId) -> Result<Circuit, CircuitStatus> {
+    fn circuit(
+        &self,
+        source: PeerId,
+        network: Option<IpAddr>,
+        destination: PeerId,
+    ) -> Result<Circuit, CircuitStatus> {
         let mut state = lock(&self.state);
+        let state = &mut *state;
         if !state.reservations.contains_key(&destination) {
             return Err(CircuitStatus::NoReservation);
         }
@@ -517,23 +577,35 @@ impl Server {
             return Err(CircuitStatus::PermissionDenied);
         }
         if state.used.circuits >= self.limits.circuits {
+            state.refused.circuits += 1;
+            return Err(CircuitStatus::ResourceLimitExceeded);
+        }
+        let from_there = network.and_then(|network| state.networks.get(&network));
+        if from_there.is_some_and(|circuits| *circuits >= self.per_network()) {
+            state.refused.circuits_per_network += 1;
             return Err(CircuitStatus::ResourceLimitExceeded);
         }
         for end in [source, destination] {
-            let counted = self.counted(&mut state, end);
+            let counted = self.counted(state, end);
             if counted.is_none_or(|c| c.circuits >= self.limits.circuits_per_peer) {
+                state.refused.circuits_per_peer += 1;
                 return Err(CircuitStatus::ResourceLimitExceeded);
             }
         }
         for end in [source, destination] {
-            if let Some(counted) = self.counted(&mut state, end) {
+            if let Some(counted) = self.counted(state, end) {
                 counted.circuits += 1;
             }
+        }
+        if let Some(network) = network {
+            *state.networks.entry(network).or_default() += 1;
         }
         state.used.circuits += 1;
         Ok(Circuit {
             server: self.clone(),
             ends: [source, destination],
+            network,
+            moved: AtomicU64::new(0),
         })
     }
 
@@ -554,10 +626,15 @@ impl Server {
             )
         };
         let [source, destination] = circuit.ends;
-        match timeout(self.limits.circuit_duration, both).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::debug!(%source, %destination, %error, "a circuit failed"),
-            Err(_) => tracing::debug!(%source, %destination, "a circuit's time is over"),
+        tokio::select! {
+            ended = timeout(self.limits.circuit_duration, both) => match ended {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::debug!(%source, %destination, %error, "a circuit failed"),
+                Err(_) => tracing::debug!(%source, %destination, "a circuit's time is over"),
+            },
+            () = falls_silent(&circuit.moved) => {
+                tracing::debug!(%source, %destination, "nothing has passed through a circuit for long");
+            }
         }
     }
 
@@ -580,6 +657,7 @@ impl Server {
                 return to.shutdown().await;
             }
             moved += size as u64;
+            circuit.moved.fetch_add(size as u64, Ordering::Relaxed);
             let over = self.limits.circuit_bytes != 0 && moved > self.limits.circuit_bytes;
             if over || !self.count(circuit, size as u64) {
                 return Err(io::Error::other("the limit of bytes is reached"));
@@ -601,13 +679,31 @@ impl Server {
         let state = &mut *state;
         state.used.bytes += bytes;
         let mut within = state.all.count(bytes, self.limits.daily_bytes, now);
+        if !within {
+            state.refused.bytes += 1;
+        }
         for end in circuit.ends {
             if let Some(counted) = state.peers.get_mut(&end) {
                 let limit = self.limits.daily_bytes_per_peer;
-                within &= counted.day.count(bytes, limit, now);
+                if !counted.day.count(bytes, limit, now) {
+                    state.refused.bytes_per_peer += 1;
+                    within = false;
+                }
             }
         }
         within
+    }
+}
+
+/// Returns when the count has not changed for [`SILENT`].
+async fn falls_silent(moved: &AtomicU64) {
+    let mut before = moved.load(Ordering::Relaxed);
+    loop {
+        sleep(SILENT).await;
+        let now = moved.load(Ordering::Relaxed);
+        if std::mem::replace(&mut before, now) == now {
+            return;
+        }
     }
 }
 
@@ -649,7 +745,7 @@ mod tests {
         let (a, b, c) = (PeerId::random(), PeerId::random(), PeerId::random());
         let none = Vec::new;
         assert_eq!(
-            server.circuit(b, a).unwrap_err(),
+            server.circuit(b, None, a).unwrap_err(),
             CircuitStatus::NoReservation
         );
         let granted = server.reserve(a, none()).await.unwrap();
@@ -660,19 +756,60 @@ mod tests {
         server.reserve(a, none()).await.unwrap();
         let refused = server.reserve(b, none()).await.unwrap_err();
         assert_eq!(refused, CircuitStatus::ReservationRefused);
-        let first = server.circuit(b, a).unwrap();
-        let _second = server.circuit(c, a).unwrap();
-        let refused = server.circuit(b, a).unwrap_err();
+        let first = server.circuit(b, None, a).unwrap();
+        let _second = server.circuit(c, None, a).unwrap();
+        let refused = server.circuit(b, None, a).unwrap_err();
         assert_eq!(refused, CircuitStatus::ResourceLimitExceeded);
         drop(first);
-        let _third = server.circuit(b, a).unwrap();
+        let _third = server.circuit(b, None, a).unwrap();
         assert_eq!(server.used().circuits, 2);
         server.disconnected(&a);
         assert_eq!(
-            server.circuit(b, a).unwrap_err(),
+            server.circuit(b, None, a).unwrap_err(),
             CircuitStatus::NoReservation
         );
         assert_eq!(server.used().reservations, 0);
+    }
+
+    #[tokio::test]
+    async fn one_site_does_not_get_all_circuits() {
+        let server = server(RelayLimits {
+            circuits: 8,
+            circuits_per_peer: 2,
+            ..RelayLimits::default()
+        });
+        let here = Some(site("2001:db8::1".parse().unwrap()));
+        let neighbour = Some(site("2001:db8::2".parse().unwrap()));
+        let elsewhere = Some(site("2001:db8:0:1::1".parse().unwrap()));
+        let mut open = Vec::new();
+        let mut circuit = |network| {
+            let [one, other] = [PeerId::random(), PeerId::random()];
+            lock(&server.state)
+                .reservations
+                .insert(other, Instant::now());
+            server.circuit(one, network, other).map(|c| open.push(c))
+        };
+        circuit(here).unwrap();
+        circuit(neighbour).unwrap();
+        assert_eq!(circuit(here), Err(CircuitStatus::ResourceLimitExceeded));
+        circuit(elsewhere).unwrap();
+        assert_eq!(lock(&server.state).refused.circuits_per_network, 1);
+        open.clear();
+        assert!(lock(&server.state).networks.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_circuit_through_which_nothing_passes_is_silent() {
+        let moved = AtomicU64::new(0);
+        let begin = Instant::now();
+        let passing = async {
+            for _ in 0..3 {
+                sleep(SILENT / 2).await;
+                moved.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        tokio::join!(passing, falls_silent(&moved));
+        assert!(begin.elapsed() > 2 * SILENT && begin.elapsed() <= 3 * SILENT);
     }
 
     #[tokio::test]
@@ -686,10 +823,10 @@ mod tests {
         for to in [peers[0], peers[2]] {
             server.reserve(to, Vec::new()).await.unwrap();
         }
-        let circuit = server.circuit(peers[1], peers[0]).unwrap();
+        let circuit = server.circuit(peers[1], None, peers[0]).unwrap();
         assert!(server.count(&circuit, 200));
         assert!(!server.count(&circuit, 1));
-        let other = server.circuit(peers[3], peers[2]).unwrap();
+        let other = server.circuit(peers[3], None, peers[2]).unwrap();
         assert!(server.count(&other, 99));
         assert!(!server.count(&other, 2));
     }

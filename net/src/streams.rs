@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -91,8 +91,9 @@ pub struct Stream {
     peer: PeerId,
     protocol: StreamProtocol,
     path: Path,
-    /// Resolves when it is not worth waiting for any more, and why.
-    ending: Option<Ending>,
+    /// Resolves when a better path is open, for a stream that yields.
+    better: Option<Ending>,
+    gone: Gone,
     /// The place it takes among the streams or lanes that the peer may have open.
     _place: Place,
     /// Counts what it moves, and says that its connection is in use. A lane's is that of the connection beside it.
@@ -139,7 +140,8 @@ impl Beside {
             peer: self.peer,
             protocol,
             path,
-            ending: Some(orphaned(self.best.clone())),
+            gone: Gone::new(Fate::Peer(self.best.clone())),
+            better: None,
             _place: Place::Lane,
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),
@@ -165,12 +167,76 @@ impl From<Ended> for io::Error {
     }
 }
 
-/// A lane is given up with the connections beside it: TCP itself would take minutes to find out that nobody is there any more.
-fn orphaned(mut best: watch::Receiver<PathKind>) -> Ending {
-    Box::pin(async move {
-        while best.changed().await.is_ok() {}
-        Ended::Orphaned
-    })
+/// What a stream does not outlive. The bytes themselves may be silent for minutes after that.
+#[derive(Debug, Clone)]
+enum Fate {
+    /// The connection that it is on. yamux does not tell its streams when it is closed on our side.
+    Connection(watch::Receiver<()>),
+    /// The last connection to the peer, for a lane: TCP itself would take long to find out that nobody is there any more.
+    Peer(watch::Receiver<PathKind>),
+}
+
+/// Tells the two directions of a stream, which two tasks may wait for, that what carries it is gone. Asked only when there is nothing to do.
+struct Gone {
+    fate: Fate,
+    reading: Option<Ending>,
+    writing: Option<Ending>,
+}
+
+impl Gone {
+    fn new(fate: Fate) -> Self {
+        Self {
+            fate,
+            reading: None,
+            writing: None,
+        }
+    }
+
+    fn wait(fate: &Fate) -> Ending {
+        match fate.clone() {
+            Fate::Connection(mut alive) => Box::pin(async move {
+                while alive.changed().await.is_ok() {}
+                Ended::Orphaned
+            }),
+            Fate::Peer(mut best) => Box::pin(async move {
+                while best.changed().await.is_ok() {}
+                Ended::Orphaned
+            }),
+        }
+    }
+
+    /// `polled`, unless nobody will ever wake who waits for it.
+    fn or_reading<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        Self::or(&self.fate, &mut self.reading, cx, polled)
+    }
+
+    fn or_writing<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        Self::or(&self.fate, &mut self.writing, cx, polled)
+    }
+
+    fn or<T>(
+        fate: &Fate,
+        waiting: &mut Option<Ending>,
+        cx: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if polled.is_ready() {
+            return polled;
+        }
+        let ending = waiting.get_or_insert_with(|| Self::wait(fate));
+        let ended = ready!(ending.as_mut().poll(cx));
+        // For whoever asks again.
+        *waiting = None;
+        Poll::Ready(Err(ended.into()))
+    }
 }
 
 impl Stream {
@@ -201,12 +267,12 @@ impl Stream {
             return;
         }
         let (mut best, own) = (self.best.clone(), self.path.kind);
-        self.ending = Some(Box::pin(async move {
-            if best.wait_for(|best| *best < own).await.is_err() {
-                // The last connection is gone, and reading says so itself.
-                std::future::pending::<()>().await;
+        self.better = Some(Box::pin(async move {
+            match best.wait_for(|best| *best < own).await {
+                Ok(_) => Ended::BetterPath,
+                // The last connection.
+                Err(_) => Ended::Orphaned,
             }
-            Ended::BetterPath
         }));
     }
 }
@@ -216,7 +282,7 @@ impl Stream {
 #[error("a better path to the peer is open")]
 struct BetterPath;
 
-/// The error of a lane whose peer is not connected any more.
+/// The error of a stream whose connection, or of a lane whose peer, is not connected any more.
 #[derive(Debug, thiserror::Error)]
 #[error("the connection to the peer is lost")]
 struct Orphaned;
@@ -258,14 +324,15 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if let Some(ending) = &mut self.ending
-            && let Poll::Ready(ended) = ending.as_mut().poll(cx)
+        if let Some(better) = &mut self.better
+            && let Poll::Ready(ended) = better.as_mut().poll(cx)
         {
-            self.ending = Some(Box::pin(std::future::ready(ended)));
+            self.better = Some(Box::pin(std::future::ready(ended)));
             return Poll::Ready(Err(ended.into()));
         }
         let before = buffer.filled().len();
         let read = delegate!(self, inner => inner.poll_read(cx, buffer));
+        let read = self.gone.or_reading(cx, read);
         self.traffic.received(buffer.filled().len() - before);
         read.map_err(|error| {
             let refused = error
@@ -285,15 +352,8 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        if let Inner::Lane(_) = self.inner
-            && let Some(ending) = &mut self.ending
-            && let Poll::Ready(ended) = ending.as_mut().poll(cx)
-        {
-            // Who waits for the other side to take something must not wait for one that is gone.
-            self.ending = Some(Box::pin(std::future::ready(ended)));
-            return Poll::Ready(Err(ended.into()));
-        }
         let written = delegate!(self, inner => inner.poll_write(cx, bytes));
+        let written = self.gone.or_writing(cx, written);
         if let Poll::Ready(Ok(written)) = written {
             self.traffic.sent(written);
         }
@@ -301,11 +361,13 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        delegate!(self, inner => inner.poll_flush(cx))
+        let flushed = delegate!(self, inner => inner.poll_flush(cx));
+        self.gone.or_writing(cx, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        delegate!(self, inner => inner.poll_shutdown(cx))
+        let shut = delegate!(self, inner => inner.poll_shutdown(cx));
+        self.gone.or_writing(cx, shut)
     }
 }
 
@@ -464,7 +526,7 @@ impl Behaviour {
             set_aside: HashSet::new(),
             doubted: HashSet::new(),
             waker: None,
-            max_inbound,
+            max_inbound: max_inbound.min(Semaphore::MAX_PERMITS),
             memory,
             refused: Arc::default(),
         }
@@ -530,6 +592,12 @@ impl Behaviour {
         }
     }
 
+    /// Whether they are.
+    pub(crate) fn is_kept(&self, peer: &PeerId) -> bool {
+        let kept = self.kept.get(peer);
+        kept.is_some_and(|kept| kept.load(Ordering::Relaxed))
+    }
+
     /// Opens a stream on one connection.
     pub(crate) fn open_on(
         &mut self,
@@ -563,6 +631,7 @@ impl Behaviour {
             traffic,
             keep: Arc::clone(self.kept.entry(peer).or_default()),
             best: best.subscribe(),
+            alive: watch::Sender::new(()),
             waker: None,
         }
     }
@@ -735,6 +804,8 @@ pub(crate) struct Handler {
     traffic: Arc<Traffic>,
     keep: Arc<AtomicBool>,
     best: watch::Receiver<PathKind>,
+    /// Dropped with the connection.
+    alive: watch::Sender<()>,
     waker: Option<Waker>,
 }
 
@@ -745,7 +816,8 @@ impl Handler {
             peer: self.peer,
             protocol,
             path: self.path.clone(),
-            ending: None,
+            better: None,
+            gone: Gone::new(Fate::Connection(self.alive.subscribe())),
             _place: place,
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),

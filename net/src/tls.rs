@@ -32,6 +32,9 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
 };
 
+/// Bytes that are encrypted before they are handed to the socket, all at once.
+const BUFFER: usize = 256 * 1024;
+
 /// Why a TLS configuration could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -120,7 +123,8 @@ where
 
     fn upgrade_inbound(self, socket: C, _: Self::Info) -> Self::Future {
         async move {
-            let stream = TlsAcceptor::from(self.server).accept(socket).await?;
+            let mut stream = TlsAcceptor::from(self.server).accept(socket).await?;
+            stream.get_mut().1.set_buffer_limit(Some(BUFFER));
             let peer = peer_id(stream.get_ref().1.peer_certificates())?;
             Ok((peer, stream.into()))
         }
@@ -140,9 +144,10 @@ where
         async move {
             // An IP address is never sent as server name, which the specification wants absent.
             let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
-            let stream = TlsConnector::from(self.client)
+            let mut stream = TlsConnector::from(self.client)
                 .connect(name, socket)
                 .await?;
+            stream.get_mut().1.set_buffer_limit(Some(BUFFER));
             let peer = peer_id(stream.get_ref().1.peer_certificates())?;
             Ok((peer, stream.into()))
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures::{
-    AsyncRead, AsyncWrite, FutureExt,
+    AsyncRead, AsyncWrite, FutureExt, TryFutureExt,
     future::{BoxFuture, Either},
 };
 use futures_rustls::TlsStream;
@@ -31,6 +31,8 @@ use multistream_select::{dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
 
 use crate::{
+    access::Shared,
+    address::starts_with_name,
     circuit::Circuits,
     dialled::{Dialled, Noted},
     lane::{Arrivals, LANE},
@@ -58,6 +60,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) sockets: Sockets,
     /// Where what is dialled is noted.
     pub(crate) dialled: Dialled,
+    /// Where not to dial.
+    pub(crate) access: Shared,
     /// Where lanes go that arrive; `None`: none are taken.
     pub(crate) lanes: Option<Arrivals>,
 }
@@ -72,7 +76,7 @@ pub(crate) fn build(
         Err(error) => {
             // A machine without a resolver still has addresses.
             tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialled");
-            direct(parts)?
+            direct(parts)?.map(|(connection, _), _| connection).boxed()
         }
     };
     let relayed = relayed
@@ -84,21 +88,27 @@ pub(crate) fn build(
     Ok(either(OrTransport::new(relayed, direct)))
 }
 
-/// TCP, with or without WebSocket, and QUIC, without names.
-fn direct(parts: &Parts<'_>) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
+/// TCP, with or without WebSocket, and QUIC, without names. Each connection comes with the address at the other end.
+fn direct(parts: &Parts<'_>) -> Result<Boxed<(Connection, Multiaddr)>, SpawnError> {
     let security = Security::new(parts)?;
-    let dialled = &parts.dialled;
+    let noted = (&parts.dialled, &parts.access);
     let quic = Noted::new(
         Quic::new(parts.key, &parts.tls, parts.sockets.clone())?,
-        dialled.clone(),
+        noted.0.clone(),
+        noted.1.clone(),
     )
-    .map(|((peer, connection), _), _| (peer, StreamMuxerBox::new(connection)));
+    .map(|((peer, connection), _), endpoint| {
+        let at = endpoint.get_remote_address().clone();
+        ((peer, StreamMuxerBox::new(connection)), at)
+    });
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
-    let tcp = Noted::new(tcp, dialled.clone());
+    let tcp = Noted::new(tcp, noted.0.clone(), noted.1.clone());
     let lanes = parts.lanes.clone();
     let tcp = WebOrPlain::new(tcp, Outside::new(parts.certificate)?).and_then(
         move |(socket, begin), endpoint| {
+            let at = endpoint.get_remote_address().clone();
             upgrade_tcp(socket, endpoint, security.clone(), begin, lanes.clone())
+                .map_ok(|connection| (connection, at))
         },
     );
     Ok(either(OrTransport::new(
@@ -107,14 +117,19 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnErr
     )))
 }
 
-/// Keeps the name in the address of a secure WebSocket when the resolver has replaced it.
+/// Keeps the name in the address of a secure WebSocket when the resolver has replaced it, and tells where a name has led.
 struct Named<T>(T);
 
-impl<T: libp2p::Transport + Unpin> libp2p::Transport for Named<T> {
-    type Output = T::Output;
+impl<T> libp2p::Transport for Named<T>
+where
+    T: libp2p::Transport<Output = (Connection, Multiaddr)> + Unpin,
+    T::Dial: Send + 'static,
+    T::ListenerUpgrade: Send + 'static,
+{
+    type Output = Connection;
     type Error = T::Error;
-    type ListenerUpgrade = T::ListenerUpgrade;
-    type Dial = T::Dial;
+    type ListenerUpgrade = BoxFuture<'static, Result<Connection, T::Error>>;
+    type Dial = BoxFuture<'static, Result<Connection, T::Error>>;
 
     fn listen_on(
         &mut self,
@@ -132,23 +147,32 @@ impl<T: libp2p::Transport + Unpin> libp2p::Transport for Named<T> {
         &mut self,
         address: Multiaddr,
         options: DialOpts,
-    ) -> Result<T::Dial, TransportError<T::Error>> {
-        self.0.dial(websocket::keep_name(address), options)
+    ) -> Result<Self::Dial, TransportError<T::Error>> {
+        let named = starts_with_name(&address);
+        let dial = self.0.dial(websocket::keep_name(address), options)?;
+        let moved = move |((peer, muxer), at)| match named {
+            true => (peer, StreamMuxerBox::new(Moved::new(muxer, at))),
+            false => (peer, muxer),
+        };
+        Ok(dial.map_ok(moved).boxed())
     }
 
     fn poll(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<TransportEvent<T::ListenerUpgrade, T::Error>> {
-        Pin::new(&mut self.0).poll(cx)
+    ) -> Poll<TransportEvent<Self::ListenerUpgrade, T::Error>> {
+        Pin::new(&mut self.0).poll(cx).map(|event| {
+            event.map_upgrade(|upgrade| upgrade.map_ok(|(connection, _)| connection).boxed())
+        })
     }
 }
 
 type Connection = (PeerId, StreamMuxerBox);
 
-fn either<A, B>(transport: OrTransport<A, B>) -> Boxed<Connection>
+fn either<A, B, O>(transport: OrTransport<A, B>) -> Boxed<O>
 where
-    OrTransport<A, B>: libp2p::Transport<Output = Either<Connection, Connection>> + Send + Unpin,
+    O: 'static,
+    OrTransport<A, B>: libp2p::Transport<Output = Either<O, O>> + Send + Unpin,
     <OrTransport<A, B> as libp2p::Transport>::Dial: Send + 'static,
     <OrTransport<A, B> as libp2p::Transport>::ListenerUpgrade: Send + 'static,
     <OrTransport<A, B> as libp2p::Transport>::Error: Send + Sync,

@@ -204,32 +204,29 @@ impl ServerCertVerifier for Unchecked {
 
 /// What the end of an address says about the WebSocket that it leads to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Web {
+pub(crate) struct Web {
     /// Within TLS.
     secure: bool,
     /// The name to ask for, if the address has one.
     name: Option<String>,
-    /// As in HTTP.
-    path: String,
 }
 
-/// Takes the WebSocket off the end of an address; `None` if there is none. What is left is a TCP address.
-fn split_web(address: &Multiaddr) -> Option<(Multiaddr, Web)> {
+/// What is asked for by HTTP. Strangers' addresses name nothing else: what they name is sent before we know who is there.
+const RESOURCE: &str = "/";
+
+/// Takes the WebSocket off the end of an address; `None` if there is none, or one that asks for anything but [`RESOURCE`]. What is left is a TCP address.
+pub(crate) fn split_web(address: &Multiaddr) -> Option<(Multiaddr, Web)> {
     let mut tcp = address.clone();
     let mut last = tcp.pop()?;
     if let Protocol::P2p(_) = last {
         last = tcp.pop()?;
     }
-    let (secure, path) = match last {
-        Protocol::Wss(path) => (true, path.into_owned()),
-        Protocol::Ws(path) => (false, path.into_owned()),
+    let secure = match last {
+        Protocol::Wss(path) if path == RESOURCE => true,
+        Protocol::Ws(path) if path == RESOURCE => false,
         _ => return None,
     };
-    let mut web = Web {
-        secure,
-        name: None,
-        path,
-    };
+    let mut web = Web { secure, name: None };
     match tcp.pop()? {
         Protocol::Tls if !secure => web.secure = true,
         Protocol::Sni(name) if !secure => {
@@ -257,7 +254,7 @@ pub(crate) fn keep_name(address: Multiaddr) -> Multiaddr {
             let kept = tcp
                 .with(Protocol::Tls)
                 .with(Protocol::Sni(name.into()))
-                .with(Protocol::Ws(web.path.into()));
+                .with(Protocol::Ws(RESOURCE.into()));
             match crate::split_peer_id(address).1 {
                 Some(peer) => kept.with(Protocol::P2p(peer)),
                 None => kept,
@@ -445,21 +442,21 @@ async fn connect(tcp: TcpStream, web: Web, host: String, outside: Outside) -> io
     let at = tcp.0.peer_addr()?.ip();
     let host = web.name.clone().unwrap_or(host);
     if !web.secure {
-        return request(tcp, &host, &web.path).await;
+        return request(tcp, &host).await;
     }
     let name = match web.name {
         Some(name) => ServerName::try_from(name).map_err(io::Error::other)?,
         None => ServerName::IpAddress(at.into()),
     };
     let stream = outside.client.connect(name, tcp).await?;
-    request(stream, &host, &web.path).await
+    request(stream, &host).await
 }
 
-async fn request<S>(stream: S, host: &str, path: &str) -> io::Result<Socket>
+async fn request<S>(stream: S, host: &str) -> io::Result<Socket>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let mut client = Client::new(stream, host, path);
+    let mut client = Client::new(stream, host, RESOURCE);
     match client.handshake().await.map_err(io::Error::other)? {
         ServerResponse::Accepted { .. } => Ok(Socket::Web(Pipe::new(client.into_builder()))),
         ServerResponse::Redirect { status_code, .. } | ServerResponse::Rejected { status_code } => {
@@ -610,14 +607,20 @@ mod tests {
     };
 
     use super::*;
-    use crate::dialled::{Dialled, Noted};
+    use crate::{
+        access::Shared,
+        dialled::{Dialled, Noted},
+    };
 
     type Web = WebOrPlain<Noted<tcp::tokio::Transport>>;
 
     fn transport() -> Web {
         let tcp = tcp::tokio::Transport::new(tcp::Config::default());
         let outside = Outside::new(None).unwrap();
-        WebOrPlain::new(Noted::new(tcp, Dialled::default()), outside)
+        WebOrPlain::new(
+            Noted::new(tcp, Dialled::default(), Shared::default()),
+            outside,
+        )
     }
 
     async fn next(

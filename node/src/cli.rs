@@ -251,6 +251,10 @@ pub(crate) struct RelayLimits {
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().reservations)]
     pub(crate) relay_reservations: usize,
 
+    /// Seconds that a place holds without being asked for again
+    #[arg(long, value_name = "SECONDS", default_value_t = weft::RelayLimits::default().reservation_duration.as_secs())]
+    pub(crate) relay_reservation_seconds: u64,
+
     /// Connections that this node relays at a time
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().circuits)]
     pub(crate) relay_circuits: usize,

@@ -4,6 +4,7 @@ use crate::output::{err, out};
 
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use weft::Node;
 
@@ -15,6 +16,24 @@ use crate::{
     stop::Stop,
 };
 
+/// Open files, sockets included, that a node asks for.
+const FILES: u64 = 65_536;
+
+/// Connections, lanes and files take a descriptor each, and many systems give a program 1,024 unless it asks for more.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.unwrap_or(FILES).min(FILES);
+    if limit.current.is_some_and(|current| current < wanted) {
+        let raised = Rlimit {
+            current: Some(wanted),
+            ..limit
+        };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::debug!(%error, "the limit on open files stays as it is");
+        }
+    }
+}
+
 /// Runs a node and its API until a signal.
 pub(crate) async fn up(
     home: std::path::PathBuf,
@@ -22,6 +41,7 @@ pub(crate) async fn up(
     as_json: bool,
 ) -> Result<(), Failure> {
     let mut stop = Stop::new()?;
+    raise_file_limit();
     let mut builder = Node::builder()
         .home(&home)
         .bootstrap(options.bootstrap)
@@ -42,7 +62,9 @@ pub(crate) async fn up(
             rate_per_peer: options.relay_limits.relay_rate_per_peer,
             daily_bytes: options.relay_limits.relay_daily_bytes,
             daily_bytes_per_peer: options.relay_limits.relay_daily_bytes_per_peer,
-            ..weft::RelayLimits::default()
+            reservation_duration: Duration::from_secs(
+                options.relay_limits.relay_reservation_seconds,
+            ),
         })
         .limits(options.limits.get())
         .access(weft::Access {

@@ -154,8 +154,10 @@ impl From<Status> for Failure {
             ),
             "NETWORK" => (
                 1,
-                "Choose other addresses with --listen, or end what uses them.",
+                "Choose other addresses with --listen, or end what uses them; if it names mDNS, start with --no-mdns.",
             ),
+            // The message says what to do.
+            "HOME" => (1, ""),
             _ if status.code() == Code::Unauthenticated => (
                 1,
                 "The token in the home's api/token is not the running node's. Is --home right?",

@@ -52,7 +52,7 @@ impl Builder {
         self
     }
 
-    /// Relays to hold places on, before those that are found; each ends in `/p2p/<PeerId>`. Only a node that others cannot reach uses relays.
+    /// Relays to hold places on, before those that are found; each ends in `/p2p/<PeerId>`. A node that is reached over IPv4 at TCP port 443, which every network lets out, uses none.
     pub fn relays(mut self, addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
         self.relays.extend(addresses);
         self

@@ -26,7 +26,7 @@ pub enum Error {
     Index(IndexError),
     /// The DHT refused something.
     #[error(transparent)]
-    Dht(#[from] DhtError),
+    Dht(DhtError),
     /// A name is malformed.
     #[error(transparent)]
     Name(#[from] ParseNameError),
@@ -101,6 +101,15 @@ pub enum Error {
     /// The node has stopped.
     #[error("the node has stopped")]
     Stopped,
+}
+
+impl From<DhtError> for Error {
+    fn from(error: DhtError) -> Self {
+        match error {
+            DhtError::Stopped => Self::Stopped,
+            error => Self::Dht(error),
+        }
+    }
 }
 
 /// What went wrong with one provider.

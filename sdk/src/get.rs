@@ -272,7 +272,11 @@ impl Work {
             let stream = providers.next(0).await?;
             self.lookup.get_or_insert_with(|| self.started.elapsed());
             let peer = stream.peer();
-            match fetch_manifest(stream, id).await {
+            let fetched = tokio::select! {
+                fetched = fetch_manifest(stream, id) => fetched,
+                never = watch(&self.node, peer, &self.counts) => match never {},
+            };
+            match fetched {
                 Ok(bytes) => {
                     providers.succeeded(peer);
                     let store = self.node.store().clone();

@@ -163,7 +163,7 @@ impl Node {
     /// replaced by a better one.
     ///
     /// # Errors
-    /// [`Error::Connect`], after a minute at the latest.
+    /// [`Error::Connect`], after a little more than a minute at the latest.
     pub async fn connect(
         &self,
         peer: PeerId,

@@ -1,6 +1,7 @@
 //! Where nodes are: what this one says of itself, finding a peer by its id alone, and finding relays.
 
 use std::{
+    collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher},
     time::Duration,
 };
@@ -38,6 +39,10 @@ const SMALL: usize = 20;
 
 /// Relays that are connected to at a time, to find out which are near.
 const TRY: usize = 4;
+
+/// How long one that could not be reached is not tried again, and how many of them are remembered.
+const FAILED: Duration = Duration::from_secs(600);
+const MAX_FAILED: usize = 256;
 
 fn peer_key(peer: &PeerId) -> Vec<u8> {
     format!("peer/{peer}").into_bytes()
@@ -89,27 +94,26 @@ pub(crate) async fn tell(dht: Dht, network: Network) {
     let mut addresses = network.watch_addresses();
     let mut meetings = dht.meetings();
     let own = network.local_peer();
-    let mut is_relay = false;
+    let mut said_relay = false;
     loop {
         sleep(SETTLE).await;
         addresses.mark_unchanged();
         meetings.mark_unchanged();
-        let told = network.addresses().for_strangers;
+        let own_addresses = network.addresses();
         let claim = wire::PeerClaim {
-            addresses: encode(&told),
+            addresses: encode(&own_addresses.for_strangers),
         };
         let value = claim.encode_to_vec();
-        let Some(known) = network.reachability().await else {
-            return;
-        };
-        let was_relay = std::mem::replace(&mut is_relay, known.is_relay);
+        let is_relay = own_addresses.is_relay;
         let relay_key = relay_key(shard_of(&own));
         let told = async {
             let took = dht.publish(&peer_key(&own), &[], &value, TTL).await?;
             if is_relay {
+                said_relay = true;
                 dht.publish(&relay_key, &[], &value, TTL).await?;
-            } else if was_relay {
+            } else if said_relay {
                 dht.withdraw(&relay_key, &[], TTL).await?;
+                said_relay = false;
             }
             Ok::<_, DhtError>(took)
         };
@@ -140,6 +144,7 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
     let mut pause = LOOK.0;
     // Everybody begins elsewhere.
     let mut shard = shard_of(&network.local_peer());
+    let mut failed = HashMap::new();
     loop {
         addresses.mark_unchanged();
         meetings.mark_unchanged();
@@ -147,7 +152,7 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
             return;
         };
         if known.lacks_relays {
-            let Some(tried) = try_relays(&dht, &network, &mut shard).await else {
+            let Some(tried) = try_relays(&dht, &network, &mut shard, &mut failed).await else {
                 return;
             };
             pause = match tried {
@@ -178,20 +183,31 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
 }
 
 /// Connects to a few relays that the mesh knows; how many there were to try. `None` once the network has stopped.
-async fn try_relays(dht: &Dht, network: &Network, shard: &mut u8) -> Option<usize> {
+async fn try_relays(
+    dht: &Dht,
+    network: &Network,
+    shard: &mut u8,
+    failed: &mut HashMap<PeerId, Instant>,
+) -> Option<usize> {
+    let now = Instant::now();
+    failed.retain(|_, at| now.duration_since(*at) < FAILED);
+    let connected = network.peers().await;
     let mut found = Vec::new();
     for _ in 0..SHARDS {
-        found.extend(dht.get_some(&relay_key(*shard)).await.ok()?);
+        let mut listed = dht.get_some(&relay_key(*shard)).await.ok()?;
+        // Whatever is there: next time, those that are listed elsewhere.
+        *shard = (*shard + 1) % SHARDS;
+        listed.retain(|record| {
+            let relay = record.publisher();
+            relay != network.local_peer()
+                && !failed.contains_key(&relay)
+                && connected.iter().all(|peer| peer.peer != relay)
+        });
+        found.extend(listed);
         if found.len() >= TRY {
             break;
         }
-        *shard = (*shard + 1) % SHARDS;
     }
-    let connected = network.peers().await;
-    found.retain(|record| {
-        let relay = record.publisher();
-        relay != network.local_peer() && connected.iter().all(|peer| peer.peer != relay)
-    });
     // Another order at every node, so that not all come to the same.
     let own = network.local_peer();
     found.sort_by_cached_key(|record| {
@@ -203,6 +219,9 @@ async fn try_relays(dht: &Dht, network: &Network, shard: &mut u8) -> Option<usiz
         let relay = record.publisher();
         if let Err(error) = network.connect(relay, addresses_of(record)).await {
             tracing::debug!(%relay, %error, "a relay that the mesh knows cannot be reached");
+            if failed.len() < MAX_FAILED {
+                failed.insert(relay, now);
+            }
         }
     }
     Some(found.len())

@@ -7,7 +7,7 @@ use libp2p::{Multiaddr, multiaddr::Protocol, swarm::NetworkBehaviour};
 use super::Driver;
 use crate::{
     Path, PathKind,
-    address::{is_link_local, is_public, is_relayed, of_socket, socket},
+    address::{is_link_local, is_outside, is_public, is_relayed, of_socket, socket},
     autonat::Verdict,
     mappings::{Mapped, Mapping},
     network::Addresses,
@@ -20,11 +20,6 @@ fn place(address: &Multiaddr) -> Multiaddr {
         .iter()
         .take_while(|part| !matches!(part, Protocol::P2p(_) | Protocol::P2pCircuit))
         .collect()
-}
-
-/// Whether an address leads beyond our own networks, as far as it tells: a name may.
-pub(super) fn is_outside(address: &Multiaddr) -> bool {
-    socket(&place(address)).is_none_or(|(at, _)| is_public(&at.ip()))
 }
 
 /// What of our addresses others are told. Private ones are nobody's business outside; a mesh that lies in our own networks has no others.
@@ -47,6 +42,7 @@ where
         let now = Addresses {
             for_strangers: for_strangers(&all, self.outside),
             all,
+            is_relay: self.is_relay(),
         };
         let told: Vec<_> = self.swarm.external_addresses().cloned().collect();
         for address in told.iter().filter(|told| !now.for_strangers.contains(told)) {
@@ -183,11 +179,13 @@ mod tests {
         let private = addresses(&[
             "/ip4/192.168.1.2/tcp/9338",
             "/ip6/fd00::2/udp/9338/quic-v1",
+            "/ip4/192.168.1.2/tcp/443/tls/ws",
             &format!("/ip4/10.0.0.1/tcp/1/{RELAY}"),
         ]);
         let public = addresses(&[
             "/ip4/1.1.1.1/tcp/9338",
             "/dns4/example.org/tcp/9338",
+            "/ip4/1.1.1.1/tcp/443/tls/ws",
             &format!("/ip4/1.1.1.1/tcp/1/{RELAY}"),
         ]);
         let both = [private.clone(), public.clone()].concat();

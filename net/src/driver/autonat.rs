@@ -15,7 +15,7 @@ use libp2p::{
         dial_opts::{DialOpts, PeerCondition},
     },
 };
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 
 use super::{Driver, Outcome};
 use crate::{
@@ -36,6 +36,9 @@ const UDP: Duration = Duration::from_secs(600);
 /// Between two tries whether UDP gets through.
 const UDP_AGAIN: Duration = Duration::from_secs(60);
 
+/// How long a request may take until the address in it is dialled, with all that is sent in advance.
+const REQUEST: Duration = Duration::from_secs(30);
+
 /// What the driver remembers of it.
 pub(super) struct Autonat {
     pub(super) requests: Incoming,
@@ -46,6 +49,8 @@ pub(super) struct Autonat {
     pub(super) bounds: Bounds,
     /// What we dial for others.
     probes: HashMap<ConnectionId, Probe>,
+    /// Those that were given up. What comes of them is closed.
+    given_up: HashSet<ConnectionId>,
     /// When UDP last got through, and when it was last tried.
     udp_through: Option<Instant>,
     udp_tried: Option<Instant>,
@@ -84,6 +89,7 @@ impl Autonat {
             asked: HashMap::new(),
             bounds: Bounds::new(limits),
             probes: HashMap::new(),
+            given_up: HashSet::new(),
             udp_through: None,
             udp_tried: None,
             udp_blocked: false,
@@ -353,8 +359,8 @@ where
         mine.extend(self.own_ips());
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
-            let received = autonat::receive(&mut stream, from, &mine).await;
-            let wanted = match received {
+            let received = timeout(REQUEST, autonat::receive(&mut stream, from, &mine)).await;
+            let wanted = match received.unwrap_or(Err(AutonatError::TimedOut)) {
                 Ok(wanted) => wanted,
                 Err(error) => {
                     tracing::debug!(%peer, %error, "a request to be dialled came to nothing");
@@ -394,6 +400,12 @@ where
 
     /// Whether a connection that has opened, or has not, was dialled for somebody else.
     pub(super) fn on_probe(&mut self, id: ConnectionId, connected: bool) -> bool {
+        if self.autonat.given_up.remove(&id) {
+            if connected {
+                self.swarm.close_connection(id);
+            }
+            return true;
+        }
         let Some(mut probe) = self.autonat.probes.remove(&id) else {
             return false;
         };
@@ -438,7 +450,8 @@ where
             .autonat
             .probes
             .extract_if(|_, probe| now.duration_since(probe.since) >= DIAL);
-        for (_, probe) in late.collect::<Vec<_>>() {
+        for (id, probe) in late.collect::<Vec<_>>() {
+            self.autonat.given_up.insert(id);
             self.probe_failed(probe);
         }
     }

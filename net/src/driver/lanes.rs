@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{Driver, Outcome};
 use crate::{
     Class, Incoming, OpenError, Path, PathKind, Stream, Transport,
-    address::socket,
+    address::{first_ip, socket},
     lane::{self, Arrival, CALL, Calls, LaneError, Places},
     tls::Tls,
 };
@@ -113,9 +113,14 @@ where
         let (Some(way), Some(beside)) = (way, streams.beside(peer)) else {
             return streams.open(peer, protocol, class, reply);
         };
-        let Some(place) = self.lanes.places.take(peer) else {
-            return streams.open(peer, protocol, class, reply);
+        // One that is called for takes its place when it arrives.
+        let place = match &way {
+            Way::Dial(_) => self.lanes.places.take(peer),
+            Way::Call(_) => None,
         };
+        if place.is_none() && !(matches!(way, Way::Call(_)) && self.lanes.places.has(&peer)) {
+            return streams.open(peer, protocol, class, reply);
+        }
         let called = match &way {
             Way::Dial(_) => None,
             Way::Call(connection) => {
@@ -128,21 +133,21 @@ where
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
             let opened = async {
-                match (way, called) {
-                    (Way::Dial(address), _) => {
+                match (way, place, called) {
+                    (Way::Dial(address), Some(place), _) => {
                         let lane = lane::open(&address, tls, peer, &protocol).await?;
-                        Ok((lane, address))
+                        Ok((lane, address, place))
                     }
-                    (Way::Call(_), Some(answer)) => {
+                    (Way::Call(_), _, Some(answer)) => {
                         let stream = answer.await.map_err(|_| LaneError::Refused)?;
                         let stream = stream.map_err(io::Error::other)?;
                         lane::be_called(stream, &calls, &protocol).await
                     }
-                    (Way::Call(_), None) => Err(LaneError::Refused),
+                    _ => Err(LaneError::Refused),
                 }
             };
             match opened.await {
-                Ok((lane, address)) => {
+                Ok((lane, address, place)) => {
                     let stream = beside.stream(protocol, lane, Path::of(&address), place);
                     // Whoever asked may be gone.
                     let _ = reply.send(Ok(stream));
@@ -189,7 +194,7 @@ where
         if best.path.kind >= PathKind::Relayed || best.path.transport == Transport::Ws {
             return None;
         }
-        if let Some(address) = known.lane_target() {
+        if let Some(address) = self.lane_target(peer) {
             return Some(Way::Dial(address));
         }
         // One that came here by itself can come again; through a punched hole nobody else does.
@@ -207,10 +212,23 @@ where
             .map(|(connection, _)| Way::Call(*connection))
     }
 
+    /// Where a lane to `peer` could be dialled.
+    fn lane_target(&self, peer: &PeerId) -> Option<Multiaddr> {
+        let address = self.peers.get(peer)?.lane_target()?;
+        self.admits(peer, &address).then_some(address)
+    }
+
+    /// Lanes are no connections of the swarm, which holds to the lists by itself.
+    fn admits(&self, peer: &PeerId, address: &Multiaddr) -> bool {
+        let access = self.swarm.behaviour().access.get();
+        access.admits(Some(peer), first_ip(address).as_ref())
+    }
+
     /// Somebody has dialled a lane.
     pub(super) fn on_lane(&mut self, arrival: Arrival) {
         let peer = arrival.peer;
-        let direct = self.peers.get(&peer).is_some_and(super::Peer::is_direct);
+        let direct = self.peers.get(&peer).is_some_and(super::Peer::is_direct)
+            && self.admits(&peer, &arrival.from);
         let beside = self.swarm.behaviour().streams.beside(peer);
         let (true, Some(beside)) = (direct && self.lanes.places.enabled(), beside) else {
             tracing::debug!(%peer, "refused: a lane from a peer that is not connected");
@@ -224,8 +242,8 @@ where
         let calls = self.lanes.calls.clone();
         let protocols = self.protocols.clone();
         tokio::spawn(async move {
-            match lane::accept(arrival, &calls, protocols.names()).await {
-                Ok(Some((lane, protocol))) => {
+            match lane::accept(arrival, place, &calls, protocols.names()).await {
+                Ok(Some((lane, protocol, place))) => {
                     protocols.deliver(beside.stream(protocol, lane, path, place));
                 }
                 // It was called for, and has a place already.
@@ -238,7 +256,7 @@ where
     /// A peer that we can reach, and that cannot reach us, wants a lane.
     pub(super) fn on_call(&mut self, mut stream: Stream) {
         let peer = stream.peer();
-        let target = self.peers.get(&peer).and_then(super::Peer::lane_target);
+        let target = self.lane_target(&peer);
         let beside = self.swarm.behaviour().streams.beside(peer);
         let place = match (&target, self.lanes.places.enabled()) {
             (Some(_), true) => self.lanes.places.take(peer),

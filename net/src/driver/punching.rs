@@ -49,6 +49,9 @@ const EXCHANGE: Duration = Duration::from_secs(15);
 /// Searches under way at a time, which bounds what they send: 500 packets of 17 bytes a second each.
 const MAX_SEARCHES: usize = 4;
 
+/// Of these, such as open many sockets.
+const MAX_OPEN_MANY: usize = 2;
+
 /// The least time between two searches with one peer: from one attempt that searches to the next.
 const SEARCH_AGAIN: Duration = HEAD_START.saturating_add(search::LIMIT);
 
@@ -66,7 +69,8 @@ pub(super) struct Punching {
     /// Peers that did a moment ago.
     responded: HashMap<PeerId, Instant>,
     dials: HashMap<ConnectionId, (PeerId, Instant)>,
-    searches: HashMap<PeerId, AbortHandle>,
+    /// Those that open many sockets are marked.
+    searches: HashMap<PeerId, (bool, AbortHandle)>,
     searched: HashMap<PeerId, Instant>,
 }
 
@@ -86,7 +90,7 @@ impl Punching {
     /// There is a direct path to the peer now, or none at all.
     pub(super) fn forget(&mut self, peer: &PeerId) {
         self.schedules.remove(peer);
-        if let Some(search) = self.searches.remove(peer) {
+        if let Some((_, search)) = self.searches.remove(peer) {
             search.abort();
         }
     }
@@ -189,13 +193,20 @@ where
     pub(super) fn punch_all(&mut self) {
         let relayed = |(id, peer): (&PeerId, &super::Peer)| peer.to_punch().map(|_| *id);
         let peers: Vec<_> = self.peers.iter().filter_map(relayed).collect();
-        for peer in peers {
-            self.punch(peer);
+        if !peers.is_empty() {
+            let mine = self.candidates();
+            for peer in peers {
+                self.punch_with(peer, mine.clone());
+            }
         }
     }
 
     /// Begins to punch to `peer` if that is due.
     pub(super) fn punch(&mut self, id: PeerId) {
+        self.punch_with(id, self.candidates());
+    }
+
+    fn punch_with(&mut self, id: PeerId, mine: Candidates) {
         let now = Instant::now();
         let punching = &self.punching;
         if !punching.enabled || !punching.may_begin(&id) || !punching.may_dial(&id, now) {
@@ -204,7 +215,6 @@ where
         let Some(connection) = self.peers.get(&id).and_then(super::Peer::to_punch) else {
             return;
         };
-        let mine = self.candidates();
         let schedules = &mut self.punching.schedules;
         let schedule = schedules.entry(id).or_insert_with(|| Schedule::new(now));
         if !schedule.is_due(&mine, now) {
@@ -332,6 +342,10 @@ where
     }
 
     fn punch_dial(&mut self, peer: PeerId, options: DialOpts) {
+        if self.punching.dials.len() >= MAX_DIALS {
+            tracing::debug!(%peer, "too many are being punched to");
+            return;
+        }
         let id = options.connection_id();
         match self.swarm.dial(options) {
             Ok(()) => drop(self.punching.dials.insert(id, (peer, Instant::now()))),
@@ -343,10 +357,13 @@ where
     fn search(&mut self, peer: PeerId, search: Search) {
         let now = Instant::now();
         let punching = &mut self.punching;
-        punching.searches.retain(|_, task| !task.is_finished());
+        punching.searches.retain(|_, (_, task)| !task.is_finished());
+        let many = matches!(search, Search::OpenMany { .. });
+        let open_many = punching.searches.values().filter(|(many, _)| *many).count();
         let searched = &mut punching.searched;
         searched.retain(|_, at| now.duration_since(*at) < SEARCH_AGAIN);
         if punching.searches.len() >= MAX_SEARCHES
+            || (many && open_many >= MAX_OPEN_MANY)
             || punching.searched.len() >= MAX_SEARCHED
             || punching.searched.contains_key(&peer)
         {
@@ -390,7 +407,8 @@ where
         };
         tracing::debug!(%peer, "searching for a port");
         self.punching.searched.insert(peer, now);
-        self.punching.searches.insert(peer, task.abort_handle());
+        let task = (many, task.abort_handle());
+        self.punching.searches.insert(peer, task);
     }
 }
 

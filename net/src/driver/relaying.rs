@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::{Driver, Outcome};
 use crate::{
     Class, Incoming, OpenError, PathKind, RelayServer, Stream, Transport,
-    address::{dialable_from, is_public, is_relayed, socket},
+    address::{dialable_from, first_ip, is_public, is_relayed, socket, starts_with_name},
     circuit::{self, Arrival, CircuitError, DialRequest, Grant, HOP, STOP},
     relay_server::Need,
     relays::Candidate,
@@ -135,13 +135,9 @@ where
         let dialled = direct.iter().filter(|c| c.dialled);
         let dialled = dialled.map(|c| split_peer_id(c.path.address.clone()).0);
         let named = grant.addresses.iter().filter(|address| {
-            let place = match socket(address) {
-                Some((at, _)) => is_public(&at.ip()) || dialable_from(&seen.path.address, address),
-                // A name.
-                None => matches!(
-                    address.iter().next(),
-                    Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_))
-                ),
+            let place = match first_ip(address) {
+                Some(ip) => is_public(&ip) || dialable_from(&seen.path.address, address),
+                None => starts_with_name(address),
             };
             place && !is_relayed(address)
         });
@@ -294,17 +290,11 @@ where
     /// What reservations here name. One that strangers reach at one port is taken to be reached at the others.
     fn relay_addresses(&self) -> Vec<Multiaddr> {
         let reachable = self.reachable_at();
-        let reached: HashSet<IpAddr> = reachable
-            .iter()
-            .filter_map(socket)
-            .map(|(at, _)| at.ip())
-            .collect();
+        let reached: HashSet<IpAddr> = reachable.iter().filter_map(first_ip).collect();
         let all = self.relay_server == RelayServer::Always;
         let own = self.addresses().into_iter();
-        own.filter(|address| match socket(address) {
-            Some((at, _)) => all || reached.contains(&at.ip()),
-            // A name that was given, or a WebSocket.
-            None => !is_relayed(address),
+        own.filter(|address| {
+            !is_relayed(address) && first_ip(address).is_none_or(|ip| all || reached.contains(&ip))
         })
         .collect()
     }

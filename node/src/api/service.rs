@@ -148,6 +148,7 @@ impl node_server::Node for Service {
                 .collect(),
             relays: known.relays.iter().map(ToString::to_string).collect(),
             is_relay: known.is_relay,
+            lacks_relays: known.lacks_relays,
             relay_use: Some(api::RelayUse {
                 reservations: known.relay_use.reservations as u64,
                 circuits: known.relay_use.circuits as u64,

@@ -31,6 +31,7 @@ pub(crate) fn status(error: &Error) -> Status {
             (Code::InvalidArgument, "INVALID_INPUT")
         }
         Error::Home(HomeError::InUse(_)) => (Code::FailedPrecondition, "HOME_IN_USE"),
+        Error::Home(_) => (Code::FailedPrecondition, "HOME"),
         Error::InvalidContent { .. } => (Code::DataLoss, "INVALID_CONTENT"),
         Error::Network(SpawnError::Bootstrap(_)) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Network(_) => (Code::Internal, "NETWORK"),

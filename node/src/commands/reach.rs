@@ -210,6 +210,7 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
                 "udp": known.udp,
                 "ipv6": known.ipv6,
                 "relays": known.relays,
+                "lacks_relays": known.lacks_relays,
                 "is_relay": known.is_relay,
                 "relay_use": {
                     "reservations": relayed.reservations,
@@ -272,6 +273,9 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
         }
     );
     list("relays     ", &known.relays, "none");
+    if known.lacks_relays && !known.relays.is_empty() {
+        out!("             more are being looked for");
+    }
     if known.is_relay {
         out!(
             "is a relay   for {} peers; {} connections now, {} in all, {} requests refused",

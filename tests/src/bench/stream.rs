@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use libp2p::swarm::dummy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use weft_net::{
-    Class, Config, Multiaddr, Network, StreamProtocol, identity::Keypair, split_peer_id,
+    Class, Config, Multiaddr, Network, PeerId, StreamProtocol, identity::Keypair, split_peer_id,
 };
 
 use super::{
@@ -50,6 +50,15 @@ impl Side {
         config
     }
 
+    fn bench(self) -> &'static str {
+        match self {
+            Self::Lane => "stream-lane",
+            Self::Yamux => "stream-yamux",
+            Self::Quic => "stream-quic",
+            Self::Rustls => "rustls tcp",
+        }
+    }
+
     fn listen(self) -> &'static str {
         match self {
             Self::Quic => "/ip4/127.0.0.1/udp/0/quic-v1",
@@ -62,8 +71,11 @@ impl Side {
 ///
 /// # Errors
 /// [`Failure`] if a side fails, or fewer bytes arrive.
-pub fn run(size: u64, rounds: usize, json: bool) -> Result<(), Failure> {
-    let sides = [Side::Rustls, Side::Lane, Side::Yamux, Side::Quic];
+pub fn run(size: u64, rounds: usize, only: &[Side], json: bool) -> Result<(), Failure> {
+    let all = [Side::Rustls, Side::Lane, Side::Yamux, Side::Quic].into_iter();
+    let sides: Vec<_> = all
+        .filter(|side| only.is_empty() || *side == Side::Rustls || only.contains(side))
+        .collect();
     let mut rates: Vec<Vec<f64>> = vec![Vec::new(); sides.len()];
     for round in 0..rounds.max(1) {
         for (side, rates) in sides.iter().zip(&mut rates) {
@@ -88,12 +100,9 @@ pub fn run(size: u64, rounds: usize, json: bool) -> Result<(), Failure> {
     }
     let mut medians = rates.into_iter().map(median);
     let baseline = medians.next().unwrap_or_default();
-    for (bench, weft) in ["stream-lane", "stream-yamux", "stream-quic"]
-        .into_iter()
-        .zip(medians)
-    {
+    for (side, weft) in sides.into_iter().skip(1).zip(medians) {
         Figure {
-            bench,
+            bench: side.bench(),
             weft,
             unit: "MB/s",
             baseline: "rustls tcp",
@@ -135,7 +144,8 @@ pub fn provide(side: Side, size: u64) -> Result<(), Failure> {
         let mut incoming = network.accept(PROTOCOL)?;
         let address = network.addresses().all.remove(0);
         announce(&format!("{address}/p2p/{}", network.local_peer()))?;
-        let send = async {
+        // In a task, as a program's streams are: what waits in the main thread is woken from another.
+        let send = tokio::spawn(async move {
             let content = content();
             while let Some(mut stream) = incoming.next().await {
                 let mut left = size;
@@ -147,9 +157,9 @@ pub fn provide(side: Side, size: u64) -> Result<(), Failure> {
                 stream.shutdown().await?;
             }
             Ok::<_, Failure>(())
-        };
+        });
         tokio::select! {
-            sent = send => sent?,
+            sent = send => sent??,
             end = tokio::task::spawn_blocking(wait_for_end_of_input) => end??,
         }
         network.stop().await;
@@ -166,26 +176,35 @@ fn receive(side: Side, line: &str, size: u64) -> Result<Duration, Failure> {
         config.listen = Some(Vec::new());
         let network = Network::spawn(config, dummy::Behaviour).await?;
         network.connect(peer, vec![address]).await?;
-        let begin = Instant::now();
-        let mut stream = network.open(peer, PROTOCOL, Class::Bulk).await?;
-        if stream.is_lane() != (side == Side::Lane) {
-            return Err(Failure(format!("not what was to be measured: {stream:?}")));
-        }
-        // So that the other side hears of it.
-        stream.flush().await?;
-        let mut buffer = vec![0; BUFFER];
-        let mut left = size;
-        loop {
-            let n = stream.read(&mut buffer).await?;
-            left = left.saturating_sub(n as u64);
-            if n == 0 || left == 0 {
-                break;
-            }
-        }
-        let elapsed = begin.elapsed();
-        network.stop().await;
-        all(left, elapsed)
+        tokio::spawn(async move { receive_on(network, peer, side, size).await }).await?
     })
+}
+
+async fn receive_on(
+    network: Network,
+    peer: PeerId,
+    side: Side,
+    size: u64,
+) -> Result<Duration, Failure> {
+    let begin = Instant::now();
+    let mut stream = network.open(peer, PROTOCOL, Class::Bulk).await?;
+    if stream.is_lane() != (side == Side::Lane) {
+        return Err(Failure(format!("not what was to be measured: {stream:?}")));
+    }
+    // So that the other side hears of it.
+    stream.flush().await?;
+    let mut buffer = vec![0; BUFFER];
+    let mut left = size;
+    loop {
+        let n = stream.read(&mut buffer).await?;
+        left = left.saturating_sub(n as u64);
+        if n == 0 || left == 0 {
+            break;
+        }
+    }
+    let elapsed = begin.elapsed();
+    network.stop().await;
+    all(left, elapsed)
 }
 
 fn receive_by_rustls(line: &str, size: u64) -> Result<Duration, Failure> {

@@ -50,6 +50,10 @@ enum Bench {
         /// Rounds of all sides in turn; the median counts
         #[arg(long, default_value_t = 3)]
         rounds: usize,
+
+        /// Only this beside the baseline; may be given several times
+        #[arg(long, value_enum)]
+        side: Vec<stream::Side>,
     },
     /// The other process of `stream`
     #[command(name = "stream-provider", hide = true)]
@@ -103,7 +107,7 @@ fn main() -> ExitCode {
             };
             nat::run(distance, Duration::from_secs(wait), cli.json)
         }
-        Bench::Stream { mib, rounds } => stream::run(mib << 20, rounds, cli.json),
+        Bench::Stream { mib, rounds, side } => stream::run(mib << 20, rounds, &side, cli.json),
         Bench::StreamProvider { side, size } => stream::provide(side, size),
         Bench::Provider { file, side } => transfer::provide(&file, side),
     };
