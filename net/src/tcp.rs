@@ -5,12 +5,13 @@
 
 use std::{
     fmt, io,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
 };
 
 use futures::{AsyncRead, AsyncWrite};
 use libp2p::tcp::tokio::TcpStream;
+use tokio::task::coop::consume_budget;
 
 /// Bytes read at once while much comes. Twice as much was no faster in measurements.
 const AHEAD: usize = 128 * 1024;
@@ -68,6 +69,8 @@ impl AsyncRead for Tcp {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        // What is read from memory counts as much as what is read from the system: a connection on which much comes must not hold up the others.
+        ready!(pin!(consume_budget()).poll(cx));
         let socket = Pin::new(&mut this.socket);
         if this.at == this.end {
             if !this.much || buffer.len() >= AHEAD {

@@ -47,6 +47,8 @@ const PROTOCOLS: [&str; 7] = [
 
 /// Floods the node at this address, which ends in `/p2p/<PeerId>`, for so many seconds; says what it came to.
 pub(super) fn run(address: &str, seconds: u64) -> anyhow::Result<()> {
+    // A flood comes from machines that have processors of their own; here it must not win by taking those of its target.
+    rustix::process::nice(5)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
