@@ -10,7 +10,8 @@ use tokio::{
     time::timeout,
 };
 use weft_net::{
-    Class, Config, ConnectError, Multiaddr, Network, OpenError, PathKind, SpawnError, Transport,
+    Access, Class, Config, ConnectError, Multiaddr, Network, OpenError, PathKind, Rule, SpawnError,
+    Transport,
 };
 
 const ECHO: StreamProtocol = StreamProtocol::new("/weft/test/echo");
@@ -311,4 +312,97 @@ async fn stock_libp2p_with_noise_and_yamux_connects() {
     })
     .await
     .unwrap();
+}
+
+/// Whoever waits on a stream hears of it when its connection is closed on this side, over every transport.
+#[tokio::test]
+async fn closing_a_connection_ends_its_streams_on_both_sides() {
+    for listen in ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"] {
+        let (one, two) = (network(&[]).await, network(&[listen]).await);
+        let mut incoming = two.accept(ECHO).unwrap();
+        one.connect(two.local_peer(), two.addresses().all)
+            .await
+            .unwrap();
+        let peer = two.local_peer();
+        let mut near = one.open(peer, ECHO, Class::Interactive).await.unwrap();
+        near.write_all(b"weft").await.unwrap();
+        near.flush().await.unwrap();
+        let mut far = timeout(PATIENCE, incoming.next()).await.unwrap().unwrap();
+        let mut got = [0; 4];
+        far.read_exact(&mut got).await.unwrap();
+        let (mut near, mut near_write) = tokio::io::split(near);
+        let mut byte = [0];
+        let reading = near.read(&mut byte);
+        // More than any window: it waits for the other side to read.
+        let much = vec![0; 64 << 20];
+        let writing = near_write.write_all(&much);
+        let close = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            one.set_access(Access {
+                block: vec![Rule::Peer(peer)],
+                ..Access::default()
+            })
+            .await;
+        };
+        let ended = timeout(Duration::from_secs(8), async {
+            tokio::join!(reading, writing, close)
+        });
+        let (read, wrote, ()) = ended.await.unwrap_or_else(|_| panic!("{listen}: waits on"));
+        assert!(read.is_err() || read.is_ok_and(|n| n == 0), "{listen}");
+        wrote.unwrap_err();
+        let mut rest = Vec::new();
+        let read = timeout(PATIENCE, far.read_to_end(&mut rest)).await;
+        assert!(read.is_ok(), "{listen}: the other side waits on");
+    }
+}
+
+#[tokio::test]
+async fn a_name_is_what_it_leads_to() {
+    let two = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    echo(&two);
+    let address = two.addresses().all.remove(0).to_string();
+    let named: Multiaddr = address
+        .replace("/ip4/127.0.0.1/", "/dns4/localhost/")
+        .parse()
+        .unwrap();
+    let one = network(&[]).await;
+    one.connect(two.local_peer(), vec![named.clone()])
+        .await
+        .unwrap();
+    round_trip(&one, &two, 10).await;
+    let path = &one.peers().await[0].path;
+    assert_eq!(path.kind, PathKind::Loopback);
+    assert!(path.address.to_string().starts_with(&address), "{path:?}");
+
+    // And the lists hold for where it leads.
+    let mut config = config(&[]);
+    config.access.block = vec!["127.0.0.0/8".parse().unwrap()];
+    let shut = Network::spawn(config, dummy::Behaviour).await.unwrap();
+    for address in [named, address.parse().unwrap()] {
+        let failed = shut.connect(two.local_peer(), vec![address]).await;
+        let error = failed.unwrap_err().to_string();
+        assert!(error.contains("whom to allow and block"), "{error}");
+    }
+}
+
+/// The transports below take such addresses apart from the end, and everything that judges them from the beginning.
+#[tokio::test]
+async fn an_address_that_hides_another_is_not_dialled() {
+    let two = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    let one = network(&[]).await;
+    let address = two.addresses().all.remove(0);
+    for hiding in [
+        format!("/ip4/192.0.2.1{address}"),
+        format!("/ip4/192.0.2.1/tcp/1{address}"),
+        format!("/dns4/localhost{address}"),
+        format!("{address}/x-parity-ws/%2Fadmin"),
+    ] {
+        let failed = one.connect(two.local_peer(), vec![hiding.parse().unwrap()]);
+        let error = failed.await.unwrap_err().to_string();
+        let unsupported = ["cannot dial", "Unsupported", "not supported"];
+        assert!(
+            unsupported.iter().any(|text| error.contains(text)),
+            "{hiding}: {error}"
+        );
+    }
 }
