@@ -24,7 +24,9 @@ use libp2p::{
     swarm::{
         ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
         THandlerOutEvent, ToSwarm,
-        behaviour::{ConnectionClosed, ConnectionEstablished, NewExternalAddrOfPeer},
+        behaviour::{
+            AddressChange, ConnectionClosed, ConnectionEstablished, NewExternalAddrOfPeer,
+        },
     },
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -528,6 +530,12 @@ impl NetworkBehaviour for Behaviour {
                     connections: 0,
                 });
                 peer.connections += 1;
+            }
+            // A name has turned out to lead there, or the peer has moved.
+            FromSwarm::AddressChange(AddressChange { peer_id, new, .. }) => {
+                if let Some(peer) = self.peers.get_mut(peer_id) {
+                    peer.seen_at = new.get_remote_address().clone();
+                }
             }
             FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, .. }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {

@@ -20,7 +20,7 @@ use libp2p::{
     },
 };
 
-use crate::address::{first_ip, is_relayed};
+use crate::address::{first_ip, is_relayed, starts_with_name};
 
 /// A peer, or the peers on a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -262,8 +262,13 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        // Where a name leads, the transport tells in a moment.
-        if is_relayed(address) || ip(address).is_some() {
+        // Where a name leads, the transport tells in a moment: only then, what is said of networks can be decided.
+        let access = self.access.get();
+        let by_network = |rule: &Rule| matches!(rule, Rule::Network { .. });
+        let later = starts_with_name(address)
+            && !access.block.contains(&Rule::Peer(peer))
+            && access.allow.iter().any(by_network);
+        if !later {
             self.check(Some(&peer), Some(address))?;
         }
         Ok(dummy::ConnectionHandler)

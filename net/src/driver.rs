@@ -209,6 +209,8 @@ struct Connection {
     punched: bool,
     /// The address of ours from which packets go to the other end, when it was opened.
     source: Option<IpAddr>,
+    /// It is being closed for want of memory.
+    closing: bool,
     moved: (u64, u64),
     /// Bytes received and sent in the last second.
     rate: (u64, u64),
@@ -304,7 +306,7 @@ enum Outcome {
     /// Whether a connection that was in doubt still works.
     Doubted {
         connection: ConnectionId,
-        /// `None`: no stream could be opened to find out, because there are too many.
+        /// `None`: no answer came.
         alive: Option<bool>,
         /// Bytes that had been received when the doubt began.
         before: u64,
@@ -723,6 +725,7 @@ where
             } => {
                 let streams = &mut self.swarm.behaviour_mut().streams;
                 let received = streams.moved(connection).map_or(0, |moved| moved.0);
+                // One on which something has come is only slow, or has no room for another stream.
                 if alive.unwrap_or(received > before) {
                     streams.doubt(connection, false);
                 } else {
@@ -956,6 +959,7 @@ where
                 dialled: endpoint.is_dialer(),
                 punched,
                 source,
+                closing: false,
                 moved: (0, 0),
                 rate: (0, 0),
                 from_listener: match endpoint {
@@ -1080,7 +1084,7 @@ where
                     Ok(Ok(Ok(mut stream))) => {
                         // Any answer will do, also a refusal: what is dead gives none.
                         let answered = timeout_at(deadline.into(), pings::echo(&mut stream)).await;
-                        Some(answered.is_ok())
+                        answered.is_ok().then_some(true)
                     }
                     Ok(Ok(Err(_))) => Some(true),
                     // It is being closed.
@@ -1217,13 +1221,17 @@ where
             connections.map(move |(id, c)| (peer, id, c))
         });
         let mut opened: Vec<_> = all
-            .filter(|(peer, _, c)| !c.dialled && !streams.is_kept(peer))
-            .map(|(_, id, c)| (c.since, *id))
+            .filter(|(peer, _, c)| !c.dialled && !c.closing && !streams.is_kept(peer))
+            .map(|(peer, id, c)| (c.since, *peer, *id))
             .collect();
-        opened.sort_by_key(|(since, _)| std::cmp::Reverse(*since));
-        for (_, connection) in opened.into_iter().take(SHED) {
+        opened.sort_by_key(|(since, ..)| std::cmp::Reverse(*since));
+        for (_, peer, connection) in opened.into_iter().take(SHED) {
             tracing::debug!(%connection, "closed for want of memory");
             self.swarm.close_connection(connection);
+            let known = self.peers.get_mut(&peer);
+            if let Some(c) = known.and_then(|peer| peer.connections.get_mut(&connection)) {
+                c.closing = true;
+            }
         }
     }
 

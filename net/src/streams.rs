@@ -205,37 +205,29 @@ impl Gone {
         }
     }
 
-    /// `polled`, unless nobody will ever wake who waits for it.
-    fn or_reading<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        polled: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        Self::or(&self.fate, &mut self.reading, cx, polled)
+    /// For a reader that would have to wait.
+    fn poll_reading(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        Self::poll(&self.fate, &mut self.reading, cx)
     }
 
+    /// What a writer has come to, unless nobody will ever wake it.
     fn or_writing<T>(
         &mut self,
-        cx: &mut Context<'_>,
-        polled: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        Self::or(&self.fate, &mut self.writing, cx, polled)
-    }
-
-    fn or<T>(
-        fate: &Fate,
-        waiting: &mut Option<Ending>,
         cx: &mut Context<'_>,
         polled: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         if polled.is_ready() {
             return polled;
         }
+        Self::poll(&self.fate, &mut self.writing, cx).map(|ended| Err(ended.into()))
+    }
+
+    fn poll(fate: &Fate, waiting: &mut Option<Ending>, cx: &mut Context<'_>) -> Poll<Ended> {
         let ending = waiting.get_or_insert_with(|| Self::wait(fate));
         let ended = ready!(ending.as_mut().poll(cx));
         // For whoever asks again.
         *waiting = None;
-        Poll::Ready(Err(ended.into()))
+        Poll::Ready(ended)
     }
 }
 
@@ -268,11 +260,11 @@ impl Stream {
         }
         let (mut best, own) = (self.best.clone(), self.path.kind);
         self.better = Some(Box::pin(async move {
-            match best.wait_for(|best| *best < own).await {
-                Ok(_) => Ended::BetterPath,
-                // The last connection.
-                Err(_) => Ended::Orphaned,
+            if best.wait_for(|best| *best < own).await.is_err() {
+                // The last connection is gone. What has arrived can still be read, and then reading says so itself.
+                std::future::pending::<()>().await;
             }
+            Ended::BetterPath
         }));
     }
 }
@@ -331,8 +323,16 @@ impl AsyncRead for Stream {
             return Poll::Ready(Err(ended.into()));
         }
         let before = buffer.filled().len();
-        let read = delegate!(self, inner => inner.poll_read(cx, buffer));
-        let read = self.gone.or_reading(cx, read);
+        let mut read = delegate!(self, inner => inner.poll_read(cx, buffer));
+        if read.is_pending()
+            && let Poll::Ready(ended) = self.gone.poll_reading(cx)
+        {
+            // The last of it may have come in between.
+            read = delegate!(self, inner => inner.poll_read(cx, buffer));
+            if read.is_pending() {
+                return Poll::Ready(Err(ended.into()));
+            }
+        }
         self.traffic.received(buffer.filled().len() - before);
         read.map_err(|error| {
             let refused = error

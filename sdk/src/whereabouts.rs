@@ -41,7 +41,7 @@ const SMALL: usize = 20;
 const TRY: usize = 4;
 
 /// How long one that could not be reached is not tried again, and how many of them are remembered.
-const FAILED: Duration = Duration::from_secs(600);
+const FAILED: Duration = Duration::from_secs(120);
 const MAX_FAILED: usize = 256;
 
 fn peer_key(peer: &PeerId) -> Vec<u8> {
@@ -156,7 +156,8 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
                 return;
             };
             pause = match tried {
-                0 => (pause * 2).min(LOOK.1),
+                0 if failed.is_empty() => (pause * 2).min(LOOK.1),
+                0 => (pause * 2).min(FAILED),
                 _ => LOOK.0,
             };
         } else {
@@ -166,7 +167,14 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
         loop {
             tokio::select! {
                 // A place may have been lost.
-                changed = addresses.changed() => if changed.is_err() { return } else { break },
+                changed = addresses.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // On another network, others may be reached.
+                    failed.clear();
+                    break;
+                }
                 met = meetings.changed() => {
                     if met.is_err() {
                         return;

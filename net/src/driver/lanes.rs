@@ -175,7 +175,8 @@ where
             error,
         } = without;
         tracing::debug!(%peer, %error, "no lane");
-        if self.peers.contains_key(&peer) {
+        // For want of a place here, the peer is not to blame.
+        if self.peers.contains_key(&peer) && self.lanes.places.has(&peer) {
             self.lanes.paused.insert(peer, Instant::now() + PAUSE);
         }
         let streams = &mut self.swarm.behaviour_mut().streams;
