@@ -1,0 +1,368 @@
+//! One call: its state, and its two directions.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    future::poll_fn,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context as TaskContext, Poll, Waker},
+    time::Instant,
+};
+
+use bytes::{Bytes, BytesMut};
+use prost::Message as _;
+use tokio::task::AbortHandle;
+
+use super::{
+    frame::{self, Head, Kind, LAST, MORE, OVERHEAD},
+    limits::{MAX_ATTACHMENTS, MAX_RANK},
+    message::{Attachment, Message},
+    outbox::Out,
+    session::{SHORT, Shared, lock, within},
+    status::{Code, Status},
+};
+use crate::wire::RpcAttachment;
+
+/// One call, at either side.
+pub(super) struct Call {
+    pub(super) id: u32,
+    pub(super) state: Mutex<CallState>,
+    /// What begins it is on its way to the stream.
+    pub(super) begun: AtomicBool,
+    /// It has been given to the stream.
+    pub(super) written: AtomicBool,
+    /// At the called side: the last message says that it has ended well.
+    pub(super) finished: AtomicBool,
+}
+
+#[derive(Default)]
+pub(super) struct CallState {
+    /// Messages that nobody has taken, and what each cost.
+    pub(super) queue: VecDeque<(Message, u32, usize)>,
+    /// How it ended; for the called side, that nothing more comes.
+    pub(super) ended: Option<Result<(), Status>>,
+    /// The other side has ended it.
+    pub(super) ended_there: bool,
+    pub(super) waker: Option<Waker>,
+    pub(super) partial: Partial,
+    /// Cost of what has come and was not given back.
+    pub(super) unreturned: u64,
+    /// What was taken and is still to be given back.
+    pub(super) owed: u32,
+    /// What may be sent.
+    pub(super) credit: u64,
+    pub(super) credit_waker: Option<Waker>,
+    /// Something has come.
+    pub(super) heard: bool,
+    /// At the called side, the task that answers.
+    pub(super) task: Option<AbortHandle>,
+}
+
+/// A message that is coming.
+#[derive(Default)]
+pub(super) struct Partial {
+    pub(super) attachments: Vec<Attachment>,
+    /// The one that is coming, and its size.
+    pub(super) raw: Option<(RpcAttachment, BytesMut, usize)>,
+    /// Bytes of all attachments that were announced.
+    pub(super) announced: u64,
+    pub(super) message: BytesMut,
+    pub(super) buffered: usize,
+}
+
+impl Call {
+    pub(super) fn new(id: u32, credit: u32) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            state: Mutex::new(CallState {
+                credit: credit.into(),
+                ..CallState::default()
+            }),
+            begun: AtomicBool::new(false),
+            written: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
+        })
+    }
+
+    /// It is over; the first end counts. Messages that came before stay.
+    pub(super) fn end(&self, how: Result<(), Status>, there: bool) {
+        let mut state = lock(&self.state);
+        // Whoever has sent all that it had can still give the call up.
+        let gives_up = how.is_err() && matches!(state.ended, Some(Ok(())));
+        if state.ended.is_none() || gives_up {
+            state.ended = Some(how);
+        }
+        state.ended_there |= there;
+        let wakers = [state.waker.take(), state.credit_waker.take()];
+        drop(state);
+        wakers.into_iter().flatten().for_each(Waker::wake);
+    }
+}
+
+/// The messages that come from the other side.
+pub struct Receiver {
+    pub(super) shared: Arc<Shared>,
+    pub(super) call: Arc<Call>,
+    pub(super) caller: bool,
+    pub(super) deadline: Option<Instant>,
+}
+
+impl fmt::Debug for Receiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Receiver")
+            .field("call", &self.call.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Receiver {
+    /// The next message; `None` when there is none any more, and at the calling side the call has ended well.
+    ///
+    /// # Errors
+    /// How the call ended otherwise.
+    pub async fn next(&mut self) -> Result<Option<Message>, Status> {
+        let Some(deadline) = self.deadline else {
+            return poll_fn(|cx| self.poll_next(cx)).await;
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        within(Some(left), poll_fn(|cx| self.poll_next(cx))).await
+    }
+
+    pub(super) fn poll_next(
+        &mut self,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<Result<Option<Message>, Status>> {
+        let mut state = lock(&self.call.state);
+        if let Some((message, cost, buffered)) = state.queue.pop_front() {
+            state.owed += cost;
+            // Not for every few bytes.
+            let give = state.owed >= self.shared.ours.window / 4 && state.ended.is_none();
+            let back = match give {
+                true => std::mem::take(&mut state.owed),
+                false => 0,
+            };
+            state.unreturned -= u64::from(back);
+            drop(state);
+            self.shared.buffered.fetch_sub(buffered, Ordering::AcqRel);
+            if back > 0 {
+                self.shared.outbox.credit(self.call.id, back);
+            }
+            return Poll::Ready(Ok(Some(message)));
+        }
+        let Some(ended) = &state.ended else {
+            state.waker = Some(cx.waker().clone());
+            return Poll::Pending;
+        };
+        let (ended, over) = (ended.clone(), state.ended_there);
+        drop(state);
+        if self.caller && over {
+            self.shared.forget(&self.call, true);
+        }
+        Poll::Ready(ended.map(|()| None))
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if self.caller {
+            let ended_there = lock(&self.call.state).ended_there;
+            let status = Status::new(Code::Cancelled, "cancelled here");
+            self.call.end(Err(status), false);
+            if !ended_there && self.call.begun.load(Ordering::Acquire) {
+                let mut cancel = BytesMut::new();
+                frame::put(&mut cancel, Kind::Cancel, 0, self.call.id, &[]);
+                self.shared.outbox.push_now(Out::Frames(cancel));
+            }
+            self.shared.forget(&self.call, true);
+        }
+        let mut state = lock(&self.call.state);
+        let left: usize = state.queue.drain(..).map(|(_, _, buffered)| buffered).sum();
+        let partial = std::mem::take(&mut state.partial).buffered;
+        drop(state);
+        self.shared
+            .buffered
+            .fetch_sub(left + partial, Ordering::AcqRel);
+    }
+}
+
+/// Sends messages to the other side.
+pub struct Sender {
+    pub(super) shared: Arc<Shared>,
+    pub(super) call: Arc<Call>,
+    /// The frame that begins the call, to go out with the first message.
+    pub(super) begin: Option<BytesMut>,
+    pub(super) caller: bool,
+    pub(super) closed: bool,
+}
+
+impl fmt::Debug for Sender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sender")
+            .field("call", &self.call.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Sender {
+    /// Sends a message. Waits while the other side has given no credit, or too much waits to be written.
+    ///
+    /// # Errors
+    /// If the call has ended, or the message is over a limit of the other side's, which leaves the call as it is.
+    pub async fn send(&mut self, message: Message) -> Result<(), Status> {
+        self.write(message, false).await
+    }
+
+    /// Sends the last message. At the called side, the call ends well with it.
+    ///
+    /// # Errors
+    /// As [`Sender::send`].
+    pub async fn send_last(&mut self, message: Message) -> Result<(), Status> {
+        self.write(message, true).await
+    }
+
+    /// Says that no more messages come. Dropping it at the calling side says so too.
+    pub async fn close(&mut self) {
+        if self.closed || !self.caller {
+            return;
+        }
+        self.closed = true;
+        let out = self.first(Kind::Close, 0, &[]);
+        self.shared.outbox.push(out).await;
+    }
+
+    /// With what begins the call before it, if that has not been sent.
+    pub(super) fn first(&mut self, kind: Kind, flags: u8, bytes: &[u8]) -> Out {
+        let id = self.call.id;
+        match self.begin.take() {
+            Some(mut begin) => {
+                frame::put(&mut begin, kind, flags, id, bytes);
+                self.call.begun.store(true, Ordering::Release);
+                Out::Begin(begin, Arc::clone(&self.call))
+            }
+            None => {
+                let mut frames = BytesMut::new();
+                frame::put(&mut frames, kind, flags, id, bytes);
+                Out::Frames(frames)
+            }
+        }
+    }
+
+    pub(super) async fn write(&mut self, message: Message, last: bool) -> Result<(), Status> {
+        if self.closed {
+            let text = "nothing can follow the last message";
+            return Err(Status::new(Code::FailedPrecondition, text));
+        }
+        self.check(&message)?;
+        let flags = if last { LAST } else { 0 };
+        for attachment in &message.attachments {
+            let announced = RpcAttachment {
+                dtype: attachment.dtype.clone(),
+                shape: attachment.shape.clone(),
+                size: attachment.bytes.len() as u64,
+            };
+            let announced = announced.encode_to_vec();
+            self.pay(announced.len() as u32 + OVERHEAD).await?;
+            let out = self.first(Kind::Attachment, 0, &announced);
+            self.shared.outbox.push(out).await;
+            if attachment.bytes.is_empty() {
+                continue;
+            }
+            for (part, _) in frame::parts(&attachment.bytes) {
+                self.part(Kind::Raw, 0, part).await?;
+            }
+        }
+        if message.bytes.len() <= SHORT {
+            self.pay(message.bytes.len() as u32 + OVERHEAD).await?;
+            let out = self.first(Kind::Data, flags, &message.bytes);
+            self.shared.outbox.push(out).await;
+        } else {
+            for (part, end) in frame::parts(&message.bytes) {
+                let flags = if end { flags } else { MORE };
+                self.part(Kind::Data, flags, part).await?;
+            }
+        }
+        if last {
+            self.closed = true;
+            self.call.finished.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn part(&mut self, kind: Kind, flags: u8, bytes: Bytes) -> Result<(), Status> {
+        self.pay(bytes.len() as u32 + OVERHEAD).await?;
+        if let Some(begin) = self.begin.take() {
+            self.call.begun.store(true, Ordering::Release);
+            let out = Out::Begin(begin, Arc::clone(&self.call));
+            self.shared.outbox.push(out).await;
+        }
+        let head = Head {
+            kind,
+            flags,
+            call: self.call.id,
+            length: bytes.len() as u32,
+        };
+        self.shared.outbox.push(Out::Part(head, bytes)).await;
+        Ok(())
+    }
+
+    pub(super) fn check(&self, message: &Message) -> Result<(), Status> {
+        let theirs = *lock(&self.shared.theirs);
+        let attached: usize = message.attachments.iter().map(|a| a.bytes.len()).sum();
+        let ranks = message.attachments.iter().map(|a| a.shape.len()).max();
+        for (what, size, limit) in [
+            ("a message", message.bytes.len(), theirs.max_message),
+            ("attachments", attached, theirs.max_attachments),
+            (
+                "a number of attachments",
+                message.attachments.len(),
+                MAX_ATTACHMENTS,
+            ),
+            ("a shape", ranks.unwrap_or_default(), MAX_RANK),
+        ] {
+            if size > limit {
+                return Err(Status::new(
+                    Code::ResourceExhausted,
+                    format!("{what} of {size} is over the other side's limit of {limit}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes so much of the credit that the other side has given.
+    pub(super) async fn pay(&self, cost: u32) -> Result<(), Status> {
+        let cost = u64::from(cost);
+        poll_fn(|cx| {
+            let mut state = lock(&self.call.state);
+            match &state.ended {
+                Some(Err(status)) => return Poll::Ready(Err(status.clone())),
+                // Whoever called may end what it sends while answers still go to it.
+                Some(Ok(())) if self.caller => {
+                    let text = "the call has ended";
+                    return Poll::Ready(Err(Status::new(Code::Cancelled, text)));
+                }
+                _ => {}
+            }
+            if state.credit >= cost {
+                state.credit -= cost;
+                return Poll::Ready(Ok(()));
+            }
+            state.credit_waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        let ended = lock(&self.call.state).ended.is_some();
+        if self.caller && !self.closed && !ended {
+            let out = self.first(Kind::Close, 0, &[]);
+            self.shared.outbox.push_now(out);
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! What the frames of the other side do.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    task::Waker,
+};
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::AsyncRead;
+
+use super::{
+    call::{Call, CallState},
+    drive::{Input, SessionError},
+    frame::{self, Head, Kind, LAST, MAX_FRAME, MORE, OVERHEAD, Violation, limit},
+    limits::{LEAST, Limits, MAX_ATTACHMENTS, MAX_CONTROL, MAX_RANK},
+    message::{Attachment, Message},
+    serve::Serving,
+    session::{Shared, lock},
+    status::{Code, Seen, Status},
+};
+use crate::wire::{RpcAttachment, RpcRequest, RpcShutdown, RpcStatus};
+
+impl Shared {
+    /// The other side has said what it takes.
+    pub(super) fn greeted(&self, theirs: Limits) {
+        *lock(&self.theirs) = theirs;
+        self.places.add_permits(theirs.max_calls - LEAST.max_calls);
+        let more = u64::from(theirs.window - LEAST.window);
+        let open: Vec<_> = lock(&self.calls).open.values().cloned().collect();
+        for call in open {
+            let mut state = lock(&call.state);
+            state.credit += more;
+            let waker = state.credit_waker.take();
+            drop(state);
+            waker.into_iter().for_each(Waker::wake);
+        }
+    }
+
+    pub(super) async fn take<R>(
+        self: &Arc<Self>,
+        head: Head,
+        input: &mut Input<R>,
+        serving: &Serving,
+    ) -> Result<(), SessionError>
+    where
+        R: AsyncRead + Unpin,
+    {
+        let length = u64::from(head.length);
+        let control = |what| limit(what, length, MAX_CONTROL);
+        match head.kind {
+            Kind::Hello => return Err(Violation::Order("a second hello").into()),
+            Kind::Request => {
+                let most = MAX_CONTROL + self.ours.max_metadata as u64;
+                limit("a request", length, most)?;
+                // Who opens calls without end is to hold up nobody else.
+                tokio::task::consume_budget().await;
+                let bytes = input.bytes(head.length).await?;
+                let request: RpcRequest = frame::decode("a request", &bytes)?;
+                return Ok(self.begin_serving(head.call, request, serving)?);
+            }
+            Kind::Shutdown => {
+                control("a shutdown")?;
+                let bytes = input.bytes(head.length).await?;
+                let shutdown: RpcShutdown = frame::decode("a shutdown", &bytes)?;
+                self.shut_down(shutdown.last_call);
+                return Ok(());
+            }
+            _ => {}
+        }
+        let call = lock(&self.calls).open.get(&head.call).cloned();
+        let Some(call) = call else {
+            // It has ended here, and the other side does not know yet. What was never opened is another matter.
+            if head.call == 0 || (serving.is_none() && head.call > lock(&self.calls).next) {
+                return Err(Violation::Order("a frame of a call that was never made").into());
+            }
+            return input.skip(head.length).await;
+        };
+        match head.kind {
+            Kind::Data => {
+                let bytes = input.bytes(head.length).await?;
+                self.data(&call, head.flags, bytes, serving.is_some())?;
+            }
+            Kind::Attachment => {
+                control("an attachment's head")?;
+                let bytes = input.bytes(head.length).await?;
+                self.attachment(&call, &bytes)?;
+            }
+            Kind::Raw => self.raw(&call, head.length, input).await?,
+            Kind::Credit => {
+                let bytes = input.bytes(head.length).await?;
+                let bytes: [u8; 4] = bytes
+                    .as_ref()
+                    .try_into()
+                    .map_err(|_| Violation::Order("credit that is no number of four bytes"))?;
+                let more = u64::from(u32::from_le_bytes(bytes));
+                let mut state = lock(&call.state);
+                state.heard = true;
+                state.credit += more;
+                limit("credit", state.credit, 1 << 40)?;
+                let waker = state.credit_waker.take();
+                drop(state);
+                waker.into_iter().for_each(Waker::wake);
+            }
+            Kind::Cancel => {
+                limit("a cancellation", length, 0)?;
+                if serving.is_none() {
+                    return Err(
+                        Violation::Order("a cancellation by the side that is called").into(),
+                    );
+                }
+                let task = lock(&call.state).task.take();
+                let status = Status::new(Code::Cancelled, "the caller has cancelled");
+                call.end(Err(status), true);
+                self.forget(&call, false);
+                task.into_iter().for_each(|task| task.abort());
+            }
+            Kind::Close => {
+                limit("a close", length, 0)?;
+                if serving.is_none() {
+                    return Err(Violation::Order("a close by the side that is called").into());
+                }
+                call.end(Ok(()), true);
+            }
+            Kind::End => {
+                control("a status")?;
+                if serving.is_some() {
+                    return Err(Violation::Order("a status from the side that calls").into());
+                }
+                let bytes = input.bytes(head.length).await?;
+                let status: RpcStatus = frame::decode("a status", &bytes)?;
+                lock(&call.state).heard = true;
+                let ended = match Code::from_number(status.code) {
+                    Code::Ok => Ok(()),
+                    code => Err(Status {
+                        code,
+                        message: status.message,
+                        details: status.details,
+                        seen: None,
+                    }),
+                };
+                call.end(ended, true);
+            }
+            Kind::Hello | Kind::Request | Kind::Shutdown => unreachable!("taken above"),
+        }
+        Ok(())
+    }
+
+    /// Counts what has come on a call against what it was given. Whether anybody still waits for it.
+    pub(super) fn charge(&self, state: &mut CallState, cost: u64) -> Result<bool, Violation> {
+        if state.ended_there {
+            return Err(Violation::Order("more after the last message"));
+        }
+        state.heard = true;
+        state.unreturned += cost;
+        limit(
+            "what was sent without credit",
+            state.unreturned,
+            self.ours.window.into(),
+        )?;
+        Ok(state.ended.is_none())
+    }
+
+    /// Holds so many bytes more for a call, unless there are too many already: then the call fails, and no other.
+    pub(super) fn hold(&self, state: &mut CallState, bytes: usize) -> bool {
+        let before = self.buffered.fetch_add(bytes, Ordering::AcqRel);
+        if before.saturating_add(bytes) <= self.ours.max_buffered {
+            state.partial.buffered += bytes;
+            return true;
+        }
+        self.buffered.fetch_sub(bytes, Ordering::AcqRel);
+        let text = format!(
+            "more than {} bytes wait to be taken",
+            self.ours.max_buffered
+        );
+        if state.ended.is_none() {
+            state.ended = Some(Err(Status::new(Code::ResourceExhausted, text)));
+        }
+        let wakers = [state.waker.take(), state.credit_waker.take()];
+        wakers.into_iter().flatten().for_each(Waker::wake);
+        false
+    }
+
+    /// Gives credit back at once while a message is coming and nothing waits before it: whoever takes it cannot before it is whole.
+    pub(super) fn go_on(&self, call: &Call, state: &mut CallState, cost: u64) {
+        if state.queue.is_empty() {
+            state.unreturned -= cost;
+            self.outbox.credit(call.id, cost as u32);
+        } else {
+            state.owed += cost as u32;
+        }
+    }
+
+    pub(super) fn data(
+        &self,
+        call: &Call,
+        flags: u8,
+        bytes: BytesMut,
+        serves: bool,
+    ) -> Result<(), Violation> {
+        let mut state = lock(&call.state);
+        let state = &mut *state;
+        let cost = bytes.len() as u64 + u64::from(OVERHEAD);
+        if !self.charge(state, cost)? {
+            return Ok(());
+        }
+        if state.partial.raw.is_some() {
+            return Err(Violation::Order("a message before its attachment is whole"));
+        }
+        let size = (state.partial.message.len() + bytes.len()) as u64;
+        limit("a message", size, self.ours.max_message as u64)?;
+        if !self.hold(state, bytes.len()) {
+            return Ok(());
+        }
+        match state.partial.message.is_empty() {
+            true => state.partial.message = bytes,
+            false => state.partial.message.extend_from_slice(&bytes),
+        }
+        if flags & MORE != 0 {
+            self.go_on(call, state, cost);
+            return Ok(());
+        }
+        let whole = std::mem::take(&mut state.partial);
+        let message = Message {
+            bytes: whole.message.freeze(),
+            attachments: whole.attachments,
+        };
+        state
+            .queue
+            .push_back((message, cost as u32, whole.buffered));
+        // At the called side, more may still go out.
+        if flags & LAST != 0 {
+            state.ended = Some(Ok(()));
+            state.ended_there = true;
+            if !serves {
+                state.credit_waker.take().into_iter().for_each(Waker::wake);
+            }
+        }
+        state.waker.take().into_iter().for_each(Waker::wake);
+        Ok(())
+    }
+
+    pub(super) fn attachment(&self, call: &Call, bytes: &[u8]) -> Result<(), Violation> {
+        let announced: RpcAttachment = frame::decode("an attachment's head", bytes)?;
+        let mut state = lock(&call.state);
+        let state = &mut *state;
+        let cost = bytes.len() as u64 + u64::from(OVERHEAD);
+        if !self.charge(state, cost)? {
+            return Ok(());
+        }
+        if state.partial.raw.is_some() || !state.partial.message.is_empty() {
+            return Err(Violation::Order(
+                "an attachment within another or a message",
+            ));
+        }
+        let number = state.partial.attachments.len() + 1;
+        limit(
+            "a number of attachments",
+            number as u64,
+            MAX_ATTACHMENTS as u64,
+        )?;
+        limit("a shape", announced.shape.len() as u64, MAX_RANK as u64)?;
+        let all = state.partial.announced.saturating_add(announced.size);
+        limit("attachments", all, self.ours.max_attachments as u64)?;
+        state.partial.announced = all;
+        self.go_on(call, state, cost);
+        if announced.size == 0 {
+            state.partial.attachments.push(Attachment {
+                dtype: announced.dtype,
+                shape: announced.shape,
+                bytes: Bytes::new(),
+            });
+        } else {
+            let size = announced.size as usize;
+            // Grows as bytes come: what is only announced takes no memory.
+            let buffer = BytesMut::with_capacity(size.min(MAX_FRAME));
+            state.partial.raw = Some((announced, buffer, size));
+        }
+        Ok(())
+    }
+
+    pub(super) async fn raw<R>(
+        &self,
+        call: &Call,
+        length: u32,
+        input: &mut Input<R>,
+    ) -> Result<(), SessionError>
+    where
+        R: AsyncRead + Unpin,
+    {
+        let cost = u64::from(length) + u64::from(OVERHEAD);
+        let taken = {
+            let mut state = lock(&call.state);
+            let state = &mut *state;
+            let waited_for = self.charge(state, cost)?;
+            match state.partial.raw.take() {
+                _ if !waited_for => None,
+                None => return Err(Violation::Order("bytes of no attachment").into()),
+                Some((announced, buffer, size)) => {
+                    let left = size - buffer.len();
+                    limit("bytes of an attachment", length.into(), left as u64)?;
+                    let held = self.hold(state, length as usize);
+                    held.then_some((announced, buffer, size))
+                }
+            }
+        };
+        let Some((announced, mut buffer, size)) = taken else {
+            return input.skip(length).await;
+        };
+        if buffer.capacity() - buffer.len() < length as usize {
+            // Doubles, up to what was announced.
+            let more = buffer.capacity().max(MAX_FRAME).min(size - buffer.len());
+            buffer.reserve(more);
+        }
+        input.append(length, &mut buffer).await?;
+        let mut state = lock(&call.state);
+        let state = &mut *state;
+        if buffer.len() == size {
+            state.partial.attachments.push(Attachment {
+                dtype: announced.dtype,
+                shape: announced.shape,
+                bytes: buffer.freeze(),
+            });
+        } else {
+            state.partial.raw = Some((announced, buffer, size));
+        }
+        self.go_on(call, state, cost);
+        Ok(())
+    }
+
+    /// The other side looks at no call with a higher number.
+    pub(super) fn shut_down(&self, last: u32) {
+        let mut calls = lock(&self.calls);
+        calls.shutdown = Some(last);
+        let unseen = calls.open.extract_if(|id, _| *id > last);
+        let unseen: Vec<_> = unseen.map(|(_, call)| call).collect();
+        drop(calls);
+        for call in unseen {
+            let why = "the other side takes no more calls";
+            call.end(Err(Status::lost(Seen::No, why)), true);
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! One side of a stream on which many calls go on at a time.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    future::Future,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::Semaphore,
+    time::timeout,
+};
+
+use super::{
+    call::{Call, Receiver, Sender},
+    drive::{SessionError, drive},
+    frame::{self, Kind},
+    limits::{LEAST, Limits},
+    message::{Message, Metadata, metadata_size, to_wire},
+    outbox::Outbox,
+    serve::Handler,
+    status::{Code, Seen, Status},
+};
+use crate::wire::RpcRequest;
+
+/// What is shorter is copied, so that it holds nothing else.
+pub(super) const SHORT: usize = 4096;
+
+/// What a caller says beside the method and the message.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// How long the caller waits for the end of the call. The other side is told, and drops its handler when it is over.
+    pub timeout: Option<Duration>,
+    /// Names and values for the handler.
+    pub metadata: Metadata,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while holding the lock")
+}
+
+/// The calling side of a session. Cheap to clone; when the last clone is dropped and no call is open, the session ends.
+#[derive(Clone)]
+pub struct Session {
+    pub(super) shared: Arc<Shared>,
+    pub(super) _alive: Arc<Alive>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("calls", &lock(&self.shared.calls).open.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Tells the session when nobody can call any more.
+pub(super) struct Alive(Arc<Shared>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        lock(&self.0.calls).leaving = true;
+        self.0.outbox.wake();
+    }
+}
+
+pub(super) struct Shared {
+    pub(super) ours: Limits,
+    pub(super) theirs: Mutex<Limits>,
+    pub(super) calls: Mutex<Calls>,
+    /// For calls of ours.
+    pub(super) places: Semaphore,
+    pub(super) outbox: Outbox,
+    /// Bytes that nobody has taken yet.
+    pub(super) buffered: AtomicUsize,
+}
+
+#[derive(Default)]
+pub(super) struct Calls {
+    pub(super) open: HashMap<u32, Arc<Call>>,
+    pub(super) next: u32,
+    /// Why there are no more.
+    pub(super) ended: Option<String>,
+    /// The other side has said that it looks at no call with a higher number.
+    pub(super) shutdown: Option<u32>,
+    /// Nobody here calls any more.
+    pub(super) leaving: bool,
+}
+
+impl Session {
+    /// The calling side on `stream`, and what drives it: a future to be spawned, which says why the session has ended, `Ok` if both sides wanted
+    /// that.
+    pub fn client<S>(
+        stream: S,
+        limits: Limits,
+    ) -> (Self, impl Future<Output = Result<(), SessionError>> + Send)
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let shared = Shared::new(limits);
+        let session = Self {
+            shared: Arc::clone(&shared),
+            _alive: Arc::new(Alive(Arc::clone(&shared))),
+        };
+        (session, drive(stream, shared, None))
+    }
+
+    /// The called side on `stream`: answers until the other side has gone and all is answered, or either fails.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn serve<S>(
+        stream: S,
+        limits: Limits,
+        peer: Arc<str>,
+        handler: Arc<dyn Handler>,
+    ) -> Result<(), SessionError>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        drive(stream, Shared::new(limits), Some((peer, handler))).await
+    }
+
+    /// Whether calls can still be made on it.
+    pub fn is_open(&self) -> bool {
+        let calls = lock(&self.shared.calls);
+        calls.ended.is_none() && calls.shutdown.is_none()
+    }
+
+    /// Calls `method` with one message, and waits for one.
+    ///
+    /// # Errors
+    /// [`Status`].
+    pub async fn unary(
+        &self,
+        method: &str,
+        message: Message,
+        options: Options,
+    ) -> Result<Message, Status> {
+        let time = options.timeout;
+        let call = async {
+            let (mut sender, mut receiver) = self.begin(method, options).await?;
+            sender.check(&message)?;
+            let sent = sender.send_last(message).await;
+            // If it could not be sent, because the call has ended, how it has is what counts.
+            let answer = receiver.next().await?;
+            let answer = match (answer, sent) {
+                (Some(answer), _) => answer,
+                (None, Err(status)) => return Err(status),
+                (None, Ok(())) => {
+                    let text = "the call ended well without an answer";
+                    return Err(Status::new(Code::Internal, text));
+                }
+            };
+            match receiver.next().await? {
+                None => Ok(answer),
+                Some(_) => Err(Status::new(Code::Internal, "more than one answer")),
+            }
+        };
+        within(time, call).await
+    }
+
+    /// Calls `method`, for streams in either direction. Dropping the receiver cancels the call.
+    ///
+    /// # Errors
+    /// [`Status`].
+    pub async fn call(&self, method: &str, options: Options) -> Result<(Sender, Receiver), Status> {
+        let (sender, mut receiver) = self.begin(method, options.clone()).await?;
+        receiver.deadline = options.timeout.map(|time| Instant::now() + time);
+        Ok((sender, receiver))
+    }
+
+    pub(super) async fn begin(
+        &self,
+        method: &str,
+        options: Options,
+    ) -> Result<(Sender, Receiver), Status> {
+        let asked = Instant::now();
+        let shared = &self.shared;
+        let theirs = *lock(&shared.theirs);
+        let size = metadata_size(&options.metadata);
+        if size > theirs.max_metadata {
+            return Err(Status::new(
+                Code::ResourceExhausted,
+                format!(
+                    "metadata of {size} bytes is over the other side's limit of {}",
+                    theirs.max_metadata
+                ),
+            ));
+        }
+        let place = shared.places.acquire().await;
+        // Never closed before the calls have been ended.
+        let place = place.map_err(|_| shared.lost())?;
+        let request = RpcRequest {
+            method: method.to_owned(),
+            timeout_micros: options
+                .timeout
+                // What is left of it.
+                .map(|time| time.saturating_sub(asked.elapsed()))
+                .map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX)),
+            metadata: to_wire(options.metadata),
+        };
+        let call = {
+            let mut calls = lock(&shared.calls);
+            if calls.ended.is_some() || calls.shutdown.is_some() {
+                drop(calls);
+                return Err(shared.lost());
+            }
+            // 0 is the session itself; one that has used up all numbers makes place for another.
+            let Some(next) = calls.next.checked_add(1) else {
+                calls.shutdown = Some(u32::MAX);
+                drop(calls);
+                return Err(shared.lost());
+            };
+            calls.next = next;
+            let window = lock(&shared.theirs).window;
+            let call = Call::new(calls.next, window);
+            calls.open.insert(call.id, Arc::clone(&call));
+            call
+        };
+        place.forget();
+        let receiver = Receiver {
+            shared: Arc::clone(shared),
+            call: Arc::clone(&call),
+            caller: true,
+            deadline: None,
+        };
+        let mut begin = BytesMut::with_capacity(256);
+        frame::put_message(&mut begin, Kind::Request, call.id, &request);
+        let sender = Sender {
+            shared: Arc::clone(shared),
+            call,
+            begin: Some(begin),
+            caller: true,
+            closed: false,
+        };
+        Ok((sender, receiver))
+    }
+}
+
+/// What `call` comes to, if it comes in time.
+pub(super) async fn within<T>(
+    time: Option<Duration>,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    match time {
+        None => call.await,
+        Some(time) => timeout(time, call).await.unwrap_or_else(|_| Err(late())),
+    }
+}
+
+pub(super) fn late() -> Status {
+    Status::new(Code::DeadlineExceeded, "the caller's time is over")
+}
+
+impl Shared {
+    pub(super) fn new(ours: Limits) -> Arc<Self> {
+        Arc::new(Self {
+            ours: ours.at_least(),
+            theirs: Mutex::new(LEAST),
+            calls: Mutex::default(),
+            places: Semaphore::new(LEAST.max_calls),
+            outbox: Outbox::new(),
+            buffered: AtomicUsize::new(0),
+        })
+    }
+
+    /// For a call that has not begun.
+    pub(super) fn lost(&self) -> Status {
+        let calls = lock(&self.calls);
+        let why = calls.ended.as_deref();
+        Status::lost(
+            Seen::No,
+            why.unwrap_or("the other side takes no more calls"),
+        )
+    }
+
+    pub(super) fn forget(&self, call: &Call, ours: bool) {
+        let known = lock(&self.calls).open.remove(&call.id).is_some();
+        if known && ours {
+            self.places.add_permits(1);
+        }
+        self.outbox.wake();
+    }
+
+    /// The caller has gone.
+    pub(super) fn abandon(&self) {
+        let mut calls = lock(&self.calls);
+        calls.leaving = true;
+        let open: Vec<_> = calls.open.drain().map(|(_, call)| call).collect();
+        drop(calls);
+        for call in open {
+            let task = lock(&call.state).task.take();
+            call.end(
+                Err(Status::new(Code::Cancelled, "the caller has gone")),
+                true,
+            );
+            task.into_iter().for_each(|task| task.abort());
+        }
+        self.outbox.wake();
+    }
+
+    /// Everything is over.
+    pub(super) fn end(&self, why: &str) {
+        self.outbox.close();
+        let mut calls = lock(&self.calls);
+        calls.ended.get_or_insert_with(|| why.to_owned());
+        let open: Vec<_> = calls.open.drain().map(|(_, call)| call).collect();
+        drop(calls);
+        self.places.close();
+        for call in open {
+            let mut state = lock(&call.state);
+            let task = state.task.take();
+            let seen = match (state.heard, call.written.load(Ordering::Acquire)) {
+                (true, _) => Seen::Yes,
+                (false, true) => Seen::Perhaps,
+                (false, false) => Seen::No,
+            };
+            drop(state);
+            call.end(Err(Status::lost(seen, why)), true);
+            task.into_iter().for_each(|task| task.abort());
+        }
+    }
+}

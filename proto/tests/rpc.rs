@@ -1,0 +1,491 @@
+//! Calls over a pipe in memory: what goes well, and what a peer may try.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use weft_proto::rpc::{
+    Attachment, Code, Context, Handler, Limits, Message, Options, Receiver, Seen, Sender, Session,
+    SessionError, Status,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Counts the handlers that are at work.
+#[derive(Default)]
+struct Service {
+    working: Arc<AtomicUsize>,
+}
+
+struct Working(Arc<AtomicUsize>);
+
+impl Working {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Handler for Service {
+    fn call(
+        &self,
+        context: Context,
+        mut requests: Receiver,
+        mut responses: Sender,
+    ) -> Pin<Box<dyn Future<Output = Result<(), Status>> + Send>> {
+        let working = Working::new(&self.working);
+        Box::pin(async move {
+            let _working = working;
+            match context.method.as_str() {
+                "test.Test/Echo" => {
+                    let message = requests.next().await?.unwrap();
+                    responses.send_last(message).await
+                }
+                // Each message as it comes.
+                "test.Test/Echoes" => {
+                    while let Some(message) = requests.next().await? {
+                        responses.send(message).await?;
+                    }
+                    Ok(())
+                }
+                "test.Test/Count" => {
+                    let mut sum = 0u64;
+                    while let Some(message) = requests.next().await? {
+                        sum += message.bytes.len() as u64;
+                        sum += message
+                            .attachments
+                            .iter()
+                            .map(|a| a.bytes.len() as u64)
+                            .sum::<u64>();
+                    }
+                    let sum = Bytes::copy_from_slice(&sum.to_le_bytes());
+                    responses.send_last(sum.into()).await
+                }
+                "test.Test/Flood" => loop {
+                    let junk = Bytes::from(vec![1; 50_000]);
+                    responses.send(junk.into()).await?;
+                },
+                "test.Test/Who" => {
+                    let mut text = context.peer.to_string();
+                    for (name, value) in context.metadata {
+                        text.push_str(&format!(" {name}={}", String::from_utf8_lossy(&value)));
+                    }
+                    responses.send_last(Bytes::from(text).into()).await
+                }
+                "test.Test/Sleep" => {
+                    sleep(Duration::from_secs(3600)).await;
+                    Ok(())
+                }
+                "test.Test/Fail" => Err(Status {
+                    details: Bytes::from_static(b"more"),
+                    ..Status::new(Code::FailedPrecondition, "not now")
+                }),
+                method => Err(Status::new(Code::Unimplemented, method)),
+            }
+        })
+    }
+}
+
+struct Pair {
+    session: Session,
+    working: Arc<AtomicUsize>,
+    near: JoinHandle<Result<(), SessionError>>,
+    far: JoinHandle<Result<(), SessionError>>,
+}
+
+fn pair(near: Limits, far: Limits) -> Pair {
+    let (a, b) = duplex(64 * 1024);
+    let service = Service::default();
+    let working = Arc::clone(&service.working);
+    let (session, driver) = Session::client(a, near);
+    Pair {
+        session,
+        working,
+        near: tokio::spawn(driver),
+        far: tokio::spawn(Session::serve(b, far, "caller".into(), Arc::new(service))),
+    }
+}
+
+fn usual() -> Pair {
+    pair(Limits::default(), Limits::default())
+}
+
+fn message(size: usize) -> Message {
+    let bytes: Vec<u8> = (0..size).map(|n| (n % 251) as u8).collect();
+    Bytes::from(bytes).into()
+}
+
+async fn echo(session: &Session, message: Message) -> Result<Message, Status> {
+    let call = session.unary("test.Test/Echo", message, Options::default());
+    timeout(PATIENCE, call).await.unwrap()
+}
+
+async fn until(what: &str, mut check: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !check() {
+        assert!(begin.elapsed() < PATIENCE, "waited in vain: {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_of_all_kinds_are_answered_and_the_session_ends_in_order() {
+    let pair = usual();
+    for size in [0, 1, 4096, 4097, 65_536, 65_537, 4 << 20] {
+        assert_eq!(
+            echo(&pair.session, message(size)).await.unwrap(),
+            message(size)
+        );
+    }
+    // Many at a time.
+    let mut calls = tokio::task::JoinSet::new();
+    for n in 0..2000 {
+        let session = pair.session.clone();
+        calls.spawn(async move {
+            assert_eq!(echo(&session, message(n)).await.unwrap(), message(n));
+        });
+    }
+    while let Some(done) = calls.join_next().await {
+        done.unwrap();
+    }
+    // Both directions.
+    let call = pair.session.call("test.Test/Echoes", Options::default());
+    let (mut sender, mut receiver) = call.await.unwrap();
+    for n in 0..100 {
+        sender.send(message(n * 1000)).await.unwrap();
+        assert_eq!(receiver.next().await.unwrap().unwrap(), message(n * 1000));
+    }
+    sender.close().await;
+    assert_eq!(receiver.next().await.unwrap(), None);
+    // Nothing at all.
+    let call = pair.session.call("test.Test/Echoes", Options::default());
+    let (sender, mut receiver) = call.await.unwrap();
+    drop(sender);
+    assert_eq!(receiver.next().await.unwrap(), None);
+    drop((receiver, pair.session));
+    timeout(PATIENCE, pair.near)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    timeout(PATIENCE, pair.far).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn attachments_come_as_they_were() {
+    let pair = usual();
+    let attachment = |size: usize| Attachment {
+        dtype: "BF16".to_owned(),
+        shape: vec![1, size as u64 / 2],
+        bytes: message(size).bytes,
+    };
+    let sent = Message {
+        attachments: vec![
+            attachment(0),
+            attachment(2),
+            attachment(30 << 20),
+            attachment(65_536),
+        ],
+        ..message(100)
+    };
+    assert_eq!(echo(&pair.session, sent.clone()).await.unwrap(), sent);
+    let (mut sender, mut receiver) = pair
+        .session
+        .call("test.Test/Count", Options::default())
+        .await
+        .unwrap();
+    for _ in 0..10 {
+        sender
+            .send(Message {
+                attachments: vec![attachment(3 << 20)],
+                ..Message::default()
+            })
+            .await
+            .unwrap();
+    }
+    sender.close().await;
+    let sum = receiver.next().await.unwrap().unwrap();
+    assert_eq!(sum.bytes, (30u64 << 20).to_le_bytes()[..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_come_back_with_all_that_they_say() {
+    let pair = usual();
+    let call = |method: &'static str| {
+        let session = pair.session.clone();
+        async move {
+            session
+                .unary(method, message(1), Options::default())
+                .await
+                .unwrap_err()
+        }
+    };
+    let failed = call("test.Test/Fail").await;
+    assert_eq!(
+        (failed.code, failed.message.as_str()),
+        (Code::FailedPrecondition, "not now")
+    );
+    assert_eq!(failed.details, "more");
+    assert_eq!(call("no.Such/Method").await.code, Code::Unimplemented);
+    let options = Options {
+        metadata: vec![("token".to_owned(), Bytes::from_static(b"secret"))],
+        ..Options::default()
+    };
+    let answer = pair
+        .session
+        .unary("test.Test/Who", message(0), options)
+        .await;
+    assert_eq!(answer.unwrap().bytes, "caller token=secret");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_over_a_limit_fails_and_says_which() {
+    let pair = usual();
+    let too_long = echo(&pair.session, message((4 << 20) + 1))
+        .await
+        .unwrap_err();
+    assert_eq!(too_long.code, Code::ResourceExhausted);
+    assert!(too_long.message.contains("limit of 4194304"), "{too_long}");
+    let options = Options {
+        metadata: vec![("x".to_owned(), Bytes::from(vec![0; 20_000]))],
+        ..Options::default()
+    };
+    let too_long = pair
+        .session
+        .unary("test.Test/Who", message(0), options)
+        .await;
+    assert!(too_long.unwrap_err().message.contains("metadata"));
+    // And the session goes on.
+    echo(&pair.session, message(10)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_dropped_or_late_ends_its_handler() {
+    let pair = usual();
+    let options = |timeout| Options {
+        timeout,
+        ..Options::default()
+    };
+    let call = pair.session.call("test.Test/Sleep", options(None));
+    let (mut sender, receiver) = call.await.unwrap();
+    sender.send(message(1)).await.unwrap();
+    until("a handler", || pair.working.load(Ordering::SeqCst) == 1).await;
+    drop(receiver);
+    until("its end", || pair.working.load(Ordering::SeqCst) == 0).await;
+    let short = Some(Duration::from_millis(50));
+    let late = pair
+        .session
+        .unary("test.Test/Sleep", message(1), options(short))
+        .await;
+    assert_eq!(late.unwrap_err().code, Code::DeadlineExceeded);
+    until("its end", || pair.working.load(Ordering::SeqCst) == 0).await;
+    // The future alone is dropped.
+    let call = pair
+        .session
+        .unary("test.Test/Sleep", message(1), options(None));
+    assert!(timeout(Duration::from_millis(50), call).await.is_err());
+    until("its end", || pair.working.load(Ordering::SeqCst) == 0).await;
+    echo(&pair.session, message(10)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_that_takes_nothing_holds_up_no_other_and_little_memory() {
+    let pair = usual();
+    let mut idle = Vec::new();
+    for _ in 0..50 {
+        let call = pair.session.call("test.Test/Flood", Options::default());
+        let (mut sender, receiver) = call.await.unwrap();
+        sender.close().await;
+        idle.push((sender, receiver));
+    }
+    for _ in 0..100 {
+        let begin = Instant::now();
+        echo(&pair.session, message(1000)).await.unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+    assert_eq!(pair.working.load(Ordering::SeqCst), 50);
+    // What it takes later has not been lost.
+    let (_, receiver) = &mut idle[0];
+    for _ in 0..100 {
+        assert_eq!(receiver.next().await.unwrap().unwrap().bytes.len(), 50_000);
+    }
+    drop(idle);
+    until("their end", || pair.working.load(Ordering::SeqCst) == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_than_may_be_held_ends_one_call_and_no_other() {
+    let small = Limits {
+        max_buffered: 4 << 20,
+        ..Limits::default()
+    };
+    let pair = pair(small, Limits::default());
+    let attached = Message {
+        attachments: vec![Attachment {
+            bytes: message(8 << 20).bytes,
+            ..Attachment::default()
+        }],
+        ..Message::default()
+    };
+    let failed = echo(&pair.session, attached).await.unwrap_err();
+    assert_eq!(failed.code, Code::ResourceExhausted);
+    echo(&pair.session, message(1 << 20)).await.unwrap();
+    until("its end", || pair.working.load(Ordering::SeqCst) == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_session_says_whether_a_call_was_seen() {
+    let pair = usual();
+    let session = pair.session.clone();
+    let asleep = tokio::spawn(async move {
+        session
+            .unary("test.Test/Sleep", message(1), Options::default())
+            .await
+    });
+    let call = pair.session.call("test.Test/Echoes", Options::default());
+    let (mut sender, mut receiver) = call.await.unwrap();
+    sender.send(message(1)).await.unwrap();
+    receiver.next().await.unwrap();
+    until("both", || pair.working.load(Ordering::SeqCst) == 2).await;
+    pair.far.abort();
+    let lost = timeout(PATIENCE, asleep)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(
+        (lost.code, lost.seen),
+        (Code::Unavailable, Some(Seen::Perhaps))
+    );
+    let lost = timeout(PATIENCE, receiver.next())
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert_eq!((lost.code, lost.seen), (Code::Unavailable, Some(Seen::Yes)));
+    let lost = echo(&pair.session, message(1)).await.unwrap_err();
+    assert_eq!((lost.code, lost.seen), (Code::Unavailable, Some(Seen::No)));
+    assert!(!pair.session.is_open());
+    until("their end", || pair.working.load(Ordering::SeqCst) == 0).await;
+}
+
+/// What a caller sends for a few calls.
+async fn recorded() -> Vec<u8> {
+    let (near, mut far) = duplex(1 << 20);
+    let (session, driver) = Session::client(near, Limits::default());
+    let driver = tokio::spawn(driver);
+    let (mut sender, receiver) = session
+        .call("test.Test/Echoes", Options::default())
+        .await
+        .unwrap();
+    let attachment = Attachment {
+        dtype: "F32".to_owned(),
+        shape: vec![5],
+        bytes: message(20).bytes,
+    };
+    let attached = Message {
+        attachments: vec![attachment],
+        ..message(3)
+    };
+    sender.send(attached).await.unwrap();
+    sender.send_last(message(5000)).await.unwrap();
+    let (mut other, cancelled) = session
+        .call("test.Test/Sleep", Options::default())
+        .await
+        .unwrap();
+    other.send(message(1)).await.unwrap();
+    drop((other, cancelled));
+    sleep(Duration::from_millis(100)).await;
+    drop((sender, receiver, session));
+    driver.abort();
+    let mut bytes = Vec::new();
+    far.read_to_end(&mut bytes).await.unwrap();
+    assert!(bytes.len() > 5000);
+    bytes
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+fn random(state: &mut u64) -> usize {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (z ^ (z >> 31)) as usize >> 1
+}
+
+fn mutate(seed: u64, bytes: &[u8]) -> Vec<u8> {
+    let (mut state, mut bytes) = (seed, bytes.to_vec());
+    for _ in 0..=random(&mut state) % 4 {
+        let at = random(&mut state) % bytes.len().max(1);
+        match random(&mut state) % 5 {
+            0 if !bytes.is_empty() => bytes[at] ^= 1 << (random(&mut state) % 8),
+            1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][random(&mut state) % 5],
+            2 => bytes.truncate(at),
+            3 => bytes.insert(at, random(&mut state) as u8),
+            _ if !bytes.is_empty() => drop(bytes.remove(at)),
+            _ => {}
+        }
+    }
+    bytes
+}
+
+async fn feed(mut stream: DuplexStream, bytes: &[u8]) {
+    // It may have hung up by now.
+    let _ = stream.write_all(bytes).await;
+    let _ = stream.shutdown().await;
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    assert!(answer.len() < 1 << 20);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mutated_bytes_end_the_session_and_nothing_else() {
+    let bytes = recorded().await;
+    for seed in 0..2000 {
+        let mutant = mutate(seed, &bytes);
+        for serves in [true, false] {
+            let (near, far) = duplex(1 << 20);
+            let ended = if serves {
+                let service = Service::default();
+                let working = Arc::clone(&service.working);
+                let session =
+                    Session::serve(near, Limits::default(), "x".into(), Arc::new(service));
+                let session = tokio::spawn(session);
+                let fed = timeout(PATIENCE, feed(far, &mutant)).await;
+                // One that sleeps goes on until the caller is gone.
+                if fed.is_err() {
+                    panic!("seed {seed}");
+                }
+                let ended = timeout(PATIENCE, session).await;
+                until("the handlers", || working.load(Ordering::SeqCst) == 0).await;
+                ended
+            } else {
+                let (session, driver) = Session::client(near, Limits::default());
+                let driver = tokio::spawn(driver);
+                drop(session);
+                feed(far, &mutant).await;
+                timeout(PATIENCE, driver).await
+            };
+            let ended = ended.unwrap_or_else(|_| panic!("seed {seed} hangs, serves: {serves}"));
+            assert!(ended.is_ok(), "seed {seed} panics, serves: {serves}");
+        }
+    }
+}

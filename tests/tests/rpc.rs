@@ -1,0 +1,204 @@
+//! Generated services over a real, encrypted stream between two nodes.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use libp2p::swarm::dummy;
+use tokio::time::timeout;
+use weft_net::{Class, Config, Network, StreamProtocol, identity::Keypair};
+use weft_proto::rpc::{
+    Attached, Attachment, Code, Context, Limits, Messages, Router, Session, Sink, Status,
+};
+
+#[allow(missing_docs, dead_code, unreachable_pub, clippy::all)]
+mod numbers {
+    include!(concat!(env!("OUT_DIR"), "/weft.test.v1.rs"));
+}
+use numbers::{Number, Numbers, NumbersClient, NumbersServer};
+
+const RPC: StreamProtocol = StreamProtocol::new("/weft/rpc/1");
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Service;
+
+impl Numbers for Service {
+    async fn echo(
+        &self,
+        _: Context,
+        request: Attached<Number>,
+    ) -> Result<Attached<Number>, Status> {
+        Ok(request)
+    }
+
+    async fn countdown(
+        &self,
+        _: Context,
+        request: Attached<Number>,
+        mut responses: Sink<Number>,
+    ) -> Result<(), Status> {
+        for value in (0..request.message.value).rev() {
+            responses.send(Number { value }).await?;
+        }
+        match request.message.value {
+            13 => Err(Status::new(Code::FailedPrecondition, "not thirteen")),
+            _ => Ok(()),
+        }
+    }
+
+    async fn sum(
+        &self,
+        _: Context,
+        mut requests: Messages<Number>,
+    ) -> Result<Attached<Number>, Status> {
+        let mut value = 0;
+        while let Some(number) = requests.next().await? {
+            value += number.message.value;
+        }
+        Ok(Number { value }.into())
+    }
+
+    async fn double(
+        &self,
+        _: Context,
+        mut requests: Messages<Number>,
+        mut responses: Sink<Number>,
+    ) -> Result<(), Status> {
+        while let Some(mut number) = requests.next().await? {
+            number.message.value *= 2;
+            number.attachments.reverse();
+            responses.send(number).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn network(listen: &[&str]) -> Network {
+    let mut config = Config::new(Keypair::generate_ed25519());
+    config.mdns = false;
+    config.listen = Some(listen.iter().map(|a| a.parse().unwrap()).collect());
+    Network::spawn(config, dummy::Behaviour).await.unwrap()
+}
+
+/// A client of a service at another node, over a stream between them.
+async fn client(near: &Network, far: &Network, router: Router) -> NumbersClient<Session> {
+    let mut incoming = far.accept(RPC).unwrap();
+    let router = Arc::new(router);
+    tokio::spawn(async move {
+        while let Some(stream) = incoming.next().await {
+            let (peer, router) = (stream.peer().to_string(), router.clone());
+            tokio::spawn(Session::serve(
+                stream,
+                Limits::default(),
+                peer.into(),
+                router,
+            ));
+        }
+    });
+    let peer = far.local_peer();
+    near.connect(peer, far.addresses().all).await.unwrap();
+    let stream = near.open(peer, RPC, Class::Interactive).await.unwrap();
+    let (session, driver) = Session::client(stream, Limits::default());
+    tokio::spawn(driver);
+    NumbersClient::new(session)
+}
+
+async fn all_kinds(listen: &str) {
+    let (near, far) = (network(&[]).await, network(&[listen]).await);
+    let router = Router::new().add(NumbersServer::new(Service));
+    let client = client(&near, &far, router).await;
+    assert_eq!(
+        client
+            .echo(Number { value: 7 })
+            .await
+            .unwrap()
+            .message
+            .value,
+        7
+    );
+
+    let mut down = client.countdown(Number { value: 1000 }).await.unwrap();
+    for value in (0..1000).rev() {
+        assert_eq!(down.next().await.unwrap().unwrap().message.value, value);
+    }
+    assert!(down.next().await.unwrap().is_none());
+    let mut down = client.countdown(Number { value: 13 }).await.unwrap();
+    let failed = loop {
+        match down.next().await {
+            Ok(number) => assert!(number.is_some()),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(
+        (failed.code, failed.message.as_str()),
+        (Code::FailedPrecondition, "not thirteen")
+    );
+
+    let (mut sink, answer) = client.sum().await.unwrap();
+    for value in 1..=100 {
+        sink.send(Number { value }).await.unwrap();
+    }
+    sink.close().await;
+    assert_eq!(answer.wait().await.unwrap().message.value, 5050);
+
+    let (mut sink, mut doubled) = client.double().await.unwrap();
+    let tensor = |n: u8| Attachment {
+        dtype: "F16".to_owned(),
+        shape: vec![4096, 64],
+        bytes: Bytes::from(vec![n; 4096 * 64 * 2]),
+    };
+    for value in 0..10 {
+        let number = Attached::with(Number { value }, vec![tensor(1), tensor(2)]);
+        sink.send(number).await.unwrap();
+        let got = doubled.next().await.unwrap().unwrap();
+        assert_eq!(
+            got,
+            Attached::with(Number { value: 2 * value }, vec![tensor(2), tensor(1)])
+        );
+    }
+    sink.close().await;
+    assert!(doubled.next().await.unwrap().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_generated_service_is_called_over_tcp_and_quic() {
+    for listen in ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"] {
+        timeout(PATIENCE, all_kinds(listen)).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interceptor_knows_who_calls() {
+    let (near, far) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
+    let welcome = near.local_peer().to_string();
+    let router = Router::new()
+        .add(NumbersServer::new(Service))
+        .intercept(move |context| match *context.peer == *welcome {
+            true if context.metadata.is_empty() => Ok(()),
+            true => Err(Status::new(Code::PermissionDenied, "no metadata, please")),
+            false => Err(Status::new(Code::Unauthenticated, "who are you?")),
+        });
+    let client = client(&near, &far, router).await;
+    client.echo(Number { value: 1 }).await.unwrap();
+    let noisy = client.with_metadata(vec![("x".to_owned(), Bytes::from_static(b"y"))]);
+    let failed = noisy.echo(Number { value: 1 }).await.unwrap_err();
+    assert_eq!(failed.code, Code::PermissionDenied);
+}
+
+/// The bytes go when the path does, and whoever calls hears of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_to_a_node_that_stops_fails_and_says_whether_it_was_seen() {
+    let (near, far) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
+    let client = client(&near, &far, Router::new().add(NumbersServer::new(Service))).await;
+    let (mut sink, mut doubled) = client.double().await.unwrap();
+    sink.send(Number { value: 1 }).await.unwrap();
+    doubled.next().await.unwrap();
+    far.stop().await;
+    let lost = timeout(PATIENCE, doubled.next())
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(lost.code, Code::Unavailable);
+    assert_eq!(lost.seen, Some(weft_proto::rpc::Seen::Yes));
+}
