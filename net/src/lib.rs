@@ -54,6 +54,6 @@ pub use self::{
     ping::PingError,
     reach::{Filtering, Mapping},
     relay_server::{RelayLimits, RelayUse},
-    streams::{AcceptError, Class, Incoming, OpenError, Stream, is_superseded},
+    streams::{AcceptError, BestPath, Class, Incoming, OpenError, Stream, is_superseded},
     websocket::{Certificate, CertificateError},
 };

@@ -252,6 +252,14 @@ impl Stream {
         matches!(self.inner, Inner::Lane(_))
     }
 
+    /// What tells whether a nearer path to the peer is open than the one that this goes over.
+    pub fn best_path(&self) -> BestPath {
+        BestPath {
+            own: self.path.kind,
+            best: self.best.clone(),
+        }
+    }
+
     /// From now on, reading fails as soon as a nearer path to the peer is open ([`is_superseded`] tells that error from others): whoever can
     /// go on over a new stream does not stay on a relay.
     pub fn yield_to_better_path(&mut self) {
@@ -266,6 +274,20 @@ impl Stream {
             }
             Ended::BetterPath
         }));
+    }
+}
+
+/// Tells whether a stream is still on the best path; outlives it.
+#[derive(Debug, Clone)]
+pub struct BestPath {
+    own: PathKind,
+    best: watch::Receiver<PathKind>,
+}
+
+impl BestPath {
+    /// Whether a new stream would go over a nearer path: directly, where this one goes through a relay.
+    pub fn is_better_open(&self) -> bool {
+        *self.best.borrow() < self.own
     }
 }
 

@@ -43,6 +43,7 @@ mod name;
 mod node;
 mod operation;
 mod providers;
+pub mod rpc;
 mod target;
 mod whereabouts;
 

@@ -18,7 +18,13 @@ use weft_net::{
     PeerInfo, Reachability, StreamProtocol,
 };
 
-use crate::{Builder, Error, Models, announce::Announcer, home::Home, whereabouts};
+use crate::{
+    Builder, Error, Models,
+    announce::Announcer,
+    home::Home,
+    rpc::{Rpc, Sessions},
+    whereabouts,
+};
 
 /// The transfer protocol's name on the network.
 pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
@@ -41,6 +47,8 @@ struct Inner {
     dht: Dht,
     store: Store,
     announcer: Announcer,
+    /// For calls to others.
+    sessions: Sessions,
     started: Instant,
     /// There are bootstrap nodes, or mDNS may find some.
     expects_peers: bool,
@@ -103,6 +111,7 @@ impl Node {
                 dht,
                 store,
                 announcer,
+                sessions: Sessions::default(),
                 started: Instant::now(),
                 expects_peers,
                 targets: Mutex::default(),
@@ -249,6 +258,15 @@ impl Node {
 
     pub(crate) fn network(&self) -> &Network {
         &self.inner.network
+    }
+
+    /// Calls to and from other nodes.
+    pub fn rpc(&self) -> Rpc {
+        Rpc::new(self.clone())
+    }
+
+    pub(crate) fn sessions(&self) -> &Sessions {
+        &self.inner.sessions
     }
 
     pub(crate) fn dht(&self) -> &Dht {

@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use libp2p::swarm::dummy;
 use tokio::time::timeout;
+use weft::Node;
 use weft_net::{Class, Config, Network, StreamProtocol, identity::Keypair};
 use weft_proto::rpc::{
     Attached, Attachment, Code, Context, Limits, Messages, Router, Session, Sink, Status,
@@ -184,6 +185,68 @@ async fn an_interceptor_knows_who_calls() {
     let noisy = client.with_metadata(vec![("x".to_owned(), Bytes::from_static(b"y"))]);
     let failed = noisy.echo(Number { value: 1 }).await.unwrap_err();
     assert_eq!(failed.code, Code::PermissionDenied);
+}
+
+async fn node(home: &std::path::Path, listen: &str) -> Node {
+    Node::builder()
+        .home(home)
+        .mdns(false)
+        .port_mapping(false)
+        .listen([listen.parse().unwrap()])
+        .spawn()
+        .await
+        .unwrap()
+}
+
+/// By PeerId alone, from both classes at once, and again after the other side has been away.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_call_each_other_and_go_on_after_one_was_away() {
+    let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let one = node(homes[0].path(), "/ip4/127.0.0.1/tcp/0").await;
+    let other = node(homes[1].path(), "/ip4/127.0.0.1/tcp/0").await;
+    let router = || Router::new().add(NumbersServer::new(Service));
+    other.rpc().serve(router()).unwrap();
+    other.rpc().serve(router()).unwrap_err();
+    let peer = other.peer_id();
+    let failed = NumbersClient::new(one.rpc().peer(peer))
+        .with_timeout(PATIENCE)
+        .echo(Number { value: 1 })
+        .await
+        .unwrap_err();
+    assert_eq!(failed.code, Code::Unavailable, "{failed}");
+
+    let address = other.addresses().await.remove(0);
+    let plain = weft::split_peer_id(address).0;
+    one.connect(peer, [plain.clone()]).await.unwrap();
+    let client = NumbersClient::new(one.rpc().peer(peer)).with_timeout(PATIENCE);
+    let bulk = NumbersClient::new(one.rpc().peer(peer).bulk()).with_timeout(PATIENCE);
+    for value in 0..100 {
+        let (a, b) = tokio::join!(client.echo(Number { value }), bulk.echo(Number { value }));
+        assert_eq!(
+            (a.unwrap().message.value, b.unwrap().message.value),
+            (value, value)
+        );
+    }
+
+    other.shutdown().await;
+    drop(other);
+    let other = node(homes[1].path(), &plain.to_string()).await;
+    assert_eq!(other.peer_id(), peer);
+    other.rpc().serve(router()).unwrap();
+    one.connect(peer, [plain]).await.unwrap();
+    assert_eq!(
+        client
+            .echo(Number { value: 5 })
+            .await
+            .unwrap()
+            .message
+            .value,
+        5
+    );
+    let (mut sink, answer) = bulk.sum().await.unwrap();
+    sink.send(Number { value: 2 }).await.unwrap();
+    sink.close().await;
+    assert_eq!(answer.wait().await.unwrap().message.value, 2);
 }
 
 /// The bytes go when the path does, and whoever calls hears of it.
