@@ -489,3 +489,167 @@ async fn mutated_bytes_end_the_session_and_nothing_else() {
         }
     }
 }
+
+/// A frame, as docs/protocols.md says.
+fn frame(kind: u8, flags: u8, call: u32, bytes: &[u8]) -> Vec<u8> {
+    let mut frame = vec![kind, flags];
+    frame.extend(call.to_le_bytes());
+    frame.extend((bytes.len() as u32).to_le_bytes());
+    frame.extend(bytes);
+    frame
+}
+
+fn hello() -> Vec<u8> {
+    use prost::Message;
+    let hello = weft_proto::wire::RpcHello {
+        versions: vec![1],
+        ..Default::default()
+    };
+    frame(0, 0, 0, &hello.encode_to_vec())
+}
+
+fn request(call: u32, method: &str) -> Vec<u8> {
+    use prost::Message;
+    let request = weft_proto::wire::RpcRequest {
+        method: method.to_owned(),
+        ..Default::default()
+    };
+    frame(1, 0, call, &request.encode_to_vec())
+}
+
+/// A session that is answered, and a peer that says what it likes.
+fn raw() -> (
+    DuplexStream,
+    Arc<AtomicUsize>,
+    JoinHandle<Result<(), SessionError>>,
+) {
+    let (near, far) = duplex(64 * 1024);
+    let service = Service::default();
+    let working = Arc::clone(&service.working);
+    let session = Session::serve(near, Limits::default(), "x".into(), Arc::new(service));
+    (far, working, tokio::spawn(session))
+}
+
+/// What ends the session, and what it says.
+async fn refused(frames: Vec<u8>, says: &str) {
+    let (mut peer, working, session) = raw();
+    let (mut reader, mut writer) = tokio::io::split(&mut peer);
+    let mut answers = Vec::new();
+    let write = async {
+        // It may have hung up by now.
+        let _ = writer.write_all(&[hello(), frames].concat()).await;
+    };
+    let both = async { tokio::join!(write, reader.read_to_end(&mut answers)) };
+    let ended = async { tokio::join!(session, both) };
+    let (ended, _) = timeout(PATIENCE, ended).await.unwrap();
+    let error = ended.unwrap().unwrap_err().to_string();
+    assert!(error.contains(says), "{error}");
+    until("the handlers", || working.load(Ordering::SeqCst) == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_violation_ends_the_session_and_is_named() {
+    let begin = request(1, "test.Test/Count");
+    let with = |more: Vec<u8>| [begin.clone(), more].concat();
+    let much: Vec<u8> = (0..20).flat_map(|_| frame(2, 0, 1, &[0; 60_000])).collect();
+    for (frames, says) in [
+        (hello(), "a second hello"),
+        (frame(42, 0, 1, &[]), "no frame of kind 42"),
+        (frame(2, 3, 1, &[]), "flags 3"),
+        (
+            vec![2, 0, 1, 0, 0, 0, 0, 0, 2, 0],
+            "a frame of 131072 is over the limit of 65536",
+        ),
+        (with(begin.clone()), "the number of another"),
+        (request(0, "test.Test/Echo"), "the number of another"),
+        (frame(1, 0, 1, &[0xff; 9]), "a request cannot be decoded"),
+        (with(frame(4, 0, 1, &[1, 2])), "bytes of no attachment"),
+        (
+            with(frame(3, 0, 1, &[0x18, 0xff, 0xff, 0xff, 0xff, 0x0f])),
+            "attachments of",
+        ),
+        (with(frame(5, 0, 1, &[1])), "credit"),
+        (
+            with(frame(7, 0, 1, &[])),
+            "a status from the side that calls",
+        ),
+        (with(frame(6, 0, 1, &[1])), "a cancellation of 1"),
+        (
+            [request(1, "test.Test/Sleep"), much].concat(),
+            "what was sent without credit",
+        ),
+        (
+            with([frame(2, 2, 1, b"last"), frame(2, 0, 1, b"more")].concat()),
+            "more after the last message",
+        ),
+        (
+            (1..2000)
+                .flat_map(|n| request(n, "test.Test/Sleep"))
+                .collect(),
+            "calls open",
+        ),
+    ] {
+        refused(frames, says).await;
+    }
+    // No hello at all.
+    let (mut peer, _, session) = raw();
+    peer.write_all(&begin).await.unwrap();
+    let error = timeout(PATIENCE, session)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap_err();
+    assert!(error.to_string().contains("no hello"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn peers_that_misbehave_hold_up_nobody_else() {
+    let mut bad = Vec::new();
+    // One that never reads what it asks for.
+    let (mut peer, _, session) = raw();
+    peer.write_all(&hello()).await.unwrap();
+    for call in 1..500 {
+        peer.write_all(&request(call, "test.Test/Flood"))
+            .await
+            .unwrap();
+    }
+    bad.push((peer, session));
+    // One that stops in the middle of a frame.
+    let (mut peer, _, session) = raw();
+    peer.write_all(&hello()).await.unwrap();
+    peer.write_all(&request(1, "test.Test/Echo")[..15])
+        .await
+        .unwrap();
+    bad.push((peer, session));
+    // One that begins calls and cancels them at once, without end.
+    let (peer, working, session) = raw();
+    let (mut reader, mut writer) = tokio::io::split(peer);
+    let cancelling = tokio::spawn(async move {
+        writer.write_all(&hello()).await?;
+        for call in 1..u32::MAX {
+            writer.write_all(&request(call, "test.Test/Sleep")).await?;
+            writer.write_all(&frame(6, 0, call, &[])).await?;
+        }
+        Ok::<_, std::io::Error>(())
+    });
+    let reading =
+        tokio::spawn(async move { tokio::io::copy(&mut reader, &mut tokio::io::sink()).await });
+
+    let pair = usual();
+    let begin = Instant::now();
+    for _ in 0..200 {
+        let call = Instant::now();
+        echo(&pair.session, message(1000)).await.unwrap();
+        assert!(
+            call.elapsed() < Duration::from_secs(1),
+            "{:?}",
+            call.elapsed()
+        );
+        assert!(working.load(Ordering::SeqCst) < 5000);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    cancelling.abort();
+    reading.abort();
+    session.abort();
+    drop(bad);
+}

@@ -2,6 +2,7 @@
 
 pub mod nat;
 mod process;
+pub mod rpc;
 pub mod stream;
 mod tls;
 pub mod transfer;

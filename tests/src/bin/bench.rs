@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
-    bench::{Failure, nat, stream, transfer},
+    bench::{Failure, nat, rpc, stream, transfer},
     lab::{self, Distance},
 };
 
@@ -62,6 +62,18 @@ enum Bench {
         side: stream::Side,
         size: u64,
     },
+    /// Calls: against tonic over plain TCP, a bare TLS echo and rustls, and beside bulk
+    Rpc {
+        /// Rounds of all in turn; the medians count
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+    },
+    /// The other process of `rpc`
+    #[command(name = "rpc-provider", hide = true)]
+    RpcProvider {
+        #[arg(value_enum)]
+        side: rpc::Side,
+    },
     /// The other process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
     Provider {
@@ -109,6 +121,8 @@ fn main() -> ExitCode {
         }
         Bench::Stream { mib, rounds, side } => stream::run(mib << 20, rounds, &side, cli.json),
         Bench::StreamProvider { side, size } => stream::provide(side, size),
+        Bench::Rpc { rounds } => rpc::run(rounds, cli.json),
+        Bench::RpcProvider { side } => rpc::provide(side),
         Bench::Provider { file, side } => transfer::provide(&file, side),
     };
     match result {
