@@ -39,6 +39,8 @@ pub(crate) enum Command {
     Connect(Connect),
     /// Measure the round trip to a peer
     Ping(Ping),
+    /// Call a method of a service at another node, with JSON
+    Call(Call),
     /// How others reach this node: the NAT before it, its addresses from outside, relays, and what to change
     Doctor,
     /// Every limit on what others can make this node hold and do, and what it comes to
@@ -225,6 +227,29 @@ pub(crate) struct Web {
     /// Its private key (PEM)
     #[arg(long, value_name = "FILE", requires = "ws_certificate")]
     pub(crate) ws_key: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Call {
+    /// Whom: a PeerId, or an address ending in /p2p/<PeerId>
+    #[arg(value_name = "PEER")]
+    pub(crate) peer: String,
+
+    /// package.Service/Method; package.Service alone lists its methods, and nothing all services there
+    #[arg(value_name = "METHOD")]
+    pub(crate) method: Option<String>,
+
+    /// A message; may be repeated for a stream; - reads one a line from standard input [default: {}]
+    #[arg(long, value_name = "JSON")]
+    pub(crate) data: Vec<String>,
+
+    /// How long the call may take
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<f64>,
+
+    /// What to say beside the call; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) metadata: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -8,7 +8,9 @@ use tonic::{
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
-use weft_proto::api::{models_client::ModelsClient, node_client::NodeClient};
+use weft_proto::api::{
+    calls_client::CallsClient, models_client::ModelsClient, node_client::NodeClient,
+};
 
 use crate::{
     api::Files,
@@ -76,6 +78,12 @@ impl Client {
 
     pub(crate) fn node(&self) -> NodeClient<InterceptedService<Channel, impl Interceptor + use<>>> {
         NodeClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn calls(
+        &self,
+    ) -> CallsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
+        CallsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
     pub(crate) fn models(

@@ -110,7 +110,7 @@ fn write_client(service: &Service, to: &mut String) -> std::fmt::Result {
         let (i, o) = (&method.input_type, &method.output_type);
         let call = &method.name;
         let info = format!(
-            "::weft_proto::rpc::Method {{ name: \"{full}/{}\", idempotent: {} }}",
+            "::weft_proto::rpc::Method {{ name: ::std::borrow::Cow::Borrowed(\"{full}/{}\"), idempotent: {} }}",
             method.proto_name,
             is_idempotent(method)
         );

@@ -15,14 +15,14 @@ use weft_blobs::{
 use weft_dht::Dht;
 use weft_net::{
     Access, ConnectError, Incoming, LimitUse, Multiaddr, Network, Path as NetPath, PeerId,
-    PeerInfo, Reachability, StreamProtocol,
+    PeerInfo, Reachability, Stream as NetStream, StreamProtocol,
 };
 
 use crate::{
     Builder, Error, Models,
     announce::Announcer,
     home::Home,
-    rpc::{Rpc, Sessions},
+    rpc::{self, Offered, Rpc, Sessions},
     whereabouts,
 };
 
@@ -49,6 +49,8 @@ struct Inner {
     announcer: Announcer,
     /// For calls to others.
     sessions: Sessions,
+    /// For calls from others.
+    offered: Offered,
     started: Instant,
     /// There are bootstrap nodes, or mDNS may find some.
     expects_peers: bool,
@@ -101,7 +103,19 @@ impl Node {
             .accept(BLOBS)
             .expect("a new network accepts nothing yet");
         let mut tasks = JoinSet::new();
-        tasks.spawn(serve_all(incoming, store.clone()));
+        let of_store = store.clone();
+        let transfers = move |stream| serve_transfer(of_store.clone(), stream);
+        tasks.spawn(serve_all(
+            incoming,
+            MAX_SERVED,
+            MAX_SERVED_PER_PEER,
+            transfers,
+        ));
+        let calls = network
+            .accept(rpc::PROTOCOL)
+            .expect("a new network accepts nothing yet");
+        let offered = Offered::default();
+        tasks.spawn(rpc::serve_calls(calls, offered.clone()));
         tasks.spawn(announcer.clone().run());
         tasks.spawn(whereabouts::tell(dht.clone(), network.clone()));
         tasks.spawn(whereabouts::find_relays(dht.clone(), network.clone()));
@@ -112,6 +126,7 @@ impl Node {
                 store,
                 announcer,
                 sessions: Sessions::default(),
+                offered,
                 started: Instant::now(),
                 expects_peers,
                 targets: Mutex::default(),
@@ -265,6 +280,10 @@ impl Node {
         Rpc::new(self.clone())
     }
 
+    pub(crate) fn offered(&self) -> &Offered {
+        &self.inner.offered
+    }
+
     pub(crate) fn sessions(&self) -> &Sessions {
         &self.inner.sessions
     }
@@ -359,7 +378,15 @@ impl Drop for TargetLease {
 const MAX_SERVED_PER_PEER: usize = 8;
 
 /// Answers every transfer stream that peers open.
-async fn serve_all(mut incoming: Incoming, store: Store) {
+pub(crate) async fn serve_all<F, Fut>(
+    mut incoming: Incoming,
+    most: usize,
+    most_of_one: usize,
+    serve: F,
+) where
+    F: Fn(NetStream) -> Fut,
+    Fut: Future<Output = ()> + Send + 'static,
+{
     let mut streams: JoinSet<PeerId> = JoinSet::new();
     let mut per_peer: HashMap<PeerId, usize> = HashMap::new();
     loop {
@@ -368,18 +395,15 @@ async fn serve_all(mut incoming: Incoming, store: Store) {
                 let Some(stream) = stream else { return };
                 let peer = stream.peer();
                 let served = per_peer.get(&peer).copied().unwrap_or(0);
-                if streams.len() >= MAX_SERVED || served >= MAX_SERVED_PER_PEER {
+                if streams.len() >= most || served >= most_of_one {
                     // Dropped, and so reset: the peer asks another provider.
-                    tracing::debug!(%peer, "refused: too many transfers are being served");
+                    tracing::debug!(%peer, protocol = %stream.protocol(), "refused: too many are being served");
                     continue;
                 }
                 per_peer.insert(peer, served + 1);
-                let store = store.clone();
+                let serving = serve(stream);
                 streams.spawn(async move {
-                    match serve(store, stream).await {
-                        Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
-                        Err(error) => tracing::debug!(%peer, %error, "serving ended early"),
-                    }
+                    serving.await;
                     peer
                 });
             }
@@ -406,5 +430,13 @@ pub(crate) async fn blocking<T: Send + 'static>(
         Ok(result) => result,
         Err(error) if error.is_cancelled() => Err(Error::Stopped),
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+async fn serve_transfer(store: Store, stream: NetStream) {
+    let peer = stream.peer();
+    match serve(store, stream).await {
+        Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
+        Err(error) => tracing::debug!(%peer, %error, "serving ended early"),
     }
 }

@@ -4,23 +4,31 @@
 //! been seen when its session was lost is made again; one that perhaps was, only if its schema says that it may be (`option idempotency_level`).
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
 };
 
+use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout_at};
-use weft_net::{BestPath, Class, Incoming, OpenError, PeerId, StreamProtocol};
+use weft_net::{BestPath, Class, Incoming, OpenError, PeerId, Stream, StreamProtocol};
 use weft_proto::rpc::{
-    Caller, Code, Context, Handler, Limits, Message, Method, Options, Receiver, Router, Seen,
-    Sender, Session, Status,
+    Budget, Caller, Code, Context, Ended, Handler, Limits, Message, Method, Options, Receiver,
+    Router, SCHEMAS, Seen, Sender, Session, Status,
 };
 
-use crate::Node;
+use crate::{Node, node::serve_all};
 
 /// The protocol's name on the network.
-const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/rpc/1");
+pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/rpc/1");
+
+/// Sessions of others, in all and of one peer.
+const MAX_SESSIONS: usize = 512;
+const MAX_SESSIONS_PER_PEER: usize = 8;
+
+/// Bytes that wait to be taken by what answers calls, of all sessions together.
+const HELD: usize = 512 << 20;
 
 /// How often a call is made at most, and the pause before the second time; it doubles.
 const ATTEMPTS: u32 = 5;
@@ -29,10 +37,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Sessions that are remembered before those that have ended are forgotten.
 const REMEMBERED: usize = 256;
 
-/// This node is answering calls already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this node is answering calls already; make one Router of all services")]
-pub struct AlreadyServing;
+/// This node offers a service of this name already.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("this node offers {0} already")]
+pub struct AlreadyOffered(pub String);
 
 /// Calls to and from other nodes; [`Node::rpc`].
 #[derive(Debug, Clone)]
@@ -48,12 +56,27 @@ impl Rpc {
     /// Answers calls with these services, until the node stops.
     ///
     /// # Errors
-    /// [`AlreadyServing`].
-    pub fn serve(&self, router: Router) -> Result<(), AlreadyServing> {
-        let incoming = self.node.network().accept(PROTOCOL);
-        let incoming = incoming.map_err(|_| AlreadyServing)?;
-        self.node.spawn(serve_all(incoming, Arc::new(router)));
+    /// [`AlreadyOffered`], and nothing is served.
+    pub fn serve(&self, router: Router) -> Result<(), AlreadyOffered> {
+        let names: Vec<_> = router.services().map(str::to_owned).collect();
+        let schemas = router.all_schemas();
+        let offer = self.offer(names, schemas, Arc::new(router))?;
+        offer.keep();
         Ok(())
+    }
+
+    /// Has a handler answer calls of services with these names, which look as `schemas` says (an encoded `FileDescriptorSet`, or nothing), until what this
+    /// returns is dropped.
+    ///
+    /// # Errors
+    /// [`AlreadyOffered`], and nothing is offered.
+    pub fn offer(
+        &self,
+        names: Vec<String>,
+        schemas: Bytes,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Offer, AlreadyOffered> {
+        self.node.offered().add(names, schemas, handler)
     }
 
     /// Calls this peer, wherever it is: for a generated client. Nothing is opened before the first call.
@@ -75,18 +98,135 @@ pub fn caller(context: &Context) -> Result<PeerId, Status> {
     peer.map_err(|_| Status::new(Code::Internal, "the caller has no PeerId"))
 }
 
-async fn serve_all(mut incoming: Incoming, handler: Arc<dyn Handler>) {
-    while let Some(stream) = incoming.next().await {
+/// What a node offers, by the name of the service.
+#[derive(Clone, Default)]
+pub(crate) struct Offered(Arc<RwLock<BTreeMap<String, Entry>>>);
+
+#[derive(Clone)]
+struct Entry {
+    handler: Arc<dyn Handler>,
+    schemas: Bytes,
+}
+
+impl fmt::Debug for Offered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.read().keys()).finish()
+    }
+}
+
+impl Offered {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, Entry>> {
+        self.0
+            .read()
+            .expect("nothing panics while holding the lock")
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<String, Entry>> {
+        self.0
+            .write()
+            .expect("nothing panics while holding the lock")
+    }
+
+    fn add(
+        &self,
+        names: Vec<String>,
+        schemas: Bytes,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Offer, AlreadyOffered> {
+        let mut all = self.write();
+        let own = SCHEMAS.split('/').next().unwrap_or_default();
+        if let Some(name) = names
+            .iter()
+            .find(|name| all.contains_key(*name) || *name == own)
+        {
+            return Err(AlreadyOffered(name.clone()));
+        }
+        for (n, name) in names.iter().enumerate() {
+            let entry = Entry {
+                handler: Arc::clone(&handler),
+                // Once is enough.
+                schemas: if n == 0 {
+                    schemas.clone()
+                } else {
+                    Bytes::new()
+                },
+            };
+            all.insert(name.clone(), entry);
+        }
+        drop(all);
+        Ok(Offer {
+            offered: self.clone(),
+            names,
+        })
+    }
+
+    fn schemas(&self) -> Bytes {
+        let all = self.read();
+        let parts: Vec<_> = all.values().map(|entry| entry.schemas.clone()).collect();
+        parts.concat().into()
+    }
+}
+
+impl Handler for Offered {
+    fn call(&self, context: Context, requests: Receiver, mut responses: Sender) -> Ended {
+        if context.method == SCHEMAS {
+            let schemas = self.schemas();
+            return Box::pin(async move { responses.send_last(schemas.into()).await });
+        }
+        let service = context.method.split('/').next().unwrap_or_default();
+        let entry = self.read().get(service).cloned();
+        match entry {
+            Some(entry) => entry.handler.call(context, requests, responses),
+            None => {
+                let text = format!("there is no service {service} here");
+                Box::pin(std::future::ready(Err(Status::new(
+                    Code::Unimplemented,
+                    text,
+                ))))
+            }
+        }
+    }
+}
+
+/// Services that are offered for as long as this is held.
+#[derive(Debug)]
+#[must_use = "what is dropped is offered no more"]
+pub struct Offer {
+    offered: Offered,
+    names: Vec<String>,
+}
+
+impl Offer {
+    /// Until the node stops.
+    fn keep(mut self) {
+        self.names.clear();
+    }
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        let mut all = self.offered.write();
+        for name in &self.names {
+            all.remove(name);
+        }
+    }
+}
+
+/// Answers calls until the network stops.
+pub(crate) async fn serve_calls(incoming: Incoming, offered: Offered) {
+    let (budget, offered): (_, Arc<dyn Handler>) = (Budget::new(HELD), Arc::new(offered));
+    let serve = move |stream: Stream| {
         let peer = stream.peer();
-        let name = peer.to_string().into();
-        let session = Session::serve(stream, Limits::default(), name, Arc::clone(&handler));
-        // Ends with the stream, and so with the network.
-        tokio::spawn(async move {
-            if let Err(error) = session.await {
+        let (budget, offered) = (budget.clone(), Arc::clone(&offered));
+        async move {
+            let name = peer.to_string().into();
+            let served = Session::serve_within(budget, stream, Limits::default(), name, offered);
+            if let Err(error) = served.await {
                 tracing::debug!(%peer, %error, "a session of calls has ended");
             }
-        });
-    }
+        }
+    };
+    serve_all(incoming, MAX_SESSIONS, MAX_SESSIONS_PER_PEER, serve).await;
 }
 
 /// The sessions of a node, by peer and class.
@@ -209,8 +349,8 @@ impl Peer {
                     ..options.clone()
                 };
                 match call(session, left).await {
-                    Err(status) if attempt < ATTEMPTS && may_repeat(&status, method) => {
-                        tracing::debug!(peer = %self.peer, method = method.name, %status, "again");
+                    Err(status) if attempt < ATTEMPTS && may_repeat(&status, &method) => {
+                        tracing::debug!(peer = %self.peer, method = %method.name, %status, "again");
                         sleep(pause).await;
                         pause *= 2;
                     }
@@ -232,7 +372,7 @@ impl Peer {
 }
 
 /// Whether a call that has failed can be made again without doing twice what is to be done once.
-fn may_repeat(status: &Status, method: Method) -> bool {
+fn may_repeat(status: &Status, method: &Method) -> bool {
     status.code == Code::Unavailable
         && match status.seen {
             Some(Seen::No) => true,
@@ -250,16 +390,18 @@ impl Caller for Peer {
         options: Options,
     ) -> Result<Message, Status> {
         let call = |session: Session, options| {
-            let message = message.clone();
-            async move { session.unary(method.name, message, options).await }
+            let (message, name) = (message.clone(), method.name.clone());
+            async move { session.unary(&name, message, options).await }
         };
-        self.attempt(method, options, call).await
+        self.attempt(method.clone(), options, call).await
     }
 
     async fn open(&self, method: Method, options: Options) -> Result<(Sender, Receiver), Status> {
-        let call =
-            |session: Session, options| async move { session.call(method.name, options).await };
-        self.attempt(method, options, call).await
+        let call = |session: Session, options| {
+            let name = method.name.clone();
+            async move { session.call(&name, options).await }
+        };
+        self.attempt(method.clone(), options, call).await
     }
 }
 
@@ -270,7 +412,7 @@ mod tests {
     #[test]
     fn what_may_have_been_done_is_not_done_again() {
         let method = |idempotent| Method {
-            name: "a.B/C",
+            name: "a.B/C".into(),
             idempotent,
         };
         let lost = |seen| Status {
@@ -285,9 +427,9 @@ mod tests {
             (Some(Seen::Yes), true, true),
             (None, true, false),
         ] {
-            assert_eq!(may_repeat(&lost(seen), method(idempotent)), repeated);
+            assert_eq!(may_repeat(&lost(seen), &method(idempotent)), repeated);
         }
         let failed = Status::new(Code::Internal, "failed");
-        assert!(!may_repeat(&failed, method(true)));
+        assert!(!may_repeat(&failed, &method(true)));
     }
 }

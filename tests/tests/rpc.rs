@@ -107,7 +107,7 @@ async fn client(near: &Network, far: &Network, router: Router) -> NumbersClient<
 
 async fn all_kinds(listen: &str) {
     let (near, far) = (network(&[]).await, network(&[listen]).await);
-    let router = Router::new().add(NumbersServer::new(Service));
+    let router = Router::new().add_service(NumbersServer::new(Service));
     let client = client(&near, &far, router).await;
     assert_eq!(
         client
@@ -174,7 +174,7 @@ async fn an_interceptor_knows_who_calls() {
     let (near, far) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let welcome = near.local_peer().to_string();
     let router = Router::new()
-        .add(NumbersServer::new(Service))
+        .add_service(NumbersServer::new(Service))
         .intercept(move |context| match *context.peer == *welcome {
             true if context.metadata.is_empty() => Ok(()),
             true => Err(Status::new(Code::PermissionDenied, "no metadata, please")),
@@ -204,7 +204,7 @@ async fn nodes_call_each_other_and_go_on_after_one_was_away() {
     let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let one = node(homes[0].path(), "/ip4/127.0.0.1/tcp/0").await;
     let other = node(homes[1].path(), "/ip4/127.0.0.1/tcp/0").await;
-    let router = || Router::new().add(NumbersServer::new(Service));
+    let router = || Router::new().add_service(NumbersServer::new(Service));
     other.rpc().serve(router()).unwrap();
     other.rpc().serve(router()).unwrap_err();
     let peer = other.peer_id();
@@ -253,7 +253,12 @@ async fn nodes_call_each_other_and_go_on_after_one_was_away() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_to_a_node_that_stops_fails_and_says_whether_it_was_seen() {
     let (near, far) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
-    let client = client(&near, &far, Router::new().add(NumbersServer::new(Service))).await;
+    let client = client(
+        &near,
+        &far,
+        Router::new().add_service(NumbersServer::new(Service)),
+    )
+    .await;
     let (mut sink, mut doubled) = client.double().await.unwrap();
     sink.send(Number { value: 1 }).await.unwrap();
     doubled.next().await.unwrap();

@@ -26,7 +26,7 @@ impl Echo for Service {
 enum Command {
     /// Answer calls until Ctrl-C
     Serve,
-    /// Call the node at this address, which ends in /p2p/<PeerId>
+    /// Call the node at this address, which ends in `/p2p/<PeerId>`
     Say { address: Multiaddr, text: String },
 }
 
@@ -37,7 +37,7 @@ async fn main() -> anyhow::Result<()> {
     match Command::parse() {
         Command::Serve => {
             node.rpc()
-                .serve(Router::new().add(EchoServer::new(Service)))?;
+                .serve(Router::new().add_service(EchoServer::new(Service)))?;
             for address in node.addresses().await {
                 println!("{address}");
             }

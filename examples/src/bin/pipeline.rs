@@ -74,7 +74,7 @@ enum Command {
     Serve,
     /// The first half; the second is at this address, or on this machine as well
     Run {
-        /// Ends in /p2p/<PeerId>
+        /// Ends in `/p2p/<PeerId>`
         #[arg(long)]
         at: Option<Multiaddr>,
         #[arg(long, default_value_t = 256)]
@@ -133,7 +133,7 @@ async fn main() -> anyhow::Result<()> {
     };
     let serve = |node: &Node| {
         node.rpc()
-            .serve(Router::new().add(StageServer::new(SecondHalf)))
+            .serve(Router::new().add_service(StageServer::new(SecondHalf)))
     };
     let homes = (tempfile::tempdir()?, tempfile::tempdir()?);
     let local = ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"];

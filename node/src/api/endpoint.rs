@@ -27,11 +27,14 @@ use tonic::{
 use weft::Node;
 use weft_proto::{
     DESCRIPTORS,
-    api::{models_server::ModelsServer, node_server::NodeServer},
+    api::{calls_server::CallsServer, models_server::ModelsServer, node_server::NodeServer},
 };
 
-use super::service::Service;
+use super::{calls, service::Service};
 use crate::exit::Failure;
+
+/// Bytes of a message of a call, with its attachments.
+const MAX_CALL_MESSAGE: usize = 280 << 20;
 
 /// The longest path of a Unix socket: 108 bytes with the terminating zero on Linux, 104 on macOS.
 const MAX_SOCKET_PATH: usize = 103;
@@ -204,6 +207,8 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<NodeServer<Service>>().await;
     health.set_serving::<ModelsServer<Service>>().await;
+    health.set_serving::<CallsServer<calls::Service>>().await;
+    let calls = calls::Service::new(service.node().clone());
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -221,6 +226,7 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
                 .build_v1alpha()
                 .expect("the schemas are those this was built from"),
         )
+        .add_service(CallsServer::new(calls).max_decoding_message_size(MAX_CALL_MESSAGE))
         .add_service(NodeServer::new(service.clone()))
         .add_service(ModelsServer::new(service))
 }

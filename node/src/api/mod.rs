@@ -1,5 +1,6 @@
 //! The local gRPC API: the SDK, for any language beside the node.
 
+mod calls;
 mod endpoint;
 mod service;
 mod status;

@@ -29,6 +29,10 @@ pub(crate) struct Service {
 }
 
 impl Service {
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
+    }
+
     pub(crate) fn new(node: Node, endpoints: Vec<String>) -> Self {
         Self {
             node,

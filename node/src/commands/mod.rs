@@ -3,6 +3,7 @@
 use crate::output::{out, out_raw};
 
 mod add;
+mod call;
 mod get;
 mod limits;
 mod reach;
@@ -42,6 +43,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Up(_) | Command::Relay(_) | Command::Demo(_) => unreachable!("handled above"),
         Command::Connect(options) => reach::connect(&client, options, json).await,
         Command::Ping(options) => reach::ping(&client, options, json).await,
+        Command::Call(options) => call::run(&client, options).await,
         Command::Doctor => reach::doctor(&client, json).await,
         Command::Limits => limits::limits(&client, json).await,
         Command::Access(options) => limits::access(&client, options, json).await,

@@ -73,7 +73,7 @@ fn any_of(peers: &[String]) -> Result<api::ConnectRequest, Failure> {
 }
 
 /// A peer by its id, or one of its addresses.
-fn request(peer: &str) -> Result<api::ConnectRequest, Failure> {
+pub(super) fn request(peer: &str) -> Result<api::ConnectRequest, Failure> {
     if let Ok(peer) = peer.parse::<PeerId>() {
         return Ok(api::ConnectRequest {
             peer_id: peer.to_string(),

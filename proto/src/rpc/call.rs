@@ -146,7 +146,7 @@ impl Receiver {
             };
             state.unreturned -= u64::from(back);
             drop(state);
-            self.shared.buffered.fetch_sub(buffered, Ordering::AcqRel);
+            self.shared.release(buffered);
             if back > 0 {
                 self.shared.outbox.credit(self.call.id, back);
             }
@@ -182,9 +182,7 @@ impl Drop for Receiver {
         let left: usize = state.queue.drain(..).map(|(_, _, buffered)| buffered).sum();
         let partial = std::mem::take(&mut state.partial).buffered;
         drop(state);
-        self.shared
-            .buffered
-            .fetch_sub(left + partial, Ordering::AcqRel);
+        self.shared.release(left + partial);
     }
 }
 

@@ -1,9 +1,6 @@
 //! What the frames of the other side do.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    task::Waker,
-};
+use std::{sync::Arc, task::Waker};
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncRead;
@@ -162,16 +159,11 @@ impl Shared {
 
     /// Holds so many bytes more for a call, unless there are too many already: then the call fails, and no other.
     pub(super) fn hold(&self, state: &mut CallState, bytes: usize) -> bool {
-        let before = self.buffered.fetch_add(bytes, Ordering::AcqRel);
-        if before.saturating_add(bytes) <= self.ours.max_buffered {
+        let Some(full) = self.reserve(bytes) else {
             state.partial.buffered += bytes;
             return true;
-        }
-        self.buffered.fetch_sub(bytes, Ordering::AcqRel);
-        let text = format!(
-            "more than {} bytes wait to be taken",
-            self.ours.max_buffered
-        );
+        };
+        let text = format!("more than {full} bytes wait to be taken");
         if state.ended.is_none() {
             state.ended = Some(Err(Status::new(Code::ResourceExhausted, text)));
         }

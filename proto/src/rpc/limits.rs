@@ -1,5 +1,10 @@
 //! What a side takes, and says that it takes.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use super::drive::VERSION;
 use crate::wire::RpcHello;
 
@@ -43,6 +48,33 @@ pub struct Limits {
     pub max_buffered: usize,
 }
 
+/// Bytes that may be held, of one session or of several together. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct Budget(Arc<(AtomicUsize, usize)>);
+
+impl Budget {
+    /// So many bytes.
+    pub fn new(bytes: usize) -> Self {
+        Self(Arc::new((AtomicUsize::new(0), bytes)))
+    }
+
+    /// Whether there are so many left, which are then taken.
+    pub(super) fn take(&self, bytes: usize) -> bool {
+        let (used, most) = &*self.0;
+        let more = |used: usize| used.checked_add(bytes).filter(|used| used <= most);
+        used.fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .is_ok()
+    }
+
+    pub(super) fn give(&self, bytes: usize) {
+        self.0.0.fetch_sub(bytes, Ordering::AcqRel);
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.0.1
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
@@ -51,7 +83,7 @@ impl Default for Limits {
             max_metadata: 16 * 1024,
             max_calls: 1024,
             window: 1 << 20,
-            max_buffered: 1 << 30,
+            max_buffered: 512 << 20,
         }
     }
 }

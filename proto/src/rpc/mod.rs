@@ -22,11 +22,15 @@ mod session;
 mod status;
 mod typed;
 
+/// The service that every node has: its one method, called with an empty message, answers with what the services there look like, as an encoded
+/// `FileDescriptorSet`.
+pub const SCHEMAS: &str = "weft.rpc.v1.Schemas/Get";
+
 pub use self::{
     call::{Receiver, Sender},
     drive::SessionError,
     frame::Violation,
-    limits::Limits,
+    limits::{Budget, Limits},
     message::{Attachment, Message, Metadata},
     serve::{Context, Handler},
     session::{Options, Session},

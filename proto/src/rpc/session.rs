@@ -4,10 +4,7 @@ use std::{
     collections::HashMap,
     fmt,
     future::Future,
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -22,7 +19,7 @@ use super::{
     call::{Call, Receiver, Sender},
     drive::{SessionError, drive},
     frame::{self, Kind},
-    limits::{LEAST, Limits},
+    limits::{Budget, LEAST, Limits},
     message::{Message, Metadata, metadata_size, to_wire},
     outbox::Outbox,
     serve::Handler,
@@ -79,7 +76,9 @@ pub(super) struct Shared {
     pub(super) places: Semaphore,
     pub(super) outbox: Outbox,
     /// Bytes that nobody has taken yet.
-    pub(super) buffered: AtomicUsize,
+    pub(super) buffered: Budget,
+    /// The same, of several sessions.
+    pub(super) together: Budget,
 }
 
 #[derive(Default)]
@@ -104,7 +103,7 @@ impl Session {
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
-        let shared = Shared::new(limits);
+        let shared = Shared::new(limits, Budget::new(usize::MAX));
         let session = Self {
             shared: Arc::clone(&shared),
             _alive: Arc::new(Alive(Arc::clone(&shared))),
@@ -125,7 +124,26 @@ impl Session {
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
-        drive(stream, Shared::new(limits), Some((peer, handler))).await
+        let together = Budget::new(usize::MAX);
+        Self::serve_within(together, stream, limits, peer, handler).await
+    }
+
+    /// The same, where several sessions together are to hold no more than this.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub async fn serve_within<S>(
+        together: Budget,
+        stream: S,
+        limits: Limits,
+        peer: Arc<str>,
+        handler: Arc<dyn Handler>,
+    ) -> Result<(), SessionError>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let shared = Shared::new(limits, together);
+        drive(stream, shared, Some((peer, handler))).await
     }
 
     /// Whether calls can still be made on it.
@@ -261,14 +279,15 @@ pub(super) fn late() -> Status {
 }
 
 impl Shared {
-    pub(super) fn new(ours: Limits) -> Arc<Self> {
+    pub(super) fn new(ours: Limits, together: Budget) -> Arc<Self> {
         Arc::new(Self {
             ours: ours.at_least(),
             theirs: Mutex::new(LEAST),
             calls: Mutex::default(),
             places: Semaphore::new(LEAST.max_calls),
             outbox: Outbox::new(),
-            buffered: AtomicUsize::new(0),
+            buffered: Budget::new(ours.max_buffered),
+            together,
         })
     }
 
@@ -288,6 +307,23 @@ impl Shared {
             self.places.add_permits(1);
         }
         self.outbox.wake();
+    }
+
+    /// Takes so many bytes of what may be held; if there are not so many left, how many there may be in all.
+    pub(super) fn reserve(&self, bytes: usize) -> Option<usize> {
+        if !self.buffered.take(bytes) {
+            return Some(self.buffered.size());
+        }
+        if !self.together.take(bytes) {
+            self.buffered.give(bytes);
+            return Some(self.together.size());
+        }
+        None
+    }
+
+    pub(super) fn release(&self, bytes: usize) {
+        self.buffered.give(bytes);
+        self.together.give(bytes);
     }
 
     /// The caller has gone.

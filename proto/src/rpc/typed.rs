@@ -1,6 +1,8 @@
 //! Calls with types: what generated clients and servers are made of.
 
-use std::{fmt, future::Future, marker::PhantomData, pin::Pin, sync::Arc};
+use std::{borrow::Cow, fmt, future::Future, marker::PhantomData, pin::Pin, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
 
 use super::{
     call::{Receiver, Sender},
@@ -120,10 +122,10 @@ pub trait Caller: Clone + Send + Sync + 'static {
 }
 
 /// A method, as its schema says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Method {
     /// `package.Service/Method`.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Calling it twice does what calling it once does: it can be called again when it is not known whether it was.
     pub idempotent: bool,
 }
@@ -135,11 +137,11 @@ impl Caller for Session {
         message: Message,
         options: Options,
     ) -> Result<Message, Status> {
-        Session::unary(self, method.name, message, options).await
+        Session::unary(self, &method.name, message, options).await
     }
 
     async fn open(&self, method: Method, options: Options) -> Result<(Sender, Receiver), Status> {
-        self.call(method.name, options).await
+        self.call(&method.name, options).await
     }
 }
 
@@ -330,6 +332,7 @@ type Interceptor = Arc<dyn Fn(&Context) -> Result<(), Status> + Send + Sync>;
 pub struct Router {
     routes: std::collections::BTreeMap<&'static str, Route>,
     interceptors: Vec<Interceptor>,
+    schemas: BytesMut,
 }
 
 impl fmt::Debug for Router {
@@ -348,7 +351,7 @@ impl Router {
 
     /// With this service, in the place of one of the same name.
     #[must_use]
-    pub fn add<S: Service>(mut self, service: S) -> Self {
+    pub fn add_service<S: Service>(mut self, service: S) -> Self {
         let route: Route =
             Arc::new(move |method, context, streams| service.call(method, context, streams));
         self.routes.insert(S::NAME, route);
@@ -364,6 +367,20 @@ impl Router {
     ) -> Self {
         self.interceptors.push(Arc::new(interceptor));
         self
+    }
+
+    /// Tells whoever asks what the services look like: an encoded `FileDescriptorSet`, such as the `descriptors.bin` that `weft_proto::build` writes. `weft call`
+    /// reads and writes JSON by it.
+    #[must_use]
+    pub fn schemas(mut self, descriptors: &[u8]) -> Self {
+        // Two encoded messages in a row are one with the fields of both.
+        self.schemas.extend_from_slice(descriptors);
+        self
+    }
+
+    /// What was given as schemas.
+    pub fn all_schemas(&self) -> Bytes {
+        self.schemas.clone().freeze()
     }
 
     /// The names of its services.

@@ -173,7 +173,7 @@ pub fn provide(side: Side) -> Result<(), Failure> {
         config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse()?]);
         let network = Network::spawn(config, dummy::Behaviour).await?;
         let mut incoming = network.accept(PROTOCOL)?;
-        let router = Arc::new(Router::new().add(ours::BenchServer::new(Service)));
+        let router = Arc::new(Router::new().add_service(ours::BenchServer::new(Service)));
         tokio::spawn(async move {
             while let Some(stream) = incoming.next().await {
                 let peer = stream.peer().to_string().into();
@@ -295,16 +295,27 @@ pub fn run(rounds: usize, json: bool) -> Result<(), Failure> {
     let runtime = tokio::runtime::Runtime::new()?;
     let (weft, tonic) = (start(Side::Weft)?, start(Side::Tonic)?);
     let clients = runtime.block_on(Clients::connect(&weft.line, &tonic.line))?;
-    let mut figures: Vec<(&'static str, &'static str, &'static str, Vec<f64>, Vec<f64>)> =
-        Vec::new();
+    let mut figures: Vec<(Figure, Vec<f64>, Vec<f64>)> = Vec::new();
     let mut note = |bench, unit, baseline, ours: f64, other: f64| {
         eprintln!("{bench}: {ours:.1} {unit}, {baseline} {other:.1}");
-        match figures.iter_mut().find(|figure| figure.0 == bench) {
-            Some((_, _, _, all, others)) => {
+        match figures
+            .iter_mut()
+            .find(|(figure, ..)| figure.bench == bench)
+        {
+            Some((_, all, others)) => {
                 all.push(ours);
                 others.push(other);
             }
-            None => figures.push((bench, unit, baseline, vec![ours], vec![other])),
+            None => {
+                let figure = Figure {
+                    bench,
+                    weft: ours,
+                    unit,
+                    baseline,
+                    value: other,
+                };
+                figures.push((figure, vec![ours], vec![other]));
+            }
         }
     };
     for _ in 0..rounds.max(1) {
@@ -358,13 +369,11 @@ pub fn run(rounds: usize, json: bool) -> Result<(), Failure> {
             note(bench, "us", "idle", at(&busy), at(&idle));
         }
     }
-    for (bench, unit, baseline, ours, other) in figures {
+    for (figure, ours, other) in figures {
         Figure {
-            bench,
             weft: median(ours),
-            unit,
-            baseline,
             value: median(other),
+            ..figure
         }
         .print(json);
     }
