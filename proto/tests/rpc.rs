@@ -95,6 +95,13 @@ impl Handler for Service {
                     sleep(Duration::from_secs(3600)).await;
                     Ok(())
                 }
+                // Answers, and takes no more.
+                "test.Test/First" => {
+                    drop(requests);
+                    sleep(Duration::from_millis(300)).await;
+                    responses.send_last(message(1)).await
+                }
+                "test.Test/Panic" => panic!("a handler of a test"),
                 "test.Test/Fail" => Err(Status {
                     details: Bytes::from_static(b"more"),
                     ..Status::new(Code::FailedPrecondition, "not now")
@@ -564,6 +571,8 @@ async fn each_violation_ends_the_session_and_is_named() {
         (request(0, "test.Test/Echo"), "the number of another"),
         (frame(1, 0, 1, &[0xff; 9]), "a request cannot be decoded"),
         (with(frame(4, 0, 1, &[1, 2])), "bytes of no attachment"),
+        (with(frame(2, 1, 1, &[])), "an empty part of a message"),
+        (with(frame(4, 0, 1, &[])), "an empty part of an attachment"),
         (
             with(frame(3, 0, 1, &[0x18, 0xff, 0xff, 0xff, 0xff, 0x0f])),
             "attachments of",
@@ -652,4 +661,109 @@ async fn peers_that_misbehave_hold_up_nobody_else() {
     reading.abort();
     session.abort();
     drop(bad);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_takes_is_not_held() {
+    let small = Limits {
+        max_buffered: 8 << 20,
+        ..Limits::default()
+    };
+    let pair = pair(Limits::default(), small);
+    let much = || Message {
+        attachments: vec![Attachment {
+            bytes: message(6 << 20).bytes,
+            ..Attachment::default()
+        }],
+        ..Message::default()
+    };
+    // Three times as much as may be held at a time.
+    for _ in 0..3 {
+        let call = pair.session.call("test.Test/First", Options::default());
+        let (mut sender, mut receiver) = call.await.unwrap();
+        let sending = tokio::spawn(async move { sender.send(much()).await });
+        let answer = timeout(PATIENCE, receiver.next()).await.unwrap();
+        assert_eq!(answer.unwrap().unwrap(), message(1));
+        assert_eq!(receiver.next().await.unwrap(), None);
+        let sent = timeout(PATIENCE, sending).await.unwrap().unwrap();
+        assert!(sent.is_err(), "it was not taken");
+    }
+    assert_eq!(echo(&pair.session, much()).await.unwrap(), much());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_that_panics_ends_its_call() {
+    let pair = usual();
+    let failed = pair
+        .session
+        .unary("test.Test/Panic", message(1), Options::default());
+    let failed = timeout(PATIENCE, failed).await.unwrap().unwrap_err();
+    assert_eq!(failed.code, Code::Internal);
+    echo(&pair.session, message(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_dropped_on_its_way_gives_the_call_up() {
+    let pair = usual();
+    let call = pair.session.call("test.Test/Sleep", Options::default());
+    let (mut sender, mut receiver) = call.await.unwrap();
+    sender.send(message(1)).await.unwrap();
+    until("a handler", || pair.working.load(Ordering::SeqCst) == 1).await;
+    // More than the window, and nobody takes it.
+    let sent = timeout(Duration::from_millis(100), sender.send(message(3 << 20))).await;
+    assert!(sent.is_err());
+    let failed = sender.send(message(1)).await.unwrap_err();
+    assert_eq!(failed.code, Code::Cancelled);
+    assert!(receiver.next().await.is_err());
+    until("its end", || pair.working.load(Ordering::SeqCst) == 0).await;
+    echo(&pair.session, message(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_message_may_be_as_large_as_any() {
+    // The other side says what it takes only after a while.
+    let (near, far) = duplex(64 * 1024);
+    let (session, driver) = Session::client(near, Limits::default());
+    tokio::spawn(driver);
+    let first = tokio::spawn(async move { echo(&session, message(1 << 20)).await });
+    sleep(Duration::from_millis(200)).await;
+    let service = Arc::new(Service::default());
+    tokio::spawn(Session::serve(far, Limits::default(), "x".into(), service));
+    assert_eq!(first.await.unwrap().unwrap(), message(1 << 20));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_before_the_end_of_a_session_can_still_be_taken() {
+    let pair = usual();
+    let call = pair.session.call("test.Test/Echoes", Options::default());
+    let (mut sender, mut receiver) = call.await.unwrap();
+    for n in 0..10 {
+        sender.send(message(n)).await.unwrap();
+    }
+    sender.close().await;
+    // All of it has come, and nobody has taken it.
+    sleep(Duration::from_millis(200)).await;
+    pair.far.abort();
+    timeout(PATIENCE, pair.near).await.unwrap().unwrap().ok();
+    for n in 0..10 {
+        assert_eq!(receiver.next().await.unwrap().unwrap(), message(n));
+    }
+    assert_eq!(receiver.next().await.unwrap(), None);
+}
+
+/// A number that is used again does not orphan the call that has it now.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_number_used_again_is_one_call() {
+    let (mut peer, working, session) = raw();
+    let mut frames = hello();
+    for _ in 0..200 {
+        frames.extend(request(1, "test.Test/Sleep"));
+        frames.extend(frame(6, 0, 1, &[]));
+    }
+    frames.extend(request(1, "test.Test/Sleep"));
+    peer.write_all(&frames).await.unwrap();
+    until("one", || working.load(Ordering::SeqCst) == 1).await;
+    drop(peer);
+    timeout(PATIENCE, session).await.unwrap().unwrap().ok();
+    until("none", || working.load(Ordering::SeqCst) == 0).await;
 }

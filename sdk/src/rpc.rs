@@ -100,7 +100,21 @@ pub fn caller(context: &Context) -> Result<PeerId, Status> {
 
 /// What a node offers, by the name of the service.
 #[derive(Clone, Default)]
-pub(crate) struct Offered(Arc<RwLock<BTreeMap<String, Entry>>>);
+pub(crate) struct Offered(Arc<RwLock<Entries>>);
+
+#[derive(Default)]
+struct Entries {
+    by_name: BTreeMap<String, Entry>,
+    /// Of all, made when they change: whoever asks gets the same bytes.
+    schemas: Bytes,
+}
+
+impl Entries {
+    fn changed(&mut self) {
+        let parts: Vec<_> = self.by_name.values().map(|e| e.schemas.clone()).collect();
+        self.schemas = parts.concat().into();
+    }
+}
 
 #[derive(Clone)]
 struct Entry {
@@ -110,18 +124,18 @@ struct Entry {
 
 impl fmt::Debug for Offered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.read().keys()).finish()
+        f.debug_set().entries(self.read().by_name.keys()).finish()
     }
 }
 
 impl Offered {
-    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, Entry>> {
+    fn read(&self) -> RwLockReadGuard<'_, Entries> {
         self.0
             .read()
             .expect("nothing panics while holding the lock")
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<String, Entry>> {
+    fn write(&self) -> RwLockWriteGuard<'_, Entries> {
         self.0
             .write()
             .expect("nothing panics while holding the lock")
@@ -137,7 +151,7 @@ impl Offered {
         let own = SCHEMAS.split('/').next().unwrap_or_default();
         if let Some(name) = names
             .iter()
-            .find(|name| all.contains_key(*name) || *name == own)
+            .find(|name| all.by_name.contains_key(*name) || *name == own)
         {
             return Err(AlreadyOffered(name.clone()));
         }
@@ -151,30 +165,25 @@ impl Offered {
                     Bytes::new()
                 },
             };
-            all.insert(name.clone(), entry);
+            all.by_name.insert(name.clone(), entry);
         }
+        all.changed();
         drop(all);
         Ok(Offer {
             offered: self.clone(),
             names,
         })
     }
-
-    fn schemas(&self) -> Bytes {
-        let all = self.read();
-        let parts: Vec<_> = all.values().map(|entry| entry.schemas.clone()).collect();
-        parts.concat().into()
-    }
 }
 
 impl Handler for Offered {
     fn call(&self, context: Context, requests: Receiver, mut responses: Sender) -> Ended {
         if context.method == SCHEMAS {
-            let schemas = self.schemas();
+            let schemas = self.read().schemas.clone();
             return Box::pin(async move { responses.send_last(schemas.into()).await });
         }
         let service = context.method.split('/').next().unwrap_or_default();
-        let entry = self.read().get(service).cloned();
+        let entry = self.read().by_name.get(service).cloned();
         match entry {
             Some(entry) => entry.handler.call(context, requests, responses),
             None => {
@@ -207,8 +216,9 @@ impl Drop for Offer {
     fn drop(&mut self) {
         let mut all = self.offered.write();
         for name in &self.names {
-            all.remove(name);
+            all.by_name.remove(name);
         }
+        all.changed();
     }
 }
 
@@ -338,7 +348,9 @@ impl Peer {
     where
         F: Future<Output = Result<T, Status>>,
     {
-        let deadline = options.timeout.map(|time| Instant::now() + time);
+        let deadline = options
+            .timeout
+            .and_then(|time| Instant::now().checked_add(time));
         let attempts = async {
             let mut pause = PAUSE;
             for attempt in 1.. {

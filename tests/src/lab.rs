@@ -76,7 +76,8 @@ impl Side {
         Self::Ipv6,
     ];
 
-    fn is_symmetric(self) -> bool {
+    /// Whether its NAT gives every peer another port.
+    pub fn is_symmetric(self) -> bool {
         matches!(self, Self::Symmetric | Self::CgnatSymmetric)
     }
 

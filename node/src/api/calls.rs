@@ -5,12 +5,13 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use futures::{Stream, StreamExt};
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -28,8 +29,11 @@ use weft_proto::{
 
 use super::status::invalid;
 
-/// Messages on their way between a program and a call.
+/// Events that wait for a program.
 const WAITING: usize = 16;
+
+/// Bytes of answers that wait for the caller of one call.
+const AHEAD: usize = 32 << 20;
 
 /// Implements the service.
 #[derive(Debug, Clone)]
@@ -131,9 +135,13 @@ impl Calls for Service {
         let (mut sender, receiver) = opened.map_err(to_tonic)?;
         // Ends with the call: sending fails then.
         tokio::spawn(async move {
-            while let Some(Ok(request)) = requests.next().await {
+            while let Some(request) = requests.next().await {
+                // A program that fails has not said all that it had to say.
+                let Ok(request) = request else {
+                    return sender.cancel();
+                };
                 let Some(call_request::What::Message(message)) = request.what else {
-                    break;
+                    return sender.cancel();
                 };
                 if sender.send(of_api(message)).await.is_err() {
                     return;
@@ -169,7 +177,7 @@ impl Calls for Service {
         let _ = events.send(Ok(ready)).await;
         let program = Arc::new(Program {
             events,
-            open: Mutex::default(),
+            open: Mutex::new(Some(HashMap::new())),
             next: AtomicU64::new(0),
         });
         let handler: Arc<dyn Handler> = Arc::new(Proxy(Arc::clone(&program)));
@@ -179,13 +187,21 @@ impl Calls for Service {
             .offer(begin.services, begin.schemas.into(), handler)
             .map_err(|error| Status::already_exists(error.to_string()))?;
         tokio::spawn(async move {
-            // Offered for as long as the program listens.
-            let _offer = offer;
-            while let Some(Ok(request)) = requests.next().await {
-                if let Some(serve_request::What::Answer(answer)) = request.what {
-                    program.answer(answer).await;
+            loop {
+                tokio::select! {
+                    request = requests.next() => match request {
+                        Some(Ok(request)) => {
+                            if let Some(serve_request::What::Answer(answer)) = request.what {
+                                program.answer(answer);
+                            }
+                        }
+                        _ => break,
+                    },
+                    () = program.events.closed() => break,
                 }
             }
+            // Offered for as long as the program listens.
+            drop(offer);
             program.end();
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
@@ -196,29 +212,60 @@ impl Calls for Service {
 #[derive(Debug)]
 struct Program {
     events: mpsc::Sender<Result<ServeEvent, Status>>,
-    /// Where its answers go.
-    open: Mutex<HashMap<u64, mpsc::Sender<serve_answer::What>>>,
+    /// Where its answers go; `None` once it answers no more.
+    open: Mutex<Option<HashMap<u64, Answering>>>,
     next: AtomicU64,
 }
 
+/// Where the answers to one call go.
+#[derive(Debug)]
+struct Answering {
+    to: mpsc::UnboundedSender<serve_answer::What>,
+    /// Bytes on their way, which [`AHEAD`] limits.
+    ahead: Arc<AtomicUsize>,
+}
+
 impl Program {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, mpsc::Sender<serve_answer::What>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, Answering>>> {
         self.open
             .lock()
             .expect("nothing panics while holding the lock")
     }
 
-    async fn answer(&self, answer: api::ServeAnswer) {
-        let to = self.lock().get(&answer.call).cloned();
-        if let (Some(to), Some(what)) = (to, answer.what) {
-            // The call may have ended meanwhile.
-            let _ = to.send(what).await;
+    /// Without waiting: a caller that takes nothing is to hold up no other.
+    fn answer(&self, answer: api::ServeAnswer) {
+        let mut open = self.lock();
+        let (Some(open), Some(what)) = (&mut *open, answer.what) else {
+            return;
+        };
+        let Some(call) = open.get(&answer.call) else {
+            // It has ended meanwhile.
+            return;
+        };
+        let size = match &what {
+            serve_answer::What::Message(message) => message.encoded_len() + 64,
+            serve_answer::What::End(_) => 0,
+        };
+        let ahead = call.ahead.fetch_add(size, Ordering::AcqRel) + size;
+        let what = if ahead > AHEAD {
+            serve_answer::What::End(api::CallEnd {
+                code: Code::ResourceExhausted as u32,
+                message: format!("more than {AHEAD} bytes of answers wait for the caller"),
+                details: Vec::new(),
+            })
+        } else {
+            what
+        };
+        // It may have ended meanwhile.
+        let _ = call.to.send(what);
+        if ahead > AHEAD {
+            open.remove(&answer.call);
         }
     }
 
     /// It answers no more.
     fn end(&self) {
-        self.lock().clear();
+        *self.lock() = None;
     }
 
     async fn tell(&self, call: u64, what: serve_event::What) -> Result<(), CallStatus> {
@@ -243,13 +290,16 @@ struct Proxy(Arc<Program>);
 struct Given {
     program: Arc<Program>,
     call: u64,
-    answered: bool,
+    /// It knows of the call, and not that it has ended.
+    told: bool,
 }
 
 impl Drop for Given {
     fn drop(&mut self) {
-        self.program.lock().remove(&self.call);
-        if !self.answered {
+        if let Some(open) = &mut *self.program.lock() {
+            open.remove(&self.call);
+        }
+        if self.told {
             let event = ServeEvent {
                 call: self.call,
                 what: Some(serve_event::What::Cancelled(api::ServeCancelled {})),
@@ -268,12 +318,20 @@ impl Handler for Proxy {
         let program = Arc::clone(&self.0);
         Box::pin(async move {
             let call = program.next.fetch_add(1, Ordering::Relaxed) + 1;
-            let (to, mut answers) = mpsc::channel(WAITING);
-            program.lock().insert(call, to);
+            let (to, mut answers) = mpsc::unbounded_channel();
+            let ahead = Arc::new(AtomicUsize::new(0));
+            let answering = Answering {
+                to,
+                ahead: Arc::clone(&ahead),
+            };
+            match &mut *program.lock() {
+                Some(open) => drop(open.insert(call, answering)),
+                None => return Err(gone()),
+            }
             let mut given = Given {
                 program: Arc::clone(&program),
                 call,
-                answered: false,
+                told: false,
             };
             let left = context
                 .deadline
@@ -292,6 +350,7 @@ impl Handler for Proxy {
                 ..api::CallBegin::default()
             };
             program.tell(call, serve_event::What::Begin(begin)).await?;
+            given.told = true;
             let forward = async {
                 while let Some(message) = requests.next().await? {
                     let message = serve_event::What::Message(to_api(message));
@@ -305,7 +364,9 @@ impl Handler for Proxy {
                 while let Some(answer) = answers.recv().await {
                     match answer {
                         serve_answer::What::Message(message) => {
+                            let size = message.encoded_len() + 64;
                             responses.send(of_api(message)).await?;
+                            ahead.fetch_sub(size, Ordering::AcqRel);
                         }
                         serve_answer::What::End(end) => {
                             return Ok(match Code::from_number(end.code) {
@@ -322,9 +383,9 @@ impl Handler for Proxy {
             };
             let ended = tokio::select! {
                 ended = back => ended?,
-                failed = forward => failed,
+                failed = forward => return failed,
             };
-            given.answered = true;
+            given.told = false;
             ended
         })
     }

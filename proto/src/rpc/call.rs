@@ -30,8 +30,10 @@ use crate::wire::RpcAttachment;
 pub(super) struct Call {
     pub(super) id: u32,
     pub(super) state: Mutex<CallState>,
-    /// What begins it is on its way to the stream.
+    /// What begins it is on its way to the stream. Set and read with the queue of what is to be written locked, and so is the next.
     pub(super) begun: AtomicBool,
+    /// Nobody here waits for it any more.
+    pub(super) given_up: AtomicBool,
     /// It has been given to the stream.
     pub(super) written: AtomicBool,
     /// At the called side: the last message says that it has ended well.
@@ -57,6 +59,8 @@ pub(super) struct CallState {
     pub(super) credit_waker: Option<Waker>,
     /// Something has come.
     pub(super) heard: bool,
+    /// Nobody takes messages any more: what comes is dropped.
+    pub(super) unwanted: bool,
     /// At the called side, the task that answers.
     pub(super) task: Option<AbortHandle>,
 }
@@ -82,6 +86,7 @@ impl Call {
                 ..CallState::default()
             }),
             begun: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
             written: AtomicBool::new(false),
             finished: AtomicBool::new(false),
         })
@@ -171,14 +176,13 @@ impl Drop for Receiver {
             let ended_there = lock(&self.call.state).ended_there;
             let status = Status::new(Code::Cancelled, "cancelled here");
             self.call.end(Err(status), false);
-            if !ended_there && self.call.begun.load(Ordering::Acquire) {
-                let mut cancel = BytesMut::new();
-                frame::put(&mut cancel, Kind::Cancel, 0, self.call.id, &[]);
-                self.shared.outbox.push_now(Out::Frames(cancel));
+            if !ended_there {
+                self.shared.outbox.give_up(&self.call);
             }
             self.shared.forget(&self.call, true);
         }
         let mut state = lock(&self.call.state);
+        state.unwanted = true;
         let left: usize = state.queue.drain(..).map(|(_, _, buffered)| buffered).sum();
         let partial = std::mem::take(&mut state.partial).buffered;
         drop(state);
@@ -194,6 +198,9 @@ pub struct Sender {
     pub(super) begin: Option<BytesMut>,
     pub(super) caller: bool,
     pub(super) closed: bool,
+    /// A message is being sent. If it stays so, it went out in part at most.
+    pub(super) partly: bool,
+    pub(super) deadline: Option<Instant>,
 }
 
 impl fmt::Debug for Sender {
@@ -205,12 +212,34 @@ impl fmt::Debug for Sender {
 }
 
 impl Sender {
-    /// Sends a message. Waits while the other side has given no credit, or too much waits to be written.
+    /// Sends a message. Waits while the other side has given no credit, or too much waits to be written. Whoever drops the future before it is ready gives
+    /// the call up.
     ///
     /// # Errors
     /// If the call has ended, or the message is over a limit of the other side's, which leaves the call as it is.
     pub async fn send(&mut self, message: Message) -> Result<(), Status> {
-        self.write(message, false).await
+        let left = self.left();
+        within(left, self.write(message, false)).await
+    }
+
+    fn left(&self) -> Option<std::time::Duration> {
+        let deadline = self.deadline?;
+        Some(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Gives the call up, both directions of it: the other side is not to take what has come for all.
+    pub fn cancel(mut self) {
+        self.give_up();
+    }
+
+    fn give_up(&mut self) {
+        self.closed = true;
+        // What has ended there already has come to what it has.
+        if self.caller && !lock(&self.call.state).ended_there {
+            let status = Status::new(Code::Cancelled, "cancelled here");
+            self.call.end(Err(status), false);
+            self.shared.outbox.give_up(&self.call);
+        }
     }
 
     /// Sends the last message. At the called side, the call ends well with it.
@@ -218,7 +247,8 @@ impl Sender {
     /// # Errors
     /// As [`Sender::send`].
     pub async fn send_last(&mut self, message: Message) -> Result<(), Status> {
-        self.write(message, true).await
+        let left = self.left();
+        within(left, self.write(message, true)).await
     }
 
     /// Says that no more messages come. Dropping it at the calling side says so too.
@@ -237,7 +267,6 @@ impl Sender {
         match self.begin.take() {
             Some(mut begin) => {
                 frame::put(&mut begin, kind, flags, id, bytes);
-                self.call.begun.store(true, Ordering::Release);
                 Out::Begin(begin, Arc::clone(&self.call))
             }
             None => {
@@ -253,7 +282,13 @@ impl Sender {
             let text = "nothing can follow the last message";
             return Err(Status::new(Code::FailedPrecondition, text));
         }
-        self.check(&message)?;
+        self.check(&message).await?;
+        if self.partly {
+            self.give_up();
+            let text = "the message before this one went out in part only";
+            return Err(Status::new(Code::Cancelled, text));
+        }
+        self.partly = true;
         let flags = if last { LAST } else { 0 };
         for attachment in &message.attachments {
             let announced = RpcAttachment {
@@ -282,6 +317,7 @@ impl Sender {
                 self.part(Kind::Data, flags, part).await?;
             }
         }
+        self.partly = false;
         if last {
             self.closed = true;
             self.call.finished.store(true, Ordering::Release);
@@ -292,7 +328,6 @@ impl Sender {
     pub(super) async fn part(&mut self, kind: Kind, flags: u8, bytes: Bytes) -> Result<(), Status> {
         self.pay(bytes.len() as u32 + OVERHEAD).await?;
         if let Some(begin) = self.begin.take() {
-            self.call.begun.store(true, Ordering::Release);
             let out = Out::Begin(begin, Arc::clone(&self.call));
             self.shared.outbox.push(out).await;
         }
@@ -306,9 +341,14 @@ impl Sender {
         Ok(())
     }
 
-    pub(super) fn check(&self, message: &Message) -> Result<(), Status> {
-        let theirs = *lock(&self.shared.theirs);
+    pub(super) async fn check(&self, message: &Message) -> Result<(), Status> {
         let attached: usize = message.attachments.iter().map(|a| a.bytes.len()).sum();
+        let theirs = self
+            .shared
+            .limits_for(|theirs| {
+                message.bytes.len() <= theirs.max_message && attached <= theirs.max_attachments
+            })
+            .await;
         let ranks = message.attachments.iter().map(|a| a.shape.len()).max();
         for (what, size, limit) in [
             ("a message", message.bytes.len(), theirs.max_message),
@@ -358,7 +398,9 @@ impl Sender {
 impl Drop for Sender {
     fn drop(&mut self) {
         let ended = lock(&self.call.state).ended.is_some();
-        if self.caller && !self.closed && !ended {
+        if self.partly {
+            self.give_up();
+        } else if self.caller && !self.closed && !ended {
             let out = self.first(Kind::Close, 0, &[]);
             self.shared.outbox.push_now(out);
         }

@@ -208,7 +208,8 @@ impl<R: AsyncRead + Unpin> Input<R> {
         if length > 0 && !self.fill(length).await? {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
-        if length <= SHORT {
+        // What is a small part of the buffer would hold all of it.
+        if length <= READ / 4 * 3 {
             let short = BytesMut::from(&self.buffer[..length]);
             self.buffer.advance(length);
             return Ok(short);

@@ -17,13 +17,21 @@ use super::{
 };
 use crate::wire::{RpcAttachment, RpcRequest, RpcShutdown, RpcStatus};
 
+/// What a message or an attachment holds beside its bytes.
+const HELD_BESIDE: usize = 256;
+
 impl Shared {
     /// The other side has said what it takes.
     pub(super) fn greeted(&self, theirs: Limits) {
-        *lock(&self.theirs) = theirs;
-        self.places.add_permits(theirs.max_calls - LEAST.max_calls);
         let more = u64::from(theirs.window - LEAST.window);
-        let open: Vec<_> = lock(&self.calls).open.values().cloned().collect();
+        let open: Vec<_> = {
+            // Whoever begins a call at the same time gives it either the one window or the other.
+            let calls = lock(&self.calls);
+            *lock(&self.theirs) = theirs;
+            calls.open.values().cloned().collect()
+        };
+        self.places.add_permits(theirs.max_calls - LEAST.max_calls);
+        self.greeted.send_replace(true);
         for call in open {
             let mut state = lock(&call.state);
             state.credit += more;
@@ -154,7 +162,7 @@ impl Shared {
             state.unreturned,
             self.ours.window.into(),
         )?;
-        Ok(state.ended.is_none())
+        Ok(state.ended.is_none() && !state.unwanted)
     }
 
     /// Holds so many bytes more for a call, unless there are too many already: then the call fails, and no other.
@@ -192,7 +200,11 @@ impl Shared {
         let mut state = lock(&call.state);
         let state = &mut *state;
         let cost = bytes.len() as u64 + u64::from(OVERHEAD);
+        if bytes.is_empty() && flags & MORE != 0 {
+            return Err(Violation::Order("an empty part of a message"));
+        }
         if !self.charge(state, cost)? {
+            state.ended_there |= flags & LAST != 0;
             return Ok(());
         }
         if state.partial.raw.is_some() {
@@ -200,7 +212,7 @@ impl Shared {
         }
         let size = (state.partial.message.len() + bytes.len()) as u64;
         limit("a message", size, self.ours.max_message as u64)?;
-        if !self.hold(state, bytes.len()) {
+        if !self.hold(state, bytes.len() + HELD_BESIDE) {
             return Ok(());
         }
         match state.partial.message.is_empty() {
@@ -253,6 +265,9 @@ impl Shared {
         limit("a shape", announced.shape.len() as u64, MAX_RANK as u64)?;
         let all = state.partial.announced.saturating_add(announced.size);
         limit("attachments", all, self.ours.max_attachments as u64)?;
+        if !self.hold(state, bytes.len() + HELD_BESIDE) {
+            return Ok(());
+        }
         state.partial.announced = all;
         self.go_on(call, state, cost);
         if announced.size == 0 {
@@ -264,8 +279,7 @@ impl Shared {
         } else {
             let size = announced.size as usize;
             // Grows as bytes come: what is only announced takes no memory.
-            let buffer = BytesMut::with_capacity(size.min(MAX_FRAME));
-            state.partial.raw = Some((announced, buffer, size));
+            state.partial.raw = Some((announced, BytesMut::new(), size));
         }
         Ok(())
     }
@@ -279,6 +293,9 @@ impl Shared {
     where
         R: AsyncRead + Unpin,
     {
+        if length == 0 {
+            return Err(Violation::Order("an empty part of an attachment").into());
+        }
         let cost = u64::from(length) + u64::from(OVERHEAD);
         let taken = {
             let mut state = lock(&call.state);
@@ -301,11 +318,14 @@ impl Shared {
         if buffer.capacity() - buffer.len() < length as usize {
             // Doubles, up to what was announced.
             let more = buffer.capacity().max(MAX_FRAME).min(size - buffer.len());
-            buffer.reserve(more);
+            buffer.reserve(more.max(length as usize));
         }
         input.append(length, &mut buffer).await?;
         let mut state = lock(&call.state);
         let state = &mut *state;
+        if state.unwanted {
+            return Ok(());
+        }
         if buffer.len() == size {
             state.partial.attachments.push(Attachment {
                 dtype: announced.dtype,

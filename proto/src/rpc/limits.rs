@@ -38,7 +38,7 @@ pub struct Limits {
     pub max_message: usize,
     /// Bytes of all attachments of a message together. At least 64 KiB.
     pub max_attachments: usize,
-    /// Bytes of metadata, names and values together. At least 4 KiB.
+    /// Bytes of metadata, names and values together, and 64 for each. At least 4 KiB.
     pub max_metadata: usize,
     /// Calls that the other side may have open. At least 16.
     pub max_calls: usize,

@@ -36,8 +36,11 @@ impl From<Bytes> for Message {
 /// Names and values beside a call.
 pub type Metadata = Vec<(String, Bytes)>;
 
+/// What a name and a value cost beside their bytes.
+const EACH: usize = 64;
+
 pub(super) fn metadata_size(metadata: &[(String, Bytes)]) -> usize {
-    metadata.iter().map(|(n, v)| n.len() + v.len()).sum()
+    metadata.iter().map(|(n, v)| n.len() + v.len() + EACH).sum()
 }
 
 pub(super) fn to_wire(metadata: Metadata) -> Vec<RpcMetadata> {

@@ -1,9 +1,9 @@
 //! What waits to be written.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     pin::pin,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering},
     task::Waker,
 };
 
@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::{
     call::Call,
-    frame::{HEAD, Head},
+    frame::{self, HEAD, Head, Kind},
     session::lock,
 };
 
@@ -30,7 +30,8 @@ pub(super) struct Outbox {
 pub(super) struct Queue {
     pub(super) frames: VecDeque<Out>,
     pub(super) bytes: usize,
-    pub(super) credits: VecDeque<(u32, u32)>,
+    /// By call: what has not been written yet adds up.
+    pub(super) credits: HashMap<u32, u32>,
     pub(super) waker: Option<Waker>,
     pub(super) closed: bool,
 }
@@ -53,6 +54,20 @@ impl Out {
     }
 }
 
+impl Queue {
+    /// What begins a call that was given up before it could is left out: the other side is not to hear of it after its cancellation.
+    fn add(&mut self, out: Out) {
+        if let Out::Begin(_, call) = &out {
+            if call.given_up.load(Ordering::Acquire) {
+                return;
+            }
+            call.begun.store(true, Ordering::Release);
+        }
+        self.bytes += out.len();
+        self.frames.push_back(out);
+    }
+}
+
 impl Outbox {
     pub(super) fn new() -> Self {
         Self {
@@ -72,8 +87,31 @@ impl Outbox {
         if queue.closed {
             return;
         }
-        queue.bytes += out.len();
-        queue.frames.push_back(out);
+        queue.add(out);
+        let waker = queue.waker.take();
+        drop(queue);
+        waker.into_iter().for_each(Waker::wake);
+    }
+
+    /// Nobody here waits for this call any more: tells the other side, if it has heard or will hear of it.
+    pub(super) fn give_up(&self, call: &Call) {
+        let mut queue = lock(&self.queue);
+        let first = !call.given_up.swap(true, Ordering::AcqRel);
+        if queue.closed || !first || !call.begun.load(Ordering::Acquire) {
+            return;
+        }
+        let mut cancel = BytesMut::new();
+        frame::put(&mut cancel, Kind::Cancel, 0, call.id, &[]);
+        queue.add(Out::Frames(cancel));
+        let waker = queue.waker.take();
+        drop(queue);
+        waker.into_iter().for_each(Waker::wake);
+    }
+
+    /// No credit is given for this call any more.
+    pub(super) fn forget(&self, call: u32) {
+        let mut queue = lock(&self.queue);
+        queue.credits.remove(&call);
         let waker = queue.waker.take();
         drop(queue);
         waker.into_iter().for_each(Waker::wake);
@@ -89,8 +127,7 @@ impl Outbox {
                     return;
                 }
                 if queue.bytes < OUTBOX {
-                    queue.bytes += out.len();
-                    queue.frames.push_back(out);
+                    queue.add(out);
                     let waker = queue.waker.take();
                     drop(queue);
                     waker.into_iter().for_each(Waker::wake);
@@ -106,7 +143,8 @@ impl Outbox {
         if queue.closed {
             return;
         }
-        queue.credits.push_back((call, bytes));
+        let credit = queue.credits.entry(call).or_default();
+        *credit = credit.saturating_add(bytes);
         let waker = queue.waker.take();
         drop(queue);
         waker.into_iter().for_each(Waker::wake);

@@ -16,7 +16,7 @@ use super::{
     message::{Metadata, metadata_size, of_wire},
     outbox::Out,
     session::{Shared, lock, within},
-    status::Status,
+    status::{Code, Status},
 };
 use crate::wire::{RpcRequest, RpcStatus};
 
@@ -96,10 +96,13 @@ impl Shared {
             begin: None,
             caller: false,
             closed: false,
+            partly: false,
+            deadline: None,
         };
         let done = Answered {
             shared: Arc::clone(self),
             call: Arc::clone(&call),
+            said: false,
         };
         let handler = Arc::clone(handler);
         let task = tokio::spawn(async move {
@@ -116,14 +119,25 @@ impl Shared {
 pub(super) struct Answered {
     pub(super) shared: Arc<Shared>,
     pub(super) call: Arc<Call>,
+    /// How it has ended is on its way.
+    said: bool,
 }
 
 impl Answered {
     /// Says how it has ended, unless the last message has said so already.
-    pub(super) async fn end(self, ended: Result<(), Status>) {
+    pub(super) async fn end(mut self, ended: Result<(), Status>) {
+        self.said = true;
         if self.call.finished.load(Ordering::Acquire) {
             return;
         }
+        // What a handler has left behind sends nothing after the end.
+        let over = Status::new(Code::Cancelled, "the call has ended");
+        self.call.end(Err(over), false);
+        let out = self.frames(ended);
+        self.shared.outbox.push(out).await;
+    }
+
+    fn frames(&self, ended: Result<(), Status>) -> Out {
         let status = match ended {
             Ok(()) => RpcStatus::default(),
             Err(status) => RpcStatus {
@@ -137,12 +151,19 @@ impl Answered {
         };
         let mut frames = BytesMut::new();
         frame::put_message(&mut frames, Kind::End, self.call.id, &status);
-        self.shared.outbox.push(Out::Frames(frames)).await;
+        Out::Frames(frames)
     }
 }
 
 impl Drop for Answered {
     fn drop(&mut self) {
+        let over = matches!(lock(&self.call.state).ended, Some(Err(_)));
+        if !self.said && !over && !self.call.finished.load(Ordering::Acquire) {
+            // It has panicked, and the caller is not to wait for ever.
+            let failed = Status::new(Code::Internal, "what answers this call has failed");
+            let out = self.frames(Err(failed));
+            self.shared.outbox.push_now(out);
+        }
         self.shared.forget(&self.call, false);
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
     time::timeout,
 };
 
@@ -71,6 +71,8 @@ impl Drop for Alive {
 pub(super) struct Shared {
     pub(super) ours: Limits,
     pub(super) theirs: Mutex<Limits>,
+    /// The other side has said what it takes, or says nothing any more.
+    pub(super) greeted: watch::Sender<bool>,
     pub(super) calls: Mutex<Calls>,
     /// For calls of ours.
     pub(super) places: Semaphore,
@@ -91,6 +93,11 @@ pub(super) struct Calls {
     pub(super) shutdown: Option<u32>,
     /// Nobody here calls any more.
     pub(super) leaving: bool,
+}
+
+/// `time` from now; `None` if that is for ever.
+pub(super) fn deadline(time: Option<Duration>) -> Option<Instant> {
+    Instant::now().checked_add(time?)
 }
 
 impl Session {
@@ -165,7 +172,7 @@ impl Session {
         let time = options.timeout;
         let call = async {
             let (mut sender, mut receiver) = self.begin(method, options).await?;
-            sender.check(&message)?;
+            sender.check(&message).await?;
             let sent = sender.send_last(message).await;
             // If it could not be sent, because the call has ended, how it has is what counts.
             let answer = receiver.next().await?;
@@ -190,8 +197,9 @@ impl Session {
     /// # Errors
     /// [`Status`].
     pub async fn call(&self, method: &str, options: Options) -> Result<(Sender, Receiver), Status> {
-        let (sender, mut receiver) = self.begin(method, options.clone()).await?;
-        receiver.deadline = options.timeout.map(|time| Instant::now() + time);
+        let (time, deadline) = (options.timeout, deadline(options.timeout));
+        let (mut sender, mut receiver) = within(time, self.begin(method, options)).await?;
+        (sender.deadline, receiver.deadline) = (deadline, deadline);
         Ok((sender, receiver))
     }
 
@@ -202,8 +210,10 @@ impl Session {
     ) -> Result<(Sender, Receiver), Status> {
         let asked = Instant::now();
         let shared = &self.shared;
-        let theirs = *lock(&shared.theirs);
         let size = metadata_size(&options.metadata);
+        let theirs = shared
+            .limits_for(|theirs| size <= theirs.max_metadata)
+            .await;
         if size > theirs.max_metadata {
             return Err(Status::new(
                 Code::ResourceExhausted,
@@ -258,6 +268,8 @@ impl Session {
             begin: Some(begin),
             caller: true,
             closed: false,
+            partly: false,
+            deadline: None,
         };
         Ok((sender, receiver))
     }
@@ -283,6 +295,7 @@ impl Shared {
         Arc::new(Self {
             ours: ours.at_least(),
             theirs: Mutex::new(LEAST),
+            greeted: watch::Sender::new(false),
             calls: Mutex::default(),
             places: Semaphore::new(LEAST.max_calls),
             outbox: Outbox::new(),
@@ -302,11 +315,29 @@ impl Shared {
     }
 
     pub(super) fn forget(&self, call: &Call, ours: bool) {
-        let known = lock(&self.calls).open.remove(&call.id).is_some();
+        let mut calls = lock(&self.calls);
+        // One of the same number may have come in its place.
+        let known = calls.open.get(&call.id);
+        let known = known.is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), call));
+        if known {
+            calls.open.remove(&call.id);
+        }
+        drop(calls);
         if known && ours {
             self.places.add_permits(1);
         }
-        self.outbox.wake();
+        self.outbox.forget(call.id);
+    }
+
+    /// What the other side takes: what everybody does, if that fits; otherwise this waits for it to say.
+    pub(super) async fn limits_for(&self, fits: impl Fn(&Limits) -> bool) -> Limits {
+        let known = *lock(&self.theirs);
+        if fits(&known) {
+            return known;
+        }
+        // It says so at once, or the session ends.
+        let _ = self.greeted.subscribe().wait_for(|greeted| *greeted).await;
+        *lock(&self.theirs)
     }
 
     /// Takes so many bytes of what may be held; if there are not so many left, how many there may be in all.
@@ -351,9 +382,14 @@ impl Shared {
         let open: Vec<_> = calls.open.drain().map(|(_, call)| call).collect();
         drop(calls);
         self.places.close();
+        self.greeted.send_replace(true);
         for call in open {
             let mut state = lock(&call.state);
             let task = state.task.take();
+            if task.is_none() && state.ended_there && state.ended.is_some() {
+                // It has ended before this, and what came of it is there to be taken.
+                continue;
+            }
             let seen = match (state.heard, call.written.load(Ordering::Acquire)) {
                 (true, _) => Seen::Yes,
                 (false, true) => Seen::Perhaps,
