@@ -247,7 +247,7 @@ pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
 
 /// Whether an address leads beyond our own networks, as far as it tells: a name may.
 pub fn is_outside(address: &Multiaddr) -> bool {
-    // What leads to the first machine on the way: all of it, or what stands before the relay.
+    // Of a path through a relay, the relay's: that is the first machine on the way.
     first_ip(address).is_none_or(|ip| is_public(&ip))
 }
 

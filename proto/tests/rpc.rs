@@ -420,11 +420,16 @@ async fn recorded() -> Vec<u8> {
         .unwrap();
     other.send(message(1)).await.unwrap();
     drop((other, cancelled));
-    sleep(Duration::from_millis(100)).await;
+    // Up to what cancels the second call, which is written last.
+    let (mut bytes, cancel) = (Vec::new(), frame(6, 0, 2, &[]));
+    let read = async {
+        while !bytes.ends_with(&cancel) {
+            assert_ne!(far.read_buf(&mut bytes).await.unwrap(), 0);
+        }
+    };
+    timeout(PATIENCE, read).await.unwrap();
     drop((sender, receiver, session));
     driver.abort();
-    let mut bytes = Vec::new();
-    far.read_to_end(&mut bytes).await.unwrap();
     assert!(bytes.len() > 5000);
     bytes
 }
@@ -741,8 +746,11 @@ async fn what_came_before_the_end_of_a_session_can_still_be_taken() {
         sender.send(message(n)).await.unwrap();
     }
     sender.close().await;
-    // All of it has come, and nobody has taken it.
-    sleep(Duration::from_millis(200)).await;
+    // All of it has come before what is asked after it, and nobody has taken it.
+    until("its end", || pair.working.load(Ordering::SeqCst) == 0).await;
+    for _ in 0..10 {
+        echo(&pair.session, message(1)).await.unwrap();
+    }
     pair.far.abort();
     timeout(PATIENCE, pair.near).await.unwrap().unwrap().ok();
     for n in 0..10 {

@@ -247,7 +247,7 @@ where
                 Ok(Some((lane, protocol, place))) => {
                     protocols.deliver(beside.stream(protocol, lane, path, place));
                 }
-                // It was called for, and has a place already.
+                // It was called for, and has gone with its place to whoever did.
                 Ok(None) => {}
                 Err(error) => tracing::debug!(%peer, %error, "a lane came to nothing"),
             }

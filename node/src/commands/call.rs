@@ -60,6 +60,12 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
     };
     let begin = CallBegin {
         method: format!("{}/{}", method.parent_service().full_name(), method.name()),
+        // IDEMPOTENCY_UNKNOWN is 0, and means that it is not.
+        idempotent: method
+            .method_descriptor_proto()
+            .options
+            .as_ref()
+            .is_some_and(|options| options.idempotency_level.unwrap_or_default() != 0),
         ..begin
     };
     let mut answers = match options.data.as_slice() {
