@@ -54,7 +54,7 @@ use crate::{
     split_peer_id,
     streams::{self, Moved, Protocols},
     tls::Tls,
-    transport,
+    topics, transport,
 };
 
 mod addresses;
@@ -148,6 +148,7 @@ pub(crate) struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
     ping: ping::Behaviour,
     mdns: Toggle<mdns::tokio::Behaviour>,
     streams: streams::Behaviour,
+    topics: topics::Behaviour,
     extension: E,
 }
 
@@ -404,6 +405,7 @@ where
         extension: E,
         protocols: Protocols,
         requests: mpsc::Receiver<Command>,
+        topics: topics::Behaviour,
     ) -> Result<Self, SpawnError> {
         let local = config.key.public().to_peer_id();
         let bootstrap = config
@@ -454,6 +456,7 @@ where
                 config.limits.streams,
                 memory.clone(),
             ),
+            topics,
             extension,
         };
         let tls = Tls::new(&config.key)?;

@@ -37,6 +37,7 @@ mod search;
 mod streams;
 mod tcp;
 mod tls;
+mod topics;
 mod transport;
 mod websocket;
 
@@ -55,5 +56,9 @@ pub use self::{
     reach::{Filtering, Mapping},
     relay_server::{RelayLimits, RelayUse},
     streams::{AcceptError, BestPath, Class, Incoming, OpenError, Stream, is_superseded},
+    topics::{
+        MAX_DATA, MAX_TOPIC, Missed, Published, Subscription, TopicError, TopicInfo, Topics,
+        Validator, Validity,
+    },
     websocket::{Certificate, CertificateError},
 };

@@ -15,6 +15,7 @@ use crate::{
     ping::{self, PING},
     streams::Protocols,
     tls,
+    topics::Topics,
 };
 
 /// How long [`Network::connect`] tries.
@@ -219,6 +220,7 @@ pub struct Network {
     local: PeerId,
     protocols: Protocols,
     commands: mpsc::Sender<Command>,
+    topics: Topics,
     addresses: watch::Receiver<Addresses>,
 }
 
@@ -269,13 +271,15 @@ impl Network {
         let (commands, requests) = mpsc::channel(COMMANDS);
         let local = config.key.public().to_peer_id();
         let protocols = Protocols::default();
-        let mut driver = Driver::new(config, extension, protocols.clone(), requests)?;
+        let (topics, gossip) = Topics::new(&config.key);
+        let mut driver = Driver::new(config, extension, protocols.clone(), requests, gossip)?;
         let addresses = driver.start().await?;
         tokio::spawn(driver.run());
         Ok(Self {
             local,
             protocols,
             commands,
+            topics,
             addresses,
         })
     }
@@ -335,12 +339,31 @@ impl Network {
         answer.await.unwrap_or(Err(OpenError::NotConnected(peer)))
     }
 
+    /// Opens a lane to a connected peer: a TCP connection of its own for one stream. `None` if there can be none.
+    ///
+    /// # Errors
+    /// [`OpenError`], after 10 s at the latest.
+    pub async fn open_lane(
+        &self,
+        peer: PeerId,
+        protocol: StreamProtocol,
+    ) -> Result<Option<Stream>, OpenError> {
+        let stream = self.open(peer, protocol, Class::Bulk).await?;
+        // Of another the peer has not heard: nothing was sent on it.
+        Ok(stream.is_lane().then_some(stream))
+    }
+
     /// Accepts the streams that peers open for `protocol`.
     ///
     /// # Errors
     /// [`AcceptError`] if it is being accepted already.
     pub fn accept(&self, protocol: StreamProtocol) -> Result<Incoming, AcceptError> {
         self.protocols.accept(protocol)
+    }
+
+    /// Publishing to and subscribing to topics.
+    pub fn topics(&self) -> &Topics {
+        &self.topics
     }
 
     /// Everyone we are connected to. Empty once the network has stopped.

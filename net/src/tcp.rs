@@ -11,13 +11,28 @@ use std::{
 
 use futures::{AsyncRead, AsyncWrite};
 use libp2p::tcp::tokio::TcpStream;
-use tokio::task::coop::consume_budget;
+use tokio::task::coop::{consume_budget, has_budget_remaining};
 
 /// Bytes read at once while much comes. Twice as much was no faster in measurements.
 const AHEAD: usize = 128 * 1024;
 
 /// A read that brings fewer says that little comes: the buffer is given back.
 const LITTLE: usize = 4096;
+
+/// Bytes that count as much as one operation of a task's budget, of which it has 128 before others get their turn.
+const COUNTED: usize = 3072;
+
+/// Counts `bytes` against the task's budget: a task that moves much in few operations would keep a thread for milliseconds, and whatever else comes in on it
+/// would wait, also what takes microseconds. When the budget is used up, other threads get their turn too: where all cores are busy, a scheduler leaves one that
+/// has been woken waiting until its next tick.
+fn count(cx: &mut Context<'_>, bytes: usize) {
+    for _ in 0..bytes / COUNTED {
+        if !has_budget_remaining() || pin!(consume_budget()).poll(cx).is_pending() {
+            std::thread::yield_now();
+            return;
+        }
+    }
+}
 
 /// A connected socket.
 pub(crate) struct Tcp {
@@ -75,6 +90,7 @@ impl AsyncRead for Tcp {
         if this.at == this.end {
             if !this.much || buffer.len() >= AHEAD {
                 let n = ready!(socket.poll_read(cx, buffer))?;
+                count(cx, n);
                 this.much = n >= LITTLE && n == buffer.len();
                 return Poll::Ready(Ok(n));
             }
@@ -92,6 +108,7 @@ impl AsyncRead for Tcp {
         let n = buffer.len().min(this.end - this.at);
         buffer[..n].copy_from_slice(&this.ahead[this.at..this.at + n]);
         this.at += n;
+        count(cx, n);
         if this.at == this.end && this.end < LITTLE {
             this.much = false;
             this.ahead = Box::default();
@@ -108,7 +125,9 @@ impl AsyncWrite for Tcp {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, bytes)
+        let n = ready!(Pin::new(&mut self.socket).poll_write(cx, bytes))?;
+        count(cx, n);
+        Poll::Ready(Ok(n))
     }
 
     fn poll_write_vectored(
@@ -116,7 +135,9 @@ impl AsyncWrite for Tcp {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, bytes)
+        let n = ready!(Pin::new(&mut self.socket).poll_write_vectored(cx, bytes))?;
+        count(cx, n);
+        Poll::Ready(Ok(n))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

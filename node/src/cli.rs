@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use weft::{ModelName, Multiaddr, PeerId, Rule};
+use weft::{ModelName, Multiaddr, PeerId, Rule, rpc::CallLimits};
 
 /// Machines that find each other and move models, with no server between them.
 #[derive(Debug, Parser)]
@@ -41,6 +41,9 @@ pub(crate) enum Command {
     Ping(Ping),
     /// Call a method of a service at another node, with JSON
     Call(Call),
+    /// Publish messages to topics, and watch them
+    #[command(subcommand)]
+    Topic(Topic),
     /// How others reach this node: the NAT before it, its addresses from outside, relays, and what to change
     Doctor,
     /// Every limit on what others can make this node hold and do, and what it comes to
@@ -162,6 +165,30 @@ pub(crate) struct Limits {
     #[arg(long, value_name = "BYTES", default_value_t = MAX_MEMORY)]
     pub(crate) max_memory: u64,
 
+    /// Streams for calls that others may have open
+    #[arg(long, value_name = "N", default_value_t = CallLimits::default().sessions)]
+    pub(crate) max_call_sessions: usize,
+
+    /// The same for one peer
+    #[arg(long, value_name = "N", default_value_t = CallLimits::default().sessions_per_peer)]
+    pub(crate) max_call_sessions_per_peer: usize,
+
+    /// Bytes of all calls from others that wait to be taken by what answers
+    #[arg(long, value_name = "BYTES", default_value_t = CallLimits::default().held)]
+    pub(crate) max_call_bytes: usize,
+
+    /// Calls that others may have open on one such stream
+    #[arg(long, value_name = "N", default_value_t = CallLimits::default().session.max_calls)]
+    pub(crate) max_calls: usize,
+
+    /// Bytes of a message of a call
+    #[arg(long, value_name = "BYTES", default_value_t = CallLimits::default().session.max_message)]
+    pub(crate) max_call_message: usize,
+
+    /// Bytes of all attachments of such a message
+    #[arg(long, value_name = "BYTES", default_value_t = CallLimits::default().session.max_attachments)]
+    pub(crate) max_call_attachments: usize,
+
     /// Dials a minute by which this node tells others whether they can be reached; 0: none
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute)]
     pub(crate) autonat_per_minute: usize,
@@ -183,6 +210,22 @@ pub(crate) struct Limits {
 const MAX_MEMORY: u64 = 2 << 30;
 
 impl Limits {
+    /// Of calls from others.
+    pub(crate) fn calls(&self) -> CallLimits {
+        let default = CallLimits::default();
+        CallLimits {
+            sessions: self.max_call_sessions,
+            sessions_per_peer: self.max_call_sessions_per_peer,
+            held: self.max_call_bytes,
+            session: weft_proto::rpc::Limits {
+                max_calls: self.max_calls,
+                max_message: self.max_call_message,
+                max_attachments: self.max_call_attachments,
+                ..default.session
+            },
+        }
+    }
+
     pub(crate) fn get(&self) -> weft::Limits {
         weft::Limits {
             pending_incoming: self.max_pending_incoming,
@@ -227,6 +270,33 @@ pub(crate) struct Web {
     /// Its private key (PEM)
     #[arg(long, value_name = "FILE", requires = "ws_certificate")]
     pub(crate) ws_key: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Topic {
+    /// Send a message to all who watch a topic
+    Publish {
+        /// The topic's name
+        topic: String,
+
+        /// The message; - reads it from standard input
+        data: String,
+    },
+    /// Print the messages of a topic as they come, until Ctrl-C
+    Watch {
+        /// The topic's name
+        topic: String,
+
+        /// Only what this peer publishes; may be repeated
+        #[arg(long, value_name = "PEER")]
+        from: Vec<PeerId>,
+
+        /// End after so many messages
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+    /// The topics that this node takes part in
+    Ls,
 }
 
 #[derive(Debug, Args)]

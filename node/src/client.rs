@@ -10,6 +10,7 @@ use tonic::{
 };
 use weft_proto::api::{
     calls_client::CallsClient, models_client::ModelsClient, node_client::NodeClient,
+    topics_client::TopicsClient,
 };
 
 use crate::{
@@ -84,6 +85,12 @@ impl Client {
         &self,
     ) -> CallsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
         CallsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    pub(crate) fn topics(
+        &self,
+    ) -> TopicsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
+        TopicsClient::new(self.channel.clone())
     }
 
     pub(crate) fn models(

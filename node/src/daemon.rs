@@ -67,6 +67,7 @@ pub(crate) async fn up(
             ),
         })
         .limits(options.limits.get())
+        .call_limits(options.limits.calls())
         .access(weft::Access {
             allow: options.access.allow,
             block: options.access.block,

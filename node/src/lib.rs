@@ -50,6 +50,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let json = cli.json;
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .event_interval(weft::EVENT_INTERVAL)
         .build()
         .map_err(|error| Failure::other(format!("cannot start: {error}")))
         .and_then(|runtime| {

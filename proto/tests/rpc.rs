@@ -563,7 +563,7 @@ async fn refused(frames: Vec<u8>, says: &str) {
 async fn each_violation_ends_the_session_and_is_named() {
     let begin = request(1, "test.Test/Count");
     let with = |more: Vec<u8>| [begin.clone(), more].concat();
-    let much: Vec<u8> = (0..20).flat_map(|_| frame(2, 0, 1, &[0; 60_000])).collect();
+    let much: Vec<u8> = (0..80).flat_map(|_| frame(2, 0, 1, &[0; 60_000])).collect();
     for (frames, says) in [
         (hello(), "a second hello"),
         (frame(42, 0, 1, &[]), "no frame of kind 42"),
@@ -715,7 +715,14 @@ async fn a_message_that_is_dropped_on_its_way_gives_the_call_up() {
     sender.send(message(1)).await.unwrap();
     until("a handler", || pair.working.load(Ordering::SeqCst) == 1).await;
     // More than the window, and nobody takes it.
-    let sent = timeout(Duration::from_millis(100), sender.send(message(3 << 20))).await;
+    let much = Message {
+        attachments: vec![Attachment {
+            bytes: message(6 << 20).bytes,
+            ..Attachment::default()
+        }],
+        ..Message::default()
+    };
+    let sent = timeout(Duration::from_millis(100), sender.send(much)).await;
     assert!(sent.is_err());
     let failed = sender.send(message(1)).await.unwrap_err();
     assert_eq!(failed.code, Code::Cancelled);

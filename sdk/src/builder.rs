@@ -6,7 +6,7 @@ use weft_blobs::Store;
 use weft_dht::Dht;
 use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
-use crate::{Error, Node, default_home, home::Home, node::blocking};
+use crate::{Error, Node, default_home, home::Home, node::blocking, rpc::CallLimits};
 
 /// What a node is to be; see [`Node::builder`].
 #[derive(Debug, Clone, Default)]
@@ -22,6 +22,7 @@ pub struct Builder {
     no_port_mapping: bool,
     no_mdns: bool,
     limits: Limits,
+    call_limits: CallLimits,
     access: Access,
     certificate: Option<Certificate>,
 }
@@ -94,6 +95,12 @@ impl Builder {
         self
     }
 
+    /// What calls from others can make the node hold and do.
+    pub fn call_limits(mut self, limits: CallLimits) -> Self {
+        self.call_limits = limits;
+        self
+    }
+
     /// Whom the node has to do with at all. Default: everybody. [`Node::set_access`] changes it while the node runs.
     pub fn access(mut self, access: Access) -> Self {
         self.access = access;
@@ -140,6 +147,6 @@ impl Builder {
         let expects_peers =
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;
-        Node::start(home, store, network, dht, expects_peers)
+        Node::start(home, store, network, dht, expects_peers, self.call_limits)
     }
 }

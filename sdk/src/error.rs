@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf};
 
 use weft_blobs::{PlanError, StoreError, index::IndexError, manifest::ManifestError};
 use weft_dht::DhtError;
-use weft_net::{ConnectError, PeerId, PingError, SpawnError, multiaddr};
+use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
 
 use crate::{Hash, HomeError, ModelName, ParseNameError, ParseTargetError};
 
@@ -98,9 +98,21 @@ pub enum Error {
     /// A peer does not answer.
     #[error(transparent)]
     Ping(#[from] PingError),
+    /// A topic cannot be used.
+    #[error(transparent)]
+    Topic(TopicError),
     /// The node has stopped.
     #[error("the node has stopped")]
     Stopped,
+}
+
+impl From<TopicError> for Error {
+    fn from(error: TopicError) -> Self {
+        match error {
+            TopicError::Stopped => Self::Stopped,
+            error => Self::Topic(error),
+        }
+    }
 }
 
 impl From<DhtError> for Error {

@@ -42,9 +42,11 @@ mod models;
 mod name;
 mod node;
 mod operation;
+mod presence;
 mod providers;
 pub mod rpc;
 mod target;
+mod topics;
 mod whereabouts;
 
 pub use weft_blobs::{
@@ -53,9 +55,9 @@ pub use weft_blobs::{
 };
 pub use weft_net::{
     Access, AutonatLimits, Certificate, CertificateError, ConnectError, Filtering, LimitUse,
-    Limits, Mapping, Multiaddr, OpenError, ParseRuleError, Path, PathInfo, PathKind, PeerId,
-    PeerInfo, PingError, Reachability, RelayLimits, RelayServer, RelayUse, Rule, SpawnError,
-    Transport, Verdict, split_peer_id,
+    Limits, Mapping, Missed, Multiaddr, OpenError, ParseRuleError, Path, PathInfo, PathKind,
+    PeerId, PeerInfo, PingError, Published, Reachability, RelayLimits, RelayServer, RelayUse, Rule,
+    SpawnError, TopicError, TopicInfo, Transport, Validity, Verdict, split_peer_id,
 };
 
 pub use self::{
@@ -68,7 +70,13 @@ pub use self::{
     node::{Node, Status},
     operation::Operation,
     target::{ParseTargetError, Target, Ticket},
+    topics::{Subscription, Topics},
 };
+
+/// For [`tokio::runtime::Builder::event_interval`]: how many times a thread may run tasks before it looks for what has come in from outside. What moves weights
+/// runs for a few hundred microseconds at a time, and with tokio's own 61 a call could wait for many of them. `weft up` uses it; a program that embeds a node
+/// and makes calls while weights move does well to.
+pub const EVENT_INTERVAL: u32 = 7;
 
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]

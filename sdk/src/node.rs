@@ -19,11 +19,11 @@ use weft_net::{
 };
 
 use crate::{
-    Builder, Error, Models,
+    Builder, Error, Models, Topics,
     announce::Announcer,
     home::Home,
-    rpc::{self, Offered, Rpc, Sessions},
-    whereabouts,
+    rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions},
+    topics, whereabouts,
 };
 
 /// The transfer protocol's name on the network.
@@ -51,6 +51,10 @@ struct Inner {
     sessions: Sessions,
     /// For calls from others.
     offered: Offered,
+    serving: Serving,
+    topics: Mutex<topics::Known>,
+    /// Streams on which models are served.
+    transfers: Served,
     started: Instant,
     /// There are bootstrap nodes, or mDNS may find some.
     expects_peers: bool,
@@ -97,6 +101,7 @@ impl Node {
         network: Network,
         dht: Dht,
         expects_peers: bool,
+        calls: CallLimits,
     ) -> Result<Self, Error> {
         let announcer = Announcer::new(dht.clone(), network.clone(), store.clone());
         let incoming = network
@@ -105,17 +110,14 @@ impl Node {
         let mut tasks = JoinSet::new();
         let of_store = store.clone();
         let transfers = move |stream| serve_transfer(of_store.clone(), stream);
-        tasks.spawn(serve_all(
-            incoming,
-            MAX_SERVED,
-            MAX_SERVED_PER_PEER,
-            transfers,
-        ));
+        let served = Served::new(MAX_SERVED, MAX_SERVED_PER_PEER);
+        tasks.spawn(serve_all(incoming, served.clone(), transfers));
+        let serving = Serving::new(calls);
         let calls = network
             .accept(rpc::PROTOCOL)
             .expect("a new network accepts nothing yet");
         let offered = Offered::default();
-        tasks.spawn(rpc::serve_calls(calls, offered.clone()));
+        tasks.spawn(rpc::serve_calls(calls, offered.clone(), serving.clone()));
         tasks.spawn(announcer.clone().run());
         tasks.spawn(whereabouts::tell(dht.clone(), network.clone()));
         tasks.spawn(whereabouts::find_relays(dht.clone(), network.clone()));
@@ -127,6 +129,9 @@ impl Node {
                 announcer,
                 sessions: Sessions::default(),
                 offered,
+                serving,
+                topics: Mutex::default(),
+                transfers: served,
                 started: Instant::now(),
                 expects_peers,
                 targets: Mutex::default(),
@@ -233,11 +238,14 @@ impl Node {
     /// # Errors
     /// [`Error::Stopped`] after a shutdown.
     pub async fn limits(&self) -> Result<Vec<LimitUse>, Error> {
-        let limits = self.inner.network.limits().await;
-        match limits.is_empty() {
-            false => Ok(limits),
-            true => Err(Error::Stopped),
+        let mut limits = self.inner.network.limits().await;
+        if limits.is_empty() {
+            return Err(Error::Stopped);
         }
+        limits.extend(self.inner.serving.limits());
+        let transfers = &self.inner.transfers;
+        limits.extend(transfers.usage("transfers", "transfers_per_peer"));
+        Ok(limits)
     }
 
     /// Whom this node has to do with at all.
@@ -260,6 +268,14 @@ impl Node {
 
     /// Closes connections in order and ends what runs beside. The home is free for another node when the last handle is gone.
     pub async fn shutdown(&self) {
+        let leave = {
+            let mut topics = self.inner.topics.lock();
+            topics
+                .as_mut()
+                .expect("nothing panics while holding the lock")
+                .leave()
+        };
+        leave.await;
         self.inner.network.stop().await;
         let mut tasks = std::mem::take(
             &mut *self
@@ -278,6 +294,15 @@ impl Node {
     /// Calls to and from other nodes.
     pub fn rpc(&self) -> Rpc {
         Rpc::new(self.clone())
+    }
+
+    /// Publishing to and subscribing to topics.
+    pub fn topics(&self) -> Topics {
+        Topics::new(self.clone())
+    }
+
+    pub(crate) fn known_topics(&self) -> &Mutex<topics::Known> {
+        &self.inner.topics
     }
 
     pub(crate) fn offered(&self) -> &Offered {
@@ -377,47 +402,122 @@ impl Drop for TargetLease {
 /// Streams served at a time to one peer.
 const MAX_SERVED_PER_PEER: usize = 8;
 
-/// Answers every transfer stream that peers open.
-pub(crate) async fn serve_all<F, Fut>(
-    mut incoming: Incoming,
+/// Streams that are being served, in all and by peer. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub(crate) struct Served {
     most: usize,
     most_of_one: usize,
-    serve: F,
-) where
+    now: Arc<Mutex<ServedNow>>,
+}
+
+#[derive(Debug, Default)]
+struct ServedNow {
+    by_peer: HashMap<PeerId, usize>,
+    all: usize,
+    refused: u64,
+    refused_of_one: u64,
+}
+
+/// A place among them, given back when dropped.
+struct ServedPlace {
+    served: Served,
+    peer: PeerId,
+}
+
+impl Served {
+    pub(crate) fn new(most: usize, most_of_one: usize) -> Self {
+        Self {
+            most,
+            most_of_one,
+            now: Arc::default(),
+        }
+    }
+
+    fn now(&self) -> std::sync::MutexGuard<'_, ServedNow> {
+        self.now
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    fn take(&self, peer: PeerId) -> Option<ServedPlace> {
+        let mut now = self.now();
+        let of_one = now.by_peer.get(&peer).copied().unwrap_or_default();
+        if of_one >= self.most_of_one {
+            now.refused_of_one += 1;
+            return None;
+        }
+        if now.all >= self.most {
+            now.refused += 1;
+            return None;
+        }
+        now.by_peer.insert(peer, of_one + 1);
+        now.all += 1;
+        drop(now);
+        Some(ServedPlace {
+            served: self.clone(),
+            peer,
+        })
+    }
+
+    /// The limits on them, under these names: in all, and of one peer.
+    pub(crate) fn usage(&self, all: &'static str, of_one: &'static str) -> [LimitUse; 2] {
+        let now = self.now();
+        let most = now.by_peer.values().max().copied().unwrap_or_default();
+        [
+            LimitUse {
+                name: all,
+                used: now.all as u64,
+                limit: Some(self.most as u64),
+                refused: now.refused,
+            },
+            LimitUse {
+                name: of_one,
+                used: most as u64,
+                limit: Some(self.most_of_one as u64),
+                refused: now.refused_of_one,
+            },
+        ]
+    }
+}
+
+impl Drop for ServedPlace {
+    fn drop(&mut self) {
+        let mut now = self.served.now();
+        now.all -= 1;
+        if let Entry::Occupied(mut of_one) = now.by_peer.entry(self.peer) {
+            *of_one.get_mut() -= 1;
+            if *of_one.get() == 0 {
+                of_one.remove();
+            }
+        }
+    }
+}
+
+/// Answers every stream that peers open, as many as may be open.
+pub(crate) async fn serve_all<F, Fut>(mut incoming: Incoming, served: Served, serve: F)
+where
     F: Fn(NetStream) -> Fut,
     Fut: Future<Output = ()> + Send + 'static,
 {
-    let mut streams: JoinSet<PeerId> = JoinSet::new();
-    let mut per_peer: HashMap<PeerId, usize> = HashMap::new();
+    let mut streams = JoinSet::new();
     loop {
         tokio::select! {
             stream = incoming.next() => {
                 let Some(stream) = stream else { return };
                 let peer = stream.peer();
-                let served = per_peer.get(&peer).copied().unwrap_or(0);
-                if streams.len() >= most || served >= most_of_one {
+                let Some(place) = served.take(peer) else {
                     // Dropped, and so reset: the peer asks another provider.
                     tracing::debug!(%peer, protocol = %stream.protocol(), "refused: too many are being served");
                     continue;
-                }
-                per_peer.insert(peer, served + 1);
+                };
                 let serving = serve(stream);
                 streams.spawn(async move {
+                    let _place = place;
                     serving.await;
-                    peer
                 });
             }
-            Some(ended) = streams.join_next() => {
-                // A panic there would be a defect of ours; its place is lost, not the node.
-                if let Ok(peer) = ended
-                    && let Entry::Occupied(mut entry) = per_peer.entry(peer)
-                {
-                    *entry.get_mut() -= 1;
-                    if *entry.get() == 0 {
-                        entry.remove();
-                    }
-                }
-            }
+            // How they ended is their affair.
+            Some(_) = streams.join_next() => {}
         }
     }
 }

@@ -70,7 +70,8 @@ pub(crate) fn decode(addresses: &[Bytes]) -> Vec<Multiaddr> {
         .collect()
 }
 
-fn addresses_of(record: &Record) -> Vec<Multiaddr> {
+/// Where a record's claim says that its publisher is.
+pub(crate) fn addresses_of(record: &Record) -> Vec<Multiaddr> {
     let claim = record.value().map(wire::PeerClaim::decode);
     match claim {
         Some(Ok(claim)) => decode(&claim.addresses),

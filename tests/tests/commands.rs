@@ -213,7 +213,14 @@ fn the_demo_moves_a_model_and_leaves_nothing_behind() {
 #[test]
 fn limits_and_lists_are_shown_and_hold() {
     let (home, other) = (Home::new(), Home::new());
-    let up = home.up(&["--max-streams", "7", "--metrics", "127.0.0.1:0"]);
+    let up = home.up(&[
+        "--max-streams",
+        "7",
+        "--max-call-sessions",
+        "9",
+        "--metrics",
+        "127.0.0.1:0",
+    ]);
     let limits = home.json(&["limits"]);
     let limit = |limits: &Value, name: &str| -> Value {
         let all = limits["limits"].as_array().unwrap();
@@ -223,6 +230,8 @@ fn limits_and_lists_are_shown_and_hold() {
             .clone()
     };
     assert_eq!(limit(&limits, "streams_per_connection")["limit"], 7);
+    assert_eq!(limit(&limits, "call_sessions")["limit"], 9);
+    assert_eq!(limit(&limits, "transfers")["used"], 0);
     assert!(limit(&limits, "memory_bytes")["used"].as_u64().unwrap() > 1 << 20);
     assert!(home.run(&["limits"]).stdout.contains("relay_circuits"));
 

@@ -27,10 +27,13 @@ use tonic::{
 use weft::Node;
 use weft_proto::{
     DESCRIPTORS,
-    api::{calls_server::CallsServer, models_server::ModelsServer, node_server::NodeServer},
+    api::{
+        calls_server::CallsServer, models_server::ModelsServer, node_server::NodeServer,
+        topics_server::TopicsServer,
+    },
 };
 
-use super::{calls, service::Service};
+use super::{calls, service::Service, topics};
 use crate::exit::Failure;
 
 /// Bytes of a message of a call, with its attachments.
@@ -208,7 +211,9 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
     health.set_serving::<NodeServer<Service>>().await;
     health.set_serving::<ModelsServer<Service>>().await;
     health.set_serving::<CallsServer<calls::Service>>().await;
+    health.set_serving::<TopicsServer<topics::Service>>().await;
     let calls = calls::Service::new(service.node().clone());
+    let topics = topics::Service::new(service.node().clone());
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -227,6 +232,7 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
                 .expect("the schemas are those this was built from"),
         )
         .add_service(CallsServer::new(calls).max_decoding_message_size(MAX_CALL_MESSAGE))
+        .add_service(TopicsServer::new(topics))
         .add_service(NodeServer::new(service.clone()))
         .add_service(ModelsServer::new(service))
 }

@@ -4,6 +4,7 @@ mod calls;
 mod endpoint;
 mod service;
 mod status;
+mod topics;
 
 pub(crate) use self::{
     endpoint::{Endpoint, Files},

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use weft::{ConnectError, Error, HomeError, OpenError, PingError, SpawnError};
+use weft::{ConnectError, Error, HomeError, OpenError, PingError, SpawnError, TopicError};
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
@@ -38,6 +38,12 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::Connect(ConnectError::Stopped)
         | Error::Ping(PingError::Open(OpenError::Stopped)) => (Code::Unavailable, "STOPPED"),
         Error::Connect(_) | Error::Ping(_) => (Code::Unavailable, "UNREACHABLE"),
+        Error::Topic(TopicError::Name(_) | TopicError::TooLarge(_)) => {
+            (Code::InvalidArgument, "INVALID_INPUT")
+        }
+        Error::Topic(TopicError::TooMany) => (Code::ResourceExhausted, "TOO_MANY_TOPICS"),
+        Error::Topic(TopicError::Busy) => (Code::ResourceExhausted, "BUSY"),
+        Error::Topic(_) => (Code::Internal, "TOPIC"),
         Error::Stopped => (Code::Unavailable, "STOPPED"),
         _ => (Code::Internal, "STORE"),
     };

@@ -13,18 +13,18 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use futures::future::AbortHandle;
 use prost::Message as _;
-use tokio::task::AbortHandle;
 
 use super::{
-    frame::{self, Head, Kind, LAST, MORE, OVERHEAD},
+    frame::{self, Kind, LAST, MORE, OVERHEAD},
     limits::{MAX_ATTACHMENTS, MAX_RANK},
     message::{Attachment, Message},
-    outbox::Out,
+    outbox::{Body, Frame},
     session::{SHORT, Shared, lock, within},
     status::{Code, Status},
 };
-use crate::wire::RpcAttachment;
+use crate::wire::{RpcAttachment, RpcRequest};
 
 /// One call, at either side.
 pub(super) struct Call {
@@ -61,7 +61,7 @@ pub(super) struct CallState {
     pub(super) heard: bool,
     /// Nobody takes messages any more: what comes is dropped.
     pub(super) unwanted: bool,
-    /// At the called side, the task that answers.
+    /// At the called side, ends what answers.
     pub(super) task: Option<AbortHandle>,
 }
 
@@ -112,6 +112,8 @@ pub struct Receiver {
     pub(super) shared: Arc<Shared>,
     pub(super) call: Arc<Call>,
     pub(super) caller: bool,
+    /// The call has ended, and all that came was taken.
+    pub(super) over: bool,
     pub(super) deadline: Option<Instant>,
 }
 
@@ -162,8 +164,11 @@ impl Receiver {
             return Poll::Pending;
         };
         let (ended, over) = (ended.clone(), state.ended_there);
-        drop(state);
-        if self.caller && over {
+        if self.caller && over && !self.over {
+            self.over = true;
+            let partial = std::mem::take(&mut state.partial).buffered;
+            drop(state);
+            self.shared.release(partial);
             self.shared.forget(&self.call, true);
         }
         Poll::Ready(ended.map(|()| None))
@@ -172,6 +177,9 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
+        if self.over {
+            return;
+        }
         if self.caller {
             let ended_there = lock(&self.call.state).ended_there;
             let status = Status::new(Code::Cancelled, "cancelled here");
@@ -194,8 +202,8 @@ impl Drop for Receiver {
 pub struct Sender {
     pub(super) shared: Arc<Shared>,
     pub(super) call: Arc<Call>,
-    /// The frame that begins the call, to go out with the first message.
-    pub(super) begin: Option<BytesMut>,
+    /// What begins the call, to go out with the first message.
+    pub(super) begin: Option<RpcRequest>,
     pub(super) caller: bool,
     pub(super) closed: bool,
     /// A message is being sent. If it stays so, it went out in part at most.
@@ -257,24 +265,12 @@ impl Sender {
             return;
         }
         self.closed = true;
-        let out = self.first(Kind::Close, 0, &[]);
-        self.shared.outbox.push(out).await;
+        self.push(Frame::short(Kind::Close, 0, &[])).await;
     }
 
-    /// With what begins the call before it, if that has not been sent.
-    pub(super) fn first(&mut self, kind: Kind, flags: u8, bytes: &[u8]) -> Out {
-        let id = self.call.id;
-        match self.begin.take() {
-            Some(mut begin) => {
-                frame::put(&mut begin, kind, flags, id, bytes);
-                Out::Begin(begin, Arc::clone(&self.call))
-            }
-            None => {
-                let mut frames = BytesMut::new();
-                frame::put(&mut frames, kind, flags, id, bytes);
-                Out::Frames(frames)
-            }
-        }
+    async fn push(&mut self, frame: Frame<'_>) {
+        let begin = self.begin.take();
+        self.shared.outbox.push(&self.call, begin, frame).await;
     }
 
     pub(super) async fn write(&mut self, message: Message, last: bool) -> Result<(), Status> {
@@ -283,6 +279,15 @@ impl Sender {
             return Err(Status::new(Code::FailedPrecondition, text));
         }
         self.check(&message).await?;
+        self.write_checked(message, last).await
+    }
+
+    /// Of a message that is known to be within the limits.
+    pub(super) async fn write_checked(
+        &mut self,
+        message: Message,
+        last: bool,
+    ) -> Result<(), Status> {
         if self.partly {
             self.give_up();
             let text = "the message before this one went out in part only";
@@ -298,8 +303,8 @@ impl Sender {
             };
             let announced = announced.encode_to_vec();
             self.pay(announced.len() as u32 + OVERHEAD).await?;
-            let out = self.first(Kind::Attachment, 0, &announced);
-            self.shared.outbox.push(out).await;
+            self.push(Frame::short(Kind::Attachment, 0, &announced))
+                .await;
             if attachment.bytes.is_empty() {
                 continue;
             }
@@ -309,8 +314,8 @@ impl Sender {
         }
         if message.bytes.len() <= SHORT {
             self.pay(message.bytes.len() as u32 + OVERHEAD).await?;
-            let out = self.first(Kind::Data, flags, &message.bytes);
-            self.shared.outbox.push(out).await;
+            self.push(Frame::short(Kind::Data, flags, &message.bytes))
+                .await;
         } else {
             for (part, end) in frame::parts(&message.bytes) {
                 let flags = if end { flags } else { MORE };
@@ -327,17 +332,8 @@ impl Sender {
 
     pub(super) async fn part(&mut self, kind: Kind, flags: u8, bytes: Bytes) -> Result<(), Status> {
         self.pay(bytes.len() as u32 + OVERHEAD).await?;
-        if let Some(begin) = self.begin.take() {
-            let out = Out::Begin(begin, Arc::clone(&self.call));
-            self.shared.outbox.push(out).await;
-        }
-        let head = Head {
-            kind,
-            flags,
-            call: self.call.id,
-            length: bytes.len() as u32,
-        };
-        self.shared.outbox.push(Out::Part(head, bytes)).await;
+        let body = Body::Long(bytes);
+        self.push(Frame { kind, flags, body }).await;
         Ok(())
     }
 
@@ -401,8 +397,11 @@ impl Drop for Sender {
         if self.partly {
             self.give_up();
         } else if self.caller && !self.closed && !ended {
-            let out = self.first(Kind::Close, 0, &[]);
-            self.shared.outbox.push_now(out);
+            let begin = self.begin.take();
+            let close = Frame::short(Kind::Close, 0, &[]);
+            self.shared
+                .outbox
+                .push_now(&self.call, begin.as_ref(), close);
         }
     }
 }

@@ -4,9 +4,10 @@ use std::{
     future::poll_fn, io, pin::pin, sync::Arc, sync::atomic::Ordering, task::Poll, time::Duration,
 };
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{BufMut, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
+    task::yield_now,
     time::timeout,
 };
 
@@ -15,15 +16,27 @@ use super::{
     limits::{Limits, MAX_CONTROL},
     outbox::Out,
     serve::Serving,
-    session::{SHORT, Shared, lock},
+    session::{Shared, lock},
 };
 use crate::wire::{RpcHello, RpcShutdown};
 
 /// The only version there is.
 pub(super) const VERSION: u32 = 1;
 
-/// Bytes read at a time.
-pub(super) const READ: usize = 64 * 1024;
+/// Bytes read at a time: while little comes, and while every read is filled.
+const READ: usize = 16 * 1024;
+const READ_MUCH: usize = 256 * 1024;
+
+/// After so many small reads in a row, little comes.
+const LITTLE: u32 = 64;
+
+/// Bytes written at a time, and bytes for which a session that has nothing to write keeps room.
+const WRITE: usize = 256 * 1024;
+const KEPT: usize = 16 * 1024;
+
+/// With so many calls open and so few frames to be written, these wait until whoever can run has run: others are about to add to them.
+const MANY: usize = 24;
+const FEW: usize = 4;
 
 /// How long the other side may take to end a session that this side has ended.
 pub(super) const FAREWELL: Duration = Duration::from_secs(1);
@@ -111,56 +124,69 @@ pub(super) async fn write<W>(
 where
     W: AsyncWrite + Unpin,
 {
-    let mut buffer = BytesMut::with_capacity(READ);
+    let mut buffer = BytesMut::with_capacity(KEPT);
     frame::put_message(&mut buffer, Kind::Hello, 0, &shared.ours.hello());
     writer.write_all_buf(&mut buffer).await?;
     writer.flush().await?;
     loop {
-        let taken = poll_fn(|cx| {
+        let waits = poll_fn(|cx| {
             let mut queue = lock(&shared.outbox.queue);
-            if queue.frames.is_empty() && queue.credits.is_empty() {
-                queue.waker = Some(cx.waker().clone());
+            if !queue.is_empty() {
+                // Nobody need wake what is awake.
+                queue.waker = None;
+                let queued = queue.frames;
                 drop(queue);
-                let calls = lock(&shared.calls);
-                return match calls.leaving && calls.open.is_empty() {
-                    true => Poll::Ready(None),
-                    false => Poll::Pending,
-                };
+                let open = lock(&shared.calls).open.len();
+                return Poll::Ready(Some(open >= MANY && queued < FEW));
             }
-            queue.bytes = 0;
-            let frames = std::mem::take(&mut queue.frames);
-            Poll::Ready(Some((frames, std::mem::take(&mut queue.credits))))
+            queue.waker = Some(cx.waker().clone());
+            drop(queue);
+            let calls = lock(&shared.calls);
+            match calls.leaving && calls.open.is_empty() {
+                true => Poll::Ready(None),
+                false => Poll::Pending,
+            }
         });
-        let Some((frames, credits)) = taken.await else {
-            break;
+        match waits.await {
+            None => break,
+            Some(true) => yield_now().await,
+            Some(false) => {}
+        }
+        let (out, begun, credits) = {
+            let mut queue = lock(&shared.outbox.queue);
+            queue.bytes = 0;
+            queue.frames = 0;
+            let out = std::mem::take(&mut queue.out);
+            let begun = std::mem::take(&mut queue.begun);
+            (out, begun, std::mem::take(&mut queue.credits))
         };
+        shared.outbox.room.notify_waiters();
+        for call in begun {
+            call.written.store(true, Ordering::Release);
+        }
         for (call, bytes) in credits {
             frame::put(&mut buffer, Kind::Credit, 0, call, &bytes.to_le_bytes());
         }
-        for out in frames {
+        for out in out {
             match out {
+                Out::Frames(frames) if buffer.is_empty() => buffer = frames,
                 Out::Frames(frames) => buffer.extend_from_slice(&frames),
-                Out::Begin(frames, call) => {
-                    call.written.store(true, Ordering::Release);
-                    buffer.extend_from_slice(&frames);
-                }
                 Out::Part(head, bytes) => {
+                    // In one piece with what is before and after it, and so in few records and packets.
+                    buffer.reserve(HEAD + bytes.len());
                     head.write(&mut buffer);
-                    if bytes.len() <= SHORT {
-                        buffer.extend_from_slice(&bytes);
-                    } else {
-                        writer.write_all_buf(&mut buffer).await?;
-                        writer.write_all(&bytes).await?;
-                    }
+                    buffer.extend_from_slice(&bytes);
                 }
             }
-            if buffer.len() >= READ {
+            if buffer.len() >= WRITE {
                 writer.write_all_buf(&mut buffer).await?;
             }
         }
         writer.write_all_buf(&mut buffer).await?;
-        shared.outbox.room.notify_waiters();
         writer.flush().await?;
+        if buffer.capacity() > KEPT && lock(&shared.outbox.queue).is_empty() {
+            buffer = BytesMut::with_capacity(KEPT);
+        }
     }
     if serves {
         let shutdown = RpcShutdown {
@@ -175,17 +201,82 @@ where
 
 /// The stream, with what was read and not looked at.
 pub(super) struct Input<R> {
-    pub(super) reader: R,
-    pub(super) buffer: BytesMut,
+    reader: R,
+    /// Read so far: `at..end`.
+    buffer: Box<[u8]>,
+    at: usize,
+    end: usize,
+    /// Reads in a row that a small buffer would have done for.
+    little: u32,
 }
 
 impl<R: AsyncRead + Unpin> Input<R> {
+    pub(super) fn new(reader: R) -> Self {
+        Self {
+            reader,
+            buffer: vec![0; READ].into(),
+            at: 0,
+            end: 0,
+            little: 0,
+        }
+    }
+
+    fn here(&self) -> &[u8] {
+        &self.buffer[self.at..self.end]
+    }
+
+    /// Whether a whole frame is here.
+    fn has_frame(&self) -> bool {
+        let here = self.here();
+        let length = here.get(HEAD - 4..HEAD);
+        let length = length.and_then(|bytes| bytes.try_into().ok());
+        length.is_some_and(|length| here.len() - HEAD >= u32::from_le_bytes(length) as usize)
+    }
+
+    /// Reads what there is, to where there is room.
+    async fn more(&mut self) -> io::Result<bool> {
+        if self.at == self.end {
+            (self.at, self.end) = (0, 0);
+            if self.little >= LITTLE && self.buffer.len() > READ {
+                self.buffer = vec![0; READ].into();
+            }
+        }
+        let n = self.reader.read(&mut self.buffer[self.end..]).await?;
+        self.end += n;
+        self.little = match n < READ {
+            true => self.little.saturating_add(1),
+            false => 0,
+        };
+        Ok(n > 0)
+    }
+
+    /// Room for `size` bytes in one piece, and for more if there is much.
+    fn make_room(&mut self, size: usize) {
+        let full = self.end == self.buffer.len();
+        let wanted = match full {
+            true => self.buffer.len() * 4,
+            false => READ,
+        };
+        let wanted = wanted.clamp(READ, READ_MUCH).max(size);
+        if self.buffer.len() >= wanted && self.at + size <= self.buffer.len() {
+            return;
+        }
+        if self.buffer.len() >= wanted {
+            self.buffer.copy_within(self.at..self.end, 0);
+        } else {
+            let mut larger = vec![0; wanted];
+            larger[..self.end - self.at].copy_from_slice(self.here());
+            self.buffer = larger.into();
+        }
+        (self.at, self.end) = (0, self.end - self.at);
+    }
+
     /// Waits for so many bytes; `false` if the stream ends before the first of them.
-    pub(super) async fn fill(&mut self, size: usize) -> io::Result<bool> {
-        while self.buffer.len() < size {
-            self.buffer.reserve(READ);
-            if self.reader.read_buf(&mut self.buffer).await? == 0 {
-                if self.buffer.is_empty() {
+    async fn fill(&mut self, size: usize) -> io::Result<bool> {
+        while self.end - self.at < size {
+            self.make_room(size);
+            if !self.more().await? {
+                if self.at == self.end {
                     return Ok(false);
                 }
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -199,7 +290,8 @@ impl<R: AsyncRead + Unpin> Input<R> {
             return Ok(None);
         }
         let mut head = [0; HEAD];
-        self.buffer.copy_to_slice(&mut head);
+        head.copy_from_slice(&self.here()[..HEAD]);
+        self.at += HEAD;
         Ok(Some(Head::read(head)?))
     }
 
@@ -208,28 +300,26 @@ impl<R: AsyncRead + Unpin> Input<R> {
         if length > 0 && !self.fill(length).await? {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
-        // What is a small part of the buffer would hold all of it.
-        if length <= READ / 4 * 3 {
-            let short = BytesMut::from(&self.buffer[..length]);
-            self.buffer.advance(length);
-            return Ok(short);
-        }
-        Ok(self.buffer.split_to(length))
+        let bytes = BytesMut::from(&self.here()[..length]);
+        self.at += length;
+        Ok(bytes)
     }
 
-    /// Straight to where they belong, without a copy of what has not been read yet.
+    /// Straight to where they belong.
     pub(super) async fn append(&mut self, length: u32, to: &mut BytesMut) -> io::Result<()> {
         let mut left = length as usize;
-        let here = left.min(self.buffer.len());
-        to.put_slice(&self.buffer[..here]);
-        self.buffer.advance(here);
-        left -= here;
         while left > 0 {
-            let mut rest = (&mut self.reader).take(left as u64);
-            let n = rest.read_buf(to).await?;
-            if n == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            if self.at == self.end {
+                self.make_room(0);
+                if !self.more().await? {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
             }
+            let here = self.here();
+            let here = &here[..left.min(here.len())];
+            to.put_slice(here);
+            let n = here.len();
+            self.at += n;
             left -= n;
         }
         Ok(())
@@ -250,10 +340,7 @@ pub(super) async fn read<R>(
 where
     R: AsyncRead + Unpin,
 {
-    let mut input = Input {
-        reader,
-        buffer: BytesMut::with_capacity(READ),
-    };
+    let mut input = Input::new(reader);
     let hello = async {
         let Some(head) = input.head().await? else {
             return Ok(None);
@@ -273,7 +360,14 @@ where
         return Err(Violation::Version(hello.versions).into());
     }
     shared.greeted(Limits::of(&hello));
-    while let Some(head) = input.head().await? {
+    loop {
+        // What has come is begun before anything is waited for.
+        if let (Some(server), false) = (serving, input.has_frame()) {
+            server.start();
+        }
+        let Some(head) = input.head().await? else {
+            break;
+        };
         shared.take(head, &mut input, serving).await?;
     }
     Ok(())

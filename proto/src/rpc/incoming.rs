@@ -20,6 +20,9 @@ use crate::wire::{RpcAttachment, RpcRequest, RpcShutdown, RpcStatus};
 /// What a message or an attachment holds beside its bytes.
 const HELD_BESIDE: usize = 256;
 
+/// An attachment has room for so many times what has come of it.
+const GROWTH: usize = 16;
+
 impl Shared {
     /// The other side has said what it takes.
     pub(super) fn greeted(&self, theirs: Limits) {
@@ -27,7 +30,7 @@ impl Shared {
         let open: Vec<_> = {
             // Whoever begins a call at the same time gives it either the one window or the other.
             let calls = lock(&self.calls);
-            *lock(&self.theirs) = theirs;
+            self.theirs.get_or_init(|| theirs);
             calls.open.values().cloned().collect()
         };
         self.places.add_permits(theirs.max_calls - LEAST.max_calls);
@@ -180,13 +183,14 @@ impl Shared {
         false
     }
 
-    /// Gives credit back at once while a message is coming and nothing waits before it: whoever takes it cannot before it is whole.
+    /// Gives credit back while a message is coming and nothing waits before it: whoever takes it cannot before it is whole.
     pub(super) fn go_on(&self, call: &Call, state: &mut CallState, cost: u64) {
-        if state.queue.is_empty() {
-            state.unreturned -= cost;
-            self.outbox.credit(call.id, cost as u32);
-        } else {
-            state.owed += cost as u32;
+        state.owed += cost as u32;
+        // Not for every few bytes; what is left of the window takes the longest frame.
+        if state.queue.is_empty() && state.owed >= self.ours.window / 4 {
+            let back = std::mem::take(&mut state.owed);
+            state.unreturned -= u64::from(back);
+            self.outbox.credit(call.id, back);
         }
     }
 
@@ -316,9 +320,9 @@ impl Shared {
             return input.skip(length).await;
         };
         if buffer.capacity() - buffer.len() < length as usize {
-            // Doubles, up to what was announced.
-            let more = buffer.capacity().max(MAX_FRAME).min(size - buffer.len());
-            buffer.reserve(more.max(length as usize));
+            // Up to what was announced, as far as what has come lets one believe it; so little of it is ever moved.
+            let room = (buffer.len() * GROWTH).max(MAX_FRAME * 4).min(size);
+            buffer.reserve(room.max(buffer.len() + length as usize) - buffer.len());
         }
         input.append(length, &mut buffer).await?;
         let mut state = lock(&call.state);

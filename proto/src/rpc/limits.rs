@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 use super::drive::VERSION;
@@ -50,28 +50,55 @@ pub struct Limits {
 
 /// Bytes that may be held, of one session or of several together. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
-pub struct Budget(Arc<(AtomicUsize, usize)>);
+pub struct Budget(Arc<Spending>);
+
+#[derive(Debug)]
+struct Spending {
+    used: AtomicUsize,
+    most: usize,
+    refused: AtomicU64,
+}
 
 impl Budget {
     /// So many bytes.
     pub fn new(bytes: usize) -> Self {
-        Self(Arc::new((AtomicUsize::new(0), bytes)))
+        Self(Arc::new(Spending {
+            used: AtomicUsize::new(0),
+            most: bytes,
+            refused: AtomicU64::new(0),
+        }))
+    }
+
+    /// Bytes held now.
+    pub fn used(&self) -> usize {
+        self.0.used.load(Ordering::Relaxed)
+    }
+
+    /// How often a call has failed because there were none left.
+    pub fn refused(&self) -> u64 {
+        self.0.refused.load(Ordering::Relaxed)
     }
 
     /// Whether there are so many left, which are then taken.
     pub(super) fn take(&self, bytes: usize) -> bool {
-        let (used, most) = &*self.0;
-        let more = |used: usize| used.checked_add(bytes).filter(|used| used <= most);
-        used.fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
-            .is_ok()
+        let more = |used: usize| used.checked_add(bytes).filter(|used| *used <= self.0.most);
+        let taken = self
+            .0
+            .used
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .is_ok();
+        if !taken {
+            self.0.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        taken
     }
 
     pub(super) fn give(&self, bytes: usize) {
-        self.0.0.fetch_sub(bytes, Ordering::AcqRel);
+        self.0.used.fetch_sub(bytes, Ordering::AcqRel);
     }
 
     pub(super) fn size(&self) -> usize {
-        self.0.1
+        self.0.most
     }
 }
 
@@ -82,7 +109,7 @@ impl Default for Limits {
             max_attachments: 256 << 20,
             max_metadata: 16 * 1024,
             max_calls: 1024,
-            window: 1 << 20,
+            window: 4 << 20,
             max_buffered: 512 << 20,
         }
     }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use prost::Message as _;
 use tokio::sync::Notify;
 
 use super::{
@@ -15,9 +16,10 @@ use super::{
     frame::{self, HEAD, Head, Kind},
     session::lock,
 };
+use crate::wire::RpcRequest;
 
 /// Bytes that wait to be written before whoever has more has to wait too.
-pub(super) const OUTBOX: usize = 256 * 1024;
+pub(super) const OUTBOX: usize = 512 * 1024;
 
 /// What waits to be written.
 pub(super) struct Outbox {
@@ -28,7 +30,11 @@ pub(super) struct Outbox {
 
 #[derive(Default)]
 pub(super) struct Queue {
-    pub(super) frames: VecDeque<Out>,
+    pub(super) out: VecDeque<Out>,
+    /// Frames in it.
+    pub(super) frames: usize,
+    /// Calls that begin with it.
+    pub(super) begun: Vec<Arc<Call>>,
     pub(super) bytes: usize,
     /// By call: what has not been written yet adds up.
     pub(super) credits: HashMap<u32, u32>,
@@ -39,32 +45,84 @@ pub(super) struct Queue {
 pub(super) enum Out {
     /// Frames, whole.
     Frames(BytesMut),
-    /// The frames that begin a call.
-    Begin(BytesMut, Arc<Call>),
-    /// One frame whose bytes are not copied.
+    /// One frame whose bytes are copied only when it is written.
     Part(Head, Bytes),
 }
 
-impl Out {
-    pub(super) fn len(&self) -> usize {
+/// What a frame holds.
+pub(super) enum Body<'a> {
+    /// Copied at once.
+    Short(&'a [u8]),
+    /// Copied when it is written.
+    Long(Bytes),
+}
+
+impl Body<'_> {
+    fn len(&self) -> usize {
         match self {
-            Self::Frames(bytes) | Self::Begin(bytes, _) => bytes.len(),
-            Self::Part(_, bytes) => HEAD + bytes.len(),
+            Self::Short(bytes) => bytes.len(),
+            Self::Long(bytes) => bytes.len(),
         }
     }
 }
 
+/// A frame of a call.
+pub(super) struct Frame<'a> {
+    pub(super) kind: Kind,
+    pub(super) flags: u8,
+    pub(super) body: Body<'a>,
+}
+
+impl<'a> Frame<'a> {
+    /// One whose bytes are few.
+    pub(super) fn short(kind: Kind, flags: u8, bytes: &'a [u8]) -> Self {
+        let body = Body::Short(bytes);
+        Self { kind, flags, body }
+    }
+}
+
 impl Queue {
-    /// What begins a call that was given up before it could is left out: the other side is not to hear of it after its cancellation.
-    fn add(&mut self, out: Out) {
-        if let Out::Begin(_, call) = &out {
+    fn tail(&mut self) -> &mut BytesMut {
+        if !matches!(self.out.back(), Some(Out::Frames(_))) {
+            self.out.push_back(Out::Frames(BytesMut::new()));
+        }
+        match self.out.back_mut() {
+            Some(Out::Frames(frames)) => frames,
+            _ => unreachable!("put there if it was not"),
+        }
+    }
+
+    /// With what begins the call before it, if that has not been sent. What begins a call that was given up before it could is left out: the other side is not
+    /// to hear of it after its cancellation.
+    fn add(&mut self, call: &Arc<Call>, begin: Option<&RpcRequest>, frame: Frame<'_>) {
+        if let Some(request) = begin {
             if call.given_up.load(Ordering::Acquire) {
                 return;
             }
             call.begun.store(true, Ordering::Release);
+            frame::put_message(self.tail(), Kind::Request, call.id, request);
+            self.begun.push(Arc::clone(call));
+            self.bytes += HEAD + request.encoded_len();
         }
-        self.bytes += out.len();
-        self.frames.push_back(out);
+        self.bytes += HEAD + frame.body.len();
+        self.frames += 1;
+        let Frame { kind, flags, body } = frame;
+        match body {
+            Body::Short(bytes) => frame::put(self.tail(), kind, flags, call.id, bytes),
+            Body::Long(bytes) => {
+                let head = Head {
+                    kind,
+                    flags,
+                    call: call.id,
+                    length: bytes.len() as u32,
+                };
+                self.out.push_back(Out::Part(head, bytes));
+            }
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.out.is_empty() && self.credits.is_empty()
     }
 }
 
@@ -82,27 +140,25 @@ impl Outbox {
     }
 
     /// Without waiting for room: for what there is at most one of for a call.
-    pub(super) fn push_now(&self, out: Out) {
+    pub(super) fn push_now(&self, call: &Arc<Call>, begin: Option<&RpcRequest>, frame: Frame<'_>) {
         let mut queue = lock(&self.queue);
         if queue.closed {
             return;
         }
-        queue.add(out);
+        queue.add(call, begin, frame);
         let waker = queue.waker.take();
         drop(queue);
         waker.into_iter().for_each(Waker::wake);
     }
 
     /// Nobody here waits for this call any more: tells the other side, if it has heard or will hear of it.
-    pub(super) fn give_up(&self, call: &Call) {
+    pub(super) fn give_up(&self, call: &Arc<Call>) {
         let mut queue = lock(&self.queue);
         let first = !call.given_up.swap(true, Ordering::AcqRel);
         if queue.closed || !first || !call.begun.load(Ordering::Acquire) {
             return;
         }
-        let mut cancel = BytesMut::new();
-        frame::put(&mut cancel, Kind::Cancel, 0, call.id, &[]);
-        queue.add(Out::Frames(cancel));
+        queue.add(call, None, Frame::short(Kind::Cancel, 0, &[]));
         let waker = queue.waker.take();
         drop(queue);
         waker.into_iter().for_each(Waker::wake);
@@ -111,13 +167,13 @@ impl Outbox {
     /// No credit is given for this call any more.
     pub(super) fn forget(&self, call: u32) {
         let mut queue = lock(&self.queue);
-        queue.credits.remove(&call);
-        let waker = queue.waker.take();
-        drop(queue);
-        waker.into_iter().for_each(Waker::wake);
+        if !queue.credits.is_empty() {
+            queue.credits.remove(&call);
+        }
     }
 
-    pub(super) async fn push(&self, out: Out) {
+    /// Waits for room.
+    pub(super) async fn push(&self, call: &Arc<Call>, begin: Option<RpcRequest>, frame: Frame<'_>) {
         loop {
             let mut room = pin!(self.room.notified());
             room.as_mut().enable();
@@ -127,7 +183,7 @@ impl Outbox {
                     return;
                 }
                 if queue.bytes < OUTBOX {
-                    queue.add(out);
+                    queue.add(call, begin.as_ref(), frame);
                     let waker = queue.waker.take();
                     drop(queue);
                     waker.into_iter().for_each(Waker::wake);
@@ -153,8 +209,10 @@ impl Outbox {
     pub(super) fn close(&self) {
         let mut queue = lock(&self.queue);
         queue.closed = true;
-        queue.frames.clear();
+        queue.out.clear();
+        queue.begun.clear();
         queue.credits.clear();
+        queue.frames = 0;
         queue.bytes = 0;
         drop(queue);
         self.room.notify_waiters();

@@ -1,20 +1,28 @@
 //! The called side: what answers calls.
 
 use std::{
+    collections::{HashMap, VecDeque},
     future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context as TaskContext, Poll},
     time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use futures::future::{AbortHandle, Abortable, poll_fn};
+use prost::Message as _;
 
 use super::{
     call::{Call, Receiver, Sender},
-    frame::{self, Kind, Violation, limit},
+    frame::{Kind, Violation, limit},
     limits::{MAX_DETAILS, MAX_TEXT},
     message::{Metadata, metadata_size, of_wire},
-    outbox::Out,
+    outbox::Frame,
     session::{Shared, lock, within},
     status::{Code, Status},
 };
@@ -47,7 +55,152 @@ pub trait Handler: Send + Sync + 'static {
     ) -> Pin<Box<dyn Future<Output = Result<(), Status>> + Send>>;
 }
 
-pub(super) type Serving = Option<(Arc<str>, Arc<dyn Handler>)>;
+/// What a session that is called answers with.
+pub(super) struct Server {
+    peer: Arc<str>,
+    handler: Arc<dyn Handler>,
+    starts: Mutex<Starts>,
+}
+
+pub(super) type Serving = Option<Server>;
+
+impl Server {
+    pub(super) fn new(peer: Arc<str>, handler: Arc<dyn Handler>) -> Self {
+        Self {
+            peer,
+            handler,
+            starts: Mutex::default(),
+        }
+    }
+}
+
+/// Calls that have come and are not being answered yet.
+#[derive(Default)]
+struct Starts {
+    /// Of methods whose handlers have returned or waited quickly so far.
+    brief: VecDeque<Start>,
+    /// Others.
+    long: Vec<Start>,
+    paces: HashMap<String, Arc<Pace>>,
+}
+
+/// Calls that are answered one after the other in one task, as far as they get without waiting.
+const BATCH: usize = 32;
+
+/// Methods of which a session remembers how long their handlers take.
+const PACES: usize = 64;
+
+/// A handler that takes longer until it returns or waits has a task of its own from the start.
+const BRIEF: Duration = Duration::from_micros(20);
+
+/// How long a batch may take; what has not begun by then is given tasks of its own.
+const BATCH_TIME: Duration = Duration::from_micros(200);
+
+/// How long a method's handlers take until they return or wait for the first time: nanoseconds, an average in which the last call counts for an eighth.
+struct Pace(AtomicU64);
+
+impl Pace {
+    /// Not known, and so not brief.
+    fn new() -> Arc<Self> {
+        Arc::new(Self(AtomicU64::new(2 * BRIEF.as_nanos() as u64)))
+    }
+
+    fn is_brief(&self) -> bool {
+        self.0.load(Ordering::Relaxed) <= BRIEF.as_nanos() as u64
+    }
+
+    fn note(&self, time: Duration) {
+        let last = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let average = self.0.load(Ordering::Relaxed);
+        // One that got lost to another thread is no matter.
+        self.0
+            .store(average - average / 8 + last / 8, Ordering::Relaxed);
+    }
+}
+
+/// A call that is to be answered.
+struct Start {
+    answer: Abortable<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    pace: Option<Arc<Pace>>,
+}
+
+impl Start {
+    /// Until it returns or waits; `None` once it has returned, or panicked, which whoever drops it reports.
+    fn begin(mut self, cx: &mut TaskContext<'_>) -> Option<Self> {
+        let began = Instant::now();
+        let polled = catch_unwind(AssertUnwindSafe(|| Pin::new(&mut self.answer).poll(cx)));
+        if let Some(pace) = self.pace.take() {
+            pace.note(began.elapsed());
+        }
+        matches!(polled, Ok(Poll::Pending)).then_some(self)
+    }
+
+    fn spawn(self) {
+        tokio::spawn(async move {
+            let mut start = Some(self);
+            let waiting = poll_fn(|cx| Poll::Ready(start.take().and_then(|s| s.begin(cx)))).await;
+            if let Some(waiting) = waiting {
+                // That it was aborted is known to whoever did that.
+                let _ = waiting.answer.await;
+            }
+        });
+    }
+}
+
+impl Server {
+    /// Answers what has come: brief calls together, so that many small ones cost little; others in tasks of their own.
+    pub(super) fn start(&self) {
+        let mut starts = lock(&self.starts);
+        let mut brief = std::mem::take(&mut starts.brief);
+        let long = std::mem::take(&mut starts.long);
+        drop(starts);
+        long.into_iter().for_each(Start::spawn);
+        if brief.is_empty() {
+            return;
+        }
+        tokio::spawn(poll_fn(move |cx| {
+            let began = Instant::now();
+            while let Some(start) = brief.pop_front() {
+                if let Some(waiting) = start.begin(cx) {
+                    waiting.spawn();
+                }
+                // One of them was not what it used to be, and the others are not to wait for more of its kind.
+                if began.elapsed() > BATCH_TIME {
+                    brief.drain(..).for_each(Start::spawn);
+                }
+            }
+            Poll::Ready(())
+        }));
+    }
+
+    fn add(&self, method: &str, answer: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
+        let (handle, registration) = AbortHandle::new_pair();
+        let answer: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(answer);
+        let answer = Abortable::new(answer, registration);
+        let mut starts = lock(&self.starts);
+        let pace = match starts.paces.get(method) {
+            Some(pace) => Some(Arc::clone(pace)),
+            None if starts.paces.len() < PACES => {
+                let pace = Pace::new();
+                starts.paces.insert(method.to_owned(), Arc::clone(&pace));
+                Some(pace)
+            }
+            None => None,
+        };
+        let brief = pace.as_ref().is_some_and(|pace| pace.is_brief());
+        let start = Start { answer, pace };
+        match brief {
+            true => starts.brief.push_back(start),
+            false => starts.long.push(start),
+        }
+        let full = starts.brief.len() + starts.long.len() >= BATCH;
+        drop(starts);
+        if full {
+            self.start();
+        }
+        handle
+    }
+}
 
 impl Shared {
     pub(super) fn begin_serving(
@@ -56,7 +209,7 @@ impl Shared {
         request: RpcRequest,
         serving: &Serving,
     ) -> Result<(), Violation> {
-        let Some((peer, handler)) = serving else {
+        let Some(server) = serving else {
             return Err(Violation::Order("a request from the side that is called"));
         };
         let metadata = of_wire(request.metadata);
@@ -65,7 +218,7 @@ impl Shared {
             metadata_size(&metadata) as u64,
             self.ours.max_metadata as u64,
         )?;
-        let window = lock(&self.theirs).window;
+        let window = self.theirs().window;
         let call = Call::new(id, window);
         {
             let mut calls = lock(&self.calls);
@@ -79,7 +232,7 @@ impl Shared {
         }
         let time = request.timeout_micros.map(Duration::from_micros);
         let context = Context {
-            peer: Arc::clone(peer),
+            peer: Arc::clone(&server.peer),
             method: request.method,
             metadata,
             deadline: time.and_then(|time| Instant::now().checked_add(time)),
@@ -88,6 +241,7 @@ impl Shared {
             shared: Arc::clone(self),
             call: Arc::clone(&call),
             caller: false,
+            over: false,
             deadline: None,
         };
         let sender = Sender {
@@ -104,13 +258,15 @@ impl Shared {
             call: Arc::clone(&call),
             said: false,
         };
-        let handler = Arc::clone(handler);
-        let task = tokio::spawn(async move {
+        let handler = Arc::clone(&server.handler);
+        let method = context.method.clone();
+        let answer = async move {
             let answer = async { handler.call(context, receiver, sender).await };
             let ended = within(time, answer).await;
             done.end(ended).await;
-        });
-        lock(&call.state).task = Some(task.abort_handle());
+        };
+        let handle = server.add(&method, answer);
+        lock(&call.state).task = Some(handle);
         Ok(())
     }
 }
@@ -133,26 +289,25 @@ impl Answered {
         // What a handler has left behind sends nothing after the end.
         let over = Status::new(Code::Cancelled, "the call has ended");
         self.call.end(Err(over), false);
-        let out = self.frames(ended);
-        self.shared.outbox.push(out).await;
+        let status = encoded(ended);
+        let end = Frame::short(Kind::End, 0, &status);
+        self.shared.outbox.push(&self.call, None, end).await;
     }
+}
 
-    fn frames(&self, ended: Result<(), Status>) -> Out {
-        let status = match ended {
-            Ok(()) => RpcStatus::default(),
-            Err(status) => RpcStatus {
-                code: status.code as u32,
-                message: cut(status.message),
-                details: match status.details.len() > MAX_DETAILS {
-                    true => Bytes::new(),
-                    false => status.details,
-                },
+fn encoded(ended: Result<(), Status>) -> Vec<u8> {
+    let status = match ended {
+        Ok(()) => RpcStatus::default(),
+        Err(status) => RpcStatus {
+            code: status.code as u32,
+            message: cut(status.message),
+            details: match status.details.len() > MAX_DETAILS {
+                true => Bytes::new(),
+                false => status.details,
             },
-        };
-        let mut frames = BytesMut::new();
-        frame::put_message(&mut frames, Kind::End, self.call.id, &status);
-        Out::Frames(frames)
-    }
+        },
+    };
+    status.encode_to_vec()
 }
 
 impl Drop for Answered {
@@ -161,8 +316,9 @@ impl Drop for Answered {
         if !self.said && !over && !self.call.finished.load(Ordering::Acquire) {
             // It has panicked, and the caller is not to wait for ever.
             let failed = Status::new(Code::Internal, "what answers this call has failed");
-            let out = self.frames(Err(failed));
-            self.shared.outbox.push_now(out);
+            let status = encoded(Err(failed));
+            let end = Frame::short(Kind::End, 0, &status);
+            self.shared.outbox.push_now(&self.call, None, end);
         }
         self.shared.forget(&self.call, false);
     }

@@ -4,11 +4,10 @@ use std::{
     collections::HashMap,
     fmt,
     future::Future,
-    sync::{Arc, Mutex, MutexGuard, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, atomic::Ordering},
     time::{Duration, Instant},
 };
 
-use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{Semaphore, watch},
@@ -18,11 +17,10 @@ use tokio::{
 use super::{
     call::{Call, Receiver, Sender},
     drive::{SessionError, drive},
-    frame::{self, Kind},
     limits::{Budget, LEAST, Limits},
     message::{Message, Metadata, metadata_size, to_wire},
     outbox::Outbox,
-    serve::Handler,
+    serve::{Handler, Server},
     status::{Code, Seen, Status},
 };
 use crate::wire::RpcRequest;
@@ -70,7 +68,7 @@ impl Drop for Alive {
 
 pub(super) struct Shared {
     pub(super) ours: Limits,
-    pub(super) theirs: Mutex<Limits>,
+    pub(super) theirs: OnceLock<Limits>,
     /// The other side has said what it takes, or says nothing any more.
     pub(super) greeted: watch::Sender<bool>,
     pub(super) calls: Mutex<Calls>,
@@ -150,7 +148,7 @@ impl Session {
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
         let shared = Shared::new(limits, together);
-        drive(stream, shared, Some((peer, handler))).await
+        drive(stream, shared, Some(Server::new(peer, handler))).await
     }
 
     /// Whether calls can still be made on it.
@@ -173,7 +171,7 @@ impl Session {
         let call = async {
             let (mut sender, mut receiver) = self.begin(method, options).await?;
             sender.check(&message).await?;
-            let sent = sender.send_last(message).await;
+            let sent = sender.write_checked(message, true).await;
             // If it could not be sent, because the call has ended, how it has is what counts.
             let answer = receiver.next().await?;
             let answer = match (answer, sent) {
@@ -248,7 +246,7 @@ impl Session {
                 return Err(shared.lost());
             };
             calls.next = next;
-            let window = lock(&shared.theirs).window;
+            let window = shared.theirs().window;
             let call = Call::new(calls.next, window);
             calls.open.insert(call.id, Arc::clone(&call));
             call
@@ -258,14 +256,13 @@ impl Session {
             shared: Arc::clone(shared),
             call: Arc::clone(&call),
             caller: true,
+            over: false,
             deadline: None,
         };
-        let mut begin = BytesMut::with_capacity(256);
-        frame::put_message(&mut begin, Kind::Request, call.id, &request);
         let sender = Sender {
             shared: Arc::clone(shared),
             call,
-            begin: Some(begin),
+            begin: Some(request),
             caller: true,
             closed: false,
             partly: false,
@@ -294,7 +291,7 @@ impl Shared {
     pub(super) fn new(ours: Limits, together: Budget) -> Arc<Self> {
         Arc::new(Self {
             ours: ours.at_least(),
-            theirs: Mutex::new(LEAST),
+            theirs: OnceLock::new(),
             greeted: watch::Sender::new(false),
             calls: Mutex::default(),
             places: Semaphore::new(LEAST.max_calls),
@@ -302,6 +299,11 @@ impl Shared {
             buffered: Budget::new(ours.max_buffered),
             together,
         })
+    }
+
+    /// What the other side takes, as far as is known.
+    pub(super) fn theirs(&self) -> Limits {
+        self.theirs.get().copied().unwrap_or(LEAST)
     }
 
     /// For a call that has not begun.
@@ -322,22 +324,26 @@ impl Shared {
         if known {
             calls.open.remove(&call.id);
         }
+        let last = calls.leaving && calls.open.is_empty();
         drop(calls);
         if known && ours {
             self.places.add_permits(1);
         }
         self.outbox.forget(call.id);
+        if last {
+            self.outbox.wake();
+        }
     }
 
     /// What the other side takes: what everybody does, if that fits; otherwise this waits for it to say.
     pub(super) async fn limits_for(&self, fits: impl Fn(&Limits) -> bool) -> Limits {
-        let known = *lock(&self.theirs);
+        let known = self.theirs();
         if fits(&known) {
             return known;
         }
         // It says so at once, or the session ends.
         let _ = self.greeted.subscribe().wait_for(|greeted| *greeted).await;
-        *lock(&self.theirs)
+        self.theirs()
     }
 
     /// Takes so many bytes of what may be held; if there are not so many left, how many there may be in all.

@@ -1,4 +1,4 @@
-//! Calls from one process to another over loopback: ours, over TCP with TLS and yamux, against tonic over plain TCP, a bare TLS echo, and rustls.
+//! Calls from one node to another over loopback, encrypted, against tonic over plain TCP, a bare TLS echo, and rustls.
 
 use std::{
     io::{Read, Write},
@@ -12,12 +12,10 @@ use std::{
 
 use bytes::Bytes;
 use clap::ValueEnum;
-use libp2p::swarm::dummy;
-use tokio::task::JoinSet;
-use weft_net::{
-    Class, Config, Multiaddr, Network, PeerId, StreamProtocol, identity::Keypair, split_peer_id,
-};
-use weft_proto::rpc::{Attached, Attachment, Context, Limits, Messages, Router, Session, Status};
+use tempfile::TempDir;
+use tokio::{runtime::Runtime, task::JoinSet};
+use weft::{Multiaddr, Node, PeerId, rpc::Peer, split_peer_id};
+use weft_proto::rpc::{Attached, Attachment, Context, Messages, Router, Status};
 
 use super::{
     Failure, Figure, median,
@@ -40,8 +38,6 @@ mod ours {
 mod theirs {
     include!(concat!(env!("OUT_DIR"), "/tonic/weft.bench.v1.rs"));
 }
-
-const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/rpc/1");
 
 /// Bytes of a small message, of a large one, and of an attachment.
 const SMALL: usize = 128;
@@ -116,11 +112,21 @@ impl theirs::bench_server::Bench for Service {
     }
 }
 
-fn config() -> Config {
-    let mut config = Config::new(Keypair::generate_ed25519());
-    config.mdns = false;
-    config.port_mapping = false;
-    config
+/// As `weft up` runs one.
+fn runtime() -> Result<Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .event_interval(weft::EVENT_INTERVAL)
+        .build()?)
+}
+
+async fn node(home: &TempDir, listen: Option<Multiaddr>) -> Result<Node, Failure> {
+    let node = Node::builder()
+        .home(home.path())
+        .mdns(false)
+        .port_mapping(false)
+        .listen(listen);
+    Ok(node.spawn().await?)
 }
 
 /// The other process.
@@ -154,7 +160,11 @@ pub fn provide(side: Side) -> Result<(), Failure> {
         }
         Side::Weft | Side::Tonic => {}
     }
-    tokio::runtime::Runtime::new()?.block_on(async {
+    let runtime = match side {
+        Side::Weft => runtime()?,
+        _ => Runtime::new()?,
+    };
+    runtime.block_on(async {
         let end = tokio::task::spawn_blocking(wait_for_end_of_input);
         if side == Side::Tonic {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
@@ -169,46 +179,44 @@ pub fn provide(side: Side) -> Result<(), Failure> {
             tokio::spawn(served);
             return end.await?;
         }
-        let mut config = config();
-        config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse()?]);
-        let network = Network::spawn(config, dummy::Behaviour).await?;
-        let mut incoming = network.accept(PROTOCOL)?;
-        let router = Arc::new(Router::new().add_service(ours::BenchServer::new(Service)));
-        tokio::spawn(async move {
-            while let Some(stream) = incoming.next().await {
-                let peer = stream.peer().to_string().into();
-                let router = Arc::clone(&router);
-                tokio::spawn(Session::serve(stream, Limits::default(), peer, router));
-            }
-        });
-        let address = network.addresses().all.remove(0);
-        announce(&format!("{address}/p2p/{}", network.local_peer()))?;
+        let home = tempfile::tempdir()?;
+        let node = node(&home, Some("/ip4/127.0.0.1/tcp/0".parse()?)).await?;
+        node.rpc()
+            .serve(Router::new().add_service(ours::BenchServer::new(Service)))?;
+        announce(&node.addresses().await.remove(0).to_string())?;
         end.await??;
-        network.stop().await;
+        node.shutdown().await;
         Ok(())
     })
 }
 
-type Ours = ours::BenchClient<Session>;
+type Ours = ours::BenchClient<Peer>;
 type Theirs = theirs::bench_client::BenchClient<tonic::transport::Channel>;
+
+/// Calls before anything is measured, after which a session has the connection that it keeps.
+const WARM: usize = 100;
 
 /// Both clients, of the two other processes.
 struct Clients {
-    network: Network,
+    node: Node,
     peer: PeerId,
     ours: Ours,
     theirs: Theirs,
+    _home: TempDir,
 }
 
 impl Clients {
     async fn connect(ours: &str, theirs: &str) -> Result<Self, Failure> {
         let (address, peer) = split_peer_id(ours.trim().parse::<Multiaddr>()?);
         let peer = peer.ok_or_else(|| Failure("the provider printed something else".to_owned()))?;
-        let mut config = config();
-        config.listen = Some(Vec::new());
-        let network = Network::spawn(config, dummy::Behaviour).await?;
-        network.connect(peer, vec![address]).await?;
-        let ours = session(&network, peer, Class::Interactive).await?;
+        let home = tempfile::tempdir()?;
+        let node = node(&home, Some("/ip4/127.0.0.1/tcp/0".parse()?)).await?;
+        node.connect(peer, [address]).await?;
+        let ours = ours::BenchClient::new(node.rpc().peer(peer));
+        for _ in 0..WARM {
+            echo_ours(ours.clone(), Bytes::new()).await?;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
         let at: SocketAddr = theirs.trim().parse()?;
         let channel = tonic::transport::Endpoint::from_shared(format!("http://{at}"))?
             .tcp_nodelay(true)
@@ -216,20 +224,21 @@ impl Clients {
             .await?;
         let theirs =
             theirs::bench_client::BenchClient::new(channel).max_decoding_message_size(64 << 20);
+        for _ in 0..WARM {
+            echo_theirs(theirs.clone(), Bytes::new()).await?;
+        }
         Ok(Self {
-            network,
+            node,
             peer,
             ours,
             theirs,
+            _home: home,
         })
     }
-}
 
-async fn session(network: &Network, peer: PeerId, class: Class) -> Result<Ours, Failure> {
-    let stream = network.open(peer, PROTOCOL, class).await?;
-    let (session, driver) = Session::client(stream, Limits::default());
-    tokio::spawn(driver);
-    Ok(ours::BenchClient::new(session))
+    fn bulk(&self) -> Ours {
+        ours::BenchClient::new(self.node.rpc().peer(self.peer).bulk())
+    }
 }
 
 /// Calls a second, of so many in all, so many at a time.
@@ -283,16 +292,16 @@ fn same(sent: usize, got: usize) -> Result<(), Failure> {
     }
 }
 
-/// Prints all of it; the medians of so many rounds.
+/// Prints all of it, or what begins with one of these names; the medians of so many rounds.
 ///
 /// # Errors
 /// [`Failure`] if a side fails.
-pub fn run(rounds: usize, json: bool) -> Result<(), Failure> {
+pub fn run(rounds: usize, only: &[String], json: bool) -> Result<(), Failure> {
     let start = |side: Side| {
         let name = side.to_possible_value().expect("no side is skipped");
         Provider::start(&["rpc-provider".as_ref(), name.get_name().as_ref()])
     };
-    let runtime = tokio::runtime::Runtime::new()?;
+    let runtime = runtime()?;
     let (weft, tonic) = (start(Side::Weft)?, start(Side::Tonic)?);
     let clients = runtime.block_on(Clients::connect(&weft.line, &tonic.line))?;
     let mut figures: Vec<(Figure, Vec<f64>, Vec<f64>)> = Vec::new();
@@ -318,6 +327,7 @@ pub fn run(rounds: usize, json: bool) -> Result<(), Failure> {
             }
         }
     };
+    let wanted = |bench: &str| only.is_empty() || only.iter().any(|name| bench.starts_with(name));
     for _ in 0..rounds.max(1) {
         for (bench, size, total, in_flight) in [
             ("rpc-unary-128B-1", SMALL, 5_000, 1),
@@ -326,6 +336,9 @@ pub fn run(rounds: usize, json: bool) -> Result<(), Failure> {
             ("rpc-unary-128B-256", SMALL, 100_000, 256),
             ("rpc-echo-256KiB-16", LARGE, 2_000, 16),
         ] {
+            if !wanted(bench) {
+                continue;
+            }
             let data = Bytes::from(vec![7; size]);
             let (ours, theirs) = (clients.ours.clone(), clients.theirs.clone());
             let (a, b) = (data.clone(), data);
@@ -338,22 +351,26 @@ pub fn run(rounds: usize, json: bool) -> Result<(), Failure> {
             note(bench, "calls/s", "tonic over plain TCP", ours, theirs);
         }
         // Both as times, and the ratio as that of what is better when larger.
-        let echo = start(Side::Echo)?;
-        let bare = bare_echo(&echo.line, 5_000)?;
-        let ours = clients.ours.clone();
-        let data = Bytes::from(vec![7; SMALL]);
-        let ours = calls(5_000, 1, move || echo_ours(ours.clone(), data.clone()));
-        let ours = runtime.block_on(runtime.spawn(ours))??;
-        note("rpc-roundtrip", "round trips/s", "TCP+TLS echo", ours, bare);
-
-        let sink = start(Side::Sink)?;
-        let bare = bare_sink(&sink.line)?;
-        let bulk = runtime.block_on(session(&clients.network, clients.peer, Class::Bulk))?;
-        let ours = runtime.block_on(runtime.spawn(attachments(bulk, ONE_WAY)))??;
-        note("rpc-attachment", "MB/s", "rustls tcp", ours, bare);
-
+        if wanted("rpc-roundtrip") {
+            let echo = start(Side::Echo)?;
+            let bare = bare_echo(&echo.line, 5_000)?;
+            let ours = clients.ours.clone();
+            let data = Bytes::from(vec![7; SMALL]);
+            let ours = calls(5_000, 1, move || echo_ours(ours.clone(), data.clone()));
+            let ours = runtime.block_on(runtime.spawn(ours))??;
+            note("rpc-roundtrip", "round trips/s", "TCP+TLS echo", ours, bare);
+        }
+        if wanted("rpc-attachment") {
+            let sink = start(Side::Sink)?;
+            let bare = bare_sink(&sink.line)?;
+            let ours = runtime.block_on(runtime.spawn(attachments(clients.bulk(), ONE_WAY)))??;
+            note("rpc-attachment", "MB/s", "rustls tcp", ours, bare);
+        }
+        if !wanted("rpc-p50-under-bulk") && !wanted("rpc-p99-under-bulk") {
+            continue;
+        }
         let idle = runtime.block_on(runtime.spawn(latencies(clients.ours.clone())))??;
-        let bulk = runtime.block_on(session(&clients.network, clients.peer, Class::Bulk))?;
+        let bulk = clients.bulk();
         let busy = runtime.block_on(async {
             let stop = Arc::new(AtomicBool::new(false));
             let saturating = tokio::spawn(saturate(bulk, Arc::clone(&stop)));
@@ -377,7 +394,7 @@ pub fn run(rounds: usize, json: bool) -> Result<(), Failure> {
         }
         .print(json);
     }
-    runtime.block_on(clients.network.stop());
+    runtime.block_on(clients.node.shutdown());
     Ok(())
 }
 

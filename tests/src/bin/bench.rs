@@ -67,6 +67,10 @@ enum Bench {
         /// Rounds of all in turn; the medians count
         #[arg(long, default_value_t = 3)]
         rounds: usize,
+
+        /// Only what begins with this; may be given several times
+        #[arg(long, value_name = "NAME")]
+        only: Vec<String>,
     },
     /// The other process of `rpc`
     #[command(name = "rpc-provider", hide = true)]
@@ -121,7 +125,7 @@ fn main() -> ExitCode {
         }
         Bench::Stream { mib, rounds, side } => stream::run(mib << 20, rounds, &side, cli.json),
         Bench::StreamProvider { side, size } => stream::provide(side, size),
-        Bench::Rpc { rounds } => rpc::run(rounds, cli.json),
+        Bench::Rpc { rounds, only } => rpc::run(rounds, &only, cli.json),
         Bench::RpcProvider { side } => rpc::provide(side),
         Bench::Provider { file, side } => transfer::provide(&file, side),
     };

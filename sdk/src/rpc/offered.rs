@@ -1,0 +1,139 @@
+//! What a node offers: services that come and go.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
+
+use bytes::Bytes;
+use weft_proto::rpc::{Code, Context, Ended, Handler, Receiver, SCHEMAS, Sender, Status};
+
+/// This node offers a service of this name already.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("this node offers {0} already")]
+pub struct AlreadyOffered(pub String);
+
+/// What a node offers, by the name of the service.
+#[derive(Clone, Default)]
+pub(crate) struct Offered(Arc<RwLock<Entries>>);
+
+#[derive(Default)]
+struct Entries {
+    by_name: BTreeMap<String, Entry>,
+    /// Of all, made when they change: whoever asks gets the same bytes.
+    schemas: Bytes,
+}
+
+impl Entries {
+    fn changed(&mut self) {
+        let parts: Vec<_> = self.by_name.values().map(|e| e.schemas.clone()).collect();
+        self.schemas = parts.concat().into();
+    }
+}
+
+#[derive(Clone)]
+struct Entry {
+    handler: Arc<dyn Handler>,
+    schemas: Bytes,
+}
+
+impl fmt::Debug for Offered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.read().by_name.keys()).finish()
+    }
+}
+
+impl Offered {
+    fn read(&self) -> RwLockReadGuard<'_, Entries> {
+        self.0
+            .read()
+            .expect("nothing panics while holding the lock")
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Entries> {
+        self.0
+            .write()
+            .expect("nothing panics while holding the lock")
+    }
+
+    pub(super) fn add(
+        &self,
+        names: Vec<String>,
+        schemas: Bytes,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Offer, AlreadyOffered> {
+        let mut all = self.write();
+        let own = SCHEMAS.split('/').next().unwrap_or_default();
+        if let Some(name) = names
+            .iter()
+            .find(|name| all.by_name.contains_key(*name) || *name == own)
+        {
+            return Err(AlreadyOffered(name.clone()));
+        }
+        for (n, name) in names.iter().enumerate() {
+            let entry = Entry {
+                handler: Arc::clone(&handler),
+                // Once is enough.
+                schemas: if n == 0 {
+                    schemas.clone()
+                } else {
+                    Bytes::new()
+                },
+            };
+            all.by_name.insert(name.clone(), entry);
+        }
+        all.changed();
+        drop(all);
+        Ok(Offer {
+            offered: self.clone(),
+            names,
+        })
+    }
+}
+
+impl Handler for Offered {
+    fn call(&self, context: Context, requests: Receiver, mut responses: Sender) -> Ended {
+        if context.method == SCHEMAS {
+            let schemas = self.read().schemas.clone();
+            return Box::pin(async move { responses.send_last(schemas.into()).await });
+        }
+        let service = context.method.split('/').next().unwrap_or_default();
+        let entry = self.read().by_name.get(service).cloned();
+        match entry {
+            Some(entry) => entry.handler.call(context, requests, responses),
+            None => {
+                let text = format!("there is no service {service} here");
+                Box::pin(std::future::ready(Err(Status::new(
+                    Code::Unimplemented,
+                    text,
+                ))))
+            }
+        }
+    }
+}
+
+/// Services that are offered for as long as this is held.
+#[derive(Debug)]
+#[must_use = "what is dropped is offered no more"]
+pub struct Offer {
+    offered: Offered,
+    names: Vec<String>,
+}
+
+impl Offer {
+    /// Until the node stops.
+    pub(super) fn keep(mut self) {
+        self.names.clear();
+    }
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        let mut all = self.offered.write();
+        for name in &self.names {
+            all.by_name.remove(name);
+        }
+        all.changed();
+    }
+}

@@ -1,0 +1,179 @@
+//! Sessions for calls to others: one for each peer and class.
+//!
+//! One begins on whatever stream there is at once. One of interactive calls that is used more than a little moves to a connection of its own (a lane), where
+//! one can be had: its calls share no multiplexer with anything. One that is not used any more is closed.
+
+use std::{
+    collections::HashMap,
+    pin::pin,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::{MissedTickBehavior, interval};
+use weft_net::{BestPath, Class, OpenError, PeerId, Stream};
+use weft_proto::rpc::{Code, Limits, Seen, Session, Status};
+
+use super::PROTOCOL;
+use crate::Node;
+
+/// Calls on a shared connection before interactive ones move to one of their own: a peer that is asked something now and then needs none.
+const CALLS_BEFORE_LANE: u64 = 16;
+
+/// How long a session is kept on which no call is made: at least so long, and less than twice.
+const IDLE: Duration = Duration::from_secs(120);
+
+/// Slots that are remembered before those without a session are forgotten.
+const REMEMBERED: usize = 256;
+
+/// The sessions of a node.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sessions(Arc<Mutex<HashMap<(PeerId, Class), Arc<Slot>>>>);
+
+/// Where the session for one peer and class is.
+#[derive(Debug, Default)]
+struct Slot {
+    open: Mutex<Option<Open>>,
+    /// Held by whoever opens one.
+    opening: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Open {
+    session: Session,
+    best: BestPath,
+    /// Tells it from those before and after.
+    number: u64,
+    calls: u64,
+    /// It has a connection of its own, or whether it can have one has been looked into.
+    settled: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while holding the lock")
+}
+
+impl Sessions {
+    /// The session that there is, if calls can be made on it and no better path is open; else a new one.
+    ///
+    /// # Errors
+    /// [`Code::Unavailable`] if the peer cannot be reached.
+    pub(super) async fn get(
+        &self,
+        node: &Node,
+        peer: PeerId,
+        class: Class,
+    ) -> Result<Session, Status> {
+        let slot = self.slot(peer, class);
+        if let Some(session) = slot.usable(node, peer, class) {
+            return Ok(session);
+        }
+        let _opening = slot.opening.lock().await;
+        // Somebody else may have opened one meanwhile.
+        if let Some(session) = slot.usable(node, peer, class) {
+            return Ok(session);
+        }
+        let unreachable = |error: &dyn std::fmt::Display| Status {
+            seen: Some(Seen::No),
+            ..Status::new(Code::Unavailable, error.to_string())
+        };
+        let network = node.network();
+        let opened = match network.open(peer, PROTOCOL, class).await {
+            Err(OpenError::NotConnected(_)) => {
+                let connected = node.connect(peer, Vec::new()).await;
+                connected.map_err(|error| unreachable(&error))?;
+                network.open(peer, PROTOCOL, class).await
+            }
+            opened => opened,
+        };
+        let stream = opened.map_err(|error| unreachable(&error))?;
+        Ok(slot.fill(stream, class != Class::Interactive))
+    }
+
+    fn slot(&self, peer: PeerId, class: Class) -> Arc<Slot> {
+        let mut slots = lock(&self.0);
+        if let Some(slot) = slots.get(&(peer, class)) {
+            return Arc::clone(slot);
+        }
+        if slots.len() >= REMEMBERED {
+            // One that somebody else has is in use.
+            slots.retain(|_, slot| Arc::strong_count(slot) > 1 || lock(&slot.open).is_some());
+        }
+        Arc::clone(slots.entry((peer, class)).or_default())
+    }
+}
+
+impl Slot {
+    fn usable(self: &Arc<Self>, node: &Node, peer: PeerId, class: Class) -> Option<Session> {
+        let mut slot = lock(&self.open);
+        let open = slot.as_mut()?;
+        if !open.session.is_open() || open.best.is_better_open() {
+            return None;
+        }
+        open.calls += 1;
+        if class == Class::Interactive && !open.settled && open.calls > CALLS_BEFORE_LANE {
+            open.settled = true;
+            let (slot, network) = (Arc::clone(self), node.network().clone());
+            node.spawn(async move {
+                // Without one, things stay as they are.
+                if let Ok(Some(lane)) = network.open_lane(peer, PROTOCOL).await {
+                    slot.fill(lane, true);
+                }
+            });
+        }
+        Some(open.session.clone())
+    }
+
+    /// Puts a session on this stream in the place of the one that there is, which ends with its last call.
+    fn fill(self: &Arc<Self>, stream: Stream, settled: bool) -> Session {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let (best, peer, lane) = (stream.best_path(), stream.peer(), stream.is_lane());
+        tracing::debug!(%peer, lane, "a session for calls");
+        let (session, driver) = Session::client(stream, Limits::default());
+        *lock(&self.open) = Some(Open {
+            session: session.clone(),
+            best,
+            number,
+            calls: 1,
+            settled,
+        });
+        let slot = Arc::downgrade(self);
+        tokio::spawn(async move {
+            let mut driver = pin!(driver);
+            let mut tick = interval(IDLE);
+            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut calls = 0;
+            loop {
+                tokio::select! {
+                    ended = &mut driver => {
+                        if let Err(error) = ended {
+                            tracing::debug!(%peer, %error, "a session of calls has ended");
+                        }
+                        break;
+                    }
+                    _ = tick.tick() => {
+                        let Some(slot) = slot.upgrade() else { continue };
+                        let mut open = lock(&slot.open);
+                        if let Some(this) = open.as_ref().filter(|open| open.number == number) {
+                            if this.calls == calls {
+                                // It ends with its last call.
+                                *open = None;
+                            } else {
+                                calls = this.calls;
+                            }
+                        }
+                    }
+                }
+            }
+            // A slot with a session that has ended is one that can be forgotten.
+            if let Some(slot) = slot.upgrade() {
+                lock(&slot.open).take_if(|open| open.number == number);
+            }
+        });
+        session
+    }
+}
