@@ -7,6 +7,7 @@
 //! It leaves out: the tests themselves, in `tests/`, and the benchmarks, in the program `bench`.
 
 pub mod bench;
+mod echo_service;
 pub mod lab;
 mod model;
 mod program;
@@ -14,6 +15,7 @@ mod proxy;
 mod random;
 
 pub use self::{
+    echo_service::EchoService,
     model::{python, real_model, same_files},
     program::{Daemon, Finished, Home, Running},
     proxy::Proxy,

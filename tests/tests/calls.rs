@@ -2,47 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    io::{BufRead, BufReader},
-    path::Path,
-    process::{Child, Stdio},
-};
-
-use weft_tests::{Home, python};
+use weft_tests::{EchoService, Home};
 
 const METHOD: &str = "example.echo.v1.Echo/Say";
-
-/// Ended by its id when dropped.
-struct Service(Child);
-
-impl Service {
-    fn start(home: &Home) -> Self {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/python/serve_echo.py");
-        let mut child = python()
-            .arg(script)
-            .arg(home.path())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        let stdout = child.stdout.take().unwrap();
-        let mut lines = BufReader::new(stdout);
-        lines.read_line(&mut line).unwrap();
-        let service = Self(child);
-        assert_eq!(line, "ready\n");
-        // Nobody reads on: what it prints fits into the pipe.
-        std::mem::forget(lines);
-        service
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        // Fails if it has ended, which is what is wanted.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 #[test]
 fn a_service_in_python_is_called_from_another_node() {
@@ -55,7 +17,7 @@ fn a_service_in_python_is_called_from_another_node() {
     assert_eq!(failed.code(), Some(3), "{failed:?}");
     assert!(failed.stderr.contains("does not say"), "{failed:?}");
 
-    let service = Service::start(&serving);
+    let service = EchoService::start(&serving);
     let listed = call(&[]);
     assert!(
         listed.stdout.contains(
@@ -81,7 +43,7 @@ fn a_service_in_python_is_called_from_another_node() {
     let gone = call(&[METHOD, "--data", r#"{"text": "a token"}"#]);
     assert_ne!(gone.code(), Some(0), "{gone:?}");
     // And it can come back.
-    let _service = Service::start(&serving);
+    let _service = EchoService::start(&serving);
     let answered = call(&[METHOD, "--data", r#"{"text": "again"}"#]);
     assert_eq!(answered.stdout, "{\"text\":\"again\"}\n", "{answered:?}");
     // A node that is gone is said to be so.

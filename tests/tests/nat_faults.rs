@@ -11,7 +11,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::process::Signal;
 use serde_json::Value;
 use weft_tests::{
-    Running,
+    EchoService, Running,
     lab::{self, Cell, Distance, Side},
 };
 
@@ -56,6 +56,8 @@ fn main() -> ExitCode {
         a_link_is_down_for_a_while,
         a_flood_from_one_machine_is_survived,
         a_flood_from_many_machines_is_survived,
+        calls_go_over_a_relay,
+        calls_follow_the_path,
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -392,6 +394,66 @@ async fn flood(machines: usize) -> Result<(), Failed> {
         .sum();
     if refused == 0 {
         return Err(format!("no limit was reached: {limits}").into());
+    }
+    Ok(())
+}
+
+/// Calls the service at the second machine from the first.
+fn call(cell: &Cell, text: &str) -> Result<(), Failed> {
+    let data = format!(r#"{{"text":"{text}"}}"#);
+    let peer = cell.other.peer_id();
+    let arguments = ["call", peer, EchoService::METHOD, "--data", &data];
+    let called = cell
+        .one
+        .home
+        .run(&[&arguments[..], &["--timeout", "20"]].concat());
+    match called.stdout.trim_end() == data {
+        true => Ok(()),
+        false => Err(format!("{called:?}{}", cell.logs()).into()),
+    }
+}
+
+/// Both behind symmetric NATs: there is no other way.
+async fn calls_go_over_a_relay() -> Result<(), Failed> {
+    let cell = cell(Side::Symmetric, Side::Symmetric, &[&[]]).await?;
+    let _service = EchoService::start(&cell.other.home);
+    cell.connect(Duration::ZERO).map_err(lab_error)?;
+    relay_in_use(&cell)?;
+    for n in 0..20 {
+        call(&cell, &format!("call {n}"))?;
+    }
+    relay_in_use(&cell)?;
+    Ok(())
+}
+
+/// From the relay to the direct path, when the relay is gone, and when the caller is on another network.
+async fn calls_follow_the_path() -> Result<(), Failed> {
+    let mut cell = cell(Side::Home, Side::Home, &[&[], &[]]).await?;
+    let _service = EchoService::start(&cell.other.home);
+    cell.connect(Duration::ZERO).map_err(lab_error)?;
+    let begin = Instant::now();
+    let mut calls = 0;
+    loop {
+        call(&cell, &format!("call {calls}"))?;
+        calls += 1;
+        let direct = cell.connect(Duration::ZERO).map_err(lab_error)?.path != "relayed";
+        if direct && calls > 20 {
+            break;
+        }
+        if begin.elapsed() > PATIENCE {
+            return Err(format!("no direct path{}", cell.logs()).into());
+        }
+    }
+    cell.relays()[0].kill();
+    call(&cell, "without a relay")?;
+    cell.relays()[0].start_again().map_err(lab_error)?;
+    cell.move_away(&cell.one).await.map_err(lab_error)?;
+    let begin = Instant::now();
+    // A call on the session that is lost with the old network may fail, and says so.
+    while let Err(error) = call(&cell, "from another network") {
+        if begin.elapsed() > 2 * PATIENCE {
+            return Err(error);
+        }
     }
     Ok(())
 }

@@ -1,0 +1,50 @@
+//! The example service in Python.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, ChildStdout, Stdio},
+};
+
+use crate::{Home, python};
+
+/// `examples/python/serve_echo.py`, beside a node that is up. Ended by its id when dropped.
+#[derive(Debug)]
+pub struct EchoService {
+    child: Child,
+    /// What it prints fits into the pipe.
+    _stdout: BufReader<ChildStdout>,
+}
+
+impl EchoService {
+    /// What it offers.
+    pub const METHOD: &str = "example.echo.v1.Echo/Say";
+
+    /// Starts it, and waits until it serves.
+    pub fn start(home: &Home) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/python/serve_echo.py");
+        let mut child = python()
+            .arg(script)
+            .arg(home.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the service can be started");
+        let mut line = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().expect("its output is captured"));
+        stdout.read_line(&mut line).expect("its output can be read");
+        let service = Self {
+            child,
+            _stdout: stdout,
+        };
+        assert_eq!(line, "ready\n");
+        service
+    }
+}
+
+impl Drop for EchoService {
+    fn drop(&mut self) {
+        // Fails if it has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
