@@ -27,7 +27,7 @@ pub struct Limits {
     pub per_address: u32,
     /// Streams that a peer may have open to our own protocols on one connection.
     pub streams: usize,
-    /// Lanes in all: TCP connections that carry one bulk stream each. 0: bulk shares connections with everything else.
+    /// Lanes in all: TCP connections that carry one stream each. 0: bulk shares connections with everything else.
     pub lanes: usize,
     /// Lanes of one peer.
     pub lanes_per_peer: usize,

@@ -31,7 +31,9 @@ const REMEMBERED: usize = 256;
 
 /// The sessions of a node.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Sessions(Arc<Mutex<HashMap<(PeerId, Class), Arc<Slot>>>>);
+pub(crate) struct Sessions(Arc<Mutex<Slots>>);
+
+type Slots = HashMap<(PeerId, Class), Arc<Slot>>;
 
 /// Where the session for one peer and class is.
 #[derive(Debug, Default)]
