@@ -181,6 +181,14 @@ impl Dht {
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+        self.look_up(key, usize::MAX).await.map(valid)
+    }
+
+    /// As [`get`](Self::get), and what has been taken back as well ([`Record::value`] is `None`): for whoever remembers what was stated before.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn get_with_removed(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         self.look_up(key, usize::MAX).await
     }
 
@@ -189,7 +197,7 @@ impl Dht {
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get_some(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, ENOUGH).await
+        self.look_up(key, ENOUGH).await.map(valid)
     }
 
     async fn look_up(&self, key: &[u8], enough: usize) -> Result<Vec<Record>, DhtError> {
@@ -197,7 +205,7 @@ impl Dht {
         let key = key.to_vec();
         self.send(Command::Get { key, enough, reply }).await?;
         let mut records = answer.await.map_err(|_| DhtError::Stopped)?;
-        records.retain(|record| record.value().is_some() && !record.remaining().is_zero());
+        records.retain(|record| !record.remaining().is_zero());
         Ok(records)
     }
 
@@ -254,6 +262,12 @@ impl Dht {
             .await
             .map_err(|_| DhtError::Stopped)
     }
+}
+
+/// What has not been taken back.
+fn valid(mut records: Vec<Record>) -> Vec<Record> {
+    records.retain(|record| record.value().is_some());
+    records
 }
 
 /// A query under way, and whom its result goes to.

@@ -3,7 +3,8 @@
     pip install grpcio grpcio-tools
     python serve_echo.py HOME
 
-HOME is the node's home (`weft status` prints it). From another node: `weft call PEER example.echo.v1.Echo/Say --data '{"text": "hello"}'`.
+HOME is the node's home (`weft status` prints it). From another node: `weft call example.echo.v1.Echo Say --data '{"text": "hello"}'`,
+which finds whoever offers the service, or `weft call PEER ...` for one in particular.
 """
 
 import os
@@ -51,7 +52,7 @@ def main():
             print(f"{event.begin.caller} calls {event.begin.method}", flush=True)
         elif what == "message":
             text = echo.Text.FromString(event.message.data)
-            answer = api.CallMessage(data=text.SerializeToString())
+            answer = api.CallMessage(data=text.SerializeToString(), attachments=event.message.attachments)
             out.put(api.ServeRequest(answer=api.ServeAnswer(call=event.call, message=answer)))
             out.put(api.ServeRequest(answer=api.ServeAnswer(call=event.call, end=api.CallEnd())))
 

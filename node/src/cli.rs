@@ -41,6 +41,8 @@ pub(crate) enum Command {
     Ping(Ping),
     /// Call a method of a service at another node, with JSON
     Call(Call),
+    /// Who offers a service, in the order in which they would be asked
+    Service(Service),
     /// Publish messages to topics, and watch them
     #[command(subcommand)]
     Topic(Topic),
@@ -301,11 +303,12 @@ pub(crate) enum Topic {
 
 #[derive(Debug, Args)]
 pub(crate) struct Call {
-    /// Whom: a PeerId, or an address ending in /p2p/<PeerId>
-    #[arg(value_name = "PEER")]
+    /// Whom: a PeerId, an address ending in /p2p/<PeerId>, or a service's name, for whoever offers it
+    #[arg(value_name = "PEER|SERVICE")]
     pub(crate) peer: String,
 
-    /// package.Service/Method; package.Service alone lists its methods, and nothing all services there
+    /// package.Service/Method, or the method alone where only one service has one of this name; package.Service lists its methods, and nothing all services
+    /// there
     #[arg(value_name = "METHOD")]
     pub(crate) method: Option<String>,
 
@@ -320,6 +323,33 @@ pub(crate) struct Call {
     /// What to say beside the call; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) metadata: Vec<String>,
+
+    /// Of those that offer the service, only such as state this; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) label: Vec<String>,
+
+    /// Attach a file to the first message: its raw bytes, of this element type and shape, as in F32:2x3:x.bin, or x.bin alone; may be repeated
+    #[arg(long, value_name = "[DTYPE:SHAPE:]FILE")]
+    pub(crate) attach: Vec<String>,
+
+    /// Write the attachments of answers to this folder, as MESSAGE-ATTACHMENT.bin, both counted from 0
+    #[arg(long, value_name = "DIR")]
+    pub(crate) save: Option<PathBuf>,
+
+    /// On a session of its own, for what moves much
+    #[arg(long)]
+    pub(crate) bulk: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Service {
+    /// The service's name
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+
+    /// Only those that state this; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) label: Vec<String>,
 }
 
 #[derive(Debug, Args)]

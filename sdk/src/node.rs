@@ -3,11 +3,15 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
     time::{Duration, Instant},
 };
 
-use tokio::task::{JoinSet, spawn_blocking};
+use futures::future::join_all;
+use tokio::{
+    runtime::Handle,
+    task::{JoinSet, spawn_blocking},
+};
 use weft_blobs::{
     Hash, Store,
     serve::{self, serve},
@@ -22,7 +26,8 @@ use crate::{
     Builder, Error, Models, Topics,
     announce::Announcer,
     home::Home,
-    rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions},
+    presence::{self, Presence},
+    rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
     topics, whereabouts,
 };
 
@@ -53,6 +58,10 @@ struct Inner {
     offered: Offered,
     serving: Serving,
     topics: Mutex<topics::Known>,
+    services: services::Known,
+    presences: Mutex<Presences>,
+    /// Where what the node does by itself runs.
+    runtime: Handle,
     /// Streams on which models are served.
     transfers: Served,
     started: Instant,
@@ -64,6 +73,14 @@ struct Inner {
     tasks: Mutex<JoinSet<()>>,
     /// Last, so that the home is free only when all else is gone.
     home: Home,
+}
+
+/// Under what this node is found while it lasts.
+#[derive(Debug, Default)]
+struct Presences {
+    all: Vec<Weak<Presence>>,
+    /// Those that last as long as the node.
+    kept: Vec<Arc<Presence>>,
 }
 
 /// What a node is doing.
@@ -131,6 +148,9 @@ impl Node {
                 offered,
                 serving,
                 topics: Mutex::default(),
+                services: services::Known::default(),
+                presences: Mutex::default(),
+                runtime: Handle::current(),
                 transfers: served,
                 started: Instant::now(),
                 expects_peers,
@@ -268,14 +288,10 @@ impl Node {
 
     /// Closes connections in order and ends what runs beside. The home is free for another node when the last handle is gone.
     pub async fn shutdown(&self) {
-        let leave = {
-            let mut topics = self.inner.topics.lock();
-            topics
-                .as_mut()
-                .expect("nothing panics while holding the lock")
-                .leave()
-        };
-        leave.await;
+        let Presences { all, kept } = std::mem::take(&mut *self.presences());
+        let present: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
+        drop(kept);
+        join_all(present.iter().map(|presence| presence.leave())).await;
         self.inner.network.stop().await;
         let mut tasks = std::mem::take(
             &mut *self
@@ -303,6 +319,33 @@ impl Node {
 
     pub(crate) fn known_topics(&self) -> &Mutex<topics::Known> {
         &self.inner.topics
+    }
+
+    /// Makes this node be found under a key for as long as what this returns is held, or the node runs.
+    pub(crate) fn be_present(&self, key: Vec<u8>, value: presence::Value) -> Arc<Presence> {
+        let _runtime = self.inner.runtime.enter();
+        let presence = Presence::new(&self.inner.dht, &self.inner.network, key, value);
+        let presence = Arc::new(presence);
+        let mut presences = self.presences();
+        presences.all.retain(|known| known.strong_count() > 0);
+        presences.all.push(Arc::downgrade(&presence));
+        presence
+    }
+
+    /// Holds it for as long as the node runs.
+    pub(crate) fn keep_present(&self, presence: Arc<Presence>) {
+        self.presences().kept.push(presence);
+    }
+
+    fn presences(&self) -> std::sync::MutexGuard<'_, Presences> {
+        self.inner
+            .presences
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    pub(crate) fn services(&self) -> &services::Known {
+        &self.inner.services
     }
 
     pub(crate) fn offered(&self) -> &Offered {

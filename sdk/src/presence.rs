@@ -7,6 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{
+    sync::Notify,
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -34,13 +35,15 @@ const SMALL: usize = 20;
 const WITHDRAW: Duration = Duration::from_secs(2);
 
 /// Makes the claim's value from this node's addresses.
-type Value = Arc<dyn Fn(Vec<Bytes>) -> Vec<u8> + Send + Sync>;
+pub(crate) type Value = Arc<dyn Fn(Vec<Bytes>) -> Vec<u8> + Send + Sync>;
 
 /// Keeps up a claim, and takes it back when dropped.
 pub(crate) struct Presence {
     dht: Dht,
     key: Vec<u8>,
     telling: Mutex<Option<JoinHandle<()>>>,
+    /// What is to be said has changed.
+    changed: Arc<Notify>,
 }
 
 impl std::fmt::Debug for Presence {
@@ -53,12 +56,20 @@ impl std::fmt::Debug for Presence {
 impl Presence {
     /// Says so from now on. Needs a runtime.
     pub(crate) fn new(dht: &Dht, network: &Network, key: Vec<u8>, value: Value) -> Self {
-        let told = tell(dht.clone(), network.clone(), key.clone(), value);
+        let changed = Arc::new(Notify::new());
+        let renewed = Arc::clone(&changed);
+        let told = tell(dht.clone(), network.clone(), key.clone(), value, renewed);
         Self {
             dht: dht.clone(),
             key,
             telling: Mutex::new(Some(tokio::spawn(told))),
+            changed,
         }
+    }
+
+    /// Says it again, for the value has changed: within [`PAUSE`].
+    pub(crate) fn renew(&self) {
+        self.changed.notify_one();
     }
 
     /// Takes it back, and waits until that is done or two seconds are over.
@@ -95,7 +106,7 @@ async fn withdraw(telling: JoinHandle<()>, dht: Dht, key: Vec<u8>) {
     let _ = timeout(WITHDRAW, dht.withdraw(&key, &[], TTL)).await;
 }
 
-async fn tell(dht: Dht, network: Network, key: Vec<u8>, value: Value) {
+async fn tell(dht: Dht, network: Network, key: Vec<u8>, value: Value, renewed: Arc<Notify>) {
     let mut addresses = network.watch_addresses();
     let mut meetings = dht.meetings();
     loop {
@@ -121,6 +132,7 @@ async fn tell(dht: Dht, network: Network, key: Vec<u8>, value: Value) {
                     Ok(()) => {}
                     Err(_) => return,
                 },
+                () = renewed.notified() => break,
                 () = sleep_until(refresh) => break,
             }
         }

@@ -54,20 +54,10 @@ pub(crate) struct Known {
     looked: HashMap<String, Instant>,
 }
 
-impl Known {
-    /// Takes back that this node takes part in them.
-    pub(crate) fn leave(&mut self) -> impl Future<Output = ()> + use<> {
-        let members: Vec<_> = self.members.values().filter_map(Weak::upgrade).collect();
-        async move {
-            futures::future::join_all(members.iter().map(|member| member.presence.leave())).await;
-        }
-    }
-}
-
 /// This node takes part in a topic.
 #[derive(Debug)]
 struct Member {
-    presence: Presence,
+    _presence: Arc<Presence>,
     looking: AbortHandle,
 }
 
@@ -174,12 +164,11 @@ impl Topics {
 
     fn join(&self, topic: &str) -> Member {
         let value = |addresses| wire::PeerClaim { addresses }.encode_to_vec();
-        let (dht, network) = (self.node.dht(), self.node.network());
-        let presence = Presence::new(dht, network, key(topic), Arc::new(value));
+        let presence = self.node.be_present(key(topic), Arc::new(value));
         let (finder, topic) = (Finder::new(&self.node), topic.to_owned());
         let looking = tokio::spawn(async move { finder.keep_looking(&topic).await });
         Member {
-            presence,
+            _presence: presence,
             looking: looking.abort_handle(),
         }
     }

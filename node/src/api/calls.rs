@@ -15,14 +15,17 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use weft::{Node, rpc::Peer};
+use weft::{
+    Node,
+    rpc::{Announced, Peer},
+};
 use weft_proto::{
     api::{
         self, CallMessage, ServeEvent, ServeRequest, call_request, calls_server::Calls,
         serve_answer, serve_event, serve_request,
     },
     rpc::{
-        Attachment, Caller as _, Code, Context, Ended, Handler, Message, Method, Options, Receiver,
+        Attachment, Caller, Code, Context, Ended, Handler, Message, Method, Options, Receiver,
         Sender, Status as CallStatus,
     },
 };
@@ -32,8 +35,43 @@ use super::status::invalid;
 /// Events that wait for a program.
 const WAITING: usize = 16;
 
+/// Names that one program announces.
+const MAX_ANNOUNCED: usize = 64;
+
 /// Bytes of answers that wait for the caller of one call.
 const AHEAD: usize = 32 << 20;
+
+/// Whom a call goes to.
+#[derive(Debug, Clone)]
+enum Whom {
+    Peer(Peer),
+    Service(weft::rpc::Service),
+}
+
+impl Caller for Whom {
+    async fn unary(
+        &self,
+        method: Method,
+        message: Message,
+        options: Options,
+    ) -> Result<Message, CallStatus> {
+        match self {
+            Self::Peer(peer) => peer.unary(method, message, options).await,
+            Self::Service(service) => service.unary(method, message, options).await,
+        }
+    }
+
+    async fn open(
+        &self,
+        method: Method,
+        options: Options,
+    ) -> Result<(Sender, Receiver), CallStatus> {
+        match self {
+            Self::Peer(peer) => peer.open(method, options).await,
+            Self::Service(service) => service.open(method, options).await,
+        }
+    }
+}
 
 /// Implements the service.
 #[derive(Debug, Clone)]
@@ -53,6 +91,76 @@ impl Service {
             .rpc()
             .peer(begin.peer_id.parse().map_err(|_| wrong())?);
         Ok(if begin.bulk { peer.bulk() } else { peer })
+    }
+
+    fn service(
+        &self,
+        name: &str,
+        labels: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<weft::rpc::Service, Status> {
+        let service = self.node.rpc().service(name);
+        let service = service.map_err(|error| invalid(error.to_string()))?;
+        let labels = labels.into_iter();
+        Ok(labels.fold(service, |service, (name, value)| {
+            service.labelled(name, value)
+        }))
+    }
+
+    /// Whom a call names, connected to where an address is given.
+    async fn whom(&self, begin: &mut api::CallBegin) -> Result<Whom, Status> {
+        if !begin.service.is_empty() {
+            if !begin.peer_id.is_empty() || !begin.addresses.is_empty() {
+                return Err(invalid("either a peer or a service is called, not both"));
+            }
+            let labels = std::mem::take(&mut begin.labels);
+            let service = self.service(&begin.service, labels)?;
+            let service = if begin.bulk { service.bulk() } else { service };
+            return Ok(Whom::Service(service));
+        }
+        if !begin.labels.is_empty() {
+            return Err(invalid(
+                "labels choose among those that offer a service; give its name",
+            ));
+        }
+        let peer = self.peer(begin)?;
+        if !begin.addresses.is_empty() {
+            let addresses: Result<Vec<_>, _> = begin.addresses.iter().map(|a| a.parse()).collect();
+            let addresses: Vec<weft::Multiaddr> =
+                addresses.map_err(|_| invalid("an address is malformed"))?;
+            let addresses = addresses.into_iter().map(|a| weft::split_peer_id(a).0);
+            let connected = self.node.connect(peer.id(), addresses).await;
+            connected.map_err(|error| super::status::status(&error))?;
+        }
+        Ok(Whom::Peer(peer))
+    }
+
+    /// Announces what a program offers, for as long as what this returns is held.
+    fn announce(&self, begin: &mut api::ServeBegin) -> Result<Vec<(String, Announced)>, Status> {
+        let mut all = std::mem::take(&mut begin.announcements);
+        if !begin.unannounced {
+            let services = begin.services.iter();
+            let own = services
+                .filter(|name| all.iter().all(|known| known.name != **name))
+                .map(|name| api::Announcement {
+                    name: name.clone(),
+                    ..api::Announcement::default()
+                });
+            let own: Vec<_> = own.collect();
+            all.extend(own);
+        }
+        if all.len() > MAX_ANNOUNCED {
+            return Err(invalid(format!(
+                "at most {MAX_ANNOUNCED} names are announced, and these are {}",
+                all.len()
+            )));
+        }
+        let all = all.into_iter().map(|one| {
+            let labels = one.labels.into_iter().collect();
+            let announced = self.node.rpc().announce(&one.name, labels);
+            let announced = announced.map_err(|error| invalid(error.to_string()))?;
+            Ok((one.name, announced))
+        });
+        all.collect()
     }
 }
 
@@ -110,18 +218,10 @@ impl Calls for Service {
     ) -> Result<Response<Self::CallStream>, Status> {
         let mut requests = request.into_inner();
         let first = requests.message().await?.and_then(|first| first.what);
-        let Some(call_request::What::Begin(begin)) = first else {
+        let Some(call_request::What::Begin(mut begin)) = first else {
             return Err(invalid("the first message must be `begin`"));
         };
-        let peer = self.peer(&begin)?;
-        if !begin.addresses.is_empty() {
-            let addresses: Result<Vec<_>, _> = begin.addresses.iter().map(|a| a.parse()).collect();
-            let addresses: Vec<weft::Multiaddr> =
-                addresses.map_err(|_| invalid("an address is malformed"))?;
-            let addresses = addresses.into_iter().map(|a| weft::split_peer_id(a).0);
-            let connected = self.node.connect(peer.id(), addresses).await;
-            connected.map_err(|error| super::status::status(&error))?;
-        }
+        let whom = self.whom(&mut begin).await?;
         let method = Method {
             name: begin.method.into(),
             idempotent: begin.idempotent,
@@ -131,8 +231,16 @@ impl Calls for Service {
             timeout: begin.timeout_millis.map(Duration::from_millis),
             metadata: metadata.map(|m| (m.name, m.value.into())).collect(),
         };
-        let opened = peer.open(method, options).await;
-        let (mut sender, receiver) = opened.map_err(to_tonic)?;
+        if begin.unary {
+            let only = requests.message().await?.and_then(|only| only.what);
+            let Some(call_request::What::Message(only)) = only else {
+                return Err(invalid("after `begin` of a unary call comes its message"));
+            };
+            let answer = whom.unary(method, of_api(only), options).await;
+            let answer = answer.map(to_api).map_err(to_tonic)?;
+            return Ok(Response::new(Box::pin(futures::stream::iter([Ok(answer)]))));
+        }
+        let (mut sender, receiver) = whom.open(method, options).await.map_err(to_tonic)?;
         // Ends with the call: sending fails then.
         tokio::spawn(async move {
             while let Some(request) = requests.next().await {
@@ -162,7 +270,7 @@ impl Calls for Service {
     ) -> Result<Response<Self::ServeStream>, Status> {
         let mut requests = request.into_inner();
         let first = requests.message().await?.and_then(|first| first.what);
-        let Some(serve_request::What::Begin(begin)) = first else {
+        let Some(serve_request::What::Begin(mut begin)) = first else {
             return Err(invalid("the first message must be `begin`"));
         };
         if begin.services.is_empty() {
@@ -180,6 +288,7 @@ impl Calls for Service {
             open: Mutex::new(Some(HashMap::new())),
             next: AtomicU64::new(0),
         });
+        let announced = self.announce(&mut begin)?;
         let handler: Arc<dyn Handler> = Arc::new(Proxy(Arc::clone(&program)));
         let offer = self
             .node
@@ -190,22 +299,59 @@ impl Calls for Service {
             loop {
                 tokio::select! {
                     request = requests.next() => match request {
-                        Some(Ok(request)) => {
-                            if let Some(serve_request::What::Answer(answer)) = request.what {
-                                program.answer(answer);
+                        Some(Ok(request)) => match request.what {
+                            Some(serve_request::What::Answer(answer)) => program.answer(answer),
+                            Some(serve_request::What::Relabel(other)) => {
+                                if let Err(wrong) = relabel(&announced, other) {
+                                    let _ = program.events.send(Err(wrong)).await;
+                                    break;
+                                }
                             }
-                        }
+                            _ => {}
+                        },
                         _ => break,
                     },
                     () = program.events.closed() => break,
                 }
             }
             // Offered for as long as the program listens.
+            drop(announced);
             drop(offer);
             program.end();
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
+
+    async fn find_service(
+        &self,
+        request: Request<api::FindServiceRequest>,
+    ) -> Result<Response<api::FindServiceResponse>, Status> {
+        let request = request.into_inner();
+        let service = self.service(&request.name, request.labels)?;
+        let peers = service.peers().await.into_iter().map(|one| {
+            let path = one.path.map(|path| path.kind.to_string());
+            api::ServicePeer {
+                peer_id: one.peer.to_string(),
+                labels: one.labels.into_iter().collect(),
+                path: path.unwrap_or_default(),
+                rtt_micros: one.rtt.map(|rtt| rtt.as_micros() as u64),
+                outstanding: one.outstanding as u32,
+                avoided_millis: one.avoided.map(|left| left.as_millis() as u64),
+            }
+        });
+        Ok(Response::new(api::FindServiceResponse {
+            peers: peers.collect(),
+        }))
+    }
+}
+
+fn relabel(announced: &[(String, Announced)], other: api::Announcement) -> Result<(), Status> {
+    let found = announced.iter().find(|(name, _)| *name == other.name);
+    let (_, announced) =
+        found.ok_or_else(|| invalid(format!("{:?} is not announced", other.name)))?;
+    let labels = other.labels.into_iter().collect();
+    let changed = announced.set_labels(labels);
+    changed.map_err(|error| invalid(error.to_string()))
 }
 
 /// A program that answers calls.

@@ -1,6 +1,11 @@
 //! `weft call`.
 
-use std::io::BufRead;
+use std::{
+    collections::{BTreeMap, HashMap},
+    io::BufRead,
+    path::Path,
+    time::Duration,
+};
 
 use futures::{StreamExt, stream};
 use prost::Message;
@@ -8,19 +13,33 @@ use prost_reflect::{DescriptorPool, DynamicMessage, MethodDescriptor, ServiceDes
 use serde_json::{Deserializer, json};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
+use weft::PeerId;
 use weft_proto::{
-    api::{CallBegin, CallMessage, CallMetadata, CallRequest, call_request},
+    api::{
+        CallAttachment, CallBegin, CallMessage, CallMetadata, CallRequest, FindServiceRequest,
+        ServicePeer, call_request,
+    },
     rpc::{Code, SCHEMAS},
 };
 
-use super::reach::request as whom;
-use crate::{cli::Call, client::Client, exit::Failure, output::out};
+use super::show::printable;
+use crate::{
+    cli::{Call, Service},
+    client::Client,
+    exit::Failure,
+    output::{self, out, out_raw},
+};
 
 /// Lines of standard input that wait to be sent.
 const LINES: usize = 16;
 
 pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
-    let whom = whom(&options.peer)?;
+    let attachments = options.attach.iter().map(|given| attachment(given));
+    let attachments = attachments.collect::<Result<Vec<_>, _>>()?;
+    if let Some(folder) = &options.save {
+        let made = std::fs::create_dir_all(folder);
+        made.map_err(|error| Failure::other(format!("{}: {error}", folder.display())))?;
+    }
     let metadata = options
         .metadata
         .iter()
@@ -37,12 +56,12 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
     let timeout_millis = options
         .timeout
         .map(|seconds| (seconds.max(0.0) * 1e3) as u64);
+    let labels = labels(&options.label)?;
     let begin = CallBegin {
-        peer_id: whom.peer_id,
-        addresses: whom.addresses,
         timeout_millis,
         metadata,
-        ..CallBegin::default()
+        bulk: options.bulk,
+        ..whom(&options.peer, labels)?
     };
     let pool = schemas(client, &begin).await?;
     let Some(name) = &options.method else {
@@ -66,11 +85,16 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
             .options
             .as_ref()
             .is_some_and(|options| options.idempotency_level.unwrap_or_default() != 0),
+        unary: !method.is_client_streaming() && !method.is_server_streaming(),
         ..begin
     };
     let mut answers = match options.data.as_slice() {
         [data] if data == "-" => {
-            let lines = lines(method.clone());
+            let mut attachments = Some(attachments);
+            let lines = lines(method.clone()).map(move |message| CallMessage {
+                attachments: attachments.take().unwrap_or_default(),
+                ..message
+            });
             call(client, begin, lines).await?
         }
         data => {
@@ -80,9 +104,16 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
                 data => data,
             };
             let messages: Result<Vec<_>, _> = data.iter().map(|d| encode(&method, d)).collect();
-            call(client, begin, stream::iter(messages?)).await?
+            let mut messages = messages?;
+            match messages.first_mut() {
+                Some(first) => first.attachments = attachments,
+                None if attachments.is_empty() => {}
+                None => return Err(Failure::usage("--attach needs a message: add --data JSON")),
+            }
+            call(client, begin, stream::iter(messages)).await?
         }
     };
+    let mut number = 0;
     while let Some(answer) = answers.message().await.map_err(failed)? {
         let message = DynamicMessage::decode(method.output(), answer.data.as_slice());
         let message = message
@@ -91,15 +122,161 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
         let mut text =
             text.map_err(|error| Failure::other(format!("the answer is no JSON: {error}")))?;
         if !answer.attachments.is_empty() {
-            let attachments = answer.attachments.iter();
-            let attachments: Vec<_> = attachments
-                .map(|a| json!({ "dtype": a.dtype, "shape": a.shape, "bytes": a.data.len() }))
-                .collect();
+            let attachments = answer.attachments.iter().enumerate();
+            let attachments = attachments.map(|(n, attachment)| {
+                let saved = options.save.as_ref().map(|folder| {
+                    let path = folder.join(format!("{number}-{n}.bin"));
+                    let written = std::fs::write(&path, &attachment.data);
+                    let failed = |error| Failure::other(format!("{}: {error}", path.display()));
+                    written.map_err(failed).map(|()| path.display().to_string())
+                });
+                Ok(json!({
+                    "dtype": attachment.dtype,
+                    "shape": attachment.shape,
+                    "bytes": attachment.data.len(),
+                    "saved": saved.transpose()?,
+                }))
+            });
+            let attachments: Vec<_> = attachments.collect::<Result<_, Failure>>()?;
             text = json!({ "message": text, "attachments": attachments });
         }
+        number += 1;
         out!("{text}");
     }
     Ok(())
+}
+
+/// A peer, or whoever offers a service.
+fn whom(text: &str, labels: HashMap<String, String>) -> Result<CallBegin, Failure> {
+    // An address begins with a slash, and what is no PeerId is a name.
+    if text.starts_with('/') || text.parse::<PeerId>().is_ok() {
+        if !labels.is_empty() {
+            return Err(Failure::usage(
+                "--label chooses among those that offer a service; give its name instead of a peer",
+            ));
+        }
+        let peer = super::reach::request(text)?;
+        return Ok(CallBegin {
+            peer_id: peer.peer_id,
+            addresses: peer.addresses,
+            ..CallBegin::default()
+        });
+    }
+    Ok(CallBegin {
+        service: text.to_owned(),
+        labels,
+        ..CallBegin::default()
+    })
+}
+
+fn labels(given: &[String]) -> Result<HashMap<String, String>, Failure> {
+    let pairs = given.iter().map(|pair| {
+        let (name, value) = pair
+            .split_once('=')
+            .ok_or_else(|| Failure::usage(format!("--label {pair}: it must be NAME=VALUE")))?;
+        Ok((name.to_owned(), value.to_owned()))
+    });
+    pairs.collect()
+}
+
+/// `x.bin`, or `F32:2x3:x.bin`.
+fn attachment(given: &str) -> Result<CallAttachment, Failure> {
+    let typed = given.splitn(3, ':').collect::<Vec<_>>();
+    let shape = |text: &str| {
+        let sizes = text.split('x').filter(|size| !size.is_empty());
+        sizes.map(str::parse).collect::<Result<Vec<u64>, _>>().ok()
+    };
+    let (dtype, shape, path) = match typed.as_slice() {
+        [dtype, sizes, path] if !Path::new(given).exists() => {
+            let shape = shape(sizes).ok_or_else(|| {
+                Failure::usage(format!(
+                    "--attach {given}: the shape must be numbers with x between them, as in 2x3"
+                ))
+            })?;
+            (*dtype, Some(shape), *path)
+        }
+        _ => ("", None, given),
+    };
+    let data = std::fs::read(path)
+        .map_err(|error| Failure::other(format!("--attach {given}: {path}: {error}")))?;
+    if let (Some(shape), Some(size)) = (&shape, size_of(dtype)) {
+        let wanted = shape.iter().try_fold(size, |all, n| all.checked_mul(*n));
+        if wanted != Some(data.len() as u64) {
+            let bytes = data.len();
+            return Err(Failure::usage(format!(
+                "--attach {given}: {dtype} of that shape is not {bytes} bytes"
+            )));
+        }
+    }
+    Ok(CallAttachment {
+        dtype: dtype.to_owned(),
+        shape: shape.unwrap_or_else(|| vec![data.len() as u64]),
+        data,
+    })
+}
+
+/// Bytes of an element, of the types of safetensors that are whole bytes; what others are is between the caller and the called.
+fn size_of(dtype: &str) -> Option<u64> {
+    Some(match dtype {
+        "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" => 1,
+        "U16" | "I16" | "F16" | "BF16" => 2,
+        "U32" | "I32" | "F32" => 4,
+        "U64" | "I64" | "F64" => 8,
+        _ => return None,
+    })
+}
+
+/// `weft service`.
+pub(super) async fn service(
+    client: &Client,
+    options: Service,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = FindServiceRequest {
+        name: options.name.clone(),
+        labels: labels(&options.label)?,
+    };
+    let found = client.calls().find_service(request).await?.into_inner();
+    if as_json {
+        let peers = found.peers.iter().map(|one| {
+            json!({
+                "peer_id": one.peer_id,
+                "labels": sorted(one),
+                "path": if one.path.is_empty() { None } else { Some(&one.path) },
+                "rtt_micros": one.rtt_micros,
+                "outstanding": one.outstanding,
+                "avoided_millis": one.avoided_millis,
+            })
+        });
+        out!("{}", json!({ "peers": peers.collect::<Vec<_>>() }));
+        return Ok(());
+    }
+    if found.peers.is_empty() {
+        out!("nobody offers {:?}", options.name);
+        return Ok(());
+    }
+    let heading = ["PEER", "PATH", "RTT", "LABELS"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for one in &found.peers {
+        let rtt = one.rtt_micros.map(Duration::from_micros);
+        let labels = sorted(one);
+        let labels: Vec<_> = labels
+            .iter()
+            .map(|(n, v)| printable(&format!("{n}={v}")))
+            .collect();
+        rows.push(vec![
+            one.peer_id.clone(),
+            one.path.clone(),
+            rtt.map(output::duration).unwrap_or_default(),
+            labels.join(" "),
+        ]);
+    }
+    out_raw!("{}", output::table(&rows));
+    Ok(())
+}
+
+fn sorted(peer: &ServicePeer) -> BTreeMap<&String, &String> {
+    peer.labels.iter().collect()
 }
 
 async fn call(
@@ -138,6 +315,15 @@ enum Found {
 }
 
 fn find(pool: &DescriptorPool, name: &str) -> Result<Found, Failure> {
+    if !name.contains(['/', '.']) {
+        let methods = pool
+            .services()
+            .flat_map(|s| s.methods().collect::<Vec<_>>());
+        let mut methods = methods.filter(|method| method.name() == name);
+        if let (Some(only), None) = (methods.next(), methods.next()) {
+            return Ok(Found::Method(only));
+        }
+    }
     let (service, method) = match name.split_once('/') {
         Some((service, method)) => (service, Some(method)),
         None => (name, None),

@@ -45,6 +45,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Connect(options) => reach::connect(&client, options, json).await,
         Command::Ping(options) => reach::ping(&client, options, json).await,
         Command::Call(options) => call::run(&client, options).await,
+        Command::Service(options) => call::service(&client, options, json).await,
         Command::Topic(command) => topic::run(&client, command, json).await,
         Command::Doctor => reach::doctor(&client, json).await,
         Command::Limits => limits::limits(&client, json).await,

@@ -176,7 +176,7 @@ fn here(model: &api::Model) -> String {
 }
 
 /// A stranger's text, on its way to a terminal.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '\u{fffd}' } else { c })
         .collect()

@@ -1,6 +1,7 @@
 //! One call: its state, and its two directions.
 
 use std::{
+    any::Any,
     collections::VecDeque,
     fmt,
     future::poll_fn,
@@ -115,6 +116,8 @@ pub struct Receiver {
     /// The call has ended, and all that came was taken.
     pub(super) over: bool,
     pub(super) deadline: Option<Instant>,
+    /// Dropped with it.
+    pub(super) held: Option<Box<dyn Any + Send + Sync>>,
 }
 
 impl fmt::Debug for Receiver {
@@ -126,6 +129,13 @@ impl fmt::Debug for Receiver {
 }
 
 impl Receiver {
+    /// Keeps something until this is dropped: what counts the calls that are open, for example.
+    #[must_use]
+    pub fn holding(mut self, held: impl Any + Send + Sync) -> Self {
+        self.held = Some(Box::new(held));
+        self
+    }
+
     /// The next message; `None` when there is none any more, and at the calling side the call has ended well.
     ///
     /// # Errors

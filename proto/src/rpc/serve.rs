@@ -243,6 +243,7 @@ impl Shared {
             caller: false,
             over: false,
             deadline: None,
+            held: None,
         };
         let sender = Sender {
             shared: Arc::clone(self),

@@ -258,6 +258,7 @@ impl Session {
             caller: true,
             over: false,
             deadline: None,
+            held: None,
         };
         let sender = Sender {
             shared: Arc::clone(shared),

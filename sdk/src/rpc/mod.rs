@@ -4,6 +4,7 @@
 //! been seen when its session was lost is made again; one that perhaps was, only if its schema says that it may be (`option idempotency_level`).
 
 mod offered;
+pub(crate) mod services;
 mod serving;
 mod sessions;
 
@@ -26,6 +27,7 @@ pub(crate) use self::{
 };
 pub use self::{
     offered::{AlreadyOffered, Offer},
+    services::{Announced, Labels, MAX_LABELS, MAX_NAME, Service, ServiceError, ServicePeer},
     serving::CallLimits,
 };
 
@@ -47,19 +49,42 @@ impl Rpc {
         Self { node }
     }
 
-    /// Answers calls with these services, until the node stops.
+    /// Answers calls with these services, until the node stops, and announces each by its name (`package.Service`): [`service`](Self::service) finds it.
     ///
     /// # Errors
     /// [`AlreadyOffered`], and nothing is served.
     pub fn serve(&self, router: Router) -> Result<(), AlreadyOffered> {
         let names: Vec<_> = router.services().map(str::to_owned).collect();
         let schemas = router.all_schemas();
-        let offer = self.offer(names, schemas, Arc::new(router))?;
+        let offer = self.offer(names.clone(), schemas, Arc::new(router))?;
         offer.keep();
+        for name in names {
+            match self.announce(&name, Labels::new()) {
+                Ok(announced) => self.node.keep_present(announced.presence),
+                Err(error) => tracing::warn!(service = name, %error, "not announced"),
+            }
+        }
         Ok(())
     }
 
-    /// Has a handler answer calls of services with these names, which look as `schemas` says (an encoded `FileDescriptorSet`, or nothing), until what this
+    /// Makes this node be found as one that offers a service of this name, such as `llama-70b`, for as long as what this returns is held. The name need not be
+    /// that of a service in a schema: who looks for it knows what to call. It says where this node is, and the labels, to anybody who asks for the name.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub fn announce(&self, name: &str, labels: Labels) -> Result<Announced, ServiceError> {
+        Announced::new(&self.node, name, labels)
+    }
+
+    /// Calls whoever offers a service of this name. Nothing is looked up before the first call.
+    ///
+    /// # Errors
+    /// [`ServiceError::Name`].
+    pub fn service(&self, name: &str) -> Result<Service, ServiceError> {
+        Service::new(&self.node, name)
+    }
+
+    /// Has a handler answer calls of services with these names, unannounced, which look as `schemas` says (an encoded `FileDescriptorSet`, or nothing), until what this
     /// returns is dropped.
     ///
     /// # Errors

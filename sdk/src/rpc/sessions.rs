@@ -95,6 +95,17 @@ impl Sessions {
         Ok(slot.fill(stream, class != Class::Interactive))
     }
 
+    /// Whether there is one on which calls can be made.
+    pub(super) fn has(&self, peer: PeerId, class: Class) -> bool {
+        let slots = lock(&self.0);
+        let slot = slots.get(&(peer, class));
+        slot.is_some_and(|slot| {
+            lock(&slot.open)
+                .as_ref()
+                .is_some_and(|o| o.session.is_open())
+        })
+    }
+
     fn slot(&self, peer: PeerId, class: Class) -> Arc<Slot> {
         let mut slots = lock(&self.0);
         if let Some(slot) = slots.get(&(peer, class)) {

@@ -1,0 +1,824 @@
+//! Services by name: announcing them, and calling whoever offers one.
+//!
+//! Who offers a service says so in the DHT, with labels, for as long as it does. A [`Service`] knows who does, and sends each call where it expects it to be
+//! answered soonest: to near peers and over direct paths, and not to where many of its calls are open already. A peer that fails is left alone for a while that
+//! grows as it goes on failing, and what it had not begun is asked of another.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, Weak},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use weft_dht::{Dht, Record};
+use weft_net::{Class, Multiaddr, Network, Path, PathKind, PeerId};
+use weft_proto::{
+    rpc::{
+        Caller, Code, Message, Method, Options, Receiver, Seen, Sender, Session, Status as Ended,
+    },
+    wire,
+};
+
+use super::{ATTEMPTS, PAUSE, may_repeat};
+use crate::{Node, presence::Presence, whereabouts};
+
+/// Bytes of a service's name.
+pub const MAX_NAME: usize = 256;
+
+/// Labels of one announcement, and bytes of a label's name and of its value.
+pub const MAX_LABELS: usize = 16;
+const MAX_LABEL: usize = 64;
+const MAX_LABEL_VALUE: usize = 256;
+
+/// Peers that are remembered of one service.
+const MAX_OFFERS: usize = 256;
+
+/// How old what is known of who offers a service may be before it is looked up again, beside the calls.
+const FRESH: Duration = Duration::from_secs(15);
+
+/// How old what is known of the paths to them may be.
+const FRESH_PATHS: Duration = Duration::from_secs(2);
+
+/// Peers that are connected to before they are called, so that the nearest of them is known.
+const NEAR: usize = 8;
+
+/// How long reaching a peer may take before another one is tried. It doubles, for where there is no other.
+const REACH: Duration = Duration::from_secs(5);
+
+/// The first and the longest time for which a peer that failed is left alone.
+const AVOID: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
+
+/// A round trip that has not been measured counts as this one, to a peer that is connected and to one that is not.
+const UNKNOWN: Duration = Duration::from_millis(5);
+const FAR: Duration = Duration::from_millis(50);
+
+/// Round trips under this one are all the same.
+const NEXT_DOOR: Duration = Duration::from_millis(2);
+
+/// What tells a service's offer from others of the same name: a model, its layers, the load.
+pub type Labels = BTreeMap<String, String>;
+
+/// A service that cannot be announced or looked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServiceError {
+    /// Its name is empty or too long.
+    #[error("a service's name has 1 to {MAX_NAME} bytes, and this has {0}")]
+    Name(usize),
+    /// There are too many labels.
+    #[error("a service has at most {MAX_LABELS} labels, and these are {0}")]
+    TooManyLabels(usize),
+    /// A label is too long, or has no name.
+    #[error(
+        "a label's name has 1 to {MAX_LABEL} bytes and its value at most {MAX_LABEL_VALUE}, and {0:?} is another"
+    )]
+    Label(String),
+}
+
+fn check(name: &str) -> Result<(), ServiceError> {
+    match name.len() {
+        1..=MAX_NAME => Ok(()),
+        length => Err(ServiceError::Name(length)),
+    }
+}
+
+fn check_labels(labels: &Labels) -> Result<(), ServiceError> {
+    if labels.len() > MAX_LABELS {
+        return Err(ServiceError::TooManyLabels(labels.len()));
+    }
+    let fits = |(name, value): &(&String, &String)| {
+        (1..=MAX_LABEL).contains(&name.len()) && value.len() <= MAX_LABEL_VALUE
+    };
+    match labels.iter().find(|label| !fits(label)) {
+        Some((name, _)) => {
+            let shown = name.chars().take(MAX_LABEL).collect();
+            Err(ServiceError::Label(shown))
+        }
+        None => Ok(()),
+    }
+}
+
+fn key(name: &str) -> Vec<u8> {
+    // A name may be longer than a key.
+    let mut hasher = blake3::Hasher::new_derive_key("weft service v1");
+    hasher.update(name.as_bytes());
+    format!("service/{}", hasher.finalize()).into_bytes()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while holding the lock")
+}
+
+/// This node is found as one that offers a service, for as long as this is held.
+#[derive(Debug, Clone)]
+#[must_use = "what is dropped is announced no more"]
+pub struct Announced {
+    labels: Arc<Mutex<Labels>>,
+    pub(super) presence: Arc<Presence>,
+}
+
+impl Announced {
+    pub(super) fn new(node: &Node, name: &str, labels: Labels) -> Result<Self, ServiceError> {
+        check(name)?;
+        check_labels(&labels)?;
+        let labels = Arc::new(Mutex::new(labels));
+        let stated = Arc::clone(&labels);
+        let value = move |addresses: Vec<Bytes>| {
+            let labels = lock(&stated);
+            let labels = labels.iter().map(|(name, value)| wire::Label {
+                name: name.clone(),
+                value: value.clone(),
+            });
+            let labels = labels.collect();
+            wire::ServiceClaim { addresses, labels }.encode_to_vec()
+        };
+        Ok(Self {
+            labels,
+            presence: node.be_present(key(name), Arc::new(value)),
+        })
+    }
+
+    /// States other labels from now on. Others know within twenty seconds.
+    ///
+    /// # Errors
+    /// [`ServiceError`], and the labels stay as they are.
+    pub fn set_labels(&self, labels: Labels) -> Result<(), ServiceError> {
+        check_labels(&labels)?;
+        let before = std::mem::replace(&mut *lock(&self.labels), labels);
+        if before != *lock(&self.labels) {
+            self.presence.renew();
+        }
+        Ok(())
+    }
+}
+
+/// One that offers a service.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ServicePeer {
+    /// Who.
+    pub peer: PeerId,
+    /// What it says of its offer.
+    pub labels: Labels,
+    /// The path to it, if it is connected.
+    pub path: Option<Path>,
+    /// The round trip to it, once measured.
+    pub rtt: Option<Duration>,
+    /// Calls of this node's to the service there that are open.
+    pub outstanding: usize,
+    /// It has failed, and is not asked for so long unless there is no other.
+    pub avoided: Option<Duration>,
+}
+
+/// The services that this node calls by name.
+#[derive(Debug, Default)]
+pub(crate) struct Known(Mutex<HashMap<String, Weak<Shared>>>);
+
+/// What all handles of one service know.
+struct Shared {
+    key: Vec<u8>,
+    dht: Dht,
+    network: Network,
+    state: Mutex<State>,
+    /// Held by whoever looks it up.
+    looking: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    offers: HashMap<PeerId, Candidate>,
+    looked: Option<Instant>,
+    looked_at_paths: Option<Instant>,
+    /// Counts calls, so that of equals the one that was not asked for longest is.
+    calls: u64,
+}
+
+#[derive(Default)]
+struct Candidate {
+    addresses: Vec<Multiaddr>,
+    labels: Labels,
+    sequence: u64,
+    /// When its statement ends.
+    until: Option<Instant>,
+    path: Option<(Path, Option<Duration>)>,
+    outstanding: usize,
+    /// Times that it failed since it last answered.
+    failures: u32,
+    avoid_until: Option<Instant>,
+    last: u64,
+}
+
+impl Candidate {
+    /// How long a call is expected to take, in arbitrary units.
+    fn cost(&self) -> u128 {
+        let (relayed, rtt) = match &self.path {
+            Some((path, rtt)) => (path.kind == PathKind::Relayed, rtt.unwrap_or(UNKNOWN)),
+            None => (false, FAR),
+        };
+        // What a relay forwards is slower than its round trip says, and is another's to pay for.
+        let rtt = rtt.max(NEXT_DOOR) * if relayed { 2 } else { 1 };
+        rtt.as_micros() * (self.outstanding as u128 + 1)
+    }
+
+    fn avoided(&self, now: Instant) -> Option<Duration> {
+        let until = self.avoid_until?;
+        (until > now).then(|| until.duration_since(now))
+    }
+
+    fn has(&self, wanted: &Labels) -> bool {
+        wanted
+            .iter()
+            .all(|(name, value)| self.labels.get(name) == Some(value))
+    }
+}
+
+impl State {
+    /// Whom to ask: the cheapest of those that have not failed, or of all if they have.
+    fn choose(
+        &mut self,
+        wanted: &Labels,
+        tried: &HashSet<PeerId>,
+        now: Instant,
+    ) -> Option<(PeerId, Vec<Multiaddr>)> {
+        let candidates = self.offers.iter_mut();
+        let (peer, chosen) = candidates
+            .filter(|(peer, c)| !tried.contains(peer) && c.has(wanted))
+            .min_by_key(|(_, c)| (c.avoided(now), c.cost(), c.last))?;
+        self.calls += 1;
+        chosen.last = self.calls;
+        chosen.outstanding += 1;
+        Some((*peer, chosen.addresses.clone()))
+    }
+
+    /// Takes in what publishers state. Who is silent is remembered until its last statement ends: a look-up may miss some.
+    fn learn(&mut self, own: PeerId, records: &[Record], now: Instant) {
+        for record in records {
+            let peer = record.publisher();
+            if !record.subkey().is_empty() || peer == own {
+                continue;
+            }
+            if let Some(known) = self.offers.get(&peer)
+                && known.sequence >= record.sequence()
+            {
+                continue;
+            }
+            let claim = record.value().map(wire::ServiceClaim::decode);
+            let Some(Ok(claim)) = claim else {
+                self.offers.remove(&peer);
+                continue;
+            };
+            if self.offers.len() >= MAX_OFFERS && !self.offers.contains_key(&peer) {
+                continue;
+            }
+            let labels = claim.labels.into_iter().take(MAX_LABELS);
+            let labels: Labels = labels.map(|l| (l.name, l.value)).collect();
+            if check_labels(&labels).is_err() {
+                continue;
+            }
+            let candidate = self.offers.entry(peer).or_default();
+            candidate.addresses = whereabouts::decode(&claim.addresses);
+            candidate.labels = labels;
+            candidate.sequence = record.sequence();
+            candidate.until = Some(now + record.remaining());
+        }
+        self.offers
+            .retain(|_, c| c.outstanding > 0 || c.until.is_some_and(|until| until > now));
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Who offers it; a few will do for a first call.
+    async fn look(&self, some: bool) {
+        let records = match some {
+            true => self.dht.get_some(&self.key).await,
+            false => self.dht.get_with_removed(&self.key).await,
+        };
+        let Ok(records) = records else { return };
+        let (own, now) = (self.network.local_peer(), Instant::now());
+        {
+            let mut state = lock(&self.state);
+            state.learn(own, &records, now);
+            // After a few, all, with the next call.
+            state.looked = if some {
+                now.checked_sub(FRESH)
+            } else {
+                Some(now)
+            };
+        }
+        if !some {
+            self.meet().await;
+        }
+        self.look_at_paths().await;
+    }
+
+    /// Connects to some, so that the nearest is known.
+    async fn meet(&self) {
+        let strangers: Vec<_> = {
+            let (state, now) = (lock(&self.state), Instant::now());
+            let met = state.offers.values().filter(|c| c.path.is_some()).count();
+            let strangers = state.offers.iter();
+            strangers
+                .filter(|(_, c)| c.path.is_none() && c.avoided(now).is_none())
+                .take(NEAR.saturating_sub(met))
+                .map(|(peer, c)| (*peer, c.addresses.clone()))
+                .collect()
+        };
+        let dials = strangers.into_iter().map(|(peer, addresses)| {
+            let dial = timeout(REACH, self.network.connect(peer, addresses));
+            async move { (peer, matches!(dial.await, Ok(Ok(_)))) }
+        });
+        for (peer, reached) in futures::future::join_all(dials).await {
+            if !reached {
+                self.failed(peer);
+            }
+        }
+    }
+
+    async fn look_at_paths(&self) {
+        let peers = self.network.peers().await;
+        let mut state = lock(&self.state);
+        state.looked_at_paths = Some(Instant::now());
+        for (peer, candidate) in &mut state.offers {
+            let info = peers.iter().find(|info| info.peer == *peer);
+            candidate.path = info.map(|info| (info.path.clone(), info.rtt));
+        }
+    }
+
+    fn failed(&self, peer: PeerId) {
+        if let Some(candidate) = lock(&self.state).offers.get_mut(&peer) {
+            let times = candidate.failures.min(16);
+            let pause = (AVOID.0 * (1 << times)).min(AVOID.1);
+            candidate.failures += 1;
+            candidate.avoid_until = Some(Instant::now() + pause);
+        }
+    }
+
+    fn answered(&self, peer: PeerId) {
+        if let Some(candidate) = lock(&self.state).offers.get_mut(&peer) {
+            candidate.failures = 0;
+            candidate.avoid_until = None;
+        }
+    }
+}
+
+/// A call that is open, counted until this is dropped.
+struct Outstanding {
+    shared: Arc<Shared>,
+    peer: PeerId,
+}
+
+impl Drop for Outstanding {
+    fn drop(&mut self) {
+        if let Some(candidate) = lock(&self.shared.state).offers.get_mut(&self.peer) {
+            candidate.outstanding = candidate.outstanding.saturating_sub(1);
+        }
+    }
+}
+
+/// Calls whoever offers a service of this name: for a generated client. Cheap to clone; [`Rpc::service`](super::Rpc::service).
+#[derive(Debug, Clone)]
+pub struct Service {
+    node: Node,
+    name: String,
+    shared: Arc<Shared>,
+    wanted: Labels,
+    class: Class,
+}
+
+impl Service {
+    pub(super) fn new(node: &Node, name: &str) -> Result<Self, ServiceError> {
+        check(name)?;
+        let mut known = lock(&node.services().0);
+        known.retain(|_, shared| shared.strong_count() > 0);
+        let shared = known.get(name).and_then(Weak::upgrade);
+        let shared = shared.unwrap_or_else(|| {
+            let shared = Arc::new(Shared {
+                key: key(name),
+                dht: node.dht().clone(),
+                network: node.network().clone(),
+                state: Mutex::default(),
+                looking: tokio::sync::Mutex::default(),
+            });
+            known.insert(name.to_owned(), Arc::downgrade(&shared));
+            shared
+        });
+        drop(known);
+        Ok(Self {
+            node: node.clone(),
+            name: name.to_owned(),
+            shared,
+            wanted: Labels::new(),
+            class: Class::Interactive,
+        })
+    }
+
+    /// Only those that state this label.
+    #[must_use]
+    pub fn labelled(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.wanted.insert(name.into(), value.into());
+        self
+    }
+
+    /// Calls that move much, on sessions of their own: they hold up no others.
+    #[must_use]
+    pub fn bulk(mut self) -> Self {
+        self.class = Class::Bulk;
+        self
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Who offers it, in the order in which they would be asked. Asks the DHT.
+    pub async fn peers(&self) -> Vec<ServicePeer> {
+        self.node.meet().await;
+        {
+            let _looking = self.shared.looking.lock().await;
+            self.shared.look(false).await;
+        }
+        let (state, now) = (lock(&self.shared.state), Instant::now());
+        let mut offers: Vec<_> = state
+            .offers
+            .iter()
+            .filter(|(_, c)| c.has(&self.wanted))
+            .collect();
+        offers.sort_by_key(|(peer, c)| (c.avoided(now), c.cost(), c.last, **peer));
+        let offers = offers.into_iter().map(|(peer, c)| ServicePeer {
+            peer: *peer,
+            labels: c.labels.clone(),
+            path: c.path.as_ref().map(|(path, _)| path.clone()),
+            rtt: c.path.as_ref().and_then(|(_, rtt)| *rtt),
+            outstanding: c.outstanding,
+            avoided: c.avoided(now),
+        });
+        offers.collect()
+    }
+
+    /// Whom to ask, other than those that were tried; looks for more where there are none.
+    async fn choose(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Vec<Multiaddr>)> {
+        self.keep_fresh();
+        if let Some(chosen) = self.choose_known(tried) {
+            return Some(chosen);
+        }
+        if !tried.is_empty() {
+            return None;
+        }
+        self.node.meet().await;
+        let _looking = self.shared.looking.lock().await;
+        // Somebody else may have looked meanwhile.
+        if let Some(chosen) = self.choose_known(tried) {
+            return Some(chosen);
+        }
+        self.shared.look(true).await;
+        self.choose_known(tried)
+    }
+
+    fn choose_known(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Vec<Multiaddr>)> {
+        let mut state = lock(&self.shared.state);
+        let (peer, addresses) = state.choose(&self.wanted, tried, Instant::now())?;
+        let shared = Arc::clone(&self.shared);
+        Some((Outstanding { shared, peer }, addresses))
+    }
+
+    /// Looks again, beside the calls, if what is known is old.
+    fn keep_fresh(&self) {
+        let now = Instant::now();
+        let (all, paths) = {
+            let mut state = lock(&self.shared.state);
+            let old =
+                |at: Option<Instant>, than| at.is_some_and(|at| now.duration_since(at) > than);
+            let all = old(state.looked, FRESH);
+            let paths = old(state.looked_at_paths, FRESH_PATHS);
+            // One looks at a time.
+            if all {
+                state.looked = Some(now);
+            }
+            if all || paths {
+                state.looked_at_paths = Some(now);
+            }
+            (all, paths)
+        };
+        if !all && !paths {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        self.node.spawn(async move {
+            if all {
+                let _looking = shared.looking.lock().await;
+                shared.look(false).await;
+            } else {
+                shared.look_at_paths().await;
+            }
+        });
+    }
+
+    async fn attempt<T, F>(
+        &self,
+        method: Method,
+        options: Options,
+        call: impl Fn(Session, Options, Outstanding) -> F,
+    ) -> Result<T, Ended>
+    where
+        F: Future<Output = Result<T, Ended>>,
+    {
+        let deadline = options
+            .timeout
+            .and_then(|time| Instant::now().checked_add(time));
+        let attempts = async {
+            let (mut tried, mut pause, mut reach) = (HashSet::new(), PAUSE, REACH);
+            let mut last = None;
+            for attempt in 1..=ATTEMPTS {
+                let mut chosen = self.choose(&tried).await;
+                if chosen.is_none() && !tried.is_empty() {
+                    // All have failed; the first of them may be well again.
+                    tried.clear();
+                    sleep(pause).await;
+                    (pause, reach) = (pause * 2, reach * 2);
+                    chosen = self.choose(&tried).await;
+                }
+                let Some((outstanding, addresses)) = chosen else {
+                    return Err(last.unwrap_or_else(|| self.nobody()));
+                };
+                let peer = outstanding.peer;
+                tried.insert(peer);
+                let failed = match timeout(reach, self.session(peer, addresses)).await {
+                    Err(_) => {
+                        let text = format!("{peer} was not reached in {} s", reach.as_secs());
+                        unreached(text)
+                    }
+                    Ok(Err(status)) => status,
+                    Ok(Ok(session)) => {
+                        let left = Options {
+                            timeout: deadline
+                                .map(|deadline| deadline.saturating_duration_since(Instant::now())),
+                            ..options.clone()
+                        };
+                        match call(session, left, outstanding).await {
+                            Err(status) if is_failure(&status) => status,
+                            ended => {
+                                self.shared.answered(peer);
+                                return ended;
+                            }
+                        }
+                    }
+                };
+                self.shared.failed(peer);
+                tracing::debug!(%peer, service = self.name, status = %failed, attempt, "a call by name has failed");
+                if !may_ask_another(&failed, &method) {
+                    return Err(failed);
+                }
+                last = Some(failed);
+            }
+            Err(last.unwrap_or_else(|| self.nobody()))
+        };
+        match deadline {
+            None => attempts.await,
+            Some(deadline) => timeout_at(deadline, attempts).await.unwrap_or_else(|_| {
+                Err(Ended::new(
+                    Code::DeadlineExceeded,
+                    "the caller's time is over",
+                ))
+            }),
+        }
+    }
+
+    async fn session(&self, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Session, Ended> {
+        let (network, sessions) = (self.node.network(), self.node.sessions());
+        // Where it says it is, unless it is connected.
+        if !sessions.has(peer, self.class) {
+            let connected = network.connect(peer, addresses).await;
+            connected.map_err(|error| unreached(error.to_string()))?;
+        }
+        sessions.get(&self.node, peer, self.class).await
+    }
+
+    fn nobody(&self) -> Ended {
+        let wanted = match self.wanted.is_empty() {
+            true => String::new(),
+            false => format!(" with {:?}", self.wanted),
+        };
+        unreached(format!("nobody offers {:?}{wanted}", self.name))
+    }
+}
+
+fn unreached(text: String) -> Ended {
+    Ended {
+        seen: Some(Seen::No),
+        ..Ended::new(Code::Unavailable, text)
+    }
+}
+
+/// Whether it says something of the peer, and not of the call.
+fn is_failure(status: &Ended) -> bool {
+    match status.code {
+        Code::Unavailable | Code::Unimplemented => true,
+        Code::ResourceExhausted => status.seen == Some(Seen::No),
+        _ => false,
+    }
+}
+
+/// Who has not begun it, or does not have the method, has done nothing of it.
+fn may_ask_another(status: &Ended, method: &Method) -> bool {
+    status.code == Code::Unimplemented
+        || status.seen == Some(Seen::No)
+        || may_repeat(status, method)
+}
+
+impl Caller for Service {
+    async fn unary(
+        &self,
+        method: Method,
+        message: Message,
+        options: Options,
+    ) -> Result<Message, Ended> {
+        let call = |session: Session, options, outstanding: Outstanding| {
+            let (message, name) = (message.clone(), method.name.clone());
+            async move {
+                let _outstanding = outstanding;
+                session.unary(&name, message, options).await
+            }
+        };
+        self.attempt(method.clone(), options, call).await
+    }
+
+    async fn open(&self, method: Method, options: Options) -> Result<(Sender, Receiver), Ended> {
+        let call = |session: Session, options, outstanding: Outstanding| {
+            let name = method.name.clone();
+            async move {
+                let (sender, receiver) = session.call(&name, options).await?;
+                Ok((sender, receiver.holding(outstanding)))
+            }
+        };
+        self.attempt(method.clone(), options, call).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_net::identity::Keypair;
+
+    use super::*;
+
+    fn candidate(rtt: Duration, address: &str) -> Candidate {
+        let path = Path::of(&address.parse().unwrap());
+        Candidate {
+            path: Some((path, Some(rtt))),
+            until: Some(Instant::now() + Duration::from_secs(60)),
+            ..Candidate::default()
+        }
+    }
+
+    fn state(candidates: Vec<Candidate>) -> (State, Vec<PeerId>) {
+        let mut state = State::default();
+        let peers = candidates.into_iter().map(|candidate| {
+            let peer = PeerId::random();
+            state.offers.insert(peer, candidate);
+            peer
+        });
+        let peers = peers.collect();
+        (state, peers)
+    }
+
+    fn choose(state: &mut State) -> PeerId {
+        let chosen = state.choose(&Labels::new(), &HashSet::new(), Instant::now());
+        chosen.unwrap().0
+    }
+
+    const DIRECT: &str = "/ip4/192.0.2.1/tcp/1";
+
+    #[test]
+    fn near_ones_come_first_and_busy_ones_later() {
+        let ms = Duration::from_millis;
+        let relayed = format!("{DIRECT}/p2p/{}/p2p-circuit", PeerId::random());
+        let (mut state, peers) = state(vec![
+            candidate(ms(10), DIRECT),
+            candidate(ms(25), DIRECT),
+            candidate(ms(11), &relayed),
+        ]);
+        let order: Vec<_> = (0..5).map(|_| choose(&mut state)).collect();
+        // Costs are 10, 25 and 22 a call that is open.
+        assert_eq!(order[..2], [peers[0], peers[0]][..]);
+        assert_eq!(state.offers[&peers[0]].outstanding, 3);
+        assert_eq!(state.offers[&peers[1]].outstanding, 1);
+        assert_eq!(state.offers[&peers[2]].outstanding, 1);
+    }
+
+    #[test]
+    fn equals_take_turns() {
+        let micros = Duration::from_micros;
+        let (mut state, peers) = state(vec![
+            candidate(micros(90), DIRECT),
+            candidate(micros(400), DIRECT),
+        ]);
+        for _ in 0..10 {
+            let both = [choose(&mut state), choose(&mut state)];
+            assert!(peers.iter().all(|peer| both.contains(peer)));
+            state.offers.values_mut().for_each(|c| c.outstanding = 0);
+        }
+    }
+
+    #[test]
+    fn one_that_fails_is_left_alone_unless_there_is_no_other() {
+        let ms = Duration::from_millis;
+        let (mut state, peers) = state(vec![candidate(ms(1), DIRECT), candidate(ms(90), DIRECT)]);
+        let until = Instant::now() + Duration::from_secs(9);
+        state.offers.get_mut(&peers[0]).unwrap().avoid_until = Some(until);
+        for _ in 0..20 {
+            assert_eq!(choose(&mut state), peers[1]);
+        }
+        state.offers.remove(&peers[1]);
+        assert_eq!(choose(&mut state), peers[0]);
+    }
+
+    #[test]
+    fn labels_are_matched_and_statements_replaced_and_taken_back() {
+        let keys = Keypair::generate_ed25519();
+        let claim = |model: &str| {
+            let label = |name: &str, value: &str| wire::Label {
+                name: name.to_owned(),
+                value: value.to_owned(),
+            };
+            let labels = vec![label("model", model), label("load", "3")];
+            wire::ServiceClaim {
+                addresses: Vec::new(),
+                labels,
+            }
+            .encode_to_vec()
+        };
+        let ttl = Duration::from_secs(60);
+        let record = |value: Option<Vec<u8>>, sequence| {
+            Record::sign(&keys, b"k", b"", value.as_deref(), sequence, ttl).unwrap()
+        };
+        let wanted = |model: &str| Labels::from([("model".to_owned(), model.to_owned())]);
+        let (mut state, now) = (State::default(), Instant::now());
+        let own = PeerId::random();
+        let mut has = |records: &[Record], model: &str| {
+            state.learn(own, records, now);
+            state.choose(&wanted(model), &HashSet::new(), now).is_some()
+        };
+        assert!(has(&[record(Some(claim("a")), 1)], "a"));
+        assert!(has(&[record(Some(claim("b")), 2)], "b"));
+        // An older one changes nothing, and a look-up that misses it neither.
+        assert!(!has(&[record(Some(claim("a")), 1)], "a"));
+        assert!(has(&[], "b"));
+        assert!(!has(&[record(None, 3)], "b"));
+        // What cannot be read, has too many labels or is our own is nobody's offer.
+        assert!(!has(&[record(Some(vec![0xff; 9]), 4)], "b"));
+        let label = |n| wire::Label {
+            name: "x".repeat(n),
+            value: String::new(),
+        };
+        let odd = wire::ServiceClaim {
+            addresses: Vec::new(),
+            labels: vec![label(MAX_LABEL + 1)],
+        };
+        assert!(!has(&[record(Some(odd.encode_to_vec()), 5)], ""));
+        state.learn(
+            keys.public().to_peer_id(),
+            &[record(Some(claim("b")), 6)],
+            now,
+        );
+        assert!(state.offers.is_empty());
+        state.learn(own, &[record(Some(claim("b")), 6)], now + 2 * ttl);
+        assert!(state.offers.is_empty() || state.offers.values().all(|c| c.until > Some(now)));
+    }
+
+    #[test]
+    fn what_may_be_asked_of_another() {
+        let method = |idempotent| Method {
+            name: "a.B/C".into(),
+            idempotent,
+        };
+        let status = |code, seen| Ended {
+            seen,
+            ..Ended::new(code, "")
+        };
+        for (code, seen, idempotent, failure, another) in [
+            (Code::Unavailable, Some(Seen::No), false, true, true),
+            (Code::Unavailable, Some(Seen::Yes), false, true, false),
+            (Code::Unavailable, Some(Seen::Yes), true, true, true),
+            (Code::Unavailable, None, true, true, false),
+            (Code::Unimplemented, None, false, true, true),
+            (Code::ResourceExhausted, Some(Seen::No), false, true, true),
+            (Code::ResourceExhausted, None, false, false, false),
+            (Code::NotFound, None, true, false, false),
+        ] {
+            let status = status(code, seen);
+            assert_eq!(is_failure(&status), failure, "{status}");
+            let asked = failure && may_ask_another(&status, &method(idempotent));
+            assert_eq!(asked, another, "{status}");
+        }
+    }
+}

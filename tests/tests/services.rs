@@ -1,0 +1,293 @@
+//! Services by name: found through the DHT, told apart by labels, shared out, and done without when they fail.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::time::sleep;
+use weft::{
+    Multiaddr, Node, PeerId,
+    rpc::{Labels, Service, ServiceError},
+};
+use weft_proto::rpc::{Attached, Code, Context, Messages, Router, Sink, Status};
+use weft_tests::{EchoService, Home};
+
+#[allow(missing_docs, dead_code, unreachable_pub, clippy::all)]
+mod numbers {
+    include!(concat!(env!("OUT_DIR"), "/weft.test.v1.rs"));
+}
+use numbers::{Number, Numbers, NumbersClient, NumbersServer};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const NAME: &str = "weft.test.v1.Numbers";
+
+/// Answers every echo with its own number, and counts them.
+#[derive(Clone, Default)]
+struct Numbered {
+    number: u64,
+    calls: Arc<AtomicUsize>,
+    /// Milliseconds that an answer takes.
+    takes: Arc<AtomicU64>,
+}
+
+impl Numbers for Numbered {
+    async fn echo(&self, _: Context, _: Attached<Number>) -> Result<Attached<Number>, Status> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        sleep(Duration::from_millis(self.takes.load(Ordering::SeqCst))).await;
+        Ok(Number { value: self.number }.into())
+    }
+
+    async fn countdown(
+        &self,
+        _: Context,
+        _: Attached<Number>,
+        _: Sink<Number>,
+    ) -> Result<(), Status> {
+        Err(Status::new(Code::FailedPrecondition, "not now"))
+    }
+
+    async fn sum(&self, _: Context, _: Messages<Number>) -> Result<Attached<Number>, Status> {
+        Ok(Number { value: 0 }.into())
+    }
+
+    async fn double(
+        &self,
+        _: Context,
+        mut requests: Messages<Number>,
+        _: Sink<Number>,
+    ) -> Result<(), Status> {
+        while requests.next().await?.is_some() {}
+        Ok(())
+    }
+}
+
+async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
+    Node::builder()
+        .home(home)
+        .mdns(false)
+        .port_mapping(false)
+        .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
+        .bootstrap(bootstrap.iter().cloned())
+        .spawn()
+        .await
+        .unwrap()
+}
+
+/// One node that the others know, and these, which know only it.
+async fn mesh<const N: usize>() -> (Vec<tempfile::TempDir>, Node, [Node; N]) {
+    let homes: Vec<_> = (0..=N).map(|_| tempfile::tempdir().unwrap()).collect();
+    let hub = node(homes[0].path(), &[]).await;
+    let at = hub.addresses().await;
+    let mut nodes = Vec::new();
+    for home in &homes[1..] {
+        nodes.push(node(home.path(), &at).await);
+    }
+    let nodes = nodes.try_into().unwrap_or_else(|_| unreachable!());
+    (homes, hub, nodes)
+}
+
+/// Waits until just these offer it.
+async fn offered_by(service: &Service, peers: &[PeerId]) {
+    let begin = Instant::now();
+    loop {
+        let mut found: Vec<_> = service.peers().await.iter().map(|p| p.peer).collect();
+        let mut wanted = peers.to_vec();
+        found.sort();
+        wanted.sort();
+        if found == wanted {
+            return;
+        }
+        assert!(begin.elapsed() < PATIENCE, "{found:?}, not {wanted:?}");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn labels(model: &str) -> Labels {
+    Labels::from([("model".to_owned(), model.to_owned())])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
+    let (_homes, _hub, [a, b, caller]) = mesh().await;
+    let [at_a, at_b] = [1, 2].map(|number| Numbered {
+        number,
+        ..Numbered::default()
+    });
+    for (node, service) in [(&a, &at_a), (&b, &at_b)] {
+        let server = NumbersServer::new(service.clone());
+        node.rpc().serve(Router::new().add_service(server)).unwrap();
+    }
+    let service = caller.rpc().service(NAME).unwrap();
+    offered_by(&service, &[a.peer_id(), b.peer_id()]).await;
+    let client = NumbersClient::new(service.clone());
+    // Of two next door, the one with fewer calls open is asked.
+    let begin = Instant::now();
+    while service.peers().await.iter().any(|p| p.rtt.is_none()) {
+        assert!(begin.elapsed() < PATIENCE, "the round trip is not measured");
+        sleep(Duration::from_millis(50)).await;
+    }
+    for at in [&at_a, &at_b] {
+        at.takes.store(100, Ordering::SeqCst);
+    }
+    let calls = (0..20).map(|_| client.echo(Number { value: 0 }));
+    for answer in futures::future::join_all(calls).await {
+        answer.unwrap();
+    }
+    let calls = [&at_a, &at_b].map(|at| at.calls.load(Ordering::SeqCst));
+    // A millisecond more or less of round trip counts, and nothing else differs.
+    assert_eq!(calls.iter().sum::<usize>(), 20);
+    assert!(calls.iter().all(|n| *n >= 5), "{calls:?}");
+    assert!(service.peers().await.iter().all(|p| p.outstanding == 0));
+    // An error of the call's own is the caller's, and nobody is thought less of.
+    let mut stream = client.countdown(Number { value: 1 }).await.unwrap();
+    let failed = stream.next().await.unwrap_err();
+    assert_eq!(failed.code, Code::FailedPrecondition);
+    drop(stream);
+    let peers = service.peers().await;
+    assert!(
+        peers
+            .iter()
+            .all(|p| p.avoided.is_none() && p.outstanding == 0),
+        "{peers:#?}"
+    );
+    // One goes without a word to say that it does: its calls go to the other, and none fails.
+    for at in [&at_a, &at_b] {
+        at.takes.store(0, Ordering::SeqCst);
+    }
+    a.shutdown().await;
+    for _ in 0..20 {
+        let answer = client.echo(Number { value: 0 }).await;
+        assert_eq!(answer.unwrap().message.value, 2);
+    }
+    // It took back what it had announced.
+    offered_by(&service, &[b.peer_id()]).await;
+    b.shutdown().await;
+    let client = client.with_timeout(Duration::from_secs(20));
+    let failed = client.echo(Number { value: 0 }).await.unwrap_err();
+    assert_eq!(failed.code, Code::Unavailable, "{failed}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn labels_choose_among_those_of_one_name_and_change() {
+    let (_homes, _hub, [a, b, caller]) = mesh().await;
+    let mut held = Vec::new();
+    for (number, node, model) in [(1, &a, "small"), (2, &b, "large")] {
+        let service = Numbered {
+            number,
+            ..Numbered::default()
+        };
+        let router = Router::new().add_service(NumbersServer::new(service));
+        node.rpc().serve(router).unwrap();
+        held.push(node.rpc().announce("llama", labels(model)).unwrap());
+    }
+    let llama = || caller.rpc().service("llama").unwrap();
+    offered_by(&llama(), &[a.peer_id(), b.peer_id()]).await;
+    for (model, number) in [("small", 1), ("large", 2)] {
+        let client = NumbersClient::new(llama().labelled("model", model));
+        for _ in 0..5 {
+            let answer = client.echo(Number { value: 0 }).await;
+            assert_eq!(answer.unwrap().message.value, number);
+        }
+    }
+    let nobody = NumbersClient::new(llama().labelled("model", "huge"));
+    let failed = nobody.echo(Number { value: 0 }).await;
+    let failed = failed.unwrap_err();
+    assert_eq!(failed.code, Code::Unavailable);
+    assert!(failed.message.contains("huge"), "{failed}");
+    // Labels change within the time that is stated, and go.
+    held[0].set_labels(labels("huge")).unwrap();
+    let huge = llama().labelled("model", "huge");
+    offered_by(&huge, &[a.peer_id()]).await;
+    held.pop();
+    offered_by(&llama(), &[a.peer_id()]).await;
+
+    let rpc = caller.rpc();
+    assert_eq!(rpc.service("").unwrap_err(), ServiceError::Name(0));
+    let many = (0..17).map(|n| (n.to_string(), String::new())).collect();
+    let failed = rpc.announce("x", many).unwrap_err();
+    assert_eq!(failed, ServiceError::TooManyLabels(17));
+    let long = Labels::from([("x".to_owned(), "y".repeat(257))]);
+    let failed = held[0].set_labels(long).unwrap_err();
+    assert_eq!(failed, ServiceError::Label("x".to_owned()));
+}
+
+#[test]
+fn services_by_name_at_the_command_line() {
+    let (serving, calling) = (Home::new(), Home::new());
+    let up = serving.up(&[]);
+    let _calling_up = calling.up(&[]);
+    calling.json(&["connect", up.address()]);
+    let none = calling.json(&["service", "example.echo.v1.Echo"]);
+    assert_eq!(none["peers"].as_array().map(Vec::len), Some(0));
+    let failed = calling.run(&["call", "example.echo.v1.Echo", "Say"]);
+    assert_eq!(failed.code(), Some(4), "{failed:?}");
+    assert!(failed.stderr.contains("nobody offers"), "{failed:?}");
+
+    let service = EchoService::start(&serving);
+    let begin = Instant::now();
+    let found = loop {
+        let found = calling.json(&["service", "example.echo.v1.Echo"]);
+        if found["peers"].as_array().is_some_and(|p| !p.is_empty()) {
+            break found;
+        }
+        assert!(begin.elapsed() < PATIENCE, "it is not found");
+        std::thread::park_timeout(Duration::from_millis(50));
+    };
+    assert_eq!(found["peers"][0]["peer_id"], up.peer_id());
+    let say = [
+        "call",
+        "example.echo.v1.Echo",
+        "Say",
+        "--data",
+        r#"{"text": "a token"}"#,
+    ];
+    let answered = calling.run(&say);
+    assert_eq!(answered.stdout, "{\"text\":\"a token\"}\n", "{answered:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let (file, saved) = (folder.path().join("x.bin"), folder.path().join("saved"));
+    std::fs::write(&file, [1, 2, 3, 4]).unwrap();
+    let attach = format!("U8:2x2:{}", file.display());
+    let with = ["--attach", &attach, "--save", saved.to_str().unwrap()];
+    let answered = calling.run(&[&say[..], &with].concat());
+    assert_eq!(answered.code(), Some(0), "{answered:?}");
+    let answer: serde_json::Value = serde_json::from_str(&answered.stdout).unwrap();
+    let attached = &answer["attachments"][0];
+    assert_eq!(attached["dtype"], "U8", "{answer}");
+    assert_eq!(attached["shape"], serde_json::json!([2, 2]));
+    assert_eq!(std::fs::read(saved.join("0-0.bin")).unwrap(), [1, 2, 3, 4]);
+    for (arguments, code, says) in [
+        (&["--label", "x"][..], 2, "NAME=VALUE"),
+        (&["--label", "model=other"], 4, "nobody offers"),
+        (&["--attach", "U8:2y2:x"], 2, "2x3"),
+        (&["--attach", "/no/such"], 1, "/no/such"),
+        (
+            &["--attach", &format!("F32:2x2:{}", file.display())],
+            2,
+            "is not 4 bytes",
+        ),
+    ] {
+        let failed = calling.run(&[&say[..], arguments].concat());
+        assert_eq!(failed.code(), Some(code), "{arguments:?}: {failed:?}");
+        assert!(failed.stderr.contains(says), "{failed:?}");
+    }
+    let failed = calling.run(&["call", up.address(), "Say", "--label", "a=b"]);
+    assert_eq!(failed.code(), Some(2), "{failed:?}");
+    // The program ends: nobody offers it any more.
+    drop(service);
+    let begin = Instant::now();
+    loop {
+        let found = calling.json(&["service", "example.echo.v1.Echo"]);
+        if found["peers"].as_array().is_some_and(Vec::is_empty) {
+            break;
+        }
+        assert!(begin.elapsed() < PATIENCE, "it is still found");
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+}
