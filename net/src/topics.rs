@@ -12,7 +12,7 @@ use std::{
     fmt,
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
@@ -222,7 +222,8 @@ impl Topics {
             commands: sender.clone(),
             validating: Arc::new(Semaphore::new(MAX_VALIDATING)),
             seen: Seen::default(),
-            own_sequence: 0,
+            // As gossipsub's own, which it does not tell: grows over restarts.
+            own_sequence: now_nanos(),
         };
         (Self(sender), behaviour)
     }
@@ -282,6 +283,11 @@ impl Topics {
     pub async fn list(&self) -> Result<Vec<TopicInfo>, TopicError> {
         self.ask(Command::List).await
     }
+}
+
+fn now_nanos() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |since| since.as_nanos() as u64)
 }
 
 fn gossip(key: &Keypair) -> Gossip {

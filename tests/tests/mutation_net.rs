@@ -263,6 +263,17 @@ fn messages() -> Vec<(&'static str, Vec<u8>, bool)> {
             vec![40, 10, 38, 1, 2, 3, 4, 18, 9],
             false,
         ),
+        // A subscription, a message and what is said beside, of gossipsub.
+        (
+            "/meshsub/1.1.0",
+            [
+                &[24, 10, 5, 8, 1, 18, 1, 116][..],
+                &[18, 11, 10, 2, 1, 2, 18, 1, 3, 34, 1, 116, 26],
+                &[2, 10, 0],
+            ]
+            .concat(),
+            false,
+        ),
         ("/nobody/knows/this", vec![6; 64], false),
     ]
 }

@@ -11,8 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::time::{sleep, timeout};
+use libp2p::swarm::dummy;
+use prost::Message;
+use tokio::{
+    io::AsyncWriteExt,
+    time::{sleep, timeout},
+};
 use weft::{Error, Multiaddr, Node, Subscription, TopicError, Validity};
+use weft_net::{Class, Config, Network, StreamProtocol, identity::Keypair};
 use weft_tests::Home;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -199,6 +205,166 @@ async fn limits_hold_and_are_named() {
     let failed = a.topics().publish("t", "x").await.unwrap_err();
     assert!(matches!(failed, Error::Stopped), "{failed}");
     assert!(slow.next().await.is_some());
+}
+
+/// gossipsub's messages, <https://github.com/libp2p/specs/blob/master/pubsub/README.md>.
+#[derive(Clone, PartialEq, Message)]
+struct GossipRpc {
+    #[prost(message, repeated, tag = "1")]
+    subscriptions: Vec<GossipSubscription>,
+    #[prost(message, repeated, tag = "2")]
+    publish: Vec<GossipMessage>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct GossipSubscription {
+    #[prost(bool, optional, tag = "1")]
+    subscribe: Option<bool>,
+    #[prost(string, optional, tag = "2")]
+    topic: Option<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct GossipMessage {
+    #[prost(bytes, optional, tag = "1")]
+    from: Option<Vec<u8>>,
+    #[prost(bytes, optional, tag = "2")]
+    data: Option<Vec<u8>>,
+    #[prost(bytes, optional, tag = "3")]
+    sequence: Option<Vec<u8>>,
+    #[prost(string, tag = "4")]
+    topic: String,
+    #[prost(bytes, optional, tag = "5")]
+    signature: Option<Vec<u8>>,
+    #[prost(bytes, optional, tag = "6")]
+    key: Option<Vec<u8>>,
+}
+
+/// One that speaks gossipsub as it likes.
+struct Stranger {
+    keys: Keypair,
+    network: Network,
+}
+
+impl Stranger {
+    async fn new() -> Self {
+        let keys = Keypair::generate_ed25519();
+        let mut config = Config::new(keys.clone());
+        config.mdns = false;
+        config.port_mapping = false;
+        config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()]);
+        let network = Network::spawn(config, dummy::Behaviour).await.unwrap();
+        Self { keys, network }
+    }
+
+    fn message(&self, data: &[u8], sequence: u64) -> GossipMessage {
+        let mut message = GossipMessage {
+            from: Some(self.keys.public().to_peer_id().to_bytes()),
+            data: Some(data.to_vec()),
+            sequence: Some(sequence.to_be_bytes().to_vec()),
+            topic: "t".to_owned(),
+            ..GossipMessage::default()
+        };
+        self.sign(&mut message);
+        message
+    }
+
+    fn sign(&self, message: &mut GossipMessage) {
+        (message.signature, message.key) = (None, None);
+        let signed = [b"libp2p-pubsub:", message.encode_to_vec().as_slice()].concat();
+        message.signature = Some(self.keys.sign(&signed).unwrap());
+    }
+
+    /// Sends this to a node, as whoever has subscribed to the same.
+    async fn say(&self, node: &Node, publish: Vec<GossipMessage>) {
+        let subscription = GossipSubscription {
+            subscribe: Some(true),
+            topic: Some("t".to_owned()),
+        };
+        let rpc = GossipRpc {
+            subscriptions: vec![subscription],
+            publish,
+        };
+        self.send(node, &rpc.encode_length_delimited_to_vec()).await;
+    }
+
+    async fn send(&self, node: &Node, bytes: &[u8]) {
+        let peer = node.peer_id();
+        let addresses = node.addresses().await.into_iter();
+        let addresses: Vec<_> = addresses.map(|a| weft::split_peer_id(a).0).collect();
+        self.network.connect(peer, addresses).await.unwrap();
+        let protocol = StreamProtocol::new("/meshsub/1.1.0");
+        let stream = self.network.open(peer, protocol, Class::Control).await;
+        let mut stream = stream.unwrap();
+        // It may be cut off in the middle, which is what it deserves.
+        let _ = stream.write_all(bytes).await;
+        let _ = stream.flush().await;
+        // So that it is read before the stream is gone.
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_breaks_the_rules_reaches_nobody() {
+    let (_homes, _hub, [victim, other]) = mesh().await;
+    let mut taken = victim.topics().subscribe("t").await.unwrap();
+    let mut passed_on = other.topics().subscribe("t").await.unwrap();
+    knows(&victim, "t", 1).await;
+    knows(&other, "t", 1).await;
+    // Otherwise the rest says nothing.
+    let honest = Stranger::new().await;
+    let first = honest.message(b"first", 1);
+    honest.say(&victim, vec![first.clone()]).await;
+    for at in [&mut taken, &mut passed_on] {
+        assert_eq!(next(at).await.data.as_ref(), b"first");
+    }
+    type Change = fn(&Stranger, &mut GossipMessage);
+    let changes: [(&str, Change); 9] = [
+        ("unsigned", |_, m| m.signature = None),
+        ("badly signed", |_, m| m.signature = Some(vec![7; 64])),
+        ("changed", |_, m| m.data = Some(b"other".to_vec())),
+        ("by nobody", |s, m| {
+            m.from = None;
+            s.sign(m);
+        }),
+        ("by another", |s, m| {
+            let another = Keypair::generate_ed25519().public().to_peer_id();
+            m.from = Some(another.to_bytes());
+            s.sign(m);
+        }),
+        ("with another's key", |_, m| {
+            m.key = Some(Keypair::generate_ed25519().public().encode_protobuf());
+        }),
+        ("without a number", |s, m| {
+            m.sequence = None;
+            s.sign(m);
+        }),
+        ("with an odd number", |s, m| {
+            m.sequence = Some(vec![1; 9]);
+            s.sign(m);
+        }),
+        ("too large", |s, m| {
+            m.data = Some(vec![1; 64 * 1024 + 1]);
+            s.sign(m);
+        }),
+    ];
+    for (how, change) in changes {
+        let stranger = Stranger::new().await;
+        let mut message = stranger.message(how.as_bytes(), 1);
+        change(&stranger, &mut message);
+        stranger.say(&victim, vec![message]).await;
+    }
+    // What has been here, by whoever says it again.
+    let again = Stranger::new().await;
+    again.say(&victim, vec![first]).await;
+    // A frame that is too long, one that never ends, and bytes that make no sense.
+    for bytes in [vec![0xff; 100], vec![0xff, 0xff, 0x3f, 1, 2], vec![9; 1000]] {
+        Stranger::new().await.send(&victim, &bytes).await;
+    }
+    honest.say(&victim, vec![honest.message(b"last", 2)]).await;
+    for at in [&mut taken, &mut passed_on] {
+        assert_eq!(next(at).await.data.as_ref(), b"last");
+    }
 }
 
 #[test]
