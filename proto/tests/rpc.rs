@@ -468,37 +468,164 @@ async fn feed(mut stream: DuplexStream, bytes: &[u8]) {
     assert!(answer.len() < 1 << 20);
 }
 
+/// What a server sends to two calls of [`client`].
+async fn recorded_answers() -> Vec<u8> {
+    let (near, mut far) = duplex(1 << 20);
+    let service = Arc::new(Service::default());
+    let serving = Session::serve(near, Limits::default(), "x".into(), service);
+    let serving = tokio::spawn(serving);
+    let calls = recorded().await;
+    // All but what cancels the second call.
+    far.write_all(&calls[..calls.len() - 10]).await.unwrap();
+    let mut bytes = Vec::new();
+    let read = async {
+        while bytes.len() < 5000 {
+            assert_ne!(far.read_buf(&mut bytes).await.unwrap(), 0);
+        }
+        far.shutdown().await.unwrap();
+        far.read_to_end(&mut bytes).await.unwrap();
+    };
+    timeout(PATIENCE, read).await.unwrap();
+    serving.abort();
+    bytes
+}
+
+/// The bytes that are kept, each file one side's of a session: `caller-*` is what a caller sends, `answer-*` what comes back.
+fn corpus(side: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    let mut kept: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter_map(|path| {
+            let name = path.file_name()?.to_str()?.to_owned();
+            let bytes = std::fs::read(&path).unwrap();
+            name.starts_with(side).then_some((name, bytes))
+        })
+        .collect();
+    kept.sort();
+    assert!(kept.len() >= 3, "the corpus is not there");
+    kept
+}
+
+/// Where bytes that have broken something go, to be kept.
+fn broken(side: &str, seed: u64, bytes: &[u8], how: &str) -> ! {
+    let path = format!("{}/{side}-{seed}.bin", env!("CARGO_TARGET_TMPDIR"));
+    std::fs::write(&path, bytes).unwrap();
+    panic!("{how}: {path}; keep it in proto/tests/corpus");
+}
+
+async fn serve_bytes(seed: u64, bytes: &[u8]) {
+    let (near, far) = duplex(1 << 20);
+    let service = Service::default();
+    let working = Arc::clone(&service.working);
+    let session = Session::serve(near, Limits::default(), "x".into(), Arc::new(service));
+    let session = tokio::spawn(session);
+    if timeout(PATIENCE, feed(far, bytes)).await.is_err() {
+        broken("caller", seed, bytes, "the session goes on");
+    }
+    match timeout(PATIENCE, session).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(_)) => broken("caller", seed, bytes, "panics"),
+        Err(_) => broken("caller", seed, bytes, "hangs"),
+    }
+    until("the handlers", || working.load(Ordering::SeqCst) == 0).await;
+}
+
+async fn answer_with(seed: u64, bytes: &[u8]) {
+    let (near, far) = duplex(1 << 20);
+    let (session, driver) = Session::client(near, Limits::default());
+    let driver = tokio::spawn(driver);
+    let mut calls = Vec::new();
+    for method in ["test.Test/Echoes", "test.Test/Sleep"] {
+        let called = session.call(method, Options::default()).await.unwrap();
+        calls.push(called);
+    }
+    let taken = calls.into_iter().map(|(mut sender, mut receiver)| {
+        tokio::spawn(async move {
+            // Whatever becomes of it, it ends.
+            let _ = sender.send(message(3)).await;
+            while let Ok(Some(_)) = receiver.next().await {}
+        })
+    });
+    let taken: Vec<_> = taken.collect();
+    let fed = timeout(PATIENCE, feed(far, bytes)).await;
+    match timeout(PATIENCE, driver).await {
+        Ok(Ok(_)) if fed.is_ok() => {}
+        Ok(Err(_)) => broken("answer", seed, bytes, "panics"),
+        _ => broken("answer", seed, bytes, "hangs"),
+    }
+    for call in taken {
+        match timeout(PATIENCE, call).await {
+            Ok(Ok(())) => {}
+            _ => broken("answer", seed, bytes, "a call does not end"),
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn mutated_bytes_end_the_session_and_nothing_else() {
-    let bytes = recorded().await;
-    for seed in 0..2000 {
-        let mutant = mutate(seed, &bytes);
-        for serves in [true, false] {
-            let (near, far) = duplex(1 << 20);
-            let ended = if serves {
-                let service = Service::default();
-                let working = Arc::clone(&service.working);
-                let session =
-                    Session::serve(near, Limits::default(), "x".into(), Arc::new(service));
-                let session = tokio::spawn(session);
-                let fed = timeout(PATIENCE, feed(far, &mutant)).await;
-                // One that sleeps goes on until the caller is gone.
-                if fed.is_err() {
-                    panic!("seed {seed}");
-                }
-                let ended = timeout(PATIENCE, session).await;
-                until("the handlers", || working.load(Ordering::SeqCst) == 0).await;
-                ended
+    for (n, (_, bytes)) in (0..).zip(corpus("caller-")) {
+        for seed in 0..500 {
+            let mutant = if seed == 0 {
+                bytes.clone()
             } else {
-                let (session, driver) = Session::client(near, Limits::default());
-                let driver = tokio::spawn(driver);
-                drop(session);
-                feed(far, &mutant).await;
-                timeout(PATIENCE, driver).await
+                mutate(seed, &bytes)
             };
-            let ended = ended.unwrap_or_else(|_| panic!("seed {seed} hangs, serves: {serves}"));
-            assert!(ended.is_ok(), "seed {seed} panics, serves: {serves}");
+            serve_bytes(n * 1000 + seed, &mutant).await;
         }
+    }
+    for (n, (_, bytes)) in (0..).zip(corpus("answer-")) {
+        for seed in 0..500 {
+            let mutant = if seed == 0 {
+                bytes.clone()
+            } else {
+                mutate(seed, &bytes)
+            };
+            answer_with(n * 1000 + seed, &mutant).await;
+        }
+    }
+}
+
+/// `cargo test -p weft-proto --features build -- --ignored writes_the_corpus`, after a change of the protocol.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "writes into the source"]
+async fn writes_the_corpus() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    std::fs::create_dir_all(&folder).unwrap();
+    let calls = recorded().await;
+    let answers = recorded_answers().await;
+    let request = |id: u32, method: &str, more: fn(&mut weft_proto::wire::RpcRequest)| {
+        use prost::Message;
+        let mut request = weft_proto::wire::RpcRequest {
+            method: method.to_owned(),
+            ..Default::default()
+        };
+        more(&mut request);
+        frame(1, 0, id, &request.encode_to_vec())
+    };
+    let metadata = request(1, "test.Test/Sleep", |request| {
+        request.timeout_micros = Some(20_000);
+        request.metadata = vec![weft_proto::wire::RpcMetadata {
+            name: "x".to_owned(),
+            value: vec![1, 2, 3].into(),
+        }];
+    });
+    // Many that are begun and given up at once, and credit for some that are not.
+    let mut storm = hello();
+    for id in 1..60 {
+        storm.extend(request(id, "test.Test/Sleep", |_| ()));
+        storm.extend(frame(6, 0, id, &[]));
+        storm.extend(frame(5, 0, id + 1, &1000_u32.to_le_bytes()));
+    }
+    for (name, bytes) in [
+        ("caller-calls.bin", calls),
+        ("caller-metadata.bin", [hello(), metadata].concat()),
+        ("caller-storm.bin", storm),
+        ("answer-answers.bin", answers.clone()),
+        ("answer-cut.bin", answers[..answers.len() / 2].to_vec()),
+        ("answer-hello.bin", hello()),
+    ] {
+        std::fs::write(folder.join(name), bytes).unwrap();
     }
 }
 
