@@ -2,6 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::{path::Path, time::Duration};
+
+use tokio::{sync::mpsc, time::sleep};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::transport::{Channel, Endpoint};
+use weft_proto::api::{
+    CallBegin, CallEnd, CallMessage, CallRequest, ServeAnswer, ServeBegin, ServeRequest,
+    call_request, calls_client::CallsClient, serve_answer, serve_event, serve_request,
+};
 use weft_tests::{EchoService, Home};
 
 const METHOD: &str = "example.echo.v1.Echo/Say";
@@ -54,4 +63,108 @@ fn a_service_in_python_is_called_from_another_node() {
         METHOD,
     ]);
     assert_eq!(failed.code(), Some(4), "{failed:?}");
+}
+
+const PIECE: usize = 1 << 20;
+const PIECES: usize = 96;
+
+async fn calls(home: &Path) -> CallsClient<Channel> {
+    let socket = home.canonicalize().unwrap().join("api/weft.sock");
+    let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display())).unwrap();
+    CallsClient::new(endpoint.connect().await.unwrap()).max_decoding_message_size(8 << 20)
+}
+
+/// Answers one call with [`PIECES`], keeping to 16 MiB ahead of what has been taken, or not.
+async fn answer_with_much(home: &Path, paced: bool, ready: mpsc::Sender<()>) {
+    let (sender, requests) = mpsc::channel(1);
+    let request = |what| ServeRequest { what: Some(what) };
+    let begin = ServeBegin {
+        services: vec!["test.Much".to_owned()],
+        unannounced: true,
+        ..ServeBegin::default()
+    };
+    sender
+        .send(request(serve_request::What::Begin(begin)))
+        .await
+        .unwrap();
+    let mut client = calls(home).await;
+    let events = client.serve(ReceiverStream::new(requests)).await.unwrap();
+    let mut events = events.into_inner();
+    let answer = |call, what| {
+        let what = Some(what);
+        request(serve_request::What::Answer(ServeAnswer { call, what }))
+    };
+    let (mut sent, mut taken, mut called) = (0, 0, None);
+    while let Some(event) = events.next().await {
+        let event = event.unwrap();
+        match event.what.unwrap() {
+            serve_event::What::Ready(_) => ready.send(()).await.unwrap(),
+            serve_event::What::Closed(_) => called = Some(event.call),
+            serve_event::What::Taken(more) => taken += more,
+            serve_event::What::Cancelled(_) => return,
+            _ => {}
+        }
+        let Some(call) = called else { continue };
+        while sent < PIECES && (!paced || ((sent + 1) * PIECE) as u64 <= taken + (16 << 20)) {
+            let message = CallMessage {
+                data: vec![7; PIECE],
+                attachments: Vec::new(),
+            };
+            let message = answer(call, serve_answer::What::Message(message));
+            sender.send(message).await.unwrap();
+            sent += 1;
+        }
+        if sent == PIECES {
+            let end = answer(call, serve_answer::What::End(CallEnd::default()));
+            sender.send(end).await.unwrap();
+            sent += 1;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_caller_paces_a_program_that_asks_to_be() {
+    let (serving, calling) = (Home::new(), Home::new());
+    let up = serving.up(&[]);
+    let _up = calling.up(&[]);
+    calling.json(&["connect", up.address()]);
+    for paced in [true, false] {
+        let (ready, mut is_ready) = mpsc::channel(1);
+        let home = serving.path();
+        let program = tokio::spawn(async move { answer_with_much(&home, paced, ready).await });
+        is_ready.recv().await.unwrap();
+        let begin = CallBegin {
+            peer_id: up.peer_id().to_owned(),
+            method: "test.Much/Get".to_owned(),
+            ..CallBegin::default()
+        };
+        let request = CallRequest {
+            what: Some(call_request::What::Begin(begin)),
+        };
+        let mut client = calls(&calling.path()).await;
+        let answers = client.call(tokio_stream::once(request)).await.unwrap();
+        let mut answers = answers.into_inner();
+        // As one that works on the first for a while.
+        let first = answers.next().await.unwrap().unwrap();
+        assert_eq!(first.data.len(), PIECE);
+        sleep(Duration::from_secs(1)).await;
+        let mut came = 1;
+        let ended = loop {
+            match answers.next().await {
+                Some(Ok(_)) => came += 1,
+                Some(Err(status)) => break Err(status),
+                None => break Ok(()),
+            }
+        };
+        if paced {
+            ended.unwrap();
+            assert_eq!(came, PIECES);
+        } else {
+            let status = ended.unwrap_err();
+            assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{status}");
+        }
+        program.abort();
+        // So that the next can offer the same.
+        let _ = program.await;
+    }
 }

@@ -41,6 +41,9 @@ const MAX_ANNOUNCED: usize = 64;
 /// Bytes of answers that wait for the caller of one call.
 const AHEAD: usize = 32 << 20;
 
+/// A program is told of as many bytes that were taken.
+const TAKEN: usize = 1 << 20;
+
 /// Whom a call goes to.
 #[derive(Debug, Clone)]
 enum Whom {
@@ -507,12 +510,19 @@ impl Handler for Proxy {
                 std::future::pending::<Result<(), CallStatus>>().await
             };
             let back = async {
+                let mut taken = 0;
                 while let Some(answer) = answers.recv().await {
                     match answer {
                         serve_answer::What::Message(message) => {
                             let size = message.encoded_len() + 64;
                             responses.send(of_api(message)).await?;
                             ahead.fetch_sub(size, Ordering::AcqRel);
+                            taken += size;
+                            if taken >= TAKEN {
+                                let told = serve_event::What::Taken(taken as u64);
+                                program.tell(call, told).await?;
+                                taken = 0;
+                            }
                         }
                         serve_answer::What::End(end) => {
                             return Ok(match Code::from_number(end.code) {
