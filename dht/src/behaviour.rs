@@ -32,8 +32,8 @@ use libp2p::{
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    Record, RecordError, record,
-    store::{self, MAX_PACKET, Store},
+    Disk, DiskError, Record, RecordError, record,
+    store::{self, Found, MAX_PACKET, Origin, Store},
 };
 
 /// The name of our own Kademlia: IPFS's nodes are not in it.
@@ -70,6 +70,9 @@ pub enum DhtError {
     /// This node's own store is full.
     #[error("the local record store refused it: {0}")]
     Store(String),
+    /// It is not on this node's disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The network has stopped.
     #[error("the network has stopped")]
     Stopped,
@@ -104,12 +107,25 @@ enum Command {
         enough: usize,
         reply: oneshot::Sender<Vec<Record>>,
     },
+    Own {
+        prefix: Vec<u8>,
+        reply: oneshot::Sender<Vec<Record>>,
+    },
     Status(oneshot::Sender<Status>),
 }
 
 impl Dht {
-    /// A DHT whose statements `keys` signs; the behaviour goes into the swarm.
+    /// A DHT whose statements `keys` signs; the behaviour goes into the swarm. What it keeps is in memory.
     pub fn new(keys: &Keypair) -> (Self, Behaviour) {
+        Self::make(keys, None)
+    }
+
+    /// As [`new`](Self::new), with what it keeps on disk: it is there again after a restart.
+    pub fn on_disk(keys: &Keypair, disk: Disk) -> (Self, Behaviour) {
+        Self::make(keys, Some(disk))
+    }
+
+    fn make(keys: &Keypair, disk: Option<Disk>) -> (Self, Behaviour) {
         let (commands, requests) = mpsc::channel(COMMANDS);
         let (count, nodes) = watch::channel(0);
         let (met, meetings) = watch::channel(0);
@@ -126,7 +142,7 @@ impl Dht {
             .set_provider_publication_interval(None)
             .set_caching(kad::Caching::Disabled)
             .set_periodic_bootstrap_interval(Some(REFRESH));
-        let mut kad = kad::Behaviour::with_config(local, Store::new(local), config);
+        let mut kad = kad::Behaviour::with_config(local, Store::new(local, disk), config);
         kad.set_mode(Some(Mode::Server));
         let behaviour = Behaviour {
             kad,
@@ -160,6 +176,25 @@ impl Dht {
         ttl: Duration,
     ) -> Result<usize, DhtError> {
         self.put(key, subkey, Some(value), ttl).await
+    }
+
+    /// What this node states under keys that begin with `prefix`, and what it has taken back ([`Record::value`] is `None`), as far as it still holds.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn own(&self, prefix: &[u8]) -> Result<Vec<Record>, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        let prefix = prefix.to_vec();
+        self.send(Command::Own { prefix, reply }).await?;
+        answer.await.map_err(|_| DhtError::Stopped)
+    }
+
+    /// Says a statement again, as it was signed; how many other nodes took it, or have it.
+    ///
+    /// # Errors
+    /// [`DhtError`].
+    pub async fn say_again(&self, record: Record) -> Result<usize, DhtError> {
+        self.send_record(record).await
     }
 
     /// Takes back what this node stated under `key` and `subkey`; how many other nodes heard it.
@@ -237,6 +272,10 @@ impl Dht {
         ttl: Duration,
     ) -> Result<usize, DhtError> {
         let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
+        self.send_record(record).await
+    }
+
+    async fn send_record(&self, record: Record) -> Result<usize, DhtError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Put(Box::new(record), reply)).await?;
         answer.await.map_err(|_| DhtError::Stopped)?
@@ -273,11 +312,15 @@ fn valid(mut records: Vec<Record>) -> Vec<Record> {
 /// A query under way, and whom its result goes to.
 #[derive(Debug)]
 enum Query {
-    Put(oneshot::Sender<Result<usize, DhtError>>),
+    Put {
+        reply: oneshot::Sender<Result<usize, DhtError>>,
+        /// Comes when it is on our own disk.
+        written: Option<oneshot::Receiver<Result<(), DiskError>>>,
+    },
     Get {
         key: Vec<u8>,
         enough: usize,
-        found: Vec<Record>,
+        found: Found,
         answers: usize,
         reply: oneshot::Sender<Vec<Record>>,
     },
@@ -335,7 +378,11 @@ impl Behaviour {
                 };
                 // All: the error then counts who took it, which the success of a smaller quorum does not.
                 match self.kad.put_record(kad_record, Quorum::All) {
-                    Ok(id) => drop(self.queries.insert(id, Query::Put(reply))),
+                    Ok(id) => {
+                        // Whoever is told that it is stated can rely on it.
+                        let written = self.kad.store_mut().disk().map(Disk::flush);
+                        self.queries.insert(id, Query::Put { reply, written });
+                    }
                     Err(error) => drop(reply.send(Err(DhtError::Store(error.to_string())))),
                 }
             }
@@ -344,11 +391,14 @@ impl Behaviour {
                 let query = Query::Get {
                     key,
                     enough,
-                    found: Vec::new(),
+                    found: Found::default(),
                     answers: 0,
                     reply,
                 };
                 self.queries.insert(id, query);
+            }
+            Command::Own { prefix, reply } => {
+                let _ = reply.send(self.kad.store_mut().own(&prefix));
             }
             Command::Status(reply) => {
                 let status = Status {
@@ -395,11 +445,8 @@ impl Behaviour {
         ) = (query, &result)
         {
             // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
-            let statements = store::decode(key, &record.record.value);
-            *answers += usize::from(record.peer.is_some() && !statements.is_empty());
-            for statement in statements {
-                store::merge(found, statement, None);
-            }
+            let any = found.add(key, &record.record.value);
+            *answers += usize::from(record.peer.is_some() && any);
             if *answers >= *enough
                 && let Some(mut query) = self.kad.query_mut(&id)
             {
@@ -410,8 +457,8 @@ impl Behaviour {
             return;
         }
         match (self.queries.remove(&id), result) {
-            (Some(Query::Get { found, reply, .. }), _) => drop(reply.send(found)),
-            (Some(Query::Put(reply)), QueryResult::PutRecord(result)) => {
+            (Some(Query::Get { found, reply, .. }), _) => drop(reply.send(found.into_records())),
+            (Some(Query::Put { reply, written }), QueryResult::PutRecord(result)) => {
                 let took = match result {
                     Ok(_) => REPLICATION.get(),
                     Err(
@@ -419,7 +466,18 @@ impl Behaviour {
                         | PutRecordError::Timeout { success, .. },
                     ) => success.len(),
                 };
-                let _ = reply.send(Ok(took));
+                let Some(written) = written else {
+                    let _ = reply.send(Ok(took));
+                    return;
+                };
+                // Beside: the disk may take its time.
+                tokio::spawn(async move {
+                    let written = match written.await {
+                        Ok(written) => written.map_err(DhtError::Disk),
+                        Err(_) => Err(DhtError::Stopped),
+                    };
+                    let _ = reply.send(written.map(|()| took));
+                });
             }
             _ => {}
         }
@@ -573,7 +631,11 @@ impl NetworkBehaviour for Behaviour {
         id: ConnectionId,
         event: THandlerOutEvent<Self>,
     ) {
+        // What is stored because of it is from there.
+        let sender = self.peers.get(&peer).map(|p| Origin::of(&p.seen_at));
+        self.kad.store_mut().sender = sender.unwrap_or(Origin::NEAR);
         self.kad.on_connection_handler_event(peer, id, event);
+        self.kad.store_mut().sender = Origin::NEAR;
     }
 
     fn poll(

@@ -8,14 +8,16 @@
 //! replaces a newer one of the same publisher; nobody can state something for somebody else; what strangers can make us
 //! store is bounded by the constants in `store`.
 //!
-//! It leaves out, so far: a store on disk, watching, prefixes, and look-ups over disjoint paths. Every node serves records; once
+//! It leaves out, so far: look-ups over disjoint paths. Every node serves records; once
 //! reachability is known, only reachable ones will.
 
 mod behaviour;
+mod disk;
 mod record;
 mod store;
 
 pub use self::{
     behaviour::{Behaviour, Dht, DhtError, Status},
+    disk::{Disk, DiskError},
     record::{MAX_KEY, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
 };

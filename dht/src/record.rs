@@ -47,6 +47,12 @@ pub enum RecordError {
         /// The limit in bytes.
         limit: usize,
     },
+    /// It stands under no key.
+    #[error("the record has no key")]
+    NoKey,
+    /// It is to live for less than a second.
+    #[error("a record lives for one second at least, and 48 hours at most")]
+    TooBrief,
     /// Its time is over.
     #[error("the record has expired")]
     Expired,
@@ -127,6 +133,20 @@ impl Record {
         if !public.verify(&signed_bytes(&wire), &wire.signature) {
             return Err(RecordError::Signature);
         }
+        Ok(Self {
+            publisher: public.to_peer_id(),
+            wire,
+        })
+    }
+
+    /// What was checked here before, and has been on our own disk since: sizes and time are checked, the signature is not.
+    pub(crate) fn checked_before(wire: wire::SignedRecord) -> Result<Self, RecordError> {
+        check_sizes(&wire)?;
+        if wire.expires_at <= millis(SystemTime::now()) {
+            return Err(RecordError::Expired);
+        }
+        let public = PublicKey::try_decode_protobuf(&wire.publisher);
+        let public = public.map_err(|_| RecordError::Publisher)?;
         Ok(Self {
             publisher: public.to_peer_id(),
             wire,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use weft_blobs::Store;
-use weft_dht::Dht;
+use weft_dht::{Dht, Disk};
 use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
 use crate::{Error, Node, default_home, home::Home, node::blocking, rpc::CallLimits};
@@ -123,13 +123,14 @@ impl Builder {
             Some(path) => path,
             None => default_home()?,
         };
-        let (home, store) = blocking(move || {
+        let (home, store, disk) = blocking(move || {
             let home = Home::open(&path)?;
             let store = Store::open(&home.store())?;
-            Ok((home, store))
+            let disk = Disk::open(&home.records())?;
+            Ok((home, store, disk))
         })
         .await?;
-        let (dht, behaviour) = Dht::new(home.key());
+        let (dht, behaviour) = Dht::on_disk(home.key(), disk);
         let mut config = Config::new(home.key().clone());
         config.listen = self.listen;
         config.external = self.external;

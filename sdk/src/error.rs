@@ -3,7 +3,7 @@
 use std::{fmt, path::PathBuf};
 
 use weft_blobs::{PlanError, StoreError, index::IndexError, manifest::ManifestError};
-use weft_dht::DhtError;
+use weft_dht::{DhtError, DiskError, RecordError};
 use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
 
 use crate::{Hash, HomeError, ModelName, ParseNameError, ParseTargetError};
@@ -101,6 +101,12 @@ pub enum Error {
     /// A topic cannot be used.
     #[error(transparent)]
     Topic(TopicError),
+    /// A record breaks a rule.
+    #[error(transparent)]
+    Record(RecordError),
+    /// The records on this node's disk cannot be opened or written.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The node has stopped.
     #[error("the node has stopped")]
     Stopped,
@@ -119,6 +125,8 @@ impl From<DhtError> for Error {
     fn from(error: DhtError) -> Self {
         match error {
             DhtError::Stopped => Self::Stopped,
+            DhtError::Record(error) => Self::Record(error),
+            DhtError::Disk(error) => Self::Disk(error),
             error => Self::Dht(error),
         }
     }

@@ -108,6 +108,11 @@ impl Home {
         self.path.join("store")
     }
 
+    /// The records that it keeps for the DHT.
+    pub(crate) fn records(&self) -> PathBuf {
+        self.path.join("records.redb")
+    }
+
     /// Where models go that are fetched to no particular folder.
     pub(crate) fn models(&self) -> PathBuf {
         self.path.join("models")

@@ -44,6 +44,7 @@ mod node;
 mod operation;
 mod presence;
 mod providers;
+mod records;
 pub mod rpc;
 mod target;
 mod topics;
@@ -52,6 +53,10 @@ mod whereabouts;
 pub use weft_blobs::{
     Hash, Manifest, ParseHashError,
     manifest::{File, Tensor},
+};
+pub use weft_dht::{
+    DiskError, MAX_SUBKEY as MAX_RECORD_SUBKEY, MAX_TTL as MAX_RECORD_TTL,
+    MAX_VALUE as MAX_RECORD_VALUE, RecordError,
 };
 pub use weft_net::{
     Access, AutonatLimits, Certificate, CertificateError, ConnectError, Filtering, LimitUse,
@@ -69,6 +74,7 @@ pub use self::{
     name::{ModelName, ParseNameError},
     node::{Node, Status},
     operation::Operation,
+    records::{MAX_RECORD_KEY, RecordChange, RecordInfo, RecordWatch, Records},
     target::{ParseTargetError, Target, Ticket},
     topics::{Subscription, Topics},
 };

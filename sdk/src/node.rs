@@ -23,10 +23,11 @@ use weft_net::{
 };
 
 use crate::{
-    Builder, Error, Models, Topics,
+    Builder, Error, Models, Records, Topics,
     announce::Announcer,
     home::Home,
     presence::{self, Presence},
+    records,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
     topics, whereabouts,
 };
@@ -136,6 +137,7 @@ impl Node {
         let offered = Offered::default();
         tasks.spawn(rpc::serve_calls(calls, offered.clone(), serving.clone()));
         tasks.spawn(announcer.clone().run());
+        tasks.spawn(records::keep_up(dht.clone()));
         tasks.spawn(whereabouts::tell(dht.clone(), network.clone()));
         tasks.spawn(whereabouts::find_relays(dht.clone(), network.clone()));
         Ok(Self {
@@ -310,6 +312,11 @@ impl Node {
     /// Calls to and from other nodes.
     pub fn rpc(&self) -> Rpc {
         Rpc::new(self.clone())
+    }
+
+    /// Stating, reading and watching signed records.
+    pub fn records(&self) -> Records {
+        Records::new(self.clone())
     }
 
     /// Publishing to and subscribing to topics.

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use weft::{ConnectError, Error, HomeError, OpenError, PingError, SpawnError, TopicError};
+use weft::{
+    ConnectError, DiskError, Error, HomeError, OpenError, PingError, SpawnError, TopicError,
+};
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
@@ -25,7 +27,9 @@ pub(crate) fn status(error: &Error) -> Status {
             (Code::FailedPrecondition, "SEVERAL_PUBLISHERS")
         }
         Error::TargetExists { .. } => (Code::AlreadyExists, "TARGET_EXISTS"),
-        Error::DiskFull { .. } => (Code::ResourceExhausted, "DISK_FULL"),
+        Error::DiskFull { .. } | Error::Disk(DiskError::Full) => {
+            (Code::ResourceExhausted, "DISK_FULL")
+        }
         Error::Busy(_) => (Code::Aborted, "BUSY"),
         Error::Index(_) | Error::Name(_) | Error::Target(_) | Error::Address(_) => {
             (Code::InvalidArgument, "INVALID_INPUT")

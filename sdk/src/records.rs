@@ -1,0 +1,377 @@
+//! Signed records: what anybody states under a key, for a time.
+//!
+//! Every node may state something under any key, each under its own identity, and under subkeys of its own choice; who reads a key gets what all have stated,
+//! each statement with its publisher. A node says again what it has stated for as long as it holds, also after a restart.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    time::Duration,
+};
+
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until},
+};
+use weft_dht::{Dht, Record, RecordError};
+use weft_net::PeerId;
+
+use crate::{Error, Node};
+
+/// What keys of records begin with in the DHT: they are apart from those of names, providers and the rest.
+const SPACE: &[u8] = b"record/";
+
+/// Bytes of a record's key.
+pub const MAX_RECORD_KEY: usize = 500;
+
+/// How often a node says again what it has stated: who should keep it changes as nodes come and go.
+const REFRESH: Duration = Duration::from_secs(30 * 60);
+
+/// Between two of them, so that many do not flood the mesh.
+const PACE: Duration = Duration::from_millis(20);
+
+/// A growing mesh is waited for this long, so that several new nodes cause one round; and this long between two rounds.
+const SETTLE: Duration = Duration::from_millis(300);
+const ROUND: Duration = Duration::from_secs(2);
+
+/// In a mesh smaller than this, every node that comes is told: those that were there before may have kept nothing.
+const SMALL: usize = 20;
+
+/// How often a key that is watched is looked up.
+const WATCH: Duration = Duration::from_secs(5);
+
+/// What somebody states.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RecordInfo {
+    /// Under what.
+    pub key: Vec<u8>,
+    /// Who; its signature is checked.
+    pub publisher: PeerId,
+    /// Which of the publisher's statements under the key.
+    pub subkey: Vec<u8>,
+    /// What.
+    pub value: Vec<u8>,
+    /// Higher than that of the publisher's statements before it.
+    pub sequence: u64,
+    /// How long it still holds.
+    pub remaining: Duration,
+}
+
+impl RecordInfo {
+    /// `None` for what has been taken back.
+    fn of(record: &Record) -> Option<Self> {
+        Some(Self {
+            key: record.key().strip_prefix(SPACE)?.to_vec(),
+            publisher: record.publisher(),
+            subkey: record.subkey().to_vec(),
+            value: record.value()?.to_vec(),
+            sequence: record.sequence(),
+            remaining: record.remaining(),
+        })
+    }
+}
+
+fn sorted(records: &[Record]) -> Vec<RecordInfo> {
+    let mut infos: Vec<_> = records.iter().filter_map(RecordInfo::of).collect();
+    infos.sort_by(|a, b| {
+        let of = |info: &RecordInfo| (info.key.clone(), info.publisher, info.subkey.clone());
+        of(a).cmp(&of(b))
+    });
+    infos
+}
+
+/// What has changed under a key that is watched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RecordChange {
+    /// Stated for the first time, or there when the watch began.
+    Joined(RecordInfo),
+    /// Stated anew, with another value.
+    Changed(RecordInfo),
+    /// Taken back, or its time is over.
+    Left {
+        /// Who had stated it.
+        publisher: PeerId,
+        /// Which of the publisher's statements.
+        subkey: Vec<u8>,
+    },
+}
+
+/// Stating, reading and watching records; [`Node::records`].
+#[derive(Debug, Clone)]
+pub struct Records {
+    node: Node,
+}
+
+/// The key in the DHT.
+fn spaced(key: &[u8]) -> Result<Vec<u8>, Error> {
+    let size = key.len();
+    if size == 0 {
+        return Err(Error::Record(RecordError::NoKey));
+    }
+    if size > MAX_RECORD_KEY {
+        let (field, limit) = ("key", MAX_RECORD_KEY);
+        return Err(Error::Record(RecordError::TooLong { field, size, limit }));
+    }
+    Ok([SPACE, key].concat())
+}
+
+impl Records {
+    pub(crate) fn new(node: Node) -> Self {
+        Self { node }
+    }
+
+    /// States `value` under `key` (1 to 500 bytes) and `subkey` (at most 256; often empty), at most 4,096 bytes, for 1 s to 48 h; how many other nodes took it.
+    /// Zero is no error: it is on this node's disk, and other nodes are told as they come.
+    ///
+    /// # Errors
+    /// [`Error::Record`] if something is too long, [`Error::Disk`] if this node's disk fails, [`Error::Stopped`].
+    pub async fn put(
+        &self,
+        key: impl AsRef<[u8]>,
+        subkey: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+        ttl: Duration,
+    ) -> Result<usize, Error> {
+        let key = spaced(key.as_ref())?;
+        if ttl < Duration::from_secs(1) {
+            return Err(Error::Record(RecordError::TooBrief));
+        }
+        self.node.meet().await;
+        let dht = self.node.dht();
+        Ok(dht
+            .publish(&key, subkey.as_ref(), value.as_ref(), ttl)
+            .await?)
+    }
+
+    /// What anybody states under `key`, each statement checked, by publisher and subkey. Asks every node that should know: 30 s at most.
+    ///
+    /// # Errors
+    /// [`Error::Record`] if the key is too long, [`Error::Stopped`].
+    pub async fn get(&self, key: impl AsRef<[u8]>) -> Result<Vec<RecordInfo>, Error> {
+        let key = spaced(key.as_ref())?;
+        self.node.meet().await;
+        Ok(sorted(&self.node.dht().get(&key).await?))
+    }
+
+    /// Takes back what this node stated under `key` and `subkey`: whether there was anything, and how many other nodes heard it. Those that did not hear it are
+    /// told later, for as long as the statement would have held.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub async fn remove(
+        &self,
+        key: impl AsRef<[u8]>,
+        subkey: impl AsRef<[u8]>,
+    ) -> Result<(bool, usize), Error> {
+        let (key, subkey) = (spaced(key.as_ref())?, subkey.as_ref());
+        let dht = self.node.dht();
+        let own = dht.own(&key).await?;
+        let known = own
+            .iter()
+            .find(|r| r.key() == key && r.subkey() == subkey && r.value().is_some());
+        // Without it here, others may still have it.
+        let ttl = known.map_or(weft_dht::MAX_TTL, Record::remaining);
+        let heard = dht.withdraw(&key, subkey, ttl).await?;
+        Ok((known.is_some(), heard))
+    }
+
+    /// What this node states, and keeps up.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub async fn own(&self) -> Result<Vec<RecordInfo>, Error> {
+        Ok(sorted(&self.node.dht().own(SPACE).await?))
+    }
+
+    /// What is stated under `key`, and how that changes. A change is told within five seconds and the time of a look-up; that a node that has crashed states
+    /// nothing any more, when what it stated ends.
+    ///
+    /// # Errors
+    /// [`Error::Record`] if the key is too long.
+    pub async fn watch(&self, key: impl AsRef<[u8]>) -> Result<RecordWatch, Error> {
+        let key = spaced(key.as_ref())?;
+        self.node.meet().await;
+        let dht = self.node.dht().clone();
+        Ok(RecordWatch {
+            meetings: dht.meetings(),
+            dht,
+            key,
+            known: BTreeMap::new(),
+            changes: Vec::new(),
+            next: Instant::now(),
+        })
+    }
+}
+
+/// The changes under a key; [`Records::watch`]. Keeps no node from stopping.
+#[derive(Debug)]
+pub struct RecordWatch {
+    dht: Dht,
+    key: Vec<u8>,
+    known: BTreeMap<(PeerId, Vec<u8>), (u64, Option<Vec<u8>>, Instant)>,
+    /// Found and not told, the last first.
+    changes: Vec<RecordChange>,
+    meetings: watch::Receiver<u64>,
+    next: Instant,
+}
+
+impl RecordWatch {
+    /// The next change; `None` once the node has stopped. May be dropped and called again.
+    pub async fn next(&mut self) -> Option<RecordChange> {
+        loop {
+            if let Some(change) = self.changes.pop() {
+                return Some(change);
+            }
+            let small = *self.dht.nodes().borrow() < SMALL;
+            tokio::select! {
+                () = sleep_until(self.next) => {}
+                met = self.meetings.changed(), if small => {
+                    met.ok()?;
+                    // It has to be told first.
+                    self.next = self.next.min(Instant::now() + ROUND);
+                    continue;
+                }
+            }
+            let records = self.dht.get_with_removed(&self.key).await.ok()?;
+            let now = Instant::now();
+            self.changes = self.learn(&records, now);
+            self.changes.reverse();
+            let ends = self.known.values().filter(|(_, value, _)| value.is_some());
+            let soonest = ends.map(|(_, _, until)| *until).min();
+            self.next = soonest.map_or(now + WATCH, |soonest| soonest.min(now + WATCH));
+        }
+    }
+
+    fn learn(&mut self, records: &[Record], now: Instant) -> Vec<RecordChange> {
+        let mut changes = Vec::new();
+        for record in records {
+            let id = (record.publisher(), record.subkey().to_vec());
+            let value = record.value().map(<[u8]>::to_vec);
+            let new = (record.sequence(), value, now + record.remaining());
+            match self.known.entry(id) {
+                Entry::Vacant(entry) => {
+                    changes.extend(RecordInfo::of(record).map(RecordChange::Joined));
+                    entry.insert(new);
+                }
+                Entry::Occupied(mut entry) => {
+                    let (sequence, value, _) = entry.get();
+                    if *sequence >= new.0 {
+                        continue;
+                    }
+                    match (value, RecordInfo::of(record)) {
+                        (None, Some(info)) => changes.push(RecordChange::Joined(info)),
+                        (Some(old), Some(info)) if *old != info.value => {
+                            changes.push(RecordChange::Changed(info));
+                        }
+                        (Some(_), None) => {
+                            let (publisher, subkey) = entry.key().clone();
+                            changes.push(RecordChange::Left { publisher, subkey });
+                        }
+                        _ => {}
+                    }
+                    entry.insert(new);
+                }
+            }
+        }
+        self.known.retain(|(publisher, subkey), (_, value, until)| {
+            let holds = *until > now;
+            if !holds && value.is_some() {
+                let (publisher, subkey) = (*publisher, subkey.clone());
+                changes.push(RecordChange::Left { publisher, subkey });
+            }
+            holds
+        });
+        changes
+    }
+}
+
+/// Says again what this node has stated: from time to time, and when nodes are met while the mesh is small. Ends with the network.
+pub(crate) async fn keep_up(dht: Dht) {
+    let nodes = dht.nodes();
+    let mut meetings = dht.meetings();
+    let mut refresh = Instant::now() + REFRESH;
+    loop {
+        tokio::select! {
+            () = sleep_until(refresh) => {}
+            met = meetings.changed() => {
+                if met.is_err() {
+                    return;
+                }
+                if *nodes.borrow() >= SMALL {
+                    continue;
+                }
+                sleep(SETTLE).await;
+            }
+        }
+        meetings.mark_unchanged();
+        refresh = Instant::now() + REFRESH;
+        let Ok(own) = dht.own(SPACE).await else {
+            return;
+        };
+        for record in own {
+            if record.remaining().is_zero() {
+                continue;
+            }
+            if let Err(error) = dht.say_again(record).await {
+                tracing::debug!(%error, "a record is not said again");
+            }
+            sleep(PACE).await;
+        }
+        sleep(ROUND).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_net::identity::Keypair;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_watch_tells_what_has_changed_and_nothing_twice() {
+        let (dht, _behaviour) = Dht::new(&Keypair::generate_ed25519());
+        let mut watch = RecordWatch {
+            meetings: dht.meetings(),
+            dht,
+            key: Vec::new(),
+            known: BTreeMap::new(),
+            changes: Vec::new(),
+            next: Instant::now(),
+        };
+        let keys = Keypair::generate_ed25519();
+        let publisher = keys.public().to_peer_id();
+        let hour = Duration::from_secs(3600);
+        let record = |value: Option<&[u8]>, sequence, ttl| {
+            Record::sign(&keys, b"record/k", b"s", value, sequence, ttl).unwrap()
+        };
+        let left = RecordChange::Left {
+            publisher,
+            subkey: b"s".to_vec(),
+        };
+        let now = Instant::now();
+        let first = record(Some(b"1"), 1, hour);
+        assert!(matches!(
+            watch.learn(std::slice::from_ref(&first), now).as_slice(),
+            [RecordChange::Joined(info)] if info.value == b"1" && info.key == b"k"
+        ));
+        assert!(watch.learn(std::slice::from_ref(&first), now).is_empty());
+        // Said again for longer, a look-up that misses it, another value.
+        assert!(watch.learn(&[record(Some(b"1"), 2, hour)], now).is_empty());
+        assert!(watch.learn(&[], now).is_empty());
+        assert!(matches!(
+            watch.learn(&[record(Some(b"2"), 3, hour)], now).as_slice(),
+            [RecordChange::Changed(info)] if info.value == b"2"
+        ));
+        assert_eq!(watch.learn(&[record(None, 4, hour)], now), [left.clone()]);
+        assert!(watch.learn(&[first], now).is_empty());
+        let again = record(Some(b"3"), 5, hour);
+        assert!(matches!(
+            watch.learn(&[again], now).as_slice(),
+            [RecordChange::Joined(info)] if info.value == b"3"
+        ));
+        // Its time is over.
+        assert_eq!(watch.learn(&[], now + 2 * hour), [left]);
+        assert!(watch.known.is_empty());
+    }
+}
