@@ -111,6 +111,7 @@ enum Command {
         prefix: Vec<u8>,
         reply: oneshot::Sender<Vec<Record>>,
     },
+    Seen(Vec<u8>, usize, oneshot::Sender<Vec<Record>>),
     Status(oneshot::Sender<Status>),
 }
 
@@ -186,6 +187,17 @@ impl Dht {
         let (reply, answer) = oneshot::channel();
         let prefix = prefix.to_vec();
         self.send(Command::Own { prefix, reply }).await?;
+        answer.await.map_err(|_| DhtError::Stopped)
+    }
+
+    /// What anybody states under keys that begin with `prefix`, as far as this node keeps it: no other is asked. At most `most` statements.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn seen(&self, prefix: &[u8], most: usize) -> Result<Vec<Record>, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        let prefix = prefix.to_vec();
+        self.send(Command::Seen(prefix, most, reply)).await?;
         answer.await.map_err(|_| DhtError::Stopped)
     }
 
@@ -399,6 +411,9 @@ impl Behaviour {
             }
             Command::Own { prefix, reply } => {
                 let _ = reply.send(self.kad.store_mut().own(&prefix));
+            }
+            Command::Seen(prefix, most, reply) => {
+                let _ = reply.send(self.kad.store_mut().seen(&prefix, most));
             }
             Command::Status(reply) => {
                 let status = Status {

@@ -351,6 +351,18 @@ impl Store {
         live.into_iter().map(|kept| &kept.record).collect()
     }
 
+    /// What anybody states under keys that begin like this, as far as it is kept here; at most so many.
+    pub(crate) fn seen(&self, prefix: &[u8], most: usize) -> Vec<Record> {
+        let sets = self.sets.iter();
+        let sets = sets.filter(|(key, _)| key.as_ref().starts_with(prefix));
+        sets.flat_map(|(_, set)| set)
+            .map(|kept| &kept.record)
+            .filter(|r| r.value().is_some() && !r.remaining().is_zero())
+            .take(most)
+            .cloned()
+            .collect()
+    }
+
     fn random(&self, below: usize) -> usize {
         let step = 0x9e37_79b9_7f4a_7c15_u64;
         let mut z = self.random.fetch_add(step, Ordering::Relaxed);

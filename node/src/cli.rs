@@ -52,12 +52,17 @@ pub(crate) enum Command {
     Limits,
     /// Whom this node has to do with at all; shows the lists, and changes them until the node stops
     Access(AccessChange),
+    /// Whose names win over those of others; shows the list, and changes it
+    #[command(subcommand)]
+    Trust(Trust),
     /// Run a node that relays for others from the start
     Relay(Relay),
     /// Publish a model: index a folder or file where it is, and announce it
     Add(Add),
     /// Fetch a model by name, id or ticket
     Get(Get),
+    /// Names that this node has seen, by what they begin with
+    Search(Search),
     /// The models this node holds
     Ls,
     /// One model with its files and tensors, and a ticket for it
@@ -522,6 +527,31 @@ pub(crate) struct Show {
     /// List the tensors of each file too
     #[arg(long)]
     pub(crate) tensors: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Trust {
+    /// Take these publishers' word for names
+    Add {
+        /// PeerIds
+        #[arg(value_name = "PEER", required = true)]
+        peers: Vec<PeerId>,
+    },
+    /// Take it no more
+    Rm {
+        /// PeerIds
+        #[arg(value_name = "PEER", required = true)]
+        peers: Vec<PeerId>,
+    },
+    /// Who is trusted
+    Ls,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Search {
+    /// What the names begin with [default: any]
+    #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
+    pub(crate) prefix: String,
 }
 
 #[derive(Debug, Args)]

@@ -125,7 +125,7 @@ impl From<Status> for Failure {
             ),
             "SEVERAL_PUBLISHERS" => (
                 SEVERAL_PUBLISHERS,
-                "Run it again with --publisher and the PeerId you trust, or get the model by its id.",
+                "Trust one of them with `weft trust add PEER`, run it again with --publisher and the PeerId, or get the model by its id.",
             ),
             "TARGET_EXISTS" => (
                 TARGET_EXISTS,

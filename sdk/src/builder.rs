@@ -6,7 +6,9 @@ use weft_blobs::Store;
 use weft_dht::{Dht, Disk};
 use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
-use crate::{Error, Node, default_home, home::Home, node::blocking, rpc::CallLimits};
+use crate::{
+    Error, Node, default_home, home::Home, node::blocking, rpc::CallLimits, trust::Trusted,
+};
 
 /// What a node is to be; see [`Node::builder`].
 #[derive(Debug, Clone, Default)]
@@ -123,11 +125,12 @@ impl Builder {
             Some(path) => path,
             None => default_home()?,
         };
-        let (home, store, disk) = blocking(move || {
+        let (home, store, disk, trusted) = blocking(move || {
             let home = Home::open(&path)?;
             let store = Store::open(&home.store())?;
             let disk = Disk::open(&home.records())?;
-            Ok((home, store, disk))
+            let trusted = Trusted::open(&home.trust())?;
+            Ok((home, store, disk, trusted))
         })
         .await?;
         let (dht, behaviour) = Dht::on_disk(home.key(), disk);
@@ -148,6 +151,7 @@ impl Builder {
         let expects_peers =
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;
-        Node::start(home, store, network, dht, expects_peers, self.call_limits)
+        let kept = (home, store, trusted);
+        Node::start(kept, network, dht, expects_peers, self.call_limits)
     }
 }

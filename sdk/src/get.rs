@@ -437,6 +437,15 @@ async fn resolve(
             Some((record.publisher(), Hash::from_slice(&claim.manifest)?))
         })
         .collect();
+    // Those who are trusted have the word, if they say anything.
+    let trusted = node.trusted().peers();
+    let of_trusted = claims.iter().filter(|(peer, _)| trusted.contains(peer));
+    let of_trusted: Vec<_> = of_trusted.copied().collect();
+    let claims = if of_trusted.is_empty() {
+        claims
+    } else {
+        of_trusted
+    };
     match claims.as_slice() {
         [(publisher, id)] => Ok((*id, Some(*publisher))),
         // Several who agree are as good as one.

@@ -38,6 +38,17 @@ pub enum HomeError {
         /// Its mode.
         mode: u32,
     },
+    /// The list of trusted publishers has a line that is no PeerId.
+    #[error("{} has a line that is no PeerId: {line:?}; correct it, or remove the file and trust nobody", .path.display())]
+    BadTrust {
+        /// The list.
+        path: PathBuf,
+        /// The line.
+        line: String,
+    },
+    /// The list of trusted publishers would be too long.
+    #[error("at most {0} publishers can be trusted")]
+    TooManyTrusted(usize),
     /// There is no place for a home by default.
     #[error("neither WEFT_HOME nor HOME is set: say where the node is to live")]
     Unknown,
@@ -111,6 +122,11 @@ impl Home {
     /// The records that it keeps for the DHT.
     pub(crate) fn records(&self) -> PathBuf {
         self.path.join("records.redb")
+    }
+
+    /// The list of trusted publishers.
+    pub(crate) fn trust(&self) -> PathBuf {
+        self.path.join("trust")
     }
 
     /// Where models go that are fetched to no particular folder.

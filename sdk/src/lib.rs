@@ -48,6 +48,7 @@ mod records;
 pub mod rpc;
 mod target;
 mod topics;
+mod trust;
 mod whereabouts;
 
 pub use weft_blobs::{
@@ -70,13 +71,14 @@ pub use self::{
     error::{Error, Failure},
     get::{Get, GetPhase, GetProgress, Got, Source},
     home::{HomeError, default_home},
-    models::{Add, AddPhase, AddProgress, Added, ModelInfo, Models, Removed},
+    models::{Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, Removed},
     name::{ModelName, ParseNameError},
     node::{Node, Status},
     operation::Operation,
     records::{MAX_RECORD_KEY, RecordChange, RecordInfo, RecordWatch, Records},
     target::{ParseTargetError, Target, Ticket},
     topics::{Subscription, Topics},
+    trust::Trust,
 };
 
 /// For [`tokio::runtime::Builder::event_interval`]: how many times a thread may run tasks before it looks for what has come in from outside. What moves weights

@@ -1,6 +1,7 @@
 //! Publishing and listing models.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::{
         Arc,
@@ -8,16 +9,22 @@ use std::{
     },
 };
 
+use prost::Message;
 use weft_blobs::{
     Manifest, Store,
     index::{self, index},
     store,
 };
+use weft_net::PeerId;
+use weft_proto::wire;
 
 use crate::{
     Error, Get, Hash, ModelName, Node, Operation, Target, Ticket, announce::manifest_size,
     node::blocking,
 };
+
+/// Claims that a search looks at.
+const MAX_CLAIMS: usize = 1000;
 
 /// The least digits that stand for a whole id.
 const MIN_ID_PREFIX: usize = 6;
@@ -51,6 +58,26 @@ pub struct ModelInfo {
     pub fetched: bool,
     /// When it came, seconds since the Unix epoch.
     pub added_at: i64,
+}
+
+/// A name that this node has seen, and what publishers say it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundName {
+    /// The name.
+    pub name: ModelName,
+    /// Each publisher's claim; trusted ones first.
+    pub claims: Vec<Claim>,
+}
+
+/// What one publisher says that a name is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// Who.
+    pub publisher: PeerId,
+    /// The model.
+    pub model: Hash,
+    /// This node trusts the publisher.
+    pub trusted: bool,
 }
 
 /// What adding came to.
@@ -128,6 +155,39 @@ impl Models {
     /// Fetches a model.
     pub fn get(&self, target: Target) -> Get {
         Get::new(self.node.clone(), target)
+    }
+
+    /// The names that begin with `prefix` among those that this node has seen: its own, and those whose claims it keeps for the mesh. In a mesh of up to twenty
+    /// nodes that is all of them, in a larger one a part. The first 1,000 claims.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub async fn search(&self, prefix: &str) -> Result<Vec<FoundName>, Error> {
+        let keys = ModelName::record_keys(prefix);
+        let records = self.node.dht().seen(&keys, MAX_CLAIMS).await?;
+        let trusted = self.node.trusted().peers();
+        let mut found: BTreeMap<ModelName, Vec<Claim>> = BTreeMap::new();
+        for record in records {
+            let publisher = record.publisher();
+            let claim = record.value().map(wire::NameClaim::decode);
+            if let Some(name) = ModelName::of_record_key(record.key())
+                && record.subkey().is_empty()
+                && let Some(Ok(claim)) = claim
+                && let Some(model) = Hash::from_slice(&claim.manifest)
+            {
+                let trusted = trusted.contains(&publisher);
+                found.entry(name).or_default().push(Claim {
+                    publisher,
+                    model,
+                    trusted,
+                });
+            }
+        }
+        let found = found.into_iter().map(|(name, mut claims)| {
+            claims.sort_by_key(|claim| (!claim.trusted, claim.publisher));
+            FoundName { name, claims }
+        });
+        Ok(found.collect())
     }
 
     /// The models this node holds, oldest first.

@@ -5,6 +5,9 @@ use std::{fmt, str::FromStr};
 /// The longest part of a name, in bytes: as on the Hugging Face hub.
 const MAX_PART: usize = 96;
 
+/// What keys of names begin with.
+const KEY: &[u8] = b"name/";
+
 /// The revision that a name without one means.
 const DEFAULT_REVISION: &str = "main";
 
@@ -40,9 +43,23 @@ impl ModelName {
         &self.revision
     }
 
+    /// The reverse of [`record_key`](Self::record_key).
+    pub(crate) fn of_record_key(key: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(key.strip_prefix(KEY)?).ok()?;
+        let name: Self = text.parse().ok()?;
+        // Just one key for each name.
+        (name.record_key() == key).then_some(name)
+    }
+
+    /// What keys of names that begin like this begin with.
+    pub(crate) fn record_keys(prefix: &str) -> Vec<u8> {
+        [KEY, prefix.as_bytes()].concat()
+    }
+
     /// The key of the DHT under which publishers claim it.
     pub(crate) fn record_key(&self) -> Vec<u8> {
-        format!("name/{}/{}@{}", self.org, self.name, self.revision).into_bytes()
+        let name = format!("{}/{}@{}", self.org, self.name, self.revision);
+        Self::record_keys(&name)
     }
 }
 

@@ -23,13 +23,15 @@ use weft_net::{
 };
 
 use crate::{
-    Builder, Error, Models, Records, Topics,
+    Builder, Error, Models, Records, Topics, Trust,
     announce::Announcer,
     home::Home,
     presence::{self, Presence},
     records,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
-    topics, whereabouts,
+    topics,
+    trust::Trusted,
+    whereabouts,
 };
 
 /// The transfer protocol's name on the network.
@@ -65,6 +67,7 @@ struct Inner {
     runtime: Handle,
     /// Streams on which models are served.
     transfers: Served,
+    trusted: Trusted,
     started: Instant,
     /// There are bootstrap nodes, or mDNS may find some.
     expects_peers: bool,
@@ -114,8 +117,7 @@ impl Node {
     }
 
     pub(crate) fn start(
-        home: Home,
-        store: Store,
+        (home, store, trusted): (Home, Store, Trusted),
         network: Network,
         dht: Dht,
         expects_peers: bool,
@@ -154,6 +156,7 @@ impl Node {
                 presences: Mutex::default(),
                 runtime: Handle::current(),
                 transfers: served,
+                trusted,
                 started: Instant::now(),
                 expects_peers,
                 targets: Mutex::default(),
@@ -312,6 +315,15 @@ impl Node {
     /// Calls to and from other nodes.
     pub fn rpc(&self) -> Rpc {
         Rpc::new(self.clone())
+    }
+
+    /// Whose names win over those of others.
+    pub fn trust(&self) -> Trust {
+        Trust::new(self.clone())
+    }
+
+    pub(crate) fn trusted(&self) -> &Trusted {
+        &self.inner.trusted
     }
 
     /// Stating, reading and watching signed records.

@@ -77,7 +77,7 @@ fn several_publishers_are_listed_and_one_can_be_chosen() {
     let meeting = Home::new();
     let third = meeting.up(&[]);
     let homes = [Home::new(), Home::new(), Home::new()];
-    let [first, second, _receiver] = homes
+    let [first, second, third_of_three] = homes
         .each_ref()
         .map(|home| home.up(&["--bootstrap", third.address()]));
     for (home, content) in homes.iter().zip([b"one", b"two"]) {
@@ -100,6 +100,35 @@ fn several_publishers_are_listed_and_one_can_be_chosen() {
     let got = homes[2].json(&["get", "acme/llama@v2", "--to", to, "--publisher", publisher]);
     assert_eq!(got["publisher"], publisher);
     same_files(&homes[1].beside("m"), &target);
+    // Or trusted, now and after a restart.
+    let receiver = &homes[2];
+    let found = receiver.json(&["search", "acme/"]);
+    assert_eq!(found["names"][0]["name"], "acme/llama@v2", "{found}");
+    let claims = found["names"][0]["claims"].as_array().unwrap();
+    assert_eq!(claims.len(), 2, "{found}");
+    assert!(claims.iter().all(|claim| claim["trusted"] == false));
+    let none = receiver.json(&["search", "acme/llama@v3"]);
+    assert_eq!(none["names"].as_array().map(Vec::len), Some(0));
+    let trusted = receiver.json(&["trust", "add", first.peer_id()]);
+    assert_eq!(trusted["trusted"][0], first.peer_id());
+    drop(third_of_three);
+    let _again = receiver.up(&["--bootstrap", third.address()]);
+    assert_eq!(receiver.json(&["trust", "ls"]), trusted);
+    let beside = receiver.beside("trusted");
+    let got = receiver.json(&["get", "acme/llama@v2", "--to", beside.to_str().unwrap()]);
+    assert_eq!(got["publisher"], first.peer_id());
+    same_files(&homes[0].beside("m"), &beside);
+    let found = receiver.json(&["search", "acme/llama"]);
+    let first_claim = &found["names"][0]["claims"][0];
+    assert_eq!(first_claim["publisher"], first.peer_id());
+    assert_eq!(first_claim["trusted"], true);
+    // Whoever trusts both has to choose after all.
+    receiver.json(&["trust", "add", second.peer_id()]);
+    let finished = receiver.run(&["get", "acme/llama@v2", "--to", to]);
+    assert_eq!(finished.code(), Some(5), "{finished:#?}");
+    receiver.json(&["trust", "rm", first.peer_id(), second.peer_id()]);
+    let bad = receiver.run(&["trust", "add", "nobody"]);
+    assert_eq!(bad.code(), Some(2), "{bad:#?}");
     let unknown = homes[2].run(&["get", "acme/llama", "--to", to]);
     assert_eq!(
         unknown.code(),

@@ -215,10 +215,35 @@ impl node_server::Node for Service {
         self.node.set_access(access.clone()).await;
         Ok(Response::new(access_response(&access)))
     }
+
+    async fn trust(
+        &self,
+        _: Request<api::TrustRequest>,
+    ) -> Result<Response<api::TrustResponse>, Status> {
+        Ok(trust_response(&self.node.trust().list()))
+    }
+
+    async fn change_trust(
+        &self,
+        request: Request<api::ChangeTrustRequest>,
+    ) -> Result<Response<api::TrustResponse>, Status> {
+        let request = request.into_inner();
+        let peers = |all: &[String]| -> Result<Vec<_>, Status> {
+            all.iter().map(|text| peer_id(text)).collect()
+        };
+        let (add, remove) = (peers(&request.add)?, peers(&request.remove)?);
+        let changed = self.node.trust().change(add, remove).await;
+        Ok(trust_response(&changed.map_err(|error| status(&error))?))
+    }
 }
 
 /// Rules in a list: each connection is held against all of them.
 const MAX_RULES: usize = 4096;
+
+fn trust_response(peers: &[weft::PeerId]) -> Response<api::TrustResponse> {
+    let peers = peers.iter().map(ToString::to_string).collect();
+    Response::new(api::TrustResponse { peers })
+}
 
 fn access_response(access: &Access) -> api::AccessResponse {
     let text = |rules: &[Rule]| rules.iter().map(ToString::to_string).collect();
@@ -341,6 +366,30 @@ impl Models for Service {
         let models = models.map_err(|error| status(&error))?;
         Ok(Response::new(api::ListResponse {
             models: models.into_iter().map(model).collect(),
+        }))
+    }
+
+    async fn search(
+        &self,
+        request: Request<api::SearchRequest>,
+    ) -> Result<Response<api::SearchResponse>, Status> {
+        let prefix = request.into_inner().prefix;
+        let found = self.node.models().search(&prefix).await;
+        let found = found.map_err(|error| status(&error))?.into_iter();
+        let names = found.map(|one| api::FoundName {
+            name: one.name.to_string(),
+            claims: one
+                .claims
+                .iter()
+                .map(|claim| api::NameClaim {
+                    publisher: claim.publisher.to_string(),
+                    model: claim.model.to_string(),
+                    trusted: claim.trusted,
+                })
+                .collect(),
+        });
+        Ok(Response::new(api::SearchResponse {
+            names: names.collect(),
         }))
     }
 

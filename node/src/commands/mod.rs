@@ -9,6 +9,7 @@ mod limits;
 mod reach;
 mod show;
 mod topic;
+mod trust;
 
 use std::path::PathBuf;
 
@@ -50,6 +51,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Doctor => reach::doctor(&client, json).await,
         Command::Limits => limits::limits(&client, json).await,
         Command::Access(options) => limits::access(&client, options, json).await,
+        Command::Trust(change) => trust::run(&client, change, json).await,
+        Command::Search(options) => trust::search(&client, options, json).await,
         Command::Status => status(&client, json).await,
         Command::Peers => peers(&client, json).await,
         Command::Add(options) => add::run(&client, options, json).await,

@@ -1,0 +1,87 @@
+//! `weft trust` and `weft search`.
+
+use serde_json::json;
+use weft_proto::api;
+
+use crate::{
+    cli::{Search, Trust},
+    client::Client,
+    exit::Failure,
+    output::{out, out_raw, table},
+};
+
+pub(super) async fn run(client: &Client, change: Trust, as_json: bool) -> Result<(), Failure> {
+    let text = |peers: &[weft::PeerId]| peers.iter().map(ToString::to_string).collect();
+    let change = match &change {
+        Trust::Add { peers } => Some(api::ChangeTrustRequest {
+            add: text(peers),
+            remove: Vec::new(),
+        }),
+        Trust::Rm { peers } => Some(api::ChangeTrustRequest {
+            add: Vec::new(),
+            remove: text(peers),
+        }),
+        Trust::Ls => None,
+    };
+    let trusted = match change {
+        Some(change) => client.node().change_trust(change).await?,
+        None => client.node().trust(api::TrustRequest {}).await?,
+    };
+    let peers = trusted.into_inner().peers;
+    if as_json {
+        out!("{}", json!({ "trusted": peers }));
+        return Ok(());
+    }
+    if peers.is_empty() {
+        out!("nobody is trusted: a name that several publish as different models is refused");
+    }
+    for peer in peers {
+        out!("{peer}");
+    }
+    Ok(())
+}
+
+pub(super) async fn search(client: &Client, options: Search, as_json: bool) -> Result<(), Failure> {
+    let request = api::SearchRequest {
+        prefix: options.prefix.clone(),
+    };
+    let names = client.models().search(request).await?.into_inner().names;
+    if as_json {
+        let claims = |claims: &[api::NameClaim]| -> Vec<_> {
+            let claims = claims.iter().map(|claim| {
+                json!({
+                    "publisher": claim.publisher,
+                    "model": claim.model,
+                    "trusted": claim.trusted,
+                })
+            });
+            claims.collect()
+        };
+        let names = names
+            .iter()
+            .map(|found| json!({ "name": found.name, "claims": claims(&found.claims) }));
+        out!("{}", json!({ "names": names.collect::<Vec<_>>() }));
+        return Ok(());
+    }
+    if names.is_empty() {
+        out!(
+            "this node has seen no name that begins with {:?}; others may have",
+            options.prefix
+        );
+        return Ok(());
+    }
+    let heading = ["NAME", "MODEL", "PUBLISHER", "TRUSTED"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for found in &names {
+        for claim in &found.claims {
+            rows.push(vec![
+                found.name.clone(),
+                claim.model.chars().take(10).collect(),
+                claim.publisher.clone(),
+                if claim.trusted { "yes" } else { "" }.to_owned(),
+            ]);
+        }
+    }
+    out_raw!("{}", table(&rows));
+    Ok(())
+}
