@@ -21,6 +21,7 @@ use libp2p::{
         self, GetRecordOk, Mode, PutRecordError, QueryId, QueryResult, Quorum, Record as KadRecord,
         RecordKey, store::MemoryStore,
     },
+    multiaddr::Protocol,
     swarm::{
         ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
         THandlerOutEvent, ToSwarm,
@@ -56,6 +57,13 @@ const SWEEP: Duration = Duration::from_secs(60);
 
 /// Addresses remembered of a peer.
 const MAX_ADDRESSES: usize = 16;
+
+/// Nodes of one public network (an IPv4 network of 24 bits, an IPv6 network of 48) in the routing table, and in one bucket of it.
+const MAX_OF_NETWORK: usize = 10;
+const MAX_OF_NETWORK_IN_BUCKET: usize = 2;
+
+/// Nodes of which private addresses are remembered.
+const MAX_NEAR: usize = 1024;
 
 /// Requests that may wait.
 const COMMANDS: usize = 256;
@@ -112,6 +120,8 @@ enum Command {
         reply: oneshot::Sender<Vec<Record>>,
     },
     Seen(Vec<u8>, usize, oneshot::Sender<Vec<Record>>),
+    Reachable(bool),
+    Routes(usize, oneshot::Sender<Vec<Multiaddr>>),
     Status(oneshot::Sender<Status>),
 }
 
@@ -142,6 +152,8 @@ impl Dht {
             .set_replication_interval(None)
             .set_provider_publication_interval(None)
             .set_caching(kad::Caching::Disabled)
+            // Who comes into the routing table is decided here.
+            .set_kbucket_inserts(kad::BucketInserts::Manual)
             .set_periodic_bootstrap_interval(Some(REFRESH));
         let mut kad = kad::Behaviour::with_config(local, Store::new(local, disk), config);
         kad.set_mode(Some(Mode::Server));
@@ -153,6 +165,10 @@ impl Dht {
             count,
             met,
             swept: Instant::now(),
+            reachable: false,
+            outside: false,
+            serves: true,
+            near: HashMap::new(),
         };
         let dht = Self {
             keys: keys.clone(),
@@ -256,6 +272,24 @@ impl Dht {
         Ok(records)
     }
 
+    /// Says whether strangers reach this node. One that they do not reach serves only a mesh in which it has met nobody from outside its own networks.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn set_reachable(&self, reachable: bool) -> Result<(), DhtError> {
+        self.send(Command::Reachable(reachable)).await
+    }
+
+    /// Where some of the nodes of the routing table are, connected ones first, each address ending in `/p2p/<PeerId>`: for the next start.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn routes(&self, most: usize) -> Result<Vec<Multiaddr>, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Routes(most, reply)).await?;
+        answer.await.map_err(|_| DhtError::Stopped)
+    }
+
     /// What the DHT looks like from here.
     ///
     /// # Errors
@@ -315,6 +349,12 @@ impl Dht {
     }
 }
 
+/// Whether an address leads no further than our own networks, or within this process.
+fn is_private(address: &Multiaddr) -> bool {
+    let in_memory = |part| matches!(part, Protocol::Memory(_));
+    !weft_net::is_outside(address) || address.iter().any(in_memory)
+}
+
 /// What has not been taken back.
 fn valid(mut records: Vec<Record>) -> Vec<Record> {
     records.retain(|record| record.value().is_some());
@@ -361,6 +401,14 @@ pub struct Behaviour {
     /// Counts nodes met.
     met: watch::Sender<u64>,
     swept: Instant,
+    /// Strangers reach this node.
+    reachable: bool,
+    /// Somebody from outside our own networks is connected.
+    outside: bool,
+    /// Others are told that we serve.
+    serves: bool,
+    /// Private addresses of nodes, which strangers are not told.
+    near: HashMap<PeerId, Vec<Multiaddr>>,
 }
 
 impl fmt::Debug for Behaviour {
@@ -415,6 +463,13 @@ impl Behaviour {
             Command::Seen(prefix, most, reply) => {
                 let _ = reply.send(self.kad.store_mut().seen(&prefix, most));
             }
+            Command::Reachable(reachable) => {
+                self.reachable = reachable;
+                self.settle_role();
+            }
+            Command::Routes(most, reply) => {
+                let _ = reply.send(self.routes(most));
+            }
             Command::Status(reply) => {
                 let status = Status {
                     nodes: self.nodes(),
@@ -440,8 +495,102 @@ impl Behaviour {
                 self.on_server(peer);
             }
             kad::Event::UnroutablePeer { peer } => self.on_server(peer),
+            kad::Event::RoutablePeer { peer, address }
+            | kad::Event::PendingRoutablePeer { peer, address } => {
+                self.route(peer, address);
+                self.on_server(peer);
+            }
             _ => {}
         }
+    }
+
+    /// Puts an address into the routing table, unless it is not to be told, or its network has enough nodes there.
+    fn route(&mut self, peer: PeerId, address: Multiaddr) {
+        let address = weft_net::split_peer_id(address).0;
+        if is_private(&address) {
+            if self.near.len() >= MAX_NEAR && !self.near.contains_key(&peer) {
+                return;
+            }
+            let near = self.near.entry(peer).or_default();
+            if near.len() < MAX_ADDRESSES && !near.contains(&address) {
+                near.push(address.clone());
+            }
+            // Where everybody is near, nobody is a stranger.
+            if self.outside {
+                return;
+            }
+        }
+        let network = Origin::of(&address);
+        if network != Origin::NEAR {
+            let (mut here, mut in_bucket) = (0, 0);
+            let key = kad::KBucketKey::from(peer);
+            let own = self.kad.kbucket(peer).map(|bucket| bucket.range());
+            for bucket in self.kad.kbuckets() {
+                let is_own = Some(bucket.range()) == own;
+                for entry in bucket.iter().filter(|entry| *entry.node.key != key) {
+                    let addresses = entry.node.value.iter();
+                    if addresses.map(Origin::of).any(|of| of == network) {
+                        here += 1;
+                        in_bucket += usize::from(is_own);
+                    }
+                }
+            }
+            if here >= MAX_OF_NETWORK || in_bucket >= MAX_OF_NETWORK_IN_BUCKET {
+                tracing::debug!(%peer, %address, "not in the routing table: its network has enough nodes there");
+                return;
+            }
+        }
+        self.kad.add_address(&peer, address);
+    }
+
+    /// Whether we serve, and whom we tell where our neighbours are.
+    fn settle_role(&mut self) {
+        let is_outside = |peer: &Peer| !is_private(&peer.seen_at);
+        let outside = self.peers.values().any(is_outside);
+        if outside && !self.outside {
+            let mut private = Vec::new();
+            for bucket in self.kad.kbuckets() {
+                for entry in bucket.iter() {
+                    let peer = *entry.node.key.preimage();
+                    let addresses = entry.node.value.iter().filter(|a| is_private(a));
+                    private.extend(addresses.map(|address| (peer, address.clone())));
+                }
+            }
+            for (peer, address) in private {
+                self.kad.remove_address(&peer, &address);
+            }
+            let nodes = self.nodes();
+            self.count.send_replace(nodes);
+        }
+        self.outside = outside;
+        let serves = self.reachable || !outside;
+        if serves != self.serves {
+            self.serves = serves;
+            tracing::debug!(serves, "the DHT's records");
+            let mode = if serves { Mode::Server } else { Mode::Client };
+            self.kad.set_mode(Some(mode));
+        }
+    }
+
+    fn routes(&mut self, most: usize) -> Vec<Multiaddr> {
+        let mut connected = Vec::new();
+        let mut others = Vec::new();
+        for bucket in self.kad.kbuckets() {
+            for entry in bucket.iter() {
+                let peer = *entry.node.key.preimage();
+                let routes = match self.peers.contains_key(&peer) {
+                    true => &mut connected,
+                    false => &mut others,
+                };
+                let near = self.near.get(&peer).into_iter().flatten();
+                let addresses = entry.node.value.iter().chain(near).take(2);
+                let whole = addresses.filter_map(|a| a.clone().with_p2p(peer).ok());
+                routes.extend(whole);
+            }
+        }
+        connected.extend(others);
+        connected.truncate(most);
+        connected
     }
 
     fn on_progress(&mut self, id: QueryId, result: QueryResult, last: bool) {
@@ -503,10 +652,12 @@ impl Behaviour {
         let Some(known) = self.peers.get_mut(&peer) else {
             return;
         };
-        known.serves = true;
-        self.met.send_modify(|met| *met += 1);
+        if !known.serves {
+            known.serves = true;
+            self.met.send_modify(|met| *met += 1);
+        }
         for address in known.claimed.clone() {
-            self.kad.add_address(&peer, address);
+            self.route(peer, address);
         }
     }
 
@@ -535,7 +686,7 @@ impl Behaviour {
             self.met.send_modify(|met| *met += 1);
         }
         if known.serves {
-            self.kad.add_address(&peer, address);
+            self.route(peer, address);
         }
     }
 }
@@ -577,10 +728,9 @@ impl NetworkBehaviour for Behaviour {
             .kad
             .handle_pending_outbound_connection(id, peer, addresses, role)?;
         // Most of it is what strangers say of others. They are not to have us dial our neighbours, nor many.
-        let outside = self
-            .peers
-            .values()
-            .any(|peer| weft_net::is_outside(&peer.seen_at));
+        let outside = self.outside;
+        let near = peer.and_then(|peer| self.near.get(&peer));
+        let near = near.cloned().unwrap_or_default();
         let mut proven = peer.and_then(|peer| self.kad.kbucket(peer));
         let mut proven = |address: &Multiaddr| {
             let entries = proven.iter_mut().flat_map(|bucket| bucket.iter());
@@ -589,6 +739,7 @@ impl NetworkBehaviour for Behaviour {
                 .any(|entry| entry.node.value.iter().any(|known| known == address))
         };
         known.retain(|address| !outside || weft_net::is_outside(address) || proven(address));
+        known.extend(near);
         known.truncate(MAX_ADDRESSES);
         Ok(known)
     }
@@ -617,18 +768,21 @@ impl NetworkBehaviour for Behaviour {
                     connections: 0,
                 });
                 peer.connections += 1;
+                self.settle_role();
             }
             // A name has turned out to lead there, or the peer has moved.
             FromSwarm::AddressChange(AddressChange { peer_id, new, .. }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
                     peer.seen_at = new.get_remote_address().clone();
                 }
+                self.settle_role();
             }
             FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, .. }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
                     peer.connections -= 1;
                     if peer.connections == 0 {
                         self.peers.remove(peer_id);
+                        self.settle_role();
                     }
                 }
             }

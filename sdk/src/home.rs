@@ -124,6 +124,11 @@ impl Home {
         self.path.join("records.redb")
     }
 
+    /// Nodes that were known when it ran last.
+    pub(crate) fn peers(&self) -> PathBuf {
+        self.path.join("peers")
+    }
+
     /// The list of trusted publishers.
     pub(crate) fn trust(&self) -> PathBuf {
         self.path.join("trust")

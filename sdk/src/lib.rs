@@ -45,6 +45,7 @@ mod operation;
 mod presence;
 mod providers;
 mod records;
+mod remembered;
 pub mod rpc;
 mod target;
 mod topics;

@@ -27,7 +27,7 @@ use crate::{
     announce::Announcer,
     home::Home,
     presence::{self, Presence},
-    records,
+    records, remembered,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
     topics,
     trust::Trusted,
@@ -69,7 +69,7 @@ struct Inner {
     transfers: Served,
     trusted: Trusted,
     started: Instant,
-    /// There are bootstrap nodes, or mDNS may find some.
+    /// There are bootstrap nodes, or such as were known before, or mDNS may find some.
     expects_peers: bool,
     /// Folders that a `get` is filling, and with what.
     targets: Mutex<HashMap<PathBuf, Hash>>,
@@ -140,6 +140,14 @@ impl Node {
         tasks.spawn(rpc::serve_calls(calls, offered.clone(), serving.clone()));
         tasks.spawn(announcer.clone().run());
         tasks.spawn(records::keep_up(dht.clone()));
+        let known = remembered::read(&home.peers());
+        let expects_peers = expects_peers || !known.is_empty();
+        tasks.spawn(remembered::remember(dht.clone(), home.peers()));
+        tasks.spawn(remembered::find_back(dht.clone(), network.clone(), known));
+        tasks.spawn(whereabouts::say_whether_reached(
+            dht.clone(),
+            network.clone(),
+        ));
         tasks.spawn(whereabouts::tell(dht.clone(), network.clone()));
         tasks.spawn(whereabouts::find_relays(dht.clone(), network.clone()));
         Ok(Self {
@@ -296,7 +304,8 @@ impl Node {
         let Presences { all, kept } = std::mem::take(&mut *self.presences());
         let present: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
         drop(kept);
-        join_all(present.iter().map(|presence| presence.leave())).await;
+        let present = join_all(present.iter().map(|presence| presence.leave()));
+        tokio::join!(present, whereabouts::leave(&self.inner.dht));
         self.inner.network.stop().await;
         let mut tasks = std::mem::take(
             &mut *self

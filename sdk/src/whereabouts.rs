@@ -7,8 +7,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 use prost::Message;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use weft_dht::{Dht, DhtError, Record};
 use weft_net::{Multiaddr, Network, PeerId};
 use weft_proto::wire;
@@ -43,6 +44,13 @@ const TRY: usize = 4;
 /// How long one that could not be reached is not tried again, and how many of them are remembered.
 const FAILED: Duration = Duration::from_secs(120);
 const MAX_FAILED: usize = 256;
+
+/// How often it is looked whether strangers reach this node, if nothing tells.
+const REACHED: Duration = Duration::from_secs(15);
+
+/// How long leaving may take, and how many statements are taken back at a time.
+const LEAVE: Duration = Duration::from_secs(2);
+const LEAVING: usize = 32;
 
 fn peer_key(peer: &PeerId) -> Vec<u8> {
     format!("peer/{peer}").into_bytes()
@@ -132,6 +140,46 @@ pub(crate) async fn tell(dht: Dht, network: Network) {
         }
         sleep_until(again).await;
     }
+}
+
+/// Tells the DHT whether strangers reach this node: only then does it serve them. Ends with the network.
+pub(crate) async fn say_whether_reached(dht: Dht, network: Network) {
+    let mut addresses = network.watch_addresses();
+    loop {
+        addresses.mark_unchanged();
+        let Some(known) = network.reachability().await else {
+            return;
+        };
+        if dht.set_reachable(!known.public.is_empty()).await.is_err() {
+            return;
+        }
+        tokio::select! {
+            changed = addresses.changed() => if changed.is_err() { return },
+            () = sleep(REACHED) => {}
+        }
+    }
+}
+
+/// Takes back where this node is and what it has, for it is about to stop: whoever looks for that is not to try in vain. Two seconds at most.
+pub(crate) async fn leave(dht: &Dht) {
+    if *dht.nodes().borrow() == 0 {
+        return;
+    }
+    let all = async {
+        let mut records = Vec::new();
+        for prefix in [&b"peer/"[..], b"relay/", b"provider/"] {
+            records.extend(dht.own(prefix).await?);
+        }
+        records.retain(|record| record.value().is_some());
+        let withdrawals = stream::iter(records).for_each_concurrent(LEAVING, |record| async move {
+            let left = record.remaining();
+            // Who does not hear of it forgets by itself.
+            let _ = dht.withdraw(record.key(), record.subkey(), left).await;
+        });
+        withdrawals.await;
+        Ok::<_, DhtError>(())
+    };
+    let _ = timeout(LEAVE, all).await;
 }
 
 /// Connects to relays that the mesh knows while this node lacks some; holding a place on them is the network's affair. Ends with the network.
