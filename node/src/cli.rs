@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use weft::{ModelName, Multiaddr, PeerId, Rule, rpc::CallLimits};
@@ -46,6 +46,9 @@ pub(crate) enum Command {
     /// Publish messages to topics, and watch them
     #[command(subcommand)]
     Topic(Topic),
+    /// State something under a key for a time, and read or watch what anybody states
+    #[command(subcommand)]
+    Record(Record),
     /// How others reach this node: the NAT before it, its addresses from outside, relays, and what to change
     Doctor,
     /// Every limit on what others can make this node hold and do, and what it comes to
@@ -304,6 +307,82 @@ pub(crate) enum Topic {
     },
     /// The topics that this node takes part in
     Ls,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Record {
+    /// State a value under a key, signed, until its time is over
+    Put {
+        /// The key, 1 to 500 bytes
+        key: String,
+
+        /// The value, at most 4,096 bytes; - reads it from standard input
+        value: String,
+
+        /// Which of this node's statements under the key
+        #[arg(
+            long,
+            value_name = "SUBKEY",
+            default_value = "",
+            hide_default_value = true
+        )]
+        subkey: String,
+
+        /// How long it holds, as in 90s, 10m, 1h or 2d; at most 48h
+        #[arg(long, value_name = "TIME", default_value = "1h", value_parser = time)]
+        ttl: Duration,
+    },
+    /// What anybody states under a key
+    Get {
+        /// The key
+        key: String,
+
+        /// Only what this peer states; may be repeated
+        #[arg(long, value_name = "PEER")]
+        publisher: Vec<PeerId>,
+    },
+    /// Print what is stated under a key, and how that changes, until Ctrl-C
+    Watch {
+        /// The key
+        key: String,
+
+        /// End after so many changes
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+    /// Take back what this node has stated
+    Rm {
+        /// The key
+        key: String,
+
+        /// Which of this node's statements under the key
+        #[arg(
+            long,
+            value_name = "SUBKEY",
+            default_value = "",
+            hide_default_value = true
+        )]
+        subkey: String,
+    },
+    /// What this node states
+    Ls,
+}
+
+/// `90s`, `10m`, `1h`, `2d`, or seconds.
+fn time(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit: u64 = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err("write it as in 90s, 10m, 1h or 2d".to_owned()),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "write it as in 90s, 10m, 1h or 2d".to_owned())?;
+    let seconds = number.checked_mul(unit).ok_or("that is too long")?;
+    Ok(Duration::from_secs(seconds))
 }
 
 #[derive(Debug, Args)]

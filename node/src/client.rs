@@ -10,7 +10,7 @@ use tonic::{
 };
 use weft_proto::api::{
     calls_client::CallsClient, models_client::ModelsClient, node_client::NodeClient,
-    topics_client::TopicsClient,
+    records_client::RecordsClient, topics_client::TopicsClient,
 };
 
 use crate::{
@@ -91,6 +91,12 @@ impl Client {
         &self,
     ) -> TopicsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
         TopicsClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn records(
+        &self,
+    ) -> RecordsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
+        RecordsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
     pub(crate) fn models(

@@ -29,11 +29,11 @@ use weft_proto::{
     DESCRIPTORS,
     api::{
         calls_server::CallsServer, models_server::ModelsServer, node_server::NodeServer,
-        topics_server::TopicsServer,
+        records_server::RecordsServer, topics_server::TopicsServer,
     },
 };
 
-use super::{calls, service::Service, topics};
+use super::{calls, records, service::Service, topics};
 use crate::exit::Failure;
 
 /// Bytes of a message of a call, with its attachments.
@@ -212,8 +212,12 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
     health.set_serving::<ModelsServer<Service>>().await;
     health.set_serving::<CallsServer<calls::Service>>().await;
     health.set_serving::<TopicsServer<topics::Service>>().await;
+    health
+        .set_serving::<RecordsServer<records::Service>>()
+        .await;
     let calls = calls::Service::new(service.node().clone());
     let topics = topics::Service::new(service.node().clone());
+    let records = records::Service::new(service.node().clone());
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -233,6 +237,7 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
         )
         .add_service(CallsServer::new(calls).max_decoding_message_size(MAX_CALL_MESSAGE))
         .add_service(TopicsServer::new(topics))
+        .add_service(RecordsServer::new(records))
         .add_service(NodeServer::new(service.clone()))
         .add_service(ModelsServer::new(service))
 }

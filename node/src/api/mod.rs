@@ -2,6 +2,7 @@
 
 mod calls;
 mod endpoint;
+mod records;
 mod service;
 mod status;
 mod topics;

@@ -31,9 +31,11 @@ pub(crate) fn status(error: &Error) -> Status {
             (Code::ResourceExhausted, "DISK_FULL")
         }
         Error::Busy(_) => (Code::Aborted, "BUSY"),
-        Error::Index(_) | Error::Name(_) | Error::Target(_) | Error::Address(_) => {
-            (Code::InvalidArgument, "INVALID_INPUT")
-        }
+        Error::Record(_)
+        | Error::Index(_)
+        | Error::Name(_)
+        | Error::Target(_)
+        | Error::Address(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Home(HomeError::InUse(_)) => (Code::FailedPrecondition, "HOME_IN_USE"),
         Error::Home(_) => (Code::FailedPrecondition, "HOME"),
         Error::InvalidContent { .. } => (Code::DataLoss, "INVALID_CONTENT"),

@@ -7,6 +7,7 @@ mod call;
 mod get;
 mod limits;
 mod reach;
+mod record;
 mod show;
 mod topic;
 mod trust;
@@ -47,6 +48,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Ping(options) => reach::ping(&client, options, json).await,
         Command::Call(options) => call::run(&client, options).await,
         Command::Service(options) => call::service(&client, options, json).await,
+        Command::Record(command) => record::run(&client, command, json).await,
         Command::Topic(command) => topic::run(&client, command, json).await,
         Command::Doctor => reach::doctor(&client, json).await,
         Command::Limits => limits::limits(&client, json).await,
