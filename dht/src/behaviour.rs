@@ -508,12 +508,11 @@ impl Behaviour {
     fn route(&mut self, peer: PeerId, address: Multiaddr) {
         let address = weft_net::split_peer_id(address).0;
         if is_private(&address) {
-            if self.near.len() >= MAX_NEAR && !self.near.contains_key(&peer) {
-                return;
-            }
-            let near = self.near.entry(peer).or_default();
-            if near.len() < MAX_ADDRESSES && !near.contains(&address) {
-                near.push(address.clone());
+            if self.near.len() < MAX_NEAR || self.near.contains_key(&peer) {
+                let near = self.near.entry(peer).or_default();
+                if near.len() < MAX_ADDRESSES && !near.contains(&address) {
+                    near.push(address.clone());
+                }
             }
             // Where everybody is near, nobody is a stranger.
             if self.outside {
@@ -831,5 +830,80 @@ impl NetworkBehaviour for Behaviour {
                 Poll::Pending => return Poll::Pending,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn behaviour() -> Behaviour {
+        Dht::new(&Keypair::generate_ed25519()).1
+    }
+
+    fn address(text: &str) -> Multiaddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn one_network_does_not_fill_the_routing_table() {
+        let mut behaviour = behaviour();
+        for n in 0..100 {
+            let at = address(&format!("/ip4/8.8.1.{n}/tcp/1"));
+            behaviour.route(PeerId::random(), at);
+        }
+        let of_one = behaviour.nodes();
+        assert!((2..=MAX_OF_NETWORK).contains(&of_one), "{of_one}");
+        for n in 0..40 {
+            let at = address(&format!("/ip4/9.{n}.1.1/tcp/1"));
+            behaviour.route(PeerId::random(), at);
+        }
+        // A bucket has room for twenty, and half of all nodes are in the farthest.
+        assert!(behaviour.nodes() >= of_one + 25);
+        // By its relay's network, not by its own.
+        let relayed = |n: u8| {
+            let relay = PeerId::random();
+            address(&format!("/ip4/8.8.1.{n}/tcp/1/p2p/{relay}/p2p-circuit"))
+        };
+        let before = behaviour.nodes();
+        for n in 0..20 {
+            behaviour.route(PeerId::random(), relayed(n));
+        }
+        assert!(behaviour.nodes() <= before + MAX_OF_NETWORK - of_one);
+    }
+
+    #[test]
+    fn private_addresses_are_told_only_while_there_is_no_stranger() {
+        let mut behaviour = behaviour();
+        let neighbour = PeerId::random();
+        behaviour.route(neighbour, address("/ip4/192.168.1.2/tcp/1"));
+        assert_eq!((behaviour.nodes(), behaviour.serves), (1, true));
+        let stranger = Peer {
+            seen_at: address("/ip4/8.8.8.8/tcp/1"),
+            claimed: Vec::new(),
+            serves: true,
+            connections: 1,
+        };
+        let of_stranger = PeerId::random();
+        behaviour.peers.insert(of_stranger, stranger);
+        behaviour.settle_role();
+        assert_eq!((behaviour.nodes(), behaviour.serves), (0, false));
+        behaviour.route(neighbour, address("/ip4/192.168.1.3/tcp/1"));
+        assert_eq!(behaviour.nodes(), 0);
+        // It is still dialled there.
+        let dialled = behaviour.handle_pending_outbound_connection(
+            ConnectionId::new_unchecked(1),
+            Some(neighbour),
+            &[],
+            Endpoint::Dialer,
+        );
+        assert_eq!(dialled.unwrap().len(), 2);
+        behaviour.reachable = true;
+        behaviour.settle_role();
+        assert!(behaviour.serves);
+        behaviour.peers.remove(&of_stranger);
+        behaviour.reachable = false;
+        behaviour.settle_role();
+        assert!(behaviour.serves);
     }
 }

@@ -781,6 +781,40 @@ mod tests {
     }
 
     #[test]
+    fn mutated_sets_are_refused_or_what_they_were() {
+        let mut store = store();
+        let keys = [Keypair::generate_ed25519(), Keypair::generate_ed25519()];
+        let good = keys.each_ref().map(|keys| record(keys, b"s", b"v", 5));
+        let bytes = encode(&good);
+        for _ in 0..5000 {
+            let mut mutant = bytes.clone();
+            for _ in 0..=store.random(3) {
+                let at = store.random(mutant.len());
+                match store.random(5) {
+                    0 => mutant[at] ^= 1 << store.random(8),
+                    1 => mutant[at] = [0, 1, 0x7f, 0x80, 0xff][store.random(5)],
+                    2 => mutant.insert(at, store.random(256) as u8),
+                    3 if at > 0 => mutant.truncate(at),
+                    _ if mutant.len() > 1 => drop(mutant.remove(at)),
+                    _ => {}
+                }
+            }
+            let mut found = Found::default();
+            found.add(b"k", &mutant);
+            // What it was, or nothing.
+            assert!(
+                found
+                    .into_records()
+                    .iter()
+                    .all(|found| good.contains(found))
+            );
+            let _ = store.put(KadRecord::new(b"k".to_vec(), mutant));
+        }
+        assert!(read(&store).iter().all(|kept| good.contains(kept)));
+        check(&store);
+    }
+
+    #[test]
     fn answers_are_gathered_and_the_newest_counts() {
         let keys = Keypair::generate_ed25519();
         let (old, new) = (record(&keys, b"a", b"1", 1), record(&keys, b"a", b"2", 2));

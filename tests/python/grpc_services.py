@@ -27,7 +27,9 @@ for service in ["", "weft.api.v1.Node", "weft.api.v1.Models"]:
     answer = health.Check(health_pb2.HealthCheckRequest(service=service))
     assert answer.status == health_pb2.HealthCheckResponse.SERVING, service
 services = ProtoReflectionDescriptorDatabase(channel).get_services()
-for service in ["weft.api.v1.Node", "weft.api.v1.Models", "grpc.health.v1.Health"]:
+for service in ["Node", "Models", "Topics", "Records", "Calls"]:
+    assert f"weft.api.v1.{service}" in services, services
+for service in ["grpc.health.v1.Health"]:
     assert service in services, services
 database = ProtoReflectionDescriptorDatabase(channel)
 described = database.FindFileContainingSymbol("weft.api.v1.Models")
@@ -35,6 +37,7 @@ assert [m.name for s in described.service if s.name == "Models" for m in s.metho
     "Add",
     "Get",
     "List",
+    "Search",
     "Show",
     "Remove",
 ]
