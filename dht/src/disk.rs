@@ -53,7 +53,7 @@ pub struct Disk {
     shared: Arc<Shared>,
     writer: Option<JoinHandle<()>>,
     /// What was there, until it is taken.
-    loaded: Vec<(Vec<u8>, Vec<u8>)>,
+    loaded: Vec<Row>,
 }
 
 impl fmt::Debug for Disk {
@@ -139,7 +139,7 @@ impl Disk {
     }
 
     /// What was there when it was opened, once.
-    pub(crate) fn take_loaded(&mut self) -> Vec<(Vec<u8>, Vec<u8>)> {
+    pub(crate) fn take_loaded(&mut self) -> Vec<Row> {
         std::mem::take(&mut self.loaded)
     }
 
@@ -170,7 +170,10 @@ impl Drop for Disk {
     }
 }
 
-fn load(database: &Database) -> Result<Vec<(Vec<u8>, Vec<u8>)>, DiskError> {
+/// A row: its key and its value.
+type Row = (Vec<u8>, Vec<u8>);
+
+fn load(database: &Database) -> Result<Vec<Row>, DiskError> {
     let read = database.begin_read().map_err(failed)?;
     let table = match read.open_table(RECORDS) {
         Ok(table) => table,

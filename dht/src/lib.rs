@@ -8,8 +8,7 @@
 //! replaces a newer one of the same publisher; nobody can state something for somebody else; what strangers can make us
 //! store is bounded by the constants in `store`.
 //!
-//! It leaves out, so far: look-ups over disjoint paths. Every node serves records; once
-//! reachability is known, only reachable ones will.
+//! It leaves out, so far: look-ups over disjoint paths.
 
 mod behaviour;
 mod disk;

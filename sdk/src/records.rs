@@ -204,12 +204,15 @@ impl Records {
     }
 }
 
+/// The number of a statement, its value, and when it ends.
+type Known = (u64, Option<Vec<u8>>, Instant);
+
 /// The changes under a key; [`Records::watch`]. Keeps no node from stopping.
 #[derive(Debug)]
 pub struct RecordWatch {
     dht: Dht,
     key: Vec<u8>,
-    known: BTreeMap<(PeerId, Vec<u8>), (u64, Option<Vec<u8>>, Instant)>,
+    known: BTreeMap<(PeerId, Vec<u8>), Known>,
     /// Found and not told, the last first.
     changes: Vec<RecordChange>,
     meetings: watch::Receiver<u64>,
@@ -363,7 +366,9 @@ mod tests {
             watch.learn(&[record(Some(b"2"), 3, hour)], now).as_slice(),
             [RecordChange::Changed(info)] if info.value == b"2"
         ));
-        assert_eq!(watch.learn(&[record(None, 4, hour)], now), [left.clone()]);
+        let removed = record(None, 4, hour);
+        let changes = watch.learn(std::slice::from_ref(&removed), now);
+        assert_eq!(changes, std::slice::from_ref(&left));
         assert!(watch.learn(&[first], now).is_empty());
         let again = record(Some(b"3"), 5, hour);
         assert!(matches!(

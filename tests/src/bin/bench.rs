@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
-    bench::{Failure, nat, rpc, stream, transfer},
+    bench::{Failure, dht, nat, rpc, stream, transfer},
     lab::{self, Distance},
 };
 
@@ -78,6 +78,24 @@ enum Bench {
         #[arg(value_enum)]
         side: rpc::Side,
     },
+    /// A thousand nodes of the DHT in one process, against stock libp2p-kad: who finds what, at what cost, also when many leave
+    Dht {
+        #[command(flatten)]
+        options: DhtOptions,
+
+        /// Only this; may be given several times
+        #[arg(long, value_enum)]
+        side: Vec<dht::Side>,
+    },
+    /// One side of `dht`
+    #[command(name = "dht-side", hide = true)]
+    DhtSide {
+        #[arg(value_enum)]
+        side: dht::Side,
+
+        #[command(flatten)]
+        options: DhtOptions,
+    },
     /// The other process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
     Provider {
@@ -85,6 +103,36 @@ enum Bench {
         #[arg(value_enum)]
         side: transfer::Side,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct DhtOptions {
+    /// Nodes
+    #[arg(long, default_value_t = 1000)]
+    nodes: usize,
+
+    /// Round trip between any two nodes, in milliseconds
+    #[arg(long, default_value_t = 200, value_name = "MS")]
+    round_trip: u64,
+
+    /// Values that are put and looked up
+    #[arg(long, default_value_t = 500)]
+    values: usize,
+
+    /// The same seed gives a similar network
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+impl DhtOptions {
+    fn get(&self) -> dht::Options {
+        dht::Options {
+            nodes: self.nodes,
+            round_trip: Duration::from_millis(self.round_trip),
+            values: self.values,
+            seed: self.seed,
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -112,6 +160,12 @@ fn main() -> ExitCode {
             let folder = options.folder.unwrap_or_else(std::env::temp_dir);
             transfer::run(options.mib << 20, options.rounds, &folder, cli.json)
         }
+        Bench::Dht { options, side } => {
+            let both = [dht::Side::Weft, dht::Side::Kad];
+            let sides = if side.is_empty() { &both[..] } else { &side };
+            dht::run(options.get(), sides, cli.json)
+        }
+        Bench::DhtSide { side, options } => dht::side(side, options.get()),
         Bench::Nat {
             wait,
             round_trip,

@@ -1,0 +1,549 @@
+//! The DHT: many nodes in one process, ours against stock libp2p-kad in the same harness.
+//!
+//! Nodes are swarms whose links (`links.rs`) have a delay and no encryption: what is measured is what they say to each other. Each side runs in a process
+//! of its own. A dial takes one round trip, as QUIC's does; what has left answers nothing, and of what is dialled after it has left half refuses and half is
+//! silent. Hops are how many round trips a look-up took: a node that is not connected costs two. Messages are all streams that were opened meanwhile, divided by the
+//! look-ups: of identify, and of routing tables that are refreshed, as well. Keys are made anew each time, so that one seed gives similar networks, not the same.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::BufRead,
+    process::{Command, Stdio},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use clap::ValueEnum;
+use futures::{StreamExt, stream};
+use libp2p::{
+    PeerId, StreamProtocol, Swarm, Transport, identify,
+    identity::Keypair,
+    kad::{self, GetRecordOk, QueryId, QueryResult, Quorum, store::MemoryStore},
+    multiaddr::Protocol,
+    swarm::{self, NetworkBehaviour, SwarmEvent, dial_opts::DialOpts},
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+use weft_dht::Dht;
+
+use super::{
+    Failure, Figure,
+    links::{Links, address},
+    median,
+};
+use crate::Random;
+
+/// How long anything may take: longer than a look-up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Look-ups at a time.
+const AT_A_TIME: usize = 8;
+
+/// Nodes that join at a time, and how many each knows.
+const JOINING: usize = 20;
+const KNOWN: usize = 3;
+
+/// How long statements hold: longer than the benchmark takes.
+const TTL: Duration = Duration::from_secs(4 * 3600);
+
+/// Of the nodes, so many leave.
+const LEAVE: f64 = 0.3;
+
+/// Whose DHT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Side {
+    /// Ours.
+    Weft,
+    /// libp2p-kad with its defaults.
+    Kad,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Nodes.
+    pub nodes: usize,
+    /// Round trip between any two of them.
+    pub round_trip: Duration,
+    /// Values put and looked up, in each phase.
+    pub values: usize,
+    /// The same seed gives a similar network.
+    pub seed: u64,
+}
+
+#[derive(NetworkBehaviour)]
+#[behaviour(prelude = "libp2p::swarm::derive_prelude")]
+struct Ours {
+    dht: weft_dht::Behaviour,
+    identify: identify::Behaviour,
+}
+
+#[derive(NetworkBehaviour)]
+#[behaviour(prelude = "libp2p::swarm::derive_prelude")]
+struct Stock {
+    kad: kad::Behaviour<MemoryStore>,
+    identify: identify::Behaviour,
+}
+
+enum Ask {
+    Put(Vec<u8>, oneshot::Sender<bool>),
+    Get(Vec<u8>, oneshot::Sender<bool>),
+    Nodes(oneshot::Sender<usize>),
+}
+
+/// One node.
+struct Node {
+    number: u64,
+    handle: Handle,
+    task: JoinHandle<()>,
+    /// Ends it without a word when dropped.
+    stop: Option<oneshot::Sender<()>>,
+}
+
+#[derive(Clone)]
+enum Handle {
+    Ours(Box<Dht>),
+    Stock(mpsc::Sender<Ask>),
+}
+
+fn identify(keys: &Keypair) -> identify::Behaviour {
+    let config = identify::Config::new("/weft/1".to_owned(), keys.public());
+    identify::Behaviour::new(config)
+}
+
+fn config() -> swarm::Config {
+    swarm::Config::with_tokio_executor()
+        .with_idle_connection_timeout(Duration::from_secs(60))
+        .with_substream_upgrade_protocol_override(libp2p::core::upgrade::Version::V1Lazy)
+}
+
+fn start(side: Side, number: u64, links: &Arc<Links>, known: &[(PeerId, u64)]) -> (PeerId, Node) {
+    let keys = Keypair::generate_ed25519();
+    let peer = keys.public().to_peer_id();
+    let transport = links.link(number, peer).boxed();
+    let (stop, stopped) = oneshot::channel();
+    let (handle, task) = match side {
+        Side::Weft => {
+            let (dht, behaviour) = Dht::new(&keys);
+            let behaviour = Ours {
+                dht: behaviour,
+                identify: identify(&keys),
+            };
+            let mut swarm = Swarm::new(transport, behaviour, peer, config());
+            join(&mut swarm, number, known);
+            let run = async move {
+                let mut stopped = stopped;
+                loop {
+                    tokio::select! {
+                        _ = swarm.select_next_some() => {}
+                        _ = &mut stopped => break,
+                    }
+                }
+                // What it had open stays so: nobody is told.
+                std::mem::forget(swarm);
+            };
+            (Handle::Ours(Box::new(dht)), tokio::spawn(run))
+        }
+        Side::Kad => {
+            let config_of_kad = kad::Config::new(StreamProtocol::new("/weft/kad/1"));
+            let mut kad = kad::Behaviour::with_config(peer, MemoryStore::new(peer), config_of_kad);
+            kad.set_mode(Some(kad::Mode::Server));
+            let behaviour = Stock {
+                kad,
+                identify: identify(&keys),
+            };
+            let mut swarm = Swarm::new(transport, behaviour, peer, config());
+            join(&mut swarm, number, known);
+            let (asks, requests) = mpsc::channel(64);
+            let run = run_stock(swarm, requests, stopped);
+            (Handle::Stock(asks), tokio::spawn(run))
+        }
+    };
+    let node = Node {
+        number,
+        handle,
+        task,
+        stop: Some(stop),
+    };
+    (peer, node)
+}
+
+fn join<B: NetworkBehaviour>(swarm: &mut Swarm<B>, number: u64, known: &[(PeerId, u64)]) {
+    // A link takes any address, and a dial that fails is seen in what is found.
+    let _ = swarm.listen_on(address(number));
+    for (peer, at) in known {
+        let dial = DialOpts::peer_id(*peer).addresses(vec![address(*at)]);
+        let _ = swarm.dial(dial.build());
+    }
+}
+
+async fn run_stock(
+    mut swarm: Swarm<Stock>,
+    mut requests: mpsc::Receiver<Ask>,
+    mut stopped: oneshot::Receiver<()>,
+) {
+    let mut queries: HashMap<QueryId, oneshot::Sender<bool>> = HashMap::new();
+    loop {
+        let event = tokio::select! {
+            event = swarm.select_next_some() => event,
+            Some(ask) = requests.recv() => {
+                let kad = &mut swarm.behaviour_mut().kad;
+                match ask {
+                    Ask::Put(key, reply) => {
+                        let record = kad::Record::new(key, vec![7; 100]);
+                        // A store of its own that is full counts as a failure: the reply is dropped.
+                        if let Ok(id) = kad.put_record(record, Quorum::One) {
+                            queries.insert(id, reply);
+                        }
+                    }
+                    Ask::Get(key, reply) => {
+                        let id = kad.get_record(kad::RecordKey::new(&key));
+                        queries.insert(id, reply);
+                    }
+                    Ask::Nodes(reply) => {
+                        let nodes = kad.kbuckets().map(|bucket| bucket.num_entries()).sum();
+                        let _ = reply.send(nodes);
+                    }
+                }
+                continue;
+            }
+            _ = &mut stopped => break,
+        };
+        match event {
+            SwarmEvent::Behaviour(StockEvent::Identify(identify::Event::Received {
+                peer_id,
+                info,
+                ..
+            })) => {
+                let in_memory =
+                    |a: &libp2p::Multiaddr| matches!(a.iter().next(), Some(Protocol::Memory(_)));
+                for address in info.listen_addrs.into_iter().filter(in_memory) {
+                    swarm.behaviour_mut().kad.add_address(&peer_id, address);
+                }
+            }
+            SwarmEvent::Behaviour(StockEvent::Kad(kad::Event::OutboundQueryProgressed {
+                id,
+                result,
+                step,
+                ..
+            })) => {
+                let done = match result {
+                    QueryResult::GetRecord(Ok(GetRecordOk::FoundRecord(_))) => Some(true),
+                    QueryResult::PutRecord(result) => Some(result.is_ok()),
+                    _ if step.last => Some(false),
+                    _ => None,
+                };
+                if let Some(done) = done
+                    && let Some(reply) = queries.remove(&id)
+                {
+                    // It may wait no more.
+                    let _ = reply.send(done);
+                    if let Some(mut query) = swarm.behaviour_mut().kad.query_mut(&id) {
+                        query.finish();
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    std::mem::forget(swarm);
+}
+
+impl Handle {
+    async fn put(&self, key: Vec<u8>) -> bool {
+        let put = async {
+            match self {
+                Self::Ours(dht) => dht
+                    .publish(&key, b"", &[7; 100], TTL)
+                    .await
+                    .is_ok_and(|took| took > 0),
+                Self::Stock(asks) => {
+                    let (reply, answer) = oneshot::channel();
+                    asks.send(Ask::Put(key, reply)).await.is_ok() && answer.await == Ok(true)
+                }
+            }
+        };
+        timeout(PATIENCE, put).await == Ok(true)
+    }
+
+    async fn get(&self, key: Vec<u8>) -> bool {
+        let get = async {
+            match self {
+                Self::Ours(dht) => dht
+                    .get_some(&key)
+                    .await
+                    .is_ok_and(|records| !records.is_empty()),
+                Self::Stock(asks) => {
+                    let (reply, answer) = oneshot::channel();
+                    asks.send(Ask::Get(key, reply)).await.is_ok() && answer.await == Ok(true)
+                }
+            }
+        };
+        timeout(PATIENCE, get).await == Ok(true)
+    }
+
+    async fn nodes(&self) -> usize {
+        match self {
+            Self::Ours(dht) => *dht.nodes().borrow(),
+            Self::Stock(asks) => {
+                let (reply, answer) = oneshot::channel();
+                match asks.send(Ask::Nodes(reply)).await {
+                    Ok(()) => answer.await.unwrap_or(0),
+                    Err(_) => 0,
+                }
+            }
+        }
+    }
+}
+
+/// What came of a phase.
+#[derive(Debug, Default)]
+struct Phase {
+    asked: usize,
+    /// In seconds, of those that found it.
+    took: Vec<f64>,
+}
+
+impl Phase {
+    fn success(&self) -> f64 {
+        100.0 * self.took.len() as f64 / self.asked.max(1) as f64
+    }
+}
+
+async fn put_all(nodes: &[Node], keys: &[Vec<u8>], random: &mut Random) -> usize {
+    let puts = keys.iter().map(|key| {
+        let handle = nodes[random.below(nodes.len())].handle.clone();
+        async move { handle.put(key.clone()).await }
+    });
+    let puts: Vec<_> = puts.collect();
+    let done = stream::iter(puts).buffer_unordered(AT_A_TIME);
+    done.filter(|done| std::future::ready(*done)).count().await
+}
+
+async fn get_all(nodes: &[Node], keys: &[Vec<u8>], random: &mut Random) -> Phase {
+    let gets = keys.iter().map(|key| {
+        // One in so many looks up what it has put itself; on both sides.
+        let handle = nodes[random.below(nodes.len())].handle.clone();
+        async move {
+            let begin = Instant::now();
+            let found = handle.get(key.clone()).await;
+            found.then(|| begin.elapsed().as_secs_f64())
+        }
+    });
+    let gets: Vec<_> = gets.collect();
+    let took: Vec<_> = stream::iter(gets)
+        .buffer_unordered(AT_A_TIME)
+        .collect()
+        .await;
+    Phase {
+        asked: took.len(),
+        took: took.into_iter().flatten().collect(),
+    }
+}
+
+fn keys(name: &str, count: usize) -> Vec<Vec<u8>> {
+    let keys = (0..count).map(|n| format!("{name}/{n}").into_bytes());
+    keys.collect()
+}
+
+/// Resident bytes of this process.
+fn resident() -> Result<f64, Failure> {
+    let statm = fs::read_to_string("/proc/self/statm")?;
+    let pages = statm.split(' ').nth(1).and_then(|n| n.parse::<f64>().ok());
+    Ok(pages.unwrap_or_default() * 4096.0)
+}
+
+/// In a process of its own: one side. Prints its figures, a name and a number a line.
+///
+/// # Errors
+/// [`Failure`] if there is no runtime.
+pub fn side(side: Side, options: Options) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(measure(side, options))?;
+    // Thousands of swarms need not be taken down one by one.
+    std::process::exit(0);
+}
+
+async fn measure(side: Side, options: Options) -> Result<(), Failure> {
+    let begin = Instant::now();
+    let say = |what: &str| {
+        eprintln!(
+            "{side:?}: {what} after {:.1} s",
+            begin.elapsed().as_secs_f64()
+        )
+    };
+    let links = Links::new(options.round_trip);
+    let mut random = Random::new(options.seed);
+    let before = resident()?;
+    let (mut nodes, mut peers): (Vec<Node>, Vec<(PeerId, u64)>) = (Vec::new(), Vec::new());
+    while nodes.len() < options.nodes {
+        let joining = JOINING.min(options.nodes - nodes.len());
+        let there = peers.len();
+        for _ in 0..joining {
+            let number = nodes.len() as u64 + 1;
+            let known: Vec<_> = (0..KNOWN.min(there.max(nodes.len().min(1))))
+                .map(|_| peers[random.below(there.max(1))])
+                .collect();
+            let (peer, node) = start(side, number, &links, &known);
+            nodes.push(node);
+            peers.push((peer, number));
+        }
+        sleep(options.round_trip * 2).await;
+    }
+    say("all have joined");
+    // Until the routing tables grow no more.
+    let mut last = 0;
+    for _ in 0..30 {
+        sleep(Duration::from_secs(2)).await;
+        let mut sum = 0;
+        for node in &nodes {
+            sum += node.handle.nodes().await;
+        }
+        if sum <= last + last / 100 {
+            break;
+        }
+        last = sum;
+    }
+    say(&format!("settled, {} routes a node", last / nodes.len()));
+    let memory = (resident()? - before) / options.nodes as f64 / 1024.0;
+
+    let quiet = keys("quiet", options.values);
+    let put = put_all(&nodes, &quiet, &mut random).await;
+    say(&format!("put {put} of {}", quiet.len()));
+    let streams = links.streams.load(Ordering::Relaxed);
+    let phase = get_all(&nodes, &quiet, &mut random).await;
+    let streams = links.streams.load(Ordering::Relaxed) - streams;
+    say("looked up");
+    let messages = streams as f64 / phase.asked.max(1) as f64;
+    let mut took = phase.took.clone();
+    took.sort_by(f64::total_cmp);
+    let p99 = took.get(took.len() * 99 / 100).copied().unwrap_or(f64::NAN);
+    let round_trip = options.round_trip.as_secs_f64();
+    let typical = median(if took.is_empty() {
+        vec![f64::NAN]
+    } else {
+        took
+    });
+
+    let fresh = keys("fresh", options.values);
+    let put = put_all(&nodes, &fresh, &mut random).await;
+    say(&format!("put {put} of {}", fresh.len()));
+    let leaving = (options.nodes as f64 * LEAVE) as usize;
+    for _ in 0..leaving {
+        let mut gone = nodes.swap_remove(random.below(nodes.len()));
+        links.cut(gone.number);
+        // Half of them are closed and half fall silent.
+        match gone.number % 2 {
+            0 => drop(gone.stop.take()),
+            _ => {
+                gone.task.abort();
+                // Its end must not be taken for the silent one.
+                std::mem::forget(gone.stop.take());
+            }
+        }
+    }
+    let churned = get_all(&nodes, &fresh, &mut random).await;
+    say("looked up after some had left");
+    for (name, value) in [
+        ("success", phase.success()),
+        ("success-churn30", churned.success()),
+        // What a busy machine adds to three round trips is no fourth.
+        ("hops", (typical / round_trip - 0.25).ceil()),
+        ("messages", messages),
+        ("latency-rtts", typical / round_trip),
+        ("p99-rtts", p99 / round_trip),
+        ("memory", memory),
+    ] {
+        println!("{name} {value}");
+    }
+    Ok(())
+}
+
+/// Both sides, one after the other.
+///
+/// # Errors
+/// [`Failure`] if a side ends without its figures.
+pub fn run(options: Options, sides: &[Side], json: bool) -> Result<(), Failure> {
+    let weft = in_process(Side::Weft, options, sides)?;
+    let kad = in_process(Side::Kad, options, sides)?;
+    let n = options.nodes;
+    for (name, unit) in [
+        ("success", "%"),
+        ("success-churn30", "%"),
+        ("hops", "round trips"),
+        ("messages", "streams"),
+        ("latency-rtts", "round trips"),
+        ("p99-rtts", "round trips"),
+        ("memory", "KiB/node"),
+    ] {
+        let bench = match name.strip_suffix("-churn30") {
+            Some(name) => format!("dht-{name}-{n}-churn30"),
+            None => format!("dht-{name}-{n}"),
+        };
+        let of = |side: &HashMap<String, f64>| side.get(name).copied().filter(|n| n.is_finite());
+        let figure = match (of(&weft), of(&kad)) {
+            (Some(weft), Some(value)) => Figure {
+                bench: bench.leak(),
+                weft,
+                unit,
+                baseline: "stock libp2p-kad",
+                value,
+            },
+            // One side alone has no ratio.
+            (Some(only), None) | (None, Some(only)) => {
+                eprintln!("{bench}: {only:.1} {unit}");
+                continue;
+            }
+            (None, None) => continue,
+        };
+        figure.print(json);
+    }
+    Ok(())
+}
+
+fn in_process(
+    side: Side,
+    options: Options,
+    sides: &[Side],
+) -> Result<HashMap<String, f64>, Failure> {
+    if !sides.contains(&side) {
+        return Ok(HashMap::new());
+    }
+    let name = side
+        .to_possible_value()
+        .map(|value| value.get_name().to_owned());
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["dht-side", &name.unwrap_or_default()])
+        .args([
+            "--nodes",
+            &options.nodes.to_string(),
+            "--round-trip",
+            &options.round_trip.as_millis().to_string(),
+            "--values",
+            &options.values.to_string(),
+            "--seed",
+            &options.seed.to_string(),
+        ])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let stdout = child.stdout.take().expect("standard output is captured");
+    let mut figures = HashMap::new();
+    for line in std::io::BufReader::new(stdout).lines() {
+        if let Some((name, value)) = line?.split_once(' ')
+            && let Ok(value) = value.parse()
+        {
+            figures.insert(name.to_owned(), value);
+        }
+    }
+    match child.wait()?.success() && !figures.is_empty() {
+        true => Ok(figures),
+        false => Err(Failure(format!("{side:?} ended without its figures"))),
+    }
+}

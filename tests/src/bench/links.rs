@@ -1,0 +1,320 @@
+//! Links between swarms of one process, with a delay and without encryption: for benchmarks of what swarms say to each other.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use futures::{AsyncRead, AsyncWrite, FutureExt, future::BoxFuture};
+use libp2p::{
+    Multiaddr, PeerId, Transport,
+    core::{
+        muxing::{StreamMuxer, StreamMuxerBox, StreamMuxerEvent},
+        transport::{DialOpts, ListenerId, TransportError, TransportEvent},
+    },
+    multiaddr::Protocol,
+};
+use tokio::{
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    time::{Instant, Sleep, sleep, sleep_until},
+};
+
+/// How long a dial of what is gone without a word takes to fail.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// All links of a network.
+#[derive(Debug)]
+pub(super) struct Links {
+    /// One way.
+    delay: Duration,
+    listeners: Mutex<HashMap<u64, (PeerId, UnboundedSender<Arriving>)>>,
+    /// Streams opened, of all kinds.
+    pub(super) streams: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Arriving {
+    from: u64,
+    peer: PeerId,
+    muxer: Muxer,
+}
+
+impl Links {
+    pub(super) fn new(round_trip: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            delay: round_trip / 2,
+            listeners: Mutex::default(),
+            streams: AtomicU64::new(0),
+        })
+    }
+
+    /// Nobody reaches it any more.
+    pub(super) fn cut(&self, number: u64) {
+        self.listeners().remove(&number);
+    }
+
+    fn listeners(
+        &self,
+    ) -> std::sync::MutexGuard<'_, HashMap<u64, (PeerId, UnboundedSender<Arriving>)>> {
+        self.listeners
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// What a swarm uses; it listens at `/memory/NUMBER`.
+    pub(super) fn link(self: &Arc<Self>, number: u64, peer: PeerId) -> Link {
+        let (sender, arriving) = unbounded_channel();
+        self.listeners().insert(number, (peer, sender));
+        Link {
+            links: Arc::clone(self),
+            number,
+            peer,
+            arriving,
+            listener: None,
+            events: VecDeque::new(),
+        }
+    }
+}
+
+/// Where one is.
+pub(super) fn address(number: u64) -> Multiaddr {
+    Multiaddr::empty().with(Protocol::Memory(number))
+}
+
+/// One swarm's transport.
+#[derive(Debug)]
+pub(super) struct Link {
+    links: Arc<Links>,
+    number: u64,
+    peer: PeerId,
+    arriving: UnboundedReceiver<Arriving>,
+    listener: Option<ListenerId>,
+    events: VecDeque<Multiaddr>,
+}
+
+type Output = (PeerId, StreamMuxerBox);
+type Upgrade = BoxFuture<'static, io::Result<Output>>;
+
+impl Transport for Link {
+    type Output = Output;
+    type Error = io::Error;
+    type ListenerUpgrade = Upgrade;
+    type Dial = Upgrade;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<io::Error>> {
+        self.listener = Some(id);
+        self.events.push_back(address);
+        Ok(())
+    }
+
+    fn remove_listener(&mut self, _: ListenerId) -> bool {
+        false
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        _: DialOpts,
+    ) -> Result<Upgrade, TransportError<io::Error>> {
+        let mut parts = address.iter();
+        let Some(Protocol::Memory(number)) = parts.next() else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let (links, own) = (Arc::clone(&self.links), (self.number, self.peer));
+        Ok(async move {
+            // As QUIC's handshake: there and back.
+            sleep(links.delay).await;
+            let listener = links.listeners().get(&number).cloned();
+            let Some((peer, listener)) = listener else {
+                // Of what is gone, half refuses and half is silent.
+                if number % 2 == 0 {
+                    sleep(SILENCE).await;
+                }
+                sleep(links.delay).await;
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            };
+            let (here, there) = Muxer::pair(&links);
+            let arriving = Arriving {
+                from: own.0,
+                peer: own.1,
+                muxer: there,
+            };
+            let sent = listener.send(arriving);
+            sent.map_err(|_| io::Error::from(io::ErrorKind::ConnectionRefused))?;
+            sleep(links.delay).await;
+            Ok((peer, StreamMuxerBox::new(here)))
+        }
+        .boxed())
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<TransportEvent<Upgrade, io::Error>> {
+        let Some(listener_id) = self.listener else {
+            return Poll::Pending;
+        };
+        if let Some(listen_addr) = self.events.pop_front() {
+            return Poll::Ready(TransportEvent::NewAddress {
+                listener_id,
+                listen_addr,
+            });
+        }
+        let Some(arriving) = ready!(self.arriving.poll_recv(cx)) else {
+            return Poll::Pending;
+        };
+        let output = (arriving.peer, StreamMuxerBox::new(arriving.muxer));
+        Poll::Ready(TransportEvent::Incoming {
+            listener_id,
+            upgrade: std::future::ready(Ok(output)).boxed(),
+            local_addr: address(self.number),
+            send_back_addr: address(arriving.from),
+        })
+    }
+}
+
+/// One end of a connection: streams arrive as they are opened, what is in them after the delay.
+#[derive(Debug)]
+struct Muxer {
+    links: Arc<Links>,
+    to: UnboundedSender<Pipe>,
+    from: UnboundedReceiver<Pipe>,
+}
+
+impl Muxer {
+    fn pair(links: &Arc<Links>) -> (Self, Self) {
+        let (to_there, from_here) = unbounded_channel();
+        let (to_here, from_there) = unbounded_channel();
+        let end = |to, from| Self {
+            links: Arc::clone(links),
+            to,
+            from,
+        };
+        (end(to_there, from_there), end(to_here, from_here))
+    }
+}
+
+impl StreamMuxer for Muxer {
+    type Substream = Pipe;
+    type Error = io::Error;
+
+    fn poll_inbound(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<Pipe>> {
+        match ready!(self.from.poll_recv(cx)) {
+            Some(pipe) => Poll::Ready(Ok(pipe)),
+            None => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+        }
+    }
+
+    fn poll_outbound(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<Pipe>> {
+        let (here, there) = Pipe::pair(self.links.delay);
+        self.links.streams.fetch_add(1, Ordering::Relaxed);
+        let sent = self.to.send(there);
+        Poll::Ready(match sent {
+            Ok(()) => Ok(here),
+            Err(_) => Err(io::ErrorKind::ConnectionReset.into()),
+        })
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.from.close();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
+        Poll::Pending
+    }
+}
+
+/// One end of a stream. Whoever writes never waits: what the DHT says is short.
+struct Pipe {
+    delay: Duration,
+    to: Option<UnboundedSender<(Instant, Vec<u8>)>>,
+    from: UnboundedReceiver<(Instant, Vec<u8>)>,
+    front: Option<(Vec<u8>, usize)>,
+    waiting: Option<(Pin<Box<Sleep>>, Vec<u8>)>,
+}
+
+impl Pipe {
+    fn pair(delay: Duration) -> (Self, Self) {
+        let (to_there, from_here) = unbounded_channel();
+        let (to_here, from_there) = unbounded_channel();
+        let end = |to, from| Self {
+            delay,
+            to: Some(to),
+            from,
+            front: None,
+            waiting: None,
+        };
+        (end(to_there, from_there), end(to_here, from_here))
+    }
+}
+
+impl AsyncRead for Pipe {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            if let Some((bytes, at)) = &mut self.front {
+                let n = buffer.len().min(bytes.len() - *at);
+                buffer[..n].copy_from_slice(&bytes[*at..*at + n]);
+                *at += n;
+                if *at == bytes.len() {
+                    self.front = None;
+                }
+                return Poll::Ready(Ok(n));
+            }
+            if let Some((until, bytes)) = &mut self.waiting {
+                ready!(until.as_mut().poll(cx));
+                self.front = Some((std::mem::take(bytes), 0));
+                self.waiting = None;
+                continue;
+            }
+            match ready!(self.from.poll_recv(cx)) {
+                Some((until, bytes)) => {
+                    self.waiting = Some((Box::pin(sleep_until(until)), bytes));
+                }
+                None => return Poll::Ready(Ok(0)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Pipe {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let until = Instant::now() + self.delay;
+        let sent = match &self.to {
+            Some(to) if !bytes.is_empty() => to.send((until, bytes.to_vec())).is_ok(),
+            to => to.is_some(),
+        };
+        Poll::Ready(match sent {
+            true => Ok(bytes.len()),
+            false => Err(io::ErrorKind::BrokenPipe.into()),
+        })
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.to = None;
+        Poll::Ready(Ok(()))
+    }
+}
