@@ -95,6 +95,9 @@ pub enum ManifestError {
     },
 }
 
+/// The most groups that a model's files are in; a set of them is the bits of a `u64`.
+pub const SHARD_GROUPS: usize = 64;
+
 impl Manifest {
     /// A manifest of `files`, in any order.
     ///
@@ -111,6 +114,13 @@ impl Manifest {
             });
         }
         Ok(manifest)
+    }
+
+    /// The shard group that a file is in: the files in their order, in at most [`SHARD_GROUPS`] groups of neighbours. Whoever has a part of a model says
+    /// which groups are whole.
+    pub fn shard_group(&self, file: usize) -> usize {
+        let groups = self.files.len().min(SHARD_GROUPS);
+        file * groups / self.files.len().max(1)
     }
 
     /// Decodes and checks what a stranger sent.

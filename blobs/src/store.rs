@@ -300,6 +300,8 @@ pub struct Presence {
     pub bytes: u64,
     /// All files are here, whole and unchanged.
     pub complete: bool,
+    /// The shard groups of which all files are: bit `g` for group `g` ([`Manifest::shard_group`]).
+    pub shards: u64,
 }
 
 /// What [`Store::remove`] did.
@@ -492,16 +494,22 @@ impl Store {
         let mut presence = Presence {
             bytes: 0,
             complete: true,
+            shards: 0,
         };
-        for file in manifest.files() {
+        let mut missing = 0_u64;
+        for (index, file) in manifest.files().iter().enumerate() {
+            let group = 1 << manifest.shard_group(index);
+            presence.shards |= group;
             if self.locate(&file.blake3)?.is_some() {
                 presence.bytes += file.size;
                 continue;
             }
             presence.complete = false;
+            missing |= group;
             presence.bytes +=
                 self.partial_bytes(&model.root.join(&file.path), &file.blake3, file.size)?;
         }
+        presence.shards &= !missing;
         Ok(presence)
     }
 

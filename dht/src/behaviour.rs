@@ -1,10 +1,12 @@
 //! Kademlia in the swarm, and the handle to it.
 
+mod query;
+
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     convert::Infallible,
     fmt,
-    num::NonZeroUsize,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -17,34 +19,30 @@ use libp2p::{
     Multiaddr, PeerId, StreamProtocol,
     core::{Endpoint, transport::PortUse},
     identity::Keypair,
-    kad::{
-        self, GetRecordOk, Mode, PutRecordError, QueryId, QueryResult, Quorum, Record as KadRecord,
-        RecordKey, store::MemoryStore,
-    },
+    kad::{self, Mode, QueryId, store::MemoryStore},
     multiaddr::Protocol,
     swarm::{
         ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
         THandlerOutEvent, ToSwarm,
         behaviour::{
-            AddressChange, ConnectionClosed, ConnectionEstablished, NewExternalAddrOfPeer,
+            AddressChange, ConnectionClosed, ConnectionEstablished, DialFailure,
+            NewExternalAddrOfPeer,
         },
     },
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Sleep, sleep},
+};
 
+use self::query::{MAX_QUERIES, Query};
 use crate::{
     Disk, DiskError, Record, RecordError, record,
-    store::{self, Found, MAX_PACKET, Origin, Store},
+    store::{MAX_PACKET, Origin, Store},
 };
 
 /// The name of our own Kademlia: IPFS's nodes are not in it.
 const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/kad/1");
-
-/// Nodes that keep a record, and the size of a bucket; the value of the Kademlia paper.
-const REPLICATION: NonZeroUsize = NonZeroUsize::new(20).expect("not zero");
-
-/// How long a look-up may take. A dead node costs a dial's time-out, and look-ups ask several at a time.
-const QUERY: Duration = Duration::from_secs(30);
 
 /// [`Dht::get_some`] ends once this many nodes have answered with valid statements: they were stored at twenty.
 const ENOUGH: usize = 4;
@@ -52,11 +50,14 @@ const ENOUGH: usize = 4;
 /// How often the routing table is refreshed.
 const REFRESH: Duration = Duration::from_secs(300);
 
+/// How often it is seen whether what was asked takes too long.
+const TICK: Duration = Duration::from_millis(100);
+
 /// How often expired statements are dropped.
 const SWEEP: Duration = Duration::from_secs(60);
 
 /// Addresses remembered of a peer.
-const MAX_ADDRESSES: usize = 16;
+pub(crate) const MAX_ADDRESSES: usize = 16;
 
 /// Nodes of one public network (an IPv4 network of 24 bits, an IPv6 network of 48) in the routing table, and in one bucket of it.
 const MAX_OF_NETWORK: usize = 10;
@@ -143,8 +144,6 @@ impl Dht {
         let local = keys.public().to_peer_id();
         let mut config = kad::Config::new(PROTOCOL);
         config
-            .set_replication_factor(REPLICATION)
-            .set_query_timeout(QUERY)
             .set_max_packet_size(MAX_PACKET)
             .set_record_ttl(Some(record::MAX_TTL))
             // Publishers say again what still holds; Kademlia need not do it for them, nor pass on what others stored here.
@@ -160,7 +159,11 @@ impl Dht {
         let behaviour = Behaviour {
             kad,
             requests,
+            local,
             queries: HashMap::new(),
+            dialling: HashMap::new(),
+            actions: VecDeque::new(),
+            tick: None,
             peers: HashMap::new(),
             count,
             met,
@@ -361,23 +364,6 @@ fn valid(mut records: Vec<Record>) -> Vec<Record> {
     records
 }
 
-/// A query under way, and whom its result goes to.
-#[derive(Debug)]
-enum Query {
-    Put {
-        reply: oneshot::Sender<Result<usize, DhtError>>,
-        /// Comes when it is on our own disk.
-        written: Option<oneshot::Receiver<Result<(), DiskError>>>,
-    },
-    Get {
-        key: Vec<u8>,
-        enough: usize,
-        found: Found,
-        answers: usize,
-        reply: oneshot::Sender<Vec<Record>>,
-    },
-}
-
 /// What is known of a connected peer.
 #[derive(Debug)]
 struct Peer {
@@ -394,7 +380,14 @@ struct Peer {
 pub struct Behaviour {
     kad: kad::Behaviour<Store>,
     requests: mpsc::Receiver<Command>,
+    local: PeerId,
     queries: HashMap<QueryId, Query>,
+    /// Queries that wait for a connection.
+    dialling: HashMap<PeerId, Vec<QueryId>>,
+    /// What queries have the swarm do.
+    actions: VecDeque<ToSwarm<Infallible, THandlerInEvent<Self>>>,
+    /// While there are queries.
+    tick: Option<Pin<Box<Sleep>>>,
     peers: HashMap<PeerId, Peer>,
     /// Tells of the number of nodes in the routing table.
     count: watch::Sender<usize>,
@@ -429,34 +422,8 @@ impl Behaviour {
     fn on_command(&mut self, command: Command) {
         // In every arm, whoever asked may be gone by the time of the answer.
         match command {
-            Command::Put(record, reply) => {
-                let kad_record = KadRecord {
-                    key: RecordKey::new(&record.key()),
-                    value: store::encode(std::iter::once(&*record)),
-                    publisher: None,
-                    expires: Some(Instant::now() + record.remaining()),
-                };
-                // All: the error then counts who took it, which the success of a smaller quorum does not.
-                match self.kad.put_record(kad_record, Quorum::All) {
-                    Ok(id) => {
-                        // Whoever is told that it is stated can rely on it.
-                        let written = self.kad.store_mut().disk().map(Disk::flush);
-                        self.queries.insert(id, Query::Put { reply, written });
-                    }
-                    Err(error) => drop(reply.send(Err(DhtError::Store(error.to_string())))),
-                }
-            }
-            Command::Get { key, enough, reply } => {
-                let id = self.kad.get_record(RecordKey::new(&key));
-                let query = Query::Get {
-                    key,
-                    enough,
-                    found: Found::default(),
-                    answers: 0,
-                    reply,
-                };
-                self.queries.insert(id, query);
-            }
+            Command::Put(record, reply) => self.put(&record, reply),
+            Command::Get { key, enough, reply } => self.get(key, enough, reply),
             Command::Own { prefix, reply } => {
                 let _ = reply.send(self.kad.store_mut().own(&prefix));
             }
@@ -482,9 +449,6 @@ impl Behaviour {
 
     fn on_kad_event(&mut self, event: kad::Event) {
         match event {
-            kad::Event::OutboundQueryProgressed {
-                id, result, step, ..
-            } => self.on_progress(id, result, step.last),
             kad::Event::RoutingUpdated {
                 peer,
                 is_new_peer: true,
@@ -590,60 +554,6 @@ impl Behaviour {
         connected.extend(others);
         connected.truncate(most);
         connected
-    }
-
-    fn on_progress(&mut self, id: QueryId, result: QueryResult, last: bool) {
-        let Some(query) = self.queries.get_mut(&id) else {
-            return;
-        };
-        if let (
-            Query::Get {
-                key,
-                enough,
-                found,
-                answers,
-                ..
-            },
-            QueryResult::GetRecord(Ok(GetRecordOk::FoundRecord(record))),
-        ) = (query, &result)
-        {
-            // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
-            let any = found.add(key, &record.record.value);
-            *answers += usize::from(record.peer.is_some() && any);
-            if *answers >= *enough
-                && let Some(mut query) = self.kad.query_mut(&id)
-            {
-                query.finish();
-            }
-        }
-        if !last {
-            return;
-        }
-        match (self.queries.remove(&id), result) {
-            (Some(Query::Get { found, reply, .. }), _) => drop(reply.send(found.into_records())),
-            (Some(Query::Put { reply, written }), QueryResult::PutRecord(result)) => {
-                let took = match result {
-                    Ok(_) => REPLICATION.get(),
-                    Err(
-                        PutRecordError::QuorumFailed { success, .. }
-                        | PutRecordError::Timeout { success, .. },
-                    ) => success.len(),
-                };
-                let Some(written) = written else {
-                    let _ = reply.send(Ok(took));
-                    return;
-                };
-                // Beside: the disk may take its time.
-                tokio::spawn(async move {
-                    let written = match written.await {
-                        Ok(written) => written.map_err(DhtError::Disk),
-                        Err(_) => Err(DhtError::Stopped),
-                    };
-                    let _ = reply.send(written.map(|()| took));
-                });
-            }
-            _ => {}
-        }
     }
 
     /// A connected peer turns out to serve our DHT: what it said of its addresses becomes routes.
@@ -768,6 +678,7 @@ impl NetworkBehaviour for Behaviour {
                 });
                 peer.connections += 1;
                 self.settle_role();
+                self.ask_connected(*peer_id);
             }
             // A name has turned out to lead there, or the peer has moved.
             FromSwarm::AddressChange(AddressChange { peer_id, new, .. }) => {
@@ -782,9 +693,15 @@ impl NetworkBehaviour for Behaviour {
                     if peer.connections == 0 {
                         self.peers.remove(peer_id);
                         self.settle_role();
+                        self.disconnected(*peer_id);
                     }
                 }
             }
+            FromSwarm::DialFailure(DialFailure {
+                peer_id: Some(peer),
+                error,
+                ..
+            }) => self.dial_failed(*peer, error),
             FromSwarm::NewExternalAddrOfPeer(NewExternalAddrOfPeer { peer_id, addr }) => {
                 self.on_claimed(*peer_id, addr);
             }
@@ -799,6 +716,9 @@ impl NetworkBehaviour for Behaviour {
         id: ConnectionId,
         event: THandlerOutEvent<Self>,
     ) {
+        let Some(event) = self.on_answer(peer, event) else {
+            return;
+        };
         // What is stored because of it is from there.
         let sender = self.peers.get(&peer).map(|p| Origin::of(&p.seen_at));
         self.kad.store_mut().sender = sender.unwrap_or(Origin::NEAR);
@@ -811,14 +731,29 @@ impl NetworkBehaviour for Behaviour {
         cx: &mut Context<'_>,
     ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
         loop {
+            if let Some(action) = self.actions.pop_front() {
+                return Poll::Ready(action);
+            }
             // Closed means that all handles are gone; the swarm that polls us stops on its own.
-            if let Poll::Ready(Some(command)) = self.requests.poll_recv(cx) {
+            if self.queries.len() < MAX_QUERIES
+                && let Poll::Ready(Some(command)) = self.requests.poll_recv(cx)
+            {
                 self.on_command(command);
                 continue;
             }
             if self.swept.elapsed() > SWEEP {
                 self.swept = Instant::now();
                 self.kad.store_mut().sweep();
+            }
+            if self.queries.is_empty() {
+                self.tick = None;
+            } else {
+                let tick = self.tick.get_or_insert_with(|| Box::pin(sleep(TICK)));
+                if tick.as_mut().poll(cx).is_ready() {
+                    self.tick = None;
+                    self.drive_all();
+                    continue;
+                }
             }
             match self.kad.poll(cx) {
                 Poll::Ready(ToSwarm::GenerateEvent(event)) => self.on_kad_event(event),

@@ -8,10 +8,11 @@
 //! replaces a newer one of the same publisher; nobody can state something for somebody else; what strangers can make us
 //! store is bounded by the constants in `store`.
 //!
-//! It leaves out, so far: look-ups over disjoint paths.
+//! Look-ups go over disjoint paths, and count only so many nodes of one network: see `lookup`. It leaves out Kademlia's provider records.
 
 mod behaviour;
 mod disk;
+mod lookup;
 mod record;
 mod store;
 

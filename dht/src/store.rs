@@ -84,7 +84,7 @@ impl Origin {
         }
     }
 
-    fn is_public(self) -> bool {
+    pub(crate) fn is_public(self) -> bool {
         self != Self::NEAR
     }
 }

@@ -64,6 +64,8 @@ pub(crate) enum Command {
     Add(Add),
     /// Fetch a model by name, id or ticket
     Get(Get),
+    /// Who says that it has a model, or a part of it
+    Providers(Providers),
     /// Names that this node has seen, by what they begin with
     Search(Search),
     /// The models this node holds
@@ -434,6 +436,14 @@ pub(crate) struct Service {
     /// Only those that state this; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) label: Vec<String>,
+
+    /// Show who begins and ends to offer it, and changed labels, until Ctrl-C
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    /// End after so many changes
+    #[arg(long, value_name = "N", requires = "watch")]
+    pub(crate) count: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -624,6 +634,12 @@ pub(crate) enum Trust {
     },
     /// Who is trusted
     Ls,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Providers {
+    /// org/name[@revision], a model id (64 hex digits), or a ticket (weft:...)
+    pub(crate) target: String,
 }
 
 #[derive(Debug, Args)]

@@ -12,7 +12,7 @@ use weft_dht::Dht;
 use weft_net::Network;
 use weft_proto::wire;
 
-use crate::{Error, ModelName, models::describe, node::blocking, whereabouts::encode};
+use crate::{Error, ModelInfo, ModelName, models::describe, node::blocking, whereabouts::encode};
 
 /// How long a provider's claim holds. A provider that is gone is tried in vain for no longer.
 const PROVIDER_TTL: Duration = Duration::from_secs(2 * 3600);
@@ -60,8 +60,13 @@ impl Announcer {
         }
     }
 
-    /// States that we have a model, and the names we publish it by; how many nodes took the claim that fewest took.
-    pub(crate) async fn announce(&self, model: &Model, manifest_size: u64) -> Result<usize, Error> {
+    /// States that we have a model or which parts of it, and the names we publish it by; how many nodes took the claim that fewest took.
+    pub(crate) async fn announce(
+        &self,
+        model: &Model,
+        info: &ModelInfo,
+        manifest_size: u64,
+    ) -> Result<usize, Error> {
         let _alone = self.order.lock().await;
         let (store, id) = (self.store.clone(), model.id);
         // It may have been removed since whoever calls looked.
@@ -69,6 +74,7 @@ impl Announcer {
         let addresses = self.network.addresses().for_strangers;
         let claim = wire::ProviderClaim {
             addresses: encode(&addresses),
+            shards: if info.complete { 0 } else { info.shards },
         };
         let key = provider_key(&model.id);
         let value = claim.encode_to_vec();
@@ -127,7 +133,7 @@ impl Announcer {
             addresses.mark_unchanged();
             meetings.mark_unchanged();
             refresh = Instant::now() + REFRESH;
-            match self.whole_models().await {
+            match self.models_here().await {
                 Ok(models) => self.announce_all(models).await,
                 Err(error) => {
                     tracing::warn!(%error, "nothing can be announced; trying again later")
@@ -137,14 +143,14 @@ impl Announcer {
         }
     }
 
-    async fn whole_models(&self) -> Result<Vec<(Model, u64)>, Error> {
+    async fn models_here(&self) -> Result<Vec<(Model, ModelInfo, u64)>, Error> {
         let store = self.store.clone();
         blocking(move || {
-            let mut whole = Vec::new();
+            let mut here = Vec::new();
             for model in store.models()? {
                 match describe(&store, &model) {
-                    Ok((info, Some(manifest))) if info.complete => {
-                        whole.push((model, manifest_size(&manifest)));
+                    Ok((info, Some(manifest))) if info.complete || info.shards != 0 => {
+                        here.push((model, info, manifest_size(&manifest)));
                     }
                     Ok(_) => {}
                     Err(error) => {
@@ -152,14 +158,14 @@ impl Announcer {
                     }
                 }
             }
-            Ok(whole)
+            Ok(here)
         })
         .await
     }
 
-    async fn announce_all(&self, models: Vec<(Model, u64)>) {
-        for (model, size) in models {
-            match self.announce(&model, size).await {
+    async fn announce_all(&self, models: Vec<(Model, ModelInfo, u64)>) {
+        for (model, info, size) in models {
+            match self.announce(&model, &info, size).await {
                 Ok(took) => tracing::debug!(model = %model.id, took, "announced"),
                 Err(error) => tracing::debug!(model = %model.id, %error, "not announced"),
             }

@@ -9,7 +9,11 @@ use std::{
 };
 
 use prost::Message;
-use tokio::time::sleep;
+use tokio::{
+    sync::Notify,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use weft_blobs::{
     Download, Manifest, TransferError,
     download::{self, fetch_manifest},
@@ -27,6 +31,9 @@ use crate::{
 
 /// How long no content comes before the path is suspected.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
+
+/// How often the mesh is told what has come.
+const SHARING: Duration = Duration::from_secs(15);
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).
 #[derive(Debug, Clone)]
@@ -212,14 +219,20 @@ impl Work {
             blocking(move || Ok(store.expect_model(id, &root, name.as_deref())?)).await?;
         }
 
+        let mut sharing = JoinSet::new();
+        let ended = Arc::new(Notify::new());
+        sharing.spawn(share(self.node.clone(), id, Arc::clone(&ended)));
         while !download.is_complete() {
             if download.needs_provider() {
+                providers.set_missing(self.missing(id, &manifest).await?);
                 self.fetch_once(&mut download, &mut providers).await?;
+                ended.notify_one();
             } else {
                 download.finish_copies().await?;
             }
         }
         drop(download);
+        drop(sharing);
         let (model, info) = {
             let store = self.node.store().clone();
             blocking(move || {
@@ -229,7 +242,7 @@ impl Work {
             })
             .await?
         };
-        self.announce(model, &manifest);
+        self.announce(model, &info, &manifest);
         Ok(Got {
             model: info,
             directory,
@@ -252,11 +265,12 @@ impl Work {
     }
 
     /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
-    fn announce(&self, model: store::Model, manifest: &Manifest) {
+    fn announce(&self, model: store::Model, info: &ModelInfo, manifest: &Manifest) {
         let announcer = self.node.announcer().clone();
         let size = crate::announce::manifest_size(manifest);
+        let info = info.clone();
         self.node.spawn(async move {
-            if let Err(error) = announcer.announce(&model, size).await {
+            if let Err(error) = announcer.announce(&model, &info, size).await {
                 tracing::debug!(%error, "a fetched model is not announced yet");
             }
         });
@@ -359,6 +373,12 @@ impl Work {
         }
     }
 
+    /// The shard groups that are not whole.
+    async fn missing(&self, id: Hash, manifest: &Manifest) -> Result<u64, Error> {
+        let (store, manifest) = (self.node.store().clone(), manifest.clone());
+        blocking(move || Ok(!store.presence(&store.model(&id)?, &manifest)?.shards)).await
+    }
+
     fn enter(&self, phase: GetPhase) {
         self.state().phase = phase;
     }
@@ -367,6 +387,32 @@ impl Work {
         self.state
             .lock()
             .expect("nothing panics while holding the lock")
+    }
+}
+
+/// While a model comes, tells the mesh which of its shard groups are whole.
+async fn share(node: Node, id: Hash, ended: Arc<Notify>) {
+    let mut said = 0;
+    loop {
+        // When nobody sends any more, others may want what there is.
+        let _ = timeout(SHARING, ended.notified()).await;
+        let store = node.store().clone();
+        let described = blocking(move || {
+            let model = store.model(&id)?;
+            let (info, manifest) = describe(&store, &model)?;
+            Ok((model, info, manifest))
+        });
+        let Ok((model, info, Some(manifest))) = described.await else {
+            continue;
+        };
+        if info.complete || info.shards == said {
+            continue;
+        }
+        let size = crate::announce::manifest_size(&manifest);
+        match node.announcer().announce(&model, &info, size).await {
+            Ok(_) => said = info.shards,
+            Err(error) => tracing::debug!(%error, "a part of a model is not announced yet"),
+        }
     }
 }
 
@@ -407,7 +453,7 @@ fn default_folder(node: &Node, name: Option<&ModelName>, id: &Hash) -> PathBuf {
 }
 
 /// Which model a name means, and who says so.
-async fn resolve(
+pub(crate) async fn resolve(
     node: &Node,
     name: &ModelName,
     publisher: Option<PeerId>,

@@ -50,6 +50,7 @@ pub mod rpc;
 mod target;
 mod topics;
 mod trust;
+mod watcher;
 mod whereabouts;
 
 pub use weft_blobs::{
@@ -72,7 +73,9 @@ pub use self::{
     error::{Error, Failure},
     get::{Get, GetPhase, GetProgress, Got, Source},
     home::{HomeError, default_home},
-    models::{Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, Removed},
+    models::{
+        Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, Provider, Removed,
+    },
     name::{ModelName, ParseNameError},
     node::{Node, Status},
     operation::Operation,

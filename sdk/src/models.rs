@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use prost::Message;
@@ -15,12 +16,12 @@ use weft_blobs::{
     index::{self, index},
     store,
 };
-use weft_net::PeerId;
+use weft_net::{Multiaddr, PeerId};
 use weft_proto::wire;
 
 use crate::{
     Error, Get, Hash, ModelName, Node, Operation, Target, Ticket, announce::manifest_size,
-    node::blocking,
+    get::resolve, node::blocking, providers::find_providers,
 };
 
 /// Claims that a search looks at.
@@ -54,6 +55,8 @@ pub struct ModelInfo {
     pub complete: bool,
     /// Verified bytes here.
     pub bytes_here: u64,
+    /// The shard groups that are whole: bit `g` for group `g` ([`Manifest::shard_group`]).
+    pub shards: u64,
     /// Fetched from the mesh, rather than indexed in place.
     pub fetched: bool,
     /// When it came, seconds since the Unix epoch.
@@ -78,6 +81,21 @@ pub struct Claim {
     pub model: Hash,
     /// This node trusts the publisher.
     pub trusted: bool,
+}
+
+/// A peer that says it has a model, or a part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Provider {
+    /// Who.
+    pub peer: PeerId,
+    /// Where it says that it is.
+    pub addresses: Vec<Multiaddr>,
+    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`]).
+    pub shards: Option<u64>,
+    /// There is a connection to it.
+    pub connected: bool,
+    /// How long its word holds.
+    pub remaining: Duration,
 }
 
 /// What adding came to.
@@ -188,6 +206,22 @@ impl Models {
             FoundName { name, claims }
         });
         Ok(found.collect())
+    }
+
+    /// Who says that it has a model, or a part of it: those with all of it first. Of very many, a sample. Not this node itself.
+    ///
+    /// # Errors
+    /// Those of resolving a name, and [`Error::Stopped`].
+    pub async fn providers(&self, target: Target) -> Result<Vec<Provider>, Error> {
+        let id = match target {
+            Target::Name(name) => resolve(&self.node, &name, None).await?.0,
+            Target::Id(id) => id,
+            Target::Ticket(ticket) => ticket.model,
+        };
+        self.node.meet().await;
+        let mut providers = find_providers(&self.node, &id, true).await?;
+        providers.sort_by_key(|one| (one.shards.is_some(), !one.connected, one.peer));
+        Ok(providers)
     }
 
     /// The models this node holds, oldest first.
@@ -311,7 +345,7 @@ impl Add {
         let announced_to = self
             .node
             .announcer()
-            .announce(&model, manifest_size(&manifest))
+            .announce(&model, &info, manifest_size(&manifest))
             .await?;
         Ok(Added {
             model: info,
@@ -350,6 +384,7 @@ pub(crate) fn describe(
         path: model.root.clone(),
         complete: presence.is_some_and(|presence| presence.complete),
         bytes_here: presence.map_or(0, |presence| presence.bytes),
+        shards: presence.map_or(0, |presence| presence.shards),
         fetched: model.fetched,
         added_at: model.added_at,
     };

@@ -1,7 +1,7 @@
 //! Finding and reaching those who have a model.
 
 use std::{
-    collections::{BTreeMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -12,7 +12,9 @@ use weft_blobs::{Hash, TransferError};
 use weft_net::{Class, Multiaddr, PeerId, Stream};
 use weft_proto::wire;
 
-use crate::{Error, Failure, Node, announce::provider_key, node::BLOBS, whereabouts::decode};
+use crate::{
+    Error, Failure, Node, Provider, announce::provider_key, node::BLOBS, whereabouts::decode,
+};
 
 /// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
 const FIRST: Duration = Duration::from_secs(10);
@@ -43,6 +45,8 @@ pub(crate) struct Providers {
     failures: BTreeMap<PeerId, Failed>,
     /// Sent wrong bytes: never asked again.
     banned: HashSet<PeerId>,
+    /// The shard groups that are to be fetched, as far as that is known.
+    missing: u64,
     /// Content that had arrived at the last progress.
     moved: u64,
     since: Instant,
@@ -67,6 +71,7 @@ impl Providers {
             queue: VecDeque::new(),
             failures: BTreeMap::new(),
             banned: HashSet::new(),
+            missing: u64::MAX,
             moved: 0,
             since: Instant::now(),
             patience: FIRST,
@@ -106,6 +111,11 @@ impl Providers {
                 self.look_up().await?
             };
         }
+    }
+
+    /// Which shard groups are to be fetched: who has none of them is not asked.
+    pub(crate) fn set_missing(&mut self, shards: u64) {
+        self.missing = shards;
     }
 
     /// `peer` has just proved to be a good one: it comes next, and patience begins anew.
@@ -219,35 +229,70 @@ impl Providers {
             self.node.meet().await;
         }
         let mut found: Vec<(PeerId, Vec<Multiaddr>)> = self.given.clone();
-        for record in self.node.dht().get_some(&provider_key(&self.model)).await? {
-            let Some(Ok(claim)) = record.value().map(wire::ProviderClaim::decode) else {
-                continue;
-            };
-            let addresses = decode(&claim.addresses);
-            match found
-                .iter_mut()
-                .find(|(peer, _)| *peer == record.publisher())
-            {
-                Some((_, known)) => known.extend(addresses),
-                None => found.push((record.publisher(), addresses)),
+        let mut partial = HashMap::new();
+        for provider in find_providers(&self.node, &self.model, false).await? {
+            let peer = provider.peer;
+            if let Some(shards) = provider.shards {
+                partial.insert(peer, shards);
+            }
+            match found.iter_mut().find(|(known, _)| *known == peer) {
+                Some((_, known)) => known.extend(provider.addresses),
+                None => found.push((peer, provider.addresses)),
             }
         }
         let own = self.node.peer_id();
-        found.retain(|(peer, _)| *peer != own && !self.banned.contains(peer));
-        let connected: HashSet<PeerId> = self
-            .node
-            .peers()
-            .await
-            .iter()
-            .map(|info| info.peer)
-            .collect();
+        let missing = self.missing;
+        let is_of_use =
+            |peer: &PeerId| partial.get(peer).is_none_or(|shards| shards & missing != 0);
+        found.retain(|(peer, _)| *peer != own && !self.banned.contains(peer) && is_of_use(peer));
+        let connected = connected(&self.node).await;
         found.sort_by_key(|(peer, _)| {
             let failures = self.failures.get(peer).map_or(0, |failed| failed.times);
-            (failures, !connected.contains(peer))
+            // Who has all of it needs no other.
+            (
+                failures,
+                partial.contains_key(peer),
+                !connected.contains(peer),
+            )
         });
         found.truncate(MAX_PROVIDERS);
         Ok(found.into())
     }
+}
+
+async fn connected(node: &Node) -> HashSet<PeerId> {
+    node.peers().await.iter().map(|info| info.peer).collect()
+}
+
+/// Who says that it has a model, or a part of it; `all` of those that can be found, or some. Not this node.
+///
+/// # Errors
+/// [`Error::Stopped`].
+pub(crate) async fn find_providers(
+    node: &Node,
+    model: &Hash,
+    all: bool,
+) -> Result<Vec<Provider>, Error> {
+    let key = provider_key(model);
+    let records = match all {
+        true => node.dht().get(&key).await?,
+        false => node.dht().get_some(&key).await?,
+    };
+    let own = node.peer_id();
+    let connected = connected(node).await;
+    let providers = records.iter().filter_map(|record| {
+        let claim = wire::ProviderClaim::decode(record.value()?).ok()?;
+        let peer = record.publisher();
+        let is_claim = record.subkey().is_empty() && peer != own;
+        is_claim.then(|| Provider {
+            peer,
+            addresses: decode(&claim.addresses),
+            shards: (claim.shards != 0).then_some(claim.shards),
+            connected: connected.contains(&peer),
+            remaining: record.remaining(),
+        })
+    });
+    Ok(providers.collect())
 }
 
 async fn reach(node: &Node, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Stream, String> {

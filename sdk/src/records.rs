@@ -3,19 +3,16 @@
 //! Every node may state something under any key, each under its own identity, and under subkeys of its own choice; who reads a key gets what all have stated,
 //! each statement with its publisher. A node says again what it has stated for as long as it holds, also after a restart.
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    time::Duration,
-};
+use std::time::Duration;
 
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep, sleep_until},
-};
+use tokio::time::{Instant, sleep, sleep_until};
 use weft_dht::{Dht, Record, RecordError};
 use weft_net::PeerId;
 
-use crate::{Error, Node};
+use crate::{
+    Error, Node,
+    watcher::{Change, Watcher},
+};
 
 /// What keys of records begin with in the DHT: they are apart from those of names, providers and the rest.
 const SPACE: &[u8] = b"record/";
@@ -31,13 +28,10 @@ const PACE: Duration = Duration::from_millis(20);
 
 /// A growing mesh is waited for this long, so that several new nodes cause one round; and this long between two rounds.
 const SETTLE: Duration = Duration::from_millis(300);
-const ROUND: Duration = Duration::from_secs(2);
+pub(crate) const ROUND: Duration = Duration::from_secs(2);
 
 /// In a mesh smaller than this, every node that comes is told: those that were there before may have kept nothing.
-const SMALL: usize = 20;
-
-/// How often a key that is watched is looked up.
-const WATCH: Duration = Duration::from_secs(5);
+pub(crate) const SMALL: usize = 20;
 
 /// What somebody states.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -192,100 +186,30 @@ impl Records {
     pub async fn watch(&self, key: impl AsRef<[u8]>) -> Result<RecordWatch, Error> {
         let key = spaced(key.as_ref())?;
         self.node.meet().await;
-        let dht = self.node.dht().clone();
-        Ok(RecordWatch {
-            meetings: dht.meetings(),
-            dht,
-            key,
-            known: BTreeMap::new(),
-            changes: Vec::new(),
-            next: Instant::now(),
-        })
+        Ok(RecordWatch(Watcher::new(self.node.dht().clone(), key)))
     }
 }
 
-/// The number of a statement, its value, and when it ends.
-type Known = (u64, Option<Vec<u8>>, Instant);
-
 /// The changes under a key; [`Records::watch`]. Keeps no node from stopping.
 #[derive(Debug)]
-pub struct RecordWatch {
-    dht: Dht,
-    key: Vec<u8>,
-    known: BTreeMap<(PeerId, Vec<u8>), Known>,
-    /// Found and not told, the last first.
-    changes: Vec<RecordChange>,
-    meetings: watch::Receiver<u64>,
-    next: Instant,
-}
+pub struct RecordWatch(Watcher);
 
 impl RecordWatch {
     /// The next change; `None` once the node has stopped. May be dropped and called again.
     pub async fn next(&mut self) -> Option<RecordChange> {
         loop {
-            if let Some(change) = self.changes.pop() {
-                return Some(change);
-            }
-            let small = *self.dht.nodes().borrow() < SMALL;
-            tokio::select! {
-                () = sleep_until(self.next) => {}
-                met = self.meetings.changed(), if small => {
-                    met.ok()?;
-                    // It has to be told first.
-                    self.next = self.next.min(Instant::now() + ROUND);
-                    continue;
+            let change = match self.0.next().await? {
+                Change::Joined(record) => RecordInfo::of(&record).map(RecordChange::Joined),
+                Change::Changed(record) => RecordInfo::of(&record).map(RecordChange::Changed),
+                Change::Left { publisher, subkey } => {
+                    Some(RecordChange::Left { publisher, subkey })
                 }
-            }
-            let records = self.dht.get_with_removed(&self.key).await.ok()?;
-            let now = Instant::now();
-            self.changes = self.learn(&records, now);
-            self.changes.reverse();
-            let ends = self.known.values().filter(|(_, value, _)| value.is_some());
-            let soonest = ends.map(|(_, _, until)| *until).min();
-            self.next = soonest.map_or(now + WATCH, |soonest| soonest.min(now + WATCH));
-        }
-    }
-
-    fn learn(&mut self, records: &[Record], now: Instant) -> Vec<RecordChange> {
-        let mut changes = Vec::new();
-        for record in records {
-            let id = (record.publisher(), record.subkey().to_vec());
-            let value = record.value().map(<[u8]>::to_vec);
-            let new = (record.sequence(), value, now + record.remaining());
-            match self.known.entry(id) {
-                Entry::Vacant(entry) => {
-                    changes.extend(RecordInfo::of(record).map(RecordChange::Joined));
-                    entry.insert(new);
-                }
-                Entry::Occupied(mut entry) => {
-                    let (sequence, value, _) = entry.get();
-                    if *sequence >= new.0 {
-                        continue;
-                    }
-                    match (value, RecordInfo::of(record)) {
-                        (None, Some(info)) => changes.push(RecordChange::Joined(info)),
-                        (Some(old), Some(info)) if *old != info.value => {
-                            changes.push(RecordChange::Changed(info));
-                        }
-                        (Some(_), None) => {
-                            let (publisher, subkey) = entry.key().clone();
-                            changes.push(RecordChange::Left { publisher, subkey });
-                        }
-                        _ => {}
-                    }
-                    entry.insert(new);
-                }
+            };
+            // Only what is in the space of records is watched, so there always is one.
+            if change.is_some() {
+                return change;
             }
         }
-        self.known.retain(|(publisher, subkey), (_, value, until)| {
-            let holds = *until > now;
-            if !holds && value.is_some() {
-                let (publisher, subkey) = (*publisher, subkey.clone());
-                changes.push(RecordChange::Left { publisher, subkey });
-            }
-            holds
-        });
-        changes
     }
 }
 
@@ -322,61 +246,5 @@ pub(crate) async fn keep_up(dht: Dht) {
             sleep(PACE).await;
         }
         sleep(ROUND).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use weft_net::identity::Keypair;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn a_watch_tells_what_has_changed_and_nothing_twice() {
-        let (dht, _behaviour) = Dht::new(&Keypair::generate_ed25519());
-        let mut watch = RecordWatch {
-            meetings: dht.meetings(),
-            dht,
-            key: Vec::new(),
-            known: BTreeMap::new(),
-            changes: Vec::new(),
-            next: Instant::now(),
-        };
-        let keys = Keypair::generate_ed25519();
-        let publisher = keys.public().to_peer_id();
-        let hour = Duration::from_secs(3600);
-        let record = |value: Option<&[u8]>, sequence, ttl| {
-            Record::sign(&keys, b"record/k", b"s", value, sequence, ttl).unwrap()
-        };
-        let left = RecordChange::Left {
-            publisher,
-            subkey: b"s".to_vec(),
-        };
-        let now = Instant::now();
-        let first = record(Some(b"1"), 1, hour);
-        assert!(matches!(
-            watch.learn(std::slice::from_ref(&first), now).as_slice(),
-            [RecordChange::Joined(info)] if info.value == b"1" && info.key == b"k"
-        ));
-        assert!(watch.learn(std::slice::from_ref(&first), now).is_empty());
-        // Said again for longer, a look-up that misses it, another value.
-        assert!(watch.learn(&[record(Some(b"1"), 2, hour)], now).is_empty());
-        assert!(watch.learn(&[], now).is_empty());
-        assert!(matches!(
-            watch.learn(&[record(Some(b"2"), 3, hour)], now).as_slice(),
-            [RecordChange::Changed(info)] if info.value == b"2"
-        ));
-        let removed = record(None, 4, hour);
-        let changes = watch.learn(std::slice::from_ref(&removed), now);
-        assert_eq!(changes, std::slice::from_ref(&left));
-        assert!(watch.learn(&[first], now).is_empty());
-        let again = record(Some(b"3"), 5, hour);
-        assert!(matches!(
-            watch.learn(&[again], now).as_slice(),
-            [RecordChange::Joined(info)] if info.value == b"3"
-        ));
-        // Its time is over.
-        assert_eq!(watch.learn(&[], now + 2 * hour), [left]);
-        assert!(watch.known.is_empty());
     }
 }

@@ -38,6 +38,7 @@ assert [m.name for s in described.service if s.name == "Models" for m in s.metho
     "Get",
     "List",
     "Search",
+    "Providers",
     "Show",
     "Remove",
 ]

@@ -9,6 +9,7 @@
 pub mod bench;
 mod echo_service;
 pub mod lab;
+pub mod links;
 mod model;
 mod program;
 mod proxy;

@@ -75,11 +75,11 @@ async fn calls(home: &Path) -> CallsClient<Channel> {
 }
 
 /// Answers one call with [`PIECES`], keeping to 16 MiB ahead of what has been taken, or not.
-async fn answer_with_much(home: &Path, paced: bool, ready: mpsc::Sender<()>) {
+async fn answer_with_much(home: &Path, name: &str, paced: bool, ready: mpsc::Sender<()>) {
     let (sender, requests) = mpsc::channel(1);
     let request = |what| ServeRequest { what: Some(what) };
     let begin = ServeBegin {
-        services: vec!["test.Much".to_owned()],
+        services: vec![name.to_owned()],
         unannounced: true,
         ..ServeBegin::default()
     };
@@ -128,14 +128,16 @@ async fn a_slow_caller_paces_a_program_that_asks_to_be() {
     let up = serving.up(&[]);
     let _up = calling.up(&[]);
     calling.json(&["connect", up.address()]);
-    for paced in [true, false] {
+    // Of another name each: when the first is gone is not waited for.
+    for (paced, name) in [(true, "test.Paced"), (false, "test.Much")] {
         let (ready, mut is_ready) = mpsc::channel(1);
         let home = serving.path();
-        let program = tokio::spawn(async move { answer_with_much(&home, paced, ready).await });
+        let program =
+            tokio::spawn(async move { answer_with_much(&home, name, paced, ready).await });
         is_ready.recv().await.unwrap();
         let begin = CallBegin {
             peer_id: up.peer_id().to_owned(),
-            method: "test.Much/Get".to_owned(),
+            method: format!("{name}/Get"),
             ..CallBegin::default()
         };
         let request = CallRequest {

@@ -11,10 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use weft::{
     Multiaddr, Node, PeerId,
-    rpc::{Labels, Service, ServiceError},
+    rpc::{Labels, Service, ServiceChange, ServiceError, ServiceWatch},
 };
 use weft_proto::rpc::{Attached, Code, Context, Messages, Router, Sink, Status};
 use weft_tests::{EchoService, Home};
@@ -218,6 +218,56 @@ async fn labels_choose_among_those_of_one_name_and_change() {
     assert_eq!(failed, ServiceError::Label("x".to_owned()));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_tells_who_begins_and_ends_to_offer() {
+    let (_homes, _hub, [a, b, caller]) = mesh().await;
+    async fn next(watch: &mut ServiceWatch) -> ServiceChange {
+        timeout(PATIENCE, watch.next()).await.unwrap().unwrap()
+    }
+    let llama = caller.rpc().service("llama").unwrap();
+    let mut all = llama.watch().await;
+    let mut large = llama.labelled("model", "large").watch().await;
+    let joined = |node: &Node, model| ServiceChange::Joined {
+        peer: node.peer_id(),
+        labels: labels(model),
+    };
+    let at_a = a.rpc().announce("llama", labels("small")).unwrap();
+    assert_eq!(next(&mut all).await, joined(&a, "small"));
+    let at_b = b.rpc().announce("llama", labels("large")).unwrap();
+    assert_eq!(next(&mut all).await, joined(&b, "large"));
+    assert_eq!(next(&mut large).await, joined(&b, "large"));
+    // Other labels: changed for the one, and for the other there or not.
+    at_a.set_labels(labels("large")).unwrap();
+    let changed = ServiceChange::Changed {
+        peer: a.peer_id(),
+        labels: labels("large"),
+    };
+    assert_eq!(next(&mut all).await, changed);
+    assert_eq!(next(&mut large).await, joined(&a, "large"));
+    at_a.set_labels(labels("small")).unwrap();
+    let left = |node: &Node| ServiceChange::Left {
+        peer: node.peer_id(),
+    };
+    assert_eq!(next(&mut large).await, left(&a));
+    // Offered no more, and a node that stops.
+    drop(at_b);
+    assert_eq!(next(&mut large).await, left(&b));
+    // Both in one look-up, in any order.
+    let both = [next(&mut all).await, next(&mut all).await];
+    let changed = ServiceChange::Changed {
+        peer: a.peer_id(),
+        labels: labels("small"),
+    };
+    assert!(
+        both.contains(&left(&b)) && both.contains(&changed),
+        "{both:?}"
+    );
+    a.shutdown().await;
+    assert_eq!(next(&mut all).await, left(&a));
+    caller.shutdown().await;
+    assert_eq!(timeout(PATIENCE, all.next()).await, Ok(None));
+}
+
 #[test]
 fn services_by_name_at_the_command_line() {
     let (serving, calling) = (Home::new(), Home::new());
@@ -241,6 +291,9 @@ fn services_by_name_at_the_command_line() {
         std::thread::park_timeout(Duration::from_millis(50));
     };
     assert_eq!(found["peers"][0]["peer_id"], up.peer_id());
+    let watched = calling.json(&["service", "example.echo.v1.Echo", "--watch", "--count", "1"]);
+    assert_eq!(watched["change"], "joined");
+    assert_eq!(watched["peer_id"], up.peer_id());
     let say = [
         "call",
         "example.echo.v1.Echo",

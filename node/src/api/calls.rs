@@ -10,19 +10,19 @@ use std::{
     time::Duration,
 };
 
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weft::{
-    Node,
-    rpc::{Announced, Peer},
+    Node, PeerId,
+    rpc::{Announced, Labels, Peer, ServiceChange},
 };
 use weft_proto::{
     api::{
         self, CallMessage, ServeEvent, ServeRequest, call_request, calls_server::Calls,
-        serve_answer, serve_event, serve_request,
+        serve_answer, serve_event, serve_request, service_event::What,
     },
     rpc::{
         Attachment, Caller, Code, Context, Ended, Handler, Message, Method, Options, Receiver,
@@ -214,6 +214,7 @@ fn to_tonic(status: CallStatus) -> Status {
 impl Calls for Service {
     type CallStream = Answers<CallMessage>;
     type ServeStream = Answers<ServeEvent>;
+    type WatchServiceStream = Answers<api::ServiceEvent>;
 
     async fn call(
         &self,
@@ -345,6 +346,28 @@ impl Calls for Service {
         Ok(Response::new(api::FindServiceResponse {
             peers: peers.collect(),
         }))
+    }
+
+    async fn watch_service(
+        &self,
+        request: Request<api::FindServiceRequest>,
+    ) -> Result<Response<Self::WatchServiceStream>, Status> {
+        let request = request.into_inner();
+        let service = self.service(&request.name, request.labels)?;
+        let changes = stream::unfold(service.watch().await, async |mut watch| {
+            let offer = |peer: PeerId, labels: Labels| api::ServiceOffer {
+                peer_id: peer.to_string(),
+                labels: labels.into_iter().collect(),
+            };
+            let what = match watch.next().await? {
+                ServiceChange::Joined { peer, labels } => What::Joined(offer(peer, labels)),
+                ServiceChange::Changed { peer, labels } => What::Changed(offer(peer, labels)),
+                ServiceChange::Left { peer } => What::Left(peer.to_string()),
+                other => return Some((Err(Status::internal(format!("{other:?}"))), watch)),
+            };
+            Some((Ok(api::ServiceEvent { what: Some(what) }), watch))
+        });
+        Ok(Response::new(Box::pin(changes)))
     }
 }
 

@@ -240,6 +240,10 @@ impl node_server::Node for Service {
 /// Rules in a list: each connection is held against all of them.
 const MAX_RULES: usize = 4096;
 
+fn bits(set: u64) -> Vec<u32> {
+    (0..u64::BITS).filter(|bit| set >> bit & 1 == 1).collect()
+}
+
 fn trust_response(peers: &[weft::PeerId]) -> Response<api::TrustResponse> {
     let peers = peers.iter().map(ToString::to_string).collect();
     Response::new(api::TrustResponse { peers })
@@ -390,6 +394,27 @@ impl Models for Service {
         });
         Ok(Response::new(api::SearchResponse {
             names: names.collect(),
+        }))
+    }
+
+    async fn providers(
+        &self,
+        request: Request<api::ProvidersRequest>,
+    ) -> Result<Response<api::ProvidersResponse>, Status> {
+        let target = request.into_inner().target.parse();
+        let target = target.map_err(|error| status(&weft::Error::Target(error)))?;
+        let found = self.node.models().providers(target).await;
+        let providers = found.map_err(|error| status(&error))?.into_iter();
+        let providers = providers.map(|one| api::Provider {
+            peer_id: one.peer.to_string(),
+            addresses: one.addresses.iter().map(ToString::to_string).collect(),
+            complete: one.shards.is_none(),
+            shards: bits(one.shards.unwrap_or_default()),
+            connected: one.connected,
+            remaining_ms: one.remaining.as_millis() as u64,
+        });
+        Ok(Response::new(api::ProvidersResponse {
+            providers: providers.collect(),
         }))
     }
 

@@ -17,7 +17,7 @@ use weft::PeerId;
 use weft_proto::{
     api::{
         CallAttachment, CallBegin, CallMessage, CallMetadata, CallRequest, FindServiceRequest,
-        ServicePeer, call_request,
+        ServiceOffer, call_request, service_event::What,
     },
     rpc::{Code, SCHEMAS},
 };
@@ -236,12 +236,15 @@ pub(super) async fn service(
         name: options.name.clone(),
         labels: labels(&options.label)?,
     };
+    if options.watch {
+        return watch(client, request, options.count, as_json).await;
+    }
     let found = client.calls().find_service(request).await?.into_inner();
     if as_json {
         let peers = found.peers.iter().map(|one| {
             json!({
                 "peer_id": one.peer_id,
-                "labels": sorted(one),
+                "labels": sorted(&one.labels),
                 "path": if one.path.is_empty() { None } else { Some(&one.path) },
                 "rtt_micros": one.rtt_micros,
                 "outstanding": one.outstanding,
@@ -259,24 +262,65 @@ pub(super) async fn service(
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for one in &found.peers {
         let rtt = one.rtt_micros.map(Duration::from_micros);
-        let labels = sorted(one);
-        let labels: Vec<_> = labels
-            .iter()
-            .map(|(n, v)| printable(&format!("{n}={v}")))
-            .collect();
         rows.push(vec![
             one.peer_id.clone(),
             one.path.clone(),
             rtt.map(output::duration).unwrap_or_default(),
-            labels.join(" "),
+            in_words(&one.labels),
         ]);
     }
     out_raw!("{}", output::table(&rows));
     Ok(())
 }
 
-fn sorted(peer: &ServicePeer) -> BTreeMap<&String, &String> {
-    peer.labels.iter().collect()
+async fn watch(
+    client: &Client,
+    request: FindServiceRequest,
+    count: Option<u64>,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let mut events = client.calls().watch_service(request).await?.into_inner();
+    let mut left = count.unwrap_or(u64::MAX);
+    while left > 0 {
+        let Some(event) = events.message().await? else {
+            break;
+        };
+        let (change, offer) = match event.what {
+            Some(What::Joined(offer)) => ("joined", offer),
+            Some(What::Changed(offer)) => ("changed", offer),
+            Some(What::Left(peer_id)) => {
+                let labels = HashMap::new();
+                ("left", ServiceOffer { peer_id, labels })
+            }
+            None => continue,
+        };
+        left -= 1;
+        let peer = &offer.peer_id;
+        match (as_json, change) {
+            (true, "left") => out!("{}", json!({ "change": change, "peer_id": peer })),
+            (true, _) => {
+                let labels = sorted(&offer.labels);
+                out!(
+                    "{}",
+                    json!({ "change": change, "peer_id": peer, "labels": labels })
+                );
+            }
+            (false, _) => out!("{change:<7}  {peer}  {}", in_words(&offer.labels)),
+        }
+    }
+    Ok(())
+}
+
+fn sorted(labels: &HashMap<String, String>) -> BTreeMap<&String, &String> {
+    labels.iter().collect()
+}
+
+fn in_words(labels: &HashMap<String, String>) -> String {
+    let labels = sorted(labels).into_iter();
+    let labels: Vec<_> = labels
+        .map(|(n, v)| printable(&format!("{n}={v}")))
+        .collect();
+    labels.join(" ")
 }
 
 async fn call(

@@ -54,6 +54,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Limits => limits::limits(&client, json).await,
         Command::Access(options) => limits::access(&client, options, json).await,
         Command::Trust(change) => trust::run(&client, change, json).await,
+        Command::Providers(options) => show::providers(&client, options, json).await,
         Command::Search(options) => trust::search(&client, options, json).await,
         Command::Status => status(&client, json).await,
         Command::Peers => peers(&client, json).await,

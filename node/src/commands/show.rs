@@ -1,4 +1,4 @@
-//! `weft ls`, `weft show`, `weft rm`.
+//! `weft ls`, `weft show`, `weft providers`, `weft rm`.
 
 use crate::output::{out, out_raw};
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use weft_proto::api;
 
 use crate::{
-    cli::{Rm, Show},
+    cli::{Providers, Rm, Show},
     client::Client,
     exit::Failure,
     output,
@@ -42,6 +42,51 @@ pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> 
             model.files.to_string(),
             here(&model),
             model.path,
+        ]);
+    }
+    out_raw!("{}", output::table(&rows));
+    Ok(())
+}
+
+pub(crate) async fn providers(
+    client: &Client,
+    options: Providers,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::ProvidersRequest {
+        target: options.target,
+    };
+    let found = client.models().providers(request).await?.into_inner();
+    if as_json {
+        let providers = found.providers.iter().map(|one| {
+            json!({
+                "peer_id": one.peer_id,
+                "addresses": one.addresses,
+                "complete": one.complete,
+                "shards": one.shards,
+                "connected": one.connected,
+                "remaining_ms": one.remaining_ms,
+            })
+        });
+        out!("{}", json!({ "providers": providers.collect::<Vec<_>>() }));
+        return Ok(());
+    }
+    if found.providers.is_empty() {
+        out!("no other node that can be found says that it has it");
+        return Ok(());
+    }
+    let heading = ["PEER", "HAS", "CONNECTED", "FOR", "ADDRESSES"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for one in &found.providers {
+        rows.push(vec![
+            one.peer_id.clone(),
+            match one.complete {
+                true => "all".to_owned(),
+                false => format!("{} shard groups", one.shards.len()),
+            },
+            if one.connected { "yes" } else { "" }.to_owned(),
+            format!("{} min", one.remaining_ms / 60_000),
+            one.addresses.join(" "),
         ]);
     }
     out_raw!("{}", output::table(&rows));

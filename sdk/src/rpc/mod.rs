@@ -27,7 +27,10 @@ pub(crate) use self::{
 };
 pub use self::{
     offered::{AlreadyOffered, Offer},
-    services::{Announced, Labels, MAX_LABELS, MAX_NAME, Service, ServiceError, ServicePeer},
+    services::{
+        Announced, Labels, MAX_LABELS, MAX_NAME, Service, ServiceChange, ServiceError, ServicePeer,
+        ServiceWatch,
+    },
     serving::CallLimits,
 };
 

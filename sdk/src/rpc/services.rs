@@ -24,7 +24,12 @@ use weft_proto::{
 };
 
 use super::{ATTEMPTS, PAUSE, may_repeat};
-use crate::{Node, presence::Presence, whereabouts};
+use crate::{
+    Node,
+    presence::Presence,
+    watcher::{Change, Watcher},
+    whereabouts,
+};
 
 /// Bytes of a service's name.
 pub const MAX_NAME: usize = 256;
@@ -228,12 +233,20 @@ impl Candidate {
         let until = self.avoid_until?;
         (until > now).then(|| until.duration_since(now))
     }
+}
 
-    fn has(&self, wanted: &Labels) -> bool {
-        wanted
-            .iter()
-            .all(|(name, value)| self.labels.get(name) == Some(value))
-    }
+fn has(labels: &Labels, wanted: &Labels) -> bool {
+    let mut wanted = wanted.iter();
+    wanted.all(|(name, value)| labels.get(name) == Some(value))
+}
+
+/// What a statement says, if it is one of an offer: labels, and where to reach it.
+fn offer(value: &[u8]) -> Option<(Labels, Vec<Multiaddr>)> {
+    let claim = wire::ServiceClaim::decode(value).ok()?;
+    let labels = claim.labels.into_iter().take(MAX_LABELS);
+    let labels: Labels = labels.map(|l| (l.name, l.value)).collect();
+    check_labels(&labels).ok()?;
+    Some((labels, whereabouts::decode(&claim.addresses)))
 }
 
 impl State {
@@ -246,7 +259,7 @@ impl State {
     ) -> Option<(PeerId, Vec<Multiaddr>)> {
         let candidates = self.offers.iter_mut();
         let (peer, chosen) = candidates
-            .filter(|(peer, c)| !tried.contains(peer) && c.has(wanted))
+            .filter(|(peer, c)| !tried.contains(peer) && has(&c.labels, wanted))
             .min_by_key(|(_, c)| (c.avoided(now), c.cost(), c.last))?;
         self.calls += 1;
         chosen.last = self.calls;
@@ -266,21 +279,15 @@ impl State {
             {
                 continue;
             }
-            let claim = record.value().map(wire::ServiceClaim::decode);
-            let Some(Ok(claim)) = claim else {
+            let Some((labels, addresses)) = record.value().and_then(offer) else {
                 self.offers.remove(&peer);
                 continue;
             };
             if self.offers.len() >= MAX_OFFERS && !self.offers.contains_key(&peer) {
                 continue;
             }
-            let labels = claim.labels.into_iter().take(MAX_LABELS);
-            let labels: Labels = labels.map(|l| (l.name, l.value)).collect();
-            if check_labels(&labels).is_err() {
-                continue;
-            }
             let candidate = self.offers.entry(peer).or_default();
-            candidate.addresses = whereabouts::decode(&claim.addresses);
+            candidate.addresses = addresses;
             candidate.labels = labels;
             candidate.sequence = record.sequence();
             candidate.until = Some(now + record.remaining());
@@ -452,7 +459,7 @@ impl Service {
         let mut offers: Vec<_> = state
             .offers
             .iter()
-            .filter(|(_, c)| c.has(&self.wanted))
+            .filter(|(_, c)| has(&c.labels, &self.wanted))
             .collect();
         offers.sort_by_key(|(peer, c)| (c.avoided(now), c.cost(), c.last, **peer));
         let offers = offers.into_iter().map(|(peer, c)| ServicePeer {
@@ -464,6 +471,18 @@ impl Service {
             avoided: c.avoided(now),
         });
         offers.collect()
+    }
+
+    /// Who offers it, and how that changes: the same as [`peers`](Self::peers) shows, told within five seconds and the time of a look-up; that a node which has
+    /// crashed offers nothing any more, when its word ends (ten minutes).
+    pub async fn watch(&self) -> ServiceWatch {
+        self.node.meet().await;
+        ServiceWatch {
+            watcher: Watcher::new(self.shared.dht.clone(), self.shared.key.clone()),
+            own: self.node.peer_id(),
+            wanted: self.wanted.clone(),
+            known: HashMap::new(),
+        }
     }
 
     /// Whom to ask, other than those that were tried; looks for more where there are none.
@@ -610,6 +629,79 @@ impl Service {
             false => format!(" with {:?}", self.wanted),
         };
         unreached(format!("nobody offers {:?}{wanted}", self.name))
+    }
+}
+
+/// What has changed of who offers a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ServiceChange {
+    /// Offers it now, or did so when the watch began.
+    Joined {
+        /// Who.
+        peer: PeerId,
+        /// What it says of its offer.
+        labels: Labels,
+    },
+    /// Says something else of its offer.
+    Changed {
+        /// Who.
+        peer: PeerId,
+        /// What it says now.
+        labels: Labels,
+    },
+    /// Offers it no more, or states other labels than those that are wanted.
+    Left {
+        /// Who.
+        peer: PeerId,
+    },
+}
+
+/// The changes of who offers a service; [`Service::watch`]. Keeps no node from stopping.
+#[derive(Debug)]
+pub struct ServiceWatch {
+    watcher: Watcher,
+    own: PeerId,
+    wanted: Labels,
+    known: HashMap<PeerId, Labels>,
+}
+
+impl ServiceWatch {
+    /// The next change; `None` once the node has stopped. May be dropped and called again.
+    pub async fn next(&mut self) -> Option<ServiceChange> {
+        loop {
+            let change = self.watcher.next().await?;
+            if let Some(change) = self.learn(change) {
+                return Some(change);
+            }
+        }
+    }
+
+    fn learn(&mut self, change: Change) -> Option<ServiceChange> {
+        let (peer, labels) = match change {
+            Change::Joined(record) | Change::Changed(record) => {
+                if !record.subkey().is_empty() {
+                    return None;
+                }
+                let offer = record.value().and_then(offer);
+                (record.publisher(), offer.map(|(labels, _)| labels))
+            }
+            Change::Left { publisher, subkey } if subkey.is_empty() => (publisher, None),
+            Change::Left { .. } => return None,
+        };
+        let labels = labels.filter(|labels| has(labels, &self.wanted));
+        if peer == self.own {
+            return None;
+        }
+        let Some(labels) = labels else {
+            self.known.remove(&peer)?;
+            return Some(ServiceChange::Left { peer });
+        };
+        match self.known.insert(peer, labels.clone()) {
+            None => Some(ServiceChange::Joined { peer, labels }),
+            Some(before) if before != labels => Some(ServiceChange::Changed { peer, labels }),
+            Some(_) => None,
+        }
     }
 }
 

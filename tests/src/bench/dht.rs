@@ -2,13 +2,14 @@
 //!
 //! Nodes are swarms whose links (`links.rs`) have a delay and no encryption: what is measured is what they say to each other. Each side runs in a process
 //! of its own. A dial takes one round trip, as QUIC's does; what has left answers nothing, and of what is dialled after it has left half refuses and half is
-//! silent. Hops are how many round trips a look-up took: a node that is not connected costs two. Messages are all streams that were opened meanwhile, divided by the
-//! look-ups: of identify, and of routing tables that are refreshed, as well. Keys are made anew each time, so that one seed gives similar networks, not the same.
+//! silent. Hops are how many round trips a look-up took: a node that is not connected costs two. Messages are all requests of the DHT that were sent meanwhile, divided by the
+//! look-ups: those that refresh routing tables as well. Keys are made anew each time, so that one seed gives similar networks, not the same.
 
 use std::{
     collections::HashMap,
     fs,
     io::BufRead,
+    net::Ipv4Addr,
     process::{Command, Stdio},
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -20,7 +21,6 @@ use libp2p::{
     PeerId, StreamProtocol, Swarm, Transport, identify,
     identity::Keypair,
     kad::{self, GetRecordOk, QueryId, QueryResult, Quorum, store::MemoryStore},
-    multiaddr::Protocol,
     swarm::{self, NetworkBehaviour, SwarmEvent, dial_opts::DialOpts},
 };
 use tokio::{
@@ -30,12 +30,11 @@ use tokio::{
 };
 use weft_dht::Dht;
 
-use super::{
-    Failure, Figure,
+use super::{Failure, Figure, median};
+use crate::{
+    Random,
     links::{Links, address},
-    median,
 };
-use crate::Random;
 
 /// How long anything may take: longer than a look-up.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -97,7 +96,7 @@ enum Ask {
 
 /// One node.
 struct Node {
-    number: u64,
+    place: Ipv4Addr,
     handle: Handle,
     task: JoinHandle<()>,
     /// Ends it without a word when dropped.
@@ -121,10 +120,15 @@ fn config() -> swarm::Config {
         .with_substream_upgrade_protocol_override(libp2p::core::upgrade::Version::V1Lazy)
 }
 
-fn start(side: Side, number: u64, links: &Arc<Links>, known: &[(PeerId, u64)]) -> (PeerId, Node) {
+fn start(
+    side: Side,
+    place: Ipv4Addr,
+    links: &Arc<Links>,
+    known: &[(PeerId, Ipv4Addr)],
+) -> (PeerId, Node) {
     let keys = Keypair::generate_ed25519();
     let peer = keys.public().to_peer_id();
-    let transport = links.link(number, peer).boxed();
+    let transport = links.link(place, peer).boxed();
     let (stop, stopped) = oneshot::channel();
     let (handle, task) = match side {
         Side::Weft => {
@@ -134,9 +138,12 @@ fn start(side: Side, number: u64, links: &Arc<Links>, known: &[(PeerId, u64)]) -
                 identify: identify(&keys),
             };
             let mut swarm = Swarm::new(transport, behaviour, peer, config());
-            join(&mut swarm, number, known);
+            join(&mut swarm, place, known);
+            let itself = dht.clone();
             let run = async move {
                 let mut stopped = stopped;
+                // It ends before this.
+                let _ = itself.set_reachable(true).await;
                 loop {
                     tokio::select! {
                         _ = swarm.select_next_some() => {}
@@ -157,14 +164,14 @@ fn start(side: Side, number: u64, links: &Arc<Links>, known: &[(PeerId, u64)]) -
                 identify: identify(&keys),
             };
             let mut swarm = Swarm::new(transport, behaviour, peer, config());
-            join(&mut swarm, number, known);
+            join(&mut swarm, place, known);
             let (asks, requests) = mpsc::channel(64);
             let run = run_stock(swarm, requests, stopped);
             (Handle::Stock(asks), tokio::spawn(run))
         }
     };
     let node = Node {
-        number,
+        place,
         handle,
         task,
         stop: Some(stop),
@@ -172,9 +179,14 @@ fn start(side: Side, number: u64, links: &Arc<Links>, known: &[(PeerId, u64)]) -
     (peer, node)
 }
 
-fn join<B: NetworkBehaviour>(swarm: &mut Swarm<B>, number: u64, known: &[(PeerId, u64)]) {
+/// Each in a network of its own.
+fn place(n: usize) -> Ipv4Addr {
+    Ipv4Addr::from(0x1400_0001 + 256 * n as u32)
+}
+
+fn join<B: NetworkBehaviour>(swarm: &mut Swarm<B>, place: Ipv4Addr, known: &[(PeerId, Ipv4Addr)]) {
     // A link takes any address, and a dial that fails is seen in what is found.
-    let _ = swarm.listen_on(address(number));
+    let _ = swarm.listen_on(address(place));
     for (peer, at) in known {
         let dial = DialOpts::peer_id(*peer).addresses(vec![address(*at)]);
         let _ = swarm.dial(dial.build());
@@ -219,9 +231,7 @@ async fn run_stock(
                 info,
                 ..
             })) => {
-                let in_memory =
-                    |a: &libp2p::Multiaddr| matches!(a.iter().next(), Some(Protocol::Memory(_)));
-                for address in info.listen_addrs.into_iter().filter(in_memory) {
+                for address in info.listen_addrs {
                     swarm.behaviour_mut().kad.add_address(&peer_id, address);
                 }
             }
@@ -382,18 +392,18 @@ async fn measure(side: Side, options: Options) -> Result<(), Failure> {
     let links = Links::new(options.round_trip);
     let mut random = Random::new(options.seed);
     let before = resident()?;
-    let (mut nodes, mut peers): (Vec<Node>, Vec<(PeerId, u64)>) = (Vec::new(), Vec::new());
+    let (mut nodes, mut peers): (Vec<Node>, Vec<(PeerId, Ipv4Addr)>) = (Vec::new(), Vec::new());
     while nodes.len() < options.nodes {
         let joining = JOINING.min(options.nodes - nodes.len());
         let there = peers.len();
         for _ in 0..joining {
-            let number = nodes.len() as u64 + 1;
+            let place = place(nodes.len());
             let known: Vec<_> = (0..KNOWN.min(there.max(nodes.len().min(1))))
                 .map(|_| peers[random.below(there.max(1))])
                 .collect();
-            let (peer, node) = start(side, number, &links, &known);
+            let (peer, node) = start(side, place, &links, &known);
             nodes.push(node);
-            peers.push((peer, number));
+            peers.push((peer, place));
         }
         sleep(options.round_trip * 2).await;
     }
@@ -417,11 +427,11 @@ async fn measure(side: Side, options: Options) -> Result<(), Failure> {
     let quiet = keys("quiet", options.values);
     let put = put_all(&nodes, &quiet, &mut random).await;
     say(&format!("put {put} of {}", quiet.len()));
-    let streams = links.streams.load(Ordering::Relaxed);
+    let requests = links.requests.load(Ordering::Relaxed);
     let phase = get_all(&nodes, &quiet, &mut random).await;
-    let streams = links.streams.load(Ordering::Relaxed) - streams;
+    let requests = links.requests.load(Ordering::Relaxed) - requests;
     say("looked up");
-    let messages = streams as f64 / phase.asked.max(1) as f64;
+    let messages = requests as f64 / phase.asked.max(1) as f64;
     let mut took = phase.took.clone();
     took.sort_by(f64::total_cmp);
     let p99 = took.get(took.len() * 99 / 100).copied().unwrap_or(f64::NAN);
@@ -438,9 +448,9 @@ async fn measure(side: Side, options: Options) -> Result<(), Failure> {
     let leaving = (options.nodes as f64 * LEAVE) as usize;
     for _ in 0..leaving {
         let mut gone = nodes.swap_remove(random.below(nodes.len()));
-        links.cut(gone.number);
+        links.cut(gone.place);
         // Half of them are closed and half fall silent.
-        match gone.number % 2 {
+        match gone.place.octets()[2] % 2 {
             0 => drop(gone.stop.take()),
             _ => {
                 gone.task.abort();
@@ -478,7 +488,7 @@ pub fn run(options: Options, sides: &[Side], json: bool) -> Result<(), Failure> 
         ("success", "%"),
         ("success-churn30", "%"),
         ("hops", "round trips"),
-        ("messages", "streams"),
+        ("messages", "requests"),
         ("latency-rtts", "round trips"),
         ("p99-rtts", "round trips"),
         ("memory", "KiB/node"),

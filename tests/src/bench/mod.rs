@@ -1,7 +1,6 @@
 //! The benchmarks behind the program `bench`.
 
 pub mod dht;
-mod links;
 pub mod nat;
 mod process;
 pub mod rpc;

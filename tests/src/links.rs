@@ -1,8 +1,10 @@
-//! Links between swarms of one process, with a delay and without encryption: for benchmarks of what swarms say to each other.
+//! Links between swarms of one process, at public addresses that lead nowhere else, with a delay and without encryption: for tests and benchmarks of what swarms say
+//! to each other.
 
 use std::{
     collections::{HashMap, VecDeque},
     io,
+    net::Ipv4Addr,
     pin::Pin,
     sync::{
         Arc, Mutex,
@@ -29,52 +31,56 @@ use tokio::{
 /// How long a dial of what is gone without a word takes to fail.
 const SILENCE: Duration = Duration::from_secs(5);
 
+type Listener = (PeerId, UnboundedSender<Arriving>);
+
+/// What a stream to the DHT begins with.
+const DHT: &[u8] = b"/weft/kad/1";
+
 /// All links of a network.
 #[derive(Debug)]
-pub(super) struct Links {
+pub struct Links {
     /// One way.
     delay: Duration,
-    listeners: Mutex<HashMap<u64, (PeerId, UnboundedSender<Arriving>)>>,
-    /// Streams opened, of all kinds.
-    pub(super) streams: AtomicU64,
+    listeners: Mutex<HashMap<Ipv4Addr, Listener>>,
+    /// Requests sent to the DHT.
+    pub requests: AtomicU64,
 }
 
 #[derive(Debug)]
 struct Arriving {
-    from: u64,
+    from: Ipv4Addr,
     peer: PeerId,
     muxer: Muxer,
 }
 
 impl Links {
-    pub(super) fn new(round_trip: Duration) -> Arc<Self> {
+    /// With this round trip between any two places.
+    pub fn new(round_trip: Duration) -> Arc<Self> {
         Arc::new(Self {
             delay: round_trip / 2,
             listeners: Mutex::default(),
-            streams: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
         })
     }
 
     /// Nobody reaches it any more.
-    pub(super) fn cut(&self, number: u64) {
-        self.listeners().remove(&number);
+    pub fn cut(&self, place: Ipv4Addr) {
+        self.listeners().remove(&place);
     }
 
-    fn listeners(
-        &self,
-    ) -> std::sync::MutexGuard<'_, HashMap<u64, (PeerId, UnboundedSender<Arriving>)>> {
+    fn listeners(&self) -> std::sync::MutexGuard<'_, HashMap<Ipv4Addr, Listener>> {
         self.listeners
             .lock()
             .expect("nothing panics while holding the lock")
     }
 
-    /// What a swarm uses; it listens at `/memory/NUMBER`.
-    pub(super) fn link(self: &Arc<Self>, number: u64, peer: PeerId) -> Link {
+    /// What a swarm uses; it listens at [`address`].
+    pub fn link(self: &Arc<Self>, place: Ipv4Addr, peer: PeerId) -> Link {
         let (sender, arriving) = unbounded_channel();
-        self.listeners().insert(number, (peer, sender));
+        self.listeners().insert(place, (peer, sender));
         Link {
             links: Arc::clone(self),
-            number,
+            place,
             peer,
             arriving,
             listener: None,
@@ -84,15 +90,22 @@ impl Links {
 }
 
 /// Where one is.
-pub(super) fn address(number: u64) -> Multiaddr {
-    Multiaddr::empty().with(Protocol::Memory(number))
+pub fn address(place: Ipv4Addr) -> Multiaddr {
+    Multiaddr::empty()
+        .with(Protocol::Ip4(place))
+        .with(Protocol::Tcp(1))
+}
+
+/// Whether a place says nothing when nobody is there any more; the others refuse.
+fn is_silent(place: Ipv4Addr) -> bool {
+    place.octets().iter().map(|byte| byte % 2).sum::<u8>() % 2 == 0
 }
 
 /// One swarm's transport.
 #[derive(Debug)]
-pub(super) struct Link {
+pub struct Link {
     links: Arc<Links>,
-    number: u64,
+    place: Ipv4Addr,
     peer: PeerId,
     arriving: UnboundedReceiver<Arriving>,
     listener: Option<ListenerId>,
@@ -128,17 +141,17 @@ impl Transport for Link {
         _: DialOpts,
     ) -> Result<Upgrade, TransportError<io::Error>> {
         let mut parts = address.iter();
-        let Some(Protocol::Memory(number)) = parts.next() else {
+        let Some(Protocol::Ip4(place)) = parts.next() else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
-        let (links, own) = (Arc::clone(&self.links), (self.number, self.peer));
+        let (links, own) = (Arc::clone(&self.links), (self.place, self.peer));
         Ok(async move {
             // As QUIC's handshake: there and back.
             sleep(links.delay).await;
-            let listener = links.listeners().get(&number).cloned();
+            let listener = links.listeners().get(&place).cloned();
             let Some((peer, listener)) = listener else {
                 // Of what is gone, half refuses and half is silent.
-                if number % 2 == 0 {
+                if is_silent(place) {
                     sleep(SILENCE).await;
                 }
                 sleep(links.delay).await;
@@ -178,7 +191,7 @@ impl Transport for Link {
         Poll::Ready(TransportEvent::Incoming {
             listener_id,
             upgrade: std::future::ready(Ok(output)).boxed(),
-            local_addr: address(self.number),
+            local_addr: address(self.place),
             send_back_addr: address(arriving.from),
         })
     }
@@ -217,8 +230,8 @@ impl StreamMuxer for Muxer {
     }
 
     fn poll_outbound(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<Pipe>> {
-        let (here, there) = Pipe::pair(self.links.delay);
-        self.links.streams.fetch_add(1, Ordering::Relaxed);
+        let (mut here, there) = Pipe::pair(self.links.delay);
+        here.links = Some(Arc::clone(&self.links));
         let sent = self.to.send(there);
         Poll::Ready(match sent {
             Ok(()) => Ok(here),
@@ -238,6 +251,8 @@ impl StreamMuxer for Muxer {
 
 /// One end of a stream. Whoever writes never waits: what the DHT says is short.
 struct Pipe {
+    /// Of whoever opened it, until it has said what for.
+    links: Option<Arc<Links>>,
     delay: Duration,
     to: Option<UnboundedSender<(Instant, Vec<u8>)>>,
     from: UnboundedReceiver<(Instant, Vec<u8>)>,
@@ -250,6 +265,7 @@ impl Pipe {
         let (to_there, from_here) = unbounded_channel();
         let (to_here, from_there) = unbounded_channel();
         let end = |to, from| Self {
+            links: None,
             delay,
             to: Some(to),
             from,
@@ -294,10 +310,15 @@ impl AsyncRead for Pipe {
 
 impl AsyncWrite for Pipe {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if bytes.windows(DHT.len()).any(|part| part == DHT)
+            && let Some(links) = self.links.take()
+        {
+            links.requests.fetch_add(1, Ordering::Relaxed);
+        }
         let until = Instant::now() + self.delay;
         let sent = match &self.to {
             Some(to) if !bytes.is_empty() => to.send((until, bytes.to_vec())).is_ok(),

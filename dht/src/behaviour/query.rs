@@ -1,0 +1,404 @@
+//! Look-ups and what is stored by them: a [`Lookup`] says whom to ask, Kademlia's handlers ask.
+//!
+//! libp2p-kad's own queries end with whoever is nearest to a key, however many of them are in one place, and give up on what does not answer after ten seconds.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    PeerId,
+    kad::{self, KadPeer, QueryId, Quorum, Record as KadRecord, RecordKey, store::RecordStore},
+    swarm::{
+        ConnectionHandler, DialError, NetworkBehaviour, NotifyHandler, THandlerOutEvent, ToSwarm,
+        dial_opts::{DialOpts, PeerCondition},
+    },
+};
+use tokio::sync::oneshot;
+
+use super::{Behaviour, DhtError, MAX_ADDRESSES};
+use crate::{
+    DiskError, Record,
+    lookup::{Candidate, Lookup, WIDTH},
+    store::{Found, Origin},
+};
+
+/// How long a look-up may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a node may take to store something.
+const STORING: Duration = Duration::from_secs(3);
+
+/// Queries at a time.
+pub(super) const MAX_QUERIES: usize = 256;
+
+type Handler = <Behaviour as NetworkBehaviour>::ConnectionHandler;
+type Request = <Handler as ConnectionHandler>::FromBehaviour;
+type Event = THandlerOutEvent<Behaviour>;
+
+/// What a query does, and whom its result goes to.
+#[derive(Debug)]
+pub(super) enum Purpose {
+    Put {
+        record: KadRecord,
+        /// Comes when it is on our own disk.
+        written: Option<oneshot::Receiver<Result<(), DiskError>>>,
+        reply: oneshot::Sender<Result<usize, DhtError>>,
+    },
+    Get {
+        /// End after this many nodes have answered with something.
+        enough: usize,
+        answers: usize,
+        found: Found,
+        reply: oneshot::Sender<Vec<Record>>,
+    },
+}
+
+impl Purpose {
+    fn is_over(&self) -> bool {
+        match self {
+            Self::Put { reply, .. } => reply.is_closed(),
+            Self::Get { reply, .. } => reply.is_closed(),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Stage {
+    LookUp(Box<Lookup>),
+    Store {
+        waiting: HashSet<PeerId>,
+        took: usize,
+    },
+}
+
+/// A query under way.
+#[derive(Debug)]
+pub(super) struct Query {
+    key: Vec<u8>,
+    purpose: Purpose,
+    stage: Stage,
+    /// When its stage has begun.
+    began: Instant,
+}
+
+impl Query {
+    fn request(&self, id: QueryId) -> Request {
+        match (&self.purpose, &self.stage) {
+            (Purpose::Put { record, .. }, Stage::Store { .. }) => Request::PutRecord {
+                record: record.clone(),
+                query_id: id,
+            },
+            (Purpose::Put { .. }, _) => Request::FindNodeReq {
+                key: self.key.clone(),
+                query_id: id,
+            },
+            (Purpose::Get { .. }, _) => Request::GetRecord {
+                key: RecordKey::new(&self.key),
+                query_id: id,
+            },
+        }
+    }
+
+    fn failed(&mut self, peer: PeerId) {
+        match &mut self.stage {
+            Stage::LookUp(lookup) => lookup.failed(peer),
+            Stage::Store { waiting, .. } => drop(waiting.remove(&peer)),
+        }
+    }
+}
+
+impl Behaviour {
+    pub(super) fn put(&mut self, record: &Record, reply: oneshot::Sender<Result<usize, DhtError>>) {
+        let record = KadRecord {
+            key: RecordKey::new(&record.key()),
+            value: crate::store::encode(std::iter::once(record)),
+            publisher: None,
+            expires: Some(Instant::now() + record.remaining()),
+        };
+        if let Err(error) = self.kad.store_mut().put(record.clone()) {
+            // Whoever asked may be gone; here and below.
+            let _ = reply.send(Err(DhtError::Store(error.to_string())));
+            return;
+        }
+        // Whoever is told that it is stated can rely on it.
+        let written = self.kad.store_mut().disk().map(crate::Disk::flush);
+        let key = record.key.to_vec();
+        self.begin(
+            key,
+            Purpose::Put {
+                record,
+                written,
+                reply,
+            },
+        );
+    }
+
+    pub(super) fn get(&mut self, key: Vec<u8>, enough: usize, reply: oneshot::Sender<Vec<Record>>) {
+        let mut found = Found::default();
+        if let Some(own) = self.kad.store_mut().get(&RecordKey::new(&key)) {
+            found.add(&key, &own.value);
+        }
+        let purpose = Purpose::Get {
+            enough,
+            answers: 0,
+            found,
+            reply,
+        };
+        self.begin(key, purpose);
+    }
+
+    fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
+        // A number that none of Kademlia's own queries has: handlers say it with each answer. This one ends at once.
+        let none = KadRecord::new(RecordKey::new(&key), Vec::new());
+        let id = self
+            .kad
+            .put_record_to(none, std::iter::empty(), Quorum::One);
+        let target = kad::KBucketKey::new(key.clone());
+        let nearest: Vec<_> = self.kad.get_closest_local_peers(&target).collect();
+        let nearest = nearest.into_iter().take(3 * WIDTH);
+        let seeds: Vec<_> = nearest.map(|key| self.known(key.into_preimage())).collect();
+        let query = Query {
+            stage: Stage::LookUp(Box::new(Lookup::new(&key, self.local, seeds))),
+            key,
+            purpose,
+            began: Instant::now(),
+        };
+        self.drive(id, query);
+    }
+
+    /// A node of the routing table, or one that was named and is connected.
+    fn known(&mut self, peer: PeerId) -> Candidate {
+        let mut addresses = Vec::new();
+        if let Some(bucket) = self.kad.kbucket(peer) {
+            let entries = bucket.iter().filter(|e| *e.node.key.preimage() == peer);
+            addresses.extend(entries.flat_map(|entry| entry.node.value.iter().cloned()));
+        }
+        addresses.truncate(MAX_ADDRESSES);
+        self.candidate(peer, addresses)
+    }
+
+    fn candidate(&self, peer: PeerId, addresses: Vec<libp2p::Multiaddr>) -> Candidate {
+        let networks = match self.peers.get(&peer) {
+            Some(connected) => vec![Origin::of(&connected.seen_at)],
+            None => addresses.iter().map(Origin::of).collect(),
+        };
+        Candidate {
+            peer,
+            addresses,
+            networks,
+        }
+    }
+
+    /// What a stranger says of others. It must not have us dial our neighbours.
+    fn named(&self, peer: KadPeer) -> Candidate {
+        let addresses = peer.multiaddrs.into_iter();
+        let addresses = addresses
+            .map(|address| weft_net::split_peer_id(address).0)
+            .filter(|address| !self.outside || weft_net::is_outside(address))
+            .take(MAX_ADDRESSES);
+        self.candidate(peer.node_id, addresses.collect())
+    }
+
+    /// Asks whom it is to ask next, and ends it where it has ended.
+    fn drive(&mut self, id: QueryId, mut query: Query) {
+        let now = Instant::now();
+        if query.purpose.is_over() {
+            return;
+        }
+        if let Stage::LookUp(lookup) = &mut query.stage {
+            let enough = match &query.purpose {
+                Purpose::Get {
+                    enough, answers, ..
+                } => answers >= enough,
+                Purpose::Put { .. } => false,
+            };
+            let is_done = enough || lookup.is_done(now) || now >= query.began + PATIENCE;
+            let mut next = Vec::new();
+            if !is_done {
+                next.extend(std::iter::from_fn(|| lookup.next(now)));
+            }
+            for candidate in next {
+                self.ask(id, candidate, query.request(id));
+            }
+            if is_done {
+                let Stage::LookUp(lookup) = std::mem::replace(
+                    &mut query.stage,
+                    Stage::Store {
+                        waiting: HashSet::new(),
+                        took: 0,
+                    },
+                ) else {
+                    unreachable!("it was matched above");
+                };
+                let nearest = lookup.into_nearest();
+                match query.purpose {
+                    Purpose::Get { found, reply, .. } => {
+                        let _ = reply.send(found.into_records());
+                        return;
+                    }
+                    Purpose::Put { .. } => {
+                        for peer in &nearest {
+                            let request = query.request(id);
+                            self.ask(id, self.candidate(*peer, Vec::new()), request);
+                        }
+                        query.stage = Stage::Store {
+                            waiting: nearest.into_iter().collect(),
+                            took: 0,
+                        };
+                        query.began = now;
+                    }
+                }
+            }
+        }
+        match (&query.stage, query.purpose) {
+            (Stage::Store { waiting, took }, Purpose::Put { written, reply, .. })
+                if waiting.is_empty() || now >= query.began + STORING =>
+            {
+                answer_put(*took, written, reply);
+            }
+            (_, purpose) => {
+                query.purpose = purpose;
+                self.queries.insert(id, query);
+            }
+        }
+    }
+
+    fn ask(&mut self, id: QueryId, candidate: Candidate, request: Request) {
+        let peer = candidate.peer;
+        if self.peers.contains_key(&peer) {
+            self.actions.push_back(ToSwarm::NotifyHandler {
+                peer_id: peer,
+                handler: NotifyHandler::Any,
+                event: request,
+            });
+            return;
+        }
+        self.dialling.entry(peer).or_default().push(id);
+        let opts = DialOpts::peer_id(peer)
+            .condition(PeerCondition::DisconnectedAndNotDialing)
+            .addresses(candidate.addresses)
+            .extend_addresses_through_behaviour();
+        self.actions.push_back(ToSwarm::Dial { opts: opts.build() });
+    }
+
+    /// A peer is connected now: what waits for it is asked.
+    pub(super) fn ask_connected(&mut self, peer: PeerId) {
+        for id in self.dialling.remove(&peer).unwrap_or_default() {
+            if let Some(query) = self.queries.get(&id) {
+                self.actions.push_back(ToSwarm::NotifyHandler {
+                    peer_id: peer,
+                    handler: NotifyHandler::Any,
+                    event: query.request(id),
+                });
+            }
+        }
+    }
+
+    pub(super) fn dial_failed(&mut self, peer: PeerId, error: &DialError) {
+        // Another dial is under way, or there is a connection.
+        if matches!(error, DialError::DialPeerConditionFalse(_)) {
+            return;
+        }
+        for id in self.dialling.remove(&peer).unwrap_or_default() {
+            self.query_failed(id, peer);
+        }
+    }
+
+    /// No connection to it is left.
+    pub(super) fn disconnected(&mut self, peer: PeerId) {
+        let ids: Vec<_> = self.queries.keys().copied().collect();
+        for id in ids {
+            self.query_failed(id, peer);
+        }
+    }
+
+    fn query_failed(&mut self, id: QueryId, peer: PeerId) {
+        if let Some(mut query) = self.queries.remove(&id) {
+            query.failed(peer);
+            self.drive(id, query);
+        }
+    }
+
+    /// Time has passed.
+    pub(super) fn drive_all(&mut self) {
+        let ids: Vec<_> = self.queries.keys().copied().collect();
+        for id in ids {
+            if let Some(query) = self.queries.remove(&id) {
+                self.drive(id, query);
+            }
+        }
+        let queries = &self.queries;
+        self.dialling.retain(|_, waiting| {
+            waiting.retain(|id| queries.contains_key(id));
+            !waiting.is_empty()
+        });
+    }
+
+    /// Takes answers to queries of ours; gives back what is Kademlia's own.
+    pub(super) fn on_answer(&mut self, peer: PeerId, event: Event) -> Option<Event> {
+        let (Event::FindNodeRes { query_id, .. }
+        | Event::GetRecordRes { query_id, .. }
+        | Event::PutRecordRes { query_id, .. }
+        | Event::QueryError { query_id, .. }) = &event
+        else {
+            return Some(event);
+        };
+        let id = *query_id;
+        let Some(mut query) = self.queries.remove(&id) else {
+            return Some(event);
+        };
+        let (record, closer) = match event {
+            Event::FindNodeRes { closer_peers, .. } => (None, closer_peers),
+            Event::GetRecordRes {
+                record,
+                closer_peers,
+                ..
+            } => (record, closer_peers),
+            Event::PutRecordRes { .. } => {
+                if let Stage::Store { waiting, took } = &mut query.stage {
+                    *took += usize::from(waiting.remove(&peer));
+                }
+                self.drive(id, query);
+                return None;
+            }
+            _ => {
+                query.failed(peer);
+                self.drive(id, query);
+                return None;
+            }
+        };
+        if let (Purpose::Get { found, answers, .. }, Some(record)) = (&mut query.purpose, record) {
+            // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
+            *answers += usize::from(found.add(&query.key, &record.value));
+        }
+        if let Stage::LookUp(lookup) = &mut query.stage {
+            let network = self.peers.get(&peer).map(|peer| Origin::of(&peer.seen_at));
+            let closer = closer.into_iter().take(WIDTH);
+            let closer: Vec<_> = closer.map(|peer| self.named(peer)).collect();
+            lookup.answered(peer, network, closer);
+        }
+        self.drive(id, query);
+        None
+    }
+}
+
+fn answer_put(
+    took: usize,
+    written: Option<oneshot::Receiver<Result<(), DiskError>>>,
+    reply: oneshot::Sender<Result<usize, DhtError>>,
+) {
+    let Some(written) = written else {
+        let _ = reply.send(Ok(took));
+        return;
+    };
+    // Beside: the disk may take its time.
+    tokio::spawn(async move {
+        let written = match written.await {
+            Ok(written) => written.map_err(DhtError::Disk),
+            Err(_) => Err(DhtError::Stopped),
+        };
+        let _ = reply.send(written.map(|()| took));
+    });
+}

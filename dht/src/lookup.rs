@@ -1,0 +1,564 @@
+//! Which node a look-up asks next: Kademlia's iterative look-up over disjoint paths, with no I/O.
+//!
+//! After S/Kademlia (Baumgart and Mies 2007): what an answer says goes to the path that asked, each node is asked once, and whoever lies leads one path astray. On each path
+//! the nearest nodes known are asked until the [`WIDTH`] nearest that answer have done so. Nodes of one public network count as [`MAX_OF_NETWORK`] at most, the nearest, on
+//! every path and in the result: identities cost nothing, so any number of them can be nearer to a key than all others, but not from as many networks.
+//! What does not answer soon is passed over, and counted if it answers later. Whoever names many nodes of which few answer is believed no more.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    Multiaddr, PeerId,
+    kad::{KBucketDistance as Distance, KBucketKey},
+};
+
+use crate::store::Origin;
+
+/// Nodes that a path ends with, and that a statement is stored at; the value of the Kademlia paper.
+pub(crate) const WIDTH: usize = 20;
+
+/// Disjoint paths, and requests in flight on each.
+const PATHS: usize = 3;
+const IN_FLIGHT: usize = 3;
+
+/// Of these nodes, so many of one public network.
+pub(crate) const MAX_OF_NETWORK: usize = 2;
+
+/// Nodes remembered on a path, the nearest.
+const MAX_KNOWN: usize = 128;
+
+/// A node that has not answered after this time, its dial included, is passed over; it is waited for this long where there are too few others.
+const SOON: Duration = Duration::from_secs(2);
+const LATE: Duration = Duration::from_secs(5);
+
+/// How much longer than most paths the others may take.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Nodes named by one that may fail, if no more than half as many have answered.
+const MAX_FAILED: usize = 6;
+
+/// A node that somebody has named.
+#[derive(Debug, Clone)]
+pub(crate) struct Candidate {
+    pub(crate) peer: PeerId,
+    pub(crate) addresses: Vec<Multiaddr>,
+    /// Where it is as far as is known: all networks of its addresses, or the one that it is seen in.
+    pub(crate) networks: Vec<Origin>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Known,
+    Asked(Instant),
+    /// Asked then, and passed over.
+    Late(Instant),
+    Answered,
+    Failed,
+}
+
+#[derive(Debug)]
+struct Node {
+    candidate: Candidate,
+    state: State,
+    /// The path that asked.
+    path: usize,
+    /// Who named it first.
+    named_by: Option<PeerId>,
+}
+
+/// What came of the nodes that one has named.
+#[derive(Debug, Default)]
+struct Word {
+    failed: usize,
+    answered: usize,
+}
+
+impl Word {
+    fn is_good(&self) -> bool {
+        self.failed < MAX_FAILED || self.failed < 2 * self.answered
+    }
+}
+
+/// One look-up.
+#[derive(Debug)]
+pub(crate) struct Lookup {
+    target: KBucketKey<Vec<u8>>,
+    local: PeerId,
+    nodes: HashMap<PeerId, Node>,
+    paths: Vec<BTreeMap<Distance, PeerId>>,
+    words: HashMap<PeerId, Word>,
+    /// When most paths had ended.
+    mostly_done: Option<Instant>,
+}
+
+impl Lookup {
+    /// Towards `key`, from the nodes that `local` knows.
+    pub(crate) fn new(
+        key: &[u8],
+        local: PeerId,
+        seeds: impl IntoIterator<Item = Candidate>,
+    ) -> Self {
+        let mut lookup = Self {
+            target: KBucketKey::new(key.to_vec()),
+            local,
+            nodes: HashMap::new(),
+            paths: vec![BTreeMap::new(); PATHS],
+            words: HashMap::new(),
+            mostly_done: None,
+        };
+        for (n, seed) in seeds.into_iter().enumerate() {
+            lookup.learn(n % PATHS, None, seed);
+        }
+        lookup
+    }
+
+    fn distance(&self, peer: PeerId) -> Distance {
+        self.target.distance(&KBucketKey::from(peer))
+    }
+
+    /// A path has heard of a node.
+    fn learn(&mut self, path: usize, named_by: Option<PeerId>, candidate: Candidate) {
+        let peer = candidate.peer;
+        if peer == self.local || named_by == Some(peer) {
+            return;
+        }
+        let distance = self.distance(peer);
+        let known = &mut self.paths[path];
+        known.insert(distance, peer);
+        if known.len() > MAX_KNOWN {
+            known.pop_last();
+            if !known.contains_key(&distance) {
+                return;
+            }
+        }
+        let node = self.nodes.entry(peer).or_insert_with(|| Node {
+            candidate: Candidate {
+                peer,
+                addresses: Vec::new(),
+                networks: Vec::new(),
+            },
+            state: State::Known,
+            path,
+            named_by,
+        });
+        // Where it answered from is known better; and the first to name it could have named wrong addresses.
+        if node.state == State::Known {
+            let room =
+                crate::behaviour::MAX_ADDRESSES.saturating_sub(node.candidate.addresses.len());
+            let new: Vec<_> = (candidate.addresses.into_iter())
+                .filter(|address| !node.candidate.addresses.contains(address))
+                .take(room)
+                .collect();
+            node.candidate.addresses.extend(new);
+            for network in candidate.networks {
+                if !node.candidate.networks.contains(&network) {
+                    node.candidate.networks.push(network);
+                }
+            }
+        }
+    }
+
+    /// The nearest of these that have not failed, so many of a network at most.
+    fn nearest<'a>(
+        &'a self,
+        peers: impl Iterator<Item = &'a PeerId>,
+    ) -> impl Iterator<Item = &'a Node> {
+        let mut of_network: HashMap<Origin, usize> = HashMap::new();
+        peers
+            .filter_map(|peer| self.nodes.get(peer))
+            .filter(|node| !matches!(node.state, State::Failed | State::Late(_)))
+            .filter(move |node| {
+                let networks = node.candidate.networks.iter().filter(|n| n.is_public());
+                let full = |network| of_network.get(network) >= Some(&MAX_OF_NETWORK);
+                if networks.clone().any(full) {
+                    return false;
+                }
+                for network in networks {
+                    *of_network.entry(*network).or_default() += 1;
+                }
+                true
+            })
+            .take(WIDTH)
+    }
+
+    fn is_path_done(&self, path: usize, now: Instant) -> bool {
+        let mut answered = 0;
+        for node in self.nearest(self.paths[path].values()) {
+            if node.state != State::Answered {
+                return false;
+            }
+            answered += 1;
+        }
+        let may_answer = |node: &Node| matches!(node.state, State::Late(asked) if node.path == path && now < asked + LATE);
+        answered == WIDTH || !self.nodes.values().any(may_answer)
+    }
+
+    /// Whom to ask now, if anybody; it counts as asked.
+    pub(crate) fn next(&mut self, now: Instant) -> Option<Candidate> {
+        for path in 0..PATHS {
+            let asked = |node: &&Node| matches!(node.state, State::Asked(_)) && node.path == path;
+            if self.nodes.values().filter(asked).count() >= IN_FLIGHT {
+                continue;
+            }
+            let is_new = |node: &&Node| node.state == State::Known;
+            let next = self.nearest(self.paths[path].values()).find(is_new);
+            if let Some(peer) = next.map(|node| node.candidate.peer) {
+                let node = self.nodes.get_mut(&peer).expect("it was found there");
+                node.state = State::Asked(now);
+                node.path = path;
+                return Some(node.candidate.clone());
+            }
+        }
+        None
+    }
+
+    /// A node that was asked has answered, from this network, and has named others.
+    pub(crate) fn answered(
+        &mut self,
+        peer: PeerId,
+        network: Option<Origin>,
+        closer: impl IntoIterator<Item = Candidate>,
+    ) {
+        let Some(node) = self.nodes.get_mut(&peer) else {
+            return;
+        };
+        if !matches!(node.state, State::Asked(_) | State::Late(_)) {
+            return;
+        }
+        node.state = State::Answered;
+        if let Some(network) = network {
+            node.candidate.networks = vec![network];
+        }
+        let path = node.path;
+        if let Some(by) = node.named_by {
+            self.words.entry(by).or_default().answered += 1;
+        }
+        for candidate in closer.into_iter().take(WIDTH) {
+            self.learn(path, Some(peer), candidate);
+        }
+    }
+
+    /// A node that was asked will not answer.
+    pub(crate) fn failed(&mut self, peer: PeerId) {
+        let Some(node) = self.nodes.get_mut(&peer) else {
+            return;
+        };
+        let was = node.state;
+        if matches!(was, State::Asked(_) | State::Late(_)) {
+            node.state = State::Failed;
+        }
+        // A late one has been counted.
+        if matches!(was, State::Asked(_)) {
+            self.count_failure(peer);
+        }
+    }
+
+    fn count_failure(&mut self, peer: PeerId) {
+        let Some(by) = self.nodes.get(&peer).and_then(|node| node.named_by) else {
+            return;
+        };
+        let word = self.words.entry(by).or_default();
+        word.failed += 1;
+        if word.is_good() {
+            return;
+        }
+        // Others may name them still.
+        let dropped: HashSet<_> = (self.nodes.values())
+            .filter(|node| node.state == State::Known && node.named_by == Some(by))
+            .map(|node| node.candidate.peer)
+            .collect();
+        self.nodes.retain(|peer, _| !dropped.contains(peer));
+        for path in &mut self.paths {
+            path.retain(|_, peer| !dropped.contains(peer));
+        }
+    }
+
+    /// Whether it has ended at this time.
+    pub(crate) fn is_done(&mut self, now: Instant) -> bool {
+        let mut passed = Vec::new();
+        for node in self.nodes.values_mut() {
+            if let State::Asked(at) = node.state
+                && now >= at + SOON
+            {
+                node.state = State::Late(at);
+                passed.push(node.candidate.peer);
+            }
+        }
+        for peer in passed {
+            self.count_failure(peer);
+        }
+        let active = (0..PATHS).filter(|path| !self.paths[*path].is_empty());
+        let (done, others): (Vec<_>, Vec<_>) =
+            active.partition(|path| self.is_path_done(*path, now));
+        if others.is_empty() {
+            return true;
+        }
+        if done.len() <= others.len() {
+            self.mostly_done = None;
+            return false;
+        }
+        now >= *self.mostly_done.get_or_insert(now) + GRACE
+    }
+
+    /// The nearest nodes that have answered, on all paths.
+    pub(crate) fn into_nearest(self) -> Vec<PeerId> {
+        let answered = self.nodes.values().filter(|n| n.state == State::Answered);
+        let by_distance: BTreeMap<_, _> = answered
+            .map(|node| (self.distance(node.candidate.peer), node.candidate.peer))
+            .collect();
+        self.nearest(by_distance.values())
+            .map(|node| node.candidate.peer)
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROUND_TRIP: Duration = Duration::from_millis(50);
+    const KEY: &[u8] = b"a key";
+
+    /// Where the `n`th of a number of networks is.
+    fn address(network: usize, host: usize) -> Multiaddr {
+        let (a, b, c) = (network >> 16, network >> 8 & 255, network & 255);
+        format!("/ip4/{}.{b}.{c}.{}/tcp/1", 20 + a, host % 250 + 1)
+            .parse()
+            .unwrap()
+    }
+
+    fn candidate(peer: PeerId, network: usize) -> Candidate {
+        let address = address(network, 1);
+        Candidate {
+            peer,
+            networks: vec![Origin::of(&address)],
+            addresses: vec![address],
+        }
+    }
+
+    fn distance(peer: PeerId) -> Distance {
+        KBucketKey::new(KEY.to_vec()).distance(&KBucketKey::from(peer))
+    }
+
+    enum Answer {
+        Names(Vec<Candidate>),
+        Fails,
+        Silence,
+    }
+
+    /// Nodes that know each other as Kademlia's do: up to twenty in each bucket.
+    struct Mesh {
+        nodes: Vec<Candidate>,
+        number: HashMap<PeerId, usize>,
+        tables: Vec<Vec<usize>>,
+    }
+
+    impl Mesh {
+        fn new(count: usize) -> Self {
+            let nodes: Vec<_> = (0..count).map(|n| candidate(PeerId::random(), n)).collect();
+            let keys: Vec<_> = nodes.iter().map(|n| KBucketKey::from(n.peer)).collect();
+            let table = |of: usize| {
+                let mut buckets: HashMap<u32, usize> = HashMap::new();
+                let others = (0..count).filter(|n| *n != of);
+                let known = others.filter(|n| {
+                    let bucket = keys[of].distance(&keys[*n]).ilog2().unwrap();
+                    let here = buckets.entry(bucket).or_default();
+                    *here += 1;
+                    *here <= 20
+                });
+                known.collect()
+            };
+            Self {
+                tables: (0..count).map(table).collect(),
+                number: nodes.iter().enumerate().map(|(n, c)| (c.peer, n)).collect(),
+                nodes,
+            }
+        }
+
+        /// The nearest to the key that a node knows.
+        fn knows(&self, node: usize, most: usize) -> Vec<Candidate> {
+            let mut known: Vec<_> = self.tables[node].iter().map(|n| &self.nodes[*n]).collect();
+            known.sort_by_key(|node| distance(node.peer));
+            known.into_iter().take(most).cloned().collect()
+        }
+
+        fn lookup(&self) -> Lookup {
+            Lookup::new(KEY, self.nodes[0].peer, self.knows(0, 3 * WIDTH))
+        }
+
+        fn answer(&self, peer: PeerId) -> Answer {
+            self.number
+                .get(&peer)
+                .map_or(Answer::Silence, |n| Answer::Names(self.knows(*n, WIDTH)))
+        }
+
+        /// The nearest of those that are there, as many as one stores at.
+        fn nearest(&self, is_there: impl Fn(PeerId) -> bool) -> Vec<PeerId> {
+            let others = self.nodes[1..].iter().map(|node| node.peer);
+            let mut peers: Vec<_> = others.filter(|peer| is_there(*peer)).collect();
+            peers.sort_by_key(|peer| distance(*peer));
+            peers.truncate(WIDTH);
+            peers
+        }
+    }
+
+    /// Has it all asked; how many were, and how long it took.
+    fn run(lookup: &mut Lookup, mut answer: impl FnMut(PeerId) -> Answer) -> (usize, Duration) {
+        let begin = Instant::now();
+        let (mut now, mut asked) = (begin, 0);
+        let mut flying: Vec<(Instant, PeerId)> = Vec::new();
+        // Each turn is a tick.
+        while !lookup.is_done(now) {
+            while let Some(next) = lookup.next(now) {
+                asked += 1;
+                flying.push((now + ROUND_TRIP, next.peer));
+            }
+            now += ROUND_TRIP;
+            assert!(now < begin + Duration::from_secs(60), "it does not end");
+            for (_, peer) in flying.extract_if(.., |(at, _)| *at <= now) {
+                match answer(peer) {
+                    Answer::Names(closer) => lookup.answered(peer, None, closer),
+                    Answer::Fails => lookup.failed(peer),
+                    Answer::Silence => {}
+                }
+            }
+        }
+        (asked, now - begin)
+    }
+
+    fn common(a: &[PeerId], b: &[PeerId]) -> usize {
+        a.iter().filter(|peer| b.contains(peer)).count()
+    }
+
+    #[test]
+    fn the_nearest_are_found() {
+        for count in [2, 5, 30, 1000] {
+            let mesh = Mesh::new(count);
+            let mut lookup = mesh.lookup();
+            let (asked, took) = run(&mut lookup, |peer| mesh.answer(peer));
+            let nearest = mesh.nearest(|_| true);
+            let found = lookup.into_nearest();
+            assert_eq!(found, nearest, "of {count}");
+            assert!(
+                asked <= 60 && took <= 14 * ROUND_TRIP,
+                "{asked} asked in {took:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_gone_is_passed_over() {
+        let mesh = Mesh::new(1000);
+        // Of three in ten that are gone, half refuse and half are silent.
+        let gone = |peer: PeerId| peer.to_bytes()[10] < 77;
+        let mut lookup = mesh.lookup();
+        let (_, took) = run(&mut lookup, |peer| match gone(peer) {
+            true if peer.to_bytes()[11] % 2 == 0 => Answer::Fails,
+            true => Answer::Silence,
+            false => mesh.answer(peer),
+        });
+        let nearest = mesh.nearest(|peer| !gone(peer));
+        let found = lookup.into_nearest();
+        // Answers name what is gone as well, and twenty at most.
+        assert!(common(&found, &nearest) >= WIDTH - 6, "{found:?}");
+        assert!(took < Duration::from_secs(12), "{took:?}");
+    }
+
+    /// Identities nearer to the key than all of the mesh's nodes.
+    fn sybils(mesh: &Mesh, count: usize, network: impl Fn(usize) -> usize) -> Vec<Candidate> {
+        let nearest = distance(mesh.nearest(|_| true)[0]);
+        let peers = std::iter::repeat_with(PeerId::random).filter(|peer| distance(*peer) < nearest);
+        let peers = peers.take(count).enumerate();
+        peers.map(|(n, peer)| candidate(peer, network(n))).collect()
+    }
+
+    #[test]
+    fn sybils_of_one_network_do_not_take_a_key() {
+        let mesh = Mesh::new(100);
+        let sybils = sybils(&mesh, 100, |_| 70_000);
+        let is_sybil = |peer: PeerId| sybils.iter().any(|sybil| sybil.peer == peer);
+        let mut lookup = mesh.lookup();
+        let mut asked = 0;
+        run(&mut lookup, |peer| match is_sybil(peer) {
+            true => {
+                asked += 1;
+                Answer::Names(sybils.clone())
+            }
+            // What honest nodes know of them is as many as may be in a bucket.
+            false => match mesh.answer(peer) {
+                Answer::Names(mut closer) => {
+                    closer.splice(0..0, sybils[..MAX_OF_NETWORK].iter().cloned());
+                    Answer::Names(closer)
+                }
+                other => other,
+            },
+        });
+        let found = lookup.into_nearest();
+        let nearest = mesh.nearest(|_| true);
+        assert!(common(&found, &nearest) >= WIDTH - MAX_OF_NETWORK);
+        assert!(found.iter().filter(|peer| is_sybil(**peer)).count() <= MAX_OF_NETWORK);
+        assert!(asked <= 2 * MAX_OF_NETWORK * PATHS, "{asked}");
+    }
+
+    #[test]
+    fn who_names_what_is_not_there_costs_little_time() {
+        let mesh = Mesh::new(100);
+        // Each of a network of its own, as is easy to say.
+        let nobody = sybils(&mesh, 200, |n| 70_000 + n);
+        let liars: HashSet<_> = mesh.knows(0, 3).iter().map(|node| node.peer).collect();
+        let mut lookup = mesh.lookup();
+        let mut answers = 0;
+        let (_, took) = run(&mut lookup, |peer| match liars.contains(&peer) {
+            true => {
+                answers += 1;
+                let from = 20 * answers % 180;
+                Answer::Names(nobody[from..from + 20].to_vec())
+            }
+            false => mesh.answer(peer),
+        });
+        let nearest = mesh.nearest(|_| true);
+        assert_eq!(lookup.into_nearest(), nearest);
+        assert!(took < Duration::from_secs(9), "{took:?}");
+    }
+
+    #[test]
+    fn who_answers_nothing_or_names_itself_holds_nobody_up() {
+        let mesh = Mesh::new(100);
+        let of_seeds: Vec<_> = mesh.knows(0, WIDTH).iter().map(|node| node.peer).collect();
+        let mut lookup = mesh.lookup();
+        let (_, took) = run(&mut lookup, |peer| {
+            match of_seeds.iter().position(|seed| *seed == peer) {
+                Some(n) if n % 3 == 0 => Answer::Names(vec![candidate(peer, 1)]),
+                Some(n) if n % 3 == 1 => Answer::Silence,
+                _ => mesh.answer(peer),
+            }
+        });
+        let silent = |peer: PeerId| {
+            let seed = of_seeds.iter().position(|seed| *seed == peer);
+            seed.is_some_and(|n| n % 3 == 1)
+        };
+        let nearest = mesh.nearest(|peer| !silent(peer));
+        let found = lookup.into_nearest();
+        assert!(common(&found, &nearest) >= WIDTH - 6, "{found:?}");
+        assert!(took < Duration::from_secs(10), "{took:?}");
+    }
+
+    #[test]
+    fn paths_share_nothing_that_they_are_told() {
+        let peers: Vec<_> = (0..PATHS).map(|n| candidate(PeerId::random(), n)).collect();
+        let mut lookup = Lookup::new(KEY, PeerId::random(), peers.clone());
+        let now = Instant::now();
+        let first = lookup.next(now).unwrap();
+        let told = candidate(PeerId::random(), 100);
+        lookup.answered(first.peer, None, [told.clone()]);
+        let know = |path: &&BTreeMap<_, _>| path.values().any(|peer| *peer == told.peer);
+        assert_eq!(lookup.paths.iter().filter(know).count(), 1);
+        // Unheard of, its answer says nothing.
+        lookup.answered(PeerId::random(), None, [candidate(PeerId::random(), 101)]);
+        lookup.answered(told.peer, None, [candidate(PeerId::random(), 101)]);
+        assert_eq!(lookup.nodes.len(), PATHS + 1);
+    }
+}
