@@ -38,7 +38,8 @@ use tokio::{
 use self::query::{MAX_QUERIES, Query};
 use crate::{
     Disk, DiskError, Record, RecordError, record,
-    store::{MAX_PACKET, Origin, Store},
+    region::Regions,
+    store::{MAX_PACKET, Origin, Store, Usage},
 };
 
 /// The name of our own Kademlia: IPFS's nodes are not in it.
@@ -47,8 +48,8 @@ const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/kad/1");
 /// [`Dht::get_some`] ends once this many nodes have answered with valid statements: they were stored at twenty.
 const ENOUGH: usize = 4;
 
-/// How often the routing table is refreshed.
-const REFRESH: Duration = Duration::from_secs(300);
+/// How often the routing table is refreshed: some hundreds of requests. Between that, look-ups do it.
+const REFRESH: Duration = Duration::from_secs(30 * 60);
 
 /// How often it is seen whether what was asked takes too long.
 const TICK: Duration = Duration::from_millis(100);
@@ -92,8 +93,8 @@ pub enum DhtError {
 pub struct Status {
     /// Nodes in the routing table.
     pub nodes: usize,
-    /// Statements kept for others and ourselves.
-    pub records: usize,
+    /// What it keeps.
+    pub kept: Usage,
 }
 
 /// The handle. Cheap to clone.
@@ -109,7 +110,12 @@ pub struct Dht {
 
 #[derive(Debug)]
 enum Command {
-    Put(Box<Record>, oneshot::Sender<Result<usize, DhtError>>),
+    Put {
+        record: Box<Record>,
+        /// Where its neighbours were stored lately will do.
+        again: bool,
+        reply: oneshot::Sender<Result<usize, DhtError>>,
+    },
     Get {
         key: Vec<u8>,
         /// End after this many nodes have answered with something.
@@ -162,6 +168,7 @@ impl Dht {
             local,
             queries: HashMap::new(),
             dialling: HashMap::new(),
+            regions: Regions::default(),
             actions: VecDeque::new(),
             tick: None,
             peers: HashMap::new(),
@@ -220,12 +227,29 @@ impl Dht {
         answer.await.map_err(|_| DhtError::Stopped)
     }
 
-    /// Says a statement again, as it was signed; how many other nodes took it, or have it.
+    /// As [`publish`](Self::publish), for what has been stated before, or is one of many: it is stored where a look-up towards a neighbouring key has ended within the last ten
+    /// minutes, if there was one. Ten thousand keys in the order of their [`place`]s cost little more than their storing.
+    ///
+    /// # Errors
+    /// [`DhtError`].
+    pub async fn publish_again(
+        &self,
+        key: &[u8],
+        subkey: &[u8],
+        value: &[u8],
+        ttl: Duration,
+    ) -> Result<usize, DhtError> {
+        let sequence = self.next_sequence();
+        let record = Record::sign(&self.keys, key, subkey, Some(value), sequence, ttl)?;
+        self.send_record(record, true).await
+    }
+
+    /// Says a statement again, as it was signed, as [`publish_again`](Self::publish_again) does; how many other nodes took it, or have it.
     ///
     /// # Errors
     /// [`DhtError`].
     pub async fn say_again(&self, record: Record) -> Result<usize, DhtError> {
-        self.send_record(record).await
+        self.send_record(record, true).await
     }
 
     /// Takes back what this node stated under `key` and `subkey`; how many other nodes heard it.
@@ -321,12 +345,18 @@ impl Dht {
         ttl: Duration,
     ) -> Result<usize, DhtError> {
         let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
-        self.send_record(record).await
+        self.send_record(record, false).await
     }
 
-    async fn send_record(&self, record: Record) -> Result<usize, DhtError> {
+    async fn send_record(&self, record: Record, again: bool) -> Result<usize, DhtError> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Put(Box::new(record), reply)).await?;
+        let record = Box::new(record);
+        let put = Command::Put {
+            record,
+            again,
+            reply,
+        };
+        self.send(put).await?;
         answer.await.map_err(|_| DhtError::Stopped)?
     }
 
@@ -352,6 +382,13 @@ impl Dht {
     }
 }
 
+/// Where in the key space a key is: keys in the order of their places are neighbours of each other.
+pub fn place(key: &[u8]) -> [u8; 32] {
+    let key = kad::KBucketKey::new(key.to_vec());
+    let bytes = key.hashed_bytes().try_into();
+    bytes.expect("places are SHA-256 hashes")
+}
+
 /// Whether an address leads no further than our own networks, or within this process.
 fn is_private(address: &Multiaddr) -> bool {
     let in_memory = |part| matches!(part, Protocol::Memory(_));
@@ -369,6 +406,8 @@ fn valid(mut records: Vec<Record>) -> Vec<Record> {
 struct Peer {
     /// Where we see it.
     seen_at: Multiaddr,
+    /// That is outside our own networks.
+    outside: bool,
     /// Where it says it is.
     claimed: Vec<Multiaddr>,
     /// Whether it is a server of our DHT.
@@ -382,6 +421,8 @@ pub struct Behaviour {
     requests: mpsc::Receiver<Command>,
     local: PeerId,
     queries: HashMap<QueryId, Query>,
+    /// What look-ups have found out lately.
+    regions: Regions,
     /// Queries that wait for a connection.
     dialling: HashMap<PeerId, Vec<QueryId>>,
     /// What queries have the swarm do.
@@ -422,7 +463,11 @@ impl Behaviour {
     fn on_command(&mut self, command: Command) {
         // In every arm, whoever asked may be gone by the time of the answer.
         match command {
-            Command::Put(record, reply) => self.put(&record, reply),
+            Command::Put {
+                record,
+                again,
+                reply,
+            } => self.put(&record, again, reply),
             Command::Get { key, enough, reply } => self.get(key, enough, reply),
             Command::Own { prefix, reply } => {
                 let _ = reply.send(self.kad.store_mut().own(&prefix));
@@ -440,7 +485,7 @@ impl Behaviour {
             Command::Status(reply) => {
                 let status = Status {
                     nodes: self.nodes(),
-                    records: self.kad.store_mut().len(),
+                    kept: self.kad.store_mut().usage(),
                 };
                 let _ = reply.send(status);
             }
@@ -456,6 +501,7 @@ impl Behaviour {
             } => {
                 let nodes = self.nodes();
                 self.count.send_replace(nodes);
+                self.regions.met(peer);
                 self.on_server(peer);
             }
             kad::Event::UnroutablePeer { peer } => self.on_server(peer),
@@ -483,6 +529,9 @@ impl Behaviour {
                 return;
             }
         }
+        if self.is_route(peer, &address) {
+            return;
+        }
         let network = Origin::of(&address);
         if network != Origin::NEAR {
             let (mut here, mut in_bucket) = (0, 0);
@@ -506,10 +555,17 @@ impl Behaviour {
         self.kad.add_address(&peer, address);
     }
 
+    fn is_route(&mut self, peer: PeerId, address: &Multiaddr) -> bool {
+        self.kad.kbucket(peer).is_some_and(|bucket| {
+            let mut entries = bucket.iter();
+            let entry = entries.find(|entry| *entry.node.key.preimage() == peer);
+            entry.is_some_and(|entry| entry.node.value.iter().any(|known| known == address))
+        })
+    }
+
     /// Whether we serve, and whom we tell where our neighbours are.
     fn settle_role(&mut self) {
-        let is_outside = |peer: &Peer| !is_private(&peer.seen_at);
-        let outside = self.peers.values().any(is_outside);
+        let outside = self.peers.values().any(|peer| peer.outside);
         if outside && !self.outside {
             let mut private = Vec::new();
             for bucket in self.kad.kbuckets() {
@@ -563,6 +619,7 @@ impl Behaviour {
         };
         if !known.serves {
             known.serves = true;
+            self.regions.met(peer);
             self.met.send_modify(|met| *met += 1);
         }
         for address in known.claimed.clone() {
@@ -640,14 +697,10 @@ impl NetworkBehaviour for Behaviour {
         let outside = self.outside;
         let near = peer.and_then(|peer| self.near.get(&peer));
         let near = near.cloned().unwrap_or_default();
-        let mut proven = peer.and_then(|peer| self.kad.kbucket(peer));
-        let mut proven = |address: &Multiaddr| {
-            let entries = proven.iter_mut().flat_map(|bucket| bucket.iter());
-            entries
-                .filter(|entry| Some(*entry.node.key.preimage()) == peer)
-                .any(|entry| entry.node.value.iter().any(|known| known == address))
-        };
-        known.retain(|address| !outside || weft_net::is_outside(address) || proven(address));
+        known.retain(|address| {
+            let is_route = |peer| self.is_route(peer, address);
+            !outside || weft_net::is_outside(address) || peer.is_some_and(is_route)
+        });
         known.extend(near);
         known.truncate(MAX_ADDRESSES);
         Ok(known)
@@ -672,6 +725,7 @@ impl NetworkBehaviour for Behaviour {
             }) => {
                 let peer = self.peers.entry(*peer_id).or_insert_with(|| Peer {
                     seen_at: endpoint.get_remote_address().clone(),
+                    outside: !is_private(endpoint.get_remote_address()),
                     claimed: Vec::new(),
                     serves: false,
                     connections: 0,
@@ -684,6 +738,7 @@ impl NetworkBehaviour for Behaviour {
             FromSwarm::AddressChange(AddressChange { peer_id, new, .. }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
                     peer.seen_at = new.get_remote_address().clone();
+                    peer.outside = !is_private(&peer.seen_at);
                 }
                 self.settle_role();
             }
@@ -815,6 +870,7 @@ mod tests {
         assert_eq!((behaviour.nodes(), behaviour.serves), (1, true));
         let stranger = Peer {
             seen_at: address("/ip4/8.8.8.8/tcp/1"),
+            outside: true,
             claimed: Vec::new(),
             serves: true,
             connections: 1,

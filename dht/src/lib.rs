@@ -14,10 +14,12 @@ mod behaviour;
 mod disk;
 mod lookup;
 mod record;
+mod region;
 mod store;
 
 pub use self::{
-    behaviour::{Behaviour, Dht, DhtError, Status},
+    behaviour::{Behaviour, Dht, DhtError, Status, place},
     disk::{Disk, DiskError},
     record::{MAX_KEY, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
+    store::Usage,
 };

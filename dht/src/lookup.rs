@@ -304,13 +304,13 @@ impl Lookup {
     }
 
     /// The nearest nodes that have answered, on all paths.
-    pub(crate) fn into_nearest(self) -> Vec<PeerId> {
+    pub(crate) fn nearest_answered(&self) -> Vec<Candidate> {
         let answered = self.nodes.values().filter(|n| n.state == State::Answered);
         let by_distance: BTreeMap<_, _> = answered
             .map(|node| (self.distance(node.candidate.peer), node.candidate.peer))
             .collect();
         self.nearest(by_distance.values())
-            .map(|node| node.candidate.peer)
+            .map(|node| node.candidate.clone())
             .collect()
     }
 }
@@ -429,6 +429,11 @@ mod tests {
         (asked, now - begin)
     }
 
+    fn found(lookup: &Lookup) -> Vec<PeerId> {
+        let nearest = lookup.nearest_answered();
+        nearest.iter().map(|node| node.peer).collect()
+    }
+
     fn common(a: &[PeerId], b: &[PeerId]) -> usize {
         a.iter().filter(|peer| b.contains(peer)).count()
     }
@@ -440,7 +445,7 @@ mod tests {
             let mut lookup = mesh.lookup();
             let (asked, took) = run(&mut lookup, |peer| mesh.answer(peer));
             let nearest = mesh.nearest(|_| true);
-            let found = lookup.into_nearest();
+            let found = found(&lookup);
             assert_eq!(found, nearest, "of {count}");
             assert!(
                 asked <= 60 && took <= 14 * ROUND_TRIP,
@@ -461,7 +466,7 @@ mod tests {
             false => mesh.answer(peer),
         });
         let nearest = mesh.nearest(|peer| !gone(peer));
-        let found = lookup.into_nearest();
+        let found = found(&lookup);
         // Answers name what is gone as well, and twenty at most.
         assert!(common(&found, &nearest) >= WIDTH - 6, "{found:?}");
         assert!(took < Duration::from_secs(12), "{took:?}");
@@ -496,7 +501,7 @@ mod tests {
                 other => other,
             },
         });
-        let found = lookup.into_nearest();
+        let found = found(&lookup);
         let nearest = mesh.nearest(|_| true);
         assert!(common(&found, &nearest) >= WIDTH - MAX_OF_NETWORK);
         assert!(found.iter().filter(|peer| is_sybil(**peer)).count() <= MAX_OF_NETWORK);
@@ -520,7 +525,7 @@ mod tests {
             false => mesh.answer(peer),
         });
         let nearest = mesh.nearest(|_| true);
-        assert_eq!(lookup.into_nearest(), nearest);
+        assert_eq!(found(&lookup), nearest);
         assert!(took < Duration::from_secs(9), "{took:?}");
     }
 
@@ -541,7 +546,7 @@ mod tests {
             seed.is_some_and(|n| n % 3 == 1)
         };
         let nearest = mesh.nearest(|peer| !silent(peer));
-        let found = lookup.into_nearest();
+        let found = found(&lookup);
         assert!(common(&found, &nearest) >= WIDTH - 6, "{found:?}");
         assert!(took < Duration::from_secs(10), "{took:?}");
     }

@@ -89,6 +89,19 @@ impl Origin {
     }
 }
 
+/// What a node keeps for the DHT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Statements, others' and its own.
+    pub records: usize,
+    /// Keys that they are under, and how many those of others may be.
+    pub keys: (usize, usize),
+    /// Bytes of them, and how many those of others may be.
+    pub bytes: (usize, usize),
+    /// Statements that were refused because of a quota since the start.
+    pub refused: u64,
+}
+
 #[derive(Debug)]
 struct Kept {
     record: Record,
@@ -109,6 +122,8 @@ pub(crate) struct Store {
     by_publisher: HashMap<PeerId, usize>,
     by_network: HashMap<Origin, usize>,
     arrivals: u64,
+    /// Statements over a quota.
+    refused: u64,
     /// Whose request is being answered.
     pub(crate) sender: Origin,
     disk: Option<Disk>,
@@ -126,6 +141,7 @@ impl Store {
             by_publisher: HashMap::new(),
             by_network: HashMap::new(),
             arrivals: 0,
+            refused: 0,
             sender: Origin::NEAR,
             disk: None,
             random: AtomicU64::new(RandomState::new().build_hasher().finish()),
@@ -142,9 +158,13 @@ impl Store {
         store
     }
 
-    /// Statements held.
-    pub(crate) fn len(&self) -> usize {
-        self.count
+    pub(crate) fn usage(&self) -> Usage {
+        Usage {
+            records: self.count,
+            keys: (self.sets.len(), MAX_KEYS),
+            bytes: (self.bytes, MAX_BYTES),
+            refused: self.refused,
+        }
     }
 
     pub(crate) fn disk(&self) -> Option<&Disk> {
@@ -250,6 +270,7 @@ impl Store {
                 || of_network + size > MAX_OF_NETWORK
                 || (is_new && origin.is_public() && of_network_here >= MAX_OF_NETWORK_IN_SET)
             {
+                self.refused += 1;
                 return Err(Error::MaxRecords);
             }
         }
@@ -259,6 +280,7 @@ impl Store {
             self.forget(&old);
         }
         if !is_own && !self.make_room(&key, size) {
+            self.refused += 1;
             return Err(Error::MaxRecords);
         }
         self.arrivals += 1;
@@ -637,7 +659,7 @@ mod tests {
         }
         let value = set(vec![good.as_wire().clone()]);
         assert!(store.put(KadRecord::new(b"other".to_vec(), value)).is_err());
-        assert_eq!(store.len(), 0);
+        assert_eq!(store.usage().records, 0);
         // A bad member does not spoil the set.
         let mixed = set(vec![forged, good.as_wire().clone()]);
         store.put(KadRecord::new(b"k".to_vec(), mixed)).unwrap();
@@ -726,7 +748,7 @@ mod tests {
                 assert!(set.iter().any(|kept| kept.record == other));
             }
         }
-        assert!(store.len() <= MAX_RECORDS);
+        assert!(store.usage().records <= MAX_RECORDS);
         assert!(store.bytes <= MAX_SET);
         assert!(read(&store).contains(&ours));
         check(&store);
@@ -748,7 +770,7 @@ mod tests {
         }
         assert!(store.get(&RecordKey::new(b"k")).is_none());
         store.sweep();
-        assert_eq!(store.len(), 9);
+        assert_eq!(store.usage().records, 9);
         check(&store);
     }
 
@@ -775,7 +797,7 @@ mod tests {
         }
         let store = open(local);
         assert_eq!(read(&store), [new]);
-        assert_eq!(store.len(), 2);
+        assert_eq!(store.usage().records, 2);
         assert!(store.by_network[&network(7)] < before[&network(7)]);
         check(&store);
     }

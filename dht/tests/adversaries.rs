@@ -248,7 +248,7 @@ async fn what_breaks_the_rules_is_not_kept_and_not_said_to_be() {
     let taken = store(&mut swarm, peer, records).await;
     let wrongly = taken.iter().position(|taken| *taken);
     assert_eq!(wrongly, None, "of {names:?} and what follows");
-    assert_eq!(dht.status().await.unwrap().records, 1);
+    assert_eq!(dht.status().await.unwrap().kept.records, 1);
     let found = dht.get(b"k").await.unwrap();
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].value(), Some(&b"v"[..]));

@@ -83,7 +83,7 @@ async fn a_lone_node_keeps_its_records_and_says_that_nobody_took_them() {
     let alone = node(None).await;
     assert_eq!(alone.dht.publish(b"k", b"", b"v", HOUR).await.unwrap(), 0);
     assert_eq!(alone.dht.get(b"k").await.unwrap().len(), 1);
-    assert_eq!(alone.dht.status().await.unwrap().records, 1);
+    assert_eq!(alone.dht.status().await.unwrap().kept.records, 1);
     assert!(
         alone
             .dht

@@ -198,7 +198,7 @@ impl Node {
             uptime: self.inner.started.elapsed(),
             peers: self.peers().await.len(),
             dht_nodes: dht.nodes,
-            dht_records: dht.records,
+            dht_records: dht.kept.records,
             models: models.len(),
             model_bytes: models.iter().map(|model| model.size).sum(),
         })
@@ -278,6 +278,18 @@ impl Node {
         limits.extend(self.inner.serving.limits());
         let transfers = &self.inner.transfers;
         limits.extend(transfers.usage("transfers", "transfers_per_peer"));
+        let kept = self.inner.dht.status().await?.kept;
+        for (name, (used, limit), refused) in [
+            ("record_keys", kept.keys, 0),
+            ("record_bytes", kept.bytes, kept.refused),
+        ] {
+            limits.push(LimitUse {
+                name,
+                used: used as u64,
+                limit: Some(limit as u64),
+                refused,
+            });
+        }
         Ok(limits)
     }
 

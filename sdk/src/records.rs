@@ -233,9 +233,11 @@ pub(crate) async fn keep_up(dht: Dht) {
         }
         meetings.mark_unchanged();
         refresh = Instant::now() + REFRESH;
-        let Ok(own) = dht.own(SPACE).await else {
+        let Ok(mut own) = dht.own(SPACE).await else {
             return;
         };
+        // Neighbours in the key space, one after the other, are stored at the same nodes.
+        own.sort_by_key(|record| weft_dht::place(record.key()));
         for record in own {
             if record.remaining().is_zero() {
                 continue;

@@ -44,6 +44,8 @@ pub struct Links {
     listeners: Mutex<HashMap<Ipv4Addr, Listener>>,
     /// Requests sent to the DHT.
     pub requests: AtomicU64,
+    /// Connections asked for.
+    pub dials: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -60,6 +62,7 @@ impl Links {
             delay: round_trip / 2,
             listeners: Mutex::default(),
             requests: AtomicU64::new(0),
+            dials: AtomicU64::new(0),
         })
     }
 
@@ -145,6 +148,7 @@ impl Transport for Link {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let (links, own) = (Arc::clone(&self.links), (self.place, self.peer));
+        links.dials.fetch_add(1, Ordering::Relaxed);
         Ok(async move {
             // As QUIC's handshake: there and back.
             sleep(links.delay).await;

@@ -261,6 +261,8 @@ fn limits_and_lists_are_shown_and_hold() {
     assert_eq!(limit(&limits, "streams_per_connection")["limit"], 7);
     assert_eq!(limit(&limits, "call_sessions")["limit"], 9);
     assert_eq!(limit(&limits, "transfers")["used"], 0);
+    assert_eq!(limit(&limits, "record_keys")["limit"], 32768);
+    assert_eq!(limit(&limits, "record_bytes")["refused"], 0);
     assert!(limit(&limits, "memory_bytes")["used"].as_u64().unwrap() > 1 << 20);
     assert!(home.run(&["limits"]).stdout.contains("relay_circuits"));
 

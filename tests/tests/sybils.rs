@@ -137,6 +137,7 @@ async fn a_key_is_not_taken_by_many_identities_of_one_network() {
     let begin = Instant::now();
     for (n, (dht, _)) in honest.iter().enumerate().take(5) {
         let took = dht.publish(KEY, b"", &[n as u8], HOUR).await.unwrap();
+        eprintln!("put {took} {:?}", begin.elapsed());
         assert!(took >= 15, "only {took} took it");
     }
     let kept = async {
@@ -151,10 +152,12 @@ async fn a_key_is_not_taken_by_many_identities_of_one_network() {
     for (dht, _) in &honest[40..] {
         let found = dht.get_some(KEY).await.unwrap();
         assert!(!found.is_empty());
+        eprintln!("some {:?}", begin.elapsed());
     }
     for (dht, _) in &honest[50..] {
         let found = dht.get(KEY).await.unwrap();
         assert_eq!(found.len(), 5);
+        eprintln!("get {:?}", begin.elapsed());
     }
     eprintln!("{kept} keep it; all done in {:?}", begin.elapsed());
 }

@@ -84,6 +84,18 @@ pub(super) struct Query {
 }
 
 impl Query {
+    fn new(key: Vec<u8>, purpose: Purpose) -> Self {
+        Self {
+            key,
+            purpose,
+            stage: Stage::Store {
+                waiting: HashSet::new(),
+                took: 0,
+            },
+            began: Instant::now(),
+        }
+    }
+
     fn request(&self, id: QueryId) -> Request {
         match (&self.purpose, &self.stage) {
             (Purpose::Put { record, .. }, Stage::Store { .. }) => Request::PutRecord {
@@ -110,7 +122,12 @@ impl Query {
 }
 
 impl Behaviour {
-    pub(super) fn put(&mut self, record: &Record, reply: oneshot::Sender<Result<usize, DhtError>>) {
+    pub(super) fn put(
+        &mut self,
+        record: &Record,
+        again: bool,
+        reply: oneshot::Sender<Result<usize, DhtError>>,
+    ) {
         let record = KadRecord {
             key: RecordKey::new(&record.key()),
             value: crate::store::encode(std::iter::once(record)),
@@ -125,14 +142,23 @@ impl Behaviour {
         // Whoever is told that it is stated can rely on it.
         let written = self.kad.store_mut().disk().map(crate::Disk::flush);
         let key = record.key.to_vec();
-        self.begin(
-            key,
-            Purpose::Put {
-                record,
-                written,
-                reply,
-            },
-        );
+        let purpose = Purpose::Put {
+            record,
+            written,
+            reply,
+        };
+        let near = again
+            .then(|| self.regions.near(&key, Instant::now()))
+            .flatten();
+        match near {
+            Some(nodes) => {
+                let id = self.number(&key);
+                let mut query = Query::new(key, purpose);
+                self.store_at(id, &mut query, nodes);
+                self.drive(id, query);
+            }
+            None => self.begin(key, purpose),
+        }
     }
 
     pub(super) fn get(&mut self, key: Vec<u8>, enough: usize, reply: oneshot::Sender<Vec<Record>>) {
@@ -150,22 +176,22 @@ impl Behaviour {
     }
 
     fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
-        // A number that none of Kademlia's own queries has: handlers say it with each answer. This one ends at once.
-        let none = KadRecord::new(RecordKey::new(&key), Vec::new());
-        let id = self
-            .kad
-            .put_record_to(none, std::iter::empty(), Quorum::One);
+        let id = self.number(&key);
         let target = kad::KBucketKey::new(key.clone());
         let nearest: Vec<_> = self.kad.get_closest_local_peers(&target).collect();
         let nearest = nearest.into_iter().take(3 * WIDTH);
         let seeds: Vec<_> = nearest.map(|key| self.known(key.into_preimage())).collect();
-        let query = Query {
-            stage: Stage::LookUp(Box::new(Lookup::new(&key, self.local, seeds))),
-            key,
-            purpose,
-            began: Instant::now(),
-        };
+        let mut query = Query::new(key, purpose);
+        query.stage = Stage::LookUp(Box::new(Lookup::new(&query.key, self.local, seeds)));
         self.drive(id, query);
+    }
+
+    /// A number that none of Kademlia's own queries has: handlers say it with each answer.
+    fn number(&mut self, key: &[u8]) -> QueryId {
+        // The query that it is of ends at once.
+        let none = KadRecord::new(RecordKey::new(&key), Vec::new());
+        let nobody = std::iter::empty();
+        self.kad.put_record_to(none, nobody, Quorum::One)
     }
 
     /// A node of the routing table, or one that was named and is connected.
@@ -219,37 +245,17 @@ impl Behaviour {
             if !is_done {
                 next.extend(std::iter::from_fn(|| lookup.next(now)));
             }
+            let nearest = is_done.then(|| lookup.nearest_answered());
             for candidate in next {
                 self.ask(id, candidate, query.request(id));
             }
-            if is_done {
-                let Stage::LookUp(lookup) = std::mem::replace(
-                    &mut query.stage,
-                    Stage::Store {
-                        waiting: HashSet::new(),
-                        took: 0,
-                    },
-                ) else {
-                    unreachable!("it was matched above");
-                };
-                let nearest = lookup.into_nearest();
-                match query.purpose {
-                    Purpose::Get { found, reply, .. } => {
-                        let _ = reply.send(found.into_records());
-                        return;
-                    }
-                    Purpose::Put { .. } => {
-                        for peer in &nearest {
-                            let request = query.request(id);
-                            self.ask(id, self.candidate(*peer, Vec::new()), request);
-                        }
-                        query.stage = Stage::Store {
-                            waiting: nearest.into_iter().collect(),
-                            took: 0,
-                        };
-                        query.began = now;
-                    }
+            if let Some(nearest) = nearest {
+                if let Purpose::Get { found, reply, .. } = query.purpose {
+                    let _ = reply.send(found.into_records());
+                    return;
                 }
+                self.regions.learn(&query.key, &nearest, now);
+                self.store_at(id, &mut query, nearest);
             }
         }
         match (&query.stage, query.purpose) {
@@ -262,6 +268,17 @@ impl Behaviour {
                 query.purpose = purpose;
                 self.queries.insert(id, query);
             }
+        }
+    }
+
+    fn store_at(&mut self, id: QueryId, query: &mut Query, nodes: Vec<Candidate>) {
+        query.stage = Stage::Store {
+            waiting: nodes.iter().map(|node| node.peer).collect(),
+            took: 0,
+        };
+        query.began = Instant::now();
+        for node in nodes {
+            self.ask(id, node, query.request(id));
         }
     }
 
@@ -301,6 +318,7 @@ impl Behaviour {
         if matches!(error, DialError::DialPeerConditionFalse(_)) {
             return;
         }
+        self.regions.forget(peer);
         for id in self.dialling.remove(&peer).unwrap_or_default() {
             self.query_failed(id, peer);
         }

@@ -20,7 +20,7 @@ use futures::{StreamExt, stream};
 use libp2p::{
     PeerId, StreamProtocol, Swarm, Transport, identify,
     identity::Keypair,
-    kad::{self, GetRecordOk, QueryId, QueryResult, Quorum, store::MemoryStore},
+    kad::{self, GetProvidersOk, GetRecordOk, QueryId, QueryResult, Quorum, store::MemoryStore},
     swarm::{self, NetworkBehaviour, SwarmEvent, dial_opts::DialOpts},
 };
 use tokio::{
@@ -70,6 +70,8 @@ pub struct Options {
     pub round_trip: Duration,
     /// Values put and looked up, in each phase.
     pub values: usize,
+    /// Things that one node states that it has.
+    pub things: usize,
     /// The same seed gives a similar network.
     pub seed: u64,
 }
@@ -91,6 +93,8 @@ struct Stock {
 enum Ask {
     Put(Vec<u8>, oneshot::Sender<bool>),
     Get(Vec<u8>, oneshot::Sender<bool>),
+    Provide(Vec<u8>, oneshot::Sender<bool>),
+    Find(Vec<u8>, oneshot::Sender<bool>),
     Nodes(oneshot::Sender<usize>),
 }
 
@@ -156,7 +160,9 @@ fn start(
             (Handle::Ours(Box::new(dht)), tokio::spawn(run))
         }
         Side::Kad => {
-            let config_of_kad = kad::Config::new(StreamProtocol::new("/weft/kad/1"));
+            let mut config_of_kad = kad::Config::new(StreamProtocol::new("/weft/kad/1"));
+            // Not while it is measured, on neither side.
+            config_of_kad.set_periodic_bootstrap_interval(None);
             let mut kad = kad::Behaviour::with_config(peer, MemoryStore::new(peer), config_of_kad);
             kad.set_mode(Some(kad::Mode::Server));
             let behaviour = Stock {
@@ -216,6 +222,15 @@ async fn run_stock(
                         let id = kad.get_record(kad::RecordKey::new(&key));
                         queries.insert(id, reply);
                     }
+                    Ask::Provide(key, reply) => {
+                        if let Ok(id) = kad.start_providing(kad::RecordKey::new(&key)) {
+                            queries.insert(id, reply);
+                        }
+                    }
+                    Ask::Find(key, reply) => {
+                        let id = kad.get_providers(kad::RecordKey::new(&key));
+                        queries.insert(id, reply);
+                    }
                     Ask::Nodes(reply) => {
                         let nodes = kad.kbuckets().map(|bucket| bucket.num_entries()).sum();
                         let _ = reply.send(nodes);
@@ -244,6 +259,11 @@ async fn run_stock(
                 let done = match result {
                     QueryResult::GetRecord(Ok(GetRecordOk::FoundRecord(_))) => Some(true),
                     QueryResult::PutRecord(result) => Some(result.is_ok()),
+                    QueryResult::StartProviding(result) => Some(result.is_ok()),
+                    QueryResult::GetProviders(Ok(GetProvidersOk::FoundProviders {
+                        providers,
+                        ..
+                    })) if !providers.is_empty() => Some(true),
                     _ if step.last => Some(false),
                     _ => None,
                 };
@@ -294,6 +314,36 @@ impl Handle {
             }
         };
         timeout(PATIENCE, get).await == Ok(true)
+    }
+
+    /// States that it has something, as one of many such things.
+    async fn provide(&self, key: Vec<u8>) -> bool {
+        let provide = async {
+            match self {
+                Self::Ours(dht) => dht
+                    .publish_again(&key, b"", &[7; 100], TTL)
+                    .await
+                    .is_ok_and(|took| took > 0),
+                Self::Stock(asks) => {
+                    let (reply, answer) = oneshot::channel();
+                    asks.send(Ask::Provide(key, reply)).await.is_ok() && answer.await == Ok(true)
+                }
+            }
+        };
+        timeout(PATIENCE, provide).await == Ok(true)
+    }
+
+    async fn find(&self, key: Vec<u8>) -> bool {
+        match self {
+            Self::Ours(_) => self.get(key).await,
+            Self::Stock(asks) => {
+                let (reply, answer) = oneshot::channel();
+                let find = async {
+                    asks.send(Ask::Find(key, reply)).await.is_ok() && answer.await == Ok(true)
+                };
+                timeout(PATIENCE, find).await == Ok(true)
+            }
+        }
     }
 
     async fn nodes(&self) -> usize {
@@ -383,13 +433,27 @@ pub fn side(side: Side, options: Options) -> Result<(), Failure> {
 
 async fn measure(side: Side, options: Options) -> Result<(), Failure> {
     let begin = Instant::now();
-    let say = |what: &str| {
-        eprintln!(
-            "{side:?}: {what} after {:.1} s",
-            begin.elapsed().as_secs_f64()
-        )
-    };
     let links = Links::new(options.round_trip);
+    let requests = || links.requests.load(Ordering::Relaxed);
+    let say = |what: &str| {
+        let seconds = begin.elapsed().as_secs_f64();
+        eprintln!(
+            "{side:?}: {what} after {seconds:.1} s, {} requests",
+            requests()
+        );
+    };
+    let watching = Arc::clone(&links);
+    tokio::spawn(async move {
+        loop {
+            sleep(Duration::from_secs(5)).await;
+            eprintln!(
+                "XX {:.0} requests {} dials {}",
+                begin.elapsed().as_secs_f64(),
+                watching.requests.load(Ordering::Relaxed),
+                watching.dials.load(Ordering::Relaxed)
+            );
+        }
+    });
     let mut random = Random::new(options.seed);
     let before = resident()?;
     let (mut nodes, mut peers): (Vec<Node>, Vec<(PeerId, Ipv4Addr)>) = (Vec::new(), Vec::new());
@@ -408,30 +472,30 @@ async fn measure(side: Side, options: Options) -> Result<(), Failure> {
         sleep(options.round_trip * 2).await;
     }
     say("all have joined");
-    // Until the routing tables grow no more.
-    let mut last = 0;
-    for _ in 0..30 {
+    // Until routing tables grow no more, and nobody asks for the sake of them.
+    let (mut routes, mut asked) = (0, 0);
+    for _ in 0..120 {
         sleep(Duration::from_secs(2)).await;
         let mut sum = 0;
         for node in &nodes {
             sum += node.handle.nodes().await;
         }
-        if sum <= last + last / 100 {
+        if sum <= routes + routes / 100 && requests() <= asked + nodes.len() as u64 / 10 {
             break;
         }
-        last = sum;
+        (routes, asked) = (sum, requests());
     }
-    say(&format!("settled, {} routes a node", last / nodes.len()));
+    say(&format!("settled, {} routes a node", routes / nodes.len()));
     let memory = (resident()? - before) / options.nodes as f64 / 1024.0;
 
     let quiet = keys("quiet", options.values);
     let put = put_all(&nodes, &quiet, &mut random).await;
     say(&format!("put {put} of {}", quiet.len()));
-    let requests = links.requests.load(Ordering::Relaxed);
+    let before_it = requests();
     let phase = get_all(&nodes, &quiet, &mut random).await;
-    let requests = links.requests.load(Ordering::Relaxed) - requests;
+    let messages = requests() - before_it;
     say("looked up");
-    let messages = requests as f64 / phase.asked.max(1) as f64;
+    let messages = messages as f64 / phase.asked.max(1) as f64;
     let mut took = phase.took.clone();
     took.sort_by(f64::total_cmp);
     let p99 = took.get(took.len() * 99 / 100).copied().unwrap_or(f64::NAN);
@@ -441,6 +505,35 @@ async fn measure(side: Side, options: Options) -> Result<(), Failure> {
     } else {
         took
     });
+
+    // One node has many things.
+    let mut things = keys("thing", options.things);
+    if side == Side::Weft {
+        things.sort_by_key(|key| weft_dht::place(key));
+    }
+    let before_it = requests();
+    let provider = &nodes[random.below(nodes.len())].handle;
+    let stated = stream::iter(things.iter().map(|key| provider.provide(key.clone())));
+    let stated = stated.buffer_unordered(AT_A_TIME);
+    let stated = stated
+        .filter(|done| std::future::ready(*done))
+        .count()
+        .await;
+    let provide = requests() - before_it;
+    let provide = provide as f64 / things.len().max(1) as f64;
+    say(&format!("stated {stated} of {}", things.len()));
+    let looked_for: Vec<_> = (0..options.values.min(things.len()))
+        .map(|_| things[random.below(things.len())].clone())
+        .collect();
+    let finds = looked_for.iter().map(|key| {
+        let handle = nodes[random.below(nodes.len())].handle.clone();
+        async move { handle.find(key.clone()).await }
+    });
+    let finds: Vec<_> = finds.collect();
+    let found = stream::iter(finds).buffer_unordered(AT_A_TIME);
+    let found = found.filter(|done| std::future::ready(*done)).count().await;
+    let found = 100.0 * found as f64 / looked_for.len().max(1) as f64;
+    say("looked for some of them");
 
     let fresh = keys("fresh", options.values);
     let put = put_all(&nodes, &fresh, &mut random).await;
@@ -467,6 +560,8 @@ async fn measure(side: Side, options: Options) -> Result<(), Failure> {
         // What a busy machine adds to three round trips is no fourth.
         ("hops", (typical / round_trip - 0.25).ceil()),
         ("messages", messages),
+        ("provide", provide),
+        ("find-success", found),
         ("latency-rtts", typical / round_trip),
         ("p99-rtts", p99 / round_trip),
         ("memory", memory),
@@ -489,6 +584,8 @@ pub fn run(options: Options, sides: &[Side], json: bool) -> Result<(), Failure> 
         ("success-churn30", "%"),
         ("hops", "round trips"),
         ("messages", "requests"),
+        ("provide", "requests"),
+        ("find-success", "%"),
         ("latency-rtts", "round trips"),
         ("p99-rtts", "round trips"),
         ("memory", "KiB/node"),
@@ -538,6 +635,8 @@ fn in_process(
             &options.round_trip.as_millis().to_string(),
             "--values",
             &options.values.to_string(),
+            "--things",
+            &options.things.to_string(),
             "--seed",
             &options.seed.to_string(),
         ])

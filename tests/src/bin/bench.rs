@@ -119,6 +119,10 @@ struct DhtOptions {
     #[arg(long, default_value_t = 500)]
     values: usize,
 
+    /// Things that one node states that it has
+    #[arg(long, default_value_t = 1000)]
+    things: usize,
+
     /// The same seed gives a similar network
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -130,6 +134,7 @@ impl DhtOptions {
             nodes: self.nodes,
             round_trip: Duration::from_millis(self.round_trip),
             values: self.values,
+            things: self.things,
             seed: self.seed,
         }
     }

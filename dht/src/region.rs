@@ -1,0 +1,168 @@
+//! What look-ups have found out lately: which nodes are near a key, and so near its neighbours.
+//!
+//! Whoever says ten thousand things again, in the order of their places, needs no look-up for each: one finds the nodes of a part of the key space.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use libp2p::{PeerId, kad::KBucketKey};
+
+use crate::lookup::{Candidate, WIDTH};
+
+/// How long what was found is used.
+const FRESH: Duration = Duration::from_secs(600);
+
+/// Parts that are remembered.
+const MAX_REGIONS: usize = 64;
+
+/// Nodes near a key that must be known for sure to do without a look-up.
+const SURE: usize = WIDTH / 2;
+
+#[derive(Debug)]
+struct Region {
+    key: KBucketKey<Vec<u8>>,
+    nodes: Vec<(KBucketKey<PeerId>, Candidate)>,
+    found: Instant,
+}
+
+impl Region {
+    /// Whether the nodes nearest to a target are among these.
+    ///
+    /// All nodes that are nearer to the key than the farthest of these are known, and so all that have as many bits in common with it as make them nearer in any case.
+    /// A target that has these bits as well is nearest to the same nodes.
+    fn covers(&self, target: &KBucketKey<Vec<u8>>) -> bool {
+        // The look-up has found everybody.
+        if self.nodes.len() < WIDTH {
+            return true;
+        }
+        let distances = self.nodes.iter().map(|(node, _)| self.key.distance(node));
+        let distances: Vec<_> = distances.map(|distance| distance.ilog2()).collect();
+        let farthest = distances.iter().max().copied().flatten();
+        let sure = distances.iter().filter(|bits| **bits < farthest).count();
+        sure >= SURE && self.key.distance(target).ilog2() < farthest
+    }
+}
+
+/// The parts of the key space that are known.
+#[derive(Debug, Default)]
+pub(crate) struct Regions(VecDeque<Region>);
+
+impl Regions {
+    /// A look-up towards `key` has ended with these nodes.
+    pub(crate) fn learn(&mut self, key: &[u8], nodes: &[Candidate], now: Instant) {
+        self.0.retain(|region| now < region.found + FRESH);
+        if self.0.len() >= MAX_REGIONS {
+            self.0.pop_front();
+        }
+        self.0.push_back(Region {
+            key: KBucketKey::new(key.to_vec()),
+            nodes: nodes
+                .iter()
+                .map(|node| (node.peer.into(), node.clone()))
+                .collect(),
+            found: now,
+        });
+    }
+
+    /// The nodes near `key`, the nearest first, if they are known.
+    pub(crate) fn near(&self, key: &[u8], now: Instant) -> Option<Vec<Candidate>> {
+        let target = KBucketKey::new(key.to_vec());
+        let fresh = self.0.iter().rev().filter(|r| now < r.found + FRESH);
+        let region = fresh
+            .filter(|region| !region.nodes.is_empty())
+            .find(|r| r.covers(&target))?;
+        let mut nodes = region.nodes.clone();
+        nodes.sort_by_key(|(node, _)| target.distance(node));
+        Some(nodes.into_iter().map(|(_, node)| node).collect())
+    }
+
+    /// A node has been met: where it is one of the nearest, what was found holds no more.
+    pub(crate) fn met(&mut self, peer: PeerId) {
+        let node = KBucketKey::from(peer);
+        self.0.retain(|region| {
+            let distances = region
+                .nodes
+                .iter()
+                .map(|(other, _)| region.key.distance(other));
+            let is_far = distances.max() < Some(region.key.distance(&node));
+            let is_known = region.nodes.iter().any(|(_, known)| known.peer == peer);
+            is_known || (region.nodes.len() >= WIDTH && is_far)
+        });
+    }
+
+    /// A node is gone, or does not take what it is given.
+    pub(crate) fn forget(&mut self, peer: PeerId) {
+        // Then others are nearest.
+        let is_of_it = |region: &Region| region.nodes.iter().any(|(_, node)| node.peer == peer);
+        self.0.retain(|region| !is_of_it(region));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_of_a_key_are_stored_where_they_are_looked_for() {
+        let nodes = (0..1000).map(|_| Candidate {
+            peer: PeerId::random(),
+            addresses: Vec::new(),
+            networks: Vec::new(),
+        });
+        let nodes: Vec<_> = nodes.collect();
+        let nearest = |key: &[u8]| -> Vec<Candidate> {
+            let target = KBucketKey::new(key.to_vec());
+            let mut nodes = nodes.clone();
+            nodes.sort_by_key(|node| target.distance(&KBucketKey::from(node.peer)));
+            nodes.truncate(WIDTH);
+            nodes
+        };
+        let now = Instant::now();
+        let mut regions = Regions::default();
+        let mut keys: Vec<_> = (0..2000).map(|n| format!("key {n}").into_bytes()).collect();
+        keys.sort_by_key(|key| crate::place(key));
+        let (mut looked_up, mut least) = (0, WIDTH);
+        for key in keys {
+            match regions.near(&key, now) {
+                Some(near) => {
+                    let right = nearest(&key);
+                    let is_right = |node: &&Candidate| right.iter().any(|r| r.peer == node.peer);
+                    let common = near.iter().filter(is_right).count();
+                    least = least.min(common);
+                }
+                None => {
+                    looked_up += 1;
+                    regions.learn(&key, &nearest(&key), now);
+                }
+            }
+        }
+        assert!(least >= SURE, "{least}");
+        assert!(looked_up <= 250, "{looked_up}");
+        // In time it is forgotten, and with a node that is gone what was known of its neighbours.
+        let key = b"key 1";
+        regions.learn(key, &nearest(key), now);
+        assert!(regions.near(key, now).is_some());
+        assert!(regions.near(key, now + FRESH).is_none());
+        let before = regions.0.len();
+        regions.forget(nearest(key)[3].peer);
+        assert!(regions.0.len() < before);
+        // Of a mesh that is small, everything is known, until there is another.
+        regions.0.clear();
+        regions.learn(key, &nodes[..5], now);
+        assert_eq!(regions.near(b"another", now).unwrap().len(), 5);
+        regions.met(nodes[4].peer);
+        assert!(regions.near(b"another", now).is_some());
+        regions.met(nodes[5].peer);
+        assert!(regions.near(b"another", now).is_none());
+        // In a large one, only where it is near.
+        let near = nearest(key);
+        regions.learn(key, &near, now);
+        let far = nodes
+            .iter()
+            .find(|node| near.iter().all(|n| n.peer != node.peer));
+        regions.met(far.unwrap().peer);
+        assert_eq!(regions.0.len(), 1);
+    }
+}
