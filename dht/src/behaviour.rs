@@ -345,7 +345,8 @@ impl Dht {
         ttl: Duration,
     ) -> Result<usize, DhtError> {
         let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
-        self.send_record(record, false).await
+        // What is taken back is told to those who have it.
+        self.send_record(record, value.is_none()).await
     }
 
     async fn send_record(&self, record: Record, again: bool) -> Result<usize, DhtError> {

@@ -15,7 +15,7 @@ use libp2p::{
     kad::{KBucketDistance as Distance, KBucketKey},
 };
 
-use crate::store::Origin;
+use crate::{behaviour::MAX_ADDRESSES, store::Origin};
 
 /// Nodes that a path ends with, and that a statement is stored at; the value of the Kademlia paper.
 pub(crate) const WIDTH: usize = 20;
@@ -47,6 +47,8 @@ pub(crate) struct Candidate {
     pub(crate) addresses: Vec<Multiaddr>,
     /// Where it is as far as is known: all networks of its addresses, or the one that it is seen in.
     pub(crate) networks: Vec<Origin>,
+    /// It has been dialled at other addresses in vain, or still is.
+    pub(crate) again: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,29 +141,34 @@ impl Lookup {
                 peer,
                 addresses: Vec::new(),
                 networks: Vec::new(),
+                again: false,
             },
             state: State::Known,
             path,
             named_by,
         });
-        // Where it answered from is known better; and the first to name it could have named wrong addresses.
-        if node.state == State::Known {
-            let room =
-                crate::behaviour::MAX_ADDRESSES.saturating_sub(node.candidate.addresses.len());
-            let new: Vec<_> = (candidate.addresses.into_iter())
-                .filter(|address| !node.candidate.addresses.contains(address))
-                .take(room)
-                .collect();
-            node.candidate.addresses.extend(new);
-            for network in candidate.networks {
-                if !node.candidate.networks.contains(&network) {
-                    node.candidate.networks.push(network);
-                }
+        if node.state == State::Answered {
+            return;
+        }
+        // Whoever names it first may have named wrong addresses.
+        let room = MAX_ADDRESSES.saturating_sub(node.candidate.addresses.len());
+        let new = candidate.addresses.into_iter();
+        let new = new.filter(|address| !node.candidate.addresses.contains(address));
+        let new: Vec<_> = new.take(room).collect();
+        if !new.is_empty() && matches!(node.state, State::Failed | State::Late(_)) {
+            node.state = State::Known;
+            node.candidate.again = true;
+        }
+        node.candidate.addresses.extend(new);
+        for network in candidate.networks {
+            if !node.candidate.networks.contains(&network) {
+                node.candidate.networks.push(network);
             }
         }
     }
 
-    /// The nearest of these that have not failed, so many of a network at most.
+    /// The nearest of these that have not failed, so many of a network at most. Where a node is that has not answered is hearsay: it does not count against others, and is
+    /// left out only if each place that it may be at is taken.
     fn nearest<'a>(
         &'a self,
         peers: impl Iterator<Item = &'a PeerId>,
@@ -171,13 +178,17 @@ impl Lookup {
             .filter_map(|peer| self.nodes.get(peer))
             .filter(|node| !matches!(node.state, State::Failed | State::Late(_)))
             .filter(move |node| {
-                let networks = node.candidate.networks.iter().filter(|n| n.is_public());
-                let full = |network| of_network.get(network) >= Some(&MAX_OF_NETWORK);
-                if networks.clone().any(full) {
+                let networks = &node.candidate.networks;
+                let is_full = |network: &Origin| {
+                    network.is_public() && of_network.get(network) >= Some(&MAX_OF_NETWORK)
+                };
+                if !networks.is_empty() && networks.iter().all(is_full) {
                     return false;
                 }
-                for network in networks {
-                    *of_network.entry(*network).or_default() += 1;
+                if node.state == State::Answered {
+                    for network in networks {
+                        *of_network.entry(*network).or_default() += 1;
+                    }
                 }
                 true
             })
@@ -276,6 +287,12 @@ impl Lookup {
         }
     }
 
+    /// Whether an answer of this node's is awaited.
+    pub(crate) fn is_waiting_for(&self, peer: PeerId) -> bool {
+        let node = self.nodes.get(&peer);
+        node.is_some_and(|node| matches!(node.state, State::Asked(_) | State::Late(_)))
+    }
+
     /// Whether it has ended at this time.
     pub(crate) fn is_done(&mut self, now: Instant) -> bool {
         let mut passed = Vec::new();
@@ -336,6 +353,7 @@ mod tests {
             peer,
             networks: vec![Origin::of(&address)],
             addresses: vec![address],
+            again: false,
         }
     }
 
@@ -549,6 +567,49 @@ mod tests {
         let found = found(&lookup);
         assert!(common(&found, &nearest) >= WIDTH - 6, "{found:?}");
         assert!(took < Duration::from_secs(10), "{took:?}");
+    }
+
+    #[test]
+    fn who_names_others_with_wrong_addresses_hides_nobody() {
+        let mesh = Mesh::new(100);
+        let sybils = sybils(&mesh, 2, |_| 70_000);
+        let liars: HashSet<_> = mesh.knows(0, 5).iter().map(|node| node.peer).collect();
+        let mut lookup = Lookup::new(KEY, mesh.nodes[0].peer, mesh.knows(0, 6));
+        let right: HashMap<_, _> = mesh
+            .nodes
+            .iter()
+            .map(|n| (n.peer, &n.addresses[0]))
+            .collect();
+        let mut known: HashMap<PeerId, Vec<Multiaddr>> = HashMap::new();
+        let begin = Instant::now();
+        let mut now = begin;
+        while !lookup.is_done(now) {
+            let asked: Vec<_> = std::iter::from_fn(|| lookup.next(now)).collect();
+            now += ROUND_TRIP;
+            assert!(now < begin + Duration::from_secs(30));
+            for node in asked {
+                known.insert(node.peer, node.addresses.clone());
+                let is_right = right
+                    .get(&node.peer)
+                    .is_none_or(|at| node.addresses.contains(at));
+                let lies = liars.contains(&node.peer);
+                // All that are honest, at addresses of the liars' own network, which is full.
+                let wrong = mesh
+                    .knows(0, WIDTH)
+                    .into_iter()
+                    .map(|node| candidate(node.peer, 70_000));
+                match mesh.answer(node.peer) {
+                    _ if !is_right => lookup.failed(node.peer),
+                    _ if lies => {
+                        lookup.answered(node.peer, None, sybils.iter().cloned().chain(wrong))
+                    }
+                    Answer::Names(closer) => lookup.answered(node.peer, None, closer),
+                    _ => lookup.answered(node.peer, None, []),
+                }
+            }
+        }
+        let (found, nearest) = (found(&lookup), mesh.nearest(|_| true));
+        assert!(common(&found, &nearest) >= WIDTH - 2, "{found:?}");
     }
 
     #[test]

@@ -110,6 +110,7 @@ mod tests {
             peer: PeerId::random(),
             addresses: Vec::new(),
             networks: Vec::new(),
+            again: false,
         });
         let nodes: Vec<_> = nodes.collect();
         let nearest = |key: &[u8]| -> Vec<Candidate> {

@@ -80,7 +80,14 @@ impl Origin {
         match ip {
             Some(IpAddr::V4(ip)) => Self(1 << 63 | u64::from(u32::from(ip) >> 8)),
             Some(IpAddr::V6(ip)) => Self(1 << 62 | (u128::from(ip) >> 80) as u64),
-            None => Self::NEAR,
+            // Within this process; and names, which may lead anywhere: they count as one network.
+            None if seen_at
+                .iter()
+                .any(|part| matches!(part, Protocol::Memory(_))) =>
+            {
+                Self::NEAR
+            }
+            None => Self(1 << 61),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    convert::Infallible,
     io,
     net::Ipv4Addr,
     pin::Pin,
@@ -18,15 +19,24 @@ use futures::{AsyncRead, AsyncWrite, FutureExt, future::BoxFuture};
 use libp2p::{
     Multiaddr, PeerId, Transport,
     core::{
+        Endpoint,
         muxing::{StreamMuxer, StreamMuxerBox, StreamMuxerEvent},
-        transport::{DialOpts, ListenerId, TransportError, TransportEvent},
+        transport::{DialOpts, ListenerId, PortUse, TransportError, TransportEvent},
+        upgrade::DeniedUpgrade,
     },
     multiaddr::Protocol,
+    swarm::{
+        ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId, FromSwarm,
+        NetworkBehaviour, StreamProtocol, SubstreamProtocol, THandler, THandlerInEvent,
+        THandlerOutEvent, ToSwarm,
+        handler::{ConnectionEvent, ProtocolSupport},
+    },
 };
 use tokio::{
     sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
     time::{Instant, Sleep, sleep, sleep_until},
 };
+use weft_net::split_peer_id;
 
 /// How long a dial of what is gone without a word takes to fail.
 const SILENCE: Duration = Duration::from_secs(5);
@@ -34,7 +44,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 type Listener = (PeerId, UnboundedSender<Arriving>);
 
 /// What a stream to the DHT begins with.
-const DHT: &[u8] = b"/weft/kad/1";
+const DHT: &str = "/weft/kad/1";
 
 /// All links of a network.
 #[derive(Debug)]
@@ -44,8 +54,6 @@ pub struct Links {
     listeners: Mutex<HashMap<Ipv4Addr, Listener>>,
     /// Requests sent to the DHT.
     pub requests: AtomicU64,
-    /// Connections asked for.
-    pub dials: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -62,7 +70,6 @@ impl Links {
             delay: round_trip / 2,
             listeners: Mutex::default(),
             requests: AtomicU64::new(0),
-            dials: AtomicU64::new(0),
         })
     }
 
@@ -97,6 +104,94 @@ pub fn address(place: Ipv4Addr) -> Multiaddr {
     Multiaddr::empty()
         .with(Protocol::Ip4(place))
         .with(Protocol::Tcp(1))
+}
+
+/// Says once that the other end speaks the DHT.
+#[derive(Debug, Default)]
+pub struct Introduction {
+    said: bool,
+}
+
+impl ConnectionHandler for Introduction {
+    type FromBehaviour = Infallible;
+    type ToBehaviour = Infallible;
+    type InboundProtocol = DeniedUpgrade;
+    type OutboundProtocol = DeniedUpgrade;
+    type InboundOpenInfo = ();
+    type OutboundOpenInfo = ();
+
+    fn listen_protocol(&self) -> SubstreamProtocol<DeniedUpgrade> {
+        SubstreamProtocol::new(DeniedUpgrade, ())
+    }
+
+    fn poll(
+        &mut self,
+        _: &mut Context<'_>,
+    ) -> Poll<ConnectionHandlerEvent<DeniedUpgrade, (), Infallible>> {
+        if std::mem::replace(&mut self.said, true) {
+            return Poll::Pending;
+        }
+        let dht = [StreamProtocol::new(DHT)];
+        let spoken = ProtocolSupport::Added(dht.into_iter().collect());
+        Poll::Ready(ConnectionHandlerEvent::ReportRemoteProtocols(spoken))
+    }
+
+    fn on_behaviour_event(&mut self, event: Infallible) {
+        match event {}
+    }
+
+    fn on_connection_event(&mut self, _: ConnectionEvent<'_, DeniedUpgrade, DeniedUpgrade>) {}
+}
+
+/// Says where peers are that a link leads to or comes from, as identify would; without identify's streams.
+#[derive(Debug, Default)]
+pub struct Acquaint(VecDeque<(PeerId, Multiaddr)>);
+
+impl NetworkBehaviour for Acquaint {
+    type ConnectionHandler = Introduction;
+    type ToSwarm = Infallible;
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        _: ConnectionId,
+        peer: PeerId,
+        _: &Multiaddr,
+        from: &Multiaddr,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.0.push_back((peer, from.clone()));
+        Ok(Introduction::default())
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        _: ConnectionId,
+        peer: PeerId,
+        to: &Multiaddr,
+        _: Endpoint,
+        _: PortUse,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.0.push_back((peer, to.clone()));
+        Ok(Introduction::default())
+    }
+
+    fn on_swarm_event(&mut self, _: FromSwarm<'_>) {}
+
+    fn on_connection_handler_event(
+        &mut self,
+        _: PeerId,
+        _: ConnectionId,
+        event: THandlerOutEvent<Self>,
+    ) {
+        match event {}
+    }
+
+    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
+        let Some((peer_id, address)) = self.0.pop_front() else {
+            return Poll::Pending;
+        };
+        let address = split_peer_id(address).0;
+        Poll::Ready(ToSwarm::NewExternalAddrOfPeer { peer_id, address })
+    }
 }
 
 /// Whether a place says nothing when nobody is there any more; the others refuse.
@@ -148,7 +243,6 @@ impl Transport for Link {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let (links, own) = (Arc::clone(&self.links), (self.place, self.peer));
-        links.dials.fetch_add(1, Ordering::Relaxed);
         Ok(async move {
             // As QUIC's handshake: there and back.
             sleep(links.delay).await;
@@ -318,7 +412,7 @@ impl AsyncWrite for Pipe {
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        if bytes.windows(DHT.len()).any(|part| part == DHT)
+        if bytes.windows(DHT.len()).any(|part| part == DHT.as_bytes())
             && let Some(links) = self.links.take()
         {
             links.requests.fetch_add(1, Ordering::Relaxed);

@@ -58,7 +58,8 @@ pub(super) enum Purpose {
 impl Purpose {
     fn is_over(&self) -> bool {
         match self {
-            Self::Put { reply, .. } => reply.is_closed(),
+            // What has been said is said, whoever waits for it.
+            Self::Put { .. } => false,
             Self::Get { reply, .. } => reply.is_closed(),
         }
     }
@@ -214,6 +215,7 @@ impl Behaviour {
             peer,
             addresses,
             networks,
+            again: false,
         }
     }
 
@@ -293,8 +295,12 @@ impl Behaviour {
             return;
         }
         self.dialling.entry(peer).or_default().push(id);
+        let condition = match candidate.again {
+            true => PeerCondition::Disconnected,
+            false => PeerCondition::DisconnectedAndNotDialing,
+        };
         let opts = DialOpts::peer_id(peer)
-            .condition(PeerCondition::DisconnectedAndNotDialing)
+            .condition(condition)
             .addresses(candidate.addresses)
             .extend_addresses_through_behaviour();
         self.actions.push_back(ToSwarm::Dial { opts: opts.build() });
@@ -326,7 +332,11 @@ impl Behaviour {
 
     /// No connection to it is left.
     pub(super) fn disconnected(&mut self, peer: PeerId) {
-        let ids: Vec<_> = self.queries.keys().copied().collect();
+        let waiting = self.queries.iter().filter(|(_, query)| match &query.stage {
+            Stage::LookUp(lookup) => lookup.is_waiting_for(peer),
+            Stage::Store { waiting, .. } => waiting.contains(&peer),
+        });
+        let ids: Vec<_> = waiting.map(|(id, _)| *id).collect();
         for id in ids {
             self.query_failed(id, peer);
         }
