@@ -102,12 +102,19 @@ impl Regions {
 
 #[cfg(test)]
 mod tests {
+    use libp2p::identity::Keypair;
+
     use super::*;
 
     #[test]
     fn neighbours_of_a_key_are_stored_where_they_are_looked_for() {
-        let nodes = (0..1000).map(|_| Candidate {
-            peer: PeerId::random(),
+        let key = |n: u16| {
+            let mut secret = [0; 32];
+            secret[..2].copy_from_slice(&n.to_le_bytes());
+            Keypair::ed25519_from_bytes(secret).unwrap().public()
+        };
+        let nodes = (0..1000).map(|n| Candidate {
+            peer: key(n).to_peer_id(),
             addresses: Vec::new(),
             networks: Vec::new(),
             again: false,

@@ -129,8 +129,10 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
     let client = NumbersClient::new(service.clone());
     // Of two next door, the one with fewer calls open is asked.
     let begin = Instant::now();
-    while service.peers().await.iter().any(|p| p.rtt.is_none()) {
-        assert!(begin.elapsed() < PATIENCE, "the round trip is not measured");
+    let is_next_door =
+        |rtt: Option<Duration>| rtt.is_some_and(|rtt| rtt < Duration::from_millis(4));
+    while !service.peers().await.iter().all(|p| is_next_door(p.rtt)) {
+        assert!(begin.elapsed() < PATIENCE, "no round trip as of next door");
         sleep(Duration::from_millis(50)).await;
     }
     for at in [&at_a, &at_b] {
@@ -141,7 +143,7 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
         answer.unwrap();
     }
     let calls = [&at_a, &at_b].map(|at| at.calls.load(Ordering::SeqCst));
-    // A millisecond more or less of round trip counts, and nothing else differs.
+    // Two milliseconds more of round trip are all that may differ.
     assert_eq!(calls.iter().sum::<usize>(), 20);
     assert!(calls.iter().all(|n| *n >= 5), "{calls:?}");
     assert!(service.peers().await.iter().all(|p| p.outstanding == 0));
