@@ -11,6 +11,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "weft/wire/v1/autonat.proto",
         "weft/wire/v1/blobs.proto",
         "weft/wire/v1/circuit.proto",
+        "weft/wire/v1/document.proto",
         "weft/wire/v1/lane.proto",
         "weft/wire/v1/manifest.proto",
         "weft/wire/v1/punch.proto",

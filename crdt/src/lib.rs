@@ -1,72 +1,45 @@
 //! Replicated documents that no peer can poison.
 //!
-//! What is here are the names the other parts may use; the documents themselves are the subject of work to come. The design:
-//! Automerge is the data model, and its sync messages never meet a peer. What replicates is a log of signed envelopes per
-//! author and session, chained by hash, checked in a fixed order before Automerge sees a change. A document is named by the hash
-//! of its signed genesis, which names the owner; who may write is a chain of epochs that the owner signs.
+//! A [`Replica`] holds documents of JSON-like content: maps, lists, counters, text as plain values. Each replicates to all peers that hold it, converges whatever
+//! the order in which changes arrive, and survives partitions, crashes and liars. Automerge is the data model, and its sync messages never meet a peer. What
+//! replicates is a log of signed envelopes per author and session, chained by hash, checked in a fixed order before Automerge sees a change on a copy. A document
+//! is named by the hash of its signed genesis, which names the owner; who may write is a chain of epochs that the owner signs, and an epoch can also begin the
+//! content anew, so that history does not grow without end.
 //!
-//! It will promise: what one replica acknowledges survives its crash; replicas with the same envelopes show the same document; a
-//! peer that equivocates is found out by all alike. It leaves out: transport (`weft-net`) and short-lived facts, which are
-//! records (`weft-dht`).
+//! It promises: what one replica acknowledges survives its crash; replicas that know the same show the same; a change that would break Automerge is refused by
+//! all alike; an author that signs two different changes for one place is found out, and all drop the same; what a stranger can make a replica store, compute
+//! or send is bounded. It leaves out: transport (`weft-net`), finding who holds a document, and short-lived facts, which are records (`weft-dht`).
 
-use std::fmt;
-
-/// A document's name: the BLAKE3 hash of its signed genesis.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct DocumentId(pub [u8; 32]);
-
-/// Who wrote an envelope, in which run of their program: a hash of the author's key, the document and a nonce that is fresh at every
-/// start, so that a restored backup never continues an old sequence.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SessionId(pub [u8; 32]);
-
-/// Who may write a document.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// Its owner only.
-    SingleWriter,
-    /// Everybody on the owner's write list.
-    MultiWriter,
-}
-
-fn hex(bytes: &[u8; 32], f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-}
-
-impl fmt::Display for DocumentId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        hex(&self.0, f)
-    }
-}
-
-impl fmt::Debug for DocumentId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DocumentId({self})")
-    }
-}
-
-impl fmt::Display for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        hex(&self.0, f)
-    }
-}
-
-impl fmt::Debug for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SessionId({self})")
-    }
-}
-
+mod chunk;
+mod document;
+mod envelope;
+mod epoch;
+mod error;
+mod exchange;
+mod genesis;
+mod guard;
+mod id;
+mod refusal;
+mod replica;
+mod signed;
+mod store;
 #[cfg(test)]
-mod tests {
-    use super::*;
+mod tests;
+mod value;
 
-    #[test]
-    fn ids_are_written_as_hex() {
-        let mut bytes = [0; 32];
-        bytes[31] = 0xab;
-        let text = format!("{}ab", "00".repeat(31));
-        assert_eq!(DocumentId(bytes).to_string(), text);
-        assert_eq!(SessionId(bytes).to_string(), text);
-    }
-}
+pub use self::{
+    chunk::{MAX_CHANGE, MAX_MAP_KEY, MAX_MESSAGE, MAX_OPS},
+    document::{Commit, MAX_LOG},
+    epoch::MAX_EPOCHS,
+    error::Error,
+    exchange::MAX_MESSAGE_BYTES,
+    genesis::{Kind, MAX_KEYS, MAX_LABEL, Readers},
+    guard::MAX_DEPTH,
+    id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, ParseIdError, SessionId},
+    replica::{
+        DocumentDetails, DocumentInfo, Event, MAX_DOCUMENTS, NewDocument, Output, Replica, Rights,
+    },
+    signed::Identity,
+    store::{OpenDatabase, Store, StoreError},
+    value::{Edit, EditError, Path, PathError},
+};

@@ -1,0 +1,919 @@
+//! One document as a replica holds it: the log of envelopes that count, and the Automerge document that they make.
+//!
+//! What counts is a function of what is known, in whatever order it came: the genesis, the chain of epochs, proofs of equivocation, and the envelopes. Of each
+//! session a beginning counts: as far as the epochs let its author write, before the index at which equivocation is proven, and only so far as everything that
+//! a change builds on counts as well. When an epoch or a proof takes something away, the document is built anew from what is left.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    mem,
+};
+
+use automerge::{
+    ActorId, Automerge, Change, ChangeHash, ReadDoc, transaction::CommitOptions,
+};
+use bytes::Bytes;
+use prost::Message;
+use weft_proto::wire;
+
+use crate::{
+    chunk::{self, MAX_CHANGE},
+    envelope::{Envelope, Header, Proof, Run},
+    epoch::{Epoch, Epochs, Head, Heads, MAX_BASE, MAX_SESSIONS, Standing, Statement},
+    error::Error,
+    genesis::{Genesis, Readers},
+    guard,
+    id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
+    refusal::Refusal,
+    signed::Identity,
+    store::{Store, StoreError, key},
+    value::{self, Edit, Path},
+};
+
+/// Bytes of a document's envelopes since it last began anew.
+pub const MAX_LOG: u64 = 128 << 20;
+
+/// Envelopes that wait for what they build on, and their bytes.
+const MAX_WAITING: usize = 512;
+const MAX_WAITING_BYTES: usize = 4 << 20;
+
+/// A save is written when so many changes have come since the last one: reading the log takes about as long for each as for reading a kilobyte of a save.
+const SAVE_EVERY: usize = 512;
+
+#[derive(Debug, Clone)]
+struct Session {
+    run: Run,
+    /// The chain after each envelope, and its change.
+    entries: Vec<(Chain, ChangeId)>,
+}
+
+impl Session {
+    fn chain_before(&self, id: &SessionId, index: u64) -> Option<Chain> {
+        match index {
+            0 => Some(id.chain()),
+            index => self.entries.get(index as usize - 1).map(|(chain, _)| *chain),
+        }
+    }
+}
+
+/// An envelope, and which peer it came from.
+pub(crate) type From = (Envelope, Option<Key>);
+
+/// What became of envelopes.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    /// Those that are new and count.
+    pub(crate) new: Vec<From>,
+    pub(crate) proofs: Vec<Proof>,
+    /// Peers that sent what no honest peer would.
+    pub(crate) offences: Vec<(Key, Refusal)>,
+    /// Sessions of which another branch is known, and who knows it: the point where they part is to be found.
+    pub(crate) astray: Vec<(Key, SessionId)>,
+    /// From these something is missing.
+    pub(crate) early: BTreeSet<Key>,
+    /// Where the content has changed; `None`: it was not asked.
+    pub(crate) paths: Vec<Path>,
+    /// Own edits that no longer counted, to be made again.
+    pub(crate) carry: Vec<Edit>,
+    /// The document was built anew.
+    pub(crate) rebuilt: bool,
+    /// It takes no more.
+    pub(crate) full: bool,
+}
+
+/// A commit in a document's history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Commit {
+    /// Its hash.
+    pub id: ChangeId,
+    /// Who signed it; the owner for a new beginning.
+    pub author: Key,
+    /// In which run of the author's program; `None` for what a new beginning is made of.
+    pub session: Option<SessionId>,
+    /// When, by the author's clock: seconds since the Unix epoch.
+    pub time: i64,
+    /// What the author says about it.
+    pub message: Option<String>,
+    /// Commits it builds on.
+    pub builds_on: Vec<ChangeId>,
+    /// Operations in it.
+    pub operations: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Document {
+    pub(crate) genesis: Genesis,
+    pub(crate) epochs: Epochs,
+    doc: Automerge,
+    sessions: BTreeMap<SessionId, Session>,
+    proofs: BTreeMap<SessionId, Proof>,
+    /// In which this replica writes.
+    writing: Option<SessionId>,
+    /// All of this replica's sessions.
+    own: BTreeSet<SessionId>,
+    waiting: Vec<From>,
+    log_bytes: u64,
+    unsaved: usize,
+    digest: Option<Digest>,
+    /// Whether somebody wants to know which paths change.
+    pub(crate) watched: bool,
+}
+
+fn hash(id: &ChangeId) -> ChangeHash {
+    ChangeHash(id.0)
+}
+
+fn damaged(what: &str) -> StoreError {
+    StoreError::Other(format!("{what} cannot be read: the file is damaged; move it away, and the documents are fetched again from those who have them"))
+}
+
+impl Document {
+    pub(crate) fn new(genesis: Genesis) -> Self {
+        Self {
+            genesis,
+            epochs: Epochs::default(),
+            doc: Automerge::new(),
+            sessions: BTreeMap::new(),
+            proofs: BTreeMap::new(),
+            writing: None,
+            own: BTreeSet::new(),
+            waiting: Vec::new(),
+            log_bytes: 0,
+            unsaved: 0,
+            digest: None,
+            watched: false,
+        }
+    }
+
+    pub(crate) fn id(&self) -> DocumentId {
+        self.genesis.id
+    }
+
+    /// Reads a document from disk. All in it was checked before it was written.
+    pub(crate) fn load(store: &Store, genesis: Genesis) -> Result<Self, StoreError> {
+        let mut this = Self::new(genesis);
+        let id = this.id();
+        for (_, row) in store.scan(&key::epochs(&id), &[], usize::MAX)? {
+            let epoch = wire::SignedEpoch::decode(&row[..]).map_err(|_| damaged("an epoch"))?;
+            let epoch = Epoch::read(epoch, &this.genesis).map_err(|_| damaged("an epoch"))?;
+            this.epochs.take(epoch);
+        }
+        for (_, row) in store.scan(&key::proofs(&id), &[], usize::MAX)? {
+            let proof = wire::Equivocation::decode(&row[..]).map_err(|_| damaged("a proof"))?;
+            let proof = Proof::read(&proof, &id).map_err(|_| damaged("a proof"))?;
+            this.proofs.insert(proof.session(), proof);
+        }
+        for (row, _) in store.scan(&key::owns(&id), &[], usize::MAX)? {
+            let session = SessionId::read(&row[33..]).ok_or_else(|| damaged("a session"))?;
+            this.own.insert(session);
+        }
+        if let Some(save) = store.get(&key::save(&id))? {
+            match guard::contained(|| Automerge::load(&save)) {
+                Ok(Ok(doc)) => this.doc = doc,
+                _ => tracing::warn!(document = %id, "a save cannot be loaded; the log is read instead"),
+            }
+        }
+        let mut changes = Vec::new();
+        for (_, row) in store.scan(&key::base(&id), &[], usize::MAX)? {
+            changes.push(Change::from_bytes(row).map_err(|_| damaged("a base"))?);
+        }
+        for (_, row) in store.scan(&key::log(&id), &[], usize::MAX)? {
+            this.log_bytes += row.len() as u64;
+            let envelope = wire::Envelope::decode(&row[..]).map_err(|_| damaged("an envelope"))?;
+            let header = envelope.header.as_ref().ok_or_else(|| damaged("an envelope"))?;
+            let header = Header::read(header, &id).map_err(|_| damaged("an envelope"))?;
+            let session = this.sessions.entry(header.session).or_insert_with(|| Session {
+                run: header.run,
+                entries: Vec::new(),
+            });
+            if session.entries.len() as u64 != header.index {
+                return Err(damaged("the log"));
+            }
+            session.entries.push((header.chain(), header.change));
+            if this.doc.get_change_meta_by_hash(&hash(&header.change)).is_none() {
+                let change = Change::from_bytes(envelope.change.to_vec());
+                changes.push(change.map_err(|_| damaged("a change"))?);
+            }
+        }
+        changes.retain(|change| this.doc.get_change_meta_by_hash(&change.hash()).is_none());
+        this.unsaved = changes.len();
+        let applied = guard::contained(|| this.doc.apply_changes(changes));
+        match applied {
+            Ok(Ok(())) if this.doc.get_missing_deps(&[]).is_empty() => Ok(this),
+            _ => Err(damaged("the log")),
+        }
+    }
+
+    /// Writes a save if there is much that is not in the last one, or `always` if there is anything.
+    pub(crate) fn save(&mut self, store: &mut Store, always: bool) {
+        if self.unsaved >= SAVE_EVERY || always && self.unsaved > 16 {
+            store.put(key::save(&self.id()), self.doc.save());
+            self.unsaved = 0;
+        }
+    }
+
+    // What is known.
+
+    pub(crate) fn digest(&mut self) -> Digest {
+        if let Some(digest) = self.digest {
+            return digest;
+        }
+        let mut hasher = blake3::Hasher::new_derive_key("weft document digest v1");
+        hasher.update(&self.id().0).update(&self.epochs.current(&self.genesis).0);
+        for (session, head) in self.heads() {
+            hasher.update(&session.0).update(&head.count.to_be_bytes()).update(&head.chain.0);
+        }
+        hasher.update(b"forks");
+        for (session, proof) in &self.proofs {
+            hasher.update(&session.0).update(&proof.index().to_be_bytes());
+        }
+        let digest = Digest(hasher.finalize().into());
+        self.digest = Some(digest);
+        digest
+    }
+
+    pub(crate) fn heads(&self) -> Heads {
+        let head = |(id, session): (&SessionId, &Session)| {
+            let (chain, _) = session.entries.last()?;
+            Some((*id, Head { count: session.entries.len() as u64, chain: *chain }))
+        };
+        self.sessions.iter().filter_map(head).collect()
+    }
+
+    pub(crate) fn forks(&self) -> Heads {
+        let fork = |(id, proof): (&SessionId, &Proof)| {
+            (*id, Head { count: proof.index(), chain: proof.one.previous })
+        };
+        self.proofs.iter().map(fork).collect()
+    }
+
+    pub(crate) fn proof(&self, session: &SessionId) -> Option<&Proof> {
+        self.proofs.get(session)
+    }
+
+    /// The chain of a session after `count` envelopes; `None` if there are fewer.
+    pub(crate) fn chain_at(&self, id: &SessionId, count: u64) -> Option<Chain> {
+        match self.sessions.get(id) {
+            Some(session) => session.chain_before(id, count),
+            None if count == 0 => Some(id.chain()),
+            None => None,
+        }
+    }
+
+    pub(crate) fn count(&self, id: &SessionId) -> u64 {
+        self.sessions.get(id).map_or(0, |session| session.entries.len() as u64)
+    }
+
+    pub(crate) fn may_write(&self, key: &Key) -> bool {
+        *key == self.genesis.owner || self.epochs.writers(&self.genesis).binary_search(key).is_ok()
+    }
+
+    pub(crate) fn automerge(&self) -> &Automerge {
+        &self.doc
+    }
+
+    pub(crate) fn log(&self) -> (u64, u64) {
+        let envelopes = self.sessions.values().map(|session| session.entries.len() as u64).sum();
+        (envelopes, self.log_bytes)
+    }
+
+    /// Commits, the latest first, as far as `limit` goes.
+    pub(crate) fn history(&self, limit: usize) -> Vec<Commit> {
+        let actors: BTreeMap<[u8; 16], (&SessionId, &Session)> =
+            self.sessions.iter().map(|(id, session)| (id.actor(), (id, session))).collect();
+        let metas = self.doc.get_changes_meta(&[]);
+        let commit = |meta: &automerge::ChangeMetadata<'_>| {
+            let session = <[u8; 16]>::try_from(meta.actor.to_bytes()).ok().and_then(|actor| actors.get(&actor));
+            Commit {
+                id: ChangeId(meta.hash.0),
+                author: session.map_or(self.genesis.owner, |(_, session)| session.run.author),
+                session: session.map(|(id, _)| **id),
+                time: meta.timestamp,
+                message: meta.message.as_ref().map(|text| text.to_string()),
+                builds_on: meta.deps.iter().map(|dep| ChangeId(dep.0)).collect(),
+                operations: (meta.max_op + 1).saturating_sub(meta.start_op),
+            }
+        };
+        metas.iter().rev().take(limit).map(commit).collect()
+    }
+
+    pub(crate) fn envelope(&self, store: &Store, session: &SessionId, index: u64) -> Result<Envelope, StoreError> {
+        let row = store.get(&key::envelope(&self.id(), session, index))?;
+        let row = row.ok_or_else(|| damaged("the log"))?;
+        read_envelope(&row, &self.id()).map_err(|_| damaged("an envelope"))
+    }
+
+    // Taking what peers send.
+
+    /// How far a session counts, by epochs and proofs.
+    fn limit(&self, session: &SessionId, run: &Run) -> u64 {
+        let standing = self.epochs.standing(&self.genesis, &run.author, session, &run.epoch);
+        let limit = match standing {
+            Standing::Open => u64::MAX,
+            Standing::Until(head) => head.count,
+            Standing::Void => 0,
+        };
+        let fork = self.proofs.get(session).map_or(u64::MAX, Proof::index);
+        limit.min(fork)
+    }
+
+    /// Checks an envelope up to where Automerge is needed. `Err(Astray)` comes as [`Refusal::Early`] with `astray` set.
+    fn admit(&self, envelope: &Envelope, astray: &mut bool) -> Result<(), Refusal> {
+        let header = &envelope.header;
+        let known = self.sessions.get(&header.session);
+        let count = known.map_or(0, |session| session.entries.len() as u64);
+        if header.index < count {
+            return match self.chain_at(&header.session, header.index + 1) {
+                Some(chain) if chain == header.chain() => Err(Refusal::Known),
+                _ => {
+                    *astray = true;
+                    Err(Refusal::Void)
+                }
+            };
+        }
+        let standing = self.epochs.standing(&self.genesis, &header.run.author, &header.session, &header.run.epoch);
+        if header.index >= self.limit(&header.session, &header.run) {
+            // Of an epoch that is not here yet.
+            let later = standing == Standing::Void && !self.knows(&header.run.epoch);
+            return Err(if later { Refusal::Early } else { Refusal::Void });
+        }
+        if let Standing::Until(head) = standing
+            && header.index + 1 == head.count
+            && header.chain() != head.chain
+        {
+            return Err(Refusal::Void);
+        }
+        if header.index > count {
+            return Err(Refusal::Early);
+        }
+        if self.chain_at(&header.session, count) != Some(header.previous) {
+            *astray = true;
+            return Err(Refusal::Void);
+        }
+        if known.is_none() && self.sessions.len() >= MAX_SESSIONS {
+            return Err(Refusal::Full);
+        }
+        if self.log_bytes + envelope.change.len() as u64 > MAX_LOG {
+            return Err(Refusal::Full);
+        }
+        Ok(())
+    }
+
+    fn knows(&self, epoch: &EpochId) -> bool {
+        *epoch == self.genesis.epoch() || self.epochs.iter().any(|known| known.id == *epoch)
+    }
+
+    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here.
+    pub(crate) fn take(&mut self, store: &mut Store, envelopes: Vec<From>) -> Result<Taken, StoreError> {
+        let mut taken = Taken::default();
+        let before = self.doc.get_heads();
+        let mut queue = mem::take(&mut self.waiting);
+        let had = queue.len();
+        queue.extend(envelopes);
+        // One pass over a batch that is in order takes all of it.
+        queue[had..].sort_by_key(|(envelope, _)| envelope.header.index);
+        let mut copy: Option<Automerge> = None;
+        let mut accepted: Vec<Change> = Vec::new();
+        loop {
+            let mut left = Vec::new();
+            let progress = taken.new.len();
+            for (envelope, from) in mem::take(&mut queue) {
+                match self.consider(store, &envelope, &mut copy, &accepted, &mut taken, from)? {
+                    Ok(change) => {
+                        accepted.push(change);
+                        self.push(store, &envelope);
+                        taken.new.push((envelope, from));
+                    }
+                    Err(Refusal::Early) => left.push((envelope, from)),
+                    Err(Refusal::Full) => taken.full = true,
+                    Err(refusal) if refusal.is_offence() => {
+                        if let Some(from) = from {
+                            taken.offences.push((from, refusal));
+                        }
+                    }
+                    Err(_) => {}
+                }
+            }
+            queue = left;
+            if taken.new.len() == progress || queue.is_empty() {
+                break;
+            }
+        }
+        if let Some(copy) = copy.filter(|_| !accepted.is_empty()) {
+            self.doc = copy;
+            self.unsaved += accepted.len();
+            if self.watched {
+                taken.paths = value::touched(&self.doc.diff(&before, &self.doc.get_heads()));
+            }
+        }
+        for (envelope, from) in queue {
+            self.wait(envelope, from, &mut taken);
+        }
+        for proof in mem::take(&mut taken.proofs) {
+            let also = self.take_proof(store, &proof)?;
+            taken.rebuilt |= also.rebuilt;
+            taken.carry.extend(also.carry);
+            taken.proofs.extend(also.proofs);
+        }
+        Ok(taken)
+    }
+
+    fn wait(&mut self, envelope: Envelope, from: Option<Key>, taken: &mut Taken) {
+        let bytes: usize = self.waiting.iter().map(|(envelope, _)| envelope.change.len()).sum();
+        taken.early.extend(from);
+        let same = |other: &Header| *other == envelope.header;
+        if self.waiting.len() < MAX_WAITING
+            && bytes + envelope.change.len() <= MAX_WAITING_BYTES
+            && !self.waiting.iter().any(|(other, _)| same(&other.header))
+        {
+            self.waiting.push((envelope, from));
+        }
+    }
+
+    /// All checks of one envelope, in their order; on success its change is in `copy`.
+    fn consider(
+        &self,
+        store: &Store,
+        envelope: &Envelope,
+        copy: &mut Option<Automerge>,
+        accepted: &[Change],
+        taken: &mut Taken,
+        from: Option<Key>,
+    ) -> Result<Result<Change, Refusal>, StoreError> {
+        let (header, document) = (&envelope.header, self.id());
+        let mut astray = false;
+        let admitted = self.admit(envelope, &mut astray);
+        if astray {
+            if !header.is_signed(&document) {
+                return Ok(Err(Refusal::Signature));
+            }
+            let ours = match header.index < self.count(&header.session) {
+                true => Some(self.envelope(store, &header.session, header.index)?.header),
+                false => None,
+            };
+            match ours.and_then(|ours| Proof::of(ours, header.clone())) {
+                Some(proof) => taken.proofs.push(proof),
+                None => taken.astray.extend(from.map(|from| (from, header.session))),
+            }
+        }
+        if let Err(refusal) = admitted {
+            return Ok(Err(refusal));
+        }
+        if !header.is_signed(&document) {
+            return Ok(Err(Refusal::Signature));
+        }
+        let checked = match guard::decode(&envelope.change, header.session.actor(), header.index + 1) {
+            Ok(checked) if checked.id == header.change => checked,
+            Ok(_) => return Ok(Err(Refusal::Malformed("a change is not the one that was signed"))),
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let copy_here = copy.get_or_insert_with(|| self.doc.clone());
+        if checked.change.deps().iter().any(|dep| copy_here.get_change_meta_by_hash(dep).is_none()) {
+            return Ok(Err(Refusal::Early));
+        }
+        let session = self.sessions.get(&header.session);
+        let previous = session.and_then(|session| session.entries.last()).map(|(_, change)| *change);
+        Ok(match guard::apply(copy_here, &checked, previous) {
+            Ok(()) => Ok(checked.change),
+            Err(refusal) => {
+                // The copy may be half changed.
+                let mut again = self.doc.clone();
+                let repaired = guard::contained(|| again.apply_changes(accepted.to_vec()));
+                debug_assert!(matches!(repaired, Ok(Ok(()))), "what was taken is taken again");
+                *copy = Some(again);
+                Err(refusal)
+            }
+        })
+    }
+
+    /// Writes an envelope that has been checked behind its session.
+    fn push(&mut self, store: &mut Store, envelope: &Envelope) {
+        let header = &envelope.header;
+        let row = envelope.to_wire().encode_to_vec();
+        self.log_bytes += row.len() as u64;
+        store.put(key::envelope(&self.id(), &header.session, header.index), row);
+        let session = self.sessions.entry(header.session).or_insert_with(|| Session {
+            run: header.run,
+            entries: Vec::new(),
+        });
+        session.entries.push((header.chain(), header.change));
+        self.digest = None;
+    }
+
+    /// Takes a proof whose signatures have been checked.
+    pub(crate) fn take_proof(&mut self, store: &mut Store, proof: &Proof) -> Result<Taken, StoreError> {
+        let mut taken = Taken::default();
+        let (session, run) = (proof.session(), proof.one.run);
+        if !self.matters(proof) || self.proofs.get(&session).is_some_and(|known| known.index() <= proof.index()) {
+            return Ok(taken);
+        }
+        if self.proofs.len() >= MAX_SESSIONS && !self.proofs.contains_key(&session) {
+            taken.full = true;
+            return Ok(taken);
+        }
+        store.put(key::proof(&self.id(), &session), proof.to_wire().encode_to_vec());
+        self.proofs.insert(session, proof.clone());
+        self.digest = None;
+        taken.proofs.push(proof.clone());
+        self.waiting.retain(|(envelope, _)| {
+            envelope.header.session != session || envelope.header.index < proof.index()
+        });
+        if self.count(&session) > proof.index() {
+            tracing::warn!(document = %self.id(), author = %run.author, "an author has equivocated");
+            let base = self.base(store)?;
+            taken.carry = self.rebuild(store, &base, &Heads::new())?;
+            taken.rebuilt = true;
+        }
+        Ok(taken)
+    }
+
+    /// Whether a proof is about something that would count without it.
+    fn matters(&self, proof: &Proof) -> bool {
+        let run = &proof.one.run;
+        match self.epochs.standing(&self.genesis, &run.author, &proof.session(), &run.epoch) {
+            Standing::Open => true,
+            Standing::Until(head) => proof.index() < head.count,
+            Standing::Void => false,
+        }
+    }
+
+    /// Takes epochs that follow each other, with what the base of the last new beginning among them is made of.
+    pub(crate) fn take_epochs(
+        &mut self,
+        store: &mut Store,
+        epochs: Vec<Epoch>,
+        base: &[Bytes],
+    ) -> Result<Result<Taken, Refusal>, StoreError> {
+        let mut chain = self.epochs.clone();
+        let mut dropped = 0;
+        let mut covered = Heads::new();
+        for epoch in &epochs {
+            if let Err(refusal) = chain.would_take(epoch, &self.genesis) {
+                return Ok(Err(refusal));
+            }
+            dropped = dropped.max(chain.take(epoch.clone()));
+            if epoch.is_beginning() {
+                for (session, head) in &epoch.says.heads {
+                    let known = covered.entry(*session).or_insert(*head);
+                    if known.count < head.count {
+                        *known = *head;
+                    }
+                }
+            }
+        }
+        let id = self.id();
+        let begins = epochs.iter().rev().find(|epoch| epoch.is_beginning());
+        let built = match begins.map(|epoch| build_base(epoch, base)).transpose() {
+            Ok(built) => built,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let mut taken = Taken::default();
+        let had = (self.epochs.count(), self.epochs.beginning().map(|epoch| epoch.id));
+        for epoch in &epochs {
+            store.put(key::epoch(&id, epoch.number), epoch.wire.encode_to_vec());
+        }
+        for number in chain.count() + 1..=had.0 {
+            store.delete(key::epoch(&id, number));
+        }
+        self.epochs = chain;
+        self.digest = None;
+        let begins = built.is_some();
+        let built = match built {
+            Some(built) => {
+                store.delete_all(&key::base(&id))?;
+                for (index, change) in base.iter().enumerate() {
+                    store.put(key::base_at(&id, index as u64), change.to_vec());
+                }
+                built
+            }
+            // A beginning that is no longer in the chain; what is before it is to come from others.
+            None if had.1 != self.epochs.beginning().map(|epoch| epoch.id) => {
+                store.delete_all(&key::base(&id))?;
+                Automerge::new()
+            }
+            None => self.base(store)?,
+        };
+        let void: Vec<_> = self.proofs.iter().filter(|(_, proof)| !self.matters(proof)).map(|(id, _)| *id).collect();
+        for session in void {
+            store.delete(key::proof(&id, &session));
+            self.proofs.remove(&session);
+        }
+        let cut = self.sessions.iter().any(|(session, known)| {
+            let limit = self.limit(session, &known.run);
+            known.entries.len() as u64 > limit || self.goes_astray(session, known)
+        });
+        if begins || cut || dropped > 0 {
+            taken.carry = self.rebuild(store, &built, &covered)?;
+            taken.rebuilt = true;
+        }
+        Ok(Ok(taken))
+    }
+
+    /// Whether what is here of a session is another branch than the one an epoch names.
+    fn goes_astray(&self, session: &SessionId, known: &Session) -> bool {
+        match self.epochs.standing(&self.genesis, &known.run.author, session, &known.run.epoch) {
+            Standing::Until(head) => known
+                .chain_before(session, head.count)
+                .is_some_and(|chain| chain != head.chain),
+            _ => false,
+        }
+    }
+
+    fn base(&self, store: &Store) -> Result<Automerge, StoreError> {
+        let mut changes = Vec::new();
+        for (_, row) in store.scan(&key::base(&self.id()), &[], usize::MAX)? {
+            changes.push(Change::from_bytes(row).map_err(|_| damaged("a base"))?);
+        }
+        let mut doc = Automerge::new();
+        doc.apply_changes(changes).map_err(|_| damaged("a base"))?;
+        Ok(doc)
+    }
+
+    /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered` contains and what was revoked.
+    fn rebuild(&mut self, store: &mut Store, base: &Automerge, covered: &Heads) -> Result<Vec<Edit>, StoreError> {
+        let id = self.id();
+        let mut known: HashSet<ChangeHash> = base.get_changes_meta(&[]).into_iter().map(|meta| meta.hash).collect();
+        let limits: BTreeMap<SessionId, usize> = self
+            .sessions
+            .iter()
+            .map(|(session, entries)| {
+                let limit = match self.goes_astray(session, entries) {
+                    true => 0,
+                    false => self.limit(session, &entries.run),
+                };
+                (*session, usize::try_from(limit).unwrap_or(usize::MAX).min(entries.entries.len()))
+            })
+            .collect();
+        let mut kept: BTreeMap<SessionId, usize> = BTreeMap::new();
+        let mut changes: Vec<Change> = Vec::new();
+        let mut progress = true;
+        while progress {
+            progress = false;
+            for (session, entries) in &self.sessions {
+                let count = kept.entry(*session).or_default();
+                while *count < limits[session] {
+                    let (_, change) = &entries.entries[*count];
+                    let Some(change) = self.doc.get_change_by_hash(&hash(change)) else {
+                        break;
+                    };
+                    if !change.deps().iter().all(|dep| known.contains(dep)) {
+                        break;
+                    }
+                    known.insert(change.hash());
+                    changes.push(change);
+                    *count += 1;
+                    progress = true;
+                }
+            }
+        }
+        let mut doc = base.clone();
+        let applied = guard::contained(|| doc.apply_changes(changes));
+        debug_assert!(matches!(applied, Ok(Ok(()))), "what was taken is taken again");
+        let carry = self.lost_edits(&kept, covered);
+        for (session, count) in kept {
+            let Some(entries) = self.sessions.get_mut(&session) else {
+                continue;
+            };
+            for index in count..entries.entries.len() {
+                let row = key::envelope(&id, &session, index as u64);
+                if let Some(row) = store.get(&row)? {
+                    self.log_bytes = self.log_bytes.saturating_sub(row.len() as u64);
+                }
+                store.delete(row);
+            }
+            if count < entries.entries.len() {
+                entries.entries.truncate(count);
+                // What would follow builds on what is gone.
+                if self.writing == Some(session) {
+                    self.writing = None;
+                }
+            }
+            if count == 0 {
+                self.sessions.remove(&session);
+                store.delete(key::own(&id, &session));
+                self.own.remove(&session);
+            }
+        }
+        self.doc = doc;
+        self.digest = None;
+        self.unsaved = 0;
+        store.put(key::save(&id), self.doc.save());
+        Ok(carry)
+    }
+
+    /// What this replica has edited and is no longer kept, each change as it was meant: against what it was built on.
+    fn lost_edits(&self, kept: &BTreeMap<SessionId, usize>, covered: &Heads) -> Vec<Edit> {
+        let mut edits = Vec::new();
+        for session in &self.own {
+            let Some(entries) = self.sessions.get(session) else {
+                continue;
+            };
+            let standing = self.epochs.standing(&self.genesis, &entries.run.author, session, &entries.run.epoch);
+            // Taken away by the owner.
+            let revoked = !self.may_write(&entries.run.author) || matches!(standing, Standing::Until(_));
+            if revoked {
+                continue;
+            }
+            let in_base = match covered.get(session) {
+                Some(head) if entries.chain_before(session, head.count) == Some(head.chain) => head.count as usize,
+                _ => 0,
+            };
+            let from = kept.get(session).copied().unwrap_or(0).max(in_base);
+            for (_, change) in entries.entries.iter().skip(from) {
+                let hash = hash(change);
+                let Some(meta) = self.doc.get_change_meta_by_hash(&hash) else {
+                    continue;
+                };
+                let diff = guard::contained(|| value::edits_of(&self.doc, &meta.deps, &[hash]));
+                edits.extend(diff.unwrap_or_default());
+            }
+        }
+        edits
+    }
+
+    // Writing.
+
+    /// The session in which this replica writes, begun anew if there is none that counts.
+    fn session(&mut self, store: &mut Store, identity: &Identity, nonce: impl FnOnce() -> [u8; 16]) -> (SessionId, Run) {
+        if let Some(session) = self.writing
+            && !self.proofs.contains_key(&session)
+            && let Some(known) = self.sessions.get(&session)
+        {
+            let run = known.run;
+            if self.epochs.standing(&self.genesis, &run.author, &session, &run.epoch) == Standing::Open {
+                return (session, run);
+            }
+        }
+        let epoch = self.epochs.current(&self.genesis);
+        let run = Run { author: identity.key(), nonce: nonce(), epoch };
+        let session = run.session(&self.id());
+        store.put(key::own(&self.id(), &session), Vec::new());
+        self.own.insert(session);
+        self.writing = Some(session);
+        (session, run)
+    }
+
+    /// Makes edits as one commit; all of them, or none after an error. `lenient`: edits that do not fit any more are left out. `None` if nothing changes.
+    pub(crate) fn commit(
+        &mut self,
+        store: &mut Store,
+        identity: &Identity,
+        (edits, message, lenient): (&[Edit], Option<&str>, bool),
+        (time, nonce): (i64, impl FnOnce() -> [u8; 16]),
+    ) -> Result<Option<(Envelope, Vec<Path>)>, Error> {
+        let author = identity.key();
+        if !self.may_write(&author) {
+            let (document, owner) = (self.id(), self.genesis.owner);
+            return Err(Error::NotWriter { document, key: author, owner });
+        }
+        value::check(edits)?;
+        if let Some(message) = message.filter(|message| message.len() > chunk::MAX_MESSAGE) {
+            let (size, limit) = (message.len() as u64, chunk::MAX_MESSAGE as u64);
+            return Err(Error::TooLarge { what: "the message", size, limit, advice: " bytes" });
+        }
+        let advice = ": have its owner compact the document";
+        if self.log_bytes + MAX_CHANGE as u64 > MAX_LOG {
+            return Err(Error::TooLarge { what: "the document's log", size: self.log_bytes, limit: MAX_LOG, advice });
+        }
+        let fresh = self.writing.is_none_or(|session| self.count(&session) == 0);
+        if fresh && self.sessions.len() >= MAX_SESSIONS {
+            let (size, limit) = (self.sessions.len() as u64 + 1, MAX_SESSIONS as u64);
+            return Err(Error::TooLarge { what: "the number of the document's sessions", size, limit, advice });
+        }
+        let (session, run) = self.session(store, identity, nonce);
+        self.doc.set_actor(ActorId::from(session.actor()));
+        let before = self.watched.then(|| self.doc.get_heads());
+        let mut tx = self.doc.transaction();
+        for edit in edits {
+            match value::apply(&mut tx, edit) {
+                Ok(()) => {}
+                Err(error) if lenient => tracing::debug!(%error, "an edit no longer fits"),
+                Err(error) => {
+                    tx.rollback();
+                    return Err(error.into());
+                }
+            }
+        }
+        let mut options = CommitOptions::default().with_time(time);
+        if let Some(message) = message {
+            options.set_message(message);
+        }
+        let (Some(made), _) = tx.commit_with(options) else {
+            return Ok(None);
+        };
+        let change = self.doc.get_change_by_hash(&made).expect("it was just made");
+        let bytes = Bytes::copy_from_slice(change.raw_bytes());
+        if let Err(refusal) = chunk::check(&bytes) {
+            tracing::warn!(%refusal, "a commit is too large");
+            self.forget_last(store)?;
+            return Err(value::EditError::TooMuch.into());
+        }
+        let count = self.count(&session);
+        let previous = self.chain_at(&session, count).expect("there are that many");
+        let header = Header::sign(identity, &self.id(), run, (count, previous), ChangeId(made.0));
+        let envelope = Envelope { header, change: bytes };
+        self.push(store, &envelope);
+        self.unsaved += 1;
+        let paths = before.map(|before| value::touched(&self.doc.diff(&before, &[made])));
+        Ok(Some((envelope, paths.unwrap_or_default())))
+    }
+
+    /// Takes a commit back that was made in memory only.
+    fn forget_last(&mut self, store: &Store) -> Result<(), StoreError> {
+        let genesis = self.genesis.clone();
+        let mut again = Self::load(store, genesis)?;
+        again.watched = self.watched;
+        again.writing = self.writing.filter(|session| again.sessions.contains_key(session));
+        *self = again;
+        Ok(())
+    }
+
+    /// The owner's word on who may write and read from now on; with `anew`, the content begins anew, without its history.
+    pub(crate) fn decide(
+        &mut self,
+        store: &mut Store,
+        identity: &Identity,
+        (writers, readers): (Vec<Key>, Readers),
+        anew: bool,
+    ) -> Result<(Epoch, Taken), Error> {
+        let owner = self.genesis.owner;
+        if identity.key() != owner {
+            return Err(Error::NotOwner { document: self.id(), owner });
+        }
+        let (number, previous) = (self.epochs.count() + 1, self.epochs.current(&self.genesis));
+        let advice = ": make a new document";
+        if number > crate::epoch::MAX_EPOCHS as u64 {
+            return Err(Error::TooLarge { what: "the number of epochs", size: number, limit: crate::epoch::MAX_EPOCHS as u64, advice });
+        }
+        let mut base = Vec::new();
+        if anew {
+            let actor = Epoch::base_actor(&self.id(), number, &previous);
+            let mut doc = Automerge::new().with_actor(ActorId::from(actor));
+            value::copy(&self.doc, &mut doc).map_err(|error| StoreError::Other(error.to_string()))?;
+            base = doc.get_changes(&[]).iter().map(|change| Bytes::copy_from_slice(change.raw_bytes())).collect();
+            if base.len() > MAX_BASE {
+                return Err(Error::TooLarge { what: "the base", size: base.len() as u64, limit: MAX_BASE as u64, advice });
+            }
+        }
+        let mut heads = self.heads();
+        if !anew {
+            // Only of those who may no longer write is it said how far they count.
+            heads.retain(|session, _| {
+                let author = self.sessions[session].run.author;
+                author != owner && writers.binary_search(&author).is_err()
+            });
+            // What an earlier epoch cut stays cut.
+        }
+        let says = Statement {
+            writers,
+            readers,
+            heads,
+            base: base
+                .iter()
+                .map(|change| Change::from_bytes(change.to_vec()).map(|change| ChangeId(change.hash().0)))
+                .collect::<Result<_, _>>()
+                .map_err(|error| StoreError::Other(error.to_string()))?,
+        };
+        let epoch = Epoch::sign(identity, &self.genesis, (number, previous), &says);
+        match self.take_epochs(store, vec![epoch.clone()], &base)? {
+            Ok(taken) => Ok((epoch, taken)),
+            Err(refusal) => Err(StoreError::Other(format!("the new epoch is refused: {refusal}")).into()),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn assert_loads(&self) {
+        let saved = self.doc.save();
+        let loaded = Automerge::load(&saved).expect("a save loads");
+        assert_eq!(loaded.get_heads(), self.doc.get_heads());
+        assert_eq!(value::get(&loaded, &Path::default()), value::get(&self.doc, &Path::default()));
+        assert!(self.doc.get_missing_deps(&[]).is_empty());
+        let _ = self.doc.hydrate(None);
+    }
+}
+
+pub(crate) fn read_envelope(row: &[u8], document: &DocumentId) -> Result<Envelope, Refusal> {
+    let envelope = wire::Envelope::decode(row).map_err(|_| Refusal::Malformed("an envelope cannot be decoded"))?;
+    let header = envelope.header.as_ref().ok_or(Refusal::Malformed("an envelope has no header"))?;
+    Ok(Envelope { header: Header::read(header, document)?, change: envelope.change })
+}
+
+/// The document that a base makes, each of its changes checked as if a peer had sent it.
+fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
+    if base.len() != epoch.says.base.len() {
+        return Err(Refusal::Early);
+    }
+    let actor = Epoch::base_actor(&epoch.document, epoch.number, &epoch.previous);
+    let mut doc = Automerge::new();
+    let mut previous = None;
+    for (index, (change, id)) in base.iter().zip(&epoch.says.base).enumerate() {
+        let checked = guard::decode(change, actor, index as u64 + 1)?;
+        if checked.id != *id {
+            return Err(Refusal::Malformed("a base has another change than was signed"));
+        }
+        guard::apply(&mut doc, &checked, previous)?;
+        previous = Some(*id);
+    }
+    Ok(doc)
+}

@@ -1,0 +1,288 @@
+//! The owner's word on who may write, and on where the content begins anew.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use prost::Message;
+use weft_proto::wire;
+
+use crate::{
+    genesis::{Genesis, Kind, Readers, read_keys, to_wire},
+    id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
+    refusal::Refusal,
+    signed::{self, Identity},
+};
+
+const DOMAIN: &[u8] = b"weft document epoch v1\0";
+const NAME: &str = "weft document epoch v1";
+
+/// Epochs of a document. Each is kept for good: a new replica checks the chain of them.
+pub const MAX_EPOCHS: usize = 4096;
+
+/// Sessions of a document between two new beginnings, and changes that a base is made of.
+pub(crate) const MAX_SESSIONS: usize = 4096;
+pub(crate) const MAX_BASE: usize = 4096;
+
+/// How far a session has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) count: u64,
+    pub(crate) chain: Chain,
+}
+
+pub(crate) type Heads = BTreeMap<SessionId, Head>;
+
+pub(crate) fn heads_to_wire(heads: &Heads) -> Vec<wire::SessionHead> {
+    let one = |(session, head): (&SessionId, &Head)| wire::SessionHead {
+        session: Bytes::copy_from_slice(&session.0),
+        count: head.count,
+        chain: Bytes::copy_from_slice(&head.chain.0),
+    };
+    heads.iter().map(one).collect()
+}
+
+pub(crate) fn read_heads(heads: &[wire::SessionHead]) -> Result<Heads, Refusal> {
+    if heads.len() > MAX_SESSIONS {
+        return Err(Refusal::Malformed("a list of sessions is too long"));
+    }
+    let read = |head: &wire::SessionHead| {
+        let session = SessionId::read(&head.session)?;
+        let chain = Chain::read(&head.chain)?;
+        Some((session, Head { count: head.count, chain }))
+    };
+    let all: Option<Heads> = heads.iter().map(read).collect();
+    let all = all.ok_or(Refusal::Malformed("a session's head has a field of a wrong length"))?;
+    if all.len() != heads.len() {
+        return Err(Refusal::Malformed("a session is listed twice"));
+    }
+    Ok(all)
+}
+
+/// What an epoch says.
+#[derive(Debug, Clone)]
+pub(crate) struct Statement {
+    pub(crate) writers: Vec<Key>,
+    pub(crate) readers: Readers,
+    pub(crate) heads: Heads,
+    pub(crate) base: Vec<ChangeId>,
+}
+
+/// A signed epoch that has been checked, but for its place in the chain.
+#[derive(Debug, Clone)]
+pub(crate) struct Epoch {
+    pub(crate) id: EpochId,
+    pub(crate) document: DocumentId,
+    pub(crate) number: u64,
+    pub(crate) previous: EpochId,
+    pub(crate) says: Statement,
+    pub(crate) wire: wire::SignedEpoch,
+}
+
+impl Epoch {
+    pub(crate) fn sign(
+        identity: &Identity,
+        genesis: &Genesis,
+        (number, previous): (u64, EpochId),
+        says: &Statement,
+    ) -> Self {
+        let epoch = wire::Epoch {
+            document: Bytes::copy_from_slice(&genesis.id.0),
+            number,
+            previous: Bytes::copy_from_slice(&previous.0),
+            writers: to_wire(&says.writers),
+            readers: Some(says.readers.to_wire()),
+            heads: heads_to_wire(&says.heads),
+            base: says.base.iter().map(|id| Bytes::copy_from_slice(&id.0)).collect(),
+        }
+        .encode_to_vec();
+        let signature = identity.sign(DOMAIN, &epoch).into();
+        let wire = wire::SignedEpoch { epoch: epoch.into(), signature };
+        Self::read(wire, genesis)
+            .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
+    }
+
+    pub(crate) fn read(wire: wire::SignedEpoch, genesis: &Genesis) -> Result<Self, Refusal> {
+        let epoch = wire::Epoch::decode(wire.epoch.clone())
+            .map_err(|_| Refusal::Malformed("an epoch cannot be decoded"))?;
+        if epoch.document[..] != genesis.id.0 {
+            return Err(Refusal::Malformed("an epoch is of another document"));
+        }
+        let previous = EpochId::read(&epoch.previous).ok_or(Refusal::Malformed("an epoch follows none"))?;
+        if epoch.number == 0 || epoch.number > MAX_EPOCHS as u64 {
+            return Err(Refusal::Malformed("an epoch's number is out of range"));
+        }
+        let writers = read_keys(&epoch.writers)?;
+        if genesis.kind == Kind::SingleWriter && !writers.is_empty() {
+            return Err(Refusal::Malformed("a single-writer document names writers"));
+        }
+        if epoch.base.len() > MAX_BASE {
+            return Err(Refusal::Malformed("a base has too many changes"));
+        }
+        let base: Option<Vec<_>> = epoch.base.iter().map(|id| ChangeId::read(id)).collect();
+        let says = Statement {
+            writers,
+            readers: Readers::read(epoch.readers.as_ref())?,
+            heads: read_heads(&epoch.heads)?,
+            base: base.ok_or(Refusal::Malformed("a change's hash has not 32 bytes"))?,
+        };
+        if !signed::verify(&genesis.owner, DOMAIN, &wire.epoch, &wire.signature) {
+            return Err(Refusal::Signature);
+        }
+        let mut hasher = blake3::Hasher::new_derive_key(NAME);
+        hasher.update(&wire.epoch).update(&wire.signature);
+        let id = EpochId(hasher.finalize().into());
+        let (document, number) = (genesis.id, epoch.number);
+        Ok(Self { id, document, number, previous, says, wire })
+    }
+
+    /// Whether the content begins anew.
+    pub(crate) fn is_beginning(&self) -> bool {
+        !self.says.base.is_empty()
+    }
+
+    /// The actor of the base's changes: nobody's session has it.
+    pub(crate) fn base_actor(document: &DocumentId, number: u64, previous: &EpochId) -> [u8; 16] {
+        let mut hasher = blake3::Hasher::new_derive_key("weft document base v1");
+        hasher.update(&document.0).update(&previous.0).update(&number.to_be_bytes());
+        prefix(hasher.finalize().as_bytes())
+    }
+}
+
+pub(crate) fn prefix(bytes: &[u8; 32]) -> [u8; 16] {
+    let mut actor = [0; 16];
+    actor.copy_from_slice(&bytes[..16]);
+    actor
+}
+
+/// The chain of epochs that is in force.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Epochs(Vec<Epoch>);
+
+/// Whether, and how far, a session counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// As far as it goes.
+    Open,
+    /// So far, and with this chain.
+    Until(Head),
+    /// Not at all.
+    Void,
+}
+
+impl Epochs {
+    pub(crate) fn last(&self) -> Option<&Epoch> {
+        self.0.last()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Epoch> {
+        self.0.iter()
+    }
+
+    pub(crate) fn count(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    pub(crate) fn get(&self, number: u64) -> Option<&Epoch> {
+        self.0.get(usize::try_from(number.checked_sub(1)?).ok()?)
+    }
+
+    /// The id of the epoch with this number; the genesis is number 0.
+    pub(crate) fn id_of(&self, number: u64, genesis: &Genesis) -> Option<EpochId> {
+        match number {
+            0 => Some(genesis.epoch()),
+            number => self.get(number).map(|epoch| epoch.id),
+        }
+    }
+
+    pub(crate) fn current(&self, genesis: &Genesis) -> EpochId {
+        self.last().map_or(genesis.epoch(), |epoch| epoch.id)
+    }
+
+    /// The number of an epoch of this chain.
+    fn number_of(&self, id: &EpochId, genesis: &Genesis) -> Option<u64> {
+        if *id == genesis.epoch() {
+            return Some(0);
+        }
+        self.iter().find(|epoch| epoch.id == *id).map(|epoch| epoch.number)
+    }
+
+    pub(crate) fn writers<'a>(&'a self, genesis: &'a Genesis) -> &'a [Key] {
+        self.last().map_or(&genesis.writers, |epoch| &epoch.says.writers)
+    }
+
+    pub(crate) fn readers<'a>(&'a self, genesis: &'a Genesis) -> &'a Readers {
+        self.last().map_or(&genesis.readers, |epoch| &epoch.says.readers)
+    }
+
+    /// The epoch at which the content began, if it began anew.
+    pub(crate) fn beginning(&self) -> Option<&Epoch> {
+        self.0.iter().rev().find(|epoch| epoch.is_beginning())
+    }
+
+    /// How far a session of `author` that began in `epoch` counts.
+    pub(crate) fn standing(
+        &self,
+        genesis: &Genesis,
+        author: &Key,
+        session: &SessionId,
+        epoch: &EpochId,
+    ) -> Standing {
+        let Some(number) = self.number_of(epoch, genesis) else {
+            return Standing::Void;
+        };
+        if self.beginning().is_some_and(|beginning| number < beginning.number) {
+            return Standing::Void;
+        }
+        if *author == genesis.owner {
+            return Standing::Open;
+        }
+        let began = match number {
+            0 => &genesis.writers,
+            number => match self.get(number) {
+                Some(epoch) => &epoch.says.writers,
+                None => return Standing::Void,
+            },
+        };
+        if began.binary_search(author).is_err() {
+            return Standing::Void;
+        }
+        // The first epoch after it that does not name the author says how far it counts.
+        let revoked = self.0[number as usize..]
+            .iter()
+            .find(|later| later.says.writers.binary_search(author).is_err());
+        match revoked {
+            None => Standing::Open,
+            Some(epoch) => match epoch.says.heads.get(session) {
+                Some(head) if head.count > 0 => Standing::Until(*head),
+                _ => Standing::Void,
+            },
+        }
+    }
+
+    /// Whether `epoch` would be in force: it follows the chain, or takes the place of one of the same number with a greater hash. Two of one number exist only if
+    /// the owner's key has signed both (a restored backup, or a liar); all replicas then take the same.
+    pub(crate) fn would_take(&self, epoch: &Epoch, genesis: &Genesis) -> Result<(), Refusal> {
+        if let Some(known) = self.get(epoch.number) {
+            if known.id == epoch.id {
+                return Err(Refusal::Known);
+            }
+            if known.id < epoch.id {
+                return Err(Refusal::Void);
+            }
+        }
+        match self.id_of(epoch.number - 1, genesis) {
+            Some(previous) if previous == epoch.previous => Ok(()),
+            Some(_) => Err(Refusal::Void),
+            None => Err(Refusal::Early),
+        }
+    }
+
+    /// Puts an epoch that [`would_take`](Self::would_take) allows in its place; what followed there is dropped: how many.
+    pub(crate) fn take(&mut self, epoch: Epoch) -> usize {
+        let place = (epoch.number - 1) as usize;
+        let dropped = self.0.len() - place;
+        self.0.truncate(place);
+        self.0.push(epoch);
+        dropped
+    }
+}

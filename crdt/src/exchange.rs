@@ -1,0 +1,1053 @@
+//! How two replicas find out what one of them lacks, and get it.
+//!
+//! When two peers meet, each tells one digest over all documents that the other may read. Where they differ, the peer with the lower key tells 256 digests, the
+//! other lists its documents in those buckets that differ, the first lists which of them it holds as well; from then on both know what they share, and digests
+//! are of that. What differs is summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one after the other. Between
+//! times, what is new is told at once to all who share the document, and told on by those to whom it was new.
+//!
+//! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use prost::Message;
+use weft_proto::wire::{self, document_message::Kind};
+
+use crate::{
+    document::read_envelope,
+    envelope::{Header, Proof},
+    epoch::{Epoch, Head, Heads, heads_to_wire, read_heads},
+    genesis::Genesis,
+    guard,
+    id::{Digest, DocumentId, EpochId, Key, SessionId},
+    refusal::Refusal,
+    replica::{NOTHING, Output, Replica, as_news},
+    store::{StoreError, key},
+};
+
+/// Bytes of a message between replicas.
+pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
+
+/// A piece of what was wanted: about this many bytes.
+const PIECE: usize = 512 << 10;
+
+/// News are told in messages of about this many bytes.
+const NEWS: usize = 256 << 10;
+
+/// Documents in a listing.
+const MAX_LISTED: usize = 8192;
+
+/// Documents that are compared with one peer at a time.
+const MAX_EXCHANGES: usize = 64;
+
+/// What was wanted and has not come after this long is wanted again, from whoever has it.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Digests are compared so often, and up to twice that.
+const CHECK: Duration = Duration::from_secs(30);
+
+/// Sooner, where more differs than is compared at a time.
+const CHECK_SOON: Duration = Duration::from_secs(1);
+
+/// Epochs whose base has not arrived whole: changes gathered so far.
+const MAX_BASE_BYTES: usize = 64 << 20;
+
+/// A document's entry in a listing: its id, and the beginning of its digest.
+const ENTRY: usize = 32 + 8;
+
+/// What is known of a connected peer.
+#[derive(Debug, Default)]
+pub(crate) struct Peer {
+    /// Documents that both hold.
+    shared: BTreeSet<DocumentId>,
+    exchanges: BTreeMap<DocumentId, Exchange>,
+    check_at: Duration,
+    /// A summary was asked for not long ago.
+    asked: BTreeMap<DocumentId, Duration>,
+}
+
+impl Peer {
+    pub(crate) fn forget_exchanges(&mut self) {
+        self.exchanges.clear();
+        self.asked.clear();
+    }
+}
+
+/// Epochs that wait for the base of the last new beginning among them.
+#[derive(Debug, Default)]
+pub(crate) struct Arrival {
+    epochs: Vec<Epoch>,
+    base: Vec<Bytes>,
+    bytes: usize,
+}
+
+impl Arrival {
+    fn beginning(&self) -> Option<&Epoch> {
+        self.epochs.iter().rev().find(|epoch| epoch.is_beginning())
+    }
+}
+
+/// Getting what a peer has more of a document.
+#[derive(Debug, Default)]
+struct Exchange {
+    /// What the peer has.
+    genesis: bool,
+    epochs: u64,
+    epoch: Option<EpochId>,
+    sessions: Heads,
+    forks: Heads,
+    /// Of these another branch is known there: from which envelope on the two are compared next.
+    seek: BTreeMap<SessionId, u64>,
+    /// All epochs are wanted, for those here belong to another chain.
+    all_epochs: bool,
+    /// What was wanted last, and until when it is waited for.
+    wanted: Option<wire::Want>,
+    until: Duration,
+    /// The last piece brought nothing.
+    idle: bool,
+}
+
+fn short(digest: &Digest) -> &[u8] {
+    &digest.0[..8]
+}
+
+impl Replica {
+    /// A peer is there: its documents are compared with ours.
+    pub fn connected(&mut self, peer: Key) {
+        if peer == self.key {
+            return;
+        }
+        let check_at = self.now + self.pause();
+        self.peers.insert(peer, Peer { check_at, ..Peer::default() });
+        let all = self.readable(&peer, false);
+        if !all.is_empty() {
+            let digest = self.root(&all);
+            self.send(peer, Kind::Root(wire::Root { digest, shared: false }));
+        }
+    }
+
+    /// A peer is gone.
+    pub fn disconnected(&mut self, peer: &Key) {
+        self.peers.remove(peer);
+        let waiting: BTreeSet<_> = self.peers.values().flat_map(|peer| peer.exchanges.keys().copied()).collect();
+        for id in waiting {
+            // Another may be asked instead.
+            if let Err(error) = self.go_on_with_any(id) {
+                tracing::warn!(%error, "documents");
+            }
+        }
+    }
+
+    /// Peers that are there.
+    pub fn peers(&self) -> impl Iterator<Item = Key> {
+        self.peers.keys().copied()
+    }
+
+    /// Time passes: `now` since some beginning, `wall` in seconds since the Unix epoch. Compares digests when it is time to.
+    pub fn tick(&mut self, now: Duration, wall: i64) {
+        self.now = self.now.max(now);
+        self.set_wall(wall);
+        let due: Vec<Key> = self.peers.iter().filter(|(_, peer)| peer.check_at <= self.now).map(|(key, _)| *key).collect();
+        for peer in due {
+            let pause = self.pause();
+            let now = self.now;
+            let mut stale = Vec::new();
+            if let Some(known) = self.peers.get_mut(&peer) {
+                known.check_at = now + pause;
+                known.asked.retain(|_, at| *at > now);
+                stale = known.exchanges.iter().filter(|(_, one)| one.wanted.is_none() || one.until <= now).map(|(id, _)| *id).collect();
+                for id in &stale {
+                    known.exchanges.remove(id);
+                }
+            }
+            let shared = self.readable(&peer, true);
+            if !shared.is_empty() && self.key > peer {
+                let digest = self.root(&shared);
+                self.send(peer, Kind::Root(wire::Root { digest, shared: true }));
+            }
+            for id in stale {
+                if let Err(error) = self.go_on_with_any(id) {
+                    tracing::warn!(%error, "documents");
+                }
+            }
+        }
+    }
+
+    /// When [`tick`](Self::tick) is of use again.
+    pub fn next_tick(&self) -> Option<Duration> {
+        self.peers.values().map(|peer| peer.check_at).min()
+    }
+
+    fn pause(&mut self) -> Duration {
+        let drawn = self.draw();
+        CHECK + CHECK.mul_f64(f64::from(drawn[0]) / 256.0)
+    }
+
+    pub(crate) fn send(&mut self, peer: Key, kind: Kind) {
+        let message = wire::DocumentMessage { kind: Some(kind) }.encode_to_vec().into();
+        self.queue(Output::Send { peer, message });
+    }
+
+    /// What a peer has sent.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the disk fails. What is wrong with the message is told as [`Output::Offence`].
+    pub fn receive(&mut self, peer: Key, message: &[u8]) -> Result<(), StoreError> {
+        if !self.peers.contains_key(&peer) {
+            return Ok(());
+        }
+        let kind = match message.len() {
+            0..=MAX_MESSAGE_BYTES => wire::DocumentMessage::decode(message).ok().and_then(|message| message.kind),
+            _ => None,
+        };
+        let taken = match kind {
+            None => Ok(Err(Refusal::Malformed("a message cannot be decoded"))),
+            Some(Kind::Root(root)) => Ok(self.on_root(peer, &root)),
+            Some(Kind::Buckets(buckets)) => Ok(self.on_buckets(peer, &buckets)),
+            Some(Kind::Listing(listing)) => self.on_listing(peer, &listing),
+            Some(Kind::Interest(interest)) => self.on_interest(peer, &interest),
+            Some(Kind::Summary(summary)) => self.on_summary(peer, &summary),
+            Some(Kind::Want(want)) => self.on_want(peer, &want),
+            Some(Kind::Give(give)) => self.on_give(peer, give),
+            Some(Kind::News(news)) => self.on_news(peer, news),
+        };
+        match taken {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(refusal)) => {
+                if refusal.is_offence() {
+                    self.offend(peer, &refusal);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.go_back();
+                Err(error)
+            }
+        }
+    }
+
+    // Which documents differ.
+
+    /// Documents that a peer may read, with their digests; `shared`: only those it is known to hold as well.
+    fn readable(&mut self, peer: &Key, shared: bool) -> Vec<(DocumentId, Digest)> {
+        self.refresh_digests();
+        let of_peer = self.peers.get(peer).map(|peer| &peer.shared);
+        self.held
+            .iter()
+            .filter(|(id, held)| held.may_read(peer) && (!shared || of_peer.is_some_and(|of| of.contains(id))))
+            .map(|(id, held)| (*id, held.digest))
+            .collect()
+    }
+
+    fn root(&self, documents: &[(DocumentId, Digest)]) -> Bytes {
+        let mut hasher = blake3::Hasher::new_derive_key("weft documents root v1");
+        for (id, digest) in documents {
+            hasher.update(&id.0).update(&digest.0);
+        }
+        Bytes::copy_from_slice(hasher.finalize().as_bytes())
+    }
+
+    fn buckets(&self, documents: &[(DocumentId, Digest)]) -> Vec<[u8; 8]> {
+        let mut buckets = vec![[0; 8]; 256];
+        for (first, bucket) in buckets.iter_mut().enumerate() {
+            let from = documents.partition_point(|(id, _)| usize::from(id.0[0]) < first);
+            let to = documents.partition_point(|(id, _)| usize::from(id.0[0]) <= first);
+            if from < to {
+                bucket.copy_from_slice(&self.root(&documents[from..to])[..8]);
+            }
+        }
+        buckets
+    }
+
+    fn on_root(&mut self, peer: Key, root: &wire::Root) -> Result<(), Refusal> {
+        let documents = self.readable(&peer, root.shared);
+        if documents.is_empty() {
+            return Ok(());
+        }
+        if self.root(&documents) == root.digest {
+            if let Some(known) = self.peers.get_mut(&peer) {
+                known.shared.extend(documents.iter().map(|(id, _)| *id));
+            }
+            return Ok(());
+        }
+        if self.key < peer {
+            let digests = self.buckets(&documents).concat().into();
+            self.send(peer, Kind::Buckets(wire::Buckets { digests, shared: root.shared }));
+        }
+        Ok(())
+    }
+
+    fn on_buckets(&mut self, peer: Key, theirs: &wire::Buckets) -> Result<(), Refusal> {
+        if theirs.digests.len() != 256 * 8 {
+            return Err(Refusal::Malformed("buckets of a wrong length"));
+        }
+        let documents = self.readable(&peer, theirs.shared);
+        let ours = self.buckets(&documents);
+        let differ: BTreeSet<usize> = ours
+            .iter()
+            .zip(theirs.digests.chunks(8))
+            .enumerate()
+            .filter(|(_, (ours, theirs))| ours[..] != **theirs)
+            .map(|(first, _)| first)
+            .collect();
+        // An empty bucket there has nothing in common with ours.
+        let nothing = |first: usize| theirs.digests[first * 8..][..8] == [0; 8];
+        let (listed, same): (Vec<_>, Vec<_>) = documents
+            .into_iter()
+            .filter(|(id, _)| !nothing(usize::from(id.0[0])))
+            .partition(|(id, _)| differ.contains(&usize::from(id.0[0])));
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.shared.extend(same.iter().map(|(id, _)| *id));
+        }
+        // Those in equal buckets are told as well, so that the other knows them for shared.
+        let listed: Vec<_> = listed.into_iter().chain(same).take(MAX_LISTED).collect();
+        if !listed.is_empty() {
+            self.send_listing(peer, &listed, true, theirs.shared);
+        }
+        Ok(())
+    }
+
+    fn send_listing(&mut self, peer: Key, listed: &[(DocumentId, Digest)], answer: bool, shared: bool) {
+        let mut entries = Vec::with_capacity(listed.len() * ENTRY);
+        for (id, digest) in listed {
+            entries.extend(id.0);
+            entries.extend(short(digest));
+        }
+        self.send(peer, Kind::Listing(wire::Listing { entries: entries.into(), answer, shared }));
+    }
+
+    fn on_listing(&mut self, peer: Key, listing: &wire::Listing) -> Result<Result<(), Refusal>, StoreError> {
+        if listing.entries.len() % ENTRY != 0 || listing.entries.len() > MAX_LISTED * ENTRY {
+            return Ok(Err(Refusal::Malformed("a listing of a wrong length")));
+        }
+        let mut common = Vec::new();
+        let mut differ = Vec::new();
+        for entry in listing.entries.chunks(ENTRY) {
+            let Some(id) = DocumentId::read(&entry[..32]) else {
+                continue;
+            };
+            let Some(held) = self.held.get(&id).filter(|held| held.may_read(&peer)) else {
+                continue;
+            };
+            common.push((id, held.digest));
+            if entry[32..] != *short(&held.digest) {
+                differ.push(id);
+            }
+        }
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.shared.extend(common.iter().map(|(id, _)| *id));
+        }
+        if listing.answer {
+            if !common.is_empty() {
+                self.send_listing(peer, &common, false, listing.shared);
+            }
+            if differ.len() > MAX_EXCHANGES {
+                let soon = self.now + CHECK_SOON;
+                if let Some(known) = self.peers.get_mut(&peer) {
+                    known.check_at = known.check_at.min(soon);
+                }
+            }
+            for id in differ.into_iter().take(MAX_EXCHANGES) {
+                self.send_summary(peer, id, true)?;
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Tells all peers which documents are held from now on, or no longer.
+    pub(crate) fn say_interest(&mut self, holds: &[DocumentId], drops: &[DocumentId]) {
+        let peers: Vec<Key> = self.peers.keys().copied().collect();
+        for peer in peers {
+            let may: Vec<_> = holds.iter().filter(|id| self.held.get(id).is_some_and(|held| held.may_read(&peer))).collect();
+            let drops: Vec<_> = match self.peers.get_mut(&peer) {
+                Some(known) => drops.iter().filter(|id| known.exchanges.remove(id).is_some() | known.shared.remove(id)).collect(),
+                None => continue,
+            };
+            if may.is_empty() && drops.is_empty() {
+                continue;
+            }
+            let bytes = |ids: &[&DocumentId]| Bytes::from(ids.iter().flat_map(|id| id.0).collect::<Vec<u8>>());
+            let (holds, drops) = (bytes(&may), bytes(&drops));
+            self.send(peer, Kind::Interest(wire::Interest { holds, drops }));
+        }
+    }
+
+    fn on_interest(&mut self, peer: Key, interest: &wire::Interest) -> Result<Result<(), Refusal>, StoreError> {
+        let wrong = |bytes: &Bytes| bytes.len() % 32 != 0 || bytes.len() > MAX_LISTED * 32;
+        if wrong(&interest.holds) || wrong(&interest.drops) {
+            return Ok(Err(Refusal::Malformed("an interest of a wrong length")));
+        }
+        let ids = |bytes: &Bytes| bytes.chunks(32).filter_map(DocumentId::read).collect::<Vec<_>>();
+        if let Some(known) = self.peers.get_mut(&peer) {
+            for id in ids(&interest.drops) {
+                known.shared.remove(&id);
+                known.exchanges.remove(&id);
+            }
+        }
+        for id in ids(&interest.holds) {
+            if self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+                if let Some(known) = self.peers.get_mut(&peer) {
+                    known.shared.insert(id);
+                }
+                self.send_summary(peer, id, true)?;
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    // What differs in a document.
+
+    fn send_summary(&mut self, peer: Key, id: DocumentId, answer: bool) -> Result<(), StoreError> {
+        let document = Bytes::copy_from_slice(&id.0);
+        let mut summary = wire::Summary { document, answer, ..wire::Summary::default() };
+        if let Some((document, _)) = self.document(&id)? {
+            summary.genesis = true;
+            summary.epochs = document.epochs.count();
+            summary.epoch = Bytes::copy_from_slice(&document.epochs.current(&document.genesis).0);
+            summary.sessions = heads_to_wire(&document.heads());
+            summary.forks = heads_to_wire(&document.forks());
+        }
+        self.send(peer, Kind::Summary(summary));
+        Ok(())
+    }
+
+    /// Asks a peer for a summary, if that was not done just now.
+    pub(crate) fn ask_again(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+        let now = self.now;
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return Ok(());
+        };
+        if known.exchanges.contains_key(&id) || known.asked.get(&id).is_some_and(|until| *until > now) {
+            return Ok(());
+        }
+        if known.asked.len() < MAX_LISTED {
+            known.asked.insert(id, now + CHECK_SOON);
+        }
+        self.send_summary(peer, id, true)
+    }
+
+    fn on_summary(&mut self, peer: Key, summary: &wire::Summary) -> Result<Result<(), Refusal>, StoreError> {
+        let Some(id) = DocumentId::read(&summary.document) else {
+            return Ok(Err(Refusal::Malformed("a summary of no document")));
+        };
+        if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+            return Ok(Ok(()));
+        }
+        let read = || Ok((read_heads(&summary.sessions)?, read_heads(&summary.forks)?));
+        let (sessions, forks) = match read() {
+            Ok(read) => read,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        if summary.answer {
+            self.send_summary(peer, id, false)?;
+        }
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.shared.insert(id);
+            known.asked.remove(&id);
+            if known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id) {
+                let exchange = known.exchanges.entry(id).or_default();
+                exchange.genesis = summary.genesis;
+                exchange.epochs = summary.epochs;
+                exchange.epoch = EpochId::read(&summary.epoch);
+                exchange.sessions = sessions;
+                exchange.forks = forks;
+                exchange.idle = false;
+            }
+        }
+        self.go_on(peer, id)?;
+        Ok(Ok(()))
+    }
+
+    /// Another branch of a session is known there: where they part is looked for.
+    pub(crate) fn seek(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+        if let Some(known) = self.peers.get_mut(&peer)
+            && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
+        {
+            known.exchanges.entry(id).or_default().seek.entry(session).or_insert(0);
+        }
+    }
+
+    /// Whether another peer is giving this document just now.
+    fn is_given(&self, id: &DocumentId, except: &Key) -> bool {
+        self.peers.iter().any(|(peer, known)| {
+            peer != except
+                && known.exchanges.get(id).is_some_and(|one| one.wanted.is_some() && one.until > self.now)
+        })
+    }
+
+    fn go_on_with_any(&mut self, id: DocumentId) -> Result<(), StoreError> {
+        let peers: Vec<Key> = self.peers.iter().filter(|(_, peer)| peer.exchanges.contains_key(&id)).map(|(key, _)| *key).collect();
+        for peer in peers {
+            self.go_on(peer, id)?;
+        }
+        Ok(())
+    }
+
+    /// Wants what a peer has more, if there is anything, nothing is wanted of it already, and nobody else is giving it.
+    fn go_on(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+        if self.is_given(&id, &peer) {
+            return Ok(());
+        }
+        let now = self.now;
+        let Some(exchange) = self.peers.get_mut(&peer).and_then(|peer| peer.exchanges.remove(&id)) else {
+            return Ok(());
+        };
+        let mut exchange = exchange;
+        if exchange.wanted.is_some() && exchange.until > now {
+            self.put_back(peer, id, exchange);
+            return Ok(());
+        }
+        let want = self.what_to_want(&id, &exchange)?;
+        let same = exchange.idle && exchange.wanted.as_ref() == want.as_ref();
+        match want {
+            Some(want) if !same => {
+                exchange.wanted = Some(want.clone());
+                exchange.until = now + PATIENCE;
+                self.put_back(peer, id, exchange);
+                self.send(peer, Kind::Want(want));
+                Ok(())
+            }
+            // There is nothing, or what was wanted brought nothing. Another peer's turn.
+            _ => self.go_on_with_any(id),
+        }
+    }
+
+    fn put_back(&mut self, peer: Key, id: DocumentId, exchange: Exchange) {
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.exchanges.insert(id, exchange);
+        }
+    }
+
+    fn what_to_want(&mut self, id: &DocumentId, there: &Exchange) -> Result<Option<wire::Want>, StoreError> {
+        let mut want = wire::Want { document: Bytes::copy_from_slice(&id.0), ..wire::Want::default() };
+        let nothing = want.clone();
+        let arrival = self.arrivals.get(id);
+        let arriving = (
+            arrival.and_then(|arrival| arrival.epochs.last()).map(|epoch| epoch.number),
+            arrival.and_then(|arrival| Some((arrival.beginning()?.id, arrival.base.len() as u64))),
+        );
+        let from = |session: &SessionId, count: u64| wire::SessionHead {
+            session: Bytes::copy_from_slice(&session.0),
+            count,
+            chain: Bytes::copy_from_slice(&session.0),
+        };
+        match self.document(id)? {
+            None => {
+                want.genesis = there.genesis;
+                if there.genesis {
+                    want.epochs = u64::from(there.epochs > 0);
+                    want.sessions = there.sessions.keys().map(|session| from(session, 0)).collect();
+                    want.forks = there.forks.keys().map(|session| Bytes::copy_from_slice(&session.0)).collect();
+                }
+            }
+            Some((document, _)) => {
+                let current = document.epochs.current(&document.genesis);
+                let ours = arriving.0.unwrap_or(document.epochs.count());
+                if there.all_epochs {
+                    want.epochs = 1;
+                } else if there.epochs > ours {
+                    want.epochs = ours + 1;
+                } else if there.epochs > 0
+                    && arriving.0.is_none()
+                    && there.epoch != document.epochs.id_of(there.epochs, &document.genesis)
+                    && there.epoch != Some(current)
+                {
+                    want.epochs = 1;
+                }
+                if let Some((epoch, from)) = arriving.1 {
+                    want.base = Bytes::copy_from_slice(&epoch.0);
+                    want.base_from = from;
+                }
+                for (session, head) in &there.sessions {
+                    let count = document.count(session);
+                    let void = document.proof(session).map_or(u64::MAX, Proof::index);
+                    if head.count > count && count < void {
+                        want.sessions.push(from(session, count));
+                    } else if head.count <= count
+                        && document.chain_at(session, head.count) != Some(head.chain)
+                        && head.count <= void
+                    {
+                        // Looked for from the beginning, below.
+                        let next = there.seek.get(session).copied().unwrap_or(0);
+                        want.sessions.push(from(session, next));
+                    }
+                }
+                for (session, next) in &there.seek {
+                    let known = document.proof(session).is_some();
+                    if !known && *next < document.count(session) && !want.sessions.iter().any(|one| one.session[..] == session.0) {
+                        want.sessions.push(from(session, *next));
+                    }
+                }
+                let proofs = there.forks.iter().filter(|(session, fork)| {
+                    document.proof(session).is_none_or(|known| known.index() > fork.count)
+                });
+                want.forks = proofs.map(|(session, _)| Bytes::copy_from_slice(&session.0)).collect();
+            }
+        }
+        Ok((want != nothing).then_some(want))
+    }
+
+    // Giving.
+
+    fn on_want(&mut self, peer: Key, want: &wire::Want) -> Result<Result<(), Refusal>, StoreError> {
+        let Some(id) = DocumentId::read(&want.document) else {
+            return Ok(Err(Refusal::Malformed("a want of no document")));
+        };
+        if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+            return Ok(Ok(()));
+        }
+        let sessions = match read_heads(&want.sessions) {
+            Ok(sessions) => sessions,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let give = self.give(id, want, &sessions)?;
+        if let Some(give) = give {
+            self.send(peer, Kind::Give(give));
+        }
+        Ok(Ok(()))
+    }
+
+    /// A piece of what is wanted.
+    fn give(&mut self, id: DocumentId, want: &wire::Want, sessions: &Heads) -> Result<Option<wire::Give>, StoreError> {
+        let Some((document, store)) = self.document(&id)? else {
+            return Ok(None);
+        };
+        let mut give = wire::Give { document: Bytes::copy_from_slice(&id.0), ..wire::Give::default() };
+        let mut room = PIECE;
+        if want.genesis {
+            give.genesis = Some(document.genesis.wire.clone());
+        }
+        let mut spend = |bytes: usize, more: &mut bool| {
+            let fits = room > 0;
+            room = room.saturating_sub(bytes);
+            *more |= !fits;
+            fits
+        };
+        if want.epochs > 0 {
+            for epoch in document.epochs.iter().skip((want.epochs - 1) as usize) {
+                if !spend(epoch.wire.encoded_len(), &mut give.more) {
+                    break;
+                }
+                give.epochs.push(epoch.wire.clone());
+            }
+        }
+        if !want.base.is_empty() && document.epochs.beginning().is_some_and(|epoch| epoch.id.0[..] == want.base[..]) {
+            give.base = want.base.clone();
+            give.base_from = want.base_from;
+            let rows = store.scan(&key::base(&id), &want.base_from.to_be_bytes(), PIECE)?;
+            for (_, change) in rows {
+                if !spend(change.len(), &mut give.more) {
+                    break;
+                }
+                give.base_changes.push(change.into());
+            }
+        }
+        for session in &want.forks {
+            let proof = SessionId::read(session).and_then(|session| document.proof(&session));
+            if let Some(proof) = proof {
+                let proof = proof.to_wire();
+                if !spend(proof.encoded_len(), &mut give.more) {
+                    break;
+                }
+                give.proofs.push(proof);
+            }
+        }
+        for (session, from) in sessions {
+            if from.count >= document.count(session) {
+                continue;
+            }
+            if give.more {
+                break;
+            }
+            let rows = store.scan(&key::session(&id, session), &from.count.to_be_bytes(), PIECE)?;
+            for (_, row) in rows {
+                if !spend(row.len(), &mut give.more) {
+                    break;
+                }
+                let envelope = wire::Envelope::decode(&row[..]);
+                give.envelopes.push(envelope.map_err(|_| StoreError::Other("the log is damaged".to_owned()))?);
+            }
+        }
+        Ok(Some(give))
+    }
+
+    /// Everything of a document, in pieces.
+    pub(crate) fn give_all(&mut self, id: DocumentId) -> Result<Vec<wire::Give>, StoreError> {
+        let mut pieces = Vec::new();
+        let Some((document, _)) = self.document(&id)? else {
+            return Ok(pieces);
+        };
+        let document_id = Bytes::copy_from_slice(&id.0);
+        let mut heads: Heads = document.heads().into_iter().map(|(id, head)| (id, Head { count: 0, ..head })).collect();
+        let forks = document.forks().keys().map(|session| Bytes::copy_from_slice(&session.0)).collect();
+        let base = document.epochs.beginning().map(|epoch| Bytes::copy_from_slice(&epoch.id.0));
+        let mut want = wire::Want { document: document_id, genesis: true, epochs: 1, forks, ..wire::Want::default() };
+        // Epochs, then the base, then the rest.
+        loop {
+            let Some(mut give) = self.give(id, &want, &Heads::new())? else {
+                return Ok(pieces);
+            };
+            let more = mem::take(&mut give.more);
+            want.genesis = false;
+            want.epochs += give.epochs.len() as u64;
+            let proofs = give.proofs.len();
+            want.forks.drain(..proofs);
+            pieces.push(give);
+            if !more {
+                break;
+            }
+        }
+        (want.epochs, want.base) = (0, base.unwrap_or_default());
+        while !want.base.is_empty() {
+            let Some(give) = self.give(id, &want, &Heads::new())? else {
+                return Ok(pieces);
+            };
+            want.base_from += give.base_changes.len() as u64;
+            if give.base_changes.is_empty() {
+                want.base.clear();
+            } else {
+                pieces.push(give);
+            }
+        }
+        while !heads.is_empty() {
+            let Some(mut give) = self.give(id, &want, &heads)? else {
+                return Ok(pieces);
+            };
+            give.more = false;
+            for envelope in &give.envelopes {
+                let header = envelope.header.as_ref().and_then(|header| Header::read(header, &id).ok());
+                if let Some(head) = header.as_ref().and_then(|header| heads.get_mut(&header.session)) {
+                    head.count += 1;
+                }
+            }
+            let Some((document, _)) = self.document(&id)? else {
+                return Ok(pieces);
+            };
+            heads.retain(|session, head| head.count < document.count(session));
+            pieces.push(give);
+        }
+        Ok(pieces)
+    }
+
+    // Taking.
+
+    fn on_give(&mut self, peer: Key, give: wire::Give) -> Result<Result<(), Refusal>, StoreError> {
+        let Some(id) = DocumentId::read(&give.document) else {
+            return Ok(Err(Refusal::Malformed("a gift of no document")));
+        };
+        if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+            return Ok(Ok(()));
+        }
+        // Where two branches of a session are compared, so far they are.
+        let mut next: BTreeMap<SessionId, u64> = BTreeMap::new();
+        for envelope in &give.envelopes {
+            let header = envelope.header.as_ref().and_then(|header| Header::read(header, &id).ok());
+            if let Some(header) = header {
+                let next = next.entry(header.session).or_default();
+                *next = (*next).max(header.index + 1);
+            }
+        }
+        let before = self.state_of(&id)?;
+        let taken = self.take_give(Some(peer), id, give)?;
+        let after = self.state_of(&id)?;
+        let mut sought = false;
+        if let Some(exchange) = self.peers.get_mut(&peer).and_then(|peer| peer.exchanges.get_mut(&id)) {
+            for (session, seen) in next {
+                if let Some(at) = exchange.seek.get_mut(&session).filter(|at| **at < seen) {
+                    *at = seen;
+                    sought = true;
+                } else if before == after {
+                    // Where a summary told of another branch.
+                    exchange.seek.insert(session, seen);
+                    sought |= exchange.seek.len() <= MAX_EXCHANGES;
+                }
+            }
+            exchange.until = Duration::ZERO;
+            exchange.idle = before == after && !sought;
+        }
+        match taken {
+            Ok(()) => {
+                self.go_on(peer, id)?;
+                Ok(Ok(()))
+            }
+            Err(refusal) => {
+                if let Some(known) = self.peers.get_mut(&peer) {
+                    known.exchanges.remove(&id);
+                }
+                self.go_on_with_any(id)?;
+                Ok(Err(refusal))
+            }
+        }
+    }
+
+    /// What tells whether a piece has brought anything: the digest, and what has arrived of new epochs.
+    fn state_of(&mut self, id: &DocumentId) -> Result<(Digest, usize), StoreError> {
+        let digest = self.document(id)?.map_or(NOTHING, |(document, _)| document.digest());
+        let arrival = self.arrivals.get(id).map_or(0, |arrival| arrival.base.len() + arrival.epochs.len());
+        Ok((digest, arrival))
+    }
+
+    /// Takes what was given: from a peer, or from a file.
+    pub(crate) fn take_give(&mut self, peer: Option<Key>, id: DocumentId, give: wire::Give) -> Result<Result<(), Refusal>, StoreError> {
+        if let Some(genesis) = give.genesis
+            && self.held.get(&id).is_some_and(|held| held.genesis.is_none())
+        {
+            match Genesis::read(genesis) {
+                Ok(genesis) if genesis.id == id => self.arrived(genesis),
+                Ok(_) => return Ok(Err(Refusal::Malformed("a genesis of another document"))),
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        let Some((document, _)) = self.document(&id)? else {
+            return Ok(Ok(()));
+        };
+        let genesis = document.genesis.clone();
+        let mut epochs = Vec::new();
+        for epoch in give.epochs {
+            match Epoch::read(epoch, &genesis) {
+                Ok(epoch) => epochs.push(epoch),
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        let stray = match self.take_epochs(peer, id, epochs)? {
+            Ok(stray) => stray,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        if let Some(exchange) = peer.and_then(|peer| self.peers.get_mut(&peer)).and_then(|peer| peer.exchanges.get_mut(&id)) {
+            if stray && exchange.all_epochs {
+                // Even from the beginning, they are of a chain that counts less than ours.
+                exchange.epochs = 0;
+            }
+            exchange.all_epochs = stray && !exchange.all_epochs;
+        }
+        if !give.base_changes.is_empty()
+            && let Err(refusal) = self.take_base(peer, id, &give.base, give.base_from, give.base_changes)?
+        {
+            return Ok(Err(refusal));
+        }
+        for proof in &give.proofs {
+            match Proof::read(proof, &id) {
+                Ok(proof) => self.take_proof(id, &proof)?,
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        for envelope in give.envelopes {
+            match read_envelope(&envelope.encode_to_vec(), &id) {
+                Ok(envelope) => self.inbox.entry(id).or_default().push((envelope, peer)),
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        // At once, for what is wanted next depends on it.
+        if let Some(envelopes) = self.inbox.remove(&id)
+            && let Some((document, store)) = self.document(&id)?
+        {
+            let taken = document.take(store, envelopes)?;
+            self.follow(id, taken)?;
+        }
+        Ok(Ok(()))
+    }
+
+    fn take_proof(&mut self, id: DocumentId, proof: &Proof) -> Result<(), StoreError> {
+        let Some((document, store)) = self.document(&id)? else {
+            return Ok(());
+        };
+        let taken = document.take_proof(store, proof)?;
+        self.follow(id, taken)
+    }
+
+    /// Takes epochs; where one of them begins the content anew, they wait for the base of the last that does. Whether some belong to another chain.
+    fn take_epochs(&mut self, peer: Option<Key>, id: DocumentId, epochs: Vec<Epoch>) -> Result<Result<bool, Refusal>, StoreError> {
+        if epochs.is_empty() {
+            return Ok(Ok(false));
+        }
+        let Some((document, _)) = self.document(&id)? else {
+            return Ok(Ok(false));
+        };
+        let (genesis, mut chain) = (document.genesis.clone(), document.epochs.clone());
+        let mut arrival = self.arrivals.remove(&id).unwrap_or_default();
+        let waited = arrival.beginning().map(|epoch| epoch.id);
+        let mut new: Vec<Epoch> = Vec::new();
+        let mut stray = false;
+        for epoch in mem::take(&mut arrival.epochs).into_iter().chain(epochs) {
+            match chain.would_take(&epoch, &genesis) {
+                Ok(()) => {
+                    // Those behind it are of a chain that no longer counts.
+                    new.retain(|before| before.number < epoch.number);
+                    chain.take(epoch.clone());
+                    new.push(epoch);
+                }
+                Err(Refusal::Known) => {}
+                Err(_) => stray = true,
+            }
+        }
+        arrival.epochs = new;
+        if arrival.beginning().map(|epoch| epoch.id) != waited {
+            arrival.base.clear();
+            arrival.bytes = 0;
+        }
+        if arrival.beginning().is_some() {
+            self.arrivals.insert(id, arrival);
+            return Ok(Ok(stray));
+        }
+        let taken = self.take_arrival(peer, id, arrival)?;
+        Ok(taken.map(|()| stray))
+    }
+
+    fn take_base(&mut self, peer: Option<Key>, id: DocumentId, epoch: &[u8], from: u64, changes: Vec<Bytes>) -> Result<Result<(), Refusal>, StoreError> {
+        let Some(arrival) = self.arrivals.get_mut(&id) else {
+            return Ok(Ok(()));
+        };
+        let Some(beginning) = arrival.beginning() else {
+            return Ok(Ok(()));
+        };
+        if beginning.id.0 != *epoch || from != arrival.base.len() as u64 {
+            return Ok(Ok(()));
+        }
+        let expected = beginning.says.base.clone();
+        for change in changes {
+            let Some(id) = expected.get(arrival.base.len()) else {
+                return Ok(Err(Refusal::Malformed("a base has more changes than were signed")));
+            };
+            // Automerge's hash covers all but the magic number and the checksum that is a part of it.
+            if guard::hash_of(&change).as_ref() != Some(id) {
+                return Ok(Err(Refusal::Malformed("a base has another change than was signed")));
+            }
+            arrival.bytes += change.len();
+            if arrival.bytes > MAX_BASE_BYTES {
+                return Ok(Err(Refusal::Malformed("a base is larger than is allowed")));
+            }
+            arrival.base.push(change);
+        }
+        if arrival.base.len() < expected.len() {
+            return Ok(Ok(()));
+        }
+        match self.arrivals.remove(&id) {
+            Some(arrival) => self.take_arrival(peer, id, arrival),
+            None => Ok(Ok(())),
+        }
+    }
+
+    fn take_arrival(&mut self, peer: Option<Key>, id: DocumentId, arrival: Arrival) -> Result<Result<(), Refusal>, StoreError> {
+        if arrival.epochs.is_empty() {
+            return Ok(Ok(()));
+        }
+        let Some((document, store)) = self.document(&id)? else {
+            return Ok(Ok(()));
+        };
+        match document.take_epochs(store, arrival.epochs.clone(), &arrival.base)? {
+            Ok(taken) => self.epochs_taken(id, arrival.epochs, peer, taken).map(Ok),
+            Err(refusal) if refusal.is_offence() => Ok(Err(refusal)),
+            Err(_) => Ok(Ok(())),
+        }
+    }
+
+    // What is new.
+
+    fn on_news(&mut self, peer: Key, news: wire::News) -> Result<Result<(), Refusal>, StoreError> {
+        let Some(id) = DocumentId::read(&news.document) else {
+            return Ok(Err(Refusal::Malformed("news of no document")));
+        };
+        if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+            return Ok(Ok(()));
+        }
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.shared.insert(id);
+        }
+        let Some((document, _)) = self.document(&id)? else {
+            self.ask_again(peer, id)?;
+            return Ok(Ok(()));
+        };
+        let genesis = document.genesis.clone();
+        let mut more = Heads::new();
+        let mut epochs = Vec::new();
+        for epoch in news.epochs {
+            match Epoch::read(epoch, &genesis) {
+                Ok(epoch) => epochs.push(epoch),
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        for envelope in news.envelopes {
+            let envelope = match read_envelope(&envelope.encode_to_vec(), &id) {
+                Ok(envelope) => envelope,
+                Err(refusal) => return Ok(Err(refusal)),
+            };
+            if !envelope.change.is_empty() {
+                self.inbox.entry(id).or_default().push((envelope, Some(peer)));
+                continue;
+            }
+            let header = envelope.header;
+            let Some((document, _)) = self.document(&id)? else {
+                continue;
+            };
+            let count = document.count(&header.session);
+            let known = header.index < count && document.chain_at(&header.session, header.index + 1) == Some(header.chain());
+            if !known {
+                more.insert(header.session, Head { count: header.index + 1, chain: header.chain() });
+            }
+        }
+        for proof in &news.proofs {
+            match Proof::read(proof, &id) {
+                Ok(proof) => self.take_proof(id, &proof)?,
+                Err(refusal) => return Ok(Err(refusal)),
+            }
+        }
+        let begins = epochs.iter().any(Epoch::is_beginning);
+        let stray = match self.take_epochs(Some(peer), id, epochs)? {
+            Ok(stray) => stray,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        if stray || begins {
+            self.ask_again(peer, id)?;
+        }
+        if !more.is_empty() {
+            if let Some(known) = self.peers.get_mut(&peer)
+                && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
+            {
+                let exchange = known.exchanges.entry(id).or_default();
+                exchange.genesis = true;
+                exchange.sessions.extend(more);
+                exchange.idle = false;
+            }
+            self.go_on(peer, id)?;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Tells peers what is new.
+    pub(crate) fn tell(&mut self) -> Result<(), StoreError> {
+        for (id, news) in mem::take(&mut self.news) {
+            let peers: Vec<Key> = self
+                .peers
+                .iter()
+                .filter(|(peer, known)| known.shared.contains(&id) && self.held.get(&id).is_some_and(|held| held.may_read(peer)))
+                .map(|(peer, _)| *peer)
+                .collect();
+            for peer in peers {
+                let document = Bytes::copy_from_slice(&id.0);
+                let other = |from: &Option<Key>| *from != Some(peer);
+                let mut message = wire::News { document: document.clone(), ..wire::News::default() };
+                message.epochs = news.epochs.iter().filter(|(_, from)| other(from)).map(|(epoch, _)| epoch.wire.clone()).collect();
+                message.proofs = news.proofs.iter().map(Proof::to_wire).collect();
+                let mut size = 0;
+                for (envelope, _) in news.envelopes.iter().filter(|(_, from)| other(from)) {
+                    let one = as_news(envelope);
+                    size += one.encoded_len();
+                    message.envelopes.push(one);
+                    if size > NEWS {
+                        let next = wire::News { document: document.clone(), ..wire::News::default() };
+                        self.send(peer, Kind::News(mem::replace(&mut message, next)));
+                        size = 0;
+                    }
+                }
+                if !message.epochs.is_empty() || !message.proofs.is_empty() || !message.envelopes.is_empty() {
+                    self.send(peer, Kind::News(message));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,151 @@
+//! How a document begins.
+
+use bytes::Bytes;
+use prost::Message;
+use weft_proto::wire;
+
+use crate::{
+    id::{DocumentId, EpochId, Key},
+    refusal::Refusal,
+    signed::{self, Identity},
+};
+
+const DOMAIN: &[u8] = b"weft document genesis v1\0";
+const NAME: &str = "weft document v1";
+
+/// Keys that a list of writers or readers holds at most.
+pub const MAX_KEYS: usize = 1024;
+
+/// Bytes of a document's label.
+pub const MAX_LABEL: usize = 256;
+
+/// Who may write a document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Its owner only.
+    SingleWriter,
+    /// Everybody on the owner's write list.
+    MultiWriter,
+}
+
+/// Who may read a document, besides its owner and writers.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Readers {
+    /// Everybody in the network.
+    #[default]
+    Everybody,
+    /// These.
+    Named(Vec<Key>),
+}
+
+impl Readers {
+    pub(crate) fn to_wire(&self) -> wire::Readers {
+        match self {
+            Self::Everybody => wire::Readers { everybody: true, named: Vec::new() },
+            Self::Named(keys) => wire::Readers { everybody: false, named: to_wire(keys) },
+        }
+    }
+
+    pub(crate) fn read(readers: Option<&wire::Readers>) -> Result<Self, Refusal> {
+        match readers {
+            Some(readers) if readers.everybody => Ok(Self::Everybody),
+            Some(readers) => Ok(Self::Named(read_keys(&readers.named)?)),
+            None => Ok(Self::Named(Vec::new())),
+        }
+    }
+}
+
+pub(crate) fn to_wire(keys: &[Key]) -> Vec<Bytes> {
+    keys.iter().map(|key| Bytes::copy_from_slice(&key.0)).collect()
+}
+
+/// A list of keys that is sorted and has none twice.
+pub(crate) fn read_keys(keys: &[Bytes]) -> Result<Vec<Key>, Refusal> {
+    if keys.len() > MAX_KEYS {
+        return Err(Refusal::Malformed("a list of keys is too long"));
+    }
+    let keys: Option<Vec<Key>> = keys.iter().map(|key| Key::read(key)).collect();
+    let keys = keys.ok_or(Refusal::Malformed("a key has not 32 bytes"))?;
+    if !keys.is_sorted_by(|a, b| a < b) {
+        return Err(Refusal::Malformed("a list of keys is not sorted"));
+    }
+    Ok(keys)
+}
+
+/// A list of keys as it goes on the wire: sorted, none twice, without the owner.
+pub(crate) fn tidy(mut keys: Vec<Key>, owner: &Key) -> Vec<Key> {
+    keys.retain(|key| key != owner);
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
+/// A signed genesis that has been checked.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Genesis {
+    pub(crate) id: DocumentId,
+    pub(crate) owner: Key,
+    pub(crate) kind: Kind,
+    pub(crate) writers: Vec<Key>,
+    pub(crate) readers: Readers,
+    pub(crate) label: String,
+    pub(crate) wire: wire::SignedGenesis,
+}
+
+impl Genesis {
+    pub(crate) fn sign(
+        identity: &Identity,
+        nonce: [u8; 16],
+        kind: Kind,
+        (writers, readers): (&[Key], &Readers),
+        label: &str,
+    ) -> Self {
+        let genesis = wire::Genesis {
+            owner: Bytes::copy_from_slice(&identity.key().0),
+            single_writer: kind == Kind::SingleWriter,
+            nonce: Bytes::copy_from_slice(&nonce),
+            writers: to_wire(writers),
+            readers: Some(readers.to_wire()),
+            label: label.to_owned(),
+        }
+        .encode_to_vec();
+        let signature = identity.sign(DOMAIN, &genesis).into();
+        Self::read(wire::SignedGenesis { genesis: genesis.into(), signature })
+            .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
+    }
+
+    pub(crate) fn read(wire: wire::SignedGenesis) -> Result<Self, Refusal> {
+        let genesis = wire::Genesis::decode(wire.genesis.clone())
+            .map_err(|_| Refusal::Malformed("the genesis cannot be decoded"))?;
+        // One meaning has one encoding, or a document would have several names.
+        if genesis.encode_to_vec() != wire.genesis {
+            return Err(Refusal::Malformed("the genesis is not encoded canonically"));
+        }
+        let owner = Key::read(&genesis.owner).ok_or(Refusal::Malformed("no owner"))?;
+        if genesis.nonce.len() != 16 || genesis.label.len() > MAX_LABEL {
+            return Err(Refusal::Malformed("the genesis has a field of a wrong length"));
+        }
+        let writers = read_keys(&genesis.writers)?;
+        let kind = match genesis.single_writer {
+            true if !writers.is_empty() => {
+                return Err(Refusal::Malformed("a single-writer document names writers"));
+            }
+            true => Kind::SingleWriter,
+            false => Kind::MultiWriter,
+        };
+        let readers = Readers::read(genesis.readers.as_ref())?;
+        if !signed::verify(&owner, DOMAIN, &wire.genesis, &wire.signature) {
+            return Err(Refusal::Signature);
+        }
+        let mut hasher = blake3::Hasher::new_derive_key(NAME);
+        hasher.update(&wire.genesis).update(&wire.signature);
+        let id = DocumentId(hasher.finalize().into());
+        let label = genesis.label;
+        Ok(Self { id, owner, kind, writers, readers, label, wire })
+    }
+
+    /// What stands for the epoch before the first.
+    pub(crate) fn epoch(&self) -> EpochId {
+        EpochId(self.id.0)
+    }
+}

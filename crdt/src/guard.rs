@@ -1,0 +1,244 @@
+//! A change meets Automerge: on a copy, with every panic caught, and only if all that it refers to is among what it builds on.
+//!
+//! The verdict depends on nothing but the change and its ancestors, so that every replica comes to the same: a change that one replica refuses and another takes
+//! would keep them apart for good. Hence an operation may refer only to operations of ancestors, even where others happen to be here.
+
+use std::{
+    cell::Cell,
+    collections::{BTreeSet, HashMap, HashSet},
+    panic::{self, AssertUnwindSafe},
+    sync::Once,
+};
+
+use automerge::{
+    ActorId, Automerge, Change, ChangeHash, ObjId, ObjType, ReadDoc,
+    legacy::{ElementId, Key as OpKey, ObjectId, OpId, OpType},
+};
+
+use crate::{
+    chunk::{self, MAX_MAP_KEY},
+    id::ChangeId,
+    refusal::Refusal,
+};
+
+/// How deep maps and lists are in each other: a reader recurses.
+pub const MAX_DEPTH: usize = 32;
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+static HOOK: Once = Once::new();
+
+/// Runs what a hostile change may make panic; the panic is not reported, for the peer that caused it is.
+pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !GUARDED.get() {
+                before(info);
+            }
+        }));
+    });
+    let outer = GUARDED.replace(true);
+    let result = panic::catch_unwind(AssertUnwindSafe(work));
+    GUARDED.set(outer);
+    result.map_err(|_| Refusal::Poisoned("Automerge panics on it"))
+}
+
+/// A change that is well-formed by itself.
+#[derive(Debug, Clone)]
+pub(crate) struct Checked {
+    pub(crate) change: Change,
+    pub(crate) id: ChangeId,
+}
+
+/// Decodes a change, and checks what can be checked without a document.
+pub(crate) fn decode(bytes: &[u8], actor: [u8; 16], seq: u64) -> Result<Checked, Refusal> {
+    chunk::check(bytes)?;
+    let change = contained(|| Change::from_bytes(bytes.to_vec()))?
+        .map_err(|_| Refusal::Malformed("a change cannot be decoded"))?;
+    if change.hash().0[..4] != bytes[4..8] {
+        return Err(Refusal::Malformed("a change's checksum is wrong"));
+    }
+    if change.raw_bytes() != bytes {
+        return Err(Refusal::Malformed("a change is not encoded as Automerge does"));
+    }
+    if change.actor_id().to_bytes() != actor {
+        return Err(Refusal::Malformed("a change is of another actor than its session's"));
+    }
+    if change.seq() != seq {
+        return Err(Refusal::Malformed("a change is out of sequence"));
+    }
+    if change.is_empty() {
+        return Err(Refusal::Malformed("a change changes nothing"));
+    }
+    let id = ChangeId(change.hash().0);
+    Ok(Checked { change, id })
+}
+
+/// The hash of a change, as far as it can be decoded.
+pub(crate) fn hash_of(bytes: &[u8]) -> Option<ChangeId> {
+    chunk::check(bytes).ok()?;
+    let change = contained(|| Change::from_bytes(bytes.to_vec())).ok()?.ok()?;
+    Some(ChangeId(change.hash().0))
+}
+
+fn object(id: &OpId) -> ObjId {
+    // The last number is only a hint.
+    ObjId::Id(id.counter(), id.actor().clone(), 0)
+}
+
+/// What of a document a change may refer to.
+struct Ancestry<'a> {
+    doc: &'a Automerge,
+    /// Changes that are here, but not among the ancestors.
+    others: HashSet<ChangeHash>,
+    actor: &'a ActorId,
+    start: u64,
+}
+
+impl<'a> Ancestry<'a> {
+    fn of(doc: &'a Automerge, change: &'a Change) -> Self {
+        let deps: BTreeSet<_> = change.deps().iter().collect();
+        let heads = doc.get_heads();
+        let others = if heads.len() == deps.len() && heads.iter().all(|head| deps.contains(head)) {
+            HashSet::new()
+        } else {
+            let after = doc.get_changes_meta(change.deps());
+            after.into_iter().map(|meta| meta.hash).collect()
+        };
+        let (actor, start) = (change.actor_id(), change.start_op().get());
+        Self { doc, others, actor, start }
+    }
+
+    /// Whether an operation is an ancestor, or of this change and before its operation number `place`.
+    fn has(&self, id: &OpId, place: usize) -> bool {
+        if id.actor() == self.actor && id.counter() >= self.start {
+            return id.counter() < self.start + place as u64;
+        }
+        self.doc
+            .hash_for_opid(&object(id))
+            .is_some_and(|hash| !self.others.contains(&hash))
+    }
+}
+
+/// Checks what a change refers to; what it touches.
+fn references(
+    doc: &Automerge,
+    checked: &Checked,
+    previous: Option<ChangeHash>,
+) -> Result<Touched, Refusal> {
+    let change = &checked.change;
+    let mut max_op = 0;
+    for dep in change.deps() {
+        let meta = doc.get_change_meta_by_hash(dep).ok_or(Refusal::Early)?;
+        max_op = max_op.max(meta.max_op);
+    }
+    if change.start_op().get() != max_op + 1 {
+        return Err(Refusal::Poisoned("its operations have wrong numbers"));
+    }
+    let expanded = change.decode();
+    // A second encoding of the same operations would have another hash in a save.
+    if Change::from(expanded.clone()).raw_bytes() != change.raw_bytes() {
+        return Err(Refusal::Poisoned("it is encoded differently than its operations would be"));
+    }
+    let ancestry = Ancestry::of(doc, change);
+    // Automerge's clocks hold only if an actor's changes build on each other.
+    if previous.is_some_and(|previous| ancestry.others.contains(&previous)) {
+        return Err(Refusal::Poisoned("it does not build on its author's change before"));
+    }
+    let mut touched = Touched::default();
+    for (place, op) in expanded.operations.iter().enumerate() {
+        let known = |id: &OpId| ancestry.has(id, place);
+        match &op.obj {
+            ObjectId::Root => {}
+            ObjectId::Id(id) if known(id) => {}
+            ObjectId::Id(_) => return Err(Refusal::Poisoned("it changes an object that it cannot know")),
+        }
+        let keys = touched.entry(op.obj.clone()).or_default();
+        match &op.key {
+            OpKey::Map(key) if key.len() > MAX_MAP_KEY || key.is_empty() => {
+                return Err(Refusal::Poisoned("a key is empty or too long"));
+            }
+            OpKey::Map(_) if op.insert => return Err(Refusal::Poisoned("it inserts into a map")),
+            OpKey::Map(key) => _ = keys.insert(key.to_string()),
+            OpKey::Seq(ElementId::Head) if op.insert => {}
+            OpKey::Seq(ElementId::Id(id)) if known(id) => {}
+            OpKey::Seq(_) => return Err(Refusal::Poisoned("it changes an element that it cannot know")),
+        }
+        if !op.pred.iter().all(known) {
+            return Err(Refusal::Poisoned("it replaces what it cannot know"));
+        }
+        if op.insert && !op.pred.is_empty() {
+            return Err(Refusal::Poisoned("an insertion replaces something"));
+        }
+        match &op.action {
+            OpType::Make(ObjType::Map | ObjType::List) | OpType::Put(_) => {}
+            OpType::Delete | OpType::Increment(_) if !op.insert && !op.pred.is_empty() => {}
+            _ => return Err(Refusal::Poisoned("it holds an operation that is not allowed")),
+        }
+    }
+    Ok(touched)
+}
+
+/// Objects that a change touches, and of maps which keys.
+type Touched = HashMap<ObjectId, HashSet<String>>;
+
+/// Whether the objects that were touched can still be read, and are not too deep.
+fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
+    for (id, keys) in touched {
+        let id = &match id {
+            ObjectId::Root => ObjId::Root,
+            ObjectId::Id(id) => object(id),
+        };
+        let kind = doc
+            .object_type(id)
+            .map_err(|_| Refusal::Poisoned("it changes what is no object"))?;
+        if !matches!(kind, ObjType::Map | ObjType::List) {
+            return Err(Refusal::Poisoned("it changes neither a map nor a list"));
+        }
+        let depth = doc
+            .parents(id)
+            .map_err(|_| Refusal::Poisoned("it changes an object that is nowhere"))?
+            .take(MAX_DEPTH + 1)
+            .count();
+        if depth > MAX_DEPTH {
+            return Err(Refusal::Poisoned("it is nested too deeply"));
+        }
+        let as_list = matches!(kind, ObjType::List);
+        if as_list == keys.is_empty() {
+            doc.values(id).take(if as_list { usize::MAX } else { 0 }).for_each(drop);
+        } else {
+            return Err(Refusal::Poisoned("it takes a map for a list, or a list for a map"));
+        }
+        for key in keys {
+            doc.get_all(id, key.as_str())
+                .map_err(|_| Refusal::Poisoned("what it sets cannot be read"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts a change into a copy of a document; `previous` is its actor's change before. When this fails, the copy is to be thrown away.
+pub(crate) fn apply(
+    copy: &mut Automerge,
+    checked: &Checked,
+    previous: Option<ChangeId>,
+) -> Result<(), Refusal> {
+    contained(|| {
+        let previous = previous.map(|id| ChangeHash(id.0));
+        let touched = references(copy, checked, previous)?;
+        let hash = checked.change.hash();
+        if copy.get_change_meta_by_hash(&hash).is_some() {
+            return Err(Refusal::Known);
+        }
+        copy.apply_changes([checked.change.clone()])
+            .map_err(|_| Refusal::Poisoned("Automerge refuses it"))?;
+        match copy.get_change_by_hash(&hash) {
+            Some(kept) if kept.raw_bytes() == checked.change.raw_bytes() => {}
+            _ => return Err(Refusal::Poisoned("Automerge does not give back what it took")),
+        }
+        readable(copy, &touched)
+    })?
+}

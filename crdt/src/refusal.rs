@@ -1,0 +1,34 @@
+//! Why something from a peer is not taken.
+
+/// What is wrong with what a peer sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    /// It breaks a rule that every honest sender keeps.
+    #[error("{0}")]
+    Malformed(&'static str),
+    /// A signature is wrong.
+    #[error("a signature is wrong")]
+    Signature,
+    /// Automerge cannot take this change, or would be broken by it.
+    #[error("a change is poisoned: {0}")]
+    Poisoned(&'static str),
+    /// It may be right, but something it builds on is not here.
+    #[error("it builds on something that is not here")]
+    Early,
+    /// It does not count: its author may not write, or its session is over. An honest peer may not know that yet.
+    #[error("it does not count")]
+    Void,
+    /// It was here before.
+    #[error("it is here already")]
+    Known,
+    /// The document is full.
+    #[error("the document is full")]
+    Full,
+}
+
+impl Refusal {
+    /// Whether no honest peer would have sent this.
+    pub(crate) fn is_offence(&self) -> bool {
+        matches!(self, Self::Malformed(_) | Self::Signature | Self::Poisoned(_))
+    }
+}

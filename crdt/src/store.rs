@@ -1,0 +1,355 @@
+//! What a replica has on disk: one table of redb, whose keys begin with what they are.
+//!
+//! | key | value |
+//! |---|---|
+//! | `d` document | its digest (32 bytes), then its signed genesis if it has arrived |
+//! | `e` document number | a signed epoch |
+//! | `b` document index | a change of the base |
+//! | `l` document session index | an envelope |
+//! | `p` document session | a proof of equivocation |
+//! | `o` document session | empty: a session of this replica |
+//! | `s` document | a save: a cache, with the digest (32 bytes) of what it is of |
+//!
+//! Writes gather until [`Store::flush`], which puts all of them on disk in one transaction: what was acknowledged survives a crash, and many commits share a sync.
+//! Commits are in two phases, for the content comes from strangers; repair after a crash is quick.
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    ops::Bound,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use redb::{Database, ReadableDatabase, TableDefinition};
+
+use crate::id::{DocumentId, SessionId};
+
+const DOCUMENTS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("documents-1");
+
+/// Page cache of the database, in bytes.
+const CACHE: usize = 16 << 20;
+
+/// The documents on disk cannot be opened, read or written.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// Another process has them open.
+    #[error("another process has {} open; stop it, or use another home folder", .0.display())]
+    InUse(PathBuf),
+    /// The disk is full.
+    #[error("the disk that holds the documents is full; make room")]
+    Full,
+    /// The file is damaged.
+    #[error("{}: {what}; move the file away, and the documents are fetched again from those who have them", .file.display())]
+    Damaged {
+        /// Which file.
+        file: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Something else.
+    #[error("the documents on disk: {0}")]
+    Other(String),
+}
+
+fn failed<E: Into<redb::Error>>(error: E) -> StoreError {
+    match error.into() {
+        redb::Error::Io(source) if source.kind() == io::ErrorKind::StorageFull => StoreError::Full,
+        error => StoreError::Other(error.to_string()),
+    }
+}
+
+/// Opens a database; called again after a fault.
+pub type OpenDatabase = Arc<dyn Fn() -> Result<Database, redb::DatabaseError> + Send + Sync>;
+
+#[derive(Clone)]
+enum Place {
+    File(PathBuf),
+    Other(OpenDatabase),
+}
+
+/// Documents on disk.
+pub struct Store {
+    place: Place,
+    database: Option<Database>,
+    /// What is not on disk yet.
+    pending: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("pending", &self.pending.len()).finish_non_exhaustive()
+    }
+}
+
+/// A row: its key and its value.
+pub(crate) type Row = (Vec<u8>, Vec<u8>);
+
+impl Store {
+    /// Opens the documents in this file, or makes it. Blocks.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::at(Place::File(path.to_owned()))
+    }
+
+    /// Opens the documents wherever `open` has them, such as in memory.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_with(open: OpenDatabase) -> Result<Self, StoreError> {
+        Self::at(Place::Other(open))
+    }
+
+    fn at(place: Place) -> Result<Self, StoreError> {
+        let database = Some(open(&place)?);
+        Ok(Self { place, database, pending: BTreeMap::new() })
+    }
+
+    pub(crate) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
+        self.pending.insert(key, Some(value));
+    }
+
+    pub(crate) fn delete(&mut self, key: Vec<u8>) {
+        self.pending.insert(key, None);
+    }
+
+    /// Deletes all rows whose key begins so.
+    pub(crate) fn delete_all(&mut self, prefix: &[u8]) -> Result<(), StoreError> {
+        for (key, _) in self.scan(prefix, &[], usize::MAX)? {
+            self.delete(key);
+        }
+        Ok(())
+    }
+
+    fn database(&self) -> Result<&Database, StoreError> {
+        self.database
+            .as_ref()
+            .ok_or_else(|| StoreError::Other("the file could not be opened again".to_owned()))
+    }
+
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        if let Some(value) = self.pending.get(key) {
+            return Ok(value.clone());
+        }
+        let read = self.database()?.begin_read().map_err(failed)?;
+        let table = match read.open_table(DOCUMENTS) {
+            Ok(table) => table,
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        let value = table.get(key).map_err(failed)?;
+        Ok(value.map(|value| value.value().to_vec()))
+    }
+
+    /// Rows whose key begins with `prefix`, from `prefix` and `from` on, until their values have more than `bytes`.
+    pub(crate) fn scan(&self, prefix: &[u8], from: &[u8], bytes: usize) -> Result<Vec<Row>, StoreError> {
+        let begin = [prefix, from].concat();
+        let mut rows: BTreeMap<Vec<u8>, Option<Vec<u8>>> = BTreeMap::new();
+        let (mut size, mut cut) = (0, None);
+        let read = self.database()?.begin_read().map_err(failed)?;
+        match read.open_table(DOCUMENTS) {
+            Ok(table) => {
+                let range = (Bound::Included(begin.as_slice()), Bound::Unbounded);
+                for row in table.range::<&[u8]>(range).map_err(failed)? {
+                    let (key, value) = row.map_err(failed)?;
+                    if !key.value().starts_with(prefix) {
+                        break;
+                    }
+                    if size > bytes {
+                        cut = Some(key.value().to_vec());
+                        break;
+                    }
+                    size += value.value().len();
+                    rows.insert(key.value().to_vec(), Some(value.value().to_vec()));
+                }
+            }
+            Err(redb::TableError::TableDoesNotExist(_)) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let pending = self.pending.range::<[u8], _>((Bound::Included(begin.as_slice()), Bound::Unbounded));
+        let before_cut = |key: &[u8]| cut.as_ref().is_none_or(|cut| key < cut.as_slice());
+        let pending = pending.take_while(|(key, _)| key.starts_with(prefix) && before_cut(key));
+        for (key, value) in pending {
+            rows.insert(key.clone(), value.clone());
+        }
+        let mut size = 0;
+        let whole = rows.into_iter().filter_map(|(key, value)| Some((key, value?)));
+        Ok(whole
+            .take_while(|(_, value)| {
+                let before = size;
+                size += value.len();
+                before <= bytes
+            })
+            .collect())
+    }
+
+    /// Whether something waits to be put on disk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Puts everything on disk that was written since the last time. After an error nothing of it is there, and what is on disk is opened again.
+    pub(crate) fn flush(&mut self) -> Result<(), StoreError> {
+        if self.pending.is_empty() && self.database.is_some() {
+            return Ok(());
+        }
+        let pending = std::mem::take(&mut self.pending);
+        let written = self.database().and_then(|database| commit(database, &pending));
+        if written.is_err() {
+            // After a fault redb wants to be opened again; until that works, everything fails.
+            self.database = None;
+            self.database = open(&self.place).inspect_err(|error| tracing::warn!(%error, "documents")).ok();
+        }
+        written
+    }
+}
+
+fn commit(database: &Database, rows: &BTreeMap<Vec<u8>, Option<Vec<u8>>>) -> Result<(), StoreError> {
+    let mut write = database.begin_write().map_err(failed)?;
+    write.set_two_phase_commit(true);
+    write.set_quick_repair(true);
+    {
+        let mut table = write.open_table(DOCUMENTS).map_err(failed)?;
+        for (key, value) in rows {
+            match value {
+                Some(value) => table.insert(key.as_slice(), value.as_slice()),
+                None => table.remove(key.as_slice()),
+            }
+            .map_err(failed)?;
+        }
+    }
+    write.commit().map_err(failed)
+}
+
+fn open(place: &Place) -> Result<Database, StoreError> {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE);
+    match place {
+        Place::File(path) => builder.create(path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.clone()),
+            redb::DatabaseError::Storage(redb::StorageError::Io(error))
+                if error.kind() != io::ErrorKind::InvalidData =>
+            {
+                failed(redb::StorageError::Io(error))
+            }
+            error => StoreError::Damaged { file: path.clone(), what: error.to_string() },
+        }),
+        Place::Other(open) => open().map_err(failed),
+    }
+}
+
+/// What keys look like.
+pub(crate) mod key {
+    use super::{DocumentId, SessionId};
+
+    fn of(kind: u8, document: &DocumentId) -> Vec<u8> {
+        [&[kind], &document.0[..]].concat()
+    }
+
+    pub(crate) const ALL_DOCUMENTS: &[u8] = b"d";
+
+    /// Everything that belongs to a document, but for what names it.
+    pub(crate) const PARTS: &[u8] = b"eblpos";
+
+    pub(crate) fn part(kind: u8, document: &DocumentId) -> Vec<u8> {
+        of(kind, document)
+    }
+
+    pub(crate) fn document(document: &DocumentId) -> Vec<u8> {
+        of(b'd', document)
+    }
+
+    pub(crate) fn epochs(document: &DocumentId) -> Vec<u8> {
+        of(b'e', document)
+    }
+
+    pub(crate) fn epoch(document: &DocumentId, number: u64) -> Vec<u8> {
+        [epochs(document), number.to_be_bytes().to_vec()].concat()
+    }
+
+    pub(crate) fn base(document: &DocumentId) -> Vec<u8> {
+        of(b'b', document)
+    }
+
+    pub(crate) fn base_at(document: &DocumentId, index: u64) -> Vec<u8> {
+        [base(document), index.to_be_bytes().to_vec()].concat()
+    }
+
+    pub(crate) fn log(document: &DocumentId) -> Vec<u8> {
+        of(b'l', document)
+    }
+
+    pub(crate) fn session(document: &DocumentId, session: &SessionId) -> Vec<u8> {
+        [log(document), session.0.to_vec()].concat()
+    }
+
+    pub(crate) fn envelope(document: &DocumentId, session: &SessionId, index: u64) -> Vec<u8> {
+        [self::session(document, session), index.to_be_bytes().to_vec()].concat()
+    }
+
+    pub(crate) fn proofs(document: &DocumentId) -> Vec<u8> {
+        of(b'p', document)
+    }
+
+    pub(crate) fn proof(document: &DocumentId, session: &SessionId) -> Vec<u8> {
+        [proofs(document), session.0.to_vec()].concat()
+    }
+
+    pub(crate) fn owns(document: &DocumentId) -> Vec<u8> {
+        of(b'o', document)
+    }
+
+    pub(crate) fn own(document: &DocumentId, session: &SessionId) -> Vec<u8> {
+        [owns(document), session.0.to_vec()].concat()
+    }
+
+    pub(crate) fn save(document: &DocumentId) -> Vec<u8> {
+        of(b's', document)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(key: &[u8], value: &[u8]) -> Row {
+        (key.to_vec(), value.to_vec())
+    }
+
+    #[test]
+    fn what_waits_is_read_as_if_it_were_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("documents.redb");
+        let mut store = Store::open(&path).unwrap();
+        assert!(matches!(Store::open(&path), Err(StoreError::InUse(_))));
+        store.put(b"a1".to_vec(), b"1".to_vec());
+        store.put(b"a2".to_vec(), b"2".to_vec());
+        store.put(b"b1".to_vec(), b"x".to_vec());
+        store.flush().unwrap();
+        store.delete(b"a1".to_vec());
+        store.put(b"a3".to_vec(), b"3".to_vec());
+        assert_eq!(store.get(b"a1").unwrap(), None);
+        assert_eq!(store.scan(b"a", b"", usize::MAX).unwrap(), [row(b"a2", b"2"), row(b"a3", b"3")]);
+        assert_eq!(store.scan(b"a", b"3", usize::MAX).unwrap(), [row(b"a3", b"3")]);
+        assert_eq!(store.scan(b"a", b"", 0).unwrap(), [row(b"a2", b"2")]);
+        drop(store);
+        // What was not flushed is not there.
+        let mut store = Store::open(&path).unwrap();
+        assert_eq!(store.scan(b"a", b"", usize::MAX).unwrap(), [row(b"a1", b"1"), row(b"a2", b"2")]);
+        store.delete_all(b"a").unwrap();
+        store.flush().unwrap();
+        assert_eq!(store.scan(b"", b"", usize::MAX).unwrap(), [row(b"b1", b"x")]);
+    }
+
+    #[test]
+    fn a_damaged_file_is_said_so_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("documents.redb");
+        std::fs::write(&path, [7; 5000]).unwrap();
+        assert!(matches!(Store::open(&path), Err(StoreError::Damaged { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), [7; 5000]);
+    }
+}

@@ -1,0 +1,414 @@
+//! Replicas in a world of their own: links that drop, repeat and reorder, disks that can be copied and put back, crashes. Every run follows from a seed.
+
+mod byzantine;
+mod mutants;
+mod promises;
+mod simulation;
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use redb::{Builder, StorageBackend};
+use serde_json::{Value, json};
+
+use crate::{
+    DocumentId, Edit, Error, Event, Identity, Key, NewDocument, Output, Path, Replica, Store,
+    StoreError,
+};
+
+/// A disk in memory, that outlives whoever writes to it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Disk(Arc<Mutex<Platter>>);
+
+#[derive(Debug, Default)]
+struct Platter {
+    bytes: Vec<u8>,
+    /// What was there at the last sync, and what was written since.
+    synced: Vec<u8>,
+    unsynced: Vec<(usize, Vec<u8>)>,
+    /// Operations until it fails.
+    fails_in: Option<u64>,
+    full: bool,
+    operations: u64,
+}
+
+type Outcome<T> = std::io::Result<T>;
+
+fn broken(kind: std::io::ErrorKind) -> std::io::Error {
+    kind.into()
+}
+
+impl Platter {
+    fn operate(&mut self) -> Outcome<()> {
+        self.operations += 1;
+        if let Some(left) = &mut self.fails_in {
+            match left.checked_sub(1) {
+                Some(less) => *left = less,
+                None => return Err(broken(std::io::ErrorKind::Other)),
+            }
+        }
+        if self.full {
+            return Err(broken(std::io::ErrorKind::StorageFull));
+        }
+        Ok(())
+    }
+}
+
+impl StorageBackend for Disk {
+    fn len(&self) -> Outcome<u64> {
+        Ok(self.0.lock().unwrap().bytes.len() as u64)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Outcome<()> {
+        let platter = self.0.lock().unwrap();
+        let offset = offset as usize;
+        match platter.bytes.get(offset..offset + out.len()) {
+            Some(bytes) => out.copy_from_slice(bytes),
+            None => return Err(broken(std::io::ErrorKind::UnexpectedEof)),
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> Outcome<()> {
+        let mut platter = self.0.lock().unwrap();
+        platter.operate()?;
+        platter.bytes.resize(len as usize, 0);
+        Ok(())
+    }
+
+    fn sync_data(&self) -> Outcome<()> {
+        let mut platter = self.0.lock().unwrap();
+        platter.operate()?;
+        platter.synced = platter.bytes.clone();
+        platter.unsynced.clear();
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome<()> {
+        let mut platter = self.0.lock().unwrap();
+        platter.operate()?;
+        let offset = offset as usize;
+        platter.bytes[offset..offset + data.len()].copy_from_slice(data);
+        platter.unsynced.push((offset, data.to_vec()));
+        Ok(())
+    }
+}
+
+impl Disk {
+    pub(crate) fn copy(&self) -> Self {
+        let bytes = self.0.lock().unwrap().bytes.clone();
+        Self(Arc::new(Mutex::new(Platter { bytes, ..Platter::default() })))
+    }
+
+    pub(crate) fn fail_in(&self, operations: Option<u64>) {
+        self.0.lock().unwrap().fails_in = operations;
+    }
+
+    pub(crate) fn fill(&self, full: bool) {
+        self.0.lock().unwrap().full = full;
+    }
+
+    pub(crate) fn operations(&self) -> u64 {
+        self.0.lock().unwrap().operations
+    }
+
+    /// What a loss of power leaves: of what was not synced some writes, some halves of writes, in no order.
+    pub(crate) fn lose_power(&self, random: &mut fastrand::Rng) -> Self {
+        let platter = self.0.lock().unwrap();
+        let mut bytes = platter.synced.clone();
+        bytes.resize(platter.bytes.len(), 0);
+        let mut writes: Vec<_> = platter.unsynced.iter().collect();
+        random.shuffle(&mut writes);
+        for (offset, data) in writes {
+            let kept = match random.u8(..3) {
+                0 => 0,
+                1 => random.usize(..=data.len()),
+                _ => data.len(),
+            };
+            if let Some(place) = bytes.get_mut(*offset..offset + kept) {
+                place.copy_from_slice(&data[..kept]);
+            }
+        }
+        Self(Arc::new(Mutex::new(Platter { bytes, ..Platter::default() })))
+    }
+
+    pub(crate) fn open(&self) -> Result<Store, StoreError> {
+        let disk = self.clone();
+        Store::open_with(Arc::new(move || {
+            let mut builder = Builder::new();
+            builder.set_cache_size(1 << 20);
+            builder.create_with_backend(disk.clone())
+        }))
+    }
+}
+
+pub(crate) fn identity(number: u8) -> Identity {
+    Identity::from_secret([number + 1; 32])
+}
+
+pub(crate) fn key(number: u8) -> Key {
+    identity(number).key()
+}
+
+pub(crate) fn at(path: &str) -> Path {
+    Path::parse(path).unwrap()
+}
+
+pub(crate) fn put(path: &str, value: Value) -> Edit {
+    Edit::Put(at(path), value)
+}
+
+pub(crate) struct Node {
+    replica: Option<Replica>,
+    disk: Disk,
+    identity: Identity,
+    starts: u8,
+    events: Vec<Event>,
+    offences: Vec<(Key, String)>,
+}
+
+impl Node {
+    fn new(identity: Identity, disk: Disk, starts: u8) -> Self {
+        let mut this = Self { replica: None, disk, identity, starts, events: Vec::new(), offences: Vec::new() };
+        this.start();
+        this
+    }
+
+    fn start(&mut self) {
+        self.starts += 1;
+        let mut entropy = self.identity.key().0;
+        entropy[31] ^= self.starts;
+        self.replica = None;
+        let store = self.disk.open().expect("the disk can be opened");
+        self.replica = Some(Replica::open(store, self.identity.clone(), entropy).expect("documents are read"));
+    }
+
+    pub(crate) fn replica(&mut self) -> &mut Replica {
+        self.replica.as_mut().expect("it runs")
+    }
+}
+
+/// What links do to messages, of 256.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Faults {
+    drop: u8,
+    repeat: u8,
+    reorder: u8,
+}
+
+pub(crate) struct World {
+    nodes: Vec<Node>,
+    links: BTreeSet<(usize, usize)>,
+    flying: Vec<(usize, usize, Bytes)>,
+    faults: Faults,
+    random: fastrand::Rng,
+    now: Duration,
+    sent: (usize, usize),
+}
+
+impl World {
+    pub(crate) fn new(nodes: u8, seed: u64) -> Self {
+        let node = |number| Node::new(identity(number), Disk::default(), 0);
+        Self {
+            nodes: (0..nodes).map(node).collect(),
+            links: BTreeSet::new(),
+            flying: Vec::new(),
+            faults: Faults::default(),
+            random: fastrand::Rng::with_seed(seed),
+            now: Duration::ZERO,
+            sent: (0, 0),
+        }
+    }
+
+    /// All with all.
+    pub(crate) fn connected(nodes: u8, seed: u64) -> Self {
+        let mut this = Self::new(nodes, seed);
+        for a in 0..this.nodes.len() {
+            (0..a).for_each(|b| this.connect(a, b));
+        }
+        this
+    }
+
+    pub(crate) fn node(&mut self, at: usize) -> &mut Replica {
+        self.nodes[at].replica()
+    }
+
+    pub(crate) fn connect(&mut self, a: usize, b: usize) {
+        // A peer is known by its key: two with one key cannot be connected to each other, nor to the same third.
+        let keys = (self.nodes[a].identity.key(), self.nodes[b].identity.key());
+        if keys.0 == keys.1 || !self.links.insert((a.min(b), a.max(b))) {
+            return;
+        }
+        for (one, other) in [(a, keys.1), (b, keys.0)] {
+            self.node(one).connected(other);
+            self.flush(one).unwrap();
+        }
+    }
+
+    pub(crate) fn disconnect(&mut self, a: usize, b: usize) {
+        if !self.links.remove(&(a.min(b), a.max(b))) {
+            return;
+        }
+        self.flying.retain(|(from, to, _)| (*from.min(to), *from.max(to)) != (a.min(b), a.max(b)));
+        for (one, other) in [(a, b), (b, a)] {
+            let key = self.nodes[other].identity.key();
+            self.node(one).disconnected(&key);
+            self.flush(one).unwrap();
+        }
+    }
+
+    fn linked(&self, at: usize) -> Vec<usize> {
+        let other = |(a, b): &(usize, usize)| match at {
+            at if *a == at => Some(*b),
+            at if *b == at => Some(*a),
+            _ => None,
+        };
+        self.links.iter().filter_map(other).collect()
+    }
+
+    /// Kills a node, and starts it again; what it had not flushed is gone, and so is what was flying.
+    pub(crate) fn restart(&mut self, at: usize) {
+        let peers = self.linked(at);
+        for peer in &peers {
+            self.links.remove(&(at.min(*peer), at.max(*peer)));
+            let key = self.nodes[at].identity.key();
+            self.node(*peer).disconnected(&key);
+            self.flush(*peer).unwrap();
+        }
+        self.flying.retain(|(from, to, _)| *from != at && *to != at);
+        self.nodes[at].start();
+        peers.into_iter().for_each(|peer| self.connect(at, peer));
+    }
+
+    /// The node goes on from a disk that was copied before.
+    pub(crate) fn restore(&mut self, at: usize, disk: Disk) {
+        self.nodes[at].disk = disk;
+        self.restart(at);
+    }
+
+    /// Puts a node's work on disk, and its messages on the links.
+    pub(crate) fn flush(&mut self, at: usize) -> Result<(), StoreError> {
+        let flushed = self.node(at).flush();
+        while let Some(output) = self.node(at).poll() {
+            match output {
+                Output::Send { peer, message } => {
+                    assert!(message.len() <= crate::MAX_MESSAGE_BYTES, "a message is too long");
+                    let to = self.linked(at).into_iter().find(|to| self.nodes[*to].identity.key() == peer);
+                    if let Some(to) = to {
+                        self.sent = (self.sent.0 + 1, self.sent.1 + message.len());
+                        self.flying.push((at, to, message));
+                    }
+                }
+                Output::Event(event) => self.nodes[at].events.push(event),
+                Output::Offence { peer, why } => self.nodes[at].offences.push((peer, why)),
+            }
+        }
+        flushed
+    }
+
+    /// Delivers one message; whether there was one.
+    pub(crate) fn deliver(&mut self) -> bool {
+        if self.flying.is_empty() {
+            return false;
+        }
+        let chance = |random: &mut fastrand::Rng, of: u8| random.u8(..) < of;
+        let place = match chance(&mut self.random, self.faults.reorder) {
+            true => self.random.usize(..self.flying.len()),
+            false => 0,
+        };
+        let (from, to, message) = match chance(&mut self.random, self.faults.repeat) {
+            true => self.flying[place].clone(),
+            false => self.flying.remove(place),
+        };
+        if chance(&mut self.random, self.faults.drop) {
+            return true;
+        }
+        let key = self.nodes[from].identity.key();
+        self.node(to).receive(key, &message).unwrap();
+        self.flush(to).unwrap();
+        true
+    }
+
+    /// Delivers until nothing flies.
+    pub(crate) fn settle(&mut self) {
+        let bound = 400_000;
+        for _ in 0..bound {
+            if !self.deliver() {
+                return;
+            }
+        }
+        panic!("messages fly without end");
+    }
+
+    pub(crate) fn pass(&mut self, time: Duration) {
+        self.now += time;
+        for at in 0..self.nodes.len() {
+            let now = self.now;
+            self.node(at).tick(now, now.as_secs() as i64);
+            self.flush(at).unwrap();
+        }
+    }
+
+    pub(crate) fn create(&mut self, at: usize, new: NewDocument) -> DocumentId {
+        let id = self.node(at).create(new).unwrap();
+        self.flush(at).unwrap();
+        id
+    }
+
+    /// A document that the given nodes write, made by the first and held by all.
+    pub(crate) fn shared(&mut self, writers: &[usize]) -> DocumentId {
+        let keys = writers.iter().map(|at| self.nodes[*at].identity.key()).collect();
+        let id = self.create(writers[0], NewDocument { writers: keys, ..NewDocument::default() });
+        for at in 0..self.nodes.len() {
+            self.node(at).hold(id).unwrap();
+            self.flush(at).unwrap();
+        }
+        self.settle();
+        id
+    }
+
+    pub(crate) fn commit(&mut self, at: usize, id: DocumentId, edits: &[Edit]) -> Result<(), Error> {
+        let time = self.now.as_secs() as i64;
+        self.node(at).commit(id, edits, None, time)?;
+        Ok(self.flush(at)?)
+    }
+
+    pub(crate) fn edit(&mut self, at: usize, id: DocumentId, path: &str, value: impl Into<Value>) {
+        self.commit(at, id, &[put(path, value.into())]).unwrap();
+    }
+
+    pub(crate) fn get(&mut self, at: usize, id: DocumentId) -> Value {
+        match self.node(at).get(id, &Path::default()) {
+            Ok(value) => value.unwrap(),
+            Err(Error::NotYet(_) | Error::Unknown(_)) => json!(null),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Everybody in `nodes` holds the same, and it loads.
+    pub(crate) fn assert_same(&mut self, nodes: &[usize], id: DocumentId) -> Value {
+        let content = self.get(nodes[0], id);
+        let digest = |this: &mut Self, at: usize| this.node(at).info(id).unwrap().details.unwrap().digest;
+        let first = digest(self, nodes[0]);
+        for at in nodes {
+            assert_eq!(digest(self, *at), first, "node {at} knows something else than node {}", nodes[0]);
+            assert_eq!(self.get(*at, id), content, "node {at} shows something else than node {}", nodes[0]);
+            self.node(*at).assert_loads(id);
+        }
+        content
+    }
+
+    pub(crate) fn assert_no_offence(&self) {
+        for (at, node) in self.nodes.iter().enumerate() {
+            assert!(node.offences.is_empty(), "node {at} blames {:?}", node.offences);
+        }
+    }
+
+    pub(crate) fn saw(&self, at: usize, event: impl Fn(&Event) -> bool) -> bool {
+        self.nodes[at].events.iter().any(event)
+    }
+}

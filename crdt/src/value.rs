@@ -1,0 +1,682 @@
+//! JSON values and paths, and how they meet an Automerge document.
+//!
+//! A path is a JSON pointer (RFC 6901): empty for the whole document, else `/` before each key or index; `~1` stands for `/` in a key and `~0` for `~`; `-` is
+//! the place after a list's last element. Numbers without a fraction are integers; a counter reads as an integer; text is a plain value that is replaced whole.
+
+use std::fmt;
+
+use automerge::{
+    Automerge, ObjId, ObjType, PatchAction, Prop, ROOT, ReadDoc, ScalarValue, Value as Stored,
+    transaction::{CommitOptions, Transactable, Transaction},
+};
+use serde_json::{Map, Number, Value};
+
+use crate::{
+    chunk::{MAX_CHANGE, MAX_MAP_KEY, MAX_OPS},
+    guard::MAX_DEPTH,
+};
+
+/// A text is no path.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PathError {
+    /// It does not begin with `/`.
+    #[error("{0:?} is no path: it begins with `/`, or is empty for the whole document, as in /models/0/name")]
+    NoSlash(String),
+    /// `~` stands before something else than `0` or `1`.
+    #[error("{0:?} is no path: `~` in a key is written `~0`, and `/` is written `~1`")]
+    Escape(String),
+    /// It has more parts than documents are deep.
+    #[error("{0:?} is too deep: a document has at most {MAX_DEPTH} levels")]
+    TooDeep(String),
+}
+
+/// An edit does not fit the document; nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum EditError {
+    /// There is nothing at the path.
+    #[error("there is nothing at {0}")]
+    NotFound(Path),
+    /// What should hold the place is not there, or is neither a map nor a list.
+    #[error("there is no map or list at {0} to put something into; put one there first, such as {{}}")]
+    NoContainer(Path),
+    /// A list is needed.
+    #[error("{0} is no list; only lists are inserted into")]
+    NoList(Path),
+    /// A list's element has a number.
+    #[error("{0} is in a list: its last part must be an index up to the list's length, or `-` for its end")]
+    Index(Path),
+    /// The document itself is not replaced or deleted.
+    #[error("the whole document is always a map; name a key, as in /name")]
+    Root,
+    /// Only counters are incremented.
+    #[error("{0} is no counter; increment where nothing is to make one")]
+    NoCounter(Path),
+    /// A key has a wrong length.
+    #[error("a key has {0} bytes; it has 1 to {MAX_MAP_KEY}")]
+    Key(usize),
+    /// Nested too deeply.
+    #[error("{0} would be too deep: a document has at most {MAX_DEPTH} levels")]
+    TooDeep(Path),
+    /// The counter would leave its range.
+    #[error("the counter at {0} would leave the range of 64 bits")]
+    Range(Path),
+    /// Too much for one commit.
+    #[error("a commit has at most {MAX_OPS} values in {} KiB; make several", MAX_CHANGE >> 10)]
+    TooMuch,
+}
+
+/// Where in a document something is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Path(Vec<String>);
+
+impl Path {
+    /// Reads a JSON pointer.
+    ///
+    /// # Errors
+    /// [`PathError`].
+    pub fn parse(text: &str) -> Result<Self, PathError> {
+        if text.is_empty() {
+            return Ok(Self::default());
+        }
+        let rest = text.strip_prefix('/').ok_or_else(|| PathError::NoSlash(text.to_owned()))?;
+        let parts: Vec<_> = rest.split('/').map(unescape).collect::<Option<_>>()
+            .ok_or_else(|| PathError::Escape(text.to_owned()))?;
+        if parts.len() > MAX_DEPTH {
+            return Err(PathError::TooDeep(text.to_owned()));
+        }
+        Ok(Self(parts))
+    }
+
+    /// The path of something in what is at this path.
+    pub fn join(&self, part: impl Into<String>) -> Self {
+        let mut parts = self.0.clone();
+        parts.push(part.into());
+        Self(parts)
+    }
+
+    fn split_last(&self) -> Option<(Self, &str)> {
+        let (last, parents) = self.0.split_last()?;
+        Some((Self(parents.to_vec()), last))
+    }
+
+    fn up_to(&self, depth: usize) -> Self {
+        Self(self.0[..depth].to_vec())
+    }
+}
+
+fn unescape(part: &str) -> Option<String> {
+    let mut text = String::with_capacity(part.len());
+    let mut rest = part.chars();
+    while let Some(next) = rest.next() {
+        text.push(match next {
+            '~' => match rest.next()? {
+                '0' => '~',
+                '1' => '/',
+                _ => return None,
+            },
+            other => other,
+        });
+    }
+    Some(text)
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if f.alternate() || !self.0.is_empty() {
+            return self.0.iter().try_for_each(|part| {
+                write!(f, "/{}", part.replace('~', "~0").replace('/', "~1"))
+            });
+        }
+        f.write_str("the top")
+    }
+}
+
+impl Path {
+    /// The JSON pointer.
+    pub fn to_pointer(&self) -> String {
+        format!("{self:#}")
+    }
+}
+
+/// One edit of a document.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Edit {
+    /// Sets what is at a path, whatever was there. The map or list that holds it must be there.
+    Put(Path, Value),
+    /// Removes what is at a path.
+    Delete(Path),
+    /// Adds to a counter, or makes one where nothing is. Increments of several writers add up.
+    Increment(Path, i64),
+    /// Puts something into a list before the element with the path's index.
+    Insert(Path, Value),
+}
+
+/// How much an edit writes: operations and bytes, about.
+fn size(value: &Value) -> (u64, usize) {
+    match value {
+        Value::Array(values) => values.iter().map(size).fold((1, 8), add),
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| add(size(value), (0, key.len())))
+            .fold((1, 8), add),
+        Value::String(text) => (1, text.len() + 8),
+        _ => (1, 8),
+    }
+}
+
+fn add(a: (u64, usize), b: (u64, usize)) -> (u64, usize) {
+    (a.0 + b.0, a.1 + b.1)
+}
+
+fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(values) => 1 + values.iter().map(depth).max().unwrap_or(0),
+        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+impl Edit {
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::Put(path, _) | Self::Delete(path) | Self::Increment(path, _) | Self::Insert(path, _) => path,
+        }
+    }
+}
+
+/// Whether edits fit into one commit.
+pub(crate) fn check(edits: &[Edit]) -> Result<(), EditError> {
+    let mut total = (0, 0);
+    for edit in edits {
+        let path = edit.path();
+        let written = match edit {
+            Edit::Put(path, value) | Edit::Insert(path, value) => {
+                if path.0.len() + depth(value) > MAX_DEPTH {
+                    return Err(EditError::TooDeep(path.clone()));
+                }
+                size(value)
+            }
+            Edit::Delete(_) | Edit::Increment(..) => (1, 8),
+        };
+        let key = path.0.last().map_or(0, String::len);
+        total = add(total, add(written, (0, key)));
+    }
+    // An eighth for what surrounds the values.
+    if total.0 > MAX_OPS || total.1 > MAX_CHANGE / 8 * 7 {
+        return Err(EditError::TooMuch);
+    }
+    Ok(())
+}
+
+fn scalar(value: &Value) -> Option<ScalarValue> {
+    Some(match value {
+        Value::Null => ScalarValue::Null,
+        Value::Bool(value) => ScalarValue::Boolean(*value),
+        Value::Number(number) => number_to_scalar(number),
+        Value::String(text) => ScalarValue::Str(text.as_str().into()),
+        Value::Array(_) | Value::Object(_) => return None,
+    })
+}
+
+fn number_to_scalar(number: &Number) -> ScalarValue {
+    match (number.as_i64(), number.as_u64()) {
+        (Some(value), _) => ScalarValue::Int(value),
+        (None, Some(value)) => ScalarValue::Uint(value),
+        (None, None) => ScalarValue::F64(number.as_f64().unwrap_or(f64::NAN)),
+    }
+}
+
+/// A place that an edit is about.
+struct Place {
+    container: ObjId,
+    prop: Prop,
+    /// It is in a list, and the index is the list's length.
+    at_end: bool,
+}
+
+fn containing(doc: &impl ReadDoc, path: &Path) -> Result<(ObjId, ObjType), EditError> {
+    let (mut container, mut kind) = (ROOT, ObjType::Map);
+    for (depth, part) in path.0.iter().enumerate() {
+        let none = || EditError::NoContainer(path.up_to(depth + 1));
+        let prop = match kind {
+            ObjType::List => Prop::Seq(part.parse().map_err(|_| none())?),
+            _ => Prop::Map(part.clone()),
+        };
+        match doc.get(&container, prop) {
+            Ok(Some((Stored::Object(of @ (ObjType::Map | ObjType::List)), id))) => {
+                (container, kind) = (id, of);
+            }
+            _ => return Err(none()),
+        }
+    }
+    Ok((container, kind))
+}
+
+fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError> {
+    let (parents, last) = path.split_last().ok_or(EditError::Root)?;
+    let (container, kind) = containing(doc, &parents)?;
+    if kind == ObjType::List {
+        let length = doc.length(&container);
+        let index = match last {
+            "-" => length,
+            digits => digits.parse().map_err(|_| EditError::Index(path.clone()))?,
+        };
+        if index > length {
+            return Err(EditError::Index(path.clone()));
+        }
+        let at_end = index == length;
+        return Ok((Place { container, prop: Prop::Seq(index), at_end }, kind));
+    }
+    if last.is_empty() || last.len() > MAX_MAP_KEY {
+        return Err(EditError::Key(last.len()));
+    }
+    Ok((Place { container, prop: Prop::Map(last.to_owned()), at_end: false }, kind))
+}
+
+/// What Automerge says although the place was looked up before.
+fn unexpected(error: automerge::AutomergeError) -> EditError {
+    tracing::warn!(%error, "an edit that should fit does not");
+    EditError::TooMuch
+}
+
+fn write(tx: &mut Transaction<'_>, place: &Place, insert: bool, value: &Value) -> Result<(), EditError> {
+    let Place { container, prop, .. } = place;
+    let made = match (scalar(value), prop) {
+        (Some(scalar), Prop::Seq(index)) if insert => tx.insert(container, *index, scalar).map(|()| None),
+        (Some(scalar), prop) => tx.put(container, prop.clone(), scalar).map(|()| None),
+        (None, Prop::Seq(index)) if insert => tx.insert_object(container, *index, kind_of(value)).map(Some),
+        (None, prop) => tx.put_object(container, prop.clone(), kind_of(value)).map(Some),
+    };
+    let Some(object) = made.map_err(unexpected)? else {
+        return Ok(());
+    };
+    match value {
+        Value::Array(values) => {
+            for (index, value) in values.iter().enumerate() {
+                let place = Place { container: object.clone(), prop: Prop::Seq(index), at_end: true };
+                write(tx, &place, true, value)?;
+            }
+        }
+        Value::Object(map) => {
+            for (key, value) in map {
+                if key.is_empty() || key.len() > MAX_MAP_KEY {
+                    return Err(EditError::Key(key.len()));
+                }
+                let place = Place { container: object.clone(), prop: Prop::Map(key.clone()), at_end: false };
+                write(tx, &place, false, value)?;
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn kind_of(value: &Value) -> ObjType {
+    if value.is_array() { ObjType::List } else { ObjType::Map }
+}
+
+/// Makes an edit. After an error the transaction is to be rolled back.
+pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditError> {
+    // The document as a whole: its keys, so that what others write beside them stays.
+    if let Edit::Put(path, Value::Object(map)) = edit
+        && path.0.is_empty()
+    {
+        return map
+            .iter()
+            .try_for_each(|(key, value)| apply(tx, &Edit::Put(path.join(key), value.clone())));
+    }
+    let (place, kind) = place(tx, edit.path())?;
+    let there = match place.at_end {
+        true => None,
+        false => tx.get(&place.container, place.prop.clone()).map_err(unexpected)?,
+    };
+    let there = there.map(|(value, _)| value.into_owned());
+    match edit {
+        Edit::Put(_, value) => write(tx, &place, place.at_end, value),
+        Edit::Insert(path, value) => match kind {
+            ObjType::List => write(tx, &place, true, value),
+            _ => Err(EditError::NoList(path.split_last().map(|(parent, _)| parent).unwrap_or_default())),
+        },
+        Edit::Delete(path) => match there {
+            None => Err(EditError::NotFound(path.clone())),
+            Some(_) => tx.delete(&place.container, place.prop).map_err(unexpected),
+        },
+        Edit::Increment(path, by) => match there {
+            None => {
+                let counter = ScalarValue::counter(*by);
+                match (&place.prop, place.at_end) {
+                    (Prop::Seq(index), true) => tx.insert(&place.container, *index, counter),
+                    (prop, _) => tx.put(&place.container, prop.clone(), counter),
+                }
+                .map_err(unexpected)
+            }
+            Some(Stored::Scalar(value)) => match value.as_ref() {
+                ScalarValue::Counter(counter) => {
+                    i64::from(counter)
+                        .checked_add(*by)
+                        .ok_or_else(|| EditError::Range(path.clone()))?;
+                    tx.increment(&place.container, place.prop, *by).map_err(unexpected)
+                }
+                _ => Err(EditError::NoCounter(path.clone())),
+            },
+            Some(Stored::Object(_)) => Err(EditError::NoCounter(path.clone())),
+        },
+    }
+}
+
+fn scalar_to_json(value: &ScalarValue) -> Value {
+    match value {
+        ScalarValue::Str(text) => Value::String(text.to_string()),
+        ScalarValue::Int(value) | ScalarValue::Timestamp(value) => (*value).into(),
+        ScalarValue::Uint(value) => (*value).into(),
+        ScalarValue::F64(value) => Number::from_f64(*value).map_or(Value::Null, Value::Number),
+        ScalarValue::Counter(counter) => i64::from(counter).into(),
+        ScalarValue::Boolean(value) => (*value).into(),
+        ScalarValue::Bytes(bytes) => {
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            Value::String(hex)
+        }
+        ScalarValue::Null | ScalarValue::Unknown { .. } => Value::Null,
+    }
+}
+
+fn to_json(doc: &Automerge, value: &Stored<'_>, id: &ObjId) -> Value {
+    match value {
+        Stored::Scalar(value) => scalar_to_json(value),
+        Stored::Object(ObjType::List) => {
+            let values = doc.list_range(id, ..);
+            values
+                .map(|item| {
+                    let id = item.id();
+                    to_json(doc, &item.value.into(), &id)
+                })
+                .collect()
+        }
+        Stored::Object(_) => {
+            let mut map = Map::new();
+            for item in doc.map_range(id, ..) {
+                let id = item.id();
+                map.insert(item.key.to_string(), to_json(doc, &item.value.into(), &id));
+            }
+            Value::Object(map)
+        }
+    }
+}
+
+/// What is at a path; `None` if nothing is.
+pub(crate) fn get(doc: &Automerge, path: &Path) -> Option<Value> {
+    let Some((parents, last)) = path.split_last() else {
+        return Some(to_json(doc, &Stored::Object(ObjType::Map), &ROOT));
+    };
+    let (container, kind) = containing(doc, &parents).ok()?;
+    let prop = match kind {
+        ObjType::List => Prop::Seq(last.parse().ok()?),
+        _ => Prop::Map(last.to_owned()),
+    };
+    let (value, id) = doc.get(&container, prop).ok()??;
+    Some(to_json(doc, &value, &id))
+}
+
+/// What changed between two states, as edits; for putting an author's late edits onto another state.
+pub(crate) fn edits_of(doc: &Automerge, before: &[automerge::ChangeHash], after: &[automerge::ChangeHash]) -> Vec<Edit> {
+    let patches = doc.diff(before, after);
+    let mut edits = Vec::new();
+    for patch in patches {
+        let at = path_of(&patch.path);
+        let empty = |value: &Stored<'_>| match value {
+            Stored::Scalar(value) => scalar_to_json(value),
+            Stored::Object(ObjType::List) => Value::Array(Vec::new()),
+            Stored::Object(_) => Value::Object(Map::new()),
+        };
+        let counter = |value: &Stored<'_>| match value {
+            Stored::Scalar(value) => match value.as_ref() {
+                ScalarValue::Counter(counter) => Some(i64::from(counter)),
+                _ => None,
+            },
+            Stored::Object(_) => None,
+        };
+        match patch.action {
+            PatchAction::PutMap { key, value: (value, _), .. } => {
+                let path = at.join(key);
+                match counter(&value) {
+                    Some(count) => edits.push(Edit::Increment(path, count)),
+                    None => edits.push(Edit::Put(path, empty(&value))),
+                }
+            }
+            PatchAction::PutSeq { index, value: (value, _), .. } => {
+                edits.push(Edit::Put(at.join(index.to_string()), empty(&value)));
+            }
+            PatchAction::Insert { index, values } => {
+                for (offset, (value, _, _)) in values.iter().enumerate() {
+                    edits.push(Edit::Insert(at.join((index + offset).to_string()), empty(value)));
+                }
+            }
+            PatchAction::Increment { prop, value } => {
+                edits.push(Edit::Increment(at.join(part_of(&prop)), value));
+            }
+            PatchAction::DeleteMap { key } => edits.push(Edit::Delete(at.join(key))),
+            PatchAction::DeleteSeq { index, length } => {
+                edits.extend((0..length).map(|_| Edit::Delete(at.join(index.to_string()))));
+            }
+            PatchAction::SpliceText { .. } | PatchAction::Mark { .. } | PatchAction::Conflict { .. } => {}
+        }
+    }
+    edits
+}
+
+fn part_of(prop: &Prop) -> String {
+    match prop {
+        Prop::Map(key) => key.clone(),
+        Prop::Seq(index) => index.to_string(),
+    }
+}
+
+fn path_of(path: &[(ObjId, Prop)]) -> Path {
+    Path(path.iter().map(|(_, prop)| part_of(prop)).collect())
+}
+
+/// The paths that patches are about: containers' keys; of lists the list itself, for its elements move.
+pub(crate) fn touched(patches: &[automerge::Patch]) -> Vec<Path> {
+    let mut paths: Vec<Path> = patches
+        .iter()
+        .map(|patch| {
+            let at = path_of(&patch.path);
+            match &patch.action {
+                PatchAction::PutMap { key, .. } | PatchAction::DeleteMap { key } => at.join(key),
+                PatchAction::PutSeq { index, .. } => at.join(index.to_string()),
+                PatchAction::Increment { prop, .. } | PatchAction::Conflict { prop } => {
+                    at.join(part_of(prop))
+                }
+                _ => at,
+            }
+        })
+        .collect();
+    paths.sort();
+    paths.dedup();
+    // What is in something that is told is told with it.
+    let mut kept: Vec<Path> = Vec::new();
+    for path in paths {
+        if !kept.last().is_some_and(|last| path.0.starts_with(&last.0)) {
+            kept.push(path);
+        }
+    }
+    kept
+}
+
+/// Copies all of the content into an empty document, each counter as one, in commits of a bounded size.
+pub(crate) fn copy(from: &Automerge, to: &mut Automerge) -> Result<(), automerge::AutomergeError> {
+    const OPS: usize = 4096;
+    const BYTES: usize = MAX_CHANGE / 4;
+    let options = || CommitOptions::default().with_time(0);
+    // Objects that are made, and still to be filled.
+    let mut open = vec![(ROOT, ROOT, ObjType::Map)];
+    let (mut ops, mut bytes) = (0, 0);
+    let mut tx = to.transaction();
+    while let Some((source, target, kind)) = open.pop() {
+        let values: Vec<(Prop, Stored<'static>, ObjId)> = match kind {
+            ObjType::List => {
+                let items = from.list_range(&source, ..).enumerate();
+                items
+                    .map(|(index, item)| {
+                        let id = item.id();
+                        (Prop::Seq(index), Stored::from(item.value).into_owned(), id)
+                    })
+                    .collect()
+            }
+            _ => from
+                .map_range(&source, ..)
+                .map(|item| {
+                    let id = item.id();
+                    (Prop::Map(item.key.to_string()), Stored::from(item.value).into_owned(), id)
+                })
+                .collect(),
+        };
+        for (prop, value, id) in values {
+            ops += 1;
+            bytes += 16 + if let Prop::Map(key) = &prop { key.len() } else { 0 };
+            match value {
+                Stored::Scalar(value) => {
+                    let value = match value.into_owned() {
+                        ScalarValue::Counter(counter) => ScalarValue::counter(i64::from(&counter)),
+                        value => value,
+                    };
+                    bytes += match &value {
+                        ScalarValue::Str(text) => text.len(),
+                        ScalarValue::Bytes(data) | ScalarValue::Unknown { bytes: data, .. } => data.len(),
+                        _ => 8,
+                    };
+                    match prop {
+                        Prop::Seq(index) => tx.insert(&target, index, value)?,
+                        prop => tx.put(&target, prop, value)?,
+                    }
+                }
+                Stored::Object(kind) => {
+                    let made = match prop {
+                        Prop::Seq(index) => tx.insert_object(&target, index, kind)?,
+                        prop => tx.put_object(&target, prop, kind)?,
+                    };
+                    open.push((id, made, kind));
+                }
+            }
+            if ops >= OPS || bytes >= BYTES {
+                tx.commit_with(options());
+                tx = to.transaction();
+                (ops, bytes) = (0, 0);
+            }
+        }
+    }
+    if ops == 0 && tx.base_heads().is_empty() {
+        // Even of nothing there is a beginning.
+        tx.put(ROOT, "-", ScalarValue::Null)?;
+        tx.delete(ROOT, "-")?;
+    }
+    tx.commit_with(options());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn path(text: &str) -> Path {
+        Path::parse(text).unwrap()
+    }
+
+    fn edited(edits: &[Edit]) -> Result<Value, EditError> {
+        let mut doc = Automerge::new();
+        let mut tx = doc.transaction();
+        for edit in edits {
+            apply(&mut tx, edit)?;
+        }
+        tx.commit();
+        Ok(get(&doc, &Path::default()).unwrap())
+    }
+
+    #[test]
+    fn pointers_are_read_and_written() {
+        for text in ["", "/a", "/a~1b/~0", "/", "/0/-"] {
+            assert_eq!(path(text).to_pointer(), text);
+        }
+        assert_eq!(Path::parse("a"), Err(PathError::NoSlash("a".to_owned())));
+        assert_eq!(Path::parse("/~2"), Err(PathError::Escape("/~2".to_owned())));
+        assert!(matches!(Path::parse(&"/a".repeat(33)), Err(PathError::TooDeep(_))));
+    }
+
+    #[test]
+    fn values_come_back_as_they_were_put() {
+        let value = json!({"a": [1, 2.5, {"b": null}], "t": "text", "u": u64::MAX, "n": -1, "f": false});
+        let put = Edit::Put(path("/x"), value.clone());
+        assert_eq!(edited(&[put]), Ok(json!({ "x": value })));
+    }
+
+    #[test]
+    fn edits_change_what_their_path_names() {
+        let list = Edit::Put(path("/l"), json!([1, 2, 3]));
+        let edits = [
+            list,
+            Edit::Insert(path("/l/0"), json!(0)),
+            Edit::Insert(path("/l/-"), json!([])),
+            Edit::Put(path("/l/4/-"), json!("x")),
+            Edit::Delete(path("/l/1")),
+            Edit::Increment(path("/c"), 5),
+            Edit::Increment(path("/c"), -2),
+        ];
+        assert_eq!(edited(&edits), Ok(json!({"l": [0, 2, 3, ["x"]], "c": 3})));
+    }
+
+    #[test]
+    fn edits_that_do_not_fit_say_why() {
+        let wrong = |edit: Edit| {
+            let base = Edit::Put(path("/m"), json!({"l": [1], "n": 1}));
+            edited(&[base, edit]).unwrap_err()
+        };
+        assert_eq!(wrong(Edit::Put(path(""), json!(1))), EditError::Root);
+        assert_eq!(wrong(Edit::Put(path("/x/y"), json!(1))), EditError::NoContainer(path("/x")));
+        assert_eq!(wrong(Edit::Put(path("/m/l/2"), json!(1))), EditError::Index(path("/m/l/2")));
+        assert_eq!(wrong(Edit::Delete(path("/m/x"))), EditError::NotFound(path("/m/x")));
+        assert_eq!(wrong(Edit::Delete(path("/m/l/1"))), EditError::NotFound(path("/m/l/1")));
+        assert_eq!(wrong(Edit::Increment(path("/m/n"), 1)), EditError::NoCounter(path("/m/n")));
+        assert_eq!(wrong(Edit::Insert(path("/m/x"), json!(1))), EditError::NoList(path("/m")));
+        assert_eq!(wrong(Edit::Put(path("/m/"), json!(1))), EditError::Key(0));
+        let full = [Edit::Increment(path("/c"), i64::MAX), Edit::Increment(path("/c"), 1)];
+        assert_eq!(edited(&full), Err(EditError::Range(path("/c"))));
+        let deep = (0..40).fold(json!(1), |value, _| json!([value]));
+        let deep = [Edit::Put(path("/d"), deep)];
+        assert_eq!(check(&deep), Err(EditError::TooDeep(path("/d"))));
+        let long = [Edit::Put(path("/d"), json!("x".repeat(MAX_CHANGE)))];
+        assert_eq!(check(&long), Err(EditError::TooMuch));
+    }
+
+    #[test]
+    fn a_difference_becomes_edits_that_make_it() {
+        let mut doc = Automerge::new();
+        let mut tx = doc.transaction();
+        apply(&mut tx, &Edit::Put(path(""), json!({"l": [1, 2, 3], "m": {"a": 1}, "x": 1}))).unwrap();
+        apply(&mut tx, &Edit::Increment(path("/c"), 5)).unwrap();
+        tx.commit();
+        let (before, mut other) = (doc.get_heads(), doc.fork());
+        let mut tx = doc.transaction();
+        for edit in [
+            Edit::Delete(path("/l/0")),
+            Edit::Insert(path("/l/-"), json!({"deep": [1]})),
+            Edit::Put(path("/m/b"), json!([{"c": 1}])),
+            Edit::Delete(path("/x")),
+            Edit::Increment(path("/c"), 2),
+            Edit::Increment(path("/d"), 7),
+        ] {
+            apply(&mut tx, &edit).unwrap();
+        }
+        tx.commit();
+        let edits = edits_of(&doc, &before, &doc.get_heads());
+        let mut tx = other.transaction();
+        for edit in &edits {
+            apply(&mut tx, edit).unwrap();
+        }
+        tx.commit();
+        assert_eq!(get(&other, &Path::default()), get(&doc, &Path::default()));
+    }
+}
