@@ -255,7 +255,7 @@ mod tests {
         }
         columns.iter().for_each(|(_, data)| body.extend(*data));
         let mut chunk = [&MAGIC[..], &[0; 4], &[CHANGE]].concat();
-        chunk.push(body.len() as u8);
+        chunk.extend([body.len() as u8 | 0x80, (body.len() >> 7) as u8]);
         chunk.extend(body);
         chunk
     }

@@ -22,7 +22,7 @@ use crate::{
     epoch::{Epoch, Epochs, Head, Heads, MAX_BASE, MAX_SESSIONS, Standing, Statement},
     error::Error,
     genesis::{Genesis, Readers},
-    guard,
+    guard::{self, Depths},
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
     refusal::Refusal,
     signed::Identity,
@@ -113,6 +113,7 @@ pub(crate) struct Document {
     /// All of this replica's sessions.
     own: BTreeSet<SessionId>,
     waiting: Vec<From>,
+    depths: Depths,
     log_bytes: u64,
     unsaved: usize,
     digest: Option<Digest>,
@@ -139,6 +140,7 @@ impl Document {
             writing: None,
             own: BTreeSet::new(),
             waiting: Vec::new(),
+            depths: Depths::default(),
             log_bytes: 0,
             unsaved: 0,
             digest: None,
@@ -433,7 +435,7 @@ impl Document {
 
     /// All checks of one envelope, in their order; on success its change is in `copy`.
     fn consider(
-        &self,
+        &mut self,
         store: &Store,
         envelope: &Envelope,
         copy: &mut Option<Automerge>,
@@ -474,7 +476,7 @@ impl Document {
         }
         let session = self.sessions.get(&header.session);
         let previous = session.and_then(|session| session.entries.last()).map(|(_, change)| *change);
-        Ok(match guard::apply(copy_here, &checked, previous) {
+        Ok(match guard::apply(copy_here, &checked, previous, &mut self.depths) {
             Ok(()) => Ok(checked.change),
             Err(refusal) => {
                 // The copy may be half changed.
@@ -696,6 +698,7 @@ impl Document {
             }
         }
         self.doc = doc;
+        self.depths = Depths::default();
         self.digest = None;
         self.unsaved = 0;
         store.put(key::save(&id), self.doc.save());
@@ -883,6 +886,12 @@ impl Document {
     }
 
     #[cfg(test)]
+    pub(crate) fn waiting(&self) -> (usize, usize) {
+        let bytes = self.waiting.iter().map(|(envelope, _)| envelope.change.len()).sum();
+        (self.waiting.len(), bytes)
+    }
+
+    #[cfg(test)]
     pub(crate) fn assert_loads(&self) {
         let saved = self.doc.save();
         let loaded = Automerge::load(&saved).expect("a save loads");
@@ -905,14 +914,14 @@ fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
         return Err(Refusal::Early);
     }
     let actor = Epoch::base_actor(&epoch.document, epoch.number, &epoch.previous);
-    let mut doc = Automerge::new();
+    let (mut doc, mut depths) = (Automerge::new(), Depths::default());
     let mut previous = None;
     for (index, (change, id)) in base.iter().zip(&epoch.says.base).enumerate() {
         let checked = guard::decode(change, actor, index as u64 + 1)?;
         if checked.id != *id {
             return Err(Refusal::Malformed("a base has another change than was signed"));
         }
-        guard::apply(&mut doc, &checked, previous)?;
+        guard::apply(&mut doc, &checked, previous, &mut depths)?;
         previous = Some(*id);
     }
     Ok(doc)

@@ -65,6 +65,8 @@ pub(crate) struct Peer {
     /// Documents that both hold.
     shared: BTreeSet<DocumentId>,
     exchanges: BTreeMap<DocumentId, Exchange>,
+    /// Documents that differ and are compared when others are done.
+    later: BTreeSet<DocumentId>,
     check_at: Duration,
     /// A summary was asked for not long ago.
     asked: BTreeMap<DocumentId, Duration>,
@@ -73,6 +75,7 @@ pub(crate) struct Peer {
 impl Peer {
     pub(crate) fn forget_exchanges(&mut self) {
         self.exchanges.clear();
+        self.later.clear();
         self.asked.clear();
     }
 }
@@ -303,26 +306,37 @@ impl Replica {
         if let Some(known) = self.peers.get_mut(&peer) {
             known.shared.extend(same.iter().map(|(id, _)| *id));
         }
-        // Those in equal buckets are told as well, so that the other knows them for shared.
-        let listed: Vec<_> = listed.into_iter().chain(same).take(MAX_LISTED).collect();
-        if !listed.is_empty() {
-            self.send_listing(peer, &listed, true, theirs.shared);
+        let mut equal = vec![0; 32];
+        for (id, _) in &same {
+            equal[usize::from(id.0[0]) / 8] |= 1 << (id.0[0] % 8);
         }
+        if listed.is_empty() && same.is_empty() {
+            return Ok(());
+        }
+        let listed = &listed[..listed.len().min(MAX_LISTED)];
+        self.send_listing(peer, listed, equal.into(), (true, theirs.shared));
         Ok(())
     }
 
-    fn send_listing(&mut self, peer: Key, listed: &[(DocumentId, Digest)], answer: bool, shared: bool) {
+    fn send_listing(&mut self, peer: Key, listed: &[(DocumentId, Digest)], equal: Bytes, (answer, shared): (bool, bool)) {
         let mut entries = Vec::with_capacity(listed.len() * ENTRY);
         for (id, digest) in listed {
             entries.extend(id.0);
             entries.extend(short(digest));
         }
-        self.send(peer, Kind::Listing(wire::Listing { entries: entries.into(), answer, shared }));
+        self.send(peer, Kind::Listing(wire::Listing { entries: entries.into(), answer, shared, equal }));
     }
 
     fn on_listing(&mut self, peer: Key, listing: &wire::Listing) -> Result<Result<(), Refusal>, StoreError> {
         if listing.entries.len() % ENTRY != 0 || listing.entries.len() > MAX_LISTED * ENTRY {
             return Ok(Err(Refusal::Malformed("a listing of a wrong length")));
+        }
+        if listing.equal.len() == 32 {
+            let is_equal = |id: &DocumentId| listing.equal[usize::from(id.0[0]) / 8] >> (id.0[0] % 8) & 1 == 1;
+            let equal: Vec<_> = self.readable(&peer, listing.shared).into_iter().filter(|(id, _)| is_equal(id)).collect();
+            if let Some(known) = self.peers.get_mut(&peer) {
+                known.shared.extend(equal.iter().map(|(id, _)| *id));
+            }
         }
         let mut common = Vec::new();
         let mut differ = Vec::new();
@@ -343,15 +357,13 @@ impl Replica {
         }
         if listing.answer {
             if !common.is_empty() {
-                self.send_listing(peer, &common, false, listing.shared);
+                self.send_listing(peer, &common, Bytes::new(), (false, listing.shared));
             }
-            if differ.len() > MAX_EXCHANGES {
-                let soon = self.now + CHECK_SOON;
-                if let Some(known) = self.peers.get_mut(&peer) {
-                    known.check_at = known.check_at.min(soon);
-                }
+            let later = differ.split_off(differ.len().min(MAX_EXCHANGES));
+            if let Some(known) = self.peers.get_mut(&peer) {
+                known.later.extend(later);
             }
-            for id in differ.into_iter().take(MAX_EXCHANGES) {
+            for id in differ {
                 self.send_summary(peer, id, true)?;
             }
         }
@@ -390,10 +402,17 @@ impl Replica {
         }
         for id in ids(&interest.holds) {
             if self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+                let mut now = false;
                 if let Some(known) = self.peers.get_mut(&peer) {
                     known.shared.insert(id);
+                    now = known.exchanges.len() < MAX_EXCHANGES;
+                    if !now {
+                        known.later.insert(id);
+                    }
                 }
-                self.send_summary(peer, id, true)?;
+                if now {
+                    self.send_summary(peer, id, true)?;
+                }
             }
         }
         Ok(Ok(()))
@@ -456,6 +475,8 @@ impl Replica {
                 exchange.sessions = sessions;
                 exchange.forks = forks;
                 exchange.idle = false;
+            } else if known.later.len() < MAX_LISTED {
+                known.later.insert(id);
             }
         }
         self.go_on(peer, id)?;
@@ -511,8 +532,14 @@ impl Replica {
                 self.send(peer, Kind::Want(want));
                 Ok(())
             }
-            // There is nothing, or what was wanted brought nothing. Another peer's turn.
-            _ => self.go_on_with_any(id),
+            // There is nothing, or what was wanted brought nothing. Another peer's turn, and another document's.
+            _ => {
+                let later = self.peers.get_mut(&peer).and_then(|known| known.later.pop_first());
+                if let Some(later) = later.filter(|later| self.held.get(later).is_some_and(|held| held.may_read(&peer))) {
+                    self.send_summary(peer, later, true)?;
+                }
+                self.go_on_with_any(id)
+            }
         }
     }
 
@@ -754,16 +781,19 @@ impl Replica {
         let before = self.state_of(&id)?;
         let taken = self.take_give(Some(peer), id, give)?;
         let after = self.state_of(&id)?;
+        // Sessions of which something is here already: another branch of them may be there.
+        let ours: BTreeSet<SessionId> = match self.document(&id)? {
+            Some((document, _)) => next.keys().filter(|session| document.count(session) > 0).copied().collect(),
+            None => BTreeSet::new(),
+        };
         let mut sought = false;
         if let Some(exchange) = self.peers.get_mut(&peer).and_then(|peer| peer.exchanges.get_mut(&id)) {
             for (session, seen) in next {
-                if let Some(at) = exchange.seek.get_mut(&session).filter(|at| **at < seen) {
-                    *at = seen;
-                    sought = true;
-                } else if before == after {
-                    // Where a summary told of another branch.
-                    exchange.seek.insert(session, seen);
-                    sought |= exchange.seek.len() <= MAX_EXCHANGES;
+                let is_sought = exchange.seek.contains_key(&session) || before == after && ours.contains(&session);
+                if is_sought {
+                    let at = exchange.seek.entry(session).or_insert(0);
+                    sought |= *at < seen;
+                    *at = (*at).max(seen);
                 }
             }
             exchange.until = Duration::ZERO;

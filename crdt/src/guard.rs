@@ -12,7 +12,7 @@ use std::{
 
 use automerge::{
     ActorId, Automerge, Change, ChangeHash, ObjId, ObjType, ReadDoc,
-    legacy::{ElementId, Key as OpKey, ObjectId, OpId, OpType},
+    legacy::{ElementId, Key as OpKey, ObjectId, Op, OpId, OpType},
 };
 
 use crate::{
@@ -35,7 +35,7 @@ pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
     HOOK.call_once(|| {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
-            if !GUARDED.get() {
+            if !GUARDED.get() || std::env::var_os("LOUD").is_some() {
                 before(info);
             }
         }));
@@ -128,7 +128,7 @@ fn references(
     doc: &Automerge,
     checked: &Checked,
     previous: Option<ChangeHash>,
-) -> Result<Touched, Refusal> {
+) -> Result<(Touched, Vec<Op>), Refusal> {
     let change = &checked.change;
     let mut max_op = 0;
     for dep in change.deps() {
@@ -179,13 +179,13 @@ fn references(
             _ => return Err(Refusal::Poisoned("it holds an operation that is not allowed")),
         }
     }
-    Ok(touched)
+    Ok((touched, expanded.operations))
 }
 
 /// Objects that a change touches, and of maps which keys.
 type Touched = HashMap<ObjectId, HashSet<String>>;
 
-/// Whether the objects that were touched can still be read, and are not too deep.
+/// Whether the objects that were touched can still be read.
 fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
     for (id, keys) in touched {
         let id = &match id {
@@ -197,14 +197,6 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
             .map_err(|_| Refusal::Poisoned("it changes what is no object"))?;
         if !matches!(kind, ObjType::Map | ObjType::List) {
             return Err(Refusal::Poisoned("it changes neither a map nor a list"));
-        }
-        let depth = doc
-            .parents(id)
-            .map_err(|_| Refusal::Poisoned("it changes an object that is nowhere"))?
-            .take(MAX_DEPTH + 1)
-            .count();
-        if depth > MAX_DEPTH {
-            return Err(Refusal::Poisoned("it is nested too deeply"));
         }
         let as_list = matches!(kind, ObjType::List);
         if as_list == keys.is_empty() {
@@ -220,15 +212,74 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// How deep objects are, as far as that was asked for. Automerge's own walk to the top panics below an element that is deleted.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Depths(HashMap<OpId, usize>);
+
+impl Depths {
+    /// Whether none of the objects is too deep. `ops` are those of the change itself, the first with the number `start`.
+    fn check(
+        &mut self,
+        doc: &Automerge,
+        (ops, start, actor): (&[Op], u64, &ActorId),
+        touched: &Touched,
+    ) -> Result<(), Refusal> {
+        let missing = || Refusal::Poisoned("it changes an object that is nowhere");
+        let mut own: HashMap<OpId, usize> = HashMap::new();
+        for object in touched.keys() {
+            let mut above = Vec::new();
+            let mut at = object.clone();
+            let mut depth = loop {
+                let ObjectId::Id(id) = &at else {
+                    break 0;
+                };
+                if let Some(depth) = self.0.get(id).or_else(|| own.get(id)) {
+                    break *depth;
+                }
+                if above.len() > MAX_DEPTH {
+                    return Err(Refusal::Poisoned("it is nested too deeply"));
+                }
+                let made_here = id.actor() == actor && id.counter() >= start;
+                let parent = if made_here {
+                    let op = ops.get((id.counter() - start) as usize).ok_or_else(missing)?;
+                    op.obj.clone()
+                } else {
+                    let hash = doc.hash_for_opid(&self::object(id)).ok_or_else(missing)?;
+                    let change = doc.get_change_by_hash(&hash).ok_or_else(missing)?.decode();
+                    let place = id.counter().checked_sub(change.start_op.get()).ok_or_else(missing)?;
+                    change.operations.get(place as usize).ok_or_else(missing)?.obj.clone()
+                };
+                above.push((id.clone(), made_here));
+                at = parent;
+            };
+            for (id, made_here) in above.into_iter().rev() {
+                depth += 1;
+                // A change that is refused in the end leaves nothing behind.
+                match made_here {
+                    true => own.insert(id, depth),
+                    false => self.0.insert(id, depth),
+                };
+            }
+            if depth > MAX_DEPTH {
+                return Err(Refusal::Poisoned("it is nested too deeply"));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Puts a change into a copy of a document; `previous` is its actor's change before. When this fails, the copy is to be thrown away.
 pub(crate) fn apply(
     copy: &mut Automerge,
     checked: &Checked,
     previous: Option<ChangeId>,
+    depths: &mut Depths,
 ) -> Result<(), Refusal> {
     contained(|| {
         let previous = previous.map(|id| ChangeHash(id.0));
-        let touched = references(copy, checked, previous)?;
+        let (touched, ops) = references(copy, checked, previous)?;
+        let (start, actor) = (checked.change.start_op().get(), checked.change.actor_id());
+        depths.check(copy, (&ops, start, actor), &touched)?;
         let hash = checked.change.hash();
         if copy.get_change_meta_by_hash(&hash).is_some() {
             return Err(Refusal::Known);

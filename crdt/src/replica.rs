@@ -205,6 +205,8 @@ pub struct Replica {
     entropy: [u8; 32],
     drawn: u64,
     uses: u64,
+    /// After a fault of the disk: what is in memory is not to be relied on.
+    stale: bool,
 }
 
 /// What is new in a document.
@@ -239,6 +241,7 @@ impl Replica {
             entropy,
             drawn: 0,
             uses: 0,
+            stale: false,
         };
         this.read_all()?;
         Ok(this)
@@ -246,7 +249,7 @@ impl Replica {
 
     fn read_all(&mut self) -> Result<(), StoreError> {
         let damaged = || StoreError::Other("the list of documents is damaged".to_owned());
-        self.held.clear();
+        let mut all = BTreeMap::new();
         for (row, value) in self.store.scan(key::ALL_DOCUMENTS, &[], usize::MAX)? {
             let id = DocumentId::read(&row[1..]).ok_or_else(damaged)?;
             let (digest, genesis) = value.split_at_checked(32).ok_or_else(damaged)?;
@@ -270,8 +273,9 @@ impl Replica {
                 held.readers = readers_of(&genesis, writers, readers);
                 held.genesis = Some(genesis);
             }
-            self.held.insert(id, held);
+            all.insert(id, held);
         }
+        self.held = all;
         Ok(())
     }
 
@@ -296,6 +300,7 @@ impl Replica {
 
     /// A document that is here, in memory; `None` if it is not held or has not arrived.
     pub(crate) fn document(&mut self, id: &DocumentId) -> Result<Option<(&mut Document, &mut Store)>, StoreError> {
+        self.recover()?;
         self.uses += 1;
         let Some(held) = self.held.get_mut(id) else {
             return Ok(None);
@@ -403,7 +408,8 @@ impl Replica {
         Ok(id)
     }
 
-    fn room(&self) -> Result<(), Error> {
+    fn room(&mut self) -> Result<(), Error> {
+        self.recover()?;
         let (size, limit) = (self.held.len() as u64 + 1, MAX_DOCUMENTS as u64);
         if size > limit {
             return Err(Error::TooLarge { what: "the number of documents", size, limit, advice: ": remove some" });
@@ -431,6 +437,7 @@ impl Replica {
     /// # Errors
     /// [`Error::Store`].
     pub fn remove(&mut self, id: DocumentId) -> Result<bool, Error> {
+        self.recover()?;
         if self.held.remove(&id).is_none() {
             return Ok(false);
         }
@@ -452,6 +459,7 @@ impl Replica {
     /// # Errors
     /// [`Error::Store`].
     pub fn list(&mut self) -> Result<Vec<DocumentInfo>, Error> {
+        self.recover()?;
         let ids: Vec<_> = self.held.keys().copied().collect();
         ids.into_iter().map(|id| self.info(id)).collect()
     }
@@ -692,13 +700,14 @@ impl Replica {
     /// [`StoreError`]; then nothing of what was done since the last time has happened.
     pub fn flush(&mut self) -> Result<(), StoreError> {
         let flushed = self.try_flush();
-        if flushed.is_err() {
+        if flushed.is_err() && !self.stale {
             self.go_back();
         }
         flushed
     }
 
     fn try_flush(&mut self) -> Result<(), StoreError> {
+        self.recover()?;
         self.settle()?;
         self.tell()?;
         for id in mem::take(&mut self.dirty) {
@@ -734,14 +743,20 @@ impl Replica {
         for peer in self.peers.values_mut() {
             peer.forget_exchanges();
         }
-        // What cannot be flushed is dropped with this.
-        let _ = self.store.flush();
-        for held in self.held.values_mut() {
-            held.loaded = None;
-        }
-        if let Err(error) = self.read_all() {
+        self.stale = true;
+        if let Err(error) = self.recover() {
             tracing::error!(%error, "documents cannot be read");
         }
+    }
+
+    /// Reads again what is on disk, if that is to be done after a fault.
+    pub(crate) fn recover(&mut self) -> Result<(), StoreError> {
+        if self.stale {
+            self.store.reopen()?;
+            self.read_all()?;
+            self.stale = false;
+        }
+        Ok(())
     }
 
     /// Leaves documents that have not been used for long to the disk.

@@ -127,7 +127,7 @@ impl Store {
     fn database(&self) -> Result<&Database, StoreError> {
         self.database
             .as_ref()
-            .ok_or_else(|| StoreError::Other("the file could not be opened again".to_owned()))
+            .ok_or_else(|| StoreError::Other("they are closed after a fault".to_owned()))
     }
 
     pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
@@ -162,6 +162,9 @@ impl Store {
                         cut = Some(key.value().to_vec());
                         break;
                     }
+                    if self.pending.contains_key(key.value()) {
+                        continue;
+                    }
                     size += value.value().len();
                     rows.insert(key.value().to_vec(), Some(value.value().to_vec()));
                 }
@@ -191,7 +194,7 @@ impl Store {
         !self.pending.is_empty()
     }
 
-    /// Puts everything on disk that was written since the last time. After an error nothing of it is there, and what is on disk is opened again.
+    /// Puts everything on disk that was written since the last time. After an error nothing of it is there, and the store is closed until it is opened again.
     pub(crate) fn flush(&mut self) -> Result<(), StoreError> {
         if self.pending.is_empty() && self.database.is_some() {
             return Ok(());
@@ -199,11 +202,17 @@ impl Store {
         let pending = std::mem::take(&mut self.pending);
         let written = self.database().and_then(|database| commit(database, &pending));
         if written.is_err() {
-            // After a fault redb wants to be opened again; until that works, everything fails.
+            // After a fault redb wants to be opened again.
             self.database = None;
-            self.database = open(&self.place).inspect_err(|error| tracing::warn!(%error, "documents")).ok();
         }
         written
+    }
+
+    /// Opens it again after a fault.
+    pub(crate) fn reopen(&mut self) -> Result<(), StoreError> {
+        self.pending.clear();
+        self.database = Some(open(&self.place)?);
+        Ok(())
     }
 }
 

@@ -240,7 +240,8 @@ impl World {
     pub(crate) fn connect(&mut self, a: usize, b: usize) {
         // A peer is known by its key: two with one key cannot be connected to each other, nor to the same third.
         let keys = (self.nodes[a].identity.key(), self.nodes[b].identity.key());
-        if keys.0 == keys.1 || !self.links.insert((a.min(b), a.max(b))) {
+        let has = |of: usize, key: Key| self.linked(of).iter().any(|peer| self.nodes[*peer].identity.key() == key);
+        if keys.0 == keys.1 || has(a, keys.1) || has(b, keys.0) || !self.links.insert((a.min(b), a.max(b))) {
             return;
         }
         for (one, other) in [(a, keys.1), (b, keys.0)] {
@@ -335,11 +336,17 @@ impl World {
 
     /// Delivers until nothing flies.
     pub(crate) fn settle(&mut self) {
-        let bound = 400_000;
+        let bound = 100_000;
         for _ in 0..bound {
             if !self.deliver() {
                 return;
             }
+        }
+        for (from, to, message) in self.flying.iter().take(12) {
+            let message: weft_proto::wire::DocumentMessage = prost::Message::decode(&message[..]).unwrap();
+            let mut text = format!("{message:?}");
+            text.truncate(300);
+            eprintln!("{from} to {to}: {text}");
         }
         panic!("messages fly without end");
     }

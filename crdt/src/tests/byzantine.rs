@@ -1,1 +1,527 @@
-//! To come.
+//! A peer, and a writer, that does everything it should not.
+
+use std::iter;
+
+use automerge::{
+    ActorId, Automerge, Change, ExpandedChange, ROOT, ScalarValue,
+    legacy::{ObjectId, OpId, OpType},
+    transaction::{CommitOptions, Transactable},
+};
+use bytes::Bytes;
+use prost::Message;
+use serde_json::json;
+use weft_proto::wire::{self, document_message::Kind};
+
+use super::{World, at, identity, key, put};
+use crate::{
+    ChangeId, DocumentId, Edit, Event, Identity, Key, NewDocument, Path, Rights,
+    envelope::{Envelope, Header, Proof, Run},
+    epoch::{Epoch, Statement},
+    genesis::Readers,
+    id::{Chain, EpochId, SessionId},
+    value,
+};
+
+/// The number of the liar's key. It is no node of the world.
+const LIAR: u8 = 50;
+
+/// Somebody who may write, and signs what it likes.
+struct Liar {
+    identity: Identity,
+    document: DocumentId,
+    run: Run,
+    session: SessionId,
+    doc: Automerge,
+    index: u64,
+    chain: Chain,
+}
+
+impl Liar {
+    fn new(document: DocumentId, nonce: u8) -> Self {
+        let identity = identity(LIAR);
+        let run = Run { author: identity.key(), nonce: [nonce; 16], epoch: EpochId(document.0) };
+        let session = run.session(&document);
+        let doc = Automerge::new().with_actor(ActorId::from(session.actor()));
+        Self { identity, document, run, session, doc, index: 0, chain: session.chain() }
+    }
+
+    /// Knows what a node knows.
+    fn knowing(world: &mut World, at: usize, document: DocumentId, nonce: u8) -> Self {
+        let mut this = Self::new(document, nonce);
+        let (known, _) = world.node(at).document(&document).unwrap().unwrap();
+        this.doc = known.automerge().clone();
+        this.doc.set_actor(ActorId::from(this.session.actor()));
+        this
+    }
+
+    fn change(&mut self, edits: &[Edit]) -> Change {
+        let mut tx = self.doc.transaction();
+        edits.iter().for_each(|edit| value::apply(&mut tx, edit).unwrap());
+        let (hash, _) = tx.commit_with(CommitOptions::default().with_time(0));
+        automerge::ReadDoc::get_change_by_hash(&self.doc, &hash.unwrap()).unwrap()
+    }
+
+    fn sign(&self, index: u64, previous: Chain, change: &[u8], id: ChangeId) -> Envelope {
+        let header = Header::sign(&self.identity, &self.document, self.run, (index, previous), id);
+        Envelope { header, change: Bytes::copy_from_slice(change) }
+    }
+
+    /// Signs any bytes as the next change.
+    fn next(&mut self, change: &[u8], id: ChangeId) -> Envelope {
+        let envelope = self.sign(self.index, self.chain, change, id);
+        self.index += 1;
+        self.chain = envelope.header.chain();
+        envelope
+    }
+
+    fn commit(&mut self, edits: &[Edit]) -> Envelope {
+        let change = self.change(edits);
+        self.next(change.raw_bytes(), ChangeId(change.hash().0))
+    }
+
+    /// A change whose operations are bent before it is encoded again.
+    fn bent(&mut self, edits: &[Edit], bend: impl Fn(&mut ExpandedChange)) -> Envelope {
+        let mut expanded = self.change(edits).decode();
+        bend(&mut expanded);
+        let change = Change::from(expanded);
+        self.next(change.raw_bytes(), ChangeId(change.hash().0))
+    }
+}
+
+fn news(document: DocumentId, envelopes: &[Envelope]) -> Kind {
+    Kind::News(wire::News {
+        document: Bytes::copy_from_slice(&document.0),
+        envelopes: envelopes.iter().map(Envelope::to_wire).collect(),
+        ..wire::News::default()
+    })
+}
+
+impl World {
+    /// The liar sends a message to a node.
+    fn lie(&mut self, to: usize, kind: Kind) {
+        let message = wire::DocumentMessage { kind: Some(kind) }.encode_to_vec();
+        self.lie_bytes(to, &message);
+    }
+
+    fn lie_bytes(&mut self, to: usize, message: &[u8]) {
+        self.node(to).connected(key(LIAR));
+        self.node(to).receive(key(LIAR), message).unwrap();
+        self.flush(to).unwrap();
+    }
+
+    fn offences(&mut self, at: usize) -> Vec<String> {
+        self.nodes[at].offences.drain(..).map(|(_, why)| why).collect()
+    }
+
+    /// The node blames the liar for that, and shows what it has shown before.
+    fn refuses(&mut self, to: usize, document: DocumentId, envelope: &Envelope, why: &str) {
+        let before = self.get(to, document);
+        self.lie(to, news(document, std::slice::from_ref(envelope)));
+        let blamed = self.offences(to);
+        assert!(blamed.iter().any(|blame| blame.contains(why)), "{blamed:?} and not {why}");
+        assert_eq!(self.get(to, document), before);
+        self.node(to).assert_loads(document);
+    }
+}
+
+/// Some nodes, all connected, and a document that the first owns and the liar may write.
+fn world(nodes: u8) -> (World, DocumentId) {
+    let mut world = World::connected(nodes, 1);
+    let writers = (1..nodes).map(key).chain([key(LIAR)]).collect();
+    let id = world.create(0, NewDocument { writers, ..NewDocument::default() });
+    for node in 1..usize::from(nodes) {
+        world.node(node).hold(id).unwrap();
+        world.flush(node).unwrap();
+    }
+    world.settle();
+    world.edit(0, id, "/m", json!({"x": 1}));
+    world.settle();
+    (world, id)
+}
+
+#[test]
+fn a_forged_signature_is_an_offence() {
+    let (mut world, id) = world(2);
+    let mut envelope = Liar::knowing(&mut world, 0, id, 1).commit(&[put("/a", json!(1))]);
+    envelope.header.signature[5] ^= 1;
+    world.refuses(0, id, &envelope, "signature");
+}
+
+#[test]
+fn nobody_writes_as_another() {
+    let (mut world, id) = world(2);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    liar.run.author = key(0);
+    liar.session = liar.run.session(&id);
+    liar.doc.set_actor(ActorId::from(liar.session.actor()));
+    liar.chain = liar.session.chain();
+    let envelope = liar.commit(&[put("/a", json!(1))]);
+    world.refuses(0, id, &envelope, "signature");
+    // Nor with another's actor.
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    liar.doc.set_actor(ActorId::from([9; 16]));
+    let envelope = liar.commit(&[put("/a", json!(1))]);
+    world.refuses(0, id, &envelope, "another actor");
+}
+
+#[test]
+fn what_was_seen_before_changes_nothing() {
+    let (mut world, id) = world(2);
+    let envelope = Liar::knowing(&mut world, 0, id, 1).commit(&[Edit::Increment(at("/n"), 1)]);
+    for _ in 0..3 {
+        world.lie(0, news(id, &[envelope.clone(), envelope.clone()]));
+    }
+    world.settle();
+    assert_eq!(world.assert_same(&[0, 1], id)["n"], 1);
+    assert!(world.offences(0).is_empty());
+}
+
+#[test]
+fn an_envelope_counts_for_its_document_only() {
+    let (mut world, id) = world(2);
+    let other = world.create(0, NewDocument { writers: vec![key(LIAR)], ..NewDocument::default() });
+    let envelope = Liar::new(id, 1).commit(&[put("/a", json!(1))]);
+    world.refuses(0, other, &envelope, "signature");
+}
+
+#[test]
+fn who_may_not_write_is_ignored() {
+    let (mut world, id) = world(2);
+    let rights = Rights { revoke: vec![key(LIAR)], ..Rights::default() };
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    world.lie(0, news(id, &[liar.commit(&[put("/before", json!(1))])]));
+    world.settle();
+    world.node(0).decide(id, rights).unwrap();
+    world.flush(0).unwrap();
+    world.settle();
+    // The same session goes on, and another pretends to have begun before.
+    let after = liar.commit(&[put("/after", json!(1))]);
+    let backdated = Liar::knowing(&mut world, 0, id, 2).commit(&[put("/backdated", json!(1))]);
+    for node in 0..2 {
+        world.lie(node, news(id, &[after.clone(), backdated.clone()]));
+    }
+    world.settle();
+    let content = world.assert_same(&[0, 1], id);
+    assert_eq!(content, json!({"m": {"x": 1}, "before": 1}));
+    let stranger = world.create(0, NewDocument::default());
+    let envelope = Liar::new(stranger, 1).commit(&[put("/a", json!(1))]);
+    world.lie(0, news(stranger, &[envelope]));
+    assert_eq!(world.get(0, stranger), json!({}));
+}
+
+#[test]
+fn equivocation_is_found_out_and_all_drop_the_same() {
+    let (mut world, id) = world(5);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    let first = liar.commit(&[put("/l", json!("first"))]);
+    for node in 0..2 {
+        world.lie(node, news(id, std::slice::from_ref(&first)));
+    }
+    world.settle();
+    // Two groups that do not hear of each other are told different things.
+    for one in [0, 1] {
+        (2..5).for_each(|other| world.disconnect(one, other));
+    }
+    let mut twin = Liar { identity: liar.identity.clone(), doc: liar.doc.clone(), ..liar };
+    let mut story = |liar: &mut Liar, text: &str, length: usize| -> Vec<Envelope> {
+        (0..length).map(|n| liar.commit(&[put("/l", json!(format!("{text} {n}")))])).collect()
+    };
+    let to_one = story(&mut liar, "one", 5);
+    let to_other = story(&mut twin, "other", 3);
+    world.lie(0, news(id, &to_one));
+    world.lie(2, news(id, &to_other));
+    world.settle();
+    // Honest writers build on what they see.
+    world.commit(1, id, &[put("/honest one", json!(1)), Edit::Increment(at("/n"), 1)]).unwrap();
+    world.commit(3, id, &[put("/honest other", json!(1)), Edit::Increment(at("/n"), 1)]).unwrap();
+    world.settle();
+    assert_eq!((&world.get(1, id)["l"], &world.get(3, id)["l"]), (&json!("one 4"), &json!("other 2")));
+    world.connect(1, 3);
+    world.settle();
+    for _ in 0..3 {
+        world.pass(std::time::Duration::from_secs(61));
+        world.settle();
+    }
+    let content = world.assert_same(&[0, 1, 2, 3, 4], id);
+    // What was said to all alike stays, what was built on lies is made again.
+    let expected = json!({"m": {"x": 1}, "l": "first", "honest one": 1, "honest other": 1, "n": 2});
+    assert_eq!(content, expected);
+    for node in 0..5 {
+        let told = world.saw(node, |event| matches!(event, Event::Equivocated { author, index: 1, .. } if *author == key(LIAR)));
+        assert!(told, "node {node} was not told");
+        assert!(world.offences(node).is_empty());
+    }
+    // It is known for good, and who comes later is told.
+    world.restart(4);
+    world.settle();
+    world.lie(4, news(id, &to_one));
+    world.settle();
+    assert_eq!(world.assert_same(&[0, 1, 2, 3, 4], id), expected);
+    // The honest go on, and so may the liar's key, in another session.
+    world.edit(1, id, "/more", 1);
+    let mut again = Liar::knowing(&mut world, 0, id, 7);
+    let envelope = again.commit(&[put("/again", json!(1))]);
+    world.lie(0, news(id, &[envelope]));
+    world.settle();
+    assert_eq!(world.assert_same(&[0, 1, 2, 3, 4], id)["again"], 1);
+}
+
+#[test]
+fn a_proof_of_nothing_is_an_offence() {
+    let (mut world, id) = world(2);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    let (one, other) = (liar.commit(&[put("/a", json!(1))]), liar.commit(&[put("/b", json!(1))]));
+    let tell = |one: &Header, other: &Header| {
+        let proof = wire::Equivocation { one: Some(one.to_wire()), other: Some(other.to_wire()) };
+        Kind::News(wire::News {
+            document: Bytes::copy_from_slice(&id.0),
+            proofs: vec![proof],
+            ..wire::News::default()
+        })
+    };
+    world.lie(0, tell(&one.header, &one.header));
+    assert_eq!(world.offences(0), ["a proof proves nothing"]);
+    world.lie(0, tell(&one.header, &other.header));
+    assert_eq!(world.offences(0), ["a proof proves nothing"]);
+    let mut forged = one.header.clone();
+    forged.change = ChangeId([1; 32]);
+    assert!(Proof::of(one.header.clone(), forged.clone()).is_some());
+    world.lie(0, tell(&one.header, &forged));
+    assert_eq!(world.offences(0), ["a signature is wrong"]);
+}
+
+#[test]
+fn only_the_owner_signs_epochs() {
+    let (mut world, id) = world(2);
+    let (document, _) = world.node(0).document(&id).unwrap().unwrap();
+    let genesis = document.genesis.clone();
+    let says = Statement {
+        writers: vec![key(LIAR)],
+        readers: Readers::Everybody,
+        heads: Default::default(),
+        base: Vec::new(),
+    };
+    let mut epoch = {
+        let mut owned = genesis.clone();
+        owned.owner = key(LIAR);
+        Epoch::sign(&identity(LIAR), &owned, (1, genesis.epoch()), &says).wire
+    };
+    let tell = |epoch: &wire::SignedEpoch| {
+        Kind::News(wire::News {
+            document: Bytes::copy_from_slice(&id.0),
+            epochs: vec![epoch.clone()],
+            ..wire::News::default()
+        })
+    };
+    world.lie(0, tell(&epoch));
+    assert_eq!(world.offences(0), ["a signature is wrong"]);
+    epoch.epoch = Bytes::from_static(b"\xff\xff");
+    world.lie(0, tell(&epoch));
+    assert_eq!(world.offences(0), ["an epoch cannot be decoded"]);
+}
+
+#[test]
+fn poisoned_changes_are_refused_by_all_alike() {
+    let (mut world, id) = world(3);
+    let stranger = OpId(1_000, ActorId::from([3; 16]));
+    let bends: Vec<(&str, Box<dyn Fn(&mut ExpandedChange)>)> = vec![
+        ("replaces what it cannot know", Box::new({
+            let stranger = stranger.clone();
+            move |change| change.operations[0].pred = vec![stranger.clone()].into()
+        })),
+        ("an object that it cannot know", Box::new({
+            let stranger = stranger.clone();
+            move |change| change.operations[0].obj = ObjectId::Id(stranger.clone())
+        })),
+        ("wrong numbers", Box::new(|change| change.start_op = 1.try_into().unwrap())),
+        ("wrong numbers", Box::new(|change| change.start_op = 1_000_000.try_into().unwrap())),
+        ("not allowed", Box::new(|change| {
+            change.operations[0].action = OpType::Make(automerge::ObjType::Text);
+        })),
+        ("not allowed", Box::new(|change| change.operations[0].action = OpType::Increment(1))),
+        ("changes nothing", Box::new(|change| change.operations.clear())),
+        ("out of sequence", Box::new(|change| change.seq = 7)),
+        ("key is empty", Box::new(|change| {
+            change.operations[0].key = automerge::legacy::Key::Map("".into());
+        })),
+    ];
+    for (number, (why, bend)) in bends.into_iter().enumerate() {
+        let envelope = Liar::knowing(&mut world, 0, id, number as u8).bent(&[put("/a", json!(1))], bend);
+        for node in 0..3 {
+            world.refuses(node, id, &envelope, why);
+        }
+    }
+    // It goes on as if nothing had been.
+    world.edit(2, id, "/b", 1);
+    world.settle();
+    assert_eq!(world.assert_same(&[0, 1, 2], id), json!({"m": {"x": 1}, "b": 1}));
+}
+
+/// What is refused must not depend on what else is here: a reference to an operation that is here, but not among what the change builds on.
+#[test]
+fn a_change_refers_only_to_what_it_builds_on() {
+    let (mut world, id) = world(2);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    world.edit(0, id, "/late", 1);
+    world.settle();
+    let (known, _) = world.node(0).document(&id).unwrap().unwrap();
+    let late = known.automerge().get_changes(&[]).pop().unwrap();
+    let id_of_late = OpId(late.start_op().get(), late.actor_id().clone());
+    let envelope = liar.bent(&[put("/late", json!(2))], |change| {
+        change.operations[0].pred = vec![id_of_late.clone()].into();
+    });
+    world.refuses(0, id, &envelope, "cannot know");
+    world.refuses(1, id, &envelope, "cannot know");
+}
+
+#[test]
+fn nesting_is_bounded_also_over_many_changes() {
+    let (mut world, id) = world(2);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    let mut parent = ROOT;
+    let mut refused = None;
+    for depth in 0..60 {
+        let mut tx = liar.doc.transaction();
+        parent = tx.put_object(&parent, "d", automerge::ObjType::Map).unwrap();
+        let (hash, _) = tx.commit_with(CommitOptions::default().with_time(0));
+        let change = automerge::ReadDoc::get_change_by_hash(&liar.doc, &hash.unwrap()).unwrap();
+        let envelope = liar.next(change.raw_bytes(), ChangeId(change.hash().0));
+        world.lie(0, news(id, &[envelope]));
+        if world.offences(0).iter().any(|why| why.contains("too deeply")) {
+            refused = Some(depth);
+            break;
+        }
+    }
+    assert_eq!(refused, Some(crate::MAX_DEPTH + 1));
+    world.settle();
+    world.assert_same(&[0, 1], id);
+}
+
+#[test]
+fn bombs_are_refused_before_they_unfold() {
+    let (mut world, id) = world(2);
+    let mut document = Automerge::new();
+    let mut tx = document.transaction();
+    tx.put(ROOT, "a", "x".repeat(100_000)).unwrap();
+    tx.commit();
+    let mut change = document.get_changes(&[]).pop().unwrap();
+    let compressed = change.bytes().into_owned();
+    assert!(compressed.len() < 2_000);
+    let whole = document.save();
+    let long = vec![0; 600_000];
+    let chunks = [(&compressed[..], "no plain change"), (&whole, "no plain change"), (&long, "longer"), (b"\x85oJ\x83", "ends early")];
+    for (number, (bytes, why)) in chunks.into_iter().enumerate() {
+        let envelope = Liar::knowing(&mut world, 0, id, number as u8).next(bytes, ChangeId([1; 32]));
+        world.refuses(0, id, &envelope, why);
+    }
+}
+
+#[test]
+fn a_flood_of_orphans_is_bounded_and_others_are_served() {
+    let (mut world, id) = world(2);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    let _never_sent = liar.commit(&[put("/0", json!(0))]);
+    let orphans: Vec<_> = (1..3_000).map(|n| liar.commit(&[put(&format!("/{n}"), json!("x".repeat(2_000)))])).collect();
+    for some in orphans.chunks(100) {
+        world.lie(0, news(id, some));
+    }
+    let (document, _) = world.node(0).document(&id).unwrap().unwrap();
+    let (count, bytes) = document.waiting();
+    assert!(count <= 512 && bytes <= 4 << 20, "{count} wait, {bytes} bytes");
+    world.edit(1, id, "/served", 1);
+    world.settle();
+    assert_eq!(world.get(0, id)["served"], 1);
+    // Nothing of it is on disk.
+    world.restart(0);
+    let (document, _) = world.node(0).document(&id).unwrap().unwrap();
+    assert_eq!(document.waiting(), (0, 0));
+}
+
+#[test]
+fn messages_of_any_bytes_do_no_harm() {
+    let (mut world, id) = world(2);
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    let honest: Vec<Vec<u8>> = [
+        news(id, &[liar.commit(&[put("/a", json!(1))])]),
+        Kind::Summary(wire::Summary { document: Bytes::copy_from_slice(&id.0), genesis: true, answer: true, epochs: 3, ..Default::default() }),
+        Kind::Want(wire::Want { document: Bytes::copy_from_slice(&id.0), genesis: true, epochs: 1, ..Default::default() }),
+        Kind::Buckets(wire::Buckets { digests: vec![1; 2048].into(), shared: false }),
+        Kind::Listing(wire::Listing { entries: [&id.0[..], &[0; 8]].concat().into(), answer: true, ..Default::default() }),
+        Kind::Root(wire::Root { digest: vec![1; 32].into(), shared: false }),
+        Kind::Interest(wire::Interest { holds: Bytes::copy_from_slice(&id.0), drops: Bytes::new() }),
+    ]
+    .into_iter()
+    .map(|kind| wire::DocumentMessage { kind: Some(kind) }.encode_to_vec())
+    .collect();
+    for _ in 0..20_000 {
+        let mut message = honest[random.usize(..honest.len())].clone();
+        for _ in 0..random.usize(1..6) {
+            let place = random.usize(..message.len());
+            match random.u8(..4) {
+                0 => message[place] = random.u8(..),
+                1 => message[place] ^= 1 << random.u8(..8),
+                2 => message.truncate(place.max(1)),
+                _ => message.insert(place, random.u8(..)),
+            }
+        }
+        world.lie_bytes(0, &message);
+        world.flying.clear();
+    }
+    world.node(0).assert_loads(id);
+    let garbage: Vec<u8> = iter::repeat_with(|| random.u8(..)).take(1_000).collect();
+    world.lie_bytes(0, &garbage);
+    assert!(!world.offences(0).is_empty());
+}
+
+#[test]
+fn who_asks_gets_one_piece_for_each_message() {
+    let (mut world, id) = world(2);
+    for number in 0..40 {
+        world.edit(0, id, &format!("/{number}"), "x".repeat(50_000));
+    }
+    world.settle();
+    let (document, _) = world.node(0).document(&id).unwrap().unwrap();
+    let sessions = crate::epoch::heads_to_wire(&document.heads().into_iter().map(|(id, head)| (id, crate::epoch::Head { count: 0, ..head })).collect());
+    let want = wire::Want { document: Bytes::copy_from_slice(&id.0), sessions, ..Default::default() };
+    world.node(0).connected(key(LIAR));
+    let message = wire::DocumentMessage { kind: Some(Kind::Want(want)) }.encode_to_vec();
+    world.node(0).receive(key(LIAR), &message).unwrap();
+    world.node(0).flush().unwrap();
+    let mut answers = Vec::new();
+    while let Some(output) = world.node(0).poll() {
+        if let crate::Output::Send { peer, message } = output {
+            assert_eq!(peer, key(LIAR));
+            answers.push(message.len());
+        }
+    }
+    // One says which documents there are, and one is the piece.
+    assert_eq!(answers.len(), 2, "{answers:?}");
+    assert!(answers.iter().sum::<usize>() < 1 << 20, "{answers:?}");
+}
+
+#[test]
+fn a_stranger_who_is_not_connected_is_not_heard() {
+    let (mut world, id) = world(1);
+    let envelope = Liar::knowing(&mut world, 0, id, 1).commit(&[put("/a", json!(1))]);
+    let message = wire::DocumentMessage { kind: Some(news(id, &[envelope])) }.encode_to_vec();
+    world.node(0).receive(Key([7; 32]), &message).unwrap();
+    world.flush(0).unwrap();
+    assert_eq!(world.node(0).get(id, &Path::default()).unwrap(), Some(json!({"m": {"x": 1}})));
+}
+
+#[test]
+fn scalars_that_json_has_not_are_read_as_something() {
+    let (mut world, id) = world(1);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    let odd = [ScalarValue::Bytes(vec![1, 2]), ScalarValue::F64(f64::NAN), ScalarValue::Timestamp(5), ScalarValue::Unknown { type_code: 12, bytes: vec![9] }];
+    let mut tx = liar.doc.transaction();
+    for (number, value) in odd.into_iter().enumerate() {
+        tx.put(ROOT, number.to_string(), value).unwrap();
+    }
+    let (hash, _) = tx.commit_with(CommitOptions::default().with_time(0));
+    let change = automerge::ReadDoc::get_change_by_hash(&liar.doc, &hash.unwrap()).unwrap();
+    let envelope = liar.next(change.raw_bytes(), ChangeId(change.hash().0));
+    world.lie(0, news(id, &[envelope]));
+    assert_eq!(world.get(0, id), json!({"m": {"x": 1}, "0": "0102", "1": null, "2": 5, "3": null}));
+}

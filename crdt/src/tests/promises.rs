@@ -517,8 +517,9 @@ fn a_crash_at_any_write_loses_nothing_that_was_acknowledged() {
         let disk = Disk::default();
         disk.fail_in(Some(fails_in));
         let (mut acknowledged, mut id) = (Vec::new(), None);
+        // The last ones are those of closing, which nothing waits for.
         let failed = work(&disk, 0, &mut acknowledged, &mut id).is_err();
-        assert!(failed, "it was interrupted");
+        assert!(failed || fails_in + 16 > operations, "it was not interrupted at {fails_in} of {operations}");
         // Once as if the program had been killed, and thrice as if power had been lost.
         for attempt in 0..4 {
             let left = match attempt {
