@@ -77,7 +77,11 @@ impl<'a> Reader<'a> {
 
     fn signed(&mut self) -> Result<i64, Refusal> {
         let (value, bits, negative) = self.groups()?;
-        let extension = if negative && bits < 64 { u64::MAX << bits } else { 0 };
+        let extension = if negative && bits < 64 {
+            u64::MAX << bits
+        } else {
+            0
+        };
         Ok((value | extension) as i64)
     }
 
@@ -100,7 +104,9 @@ struct Unfolded {
 impl Unfolded {
     fn add(&mut self, rows: u64, each: u64) -> Result<(), Refusal> {
         self.rows = self.rows.checked_add(rows).ok_or(TOO_MUCH)?;
-        let sum = rows.checked_mul(each).and_then(|sum| self.sum.checked_add(sum));
+        let sum = rows
+            .checked_mul(each)
+            .and_then(|sum| self.sum.checked_add(sum));
         self.sum = sum.ok_or(TOO_MUCH)?;
         if self.rows > MAX_OPS || self.sum > MAX_EXPANDED {
             return Err(TOO_MUCH);
@@ -209,7 +215,9 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
         return Err(Refusal::Malformed("values are missing"));
     }
     if !reader.0.is_empty() {
-        return Err(Refusal::Malformed("a change has something after its operations"));
+        return Err(Refusal::Malformed(
+            "a change has something after its operations",
+        ));
     }
     Ok(())
 }
@@ -266,13 +274,24 @@ mod tests {
         assert_eq!(check(&with_columns(&[(0x42, &[1, 1])])), Ok(()));
         for spec in [0x40, 0x41, 0x42, 0x43, 0x46] {
             let run = [&many[..], &[1]].concat();
-            assert_eq!(check(&with_columns(&[(spec, &run)])), Err(TOO_MUCH), "{spec:x}");
+            assert_eq!(
+                check(&with_columns(&[(spec, &run)])),
+                Err(TOO_MUCH),
+                "{spec:x}"
+            );
             let nulls = [&[0], &many[..]].concat();
-            assert_eq!(check(&with_columns(&[(spec, &nulls)])), Err(TOO_MUCH), "{spec:x}");
+            assert_eq!(
+                check(&with_columns(&[(spec, &nulls)])),
+                Err(TOO_MUCH),
+                "{spec:x}"
+            );
         }
         assert_eq!(check(&with_columns(&[(0x44, &many)])), Err(TOO_MUCH));
         // Few rows, each a group of many.
-        assert_eq!(check(&with_columns(&[(0x70, &[&[1], &many[..]].concat())])), Err(TOO_MUCH));
+        assert_eq!(
+            check(&with_columns(&[(0x70, &[&[1], &many[..]].concat())])),
+            Err(TOO_MUCH)
+        );
         // A long key, again and again.
         let key = [&[0x80, 0x80, 4, 100][..], &[b'k'; 100]].concat();
         assert_eq!(check(&with_columns(&[(0x15, &key)])), Err(TOO_MUCH));

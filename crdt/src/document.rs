@@ -9,9 +9,7 @@ use std::{
     mem,
 };
 
-use automerge::{
-    ActorId, Automerge, Change, ChangeHash, ReadDoc, transaction::CommitOptions,
-};
+use automerge::{ActorId, Automerge, Change, ChangeHash, ReadDoc, transaction::CommitOptions};
 use bytes::Bytes;
 use prost::Message;
 use weft_proto::wire;
@@ -51,7 +49,10 @@ impl Session {
     fn chain_before(&self, id: &SessionId, index: u64) -> Option<Chain> {
         match index {
             0 => Some(id.chain()),
-            index => self.entries.get(index as usize - 1).map(|(chain, _)| *chain),
+            index => self
+                .entries
+                .get(index as usize - 1)
+                .map(|(chain, _)| *chain),
         }
     }
 }
@@ -126,7 +127,9 @@ fn hash(id: &ChangeId) -> ChangeHash {
 }
 
 fn damaged(what: &str) -> StoreError {
-    StoreError::Other(format!("{what} cannot be read: the file is damaged; move it away, and the documents are fetched again from those who have them"))
+    StoreError::Other(format!(
+        "{what} cannot be read: the file is damaged; move it away, and the documents are fetched again from those who have them"
+    ))
 }
 
 impl Document {
@@ -173,7 +176,9 @@ impl Document {
         if let Some(save) = store.get(&key::save(&id))? {
             match guard::contained(|| Automerge::load(&save)) {
                 Ok(Ok(doc)) => this.doc = doc,
-                _ => tracing::warn!(document = %id, "a save cannot be loaded; the log is read instead"),
+                _ => {
+                    tracing::warn!(document = %id, "a save cannot be loaded; the log is read instead")
+                }
             }
         }
         let mut changes = Vec::new();
@@ -183,17 +188,27 @@ impl Document {
         for (_, row) in store.scan(&key::log(&id), &[], usize::MAX)? {
             this.log_bytes += row.len() as u64;
             let envelope = wire::Envelope::decode(&row[..]).map_err(|_| damaged("an envelope"))?;
-            let header = envelope.header.as_ref().ok_or_else(|| damaged("an envelope"))?;
+            let header = envelope
+                .header
+                .as_ref()
+                .ok_or_else(|| damaged("an envelope"))?;
             let header = Header::read(header, &id).map_err(|_| damaged("an envelope"))?;
-            let session = this.sessions.entry(header.session).or_insert_with(|| Session {
-                run: header.run,
-                entries: Vec::new(),
-            });
+            let session = this
+                .sessions
+                .entry(header.session)
+                .or_insert_with(|| Session {
+                    run: header.run,
+                    entries: Vec::new(),
+                });
             if session.entries.len() as u64 != header.index {
                 return Err(damaged("the log"));
             }
             session.entries.push((header.chain(), header.change));
-            if this.doc.get_change_meta_by_hash(&hash(&header.change)).is_none() {
+            if this
+                .doc
+                .get_change_meta_by_hash(&hash(&header.change))
+                .is_none()
+            {
                 let change = Change::from_bytes(envelope.change.to_vec());
                 changes.push(change.map_err(|_| damaged("a change"))?);
             }
@@ -222,13 +237,20 @@ impl Document {
             return digest;
         }
         let mut hasher = blake3::Hasher::new_derive_key("weft document digest v1");
-        hasher.update(&self.id().0).update(&self.epochs.current(&self.genesis).0);
+        hasher
+            .update(&self.id().0)
+            .update(&self.epochs.current(&self.genesis).0);
         for (session, head) in self.heads() {
-            hasher.update(&session.0).update(&head.count.to_be_bytes()).update(&head.chain.0);
+            hasher
+                .update(&session.0)
+                .update(&head.count.to_be_bytes())
+                .update(&head.chain.0);
         }
         hasher.update(b"forks");
         for (session, proof) in &self.proofs {
-            hasher.update(&session.0).update(&proof.index().to_be_bytes());
+            hasher
+                .update(&session.0)
+                .update(&proof.index().to_be_bytes());
         }
         let digest = Digest(hasher.finalize().into());
         self.digest = Some(digest);
@@ -238,14 +260,26 @@ impl Document {
     pub(crate) fn heads(&self) -> Heads {
         let head = |(id, session): (&SessionId, &Session)| {
             let (chain, _) = session.entries.last()?;
-            Some((*id, Head { count: session.entries.len() as u64, chain: *chain }))
+            Some((
+                *id,
+                Head {
+                    count: session.entries.len() as u64,
+                    chain: *chain,
+                },
+            ))
         };
         self.sessions.iter().filter_map(head).collect()
     }
 
     pub(crate) fn forks(&self) -> Heads {
         let fork = |(id, proof): (&SessionId, &Proof)| {
-            (*id, Head { count: proof.index(), chain: proof.one.previous })
+            (
+                *id,
+                Head {
+                    count: proof.index(),
+                    chain: proof.one.previous,
+                },
+            )
         };
         self.proofs.iter().map(fork).collect()
     }
@@ -264,11 +298,18 @@ impl Document {
     }
 
     pub(crate) fn count(&self, id: &SessionId) -> u64 {
-        self.sessions.get(id).map_or(0, |session| session.entries.len() as u64)
+        self.sessions
+            .get(id)
+            .map_or(0, |session| session.entries.len() as u64)
     }
 
     pub(crate) fn may_write(&self, key: &Key) -> bool {
-        *key == self.genesis.owner || self.epochs.writers(&self.genesis).binary_search(key).is_ok()
+        *key == self.genesis.owner
+            || self
+                .epochs
+                .writers(&self.genesis)
+                .binary_search(key)
+                .is_ok()
     }
 
     pub(crate) fn automerge(&self) -> &Automerge {
@@ -276,17 +317,26 @@ impl Document {
     }
 
     pub(crate) fn log(&self) -> (u64, u64) {
-        let envelopes = self.sessions.values().map(|session| session.entries.len() as u64).sum();
+        let envelopes = self
+            .sessions
+            .values()
+            .map(|session| session.entries.len() as u64)
+            .sum();
         (envelopes, self.log_bytes)
     }
 
     /// Commits, the latest first, as far as `limit` goes.
     pub(crate) fn history(&self, limit: usize) -> Vec<Commit> {
-        let actors: BTreeMap<[u8; 16], (&SessionId, &Session)> =
-            self.sessions.iter().map(|(id, session)| (id.actor(), (id, session))).collect();
+        let actors: BTreeMap<[u8; 16], (&SessionId, &Session)> = self
+            .sessions
+            .iter()
+            .map(|(id, session)| (id.actor(), (id, session)))
+            .collect();
         let metas = self.doc.get_changes_meta(&[]);
         let commit = |meta: &automerge::ChangeMetadata<'_>| {
-            let session = <[u8; 16]>::try_from(meta.actor.to_bytes()).ok().and_then(|actor| actors.get(&actor));
+            let session = <[u8; 16]>::try_from(meta.actor.to_bytes())
+                .ok()
+                .and_then(|actor| actors.get(&actor));
             Commit {
                 id: ChangeId(meta.hash.0),
                 author: session.map_or(self.genesis.owner, |(_, session)| session.run.author),
@@ -300,7 +350,12 @@ impl Document {
         metas.iter().rev().take(limit).map(commit).collect()
     }
 
-    pub(crate) fn envelope(&self, store: &Store, session: &SessionId, index: u64) -> Result<Envelope, StoreError> {
+    pub(crate) fn envelope(
+        &self,
+        store: &Store,
+        session: &SessionId,
+        index: u64,
+    ) -> Result<Envelope, StoreError> {
         let row = store.get(&key::envelope(&self.id(), session, index))?;
         let row = row.ok_or_else(|| damaged("the log"))?;
         read_envelope(&row, &self.id()).map_err(|_| damaged("an envelope"))
@@ -310,7 +365,9 @@ impl Document {
 
     /// How far a session counts, by epochs and proofs.
     fn limit(&self, session: &SessionId, run: &Run) -> u64 {
-        let standing = self.epochs.standing(&self.genesis, &run.author, session, &run.epoch);
+        let standing = self
+            .epochs
+            .standing(&self.genesis, &run.author, session, &run.epoch);
         let limit = match standing {
             Standing::Open => u64::MAX,
             Standing::Until(head) => head.count,
@@ -334,7 +391,12 @@ impl Document {
                 }
             };
         }
-        let standing = self.epochs.standing(&self.genesis, &header.run.author, &header.session, &header.run.epoch);
+        let standing = self.epochs.standing(
+            &self.genesis,
+            &header.run.author,
+            &header.session,
+            &header.run.epoch,
+        );
         if header.index >= self.limit(&header.session, &header.run) {
             // Of an epoch that is not here yet.
             let later = standing == Standing::Void && !self.knows(&header.run.epoch);
@@ -367,7 +429,11 @@ impl Document {
     }
 
     /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here.
-    pub(crate) fn take(&mut self, store: &mut Store, envelopes: Vec<From>) -> Result<Taken, StoreError> {
+    pub(crate) fn take(
+        &mut self,
+        store: &mut Store,
+        envelopes: Vec<From>,
+    ) -> Result<Taken, StoreError> {
         let mut taken = Taken::default();
         let before = self.doc.get_heads();
         let mut queue = mem::take(&mut self.waiting);
@@ -421,13 +487,35 @@ impl Document {
         Ok(taken)
     }
 
+    /// Keeps an envelope for when what it builds on is here, if there is room. Nobody takes more than a quarter of it.
     fn wait(&mut self, envelope: Envelope, from: Option<Key>, taken: &mut Taken) {
-        let bytes: usize = self.waiting.iter().map(|(envelope, _)| envelope.change.len()).sum();
+        if self
+            .waiting
+            .iter()
+            .any(|(other, _)| other.header == envelope.header)
+        {
+            return;
+        }
+        if !envelope.header.is_signed(&self.id()) {
+            taken
+                .offences
+                .extend(from.map(|from| (from, Refusal::Signature)));
+            return;
+        }
         taken.early.extend(from);
-        let same = |other: &Header| *other == envelope.header;
+        let bytes: usize = self
+            .waiting
+            .iter()
+            .map(|(envelope, _)| envelope.change.len())
+            .sum();
+        let of_it = self
+            .waiting
+            .iter()
+            .filter(|(_, other)| *other == from)
+            .count();
         if self.waiting.len() < MAX_WAITING
+            && of_it < MAX_WAITING / 4
             && bytes + envelope.change.len() <= MAX_WAITING_BYTES
-            && !self.waiting.iter().any(|(other, _)| same(&other.header))
         {
             self.waiting.push((envelope, from));
         }
@@ -465,28 +553,45 @@ impl Document {
         if !header.is_signed(&document) {
             return Ok(Err(Refusal::Signature));
         }
-        let checked = match guard::decode(&envelope.change, header.session.actor(), header.index + 1) {
-            Ok(checked) if checked.id == header.change => checked,
-            Ok(_) => return Ok(Err(Refusal::Malformed("a change is not the one that was signed"))),
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+        let checked =
+            match guard::decode(&envelope.change, header.session.actor(), header.index + 1) {
+                Ok(checked) if checked.id == header.change => checked,
+                Ok(_) => {
+                    return Ok(Err(Refusal::Malformed(
+                        "a change is not the one that was signed",
+                    )));
+                }
+                Err(refusal) => return Ok(Err(refusal)),
+            };
         let copy_here = copy.get_or_insert_with(|| self.doc.clone());
-        if checked.change.deps().iter().any(|dep| copy_here.get_change_meta_by_hash(dep).is_none()) {
+        if checked
+            .change
+            .deps()
+            .iter()
+            .any(|dep| copy_here.get_change_meta_by_hash(dep).is_none())
+        {
             return Ok(Err(Refusal::Early));
         }
         let session = self.sessions.get(&header.session);
-        let previous = session.and_then(|session| session.entries.last()).map(|(_, change)| *change);
-        Ok(match guard::apply(copy_here, &checked, previous, &mut self.depths) {
-            Ok(()) => Ok(checked.change),
-            Err(refusal) => {
-                // The copy may be half changed.
-                let mut again = self.doc.clone();
-                let repaired = guard::contained(|| again.apply_changes(accepted.to_vec()));
-                debug_assert!(matches!(repaired, Ok(Ok(()))), "what was taken is taken again");
-                *copy = Some(again);
-                Err(refusal)
-            }
-        })
+        let previous = session
+            .and_then(|session| session.entries.last())
+            .map(|(_, change)| *change);
+        Ok(
+            match guard::apply(copy_here, &checked, previous, &mut self.depths) {
+                Ok(()) => Ok(checked.change),
+                Err(refusal) => {
+                    // The copy may be half changed.
+                    let mut again = self.doc.clone();
+                    let repaired = guard::contained(|| again.apply_changes(accepted.to_vec()));
+                    debug_assert!(
+                        matches!(repaired, Ok(Ok(()))),
+                        "what was taken is taken again"
+                    );
+                    *copy = Some(again);
+                    Err(refusal)
+                }
+            },
+        )
     }
 
     /// Writes an envelope that has been checked behind its session.
@@ -494,27 +599,45 @@ impl Document {
         let header = &envelope.header;
         let row = envelope.to_wire().encode_to_vec();
         self.log_bytes += row.len() as u64;
-        store.put(key::envelope(&self.id(), &header.session, header.index), row);
-        let session = self.sessions.entry(header.session).or_insert_with(|| Session {
-            run: header.run,
-            entries: Vec::new(),
-        });
+        store.put(
+            key::envelope(&self.id(), &header.session, header.index),
+            row,
+        );
+        let session = self
+            .sessions
+            .entry(header.session)
+            .or_insert_with(|| Session {
+                run: header.run,
+                entries: Vec::new(),
+            });
         session.entries.push((header.chain(), header.change));
         self.digest = None;
     }
 
     /// Takes a proof whose signatures have been checked.
-    pub(crate) fn take_proof(&mut self, store: &mut Store, proof: &Proof) -> Result<Taken, StoreError> {
+    pub(crate) fn take_proof(
+        &mut self,
+        store: &mut Store,
+        proof: &Proof,
+    ) -> Result<Taken, StoreError> {
         let mut taken = Taken::default();
         let (session, run) = (proof.session(), proof.one.run);
-        if !self.matters(proof) || self.proofs.get(&session).is_some_and(|known| known.index() <= proof.index()) {
+        if !self.matters(proof)
+            || self
+                .proofs
+                .get(&session)
+                .is_some_and(|known| known.index() <= proof.index())
+        {
             return Ok(taken);
         }
         if self.proofs.len() >= MAX_SESSIONS && !self.proofs.contains_key(&session) {
             taken.full = true;
             return Ok(taken);
         }
-        store.put(key::proof(&self.id(), &session), proof.to_wire().encode_to_vec());
+        store.put(
+            key::proof(&self.id(), &session),
+            proof.to_wire().encode_to_vec(),
+        );
         self.proofs.insert(session, proof.clone());
         self.digest = None;
         taken.proofs.push(proof.clone());
@@ -533,7 +656,10 @@ impl Document {
     /// Whether a proof is about something that would count without it.
     fn matters(&self, proof: &Proof) -> bool {
         let run = &proof.one.run;
-        match self.epochs.standing(&self.genesis, &run.author, &proof.session(), &run.epoch) {
+        match self
+            .epochs
+            .standing(&self.genesis, &run.author, &proof.session(), &run.epoch)
+        {
             Standing::Open => true,
             Standing::Until(head) => proof.index() < head.count,
             Standing::Void => false,
@@ -571,7 +697,10 @@ impl Document {
             Err(refusal) => return Ok(Err(refusal)),
         };
         let mut taken = Taken::default();
-        let had = (self.epochs.count(), self.epochs.beginning().map(|epoch| epoch.id));
+        let had = (
+            self.epochs.count(),
+            self.epochs.beginning().map(|epoch| epoch.id),
+        );
         for epoch in &epochs {
             store.put(key::epoch(&id, epoch.number), epoch.wire.encode_to_vec());
         }
@@ -596,7 +725,12 @@ impl Document {
             }
             None => self.base(store)?,
         };
-        let void: Vec<_> = self.proofs.iter().filter(|(_, proof)| !self.matters(proof)).map(|(id, _)| *id).collect();
+        let void: Vec<_> = self
+            .proofs
+            .iter()
+            .filter(|(_, proof)| !self.matters(proof))
+            .map(|(id, _)| *id)
+            .collect();
         for session in void {
             store.delete(key::proof(&id, &session));
             self.proofs.remove(&session);
@@ -614,7 +748,10 @@ impl Document {
 
     /// Whether what is here of a session is another branch than the one an epoch names.
     fn goes_astray(&self, session: &SessionId, known: &Session) -> bool {
-        match self.epochs.standing(&self.genesis, &known.run.author, session, &known.run.epoch) {
+        match self
+            .epochs
+            .standing(&self.genesis, &known.run.author, session, &known.run.epoch)
+        {
             Standing::Until(head) => known
                 .chain_before(session, head.count)
                 .is_some_and(|chain| chain != head.chain),
@@ -633,9 +770,18 @@ impl Document {
     }
 
     /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered` contains and what was revoked.
-    fn rebuild(&mut self, store: &mut Store, base: &Automerge, covered: &Heads) -> Result<Vec<Edit>, StoreError> {
+    fn rebuild(
+        &mut self,
+        store: &mut Store,
+        base: &Automerge,
+        covered: &Heads,
+    ) -> Result<Vec<Edit>, StoreError> {
         let id = self.id();
-        let mut known: HashSet<ChangeHash> = base.get_changes_meta(&[]).into_iter().map(|meta| meta.hash).collect();
+        let mut known: HashSet<ChangeHash> = base
+            .get_changes_meta(&[])
+            .into_iter()
+            .map(|meta| meta.hash)
+            .collect();
         let limits: BTreeMap<SessionId, usize> = self
             .sessions
             .iter()
@@ -644,7 +790,12 @@ impl Document {
                     true => 0,
                     false => self.limit(session, &entries.run),
                 };
-                (*session, usize::try_from(limit).unwrap_or(usize::MAX).min(entries.entries.len()))
+                (
+                    *session,
+                    usize::try_from(limit)
+                        .unwrap_or(usize::MAX)
+                        .min(entries.entries.len()),
+                )
             })
             .collect();
         let mut kept: BTreeMap<SessionId, usize> = BTreeMap::new();
@@ -671,7 +822,10 @@ impl Document {
         }
         let mut doc = base.clone();
         let applied = guard::contained(|| doc.apply_changes(changes));
-        debug_assert!(matches!(applied, Ok(Ok(()))), "what was taken is taken again");
+        debug_assert!(
+            matches!(applied, Ok(Ok(()))),
+            "what was taken is taken again"
+        );
         let carry = self.lost_edits(&kept, covered);
         for (session, count) in kept {
             let Some(entries) = self.sessions.get_mut(&session) else {
@@ -712,14 +866,22 @@ impl Document {
             let Some(entries) = self.sessions.get(session) else {
                 continue;
             };
-            let standing = self.epochs.standing(&self.genesis, &entries.run.author, session, &entries.run.epoch);
+            let standing = self.epochs.standing(
+                &self.genesis,
+                &entries.run.author,
+                session,
+                &entries.run.epoch,
+            );
             // Taken away by the owner.
-            let revoked = !self.may_write(&entries.run.author) || matches!(standing, Standing::Until(_));
+            let revoked =
+                !self.may_write(&entries.run.author) || matches!(standing, Standing::Until(_));
             if revoked {
                 continue;
             }
             let in_base = match covered.get(session) {
-                Some(head) if entries.chain_before(session, head.count) == Some(head.chain) => head.count as usize,
+                Some(head) if entries.chain_before(session, head.count) == Some(head.chain) => {
+                    head.count as usize
+                }
                 _ => 0,
             };
             let from = kept.get(session).copied().unwrap_or(0).max(in_base);
@@ -738,18 +900,31 @@ impl Document {
     // Writing.
 
     /// The session in which this replica writes, begun anew if there is none that counts.
-    fn session(&mut self, store: &mut Store, identity: &Identity, nonce: impl FnOnce() -> [u8; 16]) -> (SessionId, Run) {
+    fn session(
+        &mut self,
+        store: &mut Store,
+        identity: &Identity,
+        nonce: impl FnOnce() -> [u8; 16],
+    ) -> (SessionId, Run) {
         if let Some(session) = self.writing
             && !self.proofs.contains_key(&session)
             && let Some(known) = self.sessions.get(&session)
         {
             let run = known.run;
-            if self.epochs.standing(&self.genesis, &run.author, &session, &run.epoch) == Standing::Open {
+            if self
+                .epochs
+                .standing(&self.genesis, &run.author, &session, &run.epoch)
+                == Standing::Open
+            {
                 return (session, run);
             }
         }
         let epoch = self.epochs.current(&self.genesis);
-        let run = Run { author: identity.key(), nonce: nonce(), epoch };
+        let run = Run {
+            author: identity.key(),
+            nonce: nonce(),
+            epoch,
+        };
         let session = run.session(&self.id());
         store.put(key::own(&self.id(), &session), Vec::new());
         self.own.insert(session);
@@ -768,21 +943,40 @@ impl Document {
         let author = identity.key();
         if !self.may_write(&author) {
             let (document, owner) = (self.id(), self.genesis.owner);
-            return Err(Error::NotWriter { document, key: author, owner });
+            return Err(Error::NotWriter {
+                document,
+                key: author,
+                owner,
+            });
         }
         value::check(edits)?;
         if let Some(message) = message.filter(|message| message.len() > chunk::MAX_MESSAGE) {
             let (size, limit) = (message.len() as u64, chunk::MAX_MESSAGE as u64);
-            return Err(Error::TooLarge { what: "the message", size, limit, advice: " bytes" });
+            return Err(Error::TooLarge {
+                what: "the message",
+                size,
+                limit,
+                advice: " bytes",
+            });
         }
         let advice = ": have its owner compact the document";
         if self.log_bytes + MAX_CHANGE as u64 > MAX_LOG {
-            return Err(Error::TooLarge { what: "the document's log", size: self.log_bytes, limit: MAX_LOG, advice });
+            return Err(Error::TooLarge {
+                what: "the document's log",
+                size: self.log_bytes,
+                limit: MAX_LOG,
+                advice,
+            });
         }
         let fresh = self.writing.is_none_or(|session| self.count(&session) == 0);
         if fresh && self.sessions.len() >= MAX_SESSIONS {
             let (size, limit) = (self.sessions.len() as u64 + 1, MAX_SESSIONS as u64);
-            return Err(Error::TooLarge { what: "the number of the document's sessions", size, limit, advice });
+            return Err(Error::TooLarge {
+                what: "the number of the document's sessions",
+                size,
+                limit,
+                advice,
+            });
         }
         let (session, run) = self.session(store, identity, nonce);
         self.doc.set_actor(ActorId::from(session.actor()));
@@ -805,7 +999,10 @@ impl Document {
         let (Some(made), _) = tx.commit_with(options) else {
             return Ok(None);
         };
-        let change = self.doc.get_change_by_hash(&made).expect("it was just made");
+        let change = self
+            .doc
+            .get_change_by_hash(&made)
+            .expect("it was just made");
         let bytes = Bytes::copy_from_slice(change.raw_bytes());
         if let Err(refusal) = chunk::check(&bytes) {
             tracing::warn!(%refusal, "a commit is too large");
@@ -814,8 +1011,17 @@ impl Document {
         }
         let count = self.count(&session);
         let previous = self.chain_at(&session, count).expect("there are that many");
-        let header = Header::sign(identity, &self.id(), run, (count, previous), ChangeId(made.0));
-        let envelope = Envelope { header, change: bytes };
+        let header = Header::sign(
+            identity,
+            &self.id(),
+            run,
+            (count, previous),
+            ChangeId(made.0),
+        );
+        let envelope = Envelope {
+            header,
+            change: bytes,
+        };
         self.push(store, &envelope);
         self.unsaved += 1;
         let paths = before.map(|before| value::touched(&self.doc.diff(&before, &[made])));
@@ -827,7 +1033,9 @@ impl Document {
         let genesis = self.genesis.clone();
         let mut again = Self::load(store, genesis)?;
         again.watched = self.watched;
-        again.writing = self.writing.filter(|session| again.sessions.contains_key(session));
+        again.writing = self
+            .writing
+            .filter(|session| again.sessions.contains_key(session));
         *self = again;
         Ok(())
     }
@@ -842,21 +1050,39 @@ impl Document {
     ) -> Result<(Epoch, Taken), Error> {
         let owner = self.genesis.owner;
         if identity.key() != owner {
-            return Err(Error::NotOwner { document: self.id(), owner });
+            return Err(Error::NotOwner {
+                document: self.id(),
+                owner,
+            });
         }
         let (number, previous) = (self.epochs.count() + 1, self.epochs.current(&self.genesis));
         let advice = ": make a new document";
         if number > crate::epoch::MAX_EPOCHS as u64 {
-            return Err(Error::TooLarge { what: "the number of epochs", size: number, limit: crate::epoch::MAX_EPOCHS as u64, advice });
+            return Err(Error::TooLarge {
+                what: "the number of epochs",
+                size: number,
+                limit: crate::epoch::MAX_EPOCHS as u64,
+                advice,
+            });
         }
         let mut base = Vec::new();
         if anew {
             let actor = Epoch::base_actor(&self.id(), number, &previous);
             let mut doc = Automerge::new().with_actor(ActorId::from(actor));
-            value::copy(&self.doc, &mut doc).map_err(|error| StoreError::Other(error.to_string()))?;
-            base = doc.get_changes(&[]).iter().map(|change| Bytes::copy_from_slice(change.raw_bytes())).collect();
+            value::copy(&self.doc, &mut doc)
+                .map_err(|error| StoreError::Other(error.to_string()))?;
+            base = doc
+                .get_changes(&[])
+                .iter()
+                .map(|change| Bytes::copy_from_slice(change.raw_bytes()))
+                .collect();
             if base.len() > MAX_BASE {
-                return Err(Error::TooLarge { what: "the base", size: base.len() as u64, limit: MAX_BASE as u64, advice });
+                return Err(Error::TooLarge {
+                    what: "the base",
+                    size: base.len() as u64,
+                    limit: MAX_BASE as u64,
+                    advice,
+                });
             }
         }
         let mut heads = self.heads();
@@ -874,20 +1100,28 @@ impl Document {
             heads,
             base: base
                 .iter()
-                .map(|change| Change::from_bytes(change.to_vec()).map(|change| ChangeId(change.hash().0)))
+                .map(|change| {
+                    Change::from_bytes(change.to_vec()).map(|change| ChangeId(change.hash().0))
+                })
                 .collect::<Result<_, _>>()
                 .map_err(|error| StoreError::Other(error.to_string()))?,
         };
         let epoch = Epoch::sign(identity, &self.genesis, (number, previous), &says);
         match self.take_epochs(store, vec![epoch.clone()], &base)? {
             Ok(taken) => Ok((epoch, taken)),
-            Err(refusal) => Err(StoreError::Other(format!("the new epoch is refused: {refusal}")).into()),
+            Err(refusal) => {
+                Err(StoreError::Other(format!("the new epoch is refused: {refusal}")).into())
+            }
         }
     }
 
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> (usize, usize) {
-        let bytes = self.waiting.iter().map(|(envelope, _)| envelope.change.len()).sum();
+        let bytes = self
+            .waiting
+            .iter()
+            .map(|(envelope, _)| envelope.change.len())
+            .sum();
         (self.waiting.len(), bytes)
     }
 
@@ -896,16 +1130,26 @@ impl Document {
         let saved = self.doc.save();
         let loaded = Automerge::load(&saved).expect("a save loads");
         assert_eq!(loaded.get_heads(), self.doc.get_heads());
-        assert_eq!(value::get(&loaded, &Path::default()), value::get(&self.doc, &Path::default()));
+        assert_eq!(
+            value::get(&loaded, &Path::default()),
+            value::get(&self.doc, &Path::default())
+        );
         assert!(self.doc.get_missing_deps(&[]).is_empty());
         let _ = self.doc.hydrate(None);
     }
 }
 
 pub(crate) fn read_envelope(row: &[u8], document: &DocumentId) -> Result<Envelope, Refusal> {
-    let envelope = wire::Envelope::decode(row).map_err(|_| Refusal::Malformed("an envelope cannot be decoded"))?;
-    let header = envelope.header.as_ref().ok_or(Refusal::Malformed("an envelope has no header"))?;
-    Ok(Envelope { header: Header::read(header, document)?, change: envelope.change })
+    let envelope = wire::Envelope::decode(row)
+        .map_err(|_| Refusal::Malformed("an envelope cannot be decoded"))?;
+    let header = envelope
+        .header
+        .as_ref()
+        .ok_or(Refusal::Malformed("an envelope has no header"))?;
+    Ok(Envelope {
+        header: Header::read(header, document)?,
+        change: envelope.change,
+    })
 }
 
 /// The document that a base makes, each of its changes checked as if a peer had sent it.
@@ -919,7 +1163,9 @@ fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
     for (index, (change, id)) in base.iter().zip(&epoch.says.base).enumerate() {
         let checked = guard::decode(change, actor, index as u64 + 1)?;
         if checked.id != *id {
-            return Err(Refusal::Malformed("a base has another change than was signed"));
+            return Err(Refusal::Malformed(
+                "a base has another change than was signed",
+            ));
         }
         guard::apply(&mut doc, &checked, previous, &mut depths)?;
         previous = Some(*id);

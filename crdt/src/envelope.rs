@@ -26,7 +26,11 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn session(&self, document: &DocumentId) -> SessionId {
         let mut hasher = blake3::Hasher::new_derive_key("weft document session v1");
-        hasher.update(&self.author.0).update(&document.0).update(&self.epoch.0).update(&self.nonce);
+        hasher
+            .update(&self.author.0)
+            .update(&document.0)
+            .update(&self.epoch.0)
+            .update(&self.nonce);
         SessionId(hasher.finalize().into())
     }
 }
@@ -82,13 +86,23 @@ impl Header {
         change: ChangeId,
     ) -> Self {
         let session = run.session(document);
-        let mut header = Self { run, session, index, previous, change, signature: [0; 64] };
+        let mut header = Self {
+            run,
+            session,
+            index,
+            previous,
+            change,
+            signature: [0; 64],
+        };
         let signature = identity.sign(DOMAIN, &signed_bytes(document, &header));
         header.signature.copy_from_slice(&signature);
         header
     }
 
-    pub(crate) fn read(wire: &wire::EnvelopeHeader, document: &DocumentId) -> Result<Self, Refusal> {
+    pub(crate) fn read(
+        wire: &wire::EnvelopeHeader,
+        document: &DocumentId,
+    ) -> Result<Self, Refusal> {
         let read = || {
             let run = Run {
                 author: Key::read(&wire.author)?,
@@ -104,7 +118,9 @@ impl Header {
                 signature: wire.signature[..].try_into().ok()?,
             })
         };
-        read().ok_or(Refusal::Malformed("an envelope has a field of a wrong length"))
+        read().ok_or(Refusal::Malformed(
+            "an envelope has a field of a wrong length",
+        ))
     }
 
     pub(crate) fn to_wire(&self) -> wire::EnvelopeHeader {
@@ -120,7 +136,12 @@ impl Header {
     }
 
     pub(crate) fn is_signed(&self, document: &DocumentId) -> bool {
-        signed::verify(&self.run.author, DOMAIN, &signed_bytes(document, self), &self.signature)
+        signed::verify(
+            &self.run.author,
+            DOMAIN,
+            &signed_bytes(document, self),
+            &self.signature,
+        )
     }
 
     /// The chain after this envelope.
@@ -138,7 +159,10 @@ pub(crate) struct Envelope {
 
 impl Envelope {
     pub(crate) fn to_wire(&self) -> wire::Envelope {
-        wire::Envelope { header: Some(self.header.to_wire()), change: self.change.clone() }
+        wire::Envelope {
+            header: Some(self.header.to_wire()),
+            change: self.change.clone(),
+        }
     }
 }
 
@@ -173,7 +197,10 @@ impl Proof {
     }
 
     pub(crate) fn to_wire(&self) -> wire::Equivocation {
-        wire::Equivocation { one: Some(self.one.to_wire()), other: Some(self.other.to_wire()) }
+        wire::Equivocation {
+            one: Some(self.one.to_wire()),
+            other: Some(self.other.to_wire()),
+        }
     }
 
     pub(crate) fn session(&self) -> SessionId {

@@ -48,10 +48,18 @@ pub(crate) fn read_heads(heads: &[wire::SessionHead]) -> Result<Heads, Refusal> 
     let read = |head: &wire::SessionHead| {
         let session = SessionId::read(&head.session)?;
         let chain = Chain::read(&head.chain)?;
-        Some((session, Head { count: head.count, chain }))
+        Some((
+            session,
+            Head {
+                count: head.count,
+                chain,
+            },
+        ))
     };
     let all: Option<Heads> = heads.iter().map(read).collect();
-    let all = all.ok_or(Refusal::Malformed("a session's head has a field of a wrong length"))?;
+    let all = all.ok_or(Refusal::Malformed(
+        "a session's head has a field of a wrong length",
+    ))?;
     if all.len() != heads.len() {
         return Err(Refusal::Malformed("a session is listed twice"));
     }
@@ -92,11 +100,18 @@ impl Epoch {
             writers: to_wire(&says.writers),
             readers: Some(says.readers.to_wire()),
             heads: heads_to_wire(&says.heads),
-            base: says.base.iter().map(|id| Bytes::copy_from_slice(&id.0)).collect(),
+            base: says
+                .base
+                .iter()
+                .map(|id| Bytes::copy_from_slice(&id.0))
+                .collect(),
         }
         .encode_to_vec();
         let signature = identity.sign(DOMAIN, &epoch).into();
-        let wire = wire::SignedEpoch { epoch: epoch.into(), signature };
+        let wire = wire::SignedEpoch {
+            epoch: epoch.into(),
+            signature,
+        };
         Self::read(wire, genesis)
             .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
     }
@@ -107,7 +122,8 @@ impl Epoch {
         if epoch.document[..] != genesis.id.0 {
             return Err(Refusal::Malformed("an epoch is of another document"));
         }
-        let previous = EpochId::read(&epoch.previous).ok_or(Refusal::Malformed("an epoch follows none"))?;
+        let previous =
+            EpochId::read(&epoch.previous).ok_or(Refusal::Malformed("an epoch follows none"))?;
         if epoch.number == 0 || epoch.number > MAX_EPOCHS as u64 {
             return Err(Refusal::Malformed("an epoch's number is out of range"));
         }
@@ -132,7 +148,14 @@ impl Epoch {
         hasher.update(&wire.epoch).update(&wire.signature);
         let id = EpochId(hasher.finalize().into());
         let (document, number) = (genesis.id, epoch.number);
-        Ok(Self { id, document, number, previous, says, wire })
+        Ok(Self {
+            id,
+            document,
+            number,
+            previous,
+            says,
+            wire,
+        })
     }
 
     /// Whether the content begins anew.
@@ -143,7 +166,10 @@ impl Epoch {
     /// The actor of the base's changes: nobody's session has it.
     pub(crate) fn base_actor(document: &DocumentId, number: u64, previous: &EpochId) -> [u8; 16] {
         let mut hasher = blake3::Hasher::new_derive_key("weft document base v1");
-        hasher.update(&document.0).update(&previous.0).update(&number.to_be_bytes());
+        hasher
+            .update(&document.0)
+            .update(&previous.0)
+            .update(&number.to_be_bytes());
         prefix(hasher.finalize().as_bytes())
     }
 }
@@ -203,15 +229,19 @@ impl Epochs {
         if *id == genesis.epoch() {
             return Some(0);
         }
-        self.iter().find(|epoch| epoch.id == *id).map(|epoch| epoch.number)
+        self.iter()
+            .find(|epoch| epoch.id == *id)
+            .map(|epoch| epoch.number)
     }
 
     pub(crate) fn writers<'a>(&'a self, genesis: &'a Genesis) -> &'a [Key] {
-        self.last().map_or(&genesis.writers, |epoch| &epoch.says.writers)
+        self.last()
+            .map_or(&genesis.writers, |epoch| &epoch.says.writers)
     }
 
     pub(crate) fn readers<'a>(&'a self, genesis: &'a Genesis) -> &'a Readers {
-        self.last().map_or(&genesis.readers, |epoch| &epoch.says.readers)
+        self.last()
+            .map_or(&genesis.readers, |epoch| &epoch.says.readers)
     }
 
     /// The epoch at which the content began, if it began anew.
@@ -230,7 +260,10 @@ impl Epochs {
         let Some(number) = self.number_of(epoch, genesis) else {
             return Standing::Void;
         };
-        if self.beginning().is_some_and(|beginning| number < beginning.number) {
+        if self
+            .beginning()
+            .is_some_and(|beginning| number < beginning.number)
+        {
             return Standing::Void;
         }
         if *author == genesis.owner {

@@ -14,7 +14,9 @@ pub enum Error {
     #[error("this node does not hold document {0}; open it first")]
     Unknown(DocumentId),
     /// It was asked for, and no peer that has it has been met yet.
-    #[error("document {0} has not arrived yet: no connected peer has it, or this node may not read it")]
+    #[error(
+        "document {0} has not arrived yet: no connected peer has it, or this node may not read it"
+    )]
     NotYet(DocumentId),
     /// This node's key may not write it.
     #[error("{key} may not write document {document}; its owner is {owner}, and can add writers")]
@@ -35,7 +37,9 @@ pub enum Error {
         owner: Key,
     },
     /// A single-writer document has no other writers.
-    #[error("document {0} is written by its owner alone, for good; make a multi-writer document to have others write")]
+    #[error(
+        "document {0} is written by its owner alone, for good; make a multi-writer document to have others write"
+    )]
     SingleWriter(DocumentId),
     /// A path cannot be read.
     #[error(transparent)]

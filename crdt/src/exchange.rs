@@ -50,6 +50,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Digests are compared so often, and up to twice that.
 const CHECK: Duration = Duration::from_secs(30);
 
+/// The first time, and then every so many times, of all documents and not only those known to be shared.
+const CHECK_ALL: u32 = 8;
+
 /// Sooner, where more differs than is compared at a time.
 const CHECK_SOON: Duration = Duration::from_secs(1);
 
@@ -68,6 +71,7 @@ pub(crate) struct Peer {
     /// Documents that differ and are compared when others are done.
     later: BTreeSet<DocumentId>,
     check_at: Duration,
+    checks: u32,
     /// A summary was asked for not long ago.
     asked: BTreeMap<DocumentId, Duration>,
 }
@@ -125,18 +129,34 @@ impl Replica {
             return;
         }
         let check_at = self.now + self.pause();
-        self.peers.insert(peer, Peer { check_at, ..Peer::default() });
+        self.peers.insert(
+            peer,
+            Peer {
+                check_at,
+                ..Peer::default()
+            },
+        );
         let all = self.readable(&peer, false);
         if !all.is_empty() {
             let digest = self.root(&all);
-            self.send(peer, Kind::Root(wire::Root { digest, shared: false }));
+            self.send(
+                peer,
+                Kind::Root(wire::Root {
+                    digest,
+                    shared: false,
+                }),
+            );
         }
     }
 
     /// A peer is gone.
     pub fn disconnected(&mut self, peer: &Key) {
         self.peers.remove(peer);
-        let waiting: BTreeSet<_> = self.peers.values().flat_map(|peer| peer.exchanges.keys().copied()).collect();
+        let waiting: BTreeSet<_> = self
+            .peers
+            .values()
+            .flat_map(|peer| peer.exchanges.keys().copied())
+            .collect();
         for id in waiting {
             // Another may be asked instead.
             if let Err(error) = self.go_on_with_any(id) {
@@ -154,23 +174,36 @@ impl Replica {
     pub fn tick(&mut self, now: Duration, wall: i64) {
         self.now = self.now.max(now);
         self.set_wall(wall);
-        let due: Vec<Key> = self.peers.iter().filter(|(_, peer)| peer.check_at <= self.now).map(|(key, _)| *key).collect();
+        let due: Vec<Key> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.check_at <= self.now)
+            .map(|(key, _)| *key)
+            .collect();
         for peer in due {
             let pause = self.pause();
             let now = self.now;
-            let mut stale = Vec::new();
+            let (mut stale, mut shared) = (Vec::new(), true);
             if let Some(known) = self.peers.get_mut(&peer) {
                 known.check_at = now + pause;
+                // The two may have come to different views of what they share.
+                shared = !known.checks.is_multiple_of(CHECK_ALL);
+                known.checks += 1;
                 known.asked.retain(|_, at| *at > now);
-                stale = known.exchanges.iter().filter(|(_, one)| one.wanted.is_none() || one.until <= now).map(|(id, _)| *id).collect();
+                stale = known
+                    .exchanges
+                    .iter()
+                    .filter(|(_, one)| one.wanted.is_none() || one.until <= now)
+                    .map(|(id, _)| *id)
+                    .collect();
                 for id in &stale {
                     known.exchanges.remove(id);
                 }
             }
-            let shared = self.readable(&peer, true);
-            if !shared.is_empty() && self.key > peer {
-                let digest = self.root(&shared);
-                self.send(peer, Kind::Root(wire::Root { digest, shared: true }));
+            let compared = self.readable(&peer, shared);
+            if !compared.is_empty() && self.key > peer {
+                let digest = self.root(&compared);
+                self.send(peer, Kind::Root(wire::Root { digest, shared }));
             }
             for id in stale {
                 if let Err(error) = self.go_on_with_any(id) {
@@ -191,7 +224,9 @@ impl Replica {
     }
 
     pub(crate) fn send(&mut self, peer: Key, kind: Kind) {
-        let message = wire::DocumentMessage { kind: Some(kind) }.encode_to_vec().into();
+        let message = wire::DocumentMessage { kind: Some(kind) }
+            .encode_to_vec()
+            .into();
         self.queue(Output::Send { peer, message });
     }
 
@@ -204,7 +239,9 @@ impl Replica {
             return Ok(());
         }
         let kind = match message.len() {
-            0..=MAX_MESSAGE_BYTES => wire::DocumentMessage::decode(message).ok().and_then(|message| message.kind),
+            0..=MAX_MESSAGE_BYTES => wire::DocumentMessage::decode(message)
+                .ok()
+                .and_then(|message| message.kind),
             _ => None,
         };
         let taken = match kind {
@@ -241,7 +278,9 @@ impl Replica {
         let of_peer = self.peers.get(peer).map(|peer| &peer.shared);
         self.held
             .iter()
-            .filter(|(id, held)| held.may_read(peer) && (!shared || of_peer.is_some_and(|of| of.contains(id))))
+            .filter(|(id, held)| {
+                held.may_read(peer) && (!shared || of_peer.is_some_and(|of| of.contains(id)))
+            })
             .map(|(id, held)| (*id, held.digest))
             .collect()
     }
@@ -279,7 +318,13 @@ impl Replica {
         }
         if self.key < peer {
             let digests = self.buckets(&documents).concat().into();
-            self.send(peer, Kind::Buckets(wire::Buckets { digests, shared: root.shared }));
+            self.send(
+                peer,
+                Kind::Buckets(wire::Buckets {
+                    digests,
+                    shared: root.shared,
+                }),
+            );
         }
         Ok(())
     }
@@ -318,22 +363,47 @@ impl Replica {
         Ok(())
     }
 
-    fn send_listing(&mut self, peer: Key, listed: &[(DocumentId, Digest)], equal: Bytes, (answer, shared): (bool, bool)) {
+    fn send_listing(
+        &mut self,
+        peer: Key,
+        listed: &[(DocumentId, Digest)],
+        equal: Bytes,
+        (answer, shared): (bool, bool),
+    ) {
         let mut entries = Vec::with_capacity(listed.len() * ENTRY);
         for (id, digest) in listed {
             entries.extend(id.0);
             entries.extend(short(digest));
         }
-        self.send(peer, Kind::Listing(wire::Listing { entries: entries.into(), answer, shared, equal }));
+        self.send(
+            peer,
+            Kind::Listing(wire::Listing {
+                entries: entries.into(),
+                answer,
+                shared,
+                equal,
+            }),
+        );
     }
 
-    fn on_listing(&mut self, peer: Key, listing: &wire::Listing) -> Result<Result<(), Refusal>, StoreError> {
-        if listing.entries.len() % ENTRY != 0 || listing.entries.len() > MAX_LISTED * ENTRY {
+    fn on_listing(
+        &mut self,
+        peer: Key,
+        listing: &wire::Listing,
+    ) -> Result<Result<(), Refusal>, StoreError> {
+        if !listing.entries.len().is_multiple_of(ENTRY)
+            || listing.entries.len() > MAX_LISTED * ENTRY
+        {
             return Ok(Err(Refusal::Malformed("a listing of a wrong length")));
         }
         if listing.equal.len() == 32 {
-            let is_equal = |id: &DocumentId| listing.equal[usize::from(id.0[0]) / 8] >> (id.0[0] % 8) & 1 == 1;
-            let equal: Vec<_> = self.readable(&peer, listing.shared).into_iter().filter(|(id, _)| is_equal(id)).collect();
+            let is_equal =
+                |id: &DocumentId| listing.equal[usize::from(id.0[0]) / 8] >> (id.0[0] % 8) & 1 == 1;
+            let equal: Vec<_> = self
+                .readable(&peer, listing.shared)
+                .into_iter()
+                .filter(|(id, _)| is_equal(id))
+                .collect();
             if let Some(known) = self.peers.get_mut(&peer) {
                 known.shared.extend(equal.iter().map(|(id, _)| *id));
             }
@@ -374,26 +444,44 @@ impl Replica {
     pub(crate) fn say_interest(&mut self, holds: &[DocumentId], drops: &[DocumentId]) {
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
-            let may: Vec<_> = holds.iter().filter(|id| self.held.get(id).is_some_and(|held| held.may_read(&peer))).collect();
+            let may: Vec<_> = holds
+                .iter()
+                .filter(|id| self.held.get(id).is_some_and(|held| held.may_read(&peer)))
+                .collect();
             let drops: Vec<_> = match self.peers.get_mut(&peer) {
-                Some(known) => drops.iter().filter(|id| known.exchanges.remove(id).is_some() | known.shared.remove(id)).collect(),
+                Some(known) => drops
+                    .iter()
+                    .filter(|id| known.exchanges.remove(id).is_some() | known.shared.remove(id))
+                    .collect(),
                 None => continue,
             };
             if may.is_empty() && drops.is_empty() {
                 continue;
             }
-            let bytes = |ids: &[&DocumentId]| Bytes::from(ids.iter().flat_map(|id| id.0).collect::<Vec<u8>>());
+            let bytes = |ids: &[&DocumentId]| {
+                Bytes::from(ids.iter().flat_map(|id| id.0).collect::<Vec<u8>>())
+            };
             let (holds, drops) = (bytes(&may), bytes(&drops));
             self.send(peer, Kind::Interest(wire::Interest { holds, drops }));
         }
     }
 
-    fn on_interest(&mut self, peer: Key, interest: &wire::Interest) -> Result<Result<(), Refusal>, StoreError> {
-        let wrong = |bytes: &Bytes| bytes.len() % 32 != 0 || bytes.len() > MAX_LISTED * 32;
+    fn on_interest(
+        &mut self,
+        peer: Key,
+        interest: &wire::Interest,
+    ) -> Result<Result<(), Refusal>, StoreError> {
+        let wrong =
+            |bytes: &Bytes| !bytes.len().is_multiple_of(32) || bytes.len() > MAX_LISTED * 32;
         if wrong(&interest.holds) || wrong(&interest.drops) {
             return Ok(Err(Refusal::Malformed("an interest of a wrong length")));
         }
-        let ids = |bytes: &Bytes| bytes.chunks(32).filter_map(DocumentId::read).collect::<Vec<_>>();
+        let ids = |bytes: &Bytes| {
+            bytes
+                .chunks(32)
+                .filter_map(DocumentId::read)
+                .collect::<Vec<_>>()
+        };
         if let Some(known) = self.peers.get_mut(&peer) {
             for id in ids(&interest.drops) {
                 known.shared.remove(&id);
@@ -422,7 +510,11 @@ impl Replica {
 
     fn send_summary(&mut self, peer: Key, id: DocumentId, answer: bool) -> Result<(), StoreError> {
         let document = Bytes::copy_from_slice(&id.0);
-        let mut summary = wire::Summary { document, answer, ..wire::Summary::default() };
+        let mut summary = wire::Summary {
+            document,
+            answer,
+            ..wire::Summary::default()
+        };
         if let Some((document, _)) = self.document(&id)? {
             summary.genesis = true;
             summary.epochs = document.epochs.count();
@@ -440,7 +532,9 @@ impl Replica {
         let Some(known) = self.peers.get_mut(&peer) else {
             return Ok(());
         };
-        if known.exchanges.contains_key(&id) || known.asked.get(&id).is_some_and(|until| *until > now) {
+        if known.exchanges.contains_key(&id)
+            || known.asked.get(&id).is_some_and(|until| *until > now)
+        {
             return Ok(());
         }
         if known.asked.len() < MAX_LISTED {
@@ -449,7 +543,11 @@ impl Replica {
         self.send_summary(peer, id, true)
     }
 
-    fn on_summary(&mut self, peer: Key, summary: &wire::Summary) -> Result<Result<(), Refusal>, StoreError> {
+    fn on_summary(
+        &mut self,
+        peer: Key,
+        summary: &wire::Summary,
+    ) -> Result<Result<(), Refusal>, StoreError> {
         let Some(id) = DocumentId::read(&summary.document) else {
             return Ok(Err(Refusal::Malformed("a summary of no document")));
         };
@@ -488,7 +586,13 @@ impl Replica {
         if let Some(known) = self.peers.get_mut(&peer)
             && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
         {
-            known.exchanges.entry(id).or_default().seek.entry(session).or_insert(0);
+            known
+                .exchanges
+                .entry(id)
+                .or_default()
+                .seek
+                .entry(session)
+                .or_insert(0);
         }
     }
 
@@ -496,12 +600,20 @@ impl Replica {
     fn is_given(&self, id: &DocumentId, except: &Key) -> bool {
         self.peers.iter().any(|(peer, known)| {
             peer != except
-                && known.exchanges.get(id).is_some_and(|one| one.wanted.is_some() && one.until > self.now)
+                && known
+                    .exchanges
+                    .get(id)
+                    .is_some_and(|one| one.wanted.is_some() && one.until > self.now)
         })
     }
 
     fn go_on_with_any(&mut self, id: DocumentId) -> Result<(), StoreError> {
-        let peers: Vec<Key> = self.peers.iter().filter(|(_, peer)| peer.exchanges.contains_key(&id)).map(|(key, _)| *key).collect();
+        let peers: Vec<Key> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.exchanges.contains_key(&id))
+            .map(|(key, _)| *key)
+            .collect();
         for peer in peers {
             self.go_on(peer, id)?;
         }
@@ -514,7 +626,11 @@ impl Replica {
             return Ok(());
         }
         let now = self.now;
-        let Some(exchange) = self.peers.get_mut(&peer).and_then(|peer| peer.exchanges.remove(&id)) else {
+        let Some(exchange) = self
+            .peers
+            .get_mut(&peer)
+            .and_then(|peer| peer.exchanges.remove(&id))
+        else {
             return Ok(());
         };
         let mut exchange = exchange;
@@ -534,8 +650,15 @@ impl Replica {
             }
             // There is nothing, or what was wanted brought nothing. Another peer's turn, and another document's.
             _ => {
-                let later = self.peers.get_mut(&peer).and_then(|known| known.later.pop_first());
-                if let Some(later) = later.filter(|later| self.held.get(later).is_some_and(|held| held.may_read(&peer))) {
+                let later = self
+                    .peers
+                    .get_mut(&peer)
+                    .and_then(|known| known.later.pop_first());
+                if let Some(later) = later.filter(|later| {
+                    self.held
+                        .get(later)
+                        .is_some_and(|held| held.may_read(&peer))
+                }) {
                     self.send_summary(peer, later, true)?;
                 }
                 self.go_on_with_any(id)
@@ -549,12 +672,21 @@ impl Replica {
         }
     }
 
-    fn what_to_want(&mut self, id: &DocumentId, there: &Exchange) -> Result<Option<wire::Want>, StoreError> {
-        let mut want = wire::Want { document: Bytes::copy_from_slice(&id.0), ..wire::Want::default() };
+    fn what_to_want(
+        &mut self,
+        id: &DocumentId,
+        there: &Exchange,
+    ) -> Result<Option<wire::Want>, StoreError> {
+        let mut want = wire::Want {
+            document: Bytes::copy_from_slice(&id.0),
+            ..wire::Want::default()
+        };
         let nothing = want.clone();
         let arrival = self.arrivals.get(id);
         let arriving = (
-            arrival.and_then(|arrival| arrival.epochs.last()).map(|epoch| epoch.number),
+            arrival
+                .and_then(|arrival| arrival.epochs.last())
+                .map(|epoch| epoch.number),
             arrival.and_then(|arrival| Some((arrival.beginning()?.id, arrival.base.len() as u64))),
         );
         let from = |session: &SessionId, count: u64| wire::SessionHead {
@@ -567,8 +699,16 @@ impl Replica {
                 want.genesis = there.genesis;
                 if there.genesis {
                     want.epochs = u64::from(there.epochs > 0);
-                    want.sessions = there.sessions.keys().map(|session| from(session, 0)).collect();
-                    want.forks = there.forks.keys().map(|session| Bytes::copy_from_slice(&session.0)).collect();
+                    want.sessions = there
+                        .sessions
+                        .keys()
+                        .map(|session| from(session, 0))
+                        .collect();
+                    want.forks = there
+                        .forks
+                        .keys()
+                        .map(|session| Bytes::copy_from_slice(&session.0))
+                        .collect();
                 }
             }
             Some((document, _)) => {
@@ -605,14 +745,21 @@ impl Replica {
                 }
                 for (session, next) in &there.seek {
                     let known = document.proof(session).is_some();
-                    if !known && *next < document.count(session) && !want.sessions.iter().any(|one| one.session[..] == session.0) {
+                    if !known
+                        && *next < document.count(session)
+                        && !want.sessions.iter().any(|one| one.session[..] == session.0)
+                    {
                         want.sessions.push(from(session, *next));
                     }
                 }
                 let proofs = there.forks.iter().filter(|(session, fork)| {
-                    document.proof(session).is_none_or(|known| known.index() > fork.count)
+                    document
+                        .proof(session)
+                        .is_none_or(|known| known.index() > fork.count)
                 });
-                want.forks = proofs.map(|(session, _)| Bytes::copy_from_slice(&session.0)).collect();
+                want.forks = proofs
+                    .map(|(session, _)| Bytes::copy_from_slice(&session.0))
+                    .collect();
             }
         }
         Ok((want != nothing).then_some(want))
@@ -639,11 +786,19 @@ impl Replica {
     }
 
     /// A piece of what is wanted.
-    fn give(&mut self, id: DocumentId, want: &wire::Want, sessions: &Heads) -> Result<Option<wire::Give>, StoreError> {
+    fn give(
+        &mut self,
+        id: DocumentId,
+        want: &wire::Want,
+        sessions: &Heads,
+    ) -> Result<Option<wire::Give>, StoreError> {
         let Some((document, store)) = self.document(&id)? else {
             return Ok(None);
         };
-        let mut give = wire::Give { document: Bytes::copy_from_slice(&id.0), ..wire::Give::default() };
+        let mut give = wire::Give {
+            document: Bytes::copy_from_slice(&id.0),
+            ..wire::Give::default()
+        };
         let mut room = PIECE;
         if want.genesis {
             give.genesis = Some(document.genesis.wire.clone());
@@ -662,7 +817,12 @@ impl Replica {
                 give.epochs.push(epoch.wire.clone());
             }
         }
-        if !want.base.is_empty() && document.epochs.beginning().is_some_and(|epoch| epoch.id.0[..] == want.base[..]) {
+        if !want.base.is_empty()
+            && document
+                .epochs
+                .beginning()
+                .is_some_and(|epoch| epoch.id.0[..] == want.base[..])
+        {
             give.base = want.base.clone();
             give.base_from = want.base_from;
             let rows = store.scan(&key::base(&id), &want.base_from.to_be_bytes(), PIECE)?;
@@ -690,13 +850,19 @@ impl Replica {
             if give.more {
                 break;
             }
-            let rows = store.scan(&key::session(&id, session), &from.count.to_be_bytes(), PIECE)?;
+            let rows = store.scan(
+                &key::session(&id, session),
+                &from.count.to_be_bytes(),
+                PIECE,
+            )?;
             for (_, row) in rows {
                 if !spend(row.len(), &mut give.more) {
                     break;
                 }
                 let envelope = wire::Envelope::decode(&row[..]);
-                give.envelopes.push(envelope.map_err(|_| StoreError::Other("the log is damaged".to_owned()))?);
+                give.envelopes.push(
+                    envelope.map_err(|_| StoreError::Other("the log is damaged".to_owned()))?,
+                );
             }
         }
         Ok(Some(give))
@@ -709,10 +875,27 @@ impl Replica {
             return Ok(pieces);
         };
         let document_id = Bytes::copy_from_slice(&id.0);
-        let mut heads: Heads = document.heads().into_iter().map(|(id, head)| (id, Head { count: 0, ..head })).collect();
-        let forks = document.forks().keys().map(|session| Bytes::copy_from_slice(&session.0)).collect();
-        let base = document.epochs.beginning().map(|epoch| Bytes::copy_from_slice(&epoch.id.0));
-        let mut want = wire::Want { document: document_id, genesis: true, epochs: 1, forks, ..wire::Want::default() };
+        let mut heads: Heads = document
+            .heads()
+            .into_iter()
+            .map(|(id, head)| (id, Head { count: 0, ..head }))
+            .collect();
+        let forks = document
+            .forks()
+            .keys()
+            .map(|session| Bytes::copy_from_slice(&session.0))
+            .collect();
+        let base = document
+            .epochs
+            .beginning()
+            .map(|epoch| Bytes::copy_from_slice(&epoch.id.0));
+        let mut want = wire::Want {
+            document: document_id,
+            genesis: true,
+            epochs: 1,
+            forks,
+            ..wire::Want::default()
+        };
         // Epochs, then the base, then the rest.
         loop {
             let Some(mut give) = self.give(id, &want, &Heads::new())? else {
@@ -746,8 +929,14 @@ impl Replica {
             };
             give.more = false;
             for envelope in &give.envelopes {
-                let header = envelope.header.as_ref().and_then(|header| Header::read(header, &id).ok());
-                if let Some(head) = header.as_ref().and_then(|header| heads.get_mut(&header.session)) {
+                let header = envelope
+                    .header
+                    .as_ref()
+                    .and_then(|header| Header::read(header, &id).ok());
+                if let Some(head) = header
+                    .as_ref()
+                    .and_then(|header| heads.get_mut(&header.session))
+                {
                     head.count += 1;
                 }
             }
@@ -772,7 +961,10 @@ impl Replica {
         // Where two branches of a session are compared, so far they are.
         let mut next: BTreeMap<SessionId, u64> = BTreeMap::new();
         for envelope in &give.envelopes {
-            let header = envelope.header.as_ref().and_then(|header| Header::read(header, &id).ok());
+            let header = envelope
+                .header
+                .as_ref()
+                .and_then(|header| Header::read(header, &id).ok());
             if let Some(header) = header {
                 let next = next.entry(header.session).or_default();
                 *next = (*next).max(header.index + 1);
@@ -783,13 +975,22 @@ impl Replica {
         let after = self.state_of(&id)?;
         // Sessions of which something is here already: another branch of them may be there.
         let ours: BTreeSet<SessionId> = match self.document(&id)? {
-            Some((document, _)) => next.keys().filter(|session| document.count(session) > 0).copied().collect(),
+            Some((document, _)) => next
+                .keys()
+                .filter(|session| document.count(session) > 0)
+                .copied()
+                .collect(),
             None => BTreeSet::new(),
         };
         let mut sought = false;
-        if let Some(exchange) = self.peers.get_mut(&peer).and_then(|peer| peer.exchanges.get_mut(&id)) {
+        if let Some(exchange) = self
+            .peers
+            .get_mut(&peer)
+            .and_then(|peer| peer.exchanges.get_mut(&id))
+        {
             for (session, seen) in next {
-                let is_sought = exchange.seek.contains_key(&session) || before == after && ours.contains(&session);
+                let is_sought = exchange.seek.contains_key(&session)
+                    || before == after && ours.contains(&session);
                 if is_sought {
                     let at = exchange.seek.entry(session).or_insert(0);
                     sought |= *at < seen;
@@ -816,15 +1017,28 @@ impl Replica {
 
     /// What tells whether a piece has brought anything: the digest, and what has arrived of new epochs.
     fn state_of(&mut self, id: &DocumentId) -> Result<(Digest, usize), StoreError> {
-        let digest = self.document(id)?.map_or(NOTHING, |(document, _)| document.digest());
-        let arrival = self.arrivals.get(id).map_or(0, |arrival| arrival.base.len() + arrival.epochs.len());
+        let digest = self
+            .document(id)?
+            .map_or(NOTHING, |(document, _)| document.digest());
+        let arrival = self
+            .arrivals
+            .get(id)
+            .map_or(0, |arrival| arrival.base.len() + arrival.epochs.len());
         Ok((digest, arrival))
     }
 
     /// Takes what was given: from a peer, or from a file.
-    pub(crate) fn take_give(&mut self, peer: Option<Key>, id: DocumentId, give: wire::Give) -> Result<Result<(), Refusal>, StoreError> {
+    pub(crate) fn take_give(
+        &mut self,
+        peer: Option<Key>,
+        id: DocumentId,
+        give: wire::Give,
+    ) -> Result<Result<(), Refusal>, StoreError> {
         if let Some(genesis) = give.genesis
-            && self.held.get(&id).is_some_and(|held| held.genesis.is_none())
+            && self
+                .held
+                .get(&id)
+                .is_some_and(|held| held.genesis.is_none())
         {
             match Genesis::read(genesis) {
                 Ok(genesis) if genesis.id == id => self.arrived(genesis),
@@ -847,7 +1061,10 @@ impl Replica {
             Ok(stray) => stray,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        if let Some(exchange) = peer.and_then(|peer| self.peers.get_mut(&peer)).and_then(|peer| peer.exchanges.get_mut(&id)) {
+        if let Some(exchange) = peer
+            .and_then(|peer| self.peers.get_mut(&peer))
+            .and_then(|peer| peer.exchanges.get_mut(&id))
+        {
             if stray && exchange.all_epochs {
                 // Even from the beginning, they are of a chain that counts less than ours.
                 exchange.epochs = 0;
@@ -855,7 +1072,8 @@ impl Replica {
             exchange.all_epochs = stray && !exchange.all_epochs;
         }
         if !give.base_changes.is_empty()
-            && let Err(refusal) = self.take_base(peer, id, &give.base, give.base_from, give.base_changes)?
+            && let Err(refusal) =
+                self.take_base(peer, id, &give.base, give.base_from, give.base_changes)?
         {
             return Ok(Err(refusal));
         }
@@ -890,7 +1108,12 @@ impl Replica {
     }
 
     /// Takes epochs; where one of them begins the content anew, they wait for the base of the last that does. Whether some belong to another chain.
-    fn take_epochs(&mut self, peer: Option<Key>, id: DocumentId, epochs: Vec<Epoch>) -> Result<Result<bool, Refusal>, StoreError> {
+    fn take_epochs(
+        &mut self,
+        peer: Option<Key>,
+        id: DocumentId,
+        epochs: Vec<Epoch>,
+    ) -> Result<Result<bool, Refusal>, StoreError> {
         if epochs.is_empty() {
             return Ok(Ok(false));
         }
@@ -927,7 +1150,14 @@ impl Replica {
         Ok(taken.map(|()| stray))
     }
 
-    fn take_base(&mut self, peer: Option<Key>, id: DocumentId, epoch: &[u8], from: u64, changes: Vec<Bytes>) -> Result<Result<(), Refusal>, StoreError> {
+    fn take_base(
+        &mut self,
+        peer: Option<Key>,
+        id: DocumentId,
+        epoch: &[u8],
+        from: u64,
+        changes: Vec<Bytes>,
+    ) -> Result<Result<(), Refusal>, StoreError> {
         let Some(arrival) = self.arrivals.get_mut(&id) else {
             return Ok(Ok(()));
         };
@@ -940,11 +1170,15 @@ impl Replica {
         let expected = beginning.says.base.clone();
         for change in changes {
             let Some(id) = expected.get(arrival.base.len()) else {
-                return Ok(Err(Refusal::Malformed("a base has more changes than were signed")));
+                return Ok(Err(Refusal::Malformed(
+                    "a base has more changes than were signed",
+                )));
             };
             // Automerge's hash covers all but the magic number and the checksum that is a part of it.
             if guard::hash_of(&change).as_ref() != Some(id) {
-                return Ok(Err(Refusal::Malformed("a base has another change than was signed")));
+                return Ok(Err(Refusal::Malformed(
+                    "a base has another change than was signed",
+                )));
             }
             arrival.bytes += change.len();
             if arrival.bytes > MAX_BASE_BYTES {
@@ -961,7 +1195,12 @@ impl Replica {
         }
     }
 
-    fn take_arrival(&mut self, peer: Option<Key>, id: DocumentId, arrival: Arrival) -> Result<Result<(), Refusal>, StoreError> {
+    fn take_arrival(
+        &mut self,
+        peer: Option<Key>,
+        id: DocumentId,
+        arrival: Arrival,
+    ) -> Result<Result<(), Refusal>, StoreError> {
         if arrival.epochs.is_empty() {
             return Ok(Ok(()));
         }
@@ -1006,7 +1245,10 @@ impl Replica {
                 Err(refusal) => return Ok(Err(refusal)),
             };
             if !envelope.change.is_empty() {
-                self.inbox.entry(id).or_default().push((envelope, Some(peer)));
+                self.inbox
+                    .entry(id)
+                    .or_default()
+                    .push((envelope, Some(peer)));
                 continue;
             }
             let header = envelope.header;
@@ -1014,9 +1256,16 @@ impl Replica {
                 continue;
             };
             let count = document.count(&header.session);
-            let known = header.index < count && document.chain_at(&header.session, header.index + 1) == Some(header.chain());
+            let known = header.index < count
+                && document.chain_at(&header.session, header.index + 1) == Some(header.chain());
             if !known {
-                more.insert(header.session, Head { count: header.index + 1, chain: header.chain() });
+                more.insert(
+                    header.session,
+                    Head {
+                        count: header.index + 1,
+                        chain: header.chain(),
+                    },
+                );
             }
         }
         for proof in &news.proofs {
@@ -1053,14 +1302,25 @@ impl Replica {
             let peers: Vec<Key> = self
                 .peers
                 .iter()
-                .filter(|(peer, known)| known.shared.contains(&id) && self.held.get(&id).is_some_and(|held| held.may_read(peer)))
+                .filter(|(peer, known)| {
+                    known.shared.contains(&id)
+                        && self.held.get(&id).is_some_and(|held| held.may_read(peer))
+                })
                 .map(|(peer, _)| *peer)
                 .collect();
             for peer in peers {
                 let document = Bytes::copy_from_slice(&id.0);
                 let other = |from: &Option<Key>| *from != Some(peer);
-                let mut message = wire::News { document: document.clone(), ..wire::News::default() };
-                message.epochs = news.epochs.iter().filter(|(_, from)| other(from)).map(|(epoch, _)| epoch.wire.clone()).collect();
+                let mut message = wire::News {
+                    document: document.clone(),
+                    ..wire::News::default()
+                };
+                message.epochs = news
+                    .epochs
+                    .iter()
+                    .filter(|(_, from)| other(from))
+                    .map(|(epoch, _)| epoch.wire.clone())
+                    .collect();
                 message.proofs = news.proofs.iter().map(Proof::to_wire).collect();
                 let mut size = 0;
                 for (envelope, _) in news.envelopes.iter().filter(|(_, from)| other(from)) {
@@ -1068,12 +1328,18 @@ impl Replica {
                     size += one.encoded_len();
                     message.envelopes.push(one);
                     if size > NEWS {
-                        let next = wire::News { document: document.clone(), ..wire::News::default() };
+                        let next = wire::News {
+                            document: document.clone(),
+                            ..wire::News::default()
+                        };
                         self.send(peer, Kind::News(mem::replace(&mut message, next)));
                         size = 0;
                     }
                 }
-                if !message.epochs.is_empty() || !message.proofs.is_empty() || !message.envelopes.is_empty() {
+                if !message.epochs.is_empty()
+                    || !message.proofs.is_empty()
+                    || !message.envelopes.is_empty()
+                {
                     self.send(peer, Kind::News(message));
                 }
             }

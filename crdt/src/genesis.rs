@@ -41,8 +41,14 @@ pub enum Readers {
 impl Readers {
     pub(crate) fn to_wire(&self) -> wire::Readers {
         match self {
-            Self::Everybody => wire::Readers { everybody: true, named: Vec::new() },
-            Self::Named(keys) => wire::Readers { everybody: false, named: to_wire(keys) },
+            Self::Everybody => wire::Readers {
+                everybody: true,
+                named: Vec::new(),
+            },
+            Self::Named(keys) => wire::Readers {
+                everybody: false,
+                named: to_wire(keys),
+            },
         }
     }
 
@@ -56,7 +62,9 @@ impl Readers {
 }
 
 pub(crate) fn to_wire(keys: &[Key]) -> Vec<Bytes> {
-    keys.iter().map(|key| Bytes::copy_from_slice(&key.0)).collect()
+    keys.iter()
+        .map(|key| Bytes::copy_from_slice(&key.0))
+        .collect()
 }
 
 /// A list of keys that is sorted and has none twice.
@@ -110,8 +118,11 @@ impl Genesis {
         }
         .encode_to_vec();
         let signature = identity.sign(DOMAIN, &genesis).into();
-        Self::read(wire::SignedGenesis { genesis: genesis.into(), signature })
-            .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
+        Self::read(wire::SignedGenesis {
+            genesis: genesis.into(),
+            signature,
+        })
+        .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
     }
 
     pub(crate) fn read(wire: wire::SignedGenesis) -> Result<Self, Refusal> {
@@ -123,7 +134,9 @@ impl Genesis {
         }
         let owner = Key::read(&genesis.owner).ok_or(Refusal::Malformed("no owner"))?;
         if genesis.nonce.len() != 16 || genesis.label.len() > MAX_LABEL {
-            return Err(Refusal::Malformed("the genesis has a field of a wrong length"));
+            return Err(Refusal::Malformed(
+                "the genesis has a field of a wrong length",
+            ));
         }
         let writers = read_keys(&genesis.writers)?;
         let kind = match genesis.single_writer {
@@ -141,7 +154,15 @@ impl Genesis {
         hasher.update(&wire.genesis).update(&wire.signature);
         let id = DocumentId(hasher.finalize().into());
         let label = genesis.label;
-        Ok(Self { id, owner, kind, writers, readers, label, wire })
+        Ok(Self {
+            id,
+            owner,
+            kind,
+            writers,
+            readers,
+            label,
+            wire,
+        })
     }
 
     /// What stands for the epoch before the first.

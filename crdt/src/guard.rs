@@ -35,7 +35,7 @@ pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
     HOOK.call_once(|| {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
-            if !GUARDED.get() || std::env::var_os("LOUD").is_some() {
+            if !GUARDED.get() {
                 before(info);
             }
         }));
@@ -62,10 +62,14 @@ pub(crate) fn decode(bytes: &[u8], actor: [u8; 16], seq: u64) -> Result<Checked,
         return Err(Refusal::Malformed("a change's checksum is wrong"));
     }
     if change.raw_bytes() != bytes {
-        return Err(Refusal::Malformed("a change is not encoded as Automerge does"));
+        return Err(Refusal::Malformed(
+            "a change is not encoded as Automerge does",
+        ));
     }
     if change.actor_id().to_bytes() != actor {
-        return Err(Refusal::Malformed("a change is of another actor than its session's"));
+        return Err(Refusal::Malformed(
+            "a change is of another actor than its session's",
+        ));
     }
     if change.seq() != seq {
         return Err(Refusal::Malformed("a change is out of sequence"));
@@ -80,7 +84,9 @@ pub(crate) fn decode(bytes: &[u8], actor: [u8; 16], seq: u64) -> Result<Checked,
 /// The hash of a change, as far as it can be decoded.
 pub(crate) fn hash_of(bytes: &[u8]) -> Option<ChangeId> {
     chunk::check(bytes).ok()?;
-    let change = contained(|| Change::from_bytes(bytes.to_vec())).ok()?.ok()?;
+    let change = contained(|| Change::from_bytes(bytes.to_vec()))
+        .ok()?
+        .ok()?;
     Some(ChangeId(change.hash().0))
 }
 
@@ -109,7 +115,12 @@ impl<'a> Ancestry<'a> {
             after.into_iter().map(|meta| meta.hash).collect()
         };
         let (actor, start) = (change.actor_id(), change.start_op().get());
-        Self { doc, others, actor, start }
+        Self {
+            doc,
+            others,
+            actor,
+            start,
+        }
     }
 
     /// Whether an operation is an ancestor, or of this change and before its operation number `place`.
@@ -141,12 +152,16 @@ fn references(
     let expanded = change.decode();
     // A second encoding of the same operations would have another hash in a save.
     if Change::from(expanded.clone()).raw_bytes() != change.raw_bytes() {
-        return Err(Refusal::Poisoned("it is encoded differently than its operations would be"));
+        return Err(Refusal::Poisoned(
+            "it is encoded differently than its operations would be",
+        ));
     }
     let ancestry = Ancestry::of(doc, change);
     // Automerge's clocks hold only if an actor's changes build on each other.
     if previous.is_some_and(|previous| ancestry.others.contains(&previous)) {
-        return Err(Refusal::Poisoned("it does not build on its author's change before"));
+        return Err(Refusal::Poisoned(
+            "it does not build on its author's change before",
+        ));
     }
     let mut touched = Touched::default();
     for (place, op) in expanded.operations.iter().enumerate() {
@@ -154,7 +169,11 @@ fn references(
         match &op.obj {
             ObjectId::Root => {}
             ObjectId::Id(id) if known(id) => {}
-            ObjectId::Id(_) => return Err(Refusal::Poisoned("it changes an object that it cannot know")),
+            ObjectId::Id(_) => {
+                return Err(Refusal::Poisoned(
+                    "it changes an object that it cannot know",
+                ));
+            }
         }
         let keys = touched.entry(op.obj.clone()).or_default();
         match &op.key {
@@ -165,7 +184,11 @@ fn references(
             OpKey::Map(key) => _ = keys.insert(key.to_string()),
             OpKey::Seq(ElementId::Head) if op.insert => {}
             OpKey::Seq(ElementId::Id(id)) if known(id) => {}
-            OpKey::Seq(_) => return Err(Refusal::Poisoned("it changes an element that it cannot know")),
+            OpKey::Seq(_) => {
+                return Err(Refusal::Poisoned(
+                    "it changes an element that it cannot know",
+                ));
+            }
         }
         if !op.pred.iter().all(known) {
             return Err(Refusal::Poisoned("it replaces what it cannot know"));
@@ -176,7 +199,11 @@ fn references(
         match &op.action {
             OpType::Make(ObjType::Map | ObjType::List) | OpType::Put(_) => {}
             OpType::Delete | OpType::Increment(_) if !op.insert && !op.pred.is_empty() => {}
-            _ => return Err(Refusal::Poisoned("it holds an operation that is not allowed")),
+            _ => {
+                return Err(Refusal::Poisoned(
+                    "it holds an operation that is not allowed",
+                ));
+            }
         }
     }
     Ok((touched, expanded.operations))
@@ -200,9 +227,13 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
         }
         let as_list = matches!(kind, ObjType::List);
         if as_list == keys.is_empty() {
-            doc.values(id).take(if as_list { usize::MAX } else { 0 }).for_each(drop);
+            doc.values(id)
+                .take(if as_list { usize::MAX } else { 0 })
+                .for_each(drop);
         } else {
-            return Err(Refusal::Poisoned("it takes a map for a list, or a list for a map"));
+            return Err(Refusal::Poisoned(
+                "it takes a map for a list, or a list for a map",
+            ));
         }
         for key in keys {
             doc.get_all(id, key.as_str())
@@ -241,13 +272,23 @@ impl Depths {
                 }
                 let made_here = id.actor() == actor && id.counter() >= start;
                 let parent = if made_here {
-                    let op = ops.get((id.counter() - start) as usize).ok_or_else(missing)?;
+                    let op = ops
+                        .get((id.counter() - start) as usize)
+                        .ok_or_else(missing)?;
                     op.obj.clone()
                 } else {
                     let hash = doc.hash_for_opid(&self::object(id)).ok_or_else(missing)?;
                     let change = doc.get_change_by_hash(&hash).ok_or_else(missing)?.decode();
-                    let place = id.counter().checked_sub(change.start_op.get()).ok_or_else(missing)?;
-                    change.operations.get(place as usize).ok_or_else(missing)?.obj.clone()
+                    let place = id
+                        .counter()
+                        .checked_sub(change.start_op.get())
+                        .ok_or_else(missing)?;
+                    change
+                        .operations
+                        .get(place as usize)
+                        .ok_or_else(missing)?
+                        .obj
+                        .clone()
                 };
                 above.push((id.clone(), made_here));
                 at = parent;
@@ -288,7 +329,11 @@ pub(crate) fn apply(
             .map_err(|_| Refusal::Poisoned("Automerge refuses it"))?;
         match copy.get_change_by_hash(&hash) {
             Some(kept) if kept.raw_bytes() == checked.change.raw_bytes() => {}
-            _ => return Err(Refusal::Poisoned("Automerge does not give back what it took")),
+            _ => {
+                return Err(Refusal::Poisoned(
+                    "Automerge does not give back what it took",
+                ));
+            }
         }
         readable(copy, &touched)
     })?

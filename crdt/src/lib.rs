@@ -12,6 +12,7 @@
 
 mod chunk;
 mod document;
+mod documents;
 mod envelope;
 mod epoch;
 mod error;
@@ -30,6 +31,7 @@ mod value;
 pub use self::{
     chunk::{MAX_CHANGE, MAX_MAP_KEY, MAX_MESSAGE, MAX_OPS},
     document::{Commit, MAX_LOG},
+    documents::{Documents, Outgoing},
     epoch::MAX_EPOCHS,
     error::Error,
     exchange::MAX_MESSAGE_BYTES,

@@ -29,6 +29,9 @@ pub(crate) enum Refusal {
 impl Refusal {
     /// Whether no honest peer would have sent this.
     pub(crate) fn is_offence(&self) -> bool {
-        matches!(self, Self::Malformed(_) | Self::Signature | Self::Poisoned(_))
+        matches!(
+            self,
+            Self::Malformed(_) | Self::Signature | Self::Poisoned(_)
+        )
     }
 }

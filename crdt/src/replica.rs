@@ -174,7 +174,9 @@ pub(crate) struct Held {
 
 impl Held {
     pub(crate) fn may_read(&self, peer: &Key) -> bool {
-        self.readers.as_ref().is_none_or(|readers| readers.contains(peer))
+        self.readers
+            .as_ref()
+            .is_none_or(|readers| readers.contains(peer))
     }
 }
 
@@ -254,7 +256,13 @@ impl Replica {
             let id = DocumentId::read(&row[1..]).ok_or_else(damaged)?;
             let (digest, genesis) = value.split_at_checked(32).ok_or_else(damaged)?;
             let digest = Digest::read(digest).ok_or_else(damaged)?;
-            let mut held = Held { genesis: None, digest, readers: None, loaded: None, used: 0 };
+            let mut held = Held {
+                genesis: None,
+                digest,
+                readers: None,
+                loaded: None,
+                used: 0,
+            };
             if !genesis.is_empty() {
                 let genesis = wire::SignedGenesis::decode(genesis).map_err(|_| damaged())?;
                 let genesis = Genesis::read(genesis).map_err(|_| damaged())?;
@@ -299,7 +307,10 @@ impl Replica {
     // Documents in memory.
 
     /// A document that is here, in memory; `None` if it is not held or has not arrived.
-    pub(crate) fn document(&mut self, id: &DocumentId) -> Result<Option<(&mut Document, &mut Store)>, StoreError> {
+    pub(crate) fn document(
+        &mut self,
+        id: &DocumentId,
+    ) -> Result<Option<(&mut Document, &mut Store)>, StoreError> {
         self.recover()?;
         self.uses += 1;
         let Some(held) = self.held.get_mut(id) else {
@@ -314,7 +325,10 @@ impl Replica {
             document.watched = self.watched.contains(id);
             held.loaded = Some(Box::new(document));
         }
-        Ok(held.loaded.as_deref_mut().map(|document| (document, &mut self.store)))
+        Ok(held
+            .loaded
+            .as_deref_mut()
+            .map(|document| (document, &mut self.store)))
     }
 
     fn present(&mut self, id: &DocumentId) -> Result<(&mut Document, &mut Store), Error> {
@@ -387,18 +401,33 @@ impl Replica {
     /// # Errors
     /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
     pub fn create(&mut self, new: NewDocument) -> Result<DocumentId, Error> {
-        let kind = if new.single_writer { Kind::SingleWriter } else { Kind::MultiWriter };
+        let kind = if new.single_writer {
+            Kind::SingleWriter
+        } else {
+            Kind::MultiWriter
+        };
         let writers = genesis::tidy(new.writers, &self.key);
         check_keys("the list of writers", writers.len())?;
         let readers = tidy_readers(new.readers, &self.key)?;
         if new.label.len() > MAX_LABEL {
             let (what, size) = ("the label", new.label.len() as u64);
-            return Err(Error::TooLarge { what, size, limit: MAX_LABEL as u64, advice: " bytes" });
+            return Err(Error::TooLarge {
+                what,
+                size,
+                limit: MAX_LABEL as u64,
+                advice: " bytes",
+            });
         }
         self.room()?;
         let nonce = self.nonce();
         let alone = genesis::tidy(writers.clone(), &self.key);
-        let genesis = Genesis::sign(&self.identity, nonce, kind, (if new.single_writer { &[] } else { &alone }, &readers), &new.label);
+        let genesis = Genesis::sign(
+            &self.identity,
+            nonce,
+            kind,
+            (if new.single_writer { &[] } else { &alone }, &readers),
+            &new.label,
+        );
         let id = genesis.id;
         if new.single_writer && !writers.is_empty() {
             return Err(Error::SingleWriter(id));
@@ -412,7 +441,12 @@ impl Replica {
         self.recover()?;
         let (size, limit) = (self.held.len() as u64 + 1, MAX_DOCUMENTS as u64);
         if size > limit {
-            return Err(Error::TooLarge { what: "the number of documents", size, limit, advice: ": remove some" });
+            return Err(Error::TooLarge {
+                what: "the number of documents",
+                size,
+                limit,
+                advice: ": remove some",
+            });
         }
         Ok(())
     }
@@ -426,7 +460,16 @@ impl Replica {
             return Ok(true);
         }
         self.room()?;
-        self.held.insert(id, Held { genesis: None, digest: NOTHING, readers: None, loaded: None, used: 0 });
+        self.held.insert(
+            id,
+            Held {
+                genesis: None,
+                digest: NOTHING,
+                readers: None,
+                loaded: None,
+                used: 0,
+            },
+        );
         self.touched(id);
         self.say_interest(&[id], &[]);
         Ok(false)
@@ -509,22 +552,48 @@ impl Replica {
     ///
     /// # Errors
     /// [`Error`].
-    pub fn commit(&mut self, id: DocumentId, edits: &[Edit], message: Option<&str>, time: i64) -> Result<Option<ChangeId>, Error> {
+    pub fn commit(
+        &mut self,
+        id: DocumentId,
+        edits: &[Edit],
+        message: Option<&str>,
+        time: i64,
+    ) -> Result<Option<ChangeId>, Error> {
         self.commit_as(id, edits, message, time, false)
     }
 
-    fn commit_as(&mut self, id: DocumentId, edits: &[Edit], message: Option<&str>, time: i64, lenient: bool) -> Result<Option<ChangeId>, Error> {
+    fn commit_as(
+        &mut self,
+        id: DocumentId,
+        edits: &[Edit],
+        message: Option<&str>,
+        time: i64,
+        lenient: bool,
+    ) -> Result<Option<ChangeId>, Error> {
         self.wall = self.wall.max(time);
         let (identity, nonce) = (self.identity.clone(), self.nonce());
         let (document, store) = self.present(&id)?;
-        let made = document.commit(store, &identity, (edits, message, lenient), (time, || nonce))?;
+        let made = document.commit(
+            store,
+            &identity,
+            (edits, message, lenient),
+            (time, || nonce),
+        )?;
         let Some((envelope, paths)) = made else {
             return Ok(None);
         };
         let change = envelope.header.change;
-        self.news.entry(id).or_default().envelopes.push((envelope, None));
+        self.news
+            .entry(id)
+            .or_default()
+            .envelopes
+            .push((envelope, None));
         self.touched(id);
-        self.event(Event::Changed { document: id, paths, local: true });
+        self.event(Event::Changed {
+            document: id,
+            paths,
+            local: true,
+        });
         Ok(Some(change))
     }
 
@@ -557,7 +626,10 @@ impl Replica {
             Some(readers) => tidy_readers(readers, &owner)?,
             None => document.epochs.readers(genesis).clone(),
         };
-        if writers == document.epochs.writers(genesis) && readers == *document.epochs.readers(genesis) && self.key == owner {
+        if writers == document.epochs.writers(genesis)
+            && readers == *document.epochs.readers(genesis)
+            && self.key == owner
+        {
             return Ok(());
         }
         self.decide_as(id, writers, readers, false)
@@ -570,11 +642,20 @@ impl Replica {
     pub fn compact(&mut self, id: DocumentId) -> Result<(), Error> {
         let (document, _) = self.present(&id)?;
         let genesis = &document.genesis;
-        let (writers, readers) = (document.epochs.writers(genesis).to_vec(), document.epochs.readers(genesis).clone());
+        let (writers, readers) = (
+            document.epochs.writers(genesis).to_vec(),
+            document.epochs.readers(genesis).clone(),
+        );
         self.decide_as(id, writers, readers, true)
     }
 
-    fn decide_as(&mut self, id: DocumentId, writers: Vec<Key>, readers: Readers, anew: bool) -> Result<(), Error> {
+    fn decide_as(
+        &mut self,
+        id: DocumentId,
+        writers: Vec<Key>,
+        readers: Readers,
+        anew: bool,
+    ) -> Result<(), Error> {
         let identity = self.identity.clone();
         let (document, store) = self.present(&id)?;
         let (epoch, taken) = document.decide(store, &identity, (writers, readers), anew)?;
@@ -602,21 +683,44 @@ impl Replica {
 
     /// Tells of what has been taken into a document, and makes lost edits again.
     pub(crate) fn follow(&mut self, id: DocumentId, taken: Taken) -> Result<(), StoreError> {
-        let Taken { new, proofs, offences, early, paths, carry, rebuilt, full, astray } = taken;
+        let Taken {
+            new,
+            proofs,
+            offences,
+            early,
+            paths,
+            carry,
+            rebuilt,
+            full,
+            astray,
+        } = taken;
         let changed = !new.is_empty() || rebuilt;
         if changed || !proofs.is_empty() {
             self.touched(id);
         }
         if changed {
-            let paths = if rebuilt { vec![Path::default()] } else { paths };
-            self.event(Event::Changed { document: id, paths, local: false });
+            let paths = if rebuilt {
+                vec![Path::default()]
+            } else {
+                paths
+            };
+            self.event(Event::Changed {
+                document: id,
+                paths,
+                local: false,
+            });
         }
         let news = self.news.entry(id).or_default();
         news.envelopes.extend(new);
         news.proofs.extend(proofs.iter().cloned());
         for proof in proofs {
             let (author, session, index) = (proof.one.run.author, proof.session(), proof.index());
-            self.event(Event::Equivocated { document: id, author, session, index });
+            self.event(Event::Equivocated {
+                document: id,
+                author,
+                session,
+                index,
+            });
         }
         if full {
             self.event(Event::Full(id));
@@ -644,24 +748,42 @@ impl Replica {
                 Err(error) => tracing::warn!(document = %id, %error, "edits cannot be made again"),
             }
         }
-        self.event(Event::Carried { document: id, edits: edits.len() });
+        self.event(Event::Carried {
+            document: id,
+            edits: edits.len(),
+        });
         Ok(())
     }
 
     /// Epochs are in force now.
-    pub(crate) fn epochs_taken(&mut self, id: DocumentId, epochs: Vec<Epoch>, from: Option<Key>, taken: Taken) -> Result<(), StoreError> {
+    pub(crate) fn epochs_taken(
+        &mut self,
+        id: DocumentId,
+        epochs: Vec<Epoch>,
+        from: Option<Key>,
+        taken: Taken,
+    ) -> Result<(), StoreError> {
         let beginning = epochs.iter().any(Epoch::is_beginning);
         let news = self.news.entry(id).or_default();
-        news.epochs.extend(epochs.into_iter().map(|epoch| (epoch, from)));
+        news.epochs
+            .extend(epochs.into_iter().map(|epoch| (epoch, from)));
         self.touched(id);
         if let Some((document, _)) = self.document(&id)? {
             let genesis = &document.genesis;
-            let readers = readers_of(genesis, document.epochs.writers(genesis), document.epochs.readers(genesis));
+            let readers = readers_of(
+                genesis,
+                document.epochs.writers(genesis),
+                document.epochs.readers(genesis),
+            );
             if let Some(held) = self.held.get_mut(&id) {
                 held.readers = readers;
             }
         }
-        self.event(if beginning { Event::Compacted(id) } else { Event::Rights(id) });
+        self.event(if beginning {
+            Event::Compacted(id)
+        } else {
+            Event::Rights(id)
+        });
         self.follow(id, taken)?;
         // What waited for the epoch.
         self.inbox.entry(id).or_default();
@@ -670,7 +792,10 @@ impl Replica {
 
     pub(crate) fn offend(&mut self, peer: Key, refusal: &Refusal) {
         tracing::warn!(%peer, %refusal, "a peer sent what no honest peer would");
-        self.queue(Output::Offence { peer, why: refusal.to_string() });
+        self.queue(Output::Offence {
+            peer,
+            why: refusal.to_string(),
+        });
     }
 
     /// Looks at what peers have told.
@@ -720,7 +845,10 @@ impl Replica {
             };
             if let Some(held) = self.held.get_mut(&id) {
                 held.digest = digest;
-                let genesis = held.genesis.as_ref().map(|genesis| genesis.wire.encode_to_vec());
+                let genesis = held
+                    .genesis
+                    .as_ref()
+                    .map(|genesis| genesis.wire.encode_to_vec());
                 let row = [&digest.0[..], &genesis.unwrap_or_default()].concat();
                 self.store.put(key::document(&id), row);
             }
@@ -761,15 +889,26 @@ impl Replica {
 
     /// Leaves documents that have not been used for long to the disk.
     fn unload(&mut self) {
-        let loaded = self.held.values().filter(|held| held.loaded.is_some()).count();
+        let loaded = self
+            .held
+            .values()
+            .filter(|held| held.loaded.is_some())
+            .count();
         if loaded <= MAX_LOADED {
             return;
         }
-        let mut used: Vec<_> = self.held.values().filter(|held| held.loaded.is_some()).map(|held| held.used).collect();
+        let mut used: Vec<_> = self
+            .held
+            .values()
+            .filter(|held| held.loaded.is_some())
+            .map(|held| held.used)
+            .collect();
         used.sort_unstable();
         let limit = used[loaded - MAX_LOADED * 3 / 4];
-        for (_, held) in &mut self.held {
-            if held.used < limit && let Some(mut document) = held.loaded.take() {
+        for held in self.held.values_mut() {
+            if held.used < limit
+                && let Some(mut document) = held.loaded.take()
+            {
                 document.save(&mut self.store, true);
             }
         }
@@ -800,30 +939,45 @@ impl Replica {
     /// [`Error::Import`] if it is no exported document, [`Error::TooLarge`], [`Error::Store`].
     pub fn import(&mut self, content: &[u8]) -> Result<DocumentId, Error> {
         let wrong = |why: &str| Error::Import(why.to_owned());
-        let mut rest = content.strip_prefix(EXPORT).ok_or_else(|| wrong("it does not begin as one"))?;
+        let mut rest = content
+            .strip_prefix(EXPORT)
+            .ok_or_else(|| wrong("it does not begin as one"))?;
         let mut document = None;
         let mut gives = Vec::new();
         while !rest.is_empty() {
-            let (length, after) = rest.split_at_checked(8).ok_or_else(|| wrong("it ends early"))?;
+            let (length, after) = rest
+                .split_at_checked(8)
+                .ok_or_else(|| wrong("it ends early"))?;
             let length = u64::from_be_bytes(length.try_into().map_err(|_| wrong("it ends early"))?);
-            let part = usize::try_from(length).ok().and_then(|length| after.split_at_checked(length));
+            let part = usize::try_from(length)
+                .ok()
+                .and_then(|length| after.split_at_checked(length));
             let (give, after) = part.ok_or_else(|| wrong("it ends early"))?;
             rest = after;
-            gives.push(wire::Give::decode(give).map_err(|_| wrong("a part of it cannot be decoded"))?);
+            gives.push(
+                wire::Give::decode(give).map_err(|_| wrong("a part of it cannot be decoded"))?,
+            );
         }
         let held: BTreeSet<_> = self.held.keys().copied().collect();
         let imported = self.import_all(gives, &mut document);
-        if imported.is_err() && let Some(id) = document.filter(|id| !held.contains(id)) {
+        if imported.is_err()
+            && let Some(id) = document.filter(|id| !held.contains(id))
+        {
             self.remove(id)?;
         }
         imported?;
         document.ok_or_else(|| wrong("it is empty"))
     }
 
-    fn import_all(&mut self, gives: Vec<wire::Give>, document: &mut Option<DocumentId>) -> Result<(), Error> {
+    fn import_all(
+        &mut self,
+        gives: Vec<wire::Give>,
+        document: &mut Option<DocumentId>,
+    ) -> Result<(), Error> {
         let wrong = |why: &str| Error::Import(why.to_owned());
         for give in gives {
-            let id = DocumentId::read(&give.document).ok_or_else(|| wrong("a part of it has no document"))?;
+            let id = DocumentId::read(&give.document)
+                .ok_or_else(|| wrong("a part of it has no document"))?;
             if *document.get_or_insert(id) != id {
                 return Err(wrong("it has parts of several documents"));
             }
@@ -847,7 +1001,10 @@ impl Replica {
 
     #[cfg(test)]
     pub(crate) fn loaded(&self) -> usize {
-        self.held.values().filter(|held| held.loaded.is_some()).count()
+        self.held
+            .values()
+            .filter(|held| held.loaded.is_some())
+            .count()
     }
 }
 
@@ -855,7 +1012,12 @@ const EXPORT: &[u8] = b"weft document 1\n";
 
 fn check_keys(what: &'static str, size: usize) -> Result<(), Error> {
     if size > genesis::MAX_KEYS {
-        return Err(Error::TooLarge { what, size: size as u64, limit: genesis::MAX_KEYS as u64, advice: " keys" });
+        return Err(Error::TooLarge {
+            what,
+            size: size as u64,
+            limit: genesis::MAX_KEYS as u64,
+            advice: " keys",
+        });
     }
     Ok(())
 }
@@ -874,7 +1036,13 @@ fn tidy_readers(readers: Readers, owner: &Key) -> Result<Readers, Error> {
 fn readers_of(genesis: &Genesis, writers: &[Key], readers: &Readers) -> Option<BTreeSet<Key>> {
     match readers {
         Readers::Everybody => None,
-        Readers::Named(keys) => Some(keys.iter().chain(writers).chain([&genesis.owner]).copied().collect()),
+        Readers::Named(keys) => Some(
+            keys.iter()
+                .chain(writers)
+                .chain([&genesis.owner])
+                .copied()
+                .collect(),
+        ),
     }
 }
 

@@ -79,7 +79,9 @@ pub struct Store {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("pending", &self.pending.len()).finish_non_exhaustive()
+        f.debug_struct("Store")
+            .field("pending", &self.pending.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -105,7 +107,11 @@ impl Store {
 
     fn at(place: Place) -> Result<Self, StoreError> {
         let database = Some(open(&place)?);
-        Ok(Self { place, database, pending: BTreeMap::new() })
+        Ok(Self {
+            place,
+            database,
+            pending: BTreeMap::new(),
+        })
     }
 
     pub(crate) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
@@ -145,7 +151,12 @@ impl Store {
     }
 
     /// Rows whose key begins with `prefix`, from `prefix` and `from` on, until their values have more than `bytes`.
-    pub(crate) fn scan(&self, prefix: &[u8], from: &[u8], bytes: usize) -> Result<Vec<Row>, StoreError> {
+    pub(crate) fn scan(
+        &self,
+        prefix: &[u8],
+        from: &[u8],
+        bytes: usize,
+    ) -> Result<Vec<Row>, StoreError> {
         let begin = [prefix, from].concat();
         let mut rows: BTreeMap<Vec<u8>, Option<Vec<u8>>> = BTreeMap::new();
         let (mut size, mut cut) = (0, None);
@@ -172,14 +183,18 @@ impl Store {
             Err(redb::TableError::TableDoesNotExist(_)) => {}
             Err(error) => return Err(failed(error)),
         }
-        let pending = self.pending.range::<[u8], _>((Bound::Included(begin.as_slice()), Bound::Unbounded));
+        let pending = self
+            .pending
+            .range::<[u8], _>((Bound::Included(begin.as_slice()), Bound::Unbounded));
         let before_cut = |key: &[u8]| cut.as_ref().is_none_or(|cut| key < cut.as_slice());
         let pending = pending.take_while(|(key, _)| key.starts_with(prefix) && before_cut(key));
         for (key, value) in pending {
             rows.insert(key.clone(), value.clone());
         }
         let mut size = 0;
-        let whole = rows.into_iter().filter_map(|(key, value)| Some((key, value?)));
+        let whole = rows
+            .into_iter()
+            .filter_map(|(key, value)| Some((key, value?)));
         Ok(whole
             .take_while(|(_, value)| {
                 let before = size;
@@ -200,7 +215,9 @@ impl Store {
             return Ok(());
         }
         let pending = std::mem::take(&mut self.pending);
-        let written = self.database().and_then(|database| commit(database, &pending));
+        let written = self
+            .database()
+            .and_then(|database| commit(database, &pending));
         if written.is_err() {
             // After a fault redb wants to be opened again.
             self.database = None;
@@ -216,7 +233,10 @@ impl Store {
     }
 }
 
-fn commit(database: &Database, rows: &BTreeMap<Vec<u8>, Option<Vec<u8>>>) -> Result<(), StoreError> {
+fn commit(
+    database: &Database,
+    rows: &BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+) -> Result<(), StoreError> {
     let mut write = database.begin_write().map_err(failed)?;
     write.set_two_phase_commit(true);
     write.set_quick_repair(true);
@@ -244,7 +264,10 @@ fn open(place: &Place) -> Result<Database, StoreError> {
             {
                 failed(redb::StorageError::Io(error))
             }
-            error => StoreError::Damaged { file: path.clone(), what: error.to_string() },
+            error => StoreError::Damaged {
+                file: path.clone(),
+                what: error.to_string(),
+            },
         }),
         Place::Other(open) => open().map_err(failed),
     }
@@ -296,7 +319,11 @@ pub(crate) mod key {
     }
 
     pub(crate) fn envelope(document: &DocumentId, session: &SessionId, index: u64) -> Vec<u8> {
-        [self::session(document, session), index.to_be_bytes().to_vec()].concat()
+        [
+            self::session(document, session),
+            index.to_be_bytes().to_vec(),
+        ]
+        .concat()
     }
 
     pub(crate) fn proofs(document: &DocumentId) -> Vec<u8> {
@@ -341,16 +368,28 @@ mod tests {
         store.delete(b"a1".to_vec());
         store.put(b"a3".to_vec(), b"3".to_vec());
         assert_eq!(store.get(b"a1").unwrap(), None);
-        assert_eq!(store.scan(b"a", b"", usize::MAX).unwrap(), [row(b"a2", b"2"), row(b"a3", b"3")]);
-        assert_eq!(store.scan(b"a", b"3", usize::MAX).unwrap(), [row(b"a3", b"3")]);
+        assert_eq!(
+            store.scan(b"a", b"", usize::MAX).unwrap(),
+            [row(b"a2", b"2"), row(b"a3", b"3")]
+        );
+        assert_eq!(
+            store.scan(b"a", b"3", usize::MAX).unwrap(),
+            [row(b"a3", b"3")]
+        );
         assert_eq!(store.scan(b"a", b"", 0).unwrap(), [row(b"a2", b"2")]);
         drop(store);
         // What was not flushed is not there.
         let mut store = Store::open(&path).unwrap();
-        assert_eq!(store.scan(b"a", b"", usize::MAX).unwrap(), [row(b"a1", b"1"), row(b"a2", b"2")]);
+        assert_eq!(
+            store.scan(b"a", b"", usize::MAX).unwrap(),
+            [row(b"a1", b"1"), row(b"a2", b"2")]
+        );
         store.delete_all(b"a").unwrap();
         store.flush().unwrap();
-        assert_eq!(store.scan(b"", b"", usize::MAX).unwrap(), [row(b"b1", b"x")]);
+        assert_eq!(
+            store.scan(b"", b"", usize::MAX).unwrap(),
+            [row(b"b1", b"x")]
+        );
     }
 
     #[test]
@@ -358,7 +397,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("documents.redb");
         std::fs::write(&path, [7; 5000]).unwrap();
-        assert!(matches!(Store::open(&path), Err(StoreError::Damaged { .. })));
+        assert!(matches!(
+            Store::open(&path),
+            Err(StoreError::Damaged { .. })
+        ));
         assert_eq!(std::fs::read(&path).unwrap(), [7; 5000]);
     }
 }

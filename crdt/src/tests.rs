@@ -101,7 +101,10 @@ impl StorageBackend for Disk {
 impl Disk {
     pub(crate) fn copy(&self) -> Self {
         let bytes = self.0.lock().unwrap().bytes.clone();
-        Self(Arc::new(Mutex::new(Platter { bytes, ..Platter::default() })))
+        Self(Arc::new(Mutex::new(Platter {
+            bytes,
+            ..Platter::default()
+        })))
     }
 
     pub(crate) fn fail_in(&self, operations: Option<u64>) {
@@ -133,7 +136,10 @@ impl Disk {
                 place.copy_from_slice(&data[..kept]);
             }
         }
-        Self(Arc::new(Mutex::new(Platter { bytes, ..Platter::default() })))
+        Self(Arc::new(Mutex::new(Platter {
+            bytes,
+            ..Platter::default()
+        })))
     }
 
     pub(crate) fn open(&self) -> Result<Store, StoreError> {
@@ -173,7 +179,14 @@ pub(crate) struct Node {
 
 impl Node {
     fn new(identity: Identity, disk: Disk, starts: u8) -> Self {
-        let mut this = Self { replica: None, disk, identity, starts, events: Vec::new(), offences: Vec::new() };
+        let mut this = Self {
+            replica: None,
+            disk,
+            identity,
+            starts,
+            events: Vec::new(),
+            offences: Vec::new(),
+        };
         this.start();
         this
     }
@@ -184,7 +197,8 @@ impl Node {
         entropy[31] ^= self.starts;
         self.replica = None;
         let store = self.disk.open().expect("the disk can be opened");
-        self.replica = Some(Replica::open(store, self.identity.clone(), entropy).expect("documents are read"));
+        self.replica =
+            Some(Replica::open(store, self.identity.clone(), entropy).expect("documents are read"));
     }
 
     pub(crate) fn replica(&mut self) -> &mut Replica {
@@ -240,8 +254,16 @@ impl World {
     pub(crate) fn connect(&mut self, a: usize, b: usize) {
         // A peer is known by its key: two with one key cannot be connected to each other, nor to the same third.
         let keys = (self.nodes[a].identity.key(), self.nodes[b].identity.key());
-        let has = |of: usize, key: Key| self.linked(of).iter().any(|peer| self.nodes[*peer].identity.key() == key);
-        if keys.0 == keys.1 || has(a, keys.1) || has(b, keys.0) || !self.links.insert((a.min(b), a.max(b))) {
+        let has = |of: usize, key: Key| {
+            self.linked(of)
+                .iter()
+                .any(|peer| self.nodes[*peer].identity.key() == key)
+        };
+        if keys.0 == keys.1
+            || has(a, keys.1)
+            || has(b, keys.0)
+            || !self.links.insert((a.min(b), a.max(b)))
+        {
             return;
         }
         for (one, other) in [(a, keys.1), (b, keys.0)] {
@@ -254,7 +276,8 @@ impl World {
         if !self.links.remove(&(a.min(b), a.max(b))) {
             return;
         }
-        self.flying.retain(|(from, to, _)| (*from.min(to), *from.max(to)) != (a.min(b), a.max(b)));
+        self.flying
+            .retain(|(from, to, _)| (*from.min(to), *from.max(to)) != (a.min(b), a.max(b)));
         for (one, other) in [(a, b), (b, a)] {
             let key = self.nodes[other].identity.key();
             self.node(one).disconnected(&key);
@@ -297,8 +320,14 @@ impl World {
         while let Some(output) = self.node(at).poll() {
             match output {
                 Output::Send { peer, message } => {
-                    assert!(message.len() <= crate::MAX_MESSAGE_BYTES, "a message is too long");
-                    let to = self.linked(at).into_iter().find(|to| self.nodes[*to].identity.key() == peer);
+                    assert!(
+                        message.len() <= crate::MAX_MESSAGE_BYTES,
+                        "a message is too long"
+                    );
+                    let to = self
+                        .linked(at)
+                        .into_iter()
+                        .find(|to| self.nodes[*to].identity.key() == peer);
                     if let Some(to) = to {
                         self.sent = (self.sent.0 + 1, self.sent.1 + message.len());
                         self.flying.push((at, to, message));
@@ -343,7 +372,8 @@ impl World {
             }
         }
         for (from, to, message) in self.flying.iter().take(12) {
-            let message: weft_proto::wire::DocumentMessage = prost::Message::decode(&message[..]).unwrap();
+            let message: weft_proto::wire::DocumentMessage =
+                prost::Message::decode(&message[..]).unwrap();
             let mut text = format!("{message:?}");
             text.truncate(300);
             eprintln!("{from} to {to}: {text}");
@@ -368,8 +398,17 @@ impl World {
 
     /// A document that the given nodes write, made by the first and held by all.
     pub(crate) fn shared(&mut self, writers: &[usize]) -> DocumentId {
-        let keys = writers.iter().map(|at| self.nodes[*at].identity.key()).collect();
-        let id = self.create(writers[0], NewDocument { writers: keys, ..NewDocument::default() });
+        let keys = writers
+            .iter()
+            .map(|at| self.nodes[*at].identity.key())
+            .collect();
+        let id = self.create(
+            writers[0],
+            NewDocument {
+                writers: keys,
+                ..NewDocument::default()
+            },
+        );
         for at in 0..self.nodes.len() {
             self.node(at).hold(id).unwrap();
             self.flush(at).unwrap();
@@ -378,7 +417,12 @@ impl World {
         id
     }
 
-    pub(crate) fn commit(&mut self, at: usize, id: DocumentId, edits: &[Edit]) -> Result<(), Error> {
+    pub(crate) fn commit(
+        &mut self,
+        at: usize,
+        id: DocumentId,
+        edits: &[Edit],
+    ) -> Result<(), Error> {
         let time = self.now.as_secs() as i64;
         self.node(at).commit(id, edits, None, time)?;
         Ok(self.flush(at)?)
@@ -399,11 +443,38 @@ impl World {
     /// Everybody in `nodes` holds the same, and it loads.
     pub(crate) fn assert_same(&mut self, nodes: &[usize], id: DocumentId) -> Value {
         let content = self.get(nodes[0], id);
-        let digest = |this: &mut Self, at: usize| this.node(at).info(id).unwrap().details.unwrap().digest;
+        let digest =
+            |this: &mut Self, at: usize| this.node(at).info(id).unwrap().details.unwrap().digest;
         let first = digest(self, nodes[0]);
         for at in nodes {
-            assert_eq!(digest(self, *at), first, "node {at} knows something else than node {}", nodes[0]);
-            assert_eq!(self.get(*at, id), content, "node {at} shows something else than node {}", nodes[0]);
+            if digest(self, *at) != first {
+                for at in [nodes[0], *at] {
+                    let (document, _) = self.node(at).document(&id).unwrap().unwrap();
+                    let epochs: Vec<_> = document
+                        .epochs
+                        .iter()
+                        .map(|epoch| (epoch.number, epoch.id))
+                        .collect();
+                    eprintln!(
+                        "{at} has {epochs:?} {:?} {:?} and waits for {:?}",
+                        document.heads(),
+                        document.forks(),
+                        document.waiting()
+                    );
+                }
+            }
+            assert_eq!(
+                digest(self, *at),
+                first,
+                "node {at} knows something else than node {}",
+                nodes[0]
+            );
+            assert_eq!(
+                self.get(*at, id),
+                content,
+                "node {at} shows something else than node {}",
+                nodes[0]
+            );
             self.node(*at).assert_loads(id);
         }
         content
@@ -411,7 +482,11 @@ impl World {
 
     pub(crate) fn assert_no_offence(&self) {
         for (at, node) in self.nodes.iter().enumerate() {
-            assert!(node.offences.is_empty(), "node {at} blames {:?}", node.offences);
+            assert!(
+                node.offences.is_empty(),
+                "node {at} blames {:?}",
+                node.offences
+            );
         }
     }
 

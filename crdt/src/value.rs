@@ -21,7 +21,9 @@ use crate::{
 #[non_exhaustive]
 pub enum PathError {
     /// It does not begin with `/`.
-    #[error("{0:?} is no path: it begins with `/`, or is empty for the whole document, as in /models/0/name")]
+    #[error(
+        "{0:?} is no path: it begins with `/`, or is empty for the whole document, as in /models/0/name"
+    )]
     NoSlash(String),
     /// `~` stands before something else than `0` or `1`.
     #[error("{0:?} is no path: `~` in a key is written `~0`, and `/` is written `~1`")]
@@ -39,13 +41,17 @@ pub enum EditError {
     #[error("there is nothing at {0}")]
     NotFound(Path),
     /// What should hold the place is not there, or is neither a map nor a list.
-    #[error("there is no map or list at {0} to put something into; put one there first, such as {{}}")]
+    #[error(
+        "there is no map or list at {0} to put something into; put one there first, such as {{}}"
+    )]
     NoContainer(Path),
     /// A list is needed.
     #[error("{0} is no list; only lists are inserted into")]
     NoList(Path),
     /// A list's element has a number.
-    #[error("{0} is in a list: its last part must be an index up to the list's length, or `-` for its end")]
+    #[error(
+        "{0} is in a list: its last part must be an index up to the list's length, or `-` for its end"
+    )]
     Index(Path),
     /// The document itself is not replaced or deleted.
     #[error("the whole document is always a map; name a key, as in /name")]
@@ -80,8 +86,13 @@ impl Path {
         if text.is_empty() {
             return Ok(Self::default());
         }
-        let rest = text.strip_prefix('/').ok_or_else(|| PathError::NoSlash(text.to_owned()))?;
-        let parts: Vec<_> = rest.split('/').map(unescape).collect::<Option<_>>()
+        let rest = text
+            .strip_prefix('/')
+            .ok_or_else(|| PathError::NoSlash(text.to_owned()))?;
+        let parts: Vec<_> = rest
+            .split('/')
+            .map(unescape)
+            .collect::<Option<_>>()
             .ok_or_else(|| PathError::Escape(text.to_owned()))?;
         if parts.len() > MAX_DEPTH {
             return Err(PathError::TooDeep(text.to_owned()));
@@ -125,9 +136,10 @@ fn unescape(part: &str) -> Option<String> {
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if f.alternate() || !self.0.is_empty() {
-            return self.0.iter().try_for_each(|part| {
-                write!(f, "/{}", part.replace('~', "~0").replace('/', "~1"))
-            });
+            return self
+                .0
+                .iter()
+                .try_for_each(|part| write!(f, "/{}", part.replace('~', "~0").replace('/', "~1")));
         }
         f.write_str("the top")
     }
@@ -181,7 +193,10 @@ fn depth(value: &Value) -> usize {
 impl Edit {
     pub(crate) fn path(&self) -> &Path {
         match self {
-            Self::Put(path, _) | Self::Delete(path) | Self::Increment(path, _) | Self::Insert(path, _) => path,
+            Self::Put(path, _)
+            | Self::Delete(path)
+            | Self::Increment(path, _)
+            | Self::Insert(path, _) => path,
         }
     }
 }
@@ -267,12 +282,26 @@ fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError>
             return Err(EditError::Index(path.clone()));
         }
         let at_end = index == length;
-        return Ok((Place { container, prop: Prop::Seq(index), at_end }, kind));
+        return Ok((
+            Place {
+                container,
+                prop: Prop::Seq(index),
+                at_end,
+            },
+            kind,
+        ));
     }
     if last.is_empty() || last.len() > MAX_MAP_KEY {
         return Err(EditError::Key(last.len()));
     }
-    Ok((Place { container, prop: Prop::Map(last.to_owned()), at_end: false }, kind))
+    Ok((
+        Place {
+            container,
+            prop: Prop::Map(last.to_owned()),
+            at_end: false,
+        },
+        kind,
+    ))
 }
 
 /// What Automerge says although the place was looked up before.
@@ -281,13 +310,26 @@ fn unexpected(error: automerge::AutomergeError) -> EditError {
     EditError::TooMuch
 }
 
-fn write(tx: &mut Transaction<'_>, place: &Place, insert: bool, value: &Value) -> Result<(), EditError> {
-    let Place { container, prop, .. } = place;
+fn write(
+    tx: &mut Transaction<'_>,
+    place: &Place,
+    insert: bool,
+    value: &Value,
+) -> Result<(), EditError> {
+    let Place {
+        container, prop, ..
+    } = place;
     let made = match (scalar(value), prop) {
-        (Some(scalar), Prop::Seq(index)) if insert => tx.insert(container, *index, scalar).map(|()| None),
+        (Some(scalar), Prop::Seq(index)) if insert => {
+            tx.insert(container, *index, scalar).map(|()| None)
+        }
         (Some(scalar), prop) => tx.put(container, prop.clone(), scalar).map(|()| None),
-        (None, Prop::Seq(index)) if insert => tx.insert_object(container, *index, kind_of(value)).map(Some),
-        (None, prop) => tx.put_object(container, prop.clone(), kind_of(value)).map(Some),
+        (None, Prop::Seq(index)) if insert => tx
+            .insert_object(container, *index, kind_of(value))
+            .map(Some),
+        (None, prop) => tx
+            .put_object(container, prop.clone(), kind_of(value))
+            .map(Some),
     };
     let Some(object) = made.map_err(unexpected)? else {
         return Ok(());
@@ -295,7 +337,11 @@ fn write(tx: &mut Transaction<'_>, place: &Place, insert: bool, value: &Value) -
     match value {
         Value::Array(values) => {
             for (index, value) in values.iter().enumerate() {
-                let place = Place { container: object.clone(), prop: Prop::Seq(index), at_end: true };
+                let place = Place {
+                    container: object.clone(),
+                    prop: Prop::Seq(index),
+                    at_end: true,
+                };
                 write(tx, &place, true, value)?;
             }
         }
@@ -304,7 +350,11 @@ fn write(tx: &mut Transaction<'_>, place: &Place, insert: bool, value: &Value) -
                 if key.is_empty() || key.len() > MAX_MAP_KEY {
                     return Err(EditError::Key(key.len()));
                 }
-                let place = Place { container: object.clone(), prop: Prop::Map(key.clone()), at_end: false };
+                let place = Place {
+                    container: object.clone(),
+                    prop: Prop::Map(key.clone()),
+                    at_end: false,
+                };
                 write(tx, &place, false, value)?;
             }
         }
@@ -314,7 +364,11 @@ fn write(tx: &mut Transaction<'_>, place: &Place, insert: bool, value: &Value) -
 }
 
 fn kind_of(value: &Value) -> ObjType {
-    if value.is_array() { ObjType::List } else { ObjType::Map }
+    if value.is_array() {
+        ObjType::List
+    } else {
+        ObjType::Map
+    }
 }
 
 /// Makes an edit. After an error the transaction is to be rolled back.
@@ -330,14 +384,20 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
     let (place, kind) = place(tx, edit.path())?;
     let there = match place.at_end {
         true => None,
-        false => tx.get(&place.container, place.prop.clone()).map_err(unexpected)?,
+        false => tx
+            .get(&place.container, place.prop.clone())
+            .map_err(unexpected)?,
     };
     let there = there.map(|(value, _)| value.into_owned());
     match edit {
         Edit::Put(_, value) => write(tx, &place, place.at_end, value),
         Edit::Insert(path, value) => match kind {
             ObjType::List => write(tx, &place, true, value),
-            _ => Err(EditError::NoList(path.split_last().map(|(parent, _)| parent).unwrap_or_default())),
+            _ => Err(EditError::NoList(
+                path.split_last()
+                    .map(|(parent, _)| parent)
+                    .unwrap_or_default(),
+            )),
         },
         Edit::Delete(path) => match there {
             None => Err(EditError::NotFound(path.clone())),
@@ -357,7 +417,8 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
                     i64::from(counter)
                         .checked_add(*by)
                         .ok_or_else(|| EditError::Range(path.clone()))?;
-                    tx.increment(&place.container, place.prop, *by).map_err(unexpected)
+                    tx.increment(&place.container, place.prop, *by)
+                        .map_err(unexpected)
                 }
                 _ => Err(EditError::NoCounter(path.clone())),
             },
@@ -420,7 +481,11 @@ pub(crate) fn get(doc: &Automerge, path: &Path) -> Option<Value> {
 }
 
 /// What changed between two states, as edits; for putting an author's late edits onto another state.
-pub(crate) fn edits_of(doc: &Automerge, before: &[automerge::ChangeHash], after: &[automerge::ChangeHash]) -> Vec<Edit> {
+pub(crate) fn edits_of(
+    doc: &Automerge,
+    before: &[automerge::ChangeHash],
+    after: &[automerge::ChangeHash],
+) -> Vec<Edit> {
     let patches = doc.diff(before, after);
     let mut edits = Vec::new();
     for patch in patches {
@@ -438,19 +503,30 @@ pub(crate) fn edits_of(doc: &Automerge, before: &[automerge::ChangeHash], after:
             Stored::Object(_) => None,
         };
         match patch.action {
-            PatchAction::PutMap { key, value: (value, _), .. } => {
+            PatchAction::PutMap {
+                key,
+                value: (value, _),
+                ..
+            } => {
                 let path = at.join(key);
                 match counter(&value) {
                     Some(count) => edits.push(Edit::Increment(path, count)),
                     None => edits.push(Edit::Put(path, empty(&value))),
                 }
             }
-            PatchAction::PutSeq { index, value: (value, _), .. } => {
+            PatchAction::PutSeq {
+                index,
+                value: (value, _),
+                ..
+            } => {
                 edits.push(Edit::Put(at.join(index.to_string()), empty(&value)));
             }
             PatchAction::Insert { index, values } => {
                 for (offset, (value, _, _)) in values.iter().enumerate() {
-                    edits.push(Edit::Insert(at.join((index + offset).to_string()), empty(value)));
+                    edits.push(Edit::Insert(
+                        at.join((index + offset).to_string()),
+                        empty(value),
+                    ));
                 }
             }
             PatchAction::Increment { prop, value } => {
@@ -460,7 +536,9 @@ pub(crate) fn edits_of(doc: &Automerge, before: &[automerge::ChangeHash], after:
             PatchAction::DeleteSeq { index, length } => {
                 edits.extend((0..length).map(|_| Edit::Delete(at.join(index.to_string()))));
             }
-            PatchAction::SpliceText { .. } | PatchAction::Mark { .. } | PatchAction::Conflict { .. } => {}
+            PatchAction::SpliceText { .. }
+            | PatchAction::Mark { .. }
+            | PatchAction::Conflict { .. } => {}
         }
     }
     edits
@@ -529,13 +607,22 @@ pub(crate) fn copy(from: &Automerge, to: &mut Automerge) -> Result<(), automerge
                 .map_range(&source, ..)
                 .map(|item| {
                     let id = item.id();
-                    (Prop::Map(item.key.to_string()), Stored::from(item.value).into_owned(), id)
+                    (
+                        Prop::Map(item.key.to_string()),
+                        Stored::from(item.value).into_owned(),
+                        id,
+                    )
                 })
                 .collect(),
         };
         for (prop, value, id) in values {
             ops += 1;
-            bytes += 16 + if let Prop::Map(key) = &prop { key.len() } else { 0 };
+            bytes += 16
+                + if let Prop::Map(key) = &prop {
+                    key.len()
+                } else {
+                    0
+                };
             match value {
                 Stored::Scalar(value) => {
                     let value = match value.into_owned() {
@@ -544,7 +631,9 @@ pub(crate) fn copy(from: &Automerge, to: &mut Automerge) -> Result<(), automerge
                     };
                     bytes += match &value {
                         ScalarValue::Str(text) => text.len(),
-                        ScalarValue::Bytes(data) | ScalarValue::Unknown { bytes: data, .. } => data.len(),
+                        ScalarValue::Bytes(data) | ScalarValue::Unknown { bytes: data, .. } => {
+                            data.len()
+                        }
                         _ => 8,
                     };
                     match prop {
@@ -603,12 +692,16 @@ mod tests {
         }
         assert_eq!(Path::parse("a"), Err(PathError::NoSlash("a".to_owned())));
         assert_eq!(Path::parse("/~2"), Err(PathError::Escape("/~2".to_owned())));
-        assert!(matches!(Path::parse(&"/a".repeat(33)), Err(PathError::TooDeep(_))));
+        assert!(matches!(
+            Path::parse(&"/a".repeat(33)),
+            Err(PathError::TooDeep(_))
+        ));
     }
 
     #[test]
     fn values_come_back_as_they_were_put() {
-        let value = json!({"a": [1, 2.5, {"b": null}], "t": "text", "u": u64::MAX, "n": -1, "f": false});
+        let value =
+            json!({"a": [1, 2.5, {"b": null}], "t": "text", "u": u64::MAX, "n": -1, "f": false});
         let put = Edit::Put(path("/x"), value.clone());
         assert_eq!(edited(&[put]), Ok(json!({ "x": value })));
     }
@@ -635,14 +728,35 @@ mod tests {
             edited(&[base, edit]).unwrap_err()
         };
         assert_eq!(wrong(Edit::Put(path(""), json!(1))), EditError::Root);
-        assert_eq!(wrong(Edit::Put(path("/x/y"), json!(1))), EditError::NoContainer(path("/x")));
-        assert_eq!(wrong(Edit::Put(path("/m/l/2"), json!(1))), EditError::Index(path("/m/l/2")));
-        assert_eq!(wrong(Edit::Delete(path("/m/x"))), EditError::NotFound(path("/m/x")));
-        assert_eq!(wrong(Edit::Delete(path("/m/l/1"))), EditError::NotFound(path("/m/l/1")));
-        assert_eq!(wrong(Edit::Increment(path("/m/n"), 1)), EditError::NoCounter(path("/m/n")));
-        assert_eq!(wrong(Edit::Insert(path("/m/x"), json!(1))), EditError::NoList(path("/m")));
+        assert_eq!(
+            wrong(Edit::Put(path("/x/y"), json!(1))),
+            EditError::NoContainer(path("/x"))
+        );
+        assert_eq!(
+            wrong(Edit::Put(path("/m/l/2"), json!(1))),
+            EditError::Index(path("/m/l/2"))
+        );
+        assert_eq!(
+            wrong(Edit::Delete(path("/m/x"))),
+            EditError::NotFound(path("/m/x"))
+        );
+        assert_eq!(
+            wrong(Edit::Delete(path("/m/l/1"))),
+            EditError::NotFound(path("/m/l/1"))
+        );
+        assert_eq!(
+            wrong(Edit::Increment(path("/m/n"), 1)),
+            EditError::NoCounter(path("/m/n"))
+        );
+        assert_eq!(
+            wrong(Edit::Insert(path("/m/x"), json!(1))),
+            EditError::NoList(path("/m"))
+        );
         assert_eq!(wrong(Edit::Put(path("/m/"), json!(1))), EditError::Key(0));
-        let full = [Edit::Increment(path("/c"), i64::MAX), Edit::Increment(path("/c"), 1)];
+        let full = [
+            Edit::Increment(path("/c"), i64::MAX),
+            Edit::Increment(path("/c"), 1),
+        ];
         assert_eq!(edited(&full), Err(EditError::Range(path("/c"))));
         let deep = (0..40).fold(json!(1), |value, _| json!([value]));
         let deep = [Edit::Put(path("/d"), deep)];
@@ -655,7 +769,11 @@ mod tests {
     fn a_difference_becomes_edits_that_make_it() {
         let mut doc = Automerge::new();
         let mut tx = doc.transaction();
-        apply(&mut tx, &Edit::Put(path(""), json!({"l": [1, 2, 3], "m": {"a": 1}, "x": 1}))).unwrap();
+        apply(
+            &mut tx,
+            &Edit::Put(path(""), json!({"l": [1, 2, 3], "m": {"a": 1}, "x": 1})),
+        )
+        .unwrap();
         apply(&mut tx, &Edit::Increment(path("/c"), 5)).unwrap();
         tx.commit();
         let (before, mut other) = (doc.get_heads(), doc.fork());

@@ -39,10 +39,22 @@ struct Liar {
 impl Liar {
     fn new(document: DocumentId, nonce: u8) -> Self {
         let identity = identity(LIAR);
-        let run = Run { author: identity.key(), nonce: [nonce; 16], epoch: EpochId(document.0) };
+        let run = Run {
+            author: identity.key(),
+            nonce: [nonce; 16],
+            epoch: EpochId(document.0),
+        };
         let session = run.session(&document);
         let doc = Automerge::new().with_actor(ActorId::from(session.actor()));
-        Self { identity, document, run, session, doc, index: 0, chain: session.chain() }
+        Self {
+            identity,
+            document,
+            run,
+            session,
+            doc,
+            index: 0,
+            chain: session.chain(),
+        }
     }
 
     /// Knows what a node knows.
@@ -56,14 +68,25 @@ impl Liar {
 
     fn change(&mut self, edits: &[Edit]) -> Change {
         let mut tx = self.doc.transaction();
-        edits.iter().for_each(|edit| value::apply(&mut tx, edit).unwrap());
+        edits
+            .iter()
+            .for_each(|edit| value::apply(&mut tx, edit).unwrap());
         let (hash, _) = tx.commit_with(CommitOptions::default().with_time(0));
         automerge::ReadDoc::get_change_by_hash(&self.doc, &hash.unwrap()).unwrap()
     }
 
     fn sign(&self, index: u64, previous: Chain, change: &[u8], id: ChangeId) -> Envelope {
-        let header = Header::sign(&self.identity, &self.document, self.run, (index, previous), id);
-        Envelope { header, change: Bytes::copy_from_slice(change) }
+        let header = Header::sign(
+            &self.identity,
+            &self.document,
+            self.run,
+            (index, previous),
+            id,
+        );
+        Envelope {
+            header,
+            change: Bytes::copy_from_slice(change),
+        }
     }
 
     /// Signs any bytes as the next change.
@@ -110,7 +133,11 @@ impl World {
     }
 
     fn offences(&mut self, at: usize) -> Vec<String> {
-        self.nodes[at].offences.drain(..).map(|(_, why)| why).collect()
+        self.nodes[at]
+            .offences
+            .drain(..)
+            .map(|(_, why)| why)
+            .collect()
     }
 
     /// The node blames the liar for that, and shows what it has shown before.
@@ -118,7 +145,10 @@ impl World {
         let before = self.get(to, document);
         self.lie(to, news(document, std::slice::from_ref(envelope)));
         let blamed = self.offences(to);
-        assert!(blamed.iter().any(|blame| blame.contains(why)), "{blamed:?} and not {why}");
+        assert!(
+            blamed.iter().any(|blame| blame.contains(why)),
+            "{blamed:?} and not {why}"
+        );
         assert_eq!(self.get(to, document), before);
         self.node(to).assert_loads(document);
     }
@@ -128,7 +158,13 @@ impl World {
 fn world(nodes: u8) -> (World, DocumentId) {
     let mut world = World::connected(nodes, 1);
     let writers = (1..nodes).map(key).chain([key(LIAR)]).collect();
-    let id = world.create(0, NewDocument { writers, ..NewDocument::default() });
+    let id = world.create(
+        0,
+        NewDocument {
+            writers,
+            ..NewDocument::default()
+        },
+    );
     for node in 1..usize::from(nodes) {
         world.node(node).hold(id).unwrap();
         world.flush(node).unwrap();
@@ -179,7 +215,13 @@ fn what_was_seen_before_changes_nothing() {
 #[test]
 fn an_envelope_counts_for_its_document_only() {
     let (mut world, id) = world(2);
-    let other = world.create(0, NewDocument { writers: vec![key(LIAR)], ..NewDocument::default() });
+    let other = world.create(
+        0,
+        NewDocument {
+            writers: vec![key(LIAR)],
+            ..NewDocument::default()
+        },
+    );
     let envelope = Liar::new(id, 1).commit(&[put("/a", json!(1))]);
     world.refuses(0, other, &envelope, "signature");
 }
@@ -187,7 +229,10 @@ fn an_envelope_counts_for_its_document_only() {
 #[test]
 fn who_may_not_write_is_ignored() {
     let (mut world, id) = world(2);
-    let rights = Rights { revoke: vec![key(LIAR)], ..Rights::default() };
+    let rights = Rights {
+        revoke: vec![key(LIAR)],
+        ..Rights::default()
+    };
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     world.lie(0, news(id, &[liar.commit(&[put("/before", json!(1))])]));
     world.settle();
@@ -212,6 +257,10 @@ fn who_may_not_write_is_ignored() {
 #[test]
 fn equivocation_is_found_out_and_all_drop_the_same() {
     let (mut world, id) = world(5);
+    world
+        .commit(0, id, &[Edit::Increment(at("/n"), 1)])
+        .unwrap();
+    world.settle();
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     let first = liar.commit(&[put("/l", json!("first"))]);
     for node in 0..2 {
@@ -222,9 +271,15 @@ fn equivocation_is_found_out_and_all_drop_the_same() {
     for one in [0, 1] {
         (2..5).for_each(|other| world.disconnect(one, other));
     }
-    let mut twin = Liar { identity: liar.identity.clone(), doc: liar.doc.clone(), ..liar };
-    let mut story = |liar: &mut Liar, text: &str, length: usize| -> Vec<Envelope> {
-        (0..length).map(|n| liar.commit(&[put("/l", json!(format!("{text} {n}")))])).collect()
+    let mut twin = Liar {
+        identity: liar.identity.clone(),
+        doc: liar.doc.clone(),
+        ..liar
+    };
+    let story = |liar: &mut Liar, text: &str, length: usize| -> Vec<Envelope> {
+        (0..length)
+            .map(|n| liar.commit(&[put("/l", json!(format!("{text} {n}")))]))
+            .collect()
     };
     let to_one = story(&mut liar, "one", 5);
     let to_other = story(&mut twin, "other", 3);
@@ -232,10 +287,25 @@ fn equivocation_is_found_out_and_all_drop_the_same() {
     world.lie(2, news(id, &to_other));
     world.settle();
     // Honest writers build on what they see.
-    world.commit(1, id, &[put("/honest one", json!(1)), Edit::Increment(at("/n"), 1)]).unwrap();
-    world.commit(3, id, &[put("/honest other", json!(1)), Edit::Increment(at("/n"), 1)]).unwrap();
+    world
+        .commit(
+            1,
+            id,
+            &[put("/honest one", json!(1)), Edit::Increment(at("/n"), 1)],
+        )
+        .unwrap();
+    world
+        .commit(
+            3,
+            id,
+            &[put("/honest other", json!(1)), Edit::Increment(at("/n"), 1)],
+        )
+        .unwrap();
     world.settle();
-    assert_eq!((&world.get(1, id)["l"], &world.get(3, id)["l"]), (&json!("one 4"), &json!("other 2")));
+    assert_eq!(
+        (&world.get(1, id)["l"], &world.get(3, id)["l"]),
+        (&json!("one 4"), &json!("other 2"))
+    );
     world.connect(1, 3);
     world.settle();
     for _ in 0..3 {
@@ -244,7 +314,7 @@ fn equivocation_is_found_out_and_all_drop_the_same() {
     }
     let content = world.assert_same(&[0, 1, 2, 3, 4], id);
     // What was said to all alike stays, what was built on lies is made again.
-    let expected = json!({"m": {"x": 1}, "l": "first", "honest one": 1, "honest other": 1, "n": 2});
+    let expected = json!({"m": {"x": 1}, "l": "first", "honest one": 1, "honest other": 1, "n": 3});
     assert_eq!(content, expected);
     for node in 0..5 {
         let told = world.saw(node, |event| matches!(event, Event::Equivocated { author, index: 1, .. } if *author == key(LIAR)));
@@ -270,9 +340,15 @@ fn equivocation_is_found_out_and_all_drop_the_same() {
 fn a_proof_of_nothing_is_an_offence() {
     let (mut world, id) = world(2);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
-    let (one, other) = (liar.commit(&[put("/a", json!(1))]), liar.commit(&[put("/b", json!(1))]));
+    let (one, other) = (
+        liar.commit(&[put("/a", json!(1))]),
+        liar.commit(&[put("/b", json!(1))]),
+    );
     let tell = |one: &Header, other: &Header| {
-        let proof = wire::Equivocation { one: Some(one.to_wire()), other: Some(other.to_wire()) };
+        let proof = wire::Equivocation {
+            one: Some(one.to_wire()),
+            other: Some(other.to_wire()),
+        };
         Kind::News(wire::News {
             document: Bytes::copy_from_slice(&id.0),
             proofs: vec![proof],
@@ -324,29 +400,55 @@ fn only_the_owner_signs_epochs() {
 fn poisoned_changes_are_refused_by_all_alike() {
     let (mut world, id) = world(3);
     let stranger = OpId(1_000, ActorId::from([3; 16]));
-    let bends: Vec<(&str, Box<dyn Fn(&mut ExpandedChange)>)> = vec![
-        ("replaces what it cannot know", Box::new({
-            let stranger = stranger.clone();
-            move |change| change.operations[0].pred = vec![stranger.clone()].into()
-        })),
-        ("an object that it cannot know", Box::new({
-            let stranger = stranger.clone();
-            move |change| change.operations[0].obj = ObjectId::Id(stranger.clone())
-        })),
-        ("wrong numbers", Box::new(|change| change.start_op = 1.try_into().unwrap())),
-        ("wrong numbers", Box::new(|change| change.start_op = 1_000_000.try_into().unwrap())),
-        ("not allowed", Box::new(|change| {
-            change.operations[0].action = OpType::Make(automerge::ObjType::Text);
-        })),
-        ("not allowed", Box::new(|change| change.operations[0].action = OpType::Increment(1))),
-        ("changes nothing", Box::new(|change| change.operations.clear())),
+    type Bend = Box<dyn Fn(&mut ExpandedChange)>;
+    let bends: Vec<(&str, Bend)> = vec![
+        (
+            "replaces what it cannot know",
+            Box::new({
+                let stranger = stranger.clone();
+                move |change| change.operations[0].pred = vec![stranger.clone()].into()
+            }),
+        ),
+        (
+            "an object that it cannot know",
+            Box::new({
+                let stranger = stranger.clone();
+                move |change| change.operations[0].obj = ObjectId::Id(stranger.clone())
+            }),
+        ),
+        (
+            "wrong numbers",
+            Box::new(|change| change.start_op = 1.try_into().unwrap()),
+        ),
+        (
+            "wrong numbers",
+            Box::new(|change| change.start_op = 1_000_000.try_into().unwrap()),
+        ),
+        (
+            "not allowed",
+            Box::new(|change| {
+                change.operations[0].action = OpType::Make(automerge::ObjType::Text);
+            }),
+        ),
+        (
+            "not allowed",
+            Box::new(|change| change.operations[0].action = OpType::Increment(1)),
+        ),
+        (
+            "changes nothing",
+            Box::new(|change| change.operations.clear()),
+        ),
         ("out of sequence", Box::new(|change| change.seq = 7)),
-        ("key is empty", Box::new(|change| {
-            change.operations[0].key = automerge::legacy::Key::Map("".into());
-        })),
+        (
+            "key is empty",
+            Box::new(|change| {
+                change.operations[0].key = automerge::legacy::Key::Map("".into());
+            }),
+        ),
     ];
     for (number, (why, bend)) in bends.into_iter().enumerate() {
-        let envelope = Liar::knowing(&mut world, 0, id, number as u8).bent(&[put("/a", json!(1))], bend);
+        let envelope =
+            Liar::knowing(&mut world, 0, id, number as u8).bent(&[put("/a", json!(1))], bend);
         for node in 0..3 {
             world.refuses(node, id, &envelope, why);
         }
@@ -354,7 +456,10 @@ fn poisoned_changes_are_refused_by_all_alike() {
     // It goes on as if nothing had been.
     world.edit(2, id, "/b", 1);
     world.settle();
-    assert_eq!(world.assert_same(&[0, 1, 2], id), json!({"m": {"x": 1}, "b": 1}));
+    assert_eq!(
+        world.assert_same(&[0, 1, 2], id),
+        json!({"m": {"x": 1}, "b": 1})
+    );
 }
 
 /// What is refused must not depend on what else is here: a reference to an operation that is here, but not among what the change builds on.
@@ -382,12 +487,18 @@ fn nesting_is_bounded_also_over_many_changes() {
     let mut refused = None;
     for depth in 0..60 {
         let mut tx = liar.doc.transaction();
-        parent = tx.put_object(&parent, "d", automerge::ObjType::Map).unwrap();
+        parent = tx
+            .put_object(&parent, "d", automerge::ObjType::Map)
+            .unwrap();
         let (hash, _) = tx.commit_with(CommitOptions::default().with_time(0));
         let change = automerge::ReadDoc::get_change_by_hash(&liar.doc, &hash.unwrap()).unwrap();
         let envelope = liar.next(change.raw_bytes(), ChangeId(change.hash().0));
         world.lie(0, news(id, &[envelope]));
-        if world.offences(0).iter().any(|why| why.contains("too deeply")) {
+        if world
+            .offences(0)
+            .iter()
+            .any(|why| why.contains("too deeply"))
+        {
             refused = Some(depth);
             break;
         }
@@ -409,9 +520,15 @@ fn bombs_are_refused_before_they_unfold() {
     assert!(compressed.len() < 2_000);
     let whole = document.save();
     let long = vec![0; 600_000];
-    let chunks = [(&compressed[..], "no plain change"), (&whole, "no plain change"), (&long, "longer"), (b"\x85oJ\x83", "ends early")];
+    let chunks = [
+        (&compressed[..], "no plain change"),
+        (&whole, "no plain change"),
+        (&long, "longer"),
+        (b"\x85oJ\x83", "ends early"),
+    ];
     for (number, (bytes, why)) in chunks.into_iter().enumerate() {
-        let envelope = Liar::knowing(&mut world, 0, id, number as u8).next(bytes, ChangeId([1; 32]));
+        let envelope =
+            Liar::knowing(&mut world, 0, id, number as u8).next(bytes, ChangeId([1; 32]));
         world.refuses(0, id, &envelope, why);
     }
 }
@@ -421,13 +538,18 @@ fn a_flood_of_orphans_is_bounded_and_others_are_served() {
     let (mut world, id) = world(2);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     let _never_sent = liar.commit(&[put("/0", json!(0))]);
-    let orphans: Vec<_> = (1..3_000).map(|n| liar.commit(&[put(&format!("/{n}"), json!("x".repeat(2_000)))])).collect();
+    let orphans: Vec<_> = (1..3_000)
+        .map(|n| liar.commit(&[put(&format!("/{n}"), json!("x".repeat(2_000)))]))
+        .collect();
     for some in orphans.chunks(100) {
         world.lie(0, news(id, some));
     }
     let (document, _) = world.node(0).document(&id).unwrap().unwrap();
     let (count, bytes) = document.waiting();
-    assert!(count <= 512 && bytes <= 4 << 20, "{count} wait, {bytes} bytes");
+    assert!(
+        count <= 512 && bytes <= 4 << 20,
+        "{count} wait, {bytes} bytes"
+    );
     world.edit(1, id, "/served", 1);
     world.settle();
     assert_eq!(world.get(0, id)["served"], 1);
@@ -444,12 +566,36 @@ fn messages_of_any_bytes_do_no_harm() {
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
     let honest: Vec<Vec<u8>> = [
         news(id, &[liar.commit(&[put("/a", json!(1))])]),
-        Kind::Summary(wire::Summary { document: Bytes::copy_from_slice(&id.0), genesis: true, answer: true, epochs: 3, ..Default::default() }),
-        Kind::Want(wire::Want { document: Bytes::copy_from_slice(&id.0), genesis: true, epochs: 1, ..Default::default() }),
-        Kind::Buckets(wire::Buckets { digests: vec![1; 2048].into(), shared: false }),
-        Kind::Listing(wire::Listing { entries: [&id.0[..], &[0; 8]].concat().into(), answer: true, ..Default::default() }),
-        Kind::Root(wire::Root { digest: vec![1; 32].into(), shared: false }),
-        Kind::Interest(wire::Interest { holds: Bytes::copy_from_slice(&id.0), drops: Bytes::new() }),
+        Kind::Summary(wire::Summary {
+            document: Bytes::copy_from_slice(&id.0),
+            genesis: true,
+            answer: true,
+            epochs: 3,
+            ..Default::default()
+        }),
+        Kind::Want(wire::Want {
+            document: Bytes::copy_from_slice(&id.0),
+            genesis: true,
+            epochs: 1,
+            ..Default::default()
+        }),
+        Kind::Buckets(wire::Buckets {
+            digests: vec![1; 2048].into(),
+            shared: false,
+        }),
+        Kind::Listing(wire::Listing {
+            entries: [&id.0[..], &[0; 8]].concat().into(),
+            answer: true,
+            ..Default::default()
+        }),
+        Kind::Root(wire::Root {
+            digest: vec![1; 32].into(),
+            shared: false,
+        }),
+        Kind::Interest(wire::Interest {
+            holds: Bytes::copy_from_slice(&id.0),
+            drops: Bytes::new(),
+        }),
     ]
     .into_iter()
     .map(|kind| wire::DocumentMessage { kind: Some(kind) }.encode_to_vec())
@@ -482,10 +628,23 @@ fn who_asks_gets_one_piece_for_each_message() {
     }
     world.settle();
     let (document, _) = world.node(0).document(&id).unwrap().unwrap();
-    let sessions = crate::epoch::heads_to_wire(&document.heads().into_iter().map(|(id, head)| (id, crate::epoch::Head { count: 0, ..head })).collect());
-    let want = wire::Want { document: Bytes::copy_from_slice(&id.0), sessions, ..Default::default() };
+    let sessions = crate::epoch::heads_to_wire(
+        &document
+            .heads()
+            .into_iter()
+            .map(|(id, head)| (id, crate::epoch::Head { count: 0, ..head }))
+            .collect(),
+    );
+    let want = wire::Want {
+        document: Bytes::copy_from_slice(&id.0),
+        sessions,
+        ..Default::default()
+    };
     world.node(0).connected(key(LIAR));
-    let message = wire::DocumentMessage { kind: Some(Kind::Want(want)) }.encode_to_vec();
+    let message = wire::DocumentMessage {
+        kind: Some(Kind::Want(want)),
+    }
+    .encode_to_vec();
     world.node(0).receive(key(LIAR), &message).unwrap();
     world.node(0).flush().unwrap();
     let mut answers = Vec::new();
@@ -504,17 +663,31 @@ fn who_asks_gets_one_piece_for_each_message() {
 fn a_stranger_who_is_not_connected_is_not_heard() {
     let (mut world, id) = world(1);
     let envelope = Liar::knowing(&mut world, 0, id, 1).commit(&[put("/a", json!(1))]);
-    let message = wire::DocumentMessage { kind: Some(news(id, &[envelope])) }.encode_to_vec();
+    let message = wire::DocumentMessage {
+        kind: Some(news(id, &[envelope])),
+    }
+    .encode_to_vec();
     world.node(0).receive(Key([7; 32]), &message).unwrap();
     world.flush(0).unwrap();
-    assert_eq!(world.node(0).get(id, &Path::default()).unwrap(), Some(json!({"m": {"x": 1}})));
+    assert_eq!(
+        world.node(0).get(id, &Path::default()).unwrap(),
+        Some(json!({"m": {"x": 1}}))
+    );
 }
 
 #[test]
 fn scalars_that_json_has_not_are_read_as_something() {
     let (mut world, id) = world(1);
     let mut liar = Liar::knowing(&mut world, 0, id, 1);
-    let odd = [ScalarValue::Bytes(vec![1, 2]), ScalarValue::F64(f64::NAN), ScalarValue::Timestamp(5), ScalarValue::Unknown { type_code: 12, bytes: vec![9] }];
+    let odd = [
+        ScalarValue::Bytes(vec![1, 2]),
+        ScalarValue::F64(f64::NAN),
+        ScalarValue::Timestamp(5),
+        ScalarValue::Unknown {
+            type_code: 12,
+            bytes: vec![9],
+        },
+    ];
     let mut tx = liar.doc.transaction();
     for (number, value) in odd.into_iter().enumerate() {
         tx.put(ROOT, number.to_string(), value).unwrap();
@@ -523,5 +696,8 @@ fn scalars_that_json_has_not_are_read_as_something() {
     let change = automerge::ReadDoc::get_change_by_hash(&liar.doc, &hash.unwrap()).unwrap();
     let envelope = liar.next(change.raw_bytes(), ChangeId(change.hash().0));
     world.lie(0, news(id, &[envelope]));
-    assert_eq!(world.get(0, id), json!({"m": {"x": 1}, "0": "0102", "1": null, "2": 5, "3": null}));
+    assert_eq!(
+        world.get(0, id),
+        json!({"m": {"x": 1}, "0": "0102", "1": null, "2": 5, "3": null})
+    );
 }

@@ -17,7 +17,10 @@ fn what_one_writes_the_others_read() {
     world.edit(0, id, "/a", 1);
     world.edit(1, id, "/b", json!({"c": [1, 2]}));
     world.settle();
-    assert_eq!(world.assert_same(&[0, 1, 2], id), json!({"a": 1, "b": {"c": [1, 2]}}));
+    assert_eq!(
+        world.assert_same(&[0, 1, 2], id),
+        json!({"a": 1, "b": {"c": [1, 2]}})
+    );
     world.assert_no_offence();
 }
 
@@ -39,12 +42,17 @@ fn counters_add_up_and_lists_keep_all() {
     world.connect(0, 1);
     world.connect(1, 2);
     let id = world.shared(&[0, 1, 2]);
-    world.commit(0, id, &[Edit::Increment(at("/n"), 1), put("/l", json!([]))]).unwrap();
+    world
+        .commit(0, id, &[Edit::Increment(at("/n"), 1), put("/l", json!([]))])
+        .unwrap();
     world.settle();
     world.disconnect(0, 1);
     world.disconnect(1, 2);
     for node in 0..3 {
-        let edits = [Edit::Increment(at("/n"), 10), Edit::Insert(at("/l/0"), json!(node))];
+        let edits = [
+            Edit::Increment(at("/n"), 10),
+            Edit::Insert(at("/l/0"), json!(node)),
+        ];
         world.commit(node, id, &edits).unwrap();
     }
     world.connect(0, 1);
@@ -61,10 +69,16 @@ fn a_document_that_is_opened_first_arrives_when_somebody_has_it() {
     let mut world = World::new(2, 1);
     let id = world.create(0, NewDocument::default());
     world.edit(0, id, "/a", 1);
-    assert!(matches!(world.node(1).get(id, &Path::default()), Err(Error::Unknown(_))));
+    assert!(matches!(
+        world.node(1).get(id, &Path::default()),
+        Err(Error::Unknown(_))
+    ));
     assert!(!world.node(1).hold(id).unwrap());
     world.flush(1).unwrap();
-    assert!(matches!(world.node(1).get(id, &Path::default()), Err(Error::NotYet(_))));
+    assert!(matches!(
+        world.node(1).get(id, &Path::default()),
+        Err(Error::NotYet(_))
+    ));
     // Also after a restart.
     world.restart(1);
     world.connect(0, 1);
@@ -95,7 +109,9 @@ fn documents_that_a_node_does_not_hold_cost_it_nothing() {
 #[test]
 fn a_thousand_unchanged_documents_cost_little_on_reconnect() {
     let mut world = World::connected(2, 1);
-    let ids: Vec<_> = (0..1000).map(|_| world.create(0, NewDocument::default())).collect();
+    let ids: Vec<_> = (0..1000)
+        .map(|_| world.create(0, NewDocument::default()))
+        .collect();
     for id in &ids {
         world.node(1).hold(*id).unwrap();
     }
@@ -117,7 +133,11 @@ fn a_thousand_unchanged_documents_cost_little_on_reconnect() {
     assert_eq!(world.get(1, ids[7]), json!({"x": 1}));
     assert!(world.sent.1 < 8 << 10, "{} bytes", world.sent.1);
     // Few are kept in memory.
-    assert!(world.node(0).loaded() <= 300, "{} documents in memory", world.node(0).loaded());
+    assert!(
+        world.node(0).loaded() <= 300,
+        "{} documents in memory",
+        world.node(0).loaded()
+    );
 }
 
 #[test]
@@ -125,11 +145,32 @@ fn only_writers_write_and_only_the_owner_decides() {
     let mut world = World::connected(3, 1);
     let id = world.shared(&[0, 1]);
     let denied = world.commit(2, id, &[put("/a", json!(1))]).unwrap_err();
-    assert!(matches!(denied, Error::NotWriter { owner, .. } if owner == key(0)), "{denied}");
-    let denied = world.node(1).decide(id, Rights { add: vec![key(2)], ..Rights::default() });
+    assert!(
+        matches!(denied, Error::NotWriter { owner, .. } if owner == key(0)),
+        "{denied}"
+    );
+    let denied = world.node(1).decide(
+        id,
+        Rights {
+            add: vec![key(2)],
+            ..Rights::default()
+        },
+    );
     assert!(matches!(denied, Err(Error::NotOwner { .. })));
-    assert!(matches!(world.node(1).compact(id), Err(Error::NotOwner { .. })));
-    world.node(0).decide(id, Rights { add: vec![key(2)], ..Rights::default() }).unwrap();
+    assert!(matches!(
+        world.node(1).compact(id),
+        Err(Error::NotOwner { .. })
+    ));
+    world
+        .node(0)
+        .decide(
+            id,
+            Rights {
+                add: vec![key(2)],
+                ..Rights::default()
+            },
+        )
+        .unwrap();
     world.flush(0).unwrap();
     world.settle();
     world.edit(2, id, "/a", 1);
@@ -141,11 +182,23 @@ fn only_writers_write_and_only_the_owner_decides() {
 #[test]
 fn a_single_writer_document_has_one_writer_for_good() {
     let mut world = World::connected(2, 1);
-    let new = || NewDocument { single_writer: true, ..NewDocument::default() };
-    let refused = world.node(0).create(NewDocument { writers: vec![key(1)], ..new() });
+    let new = || NewDocument {
+        single_writer: true,
+        ..NewDocument::default()
+    };
+    let refused = world.node(0).create(NewDocument {
+        writers: vec![key(1)],
+        ..new()
+    });
     assert!(matches!(refused, Err(Error::SingleWriter(_))));
     let id = world.create(0, new());
-    let refused = world.node(0).decide(id, Rights { add: vec![key(1)], ..Rights::default() });
+    let refused = world.node(0).decide(
+        id,
+        Rights {
+            add: vec![key(1)],
+            ..Rights::default()
+        },
+    );
     assert!(matches!(refused, Err(Error::SingleWriter(_))));
     world.edit(0, id, "/a", 1);
 }
@@ -159,21 +212,45 @@ fn what_a_revoked_writer_had_written_stays_and_no_more_comes() {
     world.disconnect(0, 1);
     world.disconnect(1, 2);
     world.edit(1, id, "/after", 1);
-    world.node(0).decide(id, Rights { revoke: vec![key(1)], ..Rights::default() }).unwrap();
+    world
+        .node(0)
+        .decide(
+            id,
+            Rights {
+                revoke: vec![key(1)],
+                ..Rights::default()
+            },
+        )
+        .unwrap();
     world.flush(0).unwrap();
     world.settle();
     world.connect(0, 1);
     world.connect(1, 2);
     world.settle();
     assert_eq!(world.assert_same(&[0, 1, 2], id), json!({"before": 1}));
-    assert!(matches!(world.commit(1, id, &[put("/x", json!(1))]), Err(Error::NotWriter { .. })));
+    assert!(matches!(
+        world.commit(1, id, &[put("/x", json!(1))]),
+        Err(Error::NotWriter { .. })
+    ));
     // Who is let in again writes again.
-    world.node(0).decide(id, Rights { add: vec![key(1)], ..Rights::default() }).unwrap();
+    world
+        .node(0)
+        .decide(
+            id,
+            Rights {
+                add: vec![key(1)],
+                ..Rights::default()
+            },
+        )
+        .unwrap();
     world.flush(0).unwrap();
     world.settle();
     world.edit(1, id, "/again", 1);
     world.settle();
-    assert_eq!(world.assert_same(&[0, 1, 2], id), json!({"before": 1, "again": 1}));
+    assert_eq!(
+        world.assert_same(&[0, 1, 2], id),
+        json!({"before": 1, "again": 1})
+    );
     world.assert_no_offence();
 }
 
@@ -181,7 +258,14 @@ fn what_a_revoked_writer_had_written_stays_and_no_more_comes() {
 fn a_private_document_goes_only_to_those_named() {
     let mut world = World::connected(4, 1);
     let readers = Readers::Named(vec![key(2)]);
-    let id = world.create(0, NewDocument { writers: vec![key(1)], readers, ..NewDocument::default() });
+    let id = world.create(
+        0,
+        NewDocument {
+            writers: vec![key(1)],
+            readers,
+            ..NewDocument::default()
+        },
+    );
     world.edit(0, id, "/secret", 1);
     for node in 1..4 {
         world.node(node).hold(id).unwrap();
@@ -195,7 +279,16 @@ fn a_private_document_goes_only_to_those_named() {
     assert_eq!(world.get(3, id), json!(null));
     // Readers can be added.
     let readers = Some(Readers::Named(vec![key(2), key(3)]));
-    world.node(0).decide(id, Rights { readers, ..Rights::default() }).unwrap();
+    world
+        .node(0)
+        .decide(
+            id,
+            Rights {
+                readers,
+                ..Rights::default()
+            },
+        )
+        .unwrap();
     world.flush(0).unwrap();
     for _ in 0..3 {
         world.settle();
@@ -213,14 +306,20 @@ fn what_was_flushed_survives_and_the_rest_was_never_told() {
     let id = world.shared(&[0, 1]);
     world.edit(0, id, "/kept", 1);
     world.settle();
-    world.node(0).commit(id, &[put("/lost", json!(1))], None, 0).unwrap();
+    world
+        .node(0)
+        .commit(id, &[put("/lost", json!(1))], None, 0)
+        .unwrap();
     assert!(world.node(0).poll().is_none());
     world.restart(0);
     world.settle();
     assert_eq!(world.assert_same(&[0, 1], id), json!({"kept": 1}));
     world.edit(0, id, "/more", 1);
     world.settle();
-    assert_eq!(world.assert_same(&[0, 1], id), json!({"kept": 1, "more": 1}));
+    assert_eq!(
+        world.assert_same(&[0, 1], id),
+        json!({"kept": 1, "more": 1})
+    );
 }
 
 #[test]
@@ -235,7 +334,10 @@ fn a_restored_old_copy_writes_again() {
     world.restore(1, copy);
     world.edit(1, id, "/c", 3);
     world.settle();
-    assert_eq!(world.assert_same(&[0, 1, 2], id), json!({"a": 2, "b": 2, "c": 3}));
+    assert_eq!(
+        world.assert_same(&[0, 1, 2], id),
+        json!({"a": 2, "b": 2, "c": 3})
+    );
     world.assert_no_offence();
     for node in 0..3 {
         assert!(!world.saw(node, |event| matches!(event, Event::Equivocated { .. })));
@@ -247,14 +349,32 @@ fn an_owner_restored_from_a_copy_decides_again_and_all_agree() {
     let mut world = World::connected(4, 1);
     let id = world.shared(&[0]);
     let copy = world.nodes[0].disk.copy();
-    world.node(0).decide(id, Rights { add: vec![key(1)], ..Rights::default() }).unwrap();
+    world
+        .node(0)
+        .decide(
+            id,
+            Rights {
+                add: vec![key(1)],
+                ..Rights::default()
+            },
+        )
+        .unwrap();
     world.flush(0).unwrap();
     world.settle();
     world.edit(1, id, "/one", 1);
     world.settle();
     (1..4).for_each(|other| world.disconnect(0, other));
     world.restore(0, copy);
-    world.node(0).decide(id, Rights { add: vec![key(2)], ..Rights::default() }).unwrap();
+    world
+        .node(0)
+        .decide(
+            id,
+            Rights {
+                add: vec![key(2)],
+                ..Rights::default()
+            },
+        )
+        .unwrap();
     world.flush(0).unwrap();
     world.connect(0, 3);
     world.settle();
@@ -277,7 +397,16 @@ fn compaction_drops_the_history_and_keeps_the_content() {
     for number in 0..200 {
         world.edit(number % 3, id, "/n", number as u64);
     }
-    world.commit(0, id, &[put("/l", json!([1, {"x": [2]}])), Edit::Increment(at("/c"), 5)]).unwrap();
+    world
+        .commit(
+            0,
+            id,
+            &[
+                put("/l", json!([1, {"x": [2]}])),
+                Edit::Increment(at("/c"), 5),
+            ],
+        )
+        .unwrap();
     world.settle();
     assert!(world.node(1).history(id, 1000).unwrap().len() > 200);
     let content = world.assert_same(&[0, 1, 2], id);
@@ -289,7 +418,9 @@ fn compaction_drops_the_history_and_keeps_the_content() {
     assert_eq!(world.node(1).info(id).unwrap().details.unwrap().changes, 0);
     assert!(world.saw(2, |event| *event == Event::Compacted(id)));
     // Life goes on, also in a counter, and for who comes later.
-    world.commit(1, id, &[Edit::Increment(at("/c"), 1)]).unwrap();
+    world
+        .commit(1, id, &[Edit::Increment(at("/c"), 1)])
+        .unwrap();
     world.node(0).compact(id).unwrap();
     world.flush(0).unwrap();
     world.settle();
@@ -323,15 +454,25 @@ fn a_document_without_content_is_compacted_as_well() {
 fn edits_that_a_compaction_missed_are_made_again() {
     let mut world = World::connected(3, 1);
     let id = world.shared(&[0, 1, 2]);
-    world.commit(0, id, &[put("/m", json!({})), Edit::Increment(at("/c"), 1)]).unwrap();
+    world
+        .commit(0, id, &[put("/m", json!({})), Edit::Increment(at("/c"), 1)])
+        .unwrap();
     world.settle();
     world.disconnect(0, 1);
     world.disconnect(1, 2);
     world.edit(1, id, "/m/late", 1);
-    world.commit(1, id, &[Edit::Increment(at("/c"), 10)]).unwrap();
+    world
+        .commit(1, id, &[Edit::Increment(at("/c"), 10)])
+        .unwrap();
     // It need not be the same run of the program.
     world.restart(1);
-    world.commit(1, id, &[Edit::Increment(at("/c"), 100), put("/l", json!(["x"]))]).unwrap();
+    world
+        .commit(
+            1,
+            id,
+            &[Edit::Increment(at("/c"), 100), put("/l", json!(["x"]))],
+        )
+        .unwrap();
     world.edit(0, id, "/m/early", 1);
     world.node(0).compact(id).unwrap();
     world.flush(0).unwrap();
@@ -339,7 +480,10 @@ fn edits_that_a_compaction_missed_are_made_again() {
     world.connect(1, 2);
     world.settle();
     let content = world.assert_same(&[0, 1, 2], id);
-    assert_eq!(content, json!({"m": {"early": 1, "late": 1}, "c": 111, "l": ["x"]}));
+    assert_eq!(
+        content,
+        json!({"m": {"early": 1, "late": 1}, "c": 111, "l": ["x"]})
+    );
     assert!(world.saw(1, |event| matches!(event, Event::Carried { .. })));
     world.assert_no_offence();
 }
@@ -350,12 +494,20 @@ fn a_transaction_commits_whole_or_not_at_all() {
     let id = world.shared(&[0, 1]);
     let edits = [put("/a", json!(1)), put("/x/y", json!(1))];
     let failed = world.commit(0, id, &edits).unwrap_err();
-    assert!(matches!(failed, Error::Edit(EditError::NoContainer(_))), "{failed}");
+    assert!(
+        matches!(failed, Error::Edit(EditError::NoContainer(_))),
+        "{failed}"
+    );
     assert_eq!(world.get(0, id), json!({}));
-    world.commit(0, id, &[put("/a", json!(1)), put("/x", json!({"y": 1}))]).unwrap();
+    world
+        .commit(0, id, &[put("/a", json!(1)), put("/x", json!({"y": 1}))])
+        .unwrap();
     assert_eq!(world.flying.len(), 1);
     world.settle();
-    assert_eq!(world.assert_same(&[0, 1], id), json!({"a": 1, "x": {"y": 1}}));
+    assert_eq!(
+        world.assert_same(&[0, 1], id),
+        json!({"a": 1, "x": {"y": 1}})
+    );
     assert_eq!(world.node(1).history(id, 10).unwrap().len(), 1);
     // Nothing is nothing.
     assert_eq!(world.node(0).commit(id, &[], None, 0).unwrap(), None);
@@ -370,11 +522,19 @@ fn a_watch_tells_which_paths_change() {
     for node in 0..2 {
         world.node(node).watch(id, true).unwrap();
     }
-    let edits = [put("/m/x", json!(2)), Edit::Insert(at("/m/l/0"), json!(0)), put("/n", json!({"deep": {"er": 1}}))];
+    let edits = [
+        put("/m/x", json!(2)),
+        Edit::Insert(at("/m/l/0"), json!(0)),
+        put("/n", json!({"deep": {"er": 1}})),
+    ];
     world.commit(0, id, &edits).unwrap();
     world.settle();
     let paths = vec![at("/m/l"), at("/m/x"), at("/n")];
-    let changed = |paths: &Vec<Path>, local| Event::Changed { document: id, paths: paths.clone(), local };
+    let changed = |paths: &Vec<Path>, local| Event::Changed {
+        document: id,
+        paths: paths.clone(),
+        local,
+    };
     assert_eq!(world.nodes[0].events.last(), Some(&changed(&paths, true)));
     assert_eq!(world.nodes[1].events.last(), Some(&changed(&paths, false)));
 }
@@ -383,15 +543,30 @@ fn a_watch_tells_which_paths_change() {
 fn history_says_who_wrote_what_when() {
     let mut world = World::connected(2, 1);
     let id = world.shared(&[0, 1]);
-    world.node(0).commit(id, &[put("/a", json!(1))], Some("first"), 7).unwrap();
+    world
+        .node(0)
+        .commit(id, &[put("/a", json!(1))], Some("first"), 7)
+        .unwrap();
     world.flush(0).unwrap();
     world.settle();
-    world.node(1).commit(id, &[put("/a", json!(2))], None, 9).unwrap();
+    world
+        .node(1)
+        .commit(id, &[put("/a", json!(2))], None, 9)
+        .unwrap();
     world.flush(1).unwrap();
     world.settle();
     let history = world.node(0).history(id, 10).unwrap();
-    let of = |at: usize| (history[at].author, history[at].time, history[at].message.as_deref());
-    assert_eq!((of(0), of(1)), ((key(1), 9, None), (key(0), 7, Some("first"))));
+    let of = |at: usize| {
+        (
+            history[at].author,
+            history[at].time,
+            history[at].message.as_deref(),
+        )
+    };
+    assert_eq!(
+        (of(0), of(1)),
+        ((key(1), 9, None), (key(0), 7, Some("first")))
+    );
     assert_eq!(history[0].builds_on, [history[1].id]);
     assert_eq!(world.node(0).history(id, 1).unwrap().len(), 1);
 }
@@ -438,14 +613,22 @@ fn long_changes_and_long_logs_arrive() {
     world.edit(0, id, "/long", "y".repeat(200_000));
     world.settle();
     world.assert_same(&[0, 1], id);
-    let long = world.commit(0, id, &[put("/too long", json!("z".repeat(600_000)))]).unwrap_err();
+    let long = world
+        .commit(0, id, &[put("/too long", json!("z".repeat(600_000)))])
+        .unwrap_err();
     assert!(matches!(long, Error::Edit(EditError::TooMuch)), "{long}");
 }
 
 #[test]
 fn an_exported_document_is_imported_whole() {
     let mut world = World::new(2, 1);
-    let id = world.create(0, NewDocument { writers: vec![key(1)], ..NewDocument::default() });
+    let id = world.create(
+        0,
+        NewDocument {
+            writers: vec![key(1)],
+            ..NewDocument::default()
+        },
+    );
     for number in 0..50 {
         world.edit(0, id, &format!("/{number}"), "x".repeat(20_000));
     }
@@ -486,8 +669,17 @@ fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
 }
 
 /// What a replica does with a disk, for it to be interrupted anywhere: commits, and says which were acknowledged.
-fn work(disk: &Disk, owner: u8, acknowledged: &mut Vec<u64>, id: &mut Option<DocumentId>) -> Result<(), Error> {
-    let mut replica = Replica::open(disk.open()?, identity(owner), [acknowledged.len() as u8 + 1; 32])?;
+fn work(
+    disk: &Disk,
+    owner: u8,
+    acknowledged: &mut Vec<u64>,
+    id: &mut Option<DocumentId>,
+) -> Result<(), Error> {
+    let mut replica = Replica::open(
+        disk.open()?,
+        identity(owner),
+        [acknowledged.len() as u8 + 1; 32],
+    )?;
     let document = match *id {
         Some(id) => id,
         None => {
@@ -497,7 +689,12 @@ fn work(disk: &Disk, owner: u8, acknowledged: &mut Vec<u64>, id: &mut Option<Doc
         }
     };
     for number in 0..12 {
-        replica.commit(document, &[put(&format!("/{number}"), json!(number))], None, 0)?;
+        replica.commit(
+            document,
+            &[put(&format!("/{number}"), json!(number))],
+            None,
+            0,
+        )?;
         if number == 7 {
             replica.compact(document)?;
         }
@@ -519,7 +716,10 @@ fn a_crash_at_any_write_loses_nothing_that_was_acknowledged() {
         let (mut acknowledged, mut id) = (Vec::new(), None);
         // The last ones are those of closing, which nothing waits for.
         let failed = work(&disk, 0, &mut acknowledged, &mut id).is_err();
-        assert!(failed || fails_in + 16 > operations, "it was not interrupted at {fails_in} of {operations}");
+        assert!(
+            failed || fails_in + 16 > operations,
+            "it was not interrupted at {fails_in} of {operations}"
+        );
         // Once as if the program had been killed, and thrice as if power had been lost.
         for attempt in 0..4 {
             let left = match attempt {
@@ -531,12 +731,21 @@ fn a_crash_at_any_write_loses_nothing_that_was_acknowledged() {
             };
             let store = left.open().expect("what is left can be opened");
             let mut replica = Replica::open(store, identity(0), [200; 32]).expect("and read");
-            let content = replica.get(id, &Path::default()).expect("the document is there").unwrap();
+            let content = replica
+                .get(id, &Path::default())
+                .expect("the document is there")
+                .unwrap();
             for number in &acknowledged {
-                assert_eq!(content[&number.to_string()], *number, "interrupted at {fails_in}");
+                assert_eq!(
+                    content[&number.to_string()],
+                    *number,
+                    "interrupted at {fails_in}"
+                );
             }
             replica.assert_loads(id);
-            replica.commit(id, &[put("/again", json!(1))], None, 0).unwrap();
+            replica
+                .commit(id, &[put("/again", json!(1))], None, 0)
+                .unwrap();
             replica.flush().unwrap();
         }
     }

@@ -1,0 +1,286 @@
+//! A replica on a thread of its own, and the handle through which everything else uses it.
+//!
+//! The thread does what is waiting, as much as there is up to a bound, puts it on disk in one transaction, and only then answers: so many commits share one
+//! sync, and nothing is acknowledged before it is on disk.
+
+use std::{
+    fmt,
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use tokio::{
+    runtime,
+    sync::{broadcast, mpsc, oneshot},
+    time::timeout,
+};
+
+use crate::{
+    error::Error,
+    id::Key,
+    replica::{Event, Output, Replica},
+    store::StoreError,
+};
+
+/// Things that wait to be done. Who has more to do waits.
+const WAITING: usize = 256;
+
+/// Of these, so many share a transaction.
+const BATCH: usize = 128;
+
+/// Events that a slow listener may be behind.
+const EVENTS: usize = 1024;
+
+/// The longest time without a look at the clock.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// Something to be done with the replica; what is returned is called when it is on disk, or with why it is not.
+type Work = Box<dyn FnOnce(&mut Replica) -> Done + Send>;
+type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+
+/// What peers are to be told, and what has come of what they said.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Outgoing {
+    /// A message for a peer.
+    Send(Key, Bytes),
+    /// A peer sent what no honest peer would.
+    Offence(Key, String),
+}
+
+/// A replica at work. Cheap to clone; it stops when the last is dropped.
+#[derive(Clone)]
+pub struct Documents {
+    key: Key,
+    work: mpsc::Sender<Work>,
+    events: broadcast::Sender<Event>,
+    _thread: std::sync::Arc<Thread>,
+}
+
+impl fmt::Debug for Documents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Documents")
+            .field("key", &self.key)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Thread {
+    /// Dropped first, so that the thread sees that no more comes.
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
+            && thread.join().is_err()
+        {
+            tracing::error!("what keeps documents has panicked");
+        }
+    }
+}
+
+impl Documents {
+    /// Puts a replica to work; what peers are to be told comes out of the second.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if there is no thread for it.
+    pub fn start(replica: Replica) -> Result<(Self, mpsc::UnboundedReceiver<Outgoing>), Error> {
+        let key = replica.key();
+        let (work, waiting) = mpsc::channel(WAITING);
+        let (events, _) = broadcast::channel(EVENTS);
+        // Bounded by what comes in: each message of a peer's is answered with a bounded number of messages.
+        let (outgoing, out) = mpsc::unbounded_channel();
+        let (stop, stopped) = oneshot::channel();
+        let other = |error: std::io::Error| StoreError::Other(error.to_string());
+        let clock = runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .map_err(other)?;
+        let told = events.clone();
+        let thread = std::thread::Builder::new()
+            .name("weft-documents".to_owned())
+            .spawn(move || clock.block_on(run(replica, waiting, stopped, (told, outgoing))))
+            .map_err(other)?;
+        let thread = Thread {
+            stop: Some(stop),
+            thread: Some(thread),
+        };
+        Ok((
+            Self {
+                key,
+                work,
+                events,
+                _thread: thread.into(),
+            },
+            out,
+        ))
+    }
+
+    /// This replica's public key.
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
+    /// What happens to documents from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Does something with the replica; comes back when all of it is on disk.
+    ///
+    /// # Errors
+    /// What `work` returns, [`Error::Store`] if it is not on disk, [`Error::Stopped`].
+    pub async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Replica) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (reply, done) = oneshot::channel();
+        let work: Work = Box::new(move |replica| {
+            let result = work(replica);
+            Box::new(move |flushed| {
+                // Whoever asked may wait no more.
+                let _ = reply.send(match flushed {
+                    Ok(()) => result,
+                    Err(error) => Err(error.into()),
+                });
+            })
+        });
+        self.work.send(work).await.map_err(|_| Error::Stopped)?;
+        done.await.map_err(|_| Error::Stopped)?
+    }
+
+    /// A peer is there.
+    pub async fn connected(&self, peer: Key) {
+        // Once it has stopped there is nobody to tell.
+        let _ = self
+            .with(move |replica| {
+                replica.connected(peer);
+                Ok(())
+            })
+            .await;
+    }
+
+    /// A peer is gone.
+    pub async fn disconnected(&self, peer: Key) {
+        let _ = self
+            .with(move |replica| {
+                replica.disconnected(&peer);
+                Ok(())
+            })
+            .await;
+    }
+
+    /// A peer has sent a message; comes back when it has been dealt with.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::Stopped`].
+    pub async fn received(&self, peer: Key, message: Bytes) -> Result<(), Error> {
+        self.with(move |replica| Ok(replica.receive(peer, &message)?))
+            .await
+    }
+}
+
+async fn run(
+    mut replica: Replica,
+    mut waiting: mpsc::Receiver<Work>,
+    mut stopped: oneshot::Receiver<()>,
+    (events, outgoing): (broadcast::Sender<Event>, mpsc::UnboundedSender<Outgoing>),
+) {
+    let began = Instant::now();
+    let mut batch = Vec::with_capacity(BATCH);
+    loop {
+        let pause = replica
+            .next_tick()
+            .map_or(IDLE, |at| at.saturating_sub(began.elapsed()).min(IDLE));
+        tokio::select! {
+            biased;
+            received = timeout(pause.max(Duration::from_millis(10)), waiting.recv_many(&mut batch, BATCH)) => {
+                if received == Ok(0) {
+                    return;
+                }
+            }
+            _ = &mut stopped => return,
+        }
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| time.as_secs() as i64);
+        replica.tick(began.elapsed(), wall);
+        let done: Vec<Done> = batch.drain(..).map(|work| work(&mut replica)).collect();
+        let flushed = replica.flush();
+        if let Err(error) = &flushed {
+            tracing::warn!(%error, "documents");
+        }
+        while let Some(output) = replica.poll() {
+            // Nobody need listen.
+            match output {
+                Output::Send { peer, message } => _ = outgoing.send(Outgoing::Send(peer, message)),
+                Output::Offence { peer, why } => _ = outgoing.send(Outgoing::Offence(peer, why)),
+                Output::Event(event) => _ = events.send(event),
+            }
+        }
+        for done in done {
+            done(flushed.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{Edit, Identity, NewDocument, Path, Store};
+
+    fn start(
+        path: &std::path::Path,
+        entropy: u8,
+    ) -> (Documents, mpsc::UnboundedReceiver<Outgoing>) {
+        let store = Store::open(path).unwrap();
+        let replica = Replica::open(store, Identity::from_secret([7; 32]), [entropy; 32]).unwrap();
+        Documents::start(replica).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_is_answered_is_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("documents.redb");
+        let (documents, _out) = start(&path, 1);
+        let mut events = documents.events();
+        let id = documents
+            .with(|replica| replica.create(NewDocument::default()))
+            .await
+            .unwrap();
+        let commits = (0..300).map(|number| {
+            let documents = documents.clone();
+            tokio::spawn(async move {
+                let edit = Edit::Put(Path::parse(&format!("/{number}")).unwrap(), json!(number));
+                documents
+                    .with(move |replica| replica.commit(id, &[edit], None, 0))
+                    .await
+            })
+        });
+        for commit in commits.collect::<Vec<_>>() {
+            commit.await.unwrap().unwrap();
+        }
+        assert!(matches!(
+            events.recv().await,
+            Ok(Event::Changed { local: true, .. })
+        ));
+        let wrong = documents.with(move |replica| {
+            replica.commit(id, &[Edit::Delete(Path::parse("/x").unwrap())], None, 0)
+        });
+        assert!(matches!(wrong.await, Err(Error::Edit(_))));
+        drop(documents);
+        let (documents, _out) = start(&path, 2);
+        let content = documents
+            .with(move |replica| replica.get(id, &Path::default()))
+            .await
+            .unwrap();
+        assert_eq!(content.unwrap().as_object().unwrap().len(), 300);
+    }
+}
