@@ -40,6 +40,20 @@ where
     M: Message + Default,
     R: AsyncRead + Unpin,
 {
+    match read_bytes(reader, limit).await? {
+        Some(body) => Ok(Some(M::decode(body.as_slice())?)),
+        None => Ok(None),
+    }
+}
+
+/// Reads the bytes of one message; as [`read`], which also decodes them.
+///
+/// # Errors
+/// [`FrameError`]; the stream is not usable afterwards.
+pub async fn read_bytes<R>(reader: &mut R, limit: usize) -> Result<Option<Vec<u8>>, FrameError>
+where
+    R: AsyncRead + Unpin,
+{
     let mut size: u64 = 0;
     for i in 0..MAX_PREFIX {
         let mut byte = [0u8; 1];
@@ -61,7 +75,7 @@ where
                 .ok_or(FrameError::TooLarge { size, limit })?;
             let mut body = vec![0; length];
             reader.read_exact(&mut body).await?;
-            return Ok(Some(M::decode(body.as_slice())?));
+            return Ok(Some(body));
         }
     }
     Err(FrameError::Prefix)
@@ -86,6 +100,26 @@ where
     writer
         .write_all(&message.encode_length_delimited_to_vec())
         .await?;
+    Ok(())
+}
+
+/// Writes the bytes of one message; as [`write`], for one that is encoded already. Does not flush.
+///
+/// # Errors
+/// [`FrameError::TooLarge`] before anything is written, or [`FrameError::Io`].
+pub async fn write_bytes<W>(writer: &mut W, message: &[u8], limit: usize) -> Result<(), FrameError>
+where
+    W: AsyncWrite + Unpin,
+{
+    if message.len() > limit {
+        let size = message.len() as u64;
+        return Err(FrameError::TooLarge { size, limit });
+    }
+    let mut framed = Vec::with_capacity(MAX_PREFIX + message.len());
+    prost::encode_length_delimiter(message.len(), &mut framed)
+        .expect("a vector grows as far as memory goes");
+    framed.extend_from_slice(message);
+    writer.write_all(&framed).await?;
     Ok(())
 }
 

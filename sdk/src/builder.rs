@@ -7,7 +7,8 @@ use weft_dht::{Dht, Disk};
 use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
 use crate::{
-    Error, Node, default_home, home::Home, node::blocking, rpc::CallLimits, trust::Trusted,
+    Error, HomeError, Node, default_home, docs, home::Home, node::blocking, rpc::CallLimits,
+    trust::Trusted,
 };
 
 /// What a node is to be; see [`Node::builder`].
@@ -125,12 +126,19 @@ impl Builder {
             Some(path) => path,
             None => default_home()?,
         };
-        let (home, store, disk, trusted) = blocking(move || {
+        let (home, store, disk, trusted, documents) = blocking(move || {
             let home = Home::open(&path)?;
             let store = Store::open(&home.store())?;
             let disk = Disk::open(&home.records())?;
             let trusted = Trusted::open(&home.trust())?;
-            Ok((home, store, disk, trusted))
+            let secret = home.key().clone().try_into_ed25519();
+            let secret = secret.map_err(|_| HomeError::BadKey(path))?.secret();
+            let secret = secret
+                .as_ref()
+                .try_into()
+                .expect("an Ed25519 secret has 32 bytes");
+            let documents = docs::start(&home.documents(), secret)?;
+            Ok((home, store, disk, trusted, documents))
         })
         .await?;
         let (dht, behaviour) = Dht::on_disk(home.key(), disk);
@@ -151,7 +159,7 @@ impl Builder {
         let expects_peers =
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;
-        let kept = (home, store, trusted);
+        let kept = (home, store, trusted, documents);
         Node::start(kept, network, dht, expects_peers, self.call_limits)
     }
 }

@@ -3,6 +3,7 @@
 use std::{fmt, path::PathBuf};
 
 use weft_blobs::{PlanError, StoreError, index::IndexError, manifest::ManifestError};
+use weft_crdt::Error as DocumentError;
 use weft_dht::{DhtError, DiskError, RecordError};
 use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
 
@@ -107,9 +108,27 @@ pub enum Error {
     /// The records on this node's disk cannot be opened or written.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A document cannot be used so.
+    #[error(transparent)]
+    Document(DocumentError),
+    /// A value is of another type than was asked for, or cannot be one of a document.
+    #[error("the value does not fit: {0}")]
+    Value(#[from] serde_json::Error),
+    /// Documents know peers by their Ed25519 keys, and this one has another.
+    #[error("{0} has no Ed25519 key, and so can neither own, write nor read documents by name")]
+    NoKey(PeerId),
     /// The node has stopped.
     #[error("the node has stopped")]
     Stopped,
+}
+
+impl From<DocumentError> for Error {
+    fn from(error: DocumentError) -> Self {
+        match error {
+            DocumentError::Stopped => Self::Stopped,
+            error => Self::Document(error),
+        }
+    }
 }
 
 impl From<TopicError> for Error {

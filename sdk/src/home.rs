@@ -124,6 +124,10 @@ impl Home {
         self.path.join("records.redb")
     }
 
+    pub(crate) fn documents(&self) -> PathBuf {
+        self.path.join("documents.redb")
+    }
+
     /// Nodes that were known when it ran last.
     pub(crate) fn peers(&self) -> PathBuf {
         self.path.join("peers")

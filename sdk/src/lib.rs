@@ -35,6 +35,7 @@
 
 mod announce;
 mod builder;
+mod docs;
 mod error;
 mod get;
 mod home;
@@ -57,6 +58,10 @@ pub use weft_blobs::{
     Hash, Manifest, ParseHashError,
     manifest::{File, Tensor},
 };
+pub use weft_crdt::{
+    ChangeId, DocumentId, EditError, Error as DocumentError, MAX_DEPTH as MAX_DOCUMENT_DEPTH,
+    ParseIdError, PathError, StoreError as DocumentStoreError,
+};
 pub use weft_dht::{
     DiskError, MAX_SUBKEY as MAX_RECORD_SUBKEY, MAX_TTL as MAX_RECORD_TTL,
     MAX_VALUE as MAX_RECORD_VALUE, RecordError,
@@ -70,6 +75,10 @@ pub use weft_net::{
 
 pub use self::{
     builder::Builder,
+    docs::{
+        Doc, DocChange, DocCommit, DocDetails, DocInfo, DocWatch, Docs, NewDoc, Transaction,
+        Writers,
+    },
     error::{Error, Failure},
     get::{Get, GetPhase, GetProgress, Got, Source},
     home::{HomeError, default_home},

@@ -16,6 +16,7 @@ use weft_blobs::{
     Hash, Store,
     serve::{self, serve},
 };
+use weft_crdt::Documents;
 use weft_dht::Dht;
 use weft_net::{
     Access, ConnectError, Incoming, LimitUse, Multiaddr, Network, Path as NetPath, PeerId,
@@ -23,8 +24,9 @@ use weft_net::{
 };
 
 use crate::{
-    Builder, Error, Models, Records, Topics, Trust,
+    Builder, Docs, Error, Models, Records, Topics, Trust,
     announce::Announcer,
+    docs::{self, Driver},
     home::Home,
     presence::{self, Presence},
     records, remembered,
@@ -39,6 +41,10 @@ pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
 
 /// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
 const MAX_SERVED: usize = 128;
+
+/// Streams on which peers speak of documents at a time. Each holds one message, at most 2 MiB.
+const MAX_DOCUMENT_STREAMS: usize = 128;
+const MAX_DOCUMENT_STREAMS_PER_PEER: usize = 2;
 
 /// How long after its start a node waits to meet the mesh.
 const MEET: Duration = Duration::from_secs(5);
@@ -67,6 +73,9 @@ struct Inner {
     runtime: Handle,
     /// Streams on which models are served.
     transfers: Served,
+    driver: Arc<Driver>,
+    /// Streams on which peers speak of documents.
+    documents_served: Served,
     trusted: Trusted,
     started: Instant,
     /// There are bootstrap nodes, or such as were known before, or mDNS may find some.
@@ -117,7 +126,7 @@ impl Node {
     }
 
     pub(crate) fn start(
-        (home, store, trusted): (Home, Store, Trusted),
+        (home, store, trusted, documents): (Home, Store, Trusted, (Documents, docs::Outgoing)),
         network: Network,
         dht: Dht,
         expects_peers: bool,
@@ -138,6 +147,21 @@ impl Node {
             .expect("a new network accepts nothing yet");
         let offered = Offered::default();
         tasks.spawn(rpc::serve_calls(calls, offered.clone(), serving.clone()));
+        let (documents, outgoing) = documents;
+        let incoming = network
+            .accept(docs::PROTOCOL)
+            .expect("a new network accepts nothing yet");
+        let documents_served = Served::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
+        let of_documents = documents.clone();
+        let serve_documents = move |stream| docs::serve(of_documents.clone(), stream);
+        tasks.spawn(serve_all(
+            incoming,
+            documents_served.clone(),
+            serve_documents,
+        ));
+        let driver = Driver::new(documents, network.clone(), dht.clone());
+        tasks.spawn(docs::drive(Arc::clone(&driver), outgoing));
+        tasks.spawn(docs::hold_again(Arc::clone(&driver)));
         tasks.spawn(announcer.clone().run());
         tasks.spawn(records::keep_up(dht.clone()));
         let known = remembered::read(&home.peers());
@@ -164,6 +188,8 @@ impl Node {
                 presences: Mutex::default(),
                 runtime: Handle::current(),
                 transfers: served,
+                driver,
+                documents_served,
                 trusted,
                 started: Instant::now(),
                 expects_peers,
@@ -278,6 +304,8 @@ impl Node {
         limits.extend(self.inner.serving.limits());
         let transfers = &self.inner.transfers;
         limits.extend(transfers.usage("transfers", "transfers_per_peer"));
+        let documents = &self.inner.documents_served;
+        limits.extend(documents.usage("document_streams", "document_streams_per_peer"));
         let kept = self.inner.dht.status().await?.kept;
         for (name, (used, limit), refused) in [
             ("record_keys", kept.keys, 0),
@@ -317,7 +345,11 @@ impl Node {
         let present: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
         drop(kept);
         let present = join_all(present.iter().map(|presence| presence.leave()));
-        tokio::join!(present, whereabouts::leave(&self.inner.dht));
+        tokio::join!(
+            present,
+            whereabouts::leave(&self.inner.dht),
+            self.inner.driver.leave()
+        );
         self.inner.network.stop().await;
         let mut tasks = std::mem::take(
             &mut *self
@@ -350,6 +382,15 @@ impl Node {
     /// Stating, reading and watching signed records.
     pub fn records(&self) -> Records {
         Records::new(self.clone())
+    }
+
+    /// Making, opening and listing replicated documents.
+    pub fn docs(&self) -> Docs {
+        Docs::new(self.clone())
+    }
+
+    pub(crate) fn driver(&self) -> &Driver {
+        &self.inner.driver
     }
 
     /// Publishing to and subscribing to topics.

@@ -179,9 +179,15 @@ impl Behaviour {
     fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
         let id = self.number(&key);
         let target = kad::KBucketKey::new(key.clone());
-        let nearest: Vec<_> = self.kad.get_closest_local_peers(&target).collect();
-        let nearest = nearest.into_iter().take(3 * WIDTH);
-        let seeds: Vec<_> = nearest.map(|key| self.known(key.into_preimage())).collect();
+        // Who is connected costs no dial, also where the routing table has no room for it.
+        let connected = self.peers.iter().filter(|(_, peer)| peer.serves);
+        let mut nearest: Vec<_> = connected.map(|(peer, _)| *peer).collect();
+        let in_table = self.kad.get_closest_local_peers(&target);
+        nearest.extend(in_table.map(kad::KBucketKey::into_preimage));
+        nearest.sort_by_cached_key(|peer| target.distance(&kad::KBucketKey::from(*peer)));
+        nearest.dedup();
+        nearest.truncate(3 * WIDTH);
+        let seeds: Vec<_> = nearest.into_iter().map(|peer| self.known(peer)).collect();
         let mut query = Query::new(key, purpose);
         query.stage = Stage::LookUp(Box::new(Lookup::new(&query.key, self.local, seeds)));
         self.drive(id, query);

@@ -1,0 +1,407 @@
+//! Documents over the network: a stream each way to every peer that there is something to say to, and finding those who hold a document.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{StreamExt, stream::FuturesUnordered};
+use prost::Message;
+use tokio::{
+    io::AsyncWriteExt,
+    sync::{Notify, Semaphore, mpsc},
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep, timeout},
+};
+use weft_crdt::{DocumentId, Documents, MAX_MESSAGE_BYTES, Outgoing};
+use weft_dht::Dht;
+use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
+use weft_proto::{frame, wire};
+
+use super::{key_of, peer_of};
+use crate::{presence::Presence, whereabouts};
+
+/// The protocol's name on the network.
+pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");
+
+/// How often it is looked who is connected.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// After a stream has failed, how long until another is opened.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// Bytes that wait for a peer; who does not take them in time is left.
+const MAX_WAITING: usize = 8 << 20;
+
+/// How long writing one message may take.
+const WRITE: Duration = Duration::from_secs(60);
+
+/// A peer that has sent what no honest peer would is not heard for so long.
+const BAN: Duration = Duration::from_secs(3600);
+
+/// Holders of a document that a node is connected to, if there are so many.
+const ENOUGH: usize = 6;
+
+/// The first and the longest pause between two looks for holders.
+const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+
+/// How long a connection to a holder may take.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Looks for holders under way.
+const SEEKING: usize = 8;
+
+fn key(id: &DocumentId) -> Vec<u8> {
+    format!("document/{id}").into_bytes()
+}
+
+/// What of a node drives its documents.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    pub(crate) documents: Documents,
+    network: Network,
+    dht: Dht,
+    held: Mutex<HashMap<DocumentId, HeldDoc>>,
+    seeking: Arc<Semaphore>,
+    /// A document is held from now on.
+    changed: Arc<Notify>,
+    runtime: tokio::runtime::Handle,
+}
+
+#[derive(Debug)]
+struct HeldDoc {
+    presence: Arc<Presence>,
+    seeking: AbortHandle,
+}
+
+impl Drop for HeldDoc {
+    fn drop(&mut self) {
+        self.seeking.abort();
+    }
+}
+
+impl Driver {
+    pub(crate) fn new(documents: Documents, network: Network, dht: Dht) -> Arc<Self> {
+        Arc::new(Self {
+            documents,
+            network,
+            dht,
+            held: Mutex::default(),
+            seeking: Arc::new(Semaphore::new(SEEKING)),
+            changed: Arc::default(),
+            runtime: tokio::runtime::Handle::current(),
+        })
+    }
+
+    fn held(&self) -> std::sync::MutexGuard<'_, HashMap<DocumentId, HeldDoc>> {
+        self.held
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// A document is held from now on: others find this node, and it finds them.
+    pub(crate) fn holds(&self, id: DocumentId) {
+        let mut held = self.held();
+        if held.contains_key(&id) {
+            return;
+        }
+        let _runtime = self.runtime.enter();
+        let value = |addresses| wire::PeerClaim { addresses }.encode_to_vec();
+        let presence = Presence::new(&self.dht, &self.network, key(&id), Arc::new(value));
+        let seek = seek(
+            id,
+            self.dht.clone(),
+            self.network.clone(),
+            Arc::clone(&self.seeking),
+            Arc::clone(&self.changed),
+        );
+        let seeking = tokio::spawn(seek).abort_handle();
+        held.insert(
+            id,
+            HeldDoc {
+                presence: Arc::new(presence),
+                seeking,
+            },
+        );
+        drop(held);
+        self.changed.notify_one();
+    }
+
+    pub(crate) fn drops(&self, id: DocumentId) {
+        let dropped = self.held().remove(&id);
+        let _runtime = self.runtime.enter();
+        drop(dropped);
+    }
+
+    /// Takes back that this node holds anything; for when it stops.
+    pub(crate) async fn leave(&self) {
+        let held: Vec<_> = std::mem::take(&mut *self.held()).into_values().collect();
+        futures::future::join_all(held.iter().map(|held| held.presence.leave())).await;
+    }
+}
+
+/// Connects to holders of a document, until there are enough; again and again, for they come and go.
+async fn seek(
+    id: DocumentId,
+    dht: Dht,
+    network: Network,
+    turn: Arc<Semaphore>,
+    changed: Arc<Notify>,
+) {
+    let mut pause = SEEK.0;
+    let mut meetings = dht.meetings();
+    loop {
+        meetings.mark_unchanged();
+        let Ok(permit) = turn.acquire().await else {
+            return;
+        };
+        let found = dht.get_some(&key(&id)).await;
+        let Ok(found) = found else {
+            return;
+        };
+        let own = network.local_peer();
+        let connected: HashSet<PeerId> = network
+            .peers()
+            .await
+            .into_iter()
+            .map(|peer| peer.peer)
+            .collect();
+        let (here, mut others): (Vec<_>, Vec<_>) = found
+            .iter()
+            .filter(|record| record.publisher() != own)
+            .partition(|record| connected.contains(&record.publisher()));
+        // Another order at every node, so that not all come to the same.
+        others.sort_by_cached_key(|record| {
+            let pair = [own.to_bytes(), record.publisher().to_bytes()].concat();
+            *blake3::hash(&pair).as_bytes()
+        });
+        let wanted = ENOUGH.saturating_sub(here.len());
+        let mut dials: FuturesUnordered<_> = others
+            .into_iter()
+            .take(wanted)
+            .map(|record| {
+                timeout(
+                    CONNECT,
+                    network.connect(record.publisher(), whereabouts::addresses_of(record)),
+                )
+            })
+            .collect();
+        let mut reached = 0;
+        while let Some(dialled) = dials.next().await {
+            reached += usize::from(matches!(dialled, Ok(Ok(_))));
+        }
+        drop(dials);
+        drop(permit);
+        if reached > 0 {
+            pause = SEEK.0;
+            changed.notify_one();
+        } else {
+            pause = (pause * 2).min(SEEK.1);
+        }
+        tokio::select! {
+            () = sleep(pause) => {}
+            met = meetings.changed(), if pause > SEEK.0 * 8 => {
+                if met.is_err() {
+                    return;
+                }
+                // It may know more.
+                sleep(SEEK.0).await;
+            }
+        }
+    }
+}
+
+/// Is found, and finds others, under what was held when the node stopped.
+pub(crate) async fn hold_again(driver: Arc<Driver>) {
+    let held = driver.documents.with(|replica| replica.list()).await;
+    match held {
+        Ok(held) => held.iter().for_each(|document| driver.holds(document.id)),
+        Err(error) => tracing::warn!(%error, "documents"),
+    }
+}
+
+/// What waits for a peer, and how much of it.
+struct Outbox {
+    messages: mpsc::UnboundedSender<Bytes>,
+    room: Arc<Semaphore>,
+    writing: AbortHandle,
+}
+
+/// Runs until the network stops: tells documents who is there, and brings messages out. Holds no node.
+pub(crate) async fn drive(driver: Arc<Driver>, mut outgoing: super::Outgoing) {
+    let network = driver.network.clone();
+    let documents = driver.documents.clone();
+    let changed = Arc::clone(&driver.changed);
+    drop(driver);
+    let mut known: HashMap<PeerId, Option<Outbox>> = HashMap::new();
+    let mut later: HashMap<PeerId, Instant> = HashMap::new();
+    let mut writers = JoinSet::new();
+    let mut look = tokio::time::interval(LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            out = outgoing.recv() => match out {
+                None => return,
+                Some(Outgoing::Offence(key, why)) => {
+                    if let Some(peer) = peer_of(&key) {
+                        tracing::warn!(%peer, why, "a peer's documents are not listened to for an hour");
+                        known.remove(&peer);
+                        later.insert(peer, Instant::now() + BAN);
+                        documents.disconnected(key).await;
+                    }
+                }
+                Some(Outgoing::Send(key, message)) => {
+                    let Some(peer) = peer_of(&key) else { continue };
+                    let Some(outbox) = known.get_mut(&peer) else { continue };
+                    let outbox = outbox.get_or_insert_with(|| open_outbox(&network, peer, &mut writers));
+                    if !outbox.put(message) {
+                        tracing::debug!(%peer, "does not take what it is told about documents");
+                        known.remove(&peer);
+                        later.insert(peer, Instant::now() + AGAIN);
+                        documents.disconnected(key).await;
+                    }
+                }
+                Some(_) => {}
+            },
+            Some(ended) = writers.join_next() => {
+                let Ok(peer) = ended else { continue };
+                known.remove(&peer);
+                later.insert(peer, Instant::now() + AGAIN);
+                if let Some(key) = key_of(&peer) {
+                    documents.disconnected(key).await;
+                }
+            }
+            _ = look.tick() => meet(&network, &documents, &mut known, &mut later).await,
+            () = changed.notified() => meet(&network, &documents, &mut known, &mut later).await,
+        }
+    }
+}
+
+/// Tells documents of peers that have come and gone.
+async fn meet(
+    network: &Network,
+    documents: &Documents,
+    known: &mut HashMap<PeerId, Option<Outbox>>,
+    later: &mut HashMap<PeerId, Instant>,
+) {
+    let here: HashSet<PeerId> = network
+        .peers()
+        .await
+        .into_iter()
+        .map(|peer| peer.peer)
+        .collect();
+    let now = Instant::now();
+    later.retain(|_, until| *until > now);
+    let gone: Vec<PeerId> = known
+        .keys()
+        .filter(|peer| !here.contains(peer))
+        .copied()
+        .collect();
+    for peer in gone {
+        known.remove(&peer);
+        if let Some(key) = key_of(&peer) {
+            documents.disconnected(key).await;
+        }
+    }
+    for peer in here {
+        let Some(key) = key_of(&peer) else { continue };
+        if known.contains_key(&peer) || later.contains_key(&peer) {
+            continue;
+        }
+        known.insert(peer, None);
+        documents.connected(key).await;
+    }
+}
+
+fn open_outbox(network: &Network, peer: PeerId, writers: &mut JoinSet<PeerId>) -> Outbox {
+    let (messages, waiting) = mpsc::unbounded_channel();
+    let room = Arc::new(Semaphore::new(MAX_WAITING));
+    let (network, of_writer) = (network.clone(), Arc::clone(&room));
+    let writing = writers.spawn(async move {
+        if let Err(error) = write_all(&network, peer, waiting, &of_writer).await {
+            tracing::debug!(%peer, %error, "a stream of documents has ended");
+        }
+        peer
+    });
+    Outbox {
+        messages,
+        room,
+        writing,
+    }
+}
+
+impl Outbox {
+    /// Whether there is room for it.
+    fn put(&self, message: Bytes) -> bool {
+        let size = u32::try_from(message.len()).unwrap_or(u32::MAX);
+        match self.room.try_acquire_many(size) {
+            Ok(room) => {
+                room.forget();
+                self.messages.send(message).is_ok()
+            }
+            Err(_) => false,
+        }
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.writing.abort();
+    }
+}
+
+type Failed = Box<dyn std::error::Error + Send + Sync>;
+
+async fn write_all(
+    network: &Network,
+    peer: PeerId,
+    mut waiting: mpsc::UnboundedReceiver<Bytes>,
+    room: &Semaphore,
+) -> Result<(), Failed> {
+    let mut stream: Option<Stream> = None;
+    while let Some(message) = waiting.recv().await {
+        // On a better path, if there is one.
+        if stream
+            .as_ref()
+            .is_none_or(|stream| stream.best_path().is_better_open())
+        {
+            stream = Some(network.open(peer, PROTOCOL, Class::Interactive).await?);
+        }
+        let Some(stream) = &mut stream else {
+            return Ok(());
+        };
+        let written = timeout(WRITE, async {
+            frame::write_bytes(stream, &message, MAX_MESSAGE_BYTES).await?;
+            stream.flush().await?;
+            Ok::<_, Failed>(())
+        });
+        written.await??;
+        room.add_permits(message.len());
+    }
+    Ok(())
+}
+
+/// Reads what a peer says about documents. Its next message is read when the one before has been dealt with: a peer cannot fill our memory.
+pub(crate) async fn serve(documents: Documents, mut stream: Stream) {
+    let peer = stream.peer();
+    let Some(key) = key_of(&peer) else {
+        return;
+    };
+    loop {
+        match frame::read_bytes(&mut stream, MAX_MESSAGE_BYTES).await {
+            Ok(Some(message)) => {
+                if let Err(error) = documents.received(key, message.into()).await {
+                    tracing::warn!(%peer, %error, "documents");
+                    return;
+                }
+            }
+            Ok(None) => return,
+            Err(error) => {
+                tracing::debug!(%peer, %error, "a stream of documents has ended");
+                return;
+            }
+        }
+    }
+}
