@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use weft::{ModelName, Multiaddr, PeerId, Rule, rpc::CallLimits};
+use weft::{DocumentId, ModelName, Multiaddr, PeerId, Rule, rpc::CallLimits};
 
 /// Machines that find each other and move models, with no server between them.
 #[derive(Debug, Parser)]
@@ -49,6 +49,9 @@ pub(crate) enum Command {
     /// State something under a key for a time, and read or watch what anybody states
     #[command(subcommand)]
     Record(Record),
+    /// Replicated documents: content like JSON that several nodes read and write, connected or not
+    #[command(subcommand)]
+    Doc(Doc),
     /// How others reach this node: the NAT before it, its addresses from outside, relays, and what to change
     Doctor,
     /// Every limit on what others can make this node hold and do, and what it comes to
@@ -309,6 +312,161 @@ pub(crate) enum Topic {
     },
     /// The topics that this node takes part in
     Ls,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Doc {
+    /// Make a document, whose owner is this node, and print its id
+    Create {
+        /// What people call it, at most 256 bytes
+        #[arg(long, default_value = "", hide_default_value = true)]
+        label: String,
+
+        /// Only this node may write it, for good
+        #[arg(long, conflicts_with = "writer")]
+        single_writer: bool,
+
+        /// Who else may write it; may be repeated
+        #[arg(long, value_name = "PEER")]
+        writer: Vec<PeerId>,
+
+        /// Only owner, writers and this peer may read it; may be repeated. Without it everybody in the network may
+        #[arg(long, value_name = "PEER")]
+        reader: Vec<PeerId>,
+    },
+    /// Hold a document from now on, and get it from whoever holds it
+    Open {
+        /// The document's id
+        id: DocumentId,
+
+        /// How long to wait for it
+        #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+        wait: Duration,
+    },
+    /// The documents that this node holds
+    Ls,
+    /// Print what is at a path, as JSON
+    Get {
+        /// The document's id
+        id: DocumentId,
+
+        /// A JSON pointer, as in /models/0/name; without it the whole document
+        #[arg(default_value = "", hide_default_value = true)]
+        path: String,
+    },
+    /// Set what is at a path
+    Put {
+        /// The document's id
+        id: DocumentId,
+
+        /// A JSON pointer; the map or list that holds the place must be there
+        path: String,
+
+        /// JSON; - reads it from standard input
+        value: String,
+
+        /// What the change is for
+        #[arg(long, default_value = "", hide_default_value = true)]
+        message: String,
+    },
+    /// Put something into a list
+    Insert {
+        /// The document's id
+        id: DocumentId,
+
+        /// A JSON pointer to the element before which it goes, or to /- for the end
+        path: String,
+
+        /// JSON; - reads it from standard input
+        value: String,
+    },
+    /// Add to a counter, or make one where nothing is
+    Increment {
+        /// The document's id
+        id: DocumentId,
+
+        /// A JSON pointer
+        path: String,
+
+        /// How much
+        #[arg(default_value = "1", allow_negative_numbers = true)]
+        by: i64,
+    },
+    /// Remove what is at a path
+    Delete {
+        /// The document's id
+        id: DocumentId,
+
+        /// A JSON pointer
+        path: String,
+    },
+    /// Print how a document changes, until Ctrl-C
+    Watch {
+        /// The document's id
+        id: DocumentId,
+
+        /// End after so many changes
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+    /// Changes since the document last began anew, the latest first
+    History {
+        /// The document's id
+        id: DocumentId,
+
+        /// At most so many
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        limit: u32,
+    },
+    /// Who may write a document; only its owner changes that
+    Writers {
+        /// The document's id
+        id: DocumentId,
+
+        /// Who may write it from now on; may be repeated
+        #[arg(long, value_name = "PEER")]
+        add: Vec<PeerId>,
+
+        /// Who no longer may; may be repeated
+        #[arg(long, value_name = "PEER")]
+        revoke: Vec<PeerId>,
+    },
+    /// Who may read a document besides owner and writers; only its owner changes that
+    Readers {
+        /// The document's id
+        id: DocumentId,
+
+        /// Only these; may be repeated
+        #[arg(long, value_name = "PEER", conflicts_with = "everybody")]
+        only: Vec<PeerId>,
+
+        /// Everybody in the network
+        #[arg(long)]
+        everybody: bool,
+    },
+    /// Begin a document's content anew, without its history; only its owner may
+    Compact {
+        /// The document's id
+        id: DocumentId,
+    },
+    /// Write a document to a file
+    Export {
+        /// The document's id
+        id: DocumentId,
+
+        /// The file, which must not exist; - for standard output
+        file: PathBuf,
+    },
+    /// Hold a document from a file, and print its id
+    Import {
+        /// The file; - for standard input
+        file: PathBuf,
+    },
+    /// Hold a document no longer, and delete what is here of it
+    Rm {
+        /// The document's id
+        id: DocumentId,
+    },
 }
 
 #[derive(Debug, Subcommand)]

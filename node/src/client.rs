@@ -9,8 +9,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 use weft_proto::api::{
-    calls_client::CallsClient, models_client::ModelsClient, node_client::NodeClient,
-    records_client::RecordsClient, topics_client::TopicsClient,
+    calls_client::CallsClient, documents_client::DocumentsClient, models_client::ModelsClient,
+    node_client::NodeClient, records_client::RecordsClient, topics_client::TopicsClient,
 };
 
 use crate::{
@@ -97,6 +97,12 @@ impl Client {
         &self,
     ) -> RecordsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
         RecordsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    pub(crate) fn documents(
+        &self,
+    ) -> DocumentsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
+        DocumentsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
     pub(crate) fn models(

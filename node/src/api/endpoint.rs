@@ -28,12 +28,12 @@ use weft::Node;
 use weft_proto::{
     DESCRIPTORS,
     api::{
-        calls_server::CallsServer, models_server::ModelsServer, node_server::NodeServer,
-        records_server::RecordsServer, topics_server::TopicsServer,
+        calls_server::CallsServer, documents_server::DocumentsServer, models_server::ModelsServer,
+        node_server::NodeServer, records_server::RecordsServer, topics_server::TopicsServer,
     },
 };
 
-use super::{calls, records, service::Service, topics};
+use super::{calls, documents, records, service::Service, topics};
 use crate::exit::Failure;
 
 /// Bytes of a message of a call, with its attachments.
@@ -215,6 +215,10 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
     health
         .set_serving::<RecordsServer<records::Service>>()
         .await;
+    health
+        .set_serving::<DocumentsServer<documents::Service>>()
+        .await;
+    let documents = documents::Service::new(service.node().clone());
     let calls = calls::Service::new(service.node().clone());
     let topics = topics::Service::new(service.node().clone());
     let records = records::Service::new(service.node().clone());
@@ -238,6 +242,7 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
         .add_service(CallsServer::new(calls).max_decoding_message_size(MAX_CALL_MESSAGE))
         .add_service(TopicsServer::new(topics))
         .add_service(RecordsServer::new(records))
+        .add_service(DocumentsServer::new(documents))
         .add_service(NodeServer::new(service.clone()))
         .add_service(ModelsServer::new(service))
 }

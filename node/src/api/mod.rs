@@ -1,6 +1,7 @@
 //! The local gRPC API: the SDK, for any language beside the node.
 
 mod calls;
+mod documents;
 mod endpoint;
 mod records;
 mod service;

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use weft::{
-    ConnectError, DiskError, Error, HomeError, OpenError, PingError, SpawnError, TopicError,
+    ConnectError, DiskError, DocumentError, DocumentStoreError, EditError, Error, HomeError,
+    OpenError, PingError, SpawnError, TopicError,
 };
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
@@ -50,6 +51,8 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::Topic(TopicError::TooMany) => (Code::ResourceExhausted, "TOO_MANY_TOPICS"),
         Error::Topic(TopicError::Busy) => (Code::ResourceExhausted, "BUSY"),
         Error::Topic(_) => (Code::Internal, "TOPIC"),
+        Error::Document(error) => of_document(error),
+        Error::Value(_) | Error::NoKey(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Stopped => (Code::Unavailable, "STOPPED"),
         _ => (Code::Internal, "STORE"),
     };
@@ -61,6 +64,22 @@ pub(crate) fn status(error: &Error) -> Status {
     }
     let details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
     Status::with_error_details(code, message, details)
+}
+
+fn of_document(error: &DocumentError) -> (Code, &'static str) {
+    match error {
+        DocumentError::Unknown(_) => (Code::NotFound, "NO_SUCH_DOCUMENT"),
+        DocumentError::NotYet(_) => (Code::FailedPrecondition, "NOT_ARRIVED"),
+        DocumentError::NotWriter { .. } | DocumentError::NotOwner { .. } => {
+            (Code::PermissionDenied, "NOT_ALLOWED")
+        }
+        DocumentError::Edit(EditError::NotFound(_)) => (Code::NotFound, "NOTHING_THERE"),
+        DocumentError::Store(DocumentStoreError::Full) => (Code::ResourceExhausted, "DISK_FULL"),
+        DocumentError::Store(_) => (Code::Internal, "STORE"),
+        DocumentError::TooLarge { .. } => (Code::ResourceExhausted, "TOO_LARGE"),
+        DocumentError::Stopped => (Code::Unavailable, "STOPPED"),
+        _ => (Code::InvalidArgument, "INVALID_INPUT"),
+    }
 }
 
 /// Refuses what a client sent.

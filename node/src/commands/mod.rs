@@ -4,6 +4,7 @@ use crate::output::{out, out_raw};
 
 mod add;
 mod call;
+mod doc;
 mod get;
 mod limits;
 mod reach;
@@ -48,6 +49,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Ping(options) => reach::ping(&client, options, json).await,
         Command::Call(options) => call::run(&client, options).await,
         Command::Service(options) => call::service(&client, options, json).await,
+        Command::Doc(command) => doc::run(&client, command, json).await,
         Command::Record(command) => record::run(&client, command, json).await,
         Command::Topic(command) => topic::run(&client, command, json).await,
         Command::Doctor => reach::doctor(&client, json).await,

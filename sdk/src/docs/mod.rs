@@ -187,6 +187,17 @@ impl Docs {
         Ok(self.doc(id))
     }
 
+    /// A document that is held already.
+    ///
+    /// # Errors
+    /// [`Error::Document`] if it is not, [`Error::Stopped`].
+    pub async fn held(&self, id: DocumentId) -> Result<Doc, Error> {
+        self.documents()
+            .with(move |replica| replica.info(id))
+            .await?;
+        Ok(self.doc(id))
+    }
+
     /// The documents that this node holds.
     ///
     /// # Errors
@@ -401,6 +412,30 @@ impl Doc {
         self.decide(Rights {
             readers: Some(readers),
             ..Rights::default()
+        })
+        .await
+    }
+
+    /// Who may write, who no longer may, and, if that changes, who may read: as one decision. Only the owner may.
+    ///
+    /// # Errors
+    /// [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    pub async fn set_rights(
+        &self,
+        add: Vec<PeerId>,
+        revoke: Vec<PeerId>,
+        readers: Option<Option<Vec<PeerId>>>,
+    ) -> Result<(), Error> {
+        let readers = match readers {
+            None => None,
+            Some(None) => Some(Readers::Everybody),
+            Some(Some(readers)) => Some(Readers::Named(keys(&readers)?)),
+        };
+        let (add, revoke) = (keys(&add)?, keys(&revoke)?);
+        self.decide(Rights {
+            add,
+            revoke,
+            readers,
         })
         .await
     }

@@ -1,0 +1,321 @@
+//! Replicated documents, for programs in any language.
+
+use std::{pin::Pin, time::Duration};
+
+use futures::{Stream, StreamExt, stream};
+use tonic::{Request, Response, Status, Streaming};
+use weft::{Doc, DocChange, DocInfo, DocumentId, NewDoc, Node, PeerId};
+use weft_proto::api::{
+    self, DocumentEvent, document_edit::What as Edit, document_event::What,
+    documents_server::Documents,
+};
+
+use super::status::{invalid, status};
+
+/// Commits of a history, if the client names no limit.
+const HISTORY: usize = 1000;
+
+/// Bytes of an exported document in one message.
+const CHUNK: usize = 256 << 10;
+
+/// Bytes of a document that is imported.
+const MAX_IMPORT: usize = 256 << 20;
+
+/// Implements the service.
+#[derive(Debug, Clone)]
+pub(crate) struct Service {
+    node: Node,
+}
+
+fn id(text: &str) -> Result<DocumentId, Status> {
+    text.parse()
+        .map_err(|error: weft::ParseIdError| invalid(error.to_string()))
+}
+
+fn peers(texts: &[String]) -> Result<Vec<PeerId>, Status> {
+    let peer = |text: &String| {
+        text.parse()
+            .map_err(|_| invalid(format!("{text:?} is no peer id")))
+    };
+    texts.iter().map(peer).collect()
+}
+
+fn texts(peers: &[PeerId]) -> Vec<String> {
+    peers.iter().map(ToString::to_string).collect()
+}
+
+fn document(info: DocInfo) -> api::Document {
+    let id = info.id.to_string();
+    let Some(details) = info.details else {
+        return api::Document {
+            id,
+            ..api::Document::default()
+        };
+    };
+    api::Document {
+        id,
+        arrived: true,
+        label: details.label,
+        owner: details.owner.to_string(),
+        single_writer: details.single_writer,
+        writers: texts(&details.writers),
+        readers: details.readers.map(|readers| api::DocumentReaders {
+            peers: texts(&readers),
+        }),
+        writable: details.writable,
+        changes: details.changes,
+        log_bytes: details.log_bytes,
+        equivocations: details.equivocations as u64,
+    }
+}
+
+fn event(what: What) -> Result<DocumentEvent, Status> {
+    Ok(DocumentEvent { what: Some(what) })
+}
+
+impl Service {
+    pub(crate) fn new(node: Node) -> Self {
+        Self { node }
+    }
+
+    /// A document that is held.
+    async fn held(&self, text: &str) -> Result<Doc, Status> {
+        let id = id(text)?;
+        self.node
+            .docs()
+            .held(id)
+            .await
+            .map_err(|error| status(&error))
+    }
+
+    async fn answer(&self, doc: &Doc) -> Result<Response<api::Document>, Status> {
+        let info = doc.info().await.map_err(|error| status(&error))?;
+        Ok(Response::new(document(info)))
+    }
+}
+
+#[tonic::async_trait]
+impl Documents for Service {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<DocumentEvent, Status>> + Send>>;
+    type ExportStream = Pin<Box<dyn Stream<Item = Result<api::DocumentChunk, Status>> + Send>>;
+
+    async fn create(
+        &self,
+        request: Request<api::CreateDocumentRequest>,
+    ) -> Result<Response<api::Document>, Status> {
+        let request = request.into_inner();
+        let new = NewDoc {
+            label: request.label,
+            single_writer: request.single_writer,
+            writers: peers(&request.writers)?,
+            readers: match &request.readers {
+                None => None,
+                Some(readers) => Some(peers(&readers.peers)?),
+            },
+        };
+        let doc = self
+            .node
+            .docs()
+            .create(new)
+            .await
+            .map_err(|error| status(&error))?;
+        self.answer(&doc).await
+    }
+
+    async fn open(
+        &self,
+        request: Request<api::OpenDocumentRequest>,
+    ) -> Result<Response<api::Document>, Status> {
+        let request = request.into_inner();
+        let doc = self.node.docs().open(id(&request.id)?).await;
+        let doc = doc.map_err(|error| status(&error))?;
+        let patience = Duration::from_millis(request.wait_millis);
+        doc.arrived(patience)
+            .await
+            .map_err(|error| status(&error))?;
+        self.answer(&doc).await
+    }
+
+    async fn list(
+        &self,
+        _: Request<api::ListDocumentsRequest>,
+    ) -> Result<Response<api::ListDocumentsResponse>, Status> {
+        let infos = self
+            .node
+            .docs()
+            .list()
+            .await
+            .map_err(|error| status(&error))?;
+        let documents = infos.into_iter().map(document).collect();
+        Ok(Response::new(api::ListDocumentsResponse { documents }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<api::RemoveDocumentRequest>,
+    ) -> Result<Response<api::RemoveDocumentResponse>, Status> {
+        let removed = self.node.docs().remove(id(&request.into_inner().id)?).await;
+        let existed = removed.map_err(|error| status(&error))?;
+        Ok(Response::new(api::RemoveDocumentResponse { existed }))
+    }
+
+    async fn get(
+        &self,
+        request: Request<api::GetDocumentRequest>,
+    ) -> Result<Response<api::GetDocumentResponse>, Status> {
+        let request = request.into_inner();
+        let value = self.held(&request.id).await?.get(&request.path).await;
+        let value = value.map_err(|error| status(&error))?;
+        let json = value.map(|value| value.to_string());
+        Ok(Response::new(api::GetDocumentResponse { json }))
+    }
+
+    async fn commit(
+        &self,
+        request: Request<api::CommitDocumentRequest>,
+    ) -> Result<Response<api::CommitDocumentResponse>, Status> {
+        let request = request.into_inner();
+        let value = |json: &str| -> Result<serde_json::Value, Status> {
+            serde_json::from_str(json)
+                .map_err(|error| invalid(format!("{json:?} is no JSON: {error}")))
+        };
+        let mut transaction = self.held(&request.id).await?.transaction();
+        if !request.message.is_empty() {
+            transaction = transaction.message(request.message);
+        }
+        for edit in request.edits {
+            let path = &edit.path;
+            transaction = match edit.what {
+                Some(Edit::Put(json)) => transaction.put(path, value(&json)?),
+                Some(Edit::Delete(true)) => transaction.delete(path),
+                Some(Edit::Increment(by)) => transaction.increment(path, by),
+                Some(Edit::Insert(json)) => transaction.insert(path, value(&json)?),
+                Some(Edit::Delete(false)) | None => return Err(invalid("an edit says nothing")),
+            }
+            .map_err(|error| status(&error))?;
+        }
+        let change = transaction.commit().await.map_err(|error| status(&error))?;
+        let change = change.map(|change| change.to_string()).unwrap_or_default();
+        Ok(Response::new(api::CommitDocumentResponse { change }))
+    }
+
+    async fn history(
+        &self,
+        request: Request<api::DocumentHistoryRequest>,
+    ) -> Result<Response<api::DocumentHistoryResponse>, Status> {
+        let request = request.into_inner();
+        let limit = match request.limit {
+            0 => HISTORY,
+            limit => limit as usize,
+        };
+        let commits = self.held(&request.id).await?.history(limit).await;
+        let commits = commits.map_err(|error| status(&error))?.into_iter();
+        let commits = commits.map(|commit| api::DocumentCommit {
+            id: commit.id.to_string(),
+            author: commit.author.to_string(),
+            time: commit.time,
+            message: commit.message.unwrap_or_default(),
+            operations: commit.operations,
+        });
+        Ok(Response::new(api::DocumentHistoryResponse {
+            commits: commits.collect(),
+        }))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<api::WatchDocumentRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let doc = self.held(&request.into_inner().id).await?;
+        let watch = doc.watch().await.map_err(|error| status(&error))?;
+        let changes = stream::unfold(watch, async |mut watch| {
+            let what = match watch.next().await? {
+                DocChange::Arrived => What::Arrived(api::DocumentArrived {}),
+                DocChange::Changed { paths, local } => {
+                    What::Changed(api::DocumentChanged { paths, local })
+                }
+                DocChange::Rights | DocChange::Compacted => What::Decided(api::DocumentDecided {}),
+                DocChange::Equivocated { author } => What::Equivocated(api::DocumentEquivocated {
+                    author: author.to_string(),
+                }),
+                _ => What::Missed(api::DocumentMissed {}),
+            };
+            Some((event(what), watch))
+        });
+        let first = stream::iter([event(What::Watching(api::DocumentWatched {}))]);
+        Ok(Response::new(Box::pin(first.chain(changes))))
+    }
+
+    async fn set_rights(
+        &self,
+        request: Request<api::SetDocumentRightsRequest>,
+    ) -> Result<Response<api::Document>, Status> {
+        let request = request.into_inner();
+        let (add, revoke) = (
+            peers(&request.add_writers)?,
+            peers(&request.revoke_writers)?,
+        );
+        let readers = match (&request.readers, request.readable_by_everybody) {
+            (Some(_), true) => {
+                return Err(invalid("some readers and everybody exclude each other"));
+            }
+            (Some(readers), false) => Some(Some(peers(&readers.peers)?)),
+            (None, true) => Some(None),
+            (None, false) => None,
+        };
+        let doc = self.held(&request.id).await?;
+        doc.set_rights(add, revoke, readers)
+            .await
+            .map_err(|error| status(&error))?;
+        self.answer(&doc).await
+    }
+
+    async fn compact(
+        &self,
+        request: Request<api::CompactDocumentRequest>,
+    ) -> Result<Response<api::Document>, Status> {
+        let doc = self.held(&request.into_inner().id).await?;
+        doc.compact().await.map_err(|error| status(&error))?;
+        self.answer(&doc).await
+    }
+
+    async fn export(
+        &self,
+        request: Request<api::ExportDocumentRequest>,
+    ) -> Result<Response<Self::ExportStream>, Status> {
+        let doc = self.held(&request.into_inner().id).await?;
+        let content = doc.export().await.map_err(|error| status(&error))?;
+        let chunks: Vec<_> = content
+            .chunks(CHUNK)
+            .map(|data| {
+                Ok(api::DocumentChunk {
+                    data: data.to_vec(),
+                })
+            })
+            .collect();
+        Ok(Response::new(Box::pin(stream::iter(chunks))))
+    }
+
+    async fn import(
+        &self,
+        request: Request<Streaming<api::DocumentChunk>>,
+    ) -> Result<Response<api::Document>, Status> {
+        let mut chunks = request.into_inner();
+        let mut content = Vec::new();
+        while let Some(chunk) = chunks.message().await? {
+            if content.len() + chunk.data.len() > MAX_IMPORT {
+                return Err(invalid(
+                    "a document of more than 256 MiB cannot be imported",
+                ));
+            }
+            content.extend(chunk.data);
+        }
+        let doc = self
+            .node
+            .docs()
+            .import(content)
+            .await
+            .map_err(|error| status(&error))?;
+        self.answer(&doc).await
+    }
+}

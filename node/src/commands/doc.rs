@@ -1,0 +1,520 @@
+//! `weft doc`.
+
+use std::{
+    io::{Read, Write},
+    path::Path,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use futures::stream;
+use serde_json::{Value, json};
+use weft::{DocumentId, PeerId};
+use weft_proto::api::{self, document_edit::What as Edit, document_event::What};
+
+use crate::{
+    cli::Doc,
+    client::Client,
+    exit::{Failure, NOT_FOUND},
+    output::{self, out, out_raw, table},
+};
+
+/// Bytes of an exported document in one message.
+const CHUNK: usize = 256 << 10;
+
+/// Bytes read of standard input for a value: more than a change may have, so that the node says what is wrong.
+const MOST: u64 = 1 << 20;
+
+pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<(), Failure> {
+    match command {
+        Doc::Create {
+            label,
+            single_writer,
+            writer,
+            reader,
+        } => {
+            let readers = (!reader.is_empty()).then(|| api::DocumentReaders {
+                peers: texts(&reader),
+            });
+            let writers = texts(&writer);
+            let request = api::CreateDocumentRequest {
+                label,
+                single_writer,
+                writers,
+                readers,
+            };
+            let made = client.documents().create(request).await?.into_inner();
+            say_id(&made, as_json)
+        }
+        Doc::Open { id, wait } => open(client, id, wait, as_json).await,
+        Doc::Ls => list(client, as_json).await,
+        Doc::Get { id, path } => get(client, id, path, as_json).await,
+        Doc::Put {
+            id,
+            path,
+            value,
+            message,
+        } => {
+            let edit = Edit::Put(read_value(value)?);
+            commit(client, id, (path, edit), message, as_json).await
+        }
+        Doc::Insert { id, path, value } => {
+            let edit = Edit::Insert(read_value(value)?);
+            commit(client, id, (path, edit), String::new(), as_json).await
+        }
+        Doc::Increment { id, path, by } => {
+            commit(
+                client,
+                id,
+                (path, Edit::Increment(by)),
+                String::new(),
+                as_json,
+            )
+            .await
+        }
+        Doc::Delete { id, path } => {
+            commit(
+                client,
+                id,
+                (path, Edit::Delete(true)),
+                String::new(),
+                as_json,
+            )
+            .await
+        }
+        Doc::Watch { id, count } => watch(client, id, count, as_json).await,
+        Doc::History { id, limit } => history(client, id, limit, as_json).await,
+        Doc::Writers { id, add, revoke } => {
+            let request = api::SetDocumentRightsRequest {
+                id: id.to_string(),
+                add_writers: texts(&add),
+                revoke_writers: texts(&revoke),
+                ..api::SetDocumentRightsRequest::default()
+            };
+            let document = match add.is_empty() && revoke.is_empty() {
+                true => find(client, id).await?,
+                false => client.documents().set_rights(request).await?.into_inner(),
+            };
+            writers(&document, as_json)
+        }
+        Doc::Readers {
+            id,
+            only,
+            everybody,
+        } => {
+            let readers = (!only.is_empty()).then(|| api::DocumentReaders {
+                peers: texts(&only),
+            });
+            let request = api::SetDocumentRightsRequest {
+                id: id.to_string(),
+                readers,
+                readable_by_everybody: everybody,
+                ..api::SetDocumentRightsRequest::default()
+            };
+            let document = match only.is_empty() && !everybody {
+                true => find(client, id).await?,
+                false => client.documents().set_rights(request).await?.into_inner(),
+            };
+            readers_of(&document, as_json)
+        }
+        Doc::Compact { id } => {
+            let request = api::CompactDocumentRequest { id: id.to_string() };
+            client.documents().compact(request).await?;
+            if as_json {
+                out!("{}", json!({ "id": id.to_string() }));
+            } else {
+                out!("its content begins anew, without its history");
+            }
+            Ok(())
+        }
+        Doc::Export { id, file } => export(client, id, &file, as_json).await,
+        Doc::Import { file } => import(client, &file, as_json).await,
+        Doc::Rm { id } => {
+            let request = api::RemoveDocumentRequest { id: id.to_string() };
+            if !client
+                .documents()
+                .remove(request)
+                .await?
+                .into_inner()
+                .existed
+            {
+                return Err(no_such(id));
+            }
+            if as_json {
+                out!("{}", json!({ "id": id.to_string() }));
+            } else {
+                out!("removed; other nodes keep what they hold");
+            }
+            Ok(())
+        }
+    }
+}
+
+fn texts(peers: &[PeerId]) -> Vec<String> {
+    peers.iter().map(ToString::to_string).collect()
+}
+
+fn no_such(id: DocumentId) -> Failure {
+    Failure::new(
+        NOT_FOUND,
+        "NO_SUCH_DOCUMENT",
+        format!("this node does not hold document {id}"),
+    )
+    .hint("`weft doc open ID` gets it from whoever holds it; `weft doc ls` shows what is here.")
+}
+
+fn say_id(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+    match as_json {
+        true => out!("{}", document_json(document)),
+        false => out!("{}", document.id),
+    }
+    Ok(())
+}
+
+fn document_json(document: &api::Document) -> Value {
+    json!({
+        "id": document.id,
+        "arrived": document.arrived,
+        "label": document.label,
+        "owner": document.owner,
+        "single_writer": document.single_writer,
+        "writers": document.writers,
+        "readers": document.readers.as_ref().map(|readers| &readers.peers),
+        "writable": document.writable,
+        "changes": document.changes,
+        "log_bytes": document.log_bytes,
+        "equivocations": document.equivocations,
+    })
+}
+
+async fn find(client: &Client, id: DocumentId) -> Result<api::Document, Failure> {
+    let listed = client
+        .documents()
+        .list(api::ListDocumentsRequest {})
+        .await?;
+    let mut documents = listed.into_inner().documents.into_iter();
+    documents
+        .find(|document| document.id == id.to_string())
+        .ok_or_else(|| no_such(id))
+}
+
+async fn open(
+    client: &Client,
+    id: DocumentId,
+    wait: Duration,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let wait_millis = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+    let request = api::OpenDocumentRequest {
+        id: id.to_string(),
+        wait_millis,
+    };
+    let document = client.documents().open(request).await?.into_inner();
+    if as_json {
+        out!("{}", document_json(&document));
+    } else if document.arrived {
+        out!("here: {}", output::count(document.changes, "change"));
+    } else {
+        out!(
+            "held from now on; nobody who has it, and lets this node read it, has been found yet, and it is looked for further"
+        );
+    }
+    Ok(())
+}
+
+async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
+    let listed = client
+        .documents()
+        .list(api::ListDocumentsRequest {})
+        .await?;
+    let documents = listed.into_inner().documents;
+    if as_json {
+        let documents: Vec<_> = documents.iter().map(document_json).collect();
+        out!("{}", json!({ "documents": documents }));
+        return Ok(());
+    }
+    if documents.is_empty() {
+        out!("this node holds no documents");
+        return Ok(());
+    }
+    let mut rows = vec![
+        ["DOCUMENT", "LABEL", "CHANGES", "MAY WRITE"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    rows.extend(documents.iter().map(|document| {
+        let (changes, writes) = match document.arrived {
+            true => (
+                document.changes.to_string(),
+                if document.writable { "yes" } else { "no" },
+            ),
+            false => ("not here yet".to_owned(), ""),
+        };
+        vec![
+            document.id.clone(),
+            document.label.escape_debug().to_string(),
+            changes,
+            writes.to_owned(),
+        ]
+    }));
+    out_raw!("{}", table(&rows));
+    Ok(())
+}
+
+async fn get(client: &Client, id: DocumentId, path: String, as_json: bool) -> Result<(), Failure> {
+    let request = api::GetDocumentRequest {
+        id: id.to_string(),
+        path: path.clone(),
+    };
+    let got = client.documents().get(request).await?.into_inner().json;
+    let Some(value) = got else {
+        let text = format!("there is nothing at {path} in document {id}");
+        return Err(Failure::new(NOT_FOUND, "NOTHING_THERE", text)
+            .hint("`weft doc get ID` shows the whole document."));
+    };
+    if as_json {
+        out!("{value}");
+        return Ok(());
+    }
+    let value: Value = serde_json::from_str(&value)
+        .map_err(|error| Failure::other(format!("the node's answer cannot be read: {error}")))?;
+    // What a terminal could take for commands is escaped by JSON.
+    out!("{value:#}");
+    Ok(())
+}
+
+fn read_value(value: String) -> Result<String, Failure> {
+    let text = match value.as_str() {
+        "-" => {
+            let mut text = String::new();
+            let read = std::io::stdin().take(MOST).read_to_string(&mut text);
+            read.map_err(|error| Failure::other(format!("standard input: {error}")))?;
+            text
+        }
+        _ => value,
+    };
+    match serde_json::from_str::<Value>(&text) {
+        Ok(_) => Ok(text),
+        Err(error) => Err(Failure::usage(format!("{text:?} is no JSON: {error}"))
+            .hint("Text is written with its quotes: '\"text\"'.")),
+    }
+}
+
+async fn commit(
+    client: &Client,
+    id: DocumentId,
+    (path, what): (String, Edit),
+    message: String,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let edits = vec![api::DocumentEdit {
+        path,
+        what: Some(what),
+    }];
+    let request = api::CommitDocumentRequest {
+        id: id.to_string(),
+        edits,
+        message,
+    };
+    let change = client
+        .documents()
+        .commit(request)
+        .await?
+        .into_inner()
+        .change;
+    if as_json {
+        out!(
+            "{}",
+            json!({ "change": (!change.is_empty()).then_some(change) })
+        );
+    } else if change.is_empty() {
+        out!("nothing changes");
+    } else {
+        out!("on disk; connected peers are told");
+    }
+    Ok(())
+}
+
+async fn watch(
+    client: &Client,
+    id: DocumentId,
+    count: Option<u64>,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::WatchDocumentRequest { id: id.to_string() };
+    let mut events = client.documents().watch(request).await?.into_inner();
+    let mut left = count.unwrap_or(u64::MAX);
+    while left > 0 {
+        let Some(event) = events.message().await? else {
+            break;
+        };
+        let (as_value, text) = match event.what {
+            Some(What::Watching(_)) if as_json => {
+                out!("{}", json!({ "watching": true }));
+                continue;
+            }
+            Some(What::Watching(_)) | None => continue,
+            Some(What::Arrived(_)) => (json!({ "event": "arrived" }), "arrived".to_owned()),
+            Some(What::Changed(changed)) => {
+                let whole = |path: &String| {
+                    if path.is_empty() {
+                        "all of it".to_owned()
+                    } else {
+                        path.escape_debug().to_string()
+                    }
+                };
+                let paths: Vec<_> = changed.paths.iter().map(whole).collect();
+                let by = if changed.local { "here" } else { "elsewhere" };
+                (
+                    json!({ "event": "changed", "paths": changed.paths, "local": changed.local }),
+                    format!("changed {by}: {}", paths.join(" ")),
+                )
+            }
+            Some(What::Decided(_)) => (
+                json!({ "event": "decided" }),
+                "its owner has decided who may write and read it, or begun it anew".to_owned(),
+            ),
+            Some(What::Equivocated(who)) => (
+                json!({ "event": "equivocated", "author": who.author }),
+                format!(
+                    "{} has signed two different changes for one place; what it wrote from there on is dropped",
+                    who.author
+                ),
+            ),
+            Some(What::Missed(_)) => (
+                json!({ "event": "missed" }),
+                "some changes came too fast to be told".to_owned(),
+            ),
+        };
+        left -= 1;
+        match as_json {
+            true => out!("{as_value}"),
+            false => out!("{text}"),
+        }
+    }
+    Ok(())
+}
+
+async fn history(
+    client: &Client,
+    id: DocumentId,
+    limit: u32,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::DocumentHistoryRequest {
+        id: id.to_string(),
+        limit,
+    };
+    let commits = client
+        .documents()
+        .history(request)
+        .await?
+        .into_inner()
+        .commits;
+    if as_json {
+        let commit = |commit: &api::DocumentCommit| {
+            json!({
+                "id": commit.id,
+                "author": commit.author,
+                "time": commit.time,
+                "message": commit.message,
+                "operations": commit.operations,
+            })
+        };
+        let commits: Vec<_> = commits.iter().map(commit).collect();
+        out!("{}", json!({ "commits": commits }));
+        return Ok(());
+    }
+    if commits.is_empty() {
+        out!("it has not changed since it began");
+        return Ok(());
+    }
+    let mut rows = vec![
+        ["CHANGE", "AUTHOR", "AGE", "OPERATIONS", "MESSAGE"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    rows.extend(commits.iter().map(|commit| {
+        let at = UNIX_EPOCH + Duration::from_secs(commit.time.max(0).unsigned_abs());
+        vec![
+            commit.id[..commit.id.len().min(12)].to_owned(),
+            commit.author.clone(),
+            output::duration(at.elapsed().unwrap_or_default()),
+            commit.operations.to_string(),
+            commit.message.escape_debug().to_string(),
+        ]
+    }));
+    out_raw!("{}", table(&rows));
+    Ok(())
+}
+
+fn writers(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+    if as_json {
+        out!(
+            "{}",
+            json!({ "owner": document.owner, "writers": document.writers })
+        );
+        return Ok(());
+    }
+    out!("{}  owner", document.owner);
+    document.writers.iter().for_each(|writer| out!("{writer}"));
+    Ok(())
+}
+
+fn readers_of(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+    let readers = document.readers.as_ref().map(|readers| &readers.peers);
+    match (as_json, readers) {
+        (true, readers) => out!("{}", json!({ "readers": readers })),
+        (false, None) => out!("everybody in the network"),
+        (false, Some(readers)) => {
+            out!("owner and writers, and:");
+            readers.iter().for_each(|reader| out!("{reader}"));
+        }
+    }
+    Ok(())
+}
+
+async fn export(
+    client: &Client,
+    id: DocumentId,
+    file: &Path,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::ExportDocumentRequest { id: id.to_string() };
+    let mut chunks = client.documents().export(request).await?.into_inner();
+    let failed = |error: std::io::Error| Failure::other(format!("{}: {error}", file.display()));
+    let mut target: Box<dyn Write> = match file.to_str() {
+        Some("-") => Box::new(std::io::stdout()),
+        _ => Box::new(std::fs::File::create_new(file).map_err(failed)?),
+    };
+    let mut bytes = 0;
+    while let Some(chunk) = chunks.message().await? {
+        bytes += chunk.data.len();
+        target.write_all(&chunk.data).map_err(failed)?;
+    }
+    target.flush().map_err(failed)?;
+    if file.to_str() != Some("-") {
+        match as_json {
+            true => out!("{}", json!({ "bytes": bytes })),
+            false => out!("{} written", output::bytes(bytes as u64)),
+        }
+    }
+    Ok(())
+}
+
+async fn import(client: &Client, file: &Path, as_json: bool) -> Result<(), Failure> {
+    let failed = |error: std::io::Error| Failure::other(format!("{}: {error}", file.display()));
+    let mut content = Vec::new();
+    match file.to_str() {
+        Some("-") => std::io::stdin().read_to_end(&mut content).map(|_| ()),
+        _ => std::fs::read(file).map(|read| content = read),
+    }
+    .map_err(failed)?;
+    let chunks: Vec<_> = content
+        .chunks(CHUNK)
+        .map(|data| api::DocumentChunk {
+            data: data.to_vec(),
+        })
+        .collect();
+    let imported = client.documents().import(stream::iter(chunks)).await?;
+    say_id(&imported.into_inner(), as_json)
+}
