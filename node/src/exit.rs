@@ -114,6 +114,16 @@ impl From<Status> for Failure {
                  names are announced by `weft add PATH --name ORG/NAME`.",
             ),
             "NO_SUCH_MODEL" => (NOT_FOUND, "`weft ls` shows what is here."),
+            "NO_SUCH_DOCUMENT" => (
+                NOT_FOUND,
+                "`weft doc open ID` gets it from whoever holds it; `weft doc ls` shows what is here.",
+            ),
+            "NOTHING_THERE" => (NOT_FOUND, "`weft doc get ID` shows the whole document."),
+            "NOT_ARRIVED" => (
+                1,
+                "Somebody who holds it must be up and share a bootstrap node with this one; if it is private, its owner must have named this node.",
+            ),
+            "NOT_ALLOWED" => (1, "`weft doc writers ID` shows who may."),
             "UNREACHABLE" => (
                 NO_PROVIDER,
                 "Check that the peer's node is up and shares a bootstrap node or relay with this one (`weft peers`), or give an\n\
