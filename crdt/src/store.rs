@@ -19,6 +19,7 @@ use std::{
     ops::Bound,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use redb::{Database, ReadableDatabase, TableDefinition};
@@ -29,6 +30,9 @@ const DOCUMENTS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("documents
 
 /// Page cache of the database, in bytes.
 const CACHE: usize = 16 << 20;
+
+/// How long it is waited for another to close them.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The documents on disk cannot be opened, read or written.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -256,21 +260,32 @@ fn commit(
 fn open(place: &Place) -> Result<Database, StoreError> {
     let mut builder = Database::builder();
     builder.set_cache_size(CACHE);
-    match place {
-        Place::File(path) => builder.create(path).map_err(|error| match error {
-            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.clone()),
-            redb::DatabaseError::Storage(redb::StorageError::Io(error))
-                if error.kind() != io::ErrorKind::InvalidData =>
-            {
-                failed(redb::StorageError::Io(error))
+    let path = match place {
+        Place::File(path) => path,
+        Place::Other(open) => return open().map_err(failed),
+    };
+    let begin = Instant::now();
+    let opened = loop {
+        match builder.create(path) {
+            // A node of this process that is just stopping.
+            Err(redb::DatabaseError::DatabaseAlreadyOpen) if begin.elapsed() < PATIENCE => {
+                std::thread::sleep(PATIENCE / 50);
             }
-            error => StoreError::Damaged {
-                file: path.clone(),
-                what: error.to_string(),
-            },
-        }),
-        Place::Other(open) => open().map_err(failed),
-    }
+            opened => break opened,
+        }
+    };
+    opened.map_err(|error| match error {
+        redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.clone()),
+        redb::DatabaseError::Storage(redb::StorageError::Io(error))
+            if error.kind() != io::ErrorKind::InvalidData =>
+        {
+            failed(redb::StorageError::Io(error))
+        }
+        error => StoreError::Damaged {
+            file: path.clone(),
+            what: error.to_string(),
+        },
+    })
 }
 
 /// What keys look like.
