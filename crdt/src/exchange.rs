@@ -72,6 +72,8 @@ pub(crate) struct Peer {
     later: BTreeSet<DocumentId>,
     check_at: Duration,
     checks: u32,
+    /// When our digest of all documents was told last.
+    told_at: Option<Duration>,
     /// A summary was asked for not long ago.
     asked: BTreeMap<DocumentId, Duration>,
 }
@@ -325,6 +327,26 @@ impl Replica {
                     shared: root.shared,
                 }),
             );
+        }
+        if self.key > peer && !root.shared {
+            // It answers with its buckets, if it has not heard ours: either side may have begun anew without the other's knowing.
+            let now = self.now;
+            let known = self.peers.get_mut(&peer);
+            let recently = known.is_none_or(|known| {
+                let recently = known.told_at.is_some_and(|at| at + CHECK_SOON > now);
+                known.told_at = Some(now);
+                recently
+            });
+            if !recently {
+                let digest = self.root(&documents);
+                self.send(
+                    peer,
+                    Kind::Root(wire::Root {
+                        digest,
+                        shared: false,
+                    }),
+                );
+            }
         }
         Ok(())
     }

@@ -152,15 +152,10 @@ impl Node {
             .accept(docs::PROTOCOL)
             .expect("a new network accepts nothing yet");
         let documents_served = Served::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
-        let of_documents = documents.clone();
-        let serve_documents = move |stream| docs::serve(of_documents.clone(), stream);
-        tasks.spawn(serve_all(
-            incoming,
-            documents_served.clone(),
-            serve_documents,
-        ));
-        let driver = Driver::new(documents, network.clone(), dht.clone());
-        tasks.spawn(docs::drive(Arc::clone(&driver), outgoing));
+        let (driver, listener, called) = Driver::new(documents, network.clone(), dht.clone());
+        let listen = move |stream| listener.clone().listen(stream);
+        tasks.spawn(serve_all(incoming, documents_served.clone(), listen));
+        tasks.spawn(docs::drive(Arc::clone(&driver), outgoing, called));
         tasks.spawn(docs::hold_again(Arc::clone(&driver)));
         tasks.spawn(announcer.clone().run());
         tasks.spawn(records::keep_up(dht.clone()));

@@ -11,7 +11,7 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use prost::Message;
 use tokio::{
     io::AsyncWriteExt,
-    sync::{Notify, Semaphore, mpsc},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     task::{AbortHandle, JoinSet},
     time::{Instant, sleep, timeout},
 };
@@ -70,6 +70,24 @@ pub(crate) struct Driver {
     runtime: tokio::runtime::Handle,
 }
 
+/// What is heard of peers' streams.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// A peer has opened one; whether it is listened to.
+    Opened(PeerId, oneshot::Sender<bool>),
+    /// A peer's last one has ended.
+    Ended(PeerId),
+}
+
+/// Reads what peers say; for each stream that one opens. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Listener {
+    documents: Documents,
+    heard: mpsc::Sender<Heard>,
+    /// Streams that are being read, by peer.
+    open: Arc<Mutex<HashMap<PeerId, usize>>>,
+}
+
 #[derive(Debug)]
 struct HeldDoc {
     presence: Arc<Presence>,
@@ -83,8 +101,18 @@ impl Drop for HeldDoc {
 }
 
 impl Driver {
-    pub(crate) fn new(documents: Documents, network: Network, dht: Dht) -> Arc<Self> {
-        Arc::new(Self {
+    pub(crate) fn new(
+        documents: Documents,
+        network: Network,
+        dht: Dht,
+    ) -> (Arc<Self>, Listener, mpsc::Receiver<Heard>) {
+        let (heard, called) = mpsc::channel(64);
+        let listener = Listener {
+            documents: documents.clone(),
+            heard,
+            open: Arc::default(),
+        };
+        let driver = Arc::new(Self {
             documents,
             network,
             dht,
@@ -92,7 +120,8 @@ impl Driver {
             seeking: Arc::new(Semaphore::new(SEEKING)),
             changed: Arc::default(),
             runtime: tokio::runtime::Handle::current(),
-        })
+        });
+        (driver, listener, called)
     }
 
     fn held(&self) -> std::sync::MutexGuard<'_, HashMap<DocumentId, HeldDoc>> {
@@ -230,7 +259,11 @@ struct Outbox {
 }
 
 /// Runs until the network stops: tells documents who is there, and brings messages out. Holds no node.
-pub(crate) async fn drive(driver: Arc<Driver>, mut outgoing: super::Outgoing) {
+pub(crate) async fn drive(
+    driver: Arc<Driver>,
+    mut outgoing: super::Outgoing,
+    mut called: mpsc::Receiver<Heard>,
+) {
     let network = driver.network.clone();
     let documents = driver.documents.clone();
     let changed = Arc::clone(&driver.changed);
@@ -273,6 +306,29 @@ pub(crate) async fn drive(driver: Arc<Driver>, mut outgoing: super::Outgoing) {
                     documents.disconnected(key).await;
                 }
             }
+            Some(heard) = called.recv() => match heard {
+                Heard::Opened(peer, listened) => {
+                    // What it says is to be heard also where the next look would come too late for it.
+                    let is_heard = !later.contains_key(&peer);
+                    if is_heard
+                        && !known.contains_key(&peer)
+                        && let Some(key) = key_of(&peer)
+                    {
+                        known.insert(peer, None);
+                        documents.connected(key).await;
+                    }
+                    // It may be gone again.
+                    let _ = listened.send(is_heard);
+                }
+                // It is gone, or begins anew.
+                Heard::Ended(peer) => {
+                    if known.remove(&peer).is_some()
+                        && let Some(key) = key_of(&peer)
+                    {
+                        documents.disconnected(key).await;
+                    }
+                }
+            },
             _ = look.tick() => meet(&network, &documents, &mut known, &mut later).await,
             () = changed.notified() => meet(&network, &documents, &mut known, &mut later).await,
         }
@@ -383,24 +439,57 @@ async fn write_all(
     Ok(())
 }
 
-/// Reads what a peer says about documents. Its next message is read when the one before has been dealt with: a peer cannot fill our memory.
-pub(crate) async fn serve(documents: Documents, mut stream: Stream) {
-    let peer = stream.peer();
-    let Some(key) = key_of(&peer) else {
-        return;
-    };
-    loop {
-        match frame::read_bytes(&mut stream, MAX_MESSAGE_BYTES).await {
-            Ok(Some(message)) => {
-                if let Err(error) = documents.received(key, message.into()).await {
-                    tracing::warn!(%peer, %error, "documents");
+impl Listener {
+    fn open(&self) -> std::sync::MutexGuard<'_, HashMap<PeerId, usize>> {
+        self.open
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// Reads what a peer says about documents on one stream.
+    pub(crate) async fn listen(self, stream: Stream) {
+        let peer = stream.peer();
+        *self.open().entry(peer).or_default() += 1;
+        self.read(stream).await;
+        let is_last = {
+            let mut open = self.open();
+            let left = open.get(&peer).map_or(0, |count| count - 1);
+            match left {
+                0 => _ = open.remove(&peer),
+                left => _ = open.insert(peer, left),
+            }
+            left == 0
+        };
+        if is_last {
+            // Once the node has stopped there is nobody to tell.
+            let _ = self.heard.send(Heard::Ended(peer)).await;
+        }
+    }
+
+    /// The next message is read when the one before has been dealt with: a peer cannot fill our memory.
+    async fn read(&self, mut stream: Stream) {
+        let peer = stream.peer();
+        let Some(key) = key_of(&peer) else {
+            return;
+        };
+        let (listened, is_heard) = oneshot::channel();
+        let told = self.heard.send(Heard::Opened(peer, listened)).await;
+        if told.is_err() || is_heard.await != Ok(true) {
+            return;
+        }
+        loop {
+            match frame::read_bytes(&mut stream, MAX_MESSAGE_BYTES).await {
+                Ok(Some(message)) => {
+                    if let Err(error) = self.documents.received(key, message.into()).await {
+                        tracing::warn!(%peer, %error, "documents");
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::debug!(%peer, %error, "a stream of documents has ended");
                     return;
                 }
-            }
-            Ok(None) => return,
-            Err(error) => {
-                tracing::debug!(%peer, %error, "a stream of documents has ended");
-                return;
             }
         }
     }

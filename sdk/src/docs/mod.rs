@@ -17,7 +17,7 @@ use weft_crdt::{
 };
 use weft_net::PeerId;
 
-pub(crate) use self::drive::{Driver, PROTOCOL, drive, hold_again, serve};
+pub(crate) use self::drive::{Driver, PROTOCOL, drive, hold_again};
 pub use self::watch::{DocChange, DocWatch};
 use crate::{Error, Node};
 
