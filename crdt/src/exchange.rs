@@ -989,7 +989,7 @@ impl Replica {
                 .and_then(|header| Header::read(header, &id).ok());
             if let Some(header) = header {
                 let next = next.entry(header.session).or_default();
-                *next = (*next).max(header.index + 1);
+                *next = (*next).max(header.index.saturating_add(1));
             }
         }
         let before = self.state_of(&id)?;
@@ -1284,7 +1284,7 @@ impl Replica {
                 more.insert(
                     header.session,
                     Head {
-                        count: header.index + 1,
+                        count: header.index.saturating_add(1),
                         chain: header.chain(),
                     },
                 );

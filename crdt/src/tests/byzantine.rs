@@ -660,6 +660,30 @@ fn who_asks_gets_one_piece_for_each_message() {
 }
 
 #[test]
+fn an_index_without_end_does_no_harm() {
+    let (mut world, id) = world(2);
+    let liar = Liar::knowing(&mut world, 0, id, 1);
+    for index in [u64::MAX, u64::MAX - 1, 1 << 63] {
+        let mut envelope = liar.sign(index, liar.chain, b"", ChangeId([1; 32]));
+        world.lie(0, news(id, std::slice::from_ref(&envelope)));
+        envelope.change = Bytes::from_static(b"x");
+        world.lie(0, news(id, std::slice::from_ref(&envelope)));
+        world.lie(
+            0,
+            Kind::Give(wire::Give {
+                document: Bytes::copy_from_slice(&id.0),
+                envelopes: vec![envelope.to_wire()],
+                ..wire::Give::default()
+            }),
+        );
+        world.flying.clear();
+    }
+    world.edit(1, id, "/served", 1);
+    world.settle();
+    assert_eq!(world.get(0, id)["served"], 1);
+}
+
+#[test]
 fn a_stranger_who_is_not_connected_is_not_heard() {
     let (mut world, id) = world(1);
     let envelope = Liar::knowing(&mut world, 0, id, 1).commit(&[put("/a", json!(1))]);

@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use super::{Behaviour, DhtError, MAX_ADDRESSES};
 use crate::{
     DiskError, Record,
-    lookup::{Candidate, Lookup, WIDTH},
+    lookup::{Candidate, Lookup, MAX_OF_NETWORK, WIDTH},
     store::{Found, Origin},
 };
 
@@ -179,14 +179,25 @@ impl Behaviour {
     fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
         let id = self.number(&key);
         let target = kad::KBucketKey::new(key.clone());
-        // Who is connected costs no dial, also where the routing table has no room for it.
-        let connected = self.peers.iter().filter(|(_, peer)| peer.serves);
-        let mut nearest: Vec<_> = connected.map(|(peer, _)| *peer).collect();
         let in_table = self.kad.get_closest_local_peers(&target);
-        nearest.extend(in_table.map(kad::KBucketKey::into_preimage));
-        nearest.sort_by_cached_key(|peer| target.distance(&kad::KBucketKey::from(*peer)));
+        let in_table = in_table.map(kad::KBucketKey::into_preimage);
+        let mut nearest: Vec<_> = in_table.take(3 * WIDTH).collect();
+        let distance = |peer: PeerId| target.distance(&kad::KBucketKey::from(peer));
+        // Who is connected costs no dial, also where the routing table has no room for it. Anybody connects to us under many names: so many of a network.
+        let connected = self.peers.iter().filter(|(_, peer)| peer.serves);
+        let mut connected: Vec<_> = connected
+            .map(|(peer, known)| (*peer, Origin::of(&known.seen_at)))
+            .collect();
+        connected.sort_by_cached_key(|(peer, _)| distance(*peer));
+        let mut of_network: HashMap<Origin, usize> = HashMap::new();
+        connected.retain(|(_, network)| {
+            let count = of_network.entry(*network).or_default();
+            *count += 1;
+            !network.is_public() || *count <= MAX_OF_NETWORK
+        });
+        nearest.extend(connected.into_iter().take(WIDTH).map(|(peer, _)| peer));
+        nearest.sort_by_cached_key(|peer| distance(*peer));
         nearest.dedup();
-        nearest.truncate(3 * WIDTH);
         let seeds: Vec<_> = nearest.into_iter().map(|peer| self.known(peer)).collect();
         let mut query = Query::new(key, purpose);
         query.stage = Stage::LookUp(Box::new(Lookup::new(&query.key, self.local, seeds)));
