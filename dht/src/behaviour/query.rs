@@ -3,7 +3,7 @@
 //! libp2p-kad's own queries end with whoever is nearest to a key, however many of them are in one place, and give up on what does not answer after ten seconds.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     time::{Duration, Instant},
 };
 
