@@ -46,7 +46,7 @@ where
     }
 }
 
-/// Reads the bytes of one message; as [`read`], which also decodes them.
+/// Reads the bytes of one message; as [`read()`], which also decodes them.
 ///
 /// # Errors
 /// [`FrameError`]; the stream is not usable afterwards.
@@ -103,7 +103,7 @@ where
     Ok(())
 }
 
-/// Writes the bytes of one message; as [`write`], for one that is encoded already. Does not flush.
+/// Writes the bytes of one message; as [`write()`], for one that is encoded already. Does not flush.
 ///
 /// # Errors
 /// [`FrameError::TooLarge`] before anything is written, or [`FrameError::Io`].
