@@ -79,6 +79,10 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
+    pub(crate) fn shares(&self, document: &DocumentId) -> bool {
+        self.shared.contains(document)
+    }
+
     pub(crate) fn forget_exchanges(&mut self) {
         self.exchanges.clear();
         self.later.clear();

@@ -100,29 +100,38 @@ pub(crate) struct Genesis {
     pub(crate) wire: wire::SignedGenesis,
 }
 
+/// What an owner signs; lists are tidy.
+pub(crate) fn unsigned(
+    owner: &Key,
+    nonce: [u8; 16],
+    kind: Kind,
+    (writers, readers): (&[Key], &Readers),
+    label: &str,
+) -> Bytes {
+    wire::Genesis {
+        owner: Bytes::copy_from_slice(&owner.0),
+        single_writer: kind == Kind::SingleWriter,
+        nonce: Bytes::copy_from_slice(&nonce),
+        writers: to_wire(writers),
+        readers: Some(readers.to_wire()),
+        label: label.to_owned(),
+    }
+    .encode_to_vec()
+    .into()
+}
+
+/// What the document is called that begins so. Without the signature: so whoever knows how a document begins knows its id, also before its owner has made it.
+pub(crate) fn id_of(unsigned: &[u8]) -> DocumentId {
+    let mut hasher = blake3::Hasher::new_derive_key(NAME);
+    hasher.update(unsigned);
+    DocumentId(hasher.finalize().into())
+}
+
 impl Genesis {
-    pub(crate) fn sign(
-        identity: &Identity,
-        nonce: [u8; 16],
-        kind: Kind,
-        (writers, readers): (&[Key], &Readers),
-        label: &str,
-    ) -> Self {
-        let genesis = wire::Genesis {
-            owner: Bytes::copy_from_slice(&identity.key().0),
-            single_writer: kind == Kind::SingleWriter,
-            nonce: Bytes::copy_from_slice(&nonce),
-            writers: to_wire(writers),
-            readers: Some(readers.to_wire()),
-            label: label.to_owned(),
-        }
-        .encode_to_vec();
+    pub(crate) fn sign(identity: &Identity, genesis: Bytes) -> Self {
         let signature = identity.sign(DOMAIN, &genesis).into();
-        Self::read(wire::SignedGenesis {
-            genesis: genesis.into(),
-            signature,
-        })
-        .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
+        Self::read(wire::SignedGenesis { genesis, signature })
+            .expect("what this crate signs is well-formed: its lists are tidied and bounded before")
     }
 
     pub(crate) fn read(wire: wire::SignedGenesis) -> Result<Self, Refusal> {
@@ -150,9 +159,7 @@ impl Genesis {
         if !signed::verify(&owner, DOMAIN, &wire.genesis, &wire.signature) {
             return Err(Refusal::Signature);
         }
-        let mut hasher = blake3::Hasher::new_derive_key(NAME);
-        hasher.update(&wire.genesis).update(&wire.signature);
-        let id = DocumentId(hasher.finalize().into());
+        let id = id_of(&wire.genesis);
         let label = genesis.label;
         Ok(Self {
             id,

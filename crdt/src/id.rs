@@ -55,7 +55,7 @@ macro_rules! id {
 }
 
 id! {
-    /// A document's name: the BLAKE3 hash of its signed genesis.
+    /// A document's name: the BLAKE3 hash of its genesis, which its owner signs.
     DocumentId
 }
 

@@ -3,7 +3,7 @@
 //! A [`Replica`] holds documents of JSON-like content: maps, lists, counters, text as plain values. Each replicates to all peers that hold it, converges whatever
 //! the order in which changes arrive, and survives partitions, crashes and liars. Automerge is the data model, and its sync messages never meet a peer. What
 //! replicates is a log of signed envelopes per author and session, chained by hash, checked in a fixed order before Automerge sees a change on a copy. A document
-//! is named by the hash of its signed genesis, which names the owner; who may write is a chain of epochs that the owner signs, and an epoch can also begin the
+//! is named by the hash of its genesis, which its owner signs; who may write is a chain of epochs that the owner signs, and an epoch can also begin the
 //! content anew, so that history does not grow without end.
 //!
 //! It promises: what one replica acknowledges survives its crash; replicas that know the same show the same; a change that would break Automerge is refused by
@@ -40,6 +40,7 @@ pub use self::{
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, ParseIdError, SessionId},
     replica::{
         DocumentDetails, DocumentInfo, Event, MAX_DOCUMENTS, NewDocument, Output, Replica, Rights,
+        Watching,
     },
     signed::Identity,
     store::{OpenDatabase, Store, StoreError},

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -111,6 +112,61 @@ pub struct NewDocument {
     pub readers: Readers,
     /// What people call it, at most 256 bytes.
     pub label: String,
+    /// Tells apart documents that begin alike. `None`: one that was never used, for a document of its own; with the same one, and all else the same, it is the
+    /// same document, and its id is known to others before it is made ([`id_by`](Self::id_by)).
+    pub nonce: Option<[u8; 16]>,
+}
+
+impl NewDocument {
+    /// The id of the document that this owner makes of it; `None` without a nonce.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
+    pub fn id_by(&self, owner: &Key) -> Result<Option<DocumentId>, Error> {
+        match self.nonce {
+            Some(nonce) => Ok(Some(genesis::id_of(&self.begin(owner, nonce)?))),
+            None => Ok(None),
+        }
+    }
+
+    /// Its genesis, to be signed.
+    fn begin(&self, owner: &Key, nonce: [u8; 16]) -> Result<Bytes, Error> {
+        let kind = if self.single_writer {
+            Kind::SingleWriter
+        } else {
+            Kind::MultiWriter
+        };
+        let writers = genesis::tidy(self.writers.clone(), owner);
+        check_keys("the list of writers", writers.len())?;
+        let readers = tidy_readers(self.readers.clone(), owner)?;
+        if self.label.len() > MAX_LABEL {
+            return Err(Error::TooLarge {
+                what: "the label",
+                size: self.label.len() as u64,
+                limit: MAX_LABEL as u64,
+                advice: " bytes",
+            });
+        }
+        let lists = (
+            if self.single_writer {
+                &[]
+            } else {
+                &writers[..]
+            },
+            &readers,
+        );
+        let genesis = genesis::unsigned(owner, nonce, kind, lists, &self.label);
+        if self.single_writer && !writers.is_empty() {
+            return Err(Error::SingleWriter(genesis::id_of(&genesis)));
+        }
+        Ok(genesis)
+    }
+}
+
+/// Paths of changes are worked out for a document while this is held; [`Replica::watch`].
+#[derive(Debug, Clone)]
+pub struct Watching {
+    _token: Arc<()>,
 }
 
 /// What is known of a document.
@@ -200,7 +256,9 @@ pub struct Replica {
     queued: Vec<Output>,
     outputs: VecDeque<Output>,
     dirty: BTreeSet<DocumentId>,
-    watched: BTreeSet<DocumentId>,
+    watched: BTreeMap<DocumentId, Weak<()>>,
+    /// Documents that were not taken for there were too many.
+    refused: u64,
     pub(crate) now: Duration,
     /// Seconds since the Unix epoch.
     wall: i64,
@@ -237,7 +295,8 @@ impl Replica {
             queued: Vec::new(),
             outputs: VecDeque::new(),
             dirty: BTreeSet::new(),
-            watched: BTreeSet::new(),
+            watched: BTreeMap::new(),
+            refused: 0,
             now: Duration::ZERO,
             wall: 0,
             entropy,
@@ -321,14 +380,17 @@ impl Replica {
         };
         held.used = self.uses;
         if held.loaded.is_none() {
-            let mut document = Document::load(&self.store, genesis.clone())?;
-            document.watched = self.watched.contains(id);
+            let document = Document::load(&self.store, genesis.clone())?;
             held.loaded = Some(Box::new(document));
         }
-        Ok(held
-            .loaded
-            .as_deref_mut()
-            .map(|document| (document, &mut self.store)))
+        let watched = self
+            .watched
+            .get(id)
+            .is_some_and(|watch| watch.strong_count() > 0);
+        Ok(held.loaded.as_deref_mut().map(|document| {
+            document.watched = watched;
+            (document, &mut self.store)
+        }))
     }
 
     fn present(&mut self, id: &DocumentId) -> Result<(&mut Document, &mut Store), Error> {
@@ -380,10 +442,6 @@ impl Replica {
             used: self.uses,
         };
         self.held.insert(id, held);
-        let watched = self.watched.contains(&id);
-        if let Some(document) = self.held.get_mut(&id).and_then(|held| held.loaded.as_mut()) {
-            document.watched = watched;
-        }
         self.touched(id);
     }
 
@@ -396,43 +454,20 @@ impl Replica {
 
     // What the application asks for.
 
-    /// Makes a document; its owner is this replica. It is kept when [`flush`](Self::flush) has succeeded.
+    /// Makes a document; its owner is this replica. It is kept when [`flush`](Self::flush) has succeeded. One with a nonce that is here already is left as it is.
     ///
     /// # Errors
     /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
     pub fn create(&mut self, new: NewDocument) -> Result<DocumentId, Error> {
-        let kind = if new.single_writer {
-            Kind::SingleWriter
-        } else {
-            Kind::MultiWriter
-        };
-        let writers = genesis::tidy(new.writers, &self.key);
-        check_keys("the list of writers", writers.len())?;
-        let readers = tidy_readers(new.readers, &self.key)?;
-        if new.label.len() > MAX_LABEL {
-            let (what, size) = ("the label", new.label.len() as u64);
-            return Err(Error::TooLarge {
-                what,
-                size,
-                limit: MAX_LABEL as u64,
-                advice: " bytes",
-            });
+        let nonce = new.nonce.unwrap_or_else(|| self.nonce());
+        let genesis = new.begin(&self.key, nonce)?;
+        let id = genesis::id_of(&genesis);
+        match self.held.get(&id) {
+            Some(held) if held.genesis.is_some() => return Ok(id),
+            Some(_) => self.event(Event::Arrived(id)),
+            None => self.room()?,
         }
-        self.room()?;
-        let nonce = self.nonce();
-        let alone = genesis::tidy(writers.clone(), &self.key);
-        let genesis = Genesis::sign(
-            &self.identity,
-            nonce,
-            kind,
-            (if new.single_writer { &[] } else { &alone }, &readers),
-            &new.label,
-        );
-        let id = genesis.id;
-        if new.single_writer && !writers.is_empty() {
-            return Err(Error::SingleWriter(id));
-        }
-        self.keep(genesis);
+        self.keep(Genesis::sign(&self.identity, genesis));
         self.say_interest(&[id], &[]);
         Ok(id)
     }
@@ -441,6 +476,7 @@ impl Replica {
         self.recover()?;
         let (size, limit) = (self.held.len() as u64 + 1, MAX_DOCUMENTS as u64);
         if size > limit {
+            self.refused += 1;
             return Err(Error::TooLarge {
                 what: "the number of documents",
                 size,
@@ -663,20 +699,47 @@ impl Replica {
         Ok(())
     }
 
-    /// Whether events are to say which paths change.
+    /// Events say which paths of the document change, for as long as what this returns is held.
     ///
     /// # Errors
     /// [`Error::Unknown`].
-    pub fn watch(&mut self, id: DocumentId, watched: bool) -> Result<(), Error> {
-        let held = self.held.get_mut(&id).ok_or(Error::Unknown(id))?;
-        if let Some(document) = &mut held.loaded {
-            document.watched = watched;
+    pub fn watch(&mut self, id: DocumentId) -> Result<Watching, Error> {
+        if !self.held.contains_key(&id) {
+            return Err(Error::Unknown(id));
         }
-        match watched {
-            true => self.watched.insert(id),
-            false => self.watched.remove(&id),
-        };
-        Ok(())
+        self.watched.retain(|_, watch| watch.strong_count() > 0);
+        let known = self.watched.get(&id).and_then(Weak::upgrade);
+        let token = known.unwrap_or_default();
+        self.watched.insert(id, Arc::downgrade(&token));
+        Ok(Watching { _token: token })
+    }
+
+    /// Documents that have arrived, with their owners and labels.
+    pub fn geneses(&self) -> impl Iterator<Item = (DocumentId, Key, &str)> {
+        let held = self.held.values();
+        held.filter_map(|held| held.genesis.as_ref())
+            .map(|genesis| (genesis.id, genesis.owner, &genesis.label[..]))
+    }
+
+    /// Whether a document is held, arrived or not.
+    pub fn holds(&self, id: &DocumentId) -> bool {
+        self.held.contains_key(id)
+    }
+
+    /// Whose a document is, once it has arrived.
+    pub fn owner(&self, id: &DocumentId) -> Option<Key> {
+        Some(self.held.get(id)?.genesis.as_ref()?.owner)
+    }
+
+    /// How many documents are held, and how many were not taken since the start because there were [`MAX_DOCUMENTS`].
+    pub fn count(&self) -> (usize, u64) {
+        (self.held.len(), self.refused)
+    }
+
+    /// Connected peers that are known to hold a document as well.
+    pub fn sharing(&self, id: &DocumentId) -> usize {
+        let shares = |peer: &&Peer| peer.shares(id);
+        self.peers.values().filter(shares).count()
     }
 
     // What follows from what is taken.

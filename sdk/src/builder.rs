@@ -8,6 +8,7 @@ use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLim
 
 use crate::{
     Error, HomeError, Node, default_home, docs, home::Home, node::blocking, rpc::CallLimits,
+    registry::Followed,
     trust::Trusted,
 };
 
@@ -131,6 +132,7 @@ impl Builder {
             let store = Store::open(&home.store())?;
             let disk = Disk::open(&home.records())?;
             let trusted = Trusted::open(&home.trust())?;
+            let followed = Followed::open(&home.registries())?;
             let secret = home.key().clone().try_into_ed25519();
             let secret = secret.map_err(|_| HomeError::BadKey(path))?.secret();
             let secret = secret
@@ -138,7 +140,7 @@ impl Builder {
                 .try_into()
                 .expect("an Ed25519 secret has 32 bytes");
             let documents = docs::start(&home.documents(), secret)?;
-            Ok((home, store, disk, trusted, documents))
+            Ok((home, store, disk, (trusted, followed), documents))
         })
         .await?;
         let (dht, behaviour) = Dht::on_disk(home.key(), disk);

@@ -3,11 +3,11 @@
 use std::{fmt, path::PathBuf};
 
 use weft_blobs::{PlanError, StoreError, index::IndexError, manifest::ManifestError};
-use weft_crdt::Error as DocumentError;
+use weft_crdt::{DocumentId, Error as DocumentError};
 use weft_dht::{DhtError, DiskError, RecordError};
 use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
 
-use crate::{Hash, HomeError, ModelName, ParseNameError, ParseTargetError};
+use crate::{Hash, HomeError, ModelName, ParseNameError, ParsePatternError, ParseTargetError};
 
 /// Why an operation of the node failed.
 #[derive(Debug, thiserror::Error)]
@@ -117,6 +117,23 @@ pub enum Error {
     /// Documents know peers by their Ed25519 keys, and this one has another.
     #[error("{0} has no Ed25519 key, and so can neither own, write nor read documents by name")]
     NoKey(PeerId),
+    /// The registry is not followed.
+    #[error("this node does not follow registry {0}; follow it first")]
+    NotFollowed(DocumentId),
+    /// The document is something else.
+    #[error("document {0} is no registry of models")]
+    NotRegistry(DocumentId),
+    /// Others publish such names.
+    #[error("registry {registry} does not let this node publish {name}; its owner can")]
+    NotPublisher {
+        /// Where.
+        registry: DocumentId,
+        /// The name.
+        name: ModelName,
+    },
+    /// A pattern of names is malformed.
+    #[error(transparent)]
+    Pattern(#[from] ParsePatternError),
     /// The node has stopped.
     #[error("the node has stopped")]
     Stopped,

@@ -19,6 +19,7 @@ use weft_blobs::{
     download::{self, fetch_manifest},
     store,
 };
+use weft_dht::Record;
 use weft_net::{PathKind, PeerId, Transport, is_superseded};
 use weft_proto::{frame::FrameError, wire};
 
@@ -199,8 +200,12 @@ impl Work {
             .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id));
         let folder = std::path::absolute(&folder).unwrap_or(folder);
         let lease = self.node.lease(&folder, id)?;
-        let given = match request.target {
-            Target::Ticket(ticket) => ticket.peers,
+        let given = match (request.target, publisher) {
+            (Target::Ticket(ticket), _) => ticket.peers,
+            // Whoever publishes it most likely has it.
+            (_, Some(publisher)) if self.is_connected(publisher).await => {
+                vec![(publisher, Vec::new())]
+            }
             _ => Vec::new(),
         };
         let mut providers = Providers::new(self.node.clone(), id, given);
@@ -262,6 +267,11 @@ impl Work {
                 })
                 .collect(),
         })
+    }
+
+    async fn is_connected(&self, peer: PeerId) -> bool {
+        let peers = self.node.network().peers().await;
+        peers.iter().any(|one| one.peer == peer)
     }
 
     /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
@@ -452,7 +462,7 @@ fn default_folder(node: &Node, name: Option<&ModelName>, id: &Hash) -> PathBuf {
     }
 }
 
-/// Which model a name means, and who says so.
+/// Which model a name means, and who says so: this node itself, then the registries that it follows, then the DHT.
 pub(crate) async fn resolve(
     node: &Node,
     name: &ModelName,
@@ -472,17 +482,27 @@ pub(crate) async fn resolve(
     {
         return Ok((model.id, Some(own)));
     }
-    node.meet().await;
-    let records = node.dht().get(&name.record_key()).await?;
-    let claims: Vec<(PeerId, Hash)> = records
+    let is_asked = |peer: PeerId| publisher.is_none_or(|publisher| publisher == peer);
+    let listed = node.registries().lookup(name).await?;
+    let mut claims: Vec<(PeerId, Hash)> = listed
         .iter()
-        .filter(|record| record.subkey().is_empty())
-        .filter(|record| publisher.is_none_or(|publisher| publisher == record.publisher()))
-        .filter_map(|record| {
+        .filter(|one| is_asked(one.publisher))
+        .map(|one| (one.publisher, one.model))
+        .collect();
+    // What a registry lists, nobody else says: so it is known at once, and cut off from all others as well.
+    if claims.is_empty() {
+        node.meet().await;
+        let records = node.dht().get(&name.record_key()).await?;
+        let claim = |record: &Record| {
             let claim = wire::NameClaim::decode(record.value()?).ok()?;
             Some((record.publisher(), Hash::from_slice(&claim.manifest)?))
-        })
-        .collect();
+        };
+        claims = records
+            .iter()
+            .filter(|record| record.subkey().is_empty() && is_asked(record.publisher()))
+            .filter_map(claim)
+            .collect();
+    }
     // Those who are trusted have the word, if they say anything.
     let trusted = node.trusted().peers();
     let of_trusted = claims.iter().filter(|(peer, _)| trusted.contains(peer));

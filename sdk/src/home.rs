@@ -49,6 +49,17 @@ pub enum HomeError {
     /// The list of trusted publishers would be too long.
     #[error("at most {0} publishers can be trusted")]
     TooManyTrusted(usize),
+    /// The list of followed registries has a line that is none.
+    #[error("{} has a line that is no registry's id and a prefix: {line:?}; correct it, or remove the file and follow none", .path.display())]
+    BadRegistry {
+        /// The list.
+        path: PathBuf,
+        /// The line.
+        line: String,
+    },
+    /// The list of followed registries would be too long.
+    #[error("at most {0} registries can be followed; unfollow one")]
+    TooManyRegistries(usize),
     /// There is no place for a home by default.
     #[error("neither WEFT_HOME nor HOME is set: say where the node is to live")]
     Unknown,
@@ -138,13 +149,19 @@ impl Home {
         self.path.join("trust")
     }
 
+    /// The list of followed registries.
+    pub(crate) fn registries(&self) -> PathBuf {
+        self.path.join("registries")
+    }
+
     /// Where models go that are fetched to no particular folder.
     pub(crate) fn models(&self) -> PathBuf {
         self.path.join("models")
     }
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HomeError + use<> {
+/// For `map_err`: what was tried, on what.
+pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HomeError + use<> {
     let path = path.to_owned();
     move |source| HomeError::Io {
         action,

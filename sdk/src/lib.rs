@@ -39,6 +39,7 @@ mod docs;
 mod error;
 mod get;
 mod home;
+mod lines;
 mod models;
 mod name;
 mod node;
@@ -46,6 +47,7 @@ mod operation;
 mod presence;
 mod providers;
 mod records;
+mod registry;
 mod remembered;
 pub mod rpc;
 mod target;
@@ -89,6 +91,10 @@ pub use self::{
     node::{Node, Status},
     operation::Operation,
     records::{MAX_RECORD_KEY, RecordChange, RecordInfo, RecordWatch, Records},
+    registry::{
+        ListedModel, NamePattern, NewRegistry, ParsePatternError, Registries, Registry,
+        RegistryDetails, RegistryInfo,
+    },
     target::{ParseTargetError, Target, Ticket},
     topics::{Subscription, Topics},
     trust::Trust,

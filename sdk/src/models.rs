@@ -16,6 +16,7 @@ use weft_blobs::{
     index::{self, index},
     store,
 };
+use weft_crdt::DocumentId;
 use weft_net::{Multiaddr, PeerId};
 use weft_proto::wire;
 
@@ -79,7 +80,7 @@ pub struct Claim {
     pub publisher: PeerId,
     /// The model.
     pub model: Hash,
-    /// This node trusts the publisher.
+    /// This node trusts the publisher, or follows a registry that lets it publish the name.
     pub trusted: bool,
 }
 
@@ -107,6 +108,8 @@ pub struct Added {
     pub ticket: Ticket,
     /// Nodes that took the announcement. Zero while this node knows nobody: it announces again when it meets others.
     pub announced_to: usize,
+    /// Registries that list it by its name from now on: all that this node follows, and that let it.
+    pub registries: Vec<DocumentId>,
     /// What was left out of the folder, each with the reason.
     pub skipped: Vec<String>,
 }
@@ -175,16 +178,27 @@ impl Models {
         Get::new(self.node.clone(), target)
     }
 
-    /// The names that begin with `prefix` among those that this node has seen: its own, and those whose claims it keeps for the mesh. In a mesh of up to twenty
-    /// nodes that is all of them, in a larger one a part. The first 1,000 claims.
+    /// The names that begin with `prefix` among those that this node knows: all of the registries that it follows; its own; and those whose claims it keeps for the
+    /// mesh, which are all in a mesh of up to twenty nodes, in a larger one a part. Of the last two the first 1,000 claims.
     ///
     /// # Errors
-    /// [`Error::Stopped`].
+    /// [`Error::Document`] if the disk fails, [`Error::Stopped`].
     pub async fn search(&self, prefix: &str) -> Result<Vec<FoundName>, Error> {
         let keys = ModelName::record_keys(prefix);
         let records = self.node.dht().seen(&keys, MAX_CLAIMS).await?;
         let trusted = self.node.trusted().peers();
         let mut found: BTreeMap<ModelName, Vec<Claim>> = BTreeMap::new();
+        for listed in self.node.registries().listed(prefix).await? {
+            let claims = found.entry(listed.name).or_default();
+            let claim = Claim {
+                publisher: listed.publisher,
+                model: listed.model,
+                trusted: true,
+            };
+            if !claims.contains(&claim) {
+                claims.push(claim);
+            }
+        }
         for record in records {
             let publisher = record.publisher();
             let claim = record.value().map(wire::NameClaim::decode);
@@ -193,12 +207,16 @@ impl Models {
                 && let Some(Ok(claim)) = claim
                 && let Some(model) = Hash::from_slice(&claim.manifest)
             {
-                let trusted = trusted.contains(&publisher);
-                found.entry(name).or_default().push(Claim {
-                    publisher,
-                    model,
-                    trusted,
-                });
+                let claims = found.entry(name).or_default();
+                let known = |claim: &Claim| (claim.publisher, claim.model) == (publisher, model);
+                if !claims.iter().any(known) {
+                    let trusted = trusted.contains(&publisher);
+                    claims.push(Claim {
+                        publisher,
+                        model,
+                        trusted,
+                    });
+                }
             }
         }
         let found = found.into_iter().map(|(name, mut claims)| {
@@ -275,6 +293,7 @@ impl Models {
             Ok((info, store.remove(&model.id, files)?))
         })
         .await?;
+        self.node.registries().withdraw_all(&info.id).await?;
         self.node.announcer().withdraw(&removed.model).await?;
         Ok(Removed {
             model: info,
@@ -330,7 +349,8 @@ impl Add {
     ) -> Result<Added, Error> {
         let _stop = StopOnDrop(Arc::clone(&progress));
         let store = self.node.store().clone();
-        let name = self.name.map(|name| name.to_string());
+        let published = self.name;
+        let name = published.as_ref().map(ToString::to_string);
         let path = self.path;
         let (model, info, manifest, skipped) = blocking(move || {
             let indexed = index(&path, &progress)?;
@@ -341,6 +361,10 @@ impl Add {
         })
         .await?;
         publishing.store(true, Ordering::Relaxed);
+        let registries = match &published {
+            Some(name) => self.node.registries().publish_all(name, &model).await?,
+            None => Vec::new(),
+        };
         self.node.meet().await;
         let announced_to = self
             .node
@@ -351,6 +375,7 @@ impl Add {
             model: info,
             ticket: self.node.models().ticket(model.id).await,
             announced_to,
+            registries,
             skipped,
         })
     }
@@ -392,7 +417,7 @@ pub(crate) fn describe(
 }
 
 /// The model that `text` names: by name, id, or the first digits of an id. Blocks.
-fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
+pub(crate) fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
     let none = || Error::NoSuchModel(text.chars().take(200).collect());
     let models = store.models()?;
     if let Ok(name) = text.parse::<ModelName>() {

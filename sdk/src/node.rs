@@ -24,12 +24,14 @@ use weft_net::{
 };
 
 use crate::{
-    Builder, Docs, Error, Models, Records, Topics, Trust,
+    Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
     announce::Announcer,
     docs::{self, Driver},
     home::Home,
     presence::{self, Presence},
-    records, remembered,
+    records,
+    registry::{self, Followed},
+    remembered,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
     topics,
     trust::Trusted,
@@ -77,6 +79,7 @@ struct Inner {
     /// Streams on which peers speak of documents.
     documents_served: Served,
     trusted: Trusted,
+    followed: Arc<Followed>,
     started: Instant,
     /// There are bootstrap nodes, or such as were known before, or mDNS may find some.
     expects_peers: bool,
@@ -126,7 +129,12 @@ impl Node {
     }
 
     pub(crate) fn start(
-        (home, store, trusted, documents): (Home, Store, Trusted, (Documents, docs::Outgoing)),
+        (home, store, (trusted, followed), documents): (
+            Home,
+            Store,
+            (Trusted, Followed),
+            (Documents, docs::Outgoing),
+        ),
         network: Network,
         dht: Dht,
         expects_peers: bool,
@@ -152,11 +160,18 @@ impl Node {
             .accept(docs::PROTOCOL)
             .expect("a new network accepts nothing yet");
         let documents_served = Served::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
-        let (driver, listener, called) = Driver::new(documents, network.clone(), dht.clone());
+        let (driver, (listener, called), keep_found) =
+            Driver::new(documents, network.clone(), dht.clone());
         let listen = move |stream| listener.clone().listen(stream);
         tasks.spawn(serve_all(incoming, documents_served.clone(), listen));
         tasks.spawn(docs::drive(Arc::clone(&driver), outgoing, called));
         tasks.spawn(docs::hold_again(Arc::clone(&driver)));
+        tasks.spawn(keep_found);
+        let followed = Arc::new(followed);
+        tasks.spawn(registry::keep_up(
+            Arc::clone(&followed),
+            Arc::clone(&driver),
+        ));
         tasks.spawn(announcer.clone().run());
         tasks.spawn(records::keep_up(dht.clone()));
         let known = remembered::read(&home.peers());
@@ -186,6 +201,7 @@ impl Node {
                 driver,
                 documents_served,
                 trusted,
+                followed,
                 started: Instant::now(),
                 expects_peers,
                 targets: Mutex::default(),
@@ -301,6 +317,14 @@ impl Node {
         limits.extend(transfers.usage("transfers", "transfers_per_peer"));
         let documents = &self.inner.documents_served;
         limits.extend(documents.usage("document_streams", "document_streams_per_peer"));
+        let count = |replica: &mut weft_crdt::Replica| Ok(replica.count());
+        let (held, refused) = self.inner.driver.documents.with(count).await?;
+        limits.push(LimitUse {
+            name: "documents",
+            used: held as u64,
+            limit: Some(weft_crdt::MAX_DOCUMENTS as u64),
+            refused,
+        });
         let kept = self.inner.dht.status().await?.kept;
         for (name, (used, limit), refused) in [
             ("record_keys", kept.keys, 0),
@@ -372,6 +396,15 @@ impl Node {
 
     pub(crate) fn trusted(&self) -> &Trusted {
         &self.inner.trusted
+    }
+
+    /// Making, following and listing registries of models.
+    pub fn registries(&self) -> Registries {
+        Registries::new(self.clone())
+    }
+
+    pub(crate) fn followed(&self) -> Arc<Followed> {
+        Arc::clone(&self.inner.followed)
     }
 
     /// Stating, reading and watching signed records.

@@ -1,8 +1,6 @@
 //! Nodes that were known when this one ran last, so that one that has lost every bootstrap node finds its way back.
 
 use std::{
-    fs,
-    io::{self, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,6 +11,8 @@ use tokio::{
 };
 use weft_dht::Dht;
 use weft_net::{Multiaddr, Network, PeerId, split_peer_id};
+
+use crate::lines;
 
 /// Addresses that are remembered.
 const MOST: usize = 128;
@@ -31,34 +31,21 @@ const DIAL: Duration = Duration::from_secs(10);
 
 /// What the file says, an address a line that ends in `/p2p/<PeerId>`. Lines that are none are passed over: they are only hints.
 pub(crate) fn read(path: &Path) -> Vec<(PeerId, Multiaddr)> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) => {
-            if error.kind() != io::ErrorKind::NotFound {
-                tracing::warn!(file = %path.display(), %error, "nodes that were known before are not remembered");
-            }
-            return Vec::new();
-        }
-    };
-    let addresses = text.lines().filter_map(|line| {
-        let (address, peer) = split_peer_id(line.trim().parse().ok()?);
+    let lines = lines::read(path).unwrap_or_else(|error| {
+        tracing::warn!(file = %path.display(), %error, "nodes that were known before are not remembered");
+        Vec::new()
+    });
+    let addresses = lines.iter().filter_map(|line| {
+        let (address, peer) = split_peer_id(line.parse().ok()?);
         Some((peer?, address))
     });
     addresses.take(MOST).collect()
 }
 
-fn write(path: &Path, text: &str) -> io::Result<()> {
-    let beside = path.with_extension("new");
-    let mut file = fs::File::create(&beside)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&beside, path)
-}
-
 /// Writes down who is known, from time to time. Ends with the network.
 pub(crate) async fn remember(dht: Dht, path: PathBuf) {
     let mut nodes = dht.nodes();
-    let mut written = String::new();
+    let mut written = Vec::new();
     if nodes.wait_for(|nodes| *nodes > 0).await.is_err() {
         return;
     }
@@ -67,11 +54,11 @@ pub(crate) async fn remember(dht: Dht, path: PathBuf) {
         let Ok(routes) = dht.routes(MOST).await else {
             return;
         };
-        let text: String = routes.iter().map(|route| format!("{route}\n")).collect();
+        let text: Vec<String> = routes.iter().map(ToString::to_string).collect();
         // Who knows nobody now keeps what it knew.
         if !routes.is_empty() && text != written {
             let (to, what) = (path.clone(), text.clone());
-            match spawn_blocking(move || write(&to, &what)).await {
+            match spawn_blocking(move || lines::write(&to, what)).await {
                 Ok(Ok(())) => written = text,
                 Ok(Err(error)) => tracing::warn!(
                     file = %path.display(), %error,
@@ -128,6 +115,8 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -137,11 +126,8 @@ mod tests {
         assert!(read(&path).is_empty());
         let peer = PeerId::random();
         let good = format!("/ip4/192.0.2.1/tcp/9/p2p/{peer}");
-        write(
-            &path,
-            &format!("{good}\nnothing\n/ip4/192.0.2.1/tcp/9\n{good}\n"),
-        )
-        .unwrap();
+        let written = [&good, "nothing", "/ip4/192.0.2.1/tcp/9", &good];
+        lines::write(&path, written.map(str::to_owned)).unwrap();
         let one = (peer, "/ip4/192.0.2.1/tcp/9".parse().unwrap());
         assert_eq!(read(&path), [one.clone(), one]);
         fs::write(&path, [0xff; 100]).unwrap();

@@ -2,15 +2,13 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
-    io::{self, Write},
     path::{Path, PathBuf},
     sync::Mutex,
 };
 
 use weft_net::PeerId;
 
-use crate::{Error, HomeError, Node, node::blocking};
+use crate::{Error, HomeError, Node, home::io_error, lines, node::blocking};
 
 /// Publishers that may be trusted.
 const MAX_TRUSTED: usize = 4096;
@@ -25,13 +23,8 @@ pub(crate) struct Trusted {
 impl Trusted {
     /// What the file says, a PeerId a line; nobody if there is none.
     pub(crate) fn open(path: &Path) -> Result<Self, HomeError> {
-        let text = match fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            Err(source) => return Err(failed("cannot read", path)(source)),
-        };
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-        let peers = lines.map(|line| {
+        let lines = lines::read(path).map_err(io_error("cannot read", path))?;
+        let peers = lines.iter().map(|line| {
             let bad = |_| HomeError::BadTrust {
                 path: path.to_owned(),
                 line: line.chars().take(100).collect(),
@@ -66,35 +59,11 @@ impl Trusted {
             return Err(HomeError::TooManyTrusted(MAX_TRUSTED));
         }
         if changed != *peers {
-            self.write(&changed)?;
+            lines::write(&self.path, changed.iter().map(ToString::to_string))
+                .map_err(io_error("cannot write", &self.path))?;
             peers.clone_from(&changed);
         }
         Ok(changed)
-    }
-
-    fn write(&self, peers: &BTreeSet<PeerId>) -> Result<(), HomeError> {
-        let text: String = peers.iter().map(|peer| format!("{peer}\n")).collect();
-        let beside = self.path.with_extension("new");
-        let write = || {
-            let mut file = fs::File::create(&beside)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&beside, &self.path)?;
-            match self.path.parent() {
-                Some(folder) => fs::File::open(folder)?.sync_all(),
-                None => Ok(()),
-            }
-        };
-        write().map_err(failed("cannot write", &self.path))
-    }
-}
-
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HomeError {
-    let path = path.to_owned();
-    move |source| HomeError::Io {
-        action,
-        path,
-        source,
     }
 }
 
@@ -133,6 +102,8 @@ impl Trust {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

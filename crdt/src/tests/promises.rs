@@ -519,9 +519,10 @@ fn a_watch_tells_which_paths_change() {
     let id = world.shared(&[0, 1]);
     world.edit(0, id, "/m", json!({"l": [1, 2], "x": 1}));
     world.settle();
-    for node in 0..2 {
-        world.node(node).watch(id, true).unwrap();
-    }
+    let mut watches: Vec<_> = (0..2)
+        .map(|node| world.node(node).watch(id).unwrap())
+        .collect();
+    watches.push(world.node(0).watch(id).unwrap());
     let edits = [
         put("/m/x", json!(2)),
         Edit::Insert(at("/m/l/0"), json!(0)),
@@ -537,6 +538,44 @@ fn a_watch_tells_which_paths_change() {
     };
     assert_eq!(world.nodes[0].events.last(), Some(&changed(&paths, true)));
     assert_eq!(world.nodes[1].events.last(), Some(&changed(&paths, false)));
+    // One of two watches at the first, and the second's only one.
+    watches.drain(..2);
+    world.edit(0, id, "/n", 1);
+    world.settle();
+    let paths = vec![at("/n")];
+    assert_eq!(world.nodes[0].events.last(), Some(&changed(&paths, true)));
+    assert_eq!(
+        world.nodes[1].events.last(),
+        Some(&changed(&vec![], false)),
+        "nobody watches"
+    );
+}
+
+#[test]
+fn a_document_with_a_nonce_has_an_id_that_others_know_before_it_is_made() {
+    let mut world = World::connected(2, 1);
+    let new = NewDocument {
+        single_writer: true,
+        label: "catalogue".to_owned(),
+        nonce: Some([7; 16]),
+        ..NewDocument::default()
+    };
+    let id = new.id_by(&key(0)).unwrap().unwrap();
+    assert_ne!(new.id_by(&key(1)).unwrap(), Some(id));
+    world.node(1).hold(id).unwrap();
+    assert_eq!(world.create(0, new.clone()), id);
+    world.edit(0, id, "/a", 1);
+    world.settle();
+    assert_eq!(world.assert_same(&[0, 1], id), json!({"a": 1}));
+    // Made once more it is as it was; and whoever holds it without having it, and is its owner, need not wait for others.
+    assert_eq!(world.create(0, new.clone()), id);
+    assert_eq!(world.assert_same(&[0, 1], id), json!({"a": 1}));
+    let of_other = new.id_by(&key(1)).unwrap().unwrap();
+    world.node(1).hold(of_other).unwrap();
+    assert_eq!(world.create(1, new.clone()), of_other);
+    world.edit(1, of_other, "/b", 1);
+    let other = NewDocument { nonce: None, ..new };
+    assert_eq!(other.id_by(&key(0)).unwrap(), None);
 }
 
 #[test]

@@ -7,21 +7,21 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt, stream::FuturesUnordered};
-use prost::Message;
 use tokio::{
     io::AsyncWriteExt,
     sync::{Notify, Semaphore, mpsc, oneshot},
     task::{AbortHandle, JoinSet},
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 use weft_crdt::{DocumentId, Documents, MAX_MESSAGE_BYTES, Outgoing};
 use weft_dht::Dht;
 use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
-use weft_proto::{frame, wire};
+use weft_proto::frame;
 
-use super::{key_of, peer_of};
-use crate::{presence::Presence, whereabouts};
+use super::{
+    holders::{Wish, keep_found},
+    key_of, peer_of,
+};
 
 /// The protocol's name on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");
@@ -41,34 +41,18 @@ const WRITE: Duration = Duration::from_secs(60);
 /// A peer that has sent what no honest peer would is not heard for so long.
 const BAN: Duration = Duration::from_secs(3600);
 
-/// Holders of a document that a node is connected to, if there are so many.
-const ENOUGH: usize = 6;
-
-/// The first and the longest pause between two looks for holders.
-const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
-
-/// How long a connection to a holder may take.
-const CONNECT: Duration = Duration::from_secs(10);
-
-/// Looks for holders under way.
-const SEEKING: usize = 8;
-
-fn key(id: &DocumentId) -> Vec<u8> {
-    format!("document/{id}").into_bytes()
-}
-
 /// What of a node drives its documents.
 #[derive(Debug)]
 pub(crate) struct Driver {
     pub(crate) documents: Documents,
     network: Network,
-    dht: Dht,
-    held: Mutex<HashMap<DocumentId, HeldDoc>>,
-    seeking: Arc<Semaphore>,
-    /// A document is held from now on.
+    wishes: mpsc::UnboundedSender<Wish>,
+    /// A document is held from now on, or holders of one have been connected to.
     changed: Arc<Notify>,
-    runtime: tokio::runtime::Handle,
 }
+
+/// What reads peers' streams, and what is heard of them.
+pub(crate) type Hearing = (Listener, mpsc::Receiver<Heard>);
 
 /// What is heard of peers' streams.
 #[derive(Debug)]
@@ -88,156 +72,50 @@ pub(crate) struct Listener {
     open: Arc<Mutex<HashMap<PeerId, usize>>>,
 }
 
-#[derive(Debug)]
-struct HeldDoc {
-    presence: Arc<Presence>,
-    seeking: AbortHandle,
-}
-
-impl Drop for HeldDoc {
-    fn drop(&mut self) {
-        self.seeking.abort();
-    }
-}
-
 impl Driver {
+    /// With what hears peers, and what finds and is found, to be run until the node stops.
     pub(crate) fn new(
         documents: Documents,
         network: Network,
         dht: Dht,
-    ) -> (Arc<Self>, Listener, mpsc::Receiver<Heard>) {
+    ) -> (Arc<Self>, Hearing, impl Future<Output = ()> + use<>) {
         let (heard, called) = mpsc::channel(64);
         let listener = Listener {
             documents: documents.clone(),
             heard,
             open: Arc::default(),
         };
+        // Bounded by the number of documents, and by how often an application opens and removes some.
+        let (wishes, wished) = mpsc::unbounded_channel();
+        let changed = Arc::new(Notify::new());
+        let of_node = (dht, network.clone(), documents.clone());
+        let keep = keep_found(of_node, Arc::clone(&changed), wished);
         let driver = Arc::new(Self {
             documents,
             network,
-            dht,
-            held: Mutex::default(),
-            seeking: Arc::new(Semaphore::new(SEEKING)),
-            changed: Arc::default(),
-            runtime: tokio::runtime::Handle::current(),
+            wishes,
+            changed,
         });
-        (driver, listener, called)
-    }
-
-    fn held(&self) -> std::sync::MutexGuard<'_, HashMap<DocumentId, HeldDoc>> {
-        self.held
-            .lock()
-            .expect("nothing panics while holding the lock")
+        (driver, (listener, called), keep)
     }
 
     /// A document is held from now on: others find this node, and it finds them.
     pub(crate) fn holds(&self, id: DocumentId) {
-        let mut held = self.held();
-        if held.contains_key(&id) {
-            return;
-        }
-        let _runtime = self.runtime.enter();
-        let value = |addresses| wire::PeerClaim { addresses }.encode_to_vec();
-        let presence = Presence::new(&self.dht, &self.network, key(&id), Arc::new(value));
-        let seek = seek(
-            id,
-            self.dht.clone(),
-            self.network.clone(),
-            Arc::clone(&self.seeking),
-            Arc::clone(&self.changed),
-        );
-        let seeking = tokio::spawn(seek).abort_handle();
-        held.insert(
-            id,
-            HeldDoc {
-                presence: Arc::new(presence),
-                seeking,
-            },
-        );
-        drop(held);
+        // Once the node has stopped there is nobody to be found by.
+        let _ = self.wishes.send(Wish::Hold(id));
         self.changed.notify_one();
     }
 
     pub(crate) fn drops(&self, id: DocumentId) {
-        let dropped = self.held().remove(&id);
-        let _runtime = self.runtime.enter();
-        drop(dropped);
+        let _ = self.wishes.send(Wish::Drop(id));
     }
 
     /// Takes back that this node holds anything; for when it stops.
     pub(crate) async fn leave(&self) {
-        let held: Vec<_> = std::mem::take(&mut *self.held()).into_values().collect();
-        futures::future::join_all(held.iter().map(|held| held.presence.leave())).await;
-    }
-}
-
-/// Connects to holders of a document, until there are enough; again and again, for they come and go.
-async fn seek(
-    id: DocumentId,
-    dht: Dht,
-    network: Network,
-    turn: Arc<Semaphore>,
-    changed: Arc<Notify>,
-) {
-    let mut pause = SEEK.0;
-    let mut meetings = dht.meetings();
-    loop {
-        meetings.mark_unchanged();
-        let Ok(permit) = turn.acquire().await else {
-            return;
-        };
-        let found = dht.get_some(&key(&id)).await;
-        let Ok(found) = found else {
-            return;
-        };
-        let own = network.local_peer();
-        let connected: HashSet<PeerId> = network
-            .peers()
-            .await
-            .into_iter()
-            .map(|peer| peer.peer)
-            .collect();
-        let (here, mut others): (Vec<_>, Vec<_>) = found
-            .iter()
-            .filter(|record| record.publisher() != own)
-            .partition(|record| connected.contains(&record.publisher()));
-        // Another order at every node, so that not all come to the same.
-        others.sort_by_cached_key(|record| {
-            let pair = [own.to_bytes(), record.publisher().to_bytes()].concat();
-            *blake3::hash(&pair).as_bytes()
-        });
-        let wanted = ENOUGH.saturating_sub(here.len());
-        let mut dials: FuturesUnordered<_> = others
-            .into_iter()
-            .take(wanted)
-            .map(|record| {
-                timeout(
-                    CONNECT,
-                    network.connect(record.publisher(), whereabouts::addresses_of(record)),
-                )
-            })
-            .collect();
-        let mut reached = 0;
-        while let Some(dialled) = dials.next().await {
-            reached += usize::from(matches!(dialled, Ok(Ok(_))));
-        }
-        drop(dials);
-        drop(permit);
-        if reached > 0 {
-            pause = SEEK.0;
-            changed.notify_one();
-        } else {
-            pause = (pause * 2).min(SEEK.1);
-        }
-        tokio::select! {
-            () = sleep(pause) => {}
-            met = meetings.changed(), if pause > SEEK.0 * 8 => {
-                if met.is_err() {
-                    return;
-                }
-                // It may know more.
-                sleep(SEEK.0).await;
-            }
+        let (left, is_left) = oneshot::channel();
+        if self.wishes.send(Wish::Leave(left)).is_ok() {
+            // It has ended if it does not answer.
+            let _ = is_left.await;
         }
     }
 }

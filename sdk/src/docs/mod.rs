@@ -4,6 +4,7 @@
 //! disk, and hears of changes as they are made. Holders find each other in the DHT.
 
 mod drive;
+mod holders;
 mod watch;
 
 use std::time::Duration;
@@ -146,7 +147,7 @@ impl Docs {
         &self.node.driver().documents
     }
 
-    fn doc(&self, id: DocumentId) -> Doc {
+    pub(crate) fn doc(&self, id: DocumentId) -> Doc {
         Doc {
             node: self.node.clone(),
             id,
@@ -166,6 +167,7 @@ impl Docs {
                 Some(readers) => Readers::Named(keys(&readers)?),
             },
             label: new.label,
+            nonce: None,
         };
         let id = self
             .documents()

@@ -1,7 +1,7 @@
 //! Watching a document.
 
 use tokio::sync::broadcast::{self, error::RecvError};
-use weft_crdt::{DocumentId, Documents, Event};
+use weft_crdt::{DocumentId, Documents, Event, Watching};
 use weft_net::PeerId;
 
 use super::peer_of;
@@ -44,16 +44,20 @@ pub enum DocChange {
 #[derive(Debug)]
 pub struct DocWatch {
     id: DocumentId,
+    /// Paths are worked out while it is held.
+    _watching: Watching,
     events: broadcast::Receiver<Event>,
 }
 
 impl DocWatch {
     pub(super) async fn new(documents: Documents, id: DocumentId) -> Result<Self, Error> {
         let events = documents.events();
-        documents
-            .with(move |replica| replica.watch(id, true))
-            .await?;
-        Ok(Self { id, events })
+        let watching = documents.with(move |replica| replica.watch(id)).await?;
+        Ok(Self {
+            id,
+            _watching: watching,
+            events,
+        })
     }
 
     /// The next change; `None` once the node has stopped. May be dropped and called again.
