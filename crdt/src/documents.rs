@@ -209,6 +209,11 @@ async fn run(
         let wall = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |time| time.as_secs() as i64);
+        let mut entropy = [0; 32];
+        match getrandom::fill(&mut entropy) {
+            Ok(()) => replica.stir(entropy),
+            Err(error) => tracing::warn!(%error, "no fresh randomness for documents"),
+        }
         replica.tick(began.elapsed(), wall);
         let done: Vec<Done> = batch.drain(..).map(|work| work(&mut replica)).collect();
         let flushed = replica.flush();

@@ -351,6 +351,14 @@ impl Replica {
         self.key
     }
 
+    /// Mixes fresh randomness into what nonces come from. Two machines that go on from one image of a running one would otherwise draw alike: they equivocate, each
+    /// makes its lost edits again in a session with the same nonce as the other's, and so without end.
+    pub fn stir(&mut self, entropy: [u8; 32]) {
+        let mut hasher = blake3::Hasher::new_keyed(&self.entropy);
+        hasher.update(&entropy);
+        self.entropy = hasher.finalize().into();
+    }
+
     /// 32 bytes that were never drawn before.
     pub(crate) fn draw(&mut self) -> [u8; 32] {
         self.drawn += 1;

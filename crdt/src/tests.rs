@@ -316,6 +316,13 @@ impl World {
 
     /// Puts a node's work on disk, and its messages on the links.
     pub(crate) fn flush(&mut self, at: usize) -> Result<(), StoreError> {
+        let has_forked = |event: &Event| matches!(event, Event::Equivocated { .. });
+        if self.nodes[at].events.iter().any(has_forked) {
+            // Machines that were one have randomness of their own from here on.
+            let mut entropy = [0; 32];
+            self.random.fill(&mut entropy);
+            self.node(at).stir(entropy);
+        }
         let flushed = self.node(at).flush();
         while let Some(output) = self.node(at).poll() {
             match output {

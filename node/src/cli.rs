@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use crate::commands::{Former, Publisher};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use weft::{DocumentId, ModelName, Multiaddr, PeerId, Rule, rpc::CallLimits};
 
@@ -52,6 +53,9 @@ pub(crate) enum Command {
     /// Replicated documents: content like JSON that several nodes read and write, connected or not
     #[command(subcommand)]
     Doc(Doc),
+    /// Registries of models: who may publish which names, and what they publish
+    #[command(subcommand)]
+    Registry(Registry),
     /// How others reach this node: the NAT before it, its addresses from outside, relays, and what to change
     Doctor,
     /// Every limit on what others can make this node hold and do, and what it comes to
@@ -466,6 +470,92 @@ pub(crate) enum Doc {
     Rm {
         /// The document's id
         id: DocumentId,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Registry {
+    /// Make a registry, whose owner is this node, follow it, and print its id
+    Create {
+        /// What people call it, at most 256 bytes
+        #[arg(long, default_value = "", hide_default_value = true)]
+        label: String,
+
+        /// Who publishes which names, as in PEER=acme/*; without a pattern all; may be repeated. Without any this node publishes all
+        #[arg(long, value_name = "PEER[=PATTERN]")]
+        publisher: Vec<Publisher>,
+
+        /// Who else may say who publishes; may be repeated
+        #[arg(long, value_name = "PEER")]
+        administrator: Vec<PeerId>,
+
+        /// Only owner, administrators and this peer may read it; may be repeated, and publishers are to be among them. Without it everybody in the network may
+        #[arg(long, value_name = "PEER")]
+        reader: Vec<PeerId>,
+    },
+    /// Follow a registry from now on: hold what it lists, and take its word for what names mean
+    Follow {
+        /// The registry's id
+        id: DocumentId,
+
+        /// Only names that begin so are of interest
+        #[arg(
+            long,
+            value_name = "PREFIX",
+            default_value = "",
+            hide_default_value = true
+        )]
+        prefix: String,
+
+        /// How long to wait for it
+        #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+        wait: Duration,
+    },
+    /// Follow a registry no longer, and delete what is here of it
+    Unfollow {
+        /// The registry's id
+        id: DocumentId,
+    },
+    /// The registries that this node follows, or what one of them lists
+    Ls {
+        /// The registry's id
+        id: Option<DocumentId>,
+
+        /// Only names that begin so
+        #[arg(default_value = "", hide_default_value = true)]
+        prefix: String,
+    },
+    /// Who publishes which names in a registry; only its owner and administrators change that
+    Publishers {
+        /// The registry's id
+        id: DocumentId,
+
+        /// Who publishes from now on, as in PEER=acme/*; without a pattern all names; may be repeated
+        #[arg(long, value_name = "PEER[=PATTERN]")]
+        add: Vec<Publisher>,
+
+        /// Who no longer does; without a pattern no names at all; may be repeated
+        #[arg(long, value_name = "PEER[=PATTERN]")]
+        remove: Vec<Former>,
+    },
+    /// List a model that this node holds; `weft add --name` does so by itself
+    Publish {
+        /// The registry's id
+        id: DocumentId,
+
+        /// The name, as in org/name or org/name@revision
+        name: ModelName,
+
+        /// The model's id, or the name by which this node knows it, if that is another
+        model: Option<String>,
+    },
+    /// List a name no longer; `weft rm` does so by itself
+    Withdraw {
+        /// The registry's id
+        id: DocumentId,
+
+        /// The name
+        name: ModelName,
     },
 }
 

@@ -10,7 +10,8 @@ use tonic::{
 };
 use weft_proto::api::{
     calls_client::CallsClient, documents_client::DocumentsClient, models_client::ModelsClient,
-    node_client::NodeClient, records_client::RecordsClient, topics_client::TopicsClient,
+    node_client::NodeClient, records_client::RecordsClient, registries_client::RegistriesClient,
+    topics_client::TopicsClient,
 };
 
 use crate::{
@@ -103,6 +104,12 @@ impl Client {
         &self,
     ) -> DocumentsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
         DocumentsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
+    }
+
+    pub(crate) fn registries(
+        &self,
+    ) -> RegistriesClient<InterceptedService<Channel, impl Interceptor + use<>>> {
+        RegistriesClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
 
     pub(crate) fn models(

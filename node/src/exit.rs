@@ -118,6 +118,14 @@ impl From<Status> for Failure {
                 NOT_FOUND,
                 "`weft doc open ID` gets it from whoever holds it; `weft doc ls` shows what is here.",
             ),
+            "NOT_FOLLOWED" => (
+                NOT_FOUND,
+                "`weft registry follow ID` does; `weft registry ls` shows which it follows.",
+            ),
+            "NOT_PUBLISHER" => (
+                1,
+                "`weft registry publishers ID` shows who publishes which names; its owner lets a node with --add PEER=PATTERN.",
+            ),
             "NOTHING_THERE" => (NOT_FOUND, "`weft doc get ID` shows the whole document."),
             "NOT_ARRIVED" => (
                 1,

@@ -7,9 +7,8 @@ use weft_dht::{Dht, Disk};
 use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
 use crate::{
-    Error, HomeError, Node, default_home, docs, home::Home, node::blocking, rpc::CallLimits,
-    registry::Followed,
-    trust::Trusted,
+    Error, HomeError, Node, default_home, docs, home::Home, node::blocking, registry::Followed,
+    rpc::CallLimits, trust::Trusted,
 };
 
 /// What a node is to be; see [`Node::builder`].

@@ -161,7 +161,10 @@ impl Home {
 }
 
 /// For `map_err`: what was tried, on what.
-pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> HomeError + use<> {
+pub(crate) fn io_error(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> HomeError + use<> {
     let path = path.to_owned();
     move |source| HomeError::Io {
         action,

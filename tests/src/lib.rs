@@ -10,6 +10,7 @@ pub mod bench;
 mod echo_service;
 pub mod lab;
 pub mod links;
+mod mesh;
 mod model;
 mod program;
 mod proxy;
@@ -17,6 +18,7 @@ mod random;
 
 pub use self::{
     echo_service::EchoService,
+    mesh::{mesh, node},
     model::{python, real_model, same_files},
     program::{Daemon, Finished, Home, Running},
     proxy::Proxy,

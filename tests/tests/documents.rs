@@ -2,41 +2,14 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
-use weft::{Doc, DocChange, DocumentError, DocumentId, Error, Multiaddr, NewDoc, Node};
+use weft::{Doc, DocChange, DocumentError, DocumentId, Error, NewDoc, Node};
+use weft_tests::{mesh, node};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
-    Node::builder()
-        .home(home)
-        .mdns(false)
-        .port_mapping(false)
-        .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
-        .bootstrap(bootstrap.iter().cloned())
-        .spawn()
-        .await
-        .unwrap()
-}
-
-/// One node that the others know, and these, which know only it.
-async fn mesh<const N: usize>() -> (Vec<tempfile::TempDir>, Node, [Node; N]) {
-    let homes: Vec<_> = (0..=N).map(|_| tempfile::tempdir().unwrap()).collect();
-    let hub = node(homes[0].path(), &[]).await;
-    let at = hub.addresses().await;
-    let mut nodes = Vec::new();
-    for home in &homes[1..] {
-        nodes.push(node(home.path(), &at).await);
-    }
-    let nodes = nodes.try_into().unwrap_or_else(|_| unreachable!());
-    (homes, hub, nodes)
-}
 
 /// Waits until a document shows this at a path.
 async fn shows(doc: &Doc, path: &str, wanted: &Value) {

@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -15,6 +14,7 @@ use futures::future::join_all;
 use tokio::time::{sleep, timeout};
 use weft::Node;
 use weft_proto::rpc::{Attached, Code, Context, Messages, Router, Sink, Status};
+use weft_tests::node;
 
 #[allow(missing_docs, dead_code, unreachable_pub, clippy::all)]
 mod numbers {
@@ -115,17 +115,6 @@ impl Numbers for Service {
     }
 }
 
-async fn node(home: &Path) -> Node {
-    Node::builder()
-        .home(home)
-        .mdns(false)
-        .port_mapping(false)
-        .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
-        .spawn()
-        .await
-        .unwrap()
-}
-
 /// Two nodes over TCP, both of which serve, and a client of the second at the first.
 struct Pair {
     _homes: [tempfile::TempDir; 2],
@@ -137,7 +126,10 @@ struct Pair {
 
 async fn pair() -> Pair {
     let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
-    let (near, far) = (node(homes[0].path()).await, node(homes[1].path()).await);
+    let (near, far) = (
+        node(homes[0].path(), &[]).await,
+        node(homes[1].path(), &[]).await,
+    );
     let service = Service {
         node: Some(far.clone()),
         ..Service::default()
@@ -193,7 +185,7 @@ async fn handlers_that_block_hold_up_no_others_and_no_connections() {
     let blocked = (0..8).map(|_| pair.client.echo(Number { value: BLOCK }));
     let other = async {
         let home = tempfile::tempdir().unwrap();
-        let other = node(home.path()).await;
+        let other = node(home.path(), &[]).await;
         let at = pair.far.addresses().await.into_iter();
         let at = at.map(|address| weft::split_peer_id(address).0);
         other.connect(pair.far.peer_id(), at).await.unwrap();
@@ -294,7 +286,7 @@ async fn a_call_is_cancelled_after_its_peer_has_vanished() {
     // The node goes on: it is asked, and calls another.
     in_time(pair.near.status()).await.unwrap();
     let home = tempfile::tempdir().unwrap();
-    let other = node(home.path()).await;
+    let other = node(home.path(), &[]).await;
     let router = Router::new().add_service(NumbersServer::new(Service::default()));
     other.rpc().serve(router).unwrap();
     let at = other.addresses().await.into_iter();

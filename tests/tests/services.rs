@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -13,11 +12,11 @@ use std::{
 
 use tokio::time::{sleep, timeout};
 use weft::{
-    Multiaddr, Node, PeerId,
+    Node, PeerId,
     rpc::{Labels, Service, ServiceChange, ServiceError, ServiceWatch},
 };
 use weft_proto::rpc::{Attached, Code, Context, Messages, Router, Sink, Status};
-use weft_tests::{EchoService, Home};
+use weft_tests::{EchoService, Home, mesh};
 
 #[allow(missing_docs, dead_code, unreachable_pub, clippy::all)]
 mod numbers {
@@ -66,31 +65,6 @@ impl Numbers for Numbered {
         while requests.next().await?.is_some() {}
         Ok(())
     }
-}
-
-async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
-    Node::builder()
-        .home(home)
-        .mdns(false)
-        .port_mapping(false)
-        .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
-        .bootstrap(bootstrap.iter().cloned())
-        .spawn()
-        .await
-        .unwrap()
-}
-
-/// One node that the others know, and these, which know only it.
-async fn mesh<const N: usize>() -> (Vec<tempfile::TempDir>, Node, [Node; N]) {
-    let homes: Vec<_> = (0..=N).map(|_| tempfile::tempdir().unwrap()).collect();
-    let hub = node(homes[0].path(), &[]).await;
-    let at = hub.addresses().await;
-    let mut nodes = Vec::new();
-    for home in &homes[1..] {
-        nodes.push(node(home.path(), &at).await);
-    }
-    let nodes = nodes.try_into().unwrap_or_else(|_| unreachable!());
-    (homes, hub, nodes)
 }
 
 /// Waits until just these offer it.

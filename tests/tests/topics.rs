@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -17,36 +16,11 @@ use tokio::{
     io::AsyncWriteExt,
     time::{sleep, timeout},
 };
-use weft::{Error, Multiaddr, Node, Subscription, TopicError, Validity};
+use weft::{Error, Node, Subscription, TopicError, Validity};
 use weft_net::{Class, Config, Network, StreamProtocol, identity::Keypair};
-use weft_tests::Home;
+use weft_tests::{Home, mesh};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
-    Node::builder()
-        .home(home)
-        .mdns(false)
-        .port_mapping(false)
-        .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
-        .bootstrap(bootstrap.iter().cloned())
-        .spawn()
-        .await
-        .unwrap()
-}
-
-/// One node that the others know, and these, which know only it.
-async fn mesh<const N: usize>() -> (Vec<tempfile::TempDir>, Node, [Node; N]) {
-    let homes: Vec<_> = (0..=N).map(|_| tempfile::tempdir().unwrap()).collect();
-    let hub = node(homes[0].path(), &[]).await;
-    let at = hub.addresses().await;
-    let mut nodes = Vec::new();
-    for home in &homes[1..] {
-        nodes.push(node(home.path(), &at).await);
-    }
-    let nodes = nodes.try_into().unwrap_or_else(|_| unreachable!());
-    (homes, hub, nodes)
-}
 
 async fn next(subscription: &mut Subscription) -> weft::Published {
     let next = timeout(PATIENCE, subscription.next()).await;

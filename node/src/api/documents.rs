@@ -27,12 +27,12 @@ pub(crate) struct Service {
     node: Node,
 }
 
-fn id(text: &str) -> Result<DocumentId, Status> {
+pub(super) fn id(text: &str) -> Result<DocumentId, Status> {
     text.parse()
         .map_err(|error: weft::ParseIdError| invalid(error.to_string()))
 }
 
-fn peers(texts: &[String]) -> Result<Vec<PeerId>, Status> {
+pub(super) fn peers(texts: &[String]) -> Result<Vec<PeerId>, Status> {
     let peer = |text: &String| {
         text.parse()
             .map_err(|_| invalid(format!("{text:?} is no peer id")))
@@ -234,7 +234,12 @@ impl Documents for Service {
                 DocChange::Changed { paths, local } => {
                     What::Changed(api::DocumentChanged { paths, local })
                 }
-                DocChange::Rights | DocChange::Compacted => What::Decided(api::DocumentDecided {}),
+                DocChange::Rights => What::Decided(api::DocumentDecided {}),
+                DocChange::Compacted => What::Compacted(api::DocumentCompacted {}),
+                DocChange::Carried { edits } => What::Carried(api::DocumentCarried {
+                    edits: edits as u64,
+                }),
+                DocChange::Full => What::Full(api::DocumentFull {}),
                 DocChange::Equivocated { author } => What::Equivocated(api::DocumentEquivocated {
                     author: author.to_string(),
                 }),

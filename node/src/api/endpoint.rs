@@ -29,11 +29,12 @@ use weft_proto::{
     DESCRIPTORS,
     api::{
         calls_server::CallsServer, documents_server::DocumentsServer, models_server::ModelsServer,
-        node_server::NodeServer, records_server::RecordsServer, topics_server::TopicsServer,
+        node_server::NodeServer, records_server::RecordsServer,
+        registries_server::RegistriesServer, topics_server::TopicsServer,
     },
 };
 
-use super::{calls, documents, records, service::Service, topics};
+use super::{calls, documents, records, registries, service::Service, topics};
 use crate::exit::Failure;
 
 /// Bytes of a message of a call, with its attachments.
@@ -218,7 +219,11 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
     health
         .set_serving::<DocumentsServer<documents::Service>>()
         .await;
+    health
+        .set_serving::<RegistriesServer<registries::Service>>()
+        .await;
     let documents = documents::Service::new(service.node().clone());
+    let registries = registries::Service::new(service.node().clone());
     let calls = calls::Service::new(service.node().clone());
     let topics = topics::Service::new(service.node().clone());
     let records = records::Service::new(service.node().clone());
@@ -243,6 +248,7 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
         .add_service(TopicsServer::new(topics))
         .add_service(RecordsServer::new(records))
         .add_service(DocumentsServer::new(documents))
+        .add_service(RegistriesServer::new(registries))
         .add_service(NodeServer::new(service.clone()))
         .add_service(ModelsServer::new(service))
 }

@@ -4,6 +4,7 @@ mod calls;
 mod documents;
 mod endpoint;
 mod records;
+mod registries;
 mod service;
 mod status;
 mod topics;

@@ -548,6 +548,7 @@ fn add_done(added: Added) -> api::AddDone {
         ticket: added.ticket.to_string(),
         announced_to: added.announced_to as u32,
         skipped: added.skipped,
+        registries: added.registries.iter().map(ToString::to_string).collect(),
     }
 }
 

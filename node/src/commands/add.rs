@@ -66,6 +66,7 @@ fn print(done: AddDone, meter: &Meter, as_json: bool) {
                 "ticket": done.ticket,
                 "announced_to": done.announced_to,
                 "skipped": done.skipped,
+                "registries": done.registries,
             })
         );
         return;
@@ -84,6 +85,9 @@ fn print(done: AddDone, meter: &Meter, as_json: bool) {
     out!("  id      {}", model.id);
     for name in &model.names {
         out!("  name    {name}");
+    }
+    for registry in &done.registries {
+        out!("  listed in registry {registry}");
     }
     out!("  ticket  {}", done.ticket);
     if done.announced_to == 0 {

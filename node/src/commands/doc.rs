@@ -371,7 +371,22 @@ async fn watch(
             }
             Some(What::Decided(_)) => (
                 json!({ "event": "decided" }),
-                "its owner has decided who may write and read it, or begun it anew".to_owned(),
+                "its owner has decided who may write and read it".to_owned(),
+            ),
+            Some(What::Compacted(_)) => (
+                json!({ "event": "compacted" }),
+                "its owner has begun its content anew, without its history".to_owned(),
+            ),
+            Some(What::Carried(carried)) => (
+                json!({ "event": "carried", "edits": carried.edits }),
+                format!(
+                    "{} of this node had lost what they built on, and were made again",
+                    output::count(carried.edits, "edit")
+                ),
+            ),
+            Some(What::Full(_)) => (
+                json!({ "event": "full" }),
+                "it takes no more changes until its owner compacts it".to_owned(),
             ),
             Some(What::Equivocated(who)) => (
                 json!({ "event": "equivocated", "author": who.author }),

@@ -9,9 +9,12 @@ mod get;
 mod limits;
 mod reach;
 mod record;
+mod registry;
 mod show;
 mod topic;
 mod trust;
+
+pub(crate) use self::registry::{Former, Publisher};
 
 use std::path::PathBuf;
 
@@ -51,6 +54,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Service(options) => call::service(&client, options, json).await,
         Command::Doc(command) => doc::run(&client, command, json).await,
         Command::Record(command) => record::run(&client, command, json).await,
+        Command::Registry(command) => registry::run(&client, command, json).await,
         Command::Topic(command) => topic::run(&client, command, json).await,
         Command::Doctor => reach::doctor(&client, json).await,
         Command::Limits => limits::limits(&client, json).await,

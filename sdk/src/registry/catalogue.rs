@@ -32,7 +32,9 @@ pub struct NamePattern(String);
 
 /// A text is no pattern.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no pattern of names: it looks like * for all names, or acme/* for those that begin with acme/")]
+#[error(
+    "{0:?} is no pattern of names: it looks like * for all names, or acme/* for those that begin with acme/"
+)]
 pub struct ParsePatternError(String);
 
 impl NamePattern {

@@ -160,10 +160,7 @@ impl Root {
     /// The catalogues in which names can stand that begin so.
     pub(super) fn of_interest(&self, prefix: &str) -> impl Iterator<Item = &Catalogue> {
         let overlaps = move |one: &&Catalogue| one.pattern.overlaps(prefix);
-        self.catalogues
-            .iter()
-            .filter(overlaps)
-            .take(MAX_CATALOGUES)
+        self.catalogues.iter().filter(overlaps).take(MAX_CATALOGUES)
     }
 
     /// Who may read the registry, besides a catalogue's owner.

@@ -18,12 +18,12 @@ use weft_crdt::{
 };
 use weft_net::PeerId;
 
+pub use self::catalogue::{NamePattern, ParsePatternError};
+pub(crate) use self::follow::{Followed, keep_up};
 use self::{
     catalogue::{Entry, TYPE, entries},
     follow::{Catalogue, Root},
 };
-pub use self::catalogue::{NamePattern, ParsePatternError};
-pub(crate) use self::follow::{Followed, keep_up};
 use crate::{
     Doc, Error, Hash, ModelName, Node,
     docs::{key_of, peer_of},
@@ -499,8 +499,7 @@ impl Registry {
                 }
             }
             let key = replica.key();
-            let publisher =
-                |one: &Catalogue| Some((peer_of(&one.publisher)?, one.pattern.clone()));
+            let publisher = |one: &Catalogue| Some((peer_of(&one.publisher)?, one.pattern.clone()));
             let details = &root.details;
             Ok(peer_of(&details.owner).map(|owner| RegistryDetails {
                 label: details.label.clone(),

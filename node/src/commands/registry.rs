@@ -1,0 +1,396 @@
+//! `weft registry`.
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use weft::{DocumentId, ModelName, NamePattern, PeerId};
+use weft_proto::api;
+
+use crate::{
+    cli::Registry,
+    client::Client,
+    exit::{Failure, NOT_FOUND},
+    output::{self, out, out_raw, table},
+};
+
+pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Result<(), Failure> {
+    match command {
+        Registry::Create {
+            label,
+            publisher,
+            administrator,
+            reader,
+        } => {
+            let texts = |peers: &[PeerId]| peers.iter().map(ToString::to_string).collect();
+            let request = api::CreateRegistryRequest {
+                label,
+                publishers: publisher.iter().map(Publisher::to_api).collect(),
+                administrators: texts(&administrator),
+                readers: (!reader.is_empty()).then(|| api::DocumentReaders {
+                    peers: texts(&reader),
+                }),
+            };
+            let made = client.registries().create(request).await?.into_inner();
+            match as_json {
+                true => out!("{}", registry_json(&made)),
+                false => out!("{}", made.id),
+            }
+            Ok(())
+        }
+        Registry::Follow { id, prefix, wait } => follow(client, id, prefix, wait, as_json).await,
+        Registry::Unfollow { id } => unfollow(client, id, as_json).await,
+        Registry::Ls { id: None, .. } => list(client, as_json).await,
+        Registry::Ls {
+            id: Some(id),
+            prefix,
+        } => models(client, id, prefix, as_json).await,
+        Registry::Publishers { id, add, remove } => {
+            let request = api::SetPublishersRequest {
+                id: id.to_string(),
+                add: add.iter().map(Publisher::to_api).collect(),
+                remove: remove.iter().map(Former::to_api).collect(),
+            };
+            let registry = match add.is_empty() && remove.is_empty() {
+                true => find(client, id).await?,
+                false => client
+                    .registries()
+                    .set_publishers(request)
+                    .await?
+                    .into_inner(),
+            };
+            publishers(&registry, as_json)
+        }
+        Registry::Publish { id, name, model } => publish(client, id, name, model, as_json).await,
+        Registry::Withdraw { id, name } => withdraw(client, id, name, as_json).await,
+    }
+}
+
+/// `PEER`, or `PEER=PATTERN`.
+#[derive(Debug, Clone)]
+pub(crate) struct Publisher {
+    peer: PeerId,
+    pattern: NamePattern,
+}
+
+/// As [`Publisher`], but for all patterns if none is given.
+#[derive(Debug, Clone)]
+pub(crate) struct Former {
+    peer: PeerId,
+    pattern: Option<NamePattern>,
+}
+
+impl std::str::FromStr for Former {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (peer, pattern) = match text.split_once('=') {
+            Some((peer, pattern)) => (peer, Some(pattern)),
+            None => (text, None),
+        };
+        let peer = peer
+            .parse()
+            .map_err(|_| format!("{peer:?} is no peer id"))?;
+        let pattern = pattern.map(str::parse).transpose();
+        let pattern = pattern.map_err(|error: weft::ParsePatternError| error.to_string())?;
+        Ok(Self { peer, pattern })
+    }
+}
+
+impl std::str::FromStr for Publisher {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Former { peer, pattern } = text.parse()?;
+        let pattern = pattern.unwrap_or_else(NamePattern::all);
+        Ok(Self { peer, pattern })
+    }
+}
+
+impl Publisher {
+    fn to_api(&self) -> api::RegistryPublisher {
+        api::RegistryPublisher {
+            peer: self.peer.to_string(),
+            pattern: self.pattern.to_string(),
+        }
+    }
+}
+
+impl Former {
+    fn to_api(&self) -> api::RegistryPublisher {
+        api::RegistryPublisher {
+            peer: self.peer.to_string(),
+            pattern: self
+                .pattern
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+        }
+    }
+}
+
+fn registry_json(registry: &api::Registry) -> Value {
+    let publisher =
+        |one: &api::RegistryPublisher| json!({ "peer": one.peer, "pattern": one.pattern });
+    let publishers: Vec<_> = registry.publishers.iter().map(publisher).collect();
+    json!({
+        "id": registry.id,
+        "prefix": registry.prefix,
+        "arrived": registry.arrived,
+        "label": registry.label,
+        "owner": registry.owner,
+        "publishers": publishers,
+        "catalogues": registry.catalogues,
+        "catalogues_here": registry.catalogues_here,
+        "names": registry.names,
+        "administered": registry.administered,
+        "published": registry.published,
+    })
+}
+
+fn not_followed(id: DocumentId) -> Failure {
+    Failure::new(
+        NOT_FOUND,
+        "NOT_FOLLOWED",
+        format!("this node does not follow registry {id}"),
+    )
+    .hint("`weft registry follow ID` does; `weft registry ls` shows which it follows.")
+}
+
+async fn find(client: &Client, id: DocumentId) -> Result<api::Registry, Failure> {
+    let listed = client
+        .registries()
+        .list(api::ListRegistriesRequest {})
+        .await?;
+    let mut registries = listed.into_inner().registries.into_iter();
+    registries
+        .find(|registry| registry.id == id.to_string())
+        .ok_or_else(|| not_followed(id))
+}
+
+async fn follow(
+    client: &Client,
+    id: DocumentId,
+    prefix: String,
+    wait: Duration,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::FollowRegistryRequest {
+        id: id.to_string(),
+        prefix,
+        wait_millis: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+    };
+    let registry = client.registries().follow(request).await?.into_inner();
+    if as_json {
+        out!("{}", registry_json(&registry));
+    } else if registry.arrived {
+        out!(
+            "here: {}; their names come as they are found",
+            output::count(registry.catalogues, "catalogue")
+        );
+    } else {
+        out!(
+            "followed from now on; nobody who has it, and lets this node read it, has been found yet, and it is looked for further"
+        );
+    }
+    Ok(())
+}
+
+async fn unfollow(client: &Client, id: DocumentId, as_json: bool) -> Result<(), Failure> {
+    let request = api::UnfollowRegistryRequest { id: id.to_string() };
+    let answer = client.registries().unfollow(request).await?.into_inner();
+    if !answer.existed {
+        return Err(not_followed(id));
+    }
+    match as_json {
+        true => out!("{}", json!({ "id": id.to_string() })),
+        false => out!("no longer followed; what this node made itself stays until `weft doc rm`"),
+    }
+    Ok(())
+}
+
+async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
+    let listed = client
+        .registries()
+        .list(api::ListRegistriesRequest {})
+        .await?;
+    let registries = listed.into_inner().registries;
+    if as_json {
+        let registries: Vec<_> = registries.iter().map(registry_json).collect();
+        out!("{}", json!({ "registries": registries }));
+        return Ok(());
+    }
+    if registries.is_empty() {
+        out!("this node follows no registries");
+        return Ok(());
+    }
+    let mut rows = vec![
+        [
+            "REGISTRY",
+            "LABEL",
+            "NAMES",
+            "CATALOGUES",
+            "OF INTEREST",
+            "PUBLISHES",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+    ];
+    rows.extend(registries.iter().map(|registry| {
+        let (names, catalogues) = match registry.arrived {
+            true => (
+                registry.names.to_string(),
+                format!("{} of {}", registry.catalogues_here, registry.catalogues),
+            ),
+            false => ("not here yet".to_owned(), String::new()),
+        };
+        vec![
+            registry.id.clone(),
+            registry.label.escape_debug().to_string(),
+            names,
+            catalogues,
+            format!("{}*", registry.prefix),
+            if registry.published { "yes" } else { "no" }.to_owned(),
+        ]
+    }));
+    out_raw!("{}", table(&rows));
+    Ok(())
+}
+
+async fn models(
+    client: &Client,
+    id: DocumentId,
+    prefix: String,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::ListRegistryModelsRequest {
+        id: id.to_string(),
+        prefix,
+    };
+    let mut stream = client.registries().list_models(request).await?.into_inner();
+    let mut models = Vec::new();
+    while let Some(model) = stream.message().await? {
+        models.push(model);
+    }
+    if as_json {
+        let models: Vec<_> = models.iter().map(model_json).collect();
+        out!("{}", json!({ "models": models }));
+        return Ok(());
+    }
+    if models.is_empty() {
+        out!("nothing is listed under such names");
+        return Ok(());
+    }
+    let mut rows = vec![
+        [
+            "NAME",
+            "MODEL",
+            "SIZE",
+            "FILES",
+            "TENSORS",
+            "AGE",
+            "PUBLISHER",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+    ];
+    rows.extend(models.iter().map(|model| {
+        let at = UNIX_EPOCH.checked_add(Duration::from_millis(model.published_millis));
+        vec![
+            model.name.clone(),
+            model.model[..model.model.len().min(12)].to_owned(),
+            output::bytes(model.size),
+            model.file_count.to_string(),
+            model.tensors.to_string(),
+            output::duration(at.and_then(|at| at.elapsed().ok()).unwrap_or_default()),
+            model.publisher.clone(),
+        ]
+    }));
+    out_raw!("{}", table(&rows));
+    Ok(())
+}
+
+fn model_json(model: &api::ListedModel) -> Value {
+    let file = |file: &api::ListedFile| json!({ "path": file.path, "size": file.size });
+    let files: Vec<_> = model.files.iter().map(file).collect();
+    json!({
+        "name": model.name,
+        "model": model.model,
+        "publisher": model.publisher,
+        "size": model.size,
+        "tensors": model.tensors,
+        "shard_groups": model.shard_groups,
+        "file_count": model.file_count,
+        "files": files,
+        "manifest_size": model.manifest_size,
+        "published_millis": model.published_millis,
+    })
+}
+
+fn publishers(registry: &api::Registry, as_json: bool) -> Result<(), Failure> {
+    if as_json {
+        out!("{}", registry_json(registry));
+        return Ok(());
+    }
+    if !registry.arrived {
+        out!("not here yet");
+        return Ok(());
+    }
+    if registry.publishers.is_empty() {
+        out!("nobody publishes");
+        return Ok(());
+    }
+    let mut rows = vec![["PUBLISHER", "NAMES"].map(str::to_owned).to_vec()];
+    let row = |one: &api::RegistryPublisher| vec![one.peer.clone(), one.pattern.clone()];
+    rows.extend(registry.publishers.iter().map(row));
+    out_raw!("{}", table(&rows));
+    Ok(())
+}
+
+async fn publish(
+    client: &Client,
+    id: DocumentId,
+    name: ModelName,
+    model: Option<String>,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::PublishModelRequest {
+        id: id.to_string(),
+        name: name.to_string(),
+        model: model.unwrap_or_else(|| name.to_string()),
+    };
+    client.registries().publish(request).await?;
+    match as_json {
+        true => out!(
+            "{}",
+            json!({ "id": id.to_string(), "name": name.to_string() })
+        ),
+        false => out!("{name} is listed; connected followers are told"),
+    }
+    Ok(())
+}
+
+async fn withdraw(
+    client: &Client,
+    id: DocumentId,
+    name: ModelName,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::WithdrawModelRequest {
+        id: id.to_string(),
+        name: name.to_string(),
+    };
+    let answer = client.registries().withdraw(request).await?.into_inner();
+    if !answer.existed {
+        let text = format!("this node does not list {name} in registry {id}");
+        return Err(Failure::new(NOT_FOUND, "NO_SUCH_NAME", text)
+            .hint("`weft registry ls ID` shows who lists what."));
+    }
+    match as_json {
+        true => out!(
+            "{}",
+            json!({ "id": id.to_string(), "name": name.to_string() })
+        ),
+        false => out!("{name} is listed by this node no longer"),
+    }
+    Ok(())
+}
