@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
-use weft::{Doc, DocChange, DocumentError, DocumentId, Error, NewDoc, Node};
+use weft::{Doc, DocChange, DocumentError, DocumentId, Error, NewDoc};
 use weft_tests::{mesh, node};
 
 const PATIENCE: Duration = Duration::from_secs(30);

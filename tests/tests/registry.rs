@@ -23,7 +23,7 @@ fn model(folder: &Path, name: &str, content: &str) -> PathBuf {
 
 async fn add(node: &Node, path: PathBuf, name: &str) -> (Hash, usize) {
     let add = node.models().add(path).name(name.parse().unwrap());
-    let added = add.start().finish().await.unwrap();
+    let added = add.start().await.unwrap();
     (added.model.id, added.registries.len())
 }
 
@@ -69,7 +69,7 @@ async fn publishes(registry: &Registry, peer: PeerId) {
 async fn get(node: &Node, name: &str) -> Result<(Hash, Option<PeerId>), Error> {
     let to = node.home().join("got").join(name.replace('/', "-"));
     let got = node.models().get(name.parse::<Target>().unwrap()).to(to);
-    let got = got.start().finish().await?;
+    let got = got.start().await?;
     Ok((got.model.id, got.publisher))
 }
 

@@ -7,7 +7,6 @@
 
 use std::{
     collections::HashMap,
-    fs,
     io::BufRead,
     net::Ipv4Addr,
     process::{Command, Stdio},
@@ -30,7 +29,7 @@ use tokio::{
 };
 use weft_dht::Dht;
 
-use super::{Failure, Figure, median};
+use super::{Failure, Figure, median, resident};
 use crate::{
     Random,
     links::{Acquaint, Links, address},
@@ -397,13 +396,6 @@ async fn get_all(nodes: &[Node], keys: &[Vec<u8>], random: &mut Random) -> Phase
 fn keys(name: &str, count: usize) -> Vec<Vec<u8>> {
     let keys = (0..count).map(|n| format!("{name}/{n}").into_bytes());
     keys.collect()
-}
-
-/// Resident bytes of this process.
-fn resident() -> Result<f64, Failure> {
-    let statm = fs::read_to_string("/proc/self/statm")?;
-    let pages = statm.split(' ').nth(1).and_then(|n| n.parse::<f64>().ok());
-    Ok(pages.unwrap_or_default() * 4096.0)
 }
 
 /// In a process of its own: one side. Prints its figures, a name and a number a line.

@@ -1,5 +1,6 @@
 //! The benchmarks behind the program `bench`.
 
+pub mod crdt;
 pub mod dht;
 pub mod nat;
 mod process;
@@ -41,12 +42,12 @@ impl Figure {
         if json {
             // Written out, so that the fields stand in the order in which a person reads them.
             println!(
-                r#"{{"bench":"{}","weft":{:.1},"unit":"{}","baseline":"{}","value":{:.1},"ratio":{:.3}}}"#,
+                r#"{{"bench":"{}","weft":{},"unit":"{}","baseline":"{}","value":{},"ratio":{:.3}}}"#,
                 self.bench,
-                self.weft,
+                number(self.weft),
                 self.unit,
                 self.baseline,
-                self.value,
+                number(self.value),
                 self.ratio()
             );
         } else {
@@ -63,14 +64,29 @@ impl fmt::Display for Figure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{}: {:.1} {unit}, {} {:.1} {unit}, ratio {:.2}",
+            "{}: {} {unit}, {} {} {unit}, ratio {:.2}",
             self.bench,
-            self.weft,
+            number(self.weft),
             self.baseline,
-            self.value,
+            number(self.value),
             self.ratio(),
             unit = self.unit,
         )
+    }
+}
+
+/// Resident bytes of this process.
+fn resident() -> Result<f64, Failure> {
+    let statm = std::fs::read_to_string("/proc/self/statm")?;
+    let pages = statm.split(' ').nth(1).and_then(|n| n.parse::<f64>().ok());
+    Ok(pages.unwrap_or_default() * 4096.0)
+}
+
+/// To a tenth, or what is small to a thousandth.
+fn number(value: f64) -> String {
+    match value.abs() < 10.0 {
+        true => format!("{value:.3}"),
+        false => format!("{value:.1}"),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
-    bench::{Failure, dht, nat, rpc, stream, transfer},
+    bench::{Failure, crdt, dht, nat, rpc, stream, transfer},
     lab::{self, Distance},
 };
 
@@ -96,6 +96,24 @@ enum Bench {
         #[command(flatten)]
         options: DhtOptions,
     },
+    /// Replicated documents: durable commits, changes applied, until they are seen elsewhere, meeting again, a mesh that was parted, loading; against Automerge's own means
+    Crdt {
+        /// Rounds of all in turn; the medians count
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+
+        /// Only what begins with this; may be given several times
+        #[arg(long, value_name = "NAME")]
+        only: Vec<String>,
+    },
+    /// The other process of `crdt`
+    #[command(name = "crdt-load", hide = true)]
+    CrdtLoad {
+        #[arg(value_enum)]
+        side: crdt::Side,
+        file: PathBuf,
+        document: String,
+    },
     /// The other process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
     Provider {
@@ -170,6 +188,12 @@ fn main() -> ExitCode {
             let sides = if side.is_empty() { &both[..] } else { &side };
             dht::run(options.get(), sides, cli.json)
         }
+        Bench::Crdt { rounds, only } => crdt::run(rounds, &only, cli.json),
+        Bench::CrdtLoad {
+            side,
+            file,
+            document,
+        } => crdt::load_side(side, &file, &document),
         Bench::DhtSide { side, options } => dht::side(side, options.get()),
         Bench::Nat {
             wait,
