@@ -11,7 +11,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::process::Signal;
 use serde_json::Value;
 use weft_tests::{
-    EchoService, Running,
+    EchoService, Home, Running,
     lab::{self, Cell, Distance, Side},
 };
 
@@ -58,6 +58,7 @@ fn main() -> ExitCode {
         a_flood_from_many_machines_is_survived,
         calls_go_over_a_relay,
         calls_follow_the_path,
+        documents_outlive_partitions_and_kills,
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -454,6 +455,73 @@ async fn calls_follow_the_path() -> Result<(), Failed> {
         if begin.elapsed() > 2 * PATIENCE {
             return Err(error);
         }
+    }
+    Ok(())
+}
+
+/// Changes that the node at a home acknowledges, one after the other, until it is killed or there are so many.
+fn write(home: &Home, id: &str, name: &str, most: usize) -> Vec<String> {
+    let mut acknowledged = Vec::new();
+    for number in 0..most {
+        let key = format!("{name}-{number}");
+        let put = home.run(&["--json", "doc", "put", id, &format!("/{key}"), "1"]);
+        if put.code() != Some(0) {
+            break;
+        }
+        acknowledged.push(key);
+    }
+    acknowledged
+}
+
+/// Both write while there is no way between them, and one is killed meanwhile: nothing that was acknowledged is lost, and both show the same afterwards.
+async fn documents_outlive_partitions_and_kills() -> Result<(), Failed> {
+    let mut cell = cell(Side::Home, Side::Home, &[&[], &[]]).await?;
+    let writer = cell.other.peer_id().to_owned();
+    let made = cell.one.home.json(&["doc", "create", "--writer", &writer]);
+    let id = made["id"].as_str().ok_or("no id")?.to_owned();
+    let opened = cell.other.home.json(&["doc", "open", &id]);
+    if opened["arrived"] != true {
+        return Err(format!("the document does not arrive{}", cell.logs()).into());
+    }
+    let mut acknowledged = Vec::new();
+    for round in 0..3 {
+        cell.one.link(false).await.map_err(lab_error)?;
+        let (one, other) = (&cell.one, &cell.other);
+        let wrote = std::thread::scope(|scope| {
+            let of_one = scope.spawn(|| write(&one.home, &id, &format!("one-{round}"), 20));
+            let of_other = scope.spawn(|| write(&other.home, &id, &format!("other-{round}"), 1000));
+            park_timeout(Duration::from_secs(2));
+            other.signal(Signal::KILL);
+            let join = |writing: std::thread::ScopedJoinHandle<_>| {
+                writing.join().map_err(|_| "a writer has panicked")
+            };
+            Ok::<Vec<String>, &str>([join(of_one)?, join(of_other)?].concat())
+        })?;
+        if wrote.len() <= 20 {
+            return Err(format!("{wrote:?} are too few{}", cell.logs()).into());
+        }
+        acknowledged.extend(wrote);
+        cell.other.kill();
+        cell.other.start_again().map_err(lab_error)?;
+        cell.one.link(true).await.map_err(lab_error)?;
+        let begin = Instant::now();
+        loop {
+            let of_one = cell.one.home.json(&["doc", "get", &id]);
+            let of_other = cell.other.home.json(&["doc", "get", &id]);
+            let lacks = acknowledged.iter().find(|key| of_one[key].is_null());
+            if of_one == of_other && lacks.is_none() {
+                break;
+            }
+            if begin.elapsed() > 2 * PATIENCE {
+                let differ = of_one == of_other;
+                return Err(format!("lacks {lacks:?}, the same: {differ}{}", cell.logs()).into());
+            }
+            park_timeout(Duration::from_millis(50));
+        }
+        println!(
+            "round {round}: the same again {:?} after the way was there",
+            begin.elapsed()
+        );
     }
     Ok(())
 }

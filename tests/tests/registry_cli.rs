@@ -1,0 +1,147 @@
+//! Registries of models at the command line.
+
+#![allow(clippy::unwrap_used)]
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use weft_tests::Home;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Until a registry lists these names.
+fn lists(home: &Home, id: &str, wanted: &[&str]) {
+    let begin = Instant::now();
+    loop {
+        let listed = home.run(&["--json", "registry", "ls", id]);
+        let listed = if listed.code() == Some(0) {
+            listed.json()
+        } else {
+            Value::Null
+        };
+        let models = listed["models"].as_array().into_iter().flatten();
+        let names: Vec<_> = models.filter_map(|model| model["name"].as_str()).collect();
+        if names == wanted {
+            return;
+        }
+        assert!(begin.elapsed() < PATIENCE, "{listed}, not {wanted:?}");
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+}
+
+fn model(home: &Home, name: &str) -> String {
+    let folder = home.beside(name);
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("config.json"), name).unwrap();
+    folder.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_registry_is_made_followed_filled_and_left() {
+    let (owner, publisher) = (Home::new(), Home::new());
+    let (up, publisher_up) = (owner.up(&[]), publisher.up(&[]));
+    owner.json(&["connect", publisher_up.address()]);
+    let lets = format!("{}=acme/*", publisher_up.peer_id());
+    let made = owner.json(&[
+        "registry",
+        "create",
+        "--label",
+        "models",
+        "--publisher",
+        &lets,
+    ]);
+    let id = made["id"].as_str().unwrap().to_owned();
+    let followed = publisher.json(&["registry", "follow", &id]);
+    assert_eq!(
+        (&followed["arrived"], &followed["label"]),
+        (&json!(true), &json!("models"))
+    );
+    let added = publisher.json(&["add", &model(&publisher, "tiny"), "--name", "acme/tiny"]);
+    assert_eq!(added["registries"], json!([id]));
+    lists(&owner, &id, &["acme/tiny"]);
+    let listed = &owner.json(&["registry", "ls", &id, "acme/"])["models"][0];
+    assert_eq!(
+        (&listed["model"], &listed["publisher"], &listed["files"]),
+        (
+            &added["model"]["id"],
+            &json!(publisher_up.peer_id()),
+            &json!([{"path": "config.json", "size": 4}])
+        ),
+    );
+    let to = owner.beside("got");
+    let got = owner.json(&["get", "acme/tiny", "--to", to.to_str().unwrap()]);
+    assert_eq!(got["publisher"], publisher_up.peer_id());
+
+    // Mistakes say what to do.
+    let to_list = model(&owner, "other");
+    let added = owner.json(&["add", &to_list, "--name", "other/one"]);
+    assert_eq!(added["registries"], json!([]));
+    let other = "ab".repeat(32);
+    for (arguments, code, says) in [
+        (
+            vec!["registry", "publish", &id, "other/one"],
+            1,
+            "--add PEER=PATTERN",
+        ),
+        (vec!["registry", "publish", &id, "acme/none"], 3, "weft ls"),
+        (
+            vec!["registry", "withdraw", &id, "other/one"],
+            3,
+            "registry ls",
+        ),
+        (vec!["registry", "ls", &other], 3, "registry follow"),
+        (vec!["registry", "unfollow", &other], 3, "registry follow"),
+        (
+            vec!["registry", "publishers", &id, "--add", "nobody"],
+            2,
+            "no peer id",
+        ),
+        (
+            vec![
+                "registry",
+                "publishers",
+                &id,
+                "--add",
+                &lets[..lets.len() - 1],
+            ],
+            2,
+            "no pattern",
+        ),
+        (
+            vec!["registry", "follow", &id, "--prefix", "a b"],
+            1,
+            "no pattern",
+        ),
+    ] {
+        let failed = owner.run(&arguments);
+        assert_eq!(failed.code(), Some(code), "{arguments:?}: {failed:#?}");
+        assert!(failed.stderr.contains(says), "{arguments:?}: {failed:#?}");
+    }
+    let denied = publisher.run(&["registry", "publishers", &id, "--remove", up.peer_id()]);
+    assert_eq!(denied.code(), Some(0), "nothing changes: {denied:#?}");
+    let lets_self = format!("{}=*", publisher_up.peer_id());
+    let denied = publisher.run(&["registry", "publishers", &id, "--add", &lets_self]);
+    assert_eq!(denied.code(), Some(1), "{denied:#?}");
+
+    // The owner publishes as well; after a kill all of it is there.
+    let itself = up.peer_id().to_owned();
+    let publishers = owner.json(&["registry", "publishers", &id, "--add", &itself]);
+    assert_eq!(publishers["publishers"].as_array().unwrap().len(), 2);
+    owner.json(&["registry", "publish", &id, "other/renamed", "other/one"]);
+    lists(&publisher, &id, &["acme/tiny", "other/renamed"]);
+    publisher_up.kill();
+    let publisher_up = publisher.up(&[]);
+    lists(&publisher, &id, &["acme/tiny", "other/renamed"]);
+    owner.json(&["connect", publisher_up.address()]);
+    owner.json(&["registry", "withdraw", &id, "other/renamed"]);
+    lists(&publisher, &id, &["acme/tiny"]);
+    owner.json(&["registry", "follow", &id, "--prefix", "other/"]);
+    lists(&owner, &id, &[]);
+    let shown = owner.run(&["registry", "ls"]);
+    assert!(shown.stdout.contains("other/*"), "{shown:#?}");
+    publisher.json(&["registry", "unfollow", &id]);
+    assert_eq!(
+        publisher.json(&["registry", "ls"]),
+        json!({"registries": []})
+    );
+}
