@@ -104,8 +104,8 @@ struct Keeping {
     known: HashMap<DocumentId, Known>,
     /// What is due next. Neighbours in the key space follow each other where they are due at once: they are stored at the same nodes.
     queue: BTreeSet<(Instant, [u8; 32], DocumentId)>,
-    /// What has never been told goes first.
-    beginning: Instant,
+    /// What has never been told goes first, and of that what is held since last.
+    unseen: Instant,
     /// Up to when the pace is used up.
     paced: Instant,
 }
@@ -127,10 +127,11 @@ pub(super) async fn keep_found(
         changed,
         known: HashMap::new(),
         queue: BTreeSet::new(),
-        beginning: now,
+        unseen: now,
         paced: now,
     };
     let mut visits = JoinSet::new();
+    let mut withdrawals = JoinSet::new();
     loop {
         let alone = *nodes.borrow_and_update() == 0;
         let next = keeping
@@ -147,7 +148,7 @@ pub(super) async fn keep_found(
                     if let Some(known) = keeping.forget(&id) && known.told.is_some() {
                         let dht = keeping.dht.clone();
                         // Who does not hear of it forgets by itself.
-                        tokio::spawn(async move { dht.withdraw(&key(&id), &[], TTL).await });
+                        withdrawals.spawn(async move { dht.withdraw(&key(&id), &[], TTL).await.is_ok() });
                     }
                 }
                 Some(Wish::Leave(left)) => {
@@ -158,6 +159,7 @@ pub(super) async fn keep_found(
                     return;
                 }
             },
+            Some(_) = withdrawals.join_next() => {}
             Some(visited) = visits.join_next() => if let Ok(visited) = visited {
                 keeping.visited(visited);
             },
@@ -214,10 +216,12 @@ impl Keeping {
         if self.known.contains_key(&id) {
             return;
         }
+        let earlier = self.unseen.checked_sub(Duration::from_micros(1));
+        self.unseen = earlier.unwrap_or(self.unseen);
         let known = Known {
             place: place(&key(&id)),
-            tell_at: self.beginning,
-            seek_at: self.beginning,
+            tell_at: self.unseen,
+            seek_at: self.unseen,
             pause: SEEK.0,
             told: None,
             found: false,
