@@ -99,6 +99,8 @@ pub enum Event {
     },
     /// It takes no more: its owner is to compact it.
     Full(DocumentId),
+    /// It is held no longer.
+    Removed(DocumentId),
 }
 
 /// A document that is to be made.
@@ -536,8 +538,8 @@ impl Replica {
         self.inbox.remove(&id);
         self.arrivals.remove(&id);
         self.news.remove(&id);
-        self.watched.remove(&id);
         self.say_interest(&[], &[id]);
+        self.event(Event::Removed(id));
         Ok(true)
     }
 
@@ -729,9 +731,9 @@ impl Replica {
             .map(|genesis| (genesis.id, genesis.owner, &genesis.label[..]))
     }
 
-    /// Whether a document is held, arrived or not.
-    pub fn holds(&self, id: &DocumentId) -> bool {
-        self.held.contains_key(id)
+    /// The documents that are held, arrived or not.
+    pub fn ids(&self) -> impl Iterator<Item = DocumentId> {
+        self.held.keys().copied()
     }
 
     /// Whose a document is, once it has arrived.

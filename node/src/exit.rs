@@ -122,6 +122,11 @@ impl From<Status> for Failure {
                 NOT_FOUND,
                 "`weft registry follow ID` does; `weft registry ls` shows which it follows.",
             ),
+            "NOT_LISTED" => (
+                NOT_FOUND,
+                "`weft registry ls` shows how many of its catalogues are here. --publisher and a PeerId takes that peer's own word.",
+            ),
+            "FOLLOWED" => (1, "`weft registry unfollow ID` deletes what is here of it."),
             "NOT_PUBLISHER" => (
                 1,
                 "`weft registry publishers ID` shows who publishes which names; its owner lets a node with --add PEER=PATTERN.",

@@ -7,7 +7,9 @@ use weft_crdt::{DocumentId, Error as DocumentError};
 use weft_dht::{DhtError, DiskError, RecordError};
 use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
 
-use crate::{Hash, HomeError, ModelName, ParseNameError, ParsePatternError, ParseTargetError};
+use crate::{
+    Hash, HomeError, ModelName, ParseNameError, ParsePatternError, ParseTargetError, docs::peer_of,
+};
 
 /// Why an operation of the node failed.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +113,22 @@ pub enum Error {
     /// A document cannot be used so.
     #[error(transparent)]
     Document(DocumentError),
+    /// This node may not write the document.
+    #[error("this node may not write document {document}; its owner, {owner}, says who may")]
+    NotWriter {
+        /// Which document.
+        document: DocumentId,
+        /// Who can change that.
+        owner: PeerId,
+    },
+    /// Only the document's owner may do that.
+    #[error("only the owner of document {document}, {owner}, may do that")]
+    NotOwner {
+        /// Which document.
+        document: DocumentId,
+        /// Who may.
+        owner: PeerId,
+    },
     /// A value is of another type than was asked for, or cannot be one of a document.
     #[error("the value does not fit: {0}")]
     Value(#[from] serde_json::Error),
@@ -120,8 +138,23 @@ pub enum Error {
     /// The registry is not followed.
     #[error("this node does not follow registry {0}; follow it first")]
     NotFollowed(DocumentId),
+    /// The document is a registry that is followed.
+    #[error("document {0} is a registry that this node follows; unfollow it first")]
+    Followed(DocumentId),
+    /// Only certain publishers may say what the name means, and what they say is not here.
+    #[error(
+        "{name} is for a publisher of registry {registry} to say, and what they list is not here: they list nothing yet, or nobody who holds it is connected"
+    )]
+    NotListed {
+        /// The name.
+        name: ModelName,
+        /// Whose publishers they are.
+        registry: DocumentId,
+    },
     /// The document is something else.
-    #[error("document {0} is no registry of models")]
+    #[error(
+        "document {0} is no registry of models, or so large that it is not read; then its owner can compact it"
+    )]
     NotRegistry(DocumentId),
     /// Others publish such names.
     #[error("registry {registry} does not let this node publish {name}; its owner can")]
@@ -141,10 +174,26 @@ pub enum Error {
 
 impl From<DocumentError> for Error {
     fn from(error: DocumentError) -> Self {
-        match error {
-            DocumentError::Stopped => Self::Stopped,
-            error => Self::Document(error),
+        match &error {
+            DocumentError::Stopped => return Self::Stopped,
+            // People know peers by their PeerIds.
+            DocumentError::NotWriter {
+                document, owner, ..
+            } => {
+                if let Some(owner) = peer_of(owner) {
+                    let document = *document;
+                    return Self::NotWriter { document, owner };
+                }
+            }
+            DocumentError::NotOwner { document, owner } => {
+                if let Some(owner) = peer_of(owner) {
+                    let document = *document;
+                    return Self::NotOwner { document, owner };
+                }
+            }
+            _ => {}
         }
+        Self::Document(error)
     }
 }
 

@@ -483,14 +483,22 @@ pub(crate) async fn resolve(
         return Ok((model.id, Some(own)));
     }
     let is_asked = |peer: PeerId| publisher.is_none_or(|publisher| publisher == peer);
-    let listed = node.registries().lookup(name).await?;
+    let listed = node.registries().resolve(name).await?;
     let mut claims: Vec<(PeerId, Hash)> = listed
+        .models
         .iter()
         .filter(|one| is_asked(one.publisher))
         .map(|one| (one.publisher, one.model))
         .collect();
+    // A name that is reserved for a registry's publishers means what they say, unless somebody's own word is asked for.
+    if let (true, None, Some(registry)) = (claims.is_empty(), publisher, listed.missing) {
+        return Err(Error::NotListed {
+            name: name.clone(),
+            registry,
+        });
+    }
     // What a registry lists, nobody else says: so it is known at once, and cut off from all others as well.
-    if claims.is_empty() {
+    if claims.is_empty() && (publisher.is_some() || !listed.reserved) {
         node.meet().await;
         let records = node.dht().get(&name.record_key()).await?;
         let claim = |record: &Record| {
@@ -519,7 +527,7 @@ pub(crate) async fn resolve(
             Ok((*id, Some(*publisher)))
         }
         [] => match local {
-            Some(model) if publisher.is_none() => Ok((model.id, None)),
+            Some(model) if publisher.is_none() && !listed.reserved => Ok((model.id, None)),
             _ => Err(Error::NoSuchName {
                 name: name.clone(),
                 publisher,

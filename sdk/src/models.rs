@@ -110,6 +110,8 @@ pub struct Added {
     pub announced_to: usize,
     /// Registries that list it by its name from now on: all that this node follows, and that let it.
     pub registries: Vec<DocumentId>,
+    /// Registries that should, and do not: each with the reason.
+    pub not_listed: Vec<String>,
     /// What was left out of the folder, each with the reason.
     pub skipped: Vec<String>,
 }
@@ -284,16 +286,26 @@ impl Models {
         let store = self.node.store().clone();
         let wanted = model.to_owned();
         let node = self.node.clone();
-        let (info, removed) = blocking(move || {
+        let of_node = node.clone();
+        let info = blocking(move || {
             let model = find(&store, &wanted)?;
-            if let Some(folder) = node.is_fetching(&model.id) {
+            if let Some(folder) = of_node.is_fetching(&model.id) {
                 return Err(Error::Busy(folder));
             }
-            let (info, _) = describe(&store, &model)?;
-            Ok((info, store.remove(&model.id, files)?))
+            Ok(describe(&store, &model)?.0)
         })
         .await?;
-        self.node.registries().withdraw_all(&info.id).await?;
+        // Before it is gone: so an error here can be tried again.
+        node.registries().withdraw_all(&info.id).await?;
+        let (store, id) = (node.store().clone(), info.id);
+        let of_node = node.clone();
+        let removed = blocking(move || {
+            if let Some(folder) = of_node.is_fetching(&id) {
+                return Err(Error::Busy(folder));
+            }
+            Ok(store.remove(&id, files)?)
+        })
+        .await?;
         self.node.announcer().withdraw(&removed.model).await?;
         Ok(Removed {
             model: info,
@@ -361,9 +373,9 @@ impl Add {
         })
         .await?;
         publishing.store(true, Ordering::Relaxed);
-        let registries = match &published {
+        let (registries, not_listed) = match &published {
             Some(name) => self.node.registries().publish_all(name, &model).await?,
-            None => Vec::new(),
+            None => Default::default(),
         };
         self.node.meet().await;
         let announced_to = self
@@ -376,6 +388,7 @@ impl Add {
             ticket: self.node.models().ticket(model.id).await,
             announced_to,
             registries,
+            not_listed,
             skipped,
         })
     }

@@ -46,7 +46,8 @@ const MAX_SERVED: usize = 128;
 
 /// Streams on which peers speak of documents at a time. Each holds one message, at most 2 MiB.
 const MAX_DOCUMENT_STREAMS: usize = 128;
-const MAX_DOCUMENT_STREAMS_PER_PEER: usize = 2;
+/// One, one more on a better path, and those of a run that has crashed.
+const MAX_DOCUMENT_STREAMS_PER_PEER: usize = 4;
 
 /// How long after its start a node waits to meet the mesh.
 const MEET: Duration = Duration::from_secs(5);

@@ -103,12 +103,17 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
         .await;
     assert!(
         matches!(denied, Err(Error::NotPublisher { .. })),
-        "{denied:?}"
+        "{:?}",
+        denied.as_ref().err()
     );
     let denied = of_stranger
         .set_publishers(vec![(stranger.peer_id(), NamePattern::all())], Vec::new())
         .await;
-    assert!(matches!(denied, Err(Error::Document(_))), "{denied:?}");
+    assert!(
+        matches!(denied, Err(Error::NotWriter { .. })),
+        "{:?}",
+        denied.as_ref().err()
+    );
 
     // Whoever follows no registry hears two peers who contradict each other.
     let unsure = get(&hub, "acme/tiny").await;
@@ -284,6 +289,78 @@ async fn a_private_registry_and_what_it_lists_are_read_by_its_readers_alone() {
         .create(weft::NewDoc::default())
         .await
         .unwrap();
+    other.put("/a", 1).await.unwrap();
     let wrong = stranger.registries().follow(other.id(), "").await;
-    assert!(matches!(wrong, Err(Error::NotRegistry(_))), "{wrong:?}");
+    assert!(matches!(wrong, Err(Error::NotRegistry(_))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reserved_name_means_nothing_until_its_publisher_says_so() {
+    let (homes, hub, [owner, publisher, stranger]) = mesh().await;
+    let new = NewRegistry {
+        publishers: vec![(publisher.peer_id(), pattern("acme/*"))],
+        ..NewRegistry::default()
+    };
+    let of_owner = owner.registries().create(new).await.unwrap();
+    let (false_one, _) = add(&stranger, model(homes[0].path(), "f", "f"), "acme/tiny").await;
+    add(&stranger, model(homes[0].path(), "g", "g"), "free/tiny").await;
+    // The publisher has not met the registry: its catalogue is nowhere.
+    let nothing = get(&owner, "acme/tiny").await;
+    assert!(
+        matches!(nothing, Err(Error::NotListed { registry, .. }) if registry == of_owner.id()),
+        "{:?}",
+        nothing.err()
+    );
+    // Names that nobody has reserved, and followers of nothing, go by the DHT; and whoever names a publisher has its word.
+    get(&owner, "free/tiny").await.unwrap();
+    assert_eq!(get(&hub, "acme/tiny").await.unwrap().0, false_one);
+    let asked = owner.models().get("acme/tiny".parse::<Target>().unwrap());
+    let asked = asked
+        .publisher(stranger.peer_id())
+        .to(owner.home().join("asked"));
+    assert_eq!(asked.start().await.unwrap().model.id, false_one);
+    // Once the catalogue is here, and does not list it, there is no such name.
+    let of_publisher = publisher
+        .registries()
+        .follow(of_owner.id(), "")
+        .await
+        .unwrap();
+    assert!(of_publisher.arrived(PATIENCE).await.unwrap());
+    let (tiny, _) = add(&publisher, model(homes[0].path(), "t", "t"), "acme/other").await;
+    lists(&of_owner, &["acme/other"]).await;
+    assert_eq!(get(&owner, "acme/other").await.unwrap().0, tiny);
+    let none = get(&owner, "acme/small").await;
+    assert!(matches!(none, Err(Error::NoSuchName { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publisher_that_lost_its_documents_gets_its_catalogue_back() {
+    let (homes, hub, [owner, publisher]) = mesh().await;
+    let new = NewRegistry {
+        publishers: vec![(publisher.peer_id(), NamePattern::all())],
+        readers: Some(vec![publisher.peer_id()]),
+        ..NewRegistry::default()
+    };
+    let of_owner = owner.registries().create(new).await.unwrap();
+    let of_publisher = publisher
+        .registries()
+        .follow(of_owner.id(), "")
+        .await
+        .unwrap();
+    assert!(of_publisher.arrived(PATIENCE).await.unwrap());
+    add(&publisher, model(homes[0].path(), "a", "1"), "acme/a").await;
+    add(&publisher, model(homes[0].path(), "b", "2"), "acme/b").await;
+    lists(&of_owner, &["acme/a", "acme/b"]).await;
+    publisher.shutdown().await;
+    drop((of_publisher, publisher));
+    std::fs::remove_file(homes[2].path().join("documents.redb")).unwrap();
+    let publisher = node(homes[2].path(), &hub.addresses().await).await;
+    let of_publisher = publisher.registries().followed(of_owner.id()).unwrap();
+    assert!(of_publisher.arrived(PATIENCE).await.unwrap());
+    let (anew, _) = add(&publisher, model(homes[0].path(), "c", "3"), "acme/b").await;
+    add(&publisher, model(homes[0].path(), "d", "4"), "acme/d").await;
+    lists(&of_owner, &["acme/a", "acme/b", "acme/d"]).await;
+    lists(&of_publisher, &["acme/a", "acme/b", "acme/d"]).await;
+    let listed = of_owner.models("acme/b").await.unwrap();
+    assert_eq!(listed[0].model, anew);
 }

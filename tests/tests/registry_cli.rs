@@ -117,11 +117,12 @@ fn a_registry_is_made_followed_filled_and_left() {
         assert_eq!(failed.code(), Some(code), "{arguments:?}: {failed:#?}");
         assert!(failed.stderr.contains(says), "{arguments:?}: {failed:#?}");
     }
-    let denied = publisher.run(&["registry", "publishers", &id, "--remove", up.peer_id()]);
-    assert_eq!(denied.code(), Some(0), "nothing changes: {denied:#?}");
     let lets_self = format!("{}=*", publisher_up.peer_id());
     let denied = publisher.run(&["registry", "publishers", &id, "--add", &lets_self]);
     assert_eq!(denied.code(), Some(1), "{denied:#?}");
+    assert!(denied.stderr.contains(up.peer_id()), "{denied:#?}");
+    let denied = publisher.run(&["doc", "rm", &id]);
+    assert!(denied.stderr.contains("registry unfollow"), "{denied:#?}");
 
     // The owner publishes as well; after a kill all of it is there.
     let itself = up.peer_id().to_owned();

@@ -240,6 +240,7 @@ impl Documents for Service {
                     edits: edits as u64,
                 }),
                 DocChange::Full => What::Full(api::DocumentFull {}),
+                DocChange::Removed => What::Removed(api::DocumentRemoved {}),
                 DocChange::Equivocated { author } => What::Equivocated(api::DocumentEquivocated {
                     author: author.to_string(),
                 }),

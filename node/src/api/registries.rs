@@ -129,10 +129,13 @@ impl Registries for Service {
         let followed = registries.follow(id(&request.id)?, &request.prefix).await;
         let followed = followed.map_err(|error| status(&error))?;
         let patience = Duration::from_millis(request.wait_millis);
-        followed
-            .arrived(patience)
-            .await
-            .map_err(|error| status(&error))?;
+        if let Err(error) = followed.arrived(patience).await {
+            if matches!(error, weft::Error::NotRegistry(_)) {
+                let unfollowed = registries.unfollow(followed.id()).await;
+                unfollowed.map_err(|error| status(&error))?;
+            }
+            return Err(status(&error));
+        }
         self.answer(&followed).await
     }
 

@@ -549,6 +549,7 @@ fn add_done(added: Added) -> api::AddDone {
         announced_to: added.announced_to as u32,
         skipped: added.skipped,
         registries: added.registries.iter().map(ToString::to_string).collect(),
+        not_listed: added.not_listed,
     }
 }
 

@@ -67,12 +67,16 @@ fn print(done: AddDone, meter: &Meter, as_json: bool) {
                 "announced_to": done.announced_to,
                 "skipped": done.skipped,
                 "registries": done.registries,
+                "not_listed": done.not_listed,
             })
         );
         return;
     }
     for skipped in &done.skipped {
         err!("left out {skipped}");
+    }
+    for problem in &done.not_listed {
+        err!("not listed in registry {problem}");
     }
     out!(
         "added {}, {}, {} in {} ({})",

@@ -384,6 +384,10 @@ async fn watch(
                     output::count(carried.edits, "edit")
                 ),
             ),
+            Some(What::Removed(_)) => (
+                json!({ "event": "removed" }),
+                "this node holds it no longer".to_owned(),
+            ),
             Some(What::Full(_)) => (
                 json!({ "event": "full" }),
                 "it takes no more changes until its owner compacts it".to_owned(),

@@ -8,12 +8,12 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     sync::{Notify, Semaphore, mpsc, oneshot},
     task::{AbortHandle, JoinSet},
     time::{Instant, timeout},
 };
-use weft_crdt::{DocumentId, Documents, MAX_MESSAGE_BYTES, Outgoing};
+use weft_crdt::{DocumentId, Documents, Key, MAX_MESSAGE_BYTES, Outgoing};
 use weft_dht::Dht;
 use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
 use weft_proto::frame;
@@ -29,8 +29,11 @@ pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");
 /// How often it is looked who is connected.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// After a stream has failed, how long until another is opened.
-const AGAIN: Duration = Duration::from_secs(5);
+/// After a stream has failed soon, how long until another is opened; after each more twice as long, up to the second.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+
+/// A stream that was there for so long has not failed soon: another is opened at once.
+const LIVED: Duration = Duration::from_secs(10);
 
 /// Bytes that wait for a peer; who does not take them in time is left.
 const MAX_WAITING: usize = 8 << 20;
@@ -47,9 +50,13 @@ pub(crate) struct Driver {
     pub(crate) documents: Documents,
     network: Network,
     wishes: mpsc::UnboundedSender<Wish>,
+    run: Run,
     /// A document is held from now on, or holders of one have been connected to.
     changed: Arc<Notify>,
 }
+
+/// A run of a program: drawn anew at every start. Each stream begins with its writer's.
+pub(crate) type Run = [u8; 16];
 
 /// What reads peers' streams, and what is heard of them.
 pub(crate) type Hearing = (Listener, mpsc::Receiver<Heard>);
@@ -58,7 +65,7 @@ pub(crate) type Hearing = (Listener, mpsc::Receiver<Heard>);
 #[derive(Debug)]
 pub(crate) enum Heard {
     /// A peer has opened one; whether it is listened to.
-    Opened(PeerId, oneshot::Sender<bool>),
+    Opened(PeerId, Run, oneshot::Sender<bool>),
     /// A peer's last one has ended.
     Ended(PeerId),
 }
@@ -88,12 +95,17 @@ impl Driver {
         // Bounded by the number of documents, and by how often an application opens and removes some.
         let (wishes, wished) = mpsc::unbounded_channel();
         let changed = Arc::new(Notify::new());
+        let mut run = Run::default();
+        if let Err(error) = getrandom::fill(&mut run) {
+            tracing::warn!(%error, "no randomness: peers notice late when this node restarts");
+        }
         let of_node = (dht, network.clone(), documents.clone());
         let keep = keep_found(of_node, Arc::clone(&changed), wished);
         let driver = Arc::new(Self {
             documents,
             network,
             wishes,
+            run,
             changed,
         });
         (driver, (listener, called), keep)
@@ -122,9 +134,12 @@ impl Driver {
 
 /// Is found, and finds others, under what was held when the node stopped.
 pub(crate) async fn hold_again(driver: Arc<Driver>) {
-    let held = driver.documents.with(|replica| replica.list()).await;
+    let held = driver
+        .documents
+        .with(|replica| Ok(replica.ids().collect::<Vec<_>>()))
+        .await;
     match held {
-        Ok(held) => held.iter().for_each(|document| driver.holds(document.id)),
+        Ok(held) => held.into_iter().for_each(|id| driver.holds(id)),
         Err(error) => tracing::warn!(%error, "documents"),
     }
 }
@@ -134,6 +149,28 @@ struct Outbox {
     messages: mpsc::UnboundedSender<Bytes>,
     room: Arc<Semaphore>,
     writing: AbortHandle,
+    since: Instant,
+}
+
+/// A peer that documents know to be there.
+#[derive(Default)]
+struct Met {
+    /// Opened when there is something to say.
+    outbox: Option<Outbox>,
+    /// Which run of the peer's program is heard.
+    run: Option<Run>,
+}
+
+/// Who is there, and who is not listened to or talked to for now.
+struct Meeting {
+    network: Network,
+    documents: Documents,
+    run: Run,
+    known: HashMap<PeerId, Met>,
+    banned: HashMap<PeerId, Instant>,
+    /// To whom a stream has failed: until when, and how long the pause was.
+    later: HashMap<PeerId, (Instant, Duration)>,
+    writers: JoinSet<PeerId>,
 }
 
 /// Runs until the network stops: tells documents who is there, and brings messages out. Holds no node.
@@ -142,13 +179,17 @@ pub(crate) async fn drive(
     mut outgoing: super::Outgoing,
     mut called: mpsc::Receiver<Heard>,
 ) {
-    let network = driver.network.clone();
-    let documents = driver.documents.clone();
     let changed = Arc::clone(&driver.changed);
+    let mut meeting = Meeting {
+        network: driver.network.clone(),
+        documents: driver.documents.clone(),
+        run: driver.run,
+        known: HashMap::new(),
+        banned: HashMap::new(),
+        later: HashMap::new(),
+        writers: JoinSet::new(),
+    };
     drop(driver);
-    let mut known: HashMap<PeerId, Option<Outbox>> = HashMap::new();
-    let mut later: HashMap<PeerId, Instant> = HashMap::new();
-    let mut writers = JoinSet::new();
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -158,103 +199,131 @@ pub(crate) async fn drive(
                 Some(Outgoing::Offence(key, why)) => {
                     if let Some(peer) = peer_of(&key) {
                         tracing::warn!(%peer, why, "a peer's documents are not listened to for an hour");
-                        known.remove(&peer);
-                        later.insert(peer, Instant::now() + BAN);
-                        documents.disconnected(key).await;
+                        meeting.banned.insert(peer, Instant::now() + BAN);
+                        meeting.part(peer).await;
                     }
                 }
-                Some(Outgoing::Send(key, message)) => {
-                    let Some(peer) = peer_of(&key) else { continue };
-                    let Some(outbox) = known.get_mut(&peer) else { continue };
-                    let outbox = outbox.get_or_insert_with(|| open_outbox(&network, peer, &mut writers));
-                    if !outbox.put(message) {
-                        tracing::debug!(%peer, "does not take what it is told about documents");
-                        known.remove(&peer);
-                        later.insert(peer, Instant::now() + AGAIN);
-                        documents.disconnected(key).await;
-                    }
-                }
+                Some(Outgoing::Send(key, message)) => meeting.send(key, message).await,
                 Some(_) => {}
             },
-            Some(ended) = writers.join_next() => {
-                let Ok(peer) = ended else { continue };
-                known.remove(&peer);
-                later.insert(peer, Instant::now() + AGAIN);
-                if let Some(key) = key_of(&peer) {
-                    documents.disconnected(key).await;
-                }
-            }
+            Some(ended) = meeting.writers.join_next() => if let Ok(peer) = ended {
+                meeting.ended(peer).await;
+            },
             Some(heard) = called.recv() => match heard {
-                Heard::Opened(peer, listened) => {
-                    // What it says is to be heard also where the next look would come too late for it.
-                    let is_heard = !later.contains_key(&peer);
-                    if is_heard
-                        && !known.contains_key(&peer)
-                        && let Some(key) = key_of(&peer)
-                    {
-                        known.insert(peer, None);
-                        documents.connected(key).await;
-                    }
+                Heard::Opened(peer, run, listened) => {
+                    let is_heard = meeting.opened(peer, run).await;
                     // It may be gone again.
                     let _ = listened.send(is_heard);
                 }
                 // It is gone, or begins anew.
-                Heard::Ended(peer) => {
-                    if known.remove(&peer).is_some()
-                        && let Some(key) = key_of(&peer)
-                    {
-                        documents.disconnected(key).await;
-                    }
-                }
+                Heard::Ended(peer) => meeting.part(peer).await,
             },
-            _ = look.tick() => meet(&network, &documents, &mut known, &mut later).await,
-            () = changed.notified() => meet(&network, &documents, &mut known, &mut later).await,
+            _ = look.tick() => meeting.look().await,
+            () = changed.notified() => meeting.look().await,
         }
     }
 }
 
-/// Tells documents of peers that have come and gone.
-async fn meet(
-    network: &Network,
-    documents: &Documents,
-    known: &mut HashMap<PeerId, Option<Outbox>>,
-    later: &mut HashMap<PeerId, Instant>,
-) {
-    let here: HashSet<PeerId> = network
-        .peers()
-        .await
-        .into_iter()
-        .map(|peer| peer.peer)
-        .collect();
-    let now = Instant::now();
-    later.retain(|_, until| *until > now);
-    let gone: Vec<PeerId> = known
-        .keys()
-        .filter(|peer| !here.contains(peer))
-        .copied()
-        .collect();
-    for peer in gone {
-        known.remove(&peer);
+impl Meeting {
+    async fn meet(&mut self, peer: PeerId, run: Option<Run>) {
         if let Some(key) = key_of(&peer) {
-            documents.disconnected(key).await;
+            self.known.insert(peer, Met { outbox: None, run });
+            self.documents.connected(key).await;
         }
     }
-    for peer in here {
-        let Some(key) = key_of(&peer) else { continue };
-        if known.contains_key(&peer) || later.contains_key(&peer) {
-            continue;
+
+    async fn part(&mut self, peer: PeerId) {
+        if self.known.remove(&peer).is_some()
+            && let Some(key) = key_of(&peer)
+        {
+            self.documents.disconnected(key).await;
         }
-        known.insert(peer, None);
-        documents.connected(key).await;
+    }
+
+    /// Tells documents of peers that have come and gone.
+    async fn look(&mut self) {
+        let peers = self.network.peers().await.into_iter();
+        let here: HashSet<PeerId> = peers.map(|peer| peer.peer).collect();
+        let now = Instant::now();
+        self.banned.retain(|_, until| *until > now);
+        // How long the last pause was is forgotten after as long again.
+        self.later
+            .retain(|_, (until, pause)| *until + *pause + LIVED > now);
+        let gone = self.known.keys().filter(|peer| !here.contains(peer));
+        for peer in gone.copied().collect::<Vec<_>>() {
+            self.part(peer).await;
+        }
+        for peer in here {
+            let is_later = |(until, _): &(Instant, Duration)| *until > now;
+            let waits = self.later.get(&peer).is_some_and(is_later);
+            if !waits && !self.known.contains_key(&peer) && !self.banned.contains_key(&peer) {
+                self.meet(peer, None).await;
+            }
+        }
+    }
+
+    async fn send(&mut self, key: Key, message: Bytes) {
+        let Some(peer) = peer_of(&key) else { return };
+        let Some(met) = self.known.get_mut(&peer) else {
+            return;
+        };
+        let (network, writers, run) = (&self.network, &mut self.writers, self.run);
+        let outbox = met
+            .outbox
+            .get_or_insert_with(|| open_outbox(network, peer, run, writers));
+        if !outbox.put(message) {
+            tracing::debug!(%peer, "does not take what it is told about documents");
+            self.fails(peer).await;
+        }
+    }
+
+    /// What was to be told may be lost. It is met again: at once, unless that has just been tried.
+    async fn ended(&mut self, peer: PeerId) {
+        let outbox = self.known.get(&peer).and_then(|met| met.outbox.as_ref());
+        // It may have been left, or met again, meanwhile.
+        if outbox.is_none_or(|outbox| !outbox.writing.is_finished()) {
+            return;
+        }
+        if outbox.is_some_and(|outbox| outbox.since.elapsed() >= LIVED) {
+            self.part(peer).await;
+            self.look().await;
+        } else {
+            self.fails(peer).await;
+        }
+    }
+
+    async fn fails(&mut self, peer: PeerId) {
+        let last = self.later.get(&peer).map(|(_, pause)| *pause * 2);
+        let pause = last.unwrap_or(AGAIN.0).min(AGAIN.1);
+        self.later.insert(peer, (Instant::now() + pause, pause));
+        self.part(peer).await;
+    }
+
+    /// A peer has opened a stream; whether it is listened to.
+    async fn opened(&mut self, peer: PeerId, run: Run) -> bool {
+        if self.banned.contains_key(&peer) {
+            return false;
+        }
+        match self.known.get_mut(&peer) {
+            // Another run of its program: what was told to the one before is lost, and so is what that had.
+            Some(met) if met.run.is_some_and(|known| known != run) => {
+                self.part(peer).await;
+                self.meet(peer, Some(run)).await;
+            }
+            Some(met) => met.run = Some(run),
+            // What it says is to be heard also where the next look would come too late for it.
+            None => self.meet(peer, Some(run)).await,
+        }
+        true
     }
 }
 
-fn open_outbox(network: &Network, peer: PeerId, writers: &mut JoinSet<PeerId>) -> Outbox {
+fn open_outbox(network: &Network, peer: PeerId, run: Run, writers: &mut JoinSet<PeerId>) -> Outbox {
     let (messages, waiting) = mpsc::unbounded_channel();
     let room = Arc::new(Semaphore::new(MAX_WAITING));
     let (network, of_writer) = (network.clone(), Arc::clone(&room));
     let writing = writers.spawn(async move {
-        if let Err(error) = write_all(&network, peer, waiting, &of_writer).await {
+        if let Err(error) = write_all(&network, peer, run, waiting, &of_writer).await {
             tracing::debug!(%peer, %error, "a stream of documents has ended");
         }
         peer
@@ -263,6 +332,7 @@ fn open_outbox(network: &Network, peer: PeerId, writers: &mut JoinSet<PeerId>) -
         messages,
         room,
         writing,
+        since: Instant::now(),
     }
 }
 
@@ -291,22 +361,31 @@ type Failed = Box<dyn std::error::Error + Send + Sync>;
 async fn write_all(
     network: &Network,
     peer: PeerId,
+    run: Run,
     mut waiting: mpsc::UnboundedReceiver<Bytes>,
     room: &Semaphore,
 ) -> Result<(), Failed> {
     let mut stream: Option<Stream> = None;
-    while let Some(message) = waiting.recv().await {
-        // On a better path, if there is one.
-        if stream
-            .as_ref()
-            .is_none_or(|stream| stream.best_path().is_better_open())
-        {
-            stream = Some(network.open(peer, PROTOCOL, Class::Interactive).await?);
-        }
-        let Some(stream) = &mut stream else {
-            return Ok(());
+    loop {
+        let message = tokio::select! {
+            message = waiting.recv() => match message {
+                Some(message) => message,
+                None => return Ok(()),
+            },
+            // What was written may not have arrived.
+            () = end(&mut stream) => return Err("the peer does not listen any more".into()),
         };
         let written = timeout(WRITE, async {
+            // On a better path, if there is one.
+            let stream = match &mut stream {
+                Some(stream) if !stream.best_path().is_better_open() => stream,
+                other => {
+                    let stream = network.open(peer, PROTOCOL, Class::Interactive).await?;
+                    let stream = other.insert(stream);
+                    frame::write_bytes(stream, &run, MAX_MESSAGE_BYTES).await?;
+                    stream
+                }
+            };
             frame::write_bytes(stream, &message, MAX_MESSAGE_BYTES).await?;
             stream.flush().await?;
             Ok::<_, Failed>(())
@@ -314,7 +393,14 @@ async fn write_all(
         written.await??;
         room.add_permits(message.len());
     }
-    Ok(())
+}
+
+/// Until a stream has ended, or its connection: nothing is said on it the other way.
+async fn end(stream: &mut Option<Stream>) {
+    match stream {
+        Some(stream) => _ = stream.read(&mut [0]).await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Listener {
@@ -350,8 +436,14 @@ impl Listener {
         let Some(key) = key_of(&peer) else {
             return;
         };
+        let Ok(Some(run)) = frame::read_bytes(&mut stream, size_of::<Run>()).await else {
+            return;
+        };
+        let Ok(run) = run.try_into() else {
+            return;
+        };
         let (listened, is_heard) = oneshot::channel();
-        let told = self.heard.send(Heard::Opened(peer, listened)).await;
+        let told = self.heard.send(Heard::Opened(peer, run, listened)).await;
         if told.is_err() || is_heard.await != Ok(true) {
             return;
         }

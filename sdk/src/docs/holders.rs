@@ -9,7 +9,7 @@ use std::{
 use futures::{StreamExt, stream, stream::FuturesUnordered};
 use prost::Message;
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     task::JoinSet,
     time::{Instant, sleep_until, timeout},
 };
@@ -25,6 +25,12 @@ const TTL: Duration = Duration::from_secs(2 * 3600);
 
 /// How often it is said again: three times within its life, so that one lost round costs nothing.
 const REFRESH: Duration = Duration::from_secs(40 * 60);
+
+/// What nobody took is said again after the first, then after twice as long each time, up to the second.
+const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+
+/// A document that nobody connected holds is looked for at least this often for a while, as long as its holders may be just starting.
+const STARTING: (Duration, Duration) = (Duration::from_secs(4), Duration::from_secs(60));
 
 /// In a mesh smaller than this, every node that comes is told: those that were there before may have kept nothing.
 const SMALL: usize = 20;
@@ -78,6 +84,9 @@ struct Known {
     tell_at: Instant,
     seek_at: Instant,
     pause: Duration,
+    retry: Duration,
+    /// Since when it is held.
+    since: Instant,
     /// Somebody has taken the claim, the last time then.
     told: Option<Instant>,
     /// A connected peer holds it as well.
@@ -101,6 +110,7 @@ struct Keeping {
     documents: Documents,
     /// New holders are connected.
     changed: Arc<Notify>,
+    withdrawing: Arc<Semaphore>,
     known: HashMap<DocumentId, Known>,
     /// What is due next. Neighbours in the key space follow each other where they are due at once: they are stored at the same nodes.
     queue: BTreeSet<(Instant, [u8; 32], DocumentId)>,
@@ -125,12 +135,13 @@ pub(super) async fn keep_found(
         network,
         documents,
         changed,
+        withdrawing: Arc::new(Semaphore::new(AT_A_TIME)),
         known: HashMap::new(),
         queue: BTreeSet::new(),
         unseen: now,
         paced: now,
     };
-    let mut visits = JoinSet::new();
+    let mut visits: JoinSet<Visited> = JoinSet::new();
     let mut withdrawals = JoinSet::new();
     loop {
         let alone = *nodes.borrow_and_update() == 0;
@@ -145,10 +156,8 @@ pub(super) async fn keep_found(
                 None => return,
                 Some(Wish::Hold(id)) => keeping.hold(id),
                 Some(Wish::Drop(id)) => {
-                    if let Some(known) = keeping.forget(&id) && known.told.is_some() {
-                        let dht = keeping.dht.clone();
-                        // Who does not hear of it forgets by itself.
-                        withdrawals.spawn(async move { dht.withdraw(&key(&id), &[], TTL).await.is_ok() });
+                    if keeping.forget(&id) {
+                        withdrawals.spawn(keeping.withdraw(id));
                     }
                 }
                 Some(Wish::Leave(left)) => {
@@ -161,7 +170,11 @@ pub(super) async fn keep_found(
             },
             Some(_) = withdrawals.join_next() => {}
             Some(visited) = visits.join_next() => if let Ok(visited) = visited {
-                keeping.visited(visited);
+                let id = visited.id;
+                // Dropped meanwhile, and perhaps told after that.
+                if !keeping.visited(visited) {
+                    withdrawals.spawn(keeping.withdraw(id));
+                }
             },
             changed = addresses.changed() => match changed {
                 // A claim that leads nowhere is worse than none.
@@ -223,6 +236,8 @@ impl Keeping {
             tell_at: self.unseen,
             seek_at: self.unseen,
             pause: SEEK.0,
+            retry: RETRY.0,
+            since: Instant::now(),
             told: None,
             found: false,
             queued: None,
@@ -231,12 +246,27 @@ impl Keeping {
         self.queue(id);
     }
 
-    fn forget(&mut self, id: &DocumentId) -> Option<Known> {
-        let known = self.known.remove(id)?;
-        if let Some(at) = known.queued {
-            self.queue.remove(&(at, known.place, *id));
+    /// Whether it is to be taken back now; what is being visited is when that is over.
+    fn forget(&mut self, id: &DocumentId) -> bool {
+        let Some(known) = self.known.remove(id) else {
+            return false;
+        };
+        match known.queued {
+            Some(at) => {
+                self.queue.remove(&(at, known.place, *id));
+                known.told.is_some()
+            }
+            None => false,
         }
-        Some(known)
+    }
+
+    fn withdraw(&self, id: DocumentId) -> impl Future<Output = ()> + use<> {
+        let (dht, turn) = (self.dht.clone(), Arc::clone(&self.withdrawing));
+        async move {
+            let _turn = turn.acquire().await;
+            // Who does not hear of it forgets by itself.
+            let _ = dht.withdraw(&key(&id), &[], TTL).await;
+        }
     }
 
     /// Claims are to be said again soon; `all`: also those that were just said.
@@ -321,19 +351,29 @@ impl Keeping {
         SEEK.1.max(PACE.saturating_mul(all))
     }
 
-    fn visited(&mut self, visited: Visited) {
+    /// Whether it is still held.
+    fn visited(&mut self, visited: Visited) -> bool {
         let now = Instant::now();
         let longest = self.longest();
         let Some(known) = self.known.get_mut(&visited.id) else {
-            return;
+            return false;
         };
-        if visited.took.is_some_and(|took| took > 0) {
-            known.told = Some(now);
+        match visited.took {
+            Some(0) => {
+                known.tell_at = known.tell_at.min(now + known.retry);
+                known.retry = (known.retry * 2).min(RETRY.1);
+            }
+            Some(_) => {
+                known.told = Some(now);
+                known.retry = RETRY.0;
+            }
+            None => {}
         }
         if let Some((reached, sharing)) = visited.found {
             known.found = reached + sharing > 0;
             known.pause = match (reached, sharing) {
                 (0, ENOUGH..) => longest,
+                (0, 0) if known.since.elapsed() < STARTING.1 => (known.pause * 2).min(STARTING.0),
                 (0, _) => (known.pause * 2).min(longest),
                 _ => SEEK.0,
             };
@@ -343,10 +383,13 @@ impl Keeping {
             }
         }
         self.queue(visited.id);
+        true
     }
 
     async fn leave(&mut self) {
-        let told = self.known.drain().filter(|(_, known)| known.told.is_some());
+        // A visit that was broken off may have told it.
+        let is_told = |known: &Known| known.told.is_some() || known.queued.is_none();
+        let told = self.known.drain().filter(|(_, known)| is_told(known));
         let dht = &self.dht;
         let withdrawn = stream::iter(told)
             .map(|(id, _)| async move { dht.withdraw(&key(&id), &[], TTL).await })

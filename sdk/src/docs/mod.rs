@@ -216,8 +216,11 @@ impl Docs {
     /// Holds a document no longer: what is here of it is deleted. Whether it was held.
     ///
     /// # Errors
-    /// [`Error::Document`] if the disk fails, [`Error::Stopped`].
+    /// [`Error::Followed`] if it is a registry that is followed, [`Error::Document`] if the disk fails, [`Error::Stopped`].
     pub async fn remove(&self, id: DocumentId) -> Result<bool, Error> {
+        if self.node.followed().prefix(&id).is_some() {
+            return Err(Error::Followed(id));
+        }
         let held = self
             .documents()
             .with(move |replica| replica.remove(id))
@@ -329,7 +332,7 @@ impl Doc {
     /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path, the keys of the given map.
     ///
     /// # Errors
-    /// [`Error::Document`] if this node may not write it or the path does not fit, [`Error::Value`], [`Error::Stopped`].
+    /// [`Error::NotWriter`], [`Error::Document`] if the path does not fit, [`Error::Value`], [`Error::Stopped`].
     pub async fn put(&self, at: &str, value: impl Serialize) -> Result<Option<ChangeId>, Error> {
         self.transaction().put(at, value)?.commit().await
     }
@@ -405,7 +408,7 @@ impl Doc {
     /// Says who may read it besides owner and writers; `None`: everybody in the network. Only the owner may; who has it already keeps it.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
     pub async fn set_readers(&self, readers: Option<Vec<PeerId>>) -> Result<(), Error> {
         let readers = match readers {
             None => Readers::Everybody,
@@ -421,7 +424,7 @@ impl Doc {
     /// Who may write, who no longer may, and, if that changes, who may read: as one decision. Only the owner may.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
     pub async fn set_rights(
         &self,
         add: Vec<PeerId>,
@@ -453,7 +456,7 @@ impl Doc {
     /// Begins its content anew as it is, without its history. Only the owner may. Edits that a writer makes meanwhile, without knowing, are made again.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::NotOwner`], [`Error::Document`], [`Error::Stopped`].
     pub async fn compact(&self) -> Result<(), Error> {
         let id = self.id;
         Ok(self
@@ -535,7 +538,7 @@ impl Transaction {
     /// Makes the edits: the change is on disk when this returns. `None` if they change nothing.
     ///
     /// # Errors
-    /// [`Error::Document`], and then none of them was made; [`Error::Stopped`].
+    /// [`Error::NotWriter`], [`Error::Document`], and then none of them was made; [`Error::Stopped`].
     pub async fn commit(self) -> Result<Option<ChangeId>, Error> {
         let Self {
             doc,
@@ -572,7 +575,7 @@ impl Writers {
     /// Lets a peer write. Only the owner may.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
     pub async fn add(&self, peer: PeerId) -> Result<(), Error> {
         let add = keys(&[peer])?;
         self.doc
@@ -586,7 +589,7 @@ impl Writers {
     /// Lets a peer write no longer: what it has written stays as far as it is known here, and no more counts. Only the owner may.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
     pub async fn revoke(&self, peer: PeerId) -> Result<(), Error> {
         let revoke = keys(&[peer])?;
         self.doc

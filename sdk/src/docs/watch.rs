@@ -36,6 +36,8 @@ pub enum DocChange {
     },
     /// It takes no more changes until its owner compacts it.
     Full,
+    /// This node holds it no longer.
+    Removed,
     /// Changes came faster than they were taken: some were not told.
     Missed,
 }
@@ -97,6 +99,7 @@ impl DocWatch {
             ),
             Event::Carried { document, edits } => (document, DocChange::Carried { edits }),
             Event::Full(id) => (id, DocChange::Full),
+            Event::Removed(id) => (id, DocChange::Removed),
             _ => return None,
         };
         (id == self.id).then_some(change)

@@ -130,7 +130,7 @@ pub(super) struct Entry {
     /// Parts by which providers say what they have.
     pub(super) shard_groups: u32,
     pub(super) file_count: u64,
-    /// A line for each file, its size in bytes and its path; empty where there are too many. One text, for a document has about 10,000 values at most.
+    /// A line for each file, its size in bytes and its path; empty where there are too many. One text, for documents are best kept below some ten thousand values.
     pub(super) files: String,
     /// Milliseconds since the Unix epoch, by the publisher's clock.
     pub(super) published: u64,
@@ -155,6 +155,13 @@ impl Entry {
         }
     }
 
+    /// What stands in a catalogue. `None` if it is no entry, or longer than any of ours: its publisher may be a liar.
+    pub(super) fn read(value: Value) -> Option<Self> {
+        let entry: Self = serde_json::from_value(value).ok()?;
+        let is_long = entry.files.len() > MAX_LIST || entry.files.lines().count() > MAX_FILES;
+        (!is_long && entry.model().is_some()).then_some(entry)
+    }
+
     pub(super) fn model(&self) -> Option<Hash> {
         self.manifest.parse().ok()
     }
@@ -168,7 +175,7 @@ impl Entry {
     }
 }
 
-/// The entries of a catalogue whose names begin with `prefix` and are the pattern's. What is none is passed over: the publisher may be a liar.
+/// The entries of a catalogue whose names begin with `prefix` and are the pattern's. What is none is passed over.
 pub(super) fn entries(
     content: Map<String, Value>,
     pattern: &NamePattern,
@@ -177,11 +184,7 @@ pub(super) fn entries(
     let entry = |(key, value): (String, Value)| {
         let name: ModelName = key.parse().ok()?;
         let is_meant = self::key(&name) == key && key.starts_with(prefix) && pattern.matches(&name);
-        let entry: Entry = is_meant
-            .then(|| serde_json::from_value(value).ok())
-            .flatten()?;
-        entry.model()?;
-        Some((name, entry))
+        Some((name, is_meant.then(|| Entry::read(value)).flatten()?))
     };
     content.into_iter().filter_map(entry).collect()
 }

@@ -9,12 +9,18 @@ use std::{
 
 use serde_json::Value;
 use tokio::{
-    sync::{Notify, broadcast::error::RecvError},
-    time::{Instant, sleep_until},
+    sync::{
+        Notify,
+        broadcast::{
+            self,
+            error::{RecvError, TryRecvError},
+        },
+    },
+    time::{Instant, sleep, sleep_until},
 };
 use weft_crdt::{
-    DocumentDetails, DocumentId, Documents, Error as DocumentError, Event, Key, Readers, Replica,
-    Rights,
+    DocumentDetails, DocumentId, Documents, Error as DocumentError, Event, Key, MAX_KEYS, Readers,
+    Replica, Rights,
 };
 use weft_net::PeerId;
 
@@ -26,14 +32,20 @@ use crate::{
     lines,
 };
 
-/// After a fault of the disk, how long until it is tried again.
+/// After something could not be held, how long until it is tried again.
 const LATER: Duration = Duration::from_secs(30);
+
+/// Changes of registries are waited for this long: several often come together, and each costs a look at all.
+const SETTLE: Duration = Duration::from_millis(300);
 
 /// Registries that a node follows.
 const MAX_FOLLOWED: usize = 64;
 
-/// Catalogues of one registry that a node holds: its owner cannot make it hold more.
-pub(super) const MAX_CATALOGUES: usize = 512;
+/// Publishers and patterns of one registry that count, in the order of their keys: its administrators cannot make a node hold, or look at, more.
+const MAX_CATALOGUES: usize = 512;
+
+/// Bytes of changes of a registry beyond which it is not read.
+const MAX_LOG: u64 = 16 << 20;
 
 /// A registry's id, and what the names begin with that are of interest.
 pub(super) type List = BTreeMap<DocumentId, String>;
@@ -75,7 +87,7 @@ impl Followed {
         self.list().clone()
     }
 
-    pub(super) fn prefix(&self, id: &DocumentId) -> Option<String> {
+    pub(crate) fn prefix(&self, id: &DocumentId) -> Option<String> {
         self.list().get(id).cloned()
     }
 
@@ -106,7 +118,7 @@ impl Followed {
 }
 
 /// A publisher's catalogue.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Catalogue {
     pub(super) id: DocumentId,
     pub(super) publisher: Key,
@@ -117,50 +129,74 @@ pub(super) struct Catalogue {
 #[derive(Debug, Clone)]
 pub(super) struct Root {
     pub(super) details: DocumentDetails,
-    /// Of all publishers, in the order of their keys and patterns.
+    /// At most [`MAX_CATALOGUES`].
     pub(super) catalogues: Vec<Catalogue>,
 }
 
 impl Root {
-    /// `None` if it has not arrived, or is no registry.
+    /// `None` if it is no registry, or too large a one.
+    ///
+    /// # Errors
+    /// Those of reading a document: also [`DocumentError::NotYet`] while there is nothing in it.
     pub(super) fn read(
         replica: &mut Replica,
         id: DocumentId,
     ) -> Result<Option<Self>, DocumentError> {
-        let Some(details) = replica.info(id)?.details else {
-            return Ok(None);
-        };
+        let details = replica.info(id)?.details;
+        let details = details.ok_or(DocumentError::NotYet(id))?;
         let mut get = |key: &str| replica.get(id, &weft_crdt::Path::default().join(key));
-        if get("type")?.as_ref().and_then(Value::as_str) != Some(TYPE) {
+        let kind = get("type")?;
+        if kind.is_none() && details.changes == 0 {
+            // Its content may be on its way.
+            return Err(DocumentError::NotYet(id));
+        }
+        if kind.as_ref().and_then(Value::as_str) != Some(TYPE) {
+            return Ok(None);
+        }
+        if details.log_bytes > MAX_LOG {
+            tracing::warn!(registry = %id, bytes = details.log_bytes, "too large to be read; its owner can compact it");
             return Ok(None);
         }
         let publishers = match get("publishers")? {
             Some(Value::Object(publishers)) => publishers,
             _ => serde_json::Map::new(),
         };
+        if publishers.len() > MAX_CATALOGUES {
+            tracing::warn!(registry = %id, of = publishers.len(), "only the first {MAX_CATALOGUES} of its publishers count");
+        }
         let catalogue = |key: &String| {
             let (peer, pattern) = key.split_once(' ')?;
-            let (publisher, pattern) = (
-                key_of(&peer.parse::<PeerId>().ok()?)?,
-                pattern.parse().ok()?,
-            );
+            let publisher = key_of(&peer.parse::<PeerId>().ok()?)?;
+            let pattern = pattern.parse().ok()?;
             Some(Catalogue {
                 id: catalogue::id(&id, &publisher, &pattern),
                 publisher,
                 pattern,
             })
         };
-        let catalogues: BTreeSet<_> = publishers.keys().filter_map(catalogue).collect();
+        let keys: BTreeSet<_> = publishers.keys().collect();
+        let first = keys.into_iter().take(MAX_CATALOGUES);
         Ok(Some(Self {
             details,
-            catalogues: catalogues.into_iter().collect(),
+            catalogues: first.filter_map(catalogue).collect(),
         }))
+    }
+
+    /// As [`read`](Self::read); what is not here, or no longer followed, is none.
+    pub(super) fn find(
+        replica: &mut Replica,
+        id: DocumentId,
+    ) -> Result<Option<Self>, DocumentError> {
+        match Self::read(replica, id) {
+            Err(DocumentError::Unknown(_) | DocumentError::NotYet(_)) => Ok(None),
+            read => read,
+        }
     }
 
     /// The catalogues in which names can stand that begin so.
     pub(super) fn of_interest(&self, prefix: &str) -> impl Iterator<Item = &Catalogue> {
         let overlaps = move |one: &&Catalogue| one.pattern.overlaps(prefix);
-        self.catalogues.iter().filter(overlaps).take(MAX_CATALOGUES)
+        self.catalogues.iter().filter(overlaps)
     }
 
     /// Who may read the registry, besides a catalogue's owner.
@@ -169,29 +205,41 @@ impl Root {
         match &details.readers {
             Readers::Everybody => Readers::Everybody,
             Readers::Named(keys) => {
-                let all = keys.iter().chain(&details.writers).chain([&details.owner]);
-                Readers::Named(all.copied().collect())
+                let also = [&details.owner].into_iter().chain(&details.writers);
+                let all: BTreeSet<_> = also.chain(keys).copied().collect();
+                if all.len() > MAX_KEYS {
+                    tracing::warn!(
+                        of = all.len(),
+                        "a catalogue is read by {MAX_KEYS} at most: some of its registry's readers cannot"
+                    );
+                }
+                Readers::Named(all.into_iter().take(MAX_KEYS).collect())
             }
         }
     }
 }
 
-/// Makes this node's catalogue, if it is not there, and lets those read it who may read the registry. What it is written in is on disk with the rest of what is done.
-pub(super) fn own(
+/// Makes this node's catalogue, if it is not there. What is written in it is on disk with the rest of what is done.
+pub(super) fn make(
     replica: &mut Replica,
     registry: &DocumentId,
     root: &Root,
     mine: &Catalogue,
 ) -> Result<(), DocumentError> {
-    let id = replica.create(catalogue::beginning(registry, &mine.pattern))?;
+    replica.create(catalogue::beginning(registry, &mine.pattern))?;
+    share(replica, root, mine)
+}
+
+/// Lets those read this node's catalogue who may read the registry.
+fn share(replica: &mut Replica, root: &Root, mine: &Catalogue) -> Result<(), DocumentError> {
     let rights = Rights {
         readers: Some(root.readers()),
         ..Rights::default()
     };
-    replica.decide(id, rights)
+    replica.decide(mine.id, rights)
 }
 
-/// Holds the documents of followed registries, and those of others no longer; makes this node's own catalogues. Ends with the documents.
+/// Holds the documents of followed registries, and those of others no longer. Ends with the documents.
 pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
     let documents = driver.documents.clone();
     let mut events = documents.events();
@@ -201,10 +249,14 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
         let list = followed.all();
         let mut again = None;
         match look(&documents, list.clone(), before.clone()).await {
-            Ok((held, dropped)) => {
-                held.difference(&before).for_each(|id| driver.holds(*id));
-                dropped.into_iter().for_each(|id| driver.drops(id));
-                before = held;
+            Ok(looked) => {
+                let new = looked.held.difference(&before).chain(&looked.added);
+                new.for_each(|id| driver.holds(*id));
+                looked.dropped.into_iter().for_each(|id| driver.drops(id));
+                before = looked.held;
+                if looked.failed {
+                    again = Some(Instant::now() + LATER);
+                }
             }
             Err(DocumentError::Stopped) => return,
             Err(error) => {
@@ -212,16 +264,23 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
                 again = Some(Instant::now() + LATER);
             }
         }
+        let concerns = |event: &Event| match event {
+            Event::Arrived(id) | Event::Rights(id) | Event::Compacted(id) => list.contains_key(id),
+            Event::Changed { document, .. } => list.contains_key(document),
+            Event::Removed(id) => before.contains(id),
+            _ => false,
+        };
         loop {
             tokio::select! {
                 () = followed.changed.notified() => break,
                 () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => break,
                 event = events.recv() => match event {
-                    Ok(Event::Arrived(id) | Event::Rights(id) | Event::Compacted(id))
-                        if list.contains_key(&id) => break,
-                    Ok(Event::Changed { document, .. }) if list.contains_key(&document) => break,
-                    Ok(_) => {}
-                    Err(RecvError::Lagged(_)) => break,
+                    Ok(event) if !concerns(&event) => {}
+                    Ok(_) | Err(RecvError::Lagged(_)) => {
+                        sleep(SETTLE).await;
+                        skip(&mut events);
+                        break;
+                    }
                     Err(RecvError::Closed) => return,
                 },
             }
@@ -229,68 +288,91 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
     }
 }
 
-/// What is to be held, and is from now on, and what was dropped.
+/// Takes the events that are there: the look that follows sees what they told.
+fn skip(events: &mut broadcast::Receiver<Event>) {
+    while let Ok(_) | Err(TryRecvError::Lagged(_)) = events.try_recv() {}
+}
+
+/// What came of a look at all registries.
+#[derive(Debug, Default)]
+struct Looked {
+    /// Is to be held, and is if nothing failed.
+    held: BTreeSet<DocumentId>,
+    added: Vec<DocumentId>,
+    dropped: Vec<DocumentId>,
+    failed: bool,
+}
+
 async fn look(
     documents: &Documents,
     list: List,
     before: BTreeSet<DocumentId>,
-) -> Result<(BTreeSet<DocumentId>, Vec<DocumentId>), DocumentError> {
+) -> Result<Looked, DocumentError> {
     let work = move |replica: &mut Replica| {
-        let mut held = BTreeSet::new();
+        let mut looked = Looked::default();
         for (id, prefix) in &list {
-            held.insert(*id);
-            match hold(replica, *id, prefix, &mut held) {
-                Err(error @ (DocumentError::Store(_) | DocumentError::Stopped)) => {
-                    return Err(error);
-                }
-                Err(error) => {
-                    tracing::warn!(registry = %id, %error, "a registry is not held whole");
-                }
-                Ok(()) => {}
+            looked.hold(replica, *id);
+            match Root::find(replica, *id) {
+                Ok(Some(root)) => looked.hold_catalogues(replica, &root, prefix),
+                Ok(None) => {}
+                Err(error) => looked.fails(*id, &error),
             }
         }
-        let of_registries = replica
-            .geneses()
-            .filter(|(id, owner, label)| catalogue::registry_of(id, owner, label).is_some())
-            .map(|(id, ..)| id);
+        // What is of interest no longer, or whose publisher is none any more, perhaps since the last start.
+        let of_registries = replica.geneses().filter_map(|(id, owner, label)| {
+            let registry = catalogue::registry_of(&id, &owner, label)?;
+            list.contains_key(&registry).then_some(id)
+        });
+        let held = &looked.held;
         let stray: BTreeSet<_> = of_registries
             .chain(before)
             .filter(|id| !held.contains(id))
             .collect();
-        let mut dropped = Vec::new();
-        for id in stray {
-            // What this node has made itself stays, for nobody else may have it.
-            if replica.owner(&id) != Some(replica.key()) && replica.remove(id)? {
-                dropped.push(id);
+        // While something is not known, nothing is known to be stray.
+        if !looked.failed {
+            for id in stray {
+                // What this node has made itself stays, for nobody else may have it.
+                if replica.owner(&id) != Some(replica.key()) && replica.remove(id)? {
+                    looked.dropped.push(id);
+                }
             }
         }
-        Ok((held, dropped))
+        Ok(looked)
     };
     documents.with(work).await
 }
 
-/// Holds a registry, and its catalogues that are of interest.
-fn hold(
-    replica: &mut Replica,
-    id: DocumentId,
-    prefix: &str,
-    held: &mut BTreeSet<DocumentId>,
-) -> Result<(), DocumentError> {
-    replica.hold(id)?;
-    let Some(root) = Root::read(replica, id)? else {
-        return Ok(());
-    };
-    let key = replica.key();
-    // This node's own also where others' are of no interest: it serves them.
-    for mine in root.catalogues.iter().filter(|one| one.publisher == key) {
-        own(replica, &id, &root, mine)?;
-        held.insert(mine.id);
+impl Looked {
+    fn fails(&mut self, id: DocumentId, error: &DocumentError) {
+        tracing::warn!(document = %id, %error, "what a registry needs is not held");
+        self.failed = true;
     }
-    for one in root.of_interest(prefix) {
-        held.insert(one.id);
-        replica.hold(one.id)?;
+
+    fn hold(&mut self, replica: &mut Replica, id: DocumentId) {
+        self.held.insert(id);
+        match replica.hold(id) {
+            Ok(true) => {}
+            Ok(false) => self.added.push(id),
+            Err(error) => self.fails(id, &error),
+        }
     }
-    Ok(())
+
+    /// Those of interest, and this node's own: it serves them.
+    fn hold_catalogues(&mut self, replica: &mut Replica, root: &Root, prefix: &str) {
+        let key = replica.key();
+        for one in &root.catalogues {
+            if one.publisher != key && !one.pattern.overlaps(prefix) {
+                continue;
+            }
+            // One of its own that is not here may be elsewhere: it is made only when something is published.
+            self.hold(replica, one.id);
+            if replica.owner(&one.id) == Some(key)
+                && let Err(error) = share(replica, root, one)
+            {
+                self.fails(one.id, &error);
+            }
+        }
+    }
 }
 
 #[cfg(test)]

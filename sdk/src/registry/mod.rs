@@ -1,7 +1,7 @@
 //! Registries of models: who may publish which names, and what they publish, held by every node that follows one.
 //!
 //! A registry is a replicated document; its owner says who publishes. Each publisher writes what it publishes into documents of its own. So a follower knows all
-//! names without asking anybody, also while it is cut off, and nobody but the registry's publishers can say what they mean.
+//! names without asking anybody, also while it is cut off, and nobody else has a say in what is listed, nor in names that the registry reserves for a publisher.
 
 mod catalogue;
 mod follow;
@@ -12,6 +12,10 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use tokio::{
+    sync::broadcast::error::RecvError,
+    time::{Instant, timeout_at},
+};
 use weft_blobs::store;
 use weft_crdt::{
     DocumentId, Edit, Error as DocumentError, Key, NewDocument, Path, Readers, Replica,
@@ -25,11 +29,17 @@ use self::{
     follow::{Catalogue, Root},
 };
 use crate::{
-    Doc, Error, Hash, ModelName, Node,
+    Error, Hash, ModelName, Node,
     docs::{key_of, peer_of},
     models::{describe, find},
     node::blocking,
 };
+
+/// How long a catalogue that may be on its way is waited for.
+const ARRIVAL: Duration = Duration::from_secs(3);
+
+/// Bytes of changes of a catalogue after which its publisher begins it anew.
+const MAX_HISTORY: u64 = 8 << 20;
 
 /// Making, following and listing registries; [`Node::registries`].
 #[derive(Debug, Clone)]
@@ -194,10 +204,11 @@ impl Registries {
     /// that is here is none, [`Error::Stopped`].
     pub async fn follow(&self, id: DocumentId, prefix: &str) -> Result<Registry, Error> {
         format!("{prefix}*").parse::<NamePattern>()?;
-        let wrong = self.node.driver().documents.with(move |replica| {
-            Ok(replica.owner(&id).is_some() && Root::read(replica, id)?.is_none())
-        });
-        if wrong.await? {
+        let is_other = move |replica: &mut Replica| match Root::read(replica, id) {
+            Err(DocumentError::Unknown(_) | DocumentError::NotYet(_)) => Ok(false),
+            read => Ok(read?.is_none()),
+        };
+        if self.node.driver().documents.with(is_other).await? {
             return Err(Error::NotRegistry(id));
         }
         let (followed, prefix) = (self.node.followed(), prefix.to_owned());
@@ -214,6 +225,16 @@ impl Registries {
     pub async fn unfollow(&self, id: DocumentId) -> Result<bool, Error> {
         let followed = self.node.followed();
         let before = blocking(move || Ok(followed.set(id, None)?)).await?;
+        if before.is_some() {
+            // Its catalogues go with what keeps registries up.
+            let drop = move |replica: &mut Replica| {
+                let is_own = replica.owner(&id) == Some(replica.key());
+                Ok(!is_own && replica.remove(id)?)
+            };
+            if self.node.driver().documents.with(drop).await? {
+                self.node.driver().drops(id);
+            }
+        }
         Ok(before.is_some())
     }
 
@@ -253,36 +274,61 @@ impl Registries {
     }
 
     /// What followed registries say of a name: each publisher's latest word.
-    pub(crate) async fn lookup(&self, name: &ModelName) -> Result<Vec<ListedModel>, Error> {
-        let list = self.node.followed().all();
-        let name = name.clone();
-        let work = move |replica: &mut Replica| {
-            let mut found: BTreeMap<Key, Entry> = BTreeMap::new();
-            for (id, prefix) in &list {
-                if !catalogue::key(&name).starts_with(prefix) {
+    pub(crate) async fn lookup(&self, name: &ModelName) -> Result<Listed, Error> {
+        let mut listed = Listed::default();
+        let mut found: BTreeMap<Key, Entry> = BTreeMap::new();
+        for (id, prefix) in self.node.followed().all() {
+            if !catalogue::key(name).starts_with(&prefix) {
+                continue;
+            }
+            let documents = &self.node.driver().documents;
+            let root = documents.with(move |replica| Root::find(replica, id));
+            let Some(root) = root.await? else {
+                continue;
+            };
+            for one in &root.catalogues {
+                if !one.pattern.matches(name) {
                     continue;
                 }
-                let Some(root) = read(replica, *id)? else {
-                    continue;
+                let (id_of_one, path) = (one.id, catalogue::path(name));
+                let get = move |replica: &mut Replica| match replica.owner(&id_of_one) {
+                    Some(_) => Ok(Some(replica.get(id_of_one, &path)?)),
+                    None => Ok(None),
                 };
-                for one in root.of_interest(prefix) {
-                    if !one.pattern.matches(&name) || replica.owner(&one.id).is_none() {
-                        continue;
-                    }
-                    let value = replica.get(one.id, &catalogue::path(&name))?;
-                    let entry: Option<Entry> =
-                        value.and_then(|value| serde_json::from_value(value).ok());
-                    if let Some(entry) = entry {
-                        newest(&mut found, one.publisher, entry);
-                    }
+                let here = documents.with(get).await?;
+                if !one.pattern.prefix().is_empty() {
+                    let missing = here.is_none().then_some(id);
+                    listed.reserved = true;
+                    listed.missing = listed.missing.or(missing);
+                }
+                if let Some(entry) = here.flatten().and_then(Entry::read) {
+                    newest(&mut found, one.publisher, entry);
                 }
             }
-            let listed = found
-                .iter()
-                .filter_map(|(publisher, entry)| ListedModel::of(name.clone(), entry, publisher));
-            Ok(listed.collect())
-        };
-        Ok(self.node.driver().documents.with(work).await?)
+        }
+        listed.models = found
+            .iter()
+            .filter_map(|(publisher, entry)| ListedModel::of(name.clone(), entry, publisher))
+            .collect();
+        Ok(listed)
+    }
+
+    /// As [`lookup`](Self::lookup), and waits a little for what is on its way.
+    pub(crate) async fn resolve(&self, name: &ModelName) -> Result<Listed, Error> {
+        let mut events = self.node.driver().documents.events();
+        let until = Instant::now() + ARRIVAL;
+        loop {
+            let listed = self.lookup(name).await?;
+            if !listed.models.is_empty() || listed.missing.is_none() {
+                return Ok(listed);
+            }
+            match timeout_at(until, events.recv()).await {
+                Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
+                // Whoever is behind has missed something, and looks.
+                Ok(_) => {}
+                Err(_) => return Ok(listed),
+            }
+        }
     }
 
     /// What followed registries list under names that begin with `prefix`: each publisher's latest word.
@@ -294,7 +340,7 @@ impl Registries {
                 Err(
                     Error::NotFollowed(_)
                     | Error::NotRegistry(_)
-                    | Error::Document(DocumentError::NotYet(_)),
+                    | Error::Document(DocumentError::Unknown(_) | DocumentError::NotYet(_)),
                 ) => {}
                 Err(error) => return Err(error),
             }
@@ -302,42 +348,40 @@ impl Registries {
         Ok(all)
     }
 
-    /// Lists a model by a name in every followed registry in which this node may; which these are.
+    /// Lists a model by a name in every followed registry in which this node may; which these are, and which do not list it, with the reason.
     pub(crate) async fn publish_all(
         &self,
         name: &ModelName,
         model: &store::Model,
-    ) -> Result<Vec<DocumentId>, Error> {
+    ) -> Result<(Vec<DocumentId>, Vec<String>), Error> {
+        let (mut registries, mut problems) = (Vec::new(), Vec::new());
         let list = self.node.followed().all();
         if list.is_empty() {
-            return Ok(Vec::new());
+            return Ok((registries, problems));
         }
         let entry = self.entry(model.clone()).await?;
-        let name = name.clone();
-        let work = move |replica: &mut Replica| {
-            let mut registries = Vec::new();
-            for id in list.into_keys() {
-                if put(replica, id, &name, &entry)? {
-                    registries.push(id);
-                }
+        for id in list.into_keys() {
+            match self.registry(id).put(name, &entry).await {
+                Ok(true) => registries.push(id),
+                Ok(false) => {}
+                Err(Error::Stopped) => return Err(Error::Stopped),
+                Err(error) => problems.push(format!("{id}: {error}")),
             }
-            Ok(registries)
-        };
-        Ok(self.node.driver().documents.with(work).await?)
+        }
+        Ok((registries, problems))
     }
 
-    /// Lists a model no longer, by whatever name this node lists it.
+    /// Lists a model no longer, by whatever name this node lists it. Goes on after an error, which comes last.
     pub(crate) async fn withdraw_all(&self, model: &Hash) -> Result<(), Error> {
-        let list = self.node.followed().all();
-        let model = *model;
-        let work = move |replica: &mut Replica| {
-            let is_it = |_: &ModelName, entry: &Entry| entry.model() == Some(model);
-            for id in list.into_keys() {
-                delete(replica, id, is_it)?;
+        let mut result = Ok(());
+        for id in self.node.followed().all().into_keys() {
+            let model = *model;
+            let is_it = move |_: &ModelName, entry: &Entry| entry.model() == Some(model);
+            if let Err(error) = self.registry(id).delete(is_it).await {
+                result = Err(error);
             }
-            Ok(())
-        };
-        Ok(self.node.driver().documents.with(work).await?)
+        }
+        result
     }
 
     async fn entry(&self, model: store::Model) -> Result<Entry, Error> {
@@ -351,13 +395,15 @@ impl Registries {
     }
 }
 
-/// What a registry says, if it is here.
-fn read(replica: &mut Replica, id: DocumentId) -> Result<Option<Root>, DocumentError> {
-    match Root::read(replica, id) {
-        // It is followed since just now, or not any more.
-        Err(DocumentError::Unknown(_)) => Ok(None),
-        read => read,
-    }
+/// What registries say of a name.
+#[derive(Debug, Default)]
+pub(crate) struct Listed {
+    /// Each publisher's latest word.
+    pub(crate) models: Vec<ListedModel>,
+    /// A registry names publishers for names like this one, and not for all: nobody else has a say.
+    pub(crate) reserved: bool,
+    /// A registry for which this is so, and of which one of their catalogues is not here.
+    pub(crate) missing: Option<DocumentId>,
 }
 
 fn newest(found: &mut BTreeMap<Key, Entry>, publisher: Key, entry: Entry) {
@@ -367,65 +413,70 @@ fn newest(found: &mut BTreeMap<Key, Entry>, publisher: Key, entry: Entry) {
     }
 }
 
-/// This node's catalogues in a registry.
-fn own(replica: &mut Replica, id: DocumentId) -> Result<Vec<Catalogue>, DocumentError> {
-    let Some(root) = read(replica, id)? else {
-        return Ok(Vec::new());
+/// This node's catalogues in a registry that is here.
+fn own(
+    replica: &mut Replica,
+    id: DocumentId,
+) -> Result<Option<(Root, Vec<Catalogue>)>, DocumentError> {
+    let Some(root) = Root::find(replica, id)? else {
+        return Ok(None);
     };
     let key = replica.key();
-    let mut own: Vec<_> = root
-        .catalogues
-        .iter()
-        .filter(|one| one.publisher == key)
-        .cloned()
-        .collect();
-    for one in &own {
-        follow::own(replica, &id, &root, one)?;
-    }
-    // The narrowest first: what can be written there need not be read by who is interested in others.
+    let own = root.catalogues.iter().filter(|one| one.publisher == key);
+    let mut own: Vec<_> = own.cloned().collect();
+    // The narrowest first: what can be written there need not be held by who is interested in others.
     own.sort_by_key(|one| std::cmp::Reverse(one.pattern.prefix().len()));
-    Ok(own)
+    Ok(Some((root, own)))
 }
 
-/// Lists a name; whether this node may.
-fn put(
+/// Lists a name, in this one of this node's catalogues, and nowhere else in the registry; what is there already is older.
+fn list(
     replica: &mut Replica,
     registry: DocumentId,
     name: &ModelName,
-    entry: &Entry,
+    mut entry: Entry,
 ) -> Result<bool, DocumentError> {
-    let own = own(replica, registry)?;
+    let Some((root, own)) = own(replica, registry)? else {
+        return Ok(false);
+    };
     let Some(one) = own.iter().find(|one| one.pattern.matches(name)) else {
         return Ok(false);
     };
+    follow::make(replica, &registry, &root, one)?;
+    let path = catalogue::path(name);
+    for other in &own {
+        if replica.owner(&other.id).is_none() {
+            continue;
+        }
+        if let Some(known) = replica.get(other.id, &path)?.and_then(Entry::read) {
+            // Also where this node's clock was ahead.
+            entry.published = entry.published.max(known.published.saturating_add(1));
+            if other.id != one.id {
+                write(replica, other.id, vec![Edit::Delete(path.clone())])?;
+            }
+        }
+    }
     let value = serde_json::to_value(entry).expect("text and numbers");
-    let edits = [Edit::Put(catalogue::path(name), value)];
-    replica.commit(one.id, &edits, None, (entry.published / 1000) as i64)?;
+    write(replica, one.id, vec![Edit::Put(path, value)])?;
     Ok(true)
 }
 
-/// Takes entries out of this node's catalogues; how many.
-fn delete(
-    replica: &mut Replica,
-    registry: DocumentId,
-    is_meant: impl Fn(&ModelName, &Entry) -> bool,
-) -> Result<usize, DocumentError> {
-    let mut count = 0;
-    for one in own(replica, registry)? {
-        let Some(Value::Object(content)) = replica.get(one.id, &Path::default())? else {
-            continue;
-        };
-        let edits: Vec<_> = entries(content, &one.pattern, "")
-            .iter()
-            .filter(|(name, entry)| is_meant(name, entry))
-            .map(|(name, _)| Edit::Delete(catalogue::path(name)))
-            .collect();
-        if !edits.is_empty() {
-            replica.commit(one.id, &edits, None, (now_millis() / 1000) as i64)?;
-        }
-        count += edits.len();
+/// Changes a catalogue of this node; what it was no longer counts once there is much of that.
+fn write(replica: &mut Replica, id: DocumentId, edits: Vec<Edit>) -> Result<(), DocumentError> {
+    let time = (now_millis() / 1000) as i64;
+    let details = replica.info(id)?.details;
+    if details.is_some_and(|details| details.log_bytes > MAX_HISTORY) {
+        replica.compact(id)?;
     }
-    Ok(count)
+    match replica.commit(id, &edits, None, time) {
+        // Many short runs of this node have written, or a few much.
+        Err(DocumentError::TooLarge { .. }) => {
+            replica.compact(id)?;
+            replica.commit(id, &edits, None, time)?;
+        }
+        committed => _ = committed?,
+    }
+    Ok(())
 }
 
 /// A registry that is followed. Cheap to clone.
@@ -441,34 +492,98 @@ impl Registry {
         self.id
     }
 
-    fn doc(&self) -> Doc {
-        self.node.docs().doc(self.id)
-    }
-
     fn prefix(&self) -> Result<String, Error> {
         let prefix = self.node.followed().prefix(&self.id);
         prefix.ok_or(Error::NotFollowed(self.id))
     }
 
+    /// Lists a name; whether this node may.
+    async fn put(&self, name: &ModelName, entry: &Entry) -> Result<bool, Error> {
+        self.wait_for_own(name).await?;
+        let (id, name, entry) = (self.id, name.clone(), entry.clone());
+        let put = move |replica: &mut Replica| list(replica, id, &name, entry);
+        Ok(self.node.driver().documents.with(put).await?)
+    }
+
+    /// Where this node's catalogue for a name is not here, and somebody shares the registry, who may have it from an earlier life of this node, waits a little for
+    /// it: what is written before it comes may lose against what is in it.
+    async fn wait_for_own(&self, name: &ModelName) -> Result<(), Error> {
+        let documents = &self.node.driver().documents;
+        let mut events = documents.events();
+        let until = Instant::now() + ARRIVAL;
+        loop {
+            let (id, name) = (self.id, name.clone());
+            let is_awaited = move |replica: &mut Replica| {
+                let own = own(replica, id)?.map(|(_, own)| own).unwrap_or_default();
+                let one = own.iter().find(|one| one.pattern.matches(&name));
+                let is_missing = one.is_some_and(|one| replica.owner(&one.id).is_none());
+                Ok(is_missing && replica.sharing(&id) > 0)
+            };
+            if !documents.with(is_awaited).await? {
+                return Ok(());
+            }
+            match timeout_at(until, events.recv()).await {
+                Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
+                Ok(_) => {}
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// Takes entries out of this node's catalogues; how many.
+    async fn delete(
+        &self,
+        is_meant: impl Fn(&ModelName, &Entry) -> bool + Send + 'static,
+    ) -> Result<usize, Error> {
+        let id = self.id;
+        let delete = move |replica: &mut Replica| {
+            let own = own(replica, id)?.map(|(_, own)| own).unwrap_or_default();
+            let mut count = 0;
+            for one in own {
+                if replica.owner(&one.id).is_none() {
+                    continue;
+                }
+                let Some(Value::Object(content)) = replica.get(one.id, &Path::default())? else {
+                    continue;
+                };
+                let edits: Vec<_> = entries(content, &one.pattern, "")
+                    .iter()
+                    .filter(|(name, entry)| is_meant(name, entry))
+                    .map(|(name, _)| Edit::Delete(catalogue::path(name)))
+                    .collect();
+                count += edits.len();
+                if !edits.is_empty() {
+                    write(replica, one.id, edits)?;
+                }
+            }
+            Ok(count)
+        };
+        Ok(self.node.driver().documents.with(delete).await?)
+    }
+
     /// Waits until it is here, at most for `patience`: whether it is. Catalogues may come later.
     ///
     /// # Errors
-    /// [`Error::NotRegistry`] if what has come is none, [`Error::Document`], [`Error::Stopped`].
+    /// [`Error::NotFollowed`], [`Error::NotRegistry`] if what has come is none, [`Error::Document`], [`Error::Stopped`].
     pub async fn arrived(&self, patience: Duration) -> Result<bool, Error> {
-        let until = tokio::time::Instant::now() + patience;
-        let mut watch = self.doc().watch().await?;
+        let until = Instant::now() + patience;
+        self.prefix()?;
+        // After a loss of the documents, it may not be held yet.
+        let mut watch = self.node.docs().open(self.id).await?.watch().await?;
         loop {
             let id = self.id;
-            let here = self.node.driver().documents.with(move |replica| {
-                let changes = replica.info(id)?.details.map(|details| details.changes);
-                Ok((changes.unwrap_or(0) > 0, Root::read(replica, id)?.is_some()))
-            });
-            match here.await? {
-                (_, true) => return Ok(true),
-                (true, false) => return Err(Error::NotRegistry(id)),
-                (false, false) => {}
+            let read = self
+                .node
+                .driver()
+                .documents
+                .with(move |replica| Root::read(replica, id));
+            match read.await {
+                Ok(Some(_)) => return Ok(true),
+                Ok(None) => return Err(Error::NotRegistry(id)),
+                Err(DocumentError::NotYet(_)) => {}
+                Err(error) => return Err(error.into()),
             }
-            match tokio::time::timeout_at(until, watch.next()).await {
+            match timeout_at(until, watch.next()).await {
                 Ok(Some(_)) => {}
                 Ok(None) => return Err(Error::Stopped),
                 Err(_) => return Ok(false),
@@ -482,42 +597,60 @@ impl Registry {
     /// [`Error::NotFollowed`], [`Error::Document`], [`Error::Stopped`].
     pub async fn info(&self) -> Result<RegistryInfo, Error> {
         let (id, prefix) = (self.id, self.prefix()?);
-        let of_interest = prefix.clone();
-        let work = move |replica: &mut Replica| {
-            let Some(root) = read(replica, id)? else {
-                return Ok(None);
-            };
-            let (mut here, mut names) = (0, 0);
-            let wanted: Vec<_> = root.of_interest(&of_interest).cloned().collect();
-            for one in &wanted {
-                if replica.owner(&one.id).is_none() {
-                    continue;
-                }
-                here += 1;
-                if let Some(Value::Object(content)) = replica.get(one.id, &Path::default())? {
-                    names += entries(content, &one.pattern, &of_interest).len();
-                }
-            }
-            let key = replica.key();
-            let publisher = |one: &Catalogue| Some((peer_of(&one.publisher)?, one.pattern.clone()));
-            let details = &root.details;
-            Ok(peer_of(&details.owner).map(|owner| RegistryDetails {
-                label: details.label.clone(),
-                owner,
-                publishers: root.catalogues.iter().filter_map(publisher).collect(),
-                catalogues: wanted.len(),
-                catalogues_here: here,
-                names,
-                administered: key == details.owner || details.writers.contains(&key),
-                published: root.catalogues.iter().any(|one| one.publisher == key),
-            }))
+        let documents = &self.node.driver().documents;
+        let root = documents.with(move |replica| Root::find(replica, id));
+        let Some(root) = root.await? else {
+            return Ok(RegistryInfo {
+                id,
+                prefix,
+                details: None,
+            });
         };
-        let details = self.node.driver().documents.with(work).await?;
+        let (mut catalogues, mut here, mut names) = (0, 0, 0);
+        for one in root.of_interest(&prefix) {
+            catalogues += 1;
+            if let Some(entries) = self.entries(one, &prefix).await? {
+                here += 1;
+                names += entries.len();
+            }
+        }
+        let key = documents.key();
+        let publisher = |one: &Catalogue| Some((peer_of(&one.publisher)?, one.pattern.clone()));
+        let details = &root.details;
+        let details = peer_of(&details.owner).map(|owner| RegistryDetails {
+            label: details.label.clone(),
+            owner,
+            publishers: root.catalogues.iter().filter_map(publisher).collect(),
+            catalogues,
+            catalogues_here: here,
+            names,
+            administered: key == details.owner || details.writers.contains(&key),
+            published: root.catalogues.iter().any(|one| one.publisher == key),
+        });
         Ok(RegistryInfo {
             id,
             prefix,
             details,
         })
+    }
+
+    /// What is in a catalogue under names that begin with `prefix`; `None` if it is not here.
+    async fn entries(
+        &self,
+        one: &Catalogue,
+        prefix: &str,
+    ) -> Result<Option<Vec<(ModelName, Entry)>>, Error> {
+        let (one, prefix) = (one.clone(), prefix.to_owned());
+        let read = move |replica: &mut Replica| {
+            if replica.owner(&one.id).is_none() {
+                return Ok(None);
+            }
+            Ok(match replica.get(one.id, &Path::default())? {
+                Some(Value::Object(content)) => Some(entries(content, &one.pattern, &prefix)),
+                _ => None,
+            })
+        };
+        Ok(self.node.driver().documents.with(read).await?)
     }
 
     /// What it lists under names that begin with `prefix`, in their order: each publisher's latest word.
@@ -526,43 +659,37 @@ impl Registry {
     /// [`Error::NotFollowed`], [`Error::NotRegistry`], [`Error::Document`] also if it has not arrived, [`Error::Stopped`].
     pub async fn models(&self, prefix: &str) -> Result<Vec<ListedModel>, Error> {
         let (id, of_interest) = (self.id, self.prefix()?);
-        let prefix = prefix.to_owned();
-        let work = move |replica: &mut Replica| {
-            let Some(root) = Root::read(replica, id)? else {
-                // It is not here, or none.
-                return match replica.owner(&id) {
-                    None => Err(DocumentError::NotYet(id)),
-                    Some(_) => Ok(None),
-                };
-            };
-            let mut found: BTreeMap<ModelName, BTreeMap<Key, Entry>> = BTreeMap::new();
-            for one in root.of_interest(&of_interest) {
-                if !one.pattern.overlaps(&prefix) || replica.owner(&one.id).is_none() {
-                    continue;
-                }
-                if let Some(Value::Object(content)) = replica.get(one.id, &Path::default())? {
-                    for (name, entry) in entries(content, &one.pattern, &prefix) {
-                        newest(found.entry(name).or_default(), one.publisher, entry);
-                    }
-                }
+        let root = self
+            .node
+            .driver()
+            .documents
+            .with(move |replica| Root::read(replica, id));
+        let root = root.await?.ok_or(Error::NotRegistry(id))?;
+        let mut found: BTreeMap<ModelName, BTreeMap<Key, Entry>> = BTreeMap::new();
+        for one in root.of_interest(&of_interest) {
+            if !one.pattern.overlaps(prefix) {
+                continue;
             }
-            let listed = found.into_iter().flat_map(|(name, of_publishers)| {
-                of_publishers
-                    .into_iter()
-                    .filter_map(move |(publisher, entry)| {
-                        ListedModel::of(name.clone(), &entry, &publisher)
-                    })
-            });
-            Ok(Some(listed.collect()))
-        };
-        let listed = self.node.driver().documents.with(work).await?;
-        listed.ok_or(Error::NotRegistry(id))
+            let entries = self.entries(one, prefix).await?.into_iter().flatten();
+            for (name, entry) in
+                entries.filter(|(name, _)| catalogue::key(name).starts_with(&of_interest))
+            {
+                newest(found.entry(name).or_default(), one.publisher, entry);
+            }
+        }
+        let listed = found.into_iter().flat_map(|(name, of_publishers)| {
+            let listed = move |(publisher, entry): (Key, Entry)| {
+                ListedModel::of(name.clone(), &entry, &publisher)
+            };
+            of_publishers.into_iter().filter_map(listed)
+        });
+        Ok(listed.collect())
     }
 
     /// Says who publishes which names from now on, and who no longer does: with no pattern, none at all. What a former publisher listed is listed no longer.
     ///
     /// # Errors
-    /// [`Error::Document`] if this node may not or the registry has not arrived, [`Error::NotRegistry`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotWriter`] if this node may not, [`Error::Document`] if the registry has not arrived, [`Error::NotRegistry`], [`Error::NoKey`], [`Error::Stopped`].
     pub async fn set_publishers(
         &self,
         add: Vec<(PeerId, NamePattern)>,
@@ -575,10 +702,7 @@ impl Registry {
         let time = (now_millis() / 1000) as i64;
         let work = move |replica: &mut Replica| {
             let Some(root) = Root::read(replica, id)? else {
-                return match replica.owner(&id) {
-                    None => Err(DocumentError::NotYet(id)),
-                    Some(_) => Ok(false),
-                };
+                return Ok(false);
             };
             let known = root.catalogues.iter().filter_map(|one| {
                 let peer = peer_of(&one.publisher)?;
@@ -614,12 +738,10 @@ impl Registry {
         let (store, wanted) = (self.node.store().clone(), model.to_owned());
         let model = blocking(move || find(&store, &wanted)).await?;
         let entry = self.node.registries().entry(model).await?;
-        let (id, listed) = (self.id, name.clone());
-        let put = move |replica: &mut Replica| put(replica, id, &listed, &entry);
-        match self.node.driver().documents.with(put).await? {
+        match self.put(name, &entry).await? {
             true => Ok(()),
             false => Err(Error::NotPublisher {
-                registry: id,
+                registry: self.id,
                 name: name.clone(),
             }),
         }
@@ -630,9 +752,7 @@ impl Registry {
     /// # Errors
     /// [`Error::Document`], [`Error::Stopped`].
     pub async fn withdraw(&self, name: &ModelName) -> Result<bool, Error> {
-        let (id, withdrawn) = (self.id, name.clone());
-        let is_it = move |name: &ModelName, _: &Entry| *name == withdrawn;
-        let delete = move |replica: &mut Replica| delete(replica, id, is_it);
-        Ok(self.node.driver().documents.with(delete).await? > 0)
+        let withdrawn = name.clone();
+        Ok(self.delete(move |name, _| *name == withdrawn).await? > 0)
     }
 }
