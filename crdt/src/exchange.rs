@@ -124,6 +124,19 @@ struct Exchange {
     idle: bool,
 }
 
+fn name(kind: &Kind) -> &'static str {
+    match kind {
+        Kind::Root(_) => "root",
+        Kind::Buckets(_) => "buckets",
+        Kind::Listing(_) => "listing",
+        Kind::Interest(_) => "interest",
+        Kind::Summary(_) => "summary",
+        Kind::Want(_) => "want",
+        Kind::Give(_) => "give",
+        Kind::News(_) => "news",
+    }
+}
+
 fn short(digest: &Digest) -> &[u8] {
     &digest.0[..8]
 }
@@ -250,6 +263,7 @@ impl Replica {
                 .and_then(|message| message.kind),
             _ => None,
         };
+        tracing::trace!(%peer, message = kind.as_ref().map_or("none", name), bytes = message.len(), "documents");
         let taken = match kind {
             None => Ok(Err(Refusal::Malformed("a message cannot be decoded"))),
             Some(Kind::Root(root)) => Ok(self.on_root(peer, &root)),

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -38,6 +38,9 @@ const LIVED: Duration = Duration::from_secs(10);
 /// Bytes that wait for a peer; who does not take them in time is left.
 const MAX_WAITING: usize = 8 << 20;
 
+/// How long a stream is kept where it is, at least, before it goes on over a better path.
+const SWITCH: Duration = Duration::from_secs(5);
+
 /// How long writing one message may take.
 const WRITE: Duration = Duration::from_secs(60);
 
@@ -58,25 +61,18 @@ pub(crate) struct Driver {
 /// A run of a program: drawn anew at every start. Each stream begins with its writer's.
 pub(crate) type Run = [u8; 16];
 
-/// What reads peers' streams, and what is heard of them.
-pub(crate) type Hearing = (Listener, mpsc::Receiver<Heard>);
+/// What reads peers' streams, and what is heard of these.
+pub(crate) type Hearing = (Listener, mpsc::Receiver<Opened>);
 
-/// What is heard of peers' streams.
+/// A peer has opened a stream, in this run of its program; whether it is listened to.
 #[derive(Debug)]
-pub(crate) enum Heard {
-    /// A peer has opened one; whether it is listened to.
-    Opened(PeerId, Run, oneshot::Sender<bool>),
-    /// A peer's last one has ended.
-    Ended(PeerId),
-}
+pub(crate) struct Opened(PeerId, Run, oneshot::Sender<bool>);
 
 /// Reads what peers say; for each stream that one opens. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Listener {
     documents: Documents,
-    heard: mpsc::Sender<Heard>,
-    /// Streams that are being read, by peer.
-    open: Arc<Mutex<HashMap<PeerId, usize>>>,
+    opened: mpsc::Sender<Opened>,
 }
 
 impl Driver {
@@ -86,11 +82,10 @@ impl Driver {
         network: Network,
         dht: Dht,
     ) -> (Arc<Self>, Hearing, impl Future<Output = ()> + use<>) {
-        let (heard, called) = mpsc::channel(64);
+        let (opened, called) = mpsc::channel(64);
         let listener = Listener {
             documents: documents.clone(),
-            heard,
-            open: Arc::default(),
+            opened,
         };
         // Bounded by the number of documents, and by how often an application opens and removes some.
         let (wishes, wished) = mpsc::unbounded_channel();
@@ -177,7 +172,7 @@ struct Meeting {
 pub(crate) async fn drive(
     driver: Arc<Driver>,
     mut outgoing: super::Outgoing,
-    mut called: mpsc::Receiver<Heard>,
+    mut called: mpsc::Receiver<Opened>,
 ) {
     let changed = Arc::clone(&driver.changed);
     let mut meeting = Meeting {
@@ -209,15 +204,11 @@ pub(crate) async fn drive(
             Some(ended) = meeting.writers.join_next() => if let Ok(peer) = ended {
                 meeting.ended(peer).await;
             },
-            Some(heard) = called.recv() => match heard {
-                Heard::Opened(peer, run, listened) => {
-                    let is_heard = meeting.opened(peer, run).await;
-                    // It may be gone again.
-                    let _ = listened.send(is_heard);
-                }
-                // It is gone, or begins anew.
-                Heard::Ended(peer) => meeting.part(peer).await,
-            },
+            Some(Opened(peer, run, listened)) = called.recv() => {
+                let is_heard = meeting.opened(peer, run).await;
+                // It may be gone again.
+                let _ = listened.send(is_heard);
+            }
             _ = look.tick() => meeting.look().await,
             () = changed.notified() => meeting.look().await,
         }
@@ -227,6 +218,7 @@ pub(crate) async fn drive(
 impl Meeting {
     async fn meet(&mut self, peer: PeerId, run: Option<Run>) {
         if let Some(key) = key_of(&peer) {
+            tracing::debug!(%peer, "documents are compared");
             self.known.insert(peer, Met { outbox: None, run });
             self.documents.connected(key).await;
         }
@@ -366,6 +358,7 @@ async fn write_all(
     room: &Semaphore,
 ) -> Result<(), Failed> {
     let mut stream: Option<Stream> = None;
+    let mut opened = Instant::now();
     loop {
         let message = tokio::select! {
             message = waiting.recv() => match message {
@@ -376,12 +369,19 @@ async fn write_all(
             () = end(&mut stream) => return Err("the peer does not listen any more".into()),
         };
         let written = timeout(WRITE, async {
-            // On a better path, if there is one.
+            // On a better path, if there is one; not looked for all the time, for it may turn out to be none.
+            if opened.elapsed() > SWITCH
+                && let Some(old) = stream.take_if(|stream| stream.best_path().is_better_open())
+            {
+                finish(old).await?;
+            }
             let stream = match &mut stream {
-                Some(stream) if !stream.best_path().is_better_open() => stream,
-                other => {
-                    let stream = network.open(peer, PROTOCOL, Class::Interactive).await?;
-                    let stream = other.insert(stream);
+                Some(stream) => stream,
+                none => {
+                    let new = network.open(peer, PROTOCOL, Class::Interactive).await?;
+                    tracing::debug!(%peer, path = ?new.path(), "a stream for documents");
+                    opened = Instant::now();
+                    let stream = none.insert(new);
                     frame::write_bytes(stream, &run, MAX_MESSAGE_BYTES).await?;
                     stream
                 }
@@ -395,6 +395,15 @@ async fn write_all(
     }
 }
 
+/// Ends a stream in order: all that was written has been read when the peer closes it too.
+async fn finish(mut stream: Stream) -> Result<(), Failed> {
+    stream.shutdown().await?;
+    match stream.read(&mut [0]).await? {
+        0 => Ok(()),
+        _ => Err("the peer says something where it only listens".into()),
+    }
+}
+
 /// Until a stream has ended, or its connection: nothing is said on it the other way.
 async fn end(stream: &mut Option<Stream>) {
     match stream {
@@ -404,34 +413,9 @@ async fn end(stream: &mut Option<Stream>) {
 }
 
 impl Listener {
-    fn open(&self) -> std::sync::MutexGuard<'_, HashMap<PeerId, usize>> {
-        self.open
-            .lock()
-            .expect("nothing panics while holding the lock")
-    }
-
-    /// Reads what a peer says about documents on one stream.
-    pub(crate) async fn listen(self, stream: Stream) {
-        let peer = stream.peer();
-        *self.open().entry(peer).or_default() += 1;
-        self.read(stream).await;
-        let is_last = {
-            let mut open = self.open();
-            let left = open.get(&peer).map_or(0, |count| count - 1);
-            match left {
-                0 => _ = open.remove(&peer),
-                left => _ = open.insert(peer, left),
-            }
-            left == 0
-        };
-        if is_last {
-            // Once the node has stopped there is nobody to tell.
-            let _ = self.heard.send(Heard::Ended(peer)).await;
-        }
-    }
-
-    /// The next message is read when the one before has been dealt with: a peer cannot fill our memory.
-    async fn read(&self, mut stream: Stream) {
+    /// Reads what a peer says about documents on one stream. The next message is read when the one before has been dealt with: a peer cannot fill our memory. When
+    /// the stream ends, it is for the peer to see what of it has not arrived.
+    pub(crate) async fn listen(self, mut stream: Stream) {
         let peer = stream.peer();
         let Some(key) = key_of(&peer) else {
             return;
@@ -443,7 +427,7 @@ impl Listener {
             return;
         };
         let (listened, is_heard) = oneshot::channel();
-        let told = self.heard.send(Heard::Opened(peer, run, listened)).await;
+        let told = self.opened.send(Opened(peer, run, listened)).await;
         if told.is_err() || is_heard.await != Ok(true) {
             return;
         }
@@ -455,7 +439,11 @@ impl Listener {
                         return;
                     }
                 }
-                Ok(None) => return,
+                Ok(None) => {
+                    // Says that all of it was read. Who does not hear it compares again.
+                    let _ = stream.shutdown().await;
+                    return;
+                }
                 Err(error) => {
                     tracing::debug!(%peer, %error, "a stream of documents has ended");
                     return;
