@@ -3,30 +3,37 @@
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
 //! - [`store`] remembers which bytes are where; [`partial`] is a file that is still arriving.
-//! - [`serve`] answers requests over a stream; [`download`] brings a manifest's files to a folder.
+//! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as [`schedule`] says; [`serve`] is
+//!   the other side of it, and [`source`] what it reads from.
 //!
 //! It promises: no byte that was not checked against the tree is written into a file, counted as had, or served as a
 //! verified one; what was reported as done survives a crash; a hostile manifest cannot name a path outside its folder; what
-//! a peer makes us allocate is bounded by constants in [`serve`] and [`download`].
+//! a peer makes us allocate is bounded by constants in [`serve`] and [`transfer`].
 //!
 //! It leaves out: the network (streams are any `AsyncRead + AsyncWrite`), and who has what (`weft-dht`).
 
-pub mod download;
+pub mod bitfield;
 mod hash;
 pub mod index;
 pub mod lock;
 pub mod manifest;
-pub mod partial;
+mod partial;
 pub mod path;
+pub mod plan;
+pub mod rate;
+mod schedule;
 pub mod serve;
+pub mod source;
 pub mod store;
 mod tensors;
+pub mod transfer;
 pub mod tree;
 
 pub use self::{
-    download::{Download, PlanError, TransferError},
     hash::{Hash, ParseHashError},
     manifest::Manifest,
+    plan::{Plan, PlanError},
     store::{Store, StoreError},
     tensors::HeaderError,
+    transfer::{Transfer, TransferError},
 };

@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
+    ops::Range,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
@@ -12,85 +13,15 @@ use std::{
 };
 
 use rustix::fs::{FallocateFlags, OFlags, RenameFlags};
+use tokio::sync::Notify;
 
 use crate::{
     Hash,
+    bitfield::Bitfield,
     index::Location,
     store::{PartLease, StoreError},
     tree::{GROUP, PARENT, Tree},
 };
-
-/// Which groups of a blob are had: one bit a group.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bitfield {
-    bytes: Vec<u8>,
-    groups: u64,
-    set: u64,
-}
-
-impl Bitfield {
-    /// None of `groups`.
-    pub fn empty(groups: u64) -> Self {
-        Self {
-            bytes: vec![0; groups.div_ceil(8) as usize],
-            groups,
-            set: 0,
-        }
-    }
-
-    /// From its bytes, if they have the right length and no bit beyond the last group.
-    pub fn from_bytes(bytes: &[u8], groups: u64) -> Option<Self> {
-        let tail = (groups % 8) as u32;
-        let stray = tail != 0 && bytes.last().is_some_and(|last| last >> tail != 0);
-        (bytes.len() as u64 == groups.div_ceil(8) && !stray).then(|| Self {
-            bytes: bytes.to_vec(),
-            groups,
-            set: bytes.iter().map(|byte| u64::from(byte.count_ones())).sum(),
-        })
-    }
-
-    /// Its bytes: group `i` is bit `i % 8` of byte `i / 8`.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        self.bytes.clone()
-    }
-
-    /// Whether group `index` is had.
-    pub fn has(&self, index: u64) -> bool {
-        self.bytes[(index / 8) as usize] & (1 << (index % 8)) != 0
-    }
-
-    /// Marks group `index`; whether it was new.
-    pub fn insert(&mut self, index: u64) -> bool {
-        let new = !self.has(index);
-        self.bytes[(index / 8) as usize] |= 1 << (index % 8);
-        self.set += u64::from(new);
-        new
-    }
-
-    /// Whether every group is had.
-    pub fn is_full(&self) -> bool {
-        self.set == self.groups
-    }
-
-    /// The bytes in the groups that are had.
-    pub fn bytes(&self, tree: &Tree) -> u64 {
-        let last = self.groups - 1;
-        let short =
-            GROUP.min(tree.size()) - (tree.group_bytes(last).end - tree.group_bytes(last).start);
-        let full = self.set * GROUP.min(tree.size());
-        if self.has(last) { full - short } else { full }
-    }
-
-    /// The first run of missing groups at or after `from`, of at most `most` groups.
-    pub fn next_missing(&self, from: u64, most: u64) -> Option<std::ops::Range<u64>> {
-        let start = (from..self.groups).find(|index| !self.has(*index))?;
-        let limit = self.groups.min(start + most);
-        let end = (start..limit)
-            .find(|index| self.has(*index))
-            .unwrap_or(limit);
-        Some(start..end)
-    }
-}
 
 /// Verified, contiguous groups on their way to the disk.
 #[derive(Debug, Default)]
@@ -103,6 +34,15 @@ pub(crate) struct Segment {
     pub(crate) data: Vec<u8>,
     /// Parents that came with them, by index in the outboard.
     pub(crate) parents: Vec<(u64, [u8; PARENT])>,
+}
+
+/// What is set aside on the disk for a part file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// All of it, where the file system can: all of it is wanted.
+    Whole,
+    /// What is written: parts of it are wanted.
+    Written,
 }
 
 /// A blob that is still arriving, written beside its target.
@@ -119,6 +59,8 @@ pub(crate) struct Partial {
     dirty: AtomicBool,
     /// Has become its target.
     finished: AtomicBool,
+    /// More is had.
+    grown: Notify,
 }
 
 impl Partial {
@@ -130,6 +72,7 @@ impl Partial {
         target: &Path,
         outboard: Option<PathBuf>,
         committed: Option<Bitfield>,
+        room: Room,
     ) -> Result<Self, StoreError> {
         let part = lease.part.clone();
         let file = open(&part)?;
@@ -148,7 +91,7 @@ impl Partial {
         };
         let have = committed.unwrap_or_else(|| Bitfield::empty(tree.groups()));
         if !kept {
-            reserve(&file, tree.size()).map_err(io(&part))?;
+            reserve(&file, tree.size(), room).map_err(io(&part))?;
         }
         Ok(Self {
             lease,
@@ -161,6 +104,7 @@ impl Partial {
             dirty: AtomicBool::new(have.is_full()),
             have: Mutex::new(have),
             finished: AtomicBool::new(false),
+            grown: Notify::new(),
         })
     }
 
@@ -183,6 +127,26 @@ impl Partial {
     /// What is had now.
     pub(crate) fn have(&self) -> Bitfield {
         self.lock().clone()
+    }
+
+    /// Whether all of `groups` are had now.
+    pub(crate) fn has(&self, groups: Range<u64>) -> bool {
+        self.lock().has_all(groups)
+    }
+
+    /// Reads what is had.
+    pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    /// Notified when more is had.
+    pub(crate) fn grown(&self) -> &Notify {
+        &self.grown
+    }
+
+    /// Whether everything is had now.
+    pub(crate) fn is_full(&self) -> bool {
+        self.lock().is_full()
     }
 
     /// Bytes had now.
@@ -228,11 +192,12 @@ impl Partial {
         }
         let mut have = self.lock();
         let before = have.bytes(&self.tree);
-        for index in segment.first..segment.first + segment.groups {
-            have.insert(index);
-        }
+        have.insert_range(segment.first..segment.first + segment.groups);
+        let new = have.bytes(&self.tree) - before;
+        drop(have);
         self.dirty.store(true, Ordering::Release);
-        Ok(have.bytes(&self.tree) - before)
+        self.grown.notify_waiters();
+        Ok(new)
     }
 
     /// Syncs what was written; the groups that are on disk for certain afterwards.
@@ -278,10 +243,10 @@ fn open(path: &Path) -> Result<File, StoreError> {
         .map_err(StoreError::io("cannot write", path))
 }
 
-/// Makes `file` `size` bytes long with the room set aside, where the file system can, so that a full disk shows now.
-fn reserve(file: &File, size: u64) -> io::Result<()> {
+/// Makes `file` `size` bytes long with the room set aside, where that is wanted and the file system can, so that a full disk shows now.
+fn reserve(file: &File, size: u64, room: Room) -> io::Result<()> {
     file.set_len(size)?;
-    if size == 0 {
+    if size == 0 || room == Room::Written {
         return Ok(());
     }
     match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size) {
@@ -300,55 +265,5 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
             fs::remove_file(from)
         }
         result => Ok(result?),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bitfield_counts_and_finds_what_is_missing() {
-        let tree = Tree::new(10 * GROUP + 7);
-        let mut bits = Bitfield::empty(tree.groups());
-        assert_eq!(bits.next_missing(0, 4), Some(0..4));
-        for index in [0, 1, 5, 10] {
-            assert!(bits.insert(index));
-            assert!(!bits.insert(index));
-        }
-        assert_eq!(bits.bytes(&tree), 3 * GROUP + 7);
-        assert_eq!(bits.next_missing(0, 256), Some(2..5));
-        assert_eq!(bits.next_missing(5, 2), Some(6..8));
-        assert_eq!(bits.next_missing(10, 2), None);
-        assert_eq!(
-            Bitfield::from_bytes(&bits.to_bytes(), 11),
-            Some(bits.clone())
-        );
-        (0..11).for_each(|index| {
-            bits.insert(index);
-        });
-        assert!(bits.is_full());
-        assert_eq!(bits.bytes(&tree), tree.size());
-    }
-
-    #[test]
-    fn damaged_bitfields_are_refused() {
-        assert!(Bitfield::from_bytes(&[0xff], 8).is_some());
-        assert!(Bitfield::from_bytes(&[0xff], 7).is_none());
-        assert!(Bitfield::from_bytes(&[0], 9).is_none());
-        assert!(Bitfield::from_bytes(&[], 1).is_none());
-    }
-
-    #[test]
-    fn the_bytes_of_small_blobs_are_counted_exactly() {
-        for size in [0, 1, GROUP - 1, GROUP, GROUP + 1] {
-            let tree = Tree::new(size);
-            let mut bits = Bitfield::empty(tree.groups());
-            assert_eq!(bits.bytes(&tree), 0);
-            (0..tree.groups()).for_each(|index| {
-                bits.insert(index);
-            });
-            assert_eq!(bits.bytes(&tree), size, "size {size}");
-        }
     }
 }

@@ -1,9 +1,16 @@
-//! The provider's side of a transfer.
+//! The provider's side of a transfer: answers requests from what is here, whole or still arriving.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
+use prost::Message;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
+    sync::Notify,
     task::{JoinHandle, spawn_blocking},
     time::timeout,
 };
@@ -12,22 +19,32 @@ use weft_proto::{
     wire::{BlobRequest, BlobResponse, blob_response::Status},
 };
 
-use crate::{Hash, Store, StoreError, store::BlobReader, tree::Walk};
+use crate::{
+    Hash, Store, StoreError,
+    rate::Limit,
+    source::{ReadError, Slice, Source},
+};
 
 /// The transfer protocol's name.
 pub const PROTOCOL: &str = "/weft/blobs/1";
 
-/// The most groups in one request: 16 MiB, so that a request is soon answered and work can move to another provider.
+/// The most groups in one request: 16 MiB.
 pub const MAX_GROUPS: u64 = 256;
 
 /// The longest request or response message, in bytes. A request takes 60.
 pub(crate) const MAX_MESSAGE: usize = 128;
+
+/// Requests read ahead of the answers: more than a requester's largest window of small ones.
+const MAX_QUEUE: usize = 1024;
 
 /// How long a stream may stand idle, or a peer may take none of what is sent, before it is closed.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// Bytes read from disk at a time. Two such buffers a stream are all the memory a requester can make a provider spend.
 const READ: usize = 1 << 20;
+
+/// Bytes sent between two looks at the limits.
+const SEND: usize = 128 * 1024;
 
 /// Why serving a stream ended early.
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +60,8 @@ pub enum ServeError {
     #[error("the peer was idle for {} s", IDLE.as_secs())]
     Idle,
     /// A read failed when its response had begun.
-    #[error("cannot read what is being sent: {0}")]
-    Read(io::Error),
+    #[error(transparent)]
+    Read(ReadError),
 }
 
 impl From<io::Error> for ServeError {
@@ -53,120 +70,375 @@ impl From<io::Error> for ServeError {
     }
 }
 
-/// Answers requests on `stream` until the peer closes it; how many bytes of slices were sent.
+/// Answers requests on `stream` until the peer closes it, within `limits`; how many bytes were sent.
 ///
 /// # Errors
 /// [`ServeError`]; the stream is to be dropped.
-pub async fn serve<S>(store: Store, mut stream: S) -> Result<u64, ServeError>
+pub async fn serve<S>(store: Store, stream: S, limits: &[Limit]) -> Result<u64, ServeError>
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let mut sent = 0;
-    let mut current: Option<(Hash, Arc<BlobReader>)> = None;
-    loop {
-        let request = patient(frame::read(&mut stream, MAX_MESSAGE)).await?;
-        let Some(request): Option<BlobRequest> = request else {
-            patient(stream.shutdown()).await?;
-            return Ok(sent);
+    let (reader, writer) = tokio::io::split(stream);
+    let queue = Queue::default();
+    let mut server = Server {
+        store,
+        writer,
+        limits,
+        sources: None,
+        sent: 0,
+    };
+    let (read, ()) = tokio::try_join!(
+        async { Ok(read_requests(reader, &queue).await) },
+        server.answer_all(&queue)
+    )?;
+    match read {
+        Ok(()) => Ok(server.sent),
+        Err(error) => Err(error),
+    }
+}
+
+/// Requests that wait for their answers, in order.
+#[derive(Debug, Default)]
+struct Queue {
+    state: Mutex<QueueState>,
+    /// Something has been put in or taken out, or the end is reached.
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct QueueState {
+    waiting: VecDeque<Waiting>,
+    /// The number of the next request that is read.
+    next: u64,
+    ended: bool,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    number: u64,
+    request: BlobRequest,
+    cancelled: bool,
+}
+
+impl Queue {
+    fn state(&self) -> std::sync::MutexGuard<'_, QueueState> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// The next request; `None` at the end.
+    async fn pop(&self) -> Option<Waiting> {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let mut state = self.state();
+                if let Some(waiting) = state.waiting.pop_front() {
+                    self.changed.notify_one();
+                    return Some(waiting);
+                }
+                if state.ended {
+                    return None;
+                }
+            }
+            changed.await;
+        }
+    }
+
+    /// The next request if it is there already.
+    fn try_pop(&self) -> Option<Waiting> {
+        let waiting = self.state().waiting.pop_front();
+        if waiting.is_some() {
+            self.changed.notify_one();
+        }
+        waiting
+    }
+}
+
+/// Reads requests until the peer sends no more, or breaks the protocol. What has been asked before is still answered.
+async fn read_requests<S>(mut reader: ReadHalf<S>, queue: &Queue) -> Result<(), ServeError>
+where
+    S: AsyncRead,
+{
+    let result = loop {
+        // An idle peer is told from one that waits for its answers by whoever answers.
+        let request = match frame::read(&mut reader, MAX_MESSAGE).await {
+            Ok(Some(request)) => request,
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(error.into()),
         };
-        let Some(hash) = Hash::from_slice(&request.hash) else {
-            return refuse(&mut stream, "the hash is not 32 bytes").await;
-        };
-        if current.as_ref().is_none_or(|(open, _)| *open != hash) {
-            current = match open(&store, hash).await {
-                Ok(found) => found.map(|reader| (hash, Arc::new(reader))),
+        let request: BlobRequest = request;
+        if let Some(number) = request.cancel {
+            let mut state = queue.state();
+            let at = state
+                .waiting
+                .binary_search_by_key(&number, |waiting| waiting.number);
+            if let Ok(at) = at {
+                state.waiting[at].cancelled = true;
+            }
+            continue;
+        }
+        loop {
+            let changed = queue.changed.notified();
+            if queue.state().waiting.len() < MAX_QUEUE {
+                break;
+            }
+            changed.await;
+        }
+        {
+            let mut state = queue.state();
+            let number = state.next;
+            state.next += 1;
+            state.waiting.push_back(Waiting {
+                number,
+                request,
+                cancelled: false,
+            });
+        }
+        queue.changed.notify_one();
+    };
+    queue.state().ended = true;
+    queue.changed.notify_one();
+    result
+}
+
+struct Server<'a, S> {
+    store: Store,
+    writer: WriteHalf<S>,
+    limits: &'a [Limit],
+    /// What is open of the blob that was asked for last.
+    sources: Option<(Hash, Vec<Arc<Source>>)>,
+    sent: u64,
+}
+
+/// What a request comes to.
+enum Answer {
+    Refused(Status),
+    Slice(Arc<Source>, Slice),
+}
+
+/// A part of a slice, read.
+struct Part {
+    slice: Slice,
+    buffer: Vec<u8>,
+    end: usize,
+    ended: bool,
+}
+
+type Reading = JoinHandle<Result<Part, ReadError>>;
+
+impl<S> Server<'_, S>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    /// Reads the next answer while the last one is being sent.
+    async fn answer_all(&mut self, queue: &Queue) -> Result<(), ServeError> {
+        let mut spare = vec![Vec::new(), Vec::new()];
+        let mut ahead: Option<(Waiting, Arc<Source>, Reading)> = None;
+        loop {
+            let (waiting, source, reading) = match ahead.take() {
+                Some(ahead) => ahead,
+                None => {
+                    let next = match queue.try_pop() {
+                        Some(next) => Some(next),
+                        None => {
+                            patient(self.writer.flush()).await?;
+                            timeout(IDLE, queue.pop())
+                                .await
+                                .map_err(|_| ServeError::Idle)?
+                        }
+                    };
+                    let Some(waiting) = next else {
+                        return patient(self.writer.shutdown()).await;
+                    };
+                    match self.look_at(&waiting).await? {
+                        Answer::Refused(status) => {
+                            self.refuse(status).await?;
+                            continue;
+                        }
+                        Answer::Slice(source, slice) => {
+                            let buffer = spare.pop().unwrap_or_default();
+                            let reading = begin(&source, slice, buffer);
+                            (waiting, source, reading)
+                        }
+                    }
+                }
+            };
+            let part = reading.await.expect("reading does not panic");
+            let mut part = match part {
+                Ok(part) => part,
                 Err(error) => {
-                    tracing::warn!(%hash, %error, "a blob cannot be opened");
-                    answer(&mut stream, Status::Internal, 0).await?;
-                    current = None;
+                    self.failed(&source, &error).await;
+                    self.refuse(Status::Internal).await?;
                     continue;
                 }
             };
-        }
-        let Some((_, reader)) = &current else {
-            answer(&mut stream, Status::NotFound, 0).await?;
-            continue;
-        };
-        let tree = reader.tree();
-        let range = match request.size {
-            None => 0..tree.groups(),
-            Some(size) if size != tree.size() => {
-                answer(&mut stream, Status::NotFound, 0).await?;
-                continue;
-            }
-            Some(_) => {
-                let end = request.first_group.saturating_add(request.groups);
-                if request.groups == 0 || request.groups > MAX_GROUPS || end > tree.groups() {
-                    return refuse(&mut stream, "the range is empty, too long or out of bounds")
-                        .await;
+            // While this one is sent, the next is read, if it is here and of a kind that can be.
+            if part.ended
+                && let Some(next) = queue.try_pop()
+            {
+                match self.look_at(&next).await? {
+                    Answer::Slice(source, slice) => {
+                        let buffer = spare.pop().unwrap_or_default();
+                        let reading = begin(&source, slice, buffer);
+                        ahead = Some((next, source, reading));
+                    }
+                    Answer::Refused(status) => {
+                        self.send(&part.buffer[..part.end]).await?;
+                        spare.push(part.buffer);
+                        self.refuse(status).await?;
+                        continue;
+                    }
                 }
-                request.first_group..end
             }
+            tracing::trace!(number = waiting.number, "answering");
+            while !part.ended {
+                let Part {
+                    slice, buffer, end, ..
+                } = part;
+                let more = read_on(&source, slice, spare.pop().unwrap_or_default(), 0);
+                self.send(&buffer[..end]).await?;
+                spare.push(buffer);
+                part = match more.await.expect("reading does not panic") {
+                    Ok(part) => part,
+                    Err(error) => {
+                        // The answer has begun, and nothing can be said in it.
+                        self.failed(&source, &error).await;
+                        return Err(ServeError::Read(error));
+                    }
+                };
+            }
+            self.send(&part.buffer[..part.end]).await?;
+            spare.push(part.buffer);
+        }
+    }
+
+    /// Opens what is asked for.
+    async fn look_at(&mut self, waiting: &Waiting) -> Result<Answer, ServeError> {
+        let request = &waiting.request;
+        if waiting.cancelled {
+            return Ok(Answer::Refused(Status::Cancelled));
+        }
+        let Some(hash) = Hash::from_slice(&request.hash) else {
+            return self.bad_request("the hash is not 32 bytes").await;
         };
-        answer(&mut stream, Status::Ok, tree.size()).await?;
-        sent += send_slice(&mut stream, reader, Walk::new(tree, range)).await?;
+        if request.size.is_some() && (request.groups == 0 || request.groups > MAX_GROUPS) {
+            return self.bad_request("the range is empty or too long").await;
+        }
+        for again in [false, true] {
+            let known = matches!(&self.sources, Some((open, _)) if *open == hash);
+            // What was open may have become more since.
+            if again || !known {
+                self.sources = match open(&self.store, hash).await {
+                    Ok(found) => Some((hash, found.into_iter().map(Arc::new).collect())),
+                    Err(error) => {
+                        tracing::warn!(%hash, %error, "a blob cannot be opened");
+                        self.sources = None;
+                        return Ok(Answer::Refused(Status::Internal));
+                    }
+                };
+            }
+            for source in self.sources.iter().flat_map(|(_, sources)| sources) {
+                let tree = source.tree();
+                let groups = match request.size {
+                    None => 0..tree.groups(),
+                    Some(size) if size != tree.size() => continue,
+                    Some(_) => {
+                        let end = request.first_group.saturating_add(request.groups);
+                        if end > tree.groups() {
+                            return self.bad_request("the range is out of bounds").await;
+                        }
+                        request.first_group..end
+                    }
+                };
+                if source.has(groups.clone()) {
+                    return Ok(Answer::Slice(Arc::clone(source), source.slice(groups)));
+                }
+            }
+        }
+        Ok(Answer::Refused(Status::NotFound))
+    }
+
+    async fn failed(&mut self, source: &Source, error: &ReadError) {
+        tracing::warn!(%error, path = ?source.path(), "what was asked for cannot be read");
+        let (ReadError::Damaged(_), Some(location)) = (error, source.location()) else {
+            return;
+        };
+        let (store, hash, location) = (self.store.clone(), source.hash(), location.clone());
+        let noted = spawn_blocking(move || store.damaged(&hash, &location)).await;
+        if let Err(error) = noted.expect("noting damage does not panic") {
+            tracing::warn!(%error, "damage cannot be noted");
+        }
+        self.sources = None;
+    }
+
+    /// Sends all of `bytes`, however slowly, as long as the peer takes some of them now and then.
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), ServeError> {
+        for part in bytes.chunks(SEND) {
+            for limit in self.limits {
+                limit.pass(part.len() as u64).await;
+            }
+            let mut rest = part;
+            while !rest.is_empty() {
+                let n = patient(self.writer.write(rest)).await?;
+                if n == 0 {
+                    return Err(io::Error::from(io::ErrorKind::WriteZero).into());
+                }
+                rest = &rest[n..];
+            }
+        }
+        self.sent += bytes.len() as u64;
+        Ok(())
+    }
+
+    async fn refuse(&mut self, status: Status) -> Result<(), ServeError> {
+        let bytes = response(status, 0);
+        self.send(&bytes).await
+    }
+
+    async fn bad_request<T>(&mut self, why: &'static str) -> Result<T, ServeError> {
+        self.refuse(Status::BadRequest).await?;
+        patient(self.writer.shutdown()).await?;
+        Err(ServeError::BadRequest(why))
     }
 }
 
-async fn open(store: &Store, hash: Hash) -> Result<Option<BlobReader>, StoreError> {
+/// Reads the beginning of an answer, after its header.
+fn begin(source: &Arc<Source>, slice: Slice, mut buffer: Vec<u8>) -> Reading {
+    let header = response(Status::Ok, source.tree().size());
+    if buffer.len() < header.len() {
+        buffer.resize(header.len(), 0);
+    }
+    buffer[..header.len()].copy_from_slice(&header);
+    read_on(source, slice, buffer, header.len())
+}
+
+fn read_on(source: &Arc<Source>, mut slice: Slice, mut buffer: Vec<u8>, from: usize) -> Reading {
+    let source = Arc::clone(source);
+    spawn_blocking(move || {
+        let (end, ended) = slice.read(&source, &mut buffer, from, READ)?;
+        Ok(Part {
+            slice,
+            buffer,
+            end,
+            ended,
+        })
+    })
+}
+
+fn response(status: Status, size: u64) -> Vec<u8> {
+    let response = BlobResponse {
+        status: status.into(),
+        size,
+    };
+    response.encode_length_delimited_to_vec()
+}
+
+async fn open(store: &Store, hash: Hash) -> Result<Vec<Source>, StoreError> {
     let store = store.clone();
-    spawn_blocking(move || store.blob(&hash))
+    spawn_blocking(move || store.sources(&hash))
         .await
         .expect("opening a blob does not panic")
-}
-
-/// Reads the next piece while the last one is being sent.
-async fn send_slice<S>(
-    stream: &mut S,
-    reader: &Arc<BlobReader>,
-    walk: Walk,
-) -> Result<u64, ServeError>
-where
-    S: AsyncWrite + Unpin,
-{
-    let read = |mut walk: Walk, mut buffer: Vec<u8>| -> JoinHandle<io::Result<_>> {
-        let reader = Arc::clone(reader);
-        spawn_blocking(move || {
-            buffer.clear();
-            let ended = reader.read_slice(&mut walk, &mut buffer, READ)?;
-            Ok((walk, buffer, ended))
-        })
-    };
-    let mut sent = 0;
-    let mut next = read(walk, Vec::with_capacity(READ + READ / 8));
-    let mut spare = Vec::new();
-    loop {
-        let (walk, buffer, ended) = next
-            .await
-            .expect("reading does not panic")
-            .map_err(ServeError::Read)?;
-        let more = (!ended).then(|| read(walk, std::mem::take(&mut spare)));
-        send(stream, &buffer).await?;
-        sent += buffer.len() as u64;
-        spare = buffer;
-        match more {
-            Some(more) => next = more,
-            None => {
-                patient(stream.flush()).await?;
-                return Ok(sent);
-            }
-        }
-    }
-}
-
-/// Writes all of `bytes`, however slowly, as long as the peer takes some of them now and then.
-async fn send<S>(stream: &mut S, mut bytes: &[u8]) -> Result<(), ServeError>
-where
-    S: AsyncWrite + Unpin,
-{
-    while !bytes.is_empty() {
-        let n = patient(stream.write(bytes)).await?;
-        if n == 0 {
-            return Err(io::Error::from(io::ErrorKind::WriteZero).into());
-        }
-        bytes = &bytes[n..];
-    }
-    Ok(())
 }
 
 /// Waits for the peer, but not for ever.
@@ -176,25 +448,4 @@ where
 {
     let done = timeout(IDLE, work).await.map_err(|_| ServeError::Idle)?;
     Ok(done?)
-}
-
-async fn answer<S>(stream: &mut S, status: Status, size: u64) -> Result<(), ServeError>
-where
-    S: AsyncWrite + Unpin,
-{
-    let response = BlobResponse {
-        status: status.into(),
-        size,
-    };
-    patient(frame::write(stream, &response, MAX_MESSAGE)).await?;
-    patient(stream.flush()).await
-}
-
-async fn refuse<S, T>(stream: &mut S, why: &'static str) -> Result<T, ServeError>
-where
-    S: AsyncWrite + Unpin,
-{
-    answer(stream, Status::BadRequest, 0).await?;
-    patient(stream.shutdown()).await?;
-    Err(ServeError::BadRequest(why))
 }

@@ -11,10 +11,11 @@ use std::{
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use weft_blobs::{
-    Download, Hash, Manifest, PlanError, Store, TransferError,
-    download::{Progress, fetch_manifest},
+    Hash, Manifest, Plan, PlanError, Store, Transfer, TransferError,
     index::{self, index},
+    plan::Progress,
     serve::serve,
+    transfer::fetch_manifest,
 };
 
 const GROUP: usize = 64 * 1024;
@@ -35,6 +36,55 @@ fn write(root: &Path, path: &str, data: &[u8]) {
     let path = root.join(path);
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, data).unwrap();
+}
+
+/// A model on its way, from one provider after another.
+struct Download {
+    plan: Plan,
+    transfer: Transfer,
+}
+
+impl Download {
+    fn plan(
+        store: &Store,
+        manifest: &Manifest,
+        root: &Path,
+        progress: Arc<Progress>,
+    ) -> Result<Self, PlanError> {
+        let transfer = Transfer::new(store, manifest, Arc::clone(&progress), 1);
+        let plan = Plan::new(store, manifest, root, progress)?;
+        Ok(Self { plan, transfer })
+    }
+
+    fn is_complete(&self) -> bool {
+        self.plan.is_complete()
+    }
+
+    fn root(&self) -> &Path {
+        self.plan.root()
+    }
+
+    async fn fetch(&mut self, stream: DuplexStream) -> Result<(), TransferError> {
+        let peer = self.transfer.join(false, None);
+        peer.has_all();
+        let result = async {
+            let run = self.transfer.run(&mut self.plan);
+            let fetch = self.transfer.fetch(&peer, stream, &[]);
+            tokio::pin!(run, fetch);
+            tokio::select! {
+                result = &mut run => Ok(result?),
+                result = &mut fetch => {
+                    result?;
+                    Ok(run.await?)
+                }
+            }
+        };
+        let result: Result<(), TransferError> = result.await;
+        self.transfer.settle().await?;
+        result?;
+        self.plan.finish_copies().await?;
+        Ok(())
+    }
 }
 
 struct World {
@@ -72,7 +122,7 @@ impl World {
     fn connect(&self) -> DuplexStream {
         let (near, far) = duplex(256 * 1024);
         let store = self.provider.clone();
-        tokio::spawn(serve(store, far));
+        tokio::spawn(async move { serve(store, far, &[]).await });
         near
     }
 
@@ -147,7 +197,8 @@ async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
 
     // What arrived can be served on.
     let (near, far) = duplex(1 << 16);
-    tokio::spawn(serve(world.receiver.clone(), far));
+    let receiver = world.receiver.clone();
+    tokio::spawn(async move { serve(receiver, far, &[]).await });
     let third = Store::open(&world.path("third")).unwrap();
     let mut download = Download::plan(
         &third,
@@ -239,35 +290,167 @@ async fn another_provider_finishes_what_one_began() {
     assert!(again <= GROUP as u64, "{again} bytes moved twice");
 }
 
+/// A link to the provider on which a bit of the answers flips after so many bytes.
+fn flip(mut provider: DuplexStream, after: usize) -> DuplexStream {
+    let (near, far) = duplex(64 * 1024);
+    tokio::spawn(async move {
+        let (mut from_near, mut to_near) = tokio::io::split(far);
+        let (mut from_provider, mut to_provider) = tokio::io::split(&mut provider);
+        let up = tokio::io::copy(&mut from_near, &mut to_provider);
+        let down = async {
+            let mut passed = 0;
+            let mut buffer = vec![0; 64 * 1024];
+            while let Ok(n @ 1..) = from_provider.read(&mut buffer).await {
+                if (passed..passed + n).contains(&after) {
+                    buffer[after - passed] ^= 1;
+                }
+                passed += n;
+                if to_near.write_all(&buffer[..n]).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::join!(async { drop(up.await) }, down);
+    });
+    near
+}
+
 #[tokio::test]
 async fn one_flipped_byte_is_refused_and_never_reaches_a_file() {
     let data = content(100 * GROUP, 5);
     let world = World::new(&[("a", content(50, 1)), ("big", data.clone())]);
+    let (mut download, progress) = world.plan("to").unwrap();
+    let stream = flip(world.connect(), 60 * GROUP + 20_000);
+    let error = download.fetch(stream).await.unwrap_err();
+    assert!(matches!(error, TransferError::Corrupt { .. }), "{error}");
+    assert!(error.is_provider_wrong());
+    let verified = moved(&progress) as usize;
+    assert!(verified == 59 * GROUP + 50 || verified == 60 * GROUP + 50, "{verified}");
+    assert!(!world.path("to/big").exists());
+    drop(download);
+    let part = part_in(&world.path("to"));
+    let part = fs::read(part).unwrap();
+    let whole = (verified - 50) / GROUP * GROUP;
+    assert!(part[..whole] == data[..whole]);
+    assert!(part[whole..].iter().all(|byte| *byte == 0));
+}
+
+fn part_in(folder: &Path) -> std::path::PathBuf {
+    fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|e| e == "part"))
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_bit_that_flipped_on_disk_is_found_and_not_served() {
+    let data = content(100 * GROUP, 5);
+    let world = World::new(&[("big", data.clone())]);
     let path = world.path("source/big");
     // The same size and time: only the tree can tell.
     let modified = fs::metadata(&path).unwrap().modified().unwrap();
     let mut bad = data.clone();
-    let at = 60 * GROUP + 77;
-    bad[at] ^= 1;
+    bad[60 * GROUP + 77] ^= 1;
     fs::write(&path, &bad).unwrap();
-    fs::File::open(&path)
+    fs::File::options()
+        .write(true)
+        .open(&path)
         .unwrap()
         .set_modified(modified)
         .unwrap();
     let (mut download, progress) = world.plan("to").unwrap();
     let error = download.fetch(world.connect()).await.unwrap_err();
-    assert!(matches!(error, TransferError::Corrupt { .. }), "{error}");
-    assert!(error.is_provider_wrong());
-    assert_eq!(moved(&progress), (60 * GROUP + 50) as u64);
-    assert!(!world.path("to/big").exists());
-    let part = fs::read_dir(world.path("to"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.extension().is_some_and(|e| e == "part"))
-        .unwrap();
-    let part = fs::read(part).unwrap();
-    assert!(part[..60 * GROUP] == data[..60 * GROUP]);
-    assert!(part[60 * GROUP..].iter().all(|byte| *byte == 0));
+    assert!(!error.is_provider_wrong(), "{error}");
+    assert!(moved(&progress) < 60 * GROUP as u64);
+    // From then on it is not there at all.
+    let hash = world.manifest.files()[0].blake3;
+    assert!(world.provider.sources(&hash).unwrap().is_empty());
+    let error = download.fetch(world.connect()).await.unwrap_err();
+    assert!(matches!(error, TransferError::Missing(_)), "{error}");
+}
+
+#[tokio::test]
+async fn several_providers_share_the_work_and_what_one_lacks_another_sends() {
+    let world = World::new(&[
+        ("big", content(600 * GROUP + 5, 3)),
+        ("small", content(10, 4)),
+    ]);
+    let progress = Arc::new(Progress::default());
+    let transfer = Transfer::new(&world.receiver, &world.manifest, Arc::clone(&progress), 1);
+    let mut plan = Plan::new(
+        &world.receiver,
+        &world.manifest,
+        &world.path("to"),
+        Arc::clone(&progress),
+    )
+    .unwrap();
+    let peers: Vec<_> = (0..4).map(|_| transfer.join(false, None)).collect();
+    peers[0].has(0, 0..300);
+    peers[1].has(0, 200..601);
+    peers[2].has(1, 0..1);
+    // The last says nothing of what it has, and is not asked.
+    let mut run = Box::pin(transfer.run(&mut plan));
+    let fetches = peers
+        .iter()
+        .map(|peer| transfer.fetch(peer, world.connect(), &[]));
+    let mut all = Box::pin(futures::future::try_join_all(fetches));
+    tokio::select! {
+        result = &mut run => result.unwrap(),
+        result = &mut all => {
+            result.unwrap();
+            run.await.unwrap();
+        }
+    }
+    world.assert_equal("to");
+    assert_eq!(moved(&progress), world.manifest.size());
+    let sent: Vec<u64> = peers.iter().map(|peer| peer.moved()).collect();
+    let group = GROUP as u64;
+    assert!(sent[0] >= 200 * group && sent[1] >= 301 * group - group, "{sent:?}");
+    assert_eq!(sent[2..], [10, 0]);
+    assert_eq!(peers.iter().map(|peer| peer.wasted()).sum::<u64>(), 0);
+}
+
+#[tokio::test]
+async fn what_is_still_arriving_is_served_on() {
+    let world = World::new(&[("big", content(400 * GROUP, 3))]);
+    let (mut download, progress) = world.plan("to").unwrap();
+    fetch_some(&world, &mut download, 9 << 20).await;
+    let hash = world.manifest.files()[0].blake3;
+    let have = world.receiver.sources(&hash).unwrap()[0].have();
+    assert_eq!(have.count() * GROUP as u64, moved(&progress));
+
+    // Another asks for what is here, while it is open and when it was left.
+    let third = Store::open(&world.path("third")).unwrap();
+    for again in [false, true] {
+        let progress = Arc::new(Progress::default());
+        let transfer = Transfer::new(&third, &world.manifest, Arc::clone(&progress), 1);
+        let mut plan =
+            Plan::new(&third, &world.manifest, &world.path("to3"), Arc::clone(&progress)).unwrap();
+        let (near, far) = duplex(1 << 16);
+        let receiver = world.receiver.clone();
+        tokio::spawn(async move { serve(receiver, far, &[]).await });
+        let peer = transfer.join(false, None);
+        let half = have.count() / 2;
+        peer.has(0, if again { half..have.count() } else { 0..half });
+        let wanted = if again { have.count() - half } else { half };
+        let work = async {
+            tokio::join!(transfer.run(&mut plan), transfer.fetch(&peer, near, &[]))
+        };
+        let all_here = async {
+            while moved(&progress) < wanted * GROUP as u64 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            _ = work => panic!("a part is not the whole"),
+            _ = tokio::time::timeout(Duration::from_secs(20), all_here) => {}
+        }
+        assert_eq!(moved(&progress), wanted * GROUP as u64);
+        if !again {
+            drop(std::mem::replace(&mut download, world.plan("elsewhere").unwrap().0));
+        }
+    }
 }
 
 #[tokio::test]
@@ -276,7 +459,7 @@ async fn providers_that_lie_or_lack_are_told_apart() {
     let (mut download, _) = world.plan("to").unwrap();
     let empty = Store::open(&world.path("empty")).unwrap();
     let (near, far) = duplex(1 << 16);
-    tokio::spawn(serve(empty, far));
+    tokio::spawn(async move { serve(empty, far, &[]).await });
     assert!(matches!(
         download.fetch(near).await.unwrap_err(),
         TransferError::Missing(_)
@@ -416,7 +599,7 @@ async fn trees_are_not_shared_with_parts_that_were_forgotten() {
     for to in ["one", "two"] {
         expect(to);
         let (mut download, _) = world.plan(to).unwrap();
-        fetch_some(&world, &mut download, 10 << 20).await;
+        fetch_some(&world, &mut download, 5 << 20).await;
         drop(download);
     }
     // Removes the tree that both parts share.

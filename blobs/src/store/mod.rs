@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! lock               held by the process that has the store open
-//! meta.redb          tables: blobs, models, partials
+//! meta.redb          tables: blobs, models, parts
 //! outboards/<hash>   the tree of a blob of more than one group, parents in pre-order
 //! manifests/<hash>   encoded manifests; blobs like any other
 //! ```
@@ -12,35 +12,40 @@
 //! Content is not copied: a blob's row says in which files it is, with their size and time, and a file that differs from
 //! that is not used. Content is synced before the row that vouches for it is committed, so a row is never ahead of the bytes.
 
+mod parts;
+mod rows;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    ffi::OsStr,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fs::{self, File},
     io::{self, Read, Write},
-    os::unix::{ffi::OsStrExt, fs::FileExt},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, Weak},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use prost::Message;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
+pub(crate) use self::parts::{PartLease, part_path};
+use self::{
+    parts::forget_parts,
+    rows::{BlobRow, LocationRow, ModelRow, NameRow, decode, path_from},
+};
 use crate::{
     Hash, Manifest,
     index::{Indexed, IndexedFile, Location},
     lock::{Lock, LockError},
     manifest::{MAX_MANIFEST, ManifestError},
-    partial::{Bitfield, Partial},
-    tree::{GROUP, PARENT, Step, Tree, Walk},
+    partial::Partial,
+    source::Source,
+    tree::{GROUP, Tree},
 };
 
 const BLOBS: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("blobs");
 const MODELS: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("models");
-const PARTIALS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("partials");
+const PARTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("parts");
 
 /// Page cache of the metadata database, in bytes. Rows are small and few; redb's default of 1 GiB would be the node's whole budget.
 const DATABASE_CACHE: usize = 8 * 1024 * 1024;
@@ -57,6 +62,8 @@ struct Inner {
     database: Database,
     /// Part files that a [`Partial`] has open.
     open_parts: Mutex<HashSet<PathBuf>>,
+    /// The partials themselves, by part file: what they have is served.
+    arriving: Mutex<HashMap<PathBuf, Weak<Partial>>>,
     _lock: Lock,
 }
 
@@ -149,89 +156,6 @@ fn database<E: Into<redb::Error>>(error: E) -> StoreError {
         }
         error => StoreError::Database(Box::new(error)),
     }
-}
-
-/// A row of `blobs`: a whole blob.
-#[derive(Clone, PartialEq, Message)]
-struct BlobRow {
-    #[prost(uint64, tag = "1")]
-    size: u64,
-    #[prost(message, repeated, tag = "2")]
-    locations: Vec<LocationRow>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct LocationRow {
-    #[prost(bytes = "vec", tag = "1")]
-    path: Vec<u8>,
-    #[prost(uint64, tag = "2")]
-    size: u64,
-    #[prost(int64, tag = "3")]
-    modified: i64,
-    /// Written by a transfer, and so ours to delete.
-    #[prost(bool, tag = "4")]
-    written: bool,
-}
-
-/// A row of `models`.
-#[derive(Clone, PartialEq, Message)]
-struct ModelRow {
-    #[prost(bytes = "vec", tag = "1")]
-    root: Vec<u8>,
-    #[prost(message, repeated, tag = "2")]
-    names: Vec<NameRow>,
-    #[prost(int64, tag = "3")]
-    added_at: i64,
-    #[prost(bool, tag = "4")]
-    fetched: bool,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct NameRow {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(bool, tag = "2")]
-    published: bool,
-}
-
-/// A row of `partials`, keyed by the part file's path: a blob that is still arriving.
-#[derive(Clone, PartialEq, Message)]
-struct PartialRow {
-    #[prost(bytes = "vec", tag = "1")]
-    hash: Vec<u8>,
-    #[prost(uint64, tag = "2")]
-    size: u64,
-    #[prost(bytes = "vec", tag = "3")]
-    bits: Vec<u8>,
-}
-
-impl From<&Location> for LocationRow {
-    fn from(location: &Location) -> Self {
-        Self {
-            path: location.path.as_os_str().as_bytes().to_vec(),
-            size: location.size,
-            modified: location.modified,
-            written: false,
-        }
-    }
-}
-
-impl From<&LocationRow> for Location {
-    fn from(row: &LocationRow) -> Self {
-        Self {
-            path: path_from(&row.path),
-            size: row.size,
-            modified: row.modified,
-        }
-    }
-}
-
-fn path_from(bytes: &[u8]) -> PathBuf {
-    PathBuf::from(OsStr::from_bytes(bytes))
-}
-
-fn decode<M: Message + Default>(table: &'static str, bytes: &[u8]) -> Result<M, StoreError> {
-    M::decode(bytes).map_err(|source| StoreError::Damaged { table, source })
 }
 
 /// A model that the store holds, whole or in part.
@@ -336,6 +260,7 @@ impl Store {
                 folder: folder.to_owned(),
                 database,
                 open_parts: Mutex::default(),
+                arriving: Mutex::default(),
                 _lock: lock,
             }),
         };
@@ -343,7 +268,7 @@ impl Store {
         store.write(|txn| {
             txn.open_table(BLOBS).map_err(self::database)?;
             txn.open_table(MODELS).map_err(self::database)?;
-            txn.open_table(PARTIALS).map_err(self::database)?;
+            txn.open_table(PARTS).map_err(self::database)?;
             Ok(())
         })?;
         Ok(store)
@@ -381,7 +306,7 @@ impl Store {
         self.write_outboard(hash, &file.outboard)?;
         self.write(|txn| {
             // A crash between a rename and its record leaves a row for a part file that is gone.
-            forget_partials(txn, hash, Some(&part_path(&file.location.path, hash)))?;
+            forget_parts(txn, hash, Some(&part_path(&file.location.path, hash)))?;
             put_location(txn, hash, &file.location, false)
         })
     }
@@ -541,28 +466,44 @@ impl Store {
         }))
     }
 
-    /// Opens a whole blob for reading with proofs; `None` if it is not here, or its file changed.
+    /// Opens what is here of a blob, for reading with proofs: the whole of it, or the parts that are arriving or have been left. Empty if nothing of it is
+    /// here, or its file changed.
     ///
     /// # Errors
     /// [`StoreError`] if it is here and cannot be read.
-    pub fn blob(&self, hash: &Hash) -> Result<Option<BlobReader>, StoreError> {
+    pub fn sources(&self, hash: &Hash) -> Result<Vec<Source>, StoreError> {
+        match self.whole(hash)? {
+            Some(whole) => Ok(vec![whole]),
+            None => self.parts(hash),
+        }
+    }
+
+    /// Opens a whole blob; `None` if it is not here, or its file changed.
+    pub(crate) fn whole(&self, hash: &Hash) -> Result<Option<Source>, StoreError> {
         let Some((location, file)) = self.locate(hash)? else {
             return Ok(None);
         };
         let tree = Tree::new(location.size);
-        let outboard = if tree.groups() > 1 {
-            let path = self.outboard_path(hash);
-            let file = File::open(&path).map_err(StoreError::io("cannot read", &path))?;
-            Some(file)
-        } else {
-            None
-        };
-        Ok(Some(BlobReader {
-            tree,
-            location,
-            file,
-            outboard,
-        }))
+        let outboard = self.open_outboard(hash, &tree)?;
+        Ok(Some(Source::whole(*hash, tree, location, file, outboard)))
+    }
+
+    /// The content of the file at `location` is not what it was: it is not used again until it is added or fetched again.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn damaged(&self, hash: &Hash, location: &Location) -> Result<(), StoreError> {
+        tracing::warn!(%hash, path = %location.path.display(), "a file is damaged on disk: it is not used until it is verified or added again");
+        self.write(|txn| forget_location(txn, hash, &location.path))
+    }
+
+    fn open_outboard(&self, hash: &Hash, tree: &Tree) -> Result<Option<File>, StoreError> {
+        if tree.groups() == 1 {
+            return Ok(None);
+        }
+        let path = self.outboard_path(hash);
+        let file = File::open(&path).map_err(StoreError::io("cannot read", &path))?;
+        Ok(Some(file))
     }
 
     /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged; part files go
@@ -585,7 +526,7 @@ impl Store {
         }
         for file in manifest.iter().flat_map(Manifest::files) {
             let part = part_path(&model.root.join(&file.path), &file.blake3);
-            if self.open_parts().contains(&part) {
+            if self.is_arriving(&part) {
                 return Err(StoreError::Busy(part));
             }
         }
@@ -630,7 +571,7 @@ impl Store {
                 let part = part_path(&model.root.join(&file.path), &file.blake3);
                 // Without its tree, no part of a blob is worth anything.
                 let only = kept_blobs.contains(&file.blake3).then_some(part.as_path());
-                forget_partials(txn, &file.blake3, only)?;
+                forget_parts(txn, &file.blake3, only)?;
             }
             txn.open_table(MODELS)
                 .map_err(database)?
@@ -664,126 +605,6 @@ impl Store {
             model,
             files_deleted,
         })
-    }
-
-    /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified.
-    ///
-    /// # Errors
-    /// [`StoreError::Busy`] if it is open already; [`StoreError::DiskFull`] if there is no room for the whole.
-    pub(crate) fn partial(
-        &self,
-        hash: Hash,
-        size: u64,
-        target: &Path,
-        cancelled: &AtomicBool,
-    ) -> Result<Partial, StoreError> {
-        let part = part_path(target, &hash);
-        let lease = PartLease::take(self, &part)?;
-        // With the lease in hand: whoever fetches the same file next either finds this one's part or is never followed by it.
-        if cancelled.load(Ordering::Acquire) {
-            return Err(StoreError::Cancelled);
-        }
-        let tree = Tree::new(size);
-        let committed = self.committed(&part, &hash, &tree)?;
-        if committed.is_none() {
-            // Before the files get their full size: a row from earlier must not vouch for what they hold then.
-            let all = !self.has_outboard(&hash, &tree);
-            self.write(|txn| forget_partials(txn, &hash, (!all).then_some(part.as_path())))?;
-        }
-        let outboard = (tree.groups() > 1).then(|| self.outboard_path(&hash));
-        Partial::open(lease, hash, tree, target, outboard, committed)
-    }
-
-    /// Commits what the given partials have verified, after syncing their bytes. Those that are whole become files: synced,
-    /// renamed onto their target, and recorded. Durable when it returns.
-    ///
-    /// # Errors
-    /// [`StoreError`]; what is verified stays in the part files.
-    pub(crate) fn settle(&self, partials: &[Arc<Partial>]) -> Result<(), StoreError> {
-        let mut finished = Vec::new();
-        let mut progressed = Vec::new();
-        for partial in partials {
-            let bits = partial.sync()?;
-            if bits.is_full() {
-                finished.push((partial, partial.finish()?));
-            } else {
-                progressed.push((partial, bits));
-            }
-        }
-        let folders: BTreeSet<&Path> = finished
-            .iter()
-            .filter_map(|(partial, _)| partial.target().parent())
-            .collect();
-        for folder in folders {
-            sync_folder(folder)?;
-        }
-        self.write(|txn| {
-            for (partial, location) in &finished {
-                put_location(txn, &partial.hash(), location, true)?;
-            }
-            let mut table = txn.open_table(PARTIALS).map_err(database)?;
-            for (partial, _) in &finished {
-                table
-                    .remove(partial.part().as_os_str().as_bytes())
-                    .map_err(database)?;
-            }
-            for (partial, bits) in &progressed {
-                let row = PartialRow {
-                    hash: partial.hash().as_bytes().to_vec(),
-                    size: partial.tree().size(),
-                    bits: bits.to_bytes(),
-                };
-                table
-                    .insert(
-                        partial.part().as_os_str().as_bytes(),
-                        row.encode_to_vec().as_slice(),
-                    )
-                    .map_err(database)?;
-            }
-            Ok(())
-        })
-    }
-
-    fn open_parts(&self) -> std::sync::MutexGuard<'_, HashSet<PathBuf>> {
-        self.inner
-            .open_parts
-            .lock()
-            .expect("nothing panics while holding the lock")
-    }
-
-    fn partial_row(&self, part: &Path) -> Result<Option<PartialRow>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
-        let table = txn.open_table(PARTIALS).map_err(database)?;
-        match table.get(part.as_os_str().as_bytes()).map_err(database)? {
-            Some(row) => Ok(Some(decode("partials", row.value())?)),
-            None => Ok(None),
-        }
-    }
-
-    /// Bytes that are verified and durable in the part file of a blob that is to become `target`.
-    pub(crate) fn partial_bytes(
-        &self,
-        target: &Path,
-        hash: &Hash,
-        size: u64,
-    ) -> Result<u64, StoreError> {
-        let tree = Tree::new(size);
-        let committed = self.committed(&part_path(target, hash), hash, &tree)?;
-        Ok(committed.map_or(0, |bits| bits.bytes(&tree)))
-    }
-
-    /// The groups that a row vouches for, if the files it speaks of are still there.
-    fn committed(
-        &self,
-        part: &Path,
-        hash: &Hash,
-        tree: &Tree,
-    ) -> Result<Option<Bitfield>, StoreError> {
-        let row = self
-            .partial_row(part)?
-            .filter(|row| row.hash == hash.as_bytes() && row.size == tree.size())
-            .filter(|_| has_size(part, tree.size()) && self.has_outboard(hash, tree));
-        Ok(row.and_then(|row| Bitfield::from_bytes(&row.bits, tree.groups())))
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
@@ -828,99 +649,18 @@ impl Store {
     }
 }
 
-/// The right to write one part file, given back when dropped.
-#[derive(Debug)]
-pub(crate) struct PartLease {
-    store: Store,
-    pub(crate) part: PathBuf,
-}
-
-impl PartLease {
-    fn take(store: &Store, part: &Path) -> Result<Self, StoreError> {
-        let mut open = store.open_parts();
-        if !open.insert(part.to_owned()) {
-            return Err(StoreError::Busy(part.to_owned()));
-        }
-        Ok(Self {
-            store: store.clone(),
-            part: part.to_owned(),
-        })
-    }
-}
-
-impl Drop for PartLease {
-    fn drop(&mut self) {
-        if let Ok(mut open) = self.store.inner.open_parts.lock() {
-            open.remove(&self.part);
-        }
-    }
-}
-
-/// A whole blob, open for reading with its tree.
-#[derive(Debug)]
-pub struct BlobReader {
-    tree: Tree,
-    location: Location,
-    file: File,
-    outboard: Option<File>,
-}
-
-impl BlobReader {
-    /// The blob's tree.
-    pub fn tree(&self) -> Tree {
-        self.tree
-    }
-
-    /// Appends elements of the slice that `walk` goes over to `out`, until `limit` bytes are passed or the walk ends; whether it ended.
-    ///
-    /// # Errors
-    /// If the file changed since it was opened, or a read fails.
-    pub fn read_slice(&self, walk: &mut Walk, out: &mut Vec<u8>, limit: usize) -> io::Result<bool> {
-        let mut ended = false;
-        while out.len() < limit {
-            let Some(step) = walk.next() else {
-                ended = true;
-                break;
-            };
-            let at = out.len();
-            match step {
-                Step::Parent { index } => {
-                    let outboard = self
-                        .outboard
-                        .as_ref()
-                        .ok_or_else(|| io::Error::other("a tree of one group has no parents"))?;
-                    out.resize(at + PARENT, 0);
-                    outboard.read_exact_at(&mut out[at..], index * PARENT as u64)?;
-                }
-                Step::Group { index, size } => {
-                    out.resize(at + size, 0);
-                    self.file
-                        .read_exact_at(&mut out[at..], self.tree.group_bytes(index).start)?;
-                }
-            }
-        }
-        if Location::of(&self.location.path, &self.file)? != self.location {
-            return Err(io::Error::other("the file changed while it was read"));
-        }
-        Ok(ended)
-    }
-}
-
-/// Drops the rows of part files of a blob: of one, or of all.
-fn forget_partials(
-    txn: &WriteTransaction,
-    hash: &Hash,
-    only: Option<&Path>,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(PARTIALS).map_err(database)?;
-    if let Some(part) = only {
-        table
-            .remove(part.as_os_str().as_bytes())
-            .map_err(database)?;
-        return Ok(());
-    }
-    let of_blob = |row: &[u8]| PartialRow::decode(row).is_ok_and(|row| row.hash == hash.as_bytes());
-    table.retain(|_, row| !of_blob(row)).map_err(database)
+/// Forgets that a blob is in the file at `path`.
+fn forget_location(txn: &WriteTransaction, hash: &Hash, path: &Path) -> Result<(), StoreError> {
+    let mut table = txn.open_table(BLOBS).map_err(database)?;
+    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
+        Some(row) => decode::<BlobRow>("blobs", row.value())?,
+        None => return Ok(()),
+    };
+    row.locations.retain(|known| path_from(&known.path) != path);
+    table
+        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+        .map_err(database)?;
+    Ok(())
 }
 
 /// Notes that a whole blob is in a file; `written` if it was us who wrote it.
@@ -1023,16 +763,6 @@ fn set_name(
     Ok(())
 }
 
-/// The part file of a blob that is to become `target`: beside it, so that a rename completes it.
-pub(crate) fn part_path(target: &Path, hash: &Hash) -> PathBuf {
-    let name = format!(
-        "{}{}.part",
-        crate::path::OWN_PREFIX,
-        &hash.to_string()[..32]
-    );
-    target.with_file_name(name)
-}
-
 fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let temporary = path.with_extension("new");
     let write = || -> io::Result<()> {
@@ -1082,7 +812,10 @@ fn remove_empty_folders(file: &Path, root: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::index::{Progress, index};
+    use crate::{
+        index::{Progress, index},
+        source::ReadError,
+    };
 
     fn model(folder: &Path, content: &[u8]) -> Indexed {
         fs::create_dir_all(folder).unwrap();
@@ -1121,15 +854,16 @@ mod tests {
         let store = Store::open(&home.path().join("store")).unwrap();
         let id = store.add(&indexed, None).unwrap();
         let hash = indexed.manifest.files()[0].blake3;
-        assert!(store.blob(&hash).unwrap().is_some());
-        let reader = store.blob(&hash).unwrap().unwrap();
+        let reader = store.whole(&hash).unwrap().unwrap();
         fs::write(root.join("a.bin"), [2; 200_000]).unwrap();
-        assert!(store.blob(&hash).unwrap().is_none());
-        let mut out = Vec::new();
-        let mut walk = Walk::new(reader.tree(), 0..4);
-        assert!(reader.read_slice(&mut walk, &mut out, 70_000).is_err());
+        assert!(store.sources(&hash).unwrap().is_empty());
+        let error = reader.read_groups(0..1).unwrap_err();
+        assert!(matches!(error, ReadError::Damaged(_)), "{error}");
+        fs::write(root.join("a.bin"), [1; 200_000]).unwrap();
+        let error = reader.read_groups(0..1).unwrap_err();
+        assert!(matches!(error, ReadError::Changed), "{error}");
         fs::remove_file(root.join("a.bin")).unwrap();
-        assert!(store.blob(&hash).unwrap().is_none());
+        assert!(store.sources(&hash).unwrap().is_empty());
         let model = store.model(&id).unwrap();
         assert!(!store.presence(&model, &indexed.manifest).unwrap().complete);
     }
@@ -1160,10 +894,8 @@ mod tests {
         assert_eq!(removed.files_deleted, 0);
         assert!(home.path().join("1/a.bin").exists());
         let blob = |indexed: &Indexed, i: usize| {
-            store
-                .blob(&indexed.manifest.files()[i].blake3)
-                .unwrap()
-                .is_some()
+            let hash = indexed.manifest.files()[i].blake3;
+            store.whole(&hash).unwrap().is_some()
         };
         assert!(!blob(&one, 0));
         assert!(blob(&two, 0) && blob(&two, 1));

@@ -1,0 +1,102 @@
+//! Limits on rate, and what a rate is.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep_until};
+
+/// How much may pass at once after a pause.
+const BURST: Duration = Duration::from_millis(50);
+
+/// A limit on bytes a second. Cheap to clone; all clones are one limit, shared fairly by whoever waits.
+#[derive(Debug, Clone, Default)]
+pub struct Limit {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Bytes a second; zero is no limit.
+    rate: AtomicU64,
+    /// When what has been let through so far is paid for.
+    free_at: Mutex<Option<Instant>>,
+}
+
+impl Limit {
+    /// At most `rate` bytes a second; zero is no limit.
+    pub fn new(rate: u64) -> Self {
+        let limit = Self::default();
+        limit.set(rate);
+        limit
+    }
+
+    /// Changes it; what waits already waits as it did.
+    pub fn set(&self, rate: u64) {
+        self.shared.rate.store(rate, Ordering::Relaxed);
+    }
+
+    /// Bytes a second; zero is no limit.
+    pub fn get(&self) -> u64 {
+        self.shared.rate.load(Ordering::Relaxed)
+    }
+
+    /// Waits until `bytes` may pass.
+    pub async fn pass(&self, bytes: u64) {
+        let rate = self.get();
+        if rate == 0 {
+            return;
+        }
+        let takes = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        let until = {
+            let mut free_at = self
+                .shared
+                .free_at
+                .lock()
+                .expect("nothing panics while holding the lock");
+            let now = Instant::now();
+            let from = match *free_at {
+                Some(free_at) if free_at + BURST > now => free_at,
+                _ => now - BURST.min(now.elapsed()),
+            };
+            *free_at = Some(from + takes);
+            from
+        };
+        // What was let through before is paid for: this passes, and the next waits for it.
+        if until > Instant::now() {
+            sleep_until(until).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_holds_over_time_for_all_who_share_it() {
+        let limit = Limit::new(1_000_000);
+        let begin = Instant::now();
+        let passing = || {
+            let limit = limit.clone();
+            tokio::spawn(async move {
+                for _ in 0..50 {
+                    limit.pass(100_000).await;
+                }
+            })
+        };
+        for task in [passing(), passing()] {
+            task.await.unwrap();
+        }
+        let took = begin.elapsed().as_secs_f64();
+        assert!((9.7..10.1).contains(&took), "{took}");
+        limit.set(0);
+        let begin = Instant::now();
+        limit.pass(u64::MAX).await;
+        assert_eq!(begin.elapsed(), Duration::ZERO);
+    }
+}

@@ -1,0 +1,707 @@
+//! Who is asked for what. No I/O and no clock: time comes in as an argument, so that tests simulate swarms in milliseconds.
+//!
+//! What is wanted is cut into *pieces* of [`PIECE`] chunk groups; what is asked of a peer at once is a *run*: groups side by side within a piece. A peer is
+//! asked for as many bytes ahead as its window allows, which follows its measured rate and round trip. What is asked for goes, in this order: to whoever reads
+//! (in order, from where it reads); in order, where all peers have everything and nobody else fetches; else what is rarest among a sample.
+//! When nothing is left to ask for, a peer takes over what another would deliver much later than it would itself, and the other is told that it is not needed.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+    time::Duration,
+};
+
+use crate::{
+    bitfield::Bitfield,
+    tree::{GROUP, Tree},
+};
+
+/// Groups in a piece: 1 MiB, which costs 0.2 % of proofs in a blob of 100 GB, and is soon answered, so that work can move to another peer.
+pub(crate) const PIECE: u64 = 16;
+
+/// What a peer whose rate is not known yet is asked for ahead, in bytes.
+const FIRST_WINDOW: u64 = 4 << 20;
+
+/// The most asked of a peer ahead, in bytes: it keeps a path of 1 Gbit/s and 250 ms busy.
+const MAX_WINDOW: u64 = 32 << 20;
+
+/// Beyond two round trips, a peer is asked for what it sends in this time: for the disk and the scheduler at both ends.
+const SLACK: Duration = Duration::from_millis(200);
+
+/// How long a peer that was asked may send nothing before others get its work, at least; four round trips if that is more.
+const STALL: Duration = Duration::from_secs(2);
+
+/// A run takes a peer no longer than this, as far as its rate is known: so that a slow one does not hold a piece that others could send at once.
+const RUN_TIME: Duration = Duration::from_millis(250);
+
+/// Pieces looked at for the rarest.
+const SAMPLE: usize = 24;
+
+/// Peers that are asked for the same groups at a time, at most.
+const COPIES: usize = 2;
+
+/// How often a rate is measured.
+const MEASURE: Duration = Duration::from_millis(100);
+
+/// A peer of a schedule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct PeerKey(u32);
+
+/// Groups of a blob, side by side and within a piece.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Which blob, by its place in the schedule.
+    pub(crate) blob: usize,
+    /// Which groups.
+    pub(crate) groups: Range<u64>,
+}
+
+/// What a peer is to do next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Ask it for this.
+    Ask(Run),
+    /// Tell it that this, which it was asked for, is not needed any more.
+    Cancel(Run),
+    /// Nothing for now.
+    Wait,
+}
+
+/// The state of what is wanted, and of those who send it.
+#[derive(Debug)]
+pub(crate) struct Schedule {
+    blobs: Vec<Blob>,
+    /// By number of the piece: its groups that are wanted and that nobody is asked for.
+    open: BTreeMap<u64, u16>,
+    peers: BTreeMap<PeerKey, Peer>,
+    next_peer: u32,
+    /// What readers wait for, as pieces.
+    urgent: BTreeMap<u64, Range<u64>>,
+    /// Others fetch the same from the same peers: what each of us has is to differ.
+    crowded: bool,
+    /// Groups that are wanted and not here.
+    needed: u64,
+    random: fastrand::Rng,
+}
+
+#[derive(Debug)]
+struct Blob {
+    tree: Tree,
+    /// The number of its first piece: pieces are numbered through.
+    first: u64,
+    /// Wanted and not here. Made when something is first wanted of it.
+    need: Option<Bitfield>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    has: Has,
+    relayed: bool,
+    asked: VecDeque<Run>,
+    /// Bytes asked for and not here.
+    ahead: u64,
+    rate: Rate,
+    round_trip: Option<Duration>,
+    /// When it was asked while nothing was on its way; until the answer comes.
+    asked_at: Option<Duration>,
+    /// When it last sent something, or was asked while nothing was on its way.
+    last: Duration,
+    cancels: Vec<Run>,
+    /// There was nothing that is open and that it has, and neither has changed.
+    barren: bool,
+}
+
+#[derive(Debug)]
+enum Has {
+    All,
+    Some(BTreeMap<usize, Bitfield>),
+}
+
+/// Bytes a second, smoothed.
+#[derive(Debug, Default)]
+struct Rate {
+    value: f64,
+    bytes: u64,
+    since: Duration,
+}
+
+impl Rate {
+    fn restart(&mut self, now: Duration) {
+        self.bytes = 0;
+        self.since = now;
+    }
+
+    fn add(&mut self, bytes: u64, now: Duration) {
+        self.bytes += bytes;
+        let time = now.saturating_sub(self.since);
+        if time < MEASURE {
+            return;
+        }
+        let sample = self.bytes as f64 / time.as_secs_f64();
+        self.value = match self.value {
+            0.0 => sample,
+            value => 0.6 * value + 0.4 * sample,
+        };
+        self.restart(now);
+    }
+}
+
+impl Peer {
+    fn has(&self, blob: usize, groups: Range<u64>) -> bool {
+        match &self.has {
+            Has::All => true,
+            Has::Some(blobs) => blobs.get(&blob).is_some_and(|bits| bits.has_all(groups)),
+        }
+    }
+
+    fn window(&self) -> u64 {
+        if self.rate.value == 0.0 {
+            return FIRST_WINDOW;
+        }
+        let time = 2 * self.round_trip.unwrap_or_default() + SLACK;
+        let window = (self.rate.value * time.as_secs_f64()) as u64;
+        // At least two runs, so that the next is asked for before the last is here.
+        window.clamp(2 * GROUP * self.longest(), MAX_WINDOW)
+    }
+
+    /// Groups in a run that is asked of it, at most.
+    fn longest(&self) -> u64 {
+        match self.rate.value {
+            0.0 => PIECE,
+            rate => ((rate * RUN_TIME.as_secs_f64()) as u64 / GROUP).clamp(1, PIECE),
+        }
+    }
+
+    fn is_stalled(&self, now: Duration) -> bool {
+        let patience = STALL.max(4 * self.round_trip.unwrap_or_default());
+        !self.asked.is_empty() && now.saturating_sub(self.last) > patience
+    }
+
+    /// Seconds until `bytes` more than what is on its way would be here.
+    fn time_for(&self, bytes: u64) -> f64 {
+        let round_trip = self.round_trip.unwrap_or_default().as_secs_f64();
+        (self.ahead + bytes) as f64 / self.rate.value + round_trip
+    }
+
+    fn end(&mut self, run: &Run, left: u64) {
+        if let Some(at) = self.asked.iter().position(|asked| asked == run) {
+            self.asked.remove(at);
+            self.ahead = self.ahead.saturating_sub(left);
+        }
+        if self.asked.is_empty() {
+            self.ahead = 0;
+        }
+        self.cancels.retain(|cancel| cancel != run);
+    }
+}
+
+impl Schedule {
+    /// Nothing of `blobs` is wanted yet. The same `seed` makes the same choices.
+    pub(crate) fn new(blobs: impl IntoIterator<Item = Tree>, seed: u64) -> Self {
+        let mut first = 0;
+        let blobs = blobs.into_iter().map(|tree| {
+            let blob = Blob {
+                tree,
+                first,
+                need: None,
+            };
+            first += tree.groups().div_ceil(PIECE);
+            blob
+        });
+        Self {
+            blobs: blobs.collect(),
+            open: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            next_peer: 0,
+            urgent: BTreeMap::new(),
+            crowded: false,
+            needed: 0,
+            random: fastrand::Rng::with_seed(seed),
+        }
+    }
+
+    /// Wants groups of a blob that are not here.
+    pub(crate) fn want(&mut self, blob: usize, groups: Range<u64>) {
+        let at = &mut self.blobs[blob];
+        let need = at
+            .need
+            .get_or_insert_with(|| Bitfield::empty(at.tree.groups()));
+        let before = need.count();
+        let mut new = Vec::new();
+        let mut from = groups.start;
+        while let Some(run) = need.next_missing(from, groups.end.saturating_sub(from)) {
+            if run.is_empty() || run.start >= groups.end {
+                break;
+            }
+            from = run.end;
+            new.push(run);
+        }
+        new.iter().for_each(|run| need.insert_range(run.clone()));
+        self.needed += need.count() - before;
+        new.into_iter().for_each(|run| self.reopen(blob, run));
+    }
+
+    /// Wants nothing of a blob any more. What was asked for may still come.
+    pub(crate) fn unwant(&mut self, blob: usize) {
+        let at = &mut self.blobs[blob];
+        if let Some(need) = at.need.take() {
+            self.needed -= need.count();
+        }
+        let pieces = at.first..at.first + at.tree.groups().div_ceil(PIECE);
+        let open: Vec<u64> = self.open.range(pieces).map(|(piece, _)| *piece).collect();
+        open.iter().for_each(|piece| {
+            self.open.remove(piece);
+        });
+        for peer in self.peers.values_mut() {
+            let asked = peer.asked.iter().filter(|run| run.blob == blob);
+            peer.cancels.extend(asked.cloned());
+        }
+    }
+
+    /// How many groups are wanted and not here.
+    pub(crate) fn needed(&self) -> u64 {
+        self.needed
+    }
+
+    /// Whether any of these groups is wanted and not here.
+    pub(crate) fn needs(&self, run: &Run) -> bool {
+        let need = &self.blobs[run.blob].need;
+        need.as_ref()
+            .and_then(|need| need.next_run(run.groups.start))
+            .is_some_and(|found| found.start < run.groups.end)
+    }
+
+    /// What somebody who reads waits for, in this order; `None` when it waits no more.
+    pub(crate) fn set_urgent(&mut self, reader: u64, groups: Option<(usize, Range<u64>)>) {
+        match groups {
+            Some((blob, groups)) => {
+                let first = self.blobs[blob].first;
+                let pieces = first + groups.start / PIECE..first + groups.end.div_ceil(PIECE);
+                self.urgent.insert(reader, pieces);
+            }
+            None => {
+                self.urgent.remove(&reader);
+            }
+        }
+    }
+
+    /// Whether others fetch the same from the same peers.
+    pub(crate) fn set_crowded(&mut self, crowded: bool) {
+        self.crowded = crowded;
+    }
+
+    /// A peer that has nothing, as far as is known.
+    pub(crate) fn join(&mut self, relayed: bool, round_trip: Option<Duration>) -> PeerKey {
+        let key = PeerKey(self.next_peer);
+        self.next_peer += 1;
+        self.peers.insert(
+            key,
+            Peer {
+                has: Has::Some(BTreeMap::new()),
+                relayed,
+                asked: VecDeque::new(),
+                ahead: 0,
+                rate: Rate::default(),
+                round_trip,
+                asked_at: None,
+                last: Duration::ZERO,
+                cancels: Vec::new(),
+                barren: false,
+            },
+        );
+        key
+    }
+
+    /// The peer is gone: what it was asked for, others are.
+    pub(crate) fn leave(&mut self, key: PeerKey) {
+        if let Some(peer) = self.peers.remove(&key) {
+            peer.asked.into_iter().for_each(|run| self.give_back(run));
+        }
+    }
+
+    /// Nothing is on its way from the peer any more: its stream has ended.
+    pub(crate) fn lost(&mut self, key: PeerKey) {
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return;
+        };
+        let asked = std::mem::take(&mut peer.asked);
+        peer.cancels.clear();
+        peer.ahead = 0;
+        asked.into_iter().for_each(|run| self.give_back(run));
+    }
+
+    /// The path to the peer has changed.
+    pub(crate) fn set_path(&mut self, key: PeerKey, relayed: bool, round_trip: Option<Duration>) {
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.relayed = relayed;
+            peer.round_trip = round_trip;
+            peer.rate = Rate::default();
+        }
+    }
+
+    /// The peer says that it has everything.
+    pub(crate) fn has_all(&mut self, key: PeerKey) {
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.has = Has::All;
+            peer.barren = false;
+        }
+    }
+
+    /// The peer says that it has these groups.
+    pub(crate) fn has(&mut self, key: PeerKey, blob: usize, groups: Range<u64>) {
+        let bound = self.blobs[blob].tree.groups();
+        if let Some(peer) = self.peers.get_mut(&key)
+            && let Has::Some(blobs) = &mut peer.has
+        {
+            let bits = blobs.entry(blob).or_insert_with(|| Bitfield::empty(bound));
+            bits.insert_range(groups.start..groups.end.min(bound));
+            peer.barren = false;
+        }
+    }
+
+    /// The peer says that it has not what it was asked for, whatever it said before; whether it had said that it has everything.
+    pub(crate) fn has_not(&mut self, key: PeerKey, run: &Run) -> bool {
+        let blobs = &self.blobs;
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return false;
+        };
+        let said_all = matches!(peer.has, Has::All);
+        if said_all {
+            // It has others, as far as is known.
+            let full = |(i, blob): (usize, &Blob)| (i, Bitfield::full(blob.tree.groups()));
+            peer.has = Has::Some(blobs.iter().enumerate().map(full).collect());
+        }
+        if let Has::Some(had) = &mut peer.has
+            && let Some(bits) = had.get_mut(&run.blob)
+        {
+            bits.remove_range(run.groups.clone());
+        }
+        peer.end(run, bytes_of(&blobs[run.blob].tree, &run.groups));
+        self.give_back(run.clone());
+        said_all
+    }
+
+    /// Bytes a second that the peer sends, smoothed; zero while that is not known.
+    pub(crate) fn rate(&self, key: PeerKey) -> f64 {
+        self.peers.get(&key).map_or(0.0, |peer| peer.rate.value)
+    }
+
+    /// What the peer is to be asked for or told next.
+    pub(crate) fn next(&mut self, key: PeerKey, now: Duration) -> Next {
+        let Some(peer) = self.peers.get_mut(&key) else {
+            return Next::Wait;
+        };
+        if let Some(run) = peer.cancels.pop() {
+            return Next::Cancel(run);
+        }
+        if peer.ahead >= peer.window() || peer.is_stalled(now) {
+            return Next::Wait;
+        }
+        let Some(run) = self.choose(key, now) else {
+            return Next::Wait;
+        };
+        let bytes = bytes_of(&self.blobs[run.blob].tree, &run.groups);
+        if let Some(peer) = self.peers.get_mut(&key) {
+            if peer.asked.is_empty() {
+                peer.last = now;
+                peer.asked_at = Some(now);
+                peer.rate.restart(now);
+            }
+            peer.ahead += bytes;
+            peer.asked.push_back(run.clone());
+        }
+        Next::Ask(run)
+    }
+
+    /// The peer has sent this many bytes of content.
+    pub(crate) fn progress(&mut self, key: PeerKey, bytes: u64, now: Duration) {
+        if let Some(peer) = self.peers.get_mut(&key) {
+            if let Some(asked_at) = peer.asked_at.take() {
+                let sample = now.saturating_sub(asked_at);
+                peer.round_trip = Some(peer.round_trip.map_or(sample, |known| known.min(sample)));
+            }
+            peer.last = now;
+            peer.ahead = peer.ahead.saturating_sub(bytes);
+            peer.rate.add(bytes, now);
+        }
+    }
+
+    /// The answer to `run` is over: its first `verified` groups are here. Whoever else was asked for them is told.
+    pub(crate) fn done(&mut self, key: PeerKey, run: &Run, verified: u64) {
+        let here = run.groups.start..run.groups.start + verified;
+        if let Some(need) = &mut self.blobs[run.blob].need {
+            let before = need.count();
+            need.remove_range(here.clone());
+            self.needed -= before - need.count();
+        }
+        self.close(run.blob, here.clone());
+        let rest = Run {
+            blob: run.blob,
+            groups: here.end..run.groups.end,
+        };
+        let left = bytes_of(&self.blobs[run.blob].tree, &rest.groups);
+        for (other, peer) in &mut self.peers {
+            if *other == key {
+                peer.end(run, left);
+                continue;
+            }
+            for asked in &peer.asked {
+                let is_here = asked.blob == run.blob
+                    && asked.groups.start >= here.start
+                    && asked.groups.end <= here.end;
+                if is_here && !peer.cancels.contains(asked) {
+                    peer.cancels.push(asked.clone());
+                }
+            }
+        }
+        self.give_back(rest);
+    }
+
+    /// The peer has taken note that `run` is not needed.
+    pub(crate) fn cancelled(&mut self, key: PeerKey, run: &Run) {
+        let bytes = bytes_of(&self.blobs[run.blob].tree, &run.groups);
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.end(run, bytes);
+        }
+        self.give_back(run.clone());
+    }
+
+    /// What is needed of `run` and asked of nobody is open again.
+    fn give_back(&mut self, run: Run) {
+        let mut left = Bitfield::empty(PIECE);
+        let base = run.groups.start / PIECE * PIECE;
+        let Some(need) = &self.blobs[run.blob].need else {
+            return;
+        };
+        for group in run.groups.clone() {
+            if need.has(group) {
+                left.insert(group - base);
+            }
+        }
+        for asked in self.peers.values().flat_map(|peer| &peer.asked) {
+            if asked.blob == run.blob && asked.groups.start / PIECE * PIECE == base {
+                left.remove_range(asked.groups.start - base..asked.groups.end - base);
+            }
+        }
+        let runs: Vec<_> = left.runs().collect();
+        for part in runs {
+            self.reopen(run.blob, base + part.start..base + part.end);
+        }
+    }
+
+    fn reopen(&mut self, blob: usize, groups: Range<u64>) {
+        let mut at = groups.start;
+        while at < groups.end {
+            let end = groups.end.min((at / PIECE + 1) * PIECE);
+            let piece = self.blobs[blob].first + at / PIECE;
+            *self.open.entry(piece).or_default() |= mask(at % PIECE..at % PIECE + (end - at));
+            at = end;
+        }
+        for peer in self.peers.values_mut() {
+            peer.barren = false;
+        }
+    }
+
+    fn close(&mut self, blob: usize, groups: Range<u64>) {
+        if groups.is_empty() {
+            return;
+        }
+        let piece = self.blobs[blob].first + groups.start / PIECE;
+        let base = groups.start / PIECE * PIECE;
+        if let Some(open) = self.open.get_mut(&piece) {
+            *open &= !mask(groups.start - base..groups.end - base);
+            if *open == 0 {
+                self.open.remove(&piece);
+            }
+        }
+    }
+
+    fn choose(&mut self, key: PeerKey, now: Duration) -> Option<Run> {
+        let urgent: Vec<Range<u64>> = self.urgent.values().cloned().collect();
+        let peer = &self.peers[&key];
+        // A relay's bandwidth is somebody else's: it is used for what no direct path brings.
+        let spared = peer.relayed && self.is_carried_directly(now);
+        if !spared && !peer.barren {
+            for pieces in &urgent {
+                if let Some(run) = self.in_order(key, pieces.clone()) {
+                    return Some(self.take(run));
+                }
+            }
+        }
+        if !urgent.is_empty()
+            && !spared
+            && let Some(run) = self.take_over(key, now, &urgent)
+        {
+            return Some(run);
+        }
+        if !spared && !self.peers[&key].barren {
+            let rare = self.crowded || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
+            let found = match rare {
+                true => self.rarest(key),
+                false => self.in_order(key, 0..u64::MAX),
+            };
+            if let Some(run) = found {
+                return Some(self.take(run));
+            }
+            if let Some(peer) = self.peers.get_mut(&key) {
+                peer.barren = true;
+            }
+        }
+        self.take_over(key, now, &[])
+    }
+
+    /// Whether everything comes over direct paths.
+    fn is_carried_directly(&self, now: Duration) -> bool {
+        self.peers.values().any(|peer| {
+            matches!(peer.has, Has::All)
+                && !peer.relayed
+                && peer.rate.value > 0.0
+                && !peer.asked.is_empty()
+                && !peer.is_stalled(now)
+        })
+    }
+
+    /// Nobody else is asked for it from now on.
+    fn take(&mut self, run: Run) -> Run {
+        self.close(run.blob, run.groups.clone());
+        run
+    }
+
+    /// The first of `pieces` that is open and that the peer has.
+    fn in_order(&self, key: PeerKey, pieces: Range<u64>) -> Option<Run> {
+        match &self.peers[&key].has {
+            Has::All => {
+                let (piece, open) = self.open.range(pieces).next()?;
+                self.run(key, *piece, *open)
+            }
+            Has::Some(blobs) => {
+                let parts = blobs.iter().flat_map(|(blob, bits)| {
+                    let first = self.blobs[*blob].first;
+                    bits.runs().map(move |run| {
+                        first + run.start / PIECE..first + run.end.div_ceil(PIECE)
+                    })
+                });
+                parts
+                    .map(|part| part.start.max(pieces.start)..part.end.min(pieces.end))
+                    .filter(|part| part.start < part.end)
+                    .flat_map(|part| self.open.range(part))
+                    .find_map(|(piece, open)| self.run(key, *piece, *open))
+            }
+        }
+    }
+
+    /// Of some open pieces that the peer has, the one that fewest others have.
+    fn rarest(&mut self, key: PeerKey) -> Option<Run> {
+        let (low, _) = self.open.first_key_value()?;
+        let (high, _) = self.open.last_key_value()?;
+        let (low, high) = (*low, *high);
+        let mut best: Option<(usize, Run)> = None;
+        for _ in 0..SAMPLE {
+            let at = self.random.u64(low..=high);
+            let (piece, open) = self.open.range(at..).next()?;
+            let Some(run) = self.run(key, *piece, *open) else {
+                continue;
+            };
+            let others = self.peers.values().filter(|peer| {
+                matches!(peer.has, Has::Some(_)) && peer.has(run.blob, run.groups.clone())
+            });
+            let others = others.count();
+            if best.as_ref().is_none_or(|(fewest, _)| others < *fewest) {
+                best = Some((others, run));
+            }
+        }
+        match best {
+            Some((_, run)) => Some(run),
+            None => self.in_order(key, 0..u64::MAX),
+        }
+    }
+
+    /// The first groups of an open piece that the peer has.
+    fn run(&self, key: PeerKey, piece: u64, open: u16) -> Option<Run> {
+        let peer = &self.peers[&key];
+        let blob = self.blobs.partition_point(|blob| blob.first <= piece) - 1;
+        let base = (piece - self.blobs[blob].first) * PIECE;
+        let has = |group: u64| {
+            open & mask(group..group + 1) != 0 && peer.has(blob, base + group..base + group + 1)
+        };
+        let start = (0..PIECE).find(|group| has(*group))?;
+        let end = (start..PIECE.min(start + peer.longest()))
+            .find(|group| !has(*group))
+            .unwrap_or(PIECE.min(start + peer.longest()));
+        Some(Run {
+            blob,
+            groups: base + start..base + end,
+        })
+    }
+
+    /// What another peer was asked for and would deliver much later than this one; `within` these pieces, if there are any.
+    fn take_over(&self, key: PeerKey, now: Duration, within: &[Range<u64>]) -> Option<Run> {
+        let peer = &self.peers[&key];
+        let mut best: Option<(f64, Run)> = None;
+        for (other, slow) in &self.peers {
+            if *other == key || slow.asked.is_empty() {
+                continue;
+            }
+            let stalled = slow.is_stalled(now);
+            let mut before = slow.ahead;
+            // From what comes last on.
+            for run in slow.asked.iter().rev() {
+                let bytes = bytes_of(&self.blobs[run.blob].tree, &run.groups);
+                let theirs = match stalled {
+                    true => f64::INFINITY,
+                    // What is not known may be the slowest of all, but is not taken for it at once.
+                    false if slow.rate.value == 0.0 => now.saturating_sub(slow.last).as_secs_f64(),
+                    false => before as f64 / slow.rate.value,
+                };
+                before = before.saturating_sub(bytes);
+                let ours = match peer.rate.value {
+                    0.0 => 1.0,
+                    _ => peer.time_for(bytes),
+                };
+                let worthwhile = theirs > 2.0 * ours + 0.1;
+                if worthwhile
+                    && best.as_ref().is_none_or(|(time, _)| theirs > *time)
+                    && self.is_within(run, within)
+                    && peer.has(run.blob, run.groups.clone())
+                    && self.needs(run)
+                    && self.copies(run) < COPIES
+                {
+                    best = Some((theirs, run.clone()));
+                }
+            }
+        }
+        best.map(|(_, run)| run)
+    }
+
+    fn is_within(&self, run: &Run, pieces: &[Range<u64>]) -> bool {
+        let piece = self.blobs[run.blob].first + run.groups.start / PIECE;
+        pieces.is_empty() || pieces.iter().any(|range| range.contains(&piece))
+    }
+
+    /// How many peers are asked for this.
+    fn copies(&self, run: &Run) -> usize {
+        let overlap = |asked: &Run| {
+            asked.blob == run.blob
+                && asked.groups.start < run.groups.end
+                && run.groups.start < asked.groups.end
+        };
+        let asked = |peer: &&Peer| peer.asked.iter().any(overlap);
+        self.peers.values().filter(asked).count()
+    }
+}
+
+/// The bits of groups of a piece.
+fn mask(groups: Range<u64>) -> u16 {
+    match groups.end - groups.start {
+        0 => 0,
+        n => (u16::MAX >> (PIECE - n)) << groups.start,
+    }
+}
+
+/// Bytes of content in groups of a blob.
+pub(crate) fn bytes_of(tree: &Tree, groups: &Range<u64>) -> u64 {
+    match groups.is_empty() {
+        true => 0,
+        false => tree.group_bytes(groups.end - 1).end - tree.group_bytes(groups.start).start,
+    }
+}

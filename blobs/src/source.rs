@@ -1,0 +1,272 @@
+//! What is here of a blob, open for reading with its tree. Every byte is checked against the blob's hash before it is given out: a bit that flipped on disk
+//! is found here, and not by whoever asked.
+
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use crate::{
+    Hash,
+    bitfield::Bitfield,
+    index::Location,
+    partial::Partial,
+    tree::{Mismatch, PARENT, Step, Tree, Verifier},
+};
+
+/// A blob, whole or in part, open for reading.
+#[derive(Debug)]
+pub struct Source {
+    hash: Hash,
+    tree: Tree,
+    content: Content,
+    outboard: Option<File>,
+}
+
+#[derive(Debug)]
+enum Content {
+    Whole { location: Location, file: File },
+    /// A part file that is being written.
+    Arriving(Arc<Partial>),
+    /// A part file that an earlier run left.
+    Left {
+        part: PathBuf,
+        have: Bitfield,
+        file: File,
+    },
+}
+
+/// Why a part of a blob cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// The disk failed.
+    #[error("cannot read what is to be sent: {0}")]
+    Io(#[from] io::Error),
+    /// The file is another than it was.
+    #[error("the file changed while it was read")]
+    Changed,
+    /// The content is not what its hash says.
+    #[error("what is on disk is damaged: {0}")]
+    Damaged(#[from] Mismatch),
+}
+
+impl Source {
+    pub(crate) fn whole(
+        hash: Hash,
+        tree: Tree,
+        location: Location,
+        file: File,
+        outboard: Option<File>,
+    ) -> Self {
+        Self {
+            hash,
+            tree,
+            content: Content::Whole { location, file },
+            outboard,
+        }
+    }
+
+    pub(crate) fn arriving(partial: Arc<Partial>, outboard: Option<File>) -> Self {
+        Self {
+            hash: partial.hash(),
+            tree: partial.tree(),
+            content: Content::Arriving(partial),
+            outboard,
+        }
+    }
+
+    pub(crate) fn left(
+        hash: Hash,
+        tree: Tree,
+        (part, have): (PathBuf, Bitfield),
+        file: File,
+        outboard: Option<File>,
+    ) -> Self {
+        Self {
+            hash,
+            tree,
+            content: Content::Left { part, have, file },
+            outboard,
+        }
+    }
+
+    /// The blob's hash.
+    pub fn hash(&self) -> Hash {
+        self.hash
+    }
+
+    /// The blob's tree.
+    pub fn tree(&self) -> Tree {
+        self.tree
+    }
+
+    /// Whether it is the whole blob.
+    pub fn is_whole(&self) -> bool {
+        matches!(self.content, Content::Whole { .. })
+    }
+
+    /// The file of a whole blob.
+    pub fn location(&self) -> Option<&Location> {
+        match &self.content {
+            Content::Whole { location, .. } => Some(location),
+            _ => None,
+        }
+    }
+
+    /// The part file, if it is one.
+    pub(crate) fn part(&self) -> Option<&Path> {
+        match &self.content {
+            Content::Whole { .. } => None,
+            Content::Arriving(partial) => Some(partial.part()),
+            Content::Left { part, .. } => Some(part),
+        }
+    }
+
+    /// Whether these groups are here.
+    pub fn has(&self, groups: Range<u64>) -> bool {
+        match &self.content {
+            Content::Whole { .. } => true,
+            Content::Arriving(partial) => partial.has(groups),
+            Content::Left { have, .. } => have.has_all(groups),
+        }
+    }
+
+    /// The groups that are here now.
+    pub fn have(&self) -> Bitfield {
+        match &self.content {
+            Content::Whole { .. } => Bitfield::full(self.tree.groups()),
+            Content::Arriving(partial) => partial.have(),
+            Content::Left { have, .. } => have.clone(),
+        }
+    }
+
+    /// The slice that covers `groups`, to be read piece by piece.
+    pub fn slice(&self, groups: Range<u64>) -> Slice {
+        Slice(Verifier::new(self.tree, self.hash, groups))
+    }
+
+    /// Reads all of `groups` without proofs, for use on this machine.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_groups(&self, groups: Range<u64>) -> Result<Vec<u8>, ReadError> {
+        let mut content = Vec::new();
+        self.read_with_parents(groups, &mut content, &mut Vec::new())?;
+        Ok(content)
+    }
+
+    /// Appends the content of `groups`, and the parents that cover them, by index in the outboard.
+    pub(crate) fn read_with_parents(
+        &self,
+        groups: Range<u64>,
+        content: &mut Vec<u8>,
+        parents: &mut Vec<(u64, [u8; PARENT])>,
+    ) -> Result<(), ReadError> {
+        let mut verifier = Verifier::new(self.tree, self.hash, groups);
+        while let Some(step) = verifier.step() {
+            match step {
+                Step::Parent { index } => {
+                    let parent = self.parent(index)?;
+                    verifier.parent(&parent)?;
+                    parents.push((index, parent));
+                }
+                Step::Group { index, size } => {
+                    let at = content.len();
+                    content.resize(at + size, 0);
+                    self.read(&mut content[at..], self.tree.group_bytes(index).start)?;
+                    verifier.group(&content[at..])?;
+                }
+            }
+        }
+        self.check_unchanged()
+    }
+
+    fn parent(&self, index: u64) -> io::Result<[u8; PARENT]> {
+        let outboard = self
+            .outboard
+            .as_ref()
+            .ok_or_else(|| io::Error::other("a tree of one group has no parents"))?;
+        let mut parent = [0; PARENT];
+        outboard.read_exact_at(&mut parent, index * PARENT as u64)?;
+        Ok(parent)
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.content {
+            Content::Whole { file, .. } | Content::Left { file, .. } => {
+                file.read_exact_at(buffer, offset)
+            }
+            Content::Arriving(partial) => partial.read(buffer, offset),
+        }
+    }
+
+    fn check_unchanged(&self) -> Result<(), ReadError> {
+        match &self.content {
+            Content::Whole { location, file } => match Location::of(&location.path, file)? {
+                now if now == *location => Ok(()),
+                _ => Err(ReadError::Changed),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    /// The path of the file, for messages.
+    pub fn path(&self) -> Option<&Path> {
+        self.location().map(|location| location.path.as_path())
+    }
+}
+
+/// A slice of a blob that is being read.
+#[derive(Debug)]
+pub struct Slice(Verifier);
+
+impl Slice {
+    /// Reads elements of the slice from `source` into `buffer`, from `from` on, until `limit` bytes are passed or the slice ends; where the
+    /// elements end in the buffer, and whether the slice has. The buffer grows as needed and keeps its length for the next use.
+    ///
+    /// # Errors
+    /// [`ReadError`]; the slice must not be read further.
+    pub fn read(
+        &mut self,
+        source: &Source,
+        buffer: &mut Vec<u8>,
+        from: usize,
+        limit: usize,
+    ) -> Result<(usize, bool), ReadError> {
+        let mut end = from;
+        let mut ended = false;
+        while end < limit {
+            let Some(step) = self.0.step() else {
+                ended = true;
+                break;
+            };
+            let size = match step {
+                Step::Parent { .. } => PARENT,
+                Step::Group { size, .. } => size,
+            };
+            if buffer.len() < end + size {
+                buffer.resize(end + size, 0);
+            }
+            let element = &mut buffer[end..end + size];
+            match step {
+                Step::Parent { index } => {
+                    let parent = source.parent(index)?;
+                    element.copy_from_slice(&parent);
+                    self.0.parent(&parent)?;
+                }
+                Step::Group { index, .. } => {
+                    source.read(element, source.tree.group_bytes(index).start)?;
+                    self.0.group(element)?;
+                }
+            }
+            end += size;
+        }
+        source.check_unchanged()?;
+        Ok((end, ended || self.0.step().is_none()))
+    }
+}

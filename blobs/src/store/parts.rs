@@ -1,0 +1,274 @@
+//! Blobs that are still arriving: opening, committing and finding them.
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    ops::Deref,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use prost::Message;
+use redb::{ReadableDatabase, WriteTransaction};
+
+use super::{
+    PARTS, Store, StoreError, database, has_size, put_location,
+    rows::{PartRow, decode, part_key, part_keys, path_from},
+    sync_folder,
+};
+use crate::{
+    Hash,
+    bitfield::Bitfield,
+    partial::{Partial, Room},
+    source::Source,
+    tree::Tree,
+};
+
+impl Store {
+    /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`] if it is open already; [`StoreError::DiskFull`] if there is no room for what `room` asks.
+    pub(crate) fn partial(
+        &self,
+        hash: Hash,
+        size: u64,
+        target: &Path,
+        room: Room,
+        cancelled: &AtomicBool,
+    ) -> Result<Arc<Partial>, StoreError> {
+        let part = part_path(target, &hash);
+        let lease = PartLease::take(self, &part)?;
+        // With the lease in hand: whoever fetches the same file next either finds this one's part or is never followed by it.
+        if cancelled.load(Ordering::Acquire) {
+            return Err(StoreError::Cancelled);
+        }
+        let tree = Tree::new(size);
+        let committed = self.committed(&part, &hash, &tree)?;
+        if committed.is_none() && !self.part_rows(&hash)?.is_empty() {
+            // Before the files get their full size: a row from earlier must not vouch for what they hold then.
+            let all = !self.has_outboard(&hash, &tree);
+            self.write(|txn| forget_parts(txn, &hash, (!all).then_some(part.as_path())))?;
+        }
+        let outboard = (tree.groups() > 1).then(|| self.outboard_path(&hash));
+        let partial = Partial::open(lease, hash, tree, target, outboard, committed, room)?;
+        let partial = Arc::new(partial);
+        let mut arriving = self.arriving();
+        arriving.retain(|_, known| known.strong_count() > 0);
+        arriving.insert(partial.part().to_owned(), Arc::downgrade(&partial));
+        Ok(partial)
+    }
+
+    /// Commits what the given partials have verified, after syncing their bytes. Those that are whole become files: synced,
+    /// renamed onto their target, and recorded. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`StoreError`]; what is verified stays in the part files.
+    pub(crate) fn settle<P: Deref<Target = Partial>>(
+        &self,
+        partials: &[P],
+    ) -> Result<(), StoreError> {
+        let mut finished = Vec::new();
+        let mut progressed = Vec::new();
+        for partial in partials {
+            let bits = partial.sync()?;
+            if bits.is_full() {
+                finished.push((partial, partial.finish()?));
+            } else {
+                progressed.push((partial, bits));
+            }
+        }
+        let folders: BTreeSet<&Path> = finished
+            .iter()
+            .filter_map(|(partial, _)| partial.target().parent())
+            .collect();
+        for folder in folders {
+            sync_folder(folder)?;
+        }
+        self.write(|txn| {
+            for (partial, location) in &finished {
+                put_location(txn, &partial.hash(), location, true)?;
+            }
+            let mut table = txn.open_table(PARTS).map_err(database)?;
+            for (partial, _) in &finished {
+                let key = part_key(&partial.hash(), partial.part());
+                table.remove(key.as_slice()).map_err(database)?;
+            }
+            for (partial, bits) in &progressed {
+                let row = PartRow {
+                    size: partial.tree().size(),
+                    bits: bits.to_bytes(),
+                };
+                let key = part_key(&partial.hash(), partial.part());
+                table
+                    .insert(key.as_slice(), row.encode_to_vec().as_slice())
+                    .map_err(database)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// What is here of a blob that is not whole: in part files that are open, or were left.
+    pub(super) fn parts(&self, hash: &Hash) -> Result<Vec<Source>, StoreError> {
+        let open: Vec<_> = {
+            let arriving = self.arriving();
+            arriving
+                .values()
+                .filter_map(std::sync::Weak::upgrade)
+                .filter(|partial| partial.hash() == *hash)
+                .collect()
+        };
+        let mut sources = Vec::new();
+        for partial in &open {
+            let outboard = self.open_outboard(hash, &partial.tree())?;
+            sources.push(Source::arriving(Arc::clone(partial), outboard));
+        }
+        for (part, row) in self.part_rows(hash)? {
+            if open.iter().any(|partial| partial.part() == part) {
+                continue;
+            }
+            let tree = Tree::new(row.size);
+            if let Some(have) = Bitfield::from_bytes(&row.bits, tree.groups())
+                && has_size(&part, row.size)
+                && self.has_outboard(hash, &tree)
+                && let Ok(file) = File::open(&part)
+            {
+                let outboard = self.open_outboard(hash, &tree)?;
+                sources.push(Source::left(*hash, tree, (part, have), file, outboard));
+            }
+        }
+        Ok(sources)
+    }
+
+    fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
+        let txn = self.inner.database.begin_read().map_err(database)?;
+        let table = txn.open_table(PARTS).map_err(database)?;
+        let keys = part_keys(hash);
+        let rows = table.range(keys.start().as_slice()..=keys.end().as_slice());
+        let mut parts = Vec::new();
+        for row in rows.map_err(database)? {
+            let (key, row) = row.map_err(database)?;
+            let path = path_from(&key.value()[hash.as_bytes().len()..]);
+            parts.push((path, decode("parts", row.value())?));
+        }
+        Ok(parts)
+    }
+
+    /// Bytes that are verified and durable in the part file of a blob that is to become `target`.
+    pub(crate) fn partial_bytes(
+        &self,
+        target: &Path,
+        hash: &Hash,
+        size: u64,
+    ) -> Result<u64, StoreError> {
+        let tree = Tree::new(size);
+        let committed = self.committed(&part_path(target, hash), hash, &tree)?;
+        Ok(committed.map_or(0, |bits| bits.bytes(&tree)))
+    }
+
+    /// The groups that a row vouches for, if the files it speaks of are still there.
+    fn committed(
+        &self,
+        part: &Path,
+        hash: &Hash,
+        tree: &Tree,
+    ) -> Result<Option<Bitfield>, StoreError> {
+        let txn = self.inner.database.begin_read().map_err(database)?;
+        let table = txn.open_table(PARTS).map_err(database)?;
+        let key = part_key(hash, part);
+        let Some(row) = table.get(key.as_slice()).map_err(database)? else {
+            return Ok(None);
+        };
+        let row: PartRow = decode("parts", row.value())?;
+        let holds = row.size == tree.size()
+            && has_size(part, tree.size())
+            && self.has_outboard(hash, tree);
+        Ok(match holds {
+            true => Bitfield::from_bytes(&row.bits, tree.groups()),
+            false => None,
+        })
+    }
+
+    pub(super) fn is_arriving(&self, part: &Path) -> bool {
+        self.inner
+            .open_parts
+            .lock()
+            .expect("nothing panics while holding the lock")
+            .contains(part)
+    }
+
+    fn arriving(
+        &self,
+    ) -> std::sync::MutexGuard<'_, std::collections::HashMap<PathBuf, std::sync::Weak<Partial>>>
+    {
+        self.inner
+            .arriving
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// The right to write one part file, given back when dropped.
+#[derive(Debug)]
+pub(crate) struct PartLease {
+    store: Store,
+    pub(crate) part: PathBuf,
+}
+
+impl PartLease {
+    fn take(store: &Store, part: &Path) -> Result<Self, StoreError> {
+        let mut open = store
+            .inner
+            .open_parts
+            .lock()
+            .expect("nothing panics while holding the lock");
+        if !open.insert(part.to_owned()) {
+            return Err(StoreError::Busy(part.to_owned()));
+        }
+        Ok(Self {
+            store: store.clone(),
+            part: part.to_owned(),
+        })
+    }
+}
+
+impl Drop for PartLease {
+    fn drop(&mut self) {
+        if let Ok(mut open) = self.store.inner.open_parts.lock() {
+            open.remove(&self.part);
+        }
+    }
+}
+
+/// Drops the rows of part files of a blob: of one, or of all.
+pub(super) fn forget_parts(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    only: Option<&Path>,
+) -> Result<(), StoreError> {
+    let mut table = txn.open_table(PARTS).map_err(database)?;
+    if let Some(part) = only {
+        let key = part_key(hash, part);
+        table.remove(key.as_slice()).map_err(database)?;
+        return Ok(());
+    }
+    let keys = part_keys(hash);
+    table
+        .retain_in(keys.start().as_slice()..=keys.end().as_slice(), |_, _| {
+            false
+        })
+        .map_err(database)
+}
+
+/// The part file of a blob that is to become `target`: beside it, so that a rename completes it.
+pub(crate) fn part_path(target: &Path, hash: &Hash) -> PathBuf {
+    let name = format!(
+        "{}{}.part",
+        crate::path::OWN_PREFIX,
+        &hash.to_string()[..32]
+    );
+    target.with_file_name(name)
+}

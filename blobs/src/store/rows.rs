@@ -1,0 +1,105 @@
+//! How the store's tables are encoded.
+
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
+
+use prost::Message;
+
+use super::StoreError;
+use crate::{Hash, index::Location};
+
+/// A row of `blobs`: a whole blob.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct BlobRow {
+    #[prost(uint64, tag = "1")]
+    pub(super) size: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) locations: Vec<LocationRow>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct LocationRow {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) path: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub(super) size: u64,
+    #[prost(int64, tag = "3")]
+    pub(super) modified: i64,
+    /// Written by a transfer, and so ours to delete.
+    #[prost(bool, tag = "4")]
+    pub(super) written: bool,
+}
+
+/// A row of `models`.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct ModelRow {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) root: Vec<u8>,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) names: Vec<NameRow>,
+    #[prost(int64, tag = "3")]
+    pub(super) added_at: i64,
+    #[prost(bool, tag = "4")]
+    pub(super) fetched: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct NameRow {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(bool, tag = "2")]
+    pub(super) published: bool,
+}
+
+/// A row of `parts`: a blob that is still arriving. The key is its hash and the part file's path.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct PartRow {
+    #[prost(uint64, tag = "1")]
+    pub(super) size: u64,
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) bits: Vec<u8>,
+}
+
+/// The key of a row of `parts`.
+pub(super) fn part_key(hash: &Hash, part: &Path) -> Vec<u8> {
+    [hash.as_bytes(), part.as_os_str().as_bytes()].concat()
+}
+
+/// The keys of all rows of `parts` that are of this blob.
+pub(super) fn part_keys(hash: &Hash) -> std::ops::RangeInclusive<Vec<u8>> {
+    // No path begins with this byte, which UTF-8 never has and which is not `/`.
+    let last = [hash.as_bytes().as_slice(), &[0xff]].concat();
+    hash.as_bytes().to_vec()..=last
+}
+
+impl From<&Location> for LocationRow {
+    fn from(location: &Location) -> Self {
+        Self {
+            path: location.path.as_os_str().as_bytes().to_vec(),
+            size: location.size,
+            modified: location.modified,
+            written: false,
+        }
+    }
+}
+
+impl From<&LocationRow> for Location {
+    fn from(row: &LocationRow) -> Self {
+        Self {
+            path: path_from(&row.path),
+            size: row.size,
+            modified: row.modified,
+        }
+    }
+}
+
+pub(super) fn path_from(bytes: &[u8]) -> PathBuf {
+    PathBuf::from(OsStr::from_bytes(bytes))
+}
+
+pub(super) fn decode<M: Message + Default>(table: &'static str, bytes: &[u8]) -> Result<M, StoreError> {
+    M::decode(bytes).map_err(|source| StoreError::Damaged { table, source })
+}

@@ -1,0 +1,899 @@
+//! The receiver's side of a transfer: what is wanted, from many providers at once, onto disk.
+//!
+//! [`Transfer::run`] opens part files, makes what was written durable once a second, and ends when all is in place. Beside it run any
+//! number of [`Transfer::fetch`], one for each stream to a provider: each asks for what [`schedule`](crate::schedule) tells it to, ahead of the answers, checks
+//! each group before it goes to the disk, and keeps what is checked, however it ends.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    ops::Range,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
+    sync::Notify,
+    task::{JoinHandle, spawn_blocking},
+    time::{Instant, timeout},
+};
+use weft_proto::{
+    frame::{self, FrameError},
+    wire::{BlobRequest, BlobResponse, blob_response::Status},
+};
+
+use crate::{
+    Hash, Manifest, Store, StoreError,
+    manifest::MAX_MANIFEST,
+    partial::{Partial, Segment},
+    plan::{Plan, Progress, Want, open},
+    rate::Limit,
+    schedule::{Next, PeerKey, Run, Schedule},
+    serve::MAX_MESSAGE,
+    tree::{Mismatch, PARENT, Step, Tree, Verifier},
+};
+
+/// Part files open at a time; each is two file descriptors.
+const MAX_OPEN: usize = 64;
+
+/// How long a provider may take for one chunk group, or send nothing, before it counts as lost.
+const STALL: Duration = Duration::from_secs(20);
+
+/// How often verified bytes are made durable: what a crash can cost.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// How often a provider that has nothing to do looks whether it can take work over from a slower one.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Bytes handed to the writer at a time.
+const SEGMENT: usize = 1 << 20;
+
+/// Segments of one provider that may be on their way to the disk.
+const WRITES: usize = 4;
+
+/// Why one provider could not finish a download. What is verified is kept in every case.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransferError {
+    /// The stream failed.
+    #[error("the connection failed: {0}")]
+    Frame(#[from] FrameError),
+    /// Nothing came for twenty seconds.
+    #[error("it sent nothing for {} s", STALL.as_secs())]
+    Stalled,
+    /// The provider does not have what it announced.
+    #[error("it does not have {0}")]
+    Missing(Hash),
+    /// The provider sent wrong bytes. It must not be asked again.
+    #[error("it sent wrong bytes for {hash}: {source}")]
+    Corrupt {
+        /// The blob.
+        hash: Hash,
+        /// Where.
+        source: Mismatch,
+    },
+    /// The provider broke the protocol. It must not be asked again.
+    #[error("it broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// This side failed; another provider will not help.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl TransferError {
+    /// Whether the provider is at fault in a way that chance does not explain.
+    pub fn is_provider_wrong(&self) -> bool {
+        matches!(self, Self::Corrupt { .. } | Self::Protocol(_))
+            || matches!(
+                self,
+                Self::Frame(
+                    FrameError::TooLarge { .. } | FrameError::Prefix | FrameError::Decode(_)
+                )
+            )
+    }
+}
+
+impl From<io::Error> for TransferError {
+    fn from(error: io::Error) -> Self {
+        Self::Frame(error.into())
+    }
+}
+
+/// A model on its way. Cheap to clone; when the last clone is dropped, what is verified is kept.
+#[derive(Debug, Clone)]
+pub struct Transfer {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Store,
+    blobs: Vec<Blob>,
+    /// By place among the manifest's files: which blob it is.
+    of_file: Vec<usize>,
+    state: Mutex<State>,
+    /// One settling at a time.
+    settling: Mutex<()>,
+    settle_soon: Notify,
+    /// There may be something else to ask for, or nothing more at all.
+    changed: Notify,
+    progress: Arc<Progress>,
+    stop: Arc<AtomicBool>,
+    begun: Instant,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Blob {
+    hash: Hash,
+    tree: Tree,
+}
+
+#[derive(Debug)]
+struct State {
+    schedule: Schedule,
+    /// Not yet opened.
+    wants: VecDeque<(usize, Want)>,
+    /// Opened and not yet complete, by place among the blobs.
+    open: HashMap<usize, Arc<Partial>>,
+    /// Everything is here, or nothing is wanted any more.
+    ended: bool,
+}
+
+/// A provider of a transfer. Dropping it takes it out, and its work goes to others.
+#[derive(Debug)]
+pub struct Peer {
+    shared: Arc<Shared>,
+    key: PeerKey,
+    moved: AtomicU64,
+    wasted: AtomicU64,
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.shared.state().schedule.leave(self.key);
+        self.shared.changed.notify_waiters();
+    }
+}
+
+impl Peer {
+    /// It says that it has everything.
+    pub fn has_all(&self) {
+        self.shared.state().schedule.has_all(self.key);
+        self.shared.changed.notify_waiters();
+    }
+
+    /// It says that it has these chunk groups of a file, by its place in the manifest. What is not in the manifest is ignored.
+    pub fn has(&self, file: usize, groups: Range<u64>) {
+        if let Some(blob) = self.shared.of_file.get(file)
+            && groups.start < groups.end
+            && groups.start < self.shared.blobs[*blob].tree.groups()
+        {
+            self.shared.state().schedule.has(self.key, *blob, groups);
+            self.shared.changed.notify_waiters();
+        }
+    }
+
+    /// How it is reached now: through a relay or not, and the round trip, if that is known.
+    pub fn set_path(&self, relayed: bool, round_trip: Option<Duration>) {
+        let mut state = self.shared.state();
+        state.schedule.set_path(self.key, relayed, round_trip);
+    }
+
+    /// Content bytes that it sent and that were needed.
+    pub fn moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    /// Content bytes that it sent and that had come from others before.
+    pub fn wasted(&self) -> u64 {
+        self.wasted.load(Ordering::Relaxed)
+    }
+
+    /// Bytes a second that it sends, smoothed; zero while that is not known.
+    pub fn rate(&self) -> u64 {
+        self.shared.state().schedule.rate(self.key) as u64
+    }
+}
+
+impl Transfer {
+    /// Of `manifest`, into `store`. Nothing is wanted yet. `seed` is where choices among equals come from.
+    pub fn new(store: &Store, manifest: &Manifest, progress: Arc<Progress>, seed: u64) -> Self {
+        let mut blobs = Vec::new();
+        let mut places = HashMap::new();
+        let of_file = manifest.files().iter().map(|file| {
+            *places.entry(file.blake3).or_insert_with(|| {
+                blobs.push(Blob {
+                    hash: file.blake3,
+                    tree: Tree::new(file.size),
+                });
+                blobs.len() - 1
+            })
+        });
+        let of_file = of_file.collect();
+        let schedule = Schedule::new(blobs.iter().map(|blob| blob.tree), seed);
+        Self {
+            shared: Arc::new(Shared {
+                store: store.clone(),
+                blobs,
+                of_file,
+                state: Mutex::new(State {
+                    schedule,
+                    wants: VecDeque::new(),
+                    open: HashMap::new(),
+                    ended: false,
+                }),
+                settling: Mutex::default(),
+                settle_soon: Notify::new(),
+                changed: Notify::new(),
+                progress,
+                stop: Arc::default(),
+                begun: Instant::now(),
+            }),
+        }
+    }
+
+    /// A provider that has nothing, as far as is known: what it has is to be said next.
+    pub fn join(&self, relayed: bool, round_trip: Option<Duration>) -> Peer {
+        Peer {
+            key: self.shared.state().schedule.join(relayed, round_trip),
+            shared: Arc::clone(&self.shared),
+            moved: AtomicU64::new(0),
+            wasted: AtomicU64::new(0),
+        }
+    }
+
+    /// Others fetch the same from the same providers: what each has is to differ, so that they can fetch from each other.
+    pub fn set_crowded(&self, crowded: bool) {
+        self.shared.state().schedule.set_crowded(crowded);
+    }
+
+    /// Sees to it that what `plan` misses arrives, as long as this is polled and providers are fetched from beside it. When it returns `Ok`, all files
+    /// are in place and durable, but for those that [`Plan::finish_copies`] puts in place.
+    ///
+    /// # Errors
+    /// [`StoreError`]: this side failed, and no provider can help. What is verified is kept.
+    pub async fn run(&self, plan: &mut Plan) -> Result<(), StoreError> {
+        let shared = &self.shared;
+        {
+            let places: HashMap<Hash, usize> = shared
+                .blobs
+                .iter()
+                .enumerate()
+                .map(|(place, blob)| (blob.hash, place))
+                .collect();
+            let mut state = shared.state();
+            state.ended = false;
+            for want in plan.take_wants() {
+                if let Some(place) = places.get(&want.hash) {
+                    state.wants.push_back((*place, want));
+                }
+            }
+        }
+        let _stop = StopOnDrop(Arc::clone(&shared.stop));
+        shared.stop.store(false, Ordering::Release);
+        loop {
+            self.open_some().await?;
+            {
+                let mut state = shared.state();
+                if state.wants.is_empty() && state.open.is_empty() {
+                    state.ended = true;
+                    drop(state);
+                    shared.changed.notify_waiters();
+                    return Ok(());
+                }
+            }
+            // Either a second passes or somebody asks: both mean "now".
+            let _ = timeout(SETTLE, shared.settle_soon.notified()).await;
+            settle(shared).await?;
+        }
+    }
+
+    /// Makes durable now what is verified.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn settle(&self) -> Result<(), StoreError> {
+        settle(&self.shared).await
+    }
+
+    /// Opens part files, as many as may be open.
+    async fn open_some(&self) -> Result<(), StoreError> {
+        let shared = Arc::clone(&self.shared);
+        let has_work = |state: &State| !state.wants.is_empty() && state.open.len() < MAX_OPEN;
+        if !has_work(&shared.state()) {
+            return Ok(());
+        }
+        spawn_blocking(move || {
+            loop {
+                let next = {
+                    let mut state = shared.state();
+                    match has_work(&state) {
+                        true => state.wants.pop_front(),
+                        false => None,
+                    }
+                };
+                let Some((place, want)) = next else {
+                    return Ok(());
+                };
+                let partial = open(&shared.store, &want, &shared.stop)?;
+                let have = partial.have();
+                // It may have vanished or grown since the plan counted it.
+                let bytes = have.bytes(&partial.tree());
+                let done = &shared.progress.done;
+                done.fetch_add(bytes.saturating_sub(want.had), Ordering::Relaxed);
+                done.fetch_sub(want.had.saturating_sub(bytes), Ordering::Relaxed);
+                let mut state = shared.state();
+                let mut from = 0;
+                while let Some(run) = have.next_missing(from, u64::MAX - from) {
+                    from = run.end;
+                    state.schedule.want(place, run);
+                }
+                state.open.insert(place, partial);
+                drop(state);
+                shared.changed.notify_waiters();
+                if have.is_full() {
+                    shared.settle_soon.notify_one();
+                }
+            }
+        })
+        .await
+        .expect("opening a part file does not panic")
+    }
+
+    /// Fetches from `peer` over `stream`, within `limits`, until everything is here.
+    ///
+    /// # Errors
+    /// [`TransferError`]; what is verified is kept, and the peer's work goes to others.
+    pub async fn fetch<S>(
+        &self,
+        peer: &Peer,
+        stream: S,
+        limits: &[Limit],
+    ) -> Result<(), TransferError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
+        let (reader, writer) = tokio::io::split(stream);
+        let asked = Asked::default();
+        let _lost = LostOnDrop(peer);
+        let session = Session {
+            shared: &self.shared,
+            peer,
+            asked: &asked,
+            limits,
+        };
+        both(session.ask(writer), session.receive(reader)).await
+    }
+}
+
+/// What a stream had been asked for goes to others when it ends.
+struct LostOnDrop<'a>(&'a Peer);
+
+impl Drop for LostOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.shared.state().schedule.lost(self.0.key);
+        self.0.shared.changed.notify_waiters();
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// Makes durable what was written since the last time, and completes whole files. Blocks.
+    fn settle(&self) -> Result<(), StoreError> {
+        let _one = self
+            .settling
+            .lock()
+            .expect("nothing panics while holding the lock");
+        let open: Vec<_> = self.state().open.values().cloned().collect();
+        let dirty: Vec<_> = open
+            .into_iter()
+            .filter(|partial| partial.take_dirty())
+            .collect();
+        if dirty.is_empty() {
+            return Ok(());
+        }
+        let result = self.store.settle(&dirty);
+        if result.is_err() {
+            dirty.iter().for_each(|partial| partial.set_dirty());
+            return result;
+        }
+        self.state().open.retain(|_, partial| !partial.is_finished());
+        Ok(())
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let open: Vec<_> = self.state().open.values().cloned().collect();
+        let store = self.store.clone();
+        let settle = move || {
+            let dirty: Vec<_> = open.into_iter().filter(|one| one.take_dirty()).collect();
+            if !dirty.is_empty()
+                && let Err(error) = store.settle(&dirty)
+            {
+                tracing::warn!(%error, "the last second of a stopped transfer is not kept");
+            }
+        };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(settle)),
+            Err(_) => settle(),
+        }
+    }
+}
+
+async fn settle(shared: &Arc<Shared>) -> Result<(), StoreError> {
+    let shared = Arc::clone(shared);
+    spawn_blocking(move || shared.settle())
+        .await
+        .expect("settling does not panic")
+}
+
+/// Runs both until the receiver ends. A sender that fails does not stop it: what is on its way is still worth having.
+async fn both(
+    send: impl Future<Output = Result<(), TransferError>>,
+    receive: impl Future<Output = Result<(), TransferError>>,
+) -> Result<(), TransferError> {
+    tokio::pin!(send, receive);
+    let mut sent = None;
+    loop {
+        tokio::select! {
+            received = &mut receive => return received.and(sent.unwrap_or(Ok(()))),
+            result = &mut send, if sent.is_none() => sent = Some(result),
+        }
+    }
+}
+
+/// Tells blocking work that outlives its transfer that nobody waits for it any more.
+#[derive(Debug)]
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// What was asked for on a stream and is not answered yet, in order.
+#[derive(Debug, Default)]
+struct Asked {
+    runs: Mutex<VecDeque<Request>>,
+    /// Something was asked, or nothing will be any more.
+    more: Notify,
+    ended: AtomicBool,
+}
+
+#[derive(Debug, Clone)]
+struct Request {
+    number: u64,
+    run: Run,
+    partial: Arc<Partial>,
+}
+
+impl Asked {
+    fn runs(&self) -> MutexGuard<'_, VecDeque<Request>> {
+        self.runs
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// The first that is not answered; `None` when all are and nothing more will be asked.
+    async fn first(&self) -> Option<Request> {
+        loop {
+            let more = self.more.notified();
+            if let Some(first) = self.runs().front() {
+                return Some(first.clone());
+            }
+            if self.ended.load(Ordering::Acquire) {
+                return None;
+            }
+            more.await;
+        }
+    }
+}
+
+/// One stream to one provider.
+struct Session<'a> {
+    shared: &'a Arc<Shared>,
+    peer: &'a Peer,
+    asked: &'a Asked,
+    limits: &'a [Limit],
+}
+
+impl Session<'_> {
+    /// Asks for what the schedule says, until everything is here.
+    async fn ask<S>(&self, mut writer: WriteHalf<S>) -> Result<(), TransferError>
+    where
+        S: AsyncWrite,
+    {
+        let result = self.ask_all(&mut writer).await;
+        // Lets the receiver end when the last answer is here, whatever becomes of the farewell.
+        self.asked.ended.store(true, Ordering::Release);
+        self.asked.more.notify_one();
+        if result.is_ok() && !matches!(timeout(STALL, writer.shutdown()).await, Ok(Ok(()))) {
+            tracing::debug!("a stream did not close");
+        }
+        result
+    }
+
+    async fn ask_all<S>(&self, writer: &mut WriteHalf<S>) -> Result<(), TransferError>
+    where
+        S: AsyncWrite,
+    {
+        let mut number = 0;
+        let mut flushed = true;
+        loop {
+            let changed = self.shared.changed.notified();
+            tokio::pin!(changed);
+            // From here on nothing is missed.
+            changed.as_mut().enable();
+            let (next, partial) = {
+                let mut state = self.shared.state();
+                if state.ended {
+                    return Ok(());
+                }
+                let next = state.schedule.next(self.peer.key, self.shared.now());
+                let partial = match &next {
+                    Next::Ask(run) => state.open.get(&run.blob).cloned(),
+                    _ => None,
+                };
+                (next, partial)
+            };
+            match (next, partial) {
+                (Next::Ask(run), Some(partial)) => {
+                    let request = BlobRequest {
+                        hash: partial.hash().as_bytes().to_vec().into(),
+                        size: Some(partial.tree().size()),
+                        first_group: run.groups.start,
+                        groups: run.groups.end - run.groups.start,
+                        cancel: None,
+                    };
+                    self.asked.runs().push_back(Request {
+                        number,
+                        run,
+                        partial,
+                    });
+                    number += 1;
+                    self.asked.more.notify_one();
+                    send(writer, &request).await?;
+                    flushed = false;
+                }
+                (Next::Ask(run), None) => {
+                    // It was completed meanwhile.
+                    self.shared.state().schedule.cancelled(self.peer.key, &run);
+                }
+                (Next::Cancel(run), _) => {
+                    let asked = self.asked.runs();
+                    let known = asked.iter().find(|asked| asked.run == run);
+                    let known = known.map(|asked| asked.number);
+                    drop(asked);
+                    if let Some(known) = known {
+                        let request = BlobRequest {
+                            cancel: Some(known),
+                            ..Default::default()
+                        };
+                        send(writer, &request).await?;
+                        flushed = false;
+                    }
+                }
+                (Next::Wait, _) => {
+                    if !flushed {
+                        flush(writer).await?;
+                        flushed = true;
+                    }
+                    // A look now and then: a slower provider's work may have become worth taking over.
+                    let _ = timeout(LOOK, changed).await;
+                }
+            }
+        }
+    }
+
+    async fn receive<S>(&self, mut reader: ReadHalf<S>) -> Result<(), TransferError>
+    where
+        S: AsyncRead,
+    {
+        let mut writer = Writer {
+            writes: VecDeque::new(),
+            spare: Vec::new(),
+            shared: self.shared,
+        };
+        while let Some(request) = self.asked.first().await {
+            let mut segment = writer.segment(request.run.groups.start).await?;
+            let mut verified = 0;
+            let received = self.receive_run(
+                &mut reader,
+                &request,
+                &mut segment,
+                &mut verified,
+                &mut writer,
+            );
+            let mut result = received.await;
+            // Also when the rest did not come: what is verified is kept.
+            if segment.groups > 0 {
+                writer.write(&request.partial, segment);
+            }
+            self.asked.runs().pop_front();
+            {
+                let mut state = self.shared.state();
+                let key = self.peer.key;
+                match &result {
+                    Ok(Received::All) | Err(_) => state.schedule.done(key, &request.run, verified),
+                    Ok(Received::Cancelled) => state.schedule.cancelled(key, &request.run),
+                    Ok(Received::Missing) => {
+                        // Who knows what it lacks is asked for the rest.
+                        if state.schedule.has_not(key, &request.run) {
+                            result = Err(TransferError::Missing(request.partial.hash()));
+                        }
+                    }
+                }
+            }
+            self.shared.changed.notify_waiters();
+            if let Err(error) = result {
+                writer.finish().await?;
+                return Err(error);
+            }
+        }
+        writer.finish().await
+    }
+
+    /// Receives one answer; `segment` holds what is verified and not yet on its way to the disk.
+    async fn receive_run<S>(
+        &self,
+        reader: &mut ReadHalf<S>,
+        request: &Request,
+        segment: &mut Segment,
+        verified: &mut u64,
+        writer: &mut Writer<'_>,
+    ) -> Result<Received, TransferError>
+    where
+        S: AsyncRead,
+    {
+        let Request { run, partial, .. } = request;
+        let tree = partial.tree();
+        let size = match response(reader).await? {
+            Answer::Size(size) => size,
+            Answer::Cancelled => return Ok(Received::Cancelled),
+            Answer::Missing => return Ok(Received::Missing),
+        };
+        if size != tree.size() {
+            return Err(TransferError::Protocol("it answered with another size"));
+        }
+        // Another has sent it: this is read all the same, and not written again.
+        let needed = self.shared.state().schedule.needs(run);
+        let counter = if needed {
+            &self.peer.moved
+        } else {
+            &self.peer.wasted
+        };
+        let mut verifier = Verifier::new(tree, partial.hash(), run.groups.clone());
+        let corrupt = |source| TransferError::Corrupt {
+            hash: partial.hash(),
+            source,
+        };
+        while let Some(step) = verifier.step() {
+            match step {
+                Step::Parent { index } => {
+                    let mut parent = [0; PARENT];
+                    read_exact(reader, &mut parent).await?;
+                    verifier.parent(&parent).map_err(corrupt)?;
+                    segment.parents.push((index, parent));
+                }
+                Step::Group { index, size } => {
+                    for limit in self.limits {
+                        limit.pass(size as u64).await;
+                    }
+                    let at = segment.data.len();
+                    segment.data.resize(at + size, 0);
+                    let group = &mut segment.data[at..];
+                    let checked = match read_exact(reader, group).await {
+                        Ok(()) => verifier.group(group).map_err(corrupt),
+                        Err(error) => Err(error),
+                    };
+                    if let Err(error) = checked {
+                        segment.data.truncate(at);
+                        return Err(error);
+                    }
+                    let bytes = size as u64;
+                    counter.fetch_add(bytes, Ordering::Relaxed);
+                    let now = self.shared.now();
+                    let mut state = self.shared.state();
+                    state.schedule.progress(self.peer.key, bytes, now);
+                    drop(state);
+                    if !needed {
+                        segment.data.clear();
+                        segment.parents.clear();
+                        continue;
+                    }
+                    segment.groups += 1;
+                    *verified += 1;
+                    self.shared
+                        .progress
+                        .moved
+                        .fetch_add(bytes, Ordering::Relaxed);
+                    if segment.data.len() >= SEGMENT {
+                        let next = writer.segment(index + 1).await?;
+                        writer.write(partial, std::mem::replace(segment, next));
+                    }
+                }
+            }
+        }
+        Ok(Received::All)
+    }
+}
+
+/// How an answer ended.
+enum Received {
+    All,
+    Cancelled,
+    Missing,
+}
+
+/// Writes on blocking threads, a few at a time, re-using their buffers.
+struct Writer<'a> {
+    writes: VecDeque<JoinHandle<Result<Segment, StoreError>>>,
+    spare: Vec<Segment>,
+    shared: &'a Arc<Shared>,
+}
+
+impl Writer<'_> {
+    /// An empty segment; waits for an earlier write if enough are under way.
+    async fn segment(&mut self, first: u64) -> Result<Segment, StoreError> {
+        if self.writes.len() >= WRITES {
+            self.join_one().await?;
+        }
+        let mut segment = self.spare.pop().unwrap_or_default();
+        segment.data.clear();
+        segment.parents.clear();
+        segment.groups = 0;
+        segment.first = first;
+        Ok(segment)
+    }
+
+    fn write(&mut self, partial: &Arc<Partial>, segment: Segment) {
+        let (partial, shared) = (Arc::clone(partial), Arc::clone(self.shared));
+        self.writes.push_back(spawn_blocking(move || {
+            let new = partial.write(&segment)?;
+            shared.progress.done.fetch_add(new, Ordering::Relaxed);
+            // Make room for more, or come to the end, before the second is over.
+            if partial.is_full() {
+                let state = shared.state();
+                if state.open.len() >= MAX_OPEN / 2 || state.schedule.needed() == 0 {
+                    shared.settle_soon.notify_one();
+                }
+            }
+            Ok(segment)
+        }));
+    }
+
+    async fn join_one(&mut self) -> Result<(), StoreError> {
+        if let Some(write) = self.writes.pop_front() {
+            self.spare.push(write.await.expect("writing does not panic")?);
+        }
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<(), TransferError> {
+        while !self.writes.is_empty() {
+            self.join_one().await?;
+        }
+        Ok(())
+    }
+}
+
+/// Fetches a whole manifest over `stream`, checked against its id.
+///
+/// # Errors
+/// [`TransferError`].
+pub async fn fetch_manifest<S>(stream: S, id: Hash) -> Result<Vec<u8>, TransferError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let request = BlobRequest {
+        hash: id.as_bytes().to_vec().into(),
+        ..Default::default()
+    };
+    send(&mut writer, &request).await?;
+    flush(&mut writer).await?;
+    let Answer::Size(size) = response(&mut reader).await? else {
+        return Err(TransferError::Missing(id));
+    };
+    if size > MAX_MANIFEST {
+        return Err(TransferError::Protocol("the manifest is over the limit"));
+    }
+    let tree = Tree::new(size);
+    let mut verifier = Verifier::new(tree, id, 0..tree.groups());
+    let corrupt = |source| TransferError::Corrupt { hash: id, source };
+    // Grows only by what is verified, whatever size was claimed.
+    let mut bytes = Vec::new();
+    while let Some(step) = verifier.step() {
+        match step {
+            Step::Parent { .. } => {
+                let mut parent = [0; PARENT];
+                read_exact(&mut reader, &mut parent).await?;
+                verifier.parent(&parent).map_err(corrupt)?;
+            }
+            Step::Group { size, .. } => {
+                let at = bytes.len();
+                bytes.resize(at + size, 0);
+                read_exact(&mut reader, &mut bytes[at..]).await?;
+                verifier.group(&bytes[at..]).map_err(corrupt)?;
+            }
+        }
+    }
+    // The manifest is here and checked: a provider that fails to hear the end changes nothing.
+    if !matches!(timeout(STALL, writer.shutdown()).await, Ok(Ok(()))) {
+        tracing::debug!("a stream did not close");
+    }
+    Ok(bytes)
+}
+
+async fn send<S>(writer: &mut WriteHalf<S>, request: &BlobRequest) -> Result<(), TransferError>
+where
+    S: AsyncWrite,
+{
+    timeout(STALL, frame::write(writer, request, MAX_MESSAGE))
+        .await
+        .map_err(|_| TransferError::Stalled)??;
+    Ok(())
+}
+
+async fn flush<S>(writer: &mut WriteHalf<S>) -> Result<(), TransferError>
+where
+    S: AsyncWrite,
+{
+    timeout(STALL, writer.flush())
+        .await
+        .map_err(|_| TransferError::Stalled)??;
+    Ok(())
+}
+
+enum Answer {
+    /// The slice follows, of a blob of this size.
+    Size(u64),
+    Cancelled,
+    Missing,
+}
+
+async fn response<S>(reader: &mut ReadHalf<S>) -> Result<Answer, TransferError>
+where
+    S: AsyncRead,
+{
+    let response: Option<BlobResponse> = timeout(STALL, frame::read(reader, MAX_MESSAGE))
+        .await
+        .map_err(|_| TransferError::Stalled)??;
+    let Some(response) = response else {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    };
+    match response.status() {
+        Status::Ok => Ok(Answer::Size(response.size)),
+        Status::NotFound => Ok(Answer::Missing),
+        Status::Cancelled => Ok(Answer::Cancelled),
+        Status::Internal => Err(io::Error::other("the provider failed to read").into()),
+        Status::BadRequest | Status::Unspecified => {
+            Err(TransferError::Protocol("it refused a valid request"))
+        }
+    }
+}
+
+async fn read_exact<S>(reader: &mut ReadHalf<S>, buffer: &mut [u8]) -> Result<(), TransferError>
+where
+    S: AsyncRead,
+{
+    timeout(STALL, reader.read_exact(buffer))
+        .await
+        .map_err(|_| TransferError::Stalled)??;
+    Ok(())
+}
