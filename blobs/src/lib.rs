@@ -18,15 +18,19 @@ pub mod lock;
 pub mod manifest;
 pub mod partial;
 pub mod path;
+pub mod pattern;
 pub mod serve;
 pub mod store;
 mod tensors;
+#[cfg(test)]
+mod testing;
 pub mod tree;
 
 pub use self::{
     download::{Download, PlanError, TransferError},
     hash::{Hash, ParseHashError},
     manifest::Manifest,
+    pattern::Pattern,
     store::{Store, StoreError},
     tensors::HeaderError,
 };
