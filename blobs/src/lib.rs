@@ -12,6 +12,7 @@
 //! It leaves out: the network (streams are any `AsyncRead + AsyncWrite`), and who has what (`weft-dht`).
 
 pub mod download;
+pub mod extract;
 mod hash;
 pub mod index;
 pub mod lock;
