@@ -20,6 +20,7 @@ pub mod manifest;
 pub mod partial;
 pub mod path;
 pub mod pattern;
+pub mod selection;
 pub mod serve;
 pub mod store;
 mod tensors;
@@ -32,6 +33,7 @@ pub use self::{
     hash::{Hash, ParseHashError},
     manifest::Manifest,
     pattern::Pattern,
+    selection::Selection,
     store::{Store, StoreError},
     tensors::HeaderError,
 };
