@@ -3,6 +3,8 @@
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
 //! - [`store`] remembers which bytes are where; [`partial`] is a file that is still arriving.
+//! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`extract`] makes files of chosen tensors, and
+//!   [`shards`] the index that goes with them.
 //! - [`serve`] answers requests over a stream; [`download`] brings a manifest's files to a folder.
 //!
 //! It promises: no byte that was not checked against the tree is written into a file, counted as had, or served as a
@@ -22,6 +24,7 @@ pub mod path;
 pub mod pattern;
 pub mod selection;
 pub mod serve;
+pub mod shards;
 pub mod store;
 mod tensors;
 #[cfg(test)]
