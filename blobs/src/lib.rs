@@ -2,9 +2,11 @@
 //!
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
-//! - [`store`] remembers which bytes are where; [`partial`] is a file that is still arriving.
-//! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as [`schedule`] says; [`serve`] is
+//! - [`store`] remembers which bytes are where; in files where they stand, and in part files of what is still arriving.
+//! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
 //!   the other side of it, and [`source`] what it reads from.
+//! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`extract`] makes files of chosen tensors, and
+//!   [`shards`] the index that goes with them.
 //!
 //! It promises: no byte that was not checked against the tree is written into a file, counted as had, or served as a
 //! verified one; what was reported as done survives a crash; a hostile manifest cannot name a path outside its folder; what
@@ -13,26 +15,34 @@
 //! It leaves out: the network (streams are any `AsyncRead + AsyncWrite`), and who has what (`weft-dht`).
 
 pub mod bitfield;
+pub mod extract;
 mod hash;
 pub mod index;
 pub mod lock;
 pub mod manifest;
 mod partial;
 pub mod path;
+pub mod pattern;
 pub mod plan;
 pub mod rate;
 mod schedule;
+pub mod selection;
 pub mod serve;
+pub mod shards;
 pub mod source;
 pub mod store;
 mod tensors;
+#[cfg(test)]
+mod testing;
 pub mod transfer;
 pub mod tree;
 
 pub use self::{
     hash::{Hash, ParseHashError},
     manifest::Manifest,
+    pattern::Pattern,
     plan::{Plan, PlanError},
+    selection::Selection,
     store::{Store, StoreError},
     tensors::HeaderError,
     transfer::{Transfer, TransferError},

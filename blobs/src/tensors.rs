@@ -10,7 +10,7 @@ use safetensors::tensor::Metadata;
 use weft_proto::wire::ManifestTensor;
 
 /// The longest header read, in bytes: the format's own limit.
-const MAX_HEADER: u64 = 100_000_000;
+pub(crate) const MAX_HEADER: u64 = 100_000_000;
 
 /// Why a file that claims to be safetensors is not.
 #[derive(Debug, thiserror::Error)]
