@@ -3,6 +3,7 @@
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
 //! - [`store`] remembers which bytes are where; [`partial`] is a file that is still arriving.
+//! - [`hf_cache`] reads and writes the cache that huggingface_hub keeps.
 //! - [`serve`] answers requests over a stream; [`download`] brings a manifest's files to a folder.
 //!
 //! It promises: no byte that was not checked against the tree is written into a file, counted as had, or served as a
@@ -13,6 +14,7 @@
 
 pub mod download;
 mod hash;
+pub mod hf_cache;
 pub mod index;
 pub mod lock;
 pub mod manifest;
