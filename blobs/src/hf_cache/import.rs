@@ -547,7 +547,7 @@ fn read_refs(root: &Path, folder: &Path, refs: &mut Vec<Ref>, problems: &mut Vec
 }
 
 /// The commit that a ref names; `None` if it is damaged.
-fn read_ref(path: &Path) -> io::Result<Option<Commit>> {
+pub(super) fn read_ref(path: &Path) -> io::Result<Option<Commit>> {
     let mut content = Vec::new();
     File::open(path)?
         .take(REF_SIZE + 1)

@@ -20,7 +20,8 @@ pub struct Place<'a> {
     /// The file in the manifest.
     pub file: &'a File,
     /// The blob's path, for a file in Git LFS: a download may write there. `None` for a small file, of at most
-    /// [`LFS_SIZE`](super::LFS_SIZE) bytes, whose blob is called by its content: it goes elsewhere first.
+    /// [`LFS_SIZE`](super::LFS_SIZE) bytes, whose blob is called by its content: it goes elsewhere first, and an
+    /// [`Export`](super::Export) brings it here.
     pub blob: Option<PathBuf>,
 }
 
@@ -60,6 +61,11 @@ impl Layout {
         self.cache.join(&self.folder_name)
     }
 
+    /// The folder of its locks.
+    pub(super) fn locks(&self) -> PathBuf {
+        self.cache.join(".locks").join(&self.folder_name)
+    }
+
     /// The folder of the blobs.
     pub fn blobs(&self) -> PathBuf {
         self.folder().join("blobs")
@@ -97,10 +103,29 @@ impl Layout {
     }
 }
 
+/// What the link at `path` in a snapshot says: one `..` for each folder of the path, and two for the snapshot's own.
+pub(super) fn link(path: &str, etag: &Etag) -> PathBuf {
+    let depth = path.matches('/').count();
+    format!("{}blobs/{etag}", "../".repeat(depth + 2)).into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Hash;
+
+    #[test]
+    fn links_climb_as_deep_as_the_path_is() {
+        let etag = Etag::git_blob(b"");
+        for (path, up) in [
+            ("a", "../../"),
+            ("a/b", "../../../"),
+            ("a/b/c", "../../../../"),
+        ] {
+            let expected = format!("{up}blobs/{etag}");
+            assert_eq!(link(path, &etag), Path::new(&expected));
+        }
+    }
 
     #[test]
     fn a_commit_names_itself_and_no_other() {

@@ -8,16 +8,20 @@
 //! ```
 //!
 //! - [`repos`] and [`find`] read it: what is there, at which revisions, what is damaged. [`Snapshot::index`] makes a manifest.
-//! - [`Layout`] says where things go, for those who write into `blobs` themselves.
+//! - [`Export`] writes it: blobs, then links, then the ref, so that a crash anywhere leaves what huggingface_hub can read.
+//! - [`Layout`] says where an export puts things, for those who write into `blobs` themselves.
 //!
-//! It promises: no file from outside the repository and the shared blobs is indexed, wherever the links of a cache lead.
+//! It promises: no file from outside the repository and the shared blobs is indexed, wherever the links of a cache lead; an
+//! export writes nothing outside the repository's folder and its lock, and overwrites no content but a ref.
 //!
 //! Source: <https://huggingface.co/docs/huggingface_hub/guides/manage-cache>, and huggingface_hub 0.25 to 2.4.
 
 mod etag;
+mod export;
 mod import;
 mod layout;
 mod name;
+mod plan;
 
 use std::{
     env,
@@ -28,6 +32,7 @@ use std::{
 
 pub use self::{
     etag::{Etag, LFS_SIZE, is_lfs},
+    export::{Export, ExportError, Exported, ExportedFile, How},
     import::{FindError, Flaw, Found, ImportError, Problem, Ref, Repo, Snapshot, find, repos},
     layout::{Layout, Place},
     name::{Commit, NameError, RepoId, Revision},

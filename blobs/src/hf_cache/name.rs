@@ -219,6 +219,11 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// What an export's own temporary files are called: `.weft-<what>.new`.
+pub(super) fn temporary(what: &str) -> String {
+    format!("{OWN_PREFIX}{what}{TEMPORARY}")
+}
+
 /// Whether a file is one that an export left when it was interrupted. A part file of a download ends differently.
 pub(super) fn is_temporary(name: &str) -> bool {
     name.starts_with(OWN_PREFIX) && name.ends_with(TEMPORARY)
