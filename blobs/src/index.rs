@@ -34,7 +34,7 @@ const PIECE: u64 = 16 * GROUP;
 const QUEUE: usize = 16;
 
 /// Folders that tools keep beside a model and that are not part of it.
-const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
+pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
 
 /// How far indexing is. Shared with whoever shows it; also the way to stop it.
 #[derive(Debug, Default)]

@@ -2,11 +2,12 @@
 //!
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
-//! - [`store`] remembers which bytes are where; in files where they stand, and in part files of what is still arriving.
+//! - [`store`] remembers which bytes are where: in files where they stand, and in part files of what is still arriving.
 //! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
 //!   the other side of it, and [`source`] what it reads from.
 //! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`extract`] makes files of chosen tensors, and
 //!   [`shards`] the index that goes with them.
+//! - [`hf_cache`] reads and writes the cache that huggingface_hub keeps.
 //!
 //! It promises: no byte that was not checked against the tree is written into a file, counted as had, or served as a
 //! verified one; what was reported as done survives a crash; a hostile manifest cannot name a path outside its folder; what
@@ -17,6 +18,7 @@
 pub mod bitfield;
 pub mod extract;
 mod hash;
+pub mod hf_cache;
 pub mod index;
 pub mod lock;
 pub mod manifest;

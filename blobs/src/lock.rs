@@ -3,8 +3,11 @@
 use std::{
     fs::{File, OpenOptions, TryLockError},
     io::{self, Read, Seek, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
+
+use rustix::fs::OFlags;
 
 /// An advisory lock on a file, released when dropped or when the process ends, however it ends.
 #[derive(Debug)]
@@ -57,6 +60,8 @@ impl Lock {
             .write(true)
             .create(true)
             .truncate(false)
+            // The file is overwritten: never one that a link in somebody else's folder leads to.
+            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(&path)
             .map_err(io)?;
         match file.try_lock() {

@@ -1,0 +1,597 @@
+//! Putting a model into a cache.
+//!
+//! All is looked at before anything is changed. Then, each durable before the next begins: blobs, each under a temporary name
+//! until it is whole; the links of the snapshot; the ref. So a ref never names a snapshot that lacks a file, and a crash
+//! leaves the ref that was there before, or a snapshot without a ref. The next export of the model goes on from there.
+//!
+//! Temporary files lie among the blobs, where huggingface_hub looks for nothing: in `refs` or `snapshots` it would take each
+//! for one of its own. A lock beside those of huggingface_hub lets one export at a time into a repository, so any such file
+//! that an export finds is a leftover. huggingface_hub may download into the same repository meanwhile: it writes the same
+//! content to the same names, and as atomically.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::fs::{MetadataExt, symlink},
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+};
+
+use super::{
+    Etag, Layout,
+    layout::link,
+    name::{is_temporary, temporary},
+    plan::{Blob, Plan, check_way, done, look, refuse, stop_if_cancelled},
+};
+use crate::{
+    Manifest,
+    index::{Location, Progress},
+    lock::{Lock, LockError},
+    store::{StoreError, discard, sync_folder},
+};
+
+/// Bytes copied by the kernel between two looks at [`Progress::cancelled`].
+const STRIDE: u64 = 64 * 1024 * 1024;
+
+/// A model to put into a cache.
+#[derive(Debug)]
+pub struct Export<'a> {
+    /// Where to.
+    pub layout: &'a Layout,
+    /// What it is made of.
+    pub manifest: &'a Manifest,
+    /// Where its files are, by path in the manifest. Files whose content is in the cache already need none.
+    ///
+    /// The caller vouches for the content: of files in Git LFS just the size is checked, and that they do not change
+    /// meanwhile. A source may be the very blob that [`Layout::places`] gave; it is then linked and not read.
+    pub sources: &'a BTreeMap<String, PathBuf>,
+    /// The sources are ours to move. Copied, and removed when all is done, are: one on another file system; one with other
+    /// hard links, through which its content could change later; a small one, whose blob the next attempt could not find
+    /// without it. Stays where it is: one that is not needed, is a symbolic link, or lies in the repository's `blobs` or
+    /// `snapshots`.
+    pub take: bool,
+}
+
+/// What an export did.
+#[derive(Debug)]
+pub struct Exported {
+    /// The model's folder, for whoever opens it by path.
+    pub snapshot: PathBuf,
+    /// Its files, in the manifest's order.
+    pub files: Vec<ExportedFile>,
+    /// Bytes in blobs that were moved here.
+    pub bytes_moved: u64,
+    /// Bytes copied here; where the file system has no links, those of the snapshot too.
+    pub bytes_copied: u64,
+    /// Bytes that were here already.
+    pub bytes_kept: u64,
+    /// Entries made in the snapshot: links, or copies where the file system has none.
+    pub links_made: u64,
+    /// The ref was made or changed.
+    pub ref_written: bool,
+}
+
+/// A file of an exported model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportedFile {
+    /// Its path in the manifest.
+    pub path: String,
+    /// The file that has its content now: a blob, or what a snapshot from elsewhere has.
+    pub blob: PathBuf,
+    /// How the content came there.
+    pub how: How,
+}
+
+/// How content came into the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// Its source was renamed.
+    Moved,
+    /// Its source was copied.
+    Copied,
+    /// It was there, or another file of the model has the same content.
+    Kept,
+}
+
+/// Why a model was not exported.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExportError {
+    /// Another export writes to the same repository. Nothing was changed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A file's content is not in the cache, and its source is not given or not there. Nothing was changed.
+    #[error("the content of {0:?} is not in the cache, and there is no source for it")]
+    NoSource(String),
+    /// A source does not hold the content it is given for.
+    #[error("{} does not hold the content of {file:?}: {reason}", .path.display())]
+    Source {
+        /// The file in the manifest.
+        file: String,
+        /// The source.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// Something else is where this model's files go. It is left as it is, and so is all else.
+    #[error("{} is in the way: {reason}", .path.display())]
+    Conflict {
+        /// What is there.
+        path: PathBuf,
+        /// Why it cannot stay.
+        reason: &'static str,
+    },
+    /// The disk failed or is full.
+    #[error(transparent)]
+    Disk(#[from] StoreError),
+    /// [`Progress::cancelled`] was set.
+    #[error("stopped")]
+    Cancelled,
+}
+
+impl Export<'_> {
+    /// Does it. Blocks on the disk. Durable when it returns. Content that is there already is read to be checked.
+    ///
+    /// [`Progress::bytes_total`] is the model's size; what is copied, moved or found there counts as done.
+    ///
+    /// # Errors
+    /// [`ExportError`]. The cache stays readable, and the next attempt goes on from what was written.
+    pub fn run(&self, progress: &Progress) -> Result<Exported, ExportError> {
+        self.run_with(progress, |target, at| symlink(target, at))
+    }
+
+    /// `make_link` stands for `symlink`, which tests let fail.
+    fn run_with(
+        &self,
+        progress: &Progress,
+        mut make_link: impl FnMut(&Path, &Path) -> io::Result<()>,
+    ) -> Result<Exported, ExportError> {
+        let files = self.manifest.files().len() as u64;
+        progress.files_total.fetch_add(files, Ordering::Relaxed);
+        progress
+            .bytes_total
+            .fetch_add(self.manifest.size(), Ordering::Relaxed);
+        let locks = self.layout.locks();
+        check_way(&self.layout.cache.join(".locks"), &locks)?;
+        make_folders(&locks)?;
+        let _lock = Lock::take(&locks)?;
+
+        let mut plan = Plan::of(self, progress)?;
+        let blobs = self.layout.blobs();
+        make_folders(&blobs)?;
+        sweep(&blobs)?;
+        let copied_away = self.place_blobs(&mut plan, progress)?;
+        let (links_made, copied) = self.make_links(&plan, progress, &mut make_link)?;
+        if let Some(reference) = &plan.reference {
+            self.write_ref(reference)?;
+        }
+        copied_away.iter().for_each(|source| discard(source));
+
+        let mut exported = Exported {
+            snapshot: self.layout.snapshot(),
+            files: plan.files,
+            bytes_moved: 0,
+            bytes_copied: copied,
+            bytes_kept: 0,
+            links_made,
+            ref_written: plan.reference.is_some(),
+        };
+        for (file, done) in self.manifest.files().iter().zip(&exported.files) {
+            match done.how {
+                How::Moved => exported.bytes_moved += file.size,
+                How::Copied => exported.bytes_copied += file.size,
+                How::Kept => exported.bytes_kept += file.size,
+            }
+        }
+        Ok(exported)
+    }
+
+    /// Brings the content; the sources that were ours and are still there.
+    fn place_blobs(
+        &self,
+        plan: &mut Plan,
+        progress: &Progress,
+    ) -> Result<Vec<PathBuf>, ExportError> {
+        // One source may be of several blobs: it is moved to the last of them.
+        let mut uses = HashMap::<&Path, usize>::new();
+        for blob in plan.blobs.values() {
+            *uses.entry(&blob.source.path).or_default() += 1;
+        }
+        let mut how = HashMap::<&str, How>::new();
+        let mut copied_away = Vec::new();
+        for (etag, blob) in &plan.blobs {
+            stop_if_cancelled(progress)?;
+            let source = blob.source.path.as_path();
+            let target = self.layout.blob(etag);
+            let uses = uses
+                .get_mut(source)
+                .expect("every source was counted above");
+            *uses -= 1;
+            let take = self.take && *uses == 0 && self.is_movable(source)?;
+            let size = blob.source.size;
+            let known = matches!(etag, Etag::Sha256(_));
+            if take && known && move_unshared(blob, &target)? {
+                how.insert(&blob.file, How::Moved);
+                done(progress, size);
+                continue;
+            }
+            self.copy(blob, &etag.to_string(), &target, progress)?;
+            how.insert(&blob.file, How::Copied);
+            progress.files_done.fetch_add(1, Ordering::Relaxed);
+            if take {
+                copied_away.push(source.to_owned());
+            }
+        }
+        sync_folder(&self.layout.blobs())?;
+        for file in &mut plan.files {
+            if let Some(how) = how.get(file.path.as_str()) {
+                file.how = *how;
+            }
+        }
+        Ok(copied_away)
+    }
+
+    /// Whether a source may go away: what a link or another name still leads to may not.
+    fn is_movable(&self, source: &Path) -> Result<bool, ExportError> {
+        let cannot_read = || StoreError::io("cannot read", source);
+        let is_link = fs::symlink_metadata(source)
+            .map_err(cannot_read())?
+            .is_symlink();
+        let source = source.canonicalize().map_err(cannot_read())?;
+        let folder = self.layout.folder();
+        let folder = folder
+            .canonicalize()
+            .map_err(StoreError::io("cannot read", &folder))?;
+        let in_use = ["blobs", "snapshots"].map(|name| source.starts_with(folder.join(name)));
+        Ok(!is_link && in_use == [false, false])
+    }
+
+    /// Copies into the cache, by way of a temporary file called `name`.
+    fn copy(
+        &self,
+        blob: &Blob,
+        name: &str,
+        target: &Path,
+        progress: &Progress,
+    ) -> Result<(), ExportError> {
+        let temporary = self.layout.blobs().join(temporary(name));
+        let copy = || -> Result<(), ExportError> {
+            let source = &blob.source;
+            let cannot_read = || StoreError::io("cannot read", &source.path);
+            let cannot_write = || StoreError::io("cannot write", &temporary);
+            let from = File::open(&source.path).map_err(cannot_read())?;
+            // Never through a link that somebody left there.
+            let to = File::create_new(&temporary).map_err(cannot_write())?;
+            let mut left = source.size;
+            while left > 0 {
+                stop_if_cancelled(progress)?;
+                // The kernel copies, and shares the blocks on file systems that can.
+                let copied = io::copy(&mut (&from).take(left.min(STRIDE)), &mut &to)
+                    .map_err(cannot_write())?;
+                if copied == 0 {
+                    return Err(changed(blob));
+                }
+                left -= copied;
+                progress.bytes_done.fetch_add(copied, Ordering::Relaxed);
+            }
+            to.sync_all().map_err(cannot_write())?;
+            if Location::of(&source.path, &from).map_err(cannot_read())? != *source {
+                return Err(changed(blob));
+            }
+            fs::rename(&temporary, target).map_err(StoreError::io("cannot write", target))?;
+            Ok(())
+        };
+        copy().inspect_err(|_| {
+            // Else the next export sweeps it.
+            let _ = fs::remove_file(&temporary);
+        })
+    }
+
+    /// Makes the entries of the snapshot; how many, and the bytes copied where a link could not be.
+    fn make_links(
+        &self,
+        plan: &Plan,
+        progress: &Progress,
+        make_link: &mut impl FnMut(&Path, &Path) -> io::Result<()>,
+    ) -> Result<(u64, u64), ExportError> {
+        let snapshot = self.layout.snapshot();
+        make_folders(&snapshot)?;
+        let mut folders = BTreeSet::new();
+        let mut copied = 0;
+        for (path, etag) in &plan.links {
+            let at = snapshot.join(path);
+            let cannot_link = || StoreError::io("cannot link", &at);
+            if let Some(folder) = at.parent()
+                && folders.insert(folder.to_owned())
+            {
+                make_folders(folder)?;
+            }
+            // The plan found nothing here, or a link to nothing.
+            match fs::symlink_metadata(&at) {
+                Ok(there) if there.is_symlink() && look(&at)?.is_none() => {
+                    fs::remove_file(&at).map_err(cannot_link())?;
+                }
+                _ => {}
+            }
+            let target = link(path, etag);
+            match make_link(&target, &at) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    // Somebody else, huggingface_hub most likely, just made the same.
+                    if fs::read_link(&at).ok().as_ref() != Some(&target) {
+                        return Err(ExportError::Conflict {
+                            path: at,
+                            reason: "it was made by somebody else meanwhile",
+                        });
+                    }
+                }
+                Err(error) if has_no_links(&error) => {
+                    let source = self.layout.blob(etag);
+                    let metadata =
+                        fs::metadata(&source).map_err(StoreError::io("cannot read", &source))?;
+                    let blob = Blob {
+                        source: Location::from_metadata(&source, &metadata),
+                        file: path.clone(),
+                    };
+                    let size = blob.source.size;
+                    progress.bytes_total.fetch_add(size, Ordering::Relaxed);
+                    self.copy(&blob, &etag.to_string(), &at, progress)?;
+                    copied += size;
+                }
+                Err(error) => return Err(cannot_link()(error).into()),
+            }
+        }
+        for folder in folders {
+            sync_folder(&folder)?;
+        }
+        Ok((plan.links.len() as u64, copied))
+    }
+
+    fn write_ref(&self, reference: &Path) -> Result<(), ExportError> {
+        use std::io::Write;
+
+        let folder = reference.parent().expect("a ref lies in the folder refs");
+        make_folders(folder)?;
+        let temporary = self.layout.blobs().join(temporary("ref"));
+        let write = || -> io::Result<()> {
+            let mut file = File::create_new(&temporary)?;
+            write!(file, "{}", self.layout.commit)?;
+            file.sync_all()?;
+            fs::rename(&temporary, reference)
+        };
+        write().map_err(StoreError::io("cannot write", reference))?;
+        Ok(sync_folder(folder)?)
+    }
+}
+
+fn changed(blob: &Blob) -> ExportError {
+    refuse(&blob.file, &blob.source.path, "it changed meanwhile")
+}
+
+/// Renames a blob's source onto `target`; `false`, with nothing done, if it has to be copied.
+fn move_unshared(blob: &Blob, target: &Path) -> Result<bool, ExportError> {
+    let source = &blob.source;
+    let cannot_read = || StoreError::io("cannot read", &source.path);
+    let file = File::open(&source.path).map_err(cannot_read())?;
+    let metadata = file.metadata().map_err(cannot_read())?;
+    if Location::from_metadata(&source.path, &metadata) != *source {
+        return Err(changed(blob));
+    }
+    if metadata.nlink() > 1 {
+        return Ok(false);
+    }
+    // The name must not be ahead of the bytes.
+    file.sync_all()
+        .map_err(StoreError::io("cannot sync", &source.path))?;
+    match fs::rename(&source.path, target) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => Ok(false),
+        Err(error) => Err(StoreError::io("cannot move", &source.path)(error).into()),
+    }
+}
+
+/// Whether a link could not be made because the file system has none.
+fn has_no_links(error: &io::Error) -> bool {
+    // FAT answers EPERM, which is also a refusal for other reasons; the copy then fails likewise.
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported
+    )
+}
+
+/// Makes a folder and those above it, durably.
+fn make_folders(folder: &Path) -> Result<(), StoreError> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let parent = folder
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    if parent != Path::new(".") {
+        make_folders(parent)?;
+    }
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(StoreError::io("cannot make", folder)(error))
+        }
+        _ => sync_folder(parent),
+    }
+}
+
+/// Removes what interrupted exports left. Only the holder of the lock may.
+fn sweep(blobs: &Path) -> Result<(), StoreError> {
+    let cannot_read = || StoreError::io("cannot read", blobs);
+    for entry in fs::read_dir(blobs).map_err(cannot_read())? {
+        let entry = entry.map_err(cannot_read())?;
+        if entry.file_name().to_str().is_some_and(is_temporary) {
+            let path = entry.path();
+            fs::remove_file(&path).map_err(StoreError::io("cannot remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        hf_cache::{Commit, find},
+        index::index,
+    };
+
+    /// A model of four files, two of one content and one in a folder, and a cache to put it into.
+    struct World {
+        home: tempfile::TempDir,
+        manifest: Manifest,
+        sources: BTreeMap<String, PathBuf>,
+    }
+
+    impl World {
+        fn new(content: &str) -> Self {
+            let home = tempfile::tempdir().unwrap();
+            let root = home.path().join("model");
+            fs::create_dir_all(root.join("sub")).unwrap();
+            for (path, content) in [
+                ("a.bin", content),
+                ("b.bin", content),
+                ("config.json", content),
+                ("sub/c.txt", "same in all"),
+            ] {
+                fs::write(root.join(path), content).unwrap();
+            }
+            let indexed = index(&root, &Progress::default()).unwrap();
+            let sources = indexed
+                .manifest
+                .files()
+                .iter()
+                .map(|file| (file.path.clone(), root.join(&file.path)))
+                .collect();
+            Self {
+                home,
+                manifest: indexed.manifest,
+                sources,
+            }
+        }
+
+        fn export(
+            &self,
+            cache: &Path,
+            take: bool,
+            make_link: impl FnMut(&Path, &Path) -> io::Result<()>,
+        ) -> Result<Exported, ExportError> {
+            let id = crate::Hash::of(&self.manifest.encode());
+            let repo = "acme/m".parse().unwrap();
+            let layout = Layout::new(
+                cache,
+                &repo,
+                super::super::Revision::default(),
+                Commit::of_model(&id),
+            )
+            .unwrap();
+            let export = Export {
+                layout: &layout,
+                manifest: &self.manifest,
+                sources: &self.sources,
+                take,
+            };
+            export.run_with(&Progress::default(), make_link)
+        }
+    }
+
+    /// The manifest of what somebody finds as `acme/m`; `None` if nobody does.
+    fn found(cache: &Path) -> Option<Manifest> {
+        let found = find(cache, "acme/m").ok()?;
+        let indexed = found.snapshot.index(&Progress::default()).unwrap();
+        Some(indexed.manifest)
+    }
+
+    #[test]
+    fn an_export_that_stops_anywhere_leaves_the_old_model_and_is_finished_by_the_next() {
+        for take in [false, true] {
+            for stop_at in 0..4 {
+                let (old, new) = (World::new("old"), World::new("new"));
+                let cache = old.home.path().join("cache");
+                old.export(&cache, take, |a, b| symlink(a, b)).unwrap();
+                let mut made = 0;
+                let stopped = new.export(&cache, take, |target, at| {
+                    if made == stop_at {
+                        return Err(io::Error::other("the power failed"));
+                    }
+                    made += 1;
+                    symlink(target, at)
+                });
+                assert!(matches!(stopped, Err(ExportError::Disk(_))));
+                assert_eq!(found(&cache).as_ref(), Some(&old.manifest));
+                fs::write(cache.join("models--acme--m/blobs/.weft-x.new"), "half").unwrap();
+
+                let exported = new.export(&cache, take, |a, b| symlink(a, b)).unwrap();
+                assert_eq!(exported.links_made, 4 - stop_at);
+                assert_eq!(exported.bytes_moved + exported.bytes_copied, 0);
+                assert_eq!(found(&cache).as_ref(), Some(&new.manifest));
+                let left = find(&cache, "acme/m").unwrap().repo.problems;
+                assert_eq!(left, [], "the temporary file is swept");
+            }
+        }
+    }
+
+    #[test]
+    fn where_links_are_not_possible_the_snapshot_holds_copies() {
+        let world = World::new("content");
+        let cache = world.home.path().join("cache");
+        let refused = |_: &Path, _: &Path| Err(io::Error::from(io::ErrorKind::PermissionDenied));
+        let exported = world.export(&cache, false, refused).unwrap();
+        // Three blobs, of which one is of two files, and four copies.
+        assert_eq!(exported.bytes_copied, (7 + 7 + 11) + (3 * 7 + 11));
+        for file in world.manifest.files() {
+            let path = exported.snapshot.join(&file.path);
+            assert!(fs::symlink_metadata(&path).unwrap().is_file());
+        }
+        assert_eq!(found(&cache).as_ref(), Some(&world.manifest));
+        let again = world.export(&cache, false, refused).unwrap();
+        assert_eq!((again.links_made, again.bytes_copied), (0, 0));
+    }
+
+    #[test]
+    fn a_link_that_appears_meanwhile_is_taken_if_it_is_the_same() {
+        let world = World::new("content");
+        let cache = world.home.path().join("cache");
+        world
+            .export(&cache, false, |target, at| {
+                symlink(target, at)?;
+                symlink(target, at)
+            })
+            .unwrap();
+        let world = World::new("other");
+        assert!(matches!(
+            world.export(&cache, false, |target, at| {
+                symlink("elsewhere", at)?;
+                symlink(target, at)
+            }),
+            Err(ExportError::Conflict { .. })
+        ));
+    }
+
+    #[test]
+    fn a_source_that_changes_meanwhile_is_refused() {
+        let world = World::new("content");
+        let cache = world.home.path().join("cache");
+        let blob = |modified| Blob {
+            source: Location {
+                path: world.sources["a.bin"].clone(),
+                size: 7,
+                modified,
+            },
+            file: "a.bin".to_owned(),
+        };
+        assert!(matches!(
+            move_unshared(&blob(1), &cache),
+            Err(ExportError::Source { .. })
+        ));
+        assert!(!cache.exists());
+        let metadata = fs::metadata(&world.sources["a.bin"]).unwrap();
+        let now = Location::from_metadata(&world.sources["a.bin"], &metadata);
+        assert!(move_unshared(&blob(now.modified), &cache).unwrap());
+    }
+}
