@@ -4,7 +4,7 @@
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
 //! - [`store`] remembers which bytes are where: in files where they stand, and in part files of what is still arriving.
 //! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
-//!   the other side of it, and [`source`] what it reads from.
+//!   the other side of it, [`source`] what it reads from, and [`availability`] what both tell each other of what they have.
 //! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`extract`] makes files of chosen tensors, and
 //!   [`shards`] the index that goes with them.
 //! - [`hf_cache`] reads and writes the cache that huggingface_hub keeps.
@@ -15,6 +15,7 @@
 //!
 //! It leaves out: the network (streams are any `AsyncRead + AsyncWrite`), and who has what (`weft-dht`).
 
+pub mod availability;
 pub mod bitfield;
 pub mod extract;
 mod hash;

@@ -45,6 +45,11 @@ impl Limit {
         self.shared.rate.load(Ordering::Relaxed)
     }
 
+    /// Whether somebody else holds it as well.
+    pub fn is_used(&self) -> bool {
+        Arc::strong_count(&self.shared) > 1
+    }
+
     /// Waits until `bytes` may pass.
     pub async fn pass(&self, bytes: u64) {
         let rate = self.get();

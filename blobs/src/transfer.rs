@@ -28,6 +28,7 @@ use weft_proto::{
 
 use crate::{
     Hash, Manifest, Store, StoreError,
+    bitfield::Bitfield,
     manifest::MAX_MANIFEST,
     partial::{Partial, Segment},
     plan::{Plan, Progress, Want, open},
@@ -139,8 +140,18 @@ struct State {
     wants: VecDeque<(usize, Want)>,
     /// Opened and not yet complete, by place among the blobs.
     open: HashMap<usize, Arc<Partial>>,
+    /// Places of blobs that are whole here.
+    whole: Bitfield,
     /// Everything is here, or nothing is wanted any more.
     ended: bool,
+}
+
+/// How much of a file is here.
+#[derive(Debug)]
+pub(crate) enum Coming {
+    Nothing,
+    Part(Bitfield),
+    Whole,
 }
 
 /// A provider of a transfer. Dropping it takes it out, and its work goes to others.
@@ -214,6 +225,7 @@ impl Transfer {
             })
         });
         let of_file = of_file.collect();
+        let whole = Bitfield::empty(blobs.len() as u64);
         let schedule = Schedule::new(blobs.iter().map(|blob| blob.tree), seed);
         Self {
             shared: Arc::new(Shared {
@@ -224,6 +236,7 @@ impl Transfer {
                     schedule,
                     wants: VecDeque::new(),
                     open: HashMap::new(),
+                    whole,
                     ended: false,
                 }),
                 settling: Mutex::default(),
@@ -267,7 +280,18 @@ impl Transfer {
                 .collect();
             let mut state = shared.state();
             state.ended = false;
+            state.whole = Bitfield::full(shared.blobs.len() as u64);
+            let open: Vec<_> = state.open.keys().copied().collect();
+            let waiting: Vec<_> = state.wants.iter().map(|(place, _)| *place).collect();
+            for place in open.into_iter().chain(waiting) {
+                let place = place as u64;
+                state.whole.remove_range(place..place + 1);
+            }
             for want in plan.take_wants() {
+                if let Some(place) = places.get(&want.hash) {
+                    let place = *place as u64;
+                    state.whole.remove_range(place..place + 1);
+                }
                 if let Some(place) = places.get(&want.hash) {
                     state.wants.push_back((*place, want));
                 }
@@ -290,6 +314,26 @@ impl Transfer {
             let _ = timeout(SETTLE, shared.settle_soon.notified()).await;
             settle(shared).await?;
         }
+    }
+
+    /// What is here of each blob, by the place of the first file in the manifest that it is the content of.
+    pub(crate) fn coming(&self) -> Vec<(usize, Coming)> {
+        let shared = &self.shared;
+        let state = shared.state();
+        let mut said = Bitfield::empty(shared.blobs.len() as u64);
+        let mut coming = Vec::new();
+        for (file, place) in shared.of_file.iter().enumerate() {
+            if !said.insert(*place as u64) {
+                continue;
+            }
+            let here = match state.open.get(place) {
+                _ if state.whole.has(*place as u64) => Coming::Whole,
+                Some(partial) => Coming::Part(partial.have()),
+                None => Coming::Nothing,
+            };
+            coming.push((file, here));
+        }
+        coming
     }
 
     /// Makes durable now what is verified.
@@ -410,7 +454,15 @@ impl Shared {
             dirty.iter().for_each(|partial| partial.set_dirty());
             return result;
         }
-        self.state().open.retain(|_, partial| !partial.is_finished());
+        let mut state = self.state();
+        let State { open, whole, .. } = &mut *state;
+        open.retain(|place, partial| {
+            let finished = partial.is_finished();
+            if finished {
+                whole.insert(*place as u64);
+            }
+            !finished
+        });
         Ok(())
     }
 }
@@ -487,6 +539,12 @@ impl Asked {
         self.runs
             .lock()
             .expect("nothing panics while holding the lock")
+    }
+
+    fn number_of(&self, run: &Run) -> Option<u64> {
+        let runs = self.runs();
+        let request = runs.iter().find(|request| request.run == *run);
+        request.map(|request| request.number)
     }
 
     /// The first that is not answered; `None` when all are and nothing more will be asked.
@@ -575,10 +633,7 @@ impl Session<'_> {
                     self.shared.state().schedule.cancelled(self.peer.key, &run);
                 }
                 (Next::Cancel(run), _) => {
-                    let asked = self.asked.runs();
-                    let known = asked.iter().find(|asked| asked.run == run);
-                    let known = known.map(|asked| asked.number);
-                    drop(asked);
+                    let known = self.asked.number_of(&run);
                     if let Some(known) = known {
                         let request = BlobRequest {
                             cancel: Some(known),
@@ -707,10 +762,8 @@ impl Session<'_> {
                     }
                     let bytes = size as u64;
                     counter.fetch_add(bytes, Ordering::Relaxed);
-                    let now = self.shared.now();
-                    let mut state = self.shared.state();
-                    state.schedule.progress(self.peer.key, bytes, now);
-                    drop(state);
+                    let (key, now) = (self.peer.key, self.shared.now());
+                    self.shared.state().schedule.progress(key, bytes, now);
                     if !needed {
                         segment.data.clear();
                         segment.parents.clear();

@@ -60,6 +60,8 @@ pub(crate) enum Command {
     Doctor,
     /// Every limit on what others can make this node hold and do, and what it comes to
     Limits,
+    /// How fast content may come and go; shows it, and changes it until the node stops
+    Rates(RatesChange),
     /// Whom this node has to do with at all; shows the lists, and changes them until the node stops
     Access(AccessChange),
     /// Whose names win over those of others; shows the list, and changes it
@@ -115,6 +117,9 @@ pub(crate) struct Up {
     pub(crate) limits: Limits,
 
     #[command(flatten)]
+    pub(crate) rates: Rates,
+
+    #[command(flatten)]
     pub(crate) access: Access,
 
     #[command(flatten)]
@@ -139,6 +144,67 @@ pub(crate) struct Up {
     /// Serve metrics for Prometheus at http://IP:PORT/metrics
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) metrics: Option<SocketAddr>,
+}
+
+/// How fast content may come and go.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Rates {
+    /// Bytes a second of content from all peers, such as 40M; 0: no limit
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
+    pub(crate) max_download: u64,
+
+    /// Bytes a second of content to all peers
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
+    pub(crate) max_upload: u64,
+
+    /// Bytes a second of content from one peer
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
+    pub(crate) max_download_per_peer: u64,
+
+    /// Bytes a second of content to one peer
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
+    pub(crate) max_upload_per_peer: u64,
+}
+
+/// What is to change of how fast content may come and go.
+#[derive(Debug, Args)]
+pub(crate) struct RatesChange {
+    /// Bytes a second of content from all peers, such as 40M; 0: no limit
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) download: Option<u64>,
+
+    /// Bytes a second of content to all peers
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) upload: Option<u64>,
+
+    /// Bytes a second of content from one peer
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) download_per_peer: Option<u64>,
+
+    /// Bytes a second of content to one peer
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) upload_per_peer: Option<u64>,
+}
+
+/// Bytes a second: a number, and k, M or G for thousands, millions and milliards of them.
+fn rate(text: &str) -> Result<u64, String> {
+    let wrong = || {
+        format!("{text:?} is no rate: give bytes a second, such as 500k, 40M or 1.5G; 0 is no limit")
+    };
+    let number = text.trim_end_matches("/s").trim_end_matches(['b', 'B']);
+    let (number, unit) = match number.char_indices().next_back() {
+        Some((at, 'k' | 'K')) => (&number[..at], 1e3),
+        Some((at, 'm' | 'M')) => (&number[..at], 1e6),
+        Some((at, 'g' | 'G')) => (&number[..at], 1e9),
+        _ => (number, 1.0),
+    };
+    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
+    let rate = number * unit;
+    // Below a byte a second, a limit would stand for none.
+    match rate == 0.0 || (1.0..1e15).contains(&rate) {
+        true => Ok(rate as u64),
+        false => Err(wrong()),
+    }
 }
 
 /// What others can make this node hold.
@@ -800,6 +866,7 @@ impl From<Relay> for Up {
             relay_server: RelayServer::Always,
             relay_limits: relay.relay_limits,
             limits: relay.limits,
+            rates: Rates::default(),
             access: relay.access,
             web: relay.web,
             no_hole_punching: false,
@@ -854,6 +921,14 @@ pub(crate) struct Get {
     /// Accept the name only from this publisher
     #[arg(long, value_name = "PEERID")]
     pub(crate) publisher: Option<PeerId>,
+
+    /// At most so many bytes of content a second, such as 40M
+    #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
+    pub(crate) max_rate: u64,
+
+    /// Show each provider that sends
+    #[arg(long, short)]
+    pub(crate) verbose: bool,
 }
 
 #[derive(Debug, Args)]

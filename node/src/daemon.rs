@@ -68,6 +68,12 @@ pub(crate) async fn up(
         })
         .limits(options.limits.get())
         .call_limits(options.limits.calls())
+        .rates(weft::Rates {
+            download: options.rates.max_download,
+            upload: options.rates.max_upload,
+            download_per_peer: options.rates.max_download_per_peer,
+            upload_per_peer: options.rates.max_upload_per_peer,
+        })
         .access(weft::Access {
             allow: options.access.allow,
             block: options.access.block,

@@ -73,6 +73,14 @@ pub(crate) fn rate(n: u64, span: Duration) -> String {
     format!("{:.0} MB/s", n as f64 / 1e6 / seconds)
 }
 
+/// Bytes a second.
+pub(crate) fn per_second(rate: u64) -> String {
+    match rate {
+        0..10_000_000 => format!("{:.1} MB/s", rate as f64 / 1e6),
+        _ => format!("{:.0} MB/s", rate as f64 / 1e6),
+    }
+}
+
 /// `1 file`, `2 files`.
 pub(crate) fn count(n: u64, what: &str) -> String {
     if n == 1 {
@@ -184,6 +192,16 @@ impl Meter {
             bytes(done),
             bytes(total)
         );
+    }
+
+    /// Prints lines of its own beside the bar.
+    pub(crate) fn lines(&self, lines: &[String]) {
+        for line in lines {
+            match &self.bar {
+                Some(bar) => bar.println(line),
+                None => err!("{line}"),
+            }
+        }
     }
 
     /// Takes the bar away.

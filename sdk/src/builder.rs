@@ -7,7 +7,7 @@ use weft_dht::{Dht, Disk};
 use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
 use crate::{
-    Error, HomeError, Node, default_home, docs, home::Home, node::blocking, registry::Followed,
+    Error, HomeError, Node, Rates, default_home, docs, home::Home, node::blocking, registry::Followed,
     rpc::CallLimits, trust::Trusted,
 };
 
@@ -26,6 +26,7 @@ pub struct Builder {
     no_mdns: bool,
     limits: Limits,
     call_limits: CallLimits,
+    rates: Rates,
     access: Access,
     certificate: Option<Certificate>,
 }
@@ -104,6 +105,12 @@ impl Builder {
         self
     }
 
+    /// How fast content may come and go. Default: no limit. [`Node::set_rates`] changes it while the node runs.
+    pub fn rates(mut self, rates: Rates) -> Self {
+        self.rates = rates;
+        self
+    }
+
     /// Whom the node has to do with at all. Default: everybody. [`Node::set_access`] changes it while the node runs.
     pub fn access(mut self, access: Access) -> Self {
         self.access = access;
@@ -161,6 +168,6 @@ impl Builder {
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;
         let kept = (home, store, trusted, documents);
-        Node::start(kept, network, dht, expects_peers, self.call_limits)
+        Node::start(kept, network, dht, expects_peers, (self.call_limits, self.rates))
     }
 }

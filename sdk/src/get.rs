@@ -2,36 +2,27 @@
 
 use std::{
     collections::BTreeMap,
-    convert::Infallible,
     path::PathBuf,
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use prost::Message;
-use tokio::{
-    sync::Notify,
-    task::JoinSet,
-    time::{sleep, timeout},
-};
+use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
-    Download, Manifest, TransferError,
-    download::{self, fetch_manifest},
-    store,
+    Manifest, Plan, Transfer, TransferError, plan, rate::Limit, store, transfer::fetch_manifest,
 };
 use weft_dht::Record;
-use weft_net::{PathKind, PeerId, Transport, is_superseded};
-use weft_proto::{frame::FrameError, wire};
+use weft_net::{Multiaddr, PathKind, PeerId, Transport};
+use weft_proto::wire;
 
 use crate::{
     Error, Hash, ModelInfo, ModelName, Node, Operation, Target,
     models::{by_name, describe},
     node::{TargetLease, blocking},
     providers::Providers,
+    swarm::{Shown, Swarm},
 };
-
-/// How long no content comes before the path is suspected.
-const SUSPICIOUS: Duration = Duration::from_secs(3);
 
 /// How often the mesh is told what has come.
 const SHARING: Duration = Duration::from_secs(15);
@@ -44,6 +35,7 @@ pub struct Get {
     target: Target,
     to: Option<PathBuf>,
     publisher: Option<PeerId>,
+    limit: u64,
 }
 
 /// What fetching is at.
@@ -57,7 +49,7 @@ pub enum GetPhase {
     Checking,
     /// Receiving.
     Fetching,
-    /// No provider answers; trying again.
+    /// Nothing comes; what is waited for is said.
     Waiting,
 }
 
@@ -72,10 +64,31 @@ pub struct GetProgress {
     pub bytes_done: u64,
     /// Content bytes received in this run.
     pub bytes_moved: u64,
-    /// Who sends, and over which path.
-    pub provider: Option<(PeerId, PathKind)>,
+    /// Bytes a second that come now, from all providers.
+    pub rate: u64,
+    /// Until everything is here, if the rate stays as it is; `None` while that cannot be said.
+    pub time_left: Option<Duration>,
+    /// Bytes that were here already.
+    pub bytes_reused: u64,
+    /// Those who send, and over which paths.
+    pub peers: Vec<PeerProgress>,
     /// What is waited for, in words.
     pub waiting_for: Option<String>,
+}
+
+/// What comes from one provider.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerProgress {
+    /// Who.
+    pub peer: PeerId,
+    /// How near it is.
+    pub path: PathKind,
+    /// Over what.
+    pub transport: Transport,
+    /// Content bytes that it sent over this path.
+    pub bytes: u64,
+    /// Bytes a second that it sends now.
+    pub rate: u64,
 }
 
 /// What fetching came to.
@@ -87,6 +100,8 @@ pub struct Got {
     pub directory: PathBuf,
     /// Content bytes received in this run; zero when everything was here.
     pub bytes_moved: u64,
+    /// Content bytes that several providers sent, beyond the first time: a slow one's work that another took over, and that came all the same.
+    pub bytes_wasted: u64,
     /// Bytes that were here already.
     pub bytes_reused: u64,
     /// From the start to the last file in place.
@@ -116,8 +131,8 @@ pub struct Source {
 #[derive(Debug)]
 struct State {
     phase: GetPhase,
-    provider: Option<(PeerId, PathKind)>,
     waiting_for: Option<String>,
+    reused: u64,
 }
 
 impl Get {
@@ -127,6 +142,7 @@ impl Get {
             target,
             to: None,
             publisher: None,
+            limit: 0,
         }
     }
 
@@ -142,47 +158,83 @@ impl Get {
         self
     }
 
+    /// At most this many bytes of content a second, beside the limits of the node; zero is no limit.
+    pub fn limit(mut self, bytes_per_second: u64) -> Self {
+        self.limit = bytes_per_second;
+        self
+    }
+
     /// Begins. Dropping the operation keeps what is verified; another `get` of the same to the same folder goes on from there.
     pub fn start(self) -> Operation<GetProgress, Got> {
-        let counts = Arc::new(download::Progress::default());
+        let counts = Arc::new(plan::Progress::default());
         let state = Arc::new(Mutex::new(State {
             phase: GetPhase::Resolving,
-            provider: None,
             waiting_for: None,
+            reused: 0,
         }));
+        let shown = Shown::default();
         let sample = {
-            let (counts, state) = (Arc::clone(&counts), Arc::clone(&state));
+            let (counts, state, shown) = (Arc::clone(&counts), Arc::clone(&state), shown.clone());
             move || {
                 let state = state.lock().expect("nothing panics while holding the lock");
-                GetProgress {
-                    phase: state.phase,
-                    bytes_total: counts.total.load(Ordering::Relaxed),
-                    bytes_done: counts.done.load(Ordering::Relaxed),
-                    bytes_moved: counts.moved.load(Ordering::Relaxed),
-                    provider: state.provider,
-                    waiting_for: state.waiting_for.clone(),
-                }
+                progress(&counts, &state, &shown)
             }
         };
         let work = Work {
             node: self.node.clone(),
             counts,
             state,
+            shown,
             started: Instant::now(),
             lookup: None,
-            sources: BTreeMap::new(),
         };
         Operation::spawn(sample, work.run(self))
     }
 }
 
+fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgress {
+    let sources = shown.sources();
+    let active = sources.iter().filter(|source| source.is_active());
+    let peers: Vec<_> = active
+        .map(|source| PeerProgress {
+            peer: source.peer,
+            path: source.path,
+            transport: source.transport,
+            bytes: source.bytes(),
+            rate: source.rate(),
+        })
+        .collect();
+    let rate = peers.iter().map(|peer| peer.rate).sum();
+    let total = counts.total.load(Ordering::Relaxed);
+    let done = counts.done.load(Ordering::Relaxed);
+    let waiting_for = match state.phase {
+        GetPhase::Fetching => shown.waiting_for(),
+        _ => state.waiting_for.clone(),
+    };
+    GetProgress {
+        phase: match (&state.phase, &waiting_for) {
+            (GetPhase::Fetching, Some(_)) => GetPhase::Waiting,
+            (phase, _) => *phase,
+        },
+        bytes_total: total,
+        bytes_done: done,
+        bytes_moved: counts.moved.load(Ordering::Relaxed),
+        rate,
+        time_left: (rate > 0)
+            .then(|| Duration::from_secs_f64(total.saturating_sub(done) as f64 / rate as f64)),
+        bytes_reused: state.reused,
+        peers,
+        waiting_for,
+    }
+}
+
 struct Work {
     node: Node,
-    counts: Arc<download::Progress>,
+    counts: Arc<plan::Progress>,
     state: Arc<Mutex<State>>,
+    shown: Shown,
     started: Instant,
     lookup: Option<Duration>,
-    sources: BTreeMap<(PeerId, PathKind, Transport), u64>,
 }
 
 impl Work {
@@ -213,11 +265,20 @@ impl Work {
         self.enter(GetPhase::Connecting);
         let manifest = self.manifest(id, &mut providers).await?;
 
+        // Two of the same model at once: the second finds what the first has fetched.
+        let turn = self.node.turn(id);
+        let _turn = match turn.clone().try_lock_owned() {
+            Ok(turn) => turn,
+            Err(_) => {
+                self.wait_for("another get of the same model");
+                turn.lock_owned().await
+            }
+        };
         self.enter(GetPhase::Checking);
-        let (mut download, _lease) = self.plan(manifest.clone(), &folder, lease).await?;
-        providers.renew();
-        let directory = download.root().to_owned();
+        let (mut plan, _lease) = self.plan(manifest.clone(), &folder, lease).await?;
+        let directory = plan.root().to_owned();
         let reused = self.counts.done.load(Ordering::Relaxed);
+        self.state().reused = reused;
         {
             let (store, root) = (self.node.store().clone(), directory.clone());
             let name = name.map(|name| name.to_string());
@@ -225,18 +286,13 @@ impl Work {
         }
 
         let mut sharing = JoinSet::new();
-        let ended = Arc::new(Notify::new());
-        sharing.spawn(share(self.node.clone(), id, Arc::clone(&ended)));
-        while !download.is_complete() {
-            if download.needs_provider() {
-                providers.set_missing(self.missing(id, &manifest).await?);
-                self.fetch_once(&mut download, &mut providers).await?;
-                ended.notify_one();
-            } else {
-                download.finish_copies().await?;
-            }
+        sharing.spawn(share(self.node.clone(), id));
+        if !plan.is_complete() {
+            let known = providers.into_known();
+            self.fetch(id, &manifest, &mut plan, known, request.limit)
+                .await?;
         }
-        drop(download);
+        drop(plan);
         drop(sharing);
         let (model, info) = {
             let store = self.node.store().clone();
@@ -256,16 +312,8 @@ impl Work {
             elapsed: self.started.elapsed(),
             lookup: self.lookup.unwrap_or_default(),
             publisher,
-            sources: self
-                .sources
-                .into_iter()
-                .map(|((peer, path, transport), bytes)| Source {
-                    peer,
-                    path,
-                    transport,
-                    bytes,
-                })
-                .collect(),
+            bytes_wasted: self.wasted(),
+            sources: self.sources(),
         })
     }
 
@@ -293,14 +341,10 @@ impl Work {
             return Ok(manifest);
         }
         loop {
-            let stream = providers.next(0).await?;
+            let stream = providers.next().await?;
             self.lookup.get_or_insert_with(|| self.started.elapsed());
             let peer = stream.peer();
-            let fetched = tokio::select! {
-                fetched = fetch_manifest(stream, id) => fetched,
-                never = watch(&self.node, peer, &self.counts) => match never {},
-            };
-            match fetched {
+            match fetch_manifest(stream, id).await {
                 Ok(bytes) => {
                     providers.succeeded(peer);
                     let store = self.node.store().clone();
@@ -325,72 +369,91 @@ impl Work {
         manifest: Manifest,
         folder: &std::path::Path,
         lease: TargetLease,
-    ) -> Result<(Download, TargetLease), Error> {
+    ) -> Result<(Plan, TargetLease), Error> {
         let store = self.node.store().clone();
         let folder = folder.to_owned();
         let counts = Arc::clone(&self.counts);
         let _stop = StopOnDrop(Arc::clone(&counts));
         blocking(move || {
-            let download = Download::plan(&store, &manifest, &folder, counts)?;
-            Ok((download, lease))
+            let plan = Plan::new(&store, &manifest, &folder, counts)?;
+            Ok((plan, lease))
         })
         .await
     }
 
-    /// Fetches from the next provider, as far as that one goes.
-    async fn fetch_once(
+    /// Fetches what the plan misses from all who have it.
+    async fn fetch(
         &mut self,
-        download: &mut Download,
-        providers: &mut Providers,
+        id: Hash,
+        manifest: &Manifest,
+        plan: &mut Plan,
+        (given, banned): (Vec<(PeerId, Vec<Multiaddr>)>, BTreeMap<PeerId, String>),
+        limit: u64,
     ) -> Result<(), Error> {
-        let before = self.counts.moved.load(Ordering::Relaxed);
-        let mut stream = providers.next(before).await?;
-        // A relayed path is used from the first byte, and left as soon as there is a direct one.
-        stream.yield_to_better_path();
-        self.lookup.get_or_insert_with(|| self.started.elapsed());
-        let (peer, path) = (stream.peer(), stream.path().clone());
-        {
-            let mut state = self.state();
-            state.phase = GetPhase::Fetching;
-            state.provider = Some((peer, path.kind));
-            state.waiting_for = None;
-        }
-        let result = tokio::select! {
-            result = download.fetch(stream) => result,
-            never = watch(&self.node, peer, &self.counts) => match never {},
-        };
-        let bytes = self.counts.moved.load(Ordering::Relaxed) - before;
-        if bytes > 0 {
-            let source = (peer, path.kind, path.transport);
-            *self.sources.entry(source).or_default() += bytes;
-        }
-        match result {
-            Ok(()) => Ok(()),
-            Err(TransferError::Store(error)) => Err(error.into()),
-            Err(TransferError::Frame(FrameError::Io(error))) if is_superseded(&error) => {
-                tracing::debug!(%peer, "going on over a better path");
-                providers.superseded(peer, bytes > 0);
-                Ok(())
+        let counts = Arc::clone(&self.counts);
+        let transfer = Transfer::new(self.node.store(), manifest, counts, fastrand::u64(..));
+        let mut swarm = Swarm::new(
+            &self.node,
+            id,
+            transfer,
+            Arc::clone(&self.counts),
+            self.shown.clone(),
+            (given, banned),
+            vec![Limit::new(limit)],
+        );
+        self.enter(GetPhase::Fetching);
+        while !plan.is_complete() {
+            if plan.needs_provider() {
+                let fetched = swarm.fetch(plan).await;
+                if let Some(answered) = swarm.first_answer {
+                    let since = answered.into_std().duration_since(self.started);
+                    self.lookup.get_or_insert(since);
+                }
+                fetched?;
             }
-            Err(error) => {
-                providers.failed(peer, &error);
-                let mut state = self.state();
-                state.phase = GetPhase::Waiting;
-                state.provider = None;
-                state.waiting_for = Some(providers.waiting_for());
-                Ok(())
-            }
+            plan.finish_copies().await?;
         }
+        Ok(())
     }
 
-    /// The shard groups that are not whole.
-    async fn missing(&self, id: Hash, manifest: &Manifest) -> Result<u64, Error> {
-        let (store, manifest) = (self.node.store().clone(), manifest.clone());
-        blocking(move || Ok(!store.presence(&store.model(&id)?, &manifest)?.shards)).await
+    /// Who sent content, once for each path.
+    fn sources(&self) -> Vec<Source> {
+        let mut sources: BTreeMap<(PeerId, PathKind, Transport), u64> = BTreeMap::new();
+        for one in self.shown.sources() {
+            *sources
+                .entry((one.peer, one.path, one.transport))
+                .or_default() += one.bytes();
+        }
+        let sources = sources.into_iter().filter(|(_, bytes)| *bytes > 0);
+        let sources = sources.map(|((peer, path, transport), bytes)| Source {
+            peer,
+            path,
+            transport,
+            bytes,
+        });
+        sources.collect()
+    }
+
+    fn wasted(&self) -> u64 {
+        let of_peers: BTreeMap<PeerId, u64> = self
+            .shown
+            .sources()
+            .iter()
+            .map(|one| (one.peer, one.wasted()))
+            .collect();
+        of_peers.values().sum()
+    }
+
+    fn wait_for(&self, what: &str) {
+        let mut state = self.state();
+        state.phase = GetPhase::Waiting;
+        state.waiting_for = Some(what.to_owned());
     }
 
     fn enter(&self, phase: GetPhase) {
-        self.state().phase = phase;
+        let mut state = self.state();
+        state.phase = phase;
+        state.waiting_for = None;
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -401,11 +464,10 @@ impl Work {
 }
 
 /// While a model comes, tells the mesh which of its shard groups are whole.
-async fn share(node: Node, id: Hash, ended: Arc<Notify>) {
+async fn share(node: Node, id: Hash) {
     let mut said = 0;
     loop {
-        // When nobody sends any more, others may want what there is.
-        let _ = timeout(SHARING, ended.notified()).await;
+        sleep(SHARING).await;
         let store = node.store().clone();
         let described = blocking(move || {
             let model = store.model(&id)?;
@@ -426,21 +488,8 @@ async fn share(node: Node, id: Hash, ended: Arc<Notify>) {
     }
 }
 
-/// While content comes from `peer`: when none has come for a while, has the network find out whether the path still works. If it does not, the stream
-/// fails at once, and not after the patience that a slow provider is owed.
-async fn watch(node: &Node, peer: PeerId, counts: &download::Progress) -> Infallible {
-    let mut moved = counts.moved.load(Ordering::Relaxed);
-    loop {
-        sleep(SUSPICIOUS).await;
-        let now = counts.moved.load(Ordering::Relaxed);
-        if std::mem::replace(&mut moved, now) == now {
-            node.network().check(peer).await;
-        }
-    }
-}
-
 /// Stops the hashing of what is there when the `get` that waits for it is dropped.
-struct StopOnDrop(Arc<download::Progress>);
+struct StopOnDrop(Arc<plan::Progress>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {

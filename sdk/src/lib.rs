@@ -34,6 +34,7 @@
 //! It leaves out: the command line and the gRPC API, which the `weft` program builds on exactly this.
 
 mod announce;
+mod bandwidth;
 mod builder;
 mod docs;
 mod error;
@@ -50,6 +51,7 @@ mod records;
 mod registry;
 mod remembered;
 pub mod rpc;
+mod swarm;
 mod target;
 mod topics;
 mod trust;
@@ -76,13 +78,14 @@ pub use weft_net::{
 };
 
 pub use self::{
+    bandwidth::Rates,
     builder::Builder,
     docs::{
         Doc, DocChange, DocCommit, DocDetails, DocInfo, DocWatch, Docs, NewDoc, Transaction,
         Writers,
     },
     error::{Error, Failure},
-    get::{Get, GetPhase, GetProgress, Got, Source},
+    get::{Get, GetPhase, GetProgress, Got, PeerProgress, Source},
     home::{HomeError, default_home},
     models::{
         Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, Provider, Removed,

@@ -28,11 +28,13 @@ use crate::{
     announce::Announcer,
     docs::{self, Driver},
     home::Home,
+    bandwidth::{Bandwidth, Rates},
     presence::{self, Presence},
     records,
     registry::{self, Followed},
     remembered,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
+    swarm::{self, Exchanger, Hub},
     topics,
     trust::Trusted,
     whereabouts,
@@ -43,6 +45,11 @@ pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
 
 /// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
 const MAX_SERVED: usize = 128;
+
+/// Streams on which peers say what they have of a model at a time. Each holds one message, at most 256 KiB.
+const MAX_EXCHANGES: usize = 512;
+/// One for each model that both fetch or have.
+const MAX_EXCHANGES_PER_PEER: usize = 16;
 
 /// Streams on which peers speak of documents at a time. Each holds one message, at most 2 MiB.
 const MAX_DOCUMENT_STREAMS: usize = 128;
@@ -76,6 +83,12 @@ struct Inner {
     runtime: Handle,
     /// Streams on which models are served.
     transfers: Served,
+    /// Streams on which peers say what they have of a model.
+    exchanges: Served,
+    hub: Hub,
+    bandwidth: Arc<Bandwidth>,
+    /// One `get` of a model at a time.
+    turns: Mutex<HashMap<Hash, Weak<tokio::sync::Mutex<()>>>>,
     driver: Arc<Driver>,
     /// Streams on which peers speak of documents.
     documents_served: Served,
@@ -139,7 +152,7 @@ impl Node {
         network: Network,
         dht: Dht,
         expects_peers: bool,
-        calls: CallLimits,
+        (calls, rates): (CallLimits, Rates),
     ) -> Result<Self, Error> {
         let announcer = Announcer::new(dht.clone(), network.clone(), store.clone());
         let incoming = network
@@ -147,9 +160,24 @@ impl Node {
             .expect("a new network accepts nothing yet");
         let mut tasks = JoinSet::new();
         let of_store = store.clone();
-        let transfers = move |stream| serve_transfer(of_store.clone(), stream);
+        let bandwidth = Arc::new(Bandwidth::new(rates));
+        let of_node = Arc::clone(&bandwidth);
+        let transfers =
+            move |stream| serve_transfer(of_store.clone(), Arc::clone(&of_node), stream);
         let served = Served::new(MAX_SERVED, MAX_SERVED_PER_PEER);
         tasks.spawn(serve_all(incoming, served.clone(), transfers));
+        let incoming = network
+            .accept(swarm::PROTOCOL)
+            .expect("a new network accepts nothing yet");
+        let exchanges = Served::new(MAX_EXCHANGES, MAX_EXCHANGES_PER_PEER);
+        let hub = Hub::default();
+        let exchanger = Exchanger {
+            hub: hub.clone(),
+            network: network.clone(),
+            store: store.clone(),
+        };
+        let accept = move |stream| exchanger.clone().accept(stream);
+        tasks.spawn(serve_all(incoming, exchanges.clone(), accept));
         let serving = Serving::new(calls);
         let calls = network
             .accept(rpc::PROTOCOL)
@@ -199,6 +227,10 @@ impl Node {
                 presences: Mutex::default(),
                 runtime: Handle::current(),
                 transfers: served,
+                exchanges,
+                hub,
+                bandwidth,
+                turns: Mutex::default(),
                 driver,
                 documents_served,
                 trusted,
@@ -316,6 +348,8 @@ impl Node {
         limits.extend(self.inner.serving.limits());
         let transfers = &self.inner.transfers;
         limits.extend(transfers.usage("transfers", "transfers_per_peer"));
+        let exchanges = &self.inner.exchanges;
+        limits.extend(exchanges.usage("exchanges", "exchanges_per_peer"));
         let documents = &self.inner.documents_served;
         limits.extend(documents.usage("document_streams", "document_streams_per_peer"));
         let count = |replica: &mut weft_crdt::Replica| Ok(replica.count());
@@ -464,6 +498,44 @@ impl Node {
 
     pub(crate) fn sessions(&self) -> &Sessions {
         &self.inner.sessions
+    }
+
+    /// How fast content may come and go.
+    pub fn rates(&self) -> Rates {
+        self.inner.bandwidth.rates()
+    }
+
+    /// Changes how fast content may come and go, until the node stops; also of what is under way.
+    pub fn set_rates(&self, rates: Rates) {
+        self.inner.bandwidth.set(rates);
+    }
+
+    pub(crate) fn bandwidth(&self) -> &Bandwidth {
+        &self.inner.bandwidth
+    }
+
+    pub(crate) fn exchanger(&self) -> Exchanger {
+        Exchanger {
+            hub: self.inner.hub.clone(),
+            network: self.inner.network.clone(),
+            store: self.inner.store.clone(),
+        }
+    }
+
+    /// What is held while a model is being fetched: one at a time has it.
+    pub(crate) fn turn(&self, model: Hash) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self
+            .inner
+            .turns
+            .lock()
+            .expect("nothing panics while holding the lock");
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        if let Some(turn) = turns.get(&model).and_then(Weak::upgrade) {
+            return turn;
+        }
+        let turn = Arc::default();
+        turns.insert(model, Arc::downgrade(&turn));
+        turn
     }
 
     pub(crate) fn dht(&self) -> &Dht {
@@ -686,9 +758,10 @@ pub(crate) async fn blocking<T: Send + 'static>(
     }
 }
 
-async fn serve_transfer(store: Store, stream: NetStream) {
+async fn serve_transfer(store: Store, bandwidth: Arc<Bandwidth>, stream: NetStream) {
     let peer = stream.peer();
-    match serve(store, stream).await {
+    let limits = bandwidth.upload_of(peer);
+    match serve(store, stream, &limits).await {
         Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
         Err(error) => tracing::debug!(%peer, %error, "serving ended early"),
     }

@@ -1,7 +1,7 @@
-//! Finding and reaching those who have a model.
+//! Finding and reaching those who have a model, until one of them has sent its manifest; from then on there is a [swarm](crate::swarm).
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -19,17 +19,11 @@ use crate::{
 /// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
 const FIRST: Duration = Duration::from_secs(10);
 
-/// How long to wait for a provider once content has come: a restart, a change of network.
-const LOST: Duration = Duration::from_secs(120);
-
 /// The first and the longest pause between rounds over the known providers.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
 /// Providers tried in a round.
 const MAX_PROVIDERS: usize = 32;
-
-/// Changes of path without content in between that a provider may make before others are asked first.
-const MAX_CHANGES: u32 = 3;
 
 /// Providers connected to at a time; the first that answers is used.
 const RACE: usize = 4;
@@ -45,12 +39,9 @@ pub(crate) struct Providers {
     failures: BTreeMap<PeerId, Failed>,
     /// Sent wrong bytes: never asked again.
     banned: HashSet<PeerId>,
-    /// The shard groups that are to be fetched, as far as that is known.
-    missing: u64,
-    /// Content that had arrived at the last progress.
-    moved: u64,
+    /// The first in the queue has proved to be a good one.
+    succeeded: bool,
     since: Instant,
-    patience: Duration,
     pause: Duration,
     /// Rounds begun since the last progress.
     rounds: u32,
@@ -71,25 +62,19 @@ impl Providers {
             queue: VecDeque::new(),
             failures: BTreeMap::new(),
             banned: HashSet::new(),
-            missing: u64::MAX,
-            moved: 0,
+            succeeded: false,
             since: Instant::now(),
-            patience: FIRST,
             pause: PAUSE.0,
             rounds: 0,
         }
     }
 
-    /// A stream to the next provider. `moved` is the content that has arrived so far: progress renews the patience.
+    /// A stream to the next provider.
     ///
     /// # Errors
     /// [`Error::NoProvider`] when patience has ended, with what each one did. Every provider that is known has been tried by then.
-    pub(crate) async fn next(&mut self, moved: u64) -> Result<Stream, Error> {
-        if moved > self.moved {
-            self.moved = moved;
-            self.patience = LOST;
-            self.renew();
-        }
+    pub(crate) async fn next(&mut self) -> Result<Stream, Error> {
+        self.succeeded = false;
         loop {
             if let Some(stream) = self.race().await {
                 return Ok(stream);
@@ -97,7 +82,7 @@ impl Providers {
             let all_banned = !self.failures.is_empty()
                 && self.failures.keys().all(|peer| self.banned.contains(peer));
             // The ticket's own round does not count: the mesh may know more.
-            if self.rounds >= 2 && (self.since.elapsed() >= self.patience || all_banned) {
+            if self.rounds >= 2 && (self.since.elapsed() >= FIRST || all_banned) {
                 return Err(self.exhausted());
             }
             if self.rounds >= 2 {
@@ -113,43 +98,12 @@ impl Providers {
         }
     }
 
-    /// Which shard groups are to be fetched: who has none of them is not asked.
-    pub(crate) fn set_missing(&mut self, shards: u64) {
-        self.missing = shards;
-    }
-
     /// `peer` has just proved to be a good one: it comes next, and patience begins anew.
     pub(crate) fn succeeded(&mut self, peer: PeerId) {
         self.failures.remove(&peer);
         // We are connected to it: no addresses are needed.
         self.queue.push_front((peer, Vec::new()));
-        self.renew();
-    }
-
-    /// There is a better path to `peer`: it comes next. If content had come, patience begins anew; otherwise it may do so a few times.
-    pub(crate) fn superseded(&mut self, peer: PeerId, content: bool) {
-        if content {
-            self.failures.remove(&peer);
-            self.renew();
-        } else {
-            self.note(
-                peer,
-                "left one path for another without sending anything".to_owned(),
-            );
-            if self.failures[&peer].times > MAX_CHANGES {
-                return;
-            }
-        }
-        // We are connected to it: no addresses are needed.
-        self.queue.push_front((peer, Vec::new()));
-    }
-
-    /// Patience begins anew: what took the time since was not a provider.
-    pub(crate) fn renew(&mut self) {
-        self.since = Instant::now();
-        self.pause = PAUSE.0;
-        // The next look-up is the mesh's.
-        self.rounds = 1;
+        self.succeeded = true;
     }
 
     /// Notes why `peer` did not finish the work.
@@ -163,12 +117,15 @@ impl Providers {
         self.note(peer, error.to_string());
     }
 
-    /// What is being waited for, in words.
-    pub(crate) fn waiting_for(&self) -> String {
-        match self.failures.iter().next_back() {
-            Some((peer, failed)) => format!("a provider ({peer}: {})", failed.reason),
-            None => "a provider".to_owned(),
-        }
+    /// Whom it has found to answer, and who sent wrong bytes, each with what it did.
+    pub(crate) fn into_known(self) -> (Vec<(PeerId, Vec<Multiaddr>)>, BTreeMap<PeerId, String>) {
+        let banned = self.failures.into_iter();
+        let banned = banned.filter(|(peer, _)| self.banned.contains(peer));
+        let banned = banned.map(|(peer, failed)| (peer, failed.reason)).collect();
+        let mut good = self.given;
+        good.extend(self.queue.into_iter().take(1).filter(|_| self.succeeded));
+        good.retain(|(peer, _)| !self.banned.contains(peer));
+        (good, banned)
     }
 
     fn note(&mut self, peer: PeerId, reason: String) {
@@ -229,11 +186,11 @@ impl Providers {
             self.node.meet().await;
         }
         let mut found: Vec<(PeerId, Vec<Multiaddr>)> = self.given.clone();
-        let mut partial = HashMap::new();
+        let mut partial = HashSet::new();
         for provider in find_providers(&self.node, &self.model, false).await? {
             let peer = provider.peer;
-            if let Some(shards) = provider.shards {
-                partial.insert(peer, shards);
+            if provider.shards.is_some() {
+                partial.insert(peer);
             }
             match found.iter_mut().find(|(known, _)| *known == peer) {
                 Some((_, known)) => known.extend(provider.addresses),
@@ -241,17 +198,14 @@ impl Providers {
             }
         }
         let own = self.node.peer_id();
-        let missing = self.missing;
-        let is_of_use =
-            |peer: &PeerId| partial.get(peer).is_none_or(|shards| shards & missing != 0);
-        found.retain(|(peer, _)| *peer != own && !self.banned.contains(peer) && is_of_use(peer));
+        found.retain(|(peer, _)| *peer != own && !self.banned.contains(peer));
         let connected = connected(&self.node).await;
         found.sort_by_key(|(peer, _)| {
             let failures = self.failures.get(peer).map_or(0, |failed| failed.times);
             // Who has all of it needs no other.
             (
                 failures,
-                partial.contains_key(peer),
+                partial.contains(peer),
                 !connected.contains(peer),
             )
         });
@@ -295,7 +249,7 @@ pub(crate) async fn find_providers(
     Ok(providers.collect())
 }
 
-async fn reach(node: &Node, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Stream, String> {
+pub(crate) async fn reach(node: &Node, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Stream, String> {
     let network = node.network();
     network
         .connect(peer, addresses)

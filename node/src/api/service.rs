@@ -12,7 +12,7 @@ use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
 use weft::{
     Access, AddPhase, AddProgress, Added, GetPhase, GetProgress, Got, ModelInfo, Node, Operation,
-    ParseRuleError, PathInfo, PeerInfo, Rule, split_peer_id,
+    ParseRuleError, PathInfo, PeerInfo, Rates, Rule, split_peer_id,
 };
 use weft_proto::api::{self, add_event, get_event, models_server::Models, node_server};
 
@@ -25,7 +25,7 @@ pub(crate) struct Service {
     /// Where the API answers, for the status.
     endpoints: Vec<String>,
     /// So that no change undoes another that is made at the same time.
-    changing_access: Arc<Mutex<()>>,
+    changing: Arc<Mutex<()>>,
 }
 
 impl Service {
@@ -37,7 +37,7 @@ impl Service {
         Self {
             node,
             endpoints,
-            changing_access: Arc::default(),
+            changing: Arc::default(),
         }
     }
 }
@@ -178,6 +178,29 @@ impl node_server::Node for Service {
         }))
     }
 
+    async fn rates(
+        &self,
+        _: Request<api::RatesRequest>,
+    ) -> Result<Response<api::RatesResponse>, Status> {
+        Ok(Response::new(rates_response(self.node.rates())))
+    }
+
+    async fn change_rates(
+        &self,
+        request: Request<api::ChangeRatesRequest>,
+    ) -> Result<Response<api::RatesResponse>, Status> {
+        let request = request.into_inner();
+        let _one = self.changing.lock().await;
+        let now = self.node.rates();
+        self.node.set_rates(Rates {
+            download: request.download.unwrap_or(now.download),
+            upload: request.upload.unwrap_or(now.upload),
+            download_per_peer: request.download_per_peer.unwrap_or(now.download_per_peer),
+            upload_per_peer: request.upload_per_peer.unwrap_or(now.upload_per_peer),
+        });
+        Ok(Response::new(rates_response(self.node.rates())))
+    }
+
     async fn access(
         &self,
         _: Request<api::AccessRequest>,
@@ -199,7 +222,7 @@ impl node_server::Node for Service {
         };
         let (allow, block) = (rules(&request.allow)?, rules(&request.block)?);
         let remove = rules(&request.remove)?;
-        let _one_at_a_time = self.changing_access.lock().await;
+        let _one_at_a_time = self.changing.lock().await;
         let mut access = self.node.access().await.map_err(|error| status(&error))?;
         for (list, new) in [(&mut access.allow, allow), (&mut access.block, block)] {
             list.retain(|rule| !remove.contains(rule));
@@ -351,6 +374,7 @@ impl Models for Service {
                 .map_err(|_| invalid(format!("not a PeerId: {}", request.publisher)))?;
             get = get.publisher(publisher);
         }
+        get = get.limit(request.max_rate);
         Ok(Response::new(Events {
             operation: Some(get.start()),
             progress: |progress| api::GetEvent {
@@ -553,11 +577,16 @@ fn add_done(added: Added) -> api::AddDone {
     }
 }
 
+fn rates_response(rates: Rates) -> api::RatesResponse {
+    api::RatesResponse {
+        download: rates.download,
+        upload: rates.upload,
+        download_per_peer: rates.download_per_peer,
+        upload_per_peer: rates.upload_per_peer,
+    }
+}
+
 fn get_progress(progress: GetProgress) -> api::GetProgress {
-    let (provider, path) = match progress.provider {
-        Some((peer, path)) => (peer.to_string(), path.to_string()),
-        None => Default::default(),
-    };
     api::GetProgress {
         phase: match progress.phase {
             GetPhase::Resolving => "resolving",
@@ -570,9 +599,21 @@ fn get_progress(progress: GetProgress) -> api::GetProgress {
         bytes_total: progress.bytes_total,
         bytes_done: progress.bytes_done,
         bytes_moved: progress.bytes_moved,
-        provider,
-        path,
         waiting_for: progress.waiting_for.unwrap_or_default(),
+        peers: progress
+            .peers
+            .into_iter()
+            .map(|peer| api::PeerProgress {
+                peer_id: peer.peer.to_string(),
+                path: peer.path.to_string(),
+                transport: peer.transport.to_string(),
+                bytes: peer.bytes,
+                rate: peer.rate,
+            })
+            .collect(),
+        rate: progress.rate,
+        left_millis: progress.time_left.map(|left| left.as_millis() as u64),
+        bytes_reused: progress.bytes_reused,
     }
 }
 
@@ -581,6 +622,7 @@ fn get_done(got: Got) -> api::GetDone {
         model: Some(model(got.model)),
         directory: got.directory.display().to_string(),
         bytes_moved: got.bytes_moved,
+        bytes_wasted: got.bytes_wasted,
         bytes_reused: got.bytes_reused,
         elapsed_micros: got.elapsed.as_micros() as u64,
         lookup_micros: got.lookup.as_micros() as u64,

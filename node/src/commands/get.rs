@@ -2,7 +2,10 @@
 
 use crate::output::out;
 
-use std::path::PathBuf;
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use weft::Target;
@@ -16,6 +19,9 @@ use crate::{
     output::{self, Meter},
     stop::Stop,
 };
+
+/// How often the providers are shown.
+const VERBOSE_EVERY: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<(), Failure> {
     let mut stop = Stop::new()?;
@@ -31,7 +37,9 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
             .publisher
             .map(|publisher| publisher.to_string())
             .unwrap_or_default(),
+        max_rate: options.max_rate,
     };
+    let mut shown = Instant::now();
     let mut meter = Meter::new();
     let mut last = GetProgress::default();
     let mut events = client.models().get(request).await?.into_inner();
@@ -47,6 +55,10 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
         match message.and_then(|message| message.event) {
             Some(Event::Progress(progress)) => {
                 meter.update(&text(&progress), progress.bytes_done, progress.bytes_total);
+                if options.verbose && shown.elapsed() >= VERBOSE_EVERY {
+                    shown = Instant::now();
+                    meter.lines(&peer_lines(&progress));
+                }
                 last = progress;
             }
             Some(Event::Done(done)) => break done,
@@ -73,11 +85,25 @@ fn text(progress: &GetProgress) -> String {
     if !progress.waiting_for.is_empty() {
         return format!("waiting for {}", progress.waiting_for);
     }
-    if progress.path.is_empty() {
-        progress.phase.clone()
-    } else {
-        format!("{} ({})", progress.phase, progress.path)
+    match progress.peers.as_slice() {
+        [] => progress.phase.clone(),
+        [one] => format!("{} ({})", progress.phase, one.path),
+        several => format!("{} from {} peers", progress.phase, several.len()),
     }
+}
+
+fn peer_lines(progress: &GetProgress) -> Vec<String> {
+    let lines = progress.peers.iter().map(|peer| {
+        format!(
+            "  {} ({}, {}): {}, {}",
+            peer.peer_id,
+            peer.path,
+            peer.transport,
+            output::bytes(peer.bytes),
+            output::per_second(peer.rate)
+        )
+    });
+    lines.collect()
 }
 
 fn interrupted(last: &GetProgress) -> Failure {
@@ -112,6 +138,7 @@ fn print(done: GetDone, as_json: bool) {
                 "directory": done.directory,
                 "bytes_moved": done.bytes_moved,
                 "bytes_reused": done.bytes_reused,
+                "bytes_wasted": done.bytes_wasted,
                 "seconds": elapsed.as_secs_f64(),
                 "lookup_seconds": done.lookup_micros as f64 / 1e6,
                 "publisher": (!done.publisher.is_empty()).then_some(done.publisher),
@@ -134,7 +161,11 @@ fn print(done: GetDone, as_json: bool) {
             output::rate(done.bytes_moved, elapsed)
         );
         if done.bytes_reused > 0 {
-            out!("  re-used    {}", output::bytes(done.bytes_reused));
+            let share = done.bytes_reused as f64 * 100.0 / model.size.max(1) as f64;
+            out!(
+                "  re-used    {} ({share:.0} %) that this machine had",
+                output::bytes(done.bytes_reused)
+            );
         }
         out!("  folder     {}", done.directory);
     }

@@ -1,13 +1,13 @@
-//! `weft limits`, `weft access`.
+//! `weft limits`, `weft rates`, `weft access`.
 
 use serde_json::json;
 use weft_proto::api;
 
 use crate::{
-    cli::AccessChange,
+    cli::{AccessChange, RatesChange},
     client::Client,
     exit::Failure,
-    output::{out, out_raw, table},
+    output::{out, out_raw, per_second, table},
 };
 
 pub(super) async fn limits(client: &Client, as_json: bool) -> Result<(), Failure> {
@@ -37,6 +37,54 @@ pub(super) async fn limits(client: &Client, as_json: bool) -> Result<(), Failure
         ]
     }));
     out_raw!("{}", table(&rows));
+    Ok(())
+}
+
+pub(super) async fn rates(
+    client: &Client,
+    options: RatesChange,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let change = api::ChangeRatesRequest {
+        download: options.download,
+        upload: options.upload,
+        download_per_peer: options.download_per_peer,
+        upload_per_peer: options.upload_per_peer,
+    };
+    let unchanged = change == api::ChangeRatesRequest::default();
+    let rates = match unchanged {
+        true => client.node().rates(api::RatesRequest {}).await?,
+        false => client.node().change_rates(change).await?,
+    };
+    let rates = rates.into_inner();
+    if as_json {
+        out!(
+            "{}",
+            json!({
+                "download": rates.download,
+                "upload": rates.upload,
+                "download_per_peer": rates.download_per_peer,
+                "upload_per_peer": rates.upload_per_peer,
+            })
+        );
+        return Ok(());
+    }
+    for (name, rate) in [
+        ("download           ", rates.download),
+        ("upload             ", rates.upload),
+        ("download per peer  ", rates.download_per_peer),
+        ("upload per peer    ", rates.upload_per_peer),
+    ] {
+        match rate {
+            0 => out!("{name}no limit"),
+            rate => out!("{name}{}", per_second(rate)),
+        }
+    }
+    if !unchanged {
+        out!(
+            "This holds until the node stops; give --max-download and the like to `weft up` to keep it."
+        );
+    }
     Ok(())
 }
 

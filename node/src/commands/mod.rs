@@ -58,6 +58,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Topic(command) => topic::run(&client, command, json).await,
         Command::Doctor => reach::doctor(&client, json).await,
         Command::Limits => limits::limits(&client, json).await,
+        Command::Rates(options) => limits::rates(&client, options, json).await,
         Command::Access(options) => limits::access(&client, options, json).await,
         Command::Trust(change) => trust::run(&client, change, json).await,
         Command::Providers(options) => show::providers(&client, options, json).await,

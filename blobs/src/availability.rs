@@ -1,0 +1,205 @@
+//! What peers tell each other of what they have: the messages of `/weft/swarm/1`, made from a transfer and applied to one.
+
+use std::{collections::HashMap, ops::Range};
+
+use weft_proto::wire;
+
+use crate::{
+    Manifest, Store, StoreError, Transfer,
+    bitfield::Bitfield,
+    source::Source,
+    transfer::{Coming, Peer},
+};
+
+/// The protocol's name.
+pub const PROTOCOL: &str = "/weft/swarm/1";
+
+/// The longest message, in bytes.
+pub const MAX_MESSAGE: usize = 256 * 1024;
+
+/// The most numbers in a message: below its limit, with room for the rest.
+const MAX_NUMBERS: usize = 20_000;
+
+/// The most peers that a message names.
+pub const MAX_PEERS: usize = 32;
+
+/// What one peer has been told so far.
+#[derive(Debug, Default)]
+pub struct Told {
+    complete: bool,
+    files: HashMap<usize, Option<Bitfield>>,
+}
+
+impl Told {
+    /// What is to be told now of what `transfer` has, as one message after another; none if nothing is new.
+    pub fn news(&mut self, transfer: &Transfer) -> Vec<wire::Have> {
+        let mut messages = Vec::new();
+        let mut files = Vec::new();
+        let mut numbers = 0;
+        let mut all = true;
+        for (file, coming) in transfer.coming() {
+            all &= matches!(coming, Coming::Whole);
+            let entry = match (self.files.get_mut(&file), coming) {
+                (Some(None), _) => continue,
+                (_, Coming::Whole) => {
+                    self.files.insert(file, None);
+                    wire::HaveFile {
+                        file: file as u32,
+                        whole: true,
+                        runs: Vec::new(),
+                    }
+                }
+                (_, Coming::Nothing) => continue,
+                (told, Coming::Part(have)) => {
+                    let mut new = have.clone();
+                    if let Some(Some(told)) = told {
+                        told.runs().for_each(|run| new.remove_range(run));
+                    }
+                    let runs = encode(&new);
+                    if runs.is_empty() {
+                        continue;
+                    }
+                    self.files.insert(file, Some(have));
+                    wire::HaveFile {
+                        file: file as u32,
+                        whole: false,
+                        runs,
+                    }
+                }
+            };
+            numbers += 2 + entry.runs.len();
+            files.push(entry);
+            if numbers > MAX_NUMBERS {
+                numbers = 0;
+                messages.push(wire::Have {
+                    complete: false,
+                    files: std::mem::take(&mut files),
+                });
+            }
+        }
+        if all {
+            // It says more than all that came before.
+            let new = !std::mem::replace(&mut self.complete, true);
+            let complete = wire::Have {
+                complete: true,
+                files: Vec::new(),
+            };
+            return if new { vec![complete] } else { Vec::new() };
+        }
+        if !files.is_empty() {
+            messages.push(wire::Have {
+                complete: false,
+                files,
+            });
+        }
+        messages
+    }
+}
+
+/// What is in a store of a model that is not being fetched, as one message after another; none if nothing is. Blocks.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn of_store(store: &Store, manifest: &Manifest) -> Result<Vec<wire::Have>, StoreError> {
+    let mut messages = Vec::new();
+    let mut files = Vec::new();
+    let mut numbers = 0;
+    let mut all = true;
+    for (place, file) in manifest.files().iter().enumerate() {
+        let sources = store.sources(&file.blake3)?;
+        let whole = sources.iter().any(Source::is_whole);
+        all &= whole;
+        let parts = sources.iter().filter(|_| !whole).map(Source::have);
+        let most = parts.max_by_key(Bitfield::count);
+        let entry = wire::HaveFile {
+            file: place as u32,
+            whole,
+            runs: most.as_ref().map(encode).unwrap_or_default(),
+        };
+        if !entry.whole && entry.runs.is_empty() {
+            continue;
+        }
+        numbers += 2 + entry.runs.len();
+        files.push(entry);
+        if numbers > MAX_NUMBERS {
+            numbers = 0;
+            let files = std::mem::take(&mut files);
+            messages.push(wire::Have {
+                complete: false,
+                files,
+            });
+        }
+    }
+    if all {
+        return Ok(vec![wire::Have {
+            complete: true,
+            files: Vec::new(),
+        }]);
+    }
+    if !files.is_empty() {
+        messages.push(wire::Have {
+            complete: false,
+            files,
+        });
+    }
+    Ok(messages)
+}
+
+/// Takes what a peer says that it has. What is out of bounds is left out: it only makes the peer be asked for less.
+pub fn hear(peer: &Peer, have: &wire::Have) {
+    if have.complete {
+        peer.has_all();
+        return;
+    }
+    for file in &have.files {
+        let place = file.file as usize;
+        if file.whole {
+            peer.has(place, 0..u64::MAX);
+            continue;
+        }
+        for run in decode(&file.runs) {
+            peer.has(place, run);
+        }
+    }
+}
+
+/// A number of groups that are missing, a number that are had, and so on.
+fn encode(bits: &Bitfield) -> Vec<u64> {
+    let mut at = 0;
+    let mut numbers = Vec::new();
+    for run in bits.runs().take(MAX_NUMBERS / 2) {
+        numbers.push(run.start - at);
+        numbers.push(run.end - run.start);
+        at = run.end;
+    }
+    numbers
+}
+
+fn decode(numbers: &[u64]) -> impl Iterator<Item = Range<u64>> {
+    let mut at: u64 = 0;
+    numbers.chunks_exact(2).map_while(move |pair| {
+        let start = at.checked_add(pair[0])?;
+        let end = start.checked_add(pair[1])?;
+        at = end;
+        Some(start..end)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_round_trip_and_hostile_ones_end() {
+        let mut bits = Bitfield::empty(1000);
+        for run in [0..3, 7..8, 64..200, 999..1000] {
+            bits.insert_range(run);
+        }
+        let mut again = Bitfield::empty(1000);
+        decode(&encode(&bits)).for_each(|run| again.insert_range(run));
+        assert_eq!(again, bits);
+        assert_eq!(decode(&[1, u64::MAX, 1, 1]).count(), 0);
+        assert_eq!(decode(&[u64::MAX, 0, 1, 1]).collect::<Vec<_>>(), [u64::MAX..u64::MAX]);
+        assert_eq!(decode(&[5]).count(), 0);
+    }
+}

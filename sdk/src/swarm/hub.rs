@@ -1,0 +1,383 @@
+//! Who else fetches or has a model: peers tell each other what they have of it, and whom else they know.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use weft_blobs::{
+    Hash, Store, Transfer,
+    availability::{self, MAX_MESSAGE, MAX_PEERS, Told},
+};
+use weft_net::{Class, Multiaddr, Network, PeerId, Stream, StreamProtocol};
+use weft_proto::{
+    frame::{self, FrameError},
+    wire,
+};
+
+use crate::{
+    Error,
+    node::blocking,
+    whereabouts::{decode, encode},
+};
+
+/// The protocol's name on the network.
+pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new(availability::PROTOCOL);
+
+/// How often a peer is told what has come.
+const TELL: Duration = Duration::from_millis(250);
+
+/// Between two messages of a peer at least: what they cost us is bounded by that.
+const PACE: Duration = Duration::from_millis(10);
+
+/// How long the first message may take.
+const FIRST: Duration = Duration::from_secs(10);
+
+/// Peers of one model that are introduced to each other.
+const MAX_GUESTS: usize = 256;
+
+/// What a swarm hears from its peers.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// A peer has this.
+    Have(PeerId, wire::Have),
+    /// A peer has nothing of the model.
+    Nothing(PeerId),
+    /// There is such a peer, it is said.
+    Peer(PeerId, Vec<Multiaddr>),
+}
+
+/// A model that is being fetched here.
+#[derive(Debug, Clone)]
+pub(crate) struct Link {
+    pub(crate) transfer: Transfer,
+    pub(crate) news: mpsc::Sender<News>,
+}
+
+/// All of them, by model. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Hub {
+    rooms: Arc<Mutex<HashMap<Hash, Room>>>,
+}
+
+#[derive(Debug, Default)]
+struct Room {
+    guests: HashMap<PeerId, Guest>,
+    link: Option<Link>,
+}
+
+#[derive(Debug)]
+struct Guest {
+    addresses: Vec<Multiaddr>,
+    /// Takes whom it is to be told of.
+    introduce: mpsc::Sender<(PeerId, Vec<Multiaddr>)>,
+}
+
+/// A model that is linked while this is held.
+#[derive(Debug)]
+pub(crate) struct Linked {
+    hub: Hub,
+    model: Hash,
+}
+
+impl Drop for Linked {
+    fn drop(&mut self) {
+        let mut rooms = self.hub.rooms();
+        if let Entry::Occupied(mut room) = rooms.entry(self.model) {
+            room.get_mut().link = None;
+            if room.get().guests.is_empty() {
+                room.remove();
+            }
+        }
+    }
+}
+
+/// A peer that is in a room while this is held.
+struct Present<'a> {
+    hub: &'a Hub,
+    model: Hash,
+    peer: PeerId,
+}
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        let mut rooms = self.hub.rooms();
+        if let Entry::Occupied(mut room) = rooms.entry(self.model) {
+            room.get_mut().guests.remove(&self.peer);
+            if room.get().guests.is_empty() && room.get().link.is_none() {
+                room.remove();
+            }
+        }
+    }
+}
+
+impl Hub {
+    fn rooms(&self) -> MutexGuard<'_, HashMap<Hash, Room>> {
+        self.rooms
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// What peers say of `model` goes to `link` from now on, and what its transfer has is told to them.
+    pub(crate) fn link(&self, model: Hash, link: Link) -> Linked {
+        self.rooms().entry(model).or_default().link = Some(link);
+        Linked {
+            hub: self.clone(),
+            model,
+        }
+    }
+
+    fn linked(&self, model: &Hash) -> Option<Link> {
+        self.rooms().get(model).and_then(|room| room.link.clone())
+    }
+
+    /// Introduces `peer` and those who are there to each other; whom it is to be told of.
+    fn enter(
+        &self,
+        model: Hash,
+        peer: PeerId,
+    ) -> (Present<'_>, mpsc::Receiver<(PeerId, Vec<Multiaddr>)>) {
+        let (introduce, introduced) = mpsc::channel(MAX_PEERS);
+        let mut rooms = self.rooms();
+        let room = rooms.entry(model).or_default();
+        let others = room.guests.iter().filter(|(other, _)| **other != peer);
+        for (other, guest) in others.filter(|(_, guest)| !guest.addresses.is_empty()) {
+            // Those for whom there is no room are met through others.
+            let _ = introduce.try_send((*other, guest.addresses.clone()));
+        }
+        if room.guests.len() < MAX_GUESTS {
+            let guest = Guest {
+                addresses: Vec::new(),
+                introduce,
+            };
+            room.guests.insert(peer, guest);
+        }
+        drop(rooms);
+        let present = Present {
+            hub: self,
+            model,
+            peer,
+        };
+        (present, introduced)
+    }
+
+    /// `peer` has said where it is.
+    fn is_at(&self, model: &Hash, peer: PeerId, addresses: Vec<Multiaddr>) {
+        let mut rooms = self.rooms();
+        let Some(room) = rooms.get_mut(model) else {
+            return;
+        };
+        if let Some(guest) = room.guests.get_mut(&peer) {
+            guest.addresses = addresses.clone();
+        }
+        for (_, guest) in room.guests.iter().filter(|(other, _)| **other != peer) {
+            let _ = guest.introduce.try_send((peer, addresses.clone()));
+        }
+    }
+}
+
+/// What takes part in exchanges.
+#[derive(Debug, Clone)]
+pub(crate) struct Exchanger {
+    pub(crate) hub: Hub,
+    pub(crate) network: Network,
+    pub(crate) store: Store,
+}
+
+impl Exchanger {
+    /// Exchanges with `peer` what both have of `model`, until either side ends it.
+    pub(crate) async fn dial(self, peer: PeerId, model: Hash) {
+        let result = match self.network.open(peer, PROTOCOL, Class::Interactive).await {
+            Ok(stream) => self.exchange(stream, model, true).await,
+            Err(error) => {
+                tracing::debug!(%peer, %error, "no exchange");
+                return;
+            }
+        };
+        tracing::debug!(%peer, ?result, "an exchange ended");
+    }
+
+    /// Answers a peer that begins to exchange.
+    pub(crate) async fn accept(self, mut stream: Stream) {
+        let peer = stream.peer();
+        let first = timeout(FIRST, frame::read(&mut stream, MAX_MESSAGE)).await;
+        let Ok(Ok(Some(first))) = first else {
+            tracing::debug!(%peer, "an exchange did not begin");
+            return;
+        };
+        let first: wire::SwarmMessage = first;
+        let Some(model) = Hash::from_slice(&first.manifest) else {
+            tracing::debug!(%peer, "an exchange began with no model");
+            return;
+        };
+        self.heard(peer, &model, first).await;
+        let result = self.exchange(stream, model, false).await;
+        tracing::debug!(%peer, ?result, "an exchange ended");
+    }
+
+    async fn exchange(&self, stream: Stream, model: Hash, dialled: bool) -> Result<(), Error> {
+        let peer = stream.peer();
+        let (present, introduced) = self.hub.enter(model, peer);
+        let (reader, writer) = tokio::io::split(stream);
+        let said = self.say(writer, model, dialled, introduced);
+        let heard = self.hear(reader, peer, model);
+        let result = tokio::select! {
+            result = said => result,
+            result = heard => result,
+        };
+        drop(present);
+        result
+    }
+
+    async fn say<W>(
+        &self,
+        mut writer: W,
+        model: Hash,
+        dialled: bool,
+        mut introduced: mpsc::Receiver<(PeerId, Vec<Multiaddr>)>,
+    ) -> Result<(), Error>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        let mut first = wire::SwarmMessage {
+            peers: vec![wire::SwarmPeer {
+                peer: self.network.local_peer().to_bytes().into(),
+                addresses: encode(&self.network.addresses().for_strangers),
+            }],
+            ..Default::default()
+        };
+        if dialled {
+            first.manifest = model.as_bytes().to_vec().into();
+        }
+        let mut told = Told::default();
+        let mut linked = self.hub.linked(&model);
+        let mut news = match &linked {
+            Some(link) => told.news(&link.transfer),
+            None => self.stored(model).await?,
+        };
+        if !dialled && news.is_empty() && linked.is_none() {
+            first.unknown = true;
+        }
+        if !news.is_empty() {
+            first.have = Some(news.remove(0));
+        }
+        send(&mut writer, &first).await?;
+        loop {
+            for have in news {
+                let message = wire::SwarmMessage {
+                    have: Some(have),
+                    ..Default::default()
+                };
+                send(&mut writer, &message).await?;
+            }
+            writer.flush().await.map_err(|_| Error::Stopped)?;
+            if first.unknown {
+                return Ok(());
+            }
+            tokio::select! {
+                Some(one) = introduced.recv() => {
+                    let mut peers = vec![one];
+                    while peers.len() < MAX_PEERS && let Ok(more) = introduced.try_recv() {
+                        peers.push(more);
+                    }
+                    let peers = peers.iter().map(|(peer, addresses)| wire::SwarmPeer {
+                        peer: peer.to_bytes().into(),
+                        addresses: encode(addresses),
+                    });
+                    let message = wire::SwarmMessage { peers: peers.collect(), ..Default::default() };
+                    send(&mut writer, &message).await?;
+                    news = Vec::new();
+                }
+                () = sleep(TELL) => {
+                    let now = self.hub.linked(&model);
+                    news = match &now {
+                        Some(link) => told.news(&link.transfer),
+                        // It has just been completed, or given up.
+                        None if linked.is_some() => self.stored(model).await?,
+                        None => Vec::new(),
+                    };
+                    linked = now;
+                }
+            }
+        }
+    }
+
+    async fn hear<R>(&self, mut reader: R, peer: PeerId, model: Hash) -> Result<(), Error>
+    where
+        R: AsyncRead + Unpin,
+    {
+        loop {
+            let message: Option<wire::SwarmMessage> = frame::read(&mut reader, MAX_MESSAGE)
+                .await
+                .map_err(|error: FrameError| {
+                    tracing::debug!(%peer, %error, "an exchange broke");
+                    Error::Stopped
+                })?;
+            let Some(message) = message else {
+                return Ok(());
+            };
+            let ends = message.unknown;
+            self.heard(peer, &model, message).await;
+            if ends {
+                return Ok(());
+            }
+            sleep(PACE).await;
+        }
+    }
+
+    async fn heard(&self, peer: PeerId, model: &Hash, message: wire::SwarmMessage) {
+        let mut news = Vec::new();
+        if message.unknown {
+            news.push(News::Nothing(peer));
+        }
+        if let Some(have) = message.have {
+            news.push(News::Have(peer, have));
+        }
+        for other in message.peers.into_iter().take(MAX_PEERS) {
+            let Ok(id) = PeerId::from_bytes(&other.peer) else {
+                continue;
+            };
+            let addresses = decode(&other.addresses);
+            if id == peer {
+                self.hub.is_at(model, peer, addresses.clone());
+            }
+            if id != self.network.local_peer() {
+                news.push(News::Peer(id, addresses));
+            }
+        }
+        if let Some(link) = self.hub.linked(model) {
+            for one in news {
+                // The swarm has just ended otherwise.
+                let _ = link.news.send(one).await;
+            }
+        }
+    }
+
+    /// What is here of a model that is not being fetched.
+    async fn stored(&self, model: Hash) -> Result<Vec<wire::Have>, Error> {
+        let store = self.store.clone();
+        blocking(move || {
+            Ok(match store.manifest(&model)? {
+                Some(manifest) => availability::of_store(&store, &manifest)?,
+                None => Vec::new(),
+            })
+        })
+        .await
+    }
+}
+
+async fn send<W>(writer: &mut W, message: &wire::SwarmMessage) -> Result<(), Error>
+where
+    W: AsyncWrite + Unpin,
+{
+    // Whatever went wrong, the exchange is over, and a new one begins when there is a reason.
+    frame::write(writer, message, MAX_MESSAGE)
+        .await
+        .map_err(|_| Error::Stopped)
+}

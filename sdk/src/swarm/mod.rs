@@ -1,0 +1,628 @@
+//! Fetching a model from all who have it, at once: finding them, reaching them, and keeping those that deliver.
+//!
+//! Providers come from a ticket, the DHT, the local network and each other. Those that are known to have something are connected to, a few at a time, near
+//! ones first; what each is asked for is [`Transfer`]'s affair. One that fails is tried again later, one that sends wrong bytes never.
+
+mod hub;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    convert::Infallible,
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::Duration,
+};
+
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, interval, sleep, timeout},
+};
+use weft_blobs::{
+    Hash, Plan, Transfer, TransferError, availability, plan, rate::Limit, transfer::Peer,
+};
+use weft_net::{Multiaddr, PathKind, PeerId, Stream, Transport, is_superseded};
+use weft_proto::frame::FrameError;
+
+pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
+use self::hub::{Link, Linked, News};
+use crate::{
+    Error, Failure, Node, Provider,
+    providers::{find_providers, reach},
+};
+
+/// Providers that are fetched from at a time.
+const MAX_ACTIVE: usize = 8;
+
+/// Providers that are remembered. Who comes later takes the place of one that failed.
+const MAX_MEMBERS: usize = 128;
+
+/// Peers on the local network that are asked whether they have the model.
+const MAX_NEIGHBOURS: usize = 16;
+
+/// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
+const FIRST: Duration = Duration::from_secs(10);
+
+/// How long to wait for a provider once content has come: a restart, a change of network.
+const LOST: Duration = Duration::from_secs(120);
+
+/// How long nothing at all may come while providers are connected.
+const SILENT: Duration = Duration::from_secs(45);
+
+/// How long those whom a ticket names have for themselves, before the mesh is asked.
+const GIVEN: Duration = Duration::from_millis(1500);
+
+/// The first and the longest pause before a provider that failed is tried again, and between look-ups while nobody delivers.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
+
+/// Between look-ups while somebody delivers and there is room for more.
+const LOOK_UP: Duration = Duration::from_secs(10);
+
+/// How often the state is looked at when nothing happens.
+const TICK: Duration = Duration::from_millis(250);
+
+/// How long no content comes before the path is suspected.
+const SUSPICIOUS: Duration = Duration::from_secs(3);
+
+/// How long streams have to end in order when everything is here.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// Changes of path without content in between that a provider may make before it counts as having failed.
+const MAX_CHANGES: u32 = 3;
+
+/// News of peers that wait to be looked at.
+const MAX_NEWS: usize = 64;
+
+/// A provider that is or was fetched from, as shown to people.
+#[derive(Debug, Clone)]
+pub(crate) struct Source {
+    pub(crate) peer: PeerId,
+    pub(crate) path: PathKind,
+    pub(crate) transport: Transport,
+    /// What its handle counted before this path.
+    before: u64,
+    /// What came over this path, once it is over.
+    bytes: Option<u64>,
+    handle: Arc<Peer>,
+}
+
+impl Source {
+    pub(crate) fn is_active(&self) -> bool {
+        self.bytes.is_none()
+    }
+
+    /// Content bytes that it sent over this path.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+            .unwrap_or_else(|| self.handle.moved().saturating_sub(self.before))
+    }
+
+    /// Content bytes that it sent, over all its paths, and that others had sent before.
+    pub(crate) fn wasted(&self) -> u64 {
+        self.handle.wasted()
+    }
+
+    pub(crate) fn rate(&self) -> u64 {
+        match self.is_active() {
+            true => self.handle.rate(),
+            false => 0,
+        }
+    }
+}
+
+/// What is shown while a swarm works.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Shown {
+    state: Arc<Mutex<ShownState>>,
+}
+
+#[derive(Debug, Default)]
+struct ShownState {
+    sources: Vec<Source>,
+    waiting_for: Option<String>,
+}
+
+impl Shown {
+    fn state(&self) -> std::sync::MutexGuard<'_, ShownState> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        self.state().sources.clone()
+    }
+
+    pub(crate) fn waiting_for(&self) -> Option<String> {
+        self.state().waiting_for.clone()
+    }
+}
+
+#[derive(Debug)]
+struct Member {
+    addresses: Vec<Multiaddr>,
+    /// Something that it has was spoken of.
+    offers: bool,
+    /// A provider that says so in the DHT or a ticket, or that says so itself.
+    complete: bool,
+    busy: bool,
+    exchanging: bool,
+    retry_at: Instant,
+    failures: u32,
+    changes: u32,
+    reason: String,
+    /// Its part in the transfer.
+    handle: Arc<Peer>,
+}
+
+enum Event {
+    LookedUp(Result<Vec<Provider>, Error>),
+    Reached(PeerId, Result<Stream, String>),
+    Ended(PeerId, Result<(), TransferError>),
+    Exchanged(PeerId),
+}
+
+pub(crate) struct Swarm {
+    node: Node,
+    model: Hash,
+    transfer: Transfer,
+    limits: Vec<Limit>,
+    progress: Arc<plan::Progress>,
+    shown: Shown,
+    members: BTreeMap<PeerId, Member>,
+    banned: BTreeMap<PeerId, String>,
+    asked_neighbours: HashSet<PeerId>,
+    work: FuturesUnordered<BoxFuture<'static, Event>>,
+    sessions: FuturesUnordered<BoxFuture<'static, Event>>,
+    news: mpsc::Receiver<News>,
+    _linked: Linked,
+    exchanger: Exchanger,
+    looking_up: bool,
+    look_ups: u32,
+    next_look_up: Instant,
+    pause: Duration,
+    moved: u64,
+    /// When content last came, or the work began.
+    since: Instant,
+    patience: Duration,
+    /// From the start to the first that answered.
+    pub(crate) first_answer: Option<Instant>,
+}
+
+impl Swarm {
+    /// `given` are known to have all of it; `banned` are never asked, each with the reason.
+    pub(crate) fn new(
+        node: &Node,
+        model: Hash,
+        transfer: Transfer,
+        progress: Arc<plan::Progress>,
+        shown: Shown,
+        (given, banned): (Vec<(PeerId, Vec<Multiaddr>)>, BTreeMap<PeerId, String>),
+        limits: Vec<Limit>,
+    ) -> Self {
+        let (sender, news) = mpsc::channel(MAX_NEWS);
+        let exchanger = node.exchanger();
+        let link = Link {
+            transfer: transfer.clone(),
+            news: sender,
+        };
+        let now = Instant::now();
+        let mut swarm = Self {
+            node: node.clone(),
+            model,
+            transfer,
+            limits,
+            progress,
+            shown,
+            members: BTreeMap::new(),
+            banned,
+            asked_neighbours: HashSet::new(),
+            work: FuturesUnordered::new(),
+            sessions: FuturesUnordered::new(),
+            news,
+            _linked: exchanger.hub.link(model, link),
+            exchanger,
+            looking_up: false,
+            look_ups: 0,
+            next_look_up: match given.is_empty() {
+                true => now,
+                false => now + GIVEN,
+            },
+            pause: PAUSE.0,
+            moved: 0,
+            since: now,
+            patience: FIRST,
+            first_answer: None,
+        };
+        for (peer, addresses) in given {
+            swarm.meet(peer, addresses, true);
+        }
+        swarm
+    }
+
+    /// Fetches what `plan` misses.
+    ///
+    /// # Errors
+    /// [`Error::NoProvider`] when nobody delivers for too long; [`Error::Store`] if this side fails.
+    pub(crate) async fn fetch(&mut self, plan: &mut Plan) -> Result<(), Error> {
+        let transfer = self.transfer.clone();
+        let mut run = Box::pin(transfer.run(plan));
+        let mut tick = interval(TICK);
+        self.ask_neighbours().await;
+        loop {
+            self.look_up_if_due();
+            self.start_some();
+            self.note_progress();
+            tokio::select! {
+                result = &mut run => {
+                    result?;
+                    break;
+                }
+                Some(event) = self.sessions.next() => self.happened(event)?,
+                Some(event) = self.work.next() => self.happened(event)?,
+                Some(news) = self.news.recv() => self.heard(news),
+                _ = tick.tick() => {
+                    self.ask_neighbours().await;
+                    self.check_patience()?;
+                }
+            }
+        }
+        // Those who sent see their streams end in order.
+        let _ = timeout(FAREWELL, async { while self.sessions.next().await.is_some() {} }).await;
+        self.end_sources();
+        Ok(())
+    }
+
+    fn end_sources(&self) {
+        for source in &mut self.shown.state().sources {
+            source.bytes = Some(source.bytes());
+        }
+    }
+
+    /// A peer that has the model, or may have.
+    fn meet(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, complete: bool) {
+        if peer == self.node.peer_id() || self.banned.contains_key(&peer) {
+            return;
+        }
+        if !self.members.contains_key(&peer) && self.members.len() >= MAX_MEMBERS {
+            let useless = self.members.iter();
+            let useless = useless.filter(|(_, one)| !one.busy && (one.failures > 0 || !one.offers));
+            let Some(worst) = useless.max_by_key(|(_, one)| one.failures).map(|(peer, _)| *peer)
+            else {
+                return;
+            };
+            self.members.remove(&worst);
+        }
+        let transfer = &self.transfer;
+        let member = self.members.entry(peer).or_insert_with(|| Member {
+            addresses: Vec::new(),
+            offers: false,
+            complete: false,
+            busy: false,
+            exchanging: false,
+            retry_at: Instant::now(),
+            failures: 0,
+            changes: 0,
+            reason: String::new(),
+            handle: Arc::new(transfer.join(false, None)),
+        });
+        for address in addresses {
+            if !member.addresses.contains(&address) {
+                member.addresses.push(address);
+            }
+        }
+        if complete && !member.complete {
+            member.complete = true;
+            member.offers = true;
+            member.handle.has_all();
+        }
+        self.see_whether_crowded();
+    }
+
+    /// Where others fetch the same, each is to have something else.
+    fn see_whether_crowded(&self) {
+        let others = self.members.values().any(|one| one.offers && !one.complete);
+        self.transfer.set_crowded(others);
+    }
+
+    fn heard(&mut self, news: News) {
+        match news {
+            News::Have(peer, have) => {
+                self.meet(peer, Vec::new(), false);
+                if let Some(member) = self.members.get_mut(&peer) {
+                    member.complete |= have.complete;
+                    member.offers |= have.complete || !have.files.is_empty();
+                    availability::hear(&member.handle, &have);
+                }
+                self.see_whether_crowded();
+            }
+            News::Nothing(peer) => {
+                // Its statement in the DHT is out of date, or it was only a neighbour.
+                let idle = self.members.get(&peer).is_some_and(|one| !one.busy && !one.offers);
+                if idle {
+                    self.members.remove(&peer);
+                }
+            }
+            News::Peer(peer, addresses) => {
+                let new = !self.members.contains_key(&peer);
+                self.meet(peer, addresses, false);
+                if new && self.members.contains_key(&peer) {
+                    self.exchange_with(peer);
+                }
+            }
+        }
+    }
+
+    /// Asks `peer` what it has, reaching it first.
+    fn exchange_with(&mut self, peer: PeerId) {
+        let Some(member) = self.members.get_mut(&peer) else {
+            return;
+        };
+        if std::mem::replace(&mut member.exchanging, true) {
+            return;
+        }
+        let (exchanger, model) = (self.exchanger.clone(), self.model);
+        let addresses = member.addresses.clone();
+        let work = async move {
+            match exchanger.network.connect(peer, addresses).await {
+                Ok(_) => exchanger.dial(peer, model).await,
+                Err(error) => tracing::debug!(%peer, %error, "a peer cannot be reached"),
+            }
+            Event::Exchanged(peer)
+        };
+        self.work.push(work.boxed());
+    }
+
+    /// Peers on the local network are asked whether they have it, whatever the DHT knows.
+    async fn ask_neighbours(&mut self) {
+        if self.asked_neighbours.len() >= MAX_NEIGHBOURS {
+            return;
+        }
+        for info in self.node.network().peers().await {
+            if info.path.kind <= PathKind::Lan
+                && self.asked_neighbours.len() < MAX_NEIGHBOURS
+                && !self.banned.contains_key(&info.peer)
+                && self.asked_neighbours.insert(info.peer)
+            {
+                self.meet(info.peer, Vec::new(), false);
+                self.exchange_with(info.peer);
+            }
+        }
+    }
+
+    fn look_up_if_due(&mut self) {
+        let now = Instant::now();
+        if self.looking_up || now < self.next_look_up || self.sessions.len() >= MAX_ACTIVE {
+            return;
+        }
+        self.looking_up = true;
+        let (node, model) = (self.node.clone(), self.model);
+        let first = self.look_ups == 0 && self.members.is_empty();
+        let work = async move {
+            if first {
+                node.meet().await;
+            }
+            Event::LookedUp(find_providers(&node, &model, false).await)
+        };
+        self.work.push(work.boxed());
+    }
+
+    /// Reaches those who have something, the best first, as many as are fetched from at a time.
+    fn start_some(&mut self) {
+        let now = Instant::now();
+        let busy = self.members.values().filter(|one| one.busy).count();
+        let idle = self.members.iter();
+        let idle = idle.filter(|(_, one)| !one.busy && one.offers && one.retry_at <= now);
+        let mut idle: Vec<_> = idle
+            .map(|(peer, one)| (one.failures, !one.complete, *peer))
+            .collect();
+        idle.sort();
+        for (_, _, peer) in idle.into_iter().take(MAX_ACTIVE.saturating_sub(busy)) {
+            let Some(member) = self.members.get_mut(&peer) else {
+                continue;
+            };
+            member.busy = true;
+            let (node, addresses) = (self.node.clone(), member.addresses.clone());
+            let work =
+                async move { Event::Reached(peer, reach(&node, peer, addresses).await) }.boxed();
+            self.work.push(work);
+        }
+    }
+
+    fn happened(&mut self, event: Event) -> Result<(), Error> {
+        match event {
+            Event::LookedUp(found) => {
+                self.looking_up = false;
+                self.look_ups += 1;
+                for provider in found? {
+                    let complete = provider.shards.is_none();
+                    self.meet(provider.peer, provider.addresses, complete);
+                    if !complete {
+                        self.exchange_with(provider.peer);
+                    }
+                }
+                let pause = match self.sessions.is_empty() {
+                    true => self.pause,
+                    false => LOOK_UP,
+                };
+                self.pause = (self.pause * 2).min(PAUSE.1);
+                self.next_look_up = Instant::now() + pause;
+            }
+            Event::Reached(peer, Ok(stream)) => self.begin(peer, stream),
+            Event::Reached(peer, Err(reason)) => {
+                tracing::debug!(%peer, reason, "a provider cannot be reached");
+                self.failed(peer, reason);
+            }
+            Event::Ended(peer, result) => self.ended(peer, result),
+            Event::Exchanged(peer) => {
+                if let Some(member) = self.members.get_mut(&peer) {
+                    member.exchanging = false;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, peer: PeerId, mut stream: Stream) {
+        let Some(member) = self.members.get_mut(&peer) else {
+            return;
+        };
+        self.first_answer.get_or_insert_with(Instant::now);
+        // A relayed path is used from the first byte, and left as soon as there is a direct one.
+        stream.yield_to_better_path();
+        let path = stream.path().clone();
+        let handle = Arc::clone(&member.handle);
+        handle.set_path(path.kind == PathKind::Relayed, None);
+        self.shown.state().sources.push(Source {
+            peer,
+            path: path.kind,
+            transport: path.transport,
+            before: handle.moved(),
+            bytes: None,
+            handle: Arc::clone(&handle),
+        });
+        let (node, transfer) = (self.node.clone(), self.transfer.clone());
+        let mut limits = self.limits.clone();
+        limits.extend(node.bandwidth().download_of(peer));
+        let session = async move {
+            let result = tokio::select! {
+                result = transfer.fetch(&handle, stream, &limits) => result,
+                never = watch(&node, peer, &handle) => match never {},
+            };
+            Event::Ended(peer, result)
+        };
+        self.sessions.push(session.boxed());
+        self.exchange_with(peer);
+    }
+
+    fn ended(&mut self, peer: PeerId, result: Result<(), TransferError>) {
+        let mut sent = 0;
+        for source in &mut self.shown.state().sources {
+            if source.peer == peer && source.is_active() {
+                sent = source.bytes();
+                source.bytes = Some(sent);
+            }
+        }
+        let Some(member) = self.members.get_mut(&peer) else {
+            return;
+        };
+        if sent > 0 {
+            member.failures = 0;
+            member.changes = 0;
+        }
+        match result {
+            Ok(()) => member.busy = false,
+            Err(TransferError::Frame(FrameError::Io(error)))
+                if is_superseded(&error) && member.changes < MAX_CHANGES =>
+            {
+                tracing::debug!(%peer, "going on over a better path");
+                member.changes += 1;
+                member.busy = false;
+                member.retry_at = Instant::now();
+            }
+            Err(error) if error.is_provider_wrong() => {
+                tracing::warn!(%peer, %error, "a provider is not asked again");
+                self.members.remove(&peer);
+                self.banned.insert(peer, error.to_string());
+            }
+            Err(error) => {
+                tracing::debug!(%peer, %error, "a provider did not finish");
+                self.failed(peer, error.to_string());
+            }
+        }
+    }
+
+    fn failed(&mut self, peer: PeerId, reason: String) {
+        if let Some(member) = self.members.get_mut(&peer) {
+            let pause = PAUSE.0 * 2_u32.saturating_pow(member.failures.min(8));
+            member.busy = false;
+            member.failures += 1;
+            member.reason = reason;
+            member.retry_at = Instant::now() + pause.min(PAUSE.1);
+        }
+        // Those who were given cannot be counted on: others may be known.
+        self.next_look_up = self.next_look_up.min(Instant::now() + self.pause);
+    }
+
+    fn note_progress(&mut self) {
+        let moved = self.progress.moved.load(Ordering::Relaxed);
+        if moved > self.moved {
+            self.moved = moved;
+            self.since = Instant::now();
+            self.patience = LOST;
+            self.pause = PAUSE.0;
+        }
+        let waiting_for = match self.sessions.is_empty() {
+            false if self.since.elapsed() < SUSPICIOUS => None,
+            false => Some(self.slowest()),
+            true => Some(self.absent()),
+        };
+        self.shown.state().waiting_for = waiting_for;
+    }
+
+    fn absent(&self) -> String {
+        let failed = self.members.iter().find(|(_, one)| !one.reason.is_empty());
+        match failed {
+            Some((peer, one)) => format!("a provider ({peer}: {})", one.reason),
+            None => "a provider".to_owned(),
+        }
+    }
+
+    fn slowest(&self) -> String {
+        let active = self.shown.sources();
+        let mut active = active.iter().filter(|source| source.is_active());
+        match (active.next(), active.next()) {
+            (Some(one), None) => format!("content from {}", one.peer),
+            _ => "content: no connected provider sends any of what is missing".to_owned(),
+        }
+    }
+
+    /// Gives up when nobody delivers for too long. Every provider that is known has been tried by then.
+    fn check_patience(&mut self) -> Result<(), Error> {
+        let waited = self.since.elapsed();
+        let reaching = self.members.values().filter(|one| one.busy).count() > self.sessions.len();
+        let trying = reaching || self.looking_up || self.look_ups == 0;
+        let nobody = !self.banned.is_empty() && self.members.is_empty();
+        let over = match self.sessions.is_empty() {
+            true => !trying && (waited >= self.patience || nobody),
+            false => waited >= self.patience.max(SILENT),
+        };
+        if !over {
+            return Ok(());
+        }
+        let mut failures: BTreeMap<PeerId, String> = self.banned.clone();
+        for (peer, one) in &self.members {
+            let reason = match (one.reason.is_empty(), one.busy) {
+                (false, _) => one.reason.clone(),
+                (true, true) => "sends nothing of what is missing".to_owned(),
+                (true, false) => continue,
+            };
+            failures.insert(*peer, reason);
+        }
+        let failures = failures
+            .into_iter()
+            .map(|(peer, reason)| Failure { peer, reason });
+        Err(Error::NoProvider {
+            model: self.model,
+            failures: failures.collect(),
+        })
+    }
+}
+
+impl Drop for Swarm {
+    fn drop(&mut self) {
+        self.end_sources();
+    }
+}
+
+/// While content comes from `peer`: when none has come for a while, has the network find out whether the path still works. If it does not, the stream
+/// fails at once, and not after the patience that a slow provider is owed.
+async fn watch(node: &Node, peer: PeerId, handle: &Peer) -> Infallible {
+    let mut moved = handle.moved();
+    loop {
+        sleep(SUSPICIOUS).await;
+        let now = handle.moved();
+        if std::mem::replace(&mut moved, now) == now {
+            node.network().check(peer).await;
+        }
+    }
+}
