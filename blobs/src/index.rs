@@ -21,9 +21,9 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     Hash,
+    header::{Format, HeaderError},
     manifest::{self, Manifest, ManifestError},
     path::{self as portable, OWN_PREFIX, PathError},
-    tensors::{self, HeaderError},
     tree::{GROUP, Tree},
 };
 
@@ -107,11 +107,13 @@ pub enum IndexError {
     /// A path that other systems could not hold.
     #[error(transparent)]
     Path(#[from] PathError),
-    /// A `.safetensors` file that is none.
-    #[error("{} is not a valid safetensors file: {source}", .path.display())]
+    /// A file that is not of the format that its name says.
+    #[error("{} is not a valid {format} file: {source}", .path.display())]
     Header {
         /// The file.
         path: PathBuf,
+        /// The format.
+        format: Format,
         /// What is wrong with it.
         source: HeaderError,
     },
@@ -294,18 +296,26 @@ fn index_file(
 ) -> Result<(manifest::File, IndexedFile), IndexError> {
     let (mut entry, file) = hash(path, hashers, progress)?;
     entry.path = name.to_owned();
-    if name.ends_with(".safetensors") {
+    if let Some(format) = Format::of(name) {
         let opened = file
             .location
             .open()
             .ok_or_else(|| IndexError::Changed(path.to_owned()))?;
-        entry.tensors = tensors::read(&opened, entry.size)
+        entry.tensors = format
+            .read(&opened, entry.size)
             .map_err(|source| IndexError::Header {
                 path: path.to_owned(),
+                format,
                 source,
             })?
             .into_iter()
-            .map(Into::into)
+            .map(|info| manifest::Tensor {
+                name: info.name,
+                dtype: info.dtype,
+                shape: info.shape,
+                start: info.start,
+                end: info.end,
+            })
             .collect();
     }
     Ok((entry, file))
@@ -516,11 +526,11 @@ mod tests {
     #[test]
     fn one_file_is_a_model_of_one_file() {
         let folder = tempfile::tempdir().unwrap();
-        write(&folder.path().join("m.gguf"), 10);
+        write(&folder.path().join("m.bin"), 10);
         write(&folder.path().join("other"), 10);
-        let indexed = index(&folder.path().join("m.gguf"), &Progress::default()).unwrap();
+        let indexed = index(&folder.path().join("m.bin"), &Progress::default()).unwrap();
         assert_eq!(indexed.manifest.files().len(), 1);
-        assert_eq!(indexed.manifest.files()[0].path, "m.gguf");
+        assert_eq!(indexed.manifest.files()[0].path, "m.bin");
     }
 
     #[test]
@@ -535,12 +545,17 @@ mod tests {
             index(folder.path(), &progress),
             Err(IndexError::Manifest(ManifestError::Empty))
         ));
-        write(&folder.path().join("x.safetensors"), 100);
-        assert!(matches!(
-            index(folder.path(), &progress),
-            Err(IndexError::Header { .. })
-        ));
-        fs::remove_file(folder.path().join("x.safetensors")).unwrap();
+        for (name, format) in [("x.safetensors", "safetensors"), ("x.gguf", "GGUF")] {
+            write(&folder.path().join(name), 100);
+            let error = index(folder.path(), &progress).unwrap_err();
+            assert!(matches!(error, IndexError::Header { .. }), "{error}");
+            let text = error.to_string();
+            assert!(
+                text.contains(&format!("not a valid {format} file")),
+                "{text}"
+            );
+            fs::remove_file(folder.path().join(name)).unwrap();
+        }
         write(&folder.path().join("a"), 1);
         write(&folder.path().join("A"), 1);
         assert!(matches!(

@@ -1,7 +1,8 @@
 //! Verified content: what a model is made of, where its bytes are, and how they move.
 //!
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
-//! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
+//! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk, with what
+//!   their [`header`]s say.
 //! - [`store`] remembers which bytes are where; [`partial`] is a file that is still arriving.
 //! - [`serve`] answers requests over a stream; [`download`] brings a manifest's files to a folder.
 //!
@@ -13,6 +14,7 @@
 
 pub mod download;
 mod hash;
+pub mod header;
 pub mod index;
 pub mod lock;
 pub mod manifest;
@@ -20,13 +22,12 @@ pub mod partial;
 pub mod path;
 pub mod serve;
 pub mod store;
-mod tensors;
 pub mod tree;
 
 pub use self::{
     download::{Download, PlanError, TransferError},
     hash::{Hash, ParseHashError},
+    header::HeaderError,
     manifest::Manifest,
     store::{Store, StoreError},
-    tensors::HeaderError,
 };

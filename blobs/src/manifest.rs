@@ -1,5 +1,10 @@
 //! What a model is made of.
 
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
+
 use prost::Message;
 use weft_proto::wire;
 
@@ -20,12 +25,16 @@ pub const MAX_TENSORS: usize = 1_000_000;
 /// The most dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 32;
 
+/// The longest name of a tensor, in bytes.
+pub const MAX_TENSOR_NAME: usize = 1024;
+
 /// The format's version.
 const VERSION: u32 = 1;
 
 /// A model: its files and their tensors, checked.
 ///
-/// Holding one means: the paths are safe and do not clash, the hashes have the right length, tensors lie within their files.
+/// Holding one means: the paths are safe and do not clash, the hashes have the right length, tensors lie within their files, in
+/// order and apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     files: Vec<File>,
@@ -42,7 +51,7 @@ pub struct File {
     pub blake3: Hash,
     /// SHA-256 of the content.
     pub sha256: [u8; 32],
-    /// The tensors in it, by start; empty for files that are not safetensors.
+    /// The tensors in it, by start, then name; empty for files that are neither safetensors nor GGUF.
     pub tensors: Vec<Tensor>,
 }
 
@@ -223,7 +232,7 @@ impl Manifest {
         path::check_all(self.files.iter().map(|file| file.path.as_str()))?;
         let mut total: u64 = 0;
         let mut previous: Option<&str> = None;
-        let mut sizes = std::collections::HashMap::new();
+        let mut sizes = HashMap::new();
         for file in &self.files {
             let refuse = |reason| {
                 Err(ManifestError::Entry {
@@ -243,23 +252,54 @@ impl Manifest {
             if *sizes.entry(file.blake3).or_insert(file.size) != file.size {
                 return refuse("another file has the same hash and another size");
             }
-            if file
+            let tensors = file
                 .tensors
                 .iter()
-                .any(|tensor| tensor.shape.len() > MAX_DIMENSIONS)
-            {
-                return refuse("a tensor has more than 32 dimensions");
-            }
-            if file
-                .tensors
-                .iter()
-                .any(|tensor| tensor.start > tensor.end || tensor.end > file.size)
-            {
-                return refuse("a tensor lies outside the file");
+                .map(|tensor| (&*tensor.name, &*tensor.shape, tensor.start..tensor.end));
+            if let Err((_, reason)) = check_tensors(file.size, tensors) {
+                return refuse(reason);
             }
         }
         Ok(())
     }
+}
+
+/// Checks the tensors of a file of `size` bytes, given as name, shape and range: they are in order and do not overlap. An error names the
+/// tensor that breaks a rule.
+pub(crate) fn check_tensors<'a>(
+    size: u64,
+    tensors: impl Iterator<Item = (&'a str, &'a [u64], Range<u64>)>,
+) -> Result<(), (&'a str, &'static str)> {
+    let mut names = HashSet::new();
+    let mut previous = None;
+    let mut end = 0;
+    for (name, shape, range) in tensors {
+        let refuse = |reason| Err((name, reason));
+        if name.len() > MAX_TENSOR_NAME {
+            return refuse("a tensor's name is over 1024 bytes");
+        }
+        if shape.len() > MAX_DIMENSIONS {
+            return refuse("a tensor has more than 32 dimensions");
+        }
+        if range.start > range.end || range.end > size {
+            return refuse("a tensor lies outside the file");
+        }
+        if previous.is_some_and(|previous| previous > (range.start, name)) {
+            return refuse("the tensors are not in order");
+        }
+        previous = Some((range.start, name));
+        if !names.insert(name) {
+            return refuse("two tensors have the same name");
+        }
+        // An empty one holds no byte that could be another's.
+        if !range.is_empty() {
+            if range.start < end {
+                return refuse("two tensors overlap");
+            }
+            end = range.end;
+        }
+    }
+    Ok(())
 }
 
 /// Checks the numbers of files, tensors and dimensions in an encoded manifest, by a walk over its fields.
