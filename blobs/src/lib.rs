@@ -14,6 +14,7 @@
 
 pub mod download;
 mod hash;
+mod hasher;
 pub mod header;
 pub mod index;
 pub mod lock;
