@@ -27,8 +27,8 @@ use serde::{
 };
 
 use crate::{
+    header::MAX_SAFETENSORS_HEADER,
     manifest::{self, MAX_DIMENSIONS, Tensor},
-    tensors::MAX_HEADER,
 };
 
 /// Bytes read and written at a time: 1 MiB, beyond which a disk is not faster.
@@ -419,7 +419,7 @@ fn pack(
     )?;
     header.resize(header.len().next_multiple_of(8), b' ');
     let length = header.len() as u64 - 8;
-    if length > MAX_HEADER {
+    if length > MAX_SAFETENSORS_HEADER {
         return Err(ExtractError::TooLong(length));
     }
     header[..8].copy_from_slice(&length.to_le_bytes());
@@ -610,7 +610,7 @@ mod tests {
     use safetensors::SafeTensors;
 
     use super::*;
-    use crate::{Hash, tensors, testing::Random};
+    use crate::{Hash, header::Format as Header, testing::Random};
 
     fn file_of(path: &str, size: u64, tensors: Vec<Tensor>) -> manifest::File {
         manifest::File {
@@ -629,10 +629,14 @@ mod tests {
         bytes.extend_from_slice(data);
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&bytes, 0).unwrap();
-        let found = tensors::read(&file, bytes.len() as u64)
+        let found = Header::Safetensors
+            .read(&file, bytes.len() as u64)
             .unwrap()
             .into_iter()
-            .map(Tensor::from)
+            .map(|info| {
+                let hash = Hash::of(&bytes[info.start as usize..info.end as usize]);
+                Tensor::new(info, hash)
+            })
             .collect();
         let entry = file_of("a/model.safetensors", bytes.len() as u64, found);
         (bytes, entry)
@@ -775,6 +779,7 @@ mod tests {
             dtype: dtype.to_owned(),
             shape: shape.to_vec(),
             start: range.start,
+            blake3: Hash::of(format!("{name} {range:?}").as_bytes()),
             end: range.end,
         }
     }

@@ -1,7 +1,4 @@
-//! From files on disk to a manifest: walk, hash on all cores, read headers. Files stay where they are.
-//!
-//! Each file is read once. A reader hands 1 MiB pieces to two consumers: SHA-256, which is sequential, and a pool of threads
-//! that compute the BLAKE3 values of the chunk groups, which is not.
+//! From files on disk to a manifest: walk, read headers, hash on all cores. Files stay where they are, and each is read once.
 
 use std::{
     collections::BTreeMap,
@@ -9,29 +6,16 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc,
-    },
-    thread,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
-
-use sha2::{Digest, Sha256};
 
 use crate::{
     Hash,
-    manifest::{self, Manifest, ManifestError},
+    hasher::{HashError, Hashers},
+    header::{Format, HeaderError},
+    manifest::{self, Manifest, ManifestError, Tensor},
     path::{self as portable, OWN_PREFIX, PathError},
-    tensors::{self, HeaderError},
-    tree::{GROUP, Tree},
 };
-
-/// Bytes handed from the reader to the hashers at a time: 16 groups, large enough that the hand-over costs nothing beside the hashing.
-const PIECE: u64 = 16 * GROUP;
-
-/// Pieces that may wait for a hasher. Bounds memory to this many mebibytes.
-const QUEUE: usize = 16;
 
 /// Folders that tools keep beside a model and that are not part of it.
 pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
@@ -107,11 +91,13 @@ pub enum IndexError {
     /// A path that other systems could not hold.
     #[error(transparent)]
     Path(#[from] PathError),
-    /// A `.safetensors` file that is none.
-    #[error("{} is not a valid safetensors file: {source}", .path.display())]
+    /// A file that is not of the format that its name says.
+    #[error("{} is not a valid {format} file: {source}", .path.display())]
     Header {
         /// The file.
         path: PathBuf,
+        /// The format.
+        format: Format,
         /// What is wrong with it.
         source: HeaderError,
     },
@@ -195,9 +181,15 @@ pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
     let mut entries = Vec::with_capacity(found.len());
     let mut files = BTreeMap::new();
     for (name, path) in found {
-        let (entry, file) = index_file(&name, &path, &hashers, progress)?;
-        entries.push(entry);
-        files.insert(name, file);
+        let content = index_file(&path, Format::of(&name), &hashers, progress)?;
+        entries.push(manifest::File {
+            path: name.clone(),
+            size: content.file.location.size,
+            blake3: content.blake3,
+            sha256: content.sha256,
+            tensors: content.tensors,
+        });
+        files.insert(name, content.file);
         progress.files_done.fetch_add(1, Ordering::Relaxed);
     }
     Ok(Indexed {
@@ -216,8 +208,8 @@ pub(crate) fn hash_file(
     path: &Path,
     progress: &Progress,
 ) -> Result<(Hash, IndexedFile), IndexError> {
-    let (entry, file) = hash(path, &Hashers::start(), progress)?;
-    Ok((entry.blake3, file))
+    let content = index_file(path, None, &Hashers::start(), progress)?;
+    Ok((content.blake3, content.file))
 }
 
 fn walk(
@@ -286,170 +278,62 @@ fn utf8(path: &Path, relative: &Path) -> Result<String, IndexError> {
     }
 }
 
+/// One file: what its header says, then all hashes. Each byte is read from disk once; those of the header come from memory the second time.
 fn index_file(
-    name: &str,
     path: &Path,
+    format: Option<Format>,
     hashers: &Hashers,
     progress: &Progress,
-) -> Result<(manifest::File, IndexedFile), IndexError> {
-    let (mut entry, file) = hash(path, hashers, progress)?;
-    entry.path = name.to_owned();
-    if name.ends_with(".safetensors") {
-        let opened = file
-            .location
-            .open()
-            .ok_or_else(|| IndexError::Changed(path.to_owned()))?;
-        entry.tensors = tensors::read(&opened, entry.size)
-            .map_err(|source| IndexError::Header {
-                path: path.to_owned(),
-                source,
-            })?
-            .into_iter()
-            .map(Into::into)
-            .collect();
-    }
-    Ok((entry, file))
-}
-
-/// Both hashes and the tree of one file. The entry has no name and no tensors yet.
-fn hash(
-    path: &Path,
-    hashers: &Hashers,
-    progress: &Progress,
-) -> Result<(manifest::File, IndexedFile), IndexError> {
-    use std::io::Read;
-
+) -> Result<Content, IndexError> {
     let io = |source| IndexError::Io {
         path: path.to_owned(),
         source,
     };
-    let mut file = File::open(path).map_err(io)?;
+    let file = File::open(path).map_err(io)?;
     let location = Location::of(path, &file).map_err(io)?;
-    let tree = Tree::new(location.size);
-    let mut values = vec![Hash::from([0; 32]); tree.groups() as usize];
-    let (done, results) = mpsc::channel::<(u64, Vec<Hash>)>();
-    let mut pieces = 0;
-    let sha256 = thread::scope(|scope| {
-        let (to_sha, pieces_for_sha) = mpsc::sync_channel::<Arc<Vec<u8>>>(QUEUE);
-        let sha = scope.spawn(move || {
-            let mut sha = Sha256::new();
-            for piece in pieces_for_sha {
-                sha.update(piece.as_slice());
-            }
-            <[u8; 32]>::from(sha.finalize())
-        });
-        let mut offset = 0;
-        // An empty file still has one group, of no bytes.
-        while offset < location.size || pieces == 0 {
-            if progress.cancelled.load(Ordering::Relaxed) {
-                return Err(IndexError::Cancelled);
-            }
-            let size = (location.size - offset).min(PIECE);
-            let mut piece = Vec::with_capacity(size as usize);
-            (&mut file).take(size).read_to_end(&mut piece).map_err(io)?;
-            if piece.len() as u64 != size {
-                return Err(IndexError::Changed(path.to_owned()));
-            }
-            let piece = Arc::new(piece);
-            // Both receivers outlive this loop.
-            let _ = to_sha.send(Arc::clone(&piece));
-            hashers.send(Job {
-                tree,
-                first: offset / GROUP,
-                piece,
-                done: done.clone(),
-            });
-            pieces += 1;
-            offset += size;
-            progress.bytes_done.fetch_add(size, Ordering::Relaxed);
-        }
-        drop(to_sha);
-        Ok(sha.join().expect("hashing does not panic"))
-    })?;
-    drop(done);
-    for (first, part) in results.iter().take(pieces) {
-        let first = first as usize;
-        values[first..first + part.len()].copy_from_slice(&part);
-    }
+    let header = match format {
+        Some(format) => format
+            .read(&file, location.size)
+            .map_err(|source| IndexError::Header {
+                path: path.to_owned(),
+                format,
+                source,
+            })?,
+        None => Vec::new(),
+    };
+    let ranges: Vec<_> = header.iter().map(|info| info.start..info.end).collect();
+    let hashed = hashers
+        .hash(&file, location.size, &ranges, progress)
+        .map_err(|error| match error {
+            HashError::Io(source) => io(source),
+            HashError::Short => IndexError::Changed(path.to_owned()),
+            HashError::Cancelled => IndexError::Cancelled,
+        })?;
     if Location::of(path, &file).map_err(io)? != location {
         return Err(IndexError::Changed(path.to_owned()));
     }
-    let (outboard, blake3) = tree.outboard(&values);
-    Ok((
-        manifest::File {
-            path: String::new(),
-            size: location.size,
-            blake3,
-            sha256,
-            tensors: Vec::new(),
+    let tensors = header
+        .into_iter()
+        .zip(hashed.tensors)
+        .map(|(info, blake3)| Tensor::new(info, blake3))
+        .collect();
+    Ok(Content {
+        blake3: hashed.blake3,
+        sha256: hashed.sha256,
+        tensors,
+        file: IndexedFile {
+            location,
+            outboard: hashed.outboard,
         },
-        IndexedFile { location, outboard },
-    ))
+    })
 }
 
-struct Job {
-    tree: Tree,
-    first: u64,
-    piece: Arc<Vec<u8>>,
-    done: mpsc::Sender<(u64, Vec<Hash>)>,
-}
-
-/// Threads that compute group values, one a core; they end when this is dropped.
-struct Hashers {
-    jobs: Option<mpsc::SyncSender<Job>>,
-    threads: Vec<thread::JoinHandle<()>>,
-}
-
-impl Hashers {
-    fn start() -> Self {
-        let (jobs, queue) = mpsc::sync_channel::<Job>(QUEUE);
-        let queue = Arc::new(std::sync::Mutex::new(queue));
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let threads = (0..cores)
-            .map(|_| {
-                let queue = Arc::clone(&queue);
-                thread::spawn(move || {
-                    loop {
-                        let next = queue.lock().expect("hashing does not panic").recv();
-                        let Ok(job) = next else { return };
-                        let values = job
-                            .piece
-                            .chunks(GROUP as usize)
-                            .zip(job.first..)
-                            .map(|(data, index)| job.tree.group_value(index, data))
-                            .collect::<Vec<_>>();
-                        let values = if job.piece.is_empty() {
-                            vec![job.tree.group_value(0, &[])]
-                        } else {
-                            values
-                        };
-                        // The caller may have given up on an error.
-                        let _ = job.done.send((job.first, values));
-                    }
-                })
-            })
-            .collect();
-        Self {
-            jobs: Some(jobs),
-            threads,
-        }
-    }
-
-    fn send(&self, job: Job) {
-        if let Some(jobs) = &self.jobs {
-            jobs.send(job).expect("hashing threads run until dropped");
-        }
-    }
-}
-
-impl Drop for Hashers {
-    fn drop(&mut self) {
-        self.jobs = None;
-        for thread in self.threads.drain(..) {
-            // A panic there has already failed the hash that waited for it.
-            let _ = thread.join();
-        }
-    }
+/// What is learned from a file's bytes.
+struct Content {
+    blake3: Hash,
+    sha256: [u8; 32],
+    tensors: Vec<Tensor>,
+    file: IndexedFile,
 }
 
 #[cfg(test)]
@@ -461,31 +345,6 @@ mod tests {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, &data).unwrap();
         data
-    }
-
-    #[test]
-    fn hashes_are_those_of_the_reference_functions_at_every_size() {
-        let folder = tempfile::tempdir().unwrap();
-        for size in [
-            0,
-            1,
-            65_535,
-            65_536,
-            65_537,
-            1 << 20,
-            (1 << 20) + 1,
-            5 << 20,
-        ] {
-            let data = write(&folder.path().join(format!("f{size}")), size);
-            let path = folder.path().join(format!("f{size}"));
-            let (entry, file) = hash(&path, &Hashers::start(), &Progress::default()).unwrap();
-            assert_eq!(entry.blake3, Hash::of(&data), "size {size}");
-            assert_eq!(entry.sha256, <[u8; 32]>::from(Sha256::digest(&data)));
-            assert_eq!(
-                file.outboard.len() as u64,
-                Tree::new(size as u64).outboard_size()
-            );
-        }
     }
 
     #[test]
@@ -516,11 +375,63 @@ mod tests {
     #[test]
     fn one_file_is_a_model_of_one_file() {
         let folder = tempfile::tempdir().unwrap();
-        write(&folder.path().join("m.gguf"), 10);
+        write(&folder.path().join("m.bin"), 10);
         write(&folder.path().join("other"), 10);
-        let indexed = index(&folder.path().join("m.gguf"), &Progress::default()).unwrap();
+        let indexed = index(&folder.path().join("m.bin"), &Progress::default()).unwrap();
         assert_eq!(indexed.manifest.files().len(), 1);
-        assert_eq!(indexed.manifest.files()[0].path, "m.gguf");
+        assert_eq!(indexed.manifest.files()[0].path, "m.bin");
+    }
+
+    #[test]
+    fn tensors_of_both_formats_have_the_hashes_of_their_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let data: Vec<u8> = (0..3_000_000_u32).map(|i| (i * 7 / 3) as u8).collect();
+        let json = r#"{"a":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},"b":{"dtype":"F32","shape":[749750],"data_offsets":[1000,3000000]}}"#;
+        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(json.as_bytes());
+        bytes.extend_from_slice(&data);
+        fs::write(folder.path().join("m.safetensors"), &bytes).unwrap();
+        // The same tensors in another place and order; 24 is I8, 0 is F32.
+        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+        bytes.extend([2, 0].map(u64::to_le_bytes).concat());
+        for (name, size, kind, offset) in
+            [("a", 1000_u64, 24_u32, 2_999_008_u64), ("b", 749_750, 0, 0)]
+        {
+            bytes.extend(1_u64.to_le_bytes());
+            bytes.extend(name.as_bytes());
+            bytes.extend(1_u32.to_le_bytes());
+            bytes.extend(size.to_le_bytes());
+            bytes.extend(kind.to_le_bytes());
+            bytes.extend(offset.to_le_bytes());
+        }
+        bytes.resize(bytes.len().next_multiple_of(32), 0);
+        bytes.extend_from_slice(&data[1000..]);
+        bytes.resize(bytes.len().next_multiple_of(32), 0);
+        bytes.extend_from_slice(&data[..1000]);
+        fs::write(folder.path().join("m.gguf"), &bytes).unwrap();
+        let progress = Progress::default();
+        let indexed = index(folder.path(), &progress).unwrap();
+        assert_eq!(
+            progress.bytes_done.load(Ordering::Relaxed),
+            indexed.manifest.size()
+        );
+        for file in indexed.manifest.files() {
+            let mut found: Vec<_> = file
+                .tensors
+                .iter()
+                .map(|tensor| (tensor.name.as_str(), tensor.blake3))
+                .collect();
+            found.sort();
+            let expected = [
+                ("a", Hash::of(&data[..1000])),
+                ("b", Hash::of(&data[1000..])),
+            ];
+            assert_eq!(found, expected, "{}", file.path);
+        }
+        assert_eq!(
+            Manifest::decode(&indexed.manifest.encode()).unwrap(),
+            indexed.manifest
+        );
     }
 
     #[test]
@@ -535,12 +446,17 @@ mod tests {
             index(folder.path(), &progress),
             Err(IndexError::Manifest(ManifestError::Empty))
         ));
-        write(&folder.path().join("x.safetensors"), 100);
-        assert!(matches!(
-            index(folder.path(), &progress),
-            Err(IndexError::Header { .. })
-        ));
-        fs::remove_file(folder.path().join("x.safetensors")).unwrap();
+        for (name, format) in [("x.safetensors", "safetensors"), ("x.gguf", "GGUF")] {
+            write(&folder.path().join(name), 100);
+            let error = index(folder.path(), &progress).unwrap_err();
+            assert!(matches!(error, IndexError::Header { .. }), "{error}");
+            let text = error.to_string();
+            assert!(
+                text.contains(&format!("not a valid {format} file")),
+                "{text}"
+            );
+            fs::remove_file(folder.path().join(name)).unwrap();
+        }
         write(&folder.path().join("a"), 1);
         write(&folder.path().join("A"), 1);
         assert!(matches!(

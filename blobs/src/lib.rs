@@ -1,7 +1,7 @@
 //! Verified content: what a model is made of, where its bytes are, and how they move.
 //!
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
-//! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk.
+//! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk, with what their [`header`]s say.
 //! - [`store`] remembers which bytes are where: in files where they stand, and in part files of what is still arriving.
 //! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
 //!   the other side of it, [`source`] what it reads from, and [`availability`] what both tell each other of what they have.
@@ -19,6 +19,8 @@ pub mod availability;
 pub mod bitfield;
 pub mod extract;
 mod hash;
+mod hasher;
+pub mod header;
 pub mod hf_cache;
 pub mod index;
 pub mod lock;
@@ -34,7 +36,6 @@ pub mod serve;
 pub mod shards;
 pub mod source;
 pub mod store;
-mod tensors;
 #[cfg(test)]
 mod testing;
 pub mod transfer;
@@ -42,11 +43,11 @@ pub mod tree;
 
 pub use self::{
     hash::{Hash, ParseHashError},
+    header::HeaderError,
     manifest::Manifest,
     pattern::Pattern,
     plan::{Plan, PlanError},
     selection::Selection,
     store::{Store, StoreError},
-    tensors::HeaderError,
     transfer::{Transfer, TransferError},
 };

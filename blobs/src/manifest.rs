@@ -1,14 +1,20 @@
 //! What a model is made of.
 
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
+
 use prost::Message;
 use weft_proto::wire;
 
 use crate::{
     Hash,
+    header::TensorInfo,
     path::{self, PathError},
 };
 
-/// The longest encoded manifest, in bytes: room for 10,000 files and several hundred thousand tensors.
+/// The longest encoded manifest, in bytes: room for 10,000 files and some 400,000 tensors with names of 60 bytes.
 pub const MAX_MANIFEST: u64 = 64 * 1024 * 1024;
 
 /// The most files in a manifest.
@@ -20,12 +26,16 @@ pub const MAX_TENSORS: usize = 1_000_000;
 /// The most dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 32;
 
+/// The longest name of a tensor, in bytes.
+pub const MAX_TENSOR_NAME: usize = 1024;
+
 /// The format's version.
 const VERSION: u32 = 1;
 
 /// A model: its files and their tensors, checked.
 ///
-/// Holding one means: the paths are safe and do not clash, the hashes have the right length, tensors lie within their files.
+/// Holding one means: the paths are safe and do not clash, the hashes have the right length, tensors lie within their files, in
+/// order and apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     files: Vec<File>,
@@ -42,7 +52,7 @@ pub struct File {
     pub blake3: Hash,
     /// SHA-256 of the content.
     pub sha256: [u8; 32],
-    /// The tensors in it, by start; empty for files that are not safetensors.
+    /// The tensors in it, by start, then name; empty for files that are neither safetensors nor GGUF.
     pub tensors: Vec<Tensor>,
 }
 
@@ -59,6 +69,22 @@ pub struct Tensor {
     pub start: u64,
     /// One past the last byte within the file.
     pub end: u64,
+    /// BLAKE3 of its bytes. Tensors of the same hash have the same bytes, wherever they are.
+    pub blake3: Hash,
+}
+
+impl Tensor {
+    /// The tensor that a header describes, whose bytes have this hash.
+    pub fn new(info: TensorInfo, blake3: Hash) -> Self {
+        Self {
+            name: info.name,
+            dtype: info.dtype,
+            shape: info.shape,
+            start: info.start,
+            end: info.end,
+            blake3,
+        }
+    }
 }
 
 /// Why bytes are not a manifest, or files do not make one.
@@ -157,7 +183,12 @@ impl Manifest {
                         .as_ref()
                         .try_into()
                         .map_err(|_| refuse("its SHA-256 hash is not 32 bytes"))?,
-                    tensors: file.tensors.into_iter().map(Tensor::from).collect(),
+                    tensors: file
+                        .tensors
+                        .into_iter()
+                        .map(Tensor::decode)
+                        .collect::<Option<_>>()
+                        .ok_or_else(|| refuse("a tensor's BLAKE3 hash is not 32 bytes"))?,
                     path: file.path,
                 })
             })
@@ -223,7 +254,7 @@ impl Manifest {
         path::check_all(self.files.iter().map(|file| file.path.as_str()))?;
         let mut total: u64 = 0;
         let mut previous: Option<&str> = None;
-        let mut sizes = std::collections::HashMap::new();
+        let mut sizes = HashMap::new();
         for file in &self.files {
             let refuse = |reason| {
                 Err(ManifestError::Entry {
@@ -241,25 +272,62 @@ impl Manifest {
                 _ => return refuse("the sizes add up to more than 2^63 bytes"),
             };
             if *sizes.entry(file.blake3).or_insert(file.size) != file.size {
-                return refuse("another file has the same hash and another size");
+                return refuse("it has the hash of something of another size");
             }
-            if file
+            let tensors = file
                 .tensors
                 .iter()
-                .any(|tensor| tensor.shape.len() > MAX_DIMENSIONS)
-            {
-                return refuse("a tensor has more than 32 dimensions");
+                .map(|tensor| (&*tensor.name, &*tensor.shape, tensor.start..tensor.end));
+            if let Err((_, reason)) = check_tensors(file.size, tensors) {
+                return refuse(reason);
             }
-            if file
-                .tensors
-                .iter()
-                .any(|tensor| tensor.start > tensor.end || tensor.end > file.size)
-            {
-                return refuse("a tensor lies outside the file");
+            for tensor in &file.tensors {
+                let length = tensor.end - tensor.start;
+                if *sizes.entry(tensor.blake3).or_insert(length) != length {
+                    return refuse("a tensor has the hash of something of another size");
+                }
             }
         }
         Ok(())
     }
+}
+
+/// Checks the tensors of a file of `size` bytes, given as name, shape and range: they are in order and do not overlap. An error names the
+/// tensor that breaks a rule.
+pub(crate) fn check_tensors<'a>(
+    size: u64,
+    tensors: impl Iterator<Item = (&'a str, &'a [u64], Range<u64>)>,
+) -> Result<(), (&'a str, &'static str)> {
+    let mut names = HashSet::new();
+    let mut previous = None;
+    let mut end = 0;
+    for (name, shape, range) in tensors {
+        let refuse = |reason| Err((name, reason));
+        if name.len() > MAX_TENSOR_NAME {
+            return refuse("a tensor's name is over 1024 bytes");
+        }
+        if shape.len() > MAX_DIMENSIONS {
+            return refuse("a tensor has more than 32 dimensions");
+        }
+        if range.start > range.end || range.end > size {
+            return refuse("a tensor lies outside the file");
+        }
+        if previous.is_some_and(|previous| previous > (range.start, name)) {
+            return refuse("the tensors are not in order");
+        }
+        previous = Some((range.start, name));
+        if !names.insert(name) {
+            return refuse("two tensors have the same name");
+        }
+        // An empty one holds no byte that could be another's.
+        if !range.is_empty() {
+            if range.start < end {
+                return refuse("two tensors overlap");
+            }
+            end = range.end;
+        }
+    }
+    Ok(())
 }
 
 /// Checks the numbers of files, tensors and dimensions in an encoded manifest, by a walk over its fields.
@@ -364,15 +432,17 @@ impl<'a> Iterator for Fields<'a> {
     }
 }
 
-impl From<wire::ManifestTensor> for Tensor {
-    fn from(tensor: wire::ManifestTensor) -> Self {
-        Self {
+impl Tensor {
+    /// `None` if the hash is not one.
+    fn decode(tensor: wire::ManifestTensor) -> Option<Self> {
+        Some(Self {
             name: tensor.name,
             dtype: tensor.dtype,
             shape: tensor.shape,
             start: tensor.start,
             end: tensor.end,
-        }
+            blake3: Hash::from_slice(&tensor.blake3)?,
+        })
     }
 }
 
@@ -384,6 +454,7 @@ impl From<Tensor> for wire::ManifestTensor {
             shape: tensor.shape,
             start: tensor.start,
             end: tensor.end,
+            blake3: tensor.blake3.as_bytes().to_vec().into(),
         }
     }
 }
@@ -399,6 +470,17 @@ mod tests {
             blake3: Hash::of(path.as_bytes()),
             sha256: [1; 32],
             tensors: vec![],
+        }
+    }
+
+    fn tensor(name: &str, range: Range<u64>) -> Tensor {
+        Tensor {
+            name: name.to_owned(),
+            dtype: "U8".to_owned(),
+            shape: vec![range.end - range.start],
+            start: range.start,
+            end: range.end,
+            blake3: Hash::of(format!("{} bytes of {name}", range.end - range.start).as_bytes()),
         }
     }
 
@@ -446,17 +528,112 @@ mod tests {
             |m: &mut wire::Manifest| m.files[0].sha256 = vec![1; 33].into(),
             |m: &mut wire::Manifest| m.files[0].size = u64::MAX,
             |m: &mut wire::Manifest| m.files[1].blake3 = m.files[0].blake3.clone(),
-            |m: &mut wire::Manifest| {
-                m.files[0].tensors.push(wire::ManifestTensor {
-                    start: 0,
-                    end: 2,
-                    ..Default::default()
-                })
-            },
+            |m: &mut wire::Manifest| m.files[0].tensors.push(tensor("a", 0..2).into()),
+            |m: &mut wire::Manifest| m.files[0].tensors.push(wire::ManifestTensor::default()),
         ] {
             assert!(matches!(hostile(change), Err(ManifestError::Entry { .. })));
         }
         assert!(Manifest::decode(&[0xff; 100]).is_err());
+    }
+
+    #[test]
+    fn tensors_are_in_order_apart_and_named_once() {
+        let decode = |tensors: Vec<Tensor>| {
+            let mut message = Manifest::new(vec![file("a", 10), file("b", 20)])
+                .unwrap()
+                .to_wire();
+            message.files[1].tensors = tensors.into_iter().map(Into::into).collect();
+            Manifest::decode(&message.encode_to_vec())
+        };
+        let backwards = Tensor {
+            start: 5,
+            end: 4,
+            ..tensor("x", 4..5)
+        };
+        let of_the_file = |end| Tensor {
+            blake3: Hash::of(b"a"),
+            ..tensor("x", 0..end)
+        };
+        let like_x = |range| Tensor {
+            blake3: tensor("x", 0..4).blake3,
+            ..tensor("y", range)
+        };
+        let many_dimensions = Tensor {
+            shape: vec![1; MAX_DIMENSIONS],
+            ..tensor("x", 0..1)
+        };
+        let longest = "n".repeat(MAX_TENSOR_NAME);
+        for good in [
+            vec![tensor("y", 0..4), tensor("x", 4..10), tensor("z", 12..20)],
+            // Empty ones lie anywhere.
+            vec![tensor("a", 0..0), tensor("b", 0..4), tensor("c", 0..0)],
+            vec![tensor("b", 0..4), tensor("c", 2..2), tensor("d", 20..20)],
+            vec![tensor(&longest, 0..1)],
+            vec![many_dimensions],
+            // The same bytes twice, and those of a file.
+            vec![tensor("x", 0..4), like_x(4..8)],
+            vec![of_the_file(10)],
+        ] {
+            let decoded = decode(good.clone()).unwrap();
+            assert_eq!(decoded.files()[1].tensors, good);
+            assert_eq!(Manifest::decode(&decoded.encode()).unwrap(), decoded);
+        }
+        for bad in [
+            vec![tensor("x", 4..10), tensor("y", 0..4)],
+            vec![tensor("c", 0..0), tensor("b", 0..4)],
+            vec![tensor("x", 0..5), tensor("y", 4..10)],
+            vec![tensor("x", 0..5), tensor("y", 2..2), tensor("z", 4..10)],
+            vec![tensor("x", 0..4), tensor("x", 4..8)],
+            vec![tensor("x", 0..0), tensor("x", 0..0)],
+            vec![tensor(&"n".repeat(MAX_TENSOR_NAME + 1), 0..1)],
+            vec![tensor("x", 19..21)],
+            vec![backwards],
+            vec![tensor("x", 0..4), like_x(4..9)],
+            vec![of_the_file(9)],
+        ] {
+            let got = decode(bad.clone());
+            assert!(matches!(got, Err(ManifestError::Entry { .. })), "{bad:?}");
+        }
+        for length in [0, 31, 33] {
+            let mut message = Manifest::new(vec![file("a", 1)]).unwrap().to_wire();
+            let mut short: wire::ManifestTensor = tensor("x", 0..1).into();
+            short.blake3 = vec![1; length].into();
+            message.files[0].tensors.push(short);
+            assert!(matches!(
+                Manifest::decode(&message.encode_to_vec()),
+                Err(ManifestError::Entry { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_model_of_ten_thousand_files_and_a_hundred_thousand_tensors_fits() {
+        let files = (0..10_000)
+            .map(|i| {
+                let path = format!("model-{i:05}-of-10000.safetensors");
+                File {
+                    tensors: (0..10_u64)
+                        .map(|n| {
+                            let start = n << 36;
+                            Tensor {
+                                dtype: "F8_E4M3FNUZ".to_owned(),
+                                shape: vec![1 << 20, 1 << 16],
+                                ..tensor(
+                                    &format!("{path}.layers.{n:026}"),
+                                    start..start + (1 << 36),
+                                )
+                            }
+                        })
+                        .collect(),
+                    ..file(&path, 10 << 36)
+                }
+            })
+            .collect();
+        let manifest = Manifest::new(files).unwrap();
+        assert!(manifest.files()[0].tensors[0].name.len() > 60);
+        let encoded = manifest.encode();
+        assert!((encoded.len() as u64) < MAX_MANIFEST / 3);
+        assert_eq!(Manifest::decode(&encoded).unwrap(), manifest);
     }
 
     #[test]

@@ -380,6 +380,7 @@ mod tests {
                     shape: vec![end - start],
                     start: *start,
                     end: *end,
+                    blake3: Hash::of(format!("{path} {name} {start} {end}").as_bytes()),
                 })
                 .collect(),
         }

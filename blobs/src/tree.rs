@@ -56,13 +56,21 @@ impl Tree {
 
     /// The value of group `index` with content `data`: the blob's hash if it is the only group, else a chaining value.
     pub fn group_value(&self, index: u64, data: &[u8]) -> Hash {
-        if self.groups() == 1 {
-            return Hash::of(data);
-        }
+        self.value_of_parts(index, [data, &[]])
+    }
+
+    /// The value of group `index` whose content is in two parts.
+    pub(crate) fn value_of_parts(&self, index: u64, parts: [&[u8]; 2]) -> Hash {
         let mut hasher = blake3::Hasher::new();
         hasher.set_input_offset(index * GROUP);
-        hasher.update(data);
-        hasher.finalize_non_root().into()
+        for part in parts {
+            hasher.update(part);
+        }
+        if self.groups() == 1 {
+            (*hasher.finalize().as_bytes()).into()
+        } else {
+            hasher.finalize_non_root().into()
+        }
     }
 
     /// The outboard and the root, from the values of all groups in order.

@@ -48,7 +48,7 @@ pub struct ModelInfo {
     pub size: u64,
     /// The number of its files.
     pub files: usize,
-    /// The number of tensors in its safetensors files.
+    /// The number of tensors in its safetensors and GGUF files.
     pub tensors: usize,
     /// The folder on this machine.
     pub path: PathBuf,

@@ -106,7 +106,7 @@ pub struct ListedModel {
     pub publisher: PeerId,
     /// The sum of its files' sizes in bytes.
     pub size: u64,
-    /// The number of tensors in its safetensors files.
+    /// The number of tensors in its safetensors and GGUF files.
     pub tensors: u64,
     /// The parts by which providers say what they have.
     pub shard_groups: u32,
