@@ -2,7 +2,8 @@
 //!
 //! What is wanted is cut into *pieces* of [`PIECE`] chunk groups; what is asked of a peer at once is a *run*: groups side by side within a piece. A peer is
 //! asked for as many bytes ahead as its window allows, which follows its measured rate and round trip. What is asked for goes, in this order: to whoever reads
-//! (in order, from where it reads); in order, where all peers have everything and nobody else fetches; else what is rarest among a sample.
+//! (in order, from where it reads); in order, from a place that differs from node to node, where all peers have everything and nobody else is known to fetch; else
+//! what is rarest among a sample.
 //! When nothing is left to ask for, a peer takes over what another would deliver much later than it would itself, and the other is told that it is not needed.
 
 use std::{
@@ -20,7 +21,7 @@ use crate::{
 pub(crate) const PIECE: u64 = 16;
 
 /// What a peer whose rate is not known yet is asked for ahead, in bytes.
-const FIRST_WINDOW: u64 = 4 << 20;
+const FIRST_WINDOW: u64 = 2 << 20;
 
 /// The most asked of a peer ahead, in bytes: it keeps a path of 1 Gbit/s and 250 ms busy.
 const MAX_WINDOW: u64 = 32 << 20;
@@ -81,6 +82,8 @@ pub(crate) struct Schedule {
     crowded: bool,
     /// Groups that are wanted and not here.
     needed: u64,
+    /// The piece from which what is not rare is fetched in order: those who begin together do not fetch the same first.
+    start: u64,
     random: fastrand::Rng,
 }
 
@@ -208,15 +211,18 @@ impl Schedule {
             first += tree.groups().div_ceil(PIECE);
             blob
         });
+        let blobs: Vec<_> = blobs.collect();
+        let mut random = fastrand::Rng::with_seed(seed);
         Self {
-            blobs: blobs.collect(),
+            start: random.u64(0..first.max(1)),
+            blobs,
             open: BTreeMap::new(),
             peers: BTreeMap::new(),
             next_peer: 0,
             urgent: BTreeMap::new(),
             crowded: false,
             needed: 0,
-            random: fastrand::Rng::with_seed(seed),
+            random,
         }
     }
 
@@ -538,7 +544,9 @@ impl Schedule {
             let rare = self.crowded || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
             let found = match rare {
                 true => self.rarest(key),
-                false => self.in_order(key, 0..u64::MAX),
+                false => self
+                    .in_order(key, self.start..u64::MAX)
+                    .or_else(|| self.in_order(key, 0..self.start)),
             };
             if let Some(run) = found {
                 return Some(self.take(run));

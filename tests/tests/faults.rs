@@ -137,7 +137,7 @@ fn an_interrupted_get_keeps_what_is_verified() {
 }
 
 #[test]
-fn a_provider_that_flips_one_byte_is_refused_and_nothing_wrong_reaches_the_disk() {
+fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = provider.beside("model");
     fs::create_dir(&source).unwrap();
@@ -170,7 +170,7 @@ fn a_provider_that_flips_one_byte_is_refused_and_nothing_wrong_reaches_the_disk(
     let finished = receiver.run(&["get", "a/b", "--to", target.to_str().unwrap()]);
     assert_eq!(finished.code(), Some(4), "{finished:#?}");
     assert!(
-        finished.stderr.contains("wrong bytes"),
+        finished.stderr.contains("it does not have"),
         "{}",
         finished.stderr
     );

@@ -34,7 +34,8 @@ impl Liar {
         let served = store.clone();
         tokio::spawn(async move {
             while let Some(stream) = incoming.next().await {
-                tokio::spawn(serve::serve(served.clone(), stream));
+                let served = served.clone();
+                tokio::spawn(async move { serve::serve(served, stream, &[]).await });
             }
         });
         Self {

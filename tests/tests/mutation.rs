@@ -18,9 +18,9 @@ use tokio::{
 };
 use weft::{Hash, Manifest, ModelName, PeerId, Target, Ticket};
 use weft_blobs::{
-    Download, Store,
-    download::Progress,
+    Plan, Store, Transfer, TransferError,
     index::{self, index},
+    plan::Progress,
     serve::serve,
 };
 use weft_dht::Record;
@@ -126,6 +126,7 @@ fn frames() {
         size: Some(1 << 30),
         first_group: 5,
         groups: 200,
+        cancel: None,
     };
     check(
         "frame",
@@ -155,16 +156,35 @@ fn safetensors_headers() {
     }
 }
 
+/// Fetches a model from one provider into a folder.
+async fn fetch(
+    store: &Store,
+    manifest: &Manifest,
+    to: &std::path::Path,
+    stream: tokio::io::DuplexStream,
+) -> Result<(), TransferError> {
+    let progress = Arc::new(Progress::default());
+    let mut plan = Plan::new(store, manifest, to, Arc::clone(&progress)).unwrap();
+    let transfer = Transfer::new(store, manifest, progress, 1);
+    let peer = transfer.join(false, None);
+    peer.has_all();
+    tokio::try_join!(
+        async { Ok::<_, TransferError>(transfer.run(&mut plan).await?) },
+        transfer.fetch(&peer, stream, &[])
+    )?;
+    plan.finish_copies().await?;
+    Ok(())
+}
+
 /// A provider's answers to one `fetch`, as they went over the wire.
 async fn recorded_answers(store: &Store, manifest: &Manifest, root: &std::path::Path) -> Vec<u8> {
     let receiver = Store::open(&root.join("recorder")).unwrap();
-    let progress = Arc::new(Progress::default());
-    let mut download =
-        Download::plan(&receiver, manifest, &root.join("recorded"), progress).unwrap();
     let (near, mut middle) = duplex(1 << 20);
     let (mut other, far) = duplex(1 << 20);
-    let served = tokio::spawn(serve(store.clone(), far));
-    let fetched = tokio::spawn(async move { download.fetch(near).await });
+    let store = store.clone();
+    let served = tokio::spawn(async move { serve(store, far, &[]).await });
+    let (manifest, to) = (manifest.clone(), root.join("recorded"));
+    let fetched = tokio::spawn(async move { fetch(&receiver, &manifest, &to, near).await });
     let (mut from_near, mut to_near) = tokio::io::split(&mut middle);
     let (mut from_far, mut to_far) = tokio::io::split(&mut other);
     let mut answers = Vec::new();
@@ -173,9 +193,13 @@ async fn recorded_answers(store: &Store, manifest: &Manifest, root: &std::path::
         to_far.shutdown().await.unwrap();
     };
     let down = async {
-        from_far.read_to_end(&mut answers).await.unwrap();
-        to_near.write_all(&answers).await.unwrap();
-        to_near.shutdown().await.unwrap();
+        let mut buffer = vec![0; 64 * 1024];
+        while let n @ 1.. = from_far.read(&mut buffer).await.unwrap() {
+            answers.extend_from_slice(&buffer[..n]);
+            to_near.write_all(&buffer[..n]).await.unwrap();
+        }
+        // The receiver may have gone with the last byte.
+        let _ = to_near.shutdown().await;
     };
     tokio::join!(up, down);
     fetched.await.unwrap().unwrap();
@@ -196,14 +220,13 @@ async fn a_receiver_fed_mutated_answers_writes_nothing_wrong() {
     let receiver = Store::open(&root.join("receiver")).unwrap();
     for seed in 0..mutations() / 100 {
         let to = root.join(format!("to{seed}"));
-        let progress = Arc::new(Progress::default());
-        let mut download = Download::plan(&receiver, &manifest, &to, progress).unwrap();
         let (near, mut far) = duplex(1 << 20);
         far.write_all(&Random::new(seed).mutate(&answers))
             .await
             .unwrap();
         far.shutdown().await.unwrap();
-        let result = timeout(Duration::from_secs(30), download.fetch(near)).await;
+        let fetching = fetch(&receiver, &manifest, &to, near);
+        let result = timeout(Duration::from_secs(30), fetching).await;
         let result = result.unwrap_or_else(|_| panic!("seed {seed} hangs"));
         drop(far);
         for file in manifest.files() {
@@ -213,7 +236,6 @@ async fn a_receiver_fed_mutated_answers_writes_nothing_wrong() {
                 assert!(result.is_err(), "seed {seed}: {} is missing", file.path);
             }
         }
-        drop(download);
         // Each round starts anew: what one completed is not there for the next to copy.
         for model in receiver.models().unwrap() {
             receiver.remove(&model.id, true).unwrap();
@@ -237,12 +259,16 @@ async fn a_provider_fed_mutated_requests_ends_the_stream() {
             size: Some(file.size),
             first_group: 0,
             groups: file.size.div_ceil(65_536),
+            cancel: None,
         };
         requests.extend(request.encode_length_delimited_to_vec());
     }
     for seed in 0..mutations() / 20 {
         let (mut near, far) = duplex(1 << 20);
-        let served = tokio::spawn(serve(store.clone(), far));
+        let served = {
+            let store = store.clone();
+            tokio::spawn(async move { serve(store, far, &[]).await })
+        };
         let bytes = Random::new(seed).mutate(&requests);
         // It may have closed the stream by now.
         let _ = near.write_all(&bytes).await;
