@@ -13,7 +13,6 @@ use std::{
 };
 
 use rustix::fs::{FallocateFlags, OFlags, RenameFlags};
-use tokio::sync::Notify;
 
 use crate::{
     Hash,
@@ -36,15 +35,6 @@ pub(crate) struct Segment {
     pub(crate) parents: Vec<(u64, [u8; PARENT])>,
 }
 
-/// What is set aside on the disk for a part file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Room {
-    /// All of it, where the file system can: all of it is wanted.
-    Whole,
-    /// What is written: parts of it are wanted.
-    Written,
-}
-
 /// A blob that is still arriving, written beside its target.
 #[derive(Debug)]
 pub(crate) struct Partial {
@@ -59,8 +49,6 @@ pub(crate) struct Partial {
     dirty: AtomicBool,
     /// Has become its target.
     finished: AtomicBool,
-    /// More is had.
-    grown: Notify,
 }
 
 impl Partial {
@@ -72,7 +60,6 @@ impl Partial {
         target: &Path,
         outboard: Option<PathBuf>,
         committed: Option<Bitfield>,
-        room: Room,
     ) -> Result<Self, StoreError> {
         let part = lease.part.clone();
         let file = open(&part)?;
@@ -91,7 +78,7 @@ impl Partial {
         };
         let have = committed.unwrap_or_else(|| Bitfield::empty(tree.groups()));
         if !kept {
-            reserve(&file, tree.size(), room).map_err(io(&part))?;
+            reserve(&file, tree.size()).map_err(io(&part))?;
         }
         Ok(Self {
             lease,
@@ -104,7 +91,6 @@ impl Partial {
             dirty: AtomicBool::new(have.is_full()),
             have: Mutex::new(have),
             finished: AtomicBool::new(false),
-            grown: Notify::new(),
         })
     }
 
@@ -137,11 +123,6 @@ impl Partial {
     /// Reads what is had.
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
-    }
-
-    /// Notified when more is had.
-    pub(crate) fn grown(&self) -> &Notify {
-        &self.grown
     }
 
     /// Whether everything is had now.
@@ -196,7 +177,6 @@ impl Partial {
         let new = have.bytes(&self.tree) - before;
         drop(have);
         self.dirty.store(true, Ordering::Release);
-        self.grown.notify_waiters();
         Ok(new)
     }
 
@@ -243,10 +223,10 @@ fn open(path: &Path) -> Result<File, StoreError> {
         .map_err(StoreError::io("cannot write", path))
 }
 
-/// Makes `file` `size` bytes long with the room set aside, where that is wanted and the file system can, so that a full disk shows now.
-fn reserve(file: &File, size: u64, room: Room) -> io::Result<()> {
+/// Makes `file` `size` bytes long with the room set aside, where the file system can, so that a full disk shows now.
+fn reserve(file: &File, size: u64) -> io::Result<()> {
     file.set_len(size)?;
-    if size == 0 || room == Room::Written {
+    if size == 0 {
         return Ok(());
     }
     match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size) {

@@ -19,7 +19,7 @@ use crate::{
     Hash, Manifest, Store, StoreError,
     index::{self, IndexError},
     manifest,
-    partial::{Partial, Room, Segment},
+    partial::{Partial, Segment},
     serve::MAX_GROUPS,
     source::{ReadError, Source},
     store::part_path,
@@ -282,7 +282,7 @@ fn make_folder(target: &Path) -> Result<(), StoreError> {
 pub(crate) fn open(store: &Store, want: &Want, cancelled: &AtomicBool) -> Result<Arc<Partial>, StoreError> {
     let begin = Instant::now();
     loop {
-        match store.partial(want.hash, want.size, &want.target, Room::Whole, cancelled) {
+        match store.partial(want.hash, want.size, &want.target, cancelled) {
             Err(StoreError::Busy(_)) if begin.elapsed() < BUSY_WAIT => {
                 std::thread::park_timeout(Duration::from_millis(20));
             }

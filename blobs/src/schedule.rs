@@ -1,9 +1,8 @@
 //! Who is asked for what. No I/O and no clock: time comes in as an argument, so that tests simulate swarms in milliseconds.
 //!
 //! What is wanted is cut into *pieces* of [`PIECE`] chunk groups; what is asked of a peer at once is a *run*: groups side by side within a piece. A peer is
-//! asked for as many bytes ahead as its window allows, which follows its measured rate and round trip. What is asked for goes, in this order: to whoever reads
-//! (in order, from where it reads); in order, from a place that differs from node to node, where all peers have everything and nobody else is known to fetch; else
-//! what is rarest among a sample.
+//! asked for as many bytes ahead as its window allows, which follows its measured rate and round trip. What is asked for goes in order, from a place that
+//! differs from node to node, where all peers have everything and nobody else is known to fetch; else what is rarest among a sample.
 //! When nothing is left to ask for, a peer takes over what another would deliver much later than it would itself, and the other is told that it is not needed.
 
 use std::{
@@ -76,8 +75,6 @@ pub(crate) struct Schedule {
     open: BTreeMap<u64, u16>,
     peers: BTreeMap<PeerKey, Peer>,
     next_peer: u32,
-    /// What readers wait for, as pieces.
-    urgent: BTreeMap<u64, Range<u64>>,
     /// Others fetch the same from the same peers: what each of us has is to differ.
     crowded: bool,
     /// Groups that are wanted and not here.
@@ -219,7 +216,6 @@ impl Schedule {
             open: BTreeMap::new(),
             peers: BTreeMap::new(),
             next_peer: 0,
-            urgent: BTreeMap::new(),
             crowded: false,
             needed: 0,
             random,
@@ -247,23 +243,6 @@ impl Schedule {
         new.into_iter().for_each(|run| self.reopen(blob, run));
     }
 
-    /// Wants nothing of a blob any more. What was asked for may still come.
-    pub(crate) fn unwant(&mut self, blob: usize) {
-        let at = &mut self.blobs[blob];
-        if let Some(need) = at.need.take() {
-            self.needed -= need.count();
-        }
-        let pieces = at.first..at.first + at.tree.groups().div_ceil(PIECE);
-        let open: Vec<u64> = self.open.range(pieces).map(|(piece, _)| *piece).collect();
-        open.iter().for_each(|piece| {
-            self.open.remove(piece);
-        });
-        for peer in self.peers.values_mut() {
-            let asked = peer.asked.iter().filter(|run| run.blob == blob);
-            peer.cancels.extend(asked.cloned());
-        }
-    }
-
     /// How many groups are wanted and not here.
     pub(crate) fn needed(&self) -> u64 {
         self.needed
@@ -275,20 +254,6 @@ impl Schedule {
         need.as_ref()
             .and_then(|need| need.next_run(run.groups.start))
             .is_some_and(|found| found.start < run.groups.end)
-    }
-
-    /// What somebody who reads waits for, in this order; `None` when it waits no more.
-    pub(crate) fn set_urgent(&mut self, reader: u64, groups: Option<(usize, Range<u64>)>) {
-        match groups {
-            Some((blob, groups)) => {
-                let first = self.blobs[blob].first;
-                let pieces = first + groups.start / PIECE..first + groups.end.div_ceil(PIECE);
-                self.urgent.insert(reader, pieces);
-            }
-            None => {
-                self.urgent.remove(&reader);
-            }
-        }
     }
 
     /// Whether others fetch the same from the same peers.
@@ -523,23 +488,9 @@ impl Schedule {
     }
 
     fn choose(&mut self, key: PeerKey, now: Duration) -> Option<Run> {
-        let urgent: Vec<Range<u64>> = self.urgent.values().cloned().collect();
         let peer = &self.peers[&key];
         // A relay's bandwidth is somebody else's: it is used for what no direct path brings.
         let spared = peer.relayed && self.is_carried_directly(now);
-        if !spared && !peer.barren {
-            for pieces in &urgent {
-                if let Some(run) = self.in_order(key, pieces.clone()) {
-                    return Some(self.take(run));
-                }
-            }
-        }
-        if !urgent.is_empty()
-            && !spared
-            && let Some(run) = self.take_over(key, now, &urgent)
-        {
-            return Some(run);
-        }
         if !spared && !self.peers[&key].barren {
             let rare = self.crowded || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
             let found = match rare {
@@ -555,7 +506,7 @@ impl Schedule {
                 peer.barren = true;
             }
         }
-        self.take_over(key, now, &[])
+        self.take_over(key, now)
     }
 
     /// Whether everything comes over direct paths.
@@ -642,8 +593,8 @@ impl Schedule {
         })
     }
 
-    /// What another peer was asked for and would deliver much later than this one; `within` these pieces, if there are any.
-    fn take_over(&self, key: PeerKey, now: Duration, within: &[Range<u64>]) -> Option<Run> {
+    /// What another peer was asked for and would deliver much later than this one.
+    fn take_over(&self, key: PeerKey, now: Duration) -> Option<Run> {
         let peer = &self.peers[&key];
         let mut best: Option<(f64, Run)> = None;
         for (other, slow) in &self.peers {
@@ -669,7 +620,6 @@ impl Schedule {
                 let worthwhile = theirs > 2.0 * ours + 0.1;
                 if worthwhile
                     && best.as_ref().is_none_or(|(time, _)| theirs > *time)
-                    && self.is_within(run, within)
                     && peer.has(run.blob, run.groups.clone())
                     && self.needs(run)
                     && self.copies(run) < COPIES
@@ -679,11 +629,6 @@ impl Schedule {
             }
         }
         best.map(|(_, run)| run)
-    }
-
-    fn is_within(&self, run: &Run, pieces: &[Range<u64>]) -> bool {
-        let piece = self.blobs[run.blob].first + run.groups.start / PIECE;
-        pieces.is_empty() || pieces.iter().any(|range| range.contains(&piece))
     }
 
     /// How many peers are asked for this.
@@ -713,3 +658,6 @@ pub(crate) fn bytes_of(tree: &Tree, groups: &Range<u64>) -> u64 {
         false => tree.group_bytes(groups.end - 1).end - tree.group_bytes(groups.start).start,
     }
 }
+
+#[cfg(test)]
+mod tests;

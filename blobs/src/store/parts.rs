@@ -22,7 +22,7 @@ use super::{
 use crate::{
     Hash,
     bitfield::Bitfield,
-    partial::{Partial, Room},
+    partial::Partial,
     source::Source,
     tree::Tree,
 };
@@ -31,13 +31,12 @@ impl Store {
     /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified.
     ///
     /// # Errors
-    /// [`StoreError::Busy`] if it is open already; [`StoreError::DiskFull`] if there is no room for what `room` asks.
+    /// [`StoreError::Busy`] if it is open already; [`StoreError::DiskFull`] if there is no room for the whole.
     pub(crate) fn partial(
         &self,
         hash: Hash,
         size: u64,
         target: &Path,
-        room: Room,
         cancelled: &AtomicBool,
     ) -> Result<Arc<Partial>, StoreError> {
         let part = part_path(target, &hash);
@@ -54,7 +53,7 @@ impl Store {
             self.write(|txn| forget_parts(txn, &hash, (!all).then_some(part.as_path())))?;
         }
         let outboard = (tree.groups() > 1).then(|| self.outboard_path(&hash));
-        let partial = Partial::open(lease, hash, tree, target, outboard, committed, room)?;
+        let partial = Partial::open(lease, hash, tree, target, outboard, committed)?;
         let partial = Arc::new(partial);
         let mut arriving = self.arriving();
         arriving.retain(|_, known| known.strong_count() > 0);
