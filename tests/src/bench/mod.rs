@@ -6,6 +6,7 @@ pub mod nat;
 mod process;
 pub mod rpc;
 pub mod stream;
+pub mod swarm;
 mod tls;
 pub mod transfer;
 

@@ -96,7 +96,7 @@ fn provider(file: &Path, side: Side) -> Result<Provider, Failure> {
 }
 
 /// Bytes that nothing can compress; their hash.
-fn write_blob(path: &Path, size: u64) -> Result<blake3::Hash, Failure> {
+pub(super) fn write_blob(path: &Path, size: u64) -> Result<blake3::Hash, Failure> {
     let mut file = File::create(path)?;
     let mut hasher = blake3::Hasher::new();
     let mut stream = blake3::Hasher::new().finalize_xof();

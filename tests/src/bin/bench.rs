@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
-    bench::{Failure, crdt, dht, nat, rpc, stream, transfer},
+    bench::{Failure, crdt, dht, nat, rpc, stream, swarm, transfer},
     lab::{self, Distance},
 };
 
@@ -27,6 +27,20 @@ struct Cli {
 enum Bench {
     /// A blob from one process to another over loopback onto disk, against rustls over TCP with BLAKE3 of the stream
     Transfer(Transfer),
+    /// Four capped providers and one receiver, against the sum of the caps; one capped provider and eight receivers, against one receiver
+    Swarm {
+        /// Size of the blob in MiB
+        #[arg(long, default_value_t = 512)]
+        mib: u64,
+
+        /// Rounds; the median counts
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+
+        /// Where to put the files: about ten times the blob's size
+        #[arg(long, value_name = "DIR")]
+        folder: Option<PathBuf>,
+    },
     /// Which pairs of machines behind NATs and firewalls connect, which directly, and how fast
     Nat {
         /// How long a pair may take to a direct path, in seconds
@@ -182,6 +196,14 @@ fn main() -> ExitCode {
         Bench::Transfer(options) => {
             let folder = options.folder.unwrap_or_else(std::env::temp_dir);
             transfer::run(options.mib << 20, options.rounds, &folder, cli.json)
+        }
+        Bench::Swarm {
+            mib,
+            rounds,
+            folder,
+        } => {
+            let folder = folder.unwrap_or_else(std::env::temp_dir);
+            swarm::run(mib << 20, rounds, &folder, cli.json)
         }
         Bench::Dht { options, side } => {
             let both = [dht::Side::Weft, dht::Side::Kad];
