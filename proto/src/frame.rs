@@ -139,6 +139,7 @@ mod tests {
             size: Some(1 << 40),
             first_group: 3,
             groups: 256,
+            cancel: None,
         };
         let mut bytes = Vec::new();
         write(&mut bytes, &message, 1024).await.unwrap();

@@ -227,9 +227,10 @@ async fn lying() -> (Network, std::sync::Arc<std::sync::atomic::AtomicU32>) {
             count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             tokio::spawn(async move {
                 let request = frame::read::<wire::BlobRequest, _>(&mut stream, 128).await;
+                let Ok(Some(request)) = request else { return };
                 let answer = wire::BlobResponse {
                     status: wire::blob_response::Status::Ok.into(),
-                    size: request.unwrap().unwrap().size.unwrap_or(100),
+                    size: request.size.unwrap_or(100),
                 };
                 let _ = frame::write(&mut stream, &answer, 128).await;
                 let _ = stream.write_all(&vec![0x5a; 300_000]).await;

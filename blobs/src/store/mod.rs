@@ -21,7 +21,10 @@ use std::{
     io::{self, Read, Write},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -46,6 +49,9 @@ use crate::{
 const BLOBS: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("blobs");
 const MODELS: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("models");
 const PARTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("parts");
+
+/// How the names of files end that are being written, in the store's own folders.
+const TEMPORARY: &str = ".new";
 
 /// Page cache of the metadata database, in bytes. Rows are small and few; redb's default of 1 GiB would be the node's whole budget.
 const DATABASE_CACHE: usize = 8 * 1024 * 1024;
@@ -251,6 +257,9 @@ impl Store {
             fs::create_dir_all(&folder).map_err(StoreError::io("cannot make", &folder))?;
         }
         let lock = Lock::take(folder)?;
+        for kind in ["outboards", "manifests"] {
+            sweep(&folder.join(kind))?;
+        }
         let database = Database::builder()
             .set_cache_size(DATABASE_CACHE)
             .create(folder.join("meta.redb"))
@@ -764,7 +773,10 @@ fn set_name(
 }
 
 fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    let temporary = path.with_extension("new");
+    // Two may write the same at once.
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let temporary = path.with_extension(format!("{number}{TEMPORARY}"));
     let write = || -> io::Result<()> {
         let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
@@ -776,6 +788,18 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         Some(folder) => sync_folder(folder),
         None => Ok(()),
     }
+}
+
+/// Removes what a crash left half written.
+fn sweep(folder: &Path) -> Result<(), StoreError> {
+    let entries = fs::read_dir(folder).map_err(StoreError::io("cannot read", folder))?;
+    for entry in entries {
+        let path = entry.map_err(StoreError::io("cannot read", folder))?.path();
+        if path.as_os_str().as_bytes().ends_with(TEMPORARY.as_bytes()) {
+            discard(&path);
+        }
+    }
+    Ok(())
 }
 
 fn has_size(path: &Path, size: u64) -> bool {

@@ -150,6 +150,8 @@ struct Member {
     failures: u32,
     changes: u32,
     reason: String,
+    /// It was reached, and has not what it was asked for.
+    lacks: bool,
     /// Its part in the transfer.
     handle: Arc<Peer>,
 }
@@ -303,6 +305,7 @@ impl Swarm {
             failures: 0,
             changes: 0,
             reason: String::new(),
+            lacks: false,
             handle: Arc::new(transfer.join(false, None)),
         });
         for address in addresses {
@@ -450,6 +453,9 @@ impl Swarm {
             Event::Reached(peer, Ok(stream)) => self.begin(peer, stream),
             Event::Reached(peer, Err(reason)) => {
                 tracing::debug!(%peer, reason, "a provider cannot be reached");
+                if let Some(member) = self.members.get_mut(&peer) {
+                    member.lacks = false;
+                }
                 self.failed(peer, reason);
             }
             Event::Ended(peer, result) => self.ended(peer, result),
@@ -526,6 +532,7 @@ impl Swarm {
             }
             Err(error) => {
                 tracing::debug!(%peer, %error, "a provider did not finish");
+                member.lacks = matches!(error, TransferError::Missing(_));
                 self.failed(peer, error.to_string());
             }
         }
@@ -582,8 +589,16 @@ impl Swarm {
         let reaching = self.members.values().filter(|one| one.busy).count() > self.sessions.len();
         let trying = reaching || self.looking_up || self.look_ups == 0;
         let nobody = !self.banned.is_empty() && self.members.is_empty();
+        // All who are known are there, and none has the rest: waiting for them to come back would be in vain.
+        let mut offering = self.members.values().filter(|one| one.offers).peekable();
+        let all_lack = offering.peek().is_some() && offering.all(|one| one.lacks);
+        let patience = match all_lack {
+            true => FIRST,
+            false => self.patience,
+        };
         let over = match self.sessions.is_empty() {
-            true => !trying && (waited >= self.patience || nobody),
+            true => !trying && (waited >= patience || nobody),
+            false if all_lack => waited >= FIRST,
             false => waited >= self.patience.max(SILENT),
         };
         if !over {
