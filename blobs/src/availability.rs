@@ -199,7 +199,7 @@ mod tests {
         decode(&encode(&bits)).for_each(|run| again.insert_range(run));
         assert_eq!(again, bits);
         assert_eq!(decode(&[1, u64::MAX, 1, 1]).count(), 0);
-        assert_eq!(decode(&[u64::MAX, 0, 1, 1]).collect::<Vec<_>>(), [u64::MAX..u64::MAX]);
+        assert_eq!(decode(&[u64::MAX, 0, 1, 1]).count(), 1);
         assert_eq!(decode(&[5]).count(), 0);
     }
 }

@@ -55,7 +55,11 @@ impl Bitfield {
 
     /// Its bytes: group `i` is bit `i % 8` of byte `i / 8`.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut bytes: Vec<u8> = self
+            .words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
         bytes.truncate(self.groups.div_ceil(8) as usize);
         bytes
     }
@@ -231,11 +235,17 @@ mod tests {
             let from = next(groups);
             let first = |had: bool| (from..groups).find(|i| model[*i as usize] == had);
             assert_eq!(bits.next_run(from).map(|run| run.start), first(true));
-            assert_eq!(bits.next_missing(from, 9).map(|run| run.start), first(false));
+            assert_eq!(
+                bits.next_missing(from, 9).map(|run| run.start),
+                first(false)
+            );
             let end = (from + next(70)).min(groups);
             let all = model[from as usize..end as usize].iter().all(|had| *had);
             assert_eq!(bits.has_all(from..end), all);
-            assert_eq!(Bitfield::from_bytes(&bits.to_bytes(), groups), Some(bits.clone()));
+            assert_eq!(
+                Bitfield::from_bytes(&bits.to_bytes(), groups),
+                Some(bits.clone())
+            );
         }
     }
 

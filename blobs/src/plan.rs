@@ -198,12 +198,9 @@ impl Plan {
         let needed: u64 = missing
             .iter()
             .map(|file| {
-                let allocated = fs::metadata(part_path(
-                    &self.root.join(&file.path),
-                    &file.blake3,
-                ))
-                // Blocks are of 512 bytes whatever the file system's own are (POSIX).
-                .map_or(0, |part| part.blocks().saturating_mul(512));
+                let allocated = fs::metadata(part_path(&self.root.join(&file.path), &file.blake3))
+                    // Blocks are of 512 bytes whatever the file system's own are (POSIX).
+                    .map_or(0, |part| part.blocks().saturating_mul(512));
                 file.size.saturating_sub(allocated)
             })
             .sum();
@@ -279,7 +276,11 @@ fn make_folder(target: &Path) -> Result<(), StoreError> {
 }
 
 /// Opens the part file of `want`, waiting for a cancelled transfer to let go of it. Blocks.
-pub(crate) fn open(store: &Store, want: &Want, cancelled: &AtomicBool) -> Result<Arc<Partial>, StoreError> {
+pub(crate) fn open(
+    store: &Store,
+    want: &Want,
+    cancelled: &AtomicBool,
+) -> Result<Arc<Partial>, StoreError> {
     let begin = Instant::now();
     loop {
         match store.partial(want.hash, want.size, &want.target, cancelled) {

@@ -536,9 +536,8 @@ impl Schedule {
             Has::Some(blobs) => {
                 let parts = blobs.iter().flat_map(|(blob, bits)| {
                     let first = self.blobs[*blob].first;
-                    bits.runs().map(move |run| {
-                        first + run.start / PIECE..first + run.end.div_ceil(PIECE)
-                    })
+                    bits.runs()
+                        .map(move |run| first + run.start / PIECE..first + run.end.div_ceil(PIECE))
                 });
                 parts
                     .map(|part| part.start.max(pieces.start)..part.end.min(pieces.end))

@@ -29,7 +29,10 @@ pub struct Source {
 
 #[derive(Debug)]
 enum Content {
-    Whole { location: Location, file: File },
+    Whole {
+        location: Location,
+        file: File,
+    },
     /// A part file that is being written.
     Arriving(Arc<Partial>),
     /// A part file that an earlier run left.

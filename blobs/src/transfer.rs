@@ -1,7 +1,7 @@
 //! The receiver's side of a transfer: what is wanted, from many providers at once, onto disk.
 //!
 //! [`Transfer::run`] opens part files, makes what was written durable once a second, and ends when all is in place. Beside it run any
-//! number of [`Transfer::fetch`], one for each stream to a provider: each asks for what [`schedule`](crate::schedule) tells it to, ahead of the answers, checks
+//! number of [`Transfer::fetch`], one for each stream to a provider: each asks for what the schedule tells it to, ahead of the answers, checks
 //! each group before it goes to the disk, and keeps what is checked, however it ends.
 
 use std::{
@@ -832,7 +832,8 @@ impl Writer<'_> {
 
     async fn join_one(&mut self) -> Result<(), StoreError> {
         if let Some(write) = self.writes.pop_front() {
-            self.spare.push(write.await.expect("writing does not panic")?);
+            self.spare
+                .push(write.await.expect("writing does not panic")?);
         }
         Ok(())
     }

@@ -329,14 +329,20 @@ async fn one_flipped_byte_is_refused_and_never_reaches_a_file() {
         verified % GROUP == 50 || verified.is_multiple_of(GROUP),
         "{verified}"
     );
-    assert!((58 * GROUP..=60 * GROUP + 50).contains(&verified), "{verified}");
+    assert!(
+        (58 * GROUP..=60 * GROUP + 50).contains(&verified),
+        "{verified}"
+    );
     assert!(!world.path("to/big").exists());
     drop(download);
     let part = fs::read(part_in(&world.path("to"), data.len())).unwrap();
     let groups = part.chunks(GROUP).zip(data.chunks(GROUP));
     let right = groups.filter(|(got, want)| got == want).count();
     assert_eq!(right, verified / GROUP);
-    let wrong = part.iter().zip(&data).filter(|(got, want)| **got != 0 && got != want);
+    let wrong = part
+        .iter()
+        .zip(&data)
+        .filter(|(got, want)| **got != 0 && got != want);
     assert_eq!(wrong.count(), 0);
 }
 
@@ -412,7 +418,10 @@ async fn several_providers_share_the_work_and_what_one_lacks_another_sends() {
     assert_eq!(moved(&progress), world.manifest.size());
     let sent: Vec<u64> = peers.iter().map(|peer| peer.moved()).collect();
     let group = GROUP as u64;
-    assert!(sent[0] >= 200 * group && sent[1] >= 301 * group - group, "{sent:?}");
+    assert!(
+        sent[0] >= 200 * group && sent[1] >= 301 * group - group,
+        "{sent:?}"
+    );
     assert_eq!(sent[2..], [10, 0]);
     assert_eq!(peers.iter().map(|peer| peer.wasted()).sum::<u64>(), 0);
 }
@@ -431,8 +440,13 @@ async fn what_is_still_arriving_is_served_on() {
     for again in [false, true] {
         let progress = Arc::new(Progress::default());
         let transfer = Transfer::new(&third, &world.manifest, Arc::clone(&progress), 1);
-        let mut plan =
-            Plan::new(&third, &world.manifest, &world.path("to3"), Arc::clone(&progress)).unwrap();
+        let mut plan = Plan::new(
+            &third,
+            &world.manifest,
+            &world.path("to3"),
+            Arc::clone(&progress),
+        )
+        .unwrap();
         let (near, far) = duplex(1 << 16);
         let receiver = world.receiver.clone();
         tokio::spawn(async move { serve(receiver, far, &[]).await });
@@ -448,9 +462,8 @@ async fn what_is_still_arriving_is_served_on() {
                 have.count() - (first.end - first.start)
             }
         };
-        let work = async {
-            tokio::join!(transfer.run(&mut plan), transfer.fetch(&peer, near, &[]))
-        };
+        let work =
+            async { tokio::join!(transfer.run(&mut plan), transfer.fetch(&peer, near, &[])) };
         let all_here = async {
             while moved(&progress) < wanted * GROUP as u64 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -462,7 +475,10 @@ async fn what_is_still_arriving_is_served_on() {
         }
         assert_eq!(moved(&progress), wanted * GROUP as u64);
         if !again {
-            drop(std::mem::replace(&mut download, world.plan("elsewhere").unwrap().0));
+            drop(std::mem::replace(
+                &mut download,
+                world.plan("elsewhere").unwrap().0,
+            ));
         }
     }
 }

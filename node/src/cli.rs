@@ -189,7 +189,9 @@ pub(crate) struct RatesChange {
 /// Bytes a second: a number, and k, M or G for thousands, millions and milliards of them.
 fn rate(text: &str) -> Result<u64, String> {
     let wrong = || {
-        format!("{text:?} is no rate: give bytes a second, such as 500k, 40M or 1.5G; 0 is no limit")
+        format!(
+            "{text:?} is no rate: give bytes a second, such as 500k, 40M or 1.5G; 0 is no limit"
+        )
     };
     let number = text.trim_end_matches("/s").trim_end_matches(['b', 'B']);
     let (number, unit) = match number.char_indices().next_back() {

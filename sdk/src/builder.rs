@@ -7,8 +7,8 @@ use weft_dht::{Dht, Disk};
 use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
 
 use crate::{
-    Error, HomeError, Node, Rates, default_home, docs, home::Home, node::blocking, registry::Followed,
-    rpc::CallLimits, trust::Trusted,
+    Error, HomeError, Node, Rates, default_home, docs, home::Home, node::blocking,
+    registry::Followed, rpc::CallLimits, trust::Trusted,
 };
 
 /// What a node is to be; see [`Node::builder`].
@@ -168,6 +168,12 @@ impl Builder {
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;
         let kept = (home, store, trusted, documents);
-        Node::start(kept, network, dht, expects_peers, (self.call_limits, self.rates))
+        Node::start(
+            kept,
+            network,
+            dht,
+            expects_peers,
+            (self.call_limits, self.rates),
+        )
     }
 }

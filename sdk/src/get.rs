@@ -13,14 +13,14 @@ use weft_blobs::{
     Manifest, Plan, Transfer, TransferError, plan, rate::Limit, store, transfer::fetch_manifest,
 };
 use weft_dht::Record;
-use weft_net::{Multiaddr, PathKind, PeerId, Transport};
+use weft_net::{PathKind, PeerId, Transport};
 use weft_proto::wire;
 
 use crate::{
     Error, Hash, ModelInfo, ModelName, Node, Operation, Target,
     models::{by_name, describe},
     node::{TargetLease, blocking},
-    providers::Providers,
+    providers::{Known, Providers},
     swarm::{Shown, Swarm},
 };
 
@@ -387,7 +387,7 @@ impl Work {
         id: Hash,
         manifest: &Manifest,
         plan: &mut Plan,
-        (given, banned): (Vec<(PeerId, Vec<Multiaddr>)>, BTreeMap<PeerId, String>),
+        known: Known,
         limit: u64,
     ) -> Result<(), Error> {
         let counts = Arc::clone(&self.counts);
@@ -398,7 +398,7 @@ impl Work {
             transfer,
             Arc::clone(&self.counts),
             self.shown.clone(),
-            (given, banned),
+            known,
             vec![Limit::new(limit)],
         );
         self.enter(GetPhase::Fetching);

@@ -26,9 +26,9 @@ use weft_net::{
 use crate::{
     Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
     announce::Announcer,
+    bandwidth::{Bandwidth, Rates},
     docs::{self, Driver},
     home::Home,
-    bandwidth::{Bandwidth, Rates},
     presence::{self, Presence},
     records,
     registry::{self, Followed},

@@ -47,6 +47,15 @@ pub(crate) struct Providers {
     rounds: u32,
 }
 
+/// What is known of a model's providers before content is fetched.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    /// Who has it, and where they are.
+    pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
+    /// Who sent wrong bytes, and what was wrong.
+    pub(crate) banned: BTreeMap<PeerId, String>,
+}
+
 #[derive(Debug, Default)]
 struct Failed {
     times: u32,
@@ -118,14 +127,17 @@ impl Providers {
     }
 
     /// Whom it has found to answer, and who sent wrong bytes, each with what it did.
-    pub(crate) fn into_known(self) -> (Vec<(PeerId, Vec<Multiaddr>)>, BTreeMap<PeerId, String>) {
+    pub(crate) fn into_known(self) -> Known {
         let banned = self.failures.into_iter();
         let banned = banned.filter(|(peer, _)| self.banned.contains(peer));
         let banned = banned.map(|(peer, failed)| (peer, failed.reason)).collect();
         let mut good = self.given;
         good.extend(self.queue.into_iter().take(1).filter(|_| self.succeeded));
         good.retain(|(peer, _)| !self.banned.contains(peer));
-        (good, banned)
+        Known {
+            given: good,
+            banned,
+        }
     }
 
     fn note(&mut self, peer: PeerId, reason: String) {
@@ -203,11 +215,7 @@ impl Providers {
         found.sort_by_key(|(peer, _)| {
             let failures = self.failures.get(peer).map_or(0, |failed| failed.times);
             // Who has all of it needs no other.
-            (
-                failures,
-                partial.contains(peer),
-                !connected.contains(peer),
-            )
+            (failures, partial.contains(peer), !connected.contains(peer))
         });
         found.truncate(MAX_PROVIDERS);
         Ok(found.into())
@@ -249,7 +257,11 @@ pub(crate) async fn find_providers(
     Ok(providers.collect())
 }
 
-pub(crate) async fn reach(node: &Node, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Stream, String> {
+pub(crate) async fn reach(
+    node: &Node,
+    peer: PeerId,
+    addresses: Vec<Multiaddr>,
+) -> Result<Stream, String> {
     let network = node.network();
     network
         .connect(peer, addresses)

@@ -47,12 +47,7 @@ async fn address(node: &Node) -> (PeerId, Vec<Multiaddr>) {
 }
 
 /// Nodes that have the same model, each sending at most `upload` bytes a second, and a ticket for all of them.
-async fn providers(
-    folder: &Path,
-    model: &Path,
-    count: usize,
-    upload: u64,
-) -> (Vec<Node>, Ticket) {
+async fn providers(folder: &Path, model: &Path, count: usize, upload: u64) -> (Vec<Node>, Ticket) {
     let mut nodes = Vec::new();
     let mut peers = Vec::new();
     let mut id = None;
@@ -103,7 +98,10 @@ async fn every_byte_comes_once_however_many_provide_and_their_rates_add_up() {
         assert!((1.0..1.02).contains(&share), "{share}");
         assert_eq!(got.sources.len(), count, "{:?}", got.sources);
         let alone = *alone.get_or_insert(took);
-        assert!(took < alone / count as f64 * 1.5 + 0.5, "{took} after {alone}");
+        assert!(
+            took < alone / count as f64 * 1.5 + 0.5,
+            "{took} after {alone}"
+        );
         for one in nodes.into_iter().chain([receiver]) {
             one.shutdown().await;
         }
@@ -132,13 +130,20 @@ async fn receivers_send_to_each_other_what_each_has() {
     for get in gets {
         let (node, to, got) = get.await.unwrap();
         same_files(&model, &to);
-        from_provider += got.sources.iter().filter(|one| one.peer == provider).map(|one| one.bytes).sum::<u64>();
+        from_provider += got
+            .sources
+            .iter()
+            .filter(|one| one.peer == provider)
+            .map(|one| one.bytes)
+            .sum::<u64>();
         kept.push(node);
     }
     let alone = size as f64 / RATE as f64;
     let took = begin.elapsed().as_secs_f64();
     let copies = from_provider as f64 / size as f64;
-    println!("four receivers: {took:.2} s, one alone {alone:.2}; the provider sent {copies:.2} copies");
+    println!(
+        "four receivers: {took:.2} s, one alone {alone:.2}; the provider sent {copies:.2} copies"
+    );
     assert!(copies < 2.5, "{copies}");
     assert!(took < 2.5 * alone + 1.0, "{took}");
 }
@@ -158,7 +163,11 @@ async fn slow_stalled_and_vanished_providers_cost_little() {
                 _ => None,
             });
             let proxy = Proxy::start(port.unwrap(), RATE);
-            *addresses = vec![format!("/ip4/127.0.0.1/tcp/{}", proxy.port()).parse().unwrap()];
+            *addresses = vec![
+                format!("/ip4/127.0.0.1/tcp/{}", proxy.port())
+                    .parse()
+                    .unwrap(),
+            ];
             proxy
         })
         .collect();
@@ -183,7 +192,10 @@ async fn slow_stalled_and_vanished_providers_cost_little() {
     let took = begin.elapsed().as_secs_f64();
     same_files(&model, &to);
     let alone = size as f64 / RATE as f64;
-    println!("{took:.2} s, one good provider alone {alone:.2}; {:?}", got.sources);
+    println!(
+        "{took:.2} s, one good provider alone {alone:.2}; {:?}",
+        got.sources
+    );
     assert!(took < alone + 5.0, "{took}");
     drop((trickling, stalling));
     for one in nodes {
@@ -197,7 +209,9 @@ async fn a_provider_of_wrong_bytes_is_asked_once_and_others_finish() {
     let model = model(folder.path(), 9_000_000);
     let (nodes, mut ticket) = providers(folder.path(), &model, 2, RATE).await;
     let (liar, asked) = lying().await;
-    ticket.peers.insert(0, (liar.local_peer(), liar.addresses().all));
+    ticket
+        .peers
+        .insert(0, (liar.local_peer(), liar.addresses().all));
     let receiver = node(&folder.path().join("receiver"), &[]).await;
     let to = folder.path().join("got");
     let got = get(&receiver, ticket, &to).await;
@@ -291,7 +305,10 @@ async fn a_get_that_takes_over_from_a_dropped_one_goes_on_with_its_parts() {
     assert_eq!(progress.phase, GetPhase::Fetching);
     assert_eq!(progress.peers.len(), 1);
     assert_eq!(progress.peers[0].path, PathKind::Loopback);
-    assert!(progress.rate > RATE / 2 && progress.rate < RATE * 2, "{progress:?}");
+    assert!(
+        progress.rate > RATE / 2 && progress.rate < RATE * 2,
+        "{progress:?}"
+    );
     assert!(progress.time_left.is_some());
     let second = receiver.models().get(target);
     let mut second = second.to(folder.path().join("two")).start();
@@ -317,8 +334,22 @@ async fn limits_on_rate_hold_on_both_sides() {
     let model = model(folder.path(), size);
     let (nodes, ticket) = providers(folder.path(), &model, 1, 0).await;
     let limits = [
-        ("download", Rates { download: 3_000_000, ..Rates::default() }, 0),
-        ("of a peer", Rates { download_per_peer: 3_000_000, ..Rates::default() }, 0),
+        (
+            "download",
+            Rates {
+                download: 3_000_000,
+                ..Rates::default()
+            },
+            0,
+        ),
+        (
+            "of a peer",
+            Rates {
+                download_per_peer: 3_000_000,
+                ..Rates::default()
+            },
+            0,
+        ),
         ("of the transfer", Rates::default(), 3_000_000),
     ];
     for (what, rates, of_transfer) in limits {
@@ -334,7 +365,10 @@ async fn limits_on_rate_hold_on_both_sides() {
         assert!((1.8..4.0).contains(&took), "{what}: {took}");
         receiver.shutdown().await;
     }
-    nodes[0].set_rates(Rates { upload_per_peer: 3_000_000, ..Rates::default() });
+    nodes[0].set_rates(Rates {
+        upload_per_peer: 3_000_000,
+        ..Rates::default()
+    });
     let receiver = node(&folder.path().join("receiver"), &[]).await;
     let begin = Instant::now();
     get(&receiver, ticket, &folder.path().join("got")).await;

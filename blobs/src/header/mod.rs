@@ -8,8 +8,8 @@ mod safetensors;
 
 use std::{fmt, fs::File};
 
-pub use self::safetensors::{SafetensorsHeader, parse as parse_safetensors};
 pub(crate) use self::safetensors::MAX_HEADER as MAX_SAFETENSORS_HEADER;
+pub use self::safetensors::{SafetensorsHeader, parse as parse_safetensors};
 use crate::manifest;
 
 /// A format whose header is read.

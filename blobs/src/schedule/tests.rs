@@ -141,7 +141,10 @@ fn rates_add_up_near_and_far() {
         }
         let took = simulation.run();
         let ideal = size as f64 / 40e6;
-        assert!(took < ideal * 1.06 + 0.5, "{round_trip} ms: {took} of {ideal}");
+        assert!(
+            took < ideal * 1.06 + 0.5,
+            "{round_trip} ms: {took} of {ideal}"
+        );
         assert_eq!(simulation.sent(), size);
         assert!(simulation.wasted() < size / 100, "{}", simulation.wasted());
     }
@@ -205,7 +208,11 @@ fn relays_rest_while_a_direct_path_carries_everything() {
     let relayed = simulation.add(60, |_| 10e6);
     simulation.schedule.set_path(relayed, true, None);
     simulation.run();
-    assert!(simulation.senders[1].sent <= 4 * MIB, "{}", simulation.senders[1].sent);
+    assert!(
+        simulation.senders[1].sent <= 4 * MIB,
+        "{}",
+        simulation.senders[1].sent
+    );
     assert!(simulation.senders[0].sent >= 60 * MIB);
 }
 
@@ -240,7 +247,10 @@ fn any_order_of_events_keeps_the_books() {
         let mut random = fastrand::Rng::with_seed(seed);
         let trees = [5, 40, 16, 1].map(|groups| Tree::new(groups * GROUP - 7));
         let mut schedule = Schedule::new(trees, seed);
-        let mut have: Vec<Bitfield> = trees.iter().map(|tree| Bitfield::empty(tree.groups())).collect();
+        let mut have: Vec<Bitfield> = trees
+            .iter()
+            .map(|tree| Bitfield::empty(tree.groups()))
+            .collect();
         for (blob, tree) in trees.iter().enumerate() {
             schedule.want(blob, 0..tree.groups());
         }
@@ -274,7 +284,11 @@ fn any_order_of_events_keeps_the_books() {
                 5..8 if !asked.is_empty() => {
                     let run = asked.remove(0);
                     let all = run.groups.end - run.groups.start;
-                    let some = if random.u8(..) < 30 { random.u64(0..all) } else { all };
+                    let some = if random.u8(..) < 30 {
+                        random.u64(0..all)
+                    } else {
+                        all
+                    };
                     schedule.progress(*key, some * GROUP, now);
                     schedule.done(*key, &run, some);
                     have[run.blob].insert_range(run.groups.start..run.groups.start + some);

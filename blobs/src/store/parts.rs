@@ -19,13 +19,7 @@ use super::{
     rows::{PartRow, decode, part_key, part_keys, path_from},
     sync_folder,
 };
-use crate::{
-    Hash,
-    bitfield::Bitfield,
-    partial::Partial,
-    source::Source,
-    tree::Tree,
-};
+use crate::{Hash, bitfield::Bitfield, partial::Partial, source::Source, tree::Tree};
 
 impl Store {
     /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified.
@@ -182,9 +176,8 @@ impl Store {
             return Ok(None);
         };
         let row: PartRow = decode("parts", row.value())?;
-        let holds = row.size == tree.size()
-            && has_size(part, tree.size())
-            && self.has_outboard(hash, tree);
+        let holds =
+            row.size == tree.size() && has_size(part, tree.size()) && self.has_outboard(hash, tree);
         Ok(match holds {
             true => Bitfield::from_bytes(&row.bits, tree.groups()),
             false => None,

@@ -100,6 +100,9 @@ pub(super) fn path_from(bytes: &[u8]) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(bytes))
 }
 
-pub(super) fn decode<M: Message + Default>(table: &'static str, bytes: &[u8]) -> Result<M, StoreError> {
+pub(super) fn decode<M: Message + Default>(
+    table: &'static str,
+    bytes: &[u8],
+) -> Result<M, StoreError> {
     M::decode(bytes).map_err(|source| StoreError::Damaged { table, source })
 }

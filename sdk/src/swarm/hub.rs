@@ -316,9 +316,9 @@ impl Exchanger {
             let message: Option<wire::SwarmMessage> = frame::read(&mut reader, MAX_MESSAGE)
                 .await
                 .map_err(|error: FrameError| {
-                    tracing::debug!(%peer, %error, "an exchange broke");
-                    Error::Stopped
-                })?;
+                tracing::debug!(%peer, %error, "an exchange broke");
+                Error::Stopped
+            })?;
             let Some(message) = message else {
                 return Ok(());
             };

@@ -27,7 +27,7 @@ pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
 use self::hub::{Link, Linked, News};
 use crate::{
     Error, Failure, Node, Provider,
-    providers::{find_providers, reach},
+    providers::{Known, find_providers, reach},
 };
 
 /// Providers that are fetched from at a time.
@@ -158,7 +158,7 @@ struct Member {
 
 enum Event {
     LookedUp(Result<Vec<Provider>, Error>),
-    Reached(PeerId, Result<Stream, String>),
+    Reached(PeerId, Result<Box<Stream>, String>),
     Ended(PeerId, Result<(), TransferError>),
     Exchanged(PeerId),
 }
@@ -191,14 +191,14 @@ pub(crate) struct Swarm {
 }
 
 impl Swarm {
-    /// `given` are known to have all of it; `banned` are never asked, each with the reason.
+    /// Those who are given are known to have all of it; those who are banned are never asked.
     pub(crate) fn new(
         node: &Node,
         model: Hash,
         transfer: Transfer,
         progress: Arc<plan::Progress>,
         shown: Shown,
-        (given, banned): (Vec<(PeerId, Vec<Multiaddr>)>, BTreeMap<PeerId, String>),
+        Known { given, banned }: Known,
         limits: Vec<Limit>,
     ) -> Self {
         let (sender, news) = mpsc::channel(MAX_NEWS);
@@ -269,7 +269,10 @@ impl Swarm {
             }
         }
         // Those who sent see their streams end in order.
-        let _ = timeout(FAREWELL, async { while self.sessions.next().await.is_some() {} }).await;
+        let _ = timeout(FAREWELL, async {
+            while self.sessions.next().await.is_some() {}
+        })
+        .await;
         self.end_sources();
         Ok(())
     }
@@ -288,7 +291,9 @@ impl Swarm {
         if !self.members.contains_key(&peer) && self.members.len() >= MAX_MEMBERS {
             let useless = self.members.iter();
             let useless = useless.filter(|(_, one)| !one.busy && (one.failures > 0 || !one.offers));
-            let Some(worst) = useless.max_by_key(|(_, one)| one.failures).map(|(peer, _)| *peer)
+            let Some(worst) = useless
+                .max_by_key(|(_, one)| one.failures)
+                .map(|(peer, _)| *peer)
             else {
                 return;
             };
@@ -340,7 +345,10 @@ impl Swarm {
             }
             News::Nothing(peer) => {
                 // Its statement in the DHT is out of date, or it was only a neighbour.
-                let idle = self.members.get(&peer).is_some_and(|one| !one.busy && !one.offers);
+                let idle = self
+                    .members
+                    .get(&peer)
+                    .is_some_and(|one| !one.busy && !one.offers);
                 if idle {
                     self.members.remove(&peer);
                 }
@@ -425,8 +433,10 @@ impl Swarm {
             };
             member.busy = true;
             let (node, addresses) = (self.node.clone(), member.addresses.clone());
-            let work =
-                async move { Event::Reached(peer, reach(&node, peer, addresses).await) }.boxed();
+            let work = async move {
+                Event::Reached(peer, reach(&node, peer, addresses).await.map(Box::new))
+            }
+            .boxed();
             self.work.push(work);
         }
     }
@@ -450,7 +460,7 @@ impl Swarm {
                 self.pause = (self.pause * 2).min(PAUSE.1);
                 self.next_look_up = Instant::now() + pause;
             }
-            Event::Reached(peer, Ok(stream)) => self.begin(peer, stream),
+            Event::Reached(peer, Ok(stream)) => self.begin(peer, *stream),
             Event::Reached(peer, Err(reason)) => {
                 tracing::debug!(%peer, reason, "a provider cannot be reached");
                 if let Some(member) = self.members.get_mut(&peer) {

@@ -119,10 +119,7 @@ async fn get(
         let got = get.await?;
         outcome.took = begin.elapsed();
         outcome.wasted += got.bytes_wasted;
-        let of_senders = got
-            .sources
-            .iter()
-            .filter(|one| senders.contains(&one.peer));
+        let of_senders = got.sources.iter().filter(|one| senders.contains(&one.peer));
         outcome.from_providers += of_senders.map(|one| one.bytes).sum::<u64>();
     }
     for node in nodes.iter().chain(all.iter().map(|(node, _)| node)) {
