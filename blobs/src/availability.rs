@@ -59,7 +59,13 @@ impl Told {
                     if runs.is_empty() {
                         continue;
                     }
-                    self.files.insert(file, Some(have));
+                    // What does not fit into a message follows with the next.
+                    let said = self
+                        .files
+                        .entry(file)
+                        .or_default()
+                        .get_or_insert_with(|| Bitfield::empty(have.groups()));
+                    decode(&runs).for_each(|run| said.insert_range(run));
                     wire::HaveFile {
                         file: file as u32,
                         whole: false,
@@ -151,8 +157,14 @@ pub fn hear(peer: &Peer, have: &wire::Have) {
         peer.has_all();
         return;
     }
+    let mut next = 0;
     for file in &have.files {
         let place = file.file as usize;
+        // Each file once, in order, as an honest peer says it: so a message costs no more than the model has files.
+        if place < next {
+            return;
+        }
+        next = place + 1;
         if file.whole {
             peer.has(place, 0..u64::MAX);
             continue;

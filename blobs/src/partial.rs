@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Mutex,
+        Mutex, RwLock,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -49,6 +49,8 @@ pub(crate) struct Partial {
     dirty: AtomicBool,
     /// Has become its target.
     finished: AtomicBool,
+    /// Held for reading while something is written, and for writing while the file gets its name.
+    naming: RwLock<()>,
 }
 
 impl Partial {
@@ -91,6 +93,7 @@ impl Partial {
             dirty: AtomicBool::new(have.is_full()),
             have: Mutex::new(have),
             finished: AtomicBool::new(false),
+            naming: RwLock::default(),
         })
     }
 
@@ -152,6 +155,14 @@ impl Partial {
 
     /// Writes verified groups, then counts them as had; how many bytes were new.
     pub(crate) fn write(&self, segment: &Segment) -> Result<u64, StoreError> {
+        // What two providers sent: a file that is whole may have its name by now, and is not touched again.
+        let _writing = self
+            .naming
+            .read()
+            .expect("nothing panics while holding the lock");
+        if self.is_finished() || self.has(segment.first..segment.first + segment.groups) {
+            return Ok(0);
+        }
         self.file
             .write_all_at(&segment.data, segment.first * GROUP)
             .map_err(StoreError::io("cannot write", self.part()))?;
@@ -196,6 +207,10 @@ impl Partial {
 
     /// Gives the whole file its name, without replacing anything that has it.
     pub(crate) fn finish(&self) -> Result<Location, StoreError> {
+        let _alone = self
+            .naming
+            .write()
+            .expect("nothing panics while holding the lock");
         // An earlier attempt may have failed after the rename.
         if !self.is_finished() {
             rename_new(self.part(), &self.target)

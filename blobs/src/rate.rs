@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout_at},
+};
 
 /// How much may pass at once after a pause.
 const BURST: Duration = Duration::from_millis(50);
@@ -25,6 +28,9 @@ struct Shared {
     rate: AtomicU64,
     /// When what has been let through so far is paid for.
     free_at: Mutex<Option<Instant>>,
+    /// How often the rate was changed, and that it was.
+    changes: AtomicU64,
+    changed: Notify,
 }
 
 impl Limit {
@@ -35,9 +41,20 @@ impl Limit {
         limit
     }
 
-    /// Changes it; what waits already waits as it did.
+    /// Changes it, for what waits already too.
     pub fn set(&self, rate: u64) {
         self.shared.rate.store(rate, Ordering::Relaxed);
+        // What waits computes anew: what was booked at the old rate does not hold.
+        self.shared.changes.fetch_add(1, Ordering::AcqRel);
+        *self.free_at() = None;
+        self.shared.changed.notify_waiters();
+    }
+
+    fn free_at(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.shared
+            .free_at
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 
     /// Bytes a second; zero is no limit.
@@ -52,28 +69,31 @@ impl Limit {
 
     /// Waits until `bytes` may pass.
     pub async fn pass(&self, bytes: u64) {
-        let rate = self.get();
-        if rate == 0 {
-            return;
-        }
-        let takes = Duration::from_secs_f64(bytes as f64 / rate as f64);
-        let until = {
-            let mut free_at = self
-                .shared
-                .free_at
-                .lock()
-                .expect("nothing panics while holding the lock");
-            let now = Instant::now();
-            let from = match *free_at {
-                Some(free_at) if free_at + BURST > now => free_at,
-                _ => now - BURST.min(now.elapsed()),
+        loop {
+            let changed = self.shared.changed.notified();
+            let change = self.shared.changes.load(Ordering::Acquire);
+            let rate = self.get();
+            if rate == 0 {
+                return;
+            }
+            let takes = Duration::from_secs_f64(bytes as f64 / rate as f64);
+            let until = {
+                let mut free_at = self.free_at();
+                let now = Instant::now();
+                let from = match *free_at {
+                    Some(free_at) if free_at + BURST > now => free_at,
+                    _ => now.checked_sub(BURST).unwrap_or(now),
+                };
+                *free_at = Some(from + takes);
+                from
             };
-            *free_at = Some(from + takes);
-            from
-        };
-        // What was let through before is paid for: this passes, and the next waits for it.
-        if until > Instant::now() {
-            sleep_until(until).await;
+            // What was let through before is paid for: this passes, and the next waits for it.
+            if until <= Instant::now() || timeout_at(until, changed).await.is_err() {
+                return;
+            }
+            if self.shared.changes.load(Ordering::Acquire) == change {
+                return;
+            }
         }
     }
 }
@@ -99,6 +119,18 @@ mod tests {
         }
         let took = begin.elapsed().as_secs_f64();
         assert!((9.7..10.1).contains(&took), "{took}");
+        // Who waits for minutes at a low rate waits no more when it is raised.
+        limit.set(1_000);
+        limit.pass(1_000_000).await;
+        let begin = Instant::now();
+        let waiting = tokio::spawn({
+            let limit = limit.clone();
+            async move { limit.pass(1).await }
+        });
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        limit.set(1_000_000);
+        waiting.await.unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(2));
         limit.set(0);
         let begin = Instant::now();
         limit.pass(u64::MAX).await;

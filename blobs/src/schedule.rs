@@ -397,8 +397,8 @@ impl Schedule {
         }
     }
 
-    /// The answer to `run` is over: its first `verified` groups are here. Whoever else was asked for them is told.
-    pub(crate) fn done(&mut self, key: PeerKey, run: &Run, verified: u64) {
+    /// The answer to `run` is over: of what came, its first `verified` groups are here. Whoever else was asked for them is told.
+    pub(crate) fn done(&mut self, key: PeerKey, run: &Run, verified: u64, came: u64) {
         let here = run.groups.start..run.groups.start + verified;
         if let Some(need) = &mut self.blobs[run.blob].need {
             let before = need.count();
@@ -410,7 +410,8 @@ impl Schedule {
             blob: run.blob,
             groups: here.end..run.groups.end,
         };
-        let left = bytes_of(&self.blobs[run.blob].tree, &rest.groups);
+        let missed = run.groups.start + came..run.groups.end;
+        let left = bytes_of(&self.blobs[run.blob].tree, &missed);
         for (other, peer) in &mut self.peers {
             if *other == key {
                 peer.end(run, left);

@@ -532,6 +532,8 @@ struct Request {
     number: u64,
     run: Run,
     partial: Arc<Partial>,
+    /// The provider was told that it is not needed.
+    cancelled: bool,
 }
 
 impl Asked {
@@ -541,10 +543,12 @@ impl Asked {
             .expect("nothing panics while holding the lock")
     }
 
-    fn number_of(&self, run: &Run) -> Option<u64> {
-        let runs = self.runs();
-        let request = runs.iter().find(|request| request.run == *run);
-        request.map(|request| request.number)
+    /// Marks what is not needed any more; its number.
+    fn cancel(&self, run: &Run) -> Option<u64> {
+        let mut runs = self.runs();
+        let request = runs.iter_mut().find(|request| request.run == *run)?;
+        request.cancelled = true;
+        Some(request.number)
     }
 
     /// The first that is not answered; `None` when all are and nothing more will be asked.
@@ -622,6 +626,7 @@ impl Session<'_> {
                         number,
                         run,
                         partial,
+                        cancelled: false,
                     });
                     number += 1;
                     self.asked.more.notify_one();
@@ -633,7 +638,7 @@ impl Session<'_> {
                     self.shared.state().schedule.cancelled(self.peer.key, &run);
                 }
                 (Next::Cancel(run), _) => {
-                    let known = self.asked.number_of(&run);
+                    let known = self.asked.cancel(&run);
                     if let Some(known) = known {
                         let request = BlobRequest {
                             cancel: Some(known),
@@ -666,12 +671,12 @@ impl Session<'_> {
         };
         while let Some(request) = self.asked.first().await {
             let mut segment = writer.segment(request.run.groups.start).await?;
-            let mut verified = 0;
+            let mut verified = (0, 0);
             let received = self.receive_run(
                 &mut reader,
                 &request,
                 &mut segment,
-                &mut verified,
+                (&mut verified.0, &mut verified.1),
                 &mut writer,
             );
             let mut result = received.await;
@@ -679,12 +684,20 @@ impl Session<'_> {
             if segment.groups > 0 {
                 writer.write(&request.partial, segment);
             }
-            self.asked.runs().pop_front();
+            let asked = self.asked.runs().pop_front();
+            if matches!(result, Ok(Received::Cancelled)) && asked.is_none_or(|one| !one.cancelled) {
+                result = Err(TransferError::Protocol(
+                    "it took back what nobody had cancelled",
+                ));
+            }
             {
                 let mut state = self.shared.state();
                 let key = self.peer.key;
                 match &result {
-                    Ok(Received::All) | Err(_) => state.schedule.done(key, &request.run, verified),
+                    Ok(Received::All) | Err(_) => {
+                        let (verified, came) = verified;
+                        state.schedule.done(key, &request.run, verified, came)
+                    }
                     Ok(Received::Cancelled) => state.schedule.cancelled(key, &request.run),
                     Ok(Received::Missing) => {
                         // Who knows what it lacks is asked for the rest.
@@ -709,7 +722,7 @@ impl Session<'_> {
         reader: &mut ReadHalf<S>,
         request: &Request,
         segment: &mut Segment,
-        verified: &mut u64,
+        (verified, came): (&mut u64, &mut u64),
         writer: &mut Writer<'_>,
     ) -> Result<Received, TransferError>
     where
@@ -764,6 +777,7 @@ impl Session<'_> {
                     counter.fetch_add(bytes, Ordering::Relaxed);
                     let (key, now) = (self.peer.key, self.shared.now());
                     self.shared.state().schedule.progress(key, bytes, now);
+                    *came += 1;
                     if !needed {
                         segment.data.clear();
                         segment.parents.clear();

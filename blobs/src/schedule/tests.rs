@@ -118,7 +118,7 @@ impl Simulation {
             }
             self.schedule.progress(sender.key, bytes, self.now);
             let groups = run.groups.end - run.groups.start;
-            self.schedule.done(sender.key, &run, groups);
+            self.schedule.done(sender.key, &run, groups, groups);
         }
     }
 
@@ -290,7 +290,7 @@ fn any_order_of_events_keeps_the_books() {
                         all
                     };
                     schedule.progress(*key, some * GROUP, now);
-                    schedule.done(*key, &run, some);
+                    schedule.done(*key, &run, some, some);
                     have[run.blob].insert_range(run.groups.start..run.groups.start + some);
                 }
                 8 if !asked.is_empty() && random.u8(..) < 40 => {
@@ -317,7 +317,7 @@ fn any_order_of_events_keeps_the_books() {
             while let Next::Ask(run) = schedule.next(key, now) {
                 let all = run.groups.end - run.groups.start;
                 schedule.progress(key, all * GROUP, now);
-                schedule.done(key, &run, all);
+                schedule.done(key, &run, all, all);
             }
             assert!(now < Duration::from_secs(4000), "seed {seed} does not end");
         }

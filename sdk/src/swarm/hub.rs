@@ -8,8 +8,8 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    sync::mpsc,
-    time::{sleep, timeout},
+    sync::{Semaphore, mpsc},
+    time::{interval, sleep, timeout},
 };
 use weft_blobs::{
     Hash, Store, Transfer,
@@ -35,6 +35,9 @@ const TELL: Duration = Duration::from_millis(250);
 
 /// Between two messages of a peer at least: what they cost us is bounded by that.
 const PACE: Duration = Duration::from_millis(10);
+
+/// For so many files in a message there is one such pause more.
+const FILES_AT_A_TIME: u32 = 1000;
 
 /// How long the first message may take.
 const FIRST: Duration = Duration::from_secs(10);
@@ -64,16 +67,30 @@ pub(crate) struct Link {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Hub {
     rooms: Arc<Mutex<HashMap<Hash, Room>>>,
+    looking: Looking,
+}
+
+/// How many may look through the store for strangers at a time: each look opens every file of a model.
+#[derive(Debug, Clone)]
+struct Looking(Arc<Semaphore>);
+
+impl Default for Looking {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(2)))
+    }
 }
 
 #[derive(Debug, Default)]
 struct Room {
     guests: HashMap<PeerId, Guest>,
+    next: u64,
     link: Option<Link>,
 }
 
 #[derive(Debug)]
 struct Guest {
+    /// Which exchange put it here: there may be two with one peer.
+    number: u64,
     addresses: Vec<Multiaddr>,
     /// Takes whom it is to be told of.
     introduce: mpsc::Sender<(PeerId, Vec<Multiaddr>)>,
@@ -103,13 +120,20 @@ struct Present<'a> {
     hub: &'a Hub,
     model: Hash,
     peer: PeerId,
+    number: u64,
 }
 
 impl Drop for Present<'_> {
     fn drop(&mut self) {
         let mut rooms = self.hub.rooms();
         if let Entry::Occupied(mut room) = rooms.entry(self.model) {
-            room.get_mut().guests.remove(&self.peer);
+            let guests = &mut room.get_mut().guests;
+            if guests
+                .get(&self.peer)
+                .is_some_and(|guest| guest.number == self.number)
+            {
+                guests.remove(&self.peer);
+            }
             if room.get().guests.is_empty() && room.get().link.is_none() {
                 room.remove();
             }
@@ -151,8 +175,11 @@ impl Hub {
             // Those for whom there is no room are met through others.
             let _ = introduce.try_send((*other, guest.addresses.clone()));
         }
+        let number = room.next;
+        room.next += 1;
         if room.guests.len() < MAX_GUESTS {
             let guest = Guest {
+                number,
                 addresses: Vec::new(),
                 introduce,
             };
@@ -163,6 +190,7 @@ impl Hub {
             hub: self,
             model,
             peer,
+            number,
         };
         (present, introduced)
     }
@@ -173,8 +201,10 @@ impl Hub {
         let Some(room) = rooms.get_mut(model) else {
             return;
         };
-        if let Some(guest) = room.guests.get_mut(&peer) {
-            guest.addresses = addresses.clone();
+        // Said again, it is no news for the others.
+        match room.guests.get_mut(&peer) {
+            Some(guest) if guest.addresses.is_empty() => guest.addresses = addresses.clone(),
+            _ => return,
         }
         for (_, guest) in room.guests.iter().filter(|(other, _)| **other != peer) {
             let _ = guest.introduce.try_send((peer, addresses.clone()));
@@ -194,7 +224,7 @@ impl Exchanger {
     /// Exchanges with `peer` what both have of `model`, until either side ends it.
     pub(crate) async fn dial(self, peer: PeerId, model: Hash) {
         let result = match self.network.open(peer, PROTOCOL, Class::Interactive).await {
-            Ok(stream) => self.exchange(stream, model, true).await,
+            Ok(stream) => self.exchange(stream, model, None).await,
             Err(error) => {
                 tracing::debug!(%peer, %error, "no exchange");
                 return;
@@ -216,14 +246,23 @@ impl Exchanger {
             tracing::debug!(%peer, "an exchange began with no model");
             return;
         };
-        self.heard(peer, &model, first).await;
-        let result = self.exchange(stream, model, false).await;
+        let result = self.exchange(stream, model, Some(first)).await;
         tracing::debug!(%peer, ?result, "an exchange ended");
     }
 
-    async fn exchange(&self, stream: Stream, model: Hash, dialled: bool) -> Result<(), Error> {
+    /// `first`: what the peer began with, if it was the peer who did.
+    async fn exchange(
+        &self,
+        stream: Stream,
+        model: Hash,
+        first: Option<wire::SwarmMessage>,
+    ) -> Result<(), Error> {
         let peer = stream.peer();
         let (present, introduced) = self.hub.enter(model, peer);
+        let dialled = first.is_none();
+        if let Some(first) = first {
+            self.heard(peer, &model, first).await;
+        }
         let (reader, writer) = tokio::io::split(stream);
         let said = self.say(writer, model, dialled, introduced);
         let heard = self.hear(reader, peer, model);
@@ -268,6 +307,7 @@ impl Exchanger {
             first.have = Some(news.remove(0));
         }
         send(&mut writer, &first).await?;
+        let mut tell = interval(TELL);
         loop {
             for have in news {
                 let message = wire::SwarmMessage {
@@ -294,7 +334,7 @@ impl Exchanger {
                     send(&mut writer, &message).await?;
                     news = Vec::new();
                 }
-                () = sleep(TELL) => {
+                _ = tell.tick() => {
                     let now = self.hub.linked(&model);
                     news = match &now {
                         Some(link) => told.news(&link.transfer),
@@ -323,11 +363,13 @@ impl Exchanger {
                 return Ok(());
             };
             let ends = message.unknown;
+            let files = message.have.as_ref().map_or(0, |have| have.files.len());
             self.heard(peer, &model, message).await;
             if ends {
                 return Ok(());
             }
-            sleep(PACE).await;
+            // Taking note of a file costs microseconds: so much as an honest peer says in that time is free.
+            sleep(PACE * (1 + files as u32 / FILES_AT_A_TIME)).await;
         }
     }
 
@@ -362,7 +404,11 @@ impl Exchanger {
     /// What is here of a model that is not being fetched.
     async fn stored(&self, model: Hash) -> Result<Vec<wire::Have>, Error> {
         let store = self.store.clone();
+        let looking = Arc::clone(&self.hub.looking.0);
+        let permit = looking.acquire_owned().await.map_err(|_| Error::Stopped)?;
         blocking(move || {
+            // Until the look is over, whether or not anybody still waits for it.
+            let _permit = permit;
             Ok(match store.manifest(&model)? {
                 Some(manifest) => availability::of_store(&store, &manifest)?,
                 None => Vec::new(),

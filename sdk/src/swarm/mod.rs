@@ -15,7 +15,7 @@ use std::{
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::mpsc,
-    time::{Instant, interval, sleep, timeout},
+    time::{Instant, interval, sleep, timeout_at},
 };
 use weft_blobs::{
     Hash, Plan, Transfer, TransferError, availability, plan, rate::Limit, transfer::Peer,
@@ -35,6 +35,12 @@ const MAX_ACTIVE: usize = 8;
 
 /// Providers that are remembered. Who comes later takes the place of one that failed.
 const MAX_MEMBERS: usize = 128;
+
+/// Peers that are tried because others spoke of them, in one transfer: who speaks of many that are none makes us dial no more.
+const MAX_INTRODUCED: u32 = 256;
+
+/// Addresses kept of a provider.
+const MAX_ADDRESSES: usize = 32;
 
 /// Peers on the local network that are asked whether they have the model.
 const MAX_NEIGHBOURS: usize = 16;
@@ -173,6 +179,7 @@ pub(crate) struct Swarm {
     members: BTreeMap<PeerId, Member>,
     banned: BTreeMap<PeerId, String>,
     asked_neighbours: HashSet<PeerId>,
+    introduced: u32,
     work: FuturesUnordered<BoxFuture<'static, Event>>,
     sessions: FuturesUnordered<BoxFuture<'static, Event>>,
     news: mpsc::Receiver<News>,
@@ -218,6 +225,7 @@ impl Swarm {
             members: BTreeMap::new(),
             banned,
             asked_neighbours: HashSet::new(),
+            introduced: 0,
             work: FuturesUnordered::new(),
             sessions: FuturesUnordered::new(),
             news,
@@ -269,10 +277,14 @@ impl Swarm {
             }
         }
         // Those who sent see their streams end in order.
-        let _ = timeout(FAREWELL, async {
-            while self.sessions.next().await.is_some() {}
-        })
-        .await;
+        let farewell = Instant::now() + FAREWELL;
+        while let Ok(Some(event)) = timeout_at(farewell, self.sessions.next()).await {
+            if let Event::Ended(peer, result) = event {
+                self.ended(peer, result);
+            }
+        }
+        self.sessions.clear();
+        self.members.values_mut().for_each(|one| one.busy = false);
         self.end_sources();
         Ok(())
     }
@@ -290,7 +302,10 @@ impl Swarm {
         }
         if !self.members.contains_key(&peer) && self.members.len() >= MAX_MEMBERS {
             let useless = self.members.iter();
-            let useless = useless.filter(|(_, one)| !one.busy && (one.failures > 0 || !one.offers));
+            let is_useless = |one: &Member| {
+                !one.complete && !one.exchanging && (one.failures > 0 || !one.offers)
+            };
+            let useless = useless.filter(|(_, one)| !one.busy && is_useless(one));
             let Some(worst) = useless
                 .max_by_key(|(_, one)| one.failures)
                 .map(|(peer, _)| *peer)
@@ -314,7 +329,7 @@ impl Swarm {
             handle: Arc::new(transfer.join(false, None)),
         });
         for address in addresses {
-            if !member.addresses.contains(&address) {
+            if member.addresses.len() < MAX_ADDRESSES && !member.addresses.contains(&address) {
                 member.addresses.push(address);
             }
         }
@@ -339,6 +354,7 @@ impl Swarm {
                 if let Some(member) = self.members.get_mut(&peer) {
                     member.complete |= have.complete;
                     member.offers |= have.complete || !have.files.is_empty();
+                    member.lacks &= !have.complete && have.files.is_empty();
                     availability::hear(&member.handle, &have);
                 }
                 self.see_whether_crowded();
@@ -355,6 +371,10 @@ impl Swarm {
             }
             News::Peer(peer, addresses) => {
                 let new = !self.members.contains_key(&peer);
+                if new && self.introduced >= MAX_INTRODUCED {
+                    return;
+                }
+                self.introduced += u32::from(new);
                 self.meet(peer, addresses, false);
                 if new && self.members.contains_key(&peer) {
                     self.exchange_with(peer);
@@ -468,6 +488,8 @@ impl Swarm {
                 }
                 self.failed(peer, reason);
             }
+            // This side failed: no provider can help.
+            Event::Ended(_, Err(TransferError::Store(error))) => return Err(error.into()),
             Event::Ended(peer, result) => self.ended(peer, result),
             Event::Exchanged(peer) => {
                 if let Some(member) = self.members.get_mut(&peer) {
@@ -565,6 +587,7 @@ impl Swarm {
         if moved > self.moved {
             self.moved = moved;
             self.since = Instant::now();
+            self.members.values_mut().for_each(|one| one.lacks = false);
             self.patience = LOST;
             self.pause = PAUSE.0;
         }
@@ -596,7 +619,11 @@ impl Swarm {
     /// Gives up when nobody delivers for too long. Every provider that is known has been tried by then.
     fn check_patience(&mut self) -> Result<(), Error> {
         let waited = self.since.elapsed();
-        let reaching = self.members.values().filter(|one| one.busy).count() > self.sessions.len();
+        // Those who were tried before are tried again for ever: only who was not yet is waited for.
+        let reaching = self
+            .members
+            .values()
+            .any(|one| one.busy && one.failures == 0);
         let trying = reaching || self.looking_up || self.look_ups == 0;
         let nobody = !self.banned.is_empty() && self.members.is_empty();
         // All who are known are there, and none has the rest: waiting for them to come back would be in vain.
