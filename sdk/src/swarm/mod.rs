@@ -354,7 +354,6 @@ impl Swarm {
                 if let Some(member) = self.members.get_mut(&peer) {
                     member.complete |= have.complete;
                     member.offers |= have.complete || !have.files.is_empty();
-                    member.lacks &= !have.complete && have.files.is_empty();
                     availability::hear(&member.handle, &have);
                 }
                 self.see_whether_crowded();
@@ -587,7 +586,6 @@ impl Swarm {
         if moved > self.moved {
             self.moved = moved;
             self.since = Instant::now();
-            self.members.values_mut().for_each(|one| one.lacks = false);
             self.patience = LOST;
             self.pause = PAUSE.0;
         }
