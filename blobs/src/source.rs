@@ -7,7 +7,7 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{Arc, Weak},
+    sync::Arc,
 };
 
 use crate::{
@@ -33,11 +33,8 @@ enum Content {
         location: Location,
         file: File,
     },
-    /// A part file that is being written. Whoever reads it does not keep it: its transfer may end, and another begin.
-    Arriving {
-        part: PathBuf,
-        partial: Weak<Partial>,
-    },
+    /// A part file that is being written.
+    Arriving(Arc<Partial>),
     /// A part file that an earlier run left.
     Left {
         part: PathBuf,
@@ -77,14 +74,11 @@ impl Source {
         }
     }
 
-    pub(crate) fn arriving(partial: &Arc<Partial>, outboard: Option<File>) -> Self {
+    pub(crate) fn arriving(partial: Arc<Partial>, outboard: Option<File>) -> Self {
         Self {
             hash: partial.hash(),
             tree: partial.tree(),
-            content: Content::Arriving {
-                part: partial.part().to_owned(),
-                partial: Arc::downgrade(partial),
-            },
+            content: Content::Arriving(partial),
             outboard,
         }
     }
@@ -131,7 +125,8 @@ impl Source {
     pub(crate) fn part(&self) -> Option<&Path> {
         match &self.content {
             Content::Whole { .. } => None,
-            Content::Arriving { part, .. } | Content::Left { part, .. } => Some(part),
+            Content::Arriving(partial) => Some(partial.part()),
+            Content::Left { part, .. } => Some(part),
         }
     }
 
@@ -139,10 +134,7 @@ impl Source {
     pub fn has(&self, groups: Range<u64>) -> bool {
         match &self.content {
             Content::Whole { .. } => true,
-            Content::Arriving { partial, .. } => {
-                let partial = partial.upgrade();
-                partial.is_some_and(|partial| partial.has(groups))
-            }
+            Content::Arriving(partial) => partial.has(groups),
             Content::Left { have, .. } => have.has_all(groups),
         }
     }
@@ -151,10 +143,7 @@ impl Source {
     pub fn have(&self) -> Bitfield {
         match &self.content {
             Content::Whole { .. } => Bitfield::full(self.tree.groups()),
-            Content::Arriving { partial, .. } => match partial.upgrade() {
-                Some(partial) => partial.have(),
-                None => Bitfield::empty(self.tree.groups()),
-            },
+            Content::Arriving(partial) => partial.have(),
             Content::Left { have, .. } => have.clone(),
         }
     }
@@ -215,10 +204,7 @@ impl Source {
             Content::Whole { file, .. } | Content::Left { file, .. } => {
                 file.read_exact_at(buffer, offset)
             }
-            Content::Arriving { partial, .. } => match partial.upgrade() {
-                Some(partial) => partial.read(buffer, offset),
-                None => Err(io::Error::other("the transfer that wrote it has ended")),
-            },
+            Content::Arriving(partial) => partial.read(buffer, offset),
         }
     }
 

@@ -117,7 +117,7 @@ impl Store {
         let mut sources = Vec::new();
         for partial in &open {
             let outboard = self.open_outboard(hash, &partial.tree())?;
-            sources.push(Source::arriving(partial, outboard));
+            sources.push(Source::arriving(Arc::clone(partial), outboard));
         }
         for (part, row) in self.part_rows(hash)? {
             if open.iter().any(|partial| partial.part() == part) {
