@@ -109,6 +109,26 @@ impl Bitfield {
         }
     }
 
+    /// Keeps those that `other`, of as many groups, has too.
+    pub fn retain(&mut self, other: &Self) {
+        debug_assert_eq!(self.groups, other.groups);
+        let pairs = self.words.iter_mut().zip(&other.words);
+        pairs.for_each(|(word, other)| *word &= other);
+        self.set = self.words.iter().map(|w| u64::from(w.count_ones())).sum();
+    }
+
+    /// Whether all that `other`, of as many groups, has are had.
+    pub fn contains(&self, other: &Self) -> bool {
+        debug_assert_eq!(self.groups, other.groups);
+        let mut pairs = self.words.iter().zip(&other.words);
+        pairs.all(|(word, other)| other & !word == 0)
+    }
+
+    /// Adds those that `other`, of as many groups, has.
+    pub fn extend(&mut self, other: &Self) {
+        other.runs().for_each(|run| self.insert_range(run));
+    }
+
     /// Whether every group is had.
     pub fn is_full(&self) -> bool {
         self.set == self.groups

@@ -5,8 +5,8 @@
 //! - [`store`] remembers which bytes are where: in files where they stand, and in part files of what is still arriving.
 //! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
 //!   the other side of it, [`source`] what it reads from, and [`availability`] what both tell each other of what they have.
-//! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`extract`] makes files of chosen tensors, and
-//!   [`shards`] the index that goes with them.
+//! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`results`] is what it comes to in a folder: [`extract`] makes files of chosen
+//!   tensors, and [`shards`] the index that goes with them.
 //! - [`hf_cache`] reads and writes the cache that huggingface_hub keeps.
 //!
 //! It promises: no byte that was not checked against the tree is written into a file, counted as had, or served as a
@@ -17,6 +17,7 @@
 
 pub mod availability;
 pub mod bitfield;
+mod elsewhere;
 pub mod extract;
 mod hash;
 mod hasher;
@@ -30,6 +31,7 @@ pub mod path;
 pub mod pattern;
 pub mod plan;
 pub mod rate;
+pub mod results;
 mod schedule;
 pub mod selection;
 pub mod serve;

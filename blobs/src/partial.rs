@@ -45,6 +45,8 @@ pub(crate) struct Partial {
     file: File,
     outboard: Option<(PathBuf, File)>,
     have: Mutex<Bitfield>,
+    /// What is had and would survive a crash.
+    durable: Mutex<Bitfield>,
     /// Written to since it was last settled.
     dirty: AtomicBool,
     /// Has become its target.
@@ -54,12 +56,13 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    /// Opens the part file that `committed` vouches for, or makes a new one.
+    /// Opens the part file that `committed` vouches for, or makes a new one: with room for the whole if there is `room` to be set aside, else as large as what
+    /// is written.
     pub(crate) fn open(
         lease: PartLease,
-        hash: Hash,
-        tree: Tree,
+        (hash, tree): (Hash, Tree),
         target: &Path,
+        room: bool,
         outboard: Option<PathBuf>,
         committed: Option<Bitfield>,
     ) -> Result<Self, StoreError> {
@@ -79,8 +82,10 @@ impl Partial {
             None => None,
         };
         let have = committed.unwrap_or_else(|| Bitfield::empty(tree.groups()));
-        if !kept {
-            reserve(&file, tree.size()).map_err(io(&part))?;
+        match (kept, room) {
+            (true, _) => {}
+            (false, true) => reserve(&file, tree.size()).map_err(io(&part))?,
+            (false, false) => file.set_len(tree.size()).map_err(io(&part))?,
         }
         Ok(Self {
             lease,
@@ -91,6 +96,7 @@ impl Partial {
             outboard,
             // A file that an earlier run made whole is still to be settled.
             dirty: AtomicBool::new(have.is_full()),
+            durable: Mutex::new(have.clone()),
             have: Mutex::new(have),
             finished: AtomicBool::new(false),
             naming: RwLock::default(),
@@ -133,9 +139,20 @@ impl Partial {
         self.lock().is_full()
     }
 
-    /// Bytes had now.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.lock().bytes(&self.tree)
+    /// Whether all of `groups` would survive a crash.
+    pub(crate) fn is_durable(&self, groups: &Bitfield) -> bool {
+        self.durable
+            .lock()
+            .expect("nothing panics while holding the lock")
+            .contains(groups)
+    }
+
+    /// A row vouches for these now.
+    pub(crate) fn set_durable(&self, groups: Bitfield) {
+        *self
+            .durable
+            .lock()
+            .expect("nothing panics while holding the lock") = groups;
     }
 
     /// Whether it has become its target.
@@ -251,7 +268,7 @@ fn reserve(file: &File, size: u64) -> io::Result<()> {
 }
 
 /// Renames without replacing.
-fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     use rustix::fs::CWD;
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         // File systems without it: a hard link does not replace either.

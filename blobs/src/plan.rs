@@ -1,7 +1,7 @@
 //! Before anything is fetched: what of a model is to go where, what of it is on this machine already, and whether there is room.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet, btree_map::Entry},
     fs, io,
     ops::Range,
     os::unix::fs::MetadataExt,
@@ -17,12 +17,17 @@ use tokio::task::spawn_blocking;
 
 use crate::{
     Hash, Manifest, Store, StoreError,
+    bitfield::Bitfield,
+    elsewhere::Elsewhere,
     index::{self, IndexError},
     manifest,
     partial::{Partial, Segment},
+    results,
+    selection::{Selected, Wanted},
     serve::MAX_GROUPS,
     source::{ReadError, Source},
     store::part_path,
+    tree::Tree,
 };
 
 /// How often what is copied is made durable: what a crash can cost.
@@ -40,6 +45,8 @@ pub struct Progress {
     pub done: AtomicU64,
     /// Content bytes received.
     pub moved: AtomicU64,
+    /// Content bytes that were taken from other files of this machine, which a provider's proofs fit.
+    pub reused: AtomicU64,
     /// The same counters for hashing what is already there; its flag stops that.
     pub check: index::Progress,
 }
@@ -75,13 +82,57 @@ fn others(count: &usize) -> String {
 #[derive(Debug, Clone)]
 pub(crate) struct Want {
     pub(crate) hash: Hash,
-    pub(crate) size: u64,
+    pub(crate) tree: Tree,
     pub(crate) target: PathBuf,
-    /// Bytes of it that were verified before, already counted as done.
+    /// The groups that are wanted, if not all.
+    pub(crate) groups: Option<Bitfield>,
+    /// Wanted bytes that were verified before, already counted as done.
     pub(crate) had: u64,
+    /// What this machine has of it in other blobs, as far as is known.
+    pub(crate) elsewhere: Option<Arc<Elsewhere>>,
+    /// Somebody waits for it.
+    pub(crate) urgent: bool,
 }
 
-/// A model's files, on their way into a folder.
+impl Want {
+    /// All of a blob.
+    pub(crate) fn whole(hash: Hash, size: u64, target: PathBuf) -> Self {
+        Self {
+            hash,
+            tree: Tree::new(size),
+            target,
+            groups: None,
+            had: 0,
+            elsewhere: None,
+            urgent: false,
+        }
+    }
+
+    /// Of `have`, what is wanted.
+    pub(crate) fn wanted(&self, mut have: Bitfield) -> Bitfield {
+        if let Some(groups) = &self.groups {
+            have.retain(groups);
+        }
+        have
+    }
+
+    /// Whether all that is wanted is had.
+    fn is_satisfied(&self, have: &Bitfield) -> bool {
+        match &self.groups {
+            Some(groups) => have.contains(groups),
+            None => have.is_full(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        match &self.groups {
+            Some(groups) => groups.bytes(&self.tree),
+            None => self.tree.size(),
+        }
+    }
+}
+
+/// A model's files, or a selection of them, on their way into a folder.
 #[derive(Debug)]
 pub struct Plan {
     store: Store,
@@ -90,30 +141,37 @@ pub struct Plan {
     wants: Vec<Want>,
     /// Files whose content arrives under another path first.
     copies: Vec<manifest::File>,
+    /// Blobs that are whole here.
+    here: HashSet<Hash>,
     progress: Arc<Progress>,
 }
 
 impl Plan {
-    /// Finds out what of `manifest` is missing in `root`, and puts in place what this machine has elsewhere. Blocks.
+    /// Finds out what of `manifest`, or of what is `selected` of it, is missing in `root`, and puts in place what this machine has elsewhere. Blocks.
     ///
     /// # Errors
     /// [`PlanError::TargetExists`] before anything is written; [`StoreError::DiskFull`] before anything is fetched.
     pub fn new(
         store: &Store,
         manifest: &Manifest,
+        selected: Option<&Selected>,
         root: &Path,
         progress: Arc<Progress>,
     ) -> Result<Self, PlanError> {
-        progress.total.store(manifest.size(), Ordering::Relaxed);
+        let Chosen { files, owned } = Chosen::new(store, manifest, selected);
+        let total = files.iter().map(|file| file.size).sum::<u64>();
+        let total = total + owned.iter().map(Want::bytes).sum::<u64>();
+        progress.total.store(total, Ordering::Relaxed);
         fs::create_dir_all(root).map_err(StoreError::io("cannot make", root))?;
         let root = root
             .canonicalize()
             .map_err(StoreError::io("cannot read", root))?;
-        let missing = missing_files(store, manifest, &root, &progress)?;
+        let missing = missing_files(store, &files, &root, &progress)?;
         let mut plan = Self {
             store: store.clone(),
             wants: Vec::new(),
             copies: Vec::new(),
+            here: files.iter().map(|file| file.blake3).collect(),
             root,
             progress,
         };
@@ -124,20 +182,62 @@ impl Plan {
                 plan.copies.push(file.clone());
                 continue;
             }
-            let had = copy_local(store, &plan.root, file, &plan.progress)?;
-            plan.progress.done.fetch_add(had, Ordering::Relaxed);
             let target = plan.root.join(&file.path);
-            if !store.holds(&file.blake3, &target)? {
+            make_folder(&target)?;
+            let mut want = Want::whole(file.blake3, file.size, target);
+            let satisfied = fill(store, &mut want, &plan.progress)?;
+            plan.progress.done.fetch_add(want.had, Ordering::Relaxed);
+            // Whole in a part file, it is still to become the file.
+            if !(satisfied && store.holds(&file.blake3, &want.target)?) {
+                plan.here.remove(&file.blake3);
                 wanted.insert(file.blake3);
-                plan.wants.push(Want {
-                    hash: file.blake3,
-                    size: file.size,
-                    target,
-                    had,
-                });
+                plan.wants.push(want);
             }
         }
+        for mut want in owned {
+            if store.whole(&want.hash)?.is_some() {
+                plan.progress
+                    .done
+                    .fetch_add(want.bytes(), Ordering::Relaxed);
+                plan.here.insert(want.hash);
+                continue;
+            }
+            let satisfied = fill(store, &mut want, &plan.progress)?;
+            plan.progress.done.fetch_add(want.had, Ordering::Relaxed);
+            if !satisfied {
+                plan.wants.push(want);
+            }
+        }
+        plan.look_elsewhere(manifest)?;
         Ok(plan)
+    }
+
+    /// What is wanted may lie in other files of this machine.
+    fn look_elsewhere(&mut self, manifest: &Manifest) -> Result<(), StoreError> {
+        let wanted: HashSet<Hash> = self.wants.iter().map(|want| want.hash).collect();
+        let mut seen = HashSet::new();
+        let files: Vec<_> = manifest
+            .files()
+            .iter()
+            .filter(|file| wanted.contains(&file.blake3) && seen.insert(file.blake3))
+            .collect();
+        let mut found = Elsewhere::find(&self.store, &files)?;
+        for want in &mut self.wants {
+            want.elsewhere = found.remove(&want.hash);
+        }
+        Ok(())
+    }
+
+    /// A plan that wants nothing: what a transfer brings, readers ask for.
+    pub fn of_nothing(store: &Store, progress: Arc<Progress>) -> Self {
+        Self {
+            store: store.clone(),
+            root: PathBuf::new(),
+            wants: Vec::new(),
+            copies: Vec::new(),
+            here: HashSet::new(),
+            progress,
+        }
     }
 
     /// Where the files go, without links.
@@ -160,36 +260,44 @@ impl Plan {
         std::mem::take(&mut self.wants)
     }
 
+    /// Blobs that were whole here when the plan was made.
+    pub(crate) fn here(&self) -> &HashSet<Hash> {
+        &self.here
+    }
+
     /// Puts files in place whose content has arrived under another path. What turns out not to be there is wanted from a provider again.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn finish_copies(&mut self) -> Result<(), StoreError> {
+        let mut left = Vec::new();
         while let Some(file) = self.copies.pop() {
-            let (store, root) = (self.store.clone(), self.root.clone());
+            if self.wants.iter().any(|want| want.hash == file.blake3) {
+                left.push(file);
+                continue;
+            }
+            let store = self.store.clone();
             let progress = Arc::clone(&self.progress);
-            let target = root.join(&file.path);
-            let (hash, size) = (file.blake3, file.size);
-            let (had, is_there) = spawn_blocking(move || {
-                let had = copy_local(&store, &root, &file, &progress)?;
-                let is_there = store.holds(&file.blake3, &root.join(&file.path))?;
-                Ok::<_, StoreError>((had, is_there))
+            let target = self.root.join(&file.path);
+            let (want, is_there) = spawn_blocking(move || {
+                make_folder(&target)?;
+                let mut want = Want::whole(file.blake3, file.size, target);
+                fill(&store, &mut want, &progress)?;
+                let is_there = store.holds(&want.hash, &want.target)?;
+                Ok::<_, StoreError>((want, is_there))
             })
             .await
             .expect("copying does not panic")?;
-            self.progress.done.fetch_add(had, Ordering::Relaxed);
+            self.progress.done.fetch_add(want.had, Ordering::Relaxed);
             if !is_there {
-                self.wants.push(Want {
-                    hash,
-                    size,
-                    target,
-                    had,
-                });
+                self.wants.push(want);
             }
         }
+        self.copies = left;
         Ok(())
     }
 
+    /// Not for what goes into the store's own folder: of that only a part may come, which nobody set room aside for.
     fn check_room(&self, missing: &[&manifest::File]) -> Result<(), StoreError> {
         let stat = rustix::fs::statvfs(&self.root)
             .map_err(io::Error::from)
@@ -215,16 +323,83 @@ impl Plan {
     }
 }
 
-/// The files of `manifest` that are not in `root`. Finds all conflicts before anything is written.
+/// What of a model is to go where.
+struct Chosen<'a> {
+    /// Into the folder.
+    files: Vec<&'a manifest::File>,
+    /// Into the store: what files of the folder are made of.
+    owned: Vec<Want>,
+}
+
+impl<'a> Chosen<'a> {
+    fn new(store: &Store, manifest: &'a Manifest, selected: Option<&Selected>) -> Self {
+        let all = manifest.files();
+        let Some(selected) = selected else {
+            return Self {
+                files: all.iter().collect(),
+                owned: Vec::new(),
+            };
+        };
+        let indices = results::indices(manifest, selected);
+        let mut files = Vec::new();
+        let mut owned: BTreeMap<Hash, Want> = BTreeMap::new();
+        let mut own = |file: &manifest::File, groups: Option<Bitfield>| {
+            let target = store.owned_path(&file.blake3);
+            let new = Want {
+                groups,
+                ..Want::whole(file.blake3, file.size, target)
+            };
+            match owned.entry(file.blake3) {
+                Entry::Vacant(entry) => drop(entry.insert(new)),
+                Entry::Occupied(mut entry) => {
+                    let known = entry.get_mut();
+                    known.groups = match (known.groups.take(), new.groups) {
+                        (Some(mut known), Some(new)) => {
+                            known.extend(&new);
+                            Some(known)
+                        }
+                        _ => None,
+                    };
+                }
+            }
+        };
+        for index in &indices {
+            own(&all[*index], None);
+        }
+        for one in selected.files() {
+            let file = &all[one.file];
+            match one.wanted {
+                Wanted::Whole if indices.contains(&one.file) => {}
+                Wanted::Whole => files.push(file),
+                Wanted::Tensors { .. } => {
+                    let mut groups = Bitfield::empty(Tree::new(file.size).groups());
+                    let ranges = one.groups();
+                    ranges.into_iter().for_each(|run| groups.insert_range(run));
+                    own(file, Some(groups));
+                }
+            }
+        }
+        // A file of the folder is as good.
+        for file in &files {
+            owned.remove(&file.blake3);
+        }
+        Self {
+            files,
+            owned: owned.into_values().collect(),
+        }
+    }
+}
+
+/// Those of `files` that are not in `root`. Finds all conflicts before anything is written.
 fn missing_files<'a>(
     store: &Store,
-    manifest: &'a Manifest,
+    files: &[&'a manifest::File],
     root: &Path,
     progress: &Progress,
 ) -> Result<Vec<&'a manifest::File>, PlanError> {
     let mut missing = Vec::new();
     let mut conflicts = Vec::new();
-    for file in manifest.files() {
+    for &file in files {
         let target = root.join(&file.path);
         if let Some(blocking) = blocking_component(root, &file.path) {
             conflicts.push(blocking);
@@ -283,7 +458,8 @@ pub(crate) fn open(
 ) -> Result<Arc<Partial>, StoreError> {
     let begin = Instant::now();
     loop {
-        match store.partial(want.hash, want.size, &want.target, cancelled) {
+        let room = want.groups.is_none();
+        match store.partial(want.hash, want.tree, &want.target, room, cancelled) {
             Err(StoreError::Busy(_)) if begin.elapsed() < BUSY_WAIT => {
                 std::thread::park_timeout(Duration::from_millis(20));
             }
@@ -292,34 +468,25 @@ pub(crate) fn open(
     }
 }
 
-/// Fills a file below `root` from the same content elsewhere on this machine, whole or in parts, checking it on the way; how many bytes are there now. If
-/// they are all there, the file is. Blocks.
-fn copy_local(
-    store: &Store,
-    root: &Path,
-    file: &manifest::File,
-    progress: &Progress,
-) -> Result<u64, StoreError> {
-    let target = root.join(&file.path);
-    make_folder(&target)?;
-    let want = Want {
-        hash: file.blake3,
-        size: file.size,
-        target,
-        had: 0,
-    };
-    let mut sources = match file.size {
+/// Fills what is wanted from the same content elsewhere on this machine, whole or in parts, checking it on the way, and says in it what is there now;
+/// whether that is all. If it is a whole blob, the file is in place. Blocks.
+fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, StoreError> {
+    let mut sources = match want.tree.size() {
         0 => Vec::new(),
-        _ => store.sources(&file.blake3)?,
+        _ => store.sources(&want.hash)?,
     };
     // What an earlier run left is gone on from, and not copied onto itself.
     let own = part_path(&want.target, &want.hash);
-    sources.retain(|source| source.part() != Some(&own));
-    if sources.is_empty() && file.size > 0 {
-        return store.partial_bytes(&want.target, &want.hash, want.size);
+    sources.retain(|source| source.part() != Some(&own) && want.wanted(source.have()).count() > 0);
+    if sources.is_empty() && want.tree.size() > 0 {
+        let committed = store.committed_part(&want.target, &want.hash, &want.tree)?;
+        let have = committed.unwrap_or_else(|| Bitfield::empty(want.tree.groups()));
+        let satisfied = want.is_satisfied(&have);
+        want.had = want.wanted(have).bytes(&want.tree);
+        return Ok(satisfied);
     }
-    let partial = open(store, &want, &progress.check.cancelled)?;
-    if file.size == 0 {
+    let partial = open(store, want, &progress.check.cancelled)?;
+    if want.tree.size() == 0 {
         let segment = Segment {
             groups: 1,
             ..Segment::default()
@@ -327,13 +494,13 @@ fn copy_local(
         partial.write(&segment)?;
     }
     for source in &sources {
-        match copy(store, source, &partial, progress) {
+        match copy(store, source, want, &partial, progress) {
             Ok(()) => {}
             Err(CopyError::Store(error)) => return Err(error),
             Err(CopyError::Source(error)) => {
-                tracing::warn!(hash = %file.blake3, %error, "a local copy does not hold what it should");
+                tracing::warn!(hash = %want.hash, %error, "a local copy does not hold what it should");
                 if let (ReadError::Damaged(_), Some(location)) = (&error, source.location()) {
-                    store.damaged(&file.blake3, location)?;
+                    store.damaged(&want.hash, location)?;
                 }
             }
         }
@@ -341,7 +508,10 @@ fn copy_local(
     if partial.take_dirty() {
         store.settle(std::slice::from_ref(&partial))?;
     }
-    Ok(partial.bytes())
+    let have = partial.have();
+    let satisfied = want.is_satisfied(&have);
+    want.had = want.wanted(have).bytes(&want.tree);
+    Ok(satisfied)
 }
 
 enum CopyError {
@@ -350,15 +520,16 @@ enum CopyError {
     Store(StoreError),
 }
 
-/// Copies what is missing of a blob and there at the source, checking every group.
+/// Copies what is wanted, missing and there at the source, checking every group.
 fn copy(
     store: &Store,
     source: &Source,
+    want: &Want,
     partial: &Arc<Partial>,
     progress: &Progress,
 ) -> Result<(), CopyError> {
     let mut settled = Instant::now();
-    let there = source.have();
+    let there = want.wanted(source.have());
     let mut from = 0;
     while let Some(run) = there.next_run(from) {
         let have = partial.have();
@@ -404,12 +575,7 @@ mod tests {
     fn an_open_that_outlives_its_transfer_makes_no_part_file() {
         let home = tempfile::tempdir().unwrap();
         let store = Store::open(&home.path().join("store")).unwrap();
-        let want = Want {
-            hash: Hash::of(b"abc"),
-            size: 3,
-            target: home.path().join("file"),
-            had: 0,
-        };
+        let want = Want::whole(Hash::of(b"abc"), 3, home.path().join("file"));
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         // It waits for the one who writes the part now, and is given up meanwhile.

@@ -34,6 +34,9 @@ const STALL: Duration = Duration::from_secs(2);
 /// A run takes a peer no longer than this, as far as its rate is known: so that a slow one does not hold a piece that others could send at once.
 const RUN_TIME: Duration = Duration::from_millis(250);
 
+/// A run of which only the parents are asked for counts for this part of its content: some more than what they take, so that not all is asked of one peer.
+const PROOFS: u64 = 64;
+
 /// Pieces looked at for the rarest.
 const SAMPLE: usize = 24;
 
@@ -54,7 +57,13 @@ pub(crate) struct Run {
     pub(crate) blob: usize,
     /// Which groups.
     pub(crate) groups: Range<u64>,
+    /// Their content is here already, as far as is known: only the parents are asked for, to check it.
+    pub(crate) proofs_only: bool,
 }
+
+/// Who has groups come before all others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct UrgentKey(u64);
 
 /// What a peer is to do next.
 #[derive(Debug, PartialEq, Eq)]
@@ -79,6 +88,9 @@ pub(crate) struct Schedule {
     crowded: bool,
     /// Groups that are wanted and not here.
     needed: u64,
+    /// What somebody waits for, by who: fetched before everything else, in order.
+    urgent: BTreeMap<UrgentKey, (usize, Range<u64>)>,
+    next_urgent: u64,
     /// The piece from which what is not rare is fetched in order: those who begin together do not fetch the same first.
     start: u64,
     random: fastrand::Rng,
@@ -91,6 +103,8 @@ struct Blob {
     first: u64,
     /// Wanted and not here. Made when something is first wanted of it.
     need: Option<Bitfield>,
+    /// Content that this machine has in other blobs, as far as is known.
+    elsewhere: Option<Bitfield>,
 }
 
 #[derive(Debug)]
@@ -204,6 +218,7 @@ impl Schedule {
                 tree,
                 first,
                 need: None,
+                elsewhere: None,
             };
             first += tree.groups().div_ceil(PIECE);
             blob
@@ -218,6 +233,8 @@ impl Schedule {
             next_peer: 0,
             crowded: false,
             needed: 0,
+            urgent: BTreeMap::new(),
+            next_urgent: 0,
             random,
         }
     }
@@ -241,6 +258,31 @@ impl Schedule {
         new.iter().for_each(|run| need.insert_range(run.clone()));
         self.needed += need.count() - before;
         new.into_iter().for_each(|run| self.reopen(blob, run));
+    }
+
+    /// Of these groups this machine has the content in other blobs, as far as is known.
+    pub(crate) fn set_elsewhere(&mut self, blob: usize, groups: Bitfield) {
+        self.blobs[blob].elsewhere = Some(groups);
+    }
+
+    /// Of these groups it has not.
+    pub(crate) fn not_elsewhere(&mut self, blob: usize, groups: Range<u64>) {
+        if let Some(elsewhere) = &mut self.blobs[blob].elsewhere {
+            elsewhere.remove_range(groups);
+        }
+    }
+
+    /// Has groups of a blob come before all others, those of several in turn, until it is taken back.
+    pub(crate) fn urge(&mut self, blob: usize, groups: Range<u64>) -> UrgentKey {
+        let key = UrgentKey(self.next_urgent);
+        self.next_urgent += 1;
+        self.urgent.insert(key, (blob, groups));
+        key
+    }
+
+    /// Takes an [`urge`](Self::urge) back.
+    pub(crate) fn calm(&mut self, key: UrgentKey) {
+        self.urgent.remove(&key);
     }
 
     /// How many groups are wanted and not here.
@@ -347,7 +389,7 @@ impl Schedule {
         {
             bits.remove_range(run.groups.clone());
         }
-        peer.end(run, bytes_of(&blobs[run.blob].tree, &run.groups));
+        peer.end(run, cost(&blobs[run.blob].tree, run));
         self.give_back(run.clone());
         said_all
     }
@@ -371,7 +413,7 @@ impl Schedule {
         let Some(run) = self.choose(key, now) else {
             return Next::Wait;
         };
-        let bytes = bytes_of(&self.blobs[run.blob].tree, &run.groups);
+        let bytes = cost(&self.blobs[run.blob].tree, &run);
         if let Some(peer) = self.peers.get_mut(&key) {
             if peer.asked.is_empty() {
                 peer.last = now;
@@ -382,6 +424,17 @@ impl Schedule {
             peer.asked.push_back(run.clone());
         }
         Next::Ask(run)
+    }
+
+    /// The peer has sent what checks this many bytes of content that are here.
+    pub(crate) fn proofs(&mut self, key: PeerKey, bytes: u64, now: Duration) {
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.asked_at = None;
+            peer.last = now;
+            peer.ahead = peer.ahead.saturating_sub(bytes / PROOFS);
+            // What comes next says how fast it sends content, not how long it took for proofs.
+            peer.rate.restart(now);
+        }
     }
 
     /// The peer has sent this many bytes of content.
@@ -407,11 +460,14 @@ impl Schedule {
         }
         self.close(run.blob, here.clone());
         let rest = Run {
-            blob: run.blob,
             groups: here.end..run.groups.end,
+            ..run.clone()
         };
-        let missed = run.groups.start + came..run.groups.end;
-        let left = bytes_of(&self.blobs[run.blob].tree, &missed);
+        let missed = Run {
+            groups: run.groups.start + came..run.groups.end,
+            ..run.clone()
+        };
+        let left = cost(&self.blobs[run.blob].tree, &missed);
         for (other, peer) in &mut self.peers {
             if *other == key {
                 peer.end(run, left);
@@ -431,7 +487,7 @@ impl Schedule {
 
     /// The peer has taken note that `run` is not needed.
     pub(crate) fn cancelled(&mut self, key: PeerKey, run: &Run) {
-        let bytes = bytes_of(&self.blobs[run.blob].tree, &run.groups);
+        let bytes = cost(&self.blobs[run.blob].tree, run);
         if let Some(peer) = self.peers.get_mut(&key) {
             peer.end(run, bytes);
         }
@@ -494,7 +550,15 @@ impl Schedule {
         let spared = peer.relayed && self.is_carried_directly(now);
         if !spared && !self.peers[&key].barren {
             let rare = self.crowded || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
+            let urgent = self.most_urgent(key);
+            if urgent.is_none()
+                && !self.urgent.is_empty()
+                && let Some(run) = self.take_over(key, now, true)
+            {
+                return Some(run);
+            }
             let found = match rare {
+                _ if urgent.is_some() => urgent,
                 true => self.rarest(key),
                 false => self
                     .in_order(key, self.start..u64::MAX)
@@ -507,7 +571,7 @@ impl Schedule {
                 peer.barren = true;
             }
         }
-        self.take_over(key, now)
+        self.take_over(key, now, false)
     }
 
     /// Whether everything comes over direct paths.
@@ -525,6 +589,15 @@ impl Schedule {
     fn take(&mut self, run: Run) -> Run {
         self.close(run.blob, run.groups.clone());
         run
+    }
+
+    /// The first that somebody waits for, that is open and that the peer has.
+    fn most_urgent(&self, key: PeerKey) -> Option<Run> {
+        self.urgent.values().find_map(|(blob, groups)| {
+            let first = self.blobs[*blob].first;
+            let pieces = first + groups.start / PIECE..first + groups.end.div_ceil(PIECE);
+            self.in_order(key, pieces)
+        })
     }
 
     /// The first of `pieces` that is open and that the peer has.
@@ -583,18 +656,27 @@ impl Schedule {
         let has = |group: u64| {
             open & mask(group..group + 1) != 0 && peer.has(blob, base + group..base + group + 1)
         };
+        let elsewhere = self.blobs[blob].elsewhere.as_ref();
+        let is_elsewhere = |group: u64| elsewhere.is_some_and(|groups| groups.has(base + group));
         let start = (0..PIECE).find(|group| has(*group))?;
-        let end = (start..PIECE.min(start + peer.longest()))
-            .find(|group| !has(*group))
-            .unwrap_or(PIECE.min(start + peer.longest()));
+        let proofs_only = is_elsewhere(start);
+        let longest = match proofs_only {
+            true => PIECE,
+            false => peer.longest(),
+        };
+        let bound = PIECE.min(start + longest);
+        let end = (start..bound)
+            .find(|group| !has(*group) || is_elsewhere(*group) != proofs_only)
+            .unwrap_or(bound);
         Some(Run {
             blob,
             groups: base + start..base + end,
+            proofs_only,
         })
     }
 
-    /// What another peer was asked for and would deliver much later than this one.
-    fn take_over(&self, key: PeerKey, now: Duration) -> Option<Run> {
+    /// What another peer was asked for and would deliver much later than this one; if so asked, only of what somebody waits for.
+    fn take_over(&self, key: PeerKey, now: Duration, urgent: bool) -> Option<Run> {
         let peer = &self.peers[&key];
         let mut best: Option<(f64, Run)> = None;
         for (other, slow) in &self.peers {
@@ -605,7 +687,7 @@ impl Schedule {
             let mut before = slow.ahead;
             // From what comes last on.
             for run in slow.asked.iter().rev() {
-                let bytes = bytes_of(&self.blobs[run.blob].tree, &run.groups);
+                let bytes = cost(&self.blobs[run.blob].tree, run);
                 let theirs = match stalled {
                     true => f64::INFINITY,
                     // What is not known may be the slowest of all, but is not taken for it at once.
@@ -619,6 +701,7 @@ impl Schedule {
                 };
                 let worthwhile = theirs > 2.0 * ours + 0.1;
                 if worthwhile
+                    && (!urgent || self.is_urgent(run))
                     && best.as_ref().is_none_or(|(time, _)| theirs > *time)
                     && peer.has(run.blob, run.groups.clone())
                     && self.needs(run)
@@ -629,6 +712,12 @@ impl Schedule {
             }
         }
         best.map(|(_, run)| run)
+    }
+
+    fn is_urgent(&self, run: &Run) -> bool {
+        self.urgent.values().any(|(blob, groups)| {
+            *blob == run.blob && groups.start < run.groups.end && run.groups.start < groups.end
+        })
     }
 
     /// How many peers are asked for this.
@@ -648,6 +737,14 @@ fn mask(groups: Range<u64>) -> u16 {
     match groups.end - groups.start {
         0 => 0,
         n => (u16::MAX >> (PIECE - n)) << groups.start,
+    }
+}
+
+/// Bytes on the way that a run counts for.
+fn cost(tree: &Tree, run: &Run) -> u64 {
+    match run.proofs_only {
+        true => bytes_of(tree, &run.groups) / PROOFS,
+        false => bytes_of(tree, &run.groups),
     }
 }
 

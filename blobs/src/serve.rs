@@ -352,7 +352,10 @@ where
                     }
                 };
                 if source.has(groups.clone()) {
-                    return Ok(Answer::Slice(Arc::clone(source), source.slice(groups)));
+                    return Ok(Answer::Slice(
+                        Arc::clone(source),
+                        source.slice(groups, request.proofs_only),
+                    ));
                 }
             }
         }

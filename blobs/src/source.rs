@@ -148,9 +148,12 @@ impl Source {
         }
     }
 
-    /// The slice that covers `groups`, to be read piece by piece.
-    pub fn slice(&self, groups: Range<u64>) -> Slice {
-        Slice(Verifier::new(self.tree, self.hash, groups))
+    /// The slice that covers `groups`, to be read piece by piece. `proofs_only`: its parents, without content.
+    pub fn slice(&self, groups: Range<u64>, proofs_only: bool) -> Slice {
+        Slice {
+            verifier: Verifier::new(self.tree, self.hash, groups),
+            proofs_only,
+        }
     }
 
     /// Reads all of `groups` without proofs, for use on this machine.
@@ -199,6 +202,11 @@ impl Source {
         Ok(parent)
     }
 
+    /// Reads bytes that whoever asks for them checks.
+    pub(crate) fn read_unchecked(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read(buffer, offset)
+    }
+
     fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         match &self.content {
             Content::Whole { file, .. } | Content::Left { file, .. } => {
@@ -226,7 +234,10 @@ impl Source {
 
 /// A slice of a blob that is being read.
 #[derive(Debug)]
-pub struct Slice(Verifier);
+pub struct Slice {
+    verifier: Verifier,
+    proofs_only: bool,
+}
 
 impl Slice {
     /// Reads elements of the slice from `source` into `buffer`, from `from` on, until `limit` bytes are passed or the slice ends; where the
@@ -244,7 +255,7 @@ impl Slice {
         let mut end = from;
         let mut ended = false;
         while end < limit {
-            let Some(step) = self.0.step() else {
+            let Some(step) = self.step() else {
                 ended = true;
                 break;
             };
@@ -260,16 +271,25 @@ impl Slice {
                 Step::Parent { index } => {
                     let parent = source.parent(index)?;
                     element.copy_from_slice(&parent);
-                    self.0.parent(&parent)?;
+                    self.verifier.parent(&parent)?;
                 }
                 Step::Group { index, .. } => {
                     source.read(element, source.tree.group_bytes(index).start)?;
-                    self.0.group(element)?;
+                    self.verifier.group(element)?;
                 }
             }
             end += size;
         }
         source.check_unchanged()?;
-        Ok((end, ended || self.0.step().is_none()))
+        Ok((end, ended || self.step().is_none()))
+    }
+
+    fn step(&mut self) -> Option<Step> {
+        loop {
+            match self.verifier.step()? {
+                Step::Group { .. } if self.proofs_only => self.verifier.skip_group(),
+                step => return Some(step),
+            }
+        }
     }
 }

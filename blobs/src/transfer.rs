@@ -17,9 +17,9 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
-    sync::Notify,
+    sync::{Notify, futures::Notified},
     task::{JoinHandle, spawn_blocking},
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 use weft_proto::{
     frame::{self, FrameError},
@@ -29,11 +29,12 @@ use weft_proto::{
 use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
+    elsewhere::Elsewhere,
     manifest::MAX_MANIFEST,
     partial::{Partial, Segment},
     plan::{Plan, Progress, Want, open},
     rate::Limit,
-    schedule::{Next, PeerKey, Run, Schedule},
+    schedule::{Next, PeerKey, Run, Schedule, UrgentKey},
     serve::MAX_MESSAGE,
     tree::{Mismatch, PARENT, Step, Tree, Verifier},
 };
@@ -122,6 +123,12 @@ struct Shared {
     settle_soon: Notify,
     /// There may be something else to ask for, or nothing more at all.
     changed: Notify,
+    /// Something is wanted that is to be opened now.
+    open_soon: Notify,
+    /// Something was written.
+    written: Notify,
+    /// Others go first.
+    held: AtomicBool,
     progress: Arc<Progress>,
     stop: Arc<AtomicBool>,
     begun: Instant,
@@ -139,11 +146,68 @@ struct State {
     /// Not yet opened.
     wants: VecDeque<(usize, Want)>,
     /// Opened and not yet complete, by place among the blobs.
-    open: HashMap<usize, Arc<Partial>>,
+    open: HashMap<usize, Open>,
     /// Places of blobs that are whole here.
     whole: Bitfield,
+    /// Parts of which everything that was wanted is here, by place among the blobs.
+    parts: HashMap<usize, Bitfield>,
+    /// Those who may still want something.
+    lingering: usize,
     /// Everything is here, or nothing is wanted any more.
     ended: bool,
+}
+
+/// A part file that is being written.
+#[derive(Debug)]
+struct Open {
+    partial: Arc<Partial>,
+    /// The groups that are wanted, if not all.
+    wanted: Option<Bitfield>,
+    elsewhere: Option<Arc<Elsewhere>>,
+}
+
+impl Open {
+    /// Whether all that is wanted of a part is here and durable.
+    fn is_over(&self) -> bool {
+        let wanted = self.wanted.as_ref();
+        wanted.is_some_and(|wanted| self.partial.is_durable(wanted))
+    }
+}
+
+impl State {
+    /// How many part files may be opened: some more for what somebody waits for.
+    fn is_room(&self) -> bool {
+        let most = match self.wants.front() {
+            None => 0,
+            Some((_, want)) if want.urgent => MAX_OPEN + MAX_OPEN / 4,
+            Some(_) => MAX_OPEN,
+        };
+        self.open.len() < most
+    }
+}
+
+/// While it is held, a part of a file comes before everything else; see [`Transfer::urge`].
+#[derive(Debug)]
+pub struct Urged {
+    shared: Arc<Shared>,
+    key: UrgentKey,
+}
+
+impl Drop for Urged {
+    fn drop(&mut self) {
+        self.shared.state().schedule.calm(self.key);
+    }
+}
+
+/// While it is held, [`Transfer::run`] waits for what may still be asked for.
+#[derive(Debug)]
+pub struct Lingering(Arc<Shared>);
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        self.0.state().lingering -= 1;
+        self.0.open_soon.notify_one();
+    }
 }
 
 /// How much of a file is here.
@@ -237,11 +301,16 @@ impl Transfer {
                     wants: VecDeque::new(),
                     open: HashMap::new(),
                     whole,
+                    parts: HashMap::new(),
+                    lingering: 0,
                     ended: false,
                 }),
                 settling: Mutex::default(),
                 settle_soon: Notify::new(),
                 changed: Notify::new(),
+                open_soon: Notify::new(),
+                written: Notify::new(),
+                held: AtomicBool::new(false),
                 progress,
                 stop: Arc::default(),
                 begun: Instant::now(),
@@ -280,39 +349,124 @@ impl Transfer {
                 .collect();
             let mut state = shared.state();
             state.ended = false;
-            state.whole = Bitfield::full(shared.blobs.len() as u64);
-            let open: Vec<_> = state.open.keys().copied().collect();
-            let waiting: Vec<_> = state.wants.iter().map(|(place, _)| *place).collect();
-            for place in open.into_iter().chain(waiting) {
-                let place = place as u64;
-                state.whole.remove_range(place..place + 1);
+            for hash in plan.here() {
+                if let Some(place) = places.get(hash) {
+                    state.whole.insert(*place as u64);
+                }
             }
             for want in plan.take_wants() {
-                if let Some(place) = places.get(&want.hash) {
-                    let place = *place as u64;
-                    state.whole.remove_range(place..place + 1);
-                }
-                if let Some(place) = places.get(&want.hash) {
-                    state.wants.push_back((*place, want));
-                }
+                let Some(place) = places.get(&want.hash) else {
+                    continue;
+                };
+                state.whole.remove_range(*place as u64..*place as u64 + 1);
+                state.wants.push_back((*place, want));
             }
         }
         let _stop = StopOnDrop(Arc::clone(&shared.stop));
         shared.stop.store(false, Ordering::Release);
+        let mut settle_at = Instant::now() + SETTLE;
         loop {
             self.open_some().await?;
             {
                 let mut state = shared.state();
-                if state.wants.is_empty() && state.open.is_empty() {
+                if state.wants.is_empty() && state.open.is_empty() && state.lingering == 0 {
                     state.ended = true;
                     drop(state);
                     shared.changed.notify_waiters();
                     return Ok(());
                 }
             }
-            // Either a second passes or somebody asks: both mean "now".
-            let _ = timeout(SETTLE, shared.settle_soon.notified()).await;
-            settle(shared).await?;
+            tokio::select! {
+                () = shared.open_soon.notified() => {}
+                // Either the second is over or somebody asks: both mean "now".
+                _ = timeout_at(settle_at, shared.settle_soon.notified()) => {
+                    settle(shared).await?;
+                    settle_at = Instant::now() + SETTLE;
+                }
+            }
+        }
+    }
+
+    /// Keeps [`run`](Self::run) from ending when everything is here: more may be asked for.
+    pub fn linger(&self) -> Lingering {
+        self.shared.state().lingering += 1;
+        Lingering(Arc::clone(&self.shared))
+    }
+
+    /// Has groups of a file, by its place in the manifest, come before everything else, and wants them, if nobody did, into the store's own part of the
+    /// blob. `None` if the file is not in the manifest, or whole here.
+    pub fn urge(&self, file: usize, groups: Range<u64>) -> Option<Urged> {
+        let shared = &self.shared;
+        let place = *shared.of_file.get(file)?;
+        let Blob { hash, tree } = shared.blobs[place];
+        let groups = groups.start..groups.end.min(tree.groups());
+        if groups.is_empty() {
+            return None;
+        }
+        let mut wanted = Bitfield::empty(tree.groups());
+        wanted.insert_range(groups.clone());
+        let mut state = shared.state();
+        if state.whole.has(place as u64) {
+            return None;
+        }
+        let State {
+            schedule,
+            wants,
+            open,
+            ..
+        } = &mut *state;
+        if let Some(open) = open.get_mut(&place) {
+            let have = open.partial.have();
+            if let Some(known) = &mut open.wanted {
+                known.extend(&wanted);
+            }
+            let mut from = groups.start;
+            while let Some(run) = have.next_missing(from, groups.end - from)
+                && run.start < groups.end
+            {
+                from = run.end;
+                schedule.want(place, run.start..run.end.min(groups.end));
+            }
+        } else {
+            let waiting = wants.iter().position(|(known, _)| *known == place);
+            let mut want = match waiting.and_then(|at| wants.remove(at)) {
+                Some((_, want)) => want,
+                None => Want {
+                    groups: Some(wanted.clone()),
+                    ..Want::whole(hash, tree.size(), shared.store.owned_path(&hash))
+                },
+            };
+            if let Some(known) = &mut want.groups {
+                known.extend(&wanted);
+            }
+            want.urgent = true;
+            wants.push_front((place, want));
+        }
+        let key = schedule.urge(place, groups);
+        drop(state);
+        shared.open_soon.notify_one();
+        shared.changed.notify_waiters();
+        Some(Urged {
+            shared: Arc::clone(shared),
+            key,
+        })
+    }
+
+    /// Resolves when something is written after the call, once it has been enabled or polled.
+    pub fn written(&self) -> Notified<'_> {
+        self.shared.written.notified()
+    }
+
+    /// Whether nothing is wanted that is not here.
+    pub fn is_idle(&self) -> bool {
+        let state = self.shared.state();
+        state.wants.is_empty() && state.schedule.needed() == 0
+    }
+
+    /// Lets other transfers go first: while it is held back, this one asks for nothing more.
+    pub fn hold_back(&self, held: bool) {
+        if self.shared.held.swap(held, Ordering::AcqRel) != held {
+            self.shared.changed.notify_waiters();
         }
     }
 
@@ -326,10 +480,11 @@ impl Transfer {
             if !said.insert(*place as u64) {
                 continue;
             }
-            let here = match state.open.get(place) {
+            let here = match (state.open.get(place), state.parts.get(place)) {
                 _ if state.whole.has(*place as u64) => Coming::Whole,
-                Some(partial) => Coming::Part(partial.have()),
-                None => Coming::Nothing,
+                (Some(open), _) => Coming::Part(open.partial.have()),
+                (None, Some(part)) => Coming::Part(part.clone()),
+                (None, None) => Coming::Nothing,
             };
             coming.push((file, here));
         }
@@ -347,15 +502,14 @@ impl Transfer {
     /// Opens part files, as many as may be open.
     async fn open_some(&self) -> Result<(), StoreError> {
         let shared = Arc::clone(&self.shared);
-        let has_work = |state: &State| !state.wants.is_empty() && state.open.len() < MAX_OPEN;
-        if !has_work(&shared.state()) {
+        if !shared.state().is_room() {
             return Ok(());
         }
         spawn_blocking(move || {
             loop {
                 let next = {
                     let mut state = shared.state();
-                    match has_work(&state) {
+                    match state.is_room() {
                         true => state.wants.pop_front(),
                         false => None,
                     }
@@ -366,20 +520,34 @@ impl Transfer {
                 let partial = open(&shared.store, &want, &shared.stop)?;
                 let have = partial.have();
                 // It may have vanished or grown since the plan counted it.
-                let bytes = have.bytes(&partial.tree());
+                let bytes = want.wanted(have.clone()).bytes(&want.tree);
                 let done = &shared.progress.done;
                 done.fetch_add(bytes.saturating_sub(want.had), Ordering::Relaxed);
                 done.fetch_sub(want.had.saturating_sub(bytes), Ordering::Relaxed);
+                let mut missing = match &want.groups {
+                    Some(groups) => groups.clone(),
+                    None => Bitfield::full(want.tree.groups()),
+                };
+                have.runs().for_each(|run| missing.remove_range(run));
                 let mut state = shared.state();
-                let mut from = 0;
-                while let Some(run) = have.next_missing(from, u64::MAX - from) {
-                    from = run.end;
-                    state.schedule.want(place, run);
+                missing
+                    .runs()
+                    .for_each(|run| state.schedule.want(place, run));
+                if let Some(elsewhere) = &want.elsewhere {
+                    let groups = elsewhere.groups().clone();
+                    state.schedule.set_elsewhere(place, groups);
                 }
-                state.open.insert(place, partial);
+                state.open.insert(
+                    place,
+                    Open {
+                        partial,
+                        wanted: want.groups,
+                        elsewhere: want.elsewhere,
+                    },
+                );
                 drop(state);
                 shared.changed.notify_waiters();
-                if have.is_full() {
+                if missing.count() == 0 {
                     shared.settle_soon.notify_one();
                 }
             }
@@ -441,35 +609,48 @@ impl Shared {
             .settling
             .lock()
             .expect("nothing panics while holding the lock");
-        let open: Vec<_> = self.state().open.values().cloned().collect();
+        let open = self.open();
         let dirty: Vec<_> = open
             .into_iter()
             .filter(|partial| partial.take_dirty())
             .collect();
-        if dirty.is_empty() {
-            return Ok(());
-        }
-        let result = self.store.settle(&dirty);
-        if result.is_err() {
-            dirty.iter().for_each(|partial| partial.set_dirty());
-            return result;
+        if !dirty.is_empty() {
+            let result = self.store.settle(&dirty);
+            if result.is_err() {
+                dirty.iter().for_each(|partial| partial.set_dirty());
+                return result;
+            }
         }
         let mut state = self.state();
-        let State { open, whole, .. } = &mut *state;
-        open.retain(|place, partial| {
-            let finished = partial.is_finished();
-            if finished {
+        let State {
+            open, whole, parts, ..
+        } = &mut *state;
+        open.retain(|place, open| {
+            if open.partial.is_finished() {
                 whole.insert(*place as u64);
+                parts.remove(place);
+                return false;
             }
-            !finished
+            let over = open.is_over();
+            if over {
+                parts.insert(*place, open.partial.have());
+            }
+            !over
         });
         Ok(())
+    }
+
+    /// The part files that are open.
+    fn open(&self) -> Vec<Arc<Partial>> {
+        let state = self.state();
+        let open = state.open.values();
+        open.map(|open| Arc::clone(&open.partial)).collect()
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let open: Vec<_> = self.state().open.values().cloned().collect();
+        let open = self.open();
         let store = self.store.clone();
         let settle = move || {
             let dirty: Vec<_> = open.into_iter().filter(|one| one.take_dirty()).collect();
@@ -532,6 +713,7 @@ struct Request {
     number: u64,
     run: Run,
     partial: Arc<Partial>,
+    elsewhere: Option<Arc<Elsewhere>>,
     /// The provider was told that it is not needed.
     cancelled: bool,
 }
@@ -601,31 +783,37 @@ impl Session<'_> {
             tokio::pin!(changed);
             // From here on nothing is missed.
             changed.as_mut().enable();
-            let (next, partial) = {
+            let (next, opened) = {
                 let mut state = self.shared.state();
                 if state.ended {
                     return Ok(());
                 }
-                let next = state.schedule.next(self.peer.key, self.shared.now());
-                let partial = match &next {
-                    Next::Ask(run) => state.open.get(&run.blob).cloned(),
+                let next = match self.shared.held.load(Ordering::Acquire) {
+                    true => Next::Wait,
+                    false => state.schedule.next(self.peer.key, self.shared.now()),
+                };
+                let open = match &next {
+                    Next::Ask(run) => state.open.get(&run.blob),
                     _ => None,
                 };
-                (next, partial)
+                let opened = open.map(|open| (Arc::clone(&open.partial), open.elsewhere.clone()));
+                (next, opened)
             };
-            match (next, partial) {
-                (Next::Ask(run), Some(partial)) => {
+            match (next, opened) {
+                (Next::Ask(run), Some((partial, elsewhere))) => {
                     let request = BlobRequest {
                         hash: partial.hash().as_bytes().to_vec().into(),
                         size: Some(partial.tree().size()),
                         first_group: run.groups.start,
                         groups: run.groups.end - run.groups.start,
                         cancel: None,
+                        proofs_only: run.proofs_only,
                     };
                     self.asked.runs().push_back(Request {
                         number,
                         run,
                         partial,
+                        elsewhere,
                         cancelled: false,
                     });
                     number += 1;
@@ -696,6 +884,11 @@ impl Session<'_> {
                 match &result {
                     Ok(Received::All) | Err(_) => {
                         let (verified, came) = verified;
+                        if let (Ok(_), true) = (&result, request.run.proofs_only) {
+                            let Run { blob, groups, .. } = &request.run;
+                            let wrong = groups.start + verified..groups.end;
+                            state.schedule.not_elsewhere(*blob, wrong);
+                        }
                         state.schedule.done(key, &request.run, verified, came)
                     }
                     Ok(Received::Cancelled) => state.schedule.cancelled(key, &request.run),
@@ -750,6 +943,11 @@ impl Session<'_> {
             hash: partial.hash(),
             source,
         };
+        if run.proofs_only {
+            return self
+                .receive_proofs(reader, request, segment, (verified, came), verifier)
+                .await;
+        }
         while let Some(step) = verifier.step() {
             match step {
                 Step::Parent { index } => {
@@ -798,6 +996,86 @@ impl Session<'_> {
         }
         Ok(Received::All)
     }
+
+    /// Receives the parents of a run, and takes its content from where it lies on this machine, as far as it fits them.
+    async fn receive_proofs<S>(
+        &self,
+        reader: &mut ReadHalf<S>,
+        request: &Request,
+        segment: &mut Segment,
+        (verified, came): (&mut u64, &mut u64),
+        mut verifier: Verifier,
+    ) -> Result<Received, TransferError>
+    where
+        S: AsyncRead,
+    {
+        let Request { run, partial, .. } = request;
+        let tree = partial.tree();
+        let start = tree.group_bytes(run.groups.start).start;
+        let end = tree.group_bytes(run.groups.end - 1).end;
+        let needed = self.shared.state().schedule.needs(run);
+        let data = match needed {
+            true => read_elsewhere(&request.elsewhere, start..end).await,
+            false => Vec::new(),
+        };
+        let mut fits = needed;
+        let mut seen = 0;
+        while let Some(step) = verifier.step() {
+            match step {
+                Step::Parent { index } => {
+                    let mut parent = [0; PARENT];
+                    read_exact(reader, &mut parent).await?;
+                    verifier
+                        .parent(&parent)
+                        .map_err(|source| TransferError::Corrupt {
+                            hash: partial.hash(),
+                            source,
+                        })?;
+                    segment.parents.push((index, parent));
+                }
+                Step::Group { size, .. } => {
+                    let group = data.get(seen..seen + size);
+                    seen += size;
+                    *came += 1;
+                    // What follows one that does not fit is fetched too: a segment has no gaps.
+                    fits = fits && group.is_some_and(|group| verifier.is_group(group));
+                    verifier.skip_group();
+                    if let (true, Some(group)) = (fits, group) {
+                        segment.data.extend_from_slice(group);
+                        segment.groups += 1;
+                        *verified += 1;
+                    }
+                    let (key, now) = (self.peer.key, self.shared.now());
+                    let mut state = self.shared.state();
+                    state.schedule.proofs(key, size as u64, now);
+                }
+            }
+        }
+        if !needed {
+            segment.parents.clear();
+        }
+        let reused = &self.shared.progress.reused;
+        reused.fetch_add(segment.data.len() as u64, Ordering::Relaxed);
+        Ok(Received::All)
+    }
+}
+
+/// Reads what was found of a run in other blobs, as much as there is of it.
+async fn read_elsewhere(elsewhere: &Option<Arc<Elsewhere>>, bytes: Range<u64>) -> Vec<u8> {
+    let Some(elsewhere) = elsewhere.clone() else {
+        return Vec::new();
+    };
+    let read = spawn_blocking(move || {
+        let mut data = vec![0; (bytes.end - bytes.start) as usize];
+        elsewhere.read(&mut data, bytes.start).map(|()| data)
+    });
+    match read.await.expect("reading does not panic") {
+        Ok(data) => data,
+        Err(error) => {
+            tracing::debug!(%error, "content that is here elsewhere cannot be read");
+            Vec::new()
+        }
+    }
 }
 
 /// How an answer ended.
@@ -833,13 +1111,14 @@ impl Writer<'_> {
         self.writes.push_back(spawn_blocking(move || {
             let new = partial.write(&segment)?;
             shared.progress.done.fetch_add(new, Ordering::Relaxed);
+            shared.written.notify_waiters();
             // Make room for more, or come to the end, before the second is over.
-            if partial.is_full() {
-                let state = shared.state();
-                if state.open.len() >= MAX_OPEN / 2 || state.schedule.needed() == 0 {
-                    shared.settle_soon.notify_one();
-                }
+            let state = shared.state();
+            let full = partial.is_full() && state.open.len() >= MAX_OPEN / 2;
+            if full || state.schedule.needed() == 0 {
+                shared.settle_soon.notify_one();
             }
+            drop(state);
             Ok(segment)
         }));
     }

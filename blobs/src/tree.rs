@@ -277,6 +277,25 @@ impl Verifier {
         Ok(())
     }
 
+    /// Leaves out the content of the group that [`step`](Self::step) announced: it is not there, or not what it should be.
+    ///
+    /// # Panics
+    /// If the last step was not a group.
+    pub(crate) fn skip_group(&mut self) {
+        let top = self.0.stack.pop().expect("step announced a group");
+        assert_eq!(top.groups, 1, "step announced a group");
+    }
+
+    /// Whether `data` is the content of the group that [`step`](Self::step) announced, which is still to come.
+    ///
+    /// # Panics
+    /// If the last step was not a group.
+    pub(crate) fn is_group(&self, data: &[u8]) -> bool {
+        let top = self.0.stack.last().expect("step announced a group");
+        assert_eq!(top.groups, 1, "step announced a group");
+        self.0.tree.group_value(top.first, data) == top.value
+    }
+
     /// Checks the content of the group that [`step`](Self::step) announced.
     ///
     /// # Errors

@@ -52,7 +52,7 @@ impl Download {
         progress: Arc<Progress>,
     ) -> Result<Self, PlanError> {
         let transfer = Transfer::new(store, manifest, Arc::clone(&progress), 1);
-        let plan = Plan::new(store, manifest, root, progress)?;
+        let plan = Plan::new(store, manifest, None, root, progress)?;
         Ok(Self { plan, transfer })
     }
 
@@ -393,6 +393,7 @@ async fn several_providers_share_the_work_and_what_one_lacks_another_sends() {
     let mut plan = Plan::new(
         &world.receiver,
         &world.manifest,
+        None,
         &world.path("to"),
         Arc::clone(&progress),
     )
@@ -443,6 +444,7 @@ async fn what_is_still_arriving_is_served_on() {
         let mut plan = Plan::new(
             &third,
             &world.manifest,
+            None,
             &world.path("to3"),
             Arc::clone(&progress),
         )
@@ -623,7 +625,7 @@ async fn trees_are_not_shared_with_parts_that_were_forgotten() {
         world.receiver.add_manifest(&bytes).unwrap();
         world
             .receiver
-            .expect_model(id, &root.canonicalize().unwrap(), None)
+            .expect_model(id, &root.canonicalize().unwrap(), None, true)
             .unwrap();
     };
     for to in ["one", "two"] {
@@ -662,7 +664,7 @@ async fn removing_with_files_deletes_what_was_written_and_nothing_else() {
     let (mut download, _) = world.plan("to").unwrap();
     world
         .receiver
-        .expect_model(world.id, download.root(), None)
+        .expect_model(world.id, download.root(), None, true)
         .unwrap();
     download.fetch(world.connect()).await.unwrap();
     let removed = world.receiver.remove(&world.id, true).unwrap();

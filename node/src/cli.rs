@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use crate::commands::{Former, Publisher};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use weft::{DocumentId, ModelName, Multiaddr, PeerId, Rule, rpc::CallLimits};
+use weft::{DocumentId, ModelName, Multiaddr, Pattern, PeerId, Priority, Rule, rpc::CallLimits};
 
 /// Machines that find each other and move models, with no server between them.
 #[derive(Debug, Parser)]
@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Add(Add),
     /// Fetch a model by name, id or ticket
     Get(Get),
+    /// Write a file of a model, or a part of it, to standard output, fetching what is not here
+    Cat(Cat),
     /// Who says that it has a model, or a part of it
     Providers(Providers),
     /// Names that this node has seen, by what they begin with
@@ -928,9 +930,42 @@ pub(crate) struct Get {
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
     pub(crate) max_rate: u64,
 
+    /// Only files whose path matches, such as '*.json'; may be repeated, and goes with --tensors
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) files: Vec<Pattern>,
+
+    /// Only tensors whose name matches, such as 'model.layers.{0..11}.*', as safetensors files of these; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) tensors: Vec<Pattern>,
+
+    /// low, normal or high: while content comes for one of higher priority, others wait
+    #[arg(long, default_value_t)]
+    pub(crate) priority: Priority,
+
     /// Show each provider that sends
     #[arg(long, short)]
     pub(crate) verbose: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cat {
+    /// org/name[@revision], a model id (64 hex digits), or a ticket (weft:...)
+    pub(crate) target: String,
+
+    /// The file's path in the model
+    pub(crate) path: String,
+
+    /// The first byte
+    #[arg(long, value_name = "BYTE", default_value_t = 0)]
+    pub(crate) offset: u64,
+
+    /// How many bytes [default: to the end of the file]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) length: Option<u64>,
+
+    /// Accept the name only from this publisher
+    #[arg(long, value_name = "PEERID")]
+    pub(crate) publisher: Option<PeerId>,
 }
 
 #[derive(Debug, Args)]

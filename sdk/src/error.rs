@@ -2,7 +2,10 @@
 
 use std::{fmt, path::PathBuf};
 
-use weft_blobs::{PlanError, StoreError, index::IndexError, manifest::ManifestError};
+use weft_blobs::{
+    PlanError, StoreError, index::IndexError, manifest::ManifestError, pattern::PatternError,
+    results::ResultError, selection::SelectionError,
+};
 use weft_crdt::{DocumentId, Error as DocumentError};
 use weft_dht::{DhtError, DiskError, RecordError};
 use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
@@ -95,6 +98,25 @@ pub enum Error {
         /// Which rule it breaks.
         reason: ManifestError,
     },
+    /// The model has no such file.
+    #[error("the model {model} has no file {path:?}; it has {}", names(.files))]
+    NoSuchFile {
+        /// The model.
+        model: Hash,
+        /// The path that was asked for.
+        path: String,
+        /// Some that it has.
+        files: Vec<String>,
+    },
+    /// The model has nothing of what is selected, or not so that it makes files.
+    #[error(transparent)]
+    Selection(#[from] SelectionError),
+    /// The selected tensors do not make files.
+    #[error(transparent)]
+    Result(ResultError),
+    /// A pattern for files or tensors is malformed.
+    #[error(transparent)]
+    FilePattern(#[from] PatternError),
     /// A peer cannot be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -239,6 +261,11 @@ fn list(failures: &[Failure]) -> String {
         .collect()
 }
 
+fn names(files: &[String]) -> String {
+    let quoted: Vec<_> = files.iter().map(|file| format!("{file:?}")).collect();
+    quoted.join(", ")
+}
+
 fn more(count: &usize) -> String {
     match count {
         0 | 1 => String::new(),
@@ -272,6 +299,16 @@ impl From<StoreError> for Error {
 impl From<IndexError> for Error {
     fn from(error: IndexError) -> Self {
         Self::Index(error)
+    }
+}
+
+impl From<ResultError> for Error {
+    fn from(error: ResultError) -> Self {
+        match error {
+            ResultError::Store(error) => error.into(),
+            ResultError::Exists(path) => Self::TargetExists { path, count: 1 },
+            error => Self::Result(error),
+        }
     }
 }
 

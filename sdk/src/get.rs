@@ -10,18 +10,19 @@ use std::{
 use prost::Message;
 use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
-    Manifest, Plan, Transfer, TransferError, plan, rate::Limit, store, transfer::fetch_manifest,
+    Manifest, Pattern, Plan, Selection, Transfer, TransferError, plan, rate::Limit, results,
+    selection::Selected, store, transfer::fetch_manifest,
 };
 use weft_dht::Record;
-use weft_net::{PathKind, PeerId, Transport};
+use weft_net::{Multiaddr, PathKind, PeerId, Transport};
 use weft_proto::wire;
 
 use crate::{
-    Error, Hash, ModelInfo, ModelName, Node, Operation, Target,
+    Error, Hash, ModelInfo, ModelName, Node, Operation, Priority, Target,
     models::{by_name, describe},
     node::{TargetLease, blocking},
     providers::{Known, Providers},
-    swarm::{Shown, Swarm},
+    swarm::{Shown, Swarm, watch},
 };
 
 /// How often the mesh is told what has come.
@@ -36,6 +37,8 @@ pub struct Get {
     to: Option<PathBuf>,
     publisher: Option<PeerId>,
     limit: u64,
+    priority: Priority,
+    selection: Selection,
 }
 
 /// What fetching is at.
@@ -98,6 +101,10 @@ pub struct Got {
     pub model: ModelInfo,
     /// Where it is.
     pub directory: PathBuf,
+    /// Bytes in all that was asked for.
+    pub bytes_total: u64,
+    /// Files that were made of the selected tensors.
+    pub results: Vec<PathBuf>,
     /// Content bytes received in this run; zero when everything was here.
     pub bytes_moved: u64,
     /// Content bytes that several providers sent, beyond the first time: a slow one's work that another took over, and that came all the same.
@@ -143,6 +150,8 @@ impl Get {
             to: None,
             publisher: None,
             limit: 0,
+            priority: Priority::default(),
+            selection: Selection::default(),
         }
     }
 
@@ -161,6 +170,27 @@ impl Get {
     /// At most this many bytes of content a second, beside the limits of the node; zero is no limit.
     pub fn limit(mut self, bytes_per_second: u64) -> Self {
         self.limit = bytes_per_second;
+        self
+    }
+
+    /// Whether other transfers of this node go first.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Only files whose path matches, and what else is selected. May be called several times.
+    pub fn files(mut self, pattern: Pattern) -> Self {
+        self.selection.files.push(pattern);
+        self
+    }
+
+    /// Only tensors whose name matches, and what else is selected. May be called several times.
+    ///
+    /// For each file of which some tensors are wanted, a safetensors file of these is made at the same path (`x.safetensors` for `x.gguf`), and the index
+    /// of a sharded model says where they are. Only their bytes are fetched, and kept in the node's store.
+    pub fn tensors(mut self, pattern: Pattern) -> Self {
+        self.selection.tensors.push(pattern);
         self
     }
 
@@ -217,12 +247,13 @@ fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgres
             (phase, _) => *phase,
         },
         bytes_total: total,
-        bytes_done: done,
+        // A reader may have had more fetched.
+        bytes_done: done.min(total),
         bytes_moved: counts.moved.load(Ordering::Relaxed),
         rate,
         time_left: (rate > 0)
             .then(|| Duration::from_secs_f64(total.saturating_sub(done) as f64 / rate as f64)),
-        bytes_reused: state.reused,
+        bytes_reused: state.reused + counts.reused.load(Ordering::Relaxed),
         peers,
         waiting_for,
     }
@@ -239,60 +270,57 @@ struct Work {
 
 impl Work {
     async fn run(mut self, request: Get) -> Result<Got, Error> {
-        let (name, id, publisher) = match &request.target {
-            Target::Name(name) => {
-                let (id, publisher) = resolve(&self.node, name, request.publisher).await?;
-                (Some(name.clone()), id, publisher)
-            }
-            Target::Id(id) => (None, *id, None),
-            Target::Ticket(ticket) => (None, ticket.model, None),
-        };
+        let found = Found::new(&self.node, request.target, request.publisher).await?;
+        let (id, publisher) = (found.id, found.publisher);
+        let name = found.name.clone();
         let folder = request
             .to
-            .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id));
+            .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id, &request.selection));
         let folder = std::path::absolute(&folder).unwrap_or(folder);
         let lease = self.node.lease(&folder, id)?;
-        let given = match (request.target, publisher) {
-            (Target::Ticket(ticket), _) => ticket.peers,
-            // Whoever publishes it most likely has it.
-            (_, Some(publisher)) if self.is_connected(publisher).await => {
-                vec![(publisher, Vec::new())]
-            }
-            _ => Vec::new(),
-        };
-        let mut providers = Providers::new(self.node.clone(), id, given);
 
         self.enter(GetPhase::Connecting);
-        let manifest = self.manifest(id, &mut providers).await?;
+        let (started, lookup) = (self.started, &mut self.lookup);
+        let answered = || {
+            lookup.get_or_insert_with(|| started.elapsed());
+        };
+        let (manifest, known) = found.manifest(&self.node, answered).await?;
+        let selected = match request.selection.is_everything() {
+            true => None,
+            false => Some(Arc::new(request.selection.select(&manifest)?)),
+        };
 
         // Two of the same model at once: the second finds what the first has fetched.
-        let turn = self.node.turn(id);
-        let _turn = match turn.clone().try_lock_owned() {
-            Ok(turn) => turn,
-            Err(_) => {
+        let _turn = match self.node.turns().try_take(id) {
+            Some(turn) => turn,
+            None => {
                 self.wait_for("another get of the same model");
-                turn.lock_owned().await
+                self.node.turns().take(id, true).await
             }
         };
         self.enter(GetPhase::Checking);
-        let (mut plan, _lease) = self.plan(manifest.clone(), &folder, lease).await?;
+        let (mut plan, _lease) = self.plan(&manifest, &selected, &folder, lease).await?;
         let directory = plan.root().to_owned();
         let reused = self.counts.done.load(Ordering::Relaxed);
         self.state().reused = reused;
         {
             let (store, root) = (self.node.store().clone(), directory.clone());
             let name = name.map(|name| name.to_string());
-            blocking(move || Ok(store.expect_model(id, &root, name.as_deref())?)).await?;
+            let whole = selected.is_none();
+            blocking(move || Ok(store.expect_model(id, &root, name.as_deref(), whole)?)).await?;
         }
 
         let mut sharing = JoinSet::new();
         sharing.spawn(share(self.node.clone(), id));
         if !plan.is_complete() {
-            let known = providers.into_known();
-            self.fetch(id, &manifest, &mut plan, known, request.limit)
-                .await?;
+            let options = (request.limit, request.priority);
+            self.fetch(id, &manifest, &mut plan, known, options).await?;
         }
         drop(plan);
+        let results = match &selected {
+            Some(selected) => self.results(&manifest, selected, &directory).await?,
+            None => Vec::new(),
+        };
         drop(sharing);
         let (model, info) = {
             let store = self.node.store().clone();
@@ -307,19 +335,16 @@ impl Work {
         Ok(Got {
             model: info,
             directory,
+            bytes_total: self.counts.total.load(Ordering::Relaxed),
+            results,
             bytes_moved: self.counts.moved.load(Ordering::Relaxed),
-            bytes_reused: reused,
+            bytes_reused: reused + self.counts.reused.load(Ordering::Relaxed),
             elapsed: self.started.elapsed(),
             lookup: self.lookup.unwrap_or_default(),
             publisher,
             bytes_wasted: self.wasted(),
             sources: self.sources(),
         })
-    }
-
-    async fn is_connected(&self, peer: PeerId) -> bool {
-        let peers = self.node.network().peers().await;
-        peers.iter().any(|one| one.peer == peer)
     }
 
     /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
@@ -334,49 +359,42 @@ impl Work {
         });
     }
 
-    /// From the store, or from a provider.
-    async fn manifest(&mut self, id: Hash, providers: &mut Providers) -> Result<Manifest, Error> {
-        let store = self.node.store().clone();
-        if let Some(manifest) = blocking(move || Ok(store.manifest(&id)?)).await? {
-            return Ok(manifest);
-        }
-        loop {
-            let stream = providers.next().await?;
-            self.lookup.get_or_insert_with(|| self.started.elapsed());
-            let peer = stream.peer();
-            match fetch_manifest(stream, id).await {
-                Ok(bytes) => {
-                    providers.succeeded(peer);
-                    let store = self.node.store().clone();
-                    return blocking(move || {
-                        // It is what the id names, so no other provider has a better one.
-                        let manifest = Manifest::decode(&bytes)
-                            .map_err(|reason| Error::InvalidContent { model: id, reason })?;
-                        store.add_manifest(&bytes)?;
-                        Ok(manifest)
-                    })
-                    .await;
-                }
-                Err(TransferError::Store(error)) => return Err(error.into()),
-                Err(error) => providers.failed(peer, &error),
-            }
-        }
-    }
-
     /// Holds on to the lease until the work is really over, also when nobody waits for it any more.
     async fn plan(
         &self,
-        manifest: Manifest,
+        manifest: &Arc<Manifest>,
+        selected: &Option<Arc<Selected>>,
         folder: &std::path::Path,
         lease: TargetLease,
     ) -> Result<(Plan, TargetLease), Error> {
         let store = self.node.store().clone();
         let folder = folder.to_owned();
         let counts = Arc::clone(&self.counts);
+        let (manifest, selected) = (Arc::clone(manifest), selected.clone());
         let _stop = StopOnDrop(Arc::clone(&counts));
         blocking(move || {
-            let plan = Plan::new(&store, &manifest, &folder, counts)?;
+            let plan = Plan::new(&store, &manifest, selected.as_deref(), &folder, counts)?;
             Ok((plan, lease))
+        })
+        .await
+    }
+
+    /// Makes the files of the selected tensors.
+    async fn results(
+        &self,
+        manifest: &Arc<Manifest>,
+        selected: &Arc<Selected>,
+        folder: &std::path::Path,
+    ) -> Result<Vec<PathBuf>, Error> {
+        let store = self.node.store().clone();
+        let folder = folder.to_owned();
+        let counts = Arc::clone(&self.counts);
+        let (manifest, selected) = (Arc::clone(manifest), Arc::clone(selected));
+        let _stop = StopOnDrop(Arc::clone(&counts));
+        blocking(move || {
+            let cancelled = &counts.check.cancelled;
+            let made = results::write(&store, &manifest, &selected, &folder, cancelled)?;
+            Ok(made)
         })
         .await
     }
@@ -388,7 +406,7 @@ impl Work {
         manifest: &Manifest,
         plan: &mut Plan,
         known: Known,
-        limit: u64,
+        (limit, priority): (u64, Priority),
     ) -> Result<(), Error> {
         let counts = Arc::clone(&self.counts);
         let transfer = Transfer::new(self.node.store(), manifest, counts, fastrand::u64(..));
@@ -400,6 +418,7 @@ impl Work {
             self.shown.clone(),
             known,
             vec![Limit::new(limit)],
+            priority,
         );
         self.enter(GetPhase::Fetching);
         while !plan.is_complete() {
@@ -497,10 +516,15 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// With the id: a name may come to mean another model.
-fn default_folder(node: &Node, name: Option<&ModelName>, id: &Hash) -> PathBuf {
+/// With the id: a name may come to mean another model. What is made of tensors has a folder of its own.
+fn default_folder(
+    node: &Node,
+    name: Option<&ModelName>,
+    id: &Hash,
+    selection: &Selection,
+) -> PathBuf {
     let models = node.models_folder();
-    match name {
+    let mut folder = match name {
         Some(name) => models.join(name.org()).join(format!(
             "{}@{}-{}",
             name.name(),
@@ -508,6 +532,93 @@ fn default_folder(node: &Node, name: Option<&ModelName>, id: &Hash) -> PathBuf {
             id.short()
         )),
         None => models.join(id.to_string()),
+    };
+    if !selection.tensors.is_empty() {
+        let patterns = selection.files.iter().chain(&selection.tensors);
+        let patterns: Vec<_> = patterns.map(Pattern::as_str).collect();
+        let patterns = Hash::of(patterns.join("\n").as_bytes());
+        folder.as_mut_os_string().push("-");
+        folder.as_mut_os_string().push(patterns.short());
+    }
+    folder
+}
+
+/// A model that a target means, and who has it for certain.
+pub(crate) struct Found {
+    pub(crate) name: Option<ModelName>,
+    pub(crate) id: Hash,
+    /// Who publishes the name.
+    pub(crate) publisher: Option<PeerId>,
+    pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
+}
+
+impl Found {
+    pub(crate) async fn new(
+        node: &Node,
+        target: Target,
+        publisher: Option<PeerId>,
+    ) -> Result<Self, Error> {
+        let (name, id, publisher, given) = match target {
+            Target::Name(name) => {
+                let (id, publisher) = resolve(node, &name, publisher).await?;
+                (Some(name), id, publisher, Vec::new())
+            }
+            Target::Id(id) => (None, id, None, Vec::new()),
+            Target::Ticket(ticket) => (None, ticket.model, None, ticket.peers),
+        };
+        let mut found = Self {
+            name,
+            id,
+            publisher,
+            given,
+        };
+        // Whoever publishes it most likely has it.
+        if let Some(publisher) = publisher {
+            let peers = node.network().peers().await;
+            if peers.iter().any(|one| one.peer == publisher) {
+                found.given.push((publisher, Vec::new()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The manifest, from the store or from a provider, and what has become known of the providers; `answered` is called when one has answered.
+    pub(crate) async fn manifest(
+        self,
+        node: &Node,
+        mut answered: impl FnMut(),
+    ) -> Result<(Arc<Manifest>, Known), Error> {
+        let id = self.id;
+        let mut providers = Providers::new(node.clone(), id, self.given);
+        let store = node.store().clone();
+        if let Some(manifest) = blocking(move || Ok(store.manifest(&id)?)).await? {
+            return Ok((Arc::new(manifest), providers.into_known()));
+        }
+        loop {
+            let stream = providers.next().await?;
+            answered();
+            let peer = stream.peer();
+            let fetched = tokio::select! {
+                fetched = fetch_manifest(stream, id) => fetched,
+                never = watch(node, peer, || 0) => match never {},
+            };
+            match fetched {
+                Ok(bytes) => {
+                    providers.succeeded(peer);
+                    let store = node.store().clone();
+                    let manifest = blocking(move || {
+                        // It is what the id names, so no other provider has a better one.
+                        let manifest = Manifest::decode(&bytes)
+                            .map_err(|reason| Error::InvalidContent { model: id, reason })?;
+                        store.add_manifest(&bytes)?;
+                        Ok(manifest)
+                    });
+                    return Ok((Arc::new(manifest.await?), providers.into_known()));
+                }
+                Err(TransferError::Store(error)) => return Err(error.into()),
+                Err(error) => providers.failed(peer, &error),
+            }
+        }
     }
 }
 

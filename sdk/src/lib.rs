@@ -47,6 +47,7 @@ mod node;
 mod operation;
 mod presence;
 mod providers;
+mod reader;
 mod records;
 mod registry;
 mod remembered;
@@ -55,12 +56,15 @@ mod swarm;
 mod target;
 mod topics;
 mod trust;
+mod turns;
 mod watcher;
 mod whereabouts;
 
 pub use weft_blobs::{
-    Hash, Manifest, ParseHashError,
+    Hash, Manifest, ParseHashError, Pattern, Selection,
     manifest::{File, Tensor},
+    pattern::PatternError,
+    selection::SelectionError,
 };
 pub use weft_crdt::{
     ChangeId, DocumentId, EditError, Error as DocumentError, MAX_DEPTH as MAX_DOCUMENT_DEPTH,
@@ -93,6 +97,7 @@ pub use self::{
     name::{ModelName, ParseNameError},
     node::{Node, Status},
     operation::Operation,
+    reader::Reader,
     records::{MAX_RECORD_KEY, RecordChange, RecordInfo, RecordWatch, Records},
     registry::{
         ListedModel, NamePattern, NewRegistry, ParsePatternError, Registries, Registry,
@@ -101,6 +106,7 @@ pub use self::{
     target::{ParseTargetError, Target, Ticket},
     topics::{Subscription, Topics},
     trust::Trust,
+    turns::{ParsePriorityError, Priority},
 };
 
 /// For [`tokio::runtime::Builder::event_interval`]: how many times a thread may run tasks before it looks for what has come in from outside. What moves weights

@@ -21,7 +21,7 @@ use weft_net::{Multiaddr, PeerId};
 use weft_proto::wire;
 
 use crate::{
-    Error, Get, Hash, ModelName, Node, Operation, Target, Ticket, announce::manifest_size,
+    Error, Get, Hash, ModelName, Node, Operation, Reader, Target, Ticket, announce::manifest_size,
     get::resolve, node::blocking, providers::find_providers,
 };
 
@@ -178,6 +178,27 @@ impl Models {
     /// Fetches a model.
     pub fn get(&self, target: Target) -> Get {
         Get::new(self.node.clone(), target)
+    }
+
+    /// Opens the file at `path` of a model for reading, whether it is here, arrives, or is to be fetched as it is read.
+    ///
+    /// # Errors
+    /// Those of resolving a name; [`Error::NoProvider`] if the manifest is not here and nobody sends it; [`Error::NoSuchFile`].
+    pub async fn open(&self, target: Target, path: &str) -> Result<Reader, Error> {
+        Reader::open(&self.node, target, None, path).await
+    }
+
+    /// As [`open`](Self::open), taking only `publisher`'s word for what the name means.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_from(
+        &self,
+        target: Target,
+        publisher: PeerId,
+        path: &str,
+    ) -> Result<Reader, Error> {
+        Reader::open(&self.node, target, Some(publisher), path).await
     }
 
     /// The names that begin with `prefix` among those that this node knows: all of the registries that it follows; its own; and those whose claims it keeps for the

@@ -30,6 +30,7 @@ use crate::{
     docs::{self, Driver},
     home::Home,
     presence::{self, Presence},
+    reader::Reading,
     records,
     registry::{self, Followed},
     remembered,
@@ -37,6 +38,7 @@ use crate::{
     swarm::{self, Exchanger, Hub},
     topics,
     trust::Trusted,
+    turns::{Ranks, Turns},
     whereabouts,
 };
 
@@ -87,8 +89,9 @@ struct Inner {
     exchanges: Served,
     hub: Hub,
     bandwidth: Arc<Bandwidth>,
-    /// One `get` of a model at a time.
-    turns: Mutex<HashMap<Hash, Weak<tokio::sync::Mutex<()>>>>,
+    turns: Turns,
+    ranks: Ranks,
+    reading: Reading,
     driver: Arc<Driver>,
     /// Streams on which peers speak of documents.
     documents_served: Served,
@@ -230,7 +233,9 @@ impl Node {
                 exchanges,
                 hub,
                 bandwidth,
-                turns: Mutex::default(),
+                turns: Turns::default(),
+                ranks: Ranks::default(),
+                reading: Reading::default(),
                 driver,
                 documents_served,
                 trusted,
@@ -522,20 +527,27 @@ impl Node {
         }
     }
 
-    /// What is held while a model is being fetched: one at a time has it.
-    pub(crate) fn turn(&self, model: Hash) -> Arc<tokio::sync::Mutex<()>> {
-        let mut turns = self
-            .inner
-            .turns
-            .lock()
-            .expect("nothing panics while holding the lock");
-        turns.retain(|_, turn| turn.strong_count() > 0);
-        if let Some(turn) = turns.get(&model).and_then(Weak::upgrade) {
-            return turn;
-        }
-        let turn = Arc::default();
-        turns.insert(model, Arc::downgrade(&turn));
-        turn
+    /// Whose turn it is to fetch a model.
+    pub(crate) fn turns(&self) -> &Turns {
+        &self.inner.turns
+    }
+
+    /// Which transfers go first.
+    pub(crate) fn ranks(&self) -> &Ranks {
+        &self.inner.ranks
+    }
+
+    /// What comes for readers.
+    pub(crate) fn reading(&self) -> &Reading {
+        &self.inner.reading
+    }
+
+    pub(crate) fn hub(&self) -> &Hub {
+        &self.inner.hub
+    }
+
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.inner.runtime
     }
 
     pub(crate) fn dht(&self) -> &Dht {

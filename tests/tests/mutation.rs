@@ -127,6 +127,7 @@ fn frames() {
         first_group: 5,
         groups: 200,
         cancel: None,
+        proofs_only: true,
     };
     check(
         "frame",
@@ -164,7 +165,7 @@ async fn fetch(
     stream: tokio::io::DuplexStream,
 ) -> Result<(), TransferError> {
     let progress = Arc::new(Progress::default());
-    let mut plan = Plan::new(store, manifest, to, Arc::clone(&progress)).unwrap();
+    let mut plan = Plan::new(store, manifest, None, to, Arc::clone(&progress)).unwrap();
     let transfer = Transfer::new(store, manifest, progress, 1);
     let peer = transfer.join(false, None);
     peer.has_all();
@@ -260,8 +261,14 @@ async fn a_provider_fed_mutated_requests_ends_the_stream() {
             first_group: 0,
             groups: file.size.div_ceil(65_536),
             cancel: None,
+            proofs_only: false,
         };
         requests.extend(request.encode_length_delimited_to_vec());
+        let proofs = BlobRequest {
+            proofs_only: true,
+            ..request
+        };
+        requests.extend(proofs.encode_length_delimited_to_vec());
     }
     for seed in 0..mutations() / 20 {
         let (mut near, far) = duplex(1 << 20);

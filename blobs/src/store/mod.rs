@@ -7,6 +7,7 @@
 //! meta.redb          tables: blobs, models, parts
 //! outboards/<hash>   the tree of a blob of more than one group, parents in pre-order
 //! manifests/<hash>   encoded manifests; blobs like any other
+//! blobs/<hash>       blobs that the store owns, and beside them part files of blobs of which only a part is wanted
 //! ```
 //!
 //! Content is not copied: a blob's row says in which files it is, with their size and time, and a file that differs from
@@ -253,6 +254,7 @@ impl Store {
             folder.to_owned(),
             folder.join("outboards"),
             folder.join("manifests"),
+            folder.join("blobs"),
         ] {
             fs::create_dir_all(&folder).map_err(StoreError::io("cannot make", &folder))?;
         }
@@ -346,7 +348,8 @@ impl Store {
         Ok(id)
     }
 
-    /// Notes that the model `id` is to live in `root`, fetched from the mesh, known by `name`.
+    /// Notes that the model `id` is to live in `root`, fetched from the mesh, known by `name`. Where only a part of it goes to `root`, it goes on living where it
+    /// does.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -355,9 +358,16 @@ impl Store {
         id: Hash,
         root: &Path,
         name: Option<&str>,
+        whole: bool,
     ) -> Result<(), StoreError> {
+        let known = match whole {
+            true => None,
+            false => self.models()?.into_iter().find(|model| model.id == id),
+        };
         self.write(|txn| {
-            put_model(txn, id, root, true)?;
+            if known.is_none() {
+                put_model(txn, id, root, true)?;
+            }
             if let Some(name) = name {
                 set_name(txn, id, name, false)?;
             }
@@ -651,6 +661,11 @@ impl Store {
 
     fn outboard_path(&self, hash: &Hash) -> PathBuf {
         self.inner.folder.join("outboards").join(hash.to_string())
+    }
+
+    /// The file of a blob that belongs to the store itself: of which only a part is wanted, or that no folder of a model is to have.
+    pub(crate) fn owned_path(&self, hash: &Hash) -> PathBuf {
+        self.inner.folder.join("blobs").join(hash.to_string())
     }
 
     fn manifest_path(&self, id: &Hash) -> PathBuf {

@@ -22,15 +22,16 @@ use super::{
 use crate::{Hash, bitfield::Bitfield, partial::Partial, source::Source, tree::Tree};
 
 impl Store {
-    /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified.
+    /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified. `room`: with room set aside for the whole.
     ///
     /// # Errors
     /// [`StoreError::Busy`] if it is open already; [`StoreError::DiskFull`] if there is no room for the whole.
     pub(crate) fn partial(
         &self,
         hash: Hash,
-        size: u64,
+        tree: Tree,
         target: &Path,
+        room: bool,
         cancelled: &AtomicBool,
     ) -> Result<Arc<Partial>, StoreError> {
         let part = part_path(target, &hash);
@@ -39,7 +40,6 @@ impl Store {
         if cancelled.load(Ordering::Acquire) {
             return Err(StoreError::Cancelled);
         }
-        let tree = Tree::new(size);
         let committed = self.committed(&part, &hash, &tree)?;
         if committed.is_none() && !self.part_rows(&hash)?.is_empty() {
             // Before the files get their full size: a row from earlier must not vouch for what they hold then.
@@ -47,7 +47,7 @@ impl Store {
             self.write(|txn| forget_parts(txn, &hash, (!all).then_some(part.as_path())))?;
         }
         let outboard = (tree.groups() > 1).then(|| self.outboard_path(&hash));
-        let partial = Partial::open(lease, hash, tree, target, outboard, committed)?;
+        let partial = Partial::open(lease, (hash, tree), target, room, outboard, committed)?;
         let partial = Arc::new(partial);
         let mut arriving = self.arriving();
         arriving.retain(|_, known| known.strong_count() > 0);
@@ -101,7 +101,11 @@ impl Store {
                     .map_err(database)?;
             }
             Ok(())
-        })
+        })?;
+        for (partial, bits) in progressed {
+            partial.set_durable(bits);
+        }
+        Ok(())
     }
 
     /// What is here of a blob that is not whole: in part files that are open, or were left.
@@ -158,8 +162,18 @@ impl Store {
         size: u64,
     ) -> Result<u64, StoreError> {
         let tree = Tree::new(size);
-        let committed = self.committed(&part_path(target, hash), hash, &tree)?;
+        let committed = self.committed_part(target, hash, &tree)?;
         Ok(committed.map_or(0, |bits| bits.bytes(&tree)))
+    }
+
+    /// Groups that are verified and durable in the part file of a blob that is to become `target`.
+    pub(crate) fn committed_part(
+        &self,
+        target: &Path,
+        hash: &Hash,
+        tree: &Tree,
+    ) -> Result<Option<Bitfield>, StoreError> {
+        self.committed(&part_path(target, hash), hash, tree)
     }
 
     /// The groups that a row vouches for, if the files it speaks of are still there.

@@ -3,6 +3,7 @@
 mod calls;
 mod documents;
 mod endpoint;
+mod read;
 mod records;
 mod registries;
 mod service;

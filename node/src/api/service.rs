@@ -16,7 +16,10 @@ use weft::{
 };
 use weft_proto::api::{self, add_event, get_event, models_server::Models, node_server};
 
-use super::status::{invalid, status};
+use super::{
+    read,
+    status::{invalid, status},
+};
 
 /// Implements both services.
 #[derive(Debug, Clone)]
@@ -375,6 +378,16 @@ impl Models for Service {
             get = get.publisher(publisher);
         }
         get = get.limit(request.max_rate);
+        if !request.priority.is_empty() {
+            let priority = request.priority.parse();
+            get = get.priority(priority.map_err(|error| invalid(format!("{error}")))?);
+        }
+        for pattern in &request.files {
+            get = get.files(pattern_of(pattern)?);
+        }
+        for pattern in &request.tensors {
+            get = get.tensors(pattern_of(pattern)?);
+        }
         Ok(Response::new(Events {
             operation: Some(get.start()),
             progress: |progress| api::GetEvent {
@@ -384,6 +397,30 @@ impl Models for Service {
                 event: Some(get_event::Event::Done(get_done(got))),
             },
         }))
+    }
+
+    type ReadStream = read::Reading;
+
+    async fn read(
+        &self,
+        request: Request<api::ReadRequest>,
+    ) -> Result<Response<Self::ReadStream>, Status> {
+        let request = request.into_inner();
+        let target = request.target.parse();
+        let target = target.map_err(|error| status(&weft::Error::Target(error)))?;
+        let models = self.node.models();
+        let opened = match request.publisher.as_str() {
+            "" => models.open(target, &request.path).await,
+            publisher => {
+                let publisher = publisher
+                    .parse()
+                    .map_err(|_| invalid(format!("not a PeerId: {publisher}")))?;
+                models.open_from(target, publisher, &request.path).await
+            }
+        };
+        let reader = opened.map_err(|error| status(&error))?;
+        let reading = read::Reading::new(reader, request.offset, request.length).await?;
+        Ok(Response::new(reading))
     }
 
     async fn list(
@@ -586,6 +623,11 @@ fn rates_response(rates: Rates) -> api::RatesResponse {
     }
 }
 
+fn pattern_of(text: &str) -> Result<weft::Pattern, Status> {
+    let pattern = text.parse();
+    pattern.map_err(|error| status(&weft::Error::FilePattern(error)))
+}
+
 fn get_progress(progress: GetProgress) -> api::GetProgress {
     api::GetProgress {
         phase: match progress.phase {
@@ -623,6 +665,12 @@ fn get_done(got: Got) -> api::GetDone {
         directory: got.directory.display().to_string(),
         bytes_moved: got.bytes_moved,
         bytes_wasted: got.bytes_wasted,
+        bytes_total: got.bytes_total,
+        results: got
+            .results
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect(),
         bytes_reused: got.bytes_reused,
         elapsed_micros: got.elapsed.as_micros() as u64,
         lookup_micros: got.lookup.as_micros() as u64,

@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use weft::{
     ConnectError, DiskError, DocumentError, DocumentStoreError, EditError, Error, HomeError,
-    OpenError, PingError, SpawnError, TopicError,
+    OpenError, PingError, SelectionError, SpawnError, TopicError,
 };
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
@@ -18,6 +18,10 @@ pub(crate) fn status(error: &Error) -> Status {
     let (code, reason) = match error {
         Error::NoSuchName { .. } => (Code::NotFound, "NO_SUCH_NAME"),
         Error::NoSuchModel(_) => (Code::NotFound, "NO_SUCH_MODEL"),
+        Error::NoSuchFile { .. } => (Code::NotFound, "NO_SUCH_FILE"),
+        Error::Selection(SelectionError::NoMatch { .. }) => (Code::NotFound, "NO_MATCH"),
+        Error::Selection(_) | Error::FilePattern(_) => (Code::InvalidArgument, "INVALID_INPUT"),
+        Error::Result(_) => (Code::DataLoss, "INVALID_CONTENT"),
         Error::NoProvider { .. } => (Code::Unavailable, "NO_PROVIDER"),
         Error::SeveralPublishers { publishers, .. } => {
             let list: Vec<String> = publishers

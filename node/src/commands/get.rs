@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde_json::json;
-use weft::Target;
+use weft::{Pattern, Target};
 use weft_proto::api::{GetDone, GetProgress, GetRequest, get_event::Event};
 
 use super::{absolute, show::model_json};
@@ -29,7 +29,8 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
         .target
         .parse()
         .map_err(|error| Failure::usage(format!("{error}")))?;
-    let folder = options.to.unwrap_or_else(|| default_folder(&target));
+    let made = !options.tensors.is_empty();
+    let folder = options.to.unwrap_or_else(|| default_folder(&target, made));
     let request = GetRequest {
         target: target.to_string(),
         to: absolute(folder)?,
@@ -38,6 +39,9 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
             .map(|publisher| publisher.to_string())
             .unwrap_or_default(),
         max_rate: options.max_rate,
+        files: patterns(&options.files),
+        tensors: patterns(&options.tensors),
+        priority: options.priority.to_string(),
     };
     let mut shown = Instant::now();
     let mut meter = Meter::new();
@@ -73,12 +77,22 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
     Ok(())
 }
 
-fn default_folder(target: &Target) -> PathBuf {
-    match target {
-        Target::Name(name) => name.name().into(),
-        Target::Id(id) => id.short().into(),
-        Target::Ticket(ticket) => ticket.model.short().into(),
+/// What is made of some tensors does not stand beside files of the whole.
+fn default_folder(target: &Target, made: bool) -> PathBuf {
+    let mut folder = match target {
+        Target::Name(name) => name.name().to_owned(),
+        Target::Id(id) => id.short(),
+        Target::Ticket(ticket) => ticket.model.short(),
+    };
+    if made {
+        folder.push_str("-tensors");
     }
+    folder.into()
+}
+
+fn patterns(patterns: &[Pattern]) -> Vec<String> {
+    let patterns = patterns.iter().map(Pattern::as_str);
+    patterns.map(str::to_owned).collect()
 }
 
 fn text(progress: &GetProgress) -> String {
@@ -136,6 +150,7 @@ fn print(done: GetDone, as_json: bool) {
             json!({
                 "model": model_json(&model),
                 "directory": done.directory,
+                "bytes_total": done.bytes_total,
                 "bytes_moved": done.bytes_moved,
                 "bytes_reused": done.bytes_reused,
                 "bytes_wasted": done.bytes_wasted,
@@ -143,6 +158,7 @@ fn print(done: GetDone, as_json: bool) {
                 "lookup_seconds": done.lookup_micros as f64 / 1e6,
                 "publisher": (!done.publisher.is_empty()).then_some(done.publisher),
                 "sources": sources,
+                "results": done.results,
             })
         );
         return;
@@ -150,7 +166,7 @@ fn print(done: GetDone, as_json: bool) {
     if done.bytes_moved == 0 {
         out!(
             "{} is complete in {}; nothing had to be moved",
-            output::bytes(model.size),
+            output::bytes(done.bytes_total),
             done.directory
         );
     } else {
@@ -161,13 +177,16 @@ fn print(done: GetDone, as_json: bool) {
             output::rate(done.bytes_moved, elapsed)
         );
         if done.bytes_reused > 0 {
-            let share = done.bytes_reused as f64 * 100.0 / model.size.max(1) as f64;
+            let share = done.bytes_reused as f64 * 100.0 / done.bytes_total.max(1) as f64;
             out!(
                 "  re-used    {} ({share:.0} %) that this machine had",
                 output::bytes(done.bytes_reused)
             );
         }
         out!("  folder     {}", done.directory);
+    }
+    for path in &done.results {
+        out!("  made       {path}");
     }
     out!("  id         {}", model.id);
     if !done.publisher.is_empty() {

@@ -4,6 +4,7 @@ use crate::output::{out, out_raw};
 
 mod add;
 mod call;
+mod cat;
 mod doc;
 mod get;
 mod limits;
@@ -67,6 +68,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Peers => peers(&client, json).await,
         Command::Add(options) => add::run(&client, options, json).await,
         Command::Get(options) => get::run(&client, options, json).await,
+        Command::Cat(options) => cat::run(&client, options).await,
         Command::Ls => show::list(&client, json).await,
         Command::Show(options) => show::show(&client, options, json).await,
         Command::Rm(options) => show::remove(&client, options, json).await,

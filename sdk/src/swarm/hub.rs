@@ -96,6 +96,15 @@ struct Guest {
     introduce: mpsc::Sender<(PeerId, Vec<Multiaddr>)>,
 }
 
+impl Hub {
+    /// What fetches a model here, if anything does.
+    pub(crate) fn transfer(&self, model: &Hash) -> Option<Transfer> {
+        let rooms = self.rooms();
+        let link = rooms.get(model)?.link.as_ref()?;
+        Some(link.transfer.clone())
+    }
+}
+
 /// A model that is linked while this is held.
 #[derive(Debug)]
 pub(crate) struct Linked {

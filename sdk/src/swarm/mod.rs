@@ -26,8 +26,9 @@ use weft_proto::frame::FrameError;
 pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
 use self::hub::{Link, Linked, News};
 use crate::{
-    Error, Failure, Node, Provider,
+    Error, Failure, Node, Priority, Provider,
     providers::{Known, find_providers, reach},
+    turns::Rank,
 };
 
 /// Providers that are fetched from at a time.
@@ -174,6 +175,7 @@ pub(crate) struct Swarm {
     model: Hash,
     transfer: Transfer,
     limits: Vec<Limit>,
+    rank: Rank,
     progress: Arc<plan::Progress>,
     shown: Shown,
     members: BTreeMap<PeerId, Member>,
@@ -190,6 +192,8 @@ pub(crate) struct Swarm {
     next_look_up: Instant,
     pause: Duration,
     moved: u64,
+    /// Others go first.
+    held: bool,
     /// When content last came, or the work began.
     since: Instant,
     patience: Duration,
@@ -207,6 +211,7 @@ impl Swarm {
         shown: Shown,
         Known { given, banned }: Known,
         limits: Vec<Limit>,
+        priority: Priority,
     ) -> Self {
         let (sender, news) = mpsc::channel(MAX_NEWS);
         let exchanger = node.exchanger();
@@ -220,6 +225,7 @@ impl Swarm {
             model,
             transfer,
             limits,
+            rank: node.ranks().join(priority),
             progress,
             shown,
             members: BTreeMap::new(),
@@ -239,6 +245,7 @@ impl Swarm {
             },
             pause: PAUSE.0,
             moved: 0,
+            held: false,
             since: now,
             patience: FIRST,
             first_answer: None,
@@ -523,7 +530,7 @@ impl Swarm {
         let session = async move {
             let result = tokio::select! {
                 result = transfer.fetch(&handle, stream, &limits) => result,
-                never = watch(&node, peer, &handle) => match never {},
+                never = watch(&node, peer, || handle.moved()) => match never {},
             };
             Event::Ended(peer, result)
         };
@@ -583,13 +590,21 @@ impl Swarm {
 
     fn note_progress(&mut self) {
         let moved = self.progress.moved.load(Ordering::Relaxed);
+        self.held = self.rank.is_outranked();
+        self.transfer.hold_back(self.held);
+        if self.held || self.transfer.is_idle() {
+            // Nobody is asked for anything: nobody is late.
+            self.since = Instant::now();
+        }
         if moved > self.moved {
             self.moved = moved;
+            self.rank.note();
             self.since = Instant::now();
             self.patience = LOST;
             self.pause = PAUSE.0;
         }
         let waiting_for = match self.sessions.is_empty() {
+            _ if self.held => Some("a transfer of higher priority".to_owned()),
             false if self.since.elapsed() < SUSPICIOUS => None,
             false => Some(self.slowest()),
             true => Some(self.absent()),
@@ -666,11 +681,11 @@ impl Drop for Swarm {
 
 /// While content comes from `peer`: when none has come for a while, has the network find out whether the path still works. If it does not, the stream
 /// fails at once, and not after the patience that a slow provider is owed.
-async fn watch(node: &Node, peer: PeerId, handle: &Peer) -> Infallible {
-    let mut moved = handle.moved();
+pub(crate) async fn watch(node: &Node, peer: PeerId, progress: impl Fn() -> u64) -> Infallible {
+    let mut moved = progress();
     loop {
         sleep(SUSPICIOUS).await;
-        let now = handle.moved();
+        let now = progress();
         if std::mem::replace(&mut moved, now) == now {
             node.network().check(peer).await;
         }

@@ -1,0 +1,253 @@
+//! What a selection of tensors comes to in a folder: a safetensors file for each file of which some tensors are wanted, and the indices that go with
+//! them.
+//!
+//! They are made of what is in the store, every byte checked, when all of it is there. The same selection makes the same bytes, so one that was made
+//! before is left alone, and nothing else that is in the way is replaced.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use crate::{
+    Hash, Manifest, Store, StoreError,
+    extract::{self, ExtractError},
+    manifest,
+    partial::rename_new,
+    path::OWN_PREFIX,
+    selection::{Selected, Wanted},
+    shards::{self, MAX_INDEX, ShardError},
+    source::{ReadError, Source},
+    store::sync_folder,
+    tree::GROUP,
+};
+
+/// Why the files of a selection cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResultError {
+    /// The store or the disk failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What is needed cannot be read.
+    #[error("cannot read the content of {path:?}: {source}")]
+    Read {
+        /// The file, by its path in the manifest.
+        path: String,
+        /// What went wrong.
+        source: ReadError,
+    },
+    /// What is needed is not here.
+    #[error("the content of {0:?} is not here")]
+    Missing(String),
+    /// The tensors do not make a file.
+    #[error("the tensors of {path:?} make no file: {source}")]
+    Extract {
+        /// The file, by its path in the manifest.
+        path: String,
+        /// Why.
+        source: ExtractError,
+    },
+    /// The index is none.
+    #[error("{path:?} is no index: {source}")]
+    Index {
+        /// The file, by its path in the manifest.
+        path: String,
+        /// Why.
+        source: ShardError,
+    },
+    /// Something else has the place of a result. It was not touched.
+    #[error("{} exists with other content", .0.display())]
+    Exists(PathBuf),
+}
+
+/// Makes the files of `selected` below `root`, as far as they are not files of the model themselves; their paths. Durable when it returns. Blocks.
+///
+/// # Errors
+/// [`ResultError`]; files that are made stay.
+pub fn write(
+    store: &Store,
+    manifest: &Manifest,
+    selected: &Selected,
+    root: &Path,
+    cancelled: &AtomicBool,
+) -> Result<Vec<PathBuf>, ResultError> {
+    let mut written = Vec::new();
+    for one in selected.files() {
+        let file = &manifest.files()[one.file];
+        let Wanted::Tensors {
+            tensors, header, ..
+        } = &one.wanted
+        else {
+            continue;
+        };
+        let source = Content::open(store, file, &one.ranges())?;
+        let header = source.read(header.clone())?;
+        let plan =
+            extract::plan(file, tensors, &header).map_err(|source| ResultError::Extract {
+                path: extract::shown(&file.path),
+                source,
+            })?;
+        let target = root.join(extract::result_path(&file.path));
+        let fill = |to: &File| {
+            let read = |buffer: &mut [u8], offset: u64| {
+                if cancelled.load(Ordering::Relaxed) {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+                let end = offset + buffer.len() as u64;
+                let bytes = source.read(offset..end).map_err(io::Error::other)?;
+                buffer.copy_from_slice(&bytes);
+                Ok(())
+            };
+            plan.write(read, to)
+        };
+        place(&target, &file.blake3, fill, cancelled)?;
+        written.push(target);
+    }
+    for index in indices(manifest, selected) {
+        let file = &manifest.files()[index];
+        let whole: Range<u64> = 0..file.size;
+        let source = Content::open(store, file, std::slice::from_ref(&whole))?;
+        let reduced = shards::reduce(&source.read(whole)?, &file.path, manifest, selected);
+        let reduced = match reduced {
+            Ok(reduced) => reduced,
+            // What only has the name of an index is not needed by any of the tensors.
+            Err(error) => {
+                tracing::warn!(path = %extract::shown(&file.path), %error, "an index is left out");
+                None
+            }
+        };
+        if let Some(bytes) = reduced {
+            let target = root.join(&file.path);
+            let fill = |mut to: &File| {
+                to.set_len(0)?;
+                io::Write::write_all(&mut to, &bytes)
+            };
+            place(&target, &file.blake3, fill, cancelled)?;
+            written.push(target);
+        }
+    }
+    Ok(written)
+}
+
+/// The indices of shards that are made anew for a selection, by their places in the manifest.
+pub(crate) fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
+    let files = manifest.files();
+    let mut indices = shards::indices(manifest, selected);
+    indices.retain(|index| files[*index].size <= MAX_INDEX as u64);
+    indices
+}
+
+/// What is here of a file's content.
+struct Content<'a> {
+    file: &'a manifest::File,
+    source: Source,
+}
+
+impl<'a> Content<'a> {
+    fn open(
+        store: &Store,
+        file: &'a manifest::File,
+        ranges: &[Range<u64>],
+    ) -> Result<Self, ResultError> {
+        let has_all = |source: &Source| {
+            let mut groups = ranges.iter().map(groups);
+            groups.all(|groups| source.has(groups))
+        };
+        let source = store.sources(&file.blake3)?.into_iter().find(has_all);
+        match source {
+            Some(source) => Ok(Self { file, source }),
+            None => Err(ResultError::Missing(extract::shown(&file.path))),
+        }
+    }
+
+    /// Reads bytes, checked.
+    fn read(&self, range: Range<u64>) -> Result<Vec<u8>, ResultError> {
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let groups = groups(&range);
+        let skip = (range.start - groups.start * GROUP) as usize;
+        let content = self.source.read_groups(groups);
+        let mut content = content.map_err(|source| ResultError::Read {
+            path: extract::shown(&self.file.path),
+            source,
+        })?;
+        content.truncate(skip + (range.end - range.start) as usize);
+        content.drain(..skip);
+        Ok(content)
+    }
+}
+
+fn groups(range: &Range<u64>) -> Range<u64> {
+    range.start / GROUP..range.end.div_ceil(GROUP).max(range.start / GROUP + 1)
+}
+
+/// Fills a file beside `target` and gives it its name, unless one with the same content has it.
+fn place(
+    target: &Path,
+    hash: &Hash,
+    fill: impl FnOnce(&File) -> io::Result<()>,
+    cancelled: &AtomicBool,
+) -> Result<(), ResultError> {
+    let folder = target.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(folder).map_err(StoreError::io("cannot make", folder))?;
+    let temporary = folder.join(format!("{OWN_PREFIX}{}.new", &hash.to_string()[..32]));
+    let fill = || {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&temporary)?;
+        fill(&file)?;
+        file.sync_all()
+    };
+    let filled = fill().map_err(|error| match cancelled.load(Ordering::Relaxed) {
+        true => StoreError::Cancelled,
+        false => StoreError::io("cannot write", target)(error),
+    });
+    let placed = filled.map_err(ResultError::from).and_then(|()| {
+        let exists = fs::symlink_metadata(target).is_ok();
+        match exists && is_same(&temporary, target) {
+            true => Ok(()),
+            false if exists => Err(ResultError::Exists(target.to_owned())),
+            false => {
+                rename_new(&temporary, target)
+                    .map_err(StoreError::io("cannot complete", target))?;
+                Ok(sync_folder(folder)?)
+            }
+        }
+    });
+    if fs::symlink_metadata(&temporary).is_ok() {
+        crate::store::discard(&temporary);
+    }
+    placed
+}
+
+/// Whether both are plain files of the same content.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let compare = || -> io::Result<bool> {
+        let metadata = fs::symlink_metadata(other)?;
+        let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+        let mut left = one.metadata()?.len();
+        if !metadata.is_file() || metadata.len() != left {
+            return Ok(false);
+        }
+        let mut buffers = (vec![0; 1 << 16], vec![0; 1 << 16]);
+        while left > 0 {
+            let n = left.min(1 << 16) as usize;
+            one.read_exact(&mut buffers.0[..n])?;
+            other.read_exact(&mut buffers.1[..n])?;
+            if buffers.0[..n] != buffers.1[..n] {
+                return Ok(false);
+            }
+            left -= n as u64;
+        }
+        Ok(true)
+    };
+    compare().unwrap_or(false)
+}

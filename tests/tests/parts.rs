@@ -1,0 +1,563 @@
+//! Parts of models: selected files and tensors, files that are read while they come, and what a new revision shares with what is here.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    io::SeekFrom,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncSeekExt},
+    time::timeout,
+};
+use weft::{Error, Multiaddr, Node, PeerId, Priority, Rates, Target, Ticket};
+use weft_tests::{Home, node, python};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Bytes that nothing compresses, others for each seed.
+fn noise(seed: &str, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    blake3::Hasher::new()
+        .update(seed.as_bytes())
+        .finalize_xof()
+        .fill(&mut bytes);
+    bytes
+}
+
+/// A safetensors file of byte tensors, in this order.
+fn safetensors(tensors: &[(&str, Vec<u8>)]) -> Vec<u8> {
+    let mut header = serde_json::Map::new();
+    let mut at = 0;
+    for (name, bytes) in tensors {
+        let entry = serde_json::json!({
+            "dtype": "U8", "shape": [bytes.len()], "data_offsets": [at, at + bytes.len()],
+        });
+        header.insert((*name).to_owned(), entry);
+        at += bytes.len();
+    }
+    let mut header = serde_json::to_vec(&header).unwrap();
+    while header.len() % 8 != 0 {
+        header.push(b' ');
+    }
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header);
+    for (_, bytes) in tensors {
+        file.extend(bytes);
+    }
+    file
+}
+
+/// The tensors of a safetensors file, by name.
+fn tensors(file: &Path) -> std::collections::BTreeMap<String, Vec<u8>> {
+    let bytes = fs::read(file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let data = &bytes[8 + length..];
+    header
+        .into_iter()
+        .filter(|(name, _)| name != "__metadata__")
+        .map(|(name, entry)| {
+            let at = |i: usize| entry["data_offsets"][i].as_u64().unwrap() as usize;
+            (name, data[at(0)..at(1)].to_vec())
+        })
+        .collect()
+}
+
+const LAYER: usize = 900_000;
+
+/// A sharded model: four layers in two files, an index, a configuration.
+fn sharded(folder: &Path) -> PathBuf {
+    let path = folder.join("model");
+    fs::create_dir_all(&path).unwrap();
+    let mut map = serde_json::Map::new();
+    for shard in 0..2 {
+        let name = format!("model-{}-of-2.safetensors", shard + 1);
+        let layers: Vec<_> = (0..2)
+            .flat_map(|i| {
+                let layer = shard * 2 + i;
+                let weight = format!("model.layers.{layer}.weight");
+                let norm = format!("model.layers.{layer}.norm");
+                [
+                    (weight.clone(), noise(&weight, LAYER)),
+                    (norm.clone(), noise(&norm, 1000)),
+                ]
+            })
+            .collect();
+        for (tensor, _) in &layers {
+            map.insert(tensor.clone(), name.clone().into());
+        }
+        let layers: Vec<_> = layers
+            .iter()
+            .map(|(name, bytes)| (name.as_str(), bytes.clone()))
+            .collect();
+        fs::write(path.join(name), safetensors(&layers)).unwrap();
+    }
+    let index =
+        serde_json::json!({"metadata": {"total_size": 4 * LAYER + 4000}, "weight_map": map});
+    fs::write(path.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    fs::write(path.join("config.json"), "{\"layers\": 4}").unwrap();
+    path
+}
+
+async fn address(node: &Node) -> (PeerId, Vec<Multiaddr>) {
+    let addresses = node.addresses().await.into_iter();
+    let bare = addresses.map(|address| weft::split_peer_id(address).0);
+    (node.peer_id(), bare.collect())
+}
+
+/// A node that has `model`, and a ticket for it.
+async fn provider(home: &Path, model: &Path, upload: u64) -> (Node, Ticket) {
+    let provider = node(home, &[]).await;
+    provider.set_rates(Rates {
+        upload,
+        ..Rates::default()
+    });
+    let added = provider.models().add(model).start().await.unwrap();
+    let ticket = Ticket {
+        model: added.model.id,
+        peers: vec![address(&provider).await],
+    };
+    (provider, ticket)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = sharded(folder.path());
+    let (_provider, ticket) = provider(&folder.path().join("p"), &model, 0).await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let to = folder.path().join("got");
+    let select = |to: &Path| {
+        let get = receiver.models().get(Target::Ticket(ticket.clone()));
+        get.tensors("model.layers.{1..2}.*".parse().unwrap())
+            .files("config.json".parse().unwrap())
+            .to(to)
+            .start()
+    };
+    let got = timeout(PATIENCE, select(&to)).await.unwrap().unwrap();
+    assert!(!got.model.complete);
+    assert_eq!(got.results.len(), 3, "{:?}", got.results);
+    // Two layers, headers, the index, and the groups at their edges.
+    let most = 2 * LAYER + 2000 + 6 * 65_536;
+    assert!((got.bytes_moved as usize) < most, "{}", got.bytes_moved);
+    assert!((got.bytes_moved as usize) > 2 * LAYER);
+    let mut all = tensors(&to.join("model-1-of-2.safetensors"));
+    all.extend(tensors(&to.join("model-2-of-2.safetensors")));
+    let names: Vec<_> = all.keys().map(String::as_str).collect();
+    let wanted = [
+        "model.layers.1.norm",
+        "model.layers.1.weight",
+        "model.layers.2.norm",
+        "model.layers.2.weight",
+    ];
+    assert_eq!(names, wanted);
+    for (name, bytes) in &all {
+        assert!(*bytes == noise(name, bytes.len()), "{name} differs");
+    }
+    let index = fs::read(to.join("model.safetensors.index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
+    assert_eq!(index["weight_map"].as_object().unwrap().len(), 4, "{index}");
+    assert_eq!(index["weight_map"][wanted[0]], "model-1-of-2.safetensors");
+    assert_eq!(
+        fs::read(to.join("config.json")).unwrap(),
+        fs::read(model.join("config.json")).unwrap()
+    );
+    let script = "import sys\nfrom safetensors import safe_open\nn = 0\nfor path in sys.argv[1:]:\n    with safe_open(path, 'np') as f:\n        n += len(list(f.keys()))\nprint(n)";
+    let loaded = python()
+        .args(["-c", script])
+        .args(
+            got.results
+                .iter()
+                .filter(|path| path.extension().unwrap() == "safetensors"),
+        )
+        .output()
+        .unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&loaded.stdout).trim(),
+        "4",
+        "{loaded:?}"
+    );
+
+    // Again: nothing is moved, also into another folder.
+    for to in [&to, &folder.path().join("again")] {
+        let got = timeout(PATIENCE, select(to)).await.unwrap().unwrap();
+        assert_eq!(got.bytes_moved, 0);
+        assert_eq!(got.bytes_reused, got.bytes_total);
+    }
+    // What stands in the way is left alone.
+    let other = folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("model-1-of-2.safetensors"), "mine").unwrap();
+    let error = timeout(PATIENCE, select(&other))
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert!(matches!(error, Error::TargetExists { .. }), "{error}");
+    assert_eq!(
+        fs::read(other.join("model-1-of-2.safetensors")).unwrap(),
+        b"mine"
+    );
+    let typo = receiver.models().get(Target::Ticket(ticket.clone()));
+    let typo = typo.tensors("model.layer.0.*".parse().unwrap()).start();
+    let error = timeout(PATIENCE, typo).await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Selection(_)), "{error}");
+
+    // The rest of the model makes use of the parts.
+    let whole = folder.path().join("whole");
+    let get = receiver.models().get(Target::Ticket(ticket)).to(&whole);
+    let got = timeout(PATIENCE, get.start()).await.unwrap().unwrap();
+    assert!(
+        got.bytes_reused as usize > 2 * LAYER,
+        "{}",
+        got.bytes_reused
+    );
+    assert!((got.bytes_moved as usize) < 2 * LAYER + 6 * 65_536);
+    weft_tests::same_files(&model, &whole);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_of_a_model_is_served_to_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = sharded(folder.path());
+    let (source, ticket) = provider(&folder.path().join("p"), &model, 0).await;
+    let middle = node(&folder.path().join("m"), &[]).await;
+    let pattern = || "model.layers.3.*".parse().unwrap();
+    let get = middle.models().get(Target::Ticket(ticket.clone()));
+    let get = get.tensors(pattern()).to(folder.path().join("one")).start();
+    timeout(PATIENCE, get).await.unwrap().unwrap();
+    source.shutdown().await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let ticket = Ticket {
+        model: ticket.model,
+        peers: vec![address(&middle).await],
+    };
+    let to = folder.path().join("two");
+    let get = receiver.models().get(Target::Ticket(ticket));
+    let get = get.tensors(pattern()).to(&to).start();
+    let got = timeout(PATIENCE, get).await.unwrap().unwrap();
+    assert_eq!(got.sources[0].peer, middle.peer_id());
+    assert_eq!(tensors(&to.join("model-2-of-2.safetensors")).len(), 2);
+}
+
+/// A model of one large file and one small.
+fn large(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
+    let path = folder.join("model");
+    fs::create_dir_all(&path).unwrap();
+    let bytes = noise("large", size);
+    fs::write(path.join("weights.bin"), &bytes).unwrap();
+    fs::write(path.join("config.json"), "{}").unwrap();
+    (path, bytes)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let size = 40_000_000;
+    let (model, bytes) = large(folder.path(), size);
+    let (_provider, ticket) = provider(&folder.path().join("p"), &model, 0).await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let models = receiver.models();
+    let target = || Target::Ticket(ticket.clone());
+    let error = models.open(target(), "weights.bim").await.unwrap_err();
+    assert!(matches!(&error, Error::NoSuchFile { files, .. } if files.len() == 2));
+    let mut reader = models.open(target(), "weights.bin").await.unwrap();
+    assert_eq!(reader.file().size, size as u64);
+
+    let middle = 20_000_001;
+    reader.seek(SeekFrom::Start(middle)).await.unwrap();
+    let mut piece = vec![0; 100_000];
+    timeout(PATIENCE, reader.read_exact(&mut piece))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(piece == bytes[middle as usize..][..100_000]);
+    reader.seek(SeekFrom::End(-5)).await.unwrap();
+    let mut end = Vec::new();
+    reader.read_to_end(&mut end).await.unwrap();
+    assert!(end == bytes[size - 5..]);
+    assert_eq!(reader.read(&mut [0; 4]).await.unwrap(), 0);
+    let range = reader.read_range(39_999_000..u64::MAX).await.unwrap();
+    assert!(range == bytes[39_999_000..]);
+    assert!(reader.seek(SeekFrom::Current(-50_000_000)).await.is_err());
+    let moved: u64 = receiver
+        .peers()
+        .await
+        .iter()
+        .flat_map(|peer| &peer.paths)
+        .map(|path| path.moved.0)
+        .sum();
+    assert!(moved < 12_000_000, "{moved} bytes came for two places");
+
+    reader.seek(SeekFrom::Start(0)).await.unwrap();
+    let mut all = Vec::new();
+    timeout(PATIENCE, reader.read_to_end(&mut all))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(all == bytes);
+    drop(reader);
+    // It is here now: a get moves nothing of it.
+    let to = folder.path().join("got");
+    let got = models.get(target()).to(&to).start();
+    let got = timeout(PATIENCE, got).await.unwrap().unwrap();
+    assert!(got.bytes_moved < 100_000, "{}", got.bytes_moved);
+    weft_tests::same_files(&model, &to);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_read_comes_first_while_the_model_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let size = 40_000_000;
+    let (model, bytes) = large(folder.path(), size);
+    let (_provider, ticket) = provider(&folder.path().join("p"), &model, 8_000_000).await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let to = folder.path().join("got");
+    let target = || Target::Ticket(ticket.clone());
+    let get = receiver.models().get(target()).to(&to).start();
+    while get.progress().bytes_moved == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // It takes five seconds in all; these are far apart.
+    for at in [39_000_000, 1_000_000, 30_000_000, 10_000_000, 20_000_000] {
+        let reader = receiver.models().open(target(), "weights.bin").await;
+        let reader = reader.unwrap();
+        let begin = Instant::now();
+        let range = reader.read_range(at..at + 1000).await.unwrap();
+        assert!(range == bytes[at as usize..][..1000]);
+        let took = begin.elapsed();
+        println!("byte {at} after {took:.2?}");
+        assert!(took < Duration::from_secs(2), "{took:?}");
+    }
+    let got = timeout(PATIENCE, get).await.unwrap().unwrap();
+    assert!(got.bytes_moved < size as u64 + 4_000_000, "{got:?}");
+    weft_tests::same_files(&model, &to);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_get_takes_over_from_a_reader_and_a_reader_from_a_get() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, bytes) = large(folder.path(), 24_000_000);
+    let (_provider, ticket) = provider(&folder.path().join("p"), &model, 8_000_000).await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let target = || Target::Ticket(ticket.clone());
+    let mut reader = receiver
+        .models()
+        .open(target(), "weights.bin")
+        .await
+        .unwrap();
+    let reading = tokio::spawn(async move {
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).await.map(|_| all)
+    });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let to = folder.path().join("got");
+    let get = receiver.models().get(target()).to(&to).start();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    drop(get);
+    let all = timeout(PATIENCE, reading).await.unwrap().unwrap().unwrap();
+    assert!(all == bytes);
+    let got = receiver.models().get(target()).to(&to).start();
+    timeout(PATIENCE, got).await.unwrap().unwrap();
+    weft_tests::same_files(&model, &to);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_fails_when_nobody_delivers_and_the_next_one_tries_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, bytes) = large(folder.path(), 4_000_000);
+    let home = folder.path().join("p");
+    let (first, ticket) = provider(&home, &model, 0).await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let target = Target::Ticket(ticket.clone());
+    let reader = receiver.models().open(target, "weights.bin").await.unwrap();
+    let port = |address: &Multiaddr| address.to_string();
+    let listen: Vec<_> = ticket.peers[0].1.iter().map(port).collect();
+    first.shutdown().await;
+    let error = timeout(PATIENCE, reader.read_range(0..10)).await.unwrap();
+    let error = error.unwrap_err();
+    assert!(error.to_string().contains("no provider"), "{error}");
+    let mut again = Node::builder().home(&home).mdns(false);
+    for address in listen {
+        again = again.listen(address.parse().unwrap());
+    }
+    let again = again.spawn().await.unwrap();
+    let range = timeout(PATIENCE, reader.read_range(0..10)).await.unwrap();
+    assert!(range.unwrap() == bytes[..10]);
+    again.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_revision_takes_tensors_from_the_old_one_wherever_they_lie() {
+    let folder = tempfile::tempdir().unwrap();
+    let weight = |name: &str| noise(name, 1_500_000);
+    let old = folder.path().join("old");
+    fs::create_dir(&old).unwrap();
+    let one = [("a", weight("a")), ("b", weight("b")), ("c", weight("c"))];
+    fs::write(old.join("model.safetensors"), safetensors(&one)).unwrap();
+    fs::write(old.join("config.json"), "{}").unwrap();
+    // Another order, other files, one tensor changed and one more, and another header.
+    let new = folder.path().join("new");
+    fs::create_dir(&new).unwrap();
+    let first = [
+        ("c", weight("c")),
+        ("small", vec![1; 777]),
+        ("a", weight("a")),
+    ];
+    let second = [
+        ("b", weight("changed")),
+        ("d", weight("d")),
+        ("b2", weight("b")),
+    ];
+    fs::write(new.join("model-1.safetensors"), safetensors(&first)).unwrap();
+    fs::write(new.join("model-2.safetensors"), safetensors(&second)).unwrap();
+    fs::write(new.join("config.json"), "{}").unwrap();
+
+    let (provider, ticket) = provider(&folder.path().join("p"), &old, 0).await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let get = receiver.models().get(Target::Ticket(ticket));
+    let get = get.to(folder.path().join("got1")).start();
+    timeout(PATIENCE, get).await.unwrap().unwrap();
+    let added = provider.models().add(&new).start().await.unwrap();
+    let ticket = Ticket {
+        model: added.model.id,
+        peers: vec![address(&provider).await],
+    };
+    let to = folder.path().join("got2");
+    let get = receiver
+        .models()
+        .get(Target::Ticket(ticket))
+        .to(&to)
+        .start();
+    let got = timeout(PATIENCE, get).await.unwrap().unwrap();
+    weft_tests::same_files(&new, &to);
+    let (total, reused) = (got.bytes_total as f64, got.bytes_reused as f64);
+    println!("{:.3} of the new revision re-used", reused / total);
+    // Three tensors of five; the groups at their edges come anew.
+    assert!(reused > 3.0 * 1_500_000.0 - 6.0 * 65_536.0, "{got:?}");
+    assert_eq!(got.bytes_moved + got.bytes_reused, got.bytes_total);
+
+    // A file that is not what it was gives nothing, and does no harm.
+    let third = [("b", weight("c")), ("e", weight("e"))];
+    let newer = folder.path().join("newer");
+    fs::create_dir(&newer).unwrap();
+    fs::write(newer.join("model.safetensors"), safetensors(&third)).unwrap();
+    let added = provider.models().add(&newer).start().await.unwrap();
+    for got in ["got1/model.safetensors", "got2/model-1.safetensors"] {
+        let path = folder.path().join(got);
+        let times = fs::metadata(&path).unwrap().modified().unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        bytes.iter_mut().skip(2000).for_each(|byte| *byte ^= 1);
+        fs::write(&path, bytes).unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.set_modified(times).unwrap();
+    }
+    let ticket = Ticket {
+        model: added.model.id,
+        peers: vec![address(&provider).await],
+    };
+    let to = folder.path().join("got3");
+    let get = receiver
+        .models()
+        .get(Target::Ticket(ticket))
+        .to(&to)
+        .start();
+    let got = timeout(PATIENCE, get).await.unwrap().unwrap();
+    weft_tests::same_files(&newer, &to);
+    assert_eq!(got.bytes_reused, 0, "{got:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_of_low_priority_waits_for_one_of_high() {
+    let folder = tempfile::tempdir().unwrap();
+    let (one, _) = large(&folder.path().join("1"), 24_000_000);
+    let (two, _) = {
+        let (path, _) = large(&folder.path().join("2"), 16_000_000);
+        fs::write(path.join("config.json"), "{\"other\": true}").unwrap();
+        (path, ())
+    };
+    let (provider, first) = provider(&folder.path().join("p"), &one, 8_000_000).await;
+    let added = provider.models().add(&two).start().await.unwrap();
+    let second = Ticket {
+        model: added.model.id,
+        peers: first.peers.clone(),
+    };
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let get = |ticket, to: &str, priority| {
+        let get = receiver.models().get(Target::Ticket(ticket));
+        get.to(folder.path().join(to)).priority(priority).start()
+    };
+    let low = get(first, "low", Priority::Low);
+    while low.progress().bytes_moved < 1_000_000 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let high = get(second, "high", Priority::High);
+    while high.progress().bytes_moved < 4_000_000 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let before = low.progress().bytes_moved;
+    timeout(PATIENCE, high).await.unwrap().unwrap();
+    let meanwhile = low.progress().bytes_moved - before;
+    println!("{meanwhile} bytes came for the low one while 12 MB came for the high one");
+    assert!(meanwhile < 1_000_000, "{meanwhile}");
+    timeout(PATIENCE, low).await.unwrap().unwrap();
+}
+
+#[test]
+fn the_command_line_selects_and_reads() {
+    let home = Home::new();
+    let model = sharded(&home.beside("m"));
+    let up = home.up(&[]);
+    let path = model.to_str().unwrap();
+    let added = home.json(&["add", path, "--name", "acme/llama"]);
+    assert!(added["model"]["id"].is_string(), "{added}");
+    let other = Home::new();
+    let _other_up = other.up(&["--bootstrap", up.address()]);
+    let to = other.beside("to");
+    let got = other.json(&[
+        "get",
+        "acme/llama",
+        "--tensors",
+        "model.layers.0.*",
+        "--priority",
+        "high",
+        "--to",
+        to.to_str().unwrap(),
+    ]);
+    assert_eq!(got["results"].as_array().unwrap().len(), 2, "{got}");
+    assert_eq!(tensors(&to.join("model-1-of-2.safetensors")).len(), 2);
+
+    let file = fs::read(model.join("model-2-of-2.safetensors")).unwrap();
+    let read = |arguments: &[&str]| {
+        let mut all = vec!["cat", "acme/llama", "model-2-of-2.safetensors"];
+        all.extend(arguments);
+        let mut command: Command = other.command(&all);
+        command.output().unwrap()
+    };
+    let part = read(&["--offset", "100001", "--length", "70000"]);
+    assert!(part.status.success(), "{part:?}");
+    assert!(part.stdout == file[100_001..170_001]);
+    assert!(read(&[]).stdout == file);
+    assert!(
+        read(&["--offset", &file.len().to_string()])
+            .stdout
+            .is_empty()
+    );
+    let beyond = read(&["--offset", "999999999"]);
+    assert_eq!(beyond.status.code(), Some(2), "{beyond:?}");
+    for (arguments, code, says) in [
+        (&["cat", "acme/llama", "none"][..], 3, "config.json"),
+        (&["get", "acme/llama", "--files", "*.jsn"], 3, "matches"),
+        (&["get", "acme/llama", "--tensors", "{a"], 2, "pattern"),
+        (&["get", "acme/llama", "--priority", "urgent"], 2, "normal"),
+    ] {
+        let finished = other.run(arguments);
+        assert_eq!(finished.code(), Some(code), "{arguments:?}: {finished:#?}");
+        assert!(finished.stderr.contains(says), "{}", finished.stderr);
+    }
+}
