@@ -3,11 +3,11 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    ops::Range,
+    ops::{Deref, Range},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Mutex, RwLock,
+        Arc, Mutex, RwLock,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -35,16 +35,58 @@ pub(crate) struct Segment {
     pub(crate) parents: Vec<(u64, [u8; PARENT])>,
 }
 
+/// What is here of a blob that is arriving, for those who read it. It outlives the [`Partial`], whose lease is for whoever writes.
+#[derive(Debug)]
+pub(crate) struct Content {
+    part: PathBuf,
+    hash: Hash,
+    tree: Tree,
+    file: File,
+    have: Mutex<Bitfield>,
+}
+
+impl Content {
+    pub(crate) fn hash(&self) -> Hash {
+        self.hash
+    }
+
+    pub(crate) fn tree(&self) -> Tree {
+        self.tree
+    }
+
+    pub(crate) fn part(&self) -> &Path {
+        &self.part
+    }
+
+    /// What is had now.
+    pub(crate) fn have(&self) -> Bitfield {
+        self.lock().clone()
+    }
+
+    /// Whether all of `groups` are had now.
+    pub(crate) fn has(&self, groups: Range<u64>) -> bool {
+        self.lock().has_all(groups)
+    }
+
+    /// Reads what is had.
+    pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Bitfield> {
+        self.have
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
 /// A blob that is still arriving, written beside its target.
 #[derive(Debug)]
 pub(crate) struct Partial {
-    lease: PartLease,
-    hash: Hash,
-    tree: Tree,
+    content: Arc<Content>,
+    _lease: PartLease,
     target: PathBuf,
-    file: File,
     outboard: Option<(PathBuf, File)>,
-    have: Mutex<Bitfield>,
     /// What is had and would survive a crash.
     durable: Mutex<Bitfield>,
     /// Written to since it was last settled.
@@ -88,50 +130,31 @@ impl Partial {
             (false, false) => file.set_len(tree.size()).map_err(io(&part))?,
         }
         Ok(Self {
-            lease,
-            hash,
-            tree,
             target: target.to_owned(),
-            file,
             outboard,
             // A file that an earlier run made whole is still to be settled.
             dirty: AtomicBool::new(have.is_full()),
             durable: Mutex::new(have.clone()),
-            have: Mutex::new(have),
+            content: Arc::new(Content {
+                part,
+                hash,
+                tree,
+                file,
+                have: Mutex::new(have),
+            }),
+            _lease: lease,
             finished: AtomicBool::new(false),
             naming: RwLock::default(),
         })
-    }
-
-    pub(crate) fn hash(&self) -> Hash {
-        self.hash
-    }
-
-    pub(crate) fn tree(&self) -> Tree {
-        self.tree
     }
 
     pub(crate) fn target(&self) -> &Path {
         &self.target
     }
 
-    pub(crate) fn part(&self) -> &Path {
-        &self.lease.part
-    }
-
-    /// What is had now.
-    pub(crate) fn have(&self) -> Bitfield {
-        self.lock().clone()
-    }
-
-    /// Whether all of `groups` are had now.
-    pub(crate) fn has(&self, groups: Range<u64>) -> bool {
-        self.lock().has_all(groups)
-    }
-
-    /// Reads what is had.
-    pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
+    /// For those who read.
+    pub(crate) fn content(&self) -> &Arc<Content> {
+        &self.content
     }
 
     /// Whether everything is had now.
@@ -236,11 +259,13 @@ impl Partial {
         }
         Location::of(&self.target, &self.file).map_err(StoreError::io("cannot read", &self.target))
     }
+}
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Bitfield> {
-        self.have
-            .lock()
-            .expect("nothing panics while holding the lock")
+impl Deref for Partial {
+    type Target = Content;
+
+    fn deref(&self) -> &Content {
+        &self.content
     }
 }
 

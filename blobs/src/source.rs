@@ -14,7 +14,7 @@ use crate::{
     Hash,
     bitfield::Bitfield,
     index::Location,
-    partial::Partial,
+    partial,
     tree::{Mismatch, PARENT, Step, Tree, Verifier},
 };
 
@@ -34,7 +34,7 @@ enum Content {
         file: File,
     },
     /// A part file that is being written.
-    Arriving(Arc<Partial>),
+    Arriving(Arc<partial::Content>),
     /// A part file that an earlier run left.
     Left {
         part: PathBuf,
@@ -74,11 +74,11 @@ impl Source {
         }
     }
 
-    pub(crate) fn arriving(partial: Arc<Partial>, outboard: Option<File>) -> Self {
+    pub(crate) fn arriving(content: Arc<partial::Content>, outboard: Option<File>) -> Self {
         Self {
-            hash: partial.hash(),
-            tree: partial.tree(),
-            content: Content::Arriving(partial),
+            hash: content.hash(),
+            tree: content.tree(),
+            content: Content::Arriving(content),
             outboard,
         }
     }

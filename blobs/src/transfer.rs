@@ -67,6 +67,9 @@ pub enum TransferError {
     /// Nothing came for twenty seconds.
     #[error("it sent nothing for {} s", STALL.as_secs())]
     Stalled,
+    /// It sent nothing for a while, and another waited for its place.
+    #[error("it sent nothing of what is missing, and another took its place")]
+    Replaced,
     /// The provider does not have what it announced.
     #[error("it does not have {0}")]
     Missing(Hash),

@@ -121,7 +121,7 @@ impl Store {
         let mut sources = Vec::new();
         for partial in &open {
             let outboard = self.open_outboard(hash, &partial.tree())?;
-            sources.push(Source::arriving(Arc::clone(partial), outboard));
+            sources.push(Source::arriving(Arc::clone(partial.content()), outboard));
         }
         for (part, row) in self.part_rows(hash)? {
             if open.iter().any(|partial| partial.part() == part) {

@@ -14,7 +14,7 @@ use std::{
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::{Instant, interval, sleep, timeout_at},
 };
 use weft_blobs::{
@@ -69,6 +69,9 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// How long no content comes before the path is suspected.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
+
+/// How long a provider that sends nothing keeps a place that another waits for.
+const USELESS: Duration = Duration::from_secs(5);
 
 /// How long streams have to end in order when everything is here.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -157,10 +160,21 @@ struct Member {
     failures: u32,
     changes: u32,
     reason: String,
-    /// It was reached, and has not what it was asked for.
-    lacks: bool,
+    /// It was reached, and has not what it was asked for; how much it had sent then.
+    lacks: Option<u64>,
+    /// How much it has sent, and since when no more.
+    moved: (u64, Instant),
+    /// Ends what is fetched from it, for another.
+    stop: Arc<Notify>,
     /// Its part in the transfer.
     handle: Arc<Peer>,
+}
+
+impl Member {
+    /// Whether it has not what it was asked for, and has sent nothing since.
+    fn lacks(&self) -> bool {
+        self.lacks.is_some_and(|moved| moved == self.handle.moved())
+    }
 }
 
 enum Event {
@@ -279,6 +293,7 @@ impl Swarm {
                 Some(news) = self.news.recv() => self.heard(news),
                 _ = tick.tick() => {
                     self.ask_neighbours().await;
+                    self.make_place();
                     self.check_patience()?;
                 }
             }
@@ -332,7 +347,9 @@ impl Swarm {
             failures: 0,
             changes: 0,
             reason: String::new(),
-            lacks: false,
+            lacks: None,
+            moved: (0, Instant::now()),
+            stop: Arc::default(),
             handle: Arc::new(transfer.join(false, None)),
         });
         for address in addresses {
@@ -467,6 +484,29 @@ impl Swarm {
         }
     }
 
+    /// Where all places are taken, one that sends nothing makes room for one that may.
+    fn make_place(&mut self) {
+        let now = Instant::now();
+        let mut busy = 0;
+        for member in self.members.values_mut().filter(|one| one.busy) {
+            busy += 1;
+            let moved = member.handle.moved();
+            if moved != member.moved.0 {
+                member.moved = (moved, now);
+            }
+        }
+        let others = self.members.values();
+        let mut others = others.filter(|one| !one.busy && one.offers && one.failures == 0);
+        if busy < MAX_ACTIVE || self.held || others.next().is_none() {
+            return;
+        }
+        let useless = self.members.values().filter(|one| one.busy);
+        let useless = useless.filter(|one| now.duration_since(one.moved.1) >= USELESS);
+        if let Some(member) = useless.min_by_key(|one| one.moved.1) {
+            member.stop.notify_one();
+        }
+    }
+
     fn happened(&mut self, event: Event) -> Result<(), Error> {
         match event {
             Event::LookedUp(found) => {
@@ -490,7 +530,7 @@ impl Swarm {
             Event::Reached(peer, Err(reason)) => {
                 tracing::debug!(%peer, reason, "a provider cannot be reached");
                 if let Some(member) = self.members.get_mut(&peer) {
-                    member.lacks = false;
+                    member.lacks = None;
                 }
                 self.failed(peer, reason);
             }
@@ -525,11 +565,15 @@ impl Swarm {
             handle: Arc::clone(&handle),
         });
         let (node, transfer) = (self.node.clone(), self.transfer.clone());
+        member.moved = (handle.moved(), Instant::now());
+        let stop = Arc::new(Notify::new());
+        member.stop = Arc::clone(&stop);
         let mut limits = self.limits.clone();
         limits.extend(node.bandwidth().download_of(peer));
         let session = async move {
             let result = tokio::select! {
                 result = transfer.fetch(&handle, stream, &limits) => result,
+                () = stop.notified() => Err(TransferError::Replaced),
                 never = watch(&node, peer, || handle.moved()) => match never {},
             };
             Event::Ended(peer, result)
@@ -570,7 +614,8 @@ impl Swarm {
             }
             Err(error) => {
                 tracing::debug!(%peer, %error, "a provider did not finish");
-                member.lacks = matches!(error, TransferError::Missing(_));
+                let lacks = matches!(error, TransferError::Missing(_));
+                member.lacks = lacks.then(|| member.handle.moved());
                 self.failed(peer, error.to_string());
             }
         }
@@ -641,7 +686,7 @@ impl Swarm {
         let nobody = !self.banned.is_empty() && self.members.is_empty();
         // All who are known are there, and none has the rest: waiting for them to come back would be in vain.
         let mut offering = self.members.values().filter(|one| one.offers).peekable();
-        let all_lack = offering.peek().is_some() && offering.all(|one| one.lacks);
+        let all_lack = offering.peek().is_some() && offering.all(Member::lacks);
         let patience = match all_lack {
             true => FIRST,
             false => self.patience,
