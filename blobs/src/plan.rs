@@ -316,7 +316,7 @@ fn copy_local(
     let own = part_path(&want.target, &want.hash);
     sources.retain(|source| source.part() != Some(&own));
     if sources.is_empty() && file.size > 0 {
-        return store.partial_bytes(&want.target, &want.hash, want.size);
+        return store.partial_bytes(&[&want.target], &want.hash, want.size);
     }
     let partial = open(store, &want, &progress.check.cancelled)?;
     if file.size == 0 {

@@ -15,7 +15,7 @@ use prost::Message;
 use redb::{ReadableDatabase, WriteTransaction};
 
 use super::{
-    PARTS, Store, StoreError, database, has_size, put_location,
+    Hold, PARTS, Store, StoreError, database, has_size, put_location,
     rows::{PartRow, decode, part_key, part_keys, path_from},
     sync_folder,
 };
@@ -34,7 +34,7 @@ impl Store {
         cancelled: &AtomicBool,
     ) -> Result<Arc<Partial>, StoreError> {
         let part = part_path(target, &hash);
-        let lease = PartLease::take(self, &part)?;
+        let lease = PartLease::take(self, hash, &part)?;
         // With the lease in hand: whoever fetches the same file next either finds this one's part or is never followed by it.
         if cancelled.load(Ordering::Acquire) {
             return Err(StoreError::Cancelled);
@@ -150,16 +150,22 @@ impl Store {
         Ok(parts)
     }
 
-    /// Bytes that are verified and durable in the part file of a blob that is to become `target`.
-    pub(crate) fn partial_bytes(
+    /// Bytes that are verified and durable in the part files of a blob that is to become any of `targets`, each counted once.
+    pub(crate) fn partial_bytes<P: AsRef<Path>>(
         &self,
-        target: &Path,
+        targets: &[P],
         hash: &Hash,
         size: u64,
     ) -> Result<u64, StoreError> {
         let tree = Tree::new(size);
-        let committed = self.committed(&part_path(target, hash), hash, &tree)?;
-        Ok(committed.map_or(0, |bits| bits.bytes(&tree)))
+        let mut had = Bitfield::empty(tree.groups());
+        for target in targets {
+            let part = part_path(target.as_ref(), hash);
+            if let Some(bits) = self.committed(&part, hash, &tree)? {
+                bits.runs().for_each(|run| had.insert_range(run));
+            }
+        }
+        Ok(had.bytes(&tree))
     }
 
     /// The groups that a row vouches for, if the files it speaks of are still there.
@@ -208,10 +214,12 @@ impl Store {
 pub(crate) struct PartLease {
     store: Store,
     pub(crate) part: PathBuf,
+    _hold: Hold,
 }
 
 impl PartLease {
-    fn take(store: &Store, part: &Path) -> Result<Self, StoreError> {
+    pub(super) fn take(store: &Store, hash: Hash, part: &Path) -> Result<Self, StoreError> {
+        let hold = store.hold(hash);
         let mut open = store
             .inner
             .open_parts
@@ -223,6 +231,7 @@ impl PartLease {
         Ok(Self {
             store: store.clone(),
             part: part.to_owned(),
+            _hold: hold,
         })
     }
 }
