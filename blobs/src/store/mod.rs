@@ -15,6 +15,7 @@
 //! files that they speak of are deleted.
 
 mod discards;
+mod gc;
 mod holds;
 mod parts;
 mod refs;
@@ -51,6 +52,7 @@ use self::{
     tags::TAGS,
 };
 pub use self::{
+    gc::{Collected, Freed},
     holds::Hold,
     remove::Removed,
     tags::{MAX_TAG, MAX_TAGS, Tag},

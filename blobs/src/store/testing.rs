@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::Store;
 use crate::{
-    Hash,
+    Hash, Manifest,
     index::{Progress, index},
     partial::Segment,
     source::Source,
@@ -59,8 +59,12 @@ impl Origin {
         self.id
     }
 
+    pub(super) fn manifest(&self) -> Manifest {
+        self.store.manifest(&self.id).unwrap().unwrap()
+    }
+
     pub(super) fn hash(&self, path: &str) -> Hash {
-        let manifest = self.store.manifest(&self.id).unwrap().unwrap();
+        let manifest = self.manifest();
         let file = manifest.files().iter().find(|file| file.path == path);
         file.unwrap().blake3
     }
@@ -71,7 +75,7 @@ impl Origin {
 
     /// Notes the model at another store, as a `get` into `root` does before anything has come.
     pub(super) fn expect(&self, store: &Store, root: &Path) {
-        let manifest = self.store.manifest(&self.id).unwrap().unwrap();
+        let manifest = self.manifest();
         fs::create_dir_all(root).unwrap();
         store.add_manifest(&manifest.encode()).unwrap();
         store.expect_model(self.id, root, None).unwrap();
@@ -99,7 +103,7 @@ impl Origin {
     /// Fetches the model whole into `root`.
     pub(super) fn fetch(&self, store: &Store, root: &Path) {
         self.expect(store, root);
-        let manifest = self.store.manifest(&self.id).unwrap().unwrap();
+        let manifest = self.manifest();
         for file in manifest.files() {
             let target = root.join(&file.path);
             if !store.holds(&file.blake3, &target).unwrap() {
