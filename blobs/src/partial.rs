@@ -251,7 +251,7 @@ fn reserve(file: &File, size: u64) -> io::Result<()> {
 }
 
 /// Renames without replacing.
-fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     use rustix::fs::CWD;
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         // File systems without it: a hard link does not replace either.

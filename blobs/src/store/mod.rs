@@ -24,6 +24,7 @@ mod rows;
 mod tags;
 #[cfg(test)]
 mod testing;
+pub mod verify;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

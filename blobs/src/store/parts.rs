@@ -12,7 +12,7 @@ use std::{
 };
 
 use prost::Message;
-use redb::{ReadableDatabase, WriteTransaction};
+use redb::{ReadableDatabase, Table, WriteTransaction};
 
 use super::{
     Hold, PARTS, Store, StoreError, database, has_size, put_location,
@@ -91,14 +91,13 @@ impl Store {
                 table.remove(key.as_slice()).map_err(database)?;
             }
             for (partial, bits) in &progressed {
-                let row = PartRow {
-                    size: partial.tree().size(),
-                    bits: bits.to_bytes(),
-                };
-                let key = part_key(&partial.hash(), partial.part());
-                table
-                    .insert(key.as_slice(), row.encode_to_vec().as_slice())
-                    .map_err(database)?;
+                put_part(
+                    &mut table,
+                    &partial.hash(),
+                    partial.part(),
+                    bits,
+                    &partial.tree(),
+                )?;
             }
             Ok(())
         })
@@ -136,7 +135,7 @@ impl Store {
         Ok(sources)
     }
 
-    fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
+    pub(super) fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
         let txn = self.inner.database.begin_read().map_err(database)?;
         let table = txn.open_table(PARTS).map_err(database)?;
         let keys = part_keys(hash);
@@ -242,6 +241,25 @@ impl Drop for PartLease {
             open.remove(&self.part);
         }
     }
+}
+
+/// Notes which groups a part file holds.
+pub(super) fn put_part(
+    table: &mut Table<'_, &[u8], &[u8]>,
+    hash: &Hash,
+    part: &Path,
+    bits: &Bitfield,
+    tree: &Tree,
+) -> Result<(), StoreError> {
+    let row = PartRow {
+        size: tree.size(),
+        bits: bits.to_bytes(),
+    };
+    let key = part_key(hash, part);
+    table
+        .insert(key.as_slice(), row.encode_to_vec().as_slice())
+        .map_err(database)?;
+    Ok(())
 }
 
 /// Drops the rows of part files of a blob: of one, or of all.
