@@ -18,6 +18,7 @@ mod discards;
 mod gc;
 mod holds;
 mod parts;
+mod quota;
 mod refs;
 mod remove;
 mod rows;
@@ -48,6 +49,7 @@ pub(crate) use self::parts::{PartLease, part_path};
 use self::{
     discards::DISCARDS,
     parts::forget_parts,
+    quota::{SETTINGS, Uses},
     refs::{REFS, add_refs, count_late},
     rows::{BlobRow, LocationRow, ModelRow, NameRow, decode, path_from},
     tags::TAGS,
@@ -55,6 +57,7 @@ use self::{
 pub use self::{
     gc::{Collected, Freed},
     holds::Hold,
+    quota::{Need, Room, Usage},
     remove::Removed,
     tags::{MAX_TAG, MAX_TAGS, Tag},
 };
@@ -96,6 +99,10 @@ struct Inner {
     holds: Mutex<HashMap<Hash, usize>>,
     /// Held for writing while files are deleted, and for reading while a hold is taken.
     deleting: RwLock<()>,
+    /// What transfers that have begun will write, by number.
+    rooms: Mutex<HashMap<u64, Vec<Need>>>,
+    next_room: AtomicU64,
+    uses: Mutex<Uses>,
     _lock: Lock,
 }
 
@@ -149,6 +156,18 @@ pub enum StoreError {
     /// The store holds no such model.
     #[error("this node holds no model {0}")]
     NoSuchModel(Hash),
+    /// The quota leaves no room for what is to be fetched, whatever were evicted.
+    #[error(
+        "the quota of {quota} bytes leaves no room: {needed} bytes are needed, {used} are used, and what may be evicted is not enough"
+    )]
+    QuotaExceeded {
+        /// Bytes needed.
+        needed: u64,
+        /// The quota.
+        quota: u64,
+        /// Bytes that count against it now.
+        used: u64,
+    },
     /// Tags keep the model.
     #[error("the model {model} is kept by its tags: {}; remove them first", .tags.join(", "))]
     Tagged {
@@ -329,6 +348,9 @@ impl Store {
                 arriving: Mutex::default(),
                 holds: Mutex::default(),
                 deleting: RwLock::default(),
+                rooms: Mutex::default(),
+                next_room: AtomicU64::default(),
+                uses: Mutex::default(),
                 _lock: lock,
             }),
         };
@@ -339,6 +361,7 @@ impl Store {
             txn.open_table(PARTS).map_err(self::database)?;
             txn.open_table(TAGS).map_err(self::database)?;
             txn.open_table(DISCARDS).map_err(self::database)?;
+            txn.open_table(SETTINGS).map_err(self::database)?;
             let mut tables = txn.list_tables().map_err(self::database)?;
             let is_counted = tables.any(|table| table.name() == REFS.name());
             drop(tables);

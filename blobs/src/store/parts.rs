@@ -1,7 +1,7 @@
 //! Blobs that are still arriving: opening, committing and finding them.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     fs::File,
     ops::Deref,
     path::{Path, PathBuf},
@@ -190,11 +190,14 @@ impl Store {
     }
 
     pub(super) fn is_arriving(&self, part: &Path) -> bool {
+        self.open_parts().contains(part)
+    }
+
+    pub(super) fn open_parts(&self) -> std::sync::MutexGuard<'_, HashSet<PathBuf>> {
         self.inner
             .open_parts
             .lock()
             .expect("nothing panics while holding the lock")
-            .contains(part)
     }
 
     fn arriving(
@@ -219,12 +222,7 @@ pub(crate) struct PartLease {
 impl PartLease {
     pub(super) fn take(store: &Store, hash: Hash, part: &Path) -> Result<Self, StoreError> {
         let hold = store.hold(hash);
-        let mut open = store
-            .inner
-            .open_parts
-            .lock()
-            .expect("nothing panics while holding the lock");
-        if !open.insert(part.to_owned()) {
+        if !store.open_parts().insert(part.to_owned()) {
             return Err(StoreError::Busy(part.to_owned()));
         }
         Ok(Self {
