@@ -252,6 +252,7 @@ impl Work {
             .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id));
         let folder = std::path::absolute(&folder).unwrap_or(folder);
         let lease = self.node.lease(&folder, id)?;
+        let _hold = self.node.hold(id).await?;
         let given = match (request.target, publisher) {
             (Target::Ticket(ticket), _) => ticket.peers,
             // Whoever publishes it most likely has it.
@@ -275,6 +276,7 @@ impl Work {
             }
         };
         self.enter(GetPhase::Checking);
+        let _room = self.node.make_room(&manifest, &folder).await?;
         let (mut plan, _lease) = self.plan(manifest.clone(), &folder, lease).await?;
         let directory = plan.root().to_owned();
         let reused = self.counts.done.load(Ordering::Relaxed);

@@ -103,6 +103,16 @@ impl Store {
         })
     }
 
+    /// The tags of a model, sorted.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn tags_of(&self, id: &Hash) -> Result<Vec<String>, StoreError> {
+        let tags = self.tags()?.into_iter();
+        let of_model = tags.filter(|tag| tag.model == *id);
+        Ok(of_model.map(|tag| tag.name).collect())
+    }
+
     /// All tags, sorted by name.
     ///
     /// # Errors
