@@ -27,7 +27,7 @@ pub struct Builder {
     limits: Limits,
     call_limits: CallLimits,
     rates: Rates,
-    quota: Option<u64>,
+    quota: Option<Option<u64>>,
     access: Access,
     certificate: Option<Certificate>,
 }
@@ -112,10 +112,10 @@ impl Builder {
         self
     }
 
-    /// How many bytes of fetched content may be in the home, from now on; [`Models::set_quota`](crate::Models::set_quota) changes it while the node runs.
+    /// How many bytes of fetched content may be in the home, from now on; `None` is no limit. [`Models::set_quota`](crate::Models::set_quota) changes it while the node runs.
     /// Default: what it was when the node ran last, and at first no limit.
-    pub fn quota(mut self, bytes: u64) -> Self {
-        self.quota = Some(bytes);
+    pub fn quota(mut self, bytes: impl Into<Option<u64>>) -> Self {
+        self.quota = Some(bytes.into());
         self
     }
 
@@ -145,7 +145,7 @@ impl Builder {
         let (home, store, disk, trusted, documents) = blocking(move || {
             let home = Home::open(&path)?;
             let store = Store::open(&home.store())?;
-            if quota.is_some() {
+            if let Some(quota) = quota {
                 store.set_quota(quota)?;
             }
             let disk = Disk::open(&home.records())?;
