@@ -439,7 +439,14 @@ fn response(status: Status, size: u64) -> Vec<u8> {
 
 async fn open(store: &Store, hash: Hash) -> Result<Vec<Source>, StoreError> {
     let store = store.clone();
-    spawn_blocking(move || store.sources(&hash))
+    let open = move || {
+        let sources = store.sources(&hash)?;
+        if !sources.is_empty() {
+            store.used(&hash);
+        }
+        Ok(sources)
+    };
+    spawn_blocking(open)
         .await
         .expect("opening a blob does not panic")
 }

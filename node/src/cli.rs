@@ -85,6 +85,15 @@ pub(crate) enum Command {
     Show(Show),
     /// Forget a model; its files stay unless told otherwise
     Rm(Rm),
+    /// Keep models here whatever room is needed; adds, shows and removes tags
+    #[command(subcommand)]
+    Tag(Tag),
+    /// Delete what no model needs, and forget files that are gone or have changed; files added in place are never deleted
+    Gc(Gc),
+    /// What takes room on the disk; shows it, and changes how much fetched content may take
+    Storage(Storage),
+    /// Read everything that is here again, and repair what is damaged
+    Verify(Verify),
     /// Run three nodes in this process and move a model between them
     Demo(Demo),
 }
@@ -120,6 +129,10 @@ pub(crate) struct Up {
 
     #[command(flatten)]
     pub(crate) rates: Rates,
+
+    /// Bytes of fetched content in the node's home, such as 100GB, or none; what was used longest ago is evicted [default: as it was]
+    #[arg(long, value_name = "BYTES", value_parser = quota)]
+    pub(crate) quota: Option<Quota>,
 
     #[command(flatten)]
     pub(crate) access: Access,
@@ -207,6 +220,37 @@ fn rate(text: &str) -> Result<u64, String> {
     // Below a byte a second, a limit would stand for none.
     match rate == 0.0 || (1.0..1e15).contains(&rate) {
         true => Ok(rate as u64),
+        false => Err(wrong()),
+    }
+}
+
+/// How much fetched content may take; `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Quota(pub(crate) Option<u64>);
+
+/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024; or `none`.
+fn quota(text: &str) -> Result<Quota, String> {
+    if text.eq_ignore_ascii_case("none") {
+        return Ok(Quota(None));
+    }
+    let wrong =
+        || format!("{text:?} is no quota: give bytes, such as 500M, 100GB or 64GiB, or none");
+    let number = text.trim_end_matches(['b', 'B']);
+    let (number, base) = match number.strip_suffix('i') {
+        Some(number) => (number, 1024_f64),
+        None => (number, 1000.0),
+    };
+    let power = |c: char| "kmgt".find(c.to_ascii_lowercase()).map(|at| at as i32 + 1);
+    let (digits, unit) = match number.char_indices().next_back() {
+        Some((at, c)) => match power(c) {
+            Some(power) => (&number[..at], base.powi(power)),
+            None => (number, 1.0),
+        },
+        None => return Err(wrong()),
+    };
+    let bytes = digits.trim().parse::<f64>().map_err(|_| wrong())? * unit;
+    match (0.0..1e18).contains(&bytes) {
+        true => Ok(Quota(Some(bytes as u64))),
         false => Err(wrong()),
     }
 }
@@ -871,6 +915,7 @@ impl From<Relay> for Up {
             relay_limits: relay.relay_limits,
             limits: relay.limits,
             rates: Rates::default(),
+            quota: None,
             access: relay.access,
             web: relay.web,
             no_hole_punching: false,
@@ -1019,6 +1064,49 @@ pub(crate) struct Rm {
     pub(crate) files: bool,
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum Tag {
+    /// Keep a model here: it is not removed, collected or evicted until the tag is removed
+    Add {
+        /// 1 to 128 letters, digits and . _ - / : @
+        tag: String,
+
+        /// A name, an id, or the first digits of one
+        model: String,
+    },
+    /// The tags, and what they keep
+    Ls,
+    /// Remove a tag
+    Rm {
+        /// The tag
+        tag: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Gc {
+    /// Only say what would go
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Storage {
+    /// Bytes of fetched content in the node's home, such as 100GB, or none; kept across restarts
+    #[arg(long, value_name = "BYTES", value_parser = quota)]
+    pub(crate) quota: Option<Quota>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// A name, an id, or the first digits of one [default: all models]
+    pub(crate) model: Option<String>,
+
+    /// Only say what is damaged; it is not used any more in either case
+    #[arg(long)]
+    pub(crate) no_repair: bool,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Demo {
     /// A model folder to move [default: a safetensors model of 64 MiB, written for the demo]
@@ -1034,5 +1122,24 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_quota_is_bytes_with_a_unit_or_none() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1500", 1500),
+            ("500k", 500_000),
+            ("1.5M", 1_500_000),
+            ("100GB", 100_000_000_000),
+            ("2TiB", 2 << 40),
+            ("64 Gi", 64 << 30),
+        ] {
+            assert_eq!(quota(text), Ok(Quota(Some(bytes))), "{text}");
+        }
+        assert_eq!(quota("none"), Ok(Quota(None)));
+        for bad in ["", "B", "GB", "-1", "ten", "1E", "nan", "inf", "1e30"] {
+            assert!(quota(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use weft::Node;
 
 use crate::{
     api::Endpoint,
-    cli::{RelayServer, Up},
+    cli::{Quota, RelayServer, Up},
     exit::Failure,
     metrics::Metrics,
     stop::Stop,
@@ -42,6 +42,7 @@ pub(crate) async fn up(
 ) -> Result<(), Failure> {
     let mut stop = Stop::new()?;
     raise_file_limit();
+    let quota = options.quota;
     let mut builder = Node::builder()
         .home(&home)
         .bootstrap(options.bootstrap)
@@ -81,6 +82,9 @@ pub(crate) async fn up(
         .port_mapping(!options.no_port_mapping)
         .hole_punching(!options.no_hole_punching)
         .mdns(!options.no_mdns);
+    if let Some(Quota(quota)) = quota {
+        builder = builder.quota(quota);
+    }
     if !options.listen.is_empty() {
         builder = builder.listen(options.listen);
     }

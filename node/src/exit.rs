@@ -5,12 +5,13 @@
 //! | 0 | done |
 //! | 1 | something else failed |
 //! | 2 | the command line makes no sense |
-//! | 3 | no such name, or no such model here |
+//! | 3 | no such name, or no such model or tag here |
 //! | 4 | no provider, or not the peer, can be reached |
 //! | 5 | several publishers claim the name |
 //! | 6 | no node is running on this home |
 //! | 7 | the target exists with other content |
-//! | 8 | the disk is full |
+//! | 8 | the disk is full, or the quota |
+//! | 9 | what is here is damaged, changed or gone |
 //! | 130 | interrupted |
 
 use crate::output::{err, out};
@@ -31,8 +32,10 @@ pub const SEVERAL_PUBLISHERS: u8 = 5;
 pub const NOT_RUNNING: u8 = 6;
 /// The target exists with other content.
 pub const TARGET_EXISTS: u8 = 7;
-/// The disk is full.
+/// The disk is full, or the quota.
 pub const DISK_FULL: u8 = 8;
+/// What is here is damaged, changed or gone, as `weft verify` found.
+pub const DAMAGED: u8 = 9;
 /// Interrupted by Ctrl-C or SIGTERM.
 pub const INTERRUPTED: u8 = 130;
 
@@ -69,6 +72,11 @@ impl Failure {
         Self::new(INTERRUPTED, "INTERRUPTED", message)
     }
 
+    /// Nothing is left to say: the result that was printed says it.
+    pub(crate) fn said(code: u8, reason: &str) -> Self {
+        Self::new(code, reason, "")
+    }
+
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
@@ -76,6 +84,9 @@ impl Failure {
 
     /// Says it: for people on standard error, with `--json` as an object on standard output.
     pub(crate) fn print(&self, json: bool) {
+        if self.message.is_empty() {
+            return;
+        }
         if json {
             out!(
                 "{}",
@@ -152,12 +163,19 @@ impl From<Status> for Failure {
             ),
             "TARGET_EXISTS" => (
                 TARGET_EXISTS,
-                "Nothing was written. Move it away, or choose another folder with --to.",
+                "Nothing was written. Move it away, or choose another folder with --to. If `weft get` wrote it, `weft verify` repairs it.",
             ),
             "DISK_FULL" => (
                 DISK_FULL,
                 "What is verified is kept. Make room, or choose another folder with --to, and run the same command again.",
             ),
+            "QUOTA_EXCEEDED" => (
+                DISK_FULL,
+                "Nothing was evicted. `weft storage` shows what takes room: raise the quota with `weft storage --quota BYTES`, let go of what is kept\n\
+                 with `weft tag rm TAG` or `weft rm MODEL --files`, or choose a folder outside the node's home with --to.",
+            ),
+            "TAGGED" => (1, "`weft tag rm TAG` removes a tag."),
+            "NO_SUCH_TAG" => (NOT_FOUND, "`weft tag ls` shows what there is."),
             "BUSY" => (1, "Wait for it to end, or choose another folder with --to."),
             "HOME_IN_USE" => (
                 1,

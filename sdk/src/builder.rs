@@ -27,6 +27,7 @@ pub struct Builder {
     limits: Limits,
     call_limits: CallLimits,
     rates: Rates,
+    quota: Option<Option<u64>>,
     access: Access,
     certificate: Option<Certificate>,
 }
@@ -111,6 +112,13 @@ impl Builder {
         self
     }
 
+    /// How many bytes of fetched content may be in the home, from now on; `None` is no limit. [`Models::set_quota`](crate::Models::set_quota) changes it while the node runs.
+    /// Default: what it was when the node ran last, and at first no limit.
+    pub fn quota(mut self, bytes: impl Into<Option<u64>>) -> Self {
+        self.quota = Some(bytes.into());
+        self
+    }
+
     /// Whom the node has to do with at all. Default: everybody. [`Node::set_access`] changes it while the node runs.
     pub fn access(mut self, access: Access) -> Self {
         self.access = access;
@@ -133,9 +141,13 @@ impl Builder {
             Some(path) => path,
             None => default_home()?,
         };
+        let quota = self.quota;
         let (home, store, disk, trusted, documents) = blocking(move || {
             let home = Home::open(&path)?;
             let store = Store::open(&home.store())?;
+            if let Some(quota) = quota {
+                store.set_quota(quota)?;
+            }
             let disk = Disk::open(&home.records())?;
             let trusted = Trusted::open(&home.trust())?;
             let followed = Followed::open(&home.registries())?;

@@ -87,6 +87,32 @@ pub enum Error {
         /// Bytes free, when known.
         free: Option<u64>,
     },
+    /// The quota leaves no room for the content, whatever were evicted.
+    #[error(
+        "the quota of {quota} bytes leaves no room: {needed} bytes are needed, {used} are used, and what may be evicted is not enough"
+    )]
+    QuotaExceeded {
+        /// Bytes needed.
+        needed: u64,
+        /// The quota.
+        quota: u64,
+        /// Bytes that count against it now.
+        used: u64,
+    },
+    /// Tags keep the model.
+    #[error("the model {model} is kept by its tags: {}; remove them first", .tags.join(", "))]
+    Tagged {
+        /// The model.
+        model: Hash,
+        /// Its tags.
+        tags: Vec<String>,
+    },
+    /// There is no such tag.
+    #[error("there is no tag {0:?}")]
+    NoSuchTag(String),
+    /// No tag can be called so, or it keeps another model, or there are too many.
+    #[error(transparent)]
+    Tag(StoreError),
     /// The same folder is being filled by another `get`.
     #[error("another get is writing to {}", .0.display())]
     Busy(PathBuf),
@@ -290,6 +316,20 @@ impl From<StoreError> for Error {
             StoreError::DiskFull { path, needed, free } => Self::DiskFull { path, needed, free },
             StoreError::NoSuchModel(id) => Self::NoSuchModel(id.to_string()),
             StoreError::Busy(path) => Self::Busy(path),
+            StoreError::QuotaExceeded {
+                needed,
+                quota,
+                used,
+            } => Self::QuotaExceeded {
+                needed,
+                quota,
+                used,
+            },
+            StoreError::Tagged { model, tags } => Self::Tagged { model, tags },
+            StoreError::NoSuchTag(tag) => Self::NoSuchTag(tag),
+            error @ (StoreError::BadTag(_)
+            | StoreError::TagTaken { .. }
+            | StoreError::TooManyTags) => Self::Tag(error),
             StoreError::Cancelled => Self::Stopped,
             error => Self::Store(error),
         }

@@ -278,6 +278,7 @@ impl Work {
             .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id, &request.selection));
         let folder = std::path::absolute(&folder).unwrap_or(folder);
         let lease = self.node.lease(&folder, id)?;
+        let _hold = self.node.hold(id).await?;
 
         self.enter(GetPhase::Connecting);
         let (started, lookup) = (self.started, &mut self.lookup);
@@ -299,6 +300,7 @@ impl Work {
             }
         };
         self.enter(GetPhase::Checking);
+        let _room = self.node.make_room(&manifest, &selected, &folder).await?;
         let (mut plan, _lease) = self.plan(&manifest, &selected, &folder, lease).await?;
         let directory = plan.root().to_owned();
         let reused = self.counts.done.load(Ordering::Relaxed);

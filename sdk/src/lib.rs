@@ -52,6 +52,7 @@ mod records;
 mod registry;
 mod remembered;
 pub mod rpc;
+mod storage;
 mod swarm;
 mod target;
 mod topics;
@@ -102,6 +103,10 @@ pub use self::{
     registry::{
         ListedModel, NamePattern, NewRegistry, ParsePatternError, Registries, Registry,
         RegistryDetails, RegistryInfo,
+    },
+    storage::{
+        Collected, Condition, Freed, MAX_TAG, MAX_TAGS, Storage, Tag, Verified, VerifiedFile,
+        Verify, VerifyPhase, VerifyProgress,
     },
     target::{ParseTargetError, Target, Ticket},
     topics::{Subscription, Topics},

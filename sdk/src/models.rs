@@ -48,6 +48,8 @@ pub struct ModelInfo {
     pub size: u64,
     /// The number of its files.
     pub files: usize,
+    /// The tags that keep it here.
+    pub tags: Vec<String>,
     /// The number of tensors in its safetensors and GGUF files.
     pub tensors: usize,
     /// The folder on this machine.
@@ -163,6 +165,10 @@ pub struct Add {
 impl Models {
     pub(crate) fn new(node: Node) -> Self {
         Self { node }
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
     }
 
     /// Indexes a folder or file where it is, announces it, and publishes its name if it gets one. The files must stay as they are; a
@@ -302,7 +308,7 @@ impl Models {
     /// and that are unchanged since; those that were added in place are never deleted.
     ///
     /// # Errors
-    /// [`Error::NoSuchModel`] if this node does not hold it.
+    /// [`Error::NoSuchModel`] if this node does not hold it, [`Error::Tagged`].
     pub async fn remove(&self, model: &str, files: bool) -> Result<Removed, Error> {
         let store = self.node.store().clone();
         let wanted = model.to_owned();
@@ -313,7 +319,14 @@ impl Models {
             if let Some(folder) = of_node.is_fetching(&model.id) {
                 return Err(Error::Busy(folder));
             }
-            Ok(describe(&store, &model)?.0)
+            let (info, _) = describe(&store, &model)?;
+            if !info.tags.is_empty() {
+                return Err(Error::Tagged {
+                    model: info.id,
+                    tags: info.tags,
+                });
+            }
+            Ok(info)
         })
         .await?;
         // Before it is gone: so an error here can be tried again.
@@ -439,6 +452,7 @@ pub(crate) fn describe(
         names: model.names.iter().map(|name| name.name.clone()).collect(),
         size: manifest.as_ref().map_or(0, Manifest::size),
         files: manifest.as_ref().map_or(0, |m| m.files().len()),
+        tags: store.tags_of(&model.id)?,
         tensors: manifest.as_ref().map_or(0, Manifest::tensors),
         path: model.root.clone(),
         complete: presence.is_some_and(|presence| presence.complete),

@@ -4,38 +4,62 @@
 //!
 //! ```text
 //! lock               held by the process that has the store open
-//! meta.redb          tables: blobs, models, parts
+//! meta.redb          tables: blobs, models, parts, refs, tags, discards, settings
 //! outboards/<hash>   the tree of a blob of more than one group, parents in pre-order
 //! manifests/<hash>   encoded manifests; blobs like any other
 //! blobs/<hash>       blobs that the store owns, and beside them part files of blobs of which only a part is wanted
 //! ```
 //!
 //! Content is not copied: a blob's row says in which files it is, with their size and time, and a file that differs from
-//! that is not used. Content is synced before the row that vouches for it is committed, so a row is never ahead of the bytes.
+//! that is not used. Content is synced before the row that vouches for it is committed, so a row is never ahead of the bytes; rows are dropped before the
+//! files that they speak of are deleted.
 
+mod discards;
+mod gc;
+mod holds;
 mod parts;
+mod quota;
+mod refs;
+mod remove;
 mod rows;
+mod tags;
+#[cfg(test)]
+mod testing;
+pub mod verify;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
     io::{self, Read, Write},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, Weak,
+        Arc, Mutex, RwLock, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use prost::Message;
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{
+    Database, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction,
+};
 
 pub(crate) use self::parts::{PartLease, part_path};
 use self::{
+    discards::DISCARDS,
     parts::forget_parts,
+    quota::{SETTINGS, Uses},
+    refs::{REFS, add_refs, count_late},
     rows::{BlobRow, LocationRow, ModelRow, NameRow, decode, path_from},
+    tags::TAGS,
+};
+pub use self::{
+    gc::{Collected, Freed},
+    holds::Hold,
+    quota::{Need, Room, Usage},
+    remove::Removed,
+    tags::{MAX_TAG, MAX_TAGS, Tag},
 };
 use crate::{
     Hash, Manifest,
@@ -71,6 +95,14 @@ struct Inner {
     open_parts: Mutex<HashSet<PathBuf>>,
     /// The partials themselves, by part file: what they have is served.
     arriving: Mutex<HashMap<PathBuf, Weak<Partial>>>,
+    /// What must stay while somebody works with it, and how many do.
+    holds: Mutex<HashMap<Hash, usize>>,
+    /// Held for writing while files are deleted, and for reading while a hold is taken.
+    deleting: RwLock<()>,
+    /// What transfers that have begun will write, by number.
+    rooms: Mutex<HashMap<u64, Vec<Need>>>,
+    next_room: AtomicU64,
+    uses: Mutex<Uses>,
     _lock: Lock,
 }
 
@@ -124,6 +156,45 @@ pub enum StoreError {
     /// The store holds no such model.
     #[error("this node holds no model {0}")]
     NoSuchModel(Hash),
+    /// The quota leaves no room for what is to be fetched, whatever were evicted.
+    #[error(
+        "the quota of {quota} bytes leaves no room: {needed} bytes are needed, {used} are used, and what may be evicted is not enough"
+    )]
+    QuotaExceeded {
+        /// Bytes needed.
+        needed: u64,
+        /// The quota.
+        quota: u64,
+        /// Bytes that count against it now.
+        used: u64,
+    },
+    /// Tags keep the model.
+    #[error("the model {model} is kept by its tags: {}; remove them first", .tags.join(", "))]
+    Tagged {
+        /// The model.
+        model: Hash,
+        /// Its tags.
+        tags: Vec<String>,
+    },
+    /// There is no such tag.
+    #[error("there is no tag {0:?}")]
+    NoSuchTag(String),
+    /// The tag keeps another model.
+    #[error("the tag {tag} keeps another model, {model}; remove it first")]
+    TagTaken {
+        /// The tag.
+        tag: String,
+        /// What it keeps.
+        model: Hash,
+    },
+    /// No tag may be called so.
+    #[error(
+        "{0:?} cannot be a tag: it has 1 to {MAX_TAG} letters, digits and . _ - / : @, and begins with a letter or digit"
+    )]
+    BadTag(String),
+    /// There are as many tags as there may be.
+    #[error("there are {MAX_TAGS} tags already; remove one first")]
+    TooManyTags,
 }
 
 fn need(needed: &Option<u64>, free: &Option<u64>) -> String {
@@ -178,6 +249,10 @@ pub struct Model {
     pub added_at: i64,
     /// Fetched from the mesh, rather than indexed in place.
     pub fetched: bool,
+    /// When it was last fetched or added, seconds since the Unix epoch.
+    used_at: i64,
+    /// What its manifest lists is counted in `refs`.
+    counted: bool,
 }
 
 /// A name of a model, as the store remembers it.
@@ -204,6 +279,8 @@ impl Model {
                 .collect(),
             added_at: row.added_at,
             fetched: row.fetched,
+            used_at: row.used_at,
+            counted: row.counted,
         }
     }
 
@@ -220,6 +297,8 @@ impl Model {
                 .collect(),
             added_at: self.added_at,
             fetched: self.fetched,
+            used_at: self.used_at,
+            counted: self.counted,
         }
     }
 }
@@ -233,15 +312,6 @@ pub struct Presence {
     pub complete: bool,
     /// The shard groups of which all files are: bit `g` for group `g` ([`Manifest::shard_group`]).
     pub shards: u64,
-}
-
-/// What [`Store::remove`] did.
-#[derive(Debug)]
-pub struct Removed {
-    /// The model as it was.
-    pub model: Model,
-    /// Files deleted from its folder.
-    pub files_deleted: u32,
 }
 
 impl Store {
@@ -259,19 +329,28 @@ impl Store {
             fs::create_dir_all(&folder).map_err(StoreError::io("cannot make", &folder))?;
         }
         let lock = Lock::take(folder)?;
-        for kind in ["outboards", "manifests"] {
+        for kind in ["outboards", "manifests", "blobs"] {
             sweep(&folder.join(kind))?;
         }
         let database = Database::builder()
             .set_cache_size(DATABASE_CACHE)
             .create(folder.join("meta.redb"))
             .map_err(self::database)?;
+        Self::with_database(folder, lock, database)
+    }
+
+    fn with_database(folder: &Path, lock: Lock, database: Database) -> Result<Self, StoreError> {
         let store = Self {
             inner: Arc::new(Inner {
                 folder: folder.to_owned(),
                 database,
                 open_parts: Mutex::default(),
                 arriving: Mutex::default(),
+                holds: Mutex::default(),
+                deleting: RwLock::default(),
+                rooms: Mutex::default(),
+                next_room: AtomicU64::default(),
+                uses: Mutex::default(),
                 _lock: lock,
             }),
         };
@@ -280,9 +359,26 @@ impl Store {
             txn.open_table(BLOBS).map_err(self::database)?;
             txn.open_table(MODELS).map_err(self::database)?;
             txn.open_table(PARTS).map_err(self::database)?;
-            Ok(())
+            txn.open_table(TAGS).map_err(self::database)?;
+            txn.open_table(DISCARDS).map_err(self::database)?;
+            txn.open_table(SETTINGS).map_err(self::database)?;
+            let mut tables = txn.list_tables().map_err(self::database)?;
+            let is_counted = tables.any(|table| table.name() == REFS.name());
+            drop(tables);
+            match is_counted {
+                true => Ok(()),
+                false => store.recount(txn, false),
+            }
         })?;
+        if let Err(error) = store.finish_discards() {
+            tracing::warn!(%error, "a file that is no longer needed stays");
+        }
         Ok(store)
+    }
+
+    /// Where content goes that the store itself owns: in no model's folder, and deleted when nobody needs it.
+    pub fn owned_path(&self, hash: &Hash) -> PathBuf {
+        self.inner.folder.join("blobs").join(hash.to_string())
     }
 
     /// Takes in a model that [`crate::index::index`] found. Durable when it returns.
@@ -290,7 +386,13 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; nothing is taken in then.
     pub fn add(&self, indexed: &Indexed, name: Option<&str>) -> Result<Hash, StoreError> {
-        let id = self.add_manifest(&indexed.manifest.encode())?;
+        let manifest = indexed.manifest.encode();
+        let files = indexed.manifest.files().iter().map(|file| file.blake3);
+        let _holds: Vec<Hold> = files
+            .chain([Hash::of(&manifest)])
+            .map(|hash| self.hold(hash))
+            .collect();
+        let id = self.add_manifest(&manifest)?;
         for file in indexed.manifest.files() {
             self.write_outboard(&file.blake3, &indexed.files[&file.path].outboard)?;
         }
@@ -303,7 +405,7 @@ impl Store {
                     false,
                 )?;
             }
-            put_model(txn, id, &indexed.root, false)?;
+            put_model(txn, id, &indexed.root, false, Some(&indexed.manifest))?;
             if let Some(name) = name {
                 set_name(txn, id, name, true)?;
             }
@@ -314,6 +416,7 @@ impl Store {
 
     /// Takes in a file that was found to hold a known blob. Durable when it returns.
     pub(crate) fn adopt(&self, hash: &Hash, file: &IndexedFile) -> Result<(), StoreError> {
+        let _hold = self.hold(*hash);
         self.write_outboard(hash, &file.outboard)?;
         self.write(|txn| {
             // A crash between a rename and its record leaves a row for a part file that is gone.
@@ -328,6 +431,7 @@ impl Store {
     /// [`StoreError`].
     pub fn add_manifest(&self, bytes: &[u8]) -> Result<Hash, StoreError> {
         let id = Hash::of(bytes);
+        let _hold = self.hold(id);
         let tree = Tree::new(bytes.len() as u64);
         let path = self.manifest_path(&id);
         // The hash is the name: a file that is there and whole holds the same bytes.
@@ -344,7 +448,10 @@ impl Store {
         }
         let metadata = fs::metadata(&path).map_err(StoreError::io("cannot read", &path))?;
         let location = Location::from_metadata(&path, &metadata);
-        self.write(|txn| put_location(txn, &id, &location, true))?;
+        self.write(|txn| {
+            put_location(txn, &id, &location, true)?;
+            count_late(txn, id, bytes)
+        })?;
         Ok(id)
     }
 
@@ -364,9 +471,10 @@ impl Store {
             true => None,
             false => self.models()?.into_iter().find(|model| model.id == id),
         };
+        let manifest = self.manifest(&id)?;
         self.write(|txn| {
             if known.is_none() {
-                put_model(txn, id, root, true)?;
+                put_model(txn, id, root, true, manifest.as_ref())?;
             }
             if let Some(name) = name {
                 set_name(txn, id, name, false)?;
@@ -450,8 +558,8 @@ impl Store {
             }
             presence.complete = false;
             missing |= group;
-            presence.bytes +=
-                self.partial_bytes(&model.root.join(&file.path), &file.blake3, file.size)?;
+            let targets = [model.root.join(&file.path), self.owned_path(&file.blake3)];
+            presence.bytes += self.partial_bytes(&targets, &file.blake3, file.size)?;
         }
         presence.shards &= !missing;
         Ok(presence)
@@ -466,7 +574,8 @@ impl Store {
             tracing::warn!(%hash, "a tree is missing: its content counts as absent until it is added again");
             return Ok(None);
         }
-        Ok(row.locations.iter().find_map(|row| {
+        let usable = row.locations.iter().filter(|row| !row.damaged);
+        Ok(usable.into_iter().find_map(|row| {
             let location = Location::from(row);
             location.open().map(|file| (location, file))
         }))
@@ -480,6 +589,7 @@ impl Store {
                 && row
                     .locations
                     .iter()
+                    .filter(|row| !row.damaged)
                     .map(Location::from)
                     .any(|location| location.path == path && location.open().is_some())
         }))
@@ -512,8 +622,8 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn damaged(&self, hash: &Hash, location: &Location) -> Result<(), StoreError> {
-        tracing::warn!(%hash, path = %location.path.display(), "a file is damaged on disk: it is not used until it is verified or added again");
-        self.write(|txn| forget_location(txn, hash, &location.path))
+        tracing::warn!(%hash, path = %location.path.display(), "a file is damaged on disk: it is not used until it is verified, added or fetched again");
+        self.write(|txn| mark_location(txn, hash, &location.path, true))
     }
 
     fn open_outboard(&self, hash: &Hash, tree: &Tree) -> Result<Option<File>, StoreError> {
@@ -523,107 +633,6 @@ impl Store {
         let path = self.outboard_path(hash);
         let file = File::open(&path).map_err(StoreError::io("cannot read", &path))?;
         Ok(Some(file))
-    }
-
-    /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged; part files go
-    /// in any case. Durable when it returns.
-    ///
-    /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it.
-    pub fn remove(&self, id: &Hash, files: bool) -> Result<Removed, StoreError> {
-        let model = self.model(id)?;
-        let manifest = self.manifest(id)?;
-        let others = self.models()?;
-        let mut kept_blobs: HashSet<Hash> = HashSet::new();
-        let mut kept_paths: HashSet<PathBuf> = HashSet::new();
-        for other in others.iter().filter(|other| other.id != *id) {
-            kept_blobs.insert(other.id);
-            for file in self.manifest(&other.id)?.iter().flat_map(Manifest::files) {
-                kept_blobs.insert(file.blake3);
-                kept_paths.insert(other.root.join(&file.path));
-            }
-        }
-        for file in manifest.iter().flat_map(Manifest::files) {
-            let part = part_path(&model.root.join(&file.path), &file.blake3);
-            if self.is_arriving(&part) {
-                return Err(StoreError::Busy(part));
-            }
-        }
-        let mut deletable = Vec::new();
-        let mut gone = BTreeSet::new();
-        let mut parts = Vec::new();
-        self.write(|txn| {
-            for file in manifest.iter().flat_map(Manifest::files) {
-                let path = model.root.join(&file.path);
-                parts.push(part_path(&path, &file.blake3));
-                let mut blobs = txn.open_table(BLOBS).map_err(database)?;
-                let row = match blobs.get(file.blake3.as_bytes()).map_err(database)? {
-                    Some(row) => Some(decode::<BlobRow>("blobs", row.value())?),
-                    None => None,
-                };
-                let Some(mut row) = row else {
-                    if !kept_blobs.contains(&file.blake3) {
-                        gone.insert(file.blake3);
-                    }
-                    continue;
-                };
-                if !kept_paths.contains(&path) {
-                    row.locations.retain(|row| {
-                        let location = Location::from(row);
-                        let ours = location.path == path;
-                        if ours && row.written {
-                            deletable.push(location);
-                        }
-                        !ours
-                    });
-                }
-                if kept_blobs.contains(&file.blake3) {
-                    blobs
-                        .insert(file.blake3.as_bytes(), row.encode_to_vec().as_slice())
-                        .map_err(database)?;
-                } else {
-                    blobs.remove(file.blake3.as_bytes()).map_err(database)?;
-                    gone.insert(file.blake3);
-                }
-            }
-            for file in manifest.iter().flat_map(Manifest::files) {
-                let part = part_path(&model.root.join(&file.path), &file.blake3);
-                // Without its tree, no part of a blob is worth anything.
-                let only = kept_blobs.contains(&file.blake3).then_some(part.as_path());
-                forget_parts(txn, &file.blake3, only)?;
-            }
-            txn.open_table(MODELS)
-                .map_err(database)?
-                .remove(id.as_bytes())
-                .map_err(database)?;
-            txn.open_table(BLOBS)
-                .map_err(database)?
-                .remove(id.as_bytes())
-                .map_err(database)?;
-            Ok(())
-        })?;
-        // Committed: what follows only frees room, and a failure leaves a file that nothing refers to.
-        gone.insert(*id);
-        for hash in gone {
-            discard(&self.outboard_path(&hash));
-        }
-        discard(&self.manifest_path(id));
-        parts.iter().for_each(|part| discard(part));
-        let mut files_deleted = 0;
-        if files && model.fetched {
-            for location in deletable {
-                if location.open().is_some() {
-                    fs::remove_file(&location.path)
-                        .map_err(StoreError::io("cannot remove", &location.path))?;
-                    files_deleted += 1;
-                    remove_empty_folders(&location.path, &model.root);
-                }
-            }
-        }
-        Ok(Removed {
-            model,
-            files_deleted,
-        })
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
@@ -663,24 +672,27 @@ impl Store {
         self.inner.folder.join("outboards").join(hash.to_string())
     }
 
-    /// The file of a blob that belongs to the store itself: of which only a part is wanted, or that no folder of a model is to have.
-    pub(crate) fn owned_path(&self, hash: &Hash) -> PathBuf {
-        self.inner.folder.join("blobs").join(hash.to_string())
-    }
-
     fn manifest_path(&self, id: &Hash) -> PathBuf {
         self.inner.folder.join("manifests").join(id.to_string())
     }
 }
 
-/// Forgets that a blob is in the file at `path`.
-fn forget_location(txn: &WriteTransaction, hash: &Hash, path: &Path) -> Result<(), StoreError> {
+/// Notes whether the file at `path` holds what it should.
+fn mark_location(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    path: &Path,
+    damaged: bool,
+) -> Result<(), StoreError> {
     let mut table = txn.open_table(BLOBS).map_err(database)?;
     let mut row = match table.get(hash.as_bytes()).map_err(database)? {
         Some(row) => decode::<BlobRow>("blobs", row.value())?,
         None => return Ok(()),
     };
-    row.locations.retain(|known| path_from(&known.path) != path);
+    let mut locations = row.locations.iter_mut();
+    if let Some(known) = locations.find(|known| path_from(&known.path) == path) {
+        known.damaged = damaged;
+    }
     table
         .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
         .map_err(database)?;
@@ -717,13 +729,15 @@ fn put_model(
     id: Hash,
     root: &Path,
     fetched: bool,
+    manifest: Option<&Manifest>,
 ) -> Result<(), StoreError> {
+    let now = now();
     let mut table = txn.open_table(MODELS).map_err(database)?;
     let known = match table.get(id.as_bytes()).map_err(database)? {
         Some(row) => Some(Model::from_row(id, decode("models", row.value())?)),
         None => None,
     };
-    let model = match known {
+    let mut model = match known {
         // A model that was indexed in place stays so: its files are not ours to delete.
         Some(known) if fetched && !known.fetched => known,
         Some(known) => Model {
@@ -735,12 +749,17 @@ fn put_model(
             id,
             root: root.to_owned(),
             names: Vec::new(),
-            added_at: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs() as i64),
+            added_at: now,
             fetched,
+            used_at: now,
+            counted: false,
         },
     };
+    model.used_at = now;
+    if let (false, Some(manifest)) = (model.counted, manifest) {
+        add_refs(txn, id, manifest)?;
+        model.counted = true;
+    }
     table
         .insert(id.as_bytes(), model.to_row().encode_to_vec().as_slice())
         .map_err(database)?;
@@ -785,6 +804,13 @@ fn set_name(
             .map_err(database)?;
     }
     Ok(())
+}
+
+/// Seconds since the Unix epoch.
+fn now() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs() as i64)
 }
 
 fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {

@@ -1,7 +1,7 @@
 //! Blobs that are still arriving: opening, committing and finding them.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     fs::File,
     ops::Deref,
     path::{Path, PathBuf},
@@ -12,10 +12,10 @@ use std::{
 };
 
 use prost::Message;
-use redb::{ReadableDatabase, WriteTransaction};
+use redb::{ReadableDatabase, Table, WriteTransaction};
 
 use super::{
-    PARTS, Store, StoreError, database, has_size, put_location,
+    Hold, PARTS, Store, StoreError, database, has_size, put_location,
     rows::{PartRow, decode, part_key, part_keys, path_from},
     sync_folder,
 };
@@ -35,7 +35,7 @@ impl Store {
         cancelled: &AtomicBool,
     ) -> Result<Arc<Partial>, StoreError> {
         let part = part_path(target, &hash);
-        let lease = PartLease::take(self, &part)?;
+        let lease = PartLease::take(self, hash, &part)?;
         // With the lease in hand: whoever fetches the same file next either finds this one's part or is never followed by it.
         if cancelled.load(Ordering::Acquire) {
             return Err(StoreError::Cancelled);
@@ -91,14 +91,13 @@ impl Store {
                 table.remove(key.as_slice()).map_err(database)?;
             }
             for (partial, bits) in &progressed {
-                let row = PartRow {
-                    size: partial.tree().size(),
-                    bits: bits.to_bytes(),
-                };
-                let key = part_key(&partial.hash(), partial.part());
-                table
-                    .insert(key.as_slice(), row.encode_to_vec().as_slice())
-                    .map_err(database)?;
+                put_part(
+                    &mut table,
+                    &partial.hash(),
+                    partial.part(),
+                    bits,
+                    &partial.tree(),
+                )?;
             }
             Ok(())
         })?;
@@ -140,7 +139,7 @@ impl Store {
         Ok(sources)
     }
 
-    fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
+    pub(super) fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
         let txn = self.inner.database.begin_read().map_err(database)?;
         let table = txn.open_table(PARTS).map_err(database)?;
         let keys = part_keys(hash);
@@ -154,16 +153,22 @@ impl Store {
         Ok(parts)
     }
 
-    /// Bytes that are verified and durable in the part file of a blob that is to become `target`.
-    pub(crate) fn partial_bytes(
+    /// Bytes that are verified and durable in the part files of a blob that is to become any of `targets`, each counted once.
+    pub(crate) fn partial_bytes<P: AsRef<Path>>(
         &self,
-        target: &Path,
+        targets: &[P],
         hash: &Hash,
         size: u64,
     ) -> Result<u64, StoreError> {
         let tree = Tree::new(size);
-        let committed = self.committed_part(target, hash, &tree)?;
-        Ok(committed.map_or(0, |bits| bits.bytes(&tree)))
+        let mut had = Bitfield::empty(tree.groups());
+        for target in targets {
+            let part = part_path(target.as_ref(), hash);
+            if let Some(bits) = self.committed(&part, hash, &tree)? {
+                bits.runs().for_each(|run| had.insert_range(run));
+            }
+        }
+        Ok(had.bytes(&tree))
     }
 
     /// Groups that are verified and durable in the part file of a blob that is to become `target`.
@@ -199,11 +204,14 @@ impl Store {
     }
 
     pub(super) fn is_arriving(&self, part: &Path) -> bool {
+        self.open_parts().contains(part)
+    }
+
+    pub(super) fn open_parts(&self) -> std::sync::MutexGuard<'_, HashSet<PathBuf>> {
         self.inner
             .open_parts
             .lock()
             .expect("nothing panics while holding the lock")
-            .contains(part)
     }
 
     fn arriving(
@@ -222,21 +230,19 @@ impl Store {
 pub(crate) struct PartLease {
     store: Store,
     pub(crate) part: PathBuf,
+    _hold: Hold,
 }
 
 impl PartLease {
-    fn take(store: &Store, part: &Path) -> Result<Self, StoreError> {
-        let mut open = store
-            .inner
-            .open_parts
-            .lock()
-            .expect("nothing panics while holding the lock");
-        if !open.insert(part.to_owned()) {
+    pub(super) fn take(store: &Store, hash: Hash, part: &Path) -> Result<Self, StoreError> {
+        let hold = store.hold(hash);
+        if !store.open_parts().insert(part.to_owned()) {
             return Err(StoreError::Busy(part.to_owned()));
         }
         Ok(Self {
             store: store.clone(),
             part: part.to_owned(),
+            _hold: hold,
         })
     }
 }
@@ -247,6 +253,25 @@ impl Drop for PartLease {
             open.remove(&self.part);
         }
     }
+}
+
+/// Notes which groups a part file holds.
+pub(super) fn put_part(
+    table: &mut Table<'_, &[u8], &[u8]>,
+    hash: &Hash,
+    part: &Path,
+    bits: &Bitfield,
+    tree: &Tree,
+) -> Result<(), StoreError> {
+    let row = PartRow {
+        size: tree.size(),
+        bits: bits.to_bytes(),
+    };
+    let key = part_key(hash, part);
+    table
+        .insert(key.as_slice(), row.encode_to_vec().as_slice())
+        .map_err(database)?;
+    Ok(())
 }
 
 /// Drops the rows of part files of a blob: of one, or of all.

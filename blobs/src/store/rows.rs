@@ -18,6 +18,9 @@ pub(super) struct BlobRow {
     pub(super) size: u64,
     #[prost(message, repeated, tag = "2")]
     pub(super) locations: Vec<LocationRow>,
+    /// When it was last read for somebody, seconds since the Unix epoch.
+    #[prost(int64, tag = "3")]
+    pub(super) used_at: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -31,6 +34,9 @@ pub(super) struct LocationRow {
     /// Written by a transfer, and so ours to delete.
     #[prost(bool, tag = "4")]
     pub(super) written: bool,
+    /// Found not to hold what it should: not used until it is verified, added or fetched again.
+    #[prost(bool, tag = "5")]
+    pub(super) damaged: bool,
 }
 
 /// A row of `models`.
@@ -44,6 +50,12 @@ pub(super) struct ModelRow {
     pub(super) added_at: i64,
     #[prost(bool, tag = "4")]
     pub(super) fetched: bool,
+    /// When it was last fetched or asked for by name, seconds since the Unix epoch.
+    #[prost(int64, tag = "5")]
+    pub(super) used_at: i64,
+    /// What its manifest lists is counted in `refs`.
+    #[prost(bool, tag = "6")]
+    pub(super) counted: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -61,6 +73,19 @@ pub(super) struct PartRow {
     pub(super) size: u64,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) bits: Vec<u8>,
+}
+
+/// A row of `discards`: a file outside the store's folder that no row speaks of any more, and that is to be deleted. The key is its path.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct DiscardRow {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) hash: Vec<u8>,
+    /// As it was; absent for a part file, which is ours however it looks.
+    #[prost(message, optional, tag = "2")]
+    pub(super) location: Option<LocationRow>,
+    /// The folder up to which folders go that this empties.
+    #[prost(bytes = "vec", tag = "3")]
+    pub(super) root: Vec<u8>,
 }
 
 /// The key of a row of `parts`.
@@ -82,6 +107,7 @@ impl From<&Location> for LocationRow {
             size: location.size,
             modified: location.modified,
             written: false,
+            damaged: false,
         }
     }
 }

@@ -8,6 +8,7 @@ mod records;
 mod registries;
 mod service;
 mod status;
+mod storage;
 mod topics;
 
 pub(crate) use self::{

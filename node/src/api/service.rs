@@ -19,6 +19,7 @@ use weft_proto::api::{self, add_event, get_event, models_server::Models, node_se
 use super::{
     read,
     status::{invalid, status},
+    storage,
 };
 
 /// Implements both services.
@@ -332,6 +333,7 @@ fn path(info: PathInfo) -> api::PeerPath {
 impl Models for Service {
     type AddStream = Events<AddProgress, Added, api::AddEvent>;
     type GetStream = Events<GetProgress, Got, api::GetEvent>;
+    type VerifyStream = storage::VerifyEvents;
 
     async fn add(
         &self,
@@ -517,6 +519,55 @@ impl Models for Service {
             files_deleted: removed.files_deleted,
         }))
     }
+
+    async fn tag(
+        &self,
+        request: Request<api::TagRequest>,
+    ) -> Result<Response<api::TagResponse>, Status> {
+        storage::tag(&self.node, request.into_inner()).await
+    }
+
+    async fn untag(
+        &self,
+        request: Request<api::UntagRequest>,
+    ) -> Result<Response<api::UntagResponse>, Status> {
+        storage::untag(&self.node, request.into_inner()).await
+    }
+
+    async fn tags(
+        &self,
+        _: Request<api::TagsRequest>,
+    ) -> Result<Response<api::TagsResponse>, Status> {
+        storage::tags(&self.node).await
+    }
+
+    async fn gc(
+        &self,
+        request: Request<api::GcRequest>,
+    ) -> Result<Response<api::GcResponse>, Status> {
+        storage::gc(&self.node, request.into_inner()).await
+    }
+
+    async fn storage(
+        &self,
+        _: Request<api::StorageRequest>,
+    ) -> Result<Response<api::StorageResponse>, Status> {
+        storage::storage(&self.node).await
+    }
+
+    async fn change_quota(
+        &self,
+        request: Request<api::ChangeQuotaRequest>,
+    ) -> Result<Response<api::StorageResponse>, Status> {
+        storage::change_quota(&self.node, request.into_inner()).await
+    }
+
+    async fn verify(
+        &self,
+        request: Request<api::VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        Ok(storage::verify(&self.node, request.into_inner()))
+    }
 }
 
 /// An operation as a stream of events: progress, then the result. Dropping it, as when the client goes away, stops the work.
@@ -524,6 +575,16 @@ pub(crate) struct Events<P, T, E> {
     operation: Option<Operation<P, T>>,
     progress: fn(P) -> E,
     done: fn(T) -> E,
+}
+
+impl<P, T, E> Events<P, T, E> {
+    pub(super) fn new(operation: Operation<P, T>, progress: fn(P) -> E, done: fn(T) -> E) -> Self {
+        Self {
+            operation: Some(operation),
+            progress,
+            done,
+        }
+    }
 }
 
 impl<P, T: Unpin, E> Stream for Events<P, T, E> {
@@ -563,7 +624,7 @@ fn absolute(field: &str, path: &str) -> Result<PathBuf, Status> {
     }
 }
 
-fn model(info: ModelInfo) -> api::Model {
+pub(super) fn model(info: ModelInfo) -> api::Model {
     api::Model {
         id: info.id.to_string(),
         names: info.names,
@@ -575,6 +636,7 @@ fn model(info: ModelInfo) -> api::Model {
         bytes_here: info.bytes_here,
         origin: if info.fetched { "fetched" } else { "added" }.to_owned(),
         added_at: info.added_at,
+        tags: info.tags,
     }
 }
 

@@ -35,6 +35,10 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::DiskFull { .. } | Error::Disk(DiskError::Full) => {
             (Code::ResourceExhausted, "DISK_FULL")
         }
+        Error::QuotaExceeded { .. } => (Code::ResourceExhausted, "QUOTA_EXCEEDED"),
+        Error::Tagged { .. } => (Code::FailedPrecondition, "TAGGED"),
+        Error::NoSuchTag(_) => (Code::NotFound, "NO_SUCH_TAG"),
+        Error::Tag(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Busy(_) => (Code::Aborted, "BUSY"),
         Error::Record(_)
         | Error::Index(_)

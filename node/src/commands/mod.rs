@@ -12,8 +12,11 @@ mod reach;
 mod record;
 mod registry;
 mod show;
+mod storage;
+mod tag;
 mod topic;
 mod trust;
+mod verify;
 
 pub(crate) use self::registry::{Former, Publisher};
 
@@ -72,6 +75,10 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Ls => show::list(&client, json).await,
         Command::Show(options) => show::show(&client, options, json).await,
         Command::Rm(options) => show::remove(&client, options, json).await,
+        Command::Tag(command) => tag::run(&client, command, json).await,
+        Command::Gc(options) => storage::gc(&client, options, json).await,
+        Command::Storage(options) => storage::storage(&client, options, json).await,
+        Command::Verify(options) => verify::run(&client, options, json).await,
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> 
         out!("no models yet: weft add PATH, or weft get NAME");
         return Ok(());
     }
-    let heading = ["NAME", "ID", "SIZE", "FILES", "HERE", "FOLDER"];
+    let heading = ["NAME", "ID", "SIZE", "FILES", "HERE", "TAGS", "FOLDER"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for model in models {
         rows.push(vec![
@@ -41,6 +41,7 @@ pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> 
             output::bytes(model.size),
             model.files.to_string(),
             here(&model),
+            model.tags.join(", "),
             model.path,
         ]);
     }
@@ -110,6 +111,9 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
     out!("id      {}", model.id);
     for name in &model.names {
         out!("name    {name}");
+    }
+    for tag in &model.tags {
+        out!("tag     {tag}");
     }
     out!("folder  {} ({})", model.path, model.origin);
     out!("here    {} of {}", here(&model), output::bytes(model.size));
@@ -182,6 +186,7 @@ pub(crate) fn model_json(model: &api::Model) -> Value {
         "bytes_here": model.bytes_here,
         "origin": model.origin,
         "added_at": model.added_at,
+        "tags": model.tags,
     })
 }
 

@@ -1,0 +1,567 @@
+//! Collecting what nobody needs: rows first, in one transaction, and then the files.
+//!
+//! A blob is needed while a model lists it, or while it is held. Files that a user added in place are never deleted, whatever their rows say; nor is a file
+//! outside the store's folder, unless a transfer wrote it, it is unchanged since, and it lies in no model's folder.
+
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use prost::Message;
+use redb::{ReadableTable, WriteTransaction};
+
+use super::{
+    BLOBS, Model, PARTS, Store, StoreError, database,
+    discards::{Doomed, allocated},
+    part_path,
+    refs::refs,
+    remove::models,
+    rows::{BlobRow, LocationRow, decode, path_from},
+};
+use crate::{Hash, Manifest, index::Location, path::OWN_PREFIX, tree::Tree};
+
+/// Files that were, or would be, deleted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Freed {
+    /// How many.
+    pub count: u64,
+    /// The bytes that they take on the disk.
+    pub bytes: u64,
+}
+
+impl Freed {
+    fn add(&mut self, bytes: u64) {
+        self.count += 1;
+        self.bytes += bytes;
+    }
+}
+
+/// What a collection found, by kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Files that a transfer wrote into folders of no model.
+    pub files: Freed,
+    /// Content of the store's own.
+    pub owned: Freed,
+    /// Part files.
+    pub parts: Freed,
+    /// Trees of content that is not here.
+    pub outboards: Freed,
+    /// Manifests of models that are not here.
+    pub manifests: Freed,
+    /// Rows of blobs and part files that are not needed or not there.
+    pub rows: u64,
+    /// Files of which it was forgotten that they hold a blob: they are gone, or changed.
+    pub locations: u64,
+}
+
+impl Collected {
+    /// The bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.kinds().iter().map(|(_, freed)| freed.bytes).sum()
+    }
+
+    /// The kinds of files, by name.
+    pub fn kinds(&self) -> [(&'static str, Freed); 5] {
+        [
+            ("files", self.files),
+            ("owned", self.owned),
+            ("parts", self.parts),
+            ("outboards", self.outboards),
+            ("manifests", self.manifests),
+        ]
+    }
+}
+
+impl Store {
+    /// Forgets and deletes what no model needs and nobody holds; `dry_run`: only says what that would be. Durable when it returns; a crash in between leaves
+    /// files that the next collection deletes.
+    ///
+    /// # Errors
+    /// [`StoreError`]. Nothing is lost then that is needed.
+    pub fn collect(&self, dry_run: bool) -> Result<Collected, StoreError> {
+        let _alone = self.deleting();
+        if !dry_run {
+            self.finish_discards()?;
+        }
+        let held = self.held()?;
+        let mut txn = self.inner.database.begin_write().map_err(database)?;
+        txn.set_quick_repair(true);
+        self.recount(&txn, true)?;
+        let mut collector = Collector {
+            store: self,
+            txn: &txn,
+            models: models(&txn)?,
+            held: &held,
+            whole: HashSet::new(),
+            kept: HashSet::new(),
+            with_tree: HashSet::new(),
+            gone: HashSet::new(),
+            doomed: Doomed::default(),
+            collected: Collected::default(),
+        };
+        collector.blobs()?;
+        collector.parts()?;
+        collector.stray_parts()?;
+        collector.folders()?;
+        let Collector {
+            doomed, collected, ..
+        } = collector;
+        if dry_run {
+            txn.abort().map_err(database)?;
+            return Ok(collected);
+        }
+        doomed.note(&txn)?;
+        txn.commit().map_err(database)?;
+        self.delete(doomed)?;
+        Ok(collected)
+    }
+}
+
+struct Collector<'a> {
+    store: &'a Store,
+    txn: &'a WriteTransaction,
+    models: Vec<Model>,
+    held: &'a HashSet<Hash>,
+    /// Blobs that are whole here.
+    whole: HashSet<Hash>,
+    /// Owned files and part files that stay.
+    kept: HashSet<PathBuf>,
+    /// Blobs whose tree is of use.
+    with_tree: HashSet<Hash>,
+    /// Files that go.
+    gone: HashSet<PathBuf>,
+    doomed: Doomed,
+    collected: Collected,
+}
+
+impl Collector<'_> {
+    /// Blobs that nobody needs, and files that are not what they were.
+    fn blobs(&mut self) -> Result<(), StoreError> {
+        let mut rows: Vec<(Hash, BlobRow)> = Vec::new();
+        {
+            let table = self.txn.open_table(BLOBS).map_err(database)?;
+            for row in table.iter().map_err(database)? {
+                let (hash, row) = row.map_err(database)?;
+                rows.push(((*hash.value()).into(), decode("blobs", row.value())?));
+            }
+        }
+        for (hash, mut row) in rows {
+            let before = row.locations.len();
+            if self.held.contains(&hash) {
+                self.with_tree.insert(hash);
+                let locations = row.locations.iter();
+                self.kept
+                    .extend(locations.map(|location| path_from(&location.path)));
+                continue;
+            }
+            if refs(self.txn, &hash)? == 0 {
+                for location in &row.locations {
+                    self.drop_file(&hash, location);
+                }
+                self.put(&hash, None)?;
+                continue;
+            }
+            row.locations.retain(|row| {
+                let location = Location::from(row);
+                location.open().is_some()
+            });
+            self.collected.locations += (before - row.locations.len()) as u64;
+            self.drop_second_copy(&hash, &mut row);
+            if row.locations.is_empty() {
+                self.put(&hash, None)?;
+                continue;
+            }
+            self.with_tree.insert(hash);
+            for location in &row.locations {
+                self.kept.insert(path_from(&location.path));
+            }
+            let tree = Tree::new(row.size);
+            let usable = row.locations.iter().any(|location| !location.damaged);
+            if usable && self.store.has_outboard(&hash, &tree) {
+                self.whole.insert(hash);
+            }
+            if row.locations.len() < before {
+                self.put(&hash, Some(&row))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the store owns is not needed beside a file of a model that a transfer wrote.
+    fn drop_second_copy(&mut self, hash: &Hash, row: &mut BlobRow) {
+        let owned = self.store.owned_path(hash);
+        let is_owned = |location: &LocationRow| path_from(&location.path) == owned;
+        let in_a_model = |row: &LocationRow| row.written && !row.damaged && !is_owned(row);
+        if row.locations.iter().any(in_a_model) {
+            for location in row.locations.iter().filter(|row| is_owned(row)) {
+                self.drop_file(hash, location);
+            }
+            row.locations.retain(|row| !is_owned(row));
+        }
+    }
+
+    fn put(&mut self, hash: &Hash, row: Option<&BlobRow>) -> Result<(), StoreError> {
+        let mut table = self.txn.open_table(BLOBS).map_err(database)?;
+        match row {
+            Some(row) => drop(
+                table
+                    .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+                    .map_err(database)?,
+            ),
+            None => {
+                self.collected.rows += 1;
+                table.remove(hash.as_bytes()).map_err(database)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes a file that a row speaks of no more, if it is ours.
+    fn drop_file(&mut self, hash: &Hash, row: &LocationRow) {
+        let location = Location::from(row);
+        // Files in the store's folder are found there, whatever rows say.
+        let in_store = location.path.starts_with(&self.store.inner.folder);
+        let in_a_model = |model: &Model| location.path.starts_with(&model.root);
+        if in_store || !row.written || self.models.iter().any(in_a_model) {
+            return;
+        }
+        if location.open().is_some() {
+            self.collected.files.add(location.size);
+            // Only the folder that the file lies in is known to be of no use.
+            let folder = location.path.parent().unwrap_or(&location.path).to_owned();
+            self.doomed.written(hash, &location, &folder);
+        }
+    }
+
+    /// Part files of blobs that nobody needs, or that are whole here; rows of such as are gone.
+    fn parts(&mut self) -> Result<(), StoreError> {
+        let mut rows = Vec::new();
+        {
+            let table = self.txn.open_table(PARTS).map_err(database)?;
+            for row in table.iter().map_err(database)? {
+                let (key, _) = row.map_err(database)?;
+                rows.push(key.value().to_vec());
+            }
+        }
+        for key in rows {
+            let Some((hash, path)) = key.split_first_chunk::<32>() else {
+                continue;
+            };
+            let (hash, path) = (Hash::from(*hash), path_from(path));
+            let is_used = self.held.contains(&hash) || self.store.is_arriving(&path);
+            let is_there = fs::symlink_metadata(&path).is_ok();
+            let is_needed = refs(self.txn, &hash)? > 0 && !self.whole.contains(&hash);
+            if is_used || (is_there && is_needed) {
+                self.with_tree.insert(hash);
+                self.kept.insert(path);
+                continue;
+            }
+            if is_there {
+                self.drop_part(&hash, path);
+            }
+            self.collected.rows += 1;
+            let mut table = self.txn.open_table(PARTS).map_err(database)?;
+            table.remove(key.as_slice()).map_err(database)?;
+        }
+        Ok(())
+    }
+
+    /// Part files that a crash left before their first row was written.
+    fn stray_parts(&mut self) -> Result<(), StoreError> {
+        let models = std::mem::take(&mut self.models);
+        for model in models.iter().filter(|model| model.fetched) {
+            if self.held.contains(&model.id) {
+                continue;
+            }
+            let manifest = self.store.manifest(&model.id)?;
+            for file in manifest.iter().flat_map(Manifest::files) {
+                let part = part_path(&model.root.join(&file.path), &file.blake3);
+                let is_used = self.held.contains(&file.blake3) || self.store.is_arriving(&part);
+                let is_known = self.kept.contains(&part) || self.gone.contains(&part);
+                if !is_used && !is_known && fs::symlink_metadata(&part).is_ok() {
+                    self.drop_part(&file.blake3, part);
+                }
+            }
+        }
+        self.models = models;
+        Ok(())
+    }
+
+    fn drop_part(&mut self, hash: &Hash, path: PathBuf) {
+        self.collected.parts.add(allocated(&path));
+        self.gone.insert(path.clone());
+        self.doomed.part(self.store, hash, path);
+    }
+
+    /// Files in the store's folder that no row speaks of.
+    fn folders(&mut self) -> Result<(), StoreError> {
+        let of_held = self.held.iter().map(|hash| self.store.owned_path(hash));
+        let of_held: HashSet<PathBuf> = of_held
+            .zip(self.held)
+            .flat_map(|(owned, hash)| [part_path(&owned, hash), owned])
+            .collect();
+        for path in self.list("blobs")? {
+            let stays = self.kept.contains(&path)
+                || of_held.contains(&path)
+                || self.gone.contains(&path)
+                || self.store.is_arriving(&path);
+            if stays {
+                continue;
+            }
+            if name(&path).starts_with(OWN_PREFIX) {
+                self.collected.parts.add(allocated(&path));
+                self.doomed.own(path);
+            } else if named(&path).is_some() {
+                self.collected.owned.add(size(&path));
+                self.doomed.own(path);
+            }
+        }
+        for path in self.list("outboards")? {
+            if let Some(hash) = named(&path)
+                && !self.with_tree.contains(&hash)
+                && !self.held.contains(&hash)
+            {
+                self.collected.outboards.add(size(&path));
+                self.doomed.own(path);
+            }
+        }
+        for path in self.list("manifests")? {
+            if let Some(hash) = named(&path)
+                && !self.held.contains(&hash)
+                && refs(self.txn, &hash)? == 0
+            {
+                self.collected.manifests.add(size(&path));
+                self.doomed.own(path);
+            }
+        }
+        Ok(())
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<PathBuf>, StoreError> {
+        let folder = self.store.inner.folder.join(folder);
+        let io = || StoreError::io("cannot read", &folder);
+        let entries = fs::read_dir(&folder).map_err(io())?;
+        entries
+            .map(|entry| Ok(entry.map_err(io())?.path()))
+            .collect()
+    }
+}
+
+fn name(path: &Path) -> &str {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.unwrap_or_default()
+}
+
+/// The hash that a file is named by; others, which are being written, have names that are none.
+fn named(path: &Path) -> Option<Hash> {
+    name(path).parse().ok()
+}
+
+fn size(path: &Path) -> u64 {
+    fs::symlink_metadata(path).map_or(0, |file| file.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::testing::{Origin, add, content, files, store};
+
+    /// A store after everything was collected that there is to collect: nothing more is.
+    fn assert_clean(store: &Store) {
+        assert_eq!(store.collect(false).unwrap(), Collected::default());
+    }
+
+    #[test]
+    fn only_what_no_model_needs_is_collected() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 3)), ("b", b"b")]);
+        let added = add(&store, &home.path().join("added"), &content(2, 3));
+        origin.fetch(&store, &home.path().join("fetched"));
+        store.tag("kept", &added).unwrap();
+        let before = files(home.path());
+        assert_clean(&store);
+        assert_eq!(files(home.path()), before);
+        // Content of the store's own, of models that are not here: whole, in part, and never settled.
+        let other = Origin::new(&[("c", &content(3, 4)), ("d", &content(4, 4))]);
+        let (c, d) = (other.hash("c"), other.hash("d"));
+        other.bring(&store, &c, &store.owned_path(&c), 4);
+        other.bring(&store, &d, &store.owned_path(&d), 2);
+        let stray = part_path(&store.owned_path(&other.id()), &other.id());
+        fs::write(&stray, [0; 4096]).unwrap();
+        // A get that ended before it was noted, and a file of the user's.
+        let broken_off = home.path().join("broken-off");
+        fs::create_dir(&broken_off).unwrap();
+        other.bring(&store, &c, &broken_off.join("c"), 4);
+        other.bring(&store, &d, &broken_off.join("d"), 2);
+        fs::write(broken_off.join("mine"), "mine").unwrap();
+        // Trees and manifests that no row speaks of.
+        fs::write(store.outboard_path(&Hash::of(b"x")), [0; 64]).unwrap();
+        fs::write(store.manifest_path(&Hash::of(b"y")), "y").unwrap();
+        let would = store.collect(true).unwrap();
+        assert!(stray.exists() && broken_off.join("c").exists());
+        let did = store.collect(false).unwrap();
+        assert_eq!(would, did);
+        assert_eq!(did.files.count, 1);
+        assert_eq!(did.files.bytes, 4 * crate::tree::GROUP);
+        assert_eq!(did.owned.count, 1);
+        assert_eq!(did.parts.count, 3);
+        assert_eq!(did.outboards.count, 3);
+        assert_eq!(did.manifests.count, 1);
+        fs::remove_file(broken_off.join("mine")).unwrap();
+        assert_eq!(files(home.path()), before);
+        assert_clean(&store);
+        assert!(store.whole(&origin.hash("a")).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_is_held_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 3)), ("b", &content(2, 3))]);
+        let [a, b] = ["a", "b"].map(|path| origin.hash(path));
+        let root = home.path().join("to");
+        origin.expect(&store, &root);
+        store.remove(&origin.id(), false).unwrap();
+        fs::create_dir_all(&root).unwrap();
+        // As a get does, which begins with the manifest.
+        let hold = store.hold(origin.id());
+        store
+            .add_manifest(&origin.manifest().encode())
+            .expect("there is room");
+        origin.bring(&store, &a, &root.join("a"), 3);
+        origin.bring(&store, &b, &root.join("b"), 1);
+        assert_clean(&store);
+        drop(hold);
+        let hold = store.hold(a);
+        let did = store.collect(false).unwrap();
+        assert_eq!((did.parts.count, did.files.count), (1, 0));
+        assert!(store.whole(&a).unwrap().is_some());
+        drop(hold);
+        let did = store.collect(false).unwrap();
+        assert_eq!((did.files.count, did.outboards.count), (1, 1));
+        assert!(!root.exists());
+    }
+
+    #[test]
+    fn a_part_that_is_open_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 3))]);
+        let a = origin.hash("a");
+        let cancelled = std::sync::atomic::AtomicBool::new(false);
+        let target = store.owned_path(&a);
+        let open = store
+            .partial(a, crate::tree::Tree::new(3 * crate::tree::GROUP), &target, true, &cancelled)
+            .unwrap();
+        assert_clean(&store);
+        assert!(open.part().exists());
+        drop(open);
+        assert_eq!(store.collect(false).unwrap().parts.count, 1);
+    }
+
+    #[test]
+    fn rows_of_files_that_are_gone_or_changed_go_and_the_files_stay() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let changed = home.path().join("changed");
+        let id = add(&store, &changed, &content(1, 3));
+        let gone = home.path().join("gone");
+        add(&store, &gone, &content(2, 3));
+        fs::write(changed.join("a.bin"), "other").unwrap();
+        fs::remove_dir_all(&gone).unwrap();
+        let origin = Origin::new(&[("a", &content(3, 3))]);
+        let root = home.path().join("fetched");
+        origin.expect(&store, &root);
+        origin.bring(&store, &origin.hash("a"), &root.join("a"), 1);
+        for part in files(&root) {
+            fs::remove_file(part).unwrap();
+        }
+        let did = store.collect(false).unwrap();
+        assert_eq!((did.locations, did.rows), (2, 3));
+        assert_eq!(did.outboards.count, 3);
+        assert_eq!(did.files, Freed::default());
+        assert!(changed.join("a.bin").exists());
+        assert!(store.model(&id).is_ok());
+        assert_clean(&store);
+    }
+
+    #[test]
+    fn a_crash_between_rows_and_files_leaves_files_that_go_later() {
+        let home = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 3)), ("b", &content(2, 3))]);
+        let [a, b] = ["a", "b"].map(|path| origin.hash(path));
+        let root = home.path().join("to");
+        let owned;
+        {
+            let store = store(&home);
+            owned = store.owned_path(&a);
+            fs::create_dir(&root).unwrap();
+            origin.bring(&store, &a, &root.join("a"), 3);
+            origin.bring(&store, &b, &root.join("b"), 1);
+            fs::write(&owned, "left").unwrap();
+            let txn = store.inner.database.begin_write().unwrap();
+            let mut doomed = Doomed::default();
+            for (hash, name) in [(&a, "a"), (&b, "b")] {
+                let row = store.blob_row(hash).unwrap();
+                for location in row.iter().flat_map(|row| &row.locations) {
+                    doomed.written(hash, &location.into(), &root);
+                }
+                let part = part_path(&root.join(name), hash);
+                doomed.part(&store, hash, part);
+                txn.open_table(BLOBS)
+                    .unwrap()
+                    .remove(hash.as_bytes())
+                    .unwrap();
+            }
+            txn.delete_table(PARTS).unwrap();
+            txn.open_table(PARTS).unwrap();
+            doomed.note(&txn).unwrap();
+            txn.commit().unwrap();
+            assert_eq!(files(&root).len(), 2);
+        }
+        let store = store(&home);
+        assert!(!root.exists(), "{:?}", files(&root));
+        let did = store.collect(false).unwrap();
+        assert_eq!((did.owned.count, did.outboards.count), (1, 2));
+        assert!(!owned.exists());
+        assert_clean(&store);
+    }
+
+    #[test]
+    fn content_of_the_stores_own_goes_once_a_model_has_it() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 3)), ("b", &content(2, 3))]);
+        let [a, b] = ["a", "b"].map(|path| origin.hash(path));
+        let root = home.path().join("to");
+        origin.expect(&store, &root);
+        origin.bring(&store, &a, &store.owned_path(&a), 3);
+        origin.bring(&store, &b, &store.owned_path(&b), 2);
+        assert_clean(&store);
+        let manifest = origin.manifest();
+        let model = store.model(&origin.id()).unwrap();
+        let presence = store.presence(&model, &manifest).unwrap();
+        assert_eq!(presence.bytes, 5 * crate::tree::GROUP);
+        origin.bring(&store, &b, &root.join("b"), 1);
+        let presence = store.presence(&model, &manifest).unwrap();
+        assert_eq!(presence.bytes, 5 * crate::tree::GROUP, "none counts twice");
+        origin.bring(&store, &a, &root.join("a"), 3);
+        origin.bring(&store, &b, &root.join("b"), 3);
+        let did = store.collect(false).unwrap();
+        assert_eq!((did.owned.count, did.parts.count), (1, 1));
+        assert!(store.presence(&model, &manifest).unwrap().complete);
+        assert_clean(&store);
+        // And what the store owns of a model goes with it.
+        let other = Origin::new(&[("c", &content(3, 3))]);
+        let c = other.hash("c");
+        other.expect(&store, &home.path().join("other"));
+        other.bring(&store, &c, &store.owned_path(&c), 3);
+        store.remove(&other.id(), false).unwrap();
+        assert!(!store.owned_path(&c).exists());
+        assert_clean(&store);
+    }
+}

@@ -1,0 +1,698 @@
+//! How much of the disk fetched content may take, and what goes when there is not enough.
+//!
+//! The quota counts what was fetched below the node's home: whole files, part files, and what the store itself owns. It counts neither files that were added
+//! in place nor folders that a user chose elsewhere. Before content is fetched, room is made, in this order:
+//!
+//! 1. content of the store's own, and part files, that no model needs;
+//! 2. part files of models that nobody works with;
+//! 3. models that were fetched and are neither tagged, held nor published, the one that was used longest ago first.
+//!
+//! If all of it were not enough, nothing goes.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use prost::Message;
+use redb::{ReadableDatabase, ReadableTable, TableDefinition};
+
+use super::{
+    BLOBS, Model, PARTS, Store, StoreError, database,
+    discards::{Doomed, allocated},
+    now, part_path,
+    refs::REFS,
+    remove::Forget,
+    rows::{BlobRow, decode, path_from},
+};
+use crate::{Hash, Manifest, index::Location};
+
+pub(super) const SETTINGS: TableDefinition<'_, &str, u64> = TableDefinition::new("settings");
+
+/// The setting that is the quota.
+const QUOTA: &str = "quota";
+
+/// How often it is written down what was used: as precise as the order of eviction need be, and hardly a write.
+const NOTE_USE: Duration = Duration::from_secs(60);
+
+/// What takes how many bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Fetched files of models, below the home.
+    pub models: u64,
+    /// Part files, below the home.
+    pub parts: u64,
+    /// Content of the store's own.
+    pub owned: u64,
+    /// What transfers that have begun will still write below the home.
+    pub expected: u64,
+    /// Manifests, trees and the database.
+    pub metadata: u64,
+    /// Fetched files in folders elsewhere.
+    pub elsewhere: u64,
+    /// Files that were added in place.
+    pub in_place: u64,
+}
+
+impl Usage {
+    /// What the quota counts.
+    pub fn counted(&self) -> u64 {
+        self.models + self.parts + self.owned + self.expected
+    }
+}
+
+/// A file for which there has to be room.
+#[derive(Debug, Clone)]
+pub struct Need {
+    /// The file.
+    pub target: PathBuf,
+    /// Its content's hash.
+    pub hash: Hash,
+    /// The bytes that it, or its part file, will take.
+    pub bytes: u64,
+}
+
+impl Need {
+    /// What of it is still to come.
+    fn rest(&self) -> u64 {
+        if fs::symlink_metadata(&self.target).is_ok() {
+            return 0;
+        }
+        let part = part_path(&self.target, &self.hash);
+        self.bytes.saturating_sub(allocated(&part))
+    }
+}
+
+/// Room that is set aside for a transfer, until it is dropped.
+#[derive(Debug)]
+#[must_use = "it sets aside nothing once dropped"]
+pub struct Room {
+    store: Store,
+    number: u64,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if let Ok(mut rooms) = self.store.inner.rooms.lock() {
+            rooms.remove(&self.number);
+        }
+    }
+}
+
+/// What could go.
+#[derive(Debug)]
+enum Candidate {
+    /// All of a blob that no model needs.
+    Blob(Hash),
+    /// A part file.
+    Part(Hash, PathBuf),
+    Model(Box<Model>, Box<Manifest>),
+}
+
+impl Store {
+    /// How many bytes of fetched content may be below the home; `None` is no limit.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn quota(&self) -> Result<Option<u64>, StoreError> {
+        let txn = self.inner.database.begin_read().map_err(database)?;
+        let table = txn.open_table(SETTINGS).map_err(database)?;
+        let quota = table.get(QUOTA).map_err(database)?;
+        Ok(quota.map(|quota| quota.value()))
+    }
+
+    /// Changes the quota. What is here stays until room is needed. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn set_quota(&self, quota: Option<u64>) -> Result<(), StoreError> {
+        self.write(|txn| {
+            let mut table = txn.open_table(SETTINGS).map_err(database)?;
+            match quota {
+                Some(quota) => drop(table.insert(QUOTA, quota).map_err(database)?),
+                None => drop(table.remove(QUOTA).map_err(database)?),
+            }
+            Ok(())
+        })
+    }
+
+    /// What takes how many bytes, by looking at each file. `home` is the folder below which the quota counts.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn usage(&self, home: &Path) -> Result<Usage, StoreError> {
+        let mut usage = Usage {
+            expected: self.expected(),
+            ..Usage::default()
+        };
+        let folder = &self.inner.folder;
+        let owned = folder.join("blobs");
+        for (_, row) in self.blob_rows()? {
+            for row in &row.locations {
+                let location = Location::from(row);
+                let bytes = fs::symlink_metadata(&location.path).map_or(0, |file| file.len());
+                match () {
+                    () if location.path.starts_with(&owned) => usage.owned += bytes,
+                    () if location.path.starts_with(folder) => {}
+                    () if !row.written => usage.in_place += bytes,
+                    () if location.path.starts_with(home) => usage.models += bytes,
+                    () => usage.elsewhere += bytes,
+                }
+            }
+        }
+        let mut parts: HashSet<PathBuf> = self.open_parts().clone();
+        parts.extend(self.all_parts()?.into_values().flatten());
+        for part in parts {
+            match part.starts_with(home) {
+                true => usage.parts += allocated(&part),
+                false => usage.elsewhere += allocated(&part),
+            }
+        }
+        for kind in ["outboards", "manifests"] {
+            let path = folder.join(kind);
+            for entry in fs::read_dir(&path).map_err(StoreError::io("cannot read", &path))? {
+                let entry = entry.map_err(StoreError::io("cannot read", &path))?;
+                usage.metadata += entry.metadata().map_or(0, |file| file.len());
+            }
+        }
+        usage.metadata += allocated(&folder.join("meta.redb"));
+        Ok(usage)
+    }
+
+    /// Bytes that are free on the disk that holds the store.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn free(&self) -> Result<u64, StoreError> {
+        let folder = &self.inner.folder;
+        let stat = rustix::fs::statvfs(folder)
+            .map_err(std::io::Error::from)
+            .map_err(StoreError::io("cannot read", folder))?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    /// Sets room aside for what a transfer will write below `home`, and makes it if need be. `published` are models that stay whatever their rows say. The models
+    /// that went are returned: what was announced of them is to be withdrawn.
+    ///
+    /// # Errors
+    /// [`StoreError::QuotaExceeded`] if there cannot be enough; nothing has gone then.
+    pub fn make_room(
+        &self,
+        mut needs: Vec<Need>,
+        home: &Path,
+        published: &HashSet<Hash>,
+    ) -> Result<(Room, Vec<Model>), StoreError> {
+        needs.retain(|need| need.target.starts_with(home));
+        let needed: u64 = needs.iter().map(Need::rest).sum();
+        let _alone = self.deleting();
+        let mut gone = Vec::new();
+        if needed > 0
+            && let Some(quota) = self.quota()?
+        {
+            self.note_used(true)?;
+            let used = self.usage(home)?.counted();
+            let too_much = used.saturating_add(needed).saturating_sub(quota);
+            if too_much > 0 {
+                let exceeded = StoreError::QuotaExceeded {
+                    needed,
+                    quota,
+                    used,
+                };
+                let candidates = self.candidates(too_much, home, published)?;
+                gone = self.evict(candidates.ok_or(exceeded)?)?;
+            }
+        }
+        let number = self.inner.next_room.fetch_add(1, Ordering::Relaxed);
+        self.rooms().insert(number, needs);
+        let room = Room {
+            store: self.clone(),
+            number,
+        };
+        Ok((room, gone))
+    }
+
+    /// What is to go so that so many bytes are free, in order; `None` if all of it were not enough.
+    fn candidates(
+        &self,
+        bytes: u64,
+        home: &Path,
+        published: &HashSet<Hash>,
+    ) -> Result<Option<Vec<Candidate>>, StoreError> {
+        let held = self.held()?;
+        let tagged: HashSet<Hash> = self.tags()?.into_iter().map(|tag| tag.model).collect();
+        let needed = self.needed_blobs()?;
+        let blobs = self.blob_rows()?;
+        let parts = self.all_parts()?;
+        let owned_size = |hash: &Hash| {
+            let owned = self.owned_path(hash);
+            fs::symlink_metadata(owned).map_or(0, |file| file.len())
+        };
+        let mut chosen = Vec::new();
+        let mut freed = 0;
+        let mut take = |candidate: Candidate, size: u64| {
+            if size > 0 && freed < bytes {
+                freed += size;
+                chosen.push(candidate);
+            }
+            freed >= bytes
+        };
+
+        let of_parts = |hash: &Hash| -> u64 {
+            let parts = parts.get(hash).into_iter().flatten();
+            let below = parts.filter(|part| part.starts_with(home));
+            below.map(|part| allocated(part)).sum()
+        };
+        let orphans: HashSet<Hash> = blobs
+            .keys()
+            .chain(parts.keys())
+            .filter(|hash| !needed.contains(hash) && !held.contains(hash))
+            .copied()
+            .collect();
+        for hash in &orphans {
+            if take(Candidate::Blob(*hash), owned_size(hash) + of_parts(hash)) {
+                return Ok(Some(chosen));
+            }
+        }
+
+        let mut models = Vec::new();
+        // Parts of what somebody works with, or has tagged, stay.
+        let mut guarded = HashSet::new();
+        for model in self.models()? {
+            let Some(manifest) = self.manifest(&model.id)? else {
+                continue;
+            };
+            let files = || manifest.files().iter().map(|file| file.blake3);
+            let is_used = self.is_held(&model.id) || files().any(|hash| self.is_held(&hash));
+            if is_used || tagged.contains(&model.id) {
+                guarded.extend(files());
+                continue;
+            }
+            let used = files().filter_map(|hash| Some(blobs.get(&hash)?.used_at));
+            let used = used.max().unwrap_or(0).max(model.used_at);
+            models.push((used, model, manifest));
+        }
+        models.sort_by_key(|(used, model, _)| (*used, model.id));
+        let mut gone = HashSet::new();
+        for (_, _, manifest) in &models {
+            for file in manifest.files() {
+                let hash = file.blake3;
+                for part in parts.get(&hash).into_iter().flatten() {
+                    let stays = guarded.contains(&hash)
+                        || self.is_arriving(part)
+                        || !part.starts_with(home)
+                        || gone.contains(part);
+                    if stays {
+                        continue;
+                    }
+                    gone.insert(part.clone());
+                    if take(Candidate::Part(hash, part.clone()), allocated(part)) {
+                        return Ok(Some(chosen));
+                    }
+                }
+            }
+        }
+
+        let counts = self.ref_counts()?;
+        for (_, model, manifest) in models {
+            let is_published = model.names.iter().any(|name| name.published);
+            if !model.fetched || is_published || published.contains(&model.id) {
+                continue;
+            }
+            let mut size = 0;
+            for file in manifest.files() {
+                let path = model.root.join(&file.path);
+                let rows = blobs.get(&file.blake3).into_iter();
+                let rows = rows.flat_map(|row| &row.locations);
+                let here = rows.filter(|row| row.written && path_from(&row.path) == path);
+                let here = here.map(Location::from);
+                let mut here = here.filter(|location| location.open().is_some());
+                if let (true, Some(location)) = (path.starts_with(home), here.next()) {
+                    size += location.size;
+                }
+                if counts.get(&file.blake3).is_none_or(|count| *count <= 1) {
+                    size += owned_size(&file.blake3);
+                }
+            }
+            if take(Candidate::Model(Box::new(model), Box::new(manifest)), size) {
+                return Ok(Some(chosen));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Drops all of it in one transaction, and then the files; the models among it.
+    fn evict(&self, candidates: Vec<Candidate>) -> Result<Vec<Model>, StoreError> {
+        let held = self.held()?;
+        let mut doomed = Doomed::default();
+        let mut gone = Vec::new();
+        self.write(|txn| {
+            let forget = Forget {
+                store: self,
+                txn,
+                held: &held,
+                files: true,
+            };
+            for candidate in candidates {
+                match candidate {
+                    Candidate::Blob(hash) => {
+                        tracing::info!(%hash, "evicted: no model needs it");
+                        forget.blob(&hash, &mut doomed)?;
+                    }
+                    Candidate::Part(hash, part) => {
+                        tracing::info!(part = %part.display(), "evicted");
+                        forget.drop_part(&hash, &part)?;
+                        doomed.part(self, &hash, part);
+                    }
+                    Candidate::Model(model, manifest) => {
+                        tracing::info!(model = %model.id, "evicted: it was used longest ago");
+                        forget.model(&model, Some(&manifest), &mut doomed)?;
+                        gone.push(*model);
+                    }
+                }
+            }
+            doomed.note(txn)
+        })?;
+        self.delete(doomed)?;
+        Ok(gone)
+    }
+
+    /// Notes that a blob is read for somebody: what was used longest ago is evicted first. Written down once a minute.
+    pub fn used(&self, hash: &Hash) {
+        self.uses().blobs.insert(*hash, now());
+        // Nothing but the order of eviction depends on it.
+        if let Err(error) = self.note_used(false) {
+            tracing::debug!(%error, "what is used is not written down");
+        }
+    }
+
+    /// Writes down what was used, if it is time, or in any case.
+    fn note_used(&self, anyway: bool) -> Result<(), StoreError> {
+        let blobs = {
+            let mut used = self.uses();
+            if used.blobs.is_empty() || (!anyway && used.noted.elapsed() < NOTE_USE) {
+                return Ok(());
+            }
+            used.noted = Instant::now();
+            std::mem::take(&mut used.blobs)
+        };
+        self.write(|txn| {
+            let mut table = txn.open_table(BLOBS).map_err(database)?;
+            for (hash, at) in blobs {
+                let row = table.get(hash.as_bytes()).map_err(database)?;
+                let Some(row) = row.map(|row| decode::<BlobRow>("blobs", row.value())) else {
+                    continue;
+                };
+                let row = BlobRow {
+                    used_at: at,
+                    ..row?
+                };
+                table
+                    .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+                    .map_err(database)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// What transfers that have begun will still write.
+    fn expected(&self) -> u64 {
+        let needs: Vec<Need> = self.rooms().values().flatten().cloned().collect();
+        needs.iter().map(Need::rest).sum()
+    }
+
+    fn blob_rows(&self) -> Result<HashMap<Hash, BlobRow>, StoreError> {
+        let txn = self.inner.database.begin_read().map_err(database)?;
+        let table = txn.open_table(BLOBS).map_err(database)?;
+        let mut rows = HashMap::new();
+        for row in table.iter().map_err(database)? {
+            let (hash, row) = row.map_err(database)?;
+            rows.insert((*hash.value()).into(), decode("blobs", row.value())?);
+        }
+        Ok(rows)
+    }
+
+    /// The part files that rows speak of.
+    fn all_parts(&self) -> Result<HashMap<Hash, Vec<PathBuf>>, StoreError> {
+        let txn = self.inner.database.begin_read().map_err(database)?;
+        let table = txn.open_table(PARTS).map_err(database)?;
+        let mut parts: HashMap<Hash, Vec<PathBuf>> = HashMap::new();
+        for row in table.iter().map_err(database)? {
+            let (key, _) = row.map_err(database)?;
+            if let Some((hash, path)) = key.value().split_first_chunk::<32>() {
+                let of_blob = parts.entry((*hash).into()).or_default();
+                of_blob.push(path_from(path));
+            }
+        }
+        Ok(parts)
+    }
+
+    fn ref_counts(&self) -> Result<HashMap<Hash, u64>, StoreError> {
+        let txn = self.inner.database.begin_read().map_err(database)?;
+        let table = txn.open_table(REFS).map_err(database)?;
+        let mut counts = HashMap::new();
+        for row in table.iter().map_err(database)? {
+            let (hash, count) = row.map_err(database)?;
+            counts.insert((*hash.value()).into(), count.value());
+        }
+        Ok(counts)
+    }
+
+    fn needed_blobs(&self) -> Result<HashSet<Hash>, StoreError> {
+        Ok(self.ref_counts()?.into_keys().collect())
+    }
+
+    fn rooms(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Vec<Need>>> {
+        self.inner
+            .rooms
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    fn uses(&self) -> std::sync::MutexGuard<'_, Uses> {
+        self.inner
+            .uses
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// Blobs that were read for somebody, and when; not yet written down.
+#[derive(Debug)]
+pub(super) struct Uses {
+    blobs: HashMap<Hash, i64>,
+    /// When such were written down last.
+    noted: Instant,
+}
+
+impl Default for Uses {
+    fn default() -> Self {
+        Self {
+            blobs: HashMap::new(),
+            noted: Instant::now(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        store::{
+            MODELS,
+            rows::ModelRow,
+            testing::{Origin, add, content, store},
+        },
+        tree::GROUP,
+    };
+
+    /// Of so many groups, which takes so many bytes.
+    fn origin(seed: u8, groups: u64) -> Origin {
+        Origin::new(&[("a", &content(seed, groups))])
+    }
+
+    fn set_used_at(store: &Store, id: &Hash, at: i64) {
+        store
+            .write(|txn| {
+                let mut table = txn.open_table(MODELS).map_err(database)?;
+                let row = table.get(id.as_bytes()).map_err(database)?;
+                let row: ModelRow = decode("models", row.unwrap().value())?;
+                let row = ModelRow { used_at: at, ..row };
+                table
+                    .insert(id.as_bytes(), row.encode_to_vec().as_slice())
+                    .map_err(database)?;
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    struct Setup {
+        home: tempfile::TempDir,
+        store: Store,
+    }
+
+    impl Setup {
+        fn new() -> Self {
+            let home = tempfile::tempdir().unwrap();
+            let store = store(&home);
+            Self { home, store }
+        }
+
+        fn root(&self, name: &str) -> PathBuf {
+            self.home.path().join("models").join(name)
+        }
+
+        /// Room for so many groups.
+        fn room(&self, groups: u64) -> Result<(Room, Vec<Model>), StoreError> {
+            let need = Need {
+                target: self.root("new").join("file"),
+                hash: Hash::of(b"new"),
+                bytes: groups * GROUP,
+            };
+            self.store
+                .make_room(vec![need], self.home.path(), &HashSet::new())
+        }
+
+        fn counted(&self) -> u64 {
+            self.store.usage(self.home.path()).unwrap().counted() / GROUP
+        }
+    }
+
+    #[test]
+    fn room_is_made_in_the_stated_order() {
+        let setup = Setup::new();
+        let store = &setup.store;
+        let [old, recent, tagged, published] = [1, 2, 3, 4].map(|seed| origin(seed, 10));
+        for (origin, name, at) in [
+            (&old, "old", 100),
+            (&recent, "recent", 200),
+            (&tagged, "tagged", 10),
+            (&published, "published", 20),
+        ] {
+            origin.fetch(store, &setup.root(name));
+            set_used_at(store, &origin.id(), at);
+        }
+        store.tag("keep", &tagged.id()).unwrap();
+        store
+            .write(|txn| super::super::set_name(txn, published.id(), "a/b@main", true))
+            .unwrap();
+        let partial = origin(5, 10);
+        partial.expect(store, &setup.root("partial"));
+        let part_of = partial.hash("a");
+        partial.bring(store, &part_of, &setup.root("partial").join("a"), 4);
+        set_used_at(store, &partial.id(), 300);
+        let owned = origin(6, 10).hash("a");
+        origin(6, 10).bring(store, &owned, &store.owned_path(&owned), 10);
+        // In place, and elsewhere: counts for nothing.
+        add(store, &setup.home.path().join("mine"), &content(7, 10));
+        let before = setup.counted();
+        assert_eq!(before, 60, "parts take their full size");
+        store.set_quota(Some(60 * GROUP)).unwrap();
+
+        let (room, gone) = setup.room(1).unwrap();
+        assert!(gone.is_empty() && !store.owned_path(&owned).exists());
+        assert!(!store.sources(&part_of).unwrap().is_empty());
+        drop(room);
+        let (room, gone) = setup.room(11).unwrap();
+        assert!(gone.is_empty());
+        assert!(store.sources(&part_of).unwrap().is_empty());
+        drop(room);
+        let (room, gone) = setup.room(21).unwrap();
+        assert_eq!(gone.len(), 1);
+        assert_eq!(gone[0].id, old.id());
+        assert!(!setup.root("old").exists());
+        assert!(setup.root("recent").join("a").exists());
+        // What is set aside for one is not there for another, and nothing goes for what cannot be had.
+        let error = setup.room(21).unwrap_err();
+        assert!(
+            matches!(error, StoreError::QuotaExceeded { used, .. } if used == 51 * GROUP),
+            "{error}"
+        );
+        assert!(setup.root("recent").join("a").exists());
+        let hold = store.hold(recent.id());
+        setup.room(19).unwrap_err();
+        drop(hold);
+        let hold = store.hold(recent.hash("a"));
+        setup.room(19).unwrap_err();
+        drop(hold);
+        let (_room, gone) = setup.room(19).unwrap();
+        assert_eq!(gone[0].id, recent.id());
+        drop(room);
+        assert_eq!(setup.counted(), 39);
+        assert!(setup.home.path().join("mine/a.bin").exists());
+        assert!(store.whole(&tagged.hash("a")).unwrap().is_some());
+        assert!(store.whole(&published.hash("a")).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_was_read_last_goes_last() {
+        let setup = Setup::new();
+        let store = &setup.store;
+        let [one, two] = [1, 2].map(|seed| origin(seed, 10));
+        for (origin, name, at) in [(&one, "1", 100), (&two, "2", 200)] {
+            origin.fetch(store, &setup.root(name));
+            set_used_at(store, &origin.id(), at);
+        }
+        store.used(&one.hash("a"));
+        store.set_quota(Some(20 * GROUP)).unwrap();
+        let (_room, gone) = setup.room(1).unwrap();
+        assert_eq!(gone[0].id, two.id());
+    }
+
+    #[test]
+    fn elsewhere_there_is_no_quota_and_without_one_all_is_let_in() {
+        let setup = Setup::new();
+        let store = &setup.store;
+        let model = origin(1, 10);
+        model.fetch(store, &setup.root("1"));
+        let elsewhere = tempfile::tempdir().unwrap();
+        setup.room(1 << 30).map(drop).unwrap();
+        store.set_quota(Some(1)).unwrap();
+        let need = Need {
+            target: elsewhere.path().join("file"),
+            hash: Hash::of(b"new"),
+            bytes: 1 << 40,
+        };
+        let (_room, gone) = store
+            .make_room(vec![need], setup.home.path(), &HashSet::new())
+            .unwrap();
+        assert!(gone.is_empty());
+        origin(2, 3).fetch(store, &elsewhere.path().join("2"));
+        let usage = store.usage(setup.home.path()).unwrap();
+        assert_eq!((usage.models, usage.elsewhere), (10 * GROUP, 3 * GROUP));
+        assert!(usage.metadata > 0);
+        store.set_quota(None).unwrap();
+        assert_eq!(store.quota().unwrap(), None);
+        setup.room(1 << 30).map(drop).unwrap();
+    }
+
+    #[test]
+    fn the_quota_is_kept_and_a_room_shrinks_as_its_content_comes() {
+        let setup = Setup::new();
+        setup.store.set_quota(Some(40 * GROUP)).unwrap();
+        let model = origin(1, 10);
+        let target = setup.root("1").join("a");
+        let need = Need {
+            target: target.clone(),
+            hash: model.hash("a"),
+            bytes: 10 * GROUP,
+        };
+        let (_room, _) = setup
+            .store
+            .make_room(vec![need], setup.home.path(), &HashSet::new())
+            .unwrap();
+        assert_eq!(setup.counted(), 10);
+        model.expect(&setup.store, &setup.root("1"));
+        model.bring(&setup.store, &model.hash("a"), &target, 3);
+        assert_eq!(setup.counted(), 10);
+        model.bring(&setup.store, &model.hash("a"), &target, 10);
+        assert_eq!(setup.counted(), 10);
+        let Setup { home, store } = setup;
+        drop(_room);
+        drop(store);
+        let quota = self::store(&home).quota().unwrap();
+        assert_eq!(quota, Some(40 * GROUP));
+    }
+}

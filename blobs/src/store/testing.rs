@@ -1,0 +1,135 @@
+//! What tests of the store's parts share.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
+
+use tempfile::TempDir;
+
+use super::Store;
+use crate::{
+    Hash, Manifest,
+    index::{Progress, index},
+    partial::Segment,
+    source::Source,
+    tree::GROUP,
+};
+
+/// The store of a home.
+pub(super) fn store(home: &TempDir) -> Store {
+    Store::open(&home.path().join("store")).unwrap()
+}
+
+/// Writes a model of one file, and adds it in place.
+pub(super) fn add(store: &Store, folder: &Path, content: &[u8]) -> Hash {
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join("a.bin"), content).unwrap();
+    let indexed = index(folder, &Progress::default()).unwrap();
+    store.add(&indexed, None).unwrap()
+}
+
+/// The manifest of a model of these files, and where its content can be read: in a store of its own.
+pub(super) struct Origin {
+    _home: TempDir,
+    store: Store,
+    id: Hash,
+}
+
+impl Origin {
+    pub(super) fn new(files: &[(&str, &[u8])]) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path().join("model");
+        fs::create_dir_all(&folder).unwrap();
+        for (name, content) in files {
+            fs::write(folder.join(name), content).unwrap();
+        }
+        let store = store(&home);
+        let indexed = index(&folder, &Progress::default()).unwrap();
+        let id = store.add(&indexed, None).unwrap();
+        Self {
+            _home: home,
+            store,
+            id,
+        }
+    }
+
+    pub(super) fn id(&self) -> Hash {
+        self.id
+    }
+
+    pub(super) fn manifest(&self) -> Manifest {
+        self.store.manifest(&self.id).unwrap().unwrap()
+    }
+
+    pub(super) fn hash(&self, path: &str) -> Hash {
+        let manifest = self.manifest();
+        let file = manifest.files().iter().find(|file| file.path == path);
+        file.unwrap().blake3
+    }
+
+    fn source(&self, hash: &Hash) -> Source {
+        self.store.whole(hash).unwrap().unwrap()
+    }
+
+    /// Notes the model at another store, as a `get` into `root` does before anything has come.
+    pub(super) fn expect(&self, store: &Store, root: &Path) {
+        let manifest = self.manifest();
+        fs::create_dir_all(root).unwrap();
+        store.add_manifest(&manifest.encode()).unwrap();
+        store.expect_model(self.id, root, None, true).unwrap();
+    }
+
+    /// Brings the first `groups` of a file to a target, as a transfer does.
+    pub(super) fn bring(&self, store: &Store, hash: &Hash, target: &Path, groups: u64) {
+        let source = self.source(hash);
+        let tree = source.tree();
+        let partial = store
+            .partial(*hash, tree, target, true, &AtomicBool::new(false))
+            .unwrap();
+        let groups = groups.min(tree.groups());
+        let mut segment = Segment {
+            groups,
+            ..Segment::default()
+        };
+        source
+            .read_with_parents(0..groups, &mut segment.data, &mut segment.parents)
+            .unwrap();
+        partial.write(&segment).unwrap();
+        store.settle(&[partial]).unwrap();
+    }
+
+    /// Fetches the model whole into `root`.
+    pub(super) fn fetch(&self, store: &Store, root: &Path) {
+        self.expect(store, root);
+        let manifest = self.manifest();
+        for file in manifest.files() {
+            let target = root.join(&file.path);
+            if !store.holds(&file.blake3, &target).unwrap() {
+                self.bring(store, &file.blake3, &target, u64::MAX);
+            }
+            assert!(target.is_file());
+        }
+    }
+}
+
+/// Content of so many groups, different for each seed.
+pub(super) fn content(seed: u8, groups: u64) -> Vec<u8> {
+    let bytes = (0..groups * GROUP).map(|i| (i / 251) as u8 ^ (i % 256) as u8 ^ seed);
+    bytes.collect()
+}
+
+/// The files below a folder, sorted.
+pub(super) fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(files(&path)),
+            false => found.push(path),
+        }
+    }
+    found.sort();
+    found
+}

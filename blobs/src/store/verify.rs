@@ -1,0 +1,718 @@
+//! Reading everything again: is what is on the disk still what it was?
+//!
+//! Each file is read in pieces and checked against its tree, as it is when it is served. Where that fails, the file's own hash tells whether the content is
+//! damaged or the tree. A damaged file that a transfer wrote becomes a part file again, with the groups that are right: what is damaged is fetched like
+//! anything that is missing. A file that was added in place is the user's, and is never touched; it is not used any more.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
+
+use super::{
+    BLOBS, Hold, Model, PARTS, PartLease, Store, StoreError, database, mark_location, part_path,
+    parts::put_part,
+    rows::{BlobRow, LocationRow, decode, path_from},
+    sync_folder,
+};
+use crate::{
+    Hash,
+    bitfield::Bitfield,
+    index::{self, IndexError, Location, hash_file},
+    partial::rename_new,
+    source::{ReadError, Source},
+    tree::Tree,
+};
+use prost::Message;
+use redb::{ReadableTable, WriteTransaction};
+
+/// Files that are read at a time: a disk gains by a second reader, and hardly by more.
+const READERS: usize = 2;
+
+/// Groups that are read at a time: 1 MiB, which is the memory of a reader.
+const PIECE: u64 = 16;
+
+/// Ranges of a damaged file that are told.
+const MAX_RANGES: usize = 256;
+
+/// How far verifying is. Shared with whoever shows it; also the way to stop it.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Files to be read.
+    pub files_total: AtomicU64,
+    /// Files read.
+    pub files_done: AtomicU64,
+    /// Bytes in these files that should be verified ones.
+    pub bytes_total: AtomicU64,
+    /// Bytes read of them.
+    pub bytes_done: AtomicU64,
+    /// Counters for files that are hashed whole, and with them the flag that stops everything: it ends with [`StoreError::Cancelled`].
+    pub check: index::Progress,
+}
+
+/// What a file was found to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// What is here of it is right.
+    Good,
+    /// Bytes in it are not what they were.
+    Damaged,
+    /// It is another than it was, by size or time. It is not used.
+    Changed,
+    /// It is gone.
+    Missing,
+    /// Its content is right, and its tree is lost or damaged.
+    TreeMissing,
+}
+
+/// What was done about a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing.
+    None,
+    /// Its tree was made again.
+    TreeRebuilt,
+    /// It is a part file again: its damaged bytes count as missing, and can be fetched.
+    Reopened,
+    /// Its damaged bytes count as missing.
+    Cleared,
+}
+
+/// A file that was verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// The model that lists it.
+    pub model: Hash,
+    /// Its path in the model.
+    pub path: String,
+    /// Where it is, or was.
+    pub file: PathBuf,
+    /// Its content's hash.
+    pub hash: Hash,
+    /// What it was found to be.
+    pub condition: Condition,
+    /// What was done about that.
+    pub action: Action,
+    /// The bytes that are damaged, of which the first 256 ranges.
+    pub damaged: Vec<Range<u64>>,
+    /// How many bytes are damaged.
+    pub damaged_bytes: u64,
+}
+
+/// What is to be verified.
+#[derive(Debug)]
+struct Task {
+    model: Hash,
+    path: String,
+    hash: Hash,
+    kind: Kind,
+    _hold: Hold,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// `ours`: written by a transfer, where the model, or the store itself, has it.
+    File { row: LocationRow, ours: bool },
+    Part {
+        part: PathBuf,
+        size: u64,
+        bits: Bitfield,
+    },
+}
+
+impl Task {
+    fn file(&self) -> PathBuf {
+        match &self.kind {
+            Kind::File { row, .. } => path_from(&row.path),
+            Kind::Part { part, .. } => part.clone(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        match &self.kind {
+            Kind::File { row, .. } => row.size,
+            Kind::Part { size, bits, .. } => bits.bytes(&Tree::new(*size)),
+        }
+    }
+}
+
+/// What reading a file came to.
+struct Found {
+    condition: Condition,
+    action: Action,
+    /// The groups that should be right and are not.
+    bad: Option<(Bitfield, Tree)>,
+}
+
+impl Found {
+    fn only(condition: Condition) -> Self {
+        Self {
+            condition,
+            action: Action::None,
+            bad: None,
+        }
+    }
+}
+
+impl Store {
+    /// Reads every byte that is here of the given models again; part files that a transfer is writing are left out, for what it writes is verified. `repair`:
+    /// damaged files that a transfer wrote become part files again, damaged trees are rebuilt. Blocks.
+    ///
+    /// # Errors
+    /// [`StoreError::Cancelled`], and others of the disk; what was repaired by then stays so.
+    pub fn verify(
+        &self,
+        models: &[Model],
+        repair: bool,
+        progress: &Progress,
+    ) -> Result<Vec<Checked>, StoreError> {
+        let tasks = self.tasks(models)?;
+        let bytes = tasks.iter().map(Task::bytes).sum();
+        progress.bytes_total.store(bytes, Ordering::Relaxed);
+        let files = tasks.len() as u64;
+        progress.files_total.store(files, Ordering::Relaxed);
+        let queue = Mutex::new(tasks.into_iter().enumerate());
+        let next = || {
+            let mut queue = queue.lock().expect("nothing panics while holding the lock");
+            queue.next()
+        };
+        let work = || {
+            let mut checked = Vec::new();
+            while let Some((at, task)) = next() {
+                checked.push((at, self.check(task, repair, progress)?));
+                progress.files_done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok::<_, StoreError>(checked)
+        };
+        let mut checked = thread::scope(|scope| {
+            let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(work)).collect();
+            let mut all = Vec::new();
+            for reader in readers {
+                all.extend(reader.join().expect("verifying does not panic")?);
+            }
+            Ok::<_, StoreError>(all)
+        })?;
+        checked.sort_by_key(|(at, _)| *at);
+        Ok(checked.into_iter().map(|(_, checked)| checked).collect())
+    }
+
+    /// Each file and part file once, at the model in whose folder it lies, if there is one.
+    fn tasks(&self, models: &[Model]) -> Result<Vec<Task>, StoreError> {
+        let mut tasks: Vec<Task> = Vec::new();
+        let mut known: HashMap<(Hash, PathBuf), usize> = HashMap::new();
+        for model in models {
+            let Some(manifest) = self.manifest(&model.id)? else {
+                continue;
+            };
+            for file in manifest.files() {
+                let hash = file.blake3;
+                let target = model.root.join(&file.path);
+                let targets = [&target, &self.owned_path(&hash)];
+                let hold = || self.hold(hash);
+                let mut put = |at: PathBuf, own: bool, kind: Kind| {
+                    let task = Task {
+                        model: model.id,
+                        path: file.path.clone(),
+                        hash,
+                        kind,
+                        _hold: hold(),
+                    };
+                    match known.get(&(hash, at.clone())) {
+                        Some(&known) if own => tasks[known] = task,
+                        Some(_) => {}
+                        None => {
+                            known.insert((hash, at), tasks.len());
+                            tasks.push(task);
+                        }
+                    }
+                };
+                for row in self.blob_row(&hash)?.into_iter().flat_map(|r| r.locations) {
+                    let at = path_from(&row.path);
+                    let own = targets.iter().any(|target| **target == at);
+                    let ours = row.written && own;
+                    put(at, own, Kind::File { row, ours });
+                }
+                for (part, row) in self.part_rows(&hash)? {
+                    let tree = Tree::new(row.size);
+                    if let Some(bits) = Bitfield::from_bytes(&row.bits, tree.groups())
+                        && !self.is_arriving(&part)
+                        && part.exists()
+                    {
+                        let size = row.size;
+                        put(part.clone(), false, Kind::Part { part, size, bits });
+                    }
+                }
+            }
+        }
+        Ok(tasks)
+    }
+
+    fn check(&self, task: Task, repair: bool, progress: &Progress) -> Result<Checked, StoreError> {
+        let file = task.file();
+        let found = match &task.kind {
+            Kind::File { row, ours } => {
+                self.check_file(&task.hash, row, repair, *ours, progress)?
+            }
+            Kind::Part { part, size, bits } => {
+                self.check_part(&task.hash, (part, *size, bits), repair, progress)?
+            }
+        };
+        let (damaged, damaged_bytes) = match &found.bad {
+            Some((bad, tree)) => {
+                let ranges = bad.runs().take(MAX_RANGES);
+                let ranges = ranges.map(|run| {
+                    tree.group_bytes(run.start).start..tree.group_bytes(run.end - 1).end
+                });
+                (ranges.collect(), bad.bytes(tree))
+            }
+            None => Default::default(),
+        };
+        Ok(Checked {
+            model: task.model,
+            path: task.path,
+            file,
+            hash: task.hash,
+            condition: found.condition,
+            action: found.action,
+            damaged,
+            damaged_bytes,
+        })
+    }
+
+    fn check_file(
+        &self,
+        hash: &Hash,
+        row: &LocationRow,
+        repair: bool,
+        ours: bool,
+        progress: &Progress,
+    ) -> Result<Found, StoreError> {
+        let location = Location::from(row);
+        let path = &location.path;
+        let begun = progress.bytes_done.load(Ordering::Relaxed);
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Found::only(Condition::Missing));
+            }
+            Err(error) => return Err(StoreError::io("cannot read", path)(error)),
+        };
+        let now = Location::of(path, &file).map_err(StoreError::io("cannot read", path))?;
+        if now != location {
+            return Ok(Found::only(Condition::Changed));
+        }
+        from_disk(&file);
+        let tree = Tree::new(location.size);
+        let all = Bitfield::full(tree.groups());
+        let mut good = Bitfield::empty(tree.groups());
+        if self.has_outboard(hash, &tree) {
+            let outboard = self.open_outboard(hash, &tree)?;
+            let source = Source::whole(*hash, tree, location.clone(), file, outboard);
+            match read(&source, &all, progress)? {
+                Some(read) => good = read,
+                None => return Ok(Found::only(Condition::Changed)),
+            }
+            if good.is_full() {
+                if row.damaged {
+                    self.write(|txn| mark_location(txn, hash, path, false))?;
+                }
+                return Ok(Found::only(Condition::Good));
+            }
+        }
+        // Either the content is damaged, or its tree: the hash of the whole tells.
+        let hashed = hash_file(path, &progress.check);
+        progress
+            .bytes_done
+            .fetch_max(begun + location.size, Ordering::Relaxed);
+        match hashed {
+            Ok((actual, indexed)) if actual == *hash => {
+                let mut found = Found::only(Condition::TreeMissing);
+                if repair {
+                    self.write_outboard(hash, &indexed.outboard)?;
+                    self.write(|txn| mark_location(txn, hash, path, false))?;
+                    found.action = Action::TreeRebuilt;
+                }
+                return Ok(found);
+            }
+            Ok(_) | Err(IndexError::Io { .. }) => {}
+            Err(IndexError::Changed(_)) => return Ok(Found::only(Condition::Changed)),
+            Err(_) => return Err(StoreError::Cancelled),
+        }
+        self.damaged(hash, &location)?;
+        let mut found = Found::only(Condition::Damaged);
+        if repair && ours && self.reopen(hash, &location, &good)? {
+            found.action = Action::Reopened;
+        }
+        found.bad = Some((difference(&all, &good), tree));
+        Ok(found)
+    }
+
+    fn check_part(
+        &self,
+        hash: &Hash,
+        (part, size, bits): (&Path, u64, &Bitfield),
+        repair: bool,
+        progress: &Progress,
+    ) -> Result<Found, StoreError> {
+        let tree = Tree::new(size);
+        let file = match File::open(part) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Found::only(Condition::Missing));
+            }
+            Err(error) => return Err(StoreError::io("cannot read", part)(error)),
+        };
+        if file.metadata().is_ok_and(|file| file.len() != size) {
+            return Ok(Found::only(Condition::Changed));
+        }
+        from_disk(&file);
+        let mut good = Bitfield::empty(tree.groups());
+        if self.has_outboard(hash, &tree) {
+            let outboard = self.open_outboard(hash, &tree)?;
+            let content = (part.to_owned(), bits.clone());
+            let source = Source::left(*hash, tree, content, file, outboard);
+            good = read(&source, bits, progress)?.unwrap_or(good);
+        }
+        let bad = difference(bits, &good);
+        if bad.count() == 0 {
+            return Ok(Found::only(Condition::Good));
+        }
+        let mut found = Found::only(Condition::Damaged);
+        found.bad = Some((bad, tree));
+        // Whoever opened it meanwhile goes on from what is in the row.
+        if repair && let Ok(_lease) = PartLease::take(self, *hash, part) {
+            self.write(|txn| note_part(txn, hash, part, &good, &tree))?;
+            found.action = Action::Cleared;
+        }
+        Ok(found)
+    }
+
+    /// Makes a file a part file again, of which `good` is had; not while another writes that. After a crash at any point, the file is where it was, or a part
+    /// file with the right row.
+    fn reopen(
+        &self,
+        hash: &Hash,
+        location: &Location,
+        good: &Bitfield,
+    ) -> Result<bool, StoreError> {
+        let part = part_path(&location.path, hash);
+        let Ok(_lease) = PartLease::take(self, *hash, &part) else {
+            return Ok(false);
+        };
+        // What an earlier transfer left there would be vouched for by the row.
+        match fs::remove_file(&part) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::io("cannot remove", &part)(error));
+            }
+            _ => {}
+        }
+        let tree = Tree::new(location.size);
+        self.write(|txn| note_part(txn, hash, &part, good, &tree))?;
+        rename_new(&location.path, &part)
+            .map_err(StoreError::io("cannot rename", &location.path))?;
+        if let Some(folder) = part.parent() {
+            sync_folder(folder)?;
+        }
+        self.write(|txn| forget_location(txn, hash, &location.path))?;
+        Ok(true)
+    }
+}
+
+/// Reads the groups that should be right; those that are, or `None` if the file changed.
+fn read(
+    source: &Source,
+    have: &Bitfield,
+    progress: &Progress,
+) -> Result<Option<Bitfield>, StoreError> {
+    let mut good = Bitfield::empty(have.groups());
+    let (mut content, mut parents) = (Vec::new(), Vec::new());
+    for run in have.runs() {
+        let mut from = run.start;
+        while from < run.end {
+            if progress.check.cancelled.load(Ordering::Relaxed) {
+                return Err(StoreError::Cancelled);
+            }
+            let piece = from..run.end.min(from + PIECE);
+            from = piece.end;
+            content.clear();
+            parents.clear();
+            match source.read_with_parents(piece.clone(), &mut content, &mut parents) {
+                Ok(()) => good.insert_range(piece.clone()),
+                Err(ReadError::Changed) => return Ok(None),
+                // One group in it is wrong, or cannot be read: which?
+                Err(_) => {
+                    for group in piece.clone() {
+                        match source.read_groups(group..group + 1) {
+                            Ok(_) => _ = good.insert(group),
+                            Err(ReadError::Changed) => return Ok(None),
+                            Err(_) => {}
+                        }
+                    }
+                }
+            }
+            let bytes = source.tree().group_bytes(piece.end - 1).end
+                - source.tree().group_bytes(piece.start).start;
+            progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+    Ok(Some(good))
+}
+
+fn difference(all: &Bitfield, without: &Bitfield) -> Bitfield {
+    let mut rest = all.clone();
+    without.runs().for_each(|run| rest.remove_range(run));
+    rest
+}
+
+fn note_part(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    part: &Path,
+    bits: &Bitfield,
+    tree: &Tree,
+) -> Result<(), StoreError> {
+    let mut table = txn.open_table(PARTS).map_err(database)?;
+    put_part(&mut table, hash, part, bits, tree)
+}
+
+/// Forgets that a blob is in the file at `path`.
+fn forget_location(txn: &WriteTransaction, hash: &Hash, path: &Path) -> Result<(), StoreError> {
+    let mut table = txn.open_table(BLOBS).map_err(database)?;
+    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
+        Some(row) => decode::<BlobRow>("blobs", row.value())?,
+        None => return Ok(()),
+    };
+    row.locations.retain(|known| path_from(&known.path) != path);
+    table
+        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+        .map_err(database)?;
+    Ok(())
+}
+
+/// Has the file read from the disk: what is cached of it may be better than what is there.
+fn from_disk(file: &File) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed) {
+        tracing::debug!(%error, "what is cached of a file is read, and not the disk");
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = file;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::FileTimes, os::unix::fs::FileExt};
+
+    use super::*;
+    use crate::{
+        store::testing::{Origin, add, content, store},
+        tree::GROUP,
+    };
+
+    /// Flips a bit and keeps the time, as a disk does.
+    fn flip(path: &Path, offset: u64) {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let modified = file.metadata().unwrap().modified().unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+        file.set_times(FileTimes::new().set_modified(modified))
+            .unwrap();
+    }
+
+    fn verify(store: &Store, repair: bool) -> Vec<Checked> {
+        let models = store.models().unwrap();
+        let progress = Progress::default();
+        let checked = store.verify(&models, repair, &progress).unwrap();
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        assert_eq!(of(&progress.files_done), of(&progress.files_total));
+        checked
+    }
+
+    #[test]
+    fn a_flipped_bit_is_found_and_only_its_group_is_to_be_fetched_again() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 40)), ("b", &content(2, 3))]);
+        let a = origin.hash("a");
+        let root = home.path().join("to");
+        origin.fetch(&store, &root);
+        assert!(
+            verify(&store, true)
+                .iter()
+                .all(|one| one.condition == Condition::Good)
+        );
+        flip(&root.join("a"), 17 * GROUP + 5);
+        flip(&root.join("a"), 39 * GROUP);
+        // It is never given out.
+        let whole = store.whole(&a).unwrap().unwrap();
+        whole.read_groups(17..18).unwrap_err();
+        let damaged = vec![17 * GROUP..18 * GROUP, 39 * GROUP..40 * GROUP];
+        let found = verify(&store, false);
+        assert_eq!(found.len(), 2);
+        assert_eq!(found[0].condition, Condition::Damaged);
+        assert_eq!(found[0].action, Action::None);
+        assert_eq!(found[0].damaged, damaged);
+        assert_eq!(found[1].condition, Condition::Good);
+        assert!(store.whole(&a).unwrap().is_none());
+        let repaired = verify(&store, true);
+        assert_eq!(repaired[0].action, Action::Reopened);
+        assert_eq!(repaired[0].damaged_bytes, 2 * GROUP);
+        assert!(!root.join("a").exists());
+        let model = store.model(&origin.id()).unwrap();
+        let presence = store.presence(&model, &origin.manifest()).unwrap();
+        assert_eq!(presence.bytes, 41 * GROUP);
+        let sources = store.sources(&a).unwrap();
+        assert_eq!(sources.len(), 1);
+        assert!(sources[0].has(18..39) && !sources[0].has(17..18));
+        sources[0].read_groups(18..39).unwrap();
+        // And what is fetched makes it whole.
+        drop(sources);
+        origin.bring(&store, &a, &root.join("a"), u64::MAX);
+        assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 40));
+        assert!(
+            verify(&store, true)
+                .iter()
+                .all(|one| one.condition == Condition::Good)
+        );
+    }
+
+    #[test]
+    fn a_file_of_the_users_is_told_of_and_never_touched() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let folder = home.path().join("mine");
+        let id = add(&store, &folder, &content(1, 5));
+        let path = folder.join("a.bin");
+        flip(&path, 3 * GROUP);
+        let before = fs::read(&path).unwrap();
+        let found = verify(&store, true);
+        assert_eq!(found[0].condition, Condition::Damaged);
+        assert_eq!(found[0].action, Action::None);
+        assert_eq!(fs::read(&path).unwrap(), before);
+        let manifest = store.manifest(&id).unwrap().unwrap();
+        let hash = manifest.files()[0].blake3;
+        assert!(store.sources(&hash).unwrap().is_empty());
+        // Right again, as from a backup with its times: it is used again.
+        flip(&path, 3 * GROUP);
+        assert_eq!(verify(&store, true)[0].condition, Condition::Good);
+        assert!(store.whole(&hash).unwrap().is_some());
+        fs::write(&path, "other").unwrap();
+        assert_eq!(verify(&store, true)[0].condition, Condition::Changed);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(verify(&store, true)[0].condition, Condition::Missing);
+    }
+
+    #[test]
+    fn a_tree_that_is_lost_or_damaged_is_rebuilt() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let id = add(&store, &home.path().join("mine"), &content(1, 9));
+        let hash = store.manifest(&id).unwrap().unwrap().files()[0].blake3;
+        let outboard = store.outboard_path(&hash);
+        let right = fs::read(&outboard).unwrap();
+        flip(&outboard, 0);
+        let found = verify(&store, false);
+        assert_eq!(found[0].condition, Condition::TreeMissing);
+        assert_eq!(found[0].action, Action::None);
+        assert_eq!(verify(&store, true)[0].action, Action::TreeRebuilt);
+        assert_eq!(fs::read(&outboard).unwrap(), right);
+        fs::remove_file(&outboard).unwrap();
+        assert!(store.whole(&hash).unwrap().is_none());
+        assert_eq!(verify(&store, true)[0].action, Action::TreeRebuilt);
+        store
+            .whole(&hash)
+            .unwrap()
+            .unwrap()
+            .read_groups(0..9)
+            .unwrap();
+    }
+
+    #[test]
+    fn damage_to_a_part_counts_as_missing() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 20))]);
+        let [a, b] = ["a", "b"].map(|path| origin.hash(path));
+        let root = home.path().join("to");
+        origin.expect(&store, &root);
+        origin.bring(&store, &a, &root.join("a"), 10);
+        origin.bring(&store, &b, &store.owned_path(&b), 20);
+        let part = part_path(&root.join("a"), &a);
+        flip(&part, 4 * GROUP);
+        // Beyond what is had, nothing matters.
+        flip(&part, 15 * GROUP);
+        flip(&store.owned_path(&b), 7 * GROUP);
+        let found = verify(&store, false);
+        assert!(found.iter().all(|one| one.condition == Condition::Damaged));
+        assert_eq!(found[0].damaged, vec![4 * GROUP..5 * GROUP]);
+        let repaired = verify(&store, true);
+        assert_eq!(repaired[0].action, Action::Cleared);
+        assert_eq!(repaired[1].action, Action::Reopened);
+        let sources = store.sources(&a).unwrap();
+        assert_eq!(sources[0].have().count(), 9);
+        let sources = store.sources(&b).unwrap();
+        assert_eq!(sources[0].have().count(), 19);
+        drop(sources);
+        assert!(
+            verify(&store, true)
+                .iter()
+                .all(|one| one.condition == Condition::Good)
+        );
+    }
+
+    #[test]
+    fn a_crash_while_a_file_becomes_a_part_loses_no_more_than_its_bad_groups() {
+        let [home, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let a = origin.hash("a");
+        let tree = Tree::new(20 * GROUP);
+        let mut good = Bitfield::full(20);
+        good.remove_range(4..5);
+        // After the first commit: the file is where it was.
+        let (store, root) = (self::store(&home), home.path().join("to"));
+        origin.fetch(&store, &root);
+        flip(&root.join("a"), 4 * GROUP);
+        let part = part_path(&root.join("a"), &a);
+        store
+            .write(|txn| note_part(txn, &a, &part, &good, &tree))
+            .unwrap();
+        drop(store);
+        let store = self::store(&home);
+        assert_eq!(verify(&store, true)[0].action, Action::Reopened);
+        assert_eq!(store.sources(&a).unwrap()[0].have().count(), 19);
+        // After the rename: the row speaks of a file that is gone.
+        let (store, root) = (self::store(&other), other.path().join("to"));
+        origin.fetch(&store, &root);
+        let part = part_path(&root.join("a"), &a);
+        store
+            .write(|txn| note_part(txn, &a, &part, &good, &tree))
+            .unwrap();
+        fs::rename(root.join("a"), &part).unwrap();
+        drop(store);
+        let store = self::store(&other);
+        assert_eq!(store.sources(&a).unwrap()[0].have().count(), 19);
+        origin.bring(&store, &a, &root.join("a"), u64::MAX);
+        assert!(store.whole(&a).unwrap().is_some());
+    }
+
+    #[test]
+    fn it_stops_when_told() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        add(&store, &home.path().join("mine"), &content(1, 9));
+        let progress = Progress::default();
+        progress.check.cancelled.store(true, Ordering::Relaxed);
+        let models = store.models().unwrap();
+        let error = store.verify(&models, true, &progress).unwrap_err();
+        assert!(matches!(error, StoreError::Cancelled), "{error}");
+    }
+}

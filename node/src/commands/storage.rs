@@ -1,0 +1,120 @@
+//! `weft storage`, `weft gc`.
+
+use serde_json::{Value, json};
+use weft_proto::api;
+
+use crate::{
+    cli::{Gc, Quota, Storage},
+    client::Client,
+    exit::Failure,
+    output::{bytes, count, out},
+};
+
+pub(super) async fn storage(
+    client: &Client,
+    options: Storage,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let now = match options.quota {
+        None => client.models().storage(api::StorageRequest {}).await?,
+        Some(Quota(quota)) => {
+            let change = api::ChangeQuotaRequest { quota };
+            client.models().change_quota(change).await?
+        }
+    };
+    let now = now.into_inner();
+    if as_json {
+        out!(
+            "{}",
+            json!({
+                "models": now.models,
+                "parts": now.parts,
+                "owned": now.owned,
+                "expected": now.expected,
+                "metadata": now.metadata,
+                "elsewhere": now.elsewhere,
+                "in_place": now.in_place,
+                "counted": now.counted,
+                "quota": now.quota,
+                "free": now.free,
+            })
+        );
+        return Ok(());
+    }
+    for (name, size) in [
+        ("models     ", now.models),
+        ("parts      ", now.parts),
+        ("owned      ", now.owned),
+        ("to come    ", now.expected),
+    ] {
+        out!("{name}{}", bytes(size));
+    }
+    match now.quota {
+        Some(quota) => out!("quota      {} of {}", bytes(now.counted), bytes(quota)),
+        None => out!("quota      {}, no limit", bytes(now.counted)),
+    }
+    out!("elsewhere  {}, not counted", bytes(now.elsewhere));
+    out!("in place   {}, not counted", bytes(now.in_place));
+    out!("metadata   {}, not counted", bytes(now.metadata));
+    out!("free       {}", bytes(now.free));
+    if now.quota.is_some_and(|quota| quota < now.counted) {
+        out!("What is beyond the quota goes when a `weft get` needs room.");
+    }
+    Ok(())
+}
+
+pub(super) async fn gc(client: &Client, options: Gc, as_json: bool) -> Result<(), Failure> {
+    let request = api::GcRequest {
+        dry_run: options.dry_run,
+    };
+    let collected = client.models().gc(request).await?.into_inner();
+    let kinds = &collected.kinds;
+    let total: u64 = kinds.iter().map(|kind| kind.bytes).sum();
+    if as_json {
+        let kinds: serde_json::Map<String, Value> = kinds
+            .iter()
+            .map(|one| {
+                let freed = json!({ "count": one.count, "bytes": one.bytes });
+                (one.kind.clone(), freed)
+            })
+            .collect();
+        out!(
+            "{}",
+            json!({
+                "dry_run": options.dry_run,
+                "kinds": kinds,
+                "rows": collected.rows,
+                "locations": collected.locations,
+                "bytes": total,
+            })
+        );
+        return Ok(());
+    }
+    let (does, forgets) = match options.dry_run {
+        true => ("would free", "would forget"),
+        false => ("freed", "forgot"),
+    };
+    out!("{does} {}", bytes(total));
+    for one in kinds.iter().filter(|one| one.count > 0) {
+        let what = match one.kind.as_str() {
+            "files" => "fetched file of no model",
+            "owned" => "file of the store's own",
+            "parts" => "part file",
+            "outboards" => "tree",
+            _ => "manifest",
+        };
+        // The word that is counted comes first in "file of ...".
+        let what = match what.split_once(" of ") {
+            Some((file, of)) => format!("{} of {of}", count(one.count, file)),
+            None => count(one.count, what),
+        };
+        out!("  {what}, {}", bytes(one.bytes));
+    }
+    if collected.locations > 0 {
+        out!(
+            "{forgets} {} that is gone or has changed; `weft add` takes it in again",
+            count(collected.locations, "file")
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! `weft verify`.
+
+use serde_json::json;
+use weft_proto::api::{
+    VerifiedFile, VerifyDone, VerifyProgress, VerifyRequest, verify_event::Event,
+};
+
+use super::show::printable;
+use crate::{
+    cli::Verify,
+    client::Client,
+    exit::{DAMAGED, Failure},
+    output::{self, Meter, err, out},
+    stop::Stop,
+};
+
+pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Result<(), Failure> {
+    let mut stop = Stop::new()?;
+    let request = VerifyRequest {
+        model: options.model.unwrap_or_default(),
+        no_repair: options.no_repair,
+    };
+    let mut meter = Meter::new();
+    let mut last = VerifyProgress::default();
+    let mut events = client.models().verify(request).await?.into_inner();
+    let done = loop {
+        let message = tokio::select! {
+            message = events.message() => message,
+            () = stop.wait() => {
+                meter.finish();
+                return Err(Failure::interrupted(format!(
+                    "stopped after {} of {}",
+                    output::bytes(last.bytes_done),
+                    output::bytes(last.bytes_total)
+                )));
+            }
+        };
+        let message = message.inspect_err(|_| meter.finish())?;
+        match message.and_then(|message| message.event) {
+            Some(Event::Progress(progress)) => {
+                meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
+                last = progress;
+            }
+            Some(Event::Done(done)) => break done,
+            None => {
+                meter.finish();
+                return Err(Failure::other("the node ended the call without a result"));
+            }
+        }
+    };
+    meter.finish();
+    print(&done, &meter, as_json);
+    if done.problems == 0 {
+        return Ok(());
+    }
+    let failure = Failure::new(
+        DAMAGED,
+        "DAMAGED",
+        format!(
+            "{} not as it should be",
+            match done.problems {
+                1 => "1 file is".to_owned(),
+                problems => format!("{problems} files are"),
+            }
+        ),
+    );
+    let hint = match options.no_repair {
+        true => "Run it without --no-repair to repair what was fetched.",
+        false => {
+            "What was fetched comes again with `weft get ID --to FOLDER`, from a node that has it; what was added in place is to be restored\n\
+             from a backup and added again."
+        }
+    };
+    match as_json {
+        // The result has been printed, and says it.
+        true => Err(Failure::said(DAMAGED, "DAMAGED")),
+        false => Err(failure.hint(hint)),
+    }
+}
+
+fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
+    if as_json {
+        let files: Vec<_> = done
+            .files
+            .iter()
+            .map(|file| {
+                let damaged = file.damaged.iter().map(|range| [range.start, range.end]);
+                json!({
+                    "model": file.model,
+                    "path": file.path,
+                    "file": file.file,
+                    "state": file.state,
+                    "repaired": file.repaired,
+                    "damaged": damaged.collect::<Vec<_>>(),
+                    "damaged_bytes": file.damaged_bytes,
+                })
+            })
+            .collect();
+        let failed = done.failed.iter();
+        let failed = failed.map(|one| json!({ "model": one.model, "reason": one.reason }));
+        out!(
+            "{}",
+            json!({
+                "files": files,
+                "bytes": done.bytes,
+                "problems": done.problems,
+                "failed": failed.collect::<Vec<_>>(),
+            })
+        );
+        return;
+    }
+    for file in done.files.iter().filter(|file| file.state != "ok") {
+        out!("{}", line(file));
+    }
+    for one in &done.failed {
+        err!("{} was not fetched again: {}", one.model, one.reason);
+    }
+    out!(
+        "verified {}, {} in {} ({})",
+        output::count(done.files.len() as u64, "file"),
+        output::bytes(done.bytes),
+        output::duration(meter.elapsed()),
+        output::rate(done.bytes, meter.elapsed()),
+    );
+}
+
+fn line(file: &VerifiedFile) -> String {
+    let name = match file.path.is_empty() {
+        true => format!("the manifest of {}", file.model),
+        false => printable(&file.file),
+    };
+    let mut line = format!("{}: {name}", file.state);
+    if let Some(first) = file.damaged.first() {
+        let more = match file.damaged.len() {
+            1 => "",
+            _ => " and more",
+        };
+        line.push_str(&format!(
+            ", {} at {}..{}{more}",
+            output::bytes(file.damaged_bytes),
+            first.start,
+            first.end
+        ));
+    }
+    if file.repaired {
+        line.push_str(" (repaired)");
+    }
+    line
+}

@@ -1,0 +1,426 @@
+//! What this node keeps on its disk: tags, collection, the quota, and whether everything is still what it was.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use futures::StreamExt;
+use weft_blobs::{
+    Manifest,
+    selection::{Selected, Wanted},
+    store::{
+        self, Need, Room,
+        verify::{Action, Checked, Progress},
+    },
+};
+
+pub use weft_blobs::store::{Collected, Freed, MAX_TAG, MAX_TAGS, Tag, verify::Condition};
+
+use crate::{
+    Error, File, Hash, ModelInfo, Models, Node, Operation, Target,
+    models::{describe, find},
+    node::blocking,
+};
+
+/// What takes how many bytes of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Storage {
+    /// Fetched files of models, in the home.
+    pub models: u64,
+    /// What has come of files that are not whole, in the home.
+    pub parts: u64,
+    /// Content of the store's own.
+    pub owned: u64,
+    /// What a running `get` will still write in the home.
+    pub expected: u64,
+    /// Manifests, trees and the store's database.
+    pub metadata: u64,
+    /// Fetched files in folders that were chosen elsewhere. The quota does not count them.
+    pub elsewhere: u64,
+    /// Files that were added in place. The quota does not count them.
+    pub in_place: u64,
+    /// How many bytes of fetched content may be in the home; `None` is no limit.
+    pub quota: Option<u64>,
+    /// Bytes that are free on the disk.
+    pub free: u64,
+}
+
+impl Storage {
+    /// What the quota counts: `models`, `parts`, `owned` and `expected`.
+    pub fn counted(&self) -> u64 {
+        self.models + self.parts + self.owned + self.expected
+    }
+}
+
+/// Models that are to be verified; see [`Models::verify`].
+#[derive(Debug, Clone)]
+#[must_use = "nothing happens before start()"]
+pub struct Verify {
+    node: Node,
+    model: Option<String>,
+    repair: bool,
+}
+
+/// What verifying is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VerifyPhase {
+    /// Reading what is here.
+    Reading,
+    /// Fetching what was damaged.
+    Fetching,
+}
+
+/// How far verifying is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VerifyProgress {
+    /// What it is at.
+    pub phase: VerifyPhase,
+    /// Files to be read.
+    pub files_total: u64,
+    /// Files read.
+    pub files_done: u64,
+    /// Bytes to be read.
+    pub bytes_total: u64,
+    /// Bytes read.
+    pub bytes_done: u64,
+}
+
+/// What verifying came to.
+#[derive(Debug, Clone)]
+pub struct Verified {
+    /// Every file that was read.
+    pub files: Vec<VerifiedFile>,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Models of which not all that was damaged could be fetched, each with the reason.
+    pub failed: Vec<(Hash, String)>,
+}
+
+impl Verified {
+    /// The files that are not as they should be, and were not repaired.
+    pub fn problems(&self) -> impl Iterator<Item = &VerifiedFile> {
+        let is_problem = |file: &&VerifiedFile| file.condition != Condition::Good && !file.repaired;
+        self.files.iter().filter(is_problem)
+    }
+}
+
+/// A file that was verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifiedFile {
+    /// The model that lists it.
+    pub model: Hash,
+    /// Its path in the model; empty for the model's manifest.
+    pub path: String,
+    /// Where it is, or was.
+    pub file: PathBuf,
+    /// What it was found to be.
+    pub condition: Condition,
+    /// It is right again, or its damaged bytes are no longer counted as here.
+    pub repaired: bool,
+    /// The bytes that were damaged, of which the first 256 ranges.
+    pub damaged: Vec<Range<u64>>,
+    /// How many bytes were damaged.
+    pub damaged_bytes: u64,
+}
+
+impl Models {
+    /// Keeps a model here under a tag, of 1 to 128 letters, digits and `. _ - / : @`: it is not removed, collected or evicted until the tag is removed.
+    /// `model` is a name, an id, or the first digits of one.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchModel`]; [`Error::Tag`] if the name cannot be one, or keeps another model.
+    pub async fn tag(&self, tag: &str, model: &str) -> Result<ModelInfo, Error> {
+        let store = self.node().store().clone();
+        let (tag, wanted) = (tag.to_owned(), model.to_owned());
+        blocking(move || {
+            let model = find(&store, &wanted)?;
+            store.tag(&tag, &model.id)?;
+            Ok(describe(&store, &model)?.0)
+        })
+        .await
+    }
+
+    /// Removes a tag; the model that it kept.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTag`].
+    pub async fn untag(&self, tag: &str) -> Result<Hash, Error> {
+        let (store, tag) = (self.node().store().clone(), tag.to_owned());
+        blocking(move || Ok(store.untag(&tag)?)).await
+    }
+
+    /// All tags, sorted by name.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn tags(&self) -> Result<Vec<Tag>, Error> {
+        let store = self.node().store().clone();
+        blocking(move || Ok(store.tags()?)).await
+    }
+
+    /// Deletes what no model needs, and forgets files that are gone or have changed; `dry_run`: only says what that would be. Files that were added in place are
+    /// never deleted.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn gc(&self, dry_run: bool) -> Result<Collected, Error> {
+        let store = self.node().store().clone();
+        blocking(move || Ok(store.collect(dry_run)?)).await
+    }
+
+    /// What takes how many bytes of the disk, by looking at each file.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn storage(&self) -> Result<Storage, Error> {
+        let (store, home) = (self.node().store().clone(), self.node().home().to_owned());
+        blocking(move || {
+            let usage = store.usage(&home)?;
+            Ok(Storage {
+                models: usage.models,
+                parts: usage.parts,
+                owned: usage.owned,
+                expected: usage.expected,
+                metadata: usage.metadata,
+                elsewhere: usage.elsewhere,
+                in_place: usage.in_place,
+                quota: store.quota()?,
+                free: store.free()?,
+            })
+        })
+        .await
+    }
+
+    /// Changes how many bytes of fetched content may be in the home, also after a restart. What is here stays until a `get` needs room.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn set_quota(&self, quota: Option<u64>) -> Result<(), Error> {
+        let store = self.node().store().clone();
+        blocking(move || Ok(store.set_quota(quota)?)).await
+    }
+
+    /// Reads every byte that is here of a model, or of all, and checks it. `model` is a name, an id, or the first digits of one.
+    pub fn verify(&self, model: Option<&str>) -> Verify {
+        Verify {
+            node: self.node().clone(),
+            model: model.map(str::to_owned),
+            repair: true,
+        }
+    }
+}
+
+impl Verify {
+    /// Whether to repair what can be. Default: yes. Of files that were fetched, what is damaged is fetched again; trees are rebuilt. Files that were added in
+    /// place are never touched.
+    pub fn repair(mut self, repair: bool) -> Self {
+        self.repair = repair;
+        self
+    }
+
+    /// Begins. Dropping the operation stops it; what is repaired stays so.
+    pub fn start(self) -> Operation<VerifyProgress, Verified> {
+        let progress = Arc::new(Progress::default());
+        let fetching = Arc::new(AtomicBool::new(false));
+        let sample = {
+            let (progress, fetching) = (Arc::clone(&progress), Arc::clone(&fetching));
+            move || VerifyProgress {
+                phase: match fetching.load(Ordering::Relaxed) {
+                    true => VerifyPhase::Fetching,
+                    false => VerifyPhase::Reading,
+                },
+                files_total: progress.files_total.load(Ordering::Relaxed),
+                files_done: progress.files_done.load(Ordering::Relaxed),
+                bytes_total: progress.bytes_total.load(Ordering::Relaxed),
+                bytes_done: progress.bytes_done.load(Ordering::Relaxed),
+            }
+        };
+        Operation::spawn(sample, self.run(progress, fetching))
+    }
+
+    async fn run(
+        self,
+        progress: Arc<Progress>,
+        fetching: Arc<AtomicBool>,
+    ) -> Result<Verified, Error> {
+        let _stop = StopOnDrop(Arc::clone(&progress));
+        let (store, repair) = (self.node.store().clone(), self.repair);
+        let wanted = self.model.clone();
+        let of_work = Arc::clone(&progress);
+        let (models, without, checked) = blocking(move || {
+            let models = match wanted {
+                Some(wanted) => vec![find(&store, &wanted)?],
+                None => store.models()?,
+            };
+            let mut without = Vec::new();
+            for model in &models {
+                if store.manifest(&model.id)?.is_none() {
+                    without.push(model.id);
+                }
+            }
+            let checked = store.verify(&models, repair, &of_work)?;
+            Ok((models, without, checked))
+        })
+        .await?;
+        let mut verified = Verified {
+            bytes: progress.bytes_done.load(Ordering::Relaxed),
+            files: without.iter().map(|id| no_manifest(*id)).collect(),
+            failed: Vec::new(),
+        };
+        let root = |id: &Hash| {
+            let model = models.iter().find(|model| model.id == *id);
+            model.map(|model| model.root.clone())
+        };
+        // What the store itself owns is fetched when it is read again.
+        let in_a_model = |one: &&Checked| {
+            one.action == Action::Reopened
+                && root(&one.model).is_some_and(|root| one.file.starts_with(root))
+        };
+        let mut to_fetch: BTreeSet<Hash> = checked
+            .iter()
+            .filter(in_a_model)
+            .map(|one| one.model)
+            .collect();
+        if repair {
+            to_fetch.extend(&without);
+        }
+        fetching.store(true, Ordering::Relaxed);
+        for id in &to_fetch {
+            if let Some(root) = root(id)
+                && let Err(error) = self.fetch(*id, root).await
+            {
+                match error {
+                    Error::Stopped => return Err(Error::Stopped),
+                    error => verified.failed.push((*id, error.to_string())),
+                }
+            }
+        }
+        let failed: HashSet<Hash> = verified.failed.iter().map(|(id, _)| *id).collect();
+        for file in &mut verified.files {
+            file.repaired = repair && !failed.contains(&file.model);
+        }
+        verified.files.extend(checked.into_iter().map(|one| {
+            let waits = in_a_model(&&one) && failed.contains(&one.model);
+            VerifiedFile {
+                model: one.model,
+                path: one.path,
+                file: one.file,
+                condition: one.condition,
+                repaired: one.action != Action::None && !waits,
+                damaged: one.damaged,
+                damaged_bytes: one.damaged_bytes,
+            }
+        }));
+        Ok(verified)
+    }
+
+    /// Fetches what is missing of a model where it is.
+    async fn fetch(&self, id: Hash, root: PathBuf) -> Result<(), Error> {
+        let mut get = self.node.models().get(Target::Id(id)).to(root).start();
+        while get.next().await.is_some() {}
+        get.await.map(drop)
+    }
+}
+
+fn no_manifest(model: Hash) -> VerifiedFile {
+    VerifiedFile {
+        model,
+        path: String::new(),
+        file: PathBuf::new(),
+        condition: Condition::Missing,
+        repaired: false,
+        damaged: Vec::new(),
+        damaged_bytes: 0,
+    }
+}
+
+/// Tells reading threads to stop when the work that waits for them is dropped.
+struct StopOnDrop(Arc<Progress>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.check.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Node {
+    /// Keeps a model, whose manifest may still be to come, from being collected or evicted.
+    pub(crate) async fn hold(&self, model: Hash) -> Result<store::Hold, Error> {
+        let store = self.store().clone();
+        blocking(move || Ok(store.hold(model))).await
+    }
+
+    /// Sets room aside for a model that is to be fetched into a folder, evicting others if need be.
+    ///
+    /// # Errors
+    /// [`Error::QuotaExceeded`] if there cannot be enough.
+    pub(crate) async fn make_room(
+        &self,
+        manifest: &Arc<Manifest>,
+        selected: &Option<Arc<Selected>>,
+        folder: &Path,
+    ) -> Result<Room, Error> {
+        let published = self.listed_models().await?;
+        let (store, home) = (self.store().clone(), self.home().to_owned());
+        let (manifest, selected) = (Arc::clone(manifest), selected.clone());
+        let folder = folder.to_owned();
+        let (room, evicted) = blocking(move || {
+            let folder = real(&folder);
+            let need = |(index, file): (usize, &File)| {
+                let chosen = selected.as_ref().map(|selected| selected.get(index));
+                let (target, bytes) = match chosen {
+                    Some(None) => return None,
+                    Some(Some(chosen)) if chosen.wanted != Wanted::Whole => {
+                        (store.owned_path(&file.blake3), chosen.bytes())
+                    }
+                    _ => (folder.join(&file.path), file.size),
+                };
+                Some(Need {
+                    target,
+                    hash: file.blake3,
+                    bytes,
+                })
+            };
+            let needs = manifest.files().iter().enumerate().filter_map(need);
+            Ok(store.make_room(needs.collect(), &home, &published)?)
+        })
+        .await?;
+        for model in evicted {
+            let announcer = self.announcer().clone();
+            self.spawn(async move {
+                if let Err(error) = announcer.withdraw(&model).await {
+                    tracing::debug!(model = %model.id, %error, "an evicted model is not withdrawn; it ends by itself");
+                }
+            });
+        }
+        Ok(room)
+    }
+
+    /// The models that this node lists in registries: they stay.
+    async fn listed_models(&self) -> Result<HashSet<Hash>, Error> {
+        let store = self.store().clone();
+        if blocking(move || Ok(store.quota()?)).await?.is_none() {
+            return Ok(HashSet::new());
+        }
+        let own = self.peer_id();
+        let listed = self.registries().listed("").await?.into_iter();
+        let own = listed.filter(|one| one.publisher == own);
+        Ok(own.map(|one| one.model).collect())
+    }
+}
+
+/// The path without links, of a folder that need not be there yet.
+fn real(folder: &Path) -> PathBuf {
+    for ancestor in folder.ancestors() {
+        if let (Ok(real), Ok(rest)) = (ancestor.canonicalize(), folder.strip_prefix(ancestor)) {
+            return real.join(rest);
+        }
+    }
+    folder.to_owned()
+}
