@@ -34,10 +34,13 @@ impl Doomed {
         self.own.push(path);
     }
 
-    /// A part file.
+    /// A part file, if it is there.
     pub(super) fn part(&mut self, store: &Store, hash: &Hash, path: PathBuf) {
         if path.starts_with(&store.inner.folder) {
             return self.own(path);
+        }
+        if fs::symlink_metadata(&path).is_err() {
+            return;
         }
         let row = DiscardRow {
             hash: hash.as_bytes().to_vec(),

@@ -25,6 +25,8 @@ mod rows;
 mod tags;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod torn;
 pub mod verify;
 
 use std::{
