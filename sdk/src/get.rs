@@ -10,14 +10,20 @@ use std::{
 use prost::Message;
 use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
-    Manifest, Plan, Transfer, TransferError, plan, rate::Limit, store, transfer::fetch_manifest,
+    Manifest, Plan, Transfer, TransferError,
+    hf_cache::{Arrival, Destination},
+    plan::{self, Progress},
+    rate::Limit,
+    store,
+    transfer::fetch_manifest,
 };
 use weft_dht::Record;
 use weft_net::{PathKind, PeerId, Transport};
 use weft_proto::wire;
 
 use crate::{
-    Error, Hash, ModelInfo, ModelName, Node, Operation, Target,
+    Error, Hash, HfRepo, ModelInfo, ModelName, Node, Operation, Target,
+    hf_cache::IntoCache,
     models::{by_name, describe},
     node::{TargetLease, blocking},
     providers::{Known, Providers},
@@ -36,6 +42,7 @@ pub struct Get {
     to: Option<PathBuf>,
     publisher: Option<PeerId>,
     limit: u64,
+    hf_cache: Option<IntoCache>,
 }
 
 /// What fetching is at.
@@ -143,12 +150,21 @@ impl Get {
             to: None,
             publisher: None,
             limit: 0,
+            hf_cache: None,
         }
     }
 
     /// The folder the files go to. Default: a folder of the model in the node's home.
     pub fn to(mut self, folder: impl Into<PathBuf>) -> Self {
         self.to = Some(folder.into());
+        self
+    }
+
+    /// Instead of a folder: puts the files into a cache of huggingface_hub, which finds them there from then on, as `repo`. Default:
+    /// the repository and revision that the name says; for an id or a ticket there is none. What the cache has is not fetched.
+    pub fn hf_cache(mut self, cache: impl Into<PathBuf>, repo: Option<HfRepo>) -> Self {
+        let cache = cache.into();
+        self.hf_cache = Some(IntoCache { cache, repo });
         self
     }
 
@@ -247,9 +263,15 @@ impl Work {
             Target::Id(id) => (None, *id, None),
             Target::Ticket(ticket) => (None, ticket.model, None),
         };
-        let folder = request
-            .to
-            .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id));
+        let into_cache = request.hf_cache;
+        let into_cache = into_cache.map(|into| into.destination(name.as_ref()));
+        let into_cache = into_cache.transpose()?;
+        let folder = match &into_cache {
+            Some(destination) => destination.arrivals(&id),
+            None => request
+                .to
+                .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id)),
+        };
         let folder = std::path::absolute(&folder).unwrap_or(folder);
         let lease = self.node.lease(&folder, id)?;
         let given = match (request.target, publisher) {
@@ -275,8 +297,18 @@ impl Work {
             }
         };
         self.enter(GetPhase::Checking);
-        let (mut plan, _lease) = self.plan(manifest.clone(), &folder, lease).await?;
-        let directory = plan.root().to_owned();
+        let arrival = match into_cache {
+            Some(destination) => Some(self.arrival(destination, (id, manifest.clone())).await?),
+            None => None,
+        };
+        let (mut plan, directory, _lease) = match &arrival {
+            Some(arrival) => self.plan_arrival(arrival, &folder, lease).await?,
+            None => {
+                let (plan, lease) = self.plan(manifest.clone(), &folder, lease).await?;
+                let root = plan.root().to_owned();
+                (Some(plan), root, lease)
+            }
+        };
         let reused = self.counts.done.load(Ordering::Relaxed);
         self.state().reused = reused;
         {
@@ -287,13 +319,19 @@ impl Work {
 
         let mut sharing = JoinSet::new();
         sharing.spawn(share(self.node.clone(), id));
-        if !plan.is_complete() {
+        if let Some(plan) = &mut plan
+            && !plan.is_complete()
+        {
             let known = providers.into_known();
-            self.fetch(id, &manifest, &mut plan, known, request.limit)
+            self.fetch(id, &manifest, plan, known, request.limit)
                 .await?;
         }
         drop(plan);
         drop(sharing);
+        let directory = match arrival {
+            Some(arrival) => self.finish_arrival(arrival).await?,
+            None => directory,
+        };
         let (model, info) = {
             let store = self.node.store().clone();
             blocking(move || {
@@ -379,6 +417,49 @@ impl Work {
             Ok((plan, lease))
         })
         .await
+    }
+
+    /// Finds out what a cache has of a model.
+    async fn arrival(
+        &self,
+        destination: Destination,
+        model: (Hash, Manifest),
+    ) -> Result<Arrival, Error> {
+        let (store, counts) = (self.node.store().clone(), Arc::clone(&self.counts));
+        let _stop = StopOnDrop(Arc::clone(&counts));
+        blocking(move || Ok(destination.begin(&store, model, &counts.check)?)).await
+    }
+
+    /// The plan for what the cache lacks, if it lacks anything, and the model's folder until it is whole.
+    async fn plan_arrival(
+        &self,
+        arrival: &Arrival,
+        folder: &std::path::Path,
+        lease: TargetLease,
+    ) -> Result<(Option<Plan>, PathBuf, TargetLease), Error> {
+        let planned = match arrival.missing() {
+            Some(missing) => {
+                let (plan, lease) = self.plan(missing.clone(), folder, lease).await?;
+                let root = plan.root().to_owned();
+                (Some(plan), root, lease)
+            }
+            None => (None, arrival.snapshot(), lease),
+        };
+        let Progress { total, done, .. } = &*self.counts;
+        total.store(arrival.size(), Ordering::Relaxed);
+        done.fetch_add(arrival.bytes_here(), Ordering::Relaxed);
+        Ok(planned)
+    }
+
+    /// Puts what has arrived where huggingface_hub finds it; the model's folder.
+    async fn finish_arrival(&self, arrival: Arrival) -> Result<PathBuf, Error> {
+        let counts = Arc::clone(&self.counts);
+        let _stop = StopOnDrop(Arc::clone(&counts));
+        let size = arrival.size();
+        let exported = blocking(move || Ok(arrival.finish(&counts.check)?)).await?;
+        // Files of the same content arrived as one.
+        self.counts.done.store(size, Ordering::Relaxed);
+        Ok(exported.snapshot)
     }
 
     /// Fetches what the plan misses from all who have it.

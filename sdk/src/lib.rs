@@ -39,6 +39,7 @@ mod builder;
 mod docs;
 mod error;
 mod get;
+mod hf_cache;
 mod home;
 mod lines;
 mod models;
@@ -86,6 +87,10 @@ pub use self::{
     },
     error::{Error, Failure},
     get::{Get, GetPhase, GetProgress, Got, PeerProgress, Source},
+    hf_cache::{
+        AddHfCache, AddedHfCache, AddedSnapshot, FailedSnapshot, HfCacheError, HfRepo,
+        default_hf_cache,
+    },
     home::{HomeError, default_home},
     models::{
         Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, Provider, Removed,
