@@ -15,7 +15,7 @@
 
 use crate::output::{err, out};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -45,6 +45,8 @@ pub(crate) struct Failure {
     pub(crate) message: String,
     /// What to do next.
     pub(crate) hint: Option<String>,
+    /// With `--json`, the result on standard output says it already.
+    said: bool,
 }
 
 impl Failure {
@@ -54,6 +56,7 @@ impl Failure {
             reason: reason.to_owned(),
             message: message.into(),
             hint: None,
+            said: false,
         }
     }
 
@@ -74,18 +77,29 @@ impl Failure {
         self
     }
 
+    /// As an object.
+    pub(crate) fn json(&self) -> Value {
+        json!({
+            "reason": self.reason,
+            "message": self.message,
+            "hint": self.hint,
+            "code": self.code,
+        })
+    }
+
+    /// With `--json`, the command's result says it.
+    pub(crate) fn said(mut self) -> Self {
+        self.said = true;
+        self
+    }
+
     /// Says it: for people on standard error, with `--json` as an object on standard output.
     pub(crate) fn print(&self, json: bool) {
+        if json && self.said {
+            return;
+        }
         if json {
-            out!(
-                "{}",
-                json!({ "error": {
-                    "reason": self.reason,
-                    "message": self.message,
-                    "hint": self.hint,
-                    "code": self.code,
-                }})
-            );
+            out!("{}", json!({ "error": self.json() }));
             return;
         }
         err!("weft: {}", self.message);
@@ -150,15 +164,26 @@ impl From<Status> for Failure {
                 SEVERAL_PUBLISHERS,
                 "Trust one of them with `weft trust add PEER`, run it again with --publisher and the PeerId, or get the model by its id.",
             ),
+            "NOT_IN_CACHE" => (
+                NOT_FOUND,
+                "`weft add --hf-cache` without a repository adds all that is there; --cache-dir names another cache.",
+            ),
+            "HF_CACHE" => (
+                1,
+                "The node reads and writes the cache, as the user who runs it. --cache-dir names another one.",
+            ),
             "TARGET_EXISTS" => (
                 TARGET_EXISTS,
-                "Nothing was written. Move it away, or choose another folder with --to.",
+                "Nothing was written. Move it away, or choose another folder with --to or --cache-dir.",
             ),
             "DISK_FULL" => (
                 DISK_FULL,
                 "What is verified is kept. Make room, or choose another folder with --to, and run the same command again.",
             ),
-            "BUSY" => (1, "Wait for it to end, or choose another folder with --to."),
+            "BUSY" => (
+                1,
+                "Wait for it to end, or choose another folder with --to or --cache-dir.",
+            ),
             "HOME_IN_USE" => (
                 1,
                 "Stop that node first, or give this one another home with --home DIR.",
@@ -210,6 +235,7 @@ impl From<Status> for Failure {
             reason: reason.to_owned(),
             message: status.message().to_owned(),
             hint: (!hint.is_empty()).then(|| hint.to_owned()),
+            said: false,
         }
     }
 }

@@ -17,10 +17,9 @@ use weft_blobs::{
     },
     index,
 };
-use weft_crdt::DocumentId;
 
 use crate::{
-    AddPhase, AddProgress, Error, ModelInfo, ModelName, Node, Operation, ParseNameError, Ticket,
+    AddPhase, AddProgress, Added, Error, ModelName, Node, Operation, ParseNameError,
     announce::manifest_size,
     models::{StopOnDrop, describe},
     node::blocking,
@@ -151,18 +150,8 @@ pub struct AddedHfCache {
 pub struct AddedSnapshot {
     /// Its repository and revisions; several if several refs name it.
     pub repos: Vec<HfRepo>,
-    /// The model, with the names that it got.
-    pub model: ModelInfo,
-    /// Names it and this node; works with no DHT.
-    pub ticket: Ticket,
-    /// Nodes that took the announcement, as in [`Added`](crate::Added).
-    pub announced_to: usize,
-    /// Registries that list it by one of its names from now on.
-    pub registries: Vec<DocumentId>,
-    /// Registries that should, and do not: each with the reason.
-    pub not_listed: Vec<String>,
-    /// What was left out of the snapshot, and revisions that are no names here, each with the reason.
-    pub skipped: Vec<String>,
+    /// What came of it. Revisions that can be no names here are among what was left out.
+    pub added: Added,
 }
 
 /// A snapshot, or a repository, that was not added.
@@ -292,14 +281,17 @@ impl AddHfCache {
         let announced_to = announcer
             .announce(&model, &info, manifest_size(&manifest))
             .await?;
-        Ok(AddedSnapshot {
-            repos: job.repos,
+        let added = Added {
             model: info,
             ticket: self.node.models().ticket(model.id).await,
             announced_to,
             registries,
             not_listed,
             skipped,
+        };
+        Ok(AddedSnapshot {
+            repos: job.repos,
+            added,
         })
     }
 }

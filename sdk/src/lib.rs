@@ -61,6 +61,8 @@ mod whereabouts;
 
 pub use weft_blobs::{
     Hash, Manifest, ParseHashError,
+    hf_cache::{ExportError, FindError, ImportError},
+    lock::LockError,
     manifest::{File, Tensor},
 };
 pub use weft_crdt::{
