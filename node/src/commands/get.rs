@@ -30,6 +30,11 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
         .parse()
         .map_err(|error| Failure::usage(format!("{error}")))?;
     let hf_cache = match options.hf_cache {
+        Some(repo) if repo.is_empty() && !matches!(target, Target::Name(_)) => {
+            return Err(Failure::usage(
+                "an id or a ticket does not say which repository of the cache it goes into: say it, as in --hf-cache=org/name",
+            ));
+        }
         Some(repo) => Some(hf_cache(repo, options.cache_dir)?),
         None => None,
     };

@@ -84,6 +84,10 @@ fn absolute(path: PathBuf) -> Result<String, Failure> {
 
 /// A Hugging Face cache as the node understands it: by default that of whoever runs this command.
 fn hf_cache(repo: String, cache_dir: Option<PathBuf>) -> Result<api::HfCache, Failure> {
+    if !repo.is_empty() {
+        repo.parse::<weft::HfRepo>()
+            .map_err(|error| Failure::usage(error.to_string()))?;
+    }
     let cache = match cache_dir {
         Some(folder) => folder,
         None => weft::default_hf_cache()?,
