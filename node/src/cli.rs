@@ -951,7 +951,17 @@ pub(crate) struct Ping {
 #[derive(Debug, Args)]
 pub(crate) struct Add {
     /// A model folder, or one file
-    pub(crate) path: PathBuf,
+    #[arg(required_unless_present = "hf_cache")]
+    pub(crate) path: Option<PathBuf>,
+
+    /// What a Hugging Face cache holds, where it is: one repository (org/name or org/name@revision), or all that refs point
+    /// to, each as org/name@ref
+    #[arg(long, value_name = "REPO", num_args = 0..=1, default_missing_value = "", conflicts_with = "path")]
+    pub(crate) hf_cache: Option<String>,
+
+    /// That cache [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub]
+    #[arg(long, value_name = "DIR", requires = "hf_cache")]
+    pub(crate) cache_dir: Option<PathBuf>,
 
     /// Publish it by this name: org/name or org/name@revision
     #[arg(long)]
@@ -966,6 +976,15 @@ pub(crate) struct Get {
     /// The folder for the files [default: ./NAME, or ./ID for an id or a ticket]
     #[arg(long, value_name = "DIR")]
     pub(crate) to: Option<PathBuf>,
+
+    /// Into a Hugging Face cache, where huggingface_hub finds it: as the repository and revision of the name, or as REPO
+    /// (org/name or org/name@revision), which an id or a ticket needs
+    #[arg(long, value_name = "REPO", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with_all = ["to", "files", "tensors"])]
+    pub(crate) hf_cache: Option<String>,
+
+    /// That cache [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub]
+    #[arg(long, value_name = "DIR", requires = "hf_cache")]
+    pub(crate) cache_dir: Option<PathBuf>,
 
     /// Accept the name only from this publisher
     #[arg(long, value_name = "PEERID")]

@@ -16,7 +16,7 @@
 
 use crate::output::{err, out};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -48,6 +48,8 @@ pub(crate) struct Failure {
     pub(crate) message: String,
     /// What to do next.
     pub(crate) hint: Option<String>,
+    /// With `--json`, the result on standard output says it already.
+    said: bool,
 }
 
 impl Failure {
@@ -57,6 +59,7 @@ impl Failure {
             reason: reason.to_owned(),
             message: message.into(),
             hint: None,
+            said: false,
         }
     }
 
@@ -73,7 +76,7 @@ impl Failure {
     }
 
     /// Nothing is left to say: the result that was printed says it.
-    pub(crate) fn said(code: u8, reason: &str) -> Self {
+    pub(crate) fn silent(code: u8, reason: &str) -> Self {
         Self::new(code, reason, "")
     }
 
@@ -82,21 +85,29 @@ impl Failure {
         self
     }
 
+    /// As an object.
+    pub(crate) fn json(&self) -> Value {
+        json!({
+            "reason": self.reason,
+            "message": self.message,
+            "hint": self.hint,
+            "code": self.code,
+        })
+    }
+
+    /// With `--json`, the command's result says it.
+    pub(crate) fn said(mut self) -> Self {
+        self.said = true;
+        self
+    }
+
     /// Says it: for people on standard error, with `--json` as an object on standard output.
     pub(crate) fn print(&self, json: bool) {
-        if self.message.is_empty() {
+        if self.message.is_empty() || (json && self.said) {
             return;
         }
         if json {
-            out!(
-                "{}",
-                json!({ "error": {
-                    "reason": self.reason,
-                    "message": self.message,
-                    "hint": self.hint,
-                    "code": self.code,
-                }})
-            );
+            out!("{}", json!({ "error": self.json() }));
             return;
         }
         err!("weft: {}", self.message);
@@ -161,9 +172,17 @@ impl From<Status> for Failure {
                 SEVERAL_PUBLISHERS,
                 "Trust one of them with `weft trust add PEER`, run it again with --publisher and the PeerId, or get the model by its id.",
             ),
+            "NOT_IN_CACHE" => (
+                NOT_FOUND,
+                "`weft add --hf-cache` without a repository adds all that is there; --cache-dir names another cache.",
+            ),
+            "HF_CACHE" => (
+                1,
+                "The node reads and writes the cache, as the user who runs it. --cache-dir names another one.",
+            ),
             "TARGET_EXISTS" => (
                 TARGET_EXISTS,
-                "Nothing was written. Move it away, or choose another folder with --to. If `weft get` wrote it, `weft verify` repairs it.",
+                "Nothing was written. Move it away, or choose another folder with --to or --cache-dir. If `weft get` wrote it, `weft verify` repairs it.",
             ),
             "DISK_FULL" => (
                 DISK_FULL,
@@ -176,7 +195,18 @@ impl From<Status> for Failure {
             ),
             "TAGGED" => (1, "`weft tag rm TAG` removes a tag."),
             "NO_SUCH_TAG" => (NOT_FOUND, "`weft tag ls` shows what there is."),
-            "BUSY" => (1, "Wait for it to end, or choose another folder with --to."),
+            "NO_SUCH_FILE" => (
+                NOT_FOUND,
+                "`weft show MODEL` lists the files of a model that is here.",
+            ),
+            "NO_MATCH" => (
+                NOT_FOUND,
+                "Patterns match whole names: `*` within a part of one, `**` across parts, as in 'model.layers.{0..11}.*'.",
+            ),
+            "BUSY" => (
+                1,
+                "Wait for it to end, or choose another folder with --to or --cache-dir.",
+            ),
             "HOME_IN_USE" => (
                 1,
                 "Stop that node first, or give this one another home with --home DIR.",
@@ -228,6 +258,7 @@ impl From<Status> for Failure {
             reason: reason.to_owned(),
             message: status.message().to_owned(),
             hint: (!hint.is_empty()).then(|| hint.to_owned()),
+            said: false,
         }
     }
 }

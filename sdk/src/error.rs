@@ -11,7 +11,8 @@ use weft_dht::{DhtError, DiskError, RecordError};
 use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
 
 use crate::{
-    Hash, HomeError, ModelName, ParseNameError, ParsePatternError, ParseTargetError, docs::peer_of,
+    Hash, HfCacheError, HomeError, ModelName, ParseNameError, ParsePatternError, ParseTargetError,
+    docs::peer_of,
 };
 
 /// Why an operation of the node failed.
@@ -215,6 +216,9 @@ pub enum Error {
     /// A pattern of names is malformed.
     #[error(transparent)]
     Pattern(#[from] ParsePatternError),
+    /// A cache of huggingface_hub cannot be used as asked.
+    #[error(transparent)]
+    HfCache(#[from] HfCacheError),
     /// The node has stopped.
     #[error("the node has stopped")]
     Stopped,

@@ -10,15 +10,22 @@ use std::{
 use prost::Message;
 use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
-    Manifest, Pattern, Plan, Selection, Transfer, TransferError, plan, rate::Limit, results,
-    selection::Selected, store, transfer::fetch_manifest,
+    Manifest, Pattern, Plan, Selection, Transfer, TransferError,
+    hf_cache::{Arrival, Destination},
+    plan::{self, Progress},
+    rate::Limit,
+    results,
+    selection::Selected,
+    store,
+    transfer::fetch_manifest,
 };
 use weft_dht::Record;
 use weft_net::{Multiaddr, PathKind, PeerId, Transport};
 use weft_proto::wire;
 
 use crate::{
-    Error, Hash, ModelInfo, ModelName, Node, Operation, Priority, Target,
+    Error, Hash, HfRepo, ModelInfo, ModelName, Node, Operation, Priority, Target,
+    hf_cache::{HfCacheError, IntoCache},
     models::{by_name, describe},
     node::{TargetLease, blocking},
     providers::{Known, Providers},
@@ -39,6 +46,7 @@ pub struct Get {
     limit: u64,
     priority: Priority,
     selection: Selection,
+    hf_cache: Option<IntoCache>,
 }
 
 /// What fetching is at.
@@ -152,12 +160,21 @@ impl Get {
             limit: 0,
             priority: Priority::default(),
             selection: Selection::default(),
+            hf_cache: None,
         }
     }
 
     /// The folder the files go to. Default: a folder of the model in the node's home.
     pub fn to(mut self, folder: impl Into<PathBuf>) -> Self {
         self.to = Some(folder.into());
+        self
+    }
+
+    /// Instead of a folder: puts the files into a cache of huggingface_hub, which finds them there from then on, as `repo`. Default:
+    /// the repository and revision that the name says; for an id or a ticket there is none. What the cache has is not fetched.
+    pub fn hf_cache(mut self, cache: impl Into<PathBuf>, repo: Option<HfRepo>) -> Self {
+        let cache = cache.into();
+        self.hf_cache = Some(IntoCache { cache, repo });
         self
     }
 
@@ -270,12 +287,21 @@ struct Work {
 
 impl Work {
     async fn run(mut self, request: Get) -> Result<Got, Error> {
+        if request.hf_cache.is_some() && !request.selection.is_everything() {
+            return Err(Error::HfCache(HfCacheError::Selection));
+        }
         let found = Found::new(&self.node, request.target, request.publisher).await?;
         let (id, publisher) = (found.id, found.publisher);
         let name = found.name.clone();
-        let folder = request
-            .to
-            .unwrap_or_else(|| default_folder(&self.node, name.as_ref(), &id, &request.selection));
+        let into_cache = request.hf_cache;
+        let into_cache = into_cache.map(|into| into.destination(name.as_ref()));
+        let into_cache = into_cache.transpose()?;
+        let folder = match &into_cache {
+            Some(destination) => destination.arrivals(&id),
+            None => request.to.unwrap_or_else(|| {
+                default_folder(&self.node, name.as_ref(), &id, &request.selection)
+            }),
+        };
         let folder = std::path::absolute(&folder).unwrap_or(folder);
         let lease = self.node.lease(&folder, id)?;
         let _hold = self.node.hold(id).await?;
@@ -300,9 +326,23 @@ impl Work {
             }
         };
         self.enter(GetPhase::Checking);
-        let _room = self.node.make_room(&manifest, &selected, &folder).await?;
-        let (mut plan, _lease) = self.plan(&manifest, &selected, &folder, lease).await?;
-        let directory = plan.root().to_owned();
+        let arrival = match into_cache {
+            Some(destination) => Some(self.arrival(destination, (id, &manifest)).await?),
+            None => None,
+        };
+        let _room = match &arrival {
+            // A cache is not the node's own.
+            Some(_) => None,
+            None => Some(self.node.make_room(&manifest, &selected, &folder).await?),
+        };
+        let (mut plan, directory, _lease) = match &arrival {
+            Some(arrival) => self.plan_arrival(arrival, &folder, lease).await?,
+            None => {
+                let (plan, lease) = self.plan(&manifest, &selected, &folder, lease).await?;
+                let root = plan.root().to_owned();
+                (Some(plan), root, lease)
+            }
+        };
         let reused = self.counts.done.load(Ordering::Relaxed);
         self.state().reused = reused;
         {
@@ -314,9 +354,11 @@ impl Work {
 
         let mut sharing = JoinSet::new();
         sharing.spawn(share(self.node.clone(), id));
-        if !plan.is_complete() {
+        if let Some(plan) = &mut plan
+            && !plan.is_complete()
+        {
             let options = (request.limit, request.priority);
-            self.fetch(id, &manifest, &mut plan, known, options).await?;
+            self.fetch(id, &manifest, plan, known, options).await?;
         }
         drop(plan);
         let results = match &selected {
@@ -324,6 +366,10 @@ impl Work {
             None => Vec::new(),
         };
         drop(sharing);
+        let directory = match arrival {
+            Some(arrival) => self.finish_arrival(arrival).await?,
+            None => directory,
+        };
         let (model, info) = {
             let store = self.node.store().clone();
             blocking(move || {
@@ -399,6 +445,52 @@ impl Work {
             Ok(made)
         })
         .await
+    }
+
+    /// Finds out what a cache has of a model.
+    async fn arrival(
+        &self,
+        destination: Destination,
+        (id, manifest): (Hash, &Manifest),
+    ) -> Result<Arrival, Error> {
+        let model = (id, manifest.clone());
+        let (store, counts) = (self.node.store().clone(), Arc::clone(&self.counts));
+        let _stop = StopOnDrop(Arc::clone(&counts));
+        blocking(move || Ok(destination.begin(&store, model, &counts.check)?)).await
+    }
+
+    /// The plan for what the cache lacks, if it lacks anything, and the model's folder until it is whole.
+    async fn plan_arrival(
+        &self,
+        arrival: &Arrival,
+        folder: &std::path::Path,
+        lease: TargetLease,
+    ) -> Result<(Option<Plan>, PathBuf, TargetLease), Error> {
+        let planned = match arrival.missing() {
+            Some(missing) => {
+                let (plan, lease) = self
+                    .plan(&Arc::new(missing.clone()), &None, folder, lease)
+                    .await?;
+                let root = plan.root().to_owned();
+                (Some(plan), root, lease)
+            }
+            None => (None, arrival.snapshot(), lease),
+        };
+        let Progress { total, done, .. } = &*self.counts;
+        total.store(arrival.size(), Ordering::Relaxed);
+        done.fetch_add(arrival.bytes_here(), Ordering::Relaxed);
+        Ok(planned)
+    }
+
+    /// Puts what has arrived where huggingface_hub finds it; the model's folder.
+    async fn finish_arrival(&self, arrival: Arrival) -> Result<PathBuf, Error> {
+        let counts = Arc::clone(&self.counts);
+        let _stop = StopOnDrop(Arc::clone(&counts));
+        let size = arrival.size();
+        let exported = blocking(move || Ok(arrival.finish(&counts.check)?)).await?;
+        // Files of the same content arrived as one.
+        self.counts.done.store(size, Ordering::Relaxed);
+        Ok(exported.snapshot)
     }
 
     /// Fetches what the plan misses from all who have it.

@@ -39,6 +39,7 @@ mod builder;
 mod docs;
 mod error;
 mod get;
+mod hf_cache;
 mod home;
 mod lines;
 mod models;
@@ -63,6 +64,8 @@ mod whereabouts;
 
 pub use weft_blobs::{
     Hash, Manifest, ParseHashError, Pattern, Selection,
+    hf_cache::{ExportError, FindError, ImportError},
+    lock::LockError,
     manifest::{File, Tensor},
     pattern::PatternError,
     selection::SelectionError,
@@ -91,6 +94,10 @@ pub use self::{
     },
     error::{Error, Failure},
     get::{Get, GetPhase, GetProgress, Got, PeerProgress, Source},
+    hf_cache::{
+        AddHfCache, AddedHfCache, AddedSnapshot, FailedSnapshot, HfCacheError, HfRepo,
+        default_hf_cache,
+    },
     home::{HomeError, default_home},
     models::{
         Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, Provider, Removed,

@@ -21,8 +21,8 @@ use weft_net::{Multiaddr, PeerId};
 use weft_proto::wire;
 
 use crate::{
-    Error, Get, Hash, ModelName, Node, Operation, Reader, Target, Ticket, announce::manifest_size,
-    get::resolve, node::blocking, providers::find_providers,
+    AddHfCache, Error, Get, Hash, ModelName, Node, Operation, Reader, Target, Ticket,
+    announce::manifest_size, get::resolve, node::blocking, providers::find_providers,
 };
 
 /// Claims that a search looks at.
@@ -179,6 +179,12 @@ impl Models {
             path: path.into(),
             name: None,
         }
+    }
+
+    /// Indexes where they are, announces and publishes the models in a cache of huggingface_hub: every snapshot that a ref points
+    /// to, by the name `org/name@ref`. One without an organisation, or whose ref has a slash, is announced without a name.
+    pub fn add_hf_cache(&self, cache: impl Into<PathBuf>) -> AddHfCache {
+        AddHfCache::new(self.node.clone(), cache.into())
     }
 
     /// Fetches a model.
@@ -347,7 +353,7 @@ impl Models {
         })
     }
 
-    async fn ticket(&self, model: Hash) -> Ticket {
+    pub(crate) async fn ticket(&self, model: Hash) -> Ticket {
         let addresses = self.node.network().addresses().all;
         Ticket {
             model,
@@ -429,7 +435,7 @@ impl Add {
 }
 
 /// Tells hashing threads to stop when the work that waits for them is dropped.
-struct StopOnDrop(Arc<index::Progress>);
+pub(crate) struct StopOnDrop(pub(crate) Arc<index::Progress>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {

@@ -401,7 +401,7 @@ fn has_no_links(error: &io::Error) -> bool {
 }
 
 /// Makes a folder and those above it, durably.
-fn make_folders(folder: &Path) -> Result<(), StoreError> {
+pub(super) fn make_folders(folder: &Path) -> Result<(), StoreError> {
     if folder.is_dir() {
         return Ok(());
     }

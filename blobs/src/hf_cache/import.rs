@@ -43,6 +43,7 @@ pub struct Repo {
     pub snapshots: Vec<Snapshot>,
     /// What is damaged or unfinished outside the snapshots.
     pub problems: Vec<Problem>,
+    bounds: Bounds,
 }
 
 /// A revision that the cache knows the commit of. There need not be a snapshot of it.
@@ -328,6 +329,11 @@ pub fn find(cache: &Path, name: &str) -> Result<Found, FindError> {
 }
 
 impl Repo {
+    /// Whether a file, whose path has no links in it, may be part of a model of this repository.
+    pub(super) fn holds(&self, canonical: &Path) -> bool {
+        self.bounds.hold(canonical)
+    }
+
     /// What the snapshots can be asked for as: their refs, or their commit where they have none.
     fn revisions(&self) -> Vec<Revision> {
         let mut revisions = Vec::new();
@@ -343,6 +349,12 @@ impl Repo {
 }
 
 impl Snapshot {
+    /// What the file at `path` in the snapshot is, without links; `None` if it is not there, or leads outside.
+    pub(super) fn file(&self, path: &str) -> Option<PathBuf> {
+        let there = self.folder.join(path).canonicalize().ok()?;
+        self.bounds.hold(&there).then_some(there)
+    }
+
     /// Indexes the snapshot, after looking at it anew. Blocks; uses all cores.
     ///
     /// Paths in the manifest are those in the snapshot, locations those of the blobs. A blob that is named for its SHA-256
@@ -419,7 +431,7 @@ fn unreadable(path: &Path, error: &io::Error) -> Problem {
 }
 
 /// What is in the folder of one repository of the canonical folder `cache`.
-fn repo(cache: &Path, id: RepoId) -> Repo {
+pub(super) fn repo(cache: &Path, id: RepoId) -> Repo {
     let folder = cache.join(id.folder_name());
     let bounds = Bounds {
         repo: folder.clone(),
@@ -431,6 +443,7 @@ fn repo(cache: &Path, id: RepoId) -> Repo {
         refs: Vec::new(),
         snapshots: Vec::new(),
         problems: Vec::new(),
+        bounds: bounds.clone(),
     };
     let problems = &mut repo.problems;
     if !is_folder(&repo.folder, problems) {

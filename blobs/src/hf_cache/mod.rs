@@ -9,6 +9,7 @@
 //!
 //! - [`repos`] and [`find`] read it: what is there, at which revisions, what is damaged. [`Snapshot::index`] makes a manifest.
 //! - [`Export`] writes it: blobs, then links, then the ref, so that a crash anywhere leaves what huggingface_hub can read.
+//! - [`Destination`] brings a model in from elsewhere: what the cache lacks of it is fetched beside the blobs, and moved.
 //! - [`Layout`] says where an export puts things, for those who write into `blobs` themselves.
 //!
 //! It promises: no file from outside the repository and the shared blobs is indexed, wherever the links of a cache lead; an
@@ -16,6 +17,7 @@
 //!
 //! Source: <https://huggingface.co/docs/huggingface_hub/guides/manage-cache>, and huggingface_hub 0.25 to 2.4.
 
+mod arrival;
 mod etag;
 mod export;
 mod import;
@@ -31,6 +33,7 @@ use std::{
 };
 
 pub use self::{
+    arrival::{Arrival, Destination},
     etag::{Etag, LFS_SIZE, is_lfs},
     export::{Export, ExportError, Exported, ExportedFile, How},
     import::{FindError, Flaw, Found, ImportError, Problem, Ref, Repo, Snapshot, find, repos},

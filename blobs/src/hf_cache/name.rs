@@ -224,6 +224,11 @@ pub(super) fn temporary(what: &str) -> String {
     format!("{OWN_PREFIX}{what}{TEMPORARY}")
 }
 
+/// What the folder is called in which a model arrives that exports as `commit`.
+pub(super) fn temporary_folder(commit: &Commit) -> String {
+    format!("{OWN_PREFIX}{commit}")
+}
+
 /// Whether a file is one that an export left when it was interrupted. A part file of a download ends differently.
 pub(super) fn is_temporary(name: &str) -> bool {
     name.starts_with(OWN_PREFIX) && name.ends_with(TEMPORARY)

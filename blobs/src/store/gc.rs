@@ -455,7 +455,13 @@ mod tests {
         let cancelled = std::sync::atomic::AtomicBool::new(false);
         let target = store.owned_path(&a);
         let open = store
-            .partial(a, crate::tree::Tree::new(3 * crate::tree::GROUP), &target, true, &cancelled)
+            .partial(
+                a,
+                crate::tree::Tree::new(3 * crate::tree::GROUP),
+                &target,
+                true,
+                &cancelled,
+            )
             .unwrap();
         assert_clean(&store);
         assert!(open.part().exists());

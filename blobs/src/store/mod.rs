@@ -485,6 +485,34 @@ impl Store {
         })
     }
 
+    /// Notes that the content of the model `id` is in `places` from now on, none of them ours to delete, and no longer below
+    /// `left`; its files are to be found below `root`. Durable when it returns.
+    pub(crate) fn place(
+        &self,
+        id: &Hash,
+        root: &Path,
+        left: &Path,
+        places: &[(Hash, Location)],
+    ) -> Result<(), StoreError> {
+        let manifest = self.manifest(id)?;
+        self.write(|txn| {
+            for (hash, location) in places {
+                forget_locations(txn, hash, |path| path.starts_with(left))?;
+                put_location(txn, hash, location, false)?;
+            }
+            put_model(txn, *id, root, true, manifest.as_ref())
+        })
+    }
+
+    /// Gives another name to the model `id`, which this node publishes it by.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    pub fn publish_as(&self, id: &Hash, name: &str) -> Result<(), StoreError> {
+        self.model(id)?;
+        self.write(|txn| set_name(txn, *id, name, true))
+    }
+
     /// The manifest of a model, if this node has it.
     ///
     /// # Errors
@@ -677,6 +705,25 @@ impl Store {
     fn manifest_path(&self, id: &Hash) -> PathBuf {
         self.inner.folder.join("manifests").join(id.to_string())
     }
+}
+
+/// Forgets that a blob is in those files.
+fn forget_locations(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    which: impl Fn(&Path) -> bool,
+) -> Result<(), StoreError> {
+    let mut table = txn.open_table(BLOBS).map_err(database)?;
+    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
+        Some(row) => decode::<BlobRow>("blobs", row.value())?,
+        None => return Ok(()),
+    };
+    row.locations
+        .retain(|known| !which(&path_from(&known.path)));
+    table
+        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+        .map_err(database)?;
+    Ok(())
 }
 
 /// Notes whether the file at `path` holds what it should.

@@ -11,10 +11,12 @@ use futures::Stream;
 use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
 use weft::{
-    Access, AddPhase, AddProgress, Added, GetPhase, GetProgress, Got, ModelInfo, Node, Operation,
-    ParseRuleError, PathInfo, PeerInfo, Rates, Rule, split_peer_id,
+    Access, AddPhase, AddProgress, Added, AddedHfCache, GetPhase, GetProgress, Got, HfRepo,
+    ModelInfo, Node, Operation, ParseRuleError, PathInfo, PeerInfo, Rates, Rule, split_peer_id,
 };
-use weft_proto::api::{self, add_event, get_event, models_server::Models, node_server};
+use weft_proto::api::{
+    self, add_event, add_hf_cache_event, get_event, models_server::Models, node_server,
+};
 
 use super::{
     read,
@@ -332,6 +334,7 @@ fn path(info: PathInfo) -> api::PeerPath {
 #[tonic::async_trait]
 impl Models for Service {
     type AddStream = Events<AddProgress, Added, api::AddEvent>;
+    type AddHfCacheStream = Events<AddProgress, AddedHfCache, api::AddHfCacheEvent>;
     type GetStream = Events<GetProgress, Got, api::GetEvent>;
     type VerifyStream = storage::VerifyEvents;
 
@@ -359,6 +362,35 @@ impl Models for Service {
         }))
     }
 
+    async fn add_hf_cache(
+        &self,
+        request: Request<api::AddHfCacheRequest>,
+    ) -> Result<Response<Self::AddHfCacheStream>, Status> {
+        let request = request.into_inner();
+        let (cache, repo) = hf_cache(request.hf_cache.unwrap_or_default())?;
+        let mut add = self.node.models().add_hf_cache(cache);
+        match (repo, request.name.is_empty()) {
+            (Some(repo), named) => {
+                add = add.repo(repo);
+                if !named {
+                    let name = request.name.parse();
+                    add = add.name(name.map_err(|error| status(&weft::Error::Name(error)))?);
+                }
+            }
+            (None, true) => {}
+            (None, false) => return Err(invalid("a name is for one model: say which repo")),
+        }
+        Ok(Response::new(Events {
+            operation: Some(add.start()),
+            progress: |progress| api::AddHfCacheEvent {
+                event: Some(add_hf_cache_event::Event::Progress(add_progress(progress))),
+            },
+            done: |added| api::AddHfCacheEvent {
+                event: Some(add_hf_cache_event::Event::Done(add_hf_cache_done(added))),
+            },
+        }))
+    }
+
     async fn get(
         &self,
         request: Request<api::GetRequest>,
@@ -371,6 +403,13 @@ impl Models for Service {
         let mut get = self.node.models().get(target);
         if !request.to.is_empty() {
             get = get.to(absolute("to", &request.to)?);
+        }
+        if let Some(into) = request.hf_cache {
+            if !request.to.is_empty() {
+                return Err(invalid("to and hf_cache are two places: give one"));
+            }
+            let (cache, repo) = hf_cache(into)?;
+            get = get.hf_cache(cache, repo);
         }
         if !request.publisher.is_empty() {
             let publisher = request
@@ -624,6 +663,22 @@ fn absolute(field: &str, path: &str) -> Result<PathBuf, Status> {
     }
 }
 
+/// A cache, and what of it is asked for.
+fn hf_cache(asked: api::HfCache) -> Result<(PathBuf, Option<HfRepo>), Status> {
+    let cache = match asked.cache_dir.is_empty() {
+        true => weft::default_hf_cache().map_err(|error| status(&error))?,
+        false => absolute("cache_dir", &asked.cache_dir)?,
+    };
+    let repo = match asked.repo.is_empty() {
+        true => None,
+        false => {
+            let repo = asked.repo.parse();
+            Some(repo.map_err(|error| status(&weft::Error::HfCache(error)))?)
+        }
+    };
+    Ok((cache, repo))
+}
+
 pub(super) fn model(info: ModelInfo) -> api::Model {
     api::Model {
         id: info.id.to_string(),
@@ -673,6 +728,22 @@ fn add_done(added: Added) -> api::AddDone {
         skipped: added.skipped,
         registries: added.registries.iter().map(ToString::to_string).collect(),
         not_listed: added.not_listed,
+    }
+}
+
+fn add_hf_cache_done(added: AddedHfCache) -> api::AddHfCacheDone {
+    let snapshots = added.added.into_iter().map(|one| api::AddedSnapshot {
+        repos: one.repos.iter().map(ToString::to_string).collect(),
+        done: Some(add_done(one.added)),
+    });
+    let failed = added.failed.into_iter().map(|one| api::FailedSnapshot {
+        what: one.what,
+        reason: one.reason,
+    });
+    api::AddHfCacheDone {
+        added: snapshots.collect(),
+        failed: failed.collect(),
+        skipped: added.skipped,
     }
 }
 

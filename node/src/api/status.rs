@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use weft::{
-    ConnectError, DiskError, DocumentError, DocumentStoreError, EditError, Error, HomeError,
-    OpenError, PingError, SelectionError, SpawnError, TopicError,
+    ConnectError, DiskError, DocumentError, DocumentStoreError, EditError, Error, ExportError,
+    FindError, HfCacheError, HomeError, LockError, OpenError, PingError, SelectionError,
+    SpawnError, TopicError,
 };
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
@@ -40,6 +41,7 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::NoSuchTag(_) => (Code::NotFound, "NO_SUCH_TAG"),
         Error::Tag(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Busy(_) => (Code::Aborted, "BUSY"),
+        Error::HfCache(error) => of_hf_cache(error),
         Error::Record(_)
         | Error::Index(_)
         | Error::Name(_)
@@ -78,6 +80,25 @@ pub(crate) fn status(error: &Error) -> Status {
     }
     let details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
     Status::with_error_details(code, message, details)
+}
+
+fn of_hf_cache(error: &HfCacheError) -> (Code, &'static str) {
+    match error {
+        HfCacheError::Name(_) | HfCacheError::NoRepo | HfCacheError::Selection => {
+            (Code::InvalidArgument, "INVALID_INPUT")
+        }
+        HfCacheError::Find(FindError::Name(_)) => (Code::InvalidArgument, "INVALID_INPUT"),
+        HfCacheError::Find(
+            FindError::NoSuchRepo { .. }
+            | FindError::NoSuchRevision { .. }
+            | FindError::NoFiles { .. },
+        ) => (Code::NotFound, "NOT_IN_CACHE"),
+        HfCacheError::Export(ExportError::Conflict { .. }) => {
+            (Code::AlreadyExists, "TARGET_EXISTS")
+        }
+        HfCacheError::Export(ExportError::Lock(LockError::Held { .. })) => (Code::Aborted, "BUSY"),
+        _ => (Code::FailedPrecondition, "HF_CACHE"),
+    }
 }
 
 fn of_document(error: &DocumentError) -> (Code, &'static str) {

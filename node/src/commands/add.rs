@@ -2,10 +2,14 @@
 
 use crate::output::{err, out};
 
-use serde_json::json;
-use weft_proto::api::{AddDone, AddRequest, add_event::Event};
+use serde_json::{Value, json};
+use tonic::Streaming;
+use weft_proto::api::{
+    AddDone, AddEvent, AddHfCacheDone, AddHfCacheEvent, AddHfCacheRequest, AddProgress, AddRequest,
+    add_event, add_hf_cache_event,
+};
 
-use super::{absolute, show::model_json};
+use super::{absolute, hf_cache, show::model_json};
 use crate::{
     cli::Add,
     client::Client,
@@ -16,76 +20,142 @@ use crate::{
 
 pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<(), Failure> {
     let mut stop = Stop::new()?;
-    let request = AddRequest {
-        path: absolute(options.path)?,
-        name: options
-            .name
-            .map(|name| name.to_string())
-            .unwrap_or_default(),
-    };
+    let name = options.name.map(|name| name.to_string());
+    let name = name.unwrap_or_default();
     let mut meter = Meter::new();
+    let Some(repo) = options.hf_cache else {
+        let path = options.path;
+        let path = path.ok_or_else(|| Failure::usage("a folder or file is needed"))?;
+        let path = absolute(path)?;
+        let request = AddRequest { path, name };
+        let events = client.models().add(request).await?.into_inner();
+        let done = follow(events, &mut meter, &mut stop, "nothing was added").await?;
+        print(&done, &meter, as_json);
+        return Ok(());
+    };
+    if repo.is_empty() && !name.is_empty() {
+        return Err(Failure::usage(
+            "--name is for one model: say which repository, as in --hf-cache org/name",
+        ));
+    }
+    let request = AddHfCacheRequest {
+        hf_cache: Some(hf_cache(repo, options.cache_dir)?),
+        name,
+    };
+    let events = client.models().add_hf_cache(request).await?.into_inner();
+    let done = follow(events, &mut meter, &mut stop, "what was added stays").await?;
+    print_cache(done, &meter, as_json)
+}
+
+/// What a stream of events says.
+trait Event {
+    type Done;
+
+    /// `None`: it says nothing that this program knows.
+    fn event(self) -> Option<Result<AddProgress, Self::Done>>;
+}
+
+impl Event for AddEvent {
+    type Done = AddDone;
+
+    fn event(self) -> Option<Result<AddProgress, AddDone>> {
+        Some(match self.event? {
+            add_event::Event::Progress(progress) => Ok(progress),
+            add_event::Event::Done(done) => Err(done),
+        })
+    }
+}
+
+impl Event for AddHfCacheEvent {
+    type Done = AddHfCacheDone;
+
+    fn event(self) -> Option<Result<AddProgress, AddHfCacheDone>> {
+        Some(match self.event? {
+            add_hf_cache_event::Event::Progress(progress) => Ok(progress),
+            add_hf_cache_event::Event::Done(done) => Err(done),
+        })
+    }
+}
+
+/// Shows progress until it is done; `stopped` is what is to be said when it is stopped before.
+async fn follow<E: Event>(
+    mut events: Streaming<E>,
+    meter: &mut Meter,
+    stop: &mut Stop,
+    stopped: &str,
+) -> Result<E::Done, Failure> {
     let mut phase = String::new();
-    let mut events = client.models().add(request).await?.into_inner();
-    let done = loop {
+    loop {
         let message = tokio::select! {
             message = events.message() => message,
             () = stop.wait() => {
                 meter.finish();
                 return Err(Failure::interrupted(if phase == "publishing" {
-                    "stopped; the model is added, and is announced when this node meets others"
+                    "stopped; the model is added, and is announced when this node meets others".to_owned()
                 } else {
-                    "stopped; nothing was added"
+                    format!("stopped; {stopped}")
                 }));
             }
         };
         let message = message.inspect_err(|_| meter.finish())?;
-        match message.and_then(|message| message.event) {
-            Some(Event::Progress(progress)) => {
+        match message.and_then(Event::event) {
+            Some(Ok(progress)) => {
                 meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
                 phase = progress.phase;
             }
-            Some(Event::Done(done)) => break done,
+            Some(Err(done)) => {
+                meter.finish();
+                return Ok(done);
+            }
             None => {
                 meter.finish();
                 return Err(Failure::other("the node ended the call without a result"));
             }
         }
-    };
-    meter.finish();
-    print(done, &meter, as_json);
-    Ok(())
+    }
 }
 
-fn print(done: AddDone, meter: &Meter, as_json: bool) {
-    let model = done.model.unwrap_or_default();
+fn to_json(done: &AddDone) -> Value {
+    let model = done.model.clone().unwrap_or_default();
+    json!({
+        "model": model_json(&model),
+        "ticket": done.ticket,
+        "announced_to": done.announced_to,
+        "skipped": done.skipped,
+        "registries": done.registries,
+        "not_listed": done.not_listed,
+    })
+}
+
+fn print(done: &AddDone, meter: &Meter, as_json: bool) {
     if as_json {
-        out!(
-            "{}",
-            json!({
-                "model": model_json(&model),
-                "ticket": done.ticket,
-                "announced_to": done.announced_to,
-                "skipped": done.skipped,
-                "registries": done.registries,
-                "not_listed": done.not_listed,
-            })
-        );
+        out!("{}", to_json(done));
         return;
     }
+    let size = done.model.as_ref().map_or(0, |model| model.size);
+    let how_long = format!(
+        "in {} ({})",
+        output::duration(meter.elapsed()),
+        output::rate(size, meter.elapsed())
+    );
+    print_model(done, &how_long);
+}
+
+fn print_model(done: &AddDone, how_long: &str) {
     for skipped in &done.skipped {
         err!("left out {skipped}");
     }
     for problem in &done.not_listed {
         err!("not listed in registry {problem}");
     }
-    out!(
-        "added {}, {}, {} in {} ({})",
+    let model = done.model.clone().unwrap_or_default();
+    let counted = format!(
+        "added {}, {}, {}",
         output::count(model.files.into(), "file"),
         output::count(model.tensors.into(), "tensor"),
         output::bytes(model.size),
-        output::duration(meter.elapsed()),
-        output::rate(model.size, meter.elapsed()),
     );
+    out!("{}", format!("{counted} {how_long}").trim_end());
     out!("  id      {}", model.id);
     for name in &model.names {
         out!("  name    {name}");
@@ -102,4 +172,66 @@ fn print(done: AddDone, meter: &Meter, as_json: bool) {
             output::count(done.announced_to.into(), "node")
         );
     }
+}
+
+/// What of a cache was added, and an error if anything that should have been was not.
+fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(), Failure> {
+    let added = || {
+        let added = done.added.iter();
+        added.map(|one| (&one.repos, one.done.clone().unwrap_or_default()))
+    };
+    let all = done.added.len() + done.failed.len();
+    let failure = Failure::new(
+        1,
+        "HF_CACHE",
+        format!("{} of {all} could not be added", done.failed.len()),
+    )
+    .said();
+    let failed = !done.failed.is_empty();
+    if as_json {
+        let added = added().map(|(repos, done)| {
+            let mut json = to_json(&done);
+            json["repos"] = json!(repos);
+            json
+        });
+        let lacking = done.failed.iter();
+        let lacking = lacking.map(|one| json!({ "what": one.what, "reason": one.reason }));
+        let mut json = json!({
+            "added": added.collect::<Vec<_>>(),
+            "failed": lacking.collect::<Vec<_>>(),
+            "skipped": done.skipped,
+        });
+        if failed {
+            json["error"] = failure.json();
+        }
+        out!("{json}");
+        return if failed { Err(failure) } else { Ok(()) };
+    }
+    for skipped in &done.skipped {
+        err!("passed over {skipped}");
+    }
+    for one in &done.failed {
+        err!("not added: {}: {}", one.what, one.reason);
+    }
+    let mut size = 0;
+    for (repos, done) in added() {
+        size += done.model.as_ref().map_or(0, |model| model.size);
+        out!("{}:", repos.join(", "));
+        print_model(&done, "");
+    }
+    if failed {
+        return Err(failure);
+    }
+    match done.added.len() {
+        0 => out!("there is no model in the cache that a ref points to"),
+        1 => {}
+        many => out!(
+            "{}, {} in {} ({})",
+            output::count(many as u64, "model"),
+            output::bytes(size),
+            output::duration(meter.elapsed()),
+            output::rate(size, meter.elapsed()),
+        ),
+    }
+    Ok(())
 }

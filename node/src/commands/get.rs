@@ -11,7 +11,7 @@ use serde_json::json;
 use weft::{Pattern, Target};
 use weft_proto::api::{GetDone, GetProgress, GetRequest, get_event::Event};
 
-use super::{absolute, show::model_json};
+use super::{absolute, hf_cache, show::model_json};
 use crate::{
     cli::Get,
     client::Client,
@@ -29,11 +29,24 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
         .target
         .parse()
         .map_err(|error| Failure::usage(format!("{error}")))?;
+    let hf_cache = match options.hf_cache {
+        Some(repo) if repo.is_empty() && !matches!(target, Target::Name(_)) => {
+            return Err(Failure::usage(
+                "an id or a ticket does not say which repository of the cache it goes into: say it, as in --hf-cache=org/name",
+            ));
+        }
+        Some(repo) => Some(hf_cache(repo, options.cache_dir)?),
+        None => None,
+    };
     let made = !options.tensors.is_empty();
-    let folder = options.to.unwrap_or_else(|| default_folder(&target, made));
+    let to = match &hf_cache {
+        Some(_) => String::new(),
+        None => absolute(options.to.unwrap_or_else(|| default_folder(&target, made)))?,
+    };
     let request = GetRequest {
         target: target.to_string(),
-        to: absolute(folder)?,
+        to,
+        hf_cache,
         publisher: options
             .publisher
             .map(|publisher| publisher.to_string())

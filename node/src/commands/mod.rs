@@ -91,6 +91,22 @@ fn absolute(path: PathBuf) -> Result<String, Failure> {
         .map_err(|path| Failure::usage(format!("{} is not UTF-8", path.display())))
 }
 
+/// A Hugging Face cache as the node understands it: by default that of whoever runs this command.
+fn hf_cache(repo: String, cache_dir: Option<PathBuf>) -> Result<api::HfCache, Failure> {
+    if !repo.is_empty() {
+        repo.parse::<weft::HfRepo>()
+            .map_err(|error| Failure::usage(error.to_string()))?;
+    }
+    let cache = match cache_dir {
+        Some(folder) => folder,
+        None => weft::default_hf_cache()?,
+    };
+    Ok(api::HfCache {
+        cache_dir: absolute(cache)?,
+        repo,
+    })
+}
+
 async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
     let status = client
         .node()

@@ -73,7 +73,7 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
     };
     match as_json {
         // The result has been printed, and says it.
-        true => Err(Failure::said(DAMAGED, "DAMAGED")),
+        true => Err(Failure::silent(DAMAGED, "DAMAGED")),
         false => Err(failure.hint(hint)),
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod crdt;
 pub mod dht;
+pub mod hash;
 pub mod nat;
 mod process;
 pub mod rpc;

@@ -2,8 +2,10 @@
 
 use std::{
     ffi::OsStr,
+    fs,
     io::{BufRead, BufReader, Read, Write},
-    process::{Child, Command, Stdio},
+    path::Path,
+    process::{Child, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -12,27 +14,88 @@ use super::Failure;
 /// The child process, ended when dropped.
 pub(super) struct Provider {
     child: Child,
-    /// What it printed: how to reach it.
+    stdout: BufReader<ChildStdout>,
+    /// What it printed first: how to reach it.
     pub(super) line: String,
 }
 
 impl Provider {
     /// Starts this program with other arguments, and waits for its first line.
     pub(super) fn start(arguments: &[&OsStr]) -> Result<Self, Failure> {
-        let mut child = Command::new(std::env::current_exe()?)
+        Self::start_program(&std::env::current_exe()?, arguments)
+    }
+
+    /// Starts a program, and waits for its first line.
+    pub(super) fn start_program(program: &Path, arguments: &[&OsStr]) -> Result<Self, Failure> {
+        let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .spawn()?;
+            .spawn()
+            .map_err(|error| Failure(format!("{}: {error}", program.display())))?;
         let stdout = child.stdout.take().expect("standard output is captured");
+        let mut process = Self {
+            child,
+            stdout: BufReader::new(stdout),
+            line: String::new(),
+        };
+        process.line = process.next_line()?;
+        Ok(process)
+    }
+
+    /// Sends it a line; what it answers.
+    pub(super) fn ask(&mut self, line: &str) -> Result<String, Failure> {
+        let input = self.child.stdin.as_mut();
+        writeln!(input.expect("standard input is ours"), "{line}")?;
+        self.next_line()
+    }
+
+    fn next_line(&mut self) -> Result<String, Failure> {
         let mut line = String::new();
-        let read = BufReader::new(stdout).read_line(&mut line);
-        let provider = Self { child, line };
-        match read {
-            Ok(1..) => Ok(provider),
-            _ => Err(Failure("the provider did not start".to_owned())),
+        match self.stdout.read_line(&mut line) {
+            Ok(1..) => Ok(line.trim().to_owned()),
+            _ => Err(Failure("the other process has ended early".to_owned())),
         }
     }
+
+    /// What it has used until now.
+    pub(super) fn usage(&self) -> Result<Usage, Failure> {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", self.child.id()));
+        let (stat, status) = (read("stat")?, read("status")?);
+        // The program's name, in brackets, may have spaces in it.
+        let (_, fields) = stat.rsplit_once(')').unwrap_or_default();
+        let fields: Vec<f64> = fields
+            .split_whitespace()
+            .map(|field| field.parse().unwrap_or_default())
+            .collect();
+        let [user, system] = [11, 12].map(|n| fields.get(n).copied().unwrap_or_default());
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let peak = peak.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+        Ok(Usage {
+            cpu: (user + system) / TICKS,
+            peak: peak.unwrap_or_default() * 1024.0,
+        })
+    }
+
+    /// From now on its peak is that of what follows.
+    pub(super) fn forget_peak(&self) -> Result<(), Failure> {
+        Ok(fs::write(
+            format!("/proc/{}/clear_refs", self.child.id()),
+            "5",
+        )?)
+    }
+}
+
+/// In a second, of the times in `/proc`: Linux shows them to programs in hundredths, whatever it counts in.
+const TICKS: f64 = 100.0;
+
+/// What a process has used.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Usage {
+    /// Seconds of processors.
+    pub(super) cpu: f64,
+    /// The most that was resident at once, in bytes.
+    pub(super) peak: f64,
 }
 
 impl Drop for Provider {
@@ -56,6 +119,12 @@ impl Drop for Provider {
 pub(super) fn announce(line: &str) -> Result<(), Failure> {
     println!("{line}");
     std::io::stdout().flush()?;
+    Ok(())
+}
+
+/// In the other process: until it is told to begin.
+pub(super) fn wait_for_line() -> Result<(), Failure> {
+    std::io::stdin().read_line(&mut String::new())?;
     Ok(())
 }
 

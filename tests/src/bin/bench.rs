@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
-    bench::{Failure, crdt, dht, nat, rpc, stream, swarm, transfer},
+    bench::{Failure, crdt, dht, hash, nat, rpc, stream, swarm, transfer},
     lab::{self, Distance},
 };
 
@@ -25,8 +25,27 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// A blob from one process to another over loopback onto disk, against rustls over TCP with BLAKE3 of the stream
+    /// A blob from one process to another over loopback onto disk, against rustls over TCP with BLAKE3 of the stream, and against iroh-blobs; what it takes
+    /// of processors and memory
     Transfer(Transfer),
+    /// Adding a file that is in the page cache, against b3sum
+    Hash {
+        /// Size of the file in MiB
+        #[arg(long, default_value_t = 1024)]
+        mib: u64,
+
+        /// Rounds of both sides in turn; the median counts
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+
+        /// Where to put the file
+        #[arg(long, value_name = "DIR")]
+        folder: Option<PathBuf>,
+
+        /// The b3sum program, as `cargo install b3sum` has it
+        #[arg(long, value_name = "FILE", default_value = "b3sum")]
+        b3sum: PathBuf,
+    },
     /// Four capped providers and one receiver, against the sum of the caps; one capped provider and eight receivers, against one receiver
     Swarm {
         /// Size of the blob in MiB
@@ -128,6 +147,14 @@ enum Bench {
         file: PathBuf,
         document: String,
     },
+    /// The receiving process of `transfer`
+    #[command(name = "transfer-receiver", hide = true)]
+    Receiver {
+        line: String,
+        to: PathBuf,
+        #[arg(value_enum)]
+        side: transfer::Side,
+    },
     /// The other process of `transfer`
     #[command(name = "transfer-provider", hide = true)]
     Provider {
@@ -185,6 +212,10 @@ struct Transfer {
     /// Where to put the files: about three times the blob's size
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
+
+    /// Also iroh-blobs: its program, as tests/peers builds it
+    #[arg(long, value_name = "FILE", env = "WEFT_BENCH_IROH")]
+    iroh: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -195,7 +226,17 @@ fn main() -> ExitCode {
     let result = match cli.bench {
         Bench::Transfer(options) => {
             let folder = options.folder.unwrap_or_else(std::env::temp_dir);
-            transfer::run(options.mib << 20, options.rounds, &folder, cli.json)
+            let iroh = options.iroh.as_deref();
+            transfer::run(options.mib << 20, options.rounds, &folder, iroh, cli.json)
+        }
+        Bench::Hash {
+            mib,
+            rounds,
+            folder,
+            b3sum,
+        } => {
+            let folder = folder.unwrap_or_else(std::env::temp_dir);
+            hash::run(mib << 20, rounds, &folder, &b3sum, cli.json)
         }
         Bench::Swarm {
             mib,
@@ -232,6 +273,7 @@ fn main() -> ExitCode {
         Bench::StreamProvider { side, size } => stream::provide(side, size),
         Bench::Rpc { rounds, only } => rpc::run(rounds, &only, cli.json),
         Bench::RpcProvider { side } => rpc::provide(side),
+        Bench::Receiver { line, to, side } => transfer::receive(&line, &to, side),
         Bench::Provider { file, side } => transfer::provide(&file, side),
     };
     match result {
