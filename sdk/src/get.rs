@@ -287,6 +287,7 @@ struct Work {
 
 impl Work {
     async fn run(mut self, request: Get) -> Result<Got, Error> {
+        let _stop = StopOnDrop(Arc::clone(&self.counts));
         if request.hf_cache.is_some() && !request.selection.is_everything() {
             return Err(Error::HfCache(HfCacheError::Selection));
         }
@@ -419,7 +420,6 @@ impl Work {
         let folder = folder.to_owned();
         let counts = Arc::clone(&self.counts);
         let (manifest, selected) = (Arc::clone(manifest), selected.clone());
-        let _stop = StopOnDrop(Arc::clone(&counts));
         blocking(move || {
             let plan = Plan::new(&store, &manifest, selected.as_deref(), &folder, counts)?;
             Ok((plan, lease))
@@ -438,7 +438,6 @@ impl Work {
         let folder = folder.to_owned();
         let counts = Arc::clone(&self.counts);
         let (manifest, selected) = (Arc::clone(manifest), Arc::clone(selected));
-        let _stop = StopOnDrop(Arc::clone(&counts));
         blocking(move || {
             let cancelled = &counts.check.cancelled;
             let made = results::write(&store, &manifest, &selected, &folder, cancelled)?;
@@ -455,7 +454,6 @@ impl Work {
     ) -> Result<Arrival, Error> {
         let model = (id, manifest.clone());
         let (store, counts) = (self.node.store().clone(), Arc::clone(&self.counts));
-        let _stop = StopOnDrop(Arc::clone(&counts));
         blocking(move || Ok(destination.begin(&store, model, &counts.check)?)).await
     }
 
@@ -485,7 +483,6 @@ impl Work {
     /// Puts what has arrived where huggingface_hub finds it; the model's folder.
     async fn finish_arrival(&self, arrival: Arrival) -> Result<PathBuf, Error> {
         let counts = Arc::clone(&self.counts);
-        let _stop = StopOnDrop(Arc::clone(&counts));
         let size = arrival.size();
         let exported = blocking(move || Ok(arrival.finish(&counts.check)?)).await?;
         // Files of the same content arrived as one.
@@ -601,7 +598,7 @@ async fn share(node: Node, id: Hash) {
     }
 }
 
-/// Stops the hashing of what is there when the `get` that waits for it is dropped.
+/// Stops the hashing and copying of what is there when the `get` that waits for it is dropped.
 struct StopOnDrop(Arc<plan::Progress>);
 
 impl Drop for StopOnDrop {

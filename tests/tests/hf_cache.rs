@@ -47,6 +47,7 @@ fn by_hand(cache: &Path) {
     put(&acme, COMMIT, "config.json", GIT_BRACES, "{}");
     put(&acme, COMMIT, "sub/notes.txt", GIT_HELLO, "hello\n");
     put(&acme, COMMIT, "weights.bin", "w", vec![7; 300_000]);
+    put(&acme, COMMIT, "twin.bin", "w2", vec![7; 300_000]);
     put(&acme, OTHER, "config.json", "other", "{ }");
     write(&acme.join("refs/main"), COMMIT);
     write(&acme.join("refs/v1"), COMMIT);
@@ -164,7 +165,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     assert_eq!(got["directory"], text(&snapshot.canonicalize().unwrap()));
     assert_eq!(got["bytes_moved"], 300_008);
     let shown = receiver.json(&["show", model]);
-    let weights = shown["files"][2]["sha256"].as_str().unwrap();
+    let weights = shown["files"][3]["sha256"].as_str().unwrap();
     let expected = |refs: &[&str]| {
         let mut expected: Vec<_> = [
             format!("blobs/{weights}: 300000"),
@@ -172,6 +173,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
             format!("blobs/{GIT_HELLO}: 6"),
             format!("snapshots/{commit}/config.json -> ../../blobs/{GIT_BRACES}"),
             format!("snapshots/{commit}/sub/notes.txt -> ../../../blobs/{GIT_HELLO}"),
+            format!("snapshots/{commit}/twin.bin -> ../../blobs/{weights}"),
             format!("snapshots/{commit}/weights.bin -> ../../blobs/{weights}"),
         ]
         .into();
@@ -227,7 +229,7 @@ fn what_is_in_the_way_in_a_cache_is_left_there() {
     let first = provider.up(&[]);
     let model = provider.beside("m");
     write(&model.join("weights.bin"), vec![7; 300_000]);
-    let added = provider.json(&["add", text(&model), "--name", "acme/m"]);
+    provider.json(&["add", text(&model), "--name", "acme/m"]);
     let shown = provider.json(&["show", "acme/m"]);
     let sha256 = shown["files"][0]["sha256"].as_str().unwrap();
     let _second = receiver.up(&["--bootstrap", first.address()]);
@@ -248,7 +250,6 @@ fn what_is_in_the_way_in_a_cache_is_left_there() {
         "{finished:#?}"
     );
     assert_eq!(fs::metadata(&blob).unwrap().ino(), inode);
-    let _ = added;
 }
 
 #[test]
