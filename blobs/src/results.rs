@@ -64,7 +64,16 @@ pub enum ResultError {
     Exists(PathBuf),
 }
 
-/// Makes the files of `selected` below `root`, as far as they are not files of the model themselves; their paths. Durable when it returns. Blocks.
+/// A file that was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Made {
+    /// Where it is.
+    pub path: PathBuf,
+    /// It was made now, and not found with the same content.
+    pub new: bool,
+}
+
+/// Makes the files of `selected` below `root`, as far as they are not files of the model themselves. Durable when it returns. Blocks.
 ///
 /// # Errors
 /// [`ResultError`]; files that are made stay.
@@ -74,7 +83,7 @@ pub fn write(
     selected: &Selected,
     root: &Path,
     cancelled: &AtomicBool,
-) -> Result<Vec<PathBuf>, ResultError> {
+) -> Result<Vec<Made>, ResultError> {
     let mut written = Vec::new();
     for one in selected.files() {
         let file = &manifest.files()[one.file];
@@ -104,8 +113,8 @@ pub fn write(
             };
             plan.write(read, to)
         };
-        place(&target, &file.blake3, fill, cancelled)?;
-        written.push(target);
+        let new = place(&target, &file.blake3, fill, cancelled)?;
+        written.push(Made { path: target, new });
     }
     for index in indices(manifest, selected) {
         let file = &manifest.files()[index];
@@ -126,8 +135,8 @@ pub fn write(
                 to.set_len(0)?;
                 io::Write::write_all(&mut to, &bytes)
             };
-            place(&target, &file.blake3, fill, cancelled)?;
-            written.push(target);
+            let new = place(&target, &file.blake3, fill, cancelled)?;
+            written.push(Made { path: target, new });
         }
     }
     Ok(written)
@@ -186,13 +195,13 @@ fn groups(range: &Range<u64>) -> Range<u64> {
     range.start / GROUP..range.end.div_ceil(GROUP).max(range.start / GROUP + 1)
 }
 
-/// Fills a file beside `target` and gives it its name, unless one with the same content has it.
+/// Fills a file beside `target` and gives it its name, unless one with the same content has it; whether it did.
 fn place(
     target: &Path,
     hash: &Hash,
     fill: impl FnOnce(&File) -> io::Result<()>,
     cancelled: &AtomicBool,
-) -> Result<(), ResultError> {
+) -> Result<bool, ResultError> {
     let folder = target.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(folder).map_err(StoreError::io("cannot make", folder))?;
     let temporary = folder.join(format!("{OWN_PREFIX}{}.new", &hash.to_string()[..32]));
@@ -213,12 +222,13 @@ fn place(
     let placed = filled.map_err(ResultError::from).and_then(|()| {
         let exists = fs::symlink_metadata(target).is_ok();
         match exists && is_same(&temporary, target) {
-            true => Ok(()),
+            true => Ok(false),
             false if exists => Err(ResultError::Exists(target.to_owned())),
             false => {
                 rename_new(&temporary, target)
                     .map_err(StoreError::io("cannot complete", target))?;
-                Ok(sync_folder(folder)?)
+                sync_folder(folder)?;
+                Ok(true)
             }
         }
     });

@@ -140,6 +140,7 @@ mod tests {
             first_group: 3,
             groups: 256,
             cancel: None,
+            proofs_only: false,
         };
         let mut bytes = Vec::new();
         write(&mut bytes, &message, 1024).await.unwrap();

@@ -363,7 +363,7 @@ impl Work {
         }
         drop(plan);
         let results = match &selected {
-            Some(selected) => self.results(&manifest, selected, &directory).await?,
+            Some(selected) => self.results(id, &manifest, selected, &directory).await?,
             None => Vec::new(),
         };
         drop(sharing);
@@ -430,6 +430,7 @@ impl Work {
     /// Makes the files of the selected tensors.
     async fn results(
         &self,
+        id: Hash,
         manifest: &Arc<Manifest>,
         selected: &Arc<Selected>,
         folder: &std::path::Path,
@@ -441,7 +442,10 @@ impl Work {
         blocking(move || {
             let cancelled = &counts.check.cancelled;
             let made = results::write(&store, &manifest, &selected, &folder, cancelled)?;
-            Ok(made)
+            let new = made.iter().filter(|made| made.new);
+            let new: Vec<_> = new.map(|made| made.path.clone()).collect();
+            store.note_results(&id, &new)?;
+            Ok(made.into_iter().map(|made| made.path).collect())
         })
         .await
     }

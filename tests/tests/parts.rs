@@ -190,6 +190,7 @@ async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
         assert_eq!(got.bytes_moved, 0);
         assert_eq!(got.bytes_reused, got.bytes_total);
     }
+    assert!(to.join("config.json").exists());
     // What stands in the way is left alone.
     let other = folder.path().join("other");
     fs::create_dir(&other).unwrap();
@@ -219,6 +220,14 @@ async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
     );
     assert!((got.bytes_moved as usize) < 2 * LAYER + 6 * 65_536);
     weft_tests::same_files(&model, &whole);
+
+    // With the model goes what was made of it, unless it was changed.
+    let mine = folder.path().join("again/model-2-of-2.safetensors");
+    fs::write(&mine, "changed").unwrap();
+    let id = got.model.id.to_string();
+    receiver.models().remove(&id, true).await.unwrap();
+    assert!(!to.join("model-1-of-2.safetensors").exists());
+    assert_eq!(fs::read(&mine).unwrap(), b"changed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -255,6 +255,8 @@ pub struct Model {
     used_at: i64,
     /// What its manifest lists is counted in `refs`.
     counted: bool,
+    /// Files that were made of tensors of it, as they were then.
+    results: Vec<Location>,
 }
 
 /// A name of a model, as the store remembers it.
@@ -283,6 +285,7 @@ impl Model {
             fetched: row.fetched,
             used_at: row.used_at,
             counted: row.counted,
+            results: row.results.iter().map(Location::from).collect(),
         }
     }
 
@@ -301,6 +304,7 @@ impl Model {
             fetched: self.fetched,
             used_at: self.used_at,
             counted: self.counted,
+            results: self.results.iter().map(LocationRow::from).collect(),
         }
     }
 }
@@ -481,6 +485,35 @@ impl Store {
             if let Some(name) = name {
                 set_name(txn, id, name, false)?;
             }
+            Ok(())
+        })
+    }
+
+    /// Notes files that were made of tensors of a model, and are ours to delete with it as long as they are unchanged. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    pub fn note_results(&self, id: &Hash, paths: &[PathBuf]) -> Result<(), StoreError> {
+        let mut locations = Vec::new();
+        for path in paths {
+            let cannot_read = || StoreError::io("cannot read", path);
+            let path = path.canonicalize().map_err(cannot_read())?;
+            let metadata = fs::metadata(&path).map_err(cannot_read())?;
+            locations.push(Location::from_metadata(&path, &metadata));
+        }
+        self.write(|txn| {
+            let mut table = txn.open_table(MODELS).map_err(database)?;
+            let row = match table.get(id.as_bytes()).map_err(database)? {
+                Some(row) => decode::<ModelRow>("models", row.value())?,
+                None => return Err(StoreError::NoSuchModel(*id)),
+            };
+            let mut model = Model::from_row(*id, row);
+            let is_new = |known: &Location| locations.iter().all(|new| new.path != known.path);
+            model.results.retain(is_new);
+            model.results.extend(locations.iter().cloned());
+            table
+                .insert(id.as_bytes(), model.to_row().encode_to_vec().as_slice())
+                .map_err(database)?;
             Ok(())
         })
     }
@@ -802,6 +835,7 @@ fn put_model(
             fetched,
             used_at: now,
             counted: false,
+            results: Vec::new(),
         },
     };
     model.used_at = now;

@@ -163,6 +163,13 @@ impl Store {
                 }
             }
         }
+        for location in self.models()?.iter().flat_map(|model| &model.results) {
+            let bytes = fs::symlink_metadata(&location.path).map_or(0, |file| file.len());
+            match location.path.starts_with(home) {
+                true => usage.models += bytes,
+                false => usage.elsewhere += bytes,
+            }
+        }
         let mut parts: HashSet<PathBuf> = self.open_parts().clone();
         parts.extend(self.all_parts()?.into_values().flatten());
         for part in parts {

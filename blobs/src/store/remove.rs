@@ -143,6 +143,12 @@ impl Forget<'_> {
             drop_refs(txn, model.id, manifest)?;
         }
         let mut deleted = 0;
+        for row in was.results.iter().filter(|_| self.files) {
+            let location = Location::from(row);
+            deleted += u32::from(location.open().is_some());
+            let folder = location.path.parent().unwrap_or(&model.root);
+            doomed.written(&model.id, &location, folder);
+        }
         for file in manifest.iter().flat_map(|manifest| manifest.files()) {
             let hash = file.blake3;
             let path = model.root.join(&file.path);

@@ -56,6 +56,9 @@ pub(super) struct ModelRow {
     /// What its manifest lists is counted in `refs`.
     #[prost(bool, tag = "6")]
     pub(super) counted: bool,
+    /// Files that were made of tensors of it.
+    #[prost(message, repeated, tag = "7")]
+    pub(super) results: Vec<LocationRow>,
 }
 
 #[derive(Clone, PartialEq, Message)]
