@@ -16,7 +16,7 @@
 
 use crate::output::{err, out};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -48,8 +48,6 @@ pub(crate) struct Failure {
     pub(crate) message: String,
     /// What to do next.
     pub(crate) hint: Option<String>,
-    /// With `--json`, the result on standard output says it already.
-    said: bool,
 }
 
 impl Failure {
@@ -59,7 +57,6 @@ impl Failure {
             reason: reason.to_owned(),
             message: message.into(),
             hint: None,
-            said: false,
         }
     }
 
@@ -85,29 +82,21 @@ impl Failure {
         self
     }
 
-    /// As an object.
-    pub(crate) fn json(&self) -> Value {
-        json!({
-            "reason": self.reason,
-            "message": self.message,
-            "hint": self.hint,
-            "code": self.code,
-        })
-    }
-
-    /// With `--json`, the command's result says it.
-    pub(crate) fn said(mut self) -> Self {
-        self.said = true;
-        self
-    }
-
     /// Says it: for people on standard error, with `--json` as an object on standard output.
     pub(crate) fn print(&self, json: bool) {
-        if self.message.is_empty() || (json && self.said) {
+        if self.message.is_empty() {
             return;
         }
         if json {
-            out!("{}", json!({ "error": self.json() }));
+            out!(
+                "{}",
+                json!({ "error": {
+                    "reason": self.reason,
+                    "message": self.message,
+                    "hint": self.hint,
+                    "code": self.code,
+                }})
+            );
             return;
         }
         err!("weft: {}", self.message);
@@ -258,7 +247,6 @@ impl From<Status> for Failure {
             reason: reason.to_owned(),
             message: status.message().to_owned(),
             hint: (!hint.is_empty()).then(|| hint.to_owned()),
-            said: false,
         }
     }
 }

@@ -444,6 +444,7 @@ async fn fetch(
     given: Vec<(PeerId, Vec<Multiaddr>)>,
 ) -> Result<(), Error> {
     let turn = node.turns().take(model, false).await;
+    let _hold = node.hold(model).await?;
     let progress = Arc::new(plan::Progress::default());
     let transfer = Transfer::new(
         node.store(),

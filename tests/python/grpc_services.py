@@ -35,12 +35,21 @@ database = ProtoReflectionDescriptorDatabase(channel)
 described = database.FindFileContainingSymbol("weft.api.v1.Models")
 assert [m.name for s in described.service if s.name == "Models" for m in s.method] == [
     "Add",
+    "AddHfCache",
     "Get",
+    "Read",
     "List",
     "Search",
     "Providers",
     "Show",
     "Remove",
+    "Tag",
+    "Untag",
+    "Tags",
+    "Gc",
+    "Storage",
+    "ChangeQuota",
+    "Verify",
 ]
 
 # Over TCP: with the token, and not without.

@@ -199,7 +199,7 @@ async fn started(home: &Path, listen: Option<&str>, upload: u64) -> Node {
         None => node(home, &[]).await,
         Some(listen) => {
             let builder = Node::builder().home(home).mdns(false);
-            let builder = builder.listen(listen.parse().unwrap());
+            let builder = builder.listen([listen.parse().unwrap()]);
             builder.spawn().await.unwrap()
         }
     };

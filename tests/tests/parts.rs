@@ -393,7 +393,7 @@ async fn a_read_fails_when_nobody_delivers_and_the_next_one_tries_again() {
     assert!(error.to_string().contains("no provider"), "{error}");
     let mut again = Node::builder().home(&home).mdns(false);
     for address in listen {
-        again = again.listen(address.parse().unwrap());
+        again = again.listen([address.parse().unwrap()]);
     }
     let again = again.spawn().await.unwrap();
     let range = timeout(PATIENCE, reader.read_range(0..10)).await.unwrap();

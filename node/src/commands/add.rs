@@ -181,13 +181,10 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
         added.map(|one| (&one.repos, one.done.clone().unwrap_or_default()))
     };
     let all = done.added.len() + done.failed.len();
-    let failure = Failure::new(
-        1,
-        "HF_CACHE",
-        format!("{} of {all} could not be added", done.failed.len()),
-    )
-    .said();
-    let failed = !done.failed.is_empty();
+    let result = match done.failed.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::silent(1, "HF_CACHE")),
+    };
     if as_json {
         let added = added().map(|(repos, done)| {
             let mut json = to_json(&done);
@@ -196,16 +193,15 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
         });
         let lacking = done.failed.iter();
         let lacking = lacking.map(|one| json!({ "what": one.what, "reason": one.reason }));
-        let mut json = json!({
-            "added": added.collect::<Vec<_>>(),
-            "failed": lacking.collect::<Vec<_>>(),
-            "skipped": done.skipped,
-        });
-        if failed {
-            json["error"] = failure.json();
-        }
-        out!("{json}");
-        return if failed { Err(failure) } else { Ok(()) };
+        out!(
+            "{}",
+            json!({
+                "added": added.collect::<Vec<_>>(),
+                "failed": lacking.collect::<Vec<_>>(),
+                "skipped": done.skipped,
+            })
+        );
+        return result;
     }
     for skipped in &done.skipped {
         err!("passed over {skipped}");
@@ -219,8 +215,9 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
         out!("{}:", repos.join(", "));
         print_model(&done, "");
     }
-    if failed {
-        return Err(failure);
+    if !done.failed.is_empty() {
+        err!("{} of {all} could not be added", done.failed.len());
+        return result;
     }
     match done.added.len() {
         0 => out!("there is no model in the cache that a ref points to"),
@@ -233,5 +230,5 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
             output::rate(size, meter.elapsed()),
         ),
     }
-    Ok(())
+    result
 }

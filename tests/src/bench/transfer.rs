@@ -122,22 +122,18 @@ pub fn run(
         );
     }
     let gib = size as f64 / (1_u64 << 30) as f64;
-    let cpu: [(_, fn(&Measured) -> f64); 2] = [
-        ("transfer-cpu-sender", |one| one.sender.cpu),
-        ("transfer-cpu-receiver", |one| one.receiver.cpu),
-    ];
-    for (bench, of) in cpu {
+    let cpu = |bench, of: fn(&Measured) -> f64| {
         let (weft, value) = (middle(&ours, of) / gib, middle(&theirs, of) / gib);
         figure(bench, "s/GiB", "rustls tcp + blake3", weft, value);
-    }
-    let memory: [(_, fn(&Measured) -> f64); 2] = [
-        ("transfer-memory-sender", |one| one.sender.peak),
-        ("transfer-memory-receiver", |one| one.receiver.peak),
-    ];
-    for (bench, of) in memory {
+    };
+    cpu("transfer-cpu-sender", |one| one.sender.cpu);
+    cpu("transfer-cpu-receiver", |one| one.receiver.cpu);
+    let memory = |bench, of: fn(&Measured) -> f64| {
         let weft = middle(&ours, of) / 1e6;
         figure(bench, "MB", "the goal", weft, MEMORY_GOAL / 1e6);
-    }
+    };
+    memory("transfer-memory-sender", |one| one.sender.peak);
+    memory("transfer-memory-receiver", |one| one.receiver.peak);
     Ok(())
 }
 
