@@ -419,17 +419,12 @@ impl Transfer {
             ..
         } = &mut *state;
         if let Some(open) = open.get_mut(&place) {
-            let have = open.partial.have();
             if let Some(known) = &mut open.wanted {
                 known.extend(&wanted);
             }
-            let mut from = groups.start;
-            while let Some(run) = have.next_missing(from, groups.end - from)
-                && run.start < groups.end
-            {
-                from = run.end;
-                schedule.want(place, run.start..run.end.min(groups.end));
-            }
+            let have = open.partial.have();
+            have.runs().for_each(|run| wanted.remove_range(run));
+            wanted.runs().for_each(|run| schedule.want(place, run));
         } else {
             let waiting = wants.iter().position(|(known, _)| *known == place);
             let mut want = match waiting.and_then(|at| wants.remove(at)) {

@@ -512,8 +512,7 @@ impl Work {
             Arc::clone(&self.counts),
             self.shown.clone(),
             known,
-            vec![Limit::new(limit)],
-            priority,
+            (vec![Limit::new(limit)], priority),
         );
         self.enter(GetPhase::Fetching);
         while !plan.is_complete() {

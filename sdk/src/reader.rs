@@ -465,8 +465,7 @@ async fn fetch(
         progress,
         Shown::default(),
         known,
-        Vec::new(),
-        Priority::High,
+        (Vec::new(), Priority::High),
     );
     let idle = async {
         let mut looks = 0;

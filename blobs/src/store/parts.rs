@@ -40,6 +40,10 @@ impl Store {
         if cancelled.load(Ordering::Acquire) {
             return Err(StoreError::Cancelled);
         }
+        if target == self.owned_path(&hash) && !part.exists() && target.exists() {
+            // It got its name, and no row: a crash, or a full disk. Its part's row says what of it is certain.
+            std::fs::rename(target, &part).map_err(StoreError::io("cannot rename", target))?;
+        }
         let committed = self.committed(&part, &hash, &tree)?;
         if committed.is_none() && !self.part_rows(&hash)?.is_empty() {
             // Before the files get their full size: a row from earlier must not vouch for what they hold then.

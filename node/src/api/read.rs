@@ -60,7 +60,7 @@ impl Stream for Reading {
             this.begun = true;
             return Poll::Ready(Some(Ok(ReadResponse {
                 size: this.reader.file().size,
-                content: Vec::new().into(),
+                content: Vec::new(),
             })));
         }
         if this.left == 0 {
@@ -75,10 +75,7 @@ impl Stream for Reading {
             return Poll::Ready(Some(Err(read_status(&error))));
         }
         this.left -= content.len() as u64;
-        Poll::Ready(Some(Ok(ReadResponse {
-            size: 0,
-            content: content.into(),
-        })))
+        Poll::Ready(Some(Ok(ReadResponse { size: 0, content })))
     }
 }
 

@@ -224,8 +224,7 @@ impl Swarm {
         progress: Arc<plan::Progress>,
         shown: Shown,
         Known { given, banned }: Known,
-        limits: Vec<Limit>,
-        priority: Priority,
+        (limits, priority): (Vec<Limit>, Priority),
     ) -> Self {
         let (sender, news) = mpsc::channel(MAX_NEWS);
         let exchanger = node.exchanger();
