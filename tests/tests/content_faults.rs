@@ -33,7 +33,7 @@ fn model(folder: &Path, size: usize) -> PathBuf {
             format!("tensor{i}"): {"dtype": "U8", "shape": [part.len()], "data_offsets": [0, part.len()]},
         });
         let mut file = tensor.to_string();
-        while file.len() % 8 != 0 {
+        while !file.len().is_multiple_of(8) {
             file.push(' ');
         }
         let mut content = (file.len() as u64).to_le_bytes().to_vec();
