@@ -72,6 +72,7 @@ impl Elsewhere {
                     continue;
                 }
                 let mut source = None;
+                let mut tried = false;
                 for tensor in &file.tensors {
                     let Some(places) = wanted.get(&tensor.blake3) else {
                         continue;
@@ -84,7 +85,7 @@ impl Elsewhere {
                         if found.contains_key(place) {
                             continue;
                         }
-                        if source.is_none() && sources < MAX_SOURCES {
+                        if !std::mem::replace(&mut tried, true) && sources < MAX_SOURCES {
                             source = store.whole(&file.blake3)?.map(Arc::new);
                             sources += usize::from(source.is_some());
                         }
@@ -92,7 +93,7 @@ impl Elsewhere {
                             found.insert(*place, (Arc::clone(source), tensor.start));
                         }
                     }
-                    if source.is_none() {
+                    if tried && source.is_none() {
                         // It is not here: no other tensor of it is either.
                         break;
                     }

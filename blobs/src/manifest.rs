@@ -26,6 +26,9 @@ pub const MAX_TENSORS: usize = 1_000_000;
 /// The most dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 32;
 
+/// The most bytes in all files: 16 TiB. What is had of a model is a bit for each 64 KiB, and so 32 MiB at most.
+pub const MAX_SIZE: u64 = 1 << 44;
+
 /// The longest name of a tensor, in bytes.
 pub const MAX_TENSOR_NAME: usize = 1024;
 
@@ -266,10 +269,9 @@ impl Manifest {
                 return refuse("the files are not in order");
             }
             previous = Some(&file.path);
-            // Half of u64 leaves room for every offset computed from a size.
             total = match total.checked_add(file.size) {
-                Some(total) if total <= u64::MAX / 2 => total,
-                _ => return refuse("the sizes add up to more than 2^63 bytes"),
+                Some(total) if total <= MAX_SIZE => total,
+                _ => return refuse("the sizes add up to more than 16 TiB"),
             };
             if *sizes.entry(file.blake3).or_insert(file.size) != file.size {
                 return refuse("it has the hash of something of another size");

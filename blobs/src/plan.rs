@@ -92,6 +92,8 @@ pub(crate) struct Want {
     pub(crate) elsewhere: Option<Arc<Elsewhere>>,
     /// Somebody waits for it.
     pub(crate) urgent: bool,
+    /// No plan wants it.
+    pub(crate) of_reader: bool,
 }
 
 impl Want {
@@ -105,6 +107,7 @@ impl Want {
             had: 0,
             elsewhere: None,
             urgent: false,
+            of_reader: false,
         }
     }
 
@@ -124,7 +127,7 @@ impl Want {
         }
     }
 
-    fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         match &self.groups {
             Some(groups) => groups.bytes(&self.tree),
             None => self.tree.size(),
@@ -195,7 +198,8 @@ impl Plan {
             }
         }
         for mut want in owned {
-            if store.whole(&want.hash)?.is_some() {
+            let whole = store.whole(&want.hash)?;
+            if whole.is_some_and(|whole| whole.tree().size() == want.tree.size()) {
                 plan.progress
                     .done
                     .fetch_add(want.bytes(), Ordering::Relaxed);
@@ -473,7 +477,7 @@ pub(crate) fn open(
 fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, StoreError> {
     let mut sources = match want.tree.size() {
         0 => Vec::new(),
-        _ => store.sources(&want.hash)?,
+        size => store.sources_of(&want.hash, size)?,
     };
     // What an earlier run left is gone on from, and not copied onto itself.
     let own = part_path(&want.target, &want.hash);

@@ -152,13 +152,14 @@ pub(crate) fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
 
 /// What is here of a file's content.
 struct Content<'a> {
+    store: &'a Store,
     file: &'a manifest::File,
     source: Source,
 }
 
 impl<'a> Content<'a> {
     fn open(
-        store: &Store,
+        store: &'a Store,
         file: &'a manifest::File,
         ranges: &[Range<u64>],
     ) -> Result<Self, ResultError> {
@@ -166,9 +167,14 @@ impl<'a> Content<'a> {
             let mut groups = ranges.iter().map(groups);
             groups.all(|groups| source.has(groups))
         };
-        let source = store.sources(&file.blake3)?.into_iter().find(has_all);
+        let source = store.sources_of(&file.blake3, file.size)?;
+        let source = source.into_iter().find(has_all);
         match source {
-            Some(source) => Ok(Self { file, source }),
+            Some(source) => Ok(Self {
+                store,
+                file,
+                source,
+            }),
             None => Err(ResultError::Missing(extract::shown(&file.path))),
         }
     }
@@ -181,6 +187,10 @@ impl<'a> Content<'a> {
         let groups = groups(&range);
         let skip = (range.start - groups.start * GROUP) as usize;
         let content = self.source.read_groups(groups);
+        // Not again until it is verified: the next time it is fetched.
+        if let (Err(ReadError::Damaged(_)), Some(location)) = (&content, self.source.location()) {
+            self.store.damaged(&self.file.blake3, location)?;
+        }
         let mut content = content.map_err(|source| ResultError::Read {
             path: extract::shown(&self.file.path),
             source,

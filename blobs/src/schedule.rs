@@ -280,6 +280,11 @@ impl Schedule {
         key
     }
 
+    /// Whether anything comes before all others.
+    pub(crate) fn is_urged(&self) -> bool {
+        !self.urgent.is_empty()
+    }
+
     /// Takes an [`urge`](Self::urge) back.
     pub(crate) fn calm(&mut self, key: UrgentKey) {
         self.urgent.remove(&key);

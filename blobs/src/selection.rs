@@ -166,6 +166,20 @@ impl Selection {
 }
 
 impl Selected {
+    /// Whole files, by their paths.
+    pub fn of_files(manifest: &Manifest, is_wanted: impl Fn(&str) -> bool) -> Self {
+        let files = manifest.files().iter().enumerate();
+        let files = files.filter(|(_, file)| is_wanted(&file.path));
+        let files = files.map(|(index, file)| SelectedFile {
+            file: index,
+            size: file.size,
+            wanted: Wanted::Whole,
+        });
+        Self {
+            files: files.collect(),
+        }
+    }
+
     /// The files of which anything is wanted, in the manifest's order.
     pub fn files(&self) -> &[SelectedFile] {
         &self.files

@@ -9,7 +9,7 @@ use std::{
     io,
     ops::Range,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -152,8 +152,10 @@ struct State {
     open: HashMap<usize, Open>,
     /// Places of blobs that are whole here.
     whole: Bitfield,
-    /// Parts of which everything that was wanted is here, by place among the blobs.
-    parts: HashMap<usize, Bitfield>,
+    /// The place of the want that is being opened, and what was urged of it meanwhile.
+    opening: Option<(usize, Bitfield)>,
+    /// Parts of which everything that was wanted is here, by place among the blobs. Answers that are still on their way may hold the file.
+    parts: HashMap<usize, (Bitfield, Weak<Partial>)>,
     /// Those who may still want something.
     lingering: usize,
     /// Everything is here, or nothing is wanted any more.
@@ -166,6 +168,8 @@ struct Open {
     partial: Arc<Partial>,
     /// The groups that are wanted, if not all.
     wanted: Option<Bitfield>,
+    /// Those of them that the plan wants; none where only readers want it.
+    planned: Option<Bitfield>,
     elsewhere: Option<Arc<Elsewhere>>,
 }
 
@@ -175,9 +179,21 @@ impl Open {
         let wanted = self.wanted.as_ref();
         wanted.is_some_and(|wanted| self.partial.is_durable(wanted))
     }
+
+    /// Whether only readers wait for what is still to come.
+    fn is_for_readers(&self) -> bool {
+        let planned = self.planned.as_ref();
+        planned.is_some_and(|planned| self.partial.is_durable(planned))
+    }
 }
 
 impl State {
+    /// Whether all that the plan wants is here.
+    fn is_complete(&self) -> bool {
+        self.wants.iter().all(|(_, want)| want.of_reader)
+            && self.open.values().all(Open::is_for_readers)
+    }
+
     /// How many part files may be opened: some more for what somebody waits for.
     fn is_room(&self) -> bool {
         let most = match self.wants.front() {
@@ -192,13 +208,15 @@ impl State {
 /// While it is held, a part of a file comes before everything else; see [`Transfer::urge`].
 #[derive(Debug)]
 pub struct Urged {
-    shared: Arc<Shared>,
+    shared: Weak<Shared>,
     key: UrgentKey,
 }
 
 impl Drop for Urged {
     fn drop(&mut self) {
-        self.shared.state().schedule.calm(self.key);
+        if let Some(shared) = self.shared.upgrade() {
+            shared.state().schedule.calm(self.key);
+        }
     }
 }
 
@@ -228,6 +246,7 @@ pub struct Peer {
     key: PeerKey,
     moved: AtomicU64,
     wasted: AtomicU64,
+    proved: AtomicU64,
 }
 
 impl Drop for Peer {
@@ -271,6 +290,11 @@ impl Peer {
         self.wasted.load(Ordering::Relaxed)
     }
 
+    /// Content bytes that it sent, needed or not, or sent the proofs of.
+    pub fn delivered(&self) -> u64 {
+        self.moved() + self.wasted() + self.proved.load(Ordering::Relaxed)
+    }
+
     /// Bytes a second that it sends, smoothed; zero while that is not known.
     pub fn rate(&self) -> u64 {
         self.shared.state().schedule.rate(self.key) as u64
@@ -304,6 +328,7 @@ impl Transfer {
                     wants: VecDeque::new(),
                     open: HashMap::new(),
                     whole,
+                    opening: None,
                     parts: HashMap::new(),
                     lingering: 0,
                     ended: false,
@@ -328,6 +353,7 @@ impl Transfer {
             shared: Arc::clone(&self.shared),
             moved: AtomicU64::new(0),
             wasted: AtomicU64::new(0),
+            proved: AtomicU64::new(0),
         }
     }
 
@@ -365,14 +391,14 @@ impl Transfer {
                 state.wants.push_back((*place, want));
             }
         }
-        let _stop = StopOnDrop(Arc::clone(&shared.stop));
+        let _stop = StopOnDrop(Arc::clone(shared));
         shared.stop.store(false, Ordering::Release);
         let mut settle_at = Instant::now() + SETTLE;
         loop {
             self.open_some().await?;
             {
                 let mut state = shared.state();
-                if state.wants.is_empty() && state.open.is_empty() && state.lingering == 0 {
+                if state.is_complete() && state.lingering == 0 {
                     state.ended = true;
                     drop(state);
                     shared.changed.notify_waiters();
@@ -416,6 +442,7 @@ impl Transfer {
             schedule,
             wants,
             open,
+            opening,
             ..
         } = &mut *state;
         if let Some(open) = open.get_mut(&place) {
@@ -425,12 +452,15 @@ impl Transfer {
             let have = open.partial.have();
             have.runs().for_each(|run| wanted.remove_range(run));
             wanted.runs().for_each(|run| schedule.want(place, run));
+        } else if let Some((_, more)) = opening.as_mut().filter(|(known, _)| *known == place) {
+            more.extend(&wanted);
         } else {
             let waiting = wants.iter().position(|(known, _)| *known == place);
             let mut want = match waiting.and_then(|at| wants.remove(at)) {
                 Some((_, want)) => want,
                 None => Want {
                     groups: Some(wanted.clone()),
+                    of_reader: true,
                     ..Want::whole(hash, tree.size(), shared.store.owned_path(&hash))
                 },
             };
@@ -445,9 +475,14 @@ impl Transfer {
         shared.open_soon.notify_one();
         shared.changed.notify_waiters();
         Some(Urged {
-            shared: Arc::clone(shared),
+            shared: Arc::downgrade(shared),
             key,
         })
+    }
+
+    /// Whether somebody waits for a part of it.
+    pub fn is_urged(&self) -> bool {
+        self.shared.state().schedule.is_urged()
     }
 
     /// Resolves when something is written after the call, once it has been enabled or polled.
@@ -481,7 +516,7 @@ impl Transfer {
             let here = match (state.open.get(place), state.parts.get(place)) {
                 _ if state.whole.has(*place as u64) => Coming::Whole,
                 (Some(open), _) => Coming::Part(open.partial.have()),
-                (None, Some(part)) => Coming::Part(part.clone()),
+                (None, Some((part, _))) => Coming::Part(part.clone()),
                 (None, None) => Coming::Nothing,
             };
             coming.push((file, here));
@@ -505,29 +540,80 @@ impl Transfer {
         }
         spawn_blocking(move || {
             loop {
-                let next = {
+                let (next, left) = {
                     let mut state = shared.state();
-                    match state.is_room() {
+                    let next = match state.is_room() {
                         true => state.wants.pop_front(),
                         false => None,
+                    };
+                    if let Some((place, want)) = &next {
+                        let none = Bitfield::empty(want.tree.groups());
+                        state.opening = Some((*place, none));
                     }
+                    let left = next.as_ref().and_then(|(place, want)| {
+                        let left = state.parts.get(place)?.1.upgrade()?;
+                        (left.target() == want.target && !left.is_finished()).then_some(left)
+                    });
+                    (next, left)
                 };
-                let Some((place, want)) = next else {
+                let Some((place, mut want)) = next else {
                     return Ok(());
                 };
-                let partial = open(&shared.store, &want, &shared.stop)?;
+                let opened = match left {
+                    Some(left) => Ok(Some(left)),
+                    None => shared.open_part(&want),
+                };
+                let partial = match opened {
+                    Ok(Some(partial)) => partial,
+                    // It has come by another way.
+                    Ok(None) => {
+                        let mut state = shared.state();
+                        state.opening = None;
+                        state.whole.insert(place as u64);
+                        let bytes = want.bytes() - want.had;
+                        shared.progress.done.fetch_add(bytes, Ordering::Relaxed);
+                        drop(state);
+                        shared.written.notify_waiters();
+                        continue;
+                    }
+                    // Another transfer fetches the same content for another model: this one finds it when that is done.
+                    Err(StoreError::Busy(_))
+                        if want.target == shared.store.owned_path(&want.hash) =>
+                    {
+                        let mut state = shared.state();
+                        if let (Some((_, more)), Some(groups)) =
+                            (state.opening.take(), &mut want.groups)
+                        {
+                            groups.extend(&more);
+                        }
+                        want.urgent = false;
+                        state.wants.push_back((place, want));
+                        return Ok(());
+                    }
+                    Err(error) => {
+                        shared.state().opening = None;
+                        return Err(error);
+                    }
+                };
                 let have = partial.have();
                 // It may have vanished or grown since the plan counted it.
                 let bytes = want.wanted(have.clone()).bytes(&want.tree);
                 let done = &shared.progress.done;
                 done.fetch_add(bytes.saturating_sub(want.had), Ordering::Relaxed);
                 done.fetch_sub(want.had.saturating_sub(bytes), Ordering::Relaxed);
+                let planned = match want.of_reader {
+                    true => Some(Bitfield::empty(want.tree.groups())),
+                    false => want.groups.clone(),
+                };
+                let mut state = shared.state();
+                if let (Some((_, more)), Some(groups)) = (state.opening.take(), &mut want.groups) {
+                    groups.extend(&more);
+                }
                 let mut missing = match &want.groups {
                     Some(groups) => groups.clone(),
                     None => Bitfield::full(want.tree.groups()),
                 };
                 have.runs().for_each(|run| missing.remove_range(run));
-                let mut state = shared.state();
                 missing
                     .runs()
                     .for_each(|run| state.schedule.want(place, run));
@@ -540,6 +626,7 @@ impl Transfer {
                     Open {
                         partial,
                         wanted: want.groups,
+                        planned,
                         elsewhere: want.elsewhere,
                     },
                 );
@@ -631,25 +718,29 @@ impl Shared {
             }
             let over = open.is_over();
             if over {
-                parts.insert(*place, open.partial.have());
+                let left = Arc::downgrade(&open.partial);
+                parts.insert(*place, (open.partial.have(), left));
             }
             !over
         });
         Ok(())
     }
 
-    /// The part files that are open.
-    fn open(&self) -> Vec<Arc<Partial>> {
-        let state = self.state();
-        let open = state.open.values();
-        open.map(|open| Arc::clone(&open.partial)).collect()
+    /// The part file of a want; `None` if it is the store's own and whole by now. Blocks.
+    fn open_part(&self, want: &Want) -> Result<Option<Arc<Partial>>, StoreError> {
+        let owned = want.target == self.store.owned_path(&want.hash);
+        if owned
+            && let Some(whole) = self.store.whole(&want.hash)?
+            && whole.tree().size() == want.tree.size()
+        {
+            return Ok(None);
+        }
+        open(&self.store, want, &self.stop).map(Some)
     }
-}
 
-impl Drop for Shared {
-    fn drop(&mut self) {
-        let open = self.open();
-        let store = self.store.clone();
+    /// Lets go of part files; what was written is made durable beside.
+    fn let_go(store: &Store, open: Vec<Arc<Partial>>) {
+        let store = store.clone();
         let settle = move || {
             let dirty: Vec<_> = open.into_iter().filter(|one| one.take_dirty()).collect();
             if !dirty.is_empty()
@@ -662,6 +753,19 @@ impl Drop for Shared {
             Ok(runtime) => drop(runtime.spawn_blocking(settle)),
             Err(_) => settle(),
         }
+    }
+
+    /// The part files that are open.
+    fn open(&self) -> Vec<Arc<Partial>> {
+        let state = self.state();
+        let open = state.open.values();
+        open.map(|open| Arc::clone(&open.partial)).collect()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        Self::let_go(&self.store, self.open());
     }
 }
 
@@ -687,13 +791,19 @@ async fn both(
     }
 }
 
-/// Tells blocking work that outlives its transfer that nobody waits for it any more.
+/// When nobody waits for a transfer any more, blocking work that outlives it is told, and its part files are free for another.
 #[derive(Debug)]
-struct StopOnDrop(Arc<AtomicBool>);
+struct StopOnDrop(Arc<Shared>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+        self.0.stop.store(true, Ordering::Release);
+        let open = self.0.open();
+        let mut state = self.0.state();
+        state.open.clear();
+        state.wants.clear();
+        drop(state);
+        Shared::let_go(&self.0.store, open);
     }
 }
 
@@ -1046,6 +1156,8 @@ impl Session<'_> {
                     let (key, now) = (self.peer.key, self.shared.now());
                     let mut state = self.shared.state();
                     state.schedule.proofs(key, size as u64, now);
+                    drop(state);
+                    self.peer.proved.fetch_add(size as u64, Ordering::Relaxed);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Fetching a model.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, atomic::Ordering},
     time::{Duration, Instant},
@@ -46,6 +46,7 @@ pub struct Get {
     limit: u64,
     priority: Priority,
     selection: Selection,
+    paths: Option<HashSet<String>>,
     hf_cache: Option<IntoCache>,
 }
 
@@ -160,6 +161,7 @@ impl Get {
             limit: 0,
             priority: Priority::default(),
             selection: Selection::default(),
+            paths: None,
             hf_cache: None,
         }
     }
@@ -208,6 +210,12 @@ impl Get {
     /// of a sharded model says where they are. Only their bytes are fetched, and kept in the node's store.
     pub fn tensors(mut self, pattern: Pattern) -> Self {
         self.selection.tensors.push(pattern);
+        self
+    }
+
+    /// Only files at these paths.
+    pub(crate) fn only(mut self, paths: HashSet<String>) -> Self {
+        self.paths = Some(paths);
         self
     }
 
@@ -313,10 +321,12 @@ impl Work {
             lookup.get_or_insert_with(|| started.elapsed());
         };
         let (manifest, known) = found.manifest(&self.node, answered).await?;
-        let selected = match request.selection.is_everything() {
-            true => None,
-            false => Some(Arc::new(request.selection.select(&manifest)?)),
+        let selected = match &request.paths {
+            Some(paths) => Some(Selected::of_files(&manifest, |path| paths.contains(path))),
+            None if request.selection.is_everything() => None,
+            None => Some(request.selection.select(&manifest)?),
         };
+        let selected = selected.map(Arc::new);
 
         // Two of the same model at once: the second finds what the first has fetched.
         let _turn = match self.node.turns().try_take(id) {

@@ -273,10 +273,11 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
         }
         let whole = shared.state().whole.clone();
         let is_whole = whole.is_some();
-        let (store, hash) = (shared.node.store().clone(), shared.file().blake3);
+        let store = shared.node.store().clone();
+        let (hash, size) = (shared.file().blake3, shared.file().size);
         let wanted = groups.clone();
-        let read = blocking(move || Ok(read(&store, hash, whole, wanted)?)).await;
-        match read.map_err(other)? {
+        let read = blocking(move || Ok(read(&store, (hash, size), whole, wanted)?)).await;
+        match read.map_err(other)?? {
             Some((bytes, source)) => {
                 let mut state = shared.state();
                 state.next = group + (bytes.len() as u64).div_ceil(GROUP);
@@ -314,21 +315,25 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
     }
 }
 
-/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is not here, or was found to be damaged.
-/// Blocks.
+/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is not here, or its file was found to be
+/// damaged and is not used any more; an error if what counts as here cannot be read. Blocks.
 #[allow(clippy::type_complexity)]
 fn read(
     store: &Store,
-    hash: Hash,
+    (hash, size): (Hash, u64),
     whole: Option<Arc<Source>>,
     groups: Range<u64>,
-) -> Result<Option<(Vec<u8>, Option<Arc<Source>>)>, StoreError> {
+) -> Result<io::Result<Option<(Vec<u8>, Option<Arc<Source>>)>>, StoreError> {
     if groups.is_empty() {
-        return Ok(Some((Vec::new(), whole)));
+        return Ok(Ok(Some((Vec::new(), whole))));
     }
+    let mut failed = None;
     let sources = match whole {
         Some(whole) => vec![whole],
-        None => store.sources(&hash)?.into_iter().map(Arc::new).collect(),
+        None => {
+            let sources = store.sources_of(&hash, size)?;
+            sources.into_iter().map(Arc::new).collect()
+        }
     };
     for source in sources {
         let have = (groups.start..groups.end).find(|group| !source.has(*group..*group + 1));
@@ -339,17 +344,26 @@ fn read(
         match source.read_groups(here) {
             Ok(bytes) => {
                 let whole = source.is_whole().then_some(source);
-                return Ok(Some((bytes, whole)));
+                return Ok(Ok(Some((bytes, whole))));
             }
             Err(error) => {
                 tracing::warn!(%hash, %error, "what is here cannot be read");
-                if let (ReadError::Damaged(_), Some(location)) = (&error, source.location()) {
-                    store.damaged(&hash, location)?;
+                match (&error, source.location()) {
+                    (ReadError::Damaged(_), Some(location)) => store.damaged(&hash, location)?,
+                    // It is another file now, and not used any more.
+                    (ReadError::Changed, _) => {}
+                    // It counts as here, so nobody would fetch it.
+                    _ => failed = Some(error),
                 }
             }
         }
     }
-    Ok(None)
+    Ok(match failed {
+        Some(error) => Err(io::Error::other(format!(
+            "{error}; `weft verify` finds and repairs it"
+        ))),
+        None => Ok(None),
+    })
 }
 
 fn other(error: Error) -> io::Error {

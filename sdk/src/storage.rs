@@ -1,7 +1,7 @@
 //! What this node keeps on its disk: tags, collection, the quota, and whether everything is still what it was.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, HashSet},
     ops::Range,
     path::{Path, PathBuf},
     sync::{
@@ -13,6 +13,7 @@ use std::{
 use futures::StreamExt;
 use weft_blobs::{
     Manifest,
+    extract::result_path,
     selection::{Selected, Wanted},
     store::{
         self, Need, Room,
@@ -24,6 +25,7 @@ pub use weft_blobs::store::{Collected, Freed, MAX_TAG, MAX_TAGS, Tag, verify::Co
 
 use crate::{
     Error, File, Hash, ModelInfo, Models, Node, Operation, Target,
+    get::Found,
     models::{describe, find},
     node::blocking,
 };
@@ -282,18 +284,20 @@ impl Verify {
             one.action == Action::Reopened
                 && root(&one.model).is_some_and(|root| one.file.starts_with(root))
         };
-        let mut to_fetch: BTreeSet<Hash> = checked
-            .iter()
-            .filter(in_a_model)
-            .map(|one| one.model)
-            .collect();
+        // Of each model the files that are damaged; of one without a manifest, that.
+        let mut to_fetch: BTreeMap<Hash, HashSet<String>> = BTreeMap::new();
+        for one in checked.iter().filter(in_a_model) {
+            let paths = to_fetch.entry(one.model).or_default();
+            paths.insert(one.path.clone());
+        }
         if repair {
-            to_fetch.extend(&without);
+            let without = without.iter();
+            to_fetch.extend(without.map(|id| (*id, HashSet::new())));
         }
         fetching.store(true, Ordering::Relaxed);
-        for id in &to_fetch {
+        for (id, paths) in &to_fetch {
             if let Some(root) = root(id)
-                && let Err(error) = self.fetch(*id, root).await
+                && let Err(error) = self.fetch(*id, root, paths.clone()).await
             {
                 match error {
                     Error::Stopped => return Err(Error::Stopped),
@@ -320,9 +324,14 @@ impl Verify {
         Ok(verified)
     }
 
-    /// Fetches what is missing of a model where it is.
-    async fn fetch(&self, id: Hash, root: PathBuf) -> Result<(), Error> {
-        let mut get = self.node.models().get(Target::Id(id)).to(root).start();
+    /// Fetches files of a model where it is.
+    async fn fetch(&self, id: Hash, root: PathBuf, paths: HashSet<String>) -> Result<(), Error> {
+        if paths.is_empty() {
+            let found = Found::new(&self.node, Target::Id(id), None).await?;
+            return found.manifest(&self.node, || ()).await.map(drop);
+        }
+        let get = self.node.models().get(Target::Id(id)).to(root);
+        let mut get = get.only(paths).start();
         while get.next().await.is_some() {}
         get.await.map(drop)
     }
@@ -387,8 +396,21 @@ impl Node {
                     bytes,
                 })
             };
-            let needs = manifest.files().iter().enumerate().filter_map(need);
-            Ok(store.make_room(needs.collect(), &home, &published)?)
+            let files = || manifest.files().iter().enumerate();
+            let mut needs: Vec<_> = files().filter_map(need).collect();
+            // What is made of tensors is there a second time.
+            for (index, file) in files() {
+                if let Some(chosen) = selected.as_ref().and_then(|selected| selected.get(index))
+                    && chosen.wanted != Wanted::Whole
+                {
+                    needs.push(Need {
+                        target: folder.join(result_path(&file.path)),
+                        hash: file.blake3,
+                        bytes: chosen.bytes(),
+                    });
+                }
+            }
+            Ok(store.make_room(needs, &home, &published)?)
         })
         .await?;
         for model in evicted {

@@ -18,16 +18,17 @@ use tokio::{
 };
 use weft::{Hash, Manifest, ModelName, PeerId, Target, Ticket};
 use weft_blobs::{
-    Plan, Store, Transfer, TransferError,
+    Pattern, Plan, Selection, Store, Transfer, TransferError, availability, extract,
     index::{self, index},
     plan::Progress,
+    selection::Wanted,
     serve::serve,
 };
 use weft_dht::Record;
 use weft_net::identity::Keypair;
 use weft_proto::{
     frame,
-    wire::{BlobRequest, SignedRecord},
+    wire::{BlobRequest, Have, HaveFile, SignedRecord, SwarmMessage, SwarmPeer},
 };
 use weft_tests::Random;
 
@@ -112,6 +113,83 @@ fn messages_names_and_tickets() {
             && let Ok(name) = text.parse::<ModelName>()
         {
             assert_eq!(name.to_string().parse(), Ok(name));
+        }
+    });
+}
+
+#[test]
+fn what_peers_say_that_they_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let manifest = model(&folder.path().join("source"));
+    let store = Store::open(&folder.path().join("store")).unwrap();
+    let message = SwarmMessage {
+        manifest: vec![7; 32].into(),
+        have: Some(Have {
+            complete: false,
+            files: vec![
+                HaveFile {
+                    file: 0,
+                    whole: true,
+                    runs: Vec::new(),
+                },
+                HaveFile {
+                    file: 1,
+                    whole: false,
+                    runs: vec![0, 2, 1, 1],
+                },
+            ],
+        }),
+        peers: vec![SwarmPeer {
+            peer: PeerId::random().to_bytes().into(),
+            addresses: vec![vec![4, 127, 0, 0, 1, 6, 0, 1].into()],
+        }],
+        unknown: false,
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _entered = runtime.enter();
+    check("swarm message", &message.encode_to_vec(), |bytes| {
+        if let Ok(SwarmMessage {
+            have: Some(have), ..
+        }) = SwarmMessage::decode(bytes.as_slice())
+        {
+            let progress = Arc::new(Progress::default());
+            let transfer = Transfer::new(&store, &manifest, progress, 1);
+            availability::hear(&transfer.join(false, None), &have);
+        }
+    });
+}
+
+#[test]
+fn patterns_and_selections_of_mutated_manifests() {
+    let folder = tempfile::tempdir().unwrap();
+    let manifest = model(folder.path()).encode();
+    let selection = Selection {
+        files: vec!["**/*.bin".parse().unwrap()],
+        tensors: vec!["{a,b}".parse().unwrap()],
+    };
+    let header = fs::read(folder.path().join("model.safetensors")).unwrap();
+    check("selection", &manifest, |bytes| {
+        let Ok(manifest) = Manifest::decode(&bytes) else {
+            return;
+        };
+        let Ok(selected) = selection.select(&manifest) else {
+            return;
+        };
+        for one in selected.files() {
+            let file = &manifest.files()[one.file];
+            assert!(one.bytes() <= file.size, "more is wanted than there is");
+            assert!(one.groups().iter().all(|groups| groups.start < groups.end));
+            if let Wanted::Tensors { tensors, .. } = &one.wanted {
+                let _ = extract::plan(file, tensors, &header);
+            }
+        }
+    });
+    check("pattern", b"model.layers.{0..11,a*}.[xyz]?.**", |bytes| {
+        if let Ok(text) = String::from_utf8(bytes)
+            && let Ok(pattern) = text.parse::<Pattern>()
+        {
+            pattern.matches_tensor("model.layers.3.x.weight");
+            pattern.matches_path("model/layers/3");
         }
     });
 }

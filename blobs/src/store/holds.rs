@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{MutexGuard, RwLockWriteGuard},
+    sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use super::{Store, StoreError};
@@ -20,11 +20,7 @@ impl Store {
     /// Protects `hash`: a blob; or a model's manifest, and with it every blob that it lists. Waits for a deletion that is under way, so that what is found or
     /// written after this is not deleted.
     pub fn hold(&self, hash: Hash) -> Hold {
-        let _none_is_deleting = self
-            .inner
-            .deleting
-            .read()
-            .expect("nothing panics while holding the lock");
+        let _none_is_deleting = self.none_deletes();
         *self.counts_of_holds().entry(hash).or_default() += 1;
         Hold {
             store: self.clone(),
@@ -46,6 +42,14 @@ impl Store {
             held.extend(files.map(|file| file.blake3));
         }
         Ok(held)
+    }
+
+    /// Waits for a deletion that is under way; none begins while it is held.
+    pub(super) fn none_deletes(&self) -> RwLockReadGuard<'_, ()> {
+        self.inner
+            .deleting
+            .read()
+            .expect("nothing panics while holding the lock")
     }
 
     /// The right to delete files. Whoever has it decides what goes and deletes it before anybody can take a [`Hold`] on it.

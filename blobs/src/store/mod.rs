@@ -152,6 +152,9 @@ pub enum StoreError {
     /// Another transfer in this process writes the same file.
     #[error("another transfer is writing {}", .0.display())]
     Busy(PathBuf),
+    /// A manifest gives a hash another size than the content has that is here.
+    #[error("the model gives the content {0} another size than it has: it is damaged or hostile")]
+    OtherSize(Hash),
     /// The work was stopped by whoever asked for it.
     #[error("stopped")]
     Cancelled,
@@ -542,6 +545,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it.
     pub fn publish_as(&self, id: &Hash, name: &str) -> Result<(), StoreError> {
+        let _none_is_deleting = self.none_deletes();
         self.model(id)?;
         self.write(|txn| set_name(txn, *id, name, true))
     }
@@ -668,6 +672,16 @@ impl Store {
             Some(whole) => Ok(vec![whole]),
             None => self.parts(hash),
         }
+    }
+
+    /// As [`sources`](Self::sources), of a blob that is said to have this size.
+    ///
+    /// # Errors
+    /// As [`sources`](Self::sources).
+    pub fn sources_of(&self, hash: &Hash, size: u64) -> Result<Vec<Source>, StoreError> {
+        let mut sources = self.sources(hash)?;
+        sources.retain(|source| source.tree().size() == size);
+        Ok(sources)
     }
 
     /// Opens a whole blob; `None` if it is not here, or its file changed.

@@ -40,7 +40,9 @@ impl Store {
         if cancelled.load(Ordering::Acquire) {
             return Err(StoreError::Cancelled);
         }
-        if target == self.owned_path(&hash) && !part.exists() && target.exists() {
+        self.check_size(&hash, &tree)?;
+        let owned = target == self.owned_path(&hash);
+        if owned && !part.exists() && target.exists() && !self.holds(&hash, target)? {
             // It got its name, and no row: a crash, or a full disk. Its part's row says what of it is certain.
             std::fs::rename(target, &part).map_err(StoreError::io("cannot rename", target))?;
         }
@@ -57,6 +59,17 @@ impl Store {
         arriving.retain(|_, known| known.strong_count() > 0);
         arriving.insert(partial.part().to_owned(), Arc::downgrade(&partial));
         Ok(partial)
+    }
+
+    /// A hash has one size: who gives it another is not let near what is here of it.
+    fn check_size(&self, hash: &Hash, tree: &Tree) -> Result<(), StoreError> {
+        let blob = self.blob_row(hash)?;
+        let of_blob = blob.is_some_and(|row| !row.locations.is_empty() && row.size != tree.size());
+        let had = |row: &PartRow| row.size != tree.size() && row.bits.iter().any(|bits| *bits != 0);
+        if of_blob || self.part_rows(hash)?.iter().any(|(_, row)| had(row)) {
+            return Err(StoreError::OtherSize(*hash));
+        }
+        Ok(())
     }
 
     /// Commits what the given partials have verified, after syncing their bytes. Those that are whole become files: synced,
@@ -165,14 +178,17 @@ impl Store {
         size: u64,
     ) -> Result<u64, StoreError> {
         let tree = Tree::new(size);
-        let mut had = Bitfield::empty(tree.groups());
+        let mut had: Option<Bitfield> = None;
         for target in targets {
             let part = part_path(target.as_ref(), hash);
             if let Some(bits) = self.committed(&part, hash, &tree)? {
-                bits.runs().for_each(|run| had.insert_range(run));
+                match &mut had {
+                    Some(had) => had.extend(&bits),
+                    None => had = Some(bits),
+                }
             }
         }
-        Ok(had.bytes(&tree))
+        Ok(had.map_or(0, |had| had.bytes(&tree)))
     }
 
     /// Groups that are verified and durable in the part file of a blob that is to become `target`.

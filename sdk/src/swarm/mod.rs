@@ -489,7 +489,7 @@ impl Swarm {
         let mut busy = 0;
         for member in self.members.values_mut().filter(|one| one.busy) {
             busy += 1;
-            let moved = member.handle.moved();
+            let moved = member.handle.delivered();
             if moved != member.moved.0 {
                 member.moved = (moved, now);
             }
@@ -564,7 +564,7 @@ impl Swarm {
             handle: Arc::clone(&handle),
         });
         let (node, transfer) = (self.node.clone(), self.transfer.clone());
-        member.moved = (handle.moved(), Instant::now());
+        member.moved = (handle.delivered(), Instant::now());
         let stop = Arc::new(Notify::new());
         member.stop = Arc::clone(&stop);
         let mut limits = self.limits.clone();
@@ -573,7 +573,7 @@ impl Swarm {
             let result = tokio::select! {
                 result = transfer.fetch(&handle, stream, &limits) => result,
                 () = stop.notified() => Err(TransferError::Replaced),
-                never = watch(&node, peer, || handle.moved()) => match never {},
+                never = watch(&node, peer, || handle.delivered()) => match never {},
             };
             Event::Ended(peer, result)
         };
@@ -633,8 +633,9 @@ impl Swarm {
     }
 
     fn note_progress(&mut self) {
-        let moved = self.progress.moved.load(Ordering::Relaxed);
-        self.held = self.rank.is_outranked();
+        let moved = self.progress.moved.load(Ordering::Relaxed)
+            + self.progress.reused.load(Ordering::Relaxed);
+        self.held = self.rank.is_outranked() && !self.transfer.is_urged();
         self.transfer.hold_back(self.held);
         if self.held || self.transfer.is_idle() {
             // Nobody is asked for anything: nobody is late.

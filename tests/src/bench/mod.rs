@@ -8,6 +8,7 @@ mod process;
 pub mod rpc;
 pub mod stream;
 pub mod swarm;
+pub mod tensor;
 mod tls;
 pub mod transfer;
 

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
-    bench::{Failure, crdt, dht, hash, nat, rpc, stream, swarm, transfer},
+    bench::{Failure, crdt, dht, hash, nat, rpc, stream, swarm, tensor, transfer},
     lab::{self, Distance},
 };
 
@@ -57,6 +57,16 @@ enum Bench {
         rounds: usize,
 
         /// Where to put the files: about ten times the blob's size
+        #[arg(long, value_name = "DIR")]
+        folder: Option<PathBuf>,
+    },
+    /// One tensor of a large model: what of it travels
+    Tensor {
+        /// Size of the model in MiB; it is sparse, and takes no more room than the tensor
+        #[arg(long, default_value_t = 10_240)]
+        mib: u64,
+
+        /// Where to put the files
         #[arg(long, value_name = "DIR")]
         folder: Option<PathBuf>,
     },
@@ -245,6 +255,10 @@ fn main() -> ExitCode {
         } => {
             let folder = folder.unwrap_or_else(std::env::temp_dir);
             swarm::run(mib << 20, rounds, &folder, cli.json)
+        }
+        Bench::Tensor { mib, folder } => {
+            let folder = folder.unwrap_or_else(std::env::temp_dir);
+            tensor::run(mib << 20, &folder, cli.json)
         }
         Bench::Dht { options, side } => {
             let both = [dht::Side::Weft, dht::Side::Kad];
