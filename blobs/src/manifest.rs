@@ -616,18 +616,18 @@ mod tests {
                 File {
                     tensors: (0..10_u64)
                         .map(|n| {
-                            let start = n << 36;
+                            let start = n << 27;
                             Tensor {
                                 dtype: "F8_E4M3FNUZ".to_owned(),
-                                shape: vec![1 << 20, 1 << 16],
+                                shape: vec![1 << 11, 1 << 16],
                                 ..tensor(
                                     &format!("{path}.layers.{n:026}"),
-                                    start..start + (1 << 36),
+                                    start..start + (1 << 27),
                                 )
                             }
                         })
                         .collect(),
-                    ..file(&path, 10 << 36)
+                    ..file(&path, 10 << 27)
                 }
             })
             .collect();

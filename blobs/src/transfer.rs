@@ -391,7 +391,7 @@ impl Transfer {
                 state.wants.push_back((*place, want));
             }
         }
-        let _stop = StopOnDrop(Arc::clone(shared));
+        let _stop = StopOnDrop(Arc::clone(&shared.stop));
         shared.stop.store(false, Ordering::Release);
         let mut settle_at = Instant::now() + SETTLE;
         loop {
@@ -791,19 +791,13 @@ async fn both(
     }
 }
 
-/// When nobody waits for a transfer any more, blocking work that outlives it is told, and its part files are free for another.
+/// Tells blocking work that outlives its transfer that nobody waits for it any more.
 #[derive(Debug)]
-struct StopOnDrop(Arc<Shared>);
+struct StopOnDrop(Arc<AtomicBool>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
-        self.0.stop.store(true, Ordering::Release);
-        let open = self.0.open();
-        let mut state = self.0.state();
-        state.open.clear();
-        state.wants.clear();
-        drop(state);
-        Shared::let_go(&self.0.store, open);
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -932,6 +926,7 @@ impl Session<'_> {
                 (Next::Ask(run), None) => {
                     // It was completed meanwhile.
                     self.shared.state().schedule.cancelled(self.peer.key, &run);
+                    tokio::task::yield_now().await;
                 }
                 (Next::Cancel(run), _) => {
                     let known = self.asked.cancel(&run);
