@@ -160,21 +160,14 @@ struct Member {
     failures: u32,
     changes: u32,
     reason: String,
-    /// It was reached, and has not what it was asked for; how much it had sent then.
-    lacks: Option<u64>,
+    /// It was reached, and has not what it was asked for.
+    lacks: bool,
     /// How much it has sent, and since when no more.
     moved: (u64, Instant),
     /// Ends what is fetched from it, for another.
     stop: Arc<Notify>,
     /// Its part in the transfer.
     handle: Arc<Peer>,
-}
-
-impl Member {
-    /// Whether it has not what it was asked for, and has sent nothing since.
-    fn lacks(&self) -> bool {
-        self.lacks.is_some_and(|moved| moved == self.handle.moved())
-    }
 }
 
 enum Event {
@@ -346,7 +339,7 @@ impl Swarm {
             failures: 0,
             changes: 0,
             reason: String::new(),
-            lacks: None,
+            lacks: false,
             moved: (0, Instant::now()),
             stop: Arc::default(),
             handle: Arc::new(transfer.join(false, None)),
@@ -529,7 +522,7 @@ impl Swarm {
             Event::Reached(peer, Err(reason)) => {
                 tracing::debug!(%peer, reason, "a provider cannot be reached");
                 if let Some(member) = self.members.get_mut(&peer) {
-                    member.lacks = None;
+                    member.lacks = false;
                 }
                 self.failed(peer, reason);
             }
@@ -613,8 +606,7 @@ impl Swarm {
             }
             Err(error) => {
                 tracing::debug!(%peer, %error, "a provider did not finish");
-                let lacks = matches!(error, TransferError::Missing(_));
-                member.lacks = lacks.then(|| member.handle.moved());
+                member.lacks = matches!(error, TransferError::Missing(_));
                 self.failed(peer, error.to_string());
             }
         }
@@ -686,7 +678,7 @@ impl Swarm {
         let nobody = !self.banned.is_empty() && self.members.is_empty();
         // All who are known are there, and none has the rest: waiting for them to come back would be in vain.
         let mut offering = self.members.values().filter(|one| one.offers).peekable();
-        let all_lack = offering.peek().is_some() && offering.all(Member::lacks);
+        let all_lack = offering.peek().is_some() && offering.all(|one| one.lacks);
         let patience = match all_lack {
             true => FIRST,
             false => self.patience,
