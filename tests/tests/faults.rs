@@ -170,7 +170,7 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
     let finished = receiver.run(&["get", "a/b", "--to", target.to_str().unwrap()]);
     assert_eq!(finished.code(), Some(4), "{finished:#?}");
     assert!(
-        finished.stderr.contains("it does not have"),
+        finished.stderr.contains("it does not have") || finished.stderr.contains("failed to read"),
         "{}",
         finished.stderr
     );
@@ -179,7 +179,8 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
         "{}",
         finished.stderr
     );
-    assert!(begin.elapsed() < Duration::from_secs(30));
+    // Mostly after ten seconds; at the latest when a provider that was lost would be given up.
+    assert!(begin.elapsed() < Duration::from_secs(180));
     assert!(!target.join("model.safetensors").exists());
     let part = fs::read_dir(&target)
         .unwrap()
