@@ -179,8 +179,7 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
         "{}",
         finished.stderr
     );
-    // Mostly after ten seconds; at the latest when a provider that was lost would be given up.
-    assert!(begin.elapsed() < Duration::from_secs(180));
+    assert!(begin.elapsed() < Duration::from_secs(30));
     assert!(!target.join("model.safetensors").exists());
     let part = fs::read_dir(&target)
         .unwrap()
@@ -202,8 +201,12 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
     let _honest = honest.up(&["--bootstrap", daemon.address()]);
     let again = honest.json(&["add", source.to_str().unwrap()]);
     assert_eq!(again["model"]["id"], added["model"]["id"]);
+    // How much came before the bit was met depends on where the receiver began; none of it comes again.
+    let listed = receiver.json(&["ls"]);
+    let here = listed["models"][0]["bytes_here"].as_u64().unwrap();
+    assert!(here > 0, "{listed}");
     let got = receiver.json(&["get", "a/b", "--to", target.to_str().unwrap()]);
-    assert!(got["bytes_reused"].as_u64().unwrap() > 40_000_000, "{got}");
+    assert_eq!(got["bytes_reused"].as_u64().unwrap(), here, "{got}");
     same_files(&source, &target);
 }
 
