@@ -260,6 +260,18 @@ impl Schedule {
         new.into_iter().for_each(|run| self.reopen(blob, run));
     }
 
+    /// Wants nothing of a blob any more: its file is closed.
+    pub(crate) fn unwant(&mut self, blob: usize) {
+        let at = &mut self.blobs[blob];
+        let (first, tree) = (at.first, at.tree);
+        if let Some(need) = at.need.take() {
+            self.needed -= need.count();
+            let pieces = first..first + tree.groups().div_ceil(PIECE);
+            let open: Vec<_> = self.open.range(pieces).map(|(piece, _)| *piece).collect();
+            open.iter().for_each(|piece| drop(self.open.remove(piece)));
+        }
+    }
+
     /// Of these groups this machine has the content in other blobs, as far as is known.
     pub(crate) fn set_elsewhere(&mut self, blob: usize, groups: Bitfield) {
         self.blobs[blob].elsewhere = Some(groups);

@@ -708,16 +708,23 @@ impl Shared {
         }
         let mut state = self.state();
         let State {
-            open, whole, parts, ..
+            schedule,
+            open,
+            whole,
+            parts,
+            ..
         } = &mut *state;
         open.retain(|place, open| {
             if open.partial.is_finished() {
+                schedule.unwant(*place);
                 whole.insert(*place as u64);
                 parts.remove(place);
                 return false;
             }
             let over = open.is_over();
             if over {
+                // What was asked for again while it was on its way to the disk, too.
+                schedule.unwant(*place);
                 let left = Arc::downgrade(&open.partial);
                 parts.insert(*place, (open.partial.have(), left));
             }

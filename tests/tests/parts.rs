@@ -247,6 +247,23 @@ async fn a_part_of_a_model_is_served_to_others() {
     assert_eq!(tensors(&to.join("model-2-of-2.safetensors")).len(), 2);
 }
 
+/// Bytes that came over all connections.
+async fn received(node: &Node) -> u64 {
+    let peers = node.peers().await;
+    let paths = peers.iter().flat_map(|peer| &peer.paths);
+    paths.map(|path| path.moved.0).sum()
+}
+
+/// Waits until that is more than so many.
+async fn until_received(node: &Node, bytes: u64) {
+    let more = async {
+        while received(node).await < bytes {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, more).await.expect("it comes in a minute");
+}
+
 /// A model of one large file and one small.
 fn large(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
     let path = folder.join("model");
@@ -287,13 +304,7 @@ async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
     let range = reader.read_range(39_999_000..u64::MAX).await.unwrap();
     assert!(range == bytes[39_999_000..]);
     assert!(reader.seek(SeekFrom::Current(-50_000_000)).await.is_err());
-    let moved: u64 = receiver
-        .peers()
-        .await
-        .iter()
-        .flat_map(|peer| &peer.paths)
-        .map(|path| path.moved.0)
-        .sum();
+    let moved = received(&receiver).await;
     assert!(moved < 12_000_000, "{moved} bytes came for two places");
 
     reader.seek(SeekFrom::Start(0)).await.unwrap();
@@ -357,10 +368,10 @@ async fn a_get_takes_over_from_a_reader_and_a_reader_from_a_get() {
         let mut all = Vec::new();
         reader.read_to_end(&mut all).await.map(|_| all)
     });
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    until_received(&receiver, 2_000_000).await;
     let to = folder.path().join("got");
     let get = receiver.models().get(target()).to(&to).start();
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    until_received(&receiver, received(&receiver).await + 4_000_000).await;
     drop(get);
     let all = timeout(PATIENCE, reading).await.unwrap().unwrap().unwrap();
     assert!(all == bytes);

@@ -324,3 +324,38 @@ fn any_order_of_events_keeps_the_books() {
         assert!(schedule.open.is_empty(), "seed {seed}");
     }
 }
+
+#[test]
+fn what_is_urgent_comes_first_and_what_is_here_elsewhere_only_with_its_proofs() {
+    let tree = Tree::new(100 * MIB);
+    let mut schedule = Schedule::new([tree], 7);
+    schedule.want(0, 0..tree.groups());
+    let key = schedule.join(false, None);
+    schedule.has_all(key);
+    let urgent = schedule.urge(0, 805..820);
+    let mut elsewhere = Bitfield::empty(tree.groups());
+    elsewhere.insert_range(808..812);
+    schedule.set_elsewhere(0, elsewhere);
+    let mut asked = Vec::new();
+    for _ in 0..4 {
+        let Next::Ask(run) = schedule.next(key, Duration::ZERO) else {
+            panic!("there is a window for four");
+        };
+        asked.push((run.groups, run.proofs_only));
+    }
+    // The pieces that hold what is urgent, in order.
+    let wanted = [
+        (800..808, false),
+        (808..812, true),
+        (812..816, false),
+        (816..832, false),
+    ];
+    assert_eq!(asked, wanted);
+    schedule.calm(urgent);
+    assert!(!schedule.is_urged());
+    schedule.not_elsewhere(0, 808..812);
+    schedule.lost(key);
+    schedule.unwant(0);
+    assert_eq!(schedule.needed(), 0);
+    assert_eq!(schedule.next(key, Duration::ZERO), Next::Wait);
+}
