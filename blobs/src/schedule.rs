@@ -268,7 +268,9 @@ impl Schedule {
             self.needed -= need.count();
             let pieces = first..first + tree.groups().div_ceil(PIECE);
             let open: Vec<_> = self.open.range(pieces).map(|(piece, _)| *piece).collect();
-            open.iter().for_each(|piece| drop(self.open.remove(piece)));
+            for piece in open {
+                self.open.remove(&piece);
+            }
         }
     }
 
