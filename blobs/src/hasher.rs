@@ -10,7 +10,11 @@ use std::{
     fs::File,
     io::{self, Read},
     ops::Range,
-    sync::{Arc, Mutex, atomic::Ordering, mpsc},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -18,7 +22,6 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     Hash,
-    index::Progress,
     tree::{GROUP, Tree},
 };
 
@@ -26,9 +29,9 @@ use crate::{
 /// No less than a group, which reaches back into one piece only.
 const PIECE: u64 = 16 * GROUP;
 
-/// Pieces that may wait for SHA-256, and for the pool. Both fall behind the reader by no more, so that memory is bounded to this many
-/// mebibytes and what is in work: one a core, the one before each, one for SHA-256 and one that is read.
-const QUEUE: usize = 16;
+/// Pieces that may wait for SHA-256 of each file, and for the pool. Both fall behind the reader by no more, so that memory is bounded to this many
+/// mebibytes and what is in work: one a core, the one before each, and for each file one for SHA-256 and one that is read.
+const QUEUE: usize = 8;
 
 /// The hashes of a file.
 #[derive(Debug)]
@@ -47,7 +50,7 @@ pub(crate) enum HashError {
     Io(io::Error),
     /// It ended before the size it had.
     Short,
-    /// [`Progress::cancelled`] was set.
+    /// It was told to stop.
     Cancelled,
 }
 
@@ -185,7 +188,7 @@ impl Hashers {
     }
 
     /// Hashes `file` of `size` bytes from its position, which is its beginning, and each of `tensors`, ranges within it that are in order and do
-    /// not overlap.
+    /// not overlap. `stop`: any of them set ends it. May be called on several threads at once, which share the pool.
     ///
     /// Memory is bounded by [`QUEUE`], and 32 bytes for each group of the file and of the tensors.
     pub(crate) fn hash(
@@ -193,7 +196,7 @@ impl Hashers {
         mut file: &File,
         size: u64,
         tensors: &[Range<u64>],
-        progress: &Progress,
+        (bytes_done, stop): (&AtomicU64, &[&AtomicBool]),
     ) -> Result<Hashed, HashError> {
         let whole = 0..size;
         let layers = Arc::new([
@@ -214,7 +217,7 @@ impl Hashers {
             let mut start = 0;
             let mut before = None;
             loop {
-                if progress.cancelled.load(Ordering::Relaxed) {
+                if stop.iter().any(|stop| stop.load(Ordering::Relaxed)) {
                     return Err(HashError::Cancelled);
                 }
                 let length = (size - start).min(PIECE);
@@ -243,7 +246,7 @@ impl Hashers {
                 });
                 pieces += 1;
                 start += length;
-                progress.bytes_done.fetch_add(length, Ordering::Relaxed);
+                bytes_done.fetch_add(length, Ordering::Relaxed);
             }
             drop(to_sha);
             Ok(sha.join().expect("hashing does not panic"))
@@ -324,16 +327,16 @@ mod tests {
         let path = tempfile::NamedTempFile::new().unwrap();
         path.as_file().write_all(data).unwrap();
         let file = path.reopen().unwrap();
-        let progress = Progress::default();
+        let done = AtomicU64::new(0);
         let size = data.len() as u64;
-        let hashed = hashers.hash(&file, size, ranges, &progress).unwrap();
+        let hashed = hashers.hash(&file, size, ranges, (&done, &[])).unwrap();
         assert_eq!(hashed.blake3, Hash::of(data), "size {size}");
         assert_eq!(hashed.sha256, <[u8; 32]>::from(Sha256::digest(data)));
         assert_eq!(
             hashed.outboard.len() as u64,
             Tree::new(size).outboard_size()
         );
-        assert_eq!(progress.bytes_done.load(Ordering::Relaxed), size);
+        assert_eq!(done.load(Ordering::Relaxed), size);
         let expected: Vec<_> = ranges
             .iter()
             .map(|range| Hash::of(&data[range.start as usize..range.end as usize]))
@@ -405,7 +408,7 @@ mod tests {
             &file,
             whole.end,
             std::slice::from_ref(&whole),
-            &Progress::default(),
+            (&AtomicU64::new(0), &[]),
         );
         assert!(matches!(hashed, Err(HashError::Short)));
     }

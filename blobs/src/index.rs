@@ -6,7 +6,11 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
 };
 
 use crate::{
@@ -16,6 +20,9 @@ use crate::{
     manifest::{self, Manifest, ManifestError, Tensor},
     path::{self as portable, OWN_PREFIX, PathError},
 };
+
+/// Files that are hashed at a time: enough for fast disks and many cores, few enough for those that turn.
+const AT_A_TIME: usize = 4;
 
 /// Folders that tools keep beside a model and that are not part of it.
 pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
@@ -177,11 +184,9 @@ pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
             .bytes_total
             .fetch_add(metadata.len(), Ordering::Relaxed);
     }
-    let hashers = Hashers::start();
     let mut entries = Vec::with_capacity(found.len());
     let mut files = BTreeMap::new();
-    for (name, path) in found {
-        let content = index_file(&path, Format::of(&name), &hashers, progress)?;
+    for (name, content) in index_files(found, progress)? {
         entries.push(manifest::File {
             path: name.clone(),
             size: content.file.location.size,
@@ -190,7 +195,6 @@ pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
             tensors: content.tensors,
         });
         files.insert(name, content.file);
-        progress.files_done.fetch_add(1, Ordering::Relaxed);
     }
     Ok(Indexed {
         manifest: Manifest::new(entries)?,
@@ -208,7 +212,8 @@ pub(crate) fn hash_file(
     path: &Path,
     progress: &Progress,
 ) -> Result<(Hash, IndexedFile), IndexError> {
-    let content = index_file(path, None, &Hashers::start(), progress)?;
+    let stop = [&progress.cancelled];
+    let content = index_file(path, None, &Hashers::start(), (progress, &stop))?;
     Ok((content.blake3, content.file))
 }
 
@@ -278,12 +283,54 @@ fn utf8(path: &Path, relative: &Path) -> Result<String, IndexError> {
     }
 }
 
+/// The files, by name, several at a time: SHA-256 keeps one core busy for each. The first error ends all of it.
+fn index_files(
+    found: BTreeMap<String, PathBuf>,
+    progress: &Progress,
+) -> Result<BTreeMap<String, Content>, IndexError> {
+    let hashers = Hashers::start();
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let threads = cores.min(AT_A_TIME).min(found.len());
+    let left = Mutex::new(found.into_iter());
+    let done = Mutex::new(Ok(BTreeMap::new()));
+    let failed = AtomicBool::new(false);
+    let work = || {
+        loop {
+            let next = left.lock().expect("taking the next does not panic").next();
+            let (Some((name, path)), false) = (next, failed.load(Ordering::Relaxed)) else {
+                return;
+            };
+            let stop = [&progress.cancelled, &failed];
+            let content = index_file(&path, Format::of(&name), &hashers, (progress, &stop));
+            let mut done = done.lock().expect("noting a result does not panic");
+            match (content, &mut *done) {
+                (Ok(content), Ok(done)) => {
+                    done.insert(name, content);
+                    progress.files_done.fetch_add(1, Ordering::Relaxed);
+                }
+                (Err(error), Ok(_)) => {
+                    failed.store(true, Ordering::Relaxed);
+                    *done = Err(error);
+                }
+                // Another failed first.
+                (_, Err(_)) => {}
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(work);
+        }
+    });
+    done.into_inner().expect("noting a result does not panic")
+}
+
 /// One file: what its header says, then all hashes. Each byte is read from disk once; those of the header come from memory the second time.
 fn index_file(
     path: &Path,
     format: Option<Format>,
     hashers: &Hashers,
-    progress: &Progress,
+    (progress, stop): (&Progress, &[&AtomicBool]),
 ) -> Result<Content, IndexError> {
     let io = |source| IndexError::Io {
         path: path.to_owned(),
@@ -303,7 +350,7 @@ fn index_file(
     };
     let ranges: Vec<_> = header.iter().map(|info| info.start..info.end).collect();
     let hashed = hashers
-        .hash(&file, location.size, &ranges, progress)
+        .hash(&file, location.size, &ranges, (&progress.bytes_done, stop))
         .map_err(|error| match error {
             HashError::Io(source) => io(source),
             HashError::Short => IndexError::Changed(path.to_owned()),

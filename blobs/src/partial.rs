@@ -30,9 +30,53 @@ pub(crate) struct Segment {
     /// How many.
     pub(crate) groups: u64,
     /// Their content.
-    pub(crate) data: Vec<u8>,
+    pub(crate) data: Bytes,
     /// Parents that came with them, by index in the outboard.
     pub(crate) parents: Vec<(u64, [u8; PARENT])>,
+}
+
+/// Bytes that grow by what is read into them. Unlike a `Vec`, what was in it before counts as initialized: used again, it is not zeroed again.
+#[derive(Debug, Default)]
+pub(crate) struct Bytes {
+    buffer: Vec<u8>,
+    filled: usize,
+}
+
+impl Bytes {
+    /// Room for `size` bytes more, of any content; [`keep`](Self::keep) makes them count.
+    pub(crate) fn room(&mut self, size: usize) -> &mut [u8] {
+        let end = self.filled + size;
+        if self.buffer.len() < end {
+            self.buffer.resize(end, 0);
+        }
+        &mut self.buffer[self.filled..end]
+    }
+
+    /// Counts the next `size` bytes, for which [`room`](Self::room) has been made.
+    pub(crate) fn keep(&mut self, size: usize) {
+        self.filled += size;
+        debug_assert!(self.filled <= self.buffer.len(), "there was room");
+    }
+
+    /// Forgets all bytes and keeps the memory.
+    pub(crate) fn clear(&mut self) {
+        self.filled = 0;
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(buffer: Vec<u8>) -> Self {
+        let filled = buffer.len();
+        Self { buffer, filled }
+    }
 }
 
 /// What is here of a blob that is arriving, for those who read it. It outlives the [`Partial`], whose lease is for whoever writes.
@@ -95,6 +139,8 @@ pub(crate) struct Partial {
     finished: AtomicBool,
     /// Held for reading while something is written, and for writing while the file gets its name.
     naming: RwLock<()>,
+    /// Held for one write to the file: the kernel takes them one at a time, and threads that wait for their turn there do not sleep.
+    writing: Mutex<()>,
 }
 
 impl Partial {
@@ -145,6 +191,7 @@ impl Partial {
             _lease: lease,
             finished: AtomicBool::new(false),
             naming: RwLock::default(),
+            writing: Mutex::default(),
         })
     }
 
@@ -196,9 +243,13 @@ impl Partial {
     /// Writes verified groups, then counts them as had; how many bytes were new.
     pub(crate) fn write(&self, segment: &Segment) -> Result<u64, StoreError> {
         // What two providers sent: a file that is whole may have its name by now, and is not touched again.
-        let _writing = self
+        let _no_name_yet = self
             .naming
             .read()
+            .expect("nothing panics while holding the lock");
+        let writing = self
+            .writing
+            .lock()
             .expect("nothing panics while holding the lock");
         if self.is_finished() || self.has(segment.first..segment.first + segment.groups) {
             return Ok(0);
@@ -206,6 +257,7 @@ impl Partial {
         self.file
             .write_all_at(&segment.data, segment.first * GROUP)
             .map_err(StoreError::io("cannot write", self.part()))?;
+        drop(writing);
         if let Some((path, file)) = &self.outboard {
             // Parents of one slice mostly lie side by side: one write a run.
             let mut run: Vec<u8> = Vec::new();

@@ -567,7 +567,9 @@ fn copy_range(source: &Source, groups: Range<u64>) -> Result<Segment, ReadError>
         groups: groups.end - groups.start,
         ..Segment::default()
     };
-    source.read_with_parents(groups, &mut segment.data, &mut segment.parents)?;
+    let mut data = Vec::new();
+    source.read_with_parents(groups, &mut data, &mut segment.parents)?;
+    segment.data = data.into();
     Ok(segment)
 }
 

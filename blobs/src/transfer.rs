@@ -1070,27 +1070,19 @@ impl Session<'_> {
                     for limit in self.limits {
                         limit.pass(size as u64).await;
                     }
-                    let at = segment.data.len();
-                    segment.data.resize(at + size, 0);
-                    let group = &mut segment.data[at..];
-                    let checked = match read_exact(reader, group).await {
-                        Ok(()) => verifier.group(group).map_err(corrupt),
-                        Err(error) => Err(error),
-                    };
-                    if let Err(error) = checked {
-                        segment.data.truncate(at);
-                        return Err(error);
-                    }
+                    let group = segment.data.room(size);
+                    read_exact(reader, group).await?;
+                    verifier.group(group).map_err(corrupt)?;
                     let bytes = size as u64;
                     counter.fetch_add(bytes, Ordering::Relaxed);
                     let (key, now) = (self.peer.key, self.shared.now());
                     self.shared.state().schedule.progress(key, bytes, now);
                     *came += 1;
                     if !needed {
-                        segment.data.clear();
                         segment.parents.clear();
                         continue;
                     }
+                    segment.data.keep(size);
                     segment.groups += 1;
                     *verified += 1;
                     self.shared
@@ -1151,7 +1143,8 @@ impl Session<'_> {
                     fits = fits && group.is_some_and(|group| verifier.is_group(group));
                     verifier.skip_group();
                     if let (true, Some(group)) = (fits, group) {
-                        segment.data.extend_from_slice(group);
+                        segment.data.room(group.len()).copy_from_slice(group);
+                        segment.data.keep(group.len());
                         segment.groups += 1;
                         *verified += 1;
                     }
@@ -1251,11 +1244,15 @@ impl Writer<'_> {
     }
 }
 
-/// Fetches a whole manifest over `stream`, checked against its id.
+/// Fetches a whole manifest over `stream`, checked against its id; adds to `received` what has come of it.
 ///
 /// # Errors
 /// [`TransferError`].
-pub async fn fetch_manifest<S>(stream: S, id: Hash) -> Result<Vec<u8>, TransferError>
+pub async fn fetch_manifest<S>(
+    stream: S,
+    id: Hash,
+    received: &AtomicU64,
+) -> Result<Vec<u8>, TransferError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -1289,6 +1286,7 @@ where
                 bytes.resize(at + size, 0);
                 read_exact(&mut reader, &mut bytes[at..]).await?;
                 verifier.group(&bytes[at..]).map_err(corrupt)?;
+                received.fetch_add(size as u64, Ordering::Relaxed);
             }
         }
     }

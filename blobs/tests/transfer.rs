@@ -5,17 +5,25 @@
 use std::{
     fs,
     path::Path,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
+use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use weft_blobs::{
     Hash, Manifest, Plan, PlanError, Store, Transfer, TransferError,
     index::{self, index},
     plan::Progress,
-    serve::serve,
+    serve::{ServeError, serve},
     transfer::fetch_manifest,
+};
+use weft_proto::{
+    frame,
+    wire::{BlobRequest, BlobResponse, blob_response::Status},
 };
 
 const GROUP: usize = 64 * 1024;
@@ -181,7 +189,9 @@ async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
         .map(|(name, size)| (name.as_str(), content(size, size as u64)))
         .collect();
     let world = World::new(&files);
-    let manifest = fetch_manifest(world.connect(), world.id).await.unwrap();
+    let manifest = fetch_manifest(world.connect(), world.id, &AtomicU64::new(0))
+        .await
+        .unwrap();
     assert_eq!(Manifest::decode(&manifest).unwrap(), world.manifest);
     let (mut download, progress) = world.plan("to").unwrap();
     assert!(!download.is_complete());
@@ -512,10 +522,13 @@ async fn providers_that_lie_or_lack_are_told_apart() {
 async fn a_silent_provider_counts_as_lost() {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
     let (near, _far) = duplex(1 << 16);
-    let error = tokio::time::timeout(Duration::from_secs(60), fetch_manifest(near, world.id))
-        .await
-        .unwrap()
-        .unwrap_err();
+    let error = tokio::time::timeout(
+        Duration::from_secs(60),
+        fetch_manifest(near, world.id, &AtomicU64::new(0)),
+    )
+    .await
+    .unwrap()
+    .unwrap_err();
     assert!(matches!(error, TransferError::Stalled));
 }
 
@@ -568,6 +581,169 @@ async fn hostile_requests_are_refused_without_harm() {
         stream.read_to_end(&mut answer).await.unwrap();
         assert!(answer.len() < 16, "{answer:?}");
     }
+}
+
+/// What the provider answers to a request for these groups of the only file, at once and until it ends the stream.
+async fn answer_to(world: &World, first_group: u64, groups: u64, size: u64) -> Vec<u8> {
+    let request = BlobRequest {
+        hash: world.manifest.files()[0].blake3.as_bytes().to_vec().into(),
+        size: Some(size),
+        first_group,
+        groups,
+        ..Default::default()
+    };
+    let mut stream = world.connect();
+    frame::write(&mut stream, &request, 128).await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn ranges_that_make_no_sense_are_refused_and_nothing_is_sent() {
+    let world = World::new(&[("a", content(300 * GROUP, 1))]);
+    let size = 300 * GROUP as u64;
+    let status = |answer: &[u8]| {
+        let answer = BlobResponse::decode_length_delimited(answer).unwrap();
+        answer.status()
+    };
+    for (first, groups) in [
+        (0, 0),
+        (0, 257),
+        (0, u64::MAX),
+        (44, 257),
+        (299, 2),
+        (300, 1),
+        (u64::MAX, 1),
+        (u64::MAX, u64::MAX),
+        (u64::MAX - 1, 2),
+    ] {
+        let answer = answer_to(&world, first, groups, size).await;
+        assert_eq!(status(&answer), Status::BadRequest, "{first}, {groups}");
+        assert!(answer.len() < 16, "{first}, {groups}");
+    }
+    // Of another size there is none.
+    for other in [0, size - 1, size + 1, u64::MAX] {
+        let answer = answer_to(&world, 0, 1, other).await;
+        assert_eq!(status(&answer), Status::NotFound, "{other}");
+    }
+    for (first, groups) in [(0, 256), (44, 256), (299, 1)] {
+        let answer = answer_to(&world, first, groups, size).await;
+        assert!(answer.len() > groups as usize * GROUP, "{first}, {groups}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_requester_that_asks_for_nothing_or_takes_nothing_is_left_after_a_minute() {
+    let world = World::new(&[("a", content(300 * GROUP, 1))]);
+    for asks in [false, true] {
+        let (mut near, far) = duplex(64 * 1024);
+        let store = world.provider.clone();
+        let begun = tokio::time::Instant::now();
+        let serving = tokio::spawn(async move { serve(store, far, &[]).await });
+        if asks {
+            let request = BlobRequest {
+                hash: world.manifest.files()[0].blake3.as_bytes().to_vec().into(),
+                size: Some(300 * GROUP as u64),
+                groups: 256,
+                ..Default::default()
+            };
+            frame::write(&mut near, &request, 128).await.unwrap();
+        }
+        let served = serving.await.unwrap();
+        assert!(matches!(served, Err(ServeError::Idle)), "{served:?}");
+        let took = begun.elapsed();
+        assert!((60..70).contains(&took.as_secs()), "{took:?}");
+        drop(near);
+    }
+}
+
+/// Cuts a file off, and keeps its time.
+fn cut(path: &Path, size: usize) {
+    let file = fs::File::options().write(true).open(path).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    file.set_len(size as u64).unwrap();
+    file.set_modified(modified).unwrap();
+}
+
+#[tokio::test]
+async fn a_file_that_was_cut_off_is_neither_served_nor_taken_over() {
+    let world = World::new(&[("big", content(100 * GROUP + 7, 5))]);
+    let size = world.manifest.size() as usize;
+    let hash = world.manifest.files()[0].blake3;
+    let (mut download, _) = world.plan("to").unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    // Found when it is opened, and when it was open before; by a byte, within a group, and all of it.
+    for left in [size - 1, 50 * GROUP + 9, 0] {
+        let open = world.receiver.sources(&hash).unwrap().remove(0);
+        assert!(open.is_whole());
+        let path = open.path().unwrap().to_owned();
+        cut(&path, left);
+        assert!(open.read_groups(0..101).is_err(), "{left}");
+        assert!(open.read_groups(0..1).is_err(), "{left}");
+        assert!(world.receiver.sources(&hash).unwrap().is_empty(), "{left}");
+        let to = format!("after-{left}");
+        let (mut download, progress) = world.plan(&to).unwrap();
+        assert_eq!(progress.done.load(Ordering::Relaxed), 0, "{left}");
+        download.fetch(world.connect()).await.unwrap();
+        world.assert_equal(&to);
+        assert_eq!(moved(&progress), size as u64, "{left}");
+    }
+    cut(&world.path("source/big"), size - 1);
+    let (mut download, _) = world.plan("last").unwrap();
+    // The last of those that came is still good.
+    assert!(download.is_complete());
+    cut(&world.path("last/big"), 1);
+    cut(&world.path("after-0/big"), 1);
+    download = world.plan("none").unwrap().0;
+    let error = download.fetch(world.connect()).await.unwrap_err();
+    assert!(matches!(error, TransferError::Missing(_)), "{error}");
+    assert!(!world.path("none/big").exists());
+}
+
+#[tokio::test]
+async fn a_part_file_that_was_cut_off_is_begun_anew() {
+    let world = World::new(&[("big", content(300 * GROUP, 3))]);
+    let size = world.manifest.size();
+    for left in [size as usize - 1, 0] {
+        let to = format!("to-{left}");
+        let (mut download, _) = world.plan(&to).unwrap();
+        fetch_some(&world, &mut download, 9 << 20).await;
+        drop(download);
+        let part = part_in(&world.path(&to), size as usize);
+        cut(&part, left);
+        let hash = world.manifest.files()[0].blake3;
+        assert!(world.receiver.sources(&hash).unwrap().is_empty());
+        let (mut download, progress) = world.plan(&to).unwrap();
+        assert_eq!(progress.done.load(Ordering::Relaxed), 0);
+        download.fetch(world.connect()).await.unwrap();
+        world.assert_equal(&to);
+        assert_eq!(moved(&progress), size);
+        fs::remove_dir_all(world.path(&to)).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn of_a_damaged_local_copy_nothing_wrong_is_taken_over() {
+    let data = content(600 * GROUP, 3);
+    let world = World::new(&[("big", data.clone())]);
+    let (mut download, _) = world.plan("to").unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    let path = world.path("to/big");
+    let modified = fs::metadata(&path).unwrap().modified().unwrap();
+    let mut bad = data;
+    bad[400 * GROUP + 5] ^= 1;
+    fs::write(&path, &bad).unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.set_modified(modified).unwrap();
+    let (mut download, progress) = world.plan("again").unwrap();
+    assert!(!download.is_complete());
+    let taken = progress.done.load(Ordering::Relaxed);
+    assert_eq!(taken, 256 * GROUP as u64, "what came before the damage");
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("again");
+    assert_eq!(moved(&progress), world.manifest.size() - taken);
 }
 
 /// Breaks the link to the provider after so many bytes of answers.

@@ -3,10 +3,14 @@
 use std::{
     collections::{BTreeMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
+use futures::{StreamExt, stream::FuturesUnordered};
 use prost::Message;
 use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
@@ -20,7 +24,7 @@ use weft_blobs::{
     transfer::fetch_manifest,
 };
 use weft_dht::Record;
-use weft_net::{Multiaddr, PathKind, PeerId, Transport};
+use weft_net::{Multiaddr, PathKind, PeerId, Stream, Transport};
 use weft_proto::wire;
 
 use crate::{
@@ -34,6 +38,15 @@ use crate::{
 
 /// How often the mesh is told what has come.
 const SHARING: Duration = Duration::from_secs(15);
+
+/// How long a manifest may come slowly before another provider is asked for it too.
+const MANIFEST_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Less than this many bytes in that time is slowly.
+const MANIFEST_LEAST: u64 = 192 * 1024;
+
+/// Providers that are asked for one manifest at a time.
+const MAX_MANIFESTS: usize = 3;
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).
 #[derive(Debug, Clone)]
@@ -698,32 +711,71 @@ impl Found {
         if let Some(manifest) = blocking(move || Ok(store.manifest(&id)?)).await? {
             return Ok((Arc::new(manifest), providers.into_known()));
         }
+        let mut fetches = FuturesUnordered::new();
+        let mut counts: Vec<Arc<AtomicU64>> = Vec::new();
+        let (mut received, mut slow, mut exhausted) = (0, true, None);
         loop {
-            let stream = providers.next().await?;
-            answered();
-            let peer = stream.peer();
-            let fetched = tokio::select! {
-                fetched = fetch_manifest(stream, id) => fetched,
-                never = watch(node, peer, || 0) => match never {},
-            };
-            match fetched {
-                Ok(bytes) => {
-                    providers.succeeded(peer);
-                    let store = node.store().clone();
-                    let manifest = blocking(move || {
-                        // It is what the id names, so no other provider has a better one.
-                        let manifest = Manifest::decode(&bytes)
-                            .map_err(|reason| Error::InvalidContent { model: id, reason })?;
-                        store.add_manifest(&bytes)?;
-                        Ok(manifest)
-                    });
-                    return Ok((Arc::new(manifest.await?), providers.into_known()));
+            if fetches.is_empty()
+                && let Some(error) = exhausted.take()
+            {
+                return Err(error);
+            }
+            let more =
+                fetches.is_empty() || slow && exhausted.is_none() && fetches.len() < MAX_MANIFESTS;
+            tokio::select! {
+                stream = providers.next(), if more => match stream {
+                    Ok(stream) => {
+                        answered();
+                        slow = false;
+                        let count = Arc::new(AtomicU64::new(0));
+                        counts.push(Arc::clone(&count));
+                        fetches.push(fetch_watched(node, stream, id, count));
+                    }
+                    // Who is at work may still finish.
+                    Err(error) => exhausted = Some(error),
+                },
+                Some((peer, fetched)) = fetches.next() => match fetched {
+                    Ok(bytes) => {
+                        providers.succeeded(peer);
+                        let store = node.store().clone();
+                        let manifest = blocking(move || {
+                            // It is what the id names, so no other provider has a better one.
+                            let manifest = Manifest::decode(&bytes)
+                                .map_err(|reason| Error::InvalidContent { model: id, reason })?;
+                            store.add_manifest(&bytes)?;
+                            Ok(manifest)
+                        });
+                        return Ok((Arc::new(manifest.await?), providers.into_known()));
+                    }
+                    Err(TransferError::Store(error)) => return Err(error.into()),
+                    Err(error) => {
+                        providers.failed(peer, &error);
+                        exhausted = None;
+                    }
+                },
+                () = sleep(MANIFEST_PATIENCE), if !more => {
+                    let now = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+                    slow = now - received < MANIFEST_LEAST;
+                    received = now;
                 }
-                Err(TransferError::Store(error)) => return Err(error.into()),
-                Err(error) => providers.failed(peer, &error),
             }
         }
     }
+}
+
+/// Fetches a manifest; who sends it, and how that ended.
+async fn fetch_watched(
+    node: &Node,
+    stream: Stream,
+    id: Hash,
+    received: Arc<AtomicU64>,
+) -> (PeerId, Result<Vec<u8>, TransferError>) {
+    let peer = stream.peer();
+    let fetched = tokio::select! {
+        fetched = fetch_manifest(stream, id, &received) => fetched,
+        never = watch(node, peer, || received.load(Ordering::Relaxed)) => match never {},
+    };
+    (peer, fetched)
 }
 
 /// Which model a name means, and who says so: this node itself, then the registries that it follows, then the DHT.

@@ -39,6 +39,8 @@ pub(crate) struct Providers {
     failures: BTreeMap<PeerId, Failed>,
     /// Sent wrong bytes: never asked again.
     banned: HashSet<PeerId>,
+    /// Asked, and has neither failed nor finished.
+    busy: HashSet<PeerId>,
     /// The first in the queue has proved to be a good one.
     succeeded: bool,
     since: Instant,
@@ -71,6 +73,7 @@ impl Providers {
             queue: VecDeque::new(),
             failures: BTreeMap::new(),
             banned: HashSet::new(),
+            busy: HashSet::new(),
             succeeded: false,
             since: Instant::now(),
             pause: PAUSE.0,
@@ -78,7 +81,8 @@ impl Providers {
         }
     }
 
-    /// A stream to the next provider.
+    /// A stream to the next provider; not to one that is still at work. Dropped while it is waited for, it passes over those that were being reached until the
+    /// next round.
     ///
     /// # Errors
     /// [`Error::NoProvider`] when patience has ended, with what each one did. Every provider that is known has been tried by then.
@@ -86,6 +90,7 @@ impl Providers {
         self.succeeded = false;
         loop {
             if let Some(stream) = self.race().await {
+                self.busy.insert(stream.peer());
                 return Ok(stream);
             }
             let all_banned = !self.failures.is_empty()
@@ -110,6 +115,7 @@ impl Providers {
     /// `peer` has just proved to be a good one: it comes next, and patience begins anew.
     pub(crate) fn succeeded(&mut self, peer: PeerId) {
         self.failures.remove(&peer);
+        self.busy.remove(&peer);
         // We are connected to it: no addresses are needed.
         self.queue.push_front((peer, Vec::new()));
         self.succeeded = true;
@@ -117,6 +123,7 @@ impl Providers {
 
     /// Notes why `peer` did not finish the work.
     pub(crate) fn failed(&mut self, peer: PeerId, error: &TransferError) {
+        self.busy.remove(&peer);
         if error.is_provider_wrong() {
             tracing::warn!(%peer, %error, "a provider is not asked again");
             self.banned.insert(peer);
@@ -168,7 +175,7 @@ impl Providers {
             while running.len() < RACE
                 && let Some((peer, addresses)) = self.queue.pop_front()
             {
-                if self.banned.contains(&peer) {
+                if self.banned.contains(&peer) || self.busy.contains(&peer) {
                     continue;
                 }
                 waiting.push((peer, addresses.clone()));

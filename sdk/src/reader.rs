@@ -20,6 +20,7 @@ use tokio::{
 use weft_blobs::{
     Manifest, Plan, Store, StoreError, Transfer, plan,
     source::{ReadError, Source},
+    store,
     transfer::Urged,
     tree::GROUP,
 };
@@ -48,7 +49,8 @@ const IDLE: Duration = Duration::from_secs(10);
 /// A file of a model, open for reading, wherever its bytes are now. What is here is read from the disk; what is not comes first among all that this node
 /// fetches. Every byte is checked.
 ///
-/// A read waits for its bytes. It fails with an [`Error`] inside when no provider delivers them for too long; the next read tries again.
+/// A read waits for its bytes. It fails with an [`Error`] inside when no provider delivers them for too long, or the quota has no room for them; the next
+/// read tries again.
 /// What comes for readers alone is kept in the node's store.
 pub struct Reader {
     shared: Arc<Shared>,
@@ -78,6 +80,18 @@ struct State {
     next: u64,
     ahead: u64,
     task: Option<Arc<Task>>,
+    /// While the file comes for readers alone.
+    room: Option<Aside>,
+}
+
+/// Room on the disk that is set aside.
+#[derive(Debug)]
+struct Aside {
+    _room: store::Room,
+    /// For how many bytes more that are asked for.
+    left: u64,
+    /// The groups that were asked for last.
+    last: Range<u64>,
 }
 
 impl fmt::Debug for Reader {
@@ -242,9 +256,46 @@ impl Shared {
             return;
         }
         let range = group..group + state.ahead;
+        if let Some(Aside { left, last, .. }) = &mut state.room
+            && !(last.start <= range.start && range.end <= last.end)
+        {
+            *left = left.saturating_sub((range.end - range.start) * GROUP);
+            *last = range.clone();
+        }
         // The new one before the old one ends.
         let urged = transfer.urge(self.file, range.clone());
         state.urged = urged.map(|urged| (range, urged));
+    }
+
+    /// Whether what it asks for comes for readers alone.
+    fn is_alone(&self) -> bool {
+        let task = &self.state().task;
+        task.as_ref().is_some_and(|task| !task.0.is_finished())
+    }
+
+    /// Sees to it that there is room for what is asked for next.
+    async fn make_room(&self) -> io::Result<()> {
+        let ahead = {
+            let mut state = self.state();
+            let ahead = state.ahead * GROUP;
+            match &state.room {
+                Some(aside) if aside.left >= ahead => return Ok(()),
+                // What of it was not used is not counted twice.
+                _ => state.room = None,
+            }
+            ahead
+        };
+        let file = self.file();
+        let room = self
+            .node
+            .make_more_room(self.model, (file.blake3, file.size), 2 * ahead);
+        let room = room.await.map_err(io::Error::other)?;
+        self.state().room = Some(Aside {
+            _room: room,
+            left: 2 * ahead,
+            last: 0..0,
+        });
+        Ok(())
     }
 
     /// A read in order asks for more and more, one that jumps about for little.
@@ -279,12 +330,16 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
         let read = blocking(move || Ok(read(&store, (hash, size), whole, wanted)?)).await;
         match read.map_err(other)?? {
             Some((bytes, source)) => {
-                let mut state = shared.state();
-                state.next = group + (bytes.len() as u64).div_ceil(GROUP);
-                state.whole = source.or_else(|| state.whole.take());
-                let next = state.next;
-                drop(state);
-                if let (Some(transfer), false) = (&transfer, is_whole) {
+                let next = {
+                    let mut state = shared.state();
+                    state.next = group + (bytes.len() as u64).div_ceil(GROUP);
+                    state.whole = source.or_else(|| state.whole.take());
+                    state.next
+                };
+                if let (Some(transfer), false) = (&transfer, is_whole)
+                    // Where there is no room for more, a later read says so.
+                    && (!shared.is_alone() || shared.make_room().await.is_ok())
+                {
                     shared.urge(transfer, next.min(end.div_ceil(GROUP)));
                 }
                 return Ok((group * GROUP, bytes.into()));
@@ -293,6 +348,9 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
         }
         match &transfer {
             Some(transfer) => {
+                if shared.is_alone() {
+                    shared.make_room().await?;
+                }
                 // Also when it was asked for before: another transfer may have taken the place of the one that was asked.
                 shared.state().urged = None;
                 shared.urge(transfer, group);
@@ -305,6 +363,7 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
                 }
             }
             None => {
+                shared.make_room().await?;
                 // It may have ended, for a `get` that has come and gone.
                 let failures = begin(&shared);
                 let begun = *begun.get_or_insert(failures);

@@ -413,6 +413,35 @@ impl Node {
             Ok(store.make_room(needs, &home, &published)?)
         })
         .await?;
+        self.withdraw(evicted);
+        Ok(room)
+    }
+
+    /// Sets room aside for so many bytes more of a file of a model, in the node's store, evicting others if need be.
+    ///
+    /// # Errors
+    /// [`Error::QuotaExceeded`] if there cannot be enough.
+    pub(crate) async fn make_more_room(
+        &self,
+        model: Hash,
+        (hash, size): (Hash, u64),
+        bytes: u64,
+    ) -> Result<Room, Error> {
+        let published = self.listed_models().await?;
+        let (store, home) = (self.store().clone(), self.home().to_owned());
+        let (room, evicted) = blocking(move || {
+            // What is here of it does not go to make room for more.
+            let _hold = store.hold(model);
+            let need = Need::more(&store, hash, size, bytes);
+            Ok(store.make_room(vec![need], &home, &published)?)
+        })
+        .await?;
+        self.withdraw(evicted);
+        Ok(room)
+    }
+
+    /// Tells the mesh what has been evicted. Nobody waits for that: what is not withdrawn ends by itself.
+    fn withdraw(&self, evicted: Vec<store::Model>) {
         for model in evicted {
             let announcer = self.announcer().clone();
             self.spawn(async move {
@@ -421,7 +450,6 @@ impl Node {
                 }
             });
         }
-        Ok(room)
     }
 
     /// The models that this node lists in registries: they stay.

@@ -170,6 +170,11 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
     let error = &refused.json()["error"];
     assert_eq!(error["reason"], "QUOTA_EXCEEDED", "{error}");
     assert!(models.join("c/weights.bin").exists());
+    // Nor does a reader take more than there is room for.
+    let read = receiver.run(&["--json", "cat", &tickets[3], "weights.bin"]);
+    assert_eq!(read.code(), Some(8), "{read:#?}");
+    let storage = receiver.json(&["storage"]);
+    assert_eq!(storage["counted"], 2_400_000, "{storage}");
     // A folder that was chosen elsewhere does not count.
     let elsewhere = receiver.beside("d");
     receiver.json(&["get", &tickets[3], "--to", elsewhere.to_str().unwrap()]);

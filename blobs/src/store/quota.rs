@@ -76,6 +76,17 @@ pub struct Need {
 }
 
 impl Need {
+    /// Of so many bytes more than there are in the store's own part of a blob of `size` bytes. Looks at the disk.
+    pub fn more(store: &Store, hash: Hash, size: u64, bytes: u64) -> Self {
+        let target = store.owned_path(&hash);
+        let here = allocated(&part_path(&target, &hash));
+        Self {
+            target,
+            hash,
+            bytes: here.saturating_add(bytes).min(size),
+        }
+    }
+
     /// What of it is still to come.
     fn rest(&self) -> u64 {
         if fs::symlink_metadata(&self.target).is_ok() {

@@ -93,9 +93,11 @@ impl Origin {
             groups,
             ..Segment::default()
         };
+        let mut data = Vec::new();
         source
-            .read_with_parents(0..groups, &mut segment.data, &mut segment.parents)
+            .read_with_parents(0..groups, &mut data, &mut segment.parents)
             .unwrap();
+        segment.data = data.into();
         partial.write(&segment).unwrap();
         store.settle(&[partial]).unwrap();
     }

@@ -14,7 +14,7 @@ use std::{
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, Semaphore, mpsc},
     time::{Instant, interval, sleep, timeout_at},
 };
 use weft_blobs::{
@@ -42,6 +42,9 @@ const MAX_INTRODUCED: u32 = 256;
 
 /// Addresses kept of a provider.
 const MAX_ADDRESSES: usize = 32;
+
+/// Peers that are reached at a time only to ask what they have: most of those that others speak of may be gone.
+const MAX_REACHING: usize = 8;
 
 /// Peers on the local network that are asked whether they have the model.
 const MAX_NEIGHBOURS: usize = 16;
@@ -88,34 +91,49 @@ pub(crate) struct Source {
     pub(crate) peer: PeerId,
     pub(crate) path: PathKind,
     pub(crate) transport: Transport,
-    /// What its handle counted before this path.
-    before: u64,
-    /// What came over this path, once it is over.
-    bytes: Option<u64>,
-    handle: Arc<Peer>,
+    came: Came,
+}
+
+/// What comes over one path.
+#[derive(Debug, Clone)]
+enum Came {
+    /// It still does; `before` is what the handle had counted until then.
+    Now { handle: Arc<Peer>, before: u64 },
+    /// It is over, and nothing of the transfer is held on to.
+    Over { bytes: u64, wasted: u64 },
 }
 
 impl Source {
     pub(crate) fn is_active(&self) -> bool {
-        self.bytes.is_none()
+        matches!(self.came, Came::Now { .. })
     }
 
     /// Content bytes that it sent over this path.
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
-            .unwrap_or_else(|| self.handle.moved().saturating_sub(self.before))
+        match &self.came {
+            Came::Now { handle, before } => handle.moved().saturating_sub(*before),
+            Came::Over { bytes, .. } => *bytes,
+        }
     }
 
-    /// Content bytes that it sent, over all its paths, and that others had sent before.
+    /// Content bytes that it sent until now, over all its paths, and that others had sent before.
     pub(crate) fn wasted(&self) -> u64 {
-        self.handle.wasted()
+        match &self.came {
+            Came::Now { handle, .. } => handle.wasted(),
+            Came::Over { wasted, .. } => *wasted,
+        }
     }
 
     pub(crate) fn rate(&self) -> u64 {
-        match self.is_active() {
-            true => self.handle.rate(),
-            false => 0,
+        match &self.came {
+            Came::Now { handle, .. } => handle.rate(),
+            Came::Over { .. } => 0,
         }
+    }
+
+    fn end(&mut self) {
+        let (bytes, wasted) = (self.bytes(), self.wasted());
+        self.came = Came::Over { bytes, wasted };
     }
 }
 
@@ -189,6 +207,8 @@ pub(crate) struct Swarm {
     banned: BTreeMap<PeerId, String>,
     asked_neighbours: HashSet<PeerId>,
     introduced: u32,
+    /// Room for those who are being reached to be asked.
+    reaching: Arc<Semaphore>,
     work: FuturesUnordered<BoxFuture<'static, Event>>,
     sessions: FuturesUnordered<BoxFuture<'static, Event>>,
     news: mpsc::Receiver<News>,
@@ -238,6 +258,7 @@ impl Swarm {
             banned,
             asked_neighbours: HashSet::new(),
             introduced: 0,
+            reaching: Arc::new(Semaphore::new(MAX_REACHING)),
             work: FuturesUnordered::new(),
             sessions: FuturesUnordered::new(),
             news,
@@ -304,9 +325,7 @@ impl Swarm {
     }
 
     fn end_sources(&self) {
-        for source in &mut self.shown.state().sources {
-            source.bytes = Some(source.bytes());
-        }
+        self.shown.state().sources.iter_mut().for_each(Source::end);
     }
 
     /// A peer that has the model, or may have.
@@ -408,8 +427,18 @@ impl Swarm {
         }
         let (exchanger, model) = (self.exchanger.clone(), self.model);
         let addresses = member.addresses.clone();
+        let reaching = match member.busy {
+            true => None,
+            false => Some(Arc::clone(&self.reaching)),
+        };
         let work = async move {
-            match exchanger.network.connect(peer, addresses).await {
+            let permit = match reaching {
+                Some(reaching) => reaching.acquire_owned().await.ok(),
+                None => None,
+            };
+            let connected = exchanger.network.connect(peer, addresses).await;
+            drop(permit);
+            match connected {
                 Ok(_) => exchanger.dial(peer, model).await,
                 Err(error) => tracing::debug!(%peer, %error, "a peer cannot be reached"),
             }
@@ -552,9 +581,10 @@ impl Swarm {
             peer,
             path: path.kind,
             transport: path.transport,
-            before: handle.moved(),
-            bytes: None,
-            handle: Arc::clone(&handle),
+            came: Came::Now {
+                before: handle.moved(),
+                handle: Arc::clone(&handle),
+            },
         });
         let (node, transfer) = (self.node.clone(), self.transfer.clone());
         member.moved = (handle.delivered(), Instant::now());
@@ -579,7 +609,7 @@ impl Swarm {
         for source in &mut self.shown.state().sources {
             if source.peer == peer && source.is_active() {
                 sent = source.bytes();
-                source.bytes = Some(sent);
+                source.end();
             }
         }
         let Some(member) = self.members.get_mut(&peer) else {

@@ -177,6 +177,7 @@ impl Blob {
         mut receiver: Provider,
         target: &Path,
     ) -> Result<Measured, Failure> {
+        touch_memory(target, self.size)?;
         sender.forget_peak()?;
         let before = [sender.usage()?, receiver.usage()?];
         let seconds: f64 = receiver.ask("begin")?.parse()?;
@@ -234,6 +235,21 @@ pub(super) fn write_blob(path: &Path, size: u64) -> Result<blake3::Hash, Failure
     }
     file.sync_all()?;
     Ok(hasher.finalize())
+}
+
+/// Has as much memory as a file of this size takes in the page cache be there: a virtual machine gives free memory back to its host within seconds, and takes it
+/// again page by page when it is written to, which costs as much as a transfer. Sides that have waited for different times would not be comparable.
+fn touch_memory(folder: &Path, size: u64) -> Result<(), Failure> {
+    let mut file = tempfile::tempfile_in(folder)?;
+    let buffer = vec![0; BUFFER];
+    let mut left = size;
+    while left > 0 {
+        let n = left.min(BUFFER as u64) as usize;
+        file.write_all(&buffer[..n])?;
+        left -= n as u64;
+    }
+    // Closed, it is gone, without having been written to the disk.
+    Ok(())
 }
 
 async fn node(home: &Path) -> Result<Node, Failure> {

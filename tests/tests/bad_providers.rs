@@ -1,0 +1,307 @@
+//! Providers that keep to the protocol and are of no use: they send another's bytes, a byte a second, or nothing for a while.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf, duplex, split},
+    time::{sleep, timeout},
+};
+use weft::{Error, Got, Hash, Multiaddr, Node, PeerId, Rates, Target, Ticket};
+use weft_blobs::{Manifest, Store, index, serve};
+use weft_dht::Dht;
+use weft_net::{Config, Network, Stream, StreamProtocol, identity::Keypair};
+use weft_proto::{frame, wire};
+use weft_tests::{node, same_files};
+
+const PATIENCE: Duration = Duration::from_secs(80);
+
+/// What the good provider sends at most, in bytes a second.
+const RATE: u64 = 8_000_000;
+
+const SIZE: usize = 12_000_000;
+
+/// A model of two files, and others of the same sizes for other seeds.
+fn model(folder: &Path, seed: u8) -> PathBuf {
+    let path = folder.join(format!("model{seed}"));
+    fs::create_dir(&path).unwrap();
+    let mut bytes = vec![0; SIZE];
+    blake3::Hasher::new()
+        .update(&[seed])
+        .finalize_xof()
+        .fill(&mut bytes);
+    fs::write(path.join("weights.bin"), &bytes[1000..]).unwrap();
+    fs::write(path.join("config.json"), &bytes[..1000]).unwrap();
+    path
+}
+
+/// What answers as a provider does, but for what a test has changed.
+#[derive(Debug)]
+struct Fake {
+    store: Store,
+    /// Whose content is sent for what is asked for.
+    instead: HashMap<Vec<u8>, Hash>,
+    /// Bytes that pass at once; all others at `trickle` bytes a second.
+    free: AtomicU64,
+    trickle: u64,
+    passed: AtomicU64,
+    /// Streams on which content was asked for, and on which the manifest was.
+    asked: [AtomicU64; 2],
+}
+
+impl Fake {
+    fn new(home: &Path, models: &[&Path]) -> (Self, Vec<(Hash, Manifest)>) {
+        let store = Store::open(home).unwrap();
+        let models = models.iter().map(|model| {
+            let indexed = index::index(model, &index::Progress::default()).unwrap();
+            let id = store.add(&indexed, None).unwrap();
+            (id, indexed.manifest)
+        });
+        let models = models.collect();
+        let fake = Self {
+            store,
+            instead: HashMap::new(),
+            free: AtomicU64::new(u64::MAX),
+            trickle: 1,
+            passed: AtomicU64::new(0),
+            asked: [AtomicU64::new(0), AtomicU64::new(0)],
+        };
+        (fake, models)
+    }
+
+    fn sends_instead(&mut self, asked: Hash, sent: Hash) {
+        self.instead.insert(asked.as_bytes().to_vec(), sent);
+    }
+
+    fn asked(&self) -> [u64; 2] {
+        self.asked.each_ref().map(|n| n.load(Ordering::Relaxed))
+    }
+
+    /// Serves until the network is dropped.
+    async fn start(self) -> (Arc<Self>, Network) {
+        let key = Keypair::generate_ed25519();
+        let mut config = Config::new(key.clone());
+        config.mdns = false;
+        config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()]);
+        let network = Network::spawn(config, Dht::new(&key).1).await.unwrap();
+        let mut incoming = network
+            .accept(StreamProtocol::new(serve::PROTOCOL))
+            .unwrap();
+        let fake = Arc::new(self);
+        let serving = Arc::clone(&fake);
+        tokio::spawn(async move {
+            while let Some(stream) = incoming.next().await {
+                tokio::spawn(Arc::clone(&serving).serve(stream));
+            }
+        });
+        (fake, network)
+    }
+
+    async fn serve(self: Arc<Self>, stream: Stream) {
+        let (near, far) = duplex(256 * 1024);
+        let store = self.store.clone();
+        tokio::spawn(async move { serve::serve(store, far, &[]).await });
+        let (answers, requests) = split(near);
+        let (reader, writer) = split(stream);
+        tokio::join!(self.ask(reader, requests), self.answer(answers, writer));
+    }
+
+    async fn ask(&self, mut reader: ReadHalf<Stream>, mut requests: WriteHalf<DuplexStream>) {
+        let mut counted = [false; 2];
+        while let Ok(Some(mut request)) =
+            frame::read::<wire::BlobRequest, _>(&mut reader, 128).await
+        {
+            let kind = usize::from(request.size.is_none());
+            if request.cancel.is_none() && !std::mem::replace(&mut counted[kind], true) {
+                self.asked[kind].fetch_add(1, Ordering::Relaxed);
+            }
+            if let Some(other) = self.instead.get(request.hash.as_ref()) {
+                request.hash = other.as_bytes().to_vec().into();
+            }
+            if frame::write(&mut requests, &request, 128).await.is_err() {
+                return;
+            }
+        }
+        let _ = requests.shutdown().await;
+    }
+
+    async fn answer(&self, mut answers: ReadHalf<DuplexStream>, mut writer: WriteHalf<Stream>) {
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let free = self.free.load(Ordering::Relaxed);
+            let most = match free.saturating_sub(self.passed.load(Ordering::Relaxed)) {
+                0 if self.trickle == 0 => {
+                    sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+                0 => {
+                    sleep(Duration::from_secs(1)).await;
+                    self.trickle as usize
+                }
+                free => buffer.len().min(free as usize),
+            };
+            let Ok(n @ 1..) = answers.read(&mut buffer[..most]).await else {
+                let _ = writer.shutdown().await;
+                return;
+            };
+            self.passed.fetch_add(n as u64, Ordering::Relaxed);
+            if writer.write_all(&buffer[..n]).await.is_err() || writer.flush().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+async fn good(home: &Path, model: &Path) -> (Node, (PeerId, Vec<Multiaddr>)) {
+    let node = node(home, &[]).await;
+    node.set_rates(Rates {
+        upload: RATE,
+        ..Rates::default()
+    });
+    node.models().add(model).start().await.unwrap();
+    let addresses = node.addresses().await.into_iter();
+    let addresses = addresses.map(|address| weft::split_peer_id(address).0);
+    let at = (node.peer_id(), addresses.collect());
+    (node, at)
+}
+
+fn at(network: &Network) -> (PeerId, Vec<Multiaddr>) {
+    (network.local_peer(), network.addresses().all)
+}
+
+async fn get(
+    node: &Node,
+    model: Hash,
+    peers: Vec<(PeerId, Vec<Multiaddr>)>,
+    to: &Path,
+) -> Result<Got, Error> {
+    let ticket = Target::Ticket(Ticket { model, peers });
+    let get = node.models().get(ticket).to(to).start();
+    timeout(PATIENCE, get).await.expect("it ends in time")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_sends_another_blob_is_asked_once_and_nothing_of_it_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let [right, wrong] = [1, 2].map(|seed| model(folder.path(), seed));
+    let (_good, at_good) = good(&folder.path().join("good"), &right).await;
+    for of_manifest in [false, true] {
+        let home = folder.path().join(format!("fake-{of_manifest}"));
+        let (mut fake, models) = Fake::new(&home, &[&right, &wrong]);
+        let (id, other) = (models[0].0, models[1].0);
+        match of_manifest {
+            true => fake.sends_instead(id, other),
+            false => {
+                let [right, wrong] = [0, 1].map(|n: usize| models[n].1.files());
+                for (asked, sent) in right.iter().zip(wrong) {
+                    assert_eq!(asked.size, sent.size);
+                    fake.sends_instead(asked.blake3, sent.blake3);
+                }
+            }
+        }
+        let (fake, network) = fake.start().await;
+        let receiver = node(&folder.path().join(format!("r-{of_manifest}")), &[]).await;
+
+        let to = folder.path().join(format!("alone-{of_manifest}"));
+        let failed = get(&receiver, id, vec![at(&network)], &to).await;
+        let Err(Error::NoProvider { failures, .. }) = failed else {
+            panic!("{failed:?}");
+        };
+        assert!(
+            failures[0].reason.contains("wrong bytes"),
+            "{}",
+            failures[0].reason
+        );
+        assert!(!to.join("weights.bin").exists() && !to.join("config.json").exists());
+        let asked = if of_manifest { [0, 1] } else { [1, 1] };
+        assert_eq!(fake.asked(), asked);
+
+        let to = folder.path().join(format!("both-{of_manifest}"));
+        let got = get(&receiver, id, vec![at(&network), at_good.clone()], &to);
+        let got = got.await.unwrap();
+        same_files(&right, &to);
+        assert!(
+            got.sources
+                .iter()
+                .all(|one| one.peer != network.local_peer())
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_byte_a_second_costs_little_beside_a_good_provider_and_ends_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let right = model(folder.path(), 1);
+    let (_good, at_good) = good(&folder.path().join("good"), &right).await;
+    let alone = SIZE as f64 / RATE as f64;
+    // From the first byte, that is of the manifest; from the first of the content; and in the midst of it.
+    let one = async |free: u64| {
+        let (fake, models) = Fake::new(&folder.path().join(format!("fake-{free}")), &[&right]);
+        fake.free.store(free, Ordering::Relaxed);
+        let (fake, network) = fake.start().await;
+        let receiver = node(&folder.path().join(format!("r-{free}")), &[]).await;
+        let id = models[0].0;
+        let to = folder.path().join(format!("both-{free}"));
+        let begin = Instant::now();
+        get(&receiver, id, vec![at(&network), at_good.clone()], &to)
+            .await
+            .unwrap();
+        let took = begin.elapsed().as_secs_f64();
+        same_files(&right, &to);
+        assert_ne!(fake.asked(), [0, 0], "it was made use of");
+        (took, fake, network, id)
+    };
+    for free in [0, 1000, 2_000_000] {
+        let (took, ..) = one(free).await;
+        println!("{took:.2} s beside one that trickles after {free} bytes, {alone:.2} without");
+        assert!(took < alone + 6.0, "{took} s after {free} bytes");
+    }
+    // Alone: given up, and not waited for for ever.
+    let ends = async |free: u64| {
+        let home = folder.path().join(format!("alone-{free}"));
+        let (fake, models) = Fake::new(&home, &[&right]);
+        fake.free.store(free, Ordering::Relaxed);
+        let (_fake, network) = fake.start().await;
+        let receiver = node(&folder.path().join(format!("ra-{free}")), &[]).await;
+        let to = folder.path().join(format!("got-{free}"));
+        let failed = get(&receiver, models[0].0, vec![at(&network)], &to).await;
+        let Err(Error::NoProvider { failures, .. }) = failed else {
+            panic!("{failed:?}");
+        };
+        assert_eq!(failures[0].peer, network.local_peer());
+    };
+    tokio::join!(ends(0), ends(1000));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_only_provider_that_sends_nothing_for_a_while_is_gone_on_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let right = model(folder.path(), 1);
+    let (mut fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
+    fake.free = AtomicU64::new(3_000_000);
+    fake.trickle = 0;
+    let (fake, network) = fake.start().await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let to = folder.path().join("to");
+    let getting = get(&receiver, models[0].0, vec![at(&network)], &to);
+    // Longer than a stream may stand still.
+    let resumes = async {
+        sleep(Duration::from_secs(25)).await;
+        fake.free.store(u64::MAX, Ordering::Relaxed);
+    };
+    let (got, ()) = tokio::join!(getting, resumes);
+    let got = got.unwrap();
+    same_files(&right, &to);
+    assert_eq!(got.bytes_moved, SIZE as u64, "no checked group comes twice");
+    assert!(fake.asked()[0] >= 2, "the stream that stood still was left");
+}
