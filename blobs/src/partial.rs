@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -79,6 +79,9 @@ impl From<Vec<u8>> for Bytes {
     }
 }
 
+/// Bytes written to a file after which they are sent to the disk without being vouched for: the disk works all the while, and little is left at the end.
+const WRITE_BACK: u64 = 64 << 20;
+
 /// What is here of a blob that is arriving, for those who read it. It outlives the [`Partial`], whose lease is for whoever writes.
 #[derive(Debug)]
 pub(crate) struct Content {
@@ -87,6 +90,12 @@ pub(crate) struct Content {
     tree: Tree,
     file: File,
     have: Mutex<Bitfield>,
+    /// Bytes written since they were last on their way to the disk.
+    unsynced: AtomicU64,
+    /// The file is being synced ahead of time.
+    writing_back: AtomicBool,
+    /// Held during a sync. What a failed one did not bring to the disk the kernel forgets, and the next one succeeds: so none does after it.
+    syncing: Mutex<Option<io::Error>>,
 }
 
 impl Content {
@@ -110,6 +119,39 @@ impl Content {
     /// Whether all of `groups` are had now.
     pub(crate) fn has(&self, groups: Range<u64>) -> bool {
         self.lock().has_all(groups)
+    }
+
+    /// Whether so much was written that [`write_back`](Self::write_back) is to be called; true once.
+    pub(crate) fn is_write_back_due(&self) -> bool {
+        self.unsynced.load(Ordering::Relaxed) >= WRITE_BACK
+            && !self.writing_back.swap(true, Ordering::AcqRel)
+    }
+
+    /// Brings to the disk what was written, ahead of [`Partial::sync`], which tells of an error. Blocks.
+    pub(crate) fn write_back(&self) {
+        if let Err(error) = self.sync_data() {
+            tracing::warn!(%error, path = %self.part.display(), "cannot sync");
+        }
+        self.writing_back.store(false, Ordering::Release);
+    }
+
+    fn syncing(&self) -> std::sync::MutexGuard<'_, Option<io::Error>> {
+        self.syncing
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut failed = self.syncing();
+        self.unsynced.store(0, Ordering::Relaxed);
+        let result = match &*failed {
+            Some(error) => Err(again(error)),
+            None => self.file.sync_data(),
+        };
+        if let (None, Err(error)) = (&*failed, &result) {
+            *failed = Some(again(error));
+        }
+        result
     }
 
     /// Reads what is had.
@@ -137,6 +179,8 @@ pub(crate) struct Partial {
     dirty: AtomicBool,
     /// Has become its target.
     finished: AtomicBool,
+    /// The files' names would survive a crash.
+    named: AtomicBool,
     /// Held for reading while something is written, and for writing while the file gets its name.
     naming: RwLock<()>,
     /// Held for one write to the file: the kernel takes them one at a time, and threads that wait for their turn there do not sleep.
@@ -187,9 +231,13 @@ impl Partial {
                 tree,
                 file,
                 have: Mutex::new(have),
+                unsynced: AtomicU64::new(0),
+                writing_back: AtomicBool::new(false),
+                syncing: Mutex::default(),
             }),
             _lease: lease,
             finished: AtomicBool::new(false),
+            named: AtomicBool::new(kept),
             naming: RwLock::default(),
             writing: Mutex::default(),
         })
@@ -225,6 +273,25 @@ impl Partial {
             .expect("nothing panics while holding the lock") = groups;
     }
 
+    /// The folders that its files are in, unless their names were synced before.
+    pub(crate) fn unnamed_in(&self) -> impl Iterator<Item = &Path> {
+        let paths = [
+            Some(self.part()),
+            self.outboard.as_ref().map(|(path, _)| path.as_path()),
+        ];
+        let unnamed = !self.named.load(Ordering::Acquire);
+        paths
+            .into_iter()
+            .flatten()
+            .filter(move |_| unnamed)
+            .filter_map(Path::parent)
+    }
+
+    /// Their names were synced.
+    pub(crate) fn set_named(&self) {
+        self.named.store(true, Ordering::Release);
+    }
+
     /// Whether it has become its target.
     pub(crate) fn is_finished(&self) -> bool {
         self.finished.load(Ordering::Acquire)
@@ -258,6 +325,8 @@ impl Partial {
             .write_all_at(&segment.data, segment.first * GROUP)
             .map_err(StoreError::io("cannot write", self.part()))?;
         drop(writing);
+        let bytes = segment.data.len() as u64;
+        self.unsynced.fetch_add(bytes, Ordering::Relaxed);
         if let Some((path, file)) = &self.outboard {
             // Parents of one slice mostly lie side by side: one write a run.
             let mut run: Vec<u8> = Vec::new();
@@ -287,12 +356,13 @@ impl Partial {
     pub(crate) fn sync(&self) -> Result<Bitfield, StoreError> {
         // Taken first: what arrives during the sync is not vouched for.
         let have = self.have();
-        self.file
-            .sync_data()
+        self.sync_data()
             .map_err(StoreError::io("cannot sync", self.part()))?;
-        if let Some((path, file)) = &self.outboard {
-            file.sync_data()
-                .map_err(StoreError::io("cannot sync", path))?;
+        if let Some((path, file)) = &self.outboard
+            && let Err(error) = file.sync_data()
+        {
+            self.syncing().get_or_insert_with(|| again(&error));
+            return Err(StoreError::io("cannot sync", path)(error));
         }
         Ok(have)
     }
@@ -318,6 +388,14 @@ impl Deref for Partial {
 
     fn deref(&self) -> &Content {
         &self.content
+    }
+}
+
+/// The same error once more.
+fn again(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(code) => io::Error::from_raw_os_error(code),
+        None => io::Error::new(error.kind(), error.to_string()),
     }
 }
 

@@ -1217,6 +1217,10 @@ impl Writer<'_> {
             let new = partial.write(&segment)?;
             shared.progress.done.fetch_add(new, Ordering::Relaxed);
             shared.written.notify_waiters();
+            if partial.is_write_back_due() {
+                let content = Arc::clone(partial.content());
+                spawn_blocking(move || content.write_back());
+            }
             // Make room for more, or come to the end, before the second is over.
             let state = shared.state();
             let full = partial.is_full() && state.open.len() >= MAX_OPEN / 2;

@@ -91,13 +91,14 @@ impl Store {
                 progressed.push((partial, bits));
             }
         }
-        let folders: BTreeSet<&Path> = finished
-            .iter()
-            .filter_map(|(partial, _)| partial.target().parent())
-            .collect();
+        let targets = finished.iter();
+        let targets = targets.filter_map(|(partial, _)| partial.target().parent());
+        let unnamed = partials.iter().flat_map(|partial| partial.unnamed_in());
+        let folders: BTreeSet<&Path> = targets.chain(unnamed).collect();
         for folder in folders {
             sync_folder(folder)?;
         }
+        partials.iter().for_each(|partial| partial.set_named());
         self.write(|txn| {
             for (partial, location) in &finished {
                 put_location(txn, &partial.hash(), location, true)?;
