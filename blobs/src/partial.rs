@@ -129,7 +129,7 @@ impl Content {
 
     /// Brings to the disk what was written, ahead of [`Partial::sync`], which tells of an error. Blocks.
     pub(crate) fn write_back(&self) {
-        if let Err(error) = self.sync_data() {
+        if let Err(error) = self.sync_to_disk(false) {
             tracing::warn!(%error, path = %self.part.display(), "cannot sync");
         }
         self.writing_back.store(false, Ordering::Release);
@@ -141,13 +141,17 @@ impl Content {
             .expect("nothing panics while holding the lock")
     }
 
-    fn sync_data(&self) -> io::Result<()> {
+    /// Syncs the file; `whole`: with its times, which a whole file is known by.
+    fn sync_to_disk(&self, whole: bool) -> io::Result<()> {
         let mut failed = self.syncing();
         self.unsynced.store(0, Ordering::Relaxed);
         let result = match &*failed {
             Some(error) => Err(again(error)),
+            None if whole => self.file.sync_all(),
             None => self.file.sync_data(),
         };
+        #[cfg(test)]
+        crate::testing::power::synced(&self.part);
         if let (None, Err(error)) = (&*failed, &result) {
             *failed = Some(again(error));
         }
@@ -356,13 +360,17 @@ impl Partial {
     pub(crate) fn sync(&self) -> Result<Bitfield, StoreError> {
         // Taken first: what arrives during the sync is not vouched for.
         let have = self.have();
-        self.sync_data()
+        self.sync_to_disk(have.is_full())
             .map_err(StoreError::io("cannot sync", self.part()))?;
         if let Some((path, file)) = &self.outboard
             && let Err(error) = file.sync_data()
         {
             self.syncing().get_or_insert_with(|| again(&error));
             return Err(StoreError::io("cannot sync", path)(error));
+        }
+        #[cfg(test)]
+        if let Some((path, _)) = &self.outboard {
+            crate::testing::power::synced(path);
         }
         Ok(have)
     }

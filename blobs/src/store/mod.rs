@@ -27,6 +27,8 @@ mod tags;
 mod testing;
 #[cfg(test)]
 mod torn;
+#[cfg(test)]
+mod torn_files;
 pub mod verify;
 
 use std::{
@@ -947,7 +949,10 @@ fn has_size(path: &Path, size: u64) -> bool {
 pub(crate) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     File::open(folder)
         .and_then(|folder| folder.sync_all())
-        .map_err(StoreError::io("cannot sync", folder))
+        .map_err(StoreError::io("cannot sync", folder))?;
+    #[cfg(test)]
+    crate::testing::power::names_synced(folder);
+    Ok(())
 }
 
 /// Removes a file that nothing refers to any more.

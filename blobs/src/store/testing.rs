@@ -69,7 +69,7 @@ impl Origin {
         file.unwrap().blake3
     }
 
-    fn source(&self, hash: &Hash) -> Source {
+    pub(super) fn source(&self, hash: &Hash) -> Source {
         self.store.whole(hash).unwrap().unwrap()
     }
 

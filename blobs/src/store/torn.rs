@@ -93,7 +93,7 @@ impl Disk {
 
 /// A handle on the disk, which outlives the database.
 #[derive(Debug, Clone, Default)]
-struct Backend(Arc<Mutex<Disk>>);
+pub(super) struct Backend(Arc<Mutex<Disk>>);
 
 impl StorageBackend for Backend {
     fn len(&self) -> io::Result<u64> {
@@ -134,7 +134,18 @@ impl Backend {
         Ok(())
     }
 
-    fn open(&self, folder: &Path) -> Result<Store, StoreError> {
+    /// The power goes after so many writes and syncs.
+    pub(super) fn goes_after(&self, writes: usize) {
+        self.0.lock().unwrap().left = Some(writes);
+    }
+
+    /// The disk as it is when the power is back.
+    pub(super) fn after_crash(&self, random: &mut Random) -> Self {
+        let after = self.0.lock().unwrap().after_crash(random);
+        Self(Arc::new(Mutex::new(after)))
+    }
+
+    pub(super) fn open(&self, folder: &Path) -> Result<Store, StoreError> {
         let lock = Lock::take(folder)?;
         let database = Database::builder()
             .set_cache_size(DATABASE_CACHE)
@@ -250,11 +261,10 @@ fn what_was_acknowledged_survives_writes_that_are_lost_or_torn() {
             // Counts are of the same transactions.
             let before = store.collect(true).unwrap();
             assert_eq!(before.locations, 0, "seed {seed}");
-            backend.0.lock().unwrap().left = Some(random.below(120));
+            backend.goes_after(random.below(120));
             possible = change(&store, &models, found, &mut random);
             drop(store);
-            let after = backend.0.lock().unwrap().after_crash(&mut random);
-            backend = Backend(Arc::new(Mutex::new(after)));
+            backend = backend.after_crash(&mut random);
         }
         let store = backend.open(&folder).unwrap();
         let found = Acknowledged::of(&store);

@@ -9,7 +9,12 @@ use weft_proto::api::{
     add_event, add_hf_cache_event,
 };
 
-use super::{absolute, hf_cache, show::model_json};
+use super::{
+    absolute,
+    follow::{Event, follow},
+    hf_cache,
+    show::model_json,
+};
 use crate::{
     cli::Add,
     client::Client,
@@ -29,7 +34,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
         let path = absolute(path)?;
         let request = AddRequest { path, name };
         let events = client.models().add(request).await?.into_inner();
-        let done = follow(events, &mut meter, &mut stop, "nothing was added").await?;
+        let done = shown(events, &mut meter, &mut stop, "nothing was added").await?;
         print(&done, &meter, as_json);
         return Ok(());
     };
@@ -43,19 +48,12 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
         name,
     };
     let events = client.models().add_hf_cache(request).await?.into_inner();
-    let done = follow(events, &mut meter, &mut stop, "what was added stays").await?;
+    let done = shown(events, &mut meter, &mut stop, "what was added stays").await?;
     print_cache(done, &meter, as_json)
 }
 
-/// What a stream of events says.
-trait Event {
-    type Done;
-
-    /// `None`: it says nothing that this program knows.
-    fn event(self) -> Option<Result<AddProgress, Self::Done>>;
-}
-
 impl Event for AddEvent {
+    type Progress = AddProgress;
     type Done = AddDone;
 
     fn event(self) -> Option<Result<AddProgress, AddDone>> {
@@ -67,6 +65,7 @@ impl Event for AddEvent {
 }
 
 impl Event for AddHfCacheEvent {
+    type Progress = AddProgress;
     type Done = AddHfCacheDone;
 
     fn event(self) -> Option<Result<AddProgress, AddHfCacheDone>> {
@@ -77,42 +76,24 @@ impl Event for AddHfCacheEvent {
     }
 }
 
-/// Shows progress until it is done; `stopped` is what is to be said when it is stopped before.
-async fn follow<E: Event>(
-    mut events: Streaming<E>,
+/// Shows progress until it is done; `stopped` is what is to be said when it is stopped before the model is added.
+async fn shown<E: Event<Progress = AddProgress>>(
+    events: Streaming<E>,
     meter: &mut Meter,
     stop: &mut Stop,
     stopped: &str,
 ) -> Result<E::Done, Failure> {
-    let mut phase = String::new();
-    loop {
-        let message = tokio::select! {
-            message = events.message() => message,
-            () = stop.wait() => {
-                meter.finish();
-                return Err(Failure::interrupted(if phase == "publishing" {
-                    "stopped; the model is added, and is announced when this node meets others".to_owned()
-                } else {
-                    format!("stopped; {stopped}")
-                }));
-            }
-        };
-        let message = message.inspect_err(|_| meter.finish())?;
-        match message.and_then(Event::event) {
-            Some(Ok(progress)) => {
-                meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
-                phase = progress.phase;
-            }
-            Some(Err(done)) => {
-                meter.finish();
-                return Ok(done);
-            }
-            None => {
-                meter.finish();
-                return Err(Failure::other("the node ended the call without a result"));
-            }
-        }
-    }
+    let show = |meter: &mut Meter, progress: &AddProgress| {
+        meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
+    };
+    let stopped = |last: &AddProgress| {
+        Failure::interrupted(match last.phase == "publishing" {
+            true => "stopped; the model is added, and is announced when this node meets others"
+                .to_owned(),
+            false => format!("stopped; {stopped}"),
+        })
+    };
+    follow(events, (meter, stop), show, stopped).await
 }
 
 fn to_json(done: &AddDone) -> Value {

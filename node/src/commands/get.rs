@@ -9,9 +9,14 @@ use std::{
 
 use serde_json::json;
 use weft::{Pattern, Target};
-use weft_proto::api::{GetDone, GetProgress, GetRequest, get_event::Event};
+use weft_proto::api::{GetDone, GetEvent, GetProgress, GetRequest, get_event};
 
-use super::{absolute, hf_cache, show::model_json};
+use super::{
+    absolute,
+    follow::{Event, follow},
+    hf_cache,
+    show::model_json,
+};
 use crate::{
     cli::Get,
     client::Client,
@@ -58,36 +63,29 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
     };
     let mut shown = Instant::now();
     let mut meter = Meter::new();
-    let mut last = GetProgress::default();
-    let mut events = client.models().get(request).await?.into_inner();
-    let done = loop {
-        let message = tokio::select! {
-            message = events.message() => message,
-            () = stop.wait() => {
-                meter.finish();
-                return Err(interrupted(&last));
-            }
-        };
-        let message = message.inspect_err(|_| meter.finish())?;
-        match message.and_then(|message| message.event) {
-            Some(Event::Progress(progress)) => {
-                meter.update(&text(&progress), progress.bytes_done, progress.bytes_total);
-                if options.verbose && shown.elapsed() >= VERBOSE_EVERY {
-                    shown = Instant::now();
-                    meter.lines(&peer_lines(&progress));
-                }
-                last = progress;
-            }
-            Some(Event::Done(done)) => break done,
-            None => {
-                meter.finish();
-                return Err(Failure::other("the node ended the call without a result"));
-            }
+    let events = client.models().get(request).await?.into_inner();
+    let show = |meter: &mut Meter, progress: &GetProgress| {
+        meter.update(&text(progress), progress.bytes_done, progress.bytes_total);
+        if options.verbose && shown.elapsed() >= VERBOSE_EVERY {
+            shown = Instant::now();
+            meter.lines(&peer_lines(progress));
         }
     };
-    meter.finish();
+    let done = follow(events, (&mut meter, &mut stop), show, interrupted).await?;
     print(done, as_json);
     Ok(())
+}
+
+impl Event for GetEvent {
+    type Progress = GetProgress;
+    type Done = GetDone;
+
+    fn event(self) -> Option<Result<GetProgress, GetDone>> {
+        Some(match self.event? {
+            get_event::Event::Progress(progress) => Ok(progress),
+            get_event::Event::Done(done) => Err(done),
+        })
+    }
 }
 
 /// What is made of some tensors does not stand beside files of the whole.

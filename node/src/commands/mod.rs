@@ -6,6 +6,7 @@ mod add;
 mod call;
 mod cat;
 mod doc;
+mod follow;
 mod get;
 mod limits;
 mod reach;

@@ -2,10 +2,13 @@
 
 use serde_json::json;
 use weft_proto::api::{
-    VerifiedFile, VerifyDone, VerifyProgress, VerifyRequest, verify_event::Event,
+    VerifiedFile, VerifyDone, VerifyEvent, VerifyProgress, VerifyRequest, verify_event,
 };
 
-use super::show::printable;
+use super::{
+    follow::{Event, follow},
+    show::printable,
+};
 use crate::{
     cli::Verify,
     client::Client,
@@ -21,34 +24,18 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
         no_repair: options.no_repair,
     };
     let mut meter = Meter::new();
-    let mut last = VerifyProgress::default();
-    let mut events = client.models().verify(request).await?.into_inner();
-    let done = loop {
-        let message = tokio::select! {
-            message = events.message() => message,
-            () = stop.wait() => {
-                meter.finish();
-                return Err(Failure::interrupted(format!(
-                    "stopped after {} of {}",
-                    output::bytes(last.bytes_done),
-                    output::bytes(last.bytes_total)
-                )));
-            }
-        };
-        let message = message.inspect_err(|_| meter.finish())?;
-        match message.and_then(|message| message.event) {
-            Some(Event::Progress(progress)) => {
-                meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
-                last = progress;
-            }
-            Some(Event::Done(done)) => break done,
-            None => {
-                meter.finish();
-                return Err(Failure::other("the node ended the call without a result"));
-            }
-        }
+    let events = client.models().verify(request).await?.into_inner();
+    let show = |meter: &mut Meter, progress: &VerifyProgress| {
+        meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
     };
-    meter.finish();
+    let stopped = |last: &VerifyProgress| {
+        Failure::interrupted(format!(
+            "stopped after {} of {}",
+            output::bytes(last.bytes_done),
+            output::bytes(last.bytes_total)
+        ))
+    };
+    let done = follow(events, (&mut meter, &mut stop), show, stopped).await?;
     print(&done, &meter, as_json);
     if done.problems == 0 {
         return Ok(());
@@ -75,6 +62,18 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
         // The result has been printed, and says it.
         true => Err(Failure::silent(DAMAGED, "DAMAGED")),
         false => Err(failure.hint(hint)),
+    }
+}
+
+impl Event for VerifyEvent {
+    type Progress = VerifyProgress;
+    type Done = VerifyDone;
+
+    fn event(self) -> Option<Result<VerifyProgress, VerifyDone>> {
+        Some(match self.event? {
+            verify_event::Event::Progress(progress) => Ok(progress),
+            verify_event::Event::Done(done) => Err(done),
+        })
     }
 }
 
