@@ -92,7 +92,8 @@ impl Disk {
     /// # Errors
     /// [`DiskError`].
     pub fn open(path: &Path) -> Result<Self, DiskError> {
-        let open = || Database::builder().set_cache_size(CACHE).create(path);
+        let file = path.to_owned();
+        let open = move || Database::builder().set_cache_size(CACHE).create(&file);
         let begin = Instant::now();
         let opened = loop {
             match open() {
@@ -124,12 +125,21 @@ impl Disk {
                 open().map_err(failed)?
             }
         };
+        Self::with(database, Box::new(open))
+    }
+
+    /// `open` opens the database again after a fault.
+    fn with(database: Database, open: Open) -> Result<Self, DiskError> {
         let loaded = load(&database)?;
         let shared = Arc::new(Shared::default());
         let of_writer = Arc::clone(&shared);
+        let mut file = File {
+            open,
+            database: Some(database),
+        };
         let writer = std::thread::Builder::new()
             .name("weft-records".to_owned())
-            .spawn(move || write(&database, &of_writer))
+            .spawn(move || write(&mut file, &of_writer))
             .map_err(|error| DiskError::Other(error.to_string()))?;
         Ok(Self {
             shared,
@@ -187,7 +197,27 @@ fn load(database: &Database) -> Result<Vec<Row>, DiskError> {
     rows.collect()
 }
 
-fn write(database: &Database, shared: &Shared) {
+type Open = Box<dyn Fn() -> Result<Database, redb::DatabaseError> + Send>;
+
+/// The database, which redb wants to be opened again after a fault.
+struct File {
+    open: Open,
+    database: Option<Database>,
+}
+
+impl File {
+    fn commit(&mut self, changes: &HashMap<Vec<u8>, Option<Vec<u8>>>) -> Result<(), DiskError> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => (self.open)().map_err(failed)?,
+        };
+        commit(&database, changes)?;
+        self.database = Some(database);
+        Ok(())
+    }
+}
+
+fn write(file: &mut File, shared: &Shared) {
     let mut pending = shared.lock();
     loop {
         while pending.changes.is_empty() && pending.waiting.is_empty() && !pending.stop {
@@ -202,7 +232,7 @@ fn write(database: &Database, shared: &Shared) {
         drop(pending);
         let written = match changes.is_empty() {
             true => Ok(()),
-            false => commit(database, &changes),
+            false => file.commit(&changes),
         };
         pending = shared.lock();
         if let Err(error) = &written {
@@ -267,6 +297,8 @@ fn commit(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     #[tokio::test]
@@ -284,6 +316,66 @@ mod tests {
         let mut disk = Disk::open(&path).unwrap();
         let pair = |key: &[u8], value: &[u8]| (key.to_vec(), value.to_vec());
         assert_eq!(disk.take_loaded(), [pair(b"b", b"2"), pair(b"c", b"3")]);
+    }
+
+    /// A disk that outlives what is opened on it, and is full at times.
+    #[derive(Debug, Clone, Default)]
+    struct Full {
+        content: Arc<redb::backends::InMemoryBackend>,
+        full: Arc<AtomicBool>,
+    }
+
+    impl Full {
+        fn check(&self) -> io::Result<()> {
+            match self.full.load(Ordering::Relaxed) {
+                true => Err(io::ErrorKind::StorageFull.into()),
+                false => Ok(()),
+            }
+        }
+    }
+
+    impl redb::StorageBackend for Full {
+        fn len(&self) -> io::Result<u64> {
+            self.content.len()
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.content.read(offset, out)
+        }
+
+        fn set_len(&self, length: u64) -> io::Result<()> {
+            self.check()?;
+            self.content.set_len(length)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.check()
+        }
+
+        fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            self.check()?;
+            self.content.write(offset, bytes)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_full_disk_did_not_take_is_there_when_it_has_room_again() {
+        let on = Full::default();
+        let of_database = on.clone();
+        let open = move || Database::builder().create_with_backend(of_database.clone());
+        let disk = Disk::with(open().unwrap(), Box::new(open.clone())).unwrap();
+        disk.change(b"a".to_vec(), Some(b"1".to_vec()));
+        disk.flush().await.unwrap().unwrap();
+        on.full.store(true, Ordering::Relaxed);
+        disk.change(b"b".to_vec(), Some(b"2".to_vec()));
+        assert!(disk.flush().await.unwrap().is_err());
+        assert!(disk.flush().await.unwrap().is_err());
+        on.full.store(false, Ordering::Relaxed);
+        disk.flush().await.unwrap().unwrap();
+        drop(disk);
+        let mut disk = Disk::with(open().unwrap(), Box::new(open)).unwrap();
+        let pair = |key: &[u8], value: &[u8]| (key.to_vec(), value.to_vec());
+        assert_eq!(disk.take_loaded(), [pair(b"a", b"1"), pair(b"b", b"2")]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use weft_blobs::{Manifest, Store, index, serve};
 use weft_dht::Dht;
 use weft_net::{Config, Network, Stream, StreamProtocol, identity::Keypair};
 use weft_proto::{frame, wire};
-use weft_tests::{node, same_files};
+use weft_tests::{Proxy, node, same_files};
 
 const PATIENCE: Duration = Duration::from_secs(80);
 
@@ -266,6 +266,36 @@ async fn a_byte_a_second_costs_little_beside_a_good_provider_and_ends_alone() {
         println!("{took:.2} s beside one that trickles after {free} bytes, {alone:.2} without");
         assert!(took < alone + 6.0, "{took} s after {free} bytes");
     }
+    // The manifest is asked for from it alone at first: the good one is slow to be reached.
+    let (fake, models) = Fake::new(&folder.path().join("fake-first"), &[&right]);
+    fake.free.store(0, Ordering::Relaxed);
+    let (fake, network) = fake.start().await;
+    let port = at_good.1[0].iter().find_map(|part| match part {
+        libp2p::multiaddr::Protocol::Tcp(port) => Some(port),
+        _ => None,
+    });
+    let proxy = Proxy::start(port.unwrap(), 4000);
+    let slow = format!("/ip4/127.0.0.1/tcp/{}", proxy.port());
+    let peers = vec![at(&network), (at_good.0, vec![slow.parse().unwrap()])];
+    let receiver = node(&folder.path().join("r-first"), &[]).await;
+    let to = folder.path().join("first");
+    let begin = Instant::now();
+    let getting = get(&receiver, models[0].0, peers, &to);
+    let trouble = async {
+        while fake.asked()[1] == 0 {
+            sleep(Duration::from_millis(5)).await;
+        }
+        proxy.set_rate(0);
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        got = getting => drop(got.unwrap()),
+        () = trouble => unreachable!("it waits for ever"),
+    }
+    let took = begin.elapsed().as_secs_f64();
+    same_files(&right, &to);
+    println!("{took:.2} s with the manifest asked for from one that trickles first");
+    assert!(took < alone + 9.0, "{took} s");
     // Alone: given up, and not waited for for ever.
     let ends = async |free: u64| {
         let home = folder.path().join(format!("alone-{free}"));

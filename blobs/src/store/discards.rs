@@ -9,7 +9,7 @@ use std::{
 };
 
 use prost::Message;
-use redb::{ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
     PARTS, Store, StoreError, database, discard, remove_empty_folders,
@@ -104,7 +104,7 @@ impl Store {
     }
 
     fn discards(&self) -> Result<Vec<(PathBuf, DiscardRow)>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(DISCARDS).map_err(database)?;
         let mut discards = Vec::new();
         for row in table.iter().map_err(database)? {
@@ -144,7 +144,7 @@ impl Store {
     }
 
     fn has_part_row(&self, hash: &Hash, part: &Path) -> Result<bool, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(PARTS).map_err(database)?;
         let key = part_key(hash, part);
         Ok(table.get(key.as_slice()).map_err(database)?.is_some())

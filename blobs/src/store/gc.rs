@@ -83,11 +83,16 @@ impl Store {
     /// [`StoreError`]. Nothing is lost then that is needed.
     pub fn collect(&self, dry_run: bool) -> Result<Collected, StoreError> {
         let _alone = self.deleting();
+        let collected = self.collect_alone(dry_run);
+        collected.inspect_err(|error| self.inner.database.failed(error))
+    }
+
+    fn collect_alone(&self, dry_run: bool) -> Result<Collected, StoreError> {
         if !dry_run {
             self.finish_discards()?;
         }
         let held = self.held()?;
-        let mut txn = self.inner.database.begin_write().map_err(database)?;
+        let mut txn = self.inner.database.begin_write()?;
         txn.set_quick_repair(true);
         self.recount(&txn, true)?;
         let mut collector = Collector {

@@ -17,6 +17,7 @@
 mod discards;
 mod gc;
 mod holds;
+mod metadata;
 mod parts;
 mod quota;
 mod refs;
@@ -45,13 +46,12 @@ use std::{
 };
 
 use prost::Message;
-use redb::{
-    Database, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction,
-};
+use redb::{Database, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
 
 pub(crate) use self::parts::{PartLease, part_path};
 use self::{
     discards::DISCARDS,
+    metadata::Metadata,
     parts::forget_parts,
     quota::{SETTINGS, Uses},
     refs::{REFS, add_refs, count_late},
@@ -94,7 +94,7 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     folder: PathBuf,
-    database: Database,
+    database: Metadata,
     /// Part files that a [`Partial`] has open.
     open_parts: Mutex<HashSet<PathBuf>>,
     /// The partials themselves, by part file: what they have is served.
@@ -343,14 +343,16 @@ impl Store {
         for kind in ["outboards", "manifests", "blobs"] {
             sweep(&folder.join(kind))?;
         }
-        let database = Database::builder()
-            .set_cache_size(DATABASE_CACHE)
-            .create(folder.join("meta.redb"))
-            .map_err(self::database)?;
-        Self::with_database(folder, lock, database)
+        let path = folder.join("meta.redb");
+        let open = move || {
+            Database::builder()
+                .set_cache_size(DATABASE_CACHE)
+                .create(&path)
+        };
+        Self::with_database(folder, lock, Metadata::open(open)?)
     }
 
-    fn with_database(folder: &Path, lock: Lock, database: Database) -> Result<Self, StoreError> {
+    fn with_database(folder: &Path, lock: Lock, database: Metadata) -> Result<Self, StoreError> {
         let store = Self {
             inner: Arc::new(Inner {
                 folder: folder.to_owned(),
@@ -580,7 +582,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn models(&self) -> Result<Vec<Model>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(MODELS).map_err(database)?;
         let mut models = Vec::new();
         for row in table.iter().map_err(database)? {
@@ -599,7 +601,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it.
     pub fn model(&self, id: &Hash) -> Result<Model, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(MODELS).map_err(database)?;
         match table.get(id.as_bytes()).map_err(database)? {
             Some(row) => Ok(Model::from_row(*id, decode("models", row.value())?)),
@@ -715,7 +717,7 @@ impl Store {
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(BLOBS).map_err(database)?;
         match table.get(hash.as_bytes()).map_err(database)? {
             Some(row) => Ok(Some(decode("blobs", row.value())?)),
@@ -727,12 +729,15 @@ impl Store {
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let mut txn = self.inner.database.begin_write().map_err(database)?;
-        // Without it, opening after a crash walks the whole database.
-        txn.set_quick_repair(true);
-        let value = change(&txn)?;
-        txn.commit().map_err(database)?;
-        Ok(value)
+        let write = || {
+            let mut txn = self.inner.database.begin_write()?;
+            // Without it, opening after a crash walks the whole database.
+            txn.set_quick_repair(true);
+            let value = change(&txn)?;
+            txn.commit().map_err(database)?;
+            Ok(value)
+        };
+        write().inspect_err(|error| self.inner.database.failed(error))
     }
 
     fn write_outboard(&self, hash: &Hash, outboard: &[u8]) -> Result<(), StoreError> {

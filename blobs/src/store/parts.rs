@@ -12,7 +12,7 @@ use std::{
 };
 
 use prost::Message;
-use redb::{ReadableDatabase, Table, WriteTransaction};
+use redb::{Table, WriteTransaction};
 
 use super::{
     Hold, PARTS, Store, StoreError, database, has_size, put_location,
@@ -158,7 +158,7 @@ impl Store {
     }
 
     pub(super) fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(PARTS).map_err(database)?;
         let keys = part_keys(hash);
         let rows = table.range(keys.start().as_slice()..=keys.end().as_slice());
@@ -209,7 +209,7 @@ impl Store {
         hash: &Hash,
         tree: &Tree,
     ) -> Result<Option<Bitfield>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(PARTS).map_err(database)?;
         let key = part_key(hash, part);
         let Some(row) = table.get(key.as_slice()).map_err(database)? else {

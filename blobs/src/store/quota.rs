@@ -18,7 +18,7 @@ use std::{
 };
 
 use prost::Message;
-use redb::{ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{ReadableTable, TableDefinition};
 
 use super::{
     BLOBS, Model, PARTS, Store, StoreError, database,
@@ -129,7 +129,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn quota(&self) -> Result<Option<u64>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(SETTINGS).map_err(database)?;
         let quota = table.get(QUOTA).map_err(database)?;
         Ok(quota.map(|quota| quota.value()))
@@ -442,7 +442,7 @@ impl Store {
     }
 
     fn blob_rows(&self) -> Result<HashMap<Hash, BlobRow>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(BLOBS).map_err(database)?;
         let mut rows = HashMap::new();
         for row in table.iter().map_err(database)? {
@@ -454,7 +454,7 @@ impl Store {
 
     /// The part files that rows speak of.
     fn all_parts(&self) -> Result<HashMap<Hash, Vec<PathBuf>>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(PARTS).map_err(database)?;
         let mut parts: HashMap<Hash, Vec<PathBuf>> = HashMap::new();
         for row in table.iter().map_err(database)? {
@@ -468,7 +468,7 @@ impl Store {
     }
 
     fn ref_counts(&self) -> Result<HashMap<Hash, u64>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         let table = txn.open_table(REFS).map_err(database)?;
         let mut counts = HashMap::new();
         for row in table.iter().map_err(database)? {

@@ -1,8 +1,6 @@
 //! Tags: names that keep a model here.
 
-use redb::{
-    ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition, WriteTransaction,
-};
+use redb::{ReadableTable, ReadableTableMetadata, TableDefinition, WriteTransaction};
 
 use super::{MODELS, Store, StoreError, database};
 use crate::Hash;
@@ -119,7 +117,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn tags(&self) -> Result<Vec<Tag>, StoreError> {
-        let txn = self.inner.database.begin_read().map_err(database)?;
+        let txn = self.inner.database.begin_read()?;
         collect(&txn.open_table(TAGS).map_err(database)?)
     }
 }

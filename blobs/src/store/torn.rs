@@ -8,7 +8,7 @@ use std::{
 
 use redb::{Database, StorageBackend};
 
-use super::{DATABASE_CACHE, Store, StoreError};
+use super::{DATABASE_CACHE, Store, StoreError, metadata::Metadata};
 use crate::{
     Hash,
     index::{Indexed, Progress, index},
@@ -147,11 +147,13 @@ impl Backend {
 
     pub(super) fn open(&self, folder: &Path) -> Result<Store, StoreError> {
         let lock = Lock::take(folder)?;
-        let database = Database::builder()
-            .set_cache_size(DATABASE_CACHE)
-            .create_with_backend(self.clone())
-            .map_err(super::database)?;
-        Store::with_database(folder, lock, database)
+        let backend = self.clone();
+        let open = move || {
+            Database::builder()
+                .set_cache_size(DATABASE_CACHE)
+                .create_with_backend(backend.clone())
+        };
+        Store::with_database(folder, lock, Metadata::open(open)?)
     }
 }
 
