@@ -198,13 +198,21 @@ impl Hashers {
         tensors: &[Range<u64>],
         (bytes_done, stop): (&AtomicU64, &[&AtomicBool]),
     ) -> Result<Hashed, HashError> {
-        let whole = 0..size;
         let layers = Arc::new([
-            Layer::new(std::slice::from_ref(&whole)),
+            Layer::new(std::slice::from_ref(&(0..size))),
             Layer::new(tensors),
         ]);
-        let (done, results) = mpsc::channel();
+        let (done, results) = mpsc::channel::<[(u64, Vec<Hash>); 2]>();
         let mut pieces = 0;
+        let mut values = layers
+            .each_ref()
+            .map(|layer| vec![Hash::from([0; 32]); layer.groups() as usize]);
+        let mut take = |parts: [(u64, Vec<Hash>); 2]| {
+            for (values, (first, part)) in values.iter_mut().zip(parts) {
+                let first = first as usize;
+                values[first..first + part.len()].copy_from_slice(&part);
+            }
+        };
         let sha256 = thread::scope(|scope| {
             let (to_sha, pieces_for_sha) = mpsc::sync_channel::<Arc<Vec<u8>>>(QUEUE);
             let sha = scope.spawn(move || {
@@ -245,6 +253,10 @@ impl Hashers {
                     done: done.clone(),
                 });
                 pieces += 1;
+                for parts in results.try_iter() {
+                    take(parts);
+                    pieces -= 1;
+                }
                 start += length;
                 bytes_done.fetch_add(length, Ordering::Relaxed);
             }
@@ -252,26 +264,21 @@ impl Hashers {
             Ok(sha.join().expect("hashing does not panic"))
         })?;
         drop(done);
-        let mut values = layers
-            .each_ref()
-            .map(|layer| vec![Hash::from([0; 32]); layer.groups() as usize]);
         for _ in 0..pieces {
-            let parts = results.recv().expect("hashing does not panic");
-            for (values, (first, part)) in values.iter_mut().zip(parts) {
-                let first = first as usize;
-                values[first..first + part.len()].copy_from_slice(&part);
-            }
+            take(results.recv().expect("hashing does not panic"));
         }
         let [of_file, of_tensors] = values;
-        let (outboard, blake3) = roots(&[whole], &of_file).remove(0);
+        let tensors = roots(tensors, &of_tensors);
+        drop(of_tensors);
+        let (outboard, blake3) = match size {
+            0 => (Vec::new(), Hash::of(&[])),
+            size => Tree::new(size).outboard(&of_file),
+        };
         Ok(Hashed {
             sha256,
             blake3,
             outboard,
-            tensors: roots(tensors, &of_tensors)
-                .into_iter()
-                .map(|(_, root)| root)
-                .collect(),
+            tensors,
         })
     }
 
@@ -282,20 +289,18 @@ impl Hashers {
     }
 }
 
-/// The outboard and the root of each range, from the values of all their groups.
-fn roots(ranges: &[Range<u64>], mut values: &[Hash]) -> Vec<(Vec<u8>, Hash)> {
-    ranges
-        .iter()
-        .map(|range| {
-            if range.is_empty() {
-                return (Vec::new(), Hash::of(&[]));
-            }
-            let tree = Tree::new(range.end - range.start);
-            let (own, others) = values.split_at(tree.groups() as usize);
-            values = others;
-            tree.outboard(own)
-        })
-        .collect()
+/// The root of each range, from the values of all their groups.
+fn roots(ranges: &[Range<u64>], mut values: &[Hash]) -> Vec<Hash> {
+    let roots = ranges.iter().map(|range| {
+        if range.is_empty() {
+            return Hash::of(&[]);
+        }
+        let tree = Tree::new(range.end - range.start);
+        let (own, others) = values.split_at(tree.groups() as usize);
+        values = others;
+        tree.root(own)
+    });
+    roots.collect()
 }
 
 impl Drop for Hashers {

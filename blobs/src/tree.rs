@@ -73,6 +73,15 @@ impl Tree {
         }
     }
 
+    /// The root, from the values of all groups in order.
+    ///
+    /// # Panics
+    /// If there is not one value a group.
+    pub fn root(&self, values: &[Hash]) -> Hash {
+        assert_eq!(values.len() as u64, self.groups(), "one value a group");
+        reduce(values, true)
+    }
+
     /// The outboard and the root, from the values of all groups in order.
     ///
     /// # Panics
@@ -83,6 +92,15 @@ impl Tree {
         let root = fill(values, true, &mut outboard);
         (outboard, root)
     }
+}
+
+/// The value of the subtree over `values`.
+fn reduce(values: &[Hash], root: bool) -> Hash {
+    if let [value] = values {
+        return *value;
+    }
+    let (left, right) = values.split_at(left_groups(values.len() as u64) as usize);
+    merge(&reduce(left, false), &reduce(right, false), root)
 }
 
 /// The number of groups left of the split of a subtree of `groups` groups, which are at least two.
@@ -389,6 +407,13 @@ mod tests {
             let (tree, outboard, root) = build(&data);
             assert_eq!(root, Hash::of(&data), "size {size}");
             assert_eq!(outboard.len() as u64, tree.outboard_size());
+            let values: Vec<_> = (0..tree.groups())
+                .map(|i| {
+                    let range = tree.group_bytes(i);
+                    tree.group_value(i, &data[range.start as usize..range.end as usize])
+                })
+                .collect();
+            assert_eq!(tree.root(&values), root, "size {size}");
         }
     }
 
