@@ -187,7 +187,7 @@ pub(crate) struct Partial {
     named: AtomicBool,
     /// Held for reading while something is written, and for writing while the file gets its name.
     naming: RwLock<()>,
-    /// Held for one write to the file: the kernel takes them one at a time, and threads that wait for their turn there do not sleep.
+    /// Held for one write to the files: the kernel takes them one at a time, and threads that wait for their turn there do not sleep.
     writing: Mutex<()>,
 }
 
@@ -318,7 +318,7 @@ impl Partial {
             .naming
             .read()
             .expect("nothing panics while holding the lock");
-        let writing = self
+        let _alone = self
             .writing
             .lock()
             .expect("nothing panics while holding the lock");
@@ -328,7 +328,6 @@ impl Partial {
         self.file
             .write_all_at(&segment.data, segment.first * GROUP)
             .map_err(StoreError::io("cannot write", self.part()))?;
-        drop(writing);
         let bytes = segment.data.len() as u64;
         self.unsynced.fetch_add(bytes, Ordering::Relaxed);
         if let Some((path, file)) = &self.outboard {

@@ -232,6 +232,12 @@ impl Store {
     /// Opens it again after a fault.
     pub(crate) fn reopen(&mut self) -> Result<(), StoreError> {
         self.pending.clear();
+        if let Place::File(path) = &self.place
+            && !path.exists()
+        {
+            // Not made anew: what it held is not to be taken for nothing.
+            return Err(StoreError::Other(format!("{} is gone", path.display())));
+        }
         self.database = Some(open(&self.place)?);
         Ok(())
     }

@@ -125,7 +125,10 @@ impl Disk {
                 open().map_err(failed)?
             }
         };
-        Self::with(database, Box::new(open))
+        let file = path.to_owned();
+        // Not made anew: if it is gone, what it held is not to be taken for nothing.
+        let reopen = move || Database::builder().set_cache_size(CACHE).open(&file);
+        Self::with(database, Box::new(reopen))
     }
 
     /// `open` opens the database again after a fault.
@@ -281,7 +284,9 @@ fn commit(
     database: &Database,
     changes: &HashMap<Vec<u8>, Option<Vec<u8>>>,
 ) -> Result<(), DiskError> {
-    let write = database.begin_write().map_err(failed)?;
+    let mut write = database.begin_write().map_err(failed)?;
+    // In two phases: after a sync that failed, the next opening must not trust what only the page cache holds.
+    write.set_quick_repair(true);
     {
         let mut table = write.open_table(RECORDS).map_err(failed)?;
         for (key, value) in changes {

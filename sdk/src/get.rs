@@ -713,6 +713,12 @@ impl Found {
         }
         let mut fetches = FuturesUnordered::new();
         let mut counts: Vec<Arc<AtomicU64>> = Vec::new();
+        let sum = |counts: &[Arc<AtomicU64>]| -> u64 {
+            counts
+                .iter()
+                .map(|count| count.load(Ordering::Relaxed))
+                .sum()
+        };
         let (mut received, mut slow, mut exhausted) = (0, true, None);
         loop {
             if fetches.is_empty()
@@ -727,12 +733,18 @@ impl Found {
                     Ok(stream) => {
                         answered();
                         slow = false;
+                        received = sum(&counts);
                         let count = Arc::new(AtomicU64::new(0));
                         counts.push(Arc::clone(&count));
                         fetches.push(fetch_watched(node, stream, id, count));
                     }
                     // Who is at work may still finish.
-                    Err(error) => exhausted = Some(error),
+                    Err(error) => {
+                        exhausted = Some(error);
+                        if !fetches.is_empty() {
+                            providers.go_on();
+                        }
+                    }
                 },
                 Some((peer, fetched)) = fetches.next() => match fetched {
                     Ok(bytes) => {
@@ -754,9 +766,10 @@ impl Found {
                     }
                 },
                 () = sleep(MANIFEST_PATIENCE), if !more => {
-                    let now = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+                    let now = sum(&counts);
                     slow = now - received < MANIFEST_LEAST;
                     received = now;
+                    exhausted = None;
                 }
             }
         }

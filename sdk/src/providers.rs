@@ -36,6 +36,8 @@ pub(crate) struct Providers {
     /// From a ticket. The first round is theirs alone: they need no look-up.
     given: Vec<(PeerId, Vec<Multiaddr>)>,
     queue: VecDeque<(PeerId, Vec<Multiaddr>)>,
+    /// Being reached.
+    racing: Vec<(PeerId, Vec<Multiaddr>)>,
     failures: BTreeMap<PeerId, Failed>,
     /// Sent wrong bytes: never asked again.
     banned: HashSet<PeerId>,
@@ -71,6 +73,7 @@ impl Providers {
             model,
             given,
             queue: VecDeque::new(),
+            racing: Vec::new(),
             failures: BTreeMap::new(),
             banned: HashSet::new(),
             busy: HashSet::new(),
@@ -81,8 +84,7 @@ impl Providers {
         }
     }
 
-    /// A stream to the next provider; not to one that is still at work. Dropped while it is waited for, it passes over those that were being reached until the
-    /// next round.
+    /// A stream to the next provider; not to one that is still at work. It may be dropped while it is waited for: nobody is passed over.
     ///
     /// # Errors
     /// [`Error::NoProvider`] when patience has ended, with what each one did. Every provider that is known has been tried by then.
@@ -103,13 +105,19 @@ impl Providers {
                 sleep(self.pause).await;
                 self.pause = (self.pause * 2).min(PAUSE.1);
             }
-            self.rounds += 1;
-            self.queue = if self.rounds == 1 {
-                self.given.clone().into()
-            } else {
-                self.look_up().await?
+            self.queue = match self.rounds {
+                0 => self.given.clone().into(),
+                _ => self.look_up().await?,
             };
+            self.rounds += 1;
         }
+    }
+
+    /// Patience begins anew, and so do the rounds that ask the mesh.
+    pub(crate) fn go_on(&mut self) {
+        self.since = Instant::now();
+        self.pause = PAUSE.0;
+        self.rounds = 1;
     }
 
     /// `peer` has just proved to be a good one: it comes next, and patience begins anew.
@@ -170,7 +178,7 @@ impl Providers {
     /// Goes through the queue, a few at a time; the first stream that opens. Those that were not waited for stay in the queue.
     async fn race(&mut self) -> Option<Stream> {
         let mut running = FuturesUnordered::new();
-        let mut waiting: Vec<(PeerId, Vec<Multiaddr>)> = Vec::new();
+        self.back_to_queue();
         loop {
             while running.len() < RACE
                 && let Some((peer, addresses)) = self.queue.pop_front()
@@ -178,17 +186,15 @@ impl Providers {
                 if self.banned.contains(&peer) || self.busy.contains(&peer) {
                     continue;
                 }
-                waiting.push((peer, addresses.clone()));
+                self.racing.push((peer, addresses.clone()));
                 let node = self.node.clone();
                 running.push(async move { (peer, reach(&node, peer, addresses).await) });
             }
             let (peer, result) = running.next().await?;
-            waiting.retain(|(other, _)| *other != peer);
+            self.racing.retain(|(other, _)| *other != peer);
             match result {
                 Ok(stream) => {
-                    for candidate in waiting.into_iter().rev() {
-                        self.queue.push_front(candidate);
-                    }
+                    self.back_to_queue();
                     return Some(stream);
                 }
                 Err(reason) => {
@@ -196,6 +202,13 @@ impl Providers {
                     self.note(peer, reason);
                 }
             }
+        }
+    }
+
+    /// Those who were being reached come first again.
+    fn back_to_queue(&mut self) {
+        for candidate in self.racing.drain(..).rev() {
+            self.queue.push_front(candidate);
         }
     }
 

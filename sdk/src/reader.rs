@@ -40,6 +40,9 @@ const PIECE: u64 = 16;
 /// Chunk groups that come ahead of a reader, at first and at most: twice as many with each piece that is read in order, up to 32 MiB.
 const AHEAD: (u64, u64) = (PIECE, 32 * PIECE);
 
+/// Room is set aside for so many times what is asked for ahead: making it looks at every file of the store.
+const ROOM: u64 = 4;
+
 /// How often a reader that waits looks whether something has changed that nobody tells it.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -256,10 +259,13 @@ impl Shared {
             return;
         }
         let range = group..group + state.ahead;
-        if let Some(Aside { left, last, .. }) = &mut state.room
-            && !(last.start <= range.start && range.end <= last.end)
-        {
-            *left = left.saturating_sub((range.end - range.start) * GROUP);
+        if let Some(Aside { left, last, .. }) = &mut state.room {
+            // What was asked for before is not asked for twice.
+            let known = last
+                .end
+                .min(range.end)
+                .saturating_sub(last.start.max(range.start));
+            *left = left.saturating_sub((range.end - range.start - known) * GROUP);
             *last = range.clone();
         }
         // The new one before the old one ends.
@@ -269,8 +275,15 @@ impl Shared {
 
     /// Whether what it asks for comes for readers alone.
     fn is_alone(&self) -> bool {
-        let task = &self.state().task;
-        task.as_ref().is_some_and(|task| !task.0.is_finished())
+        let mut state = self.state();
+        let alone = state
+            .task
+            .as_ref()
+            .is_some_and(|task| !task.0.is_finished());
+        if !alone {
+            state.room = None;
+        }
+        alone
     }
 
     /// Sees to it that there is room for what is asked for next.
@@ -288,11 +301,11 @@ impl Shared {
         let file = self.file();
         let room = self
             .node
-            .make_more_room(self.model, (file.blake3, file.size), 2 * ahead);
+            .make_more_room(self.model, (file.blake3, file.size), ROOM * ahead);
         let room = room.await.map_err(io::Error::other)?;
         self.state().room = Some(Aside {
             _room: room,
-            left: 2 * ahead,
+            left: ROOM * ahead,
             last: 0..0,
         });
         Ok(())
@@ -334,6 +347,9 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
                     let mut state = shared.state();
                     state.next = group + (bytes.len() as u64).div_ceil(GROUP);
                     state.whole = source.or_else(|| state.whole.take());
+                    if state.whole.is_some() {
+                        state.room = None;
+                    }
                     state.next
                 };
                 if let (Some(transfer), false) = (&transfer, is_whole)

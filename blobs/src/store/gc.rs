@@ -83,23 +83,28 @@ impl Store {
     /// [`StoreError`]. Nothing is lost then that is needed.
     pub fn collect(&self, dry_run: bool) -> Result<Collected, StoreError> {
         let _alone = self.deleting();
-        let collected = self.collect_alone(dry_run);
-        collected.inspect_err(|error| self.inner.database.failed(error))
-    }
-
-    fn collect_alone(&self, dry_run: bool) -> Result<Collected, StoreError> {
         if !dry_run {
             self.finish_discards()?;
         }
         let held = self.held()?;
-        let mut txn = self.inner.database.begin_write()?;
+        let (generation, txn) = self.inner.database.begin_write()?;
+        let collected = self.collect_in(txn, dry_run, &held);
+        collected.inspect_err(|error| self.inner.database.failed(generation, error))
+    }
+
+    fn collect_in(
+        &self,
+        mut txn: WriteTransaction,
+        dry_run: bool,
+        held: &HashSet<Hash>,
+    ) -> Result<Collected, StoreError> {
         txn.set_quick_repair(true);
         self.recount(&txn, true)?;
         let mut collector = Collector {
             store: self,
             txn: &txn,
             models: models(&txn)?,
-            held: &held,
+            held,
             whole: HashSet::new(),
             kept: HashSet::new(),
             with_tree: HashSet::new(),
@@ -514,7 +519,7 @@ mod tests {
             origin.bring(&store, &a, &root.join("a"), 3);
             origin.bring(&store, &b, &root.join("b"), 1);
             fs::write(&owned, "left").unwrap();
-            let txn = store.inner.database.begin_write().unwrap();
+            let (_, txn) = store.inner.database.begin_write().unwrap();
             let mut doomed = Doomed::default();
             for (hash, name) in [(&a, "a"), (&b, "b")] {
                 let row = store.blob_row(hash).unwrap();

@@ -1,97 +1,147 @@
 //! The metadata database, opened again after a fault: redb refuses everything after a write that failed, and the disk that was full then may not be now.
 
 use std::{
-    fmt,
+    fmt, io,
     sync::{
         PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
-use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, WriteTransaction};
+use redb::{
+    Database, DatabaseError, ReadTransaction, ReadableDatabase, TransactionError, WriteTransaction,
+};
 
 use super::{StoreError, database};
 
-/// Opens the database, at first and after a fault.
-type Open = Box<dyn Fn() -> Result<Database, DatabaseError> + Send + Sync>;
+/// Opens the database; whether it is the first time, when it may be made.
+type Open = Box<dyn Fn(bool) -> Result<Database, DatabaseError> + Send + Sync>;
 
-/// A database that outlives its faults.
+/// How long it is waited for transactions of a database that is to be opened again.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Between two attempts to open it again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// A database that outlives its faults. Nothing begins a transaction within another one: it would wait for itself.
 pub(super) struct Metadata {
     open: Open,
+    known: RwLock<Known>,
+    /// The generation of the database that failed last.
+    failed: AtomicU64,
+}
+
+#[derive(Default)]
+struct Known {
     /// `None` after a fault, until it could be opened again.
-    database: RwLock<Option<Database>>,
-    /// Something failed since it was opened.
-    faulty: AtomicBool,
+    database: Option<Database>,
+    /// How often it was opened.
+    generation: u64,
+    /// When it was last tried in vain to open it, and whether the disk was full then.
+    tried: Option<(Instant, bool)>,
 }
 
 impl fmt::Debug for Metadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metadata")
-            .field("faulty", &self.faulty)
-            .finish_non_exhaustive()
+        f.debug_struct("Metadata").finish_non_exhaustive()
     }
 }
 
 impl Metadata {
     pub(super) fn open(
-        open: impl Fn() -> Result<Database, DatabaseError> + Send + Sync + 'static,
+        open: impl Fn(bool) -> Result<Database, DatabaseError> + Send + Sync + 'static,
     ) -> Result<Self, StoreError> {
-        let database = open().map_err(database)?;
+        let first = open(true).map_err(database)?;
         Ok(Self {
             open: Box::new(open),
-            database: RwLock::new(Some(database)),
-            faulty: AtomicBool::new(false),
+            known: RwLock::new(Known {
+                database: Some(first),
+                generation: 1,
+                tried: None,
+            }),
+            failed: AtomicU64::new(0),
         })
     }
 
     pub(super) fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
-        self.with(|open| open.begin_read().map_err(database))
+        Ok(self.with(ReadableDatabase::begin_read)?.1)
     }
 
-    pub(super) fn begin_write(&self) -> Result<WriteTransaction, StoreError> {
-        self.with(|open| open.begin_write().map_err(database))
+    /// With it the generation, for [`failed`](Self::failed).
+    pub(super) fn begin_write(&self) -> Result<(u64, WriteTransaction), StoreError> {
+        self.with(Database::begin_write)
     }
 
-    /// A transaction failed: if it was the database's fault, it is opened again for the next one.
-    pub(super) fn failed(&self, error: &StoreError) {
+    /// A transaction of this generation failed: if it was the database's fault, it is opened again for the next one.
+    pub(super) fn failed(&self, generation: u64, error: &StoreError) {
         if matches!(error, StoreError::Database(_) | StoreError::DiskFull { .. }) {
-            self.faulty.store(true, Ordering::Release);
+            self.failed.fetch_max(generation, Ordering::AcqRel);
         }
     }
 
-    fn with<T>(&self, begin: impl Fn(&Database) -> Result<T, StoreError>) -> Result<T, StoreError> {
-        if !self.faulty.load(Ordering::Acquire) {
-            let database = self.database.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(database) = &*database {
-                let begun = begin(database);
-                match &begun {
-                    Ok(_) => return begun,
-                    Err(error) => self.failed(error),
+    fn with<T>(
+        &self,
+        begin: impl Fn(&Database) -> Result<T, TransactionError>,
+    ) -> Result<(u64, T), StoreError> {
+        {
+            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(open) = &known.database
+                && self.failed.load(Ordering::Acquire) < known.generation
+            {
+                match begin(open).map_err(database) {
+                    Ok(begun) => return Ok((known.generation, begun)),
+                    Err(error) => self.failed(known.generation, &error),
                 }
             }
         }
-        let mut known = self
-            .database
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         // Another may have opened it meanwhile.
-        if known.is_none() || self.faulty.load(Ordering::Acquire) {
-            tracing::warn!("the store's database is opened again after a fault");
-            // Closed first: nobody opens it twice.
-            *known = None;
-            *known = Some((self.open)().map_err(database)?);
-            self.faulty.store(false, Ordering::Release);
+        if known.database.is_none() || self.failed.load(Ordering::Acquire) >= known.generation {
+            self.reopen(&mut known)?;
         }
-        begin(known.as_ref().expect("it was just opened"))
+        let generation = known.generation;
+        let open = known.database.as_ref().expect("it was just opened");
+        Ok((generation, begin(open).map_err(database)?))
+    }
+
+    fn reopen(&self, known: &mut Known) -> Result<(), StoreError> {
+        match known.tried {
+            None => tracing::warn!("the store's database is opened again after a fault"),
+            Some((tried, full)) if tried.elapsed() < PAUSE => {
+                return Err(database(match full {
+                    true => redb::Error::Io(io::ErrorKind::StorageFull.into()),
+                    false => redb::Error::PreviousIo,
+                }));
+            }
+            Some(_) => {}
+        }
+        // Closed first: nobody opens it twice.
+        known.database = None;
+        let begin = Instant::now();
+        let opened = loop {
+            match (self.open)(false) {
+                // A transaction that is still under way keeps the old one.
+                Err(DatabaseError::DatabaseAlreadyOpen) if begin.elapsed() < PATIENCE => {
+                    std::thread::sleep(PATIENCE / 50);
+                }
+                opened => break opened,
+            }
+        };
+        let opened = opened.map_err(database);
+        known.tried = opened.as_ref().err().map(|error| {
+            let full = matches!(error, StoreError::DiskFull { .. });
+            (Instant::now(), full)
+        });
+        known.database = Some(opened?);
+        known.generation += 1;
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io,
-        sync::{Arc, atomic::AtomicBool},
-    };
+    use std::sync::{Arc, atomic::AtomicBool};
 
     use redb::{StorageBackend, TableDefinition, backends::InMemoryBackend};
 
@@ -140,15 +190,15 @@ mod tests {
     }
 
     fn put(metadata: &Metadata, key: u64) -> Result<(), StoreError> {
+        let (generation, txn) = metadata.begin_write()?;
         let put = || {
-            let txn = metadata.begin_write()?;
             txn.open_table(TABLE)
                 .map_err(database)?
                 .insert(key, key)
                 .map_err(database)?;
             txn.commit().map_err(database)
         };
-        put().inspect_err(|error| metadata.failed(error))
+        put().inspect_err(|error| metadata.failed(generation, error))
     }
 
     fn has(metadata: &Metadata, key: u64) -> bool {
@@ -161,7 +211,7 @@ mod tests {
     fn it_goes_on_when_a_full_disk_has_room_again() {
         let disk = Disk::default();
         let of_database = disk.clone();
-        let open = move || Database::builder().create_with_backend(of_database.clone());
+        let open = move |_| Database::builder().create_with_backend(of_database.clone());
         let metadata = Metadata::open(open).unwrap();
         put(&metadata, 1).unwrap();
         for key in 2..5 {
@@ -172,6 +222,8 @@ mod tests {
             ));
             assert!(put(&metadata, key).is_err());
             disk.full.store(false, Ordering::Relaxed);
+            // It is not tried again at once.
+            std::thread::sleep(PAUSE);
             assert!(has(&metadata, 1) && !has(&metadata, key));
             put(&metadata, key).unwrap();
             assert!(has(&metadata, key));

@@ -344,10 +344,14 @@ impl Store {
             sweep(&folder.join(kind))?;
         }
         let path = folder.join("meta.redb");
-        let open = move || {
-            Database::builder()
-                .set_cache_size(DATABASE_CACHE)
-                .create(&path)
+        let open = move |first| {
+            let mut builder = Database::builder();
+            builder.set_cache_size(DATABASE_CACHE);
+            match first {
+                true => builder.create(&path),
+                // If it is gone, what it held is not to be taken for nothing.
+                false => builder.open(&path),
+            }
         };
         Self::with_database(folder, lock, Metadata::open(open)?)
     }
@@ -729,15 +733,14 @@ impl Store {
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let write = || {
-            let mut txn = self.inner.database.begin_write()?;
-            // Without it, opening after a crash walks the whole database.
-            txn.set_quick_repair(true);
-            let value = change(&txn)?;
+        let (generation, mut txn) = self.inner.database.begin_write()?;
+        // Without it, opening after a crash walks the whole database.
+        txn.set_quick_repair(true);
+        let changed = change(&txn).and_then(|value| {
             txn.commit().map_err(database)?;
             Ok(value)
-        };
-        write().inspect_err(|error| self.inner.database.failed(error))
+        });
+        changed.inspect_err(|error| self.inner.database.failed(generation, error))
     }
 
     fn write_outboard(&self, hash: &Hash, outboard: &[u8]) -> Result<(), StoreError> {

@@ -148,7 +148,7 @@ impl Backend {
     pub(super) fn open(&self, folder: &Path) -> Result<Store, StoreError> {
         let lock = Lock::take(folder)?;
         let backend = self.clone();
-        let open = move || {
+        let open = move |_| {
             Database::builder()
                 .set_cache_size(DATABASE_CACHE)
                 .create_with_backend(backend.clone())

@@ -15,7 +15,7 @@ use std::{
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::{Notify, Semaphore, mpsc},
-    time::{Instant, interval, sleep, timeout_at},
+    time::{Instant, interval, sleep, timeout, timeout_at},
 };
 use weft_blobs::{
     Hash, Plan, Transfer, TransferError, availability, plan, rate::Limit, transfer::Peer,
@@ -43,8 +43,9 @@ const MAX_INTRODUCED: u32 = 256;
 /// Addresses kept of a provider.
 const MAX_ADDRESSES: usize = 32;
 
-/// Peers that are reached at a time only to ask what they have: most of those that others speak of may be gone.
-const MAX_REACHING: usize = 8;
+/// Peers that are reached at a time only to ask what they have, and for how long: most of those that others speak of may be gone.
+const MAX_REACHING: usize = 16;
+const REACH: Duration = Duration::from_secs(5);
 
 /// Peers on the local network that are asked whether they have the model.
 const MAX_NEIGHBOURS: usize = 16;
@@ -427,20 +428,21 @@ impl Swarm {
         }
         let (exchanger, model) = (self.exchanger.clone(), self.model);
         let addresses = member.addresses.clone();
-        let reaching = match member.busy {
-            true => None,
-            false => Some(Arc::clone(&self.reaching)),
-        };
+        let reaching = Arc::clone(&self.reaching);
         let work = async move {
-            let permit = match reaching {
-                Some(reaching) => reaching.acquire_owned().await.ok(),
-                None => None,
+            let network = &exchanger.network;
+            let connected = network.peers().await.iter().any(|one| one.peer == peer);
+            let reached = match connected {
+                true => true,
+                false => {
+                    let _permit = reaching.acquire().await;
+                    let reached = timeout(REACH, network.connect(peer, addresses)).await;
+                    matches!(reached, Ok(Ok(_)))
+                }
             };
-            let connected = exchanger.network.connect(peer, addresses).await;
-            drop(permit);
-            match connected {
-                Ok(_) => exchanger.dial(peer, model).await,
-                Err(error) => tracing::debug!(%peer, %error, "a peer cannot be reached"),
+            match reached {
+                true => exchanger.dial(peer, model).await,
+                false => tracing::debug!(%peer, "a peer cannot be reached"),
             }
             Event::Exchanged(peer)
         };
