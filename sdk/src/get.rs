@@ -742,7 +742,7 @@ impl Found {
                     Err(error) => {
                         exhausted = Some(error);
                         if !fetches.is_empty() {
-                            providers.go_on();
+                            providers.look_again();
                         }
                     }
                 },

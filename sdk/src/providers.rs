@@ -49,6 +49,8 @@ pub(crate) struct Providers {
     pause: Duration,
     /// Rounds begun since the last progress.
     rounds: u32,
+    /// Those who were not tried yet are looked for, whatever patience says.
+    look_again: bool,
 }
 
 /// What is known of a model's providers before content is fetched.
@@ -81,6 +83,7 @@ impl Providers {
             since: Instant::now(),
             pause: PAUSE.0,
             rounds: 0,
+            look_again: false,
         }
     }
 
@@ -90,6 +93,12 @@ impl Providers {
     /// [`Error::NoProvider`] when patience has ended, with what each one did. Every provider that is known has been tried by then.
     pub(crate) async fn next(&mut self) -> Result<Stream, Error> {
         self.succeeded = false;
+        if self.look_again {
+            let mut others = self.look_up().await?;
+            others.retain(|(peer, _)| !self.failures.contains_key(peer));
+            self.queue.extend(others);
+            self.look_again = false;
+        }
         loop {
             if let Some(stream) = self.race().await {
                 self.busy.insert(stream.peer());
@@ -113,11 +122,9 @@ impl Providers {
         }
     }
 
-    /// Patience begins anew, and so do the rounds that ask the mesh.
-    pub(crate) fn go_on(&mut self) {
-        self.since = Instant::now();
-        self.pause = PAUSE.0;
-        self.rounds = 1;
+    /// The mesh is asked for others once more before patience ends.
+    pub(crate) fn look_again(&mut self) {
+        self.look_again = true;
     }
 
     /// `peer` has just proved to be a good one: it comes next, and patience begins anew.
