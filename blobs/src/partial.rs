@@ -441,3 +441,53 @@ pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
         result => Ok(result?),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    fn content(file: File) -> Content {
+        let tree = Tree::new(3 * GROUP);
+        Content {
+            part: "part".into(),
+            hash: Hash::of(b"part"),
+            tree,
+            file,
+            have: Mutex::new(Bitfield::empty(tree.groups())),
+            unsynced: AtomicU64::new(0),
+            writing_back: AtomicBool::new(false),
+            syncing: Mutex::default(),
+        }
+    }
+
+    #[test]
+    fn after_a_sync_that_failed_none_succeeds() {
+        // A pipe cannot be synced.
+        let (pipe, _other_end) = io::pipe().unwrap();
+        let mut content = content(File::from(OwnedFd::from(pipe)));
+        let code = content.file.sync_data().unwrap_err().raw_os_error();
+        content.write_back();
+        content.file = tempfile::tempfile().unwrap();
+        for whole in [false, true] {
+            let error = content.sync_to_disk(whole).unwrap_err();
+            assert_eq!(error.raw_os_error(), code);
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_written_back_now_and_then() {
+        let content = content(tempfile::tempfile().unwrap());
+        content.unsynced.store(WRITE_BACK - 1, Ordering::Relaxed);
+        assert!(!content.is_write_back_due());
+        content.unsynced.fetch_add(1, Ordering::Relaxed);
+        assert!(content.is_write_back_due());
+        // By one at a time, however much is written meanwhile.
+        assert!(!content.is_write_back_due());
+        content.write_back();
+        assert!(!content.is_write_back_due());
+        content.unsynced.fetch_add(WRITE_BACK, Ordering::Relaxed);
+        assert!(content.is_write_back_due());
+    }
+}

@@ -900,17 +900,19 @@ mod tests {
 
     #[test]
     fn hostile_patterns_and_names_take_milliseconds() {
-        let name = "a".repeat(4000);
+        let name = "a".repeat(1000);
         for source in [
-            "*a".repeat(200) + "b",
-            "**a".repeat(200) + "b",
-            "{a,aa}".repeat(100) + "b",
-            "{a,a*}".repeat(100) + "b",
-            "{,a}".repeat(150) + "b",
-            "{*,{*,{*,{*,*a}b}c}d}".repeat(20) + "e",
-            "?*".repeat(300) + "b",
+            "*a".repeat(200),
+            "**a".repeat(200),
+            "{a,aa}".repeat(100),
+            "{a,a*}".repeat(100),
+            "{,a}".repeat(150),
+            "{*,{*,{*,{*,*a}b}c}d}".repeat(20),
+            "?*".repeat(300),
         ] {
-            let pattern = pattern(&source);
+            // A class: a letter that the name does not end in would be missed before the first step.
+            let pattern = pattern(&(source.clone() + "[b]"));
+            assert!(pattern.prefix.is_empty() && pattern.suffix.is_empty());
             let began = Instant::now();
             assert!(!pattern.matches_tensor(&name));
             assert!(!pattern.matches_path(&name));

@@ -747,12 +747,13 @@ impl Shared {
 
     /// Lets go of part files; what was written is made durable beside.
     fn let_go(store: &Store, open: Vec<Arc<Partial>>) {
+        let dirty: Vec<_> = open.into_iter().filter(|one| one.take_dirty()).collect();
+        if dirty.is_empty() {
+            return;
+        }
         let store = store.clone();
         let settle = move || {
-            let dirty: Vec<_> = open.into_iter().filter(|one| one.take_dirty()).collect();
-            if !dirty.is_empty()
-                && let Err(error) = store.settle(&dirty)
-            {
+            if let Err(error) = store.settle(&dirty) {
                 tracing::warn!(%error, "the last second of a stopped transfer is not kept");
             }
         };
@@ -1221,9 +1222,12 @@ impl Writer<'_> {
                 let content = Arc::clone(partial.content());
                 spawn_blocking(move || content.write_back());
             }
+            let is_full = partial.is_full();
+            // Before it is settled: whoever hears that it is whole may want to remove it.
+            drop(partial);
             // Make room for more, or come to the end, before the second is over.
             let state = shared.state();
-            let full = partial.is_full() && state.open.len() >= MAX_OPEN / 2;
+            let full = is_full && state.open.len() >= MAX_OPEN / 2;
             if full || state.schedule.needed() == 0 {
                 shared.settle_soon.notify_one();
             }

@@ -311,7 +311,10 @@ impl Verifier {
     pub(crate) fn is_group(&self, data: &[u8]) -> bool {
         let top = self.0.stack.last().expect("step announced a group");
         assert_eq!(top.groups, 1, "step announced a group");
-        self.0.tree.group_value(top.first, data) == top.value
+        let bytes = self.0.tree.group_bytes(top.first);
+        // Of another length it has no value at all.
+        data.len() as u64 == bytes.end - bytes.start
+            && self.0.tree.group_value(top.first, data) == top.value
     }
 
     /// Checks the content of the group that [`step`](Self::step) announced.
@@ -322,12 +325,12 @@ impl Verifier {
     /// # Panics
     /// If the last step was not a group.
     pub fn group(&mut self, data: &[u8]) -> Result<(), Mismatch> {
+        let matches = self.is_group(data);
         let top = self.0.stack.pop().expect("step announced a group");
-        assert_eq!(top.groups, 1, "step announced a group");
-        if self.0.tree.group_value(top.first, data) != top.value {
-            return Err(Mismatch { group: top.first });
+        match matches {
+            true => Ok(()),
+            false => Err(Mismatch { group: top.first }),
         }
-        Ok(())
     }
 }
 

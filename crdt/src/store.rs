@@ -414,6 +414,22 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_gone_is_not_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, aside] = ["documents.redb", "aside.redb"].map(|name| folder.path().join(name));
+        let mut store = Store::open(&path).unwrap();
+        store.put(b"a".to_vec(), b"1".to_vec());
+        store.flush().unwrap();
+        store.database = None;
+        std::fs::rename(&path, &aside).unwrap();
+        assert!(store.reopen().is_err());
+        assert!(!path.exists());
+        std::fs::rename(&aside, &path).unwrap();
+        store.reopen().unwrap();
+        assert_eq!(store.get(b"a").unwrap(), Some(b"1".to_vec()));
+    }
+
+    #[test]
     fn a_damaged_file_is_said_so_and_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("documents.redb");

@@ -125,10 +125,7 @@ impl Disk {
                 open().map_err(failed)?
             }
         };
-        let file = path.to_owned();
-        // Not made anew: if it is gone, what it held is not to be taken for nothing.
-        let reopen = move || Database::builder().set_cache_size(CACHE).open(&file);
-        Self::with(database, Box::new(reopen))
+        Self::with(database, reopen(path))
     }
 
     /// `open` opens the database again after a fault.
@@ -181,6 +178,12 @@ impl Drop for Disk {
             tracing::error!("what writes records has panicked");
         }
     }
+}
+
+/// What opens the records in this file again. Not made anew: if it is gone, what it held is not to be taken for nothing.
+fn reopen(path: &Path) -> Open {
+    let path = path.to_owned();
+    Box::new(move || Database::builder().set_cache_size(CACHE).open(&path))
 }
 
 /// A row: its key and its value.
@@ -381,6 +384,24 @@ mod tests {
         let mut disk = Disk::with(open().unwrap(), Box::new(open)).unwrap();
         let pair = |key: &[u8], value: &[u8]| (key.to_vec(), value.to_vec());
         assert_eq!(disk.take_loaded(), [pair(b"a", b"1"), pair(b"b", b"2")]);
+    }
+
+    #[test]
+    fn a_file_that_is_gone_is_not_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("records.redb");
+        drop(Disk::open(&path).unwrap());
+        let mut file = File {
+            open: reopen(&path),
+            database: None,
+        };
+        let changes = HashMap::from([(b"a".to_vec(), Some(b"1".to_vec()))]);
+        let aside = folder.path().join("aside");
+        std::fs::rename(&path, &aside).unwrap();
+        assert!(matches!(file.commit(&changes), Err(DiskError::Other(_))));
+        assert!(!path.exists());
+        std::fs::rename(&aside, &path).unwrap();
+        file.commit(&changes).unwrap();
     }
 
     #[test]

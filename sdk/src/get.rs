@@ -39,13 +39,14 @@ use crate::{
 /// How often the mesh is told what has come.
 const SHARING: Duration = Duration::from_secs(15);
 
-/// How long a manifest may come slowly before another provider is asked for it too.
+/// How long a manifest may come slowly before another provider is asked for it too: several round trips over a relay, and still short for who waits.
 const MANIFEST_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Less than this many bytes in that time is slowly.
+/// Less than this many bytes in that time is slowly: a chunk group a second, at which the manifest of a model of some hundred tensors takes seconds, and
+/// above which asking a second time would only share a slow line.
 const MANIFEST_LEAST: u64 = 192 * 1024;
 
-/// Providers that are asked for one manifest at a time.
+/// Providers that are asked for one manifest at a time: each may cost its size, and one of three is good unless two hostile ones are the first.
 const MAX_MANIFESTS: usize = 3;
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).

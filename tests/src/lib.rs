@@ -18,7 +18,7 @@ mod random;
 
 pub use self::{
     echo_service::EchoService,
-    mesh::{mesh, node},
+    mesh::{bare_network, mesh, node},
     model::{python, real_model, same_files},
     program::{Daemon, Finished, Home, Running},
     proxy::Proxy,

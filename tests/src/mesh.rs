@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use weft::{Multiaddr, Node};
+use weft_dht::Dht;
+use weft_net::{Config, Network, identity::Keypair};
 
 /// A node that finds nobody but by `bootstrap`.
 ///
@@ -18,6 +20,20 @@ pub async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
         .spawn()
         .await
         .expect("a node starts")
+}
+
+/// A network on loopback that follows the DHT and serves nothing, for peers that a test makes itself.
+///
+/// # Panics
+/// If it does not start.
+pub async fn bare_network() -> Network {
+    let key = Keypair::generate_ed25519();
+    let mut config = Config::new(key.clone());
+    config.mdns = false;
+    config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().expect("an address")]);
+    Network::spawn(config, Dht::new(&key).1)
+        .await
+        .expect("a network starts")
 }
 
 /// The homes, in their order, of one node that the others know, and of these, which know only it.

@@ -5,7 +5,8 @@ use std::{
     io::{BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
-    thread::{self, JoinHandle},
+    sync::mpsc::{self, Receiver},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -141,8 +142,8 @@ impl Home {
 #[derive(Debug)]
 pub struct Running {
     child: Child,
-    stdout: JoinHandle<String>,
-    stderr: JoinHandle<String>,
+    stdout: Output,
+    stderr: Output,
 }
 
 /// A program that has ended.
@@ -176,8 +177,8 @@ impl Running {
         let stderr = child.stderr.take().expect("standard error is captured");
         Self {
             child,
-            stdout: collect(stdout),
-            stderr: collect(stderr),
+            stdout: Output::of(stdout),
+            stderr: Output::of(stderr),
         }
     }
 
@@ -186,15 +187,21 @@ impl Running {
         send(&self.child, signal);
     }
 
+    /// Waits for a line of its standard output that contains this, after the one that was waited for before.
+    ///
+    /// # Panics
+    /// If it ends without one, or none comes within a minute.
+    pub fn wait_for_line(&mut self, part: &str) {
+        self.stdout.wait_for_line(part);
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Finished {
         let status = wait(&mut self.child);
-        let empty = || thread::spawn(String::new);
-        let text = |thread: JoinHandle<String>| thread.join().expect("reading does not panic");
         Finished {
             status,
-            stdout: text(std::mem::replace(&mut self.stdout, empty())),
-            stderr: text(std::mem::replace(&mut self.stderr, empty())),
+            stdout: self.stdout.all(),
+            stderr: self.stderr.all(),
         }
     }
 }
@@ -207,13 +214,53 @@ impl Drop for Running {
     }
 }
 
-fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        // What was read before an error is still worth showing.
-        let _ = from.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+/// What a program writes, read as it comes: a full pipe would hold it up.
+#[derive(Debug)]
+struct Output {
+    lines: Receiver<String>,
+    /// What was taken from them.
+    text: String,
+}
+
+impl Output {
+    fn of(from: impl Read + Send + 'static) -> Self {
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            let mut from = BufReader::new(from);
+            loop {
+                let mut line = Vec::new();
+                let read = from.read_until(b'\n', &mut line);
+                // What was read before an error is still worth showing.
+                let line = String::from_utf8_lossy(&line).into_owned();
+                if sender.send(line).is_err() || !matches!(read, Ok(1..)) {
+                    return;
+                }
+            }
+        });
+        Self {
+            lines,
+            text: String::new(),
+        }
+    }
+
+    fn wait_for_line(&mut self, part: &str) {
+        let begin = Instant::now();
+        loop {
+            let left = PATIENCE.saturating_sub(begin.elapsed());
+            let line = self.lines.recv_timeout(left);
+            let line = line.unwrap_or_else(|error| panic!("{part}: {error}: {:?}", self.text));
+            self.text.push_str(&line);
+            if line.contains(part) {
+                return;
+            }
+        }
+    }
+
+    /// To its end.
+    fn all(&mut self) -> String {
+        self.text.extend(self.lines.iter());
+        std::mem::take(&mut self.text)
+    }
 }
 
 fn send(child: &Child, signal: Signal) {

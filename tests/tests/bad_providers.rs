@@ -1,4 +1,4 @@
-//! Providers that keep to the protocol and are of no use: they send another's bytes, a byte a second, or nothing for a while.
+//! Providers that keep to the protocol and are of no use: they send another's bytes, a byte a second, or nothing for a while, or lack what they announce.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,21 +8,21 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf, duplex, split},
+    net::TcpListener,
     time::{sleep, timeout},
 };
 use weft::{Error, Got, Hash, Multiaddr, Node, PeerId, Rates, Target, Ticket};
-use weft_blobs::{Manifest, Store, index, serve};
-use weft_dht::Dht;
-use weft_net::{Config, Network, Stream, StreamProtocol, identity::Keypair};
+use weft_blobs::{Manifest, Store, availability, index, serve};
+use weft_net::{Network, Stream, StreamProtocol};
 use weft_proto::{frame, wire};
-use weft_tests::{Proxy, node, same_files};
+use weft_tests::{Proxy, bare_network, node, same_files};
 
 const PATIENCE: Duration = Duration::from_secs(80);
 
@@ -55,6 +55,8 @@ struct Fake {
     free: AtomicU64,
     trickle: u64,
     passed: AtomicU64,
+    /// Has manifests and nothing else.
+    lacks: AtomicBool,
     /// Streams on which content was asked for, and on which the manifest was.
     asked: [AtomicU64; 2],
 }
@@ -74,6 +76,7 @@ impl Fake {
             free: AtomicU64::new(u64::MAX),
             trickle: 1,
             passed: AtomicU64::new(0),
+            lacks: AtomicBool::new(false),
             asked: [AtomicU64::new(0), AtomicU64::new(0)],
         };
         (fake, models)
@@ -89,11 +92,7 @@ impl Fake {
 
     /// Serves until the network is dropped.
     async fn start(self) -> (Arc<Self>, Network) {
-        let key = Keypair::generate_ed25519();
-        let mut config = Config::new(key.clone());
-        config.mdns = false;
-        config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()]);
-        let network = Network::spawn(config, Dht::new(&key).1).await.unwrap();
+        let network = bare_network().await;
         let mut incoming = network
             .accept(StreamProtocol::new(serve::PROTOCOL))
             .unwrap();
@@ -127,6 +126,9 @@ impl Fake {
             }
             if let Some(other) = self.instead.get(request.hash.as_ref()) {
                 request.hash = other.as_bytes().to_vec().into();
+            }
+            if kind == 0 && self.lacks.load(Ordering::Relaxed) {
+                request.hash = vec![0; 32].into();
             }
             if frame::write(&mut requests, &request, 128).await.is_err() {
                 return;
@@ -177,6 +179,14 @@ async fn good(home: &Path, model: &Path) -> (Node, (PeerId, Vec<Multiaddr>)) {
 
 fn at(network: &Network) -> (PeerId, Vec<Multiaddr>) {
     (network.local_peer(), network.addresses().all)
+}
+
+/// What this process has open below a folder.
+fn open_below(folder: &Path) -> Vec<PathBuf> {
+    let open = fs::read_dir("/proc/self/fd").unwrap();
+    // One may be closed meanwhile.
+    let open = open.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
+    open.filter(|path| path.starts_with(folder)).collect()
 }
 
 async fn get(
@@ -264,7 +274,7 @@ async fn a_byte_a_second_costs_little_beside_a_good_provider_and_ends_alone() {
     for free in [0, 1000, 2_000_000] {
         let (took, ..) = one(free).await;
         println!("{took:.2} s beside one that trickles after {free} bytes, {alone:.2} without");
-        assert!(took < alone + 6.0, "{took} s after {free} bytes");
+        assert!(took < alone + 15.0, "{took} s after {free} bytes");
     }
     // The manifest is asked for from it alone at first: the good one is slow to be reached.
     let (fake, models) = Fake::new(&folder.path().join("fake-first"), &[&right]);
@@ -295,7 +305,7 @@ async fn a_byte_a_second_costs_little_beside_a_good_provider_and_ends_alone() {
     let took = begin.elapsed().as_secs_f64();
     same_files(&right, &to);
     println!("{took:.2} s with the manifest asked for from one that trickles first");
-    assert!(took < alone + 9.0, "{took} s");
+    assert!(took < alone + 15.0, "{took} s");
     // Alone: given up, and not waited for for ever.
     let ends = async |free: u64| {
         let home = folder.path().join(format!("alone-{free}"));
@@ -309,6 +319,12 @@ async fn a_byte_a_second_costs_little_beside_a_good_provider_and_ends_alone() {
             panic!("{failed:?}");
         };
         assert_eq!(failures[0].peer, network.local_peer());
+        let begun = Instant::now();
+        while !open_below(&to).is_empty() {
+            let open = open_below(&to);
+            assert!(begun.elapsed() < PATIENCE, "{open:?} is still open");
+            sleep(Duration::from_millis(10)).await;
+        }
     };
     tokio::join!(ends(0), ends(1000));
 }
@@ -334,4 +350,105 @@ async fn an_only_provider_that_sends_nothing_for_a_while_is_gone_on_with() {
     same_files(&right, &to);
     assert_eq!(got.bytes_moved, SIZE as u64, "no checked group comes twice");
     assert!(fake.asked()[0] >= 2, "the stream that stood still was left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_lacks_the_content_at_first_is_asked_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let right = model(folder.path(), 1);
+    let (fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
+    fake.lacks.store(true, Ordering::Relaxed);
+    let (fake, network) = fake.start().await;
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let to = folder.path().join("to");
+    let getting = get(&receiver, models[0].0, vec![at(&network)], &to);
+    let comes = async {
+        // It has been asked for all of it by then, and said each time that it has not got it.
+        while fake.asked()[0] < 2 {
+            sleep(Duration::from_millis(50)).await;
+        }
+        sleep(Duration::from_millis(1500)).await;
+        fake.lacks.store(false, Ordering::Relaxed);
+    };
+    let (got, ()) = tokio::join!(getting, comes);
+    assert_eq!(got.unwrap().bytes_moved, SIZE as u64);
+    same_files(&right, &to);
+
+    // Who never gets it is not asked without end.
+    fake.lacks.store(true, Ordering::Relaxed);
+    let before = fake.asked()[0];
+    let other = node(&folder.path().join("other"), &[]).await;
+    let to = folder.path().join("never");
+    let failed = get(&other, models[0].0, vec![at(&network)], &to).await;
+    let Err(Error::NoProvider { failures, .. }) = failed else {
+        panic!("{failed:?}");
+    };
+    assert!(failures[0].reason.contains("does not have"));
+    let asked = fake.asked()[0] - before;
+    assert!((3..20).contains(&asked), "{asked}");
+}
+
+/// Tells everybody who exchanges with it of so many peers that are nowhere: at `at` somebody listens and says nothing.
+fn introduce_many(network: &Network, count: usize, at: Multiaddr) {
+    let protocol = StreamProtocol::new(availability::PROTOCOL);
+    let mut incoming = network.accept(protocol).unwrap();
+    tokio::spawn(async move {
+        let mut all = Vec::new();
+        while let Some(mut stream) = incoming.next().await {
+            let mut left = count;
+            while left > 0 {
+                let some = left.min(availability::MAX_PEERS);
+                left -= some;
+                let peers = (0..some).map(|_| wire::SwarmPeer {
+                    peer: PeerId::random().to_bytes().into(),
+                    addresses: vec![at.to_vec().into()],
+                });
+                let message = wire::SwarmMessage {
+                    peers: peers.collect(),
+                    ..Default::default()
+                };
+                let most = availability::MAX_MESSAGE;
+                frame::write(&mut stream, &message, most).await.unwrap();
+            }
+            stream.flush().await.unwrap();
+            // Open for as long as the test takes.
+            all.push(stream);
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_speaks_of_many_that_are_none_has_few_of_them_reached_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let right = model(folder.path(), 1);
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let (mut fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
+    fake.free = AtomicU64::new(1_000_000);
+    fake.trickle = 0;
+    let (fake, network) = fake.start().await;
+    let nowhere = format!("/ip4/127.0.0.1/tcp/{port}").parse().unwrap();
+    introduce_many(&network, 200, nowhere);
+    let receiver = node(&folder.path().join("r"), &[]).await;
+    let to = folder.path().join("to");
+    let getting = get(&receiver, models[0].0, vec![at(&network)], &to);
+    let reached = async {
+        let mut all = vec![silent.accept().await.unwrap()];
+        // Shorter than one of them is waited for.
+        let over = sleep(Duration::from_secs(3));
+        tokio::pin!(over);
+        loop {
+            tokio::select! {
+                one = silent.accept() => all.push(one.unwrap()),
+                () = &mut over => break,
+            }
+        }
+        fake.free.store(u64::MAX, Ordering::Relaxed);
+        all.len()
+    };
+    let (got, reached) = tokio::join!(getting, reached);
+    got.unwrap();
+    same_files(&right, &to);
+    println!("{reached} of 200 were reached in 3 s");
+    assert!((2..=16).contains(&reached), "{reached}");
 }

@@ -4,7 +4,10 @@
 
 use std::{path::Path, time::Duration};
 
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::transport::{Channel, Endpoint};
 use weft_proto::api::{
@@ -74,8 +77,8 @@ async fn calls(home: &Path) -> CallsClient<Channel> {
     CallsClient::new(endpoint.connect().await.unwrap()).max_decoding_message_size(8 << 20)
 }
 
-/// Answers one call with [`PIECES`], keeping to 16 MiB ahead of what has been taken, or not.
-async fn answer_with_much(home: &Path, name: &str, paced: bool, ready: mpsc::Sender<()>) {
+/// Answers one call with [`PIECES`], keeping to 16 MiB ahead of what has been taken, or not. Says when it is ready, and when all is sent.
+async fn answer_with_much(home: &Path, name: &str, paced: bool, says: mpsc::Sender<()>) {
     let (sender, requests) = mpsc::channel(1);
     let request = |what| ServeRequest { what: Some(what) };
     let begin = ServeBegin {
@@ -98,7 +101,7 @@ async fn answer_with_much(home: &Path, name: &str, paced: bool, ready: mpsc::Sen
     while let Some(event) = events.next().await {
         let event = event.unwrap();
         match event.what.unwrap() {
-            serve_event::What::Ready(_) => ready.send(()).await.unwrap(),
+            serve_event::What::Ready(_) => says.send(()).await.unwrap(),
             serve_event::What::Closed(_) => called = Some(event.call),
             serve_event::What::Taken(more) => taken += more,
             serve_event::What::Cancelled(_) => return,
@@ -118,6 +121,7 @@ async fn answer_with_much(home: &Path, name: &str, paced: bool, ready: mpsc::Sen
             let end = answer(call, serve_answer::What::End(CallEnd::default()));
             sender.send(end).await.unwrap();
             sent += 1;
+            says.send(()).await.unwrap();
         }
     }
 }
@@ -130,11 +134,10 @@ async fn a_slow_caller_paces_a_program_that_asks_to_be() {
     calling.json(&["connect", up.address()]);
     // Of another name each: when the first is gone is not waited for.
     for (paced, name) in [(true, "test.Paced"), (false, "test.Much")] {
-        let (ready, mut is_ready) = mpsc::channel(1);
+        let (says, mut said) = mpsc::channel(1);
         let home = serving.path();
-        let program =
-            tokio::spawn(async move { answer_with_much(&home, name, paced, ready).await });
-        is_ready.recv().await.unwrap();
+        let program = tokio::spawn(async move { answer_with_much(&home, name, paced, says).await });
+        said.recv().await.unwrap();
         let begin = CallBegin {
             peer_id: up.peer_id().to_owned(),
             method: format!("{name}/Get"),
@@ -146,10 +149,16 @@ async fn a_slow_caller_paces_a_program_that_asks_to_be() {
         let mut client = calls(&calling.path()).await;
         let answers = client.call(tokio_stream::once(request)).await.unwrap();
         let mut answers = answers.into_inner();
-        // As one that works on the first for a while.
         let first = answers.next().await.unwrap().unwrap();
         assert_eq!(first.data.len(), PIECE);
-        sleep(Duration::from_secs(1)).await;
+        if paced {
+            // As one that works on the first for a while.
+            sleep(Duration::from_secs(1)).await;
+        } else {
+            // Nothing more is taken until all is sent, however long that takes here.
+            let sent = timeout(Duration::from_secs(60), said.recv()).await;
+            sent.expect("who is not paced does not wait").unwrap();
+        }
         let mut came = 1;
         let ended = loop {
             match answers.next().await {

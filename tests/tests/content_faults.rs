@@ -68,7 +68,7 @@ fn a_receiver_killed_fifty_times_in_one_transfer_ends_with_the_right_bytes() {
         get.finish();
     }
     println!("{least} bytes were here after fifty kills");
-    assert!(least > 10_000_000 && least < size as u64, "{least}");
+    assert!(least > 2_500_000 && least < size as u64, "{least}");
     provider.json(&["rates", "--upload", "0"]);
     let _up = receiver.up(&[]);
     receiver.json(&["get", ticket, "--to", to]);
@@ -257,12 +257,13 @@ async fn a_provider_that_leaves_every_five_seconds_is_made_use_of() {
     let id = first.models().add(&source).start().await.unwrap().model.id;
     let mut second = started(&leaving, None, 2_000_000).await;
     second.models().add(&source).start().await.unwrap();
+    let leaver = second.peer_id();
     let at = addresses(&second).await;
     let ticket = Ticket {
         model: id,
         peers: vec![
             (first.peer_id(), addresses(&first).await),
-            (second.peer_id(), at.clone()),
+            (leaver, at.clone()),
         ],
     };
     let receiver = node(&folder.path().join("r"), &[]).await;
@@ -288,13 +289,16 @@ async fn a_provider_that_leaves_every_five_seconds_is_made_use_of() {
     };
     same_files(&source, &to);
     let seconds = got.elapsed.as_secs_f64();
+    let of_leaver = got.sources.iter().filter(|one| one.peer == leaver);
+    let of_leaver: u64 = of_leaver.map(|one| one.bytes).sum();
     println!(
-        "{seconds:.1} s where the steady one alone takes {}; {} bytes came twice",
+        "{seconds:.1} s where the steady one alone takes {}; {of_leaver} bytes of the one that leaves; {} came twice",
         size / 1_000_000,
         got.bytes_wasted
     );
-    // Never gone back to, it would be 26 s.
-    assert!(seconds < 20.0, "{seconds}");
+    // Never gone back to, it would send ten million, before it leaves for the first time.
+    assert!(of_leaver > 12_000_000, "{of_leaver}");
+    assert!(seconds < 40.0, "{seconds}");
     assert!(got.bytes_wasted < size as u64 / 20, "{}", got.bytes_wasted);
 }
 
@@ -329,4 +333,63 @@ async fn what_was_removed_comes_again_and_from_who_has_it_later() {
     second.models().add(&source).start().await.unwrap();
     let got = timeout(PATIENCE, later).await.unwrap().unwrap();
     assert_eq!(got.sources[0].peer, second.peer_id());
+}
+
+#[test]
+fn a_full_disk_is_said_by_add_export_and_verify_and_they_go_on_when_there_is_room() {
+    let (provider, receiver) = (Home::new(), Home::new());
+    let source = model(&provider.beside("m"), 18_000_000);
+    let _up = provider.up(&[]);
+    let added = provider.json(&["add", source.to_str().unwrap()]);
+    let other = provider.beside("other");
+    fs::create_dir_all(&other).unwrap();
+    fs::write(other.join("weights.bin"), &noise(30_000_000)[5_000_000..]).unwrap();
+    let script = r#"
+        start || exit 91
+        weft get "$1" --to "$disk/to" >/dev/null 2>&1 || exit 92
+        try() {
+            name=$1; shift
+            weft "$@" >"$out.$name" 2>&1
+            echo "$name $? $(tr '\n' ' ' <"$out.$name")"
+        }
+        add() { try "$1-add" add "$other"; }
+        export_it() { try "$1-export" get "$ticket" --hf-cache=a/b --cache-dir "$disk/hub"; }
+        verify() { try "$1-verify" verify; }
+        ticket=$1; other=$2; out=$3
+        dd if=/dev/zero of="$disk/fill" bs=64k 2>/dev/null
+        add full; export_it full
+        printf xyz | dd of="$disk/to/1.safetensors" bs=1 seek=3000000 conv=notrunc 2>/dev/null
+        verify full
+        rm "$disk/fill"
+        # A store that met the full disk is opened again at most once a second.
+        for _ in $(seq 100); do weft add "$other" >/dev/null 2>&1 && break; sleep 0.1; done
+        add then; export_it then; verify then; verify again
+        weft ls
+        stop
+        mkdir "$out"; cp -r "$disk/to" "$out/to"; cp -rL "$disk"/hub/models--a--b/snapshots/* "$out/hub"
+    "#;
+    let out = receiver.beside("out");
+    let arguments = [
+        added["ticket"].as_str().unwrap(),
+        other.to_str().unwrap(),
+        out.to_str().unwrap(),
+    ];
+    let said = with_disk(&receiver, "90m", script, &arguments);
+    println!("{said}");
+    let code = |name: &str| {
+        let line = said.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap().split_whitespace().next().unwrap()
+    };
+    for (name, want) in [
+        ("full-add ", "8"),
+        ("full-export ", "8"),
+        ("full-verify ", "8"),
+        ("then-add ", "0"),
+        ("then-export ", "0"),
+        ("again-verify ", "0"),
+    ] {
+        assert_eq!(code(name), want, "{name}: {said}");
+    }
+    same_files(&source, &out.join("to"));
+    same_files(&source, &out.join("hub"));
 }

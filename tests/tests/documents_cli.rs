@@ -53,8 +53,8 @@ fn documents_are_made_shared_watched_and_carried_about() {
         (&json!(true), &json!(true)),
         "{opened}"
     );
-    let watch = one.start(&["--json", "doc", "watch", &id, "--count", "2"]);
-    std::thread::park_timeout(Duration::from_millis(500));
+    let mut watch = one.start(&["--json", "doc", "watch", &id, "--count", "2"]);
+    watch.wait_for_line(r#""watching""#);
     other.json(&["doc", "insert", &id, "/models/-", r#"{"name": "llama"}"#]);
     other.json(&["doc", "increment", &id, "/n", "-3"]);
     let watched = watch.finish();

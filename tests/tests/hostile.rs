@@ -7,10 +7,9 @@ use std::fs;
 use prost::Message;
 use weft::{Hash, Ticket};
 use weft_blobs::{Store, serve};
-use weft_dht::Dht;
-use weft_net::{Config, Network, StreamProtocol, identity::Keypair};
+use weft_net::{Network, StreamProtocol};
 use weft_proto::wire::{Manifest, ManifestFile};
-use weft_tests::Home;
+use weft_tests::{Home, bare_network};
 
 /// A node that serves these bytes as a manifest, without looking at them as an honest one would.
 struct Liar {
@@ -23,11 +22,7 @@ impl Liar {
     async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).unwrap();
-        let key = Keypair::generate_ed25519();
-        let mut config = Config::new(key.clone());
-        config.mdns = false;
-        config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()]);
-        let network = Network::spawn(config, Dht::new(&key).1).await.unwrap();
+        let network = bare_network().await;
         let mut incoming = network
             .accept(StreamProtocol::new(serve::PROTOCOL))
             .unwrap();

@@ -120,12 +120,14 @@ async fn first_bytes(ending: &str) -> Vec<u8> {
     let (mut socket, _) = timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
     let mut bytes = vec![0; 4096];
     let mut end = 0;
-    // What is sent before an answer comes.
-    while let Ok(read) = timeout(Duration::from_millis(300), socket.read(&mut bytes[end..])).await {
+    // What is sent before an answer comes: the first of it in its time, the rest right after it.
+    let mut wait = PATIENCE;
+    while let Ok(read) = timeout(wait, socket.read(&mut bytes[end..])).await {
         match read.unwrap() {
             0 => break,
             n => end += n,
         }
+        wait = Duration::from_millis(300);
     }
     dial.abort();
     bytes.truncate(end);

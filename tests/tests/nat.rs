@@ -119,7 +119,7 @@ async fn begin_at_both() -> Result<(), Failed> {
     let cell = Cell::new(Side::Symmetric, Side::Home, distance, 2).await;
     let cell = cell.map_err(|error| error.to_string())?;
     let outcome = cell
-        .connect_both(DIRECT)
+        .connect_both(SEARCHED)
         .map_err(|error| error.to_string())?;
     match outcome.direct {
         Some(_) => Ok(()),
@@ -135,13 +135,21 @@ fn far_apart(one: Side, other: Side, loss: f64) -> Result<(), Failed> {
     };
     let cell = runtime()?.block_on(Cell::new(one, other, distance, 2));
     let cell = cell.map_err(|error| error.to_string())?;
-    let measured = cell.measure().map_err(|error| error.to_string())?;
     let lost = 1.0 - (1.0 - loss).powi(2);
-    let right = measured.round_trip > Duration::from_millis(49)
-        && measured.round_trip < Duration::from_millis(80)
-        && (measured.lost - lost).abs() < 0.08;
-    if !right {
-        return Err(format!("the distance is not what was set: {measured:?}").into());
+    let mut measured = Vec::new();
+    // A busy machine holds packets up for a while; a distance that is wrong stays so.
+    loop {
+        let now = cell.measure().map_err(|error| error.to_string())?;
+        let right = now.round_trip > Duration::from_millis(49)
+            && now.round_trip < Duration::from_millis(80)
+            && (now.lost - lost).abs() < 0.08;
+        if right {
+            break;
+        }
+        measured.push(now);
+        if measured.len() == 5 {
+            return Err(format!("the distance is not what was set: {measured:?}").into());
+        }
     }
     let outcome = cell
         .connect(2 * DIRECT)

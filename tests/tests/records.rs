@@ -177,7 +177,7 @@ async fn a_watch_sees_what_joins_changes_and_leaves() {
         "{changed:?}"
     );
     // Five seconds, and a look-up on a machine that is busy.
-    assert!(begin.elapsed() < Duration::from_secs(10));
+    assert!(begin.elapsed() < Duration::from_secs(25));
     one.records().remove("k", "").await.unwrap();
     let left = next().await;
     let publisher = one.peer_id();
@@ -188,11 +188,11 @@ async fn a_watch_sees_what_joins_changes_and_leaves() {
             subkey: Vec::new()
         }
     );
-    // What ends by itself.
-    let brief = Duration::from_secs(9);
+    // What ends by itself, not before it was seen.
+    let brief = Duration::from_secs(25);
     one.records().put("k", "s", "3", brief).await.unwrap();
     assert!(matches!(next().await, RecordChange::Joined(_)));
-    let left = next().await;
+    let left = timeout(2 * PATIENCE, watch.next()).await.unwrap().unwrap();
     assert_eq!(
         left,
         RecordChange::Left {

@@ -203,7 +203,8 @@ async fn node(home: &std::path::Path, listen: &str) -> Node {
 async fn nodes_call_each_other_and_go_on_after_one_was_away() {
     let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let one = node(homes[0].path(), "/ip4/127.0.0.1/tcp/0").await;
-    let other = node(homes[1].path(), "/ip4/127.0.0.1/tcp/0").await;
+    // An address of its own: nobody else takes the port while it is away.
+    let other = node(homes[1].path(), "/ip4/127.0.0.3/tcp/0").await;
     let router = || Router::new().add_service(NumbersServer::new(Service));
     other.rpc().serve(router()).unwrap();
     other.rpc().serve(router()).unwrap_err();

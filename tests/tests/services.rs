@@ -106,7 +106,9 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
     let is_next_door =
         |rtt: Option<Duration>| rtt.is_some_and(|rtt| rtt < Duration::from_millis(4));
     while !service.peers().await.iter().all(|p| is_next_door(p.rtt)) {
-        assert!(begin.elapsed() < PATIENCE, "no round trip as of next door");
+        // Measured when they connect, and from then on every fifteen seconds.
+        let patience = Duration::from_secs(120);
+        assert!(begin.elapsed() < patience, "no round trip as of next door");
         sleep(Duration::from_millis(50)).await;
     }
     for at in [&at_a, &at_b] {

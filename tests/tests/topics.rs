@@ -59,15 +59,13 @@ async fn subscribers_find_each_other_and_hear_whoever_publishes() {
             (a.peer_id(), b"v2".as_slice())
         );
     }
-    // One who has not subscribed finds those who have when it publishes.
-    assert!(
-        outsider
-            .topics()
-            .publish("models/acme", "v3")
-            .await
-            .unwrap()
-            >= 1
-    );
+    // One who has not subscribed finds those who have when it publishes. It may hear only afterwards that they have; then nobody was told, and it says it again.
+    let topics = outsider.topics();
+    let begin = Instant::now();
+    while topics.publish("models/acme", "v3").await.unwrap() == 0 {
+        assert!(begin.elapsed() < PATIENCE, "nobody hears it");
+        sleep(Duration::from_millis(20)).await;
+    }
     for at in [&mut at_a, &mut at_b] {
         let message = next(at).await;
         assert_eq!(

@@ -104,14 +104,15 @@ impl Store {
     }
 
     fn discards(&self) -> Result<Vec<(PathBuf, DiscardRow)>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(DISCARDS).map_err(database)?;
-        let mut discards = Vec::new();
-        for row in table.iter().map_err(database)? {
-            let (path, row) = row.map_err(database)?;
-            discards.push((path_from(path.value()), decode("discards", row.value())?));
-        }
-        Ok(discards)
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(DISCARDS).map_err(database)?;
+            let mut discards = Vec::new();
+            for row in table.iter().map_err(database)? {
+                let (path, row) = row.map_err(database)?;
+                discards.push((path_from(path.value()), decode("discards", row.value())?));
+            }
+            Ok(discards)
+        })
     }
 
     fn finish_discard(&self, path: &Path, row: &DiscardRow) -> Result<(), StoreError> {
@@ -144,10 +145,11 @@ impl Store {
     }
 
     fn has_part_row(&self, hash: &Hash, part: &Path) -> Result<bool, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(PARTS).map_err(database)?;
-        let key = part_key(hash, part);
-        Ok(table.get(key.as_slice()).map_err(database)?.is_some())
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(PARTS).map_err(database)?;
+            let key = part_key(hash, part);
+            Ok(table.get(key.as_slice()).map_err(database)?.is_some())
+        })
     }
 }
 

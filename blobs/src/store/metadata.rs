@@ -4,7 +4,7 @@ use std::{
     fmt, io,
     sync::{
         PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -30,6 +30,8 @@ pub(super) struct Metadata {
     known: RwLock<Known>,
     /// The generation of the database that failed last.
     failed: AtomicU64,
+    /// It failed because the disk was full.
+    full: AtomicBool,
 }
 
 #[derive(Default)]
@@ -38,8 +40,8 @@ struct Known {
     database: Option<Database>,
     /// How often it was opened.
     generation: u64,
-    /// When it was last tried in vain to open it, and whether the disk was full then.
-    tried: Option<(Instant, bool)>,
+    /// When it was last tried to open it again.
+    tried: Option<Instant>,
 }
 
 impl fmt::Debug for Metadata {
@@ -61,11 +63,17 @@ impl Metadata {
                 tried: None,
             }),
             failed: AtomicU64::new(0),
+            full: AtomicBool::new(false),
         })
     }
 
-    pub(super) fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
-        Ok(self.with(ReadableDatabase::begin_read)?.1)
+    /// What `look` finds. A read that fails makes redb refuse everything, too.
+    pub(super) fn read<T>(
+        &self,
+        look: impl FnOnce(&ReadTransaction) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let (generation, txn) = self.with(ReadableDatabase::begin_read)?;
+        look(&txn).inspect_err(|error| self.failed(generation, error))
     }
 
     /// With it the generation, for [`failed`](Self::failed).
@@ -75,9 +83,16 @@ impl Metadata {
 
     /// A transaction of this generation failed: if it was the database's fault, it is opened again for the next one.
     pub(super) fn failed(&self, generation: u64, error: &StoreError) {
-        if matches!(error, StoreError::Database(_) | StoreError::DiskFull { .. }) {
-            self.failed.fetch_max(generation, Ordering::AcqRel);
+        match error {
+            StoreError::DiskFull { .. } => self.full.store(true, Ordering::Release),
+            StoreError::Database(error) => match **error {
+                redb::Error::Io(_) => self.full.store(false, Ordering::Release),
+                redb::Error::PreviousIo => {}
+                _ => return,
+            },
+            _ => return,
         }
+        self.failed.fetch_max(generation, Ordering::AcqRel);
     }
 
     fn with<T>(
@@ -106,15 +121,14 @@ impl Metadata {
     }
 
     fn reopen(&self, known: &mut Known) -> Result<(), StoreError> {
-        match known.tried {
-            None => tracing::warn!("the store's database is opened again after a fault"),
-            Some((tried, full)) if tried.elapsed() < PAUSE => {
-                return Err(database(match full {
-                    true => redb::Error::Io(io::ErrorKind::StorageFull.into()),
-                    false => redb::Error::PreviousIo,
-                }));
-            }
-            Some(_) => {}
+        if known.tried.is_some_and(|tried| tried.elapsed() < PAUSE) {
+            return Err(database(match self.full.load(Ordering::Acquire) {
+                true => redb::Error::Io(io::ErrorKind::StorageFull.into()),
+                false => redb::Error::PreviousIo,
+            }));
+        }
+        if known.database.is_some() {
+            tracing::warn!("the store's database is opened again after a fault");
         }
         // Closed first: nobody opens it twice.
         known.database = None;
@@ -128,12 +142,10 @@ impl Metadata {
                 opened => break opened,
             }
         };
+        known.tried = Some(Instant::now());
         let opened = opened.map_err(database);
-        known.tried = opened.as_ref().err().map(|error| {
-            let full = matches!(error, StoreError::DiskFull { .. });
-            (Instant::now(), full)
-        });
-        known.database = Some(opened?);
+        let opened = opened.inspect_err(|error| self.failed(known.generation, error))?;
+        known.database = Some(opened);
         known.generation += 1;
         Ok(())
     }
@@ -141,7 +153,7 @@ impl Metadata {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, atomic::AtomicBool};
+    use std::sync::Arc;
 
     use redb::{StorageBackend, TableDefinition, backends::InMemoryBackend};
 
@@ -149,11 +161,12 @@ mod tests {
 
     const TABLE: TableDefinition<'_, u64, u64> = TableDefinition::new("t");
 
-    /// A disk that outlives what is opened on it, and is full at times.
+    /// A disk that outlives what is opened on it, and at times is full or cannot be read.
     #[derive(Debug, Clone, Default)]
     struct Disk {
         content: Arc<InMemoryBackend>,
         full: Arc<AtomicBool>,
+        unreadable: Arc<AtomicBool>,
     }
 
     impl Disk {
@@ -171,7 +184,10 @@ mod tests {
         }
 
         fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-            self.content.read(offset, out)
+            match self.unreadable.load(Ordering::Relaxed) {
+                true => Err(io::Error::other("an uncorrectable error of the medium")),
+                false => self.content.read(offset, out),
+            }
         }
 
         fn set_len(&self, length: u64) -> io::Result<()> {
@@ -201,10 +217,11 @@ mod tests {
         put().inspect_err(|error| metadata.failed(generation, error))
     }
 
-    fn has(metadata: &Metadata, key: u64) -> bool {
-        let txn = metadata.begin_read().unwrap();
-        let table = txn.open_table(TABLE).unwrap();
-        table.get(key).unwrap().is_some()
+    fn has(metadata: &Metadata, key: u64) -> Result<bool, StoreError> {
+        metadata.read(|txn| {
+            let table = txn.open_table(TABLE).map_err(database)?;
+            Ok(table.get(key).map_err(database)?.is_some())
+        })
     }
 
     #[test]
@@ -220,13 +237,47 @@ mod tests {
                 put(&metadata, key),
                 Err(StoreError::DiskFull { .. })
             ));
-            assert!(put(&metadata, key).is_err());
+            // Also when it was opened again only just now.
+            assert!(matches!(
+                put(&metadata, key),
+                Err(StoreError::DiskFull { .. })
+            ));
             disk.full.store(false, Ordering::Relaxed);
             // It is not tried again at once.
             std::thread::sleep(PAUSE);
-            assert!(has(&metadata, 1) && !has(&metadata, key));
+            assert!(has(&metadata, 1).unwrap() && !has(&metadata, key).unwrap());
             put(&metadata, key).unwrap();
-            assert!(has(&metadata, key));
+            assert!(has(&metadata, key).unwrap());
         }
+    }
+
+    #[test]
+    fn it_goes_on_when_what_could_not_be_read_can_be_again() {
+        let disk = Disk::default();
+        let (of_database, opened) = (disk.clone(), Arc::new(AtomicU64::new(0)));
+        let counted = Arc::clone(&opened);
+        let open = move |_| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            // Without a cache each look is one at the disk.
+            Database::builder()
+                .set_cache_size(0)
+                .create_with_backend(of_database.clone())
+        };
+        let metadata = Metadata::open(open).unwrap();
+        put(&metadata, 1).unwrap();
+        disk.unreadable.store(true, Ordering::Relaxed);
+        let begun = Instant::now();
+        for _ in 0..100 {
+            assert!(has(&metadata, 1).is_err());
+        }
+        // It is not opened for each look.
+        let most = 3 + begun.elapsed().as_secs();
+        assert!(opened.load(Ordering::Relaxed) <= most);
+        disk.unreadable.store(false, Ordering::Relaxed);
+        std::thread::sleep(PAUSE);
+        // Without anything having been written.
+        assert!(has(&metadata, 1).unwrap());
+        put(&metadata, 2).unwrap();
+        assert!(has(&metadata, 2).unwrap());
     }
 }

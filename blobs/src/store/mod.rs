@@ -586,16 +586,18 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn models(&self) -> Result<Vec<Model>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(MODELS).map_err(database)?;
-        let mut models = Vec::new();
-        for row in table.iter().map_err(database)? {
-            let (id, row) = row.map_err(database)?;
-            models.push(Model::from_row(
-                (*id.value()).into(),
-                decode("models", row.value())?,
-            ));
-        }
+        let mut models = self.inner.database.read(|txn| {
+            let table = txn.open_table(MODELS).map_err(database)?;
+            let mut models = Vec::new();
+            for row in table.iter().map_err(database)? {
+                let (id, row) = row.map_err(database)?;
+                models.push(Model::from_row(
+                    (*id.value()).into(),
+                    decode("models", row.value())?,
+                ));
+            }
+            Ok(models)
+        })?;
         models.sort_by_key(|model| (model.added_at, model.id));
         Ok(models)
     }
@@ -605,12 +607,13 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it.
     pub fn model(&self, id: &Hash) -> Result<Model, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(MODELS).map_err(database)?;
-        match table.get(id.as_bytes()).map_err(database)? {
-            Some(row) => Ok(Model::from_row(*id, decode("models", row.value())?)),
-            None => Err(StoreError::NoSuchModel(*id)),
-        }
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(MODELS).map_err(database)?;
+            match table.get(id.as_bytes()).map_err(database)? {
+                Some(row) => Ok(Model::from_row(*id, decode("models", row.value())?)),
+                None => Err(StoreError::NoSuchModel(*id)),
+            }
+        })
     }
 
     /// How much of `model` is here, by looking at each of its files.
@@ -721,12 +724,13 @@ impl Store {
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(BLOBS).map_err(database)?;
-        match table.get(hash.as_bytes()).map_err(database)? {
-            Some(row) => Ok(Some(decode("blobs", row.value())?)),
-            None => Ok(None),
-        }
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(BLOBS).map_err(database)?;
+            match table.get(hash.as_bytes()).map_err(database)? {
+                Some(row) => Ok(Some(decode("blobs", row.value())?)),
+                None => Ok(None),
+            }
+        })
     }
 
     fn write<T>(
@@ -986,6 +990,8 @@ fn remove_empty_folders(file: &Path, root: &Path) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
     use crate::{
         index::{Progress, index},
@@ -997,6 +1003,35 @@ mod tests {
         fs::write(folder.join("a.bin"), content).unwrap();
         fs::write(folder.join("shared.bin"), [9; 100]).unwrap();
         index(folder, &Progress::default()).unwrap()
+    }
+
+    #[test]
+    fn a_database_that_is_gone_is_not_made_anew() {
+        let home = tempfile::tempdir().unwrap();
+        let indexed = model(&home.path().join("m"), &[1; 200_000]);
+        let folder = home.path().join("store");
+        let store = Store::open(&folder).unwrap();
+        store.add(&indexed, None).unwrap();
+        let [path, aside] = ["meta.redb", "aside.redb"].map(|name| folder.join(name));
+        fs::rename(&path, &aside).unwrap();
+        store
+            .inner
+            .database
+            .failed(1, &database(redb::Error::PreviousIo));
+        assert!(matches!(store.models(), Err(StoreError::Database(_))));
+        assert!(store.add(&indexed, None).is_err());
+        assert!(!path.exists());
+        // It is tried again: such as a disk that was not mounted.
+        fs::rename(&aside, &path).unwrap();
+        let begun = Instant::now();
+        let models = loop {
+            match store.models() {
+                Ok(models) => break models,
+                Err(error) => assert!(begun.elapsed().as_secs() < 30, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        assert_eq!(models.len(), 1);
     }
 
     #[test]

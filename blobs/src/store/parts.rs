@@ -158,17 +158,18 @@ impl Store {
     }
 
     pub(super) fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(PARTS).map_err(database)?;
-        let keys = part_keys(hash);
-        let rows = table.range(keys.start().as_slice()..=keys.end().as_slice());
-        let mut parts = Vec::new();
-        for row in rows.map_err(database)? {
-            let (key, row) = row.map_err(database)?;
-            let path = path_from(&key.value()[hash.as_bytes().len()..]);
-            parts.push((path, decode("parts", row.value())?));
-        }
-        Ok(parts)
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(PARTS).map_err(database)?;
+            let keys = part_keys(hash);
+            let rows = table.range(keys.start().as_slice()..=keys.end().as_slice());
+            let mut parts = Vec::new();
+            for row in rows.map_err(database)? {
+                let (key, row) = row.map_err(database)?;
+                let path = path_from(&key.value()[hash.as_bytes().len()..]);
+                parts.push((path, decode("parts", row.value())?));
+            }
+            Ok(parts)
+        })
     }
 
     /// Bytes that are verified and durable in the part files of a blob that is to become any of `targets`, each counted once.
@@ -209,13 +210,16 @@ impl Store {
         hash: &Hash,
         tree: &Tree,
     ) -> Result<Option<Bitfield>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(PARTS).map_err(database)?;
-        let key = part_key(hash, part);
-        let Some(row) = table.get(key.as_slice()).map_err(database)? else {
+        let row = self.inner.database.read(|txn| {
+            let table = txn.open_table(PARTS).map_err(database)?;
+            let key = part_key(hash, part);
+            let row = table.get(key.as_slice()).map_err(database)?;
+            row.map(|row| decode::<PartRow>("parts", row.value()))
+                .transpose()
+        })?;
+        let Some(row) = row else {
             return Ok(None);
         };
-        let row: PartRow = decode("parts", row.value())?;
         let holds =
             row.size == tree.size() && has_size(part, tree.size()) && self.has_outboard(hash, tree);
         Ok(match holds {

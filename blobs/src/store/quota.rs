@@ -129,10 +129,11 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn quota(&self) -> Result<Option<u64>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(SETTINGS).map_err(database)?;
-        let quota = table.get(QUOTA).map_err(database)?;
-        Ok(quota.map(|quota| quota.value()))
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(SETTINGS).map_err(database)?;
+            let quota = table.get(QUOTA).map_err(database)?;
+            Ok(quota.map(|quota| quota.value()))
+        })
     }
 
     /// Changes the quota. What is here stays until room is needed. Durable when it returns.
@@ -442,40 +443,43 @@ impl Store {
     }
 
     fn blob_rows(&self) -> Result<HashMap<Hash, BlobRow>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(BLOBS).map_err(database)?;
-        let mut rows = HashMap::new();
-        for row in table.iter().map_err(database)? {
-            let (hash, row) = row.map_err(database)?;
-            rows.insert((*hash.value()).into(), decode("blobs", row.value())?);
-        }
-        Ok(rows)
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(BLOBS).map_err(database)?;
+            let mut rows = HashMap::new();
+            for row in table.iter().map_err(database)? {
+                let (hash, row) = row.map_err(database)?;
+                rows.insert((*hash.value()).into(), decode("blobs", row.value())?);
+            }
+            Ok(rows)
+        })
     }
 
     /// The part files that rows speak of.
     fn all_parts(&self) -> Result<HashMap<Hash, Vec<PathBuf>>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(PARTS).map_err(database)?;
-        let mut parts: HashMap<Hash, Vec<PathBuf>> = HashMap::new();
-        for row in table.iter().map_err(database)? {
-            let (key, _) = row.map_err(database)?;
-            if let Some((hash, path)) = key.value().split_first_chunk::<32>() {
-                let of_blob = parts.entry((*hash).into()).or_default();
-                of_blob.push(path_from(path));
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(PARTS).map_err(database)?;
+            let mut parts: HashMap<Hash, Vec<PathBuf>> = HashMap::new();
+            for row in table.iter().map_err(database)? {
+                let (key, _) = row.map_err(database)?;
+                if let Some((hash, path)) = key.value().split_first_chunk::<32>() {
+                    let of_blob = parts.entry((*hash).into()).or_default();
+                    of_blob.push(path_from(path));
+                }
             }
-        }
-        Ok(parts)
+            Ok(parts)
+        })
     }
 
     fn ref_counts(&self) -> Result<HashMap<Hash, u64>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        let table = txn.open_table(REFS).map_err(database)?;
-        let mut counts = HashMap::new();
-        for row in table.iter().map_err(database)? {
-            let (hash, count) = row.map_err(database)?;
-            counts.insert((*hash.value()).into(), count.value());
-        }
-        Ok(counts)
+        self.inner.database.read(|txn| {
+            let table = txn.open_table(REFS).map_err(database)?;
+            let mut counts = HashMap::new();
+            for row in table.iter().map_err(database)? {
+                let (hash, count) = row.map_err(database)?;
+                counts.insert((*hash.value()).into(), count.value());
+            }
+            Ok(counts)
+        })
     }
 
     fn needed_blobs(&self) -> Result<HashSet<Hash>, StoreError> {

@@ -117,8 +117,9 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn tags(&self) -> Result<Vec<Tag>, StoreError> {
-        let txn = self.inner.database.begin_read()?;
-        collect(&txn.open_table(TAGS).map_err(database)?)
+        self.inner
+            .database
+            .read(|txn| collect(&txn.open_table(TAGS).map_err(database)?))
     }
 }
 

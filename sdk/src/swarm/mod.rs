@@ -77,6 +77,9 @@ const SUSPICIOUS: Duration = Duration::from_secs(3);
 /// How long a provider that sends nothing keeps a place that another waits for.
 const USELESS: Duration = Duration::from_secs(5);
 
+/// How long a provider that lacked what it was said to have sends nothing before it is asked for all of it again: it may have come there too.
+const AGAIN: Duration = Duration::from_secs(2);
+
 /// How long streams have to end in order when everything is here.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -307,7 +310,7 @@ impl Swarm {
                 Some(news) = self.news.recv() => self.heard(news),
                 _ = tick.tick() => {
                     self.ask_neighbours().await;
-                    self.make_place();
+                    self.see_to_silent();
                     self.check_patience()?;
                 }
             }
@@ -507,8 +510,8 @@ impl Swarm {
         }
     }
 
-    /// Where all places are taken, one that sends nothing makes room for one that may.
-    fn make_place(&mut self) {
+    /// Has those who send nothing asked again for what they lacked. Where all places are taken, one of them makes room for another.
+    fn see_to_silent(&mut self) {
         let now = Instant::now();
         let mut busy = 0;
         for member in self.members.values_mut().filter(|one| one.busy) {
@@ -516,6 +519,10 @@ impl Swarm {
             let moved = member.handle.delivered();
             if moved != member.moved.0 {
                 member.moved = (moved, now);
+            }
+            // Not at each of its streams: asked first for what it lacks each time, it would never come to the rest.
+            if member.complete && member.lacks && now.duration_since(member.moved.1) >= AGAIN {
+                member.handle.has_all();
             }
         }
         let others = self.members.values();

@@ -1,0 +1,76 @@
+//! What a provider is asked for: whatever it is, the stream ends, and no more is sent than was asked for.
+#![no_main]
+
+use std::{sync::LazyLock, time::Duration};
+
+use libfuzzer_sys::fuzz_target;
+use prost::Message;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, duplex},
+    runtime::Runtime,
+    time::timeout,
+};
+use weft_blobs::serve::serve;
+use weft_fuzz::{World, seed};
+use weft_proto::wire::BlobRequest;
+
+static WORLD: LazyLock<World> = LazyLock::new(World::new);
+
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_time()
+        .build()
+        .expect("a runtime")
+});
+
+/// Requests for each file, with and without content, and one that is taken back.
+fn first() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for file in WORLD.manifest.files() {
+        let request = BlobRequest {
+            hash: file.blake3.as_bytes().to_vec().into(),
+            size: Some(file.size),
+            first_group: 0,
+            groups: file.size.div_ceil(65_536),
+            cancel: None,
+            proofs_only: false,
+        };
+        bytes.extend(request.encode_length_delimited_to_vec());
+        let proofs = BlobRequest {
+            proofs_only: true,
+            ..request
+        };
+        bytes.extend(proofs.encode_length_delimited_to_vec());
+    }
+    let cancel = BlobRequest {
+        cancel: Some(1),
+        ..BlobRequest::default()
+    };
+    bytes.extend(cancel.encode_length_delimited_to_vec());
+    bytes
+}
+
+fn begin() {
+    seed(&[&first()]);
+}
+
+fn check(bytes: &[u8]) {
+    RUNTIME.block_on(async {
+        let (mut near, far) = duplex(1 << 20);
+        let served = tokio::spawn(async { serve(WORLD.store.clone(), far, &[]).await });
+        // It may have closed the stream by now.
+        let _ = near.write_all(bytes).await;
+        let _ = near.shutdown().await;
+        let mut answers = Vec::new();
+        let reading = near.read_to_end(&mut answers);
+        let _ = timeout(Duration::from_secs(30), reading)
+            .await
+            .expect("it ends");
+        let _ = served.await.expect("it does not panic");
+        // A request of 4 bytes or more can ask for all of the largest file.
+        assert!(answers.len() <= (bytes.len() / 4 + 1) * 310_000);
+    });
+}
+
+fuzz_target!(init: begin(), |bytes: &[u8]| check(bytes));
