@@ -359,12 +359,26 @@ async fn who_lacks_the_content_at_first_is_asked_again() {
     let (fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
     fake.lacks.store(true, Ordering::Relaxed);
     let (fake, network) = fake.start().await;
+    let id = models[0].0;
+
+    // Who never gets it is not asked without end.
+    let other = node(&folder.path().join("other"), &[]).await;
+    let to = folder.path().join("never");
+    let failed = get(&other, id, vec![at(&network)], &to).await;
+    let Err(Error::NoProvider { failures, .. }) = failed else {
+        panic!("{failed:?}");
+    };
+    assert!(failures[0].reason.contains("does not have"));
+    let before = fake.asked()[0];
+    assert!((3..20).contains(&before), "{before}");
+    other.shutdown().await;
+
     let receiver = node(&folder.path().join("r"), &[]).await;
     let to = folder.path().join("to");
-    let getting = get(&receiver, models[0].0, vec![at(&network)], &to);
+    let getting = get(&receiver, id, vec![at(&network)], &to);
     let comes = async {
         // It has been asked for all of it by then, and said each time that it has not got it.
-        while fake.asked()[0] < 2 {
+        while fake.asked()[0] < before + 2 {
             sleep(Duration::from_millis(50)).await;
         }
         sleep(Duration::from_millis(1500)).await;
@@ -373,19 +387,6 @@ async fn who_lacks_the_content_at_first_is_asked_again() {
     let (got, ()) = tokio::join!(getting, comes);
     assert_eq!(got.unwrap().bytes_moved, SIZE as u64);
     same_files(&right, &to);
-
-    // Who never gets it is not asked without end.
-    fake.lacks.store(true, Ordering::Relaxed);
-    let before = fake.asked()[0];
-    let other = node(&folder.path().join("other"), &[]).await;
-    let to = folder.path().join("never");
-    let failed = get(&other, models[0].0, vec![at(&network)], &to).await;
-    let Err(Error::NoProvider { failures, .. }) = failed else {
-        panic!("{failed:?}");
-    };
-    assert!(failures[0].reason.contains("does not have"));
-    let asked = fake.asked()[0] - before;
-    assert!((3..20).contains(&asked), "{asked}");
 }
 
 /// Tells everybody who exchanges with it of so many peers that are nowhere: at `at` somebody listens and says nothing.
