@@ -175,7 +175,7 @@ impl From<Status> for Failure {
             ),
             "DISK_FULL" => (
                 DISK_FULL,
-                "What is verified is kept. Make room, or choose another folder with --to, and run the same command again.",
+                "What is verified is kept. Make room there and run the same command again. What is fetched may also go elsewhere, with --to or --cache-dir.",
             ),
             "QUOTA_EXCEEDED" => (
                 DISK_FULL,

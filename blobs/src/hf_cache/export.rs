@@ -100,7 +100,7 @@ pub enum How {
 pub enum ExportError {
     /// Another export writes to the same repository. Nothing was changed.
     #[error(transparent)]
-    Lock(#[from] LockError),
+    Lock(LockError),
     /// A file's content is not in the cache, and its source is not given or not there. Nothing was changed.
     #[error("the content of {0:?} is not in the cache, and there is no source for it")]
     NoSource(String),
@@ -128,6 +128,17 @@ pub enum ExportError {
     /// [`Progress::cancelled`] was set.
     #[error("stopped")]
     Cancelled,
+}
+
+impl From<LockError> for ExportError {
+    fn from(error: LockError) -> Self {
+        match error {
+            LockError::Io { path, source } => {
+                Self::Disk(StoreError::io("cannot lock", &path)(source))
+            }
+            held => Self::Lock(held),
+        }
+    }
 }
 
 impl Export<'_> {

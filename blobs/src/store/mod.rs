@@ -116,7 +116,7 @@ struct Inner {
 pub enum StoreError {
     /// Another process has it open.
     #[error(transparent)]
-    Lock(#[from] LockError),
+    Lock(LockError),
     /// The metadata database failed.
     #[error("the store's database failed: {0}")]
     Database(#[source] Box<redb::Error>),
@@ -208,6 +208,15 @@ fn need(needed: &Option<u64>, free: &Option<u64>) -> String {
     match (needed, free) {
         (Some(needed), Some(free)) => format!(": {needed} bytes are needed and {free} are free"),
         _ => String::new(),
+    }
+}
+
+impl From<LockError> for StoreError {
+    fn from(error: LockError) -> Self {
+        match error {
+            LockError::Io { path, source } => Self::io("cannot lock", &path)(source),
+            held => Self::Lock(held),
+        }
     }
 }
 

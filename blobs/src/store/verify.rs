@@ -234,9 +234,18 @@ impl Store {
                         }
                     }
                 };
-                for row in self.blob_row(&hash)?.into_iter().flat_map(|r| r.locations) {
+                let rows = self
+                    .blob_row(&hash)?
+                    .map_or(Vec::new(), |row| row.locations);
+                let is_there = |row: &LocationRow| path_from(&row.path).exists();
+                let here = rows.iter().any(is_there);
+                for row in rows {
                     let at = path_from(&row.path);
                     let own = targets.iter().any(|target| **target == at);
+                    if here && !own && !is_there(&row) {
+                        // A copy in a folder that the model left: it lacks nothing without.
+                        continue;
+                    }
                     let ours = row.written && own;
                     put(at, own, Kind::File { row, ours });
                 }
@@ -301,7 +310,11 @@ impl Store {
         let file = match File::open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Found::only(Condition::Missing));
+                let reopened = match repair && ours {
+                    true => self.end_reopening(hash, &location)?,
+                    false => None,
+                };
+                return Ok(reopened.unwrap_or_else(|| Found::only(Condition::Missing)));
             }
             Err(error) => return Err(StoreError::io("cannot read", path)(error)),
         };
@@ -424,6 +437,20 @@ impl Store {
         self.write(|txn| forget_location(txn, hash, &location.path))?;
         Ok(true)
     }
+
+    /// A file that is gone may have become a part file, and its row could not be told so: the disk was full, or the power went. `None` if it has not.
+    fn end_reopening(&self, hash: &Hash, location: &Location) -> Result<Option<Found>, StoreError> {
+        let tree = Tree::new(location.size);
+        let Some(good) = self.committed_part(&location.path, hash, &tree)? else {
+            return Ok(None);
+        };
+        self.write(|txn| forget_location(txn, hash, &location.path))?;
+        Ok(Some(Found {
+            condition: Condition::Damaged,
+            action: Action::Reopened,
+            bad: Some((difference(&Bitfield::full(tree.groups()), &good), tree)),
+        }))
+    }
 }
 
 /// Reads the groups that should be right; those that are, or `None` if the file changed.
@@ -535,6 +562,29 @@ mod tests {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         assert_eq!(of(&progress.files_done), of(&progress.files_total));
         checked
+    }
+
+    #[test]
+    fn a_copy_in_a_folder_that_the_model_left_may_go() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 4))]);
+        let [left, now] = ["left", "now"].map(|name| home.path().join(name));
+        origin.fetch(&store, &left);
+        origin.fetch(&store, &now);
+        let conditions = || -> Vec<Condition> {
+            let checked = verify(&store, true);
+            checked.iter().map(|one| one.condition).collect()
+        };
+        assert_eq!(conditions(), [Condition::Good, Condition::Good]);
+        fs::remove_file(left.join("a")).unwrap();
+        assert_eq!(conditions(), [Condition::Good]);
+        fs::remove_file(now.join("a")).unwrap();
+        assert!(conditions().contains(&Condition::Missing));
+        // Where it lives it is missed, whatever there is elsewhere.
+        origin.fetch(&store, &left);
+        origin.expect(&store, &now);
+        assert!(conditions().contains(&Condition::Missing));
     }
 
     #[test]
@@ -700,6 +750,14 @@ mod tests {
         drop(store);
         let store = self::store(&other);
         assert_eq!(store.sources(&a).unwrap()[0].have().count(), 19);
+        let told = verify(&store, false);
+        assert!(told.iter().any(|one| one.condition == Condition::Missing));
+        let found = verify(&store, true);
+        let of_file = found.iter().find(|one| one.file == root.join("a"));
+        let of_file = of_file.unwrap();
+        assert_eq!(of_file.action, Action::Reopened);
+        assert_eq!(of_file.damaged_bytes, GROUP);
+        assert!(verify(&store, true).iter().all(|one| one.file == part));
         origin.bring(&store, &a, &root.join("a"), u64::MAX);
         assert!(store.whole(&a).unwrap().is_some());
     }
