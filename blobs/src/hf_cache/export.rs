@@ -132,11 +132,9 @@ pub enum ExportError {
 
 impl From<LockError> for ExportError {
     fn from(error: LockError) -> Self {
-        match error {
-            LockError::Io { path, source } => {
-                Self::Disk(StoreError::io("cannot lock", &path)(source))
-            }
-            held => Self::Lock(held),
+        match error.into() {
+            StoreError::Lock(error) => Self::Lock(error),
+            full => Self::Disk(full),
         }
     }
 }

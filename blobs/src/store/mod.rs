@@ -204,6 +204,14 @@ pub enum StoreError {
     TooManyTags,
 }
 
+fn is_full(error: &io::Error) -> bool {
+    let kind = error.kind();
+    matches!(
+        kind,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 fn need(needed: &Option<u64>, free: &Option<u64>) -> String {
     match (needed, free) {
         (Some(needed), Some(free)) => format!(": {needed} bytes are needed and {free} are free"),
@@ -214,8 +222,8 @@ fn need(needed: &Option<u64>, free: &Option<u64>) -> String {
 impl From<LockError> for StoreError {
     fn from(error: LockError) -> Self {
         match error {
-            LockError::Io { path, source } => Self::io("cannot lock", &path)(source),
-            held => Self::Lock(held),
+            LockError::Io { path, source } if is_full(&source) => Self::full(path),
+            error => Self::Lock(error),
         }
     }
 }
@@ -224,29 +232,29 @@ impl StoreError {
     /// Wraps what a file operation on `path` returned.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
-        move |source| match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull {
-                path,
-                needed: None,
-                free: None,
-            },
-            _ => Self::Io {
+        move |source| match is_full(&source) {
+            true => Self::full(path),
+            false => Self::Io {
                 action,
                 path,
                 source,
             },
         }
     }
+
+    fn full(path: PathBuf) -> Self {
+        Self::DiskFull {
+            path,
+            needed: None,
+            free: None,
+        }
+    }
 }
 
 fn database<E: Into<redb::Error>>(error: E) -> StoreError {
     match error.into() {
-        redb::Error::Io(source) if source.kind() == io::ErrorKind::StorageFull => {
-            StoreError::DiskFull {
-                path: PathBuf::from("the store's database"),
-                needed: None,
-                free: None,
-            }
+        redb::Error::Io(source) if is_full(&source) => {
+            StoreError::full(PathBuf::from("the store's database"))
         }
         error => StoreError::Database(Box::new(error)),
     }
