@@ -21,8 +21,12 @@ type Open = Box<dyn Fn(bool) -> Result<Database, DatabaseError> + Send + Sync>;
 /// How long it is waited for transactions of a database that is to be opened again.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Between two attempts to open it again.
+/// Between two attempts to open it again, of which the first failed.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// How often it is opened in that time at most: while the disk is full each write fails, and what is read in between is not to wait; while the disk cannot be
+/// read, what strangers ask for is not to have it opened all the time.
+const MAX_OPENED: u32 = 16;
 
 /// A database that outlives its faults. Nothing begins a transaction within another one: it would wait for itself.
 pub(super) struct Metadata {
@@ -40,8 +44,8 @@ struct Known {
     database: Option<Database>,
     /// How often it was opened.
     generation: u64,
-    /// When it was last tried to open it again.
-    tried: Option<Instant>,
+    /// Since when it was opened again so often.
+    tried: Option<(Instant, u32)>,
 }
 
 impl fmt::Debug for Metadata {
@@ -121,7 +125,9 @@ impl Metadata {
     }
 
     fn reopen(&self, known: &mut Known) -> Result<(), StoreError> {
-        if known.tried.is_some_and(|tried| tried.elapsed() < PAUSE) {
+        let tried = known.tried.filter(|(since, _)| since.elapsed() < PAUSE);
+        let (since, count) = tried.unwrap_or((Instant::now(), 0));
+        if count >= MAX_OPENED {
             return Err(database(match self.full.load(Ordering::Acquire) {
                 true => redb::Error::Io(io::ErrorKind::StorageFull.into()),
                 false => redb::Error::PreviousIo,
@@ -142,7 +148,10 @@ impl Metadata {
                 opened => break opened,
             }
         };
-        known.tried = Some(Instant::now());
+        known.tried = Some(match opened {
+            Ok(_) => (since, count + 1),
+            Err(_) => (Instant::now(), MAX_OPENED),
+        });
         let opened = opened.map_err(database);
         let opened = opened.inspect_err(|error| self.failed(known.generation, error))?;
         known.database = Some(opened);
@@ -271,8 +280,8 @@ mod tests {
             assert!(has(&metadata, 1).is_err());
         }
         // It is not opened for each look.
-        let most = 3 + begun.elapsed().as_secs();
-        assert!(opened.load(Ordering::Relaxed) <= most);
+        let most = (1 + begun.elapsed().as_secs()) * u64::from(MAX_OPENED);
+        assert!(opened.load(Ordering::Relaxed) <= 1 + most);
         disk.unreadable.store(false, Ordering::Relaxed);
         std::thread::sleep(PAUSE);
         // Without anything having been written.
