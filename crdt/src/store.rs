@@ -59,7 +59,14 @@ pub enum StoreError {
 
 fn failed<E: Into<redb::Error>>(error: E) -> StoreError {
     match error.into() {
-        redb::Error::Io(source) if source.kind() == io::ErrorKind::StorageFull => StoreError::Full,
+        redb::Error::Io(source)
+            if matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ) =>
+        {
+            StoreError::Full
+        }
         error => StoreError::Other(error.to_string()),
     }
 }
@@ -238,6 +245,8 @@ impl Store {
             // Not made anew: what it held is not to be taken for nothing.
             return Err(StoreError::Other(format!("{} is gone", path.display())));
         }
+        // Closed first: it may be open still, after a fault that a read met, and nobody opens it twice.
+        self.database = None;
         self.database = Some(open(&self.place)?);
         Ok(())
     }
@@ -420,7 +429,6 @@ mod tests {
         let mut store = Store::open(&path).unwrap();
         store.put(b"a".to_vec(), b"1".to_vec());
         store.flush().unwrap();
-        store.database = None;
         std::fs::rename(&path, &aside).unwrap();
         assert!(store.reopen().is_err());
         assert!(!path.exists());

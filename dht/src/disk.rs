@@ -43,7 +43,14 @@ pub enum DiskError {
 
 fn failed<E: Into<redb::Error>>(error: E) -> DiskError {
     match error.into() {
-        redb::Error::Io(source) if source.kind() == io::ErrorKind::StorageFull => DiskError::Full,
+        redb::Error::Io(source)
+            if matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ) =>
+        {
+            DiskError::Full
+        }
         error => DiskError::Other(error.to_string()),
     }
 }

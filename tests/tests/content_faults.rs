@@ -363,7 +363,7 @@ fn a_full_disk_is_said_by_add_export_and_verify_and_they_go_on_when_there_is_roo
         touch -r "$out.time" "$disk/to/1.safetensors"
         verify full
         rm "$disk/fill"
-        # A store that met the full disk is opened again at most once a second.
+        # A store that could not be opened again is not tried for a second.
         for _ in $(seq 100); do weft add "$other" >/dev/null 2>&1 && break; sleep 0.1; done
         add then; verify then; export_it then; verify again
         stop

@@ -1,7 +1,8 @@
 //! Collecting what nobody needs: rows first, in one transaction, and then the files.
 //!
 //! A blob is needed while a model lists it, or while it is held. Files that a user added in place are never deleted, whatever their rows say; nor is a file
-//! outside the store's folder, unless a transfer wrote it, it is unchanged since, and it lies in no model's folder.
+//! outside the store's folder, unless a transfer wrote it, it is unchanged since, and it lies in no model's folder. Of files that a model needs and whose folder
+//! is gone, it stays known what they hold.
 
 use std::{
     collections::HashSet,
@@ -174,10 +175,8 @@ impl Collector<'_> {
                 self.put(&hash, None)?;
                 continue;
             }
-            row.locations.retain(|row| {
-                let location = Location::from(row);
-                location.open().is_some()
-            });
+            row.locations
+                .retain(|row| is_here(row) || is_away(&path_from(&row.path)));
             self.collected.locations += (before - row.locations.len()) as u64;
             self.drop_second_copy(&hash, &mut row);
             if row.locations.is_empty() {
@@ -189,7 +188,8 @@ impl Collector<'_> {
                 self.kept.insert(path_from(&location.path));
             }
             let tree = Tree::new(row.size);
-            let usable = row.locations.iter().any(|location| !location.damaged);
+            let mut locations = row.locations.iter();
+            let usable = locations.any(|row| !row.damaged && is_here(row));
             if usable && self.store.has_outboard(&hash, &tree) {
                 self.whole.insert(hash);
             }
@@ -204,7 +204,8 @@ impl Collector<'_> {
     fn drop_second_copy(&mut self, hash: &Hash, row: &mut BlobRow) {
         let owned = self.store.owned_path(hash);
         let is_owned = |location: &LocationRow| path_from(&location.path) == owned;
-        let in_a_model = |row: &LocationRow| row.written && !row.damaged && !is_owned(row);
+        let in_a_model =
+            |row: &LocationRow| row.written && !row.damaged && !is_owned(row) && is_here(row);
         if row.locations.iter().any(in_a_model) {
             for location in row.locations.iter().filter(|row| is_owned(row)) {
                 self.drop_file(hash, location);
@@ -264,7 +265,7 @@ impl Collector<'_> {
             let is_used = self.held.contains(&hash) || self.store.is_arriving(&path);
             let is_there = fs::symlink_metadata(&path).is_ok();
             let is_needed = refs(self.txn, &hash)? > 0 && !self.whole.contains(&hash);
-            if is_used || (is_there && is_needed) {
+            if is_used || (is_needed && (is_there || is_away(&path))) {
                 self.with_tree.insert(hash);
                 self.kept.insert(path);
                 continue;
@@ -358,6 +359,16 @@ impl Collector<'_> {
             .map(|entry| Ok(entry.map_err(io())?.path()))
             .collect()
     }
+}
+
+/// Whether the file is what it was.
+fn is_here(row: &LocationRow) -> bool {
+    Location::from(row).open().is_some()
+}
+
+/// Whether the folder of a file is gone as well: its disk may not be mounted, and what was hashed or fetched there is there again when it is.
+fn is_away(path: &Path) -> bool {
+    !path.parent().is_some_and(Path::exists)
 }
 
 fn name(path: &Path) -> &str {
@@ -488,7 +499,7 @@ mod tests {
         let gone = home.path().join("gone");
         add(&store, &gone, &content(2, 3));
         fs::write(changed.join("a.bin"), "other").unwrap();
-        fs::remove_dir_all(&gone).unwrap();
+        fs::remove_file(gone.join("a.bin")).unwrap();
         let origin = Origin::new(&[("a", &content(3, 3))]);
         let root = home.path().join("fetched");
         origin.expect(&store, &root);
@@ -503,6 +514,42 @@ mod tests {
         assert!(changed.join("a.bin").exists());
         assert!(store.model(&id).is_ok());
         assert_clean(&store);
+    }
+
+    #[test]
+    fn what_lies_on_a_disk_that_is_not_mounted_stays_known() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let [disk, away] = ["disk", "away"].map(|name| home.path().join(name));
+        let id = add(&store, &disk.join("added"), &content(1, 3));
+        let origin = Origin::new(&[("a", &content(2, 3)), ("b", &content(3, 3))]);
+        let [a, b] = ["a", "b"].map(|path| origin.hash(path));
+        let root = disk.join("fetched");
+        origin.expect(&store, &root);
+        origin.bring(&store, &a, &store.owned_path(&a), 3);
+        origin.bring(&store, &a, &root.join("a"), 3);
+        origin.bring(&store, &b, &root.join("b"), 2);
+        fs::rename(&disk, &away).unwrap();
+        // Also the copy beside it, which is not needed while the disk is there.
+        assert_clean(&store);
+        assert!(store.whole(&a).unwrap().is_some());
+        fs::rename(&away, &disk).unwrap();
+        let manifest = store.manifest(&id).unwrap().unwrap();
+        let added = store.whole(&manifest.files()[0].blake3).unwrap();
+        assert!(added.is_some());
+        let have = store.sources(&b).unwrap()[0].have();
+        assert_eq!(have.count(), 2);
+        assert_eq!(store.collect(false).unwrap().owned.count, 1);
+        // What no model needs is forgotten all the same.
+        store.remove(&id, false).unwrap();
+        fs::rename(&disk, &away).unwrap();
+        store.collect(false).unwrap();
+        assert!(
+            store
+                .blob_row(&manifest.files()[0].blake3)
+                .unwrap()
+                .is_none()
+        );
     }
 
     #[test]

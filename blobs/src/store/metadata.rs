@@ -24,8 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Between two attempts to open it again, of which the first failed.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How often it is opened in that time at most: while the disk is full each write fails, and what is read in between is not to wait; while the disk cannot be
-/// read, what strangers ask for is not to have it opened all the time.
+/// How often reading has it opened in that time at most: while the disk is full each write fails, and what is read in between is not to wait; where a page
+/// cannot be read, what strangers ask for is not to have it opened all the time.
 const MAX_OPENED: u32 = 16;
 
 /// A database that outlives its faults. Nothing begins a transaction within another one: it would wait for itself.
@@ -44,7 +44,7 @@ struct Known {
     database: Option<Database>,
     /// How often it was opened.
     generation: u64,
-    /// Since when it was opened again so often.
+    /// Since when it was opened again so often; for ever, if that failed.
     tried: Option<(Instant, u32)>,
 }
 
@@ -71,18 +71,32 @@ impl Metadata {
         })
     }
 
-    /// What `look` finds. A read that fails makes redb refuse everything, too.
+    /// What `look` finds. A read that fails makes redb refuse everything, too. It looks twice if another's fault came in between.
     pub(super) fn read<T>(
         &self,
-        look: impl FnOnce(&ReadTransaction) -> Result<T, StoreError>,
+        look: impl Fn(&ReadTransaction) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let (generation, txn) = self.with(ReadableDatabase::begin_read)?;
-        look(&txn).inspect_err(|error| self.failed(generation, error))
+        let once = || {
+            let (generation, txn) = self.with(ReadableDatabase::begin_read, MAX_OPENED)?;
+            look(&txn).inspect_err(|error| self.failed(generation, error))
+        };
+        match once() {
+            Err(StoreError::Database(error))
+                if matches!(
+                    *error,
+                    redb::Error::PreviousIo | redb::Error::DatabaseClosed
+                ) =>
+            {
+                once()
+            }
+            looked => looked,
+        }
     }
 
     /// With it the generation, for [`failed`](Self::failed).
     pub(super) fn begin_write(&self) -> Result<(u64, WriteTransaction), StoreError> {
-        self.with(Database::begin_write)
+        // Whoever writes is not held up by how often others have looked.
+        self.with(Database::begin_write, u32::MAX)
     }
 
     /// A transaction of this generation failed: if it was the database's fault, it is opened again for the next one.
@@ -91,7 +105,12 @@ impl Metadata {
             StoreError::DiskFull { .. } => self.full.store(true, Ordering::Release),
             StoreError::Database(error) => match **error {
                 redb::Error::Io(_) => self.full.store(false, Ordering::Release),
-                redb::Error::PreviousIo => {}
+                // Some faults of a commit are told so, and opening it again mends them.
+                redb::Error::Corrupted(_)
+                | redb::Error::Backend(_)
+                | redb::Error::LockPoisoned(_)
+                | redb::Error::DatabaseClosed
+                | redb::Error::PreviousIo => {}
                 _ => return,
             },
             _ => return,
@@ -99,9 +118,11 @@ impl Metadata {
         self.failed.fetch_max(generation, Ordering::AcqRel);
     }
 
+    /// `most`: as in [`reopen`](Self::reopen).
     fn with<T>(
         &self,
         begin: impl Fn(&Database) -> Result<T, TransactionError>,
+        most: u32,
     ) -> Result<(u64, T), StoreError> {
         {
             let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
@@ -117,23 +138,24 @@ impl Metadata {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         // Another may have opened it meanwhile.
         if known.database.is_none() || self.failed.load(Ordering::Acquire) >= known.generation {
-            self.reopen(&mut known)?;
+            self.reopen(&mut known, most)?;
         }
         let generation = known.generation;
         let open = known.database.as_ref().expect("it was just opened");
         Ok((generation, begin(open).map_err(database)?))
     }
 
-    fn reopen(&self, known: &mut Known) -> Result<(), StoreError> {
+    /// Opens it again, unless that has failed just now, or it was opened `most` times within a [`PAUSE`].
+    fn reopen(&self, known: &mut Known, most: u32) -> Result<(), StoreError> {
         let tried = known.tried.filter(|(since, _)| since.elapsed() < PAUSE);
         let (since, count) = tried.unwrap_or((Instant::now(), 0));
-        if count >= MAX_OPENED {
+        if count >= most {
             return Err(database(match self.full.load(Ordering::Acquire) {
                 true => redb::Error::Io(io::ErrorKind::StorageFull.into()),
                 false => redb::Error::PreviousIo,
             }));
         }
-        if known.database.is_some() {
+        if count == 0 && known.database.is_some() {
             tracing::warn!("the store's database is opened again after a fault");
         }
         // Closed first: nobody opens it twice.
@@ -149,8 +171,8 @@ impl Metadata {
             }
         };
         known.tried = Some(match opened {
-            Ok(_) => (since, count + 1),
-            Err(_) => (Instant::now(), MAX_OPENED),
+            Ok(_) => (since, count.saturating_add(1)),
+            Err(_) => (Instant::now(), u32::MAX),
         });
         let opened = opened.map_err(database);
         let opened = opened.inspect_err(|error| self.failed(known.generation, error))?;

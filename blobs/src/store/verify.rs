@@ -238,11 +238,10 @@ impl Store {
                     .blob_row(&hash)?
                     .map_or(Vec::new(), |row| row.locations);
                 let is_there = |row: &LocationRow| path_from(&row.path).exists();
-                let here = rows.iter().any(is_there);
                 for row in rows {
                     let at = path_from(&row.path);
                     let own = targets.iter().any(|target| **target == at);
-                    if here && !own && !is_there(&row) {
+                    if !own && !is_there(&row) && target.exists() {
                         // A copy in a folder that the model left: it lacks nothing without.
                         continue;
                     }
@@ -440,6 +439,15 @@ impl Store {
 
     /// A file that is gone may have become a part file, and its row could not be told so: the disk was full, or the power went. `None` if it has not.
     fn end_reopening(&self, hash: &Hash, location: &Location) -> Result<Option<Found>, StoreError> {
+        let part = part_path(&location.path, hash);
+        let Ok(_lease) = PartLease::take(self, *hash, &part) else {
+            return Ok(None);
+        };
+        // It keeps its time, unlike what a transfer writes: a file that a user deleted is not brought back because its content began to come again.
+        let known = |file: fs::Metadata| Location::from_metadata(&location.path, &file);
+        if !fs::symlink_metadata(&part).is_ok_and(|file| known(file) == *location) {
+            return Ok(None);
+        }
         let tree = Tree::new(location.size);
         let Some(good) = self.committed_part(&location.path, hash, &tree)? else {
             return Ok(None);
@@ -760,6 +768,25 @@ mod tests {
         assert!(verify(&store, true).iter().all(|one| one.file == part));
         origin.bring(&store, &a, &root.join("a"), u64::MAX);
         assert!(store.whole(&a).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_deleted_file_is_missing_although_some_of_it_has_come_again() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let (a, root) = (origin.hash("a"), home.path().join("to"));
+        origin.fetch(&store, &root);
+        fs::remove_file(root.join("a")).unwrap();
+        origin.bring(&store, &a, &root.join("a"), 3);
+        let found = verify(&store, true);
+        let of_file = found.iter().find(|one| one.file == root.join("a"));
+        let of_file = of_file.unwrap();
+        assert_eq!(
+            (of_file.condition, of_file.action),
+            (Condition::Missing, Action::None)
+        );
+        assert_eq!(store.sources(&a).unwrap()[0].have().count(), 3);
     }
 
     #[test]

@@ -77,8 +77,9 @@ const SUSPICIOUS: Duration = Duration::from_secs(3);
 /// How long a provider that sends nothing keeps a place that another waits for.
 const USELESS: Duration = Duration::from_secs(5);
 
-/// How long a provider that lacked what it was said to have sends nothing before it is asked for all of it again: it may have come there too.
-const AGAIN: Duration = Duration::from_secs(2);
+/// How long a provider that lacked what it was said to have sends nothing before it is asked for all of it again: it may have come there too. At first, and
+/// at most: twice as long each time.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// How long streams have to end in order when everything is here.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -184,6 +185,8 @@ struct Member {
     reason: String,
     /// It was reached, and has not what it was asked for.
     lacks: bool,
+    /// How long it sends nothing before it is asked for that again.
+    again: Duration,
     /// How much it has sent, and since when no more.
     moved: (u64, Instant),
     /// Ends what is fetched from it, for another.
@@ -363,6 +366,7 @@ impl Swarm {
             changes: 0,
             reason: String::new(),
             lacks: false,
+            again: AGAIN.0,
             moved: (0, Instant::now()),
             stop: Arc::default(),
             handle: Arc::new(transfer.join(false, None)),
@@ -513,16 +517,20 @@ impl Swarm {
     /// Has those who send nothing asked again for what they lacked. Where all places are taken, one of them makes room for another.
     fn see_to_silent(&mut self) {
         let now = Instant::now();
+        let waits_for_us = self.held || self.transfer.is_idle();
         let mut busy = 0;
         for member in self.members.values_mut().filter(|one| one.busy) {
             busy += 1;
             let moved = member.handle.delivered();
             if moved != member.moved.0 {
                 member.moved = (moved, now);
+                member.again = AGAIN.0;
             }
             // Not at each of its streams: asked first for what it lacks each time, it would never come to the rest.
-            if member.complete && member.lacks && now.duration_since(member.moved.1) >= AGAIN {
+            let silent = now.duration_since(member.moved.1) >= member.again;
+            if member.complete && member.lacks && silent && !waits_for_us {
                 member.handle.has_all();
+                member.again = (member.again * 2).min(AGAIN.1);
             }
         }
         let others = self.members.values();

@@ -1,4 +1,4 @@
-//! What peers say that they have: heard in bounded time, and in whatever order.
+//! What peers say that they have: whatever it is, it is heard, in bounded time.
 #![no_main]
 
 use std::sync::{Arc, LazyLock};
