@@ -46,7 +46,7 @@ impl Tree {
     /// The bytes of group `index`, as a range within the blob.
     pub fn group_bytes(&self, index: u64) -> Range<u64> {
         let start = index * GROUP;
-        start..self.size.min(start + GROUP)
+        start..self.size.min(start.saturating_add(GROUP))
     }
 
     /// The size of the outboard in bytes.
