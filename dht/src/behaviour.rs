@@ -3,7 +3,7 @@
 mod query;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     convert::Infallible,
     fmt,
     pin::Pin,
@@ -22,8 +22,8 @@ use libp2p::{
     kad::{self, Mode, QueryId, store::MemoryStore},
     multiaddr::Protocol,
     swarm::{
-        ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
-        THandlerOutEvent, ToSwarm,
+        ConnectionDenied, ConnectionError, ConnectionId, FromSwarm, NetworkBehaviour, THandler,
+        THandlerInEvent, THandlerOutEvent, ToSwarm,
         behaviour::{
             AddressChange, ConnectionClosed, ConnectionEstablished, DialFailure,
             NewExternalAddrOfPeer,
@@ -35,9 +35,11 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use self::query::{MAX_QUERIES, Query};
+use self::query::{Dialling, Enough, MAX_QUERIES, Query};
 use crate::{
-    Disk, DiskError, Record, RecordError, record,
+    Disk, DiskError, Record, RecordError,
+    liveness::{Liveness, Standing},
+    record,
     region::Regions,
     store::{MAX_PACKET, Origin, Store, Usage},
 };
@@ -53,6 +55,12 @@ const REFRESH: Duration = Duration::from_secs(30 * 60);
 
 /// How often it is seen whether what was asked takes too long.
 const TICK: Duration = Duration::from_millis(100);
+
+/// How often it is seen whether a node of the routing table is to be checked. One is checked at a time.
+const CHECK: Duration = Duration::from_secs(1);
+
+/// A dial is taken to have ended after this, if nothing tells: longer than any transport tries.
+const FORGOTTEN: Duration = Duration::from_secs(60);
 
 /// How often expired statements are dropped.
 const SWEEP: Duration = Duration::from_secs(60);
@@ -118,8 +126,12 @@ enum Command {
     },
     Get {
         key: Vec<u8>,
-        /// End after this many nodes have answered with something.
-        enough: usize,
+        enough: Enough,
+        reply: oneshot::Sender<Vec<Record>>,
+    },
+    Ask {
+        key: Vec<u8>,
+        peer: PeerId,
         reply: oneshot::Sender<Vec<Record>>,
     },
     Own {
@@ -168,9 +180,12 @@ impl Dht {
             local,
             queries: HashMap::new(),
             dialling: HashMap::new(),
+            asked: HashMap::new(),
+            liveness: Liveness::default(),
             regions: Regions::default(),
             actions: VecDeque::new(),
             tick: None,
+            check: None,
             peers: HashMap::new(),
             count,
             met,
@@ -266,12 +281,39 @@ impl Dht {
     }
 
     /// What anybody states under `key`, each statement checked, at most one per publisher and subkey, the newest. Asks every node that should
-    /// know, which takes as long as the slowest of them, and 30 s at most.
+    /// know. One that does not answer delays it by a second at most, and 10 s are the limit.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, usize::MAX).await.map(valid)
+        self.look_up(key, Enough::All).await.map(valid)
+    }
+
+    /// As [`get`](Self::get), and ends as soon as `is_enough` says so of the statements found so far, those of this node's own store among them, and of the
+    /// number of other nodes that have answered with any. Statements that were taken back are among them ([`Record::value`] is `None`). It is called in the swarm's
+    /// task, with each answer: it must be quick.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn get_until<F>(&self, key: &[u8], is_enough: F) -> Result<Vec<Record>, DhtError>
+    where
+        F: Fn(&mut dyn Iterator<Item = &Record>, usize) -> bool + Send + 'static,
+    {
+        let enough = Enough::When(Box::new(is_enough));
+        self.look_up(key, enough).await.map(valid)
+    }
+
+    /// What one connected peer answers for `key`, statements that were taken back among it; nothing if it is not connected, or does not answer within a second.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn ask(&self, peer: PeerId, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        let key = key.to_vec();
+        self.send(Command::Ask { key, peer, reply }).await?;
+        let mut records = answer.await.map_err(|_| DhtError::Stopped)?;
+        records.retain(|record| !record.remaining().is_zero());
+        Ok(records)
     }
 
     /// As [`get`](Self::get), and what has been taken back as well ([`Record::value`] is `None`): for whoever remembers what was stated before.
@@ -279,7 +321,7 @@ impl Dht {
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get_with_removed(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, usize::MAX).await
+        self.look_up(key, Enough::All).await
     }
 
     /// As [`get`](Self::get), but content with what the first few nodes say: for when some of many statements will do.
@@ -287,10 +329,10 @@ impl Dht {
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get_some(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, ENOUGH).await.map(valid)
+        self.look_up(key, Enough::Answers(ENOUGH)).await.map(valid)
     }
 
-    async fn look_up(&self, key: &[u8], enough: usize) -> Result<Vec<Record>, DhtError> {
+    async fn look_up(&self, key: &[u8], enough: Enough) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let key = key.to_vec();
         self.send(Command::Get { key, enough, reply }).await?;
@@ -405,7 +447,7 @@ fn valid(mut records: Vec<Record>) -> Vec<Record> {
 /// What is known of a connected peer.
 #[derive(Debug)]
 struct Peer {
-    /// Where we see it.
+    /// Where we see it: at its first connection that is not relayed, if there is one.
     seen_at: Multiaddr,
     /// That is outside our own networks.
     outside: bool,
@@ -413,7 +455,24 @@ struct Peer {
     claimed: Vec<Multiaddr>,
     /// Whether it is a server of our DHT.
     serves: bool,
-    connections: usize,
+    connections: HashMap<ConnectionId, Multiaddr>,
+}
+
+impl Peer {
+    /// A connection has opened, or leads elsewhere now.
+    fn see(&mut self, connection: ConnectionId, address: Multiaddr) {
+        self.connections.insert(connection, address);
+        self.look();
+    }
+
+    fn look(&mut self) {
+        let mut connections: Vec<_> = self.connections.iter().collect();
+        connections.sort_by_key(|(id, address)| (Origin::of(address) == Origin::RELAYED, **id));
+        if let Some((_, address)) = connections.first() {
+            self.seen_at = (*address).clone();
+            self.outside = !is_private(address);
+        }
+    }
 }
 
 /// Kademlia with signed records, as part of a swarm.
@@ -424,12 +483,17 @@ pub struct Behaviour {
     queries: HashMap<QueryId, Query>,
     /// What look-ups have found out lately.
     regions: Regions,
-    /// Queries that wait for a connection.
-    dialling: HashMap<PeerId, Vec<QueryId>>,
+    /// Dials under way, for queries and for checks.
+    dialling: HashMap<PeerId, Dialling>,
+    /// Requests to connected peers that were not answered yet, and when they were sent.
+    asked: HashMap<PeerId, VecDeque<(QueryId, Instant)>>,
+    liveness: Liveness,
     /// What queries have the swarm do.
     actions: VecDeque<ToSwarm<Infallible, THandlerInEvent<Self>>>,
     /// While there are queries.
     tick: Option<Pin<Box<Sleep>>>,
+    /// Until the next look whether a node is to be checked.
+    check: Option<Pin<Box<Sleep>>>,
     peers: HashMap<PeerId, Peer>,
     /// Tells of the number of nodes in the routing table.
     count: watch::Sender<usize>,
@@ -461,6 +525,90 @@ impl Behaviour {
         self.kad.kbuckets().map(|bucket| bucket.num_entries()).sum()
     }
 
+    fn count_nodes(&mut self) {
+        let nodes = self.nodes();
+        self.count.send_replace(nodes);
+    }
+
+    /// Where the routing table has a peer; empty if it has not.
+    fn routes_of(&mut self, peer: PeerId) -> Vec<Multiaddr> {
+        let Some(bucket) = self.kad.kbucket(peer) else {
+            return Vec::new();
+        };
+        let entries = bucket.iter().filter(|e| *e.node.key.preimage() == peer);
+        let addresses = entries.flat_map(|entry| entry.node.value.iter());
+        addresses
+            .map(|address| weft_net::split_peer_id(address.clone()).0)
+            .collect()
+    }
+
+    /// A peer has answered, after so long if that was measured, or has connected. A suspect returns to the routing table.
+    fn is_alive(&mut self, peer: PeerId, took: Option<Duration>) {
+        for address in self.liveness.answered(peer, took, Instant::now()) {
+            self.route(peer, address);
+        }
+    }
+
+    /// A node that was asked at this time, at these addresses, has not answered: it leaves the routing table, and so what others are told.
+    fn has_failed(&mut self, peer: PeerId, asked: Instant, addresses: &[Multiaddr]) {
+        let routes = self.routes_of(peer);
+        let is_member = !routes.is_empty();
+        let tried: Vec<_> = addresses.iter().chain(&routes).cloned().collect();
+        let (alone, now) = (self.peers.is_empty(), Instant::now());
+        let standing = self
+            .liveness
+            .failed(peer, asked, &tried, routes, alone, now);
+        if standing == Standing::Good {
+            return;
+        }
+        tracing::debug!(%peer, ?standing, "a node of the DHT does not answer");
+        self.regions.forget(peer);
+        if standing == Standing::Gone {
+            self.near.remove(&peer);
+        }
+        if is_member {
+            self.kad.remove_peer(&peer);
+            self.count_nodes();
+        }
+    }
+
+    /// Dials the node whose life is most in doubt, if one is due.
+    fn check_next(&mut self) {
+        let now = Instant::now();
+        let silent = |dialling: &Dialling| dialling.checks && dialling.counted.is_none();
+        let late: Vec<_> = (self.dialling.iter())
+            .filter(|(peer, dialling)| {
+                silent(dialling) && now >= dialling.since + self.liveness.deadline(**peer, false)
+            })
+            .map(|(peer, dialling)| (*peer, dialling.since, dialling.addresses.clone()))
+            .collect();
+        for (peer, since, addresses) in late {
+            if let Some(dialling) = self.dialling.get_mut(&peer) {
+                dialling.counted = Some(now);
+            }
+            self.has_failed(peer, since, &addresses);
+        }
+        // A dial whose end nobody told of: the swarm had another under way.
+        self.dialling
+            .retain(|_, dialling| now < dialling.since + FORGOTTEN);
+        let mut members = Vec::new();
+        for bucket in self.kad.kbuckets() {
+            members.extend(bucket.iter().map(|entry| *entry.node.key.preimage()));
+        }
+        let table: HashSet<_> = members.iter().copied().collect();
+        members.retain(|peer| !self.peers.contains_key(peer));
+        let peers = &self.peers;
+        self.liveness
+            .retain(|peer| table.contains(&peer) || peers.contains_key(&peer));
+        let dialling = &self.dialling;
+        let is_under_way = |peer| dialling.contains_key(&peer) || peers.contains_key(&peer);
+        if let Some(check) = self.liveness.due(members.into_iter(), is_under_way, now) {
+            tracing::debug!(peer = %check.peer, "is checked for life");
+            let dialling = self.dial(check.peer, check.addresses, false);
+            dialling.checks = true;
+        }
+    }
+
     fn on_command(&mut self, command: Command) {
         // In every arm, whoever asked may be gone by the time of the answer.
         match command {
@@ -470,6 +618,7 @@ impl Behaviour {
                 reply,
             } => self.put(&record, again, reply),
             Command::Get { key, enough, reply } => self.get(key, enough, reply),
+            Command::Ask { key, peer, reply } => self.ask_one(key, peer, reply),
             Command::Own { prefix, reply } => {
                 let _ = reply.send(self.kad.store_mut().own(&prefix));
             }
@@ -500,8 +649,7 @@ impl Behaviour {
                 is_new_peer: true,
                 ..
             } => {
-                let nodes = self.nodes();
-                self.count.send_replace(nodes);
+                self.count_nodes();
                 self.regions.met(peer);
                 self.on_server(peer);
             }
@@ -579,8 +727,7 @@ impl Behaviour {
             for (peer, address) in private {
                 self.kad.remove_address(&peer, &address);
             }
-            let nodes = self.nodes();
-            self.count.send_replace(nodes);
+            self.count_nodes();
         }
         self.outside = outside;
         let serves = self.reachable || !outside;
@@ -722,33 +869,52 @@ impl NetworkBehaviour for Behaviour {
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match &event {
             FromSwarm::ConnectionEstablished(ConnectionEstablished {
-                peer_id, endpoint, ..
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
             }) => {
+                let address = endpoint.get_remote_address();
                 let peer = self.peers.entry(*peer_id).or_insert_with(|| Peer {
-                    seen_at: endpoint.get_remote_address().clone(),
-                    outside: !is_private(endpoint.get_remote_address()),
+                    seen_at: address.clone(),
+                    outside: !is_private(address),
                     claimed: Vec::new(),
                     serves: false,
-                    connections: 0,
+                    connections: HashMap::new(),
                 });
-                peer.connections += 1;
+                peer.see(*connection_id, address.clone());
                 self.settle_role();
+                self.is_alive(*peer_id, None);
                 self.ask_connected(*peer_id);
             }
             // A name has turned out to lead there, or the peer has moved.
-            FromSwarm::AddressChange(AddressChange { peer_id, new, .. }) => {
+            FromSwarm::AddressChange(AddressChange {
+                peer_id,
+                connection_id,
+                new,
+                ..
+            }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
-                    peer.seen_at = new.get_remote_address().clone();
-                    peer.outside = !is_private(&peer.seen_at);
+                    peer.see(*connection_id, new.get_remote_address().clone());
                 }
                 self.settle_role();
             }
-            FromSwarm::ConnectionClosed(ConnectionClosed { peer_id, .. }) => {
+            FromSwarm::ConnectionClosed(ConnectionClosed {
+                peer_id,
+                connection_id,
+                cause,
+                ..
+            }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
-                    peer.connections -= 1;
-                    if peer.connections == 0 {
+                    peer.connections.remove(connection_id);
+                    peer.look();
+                    if peer.connections.is_empty() {
                         self.peers.remove(peer_id);
+                        self.asked.remove(peer_id);
                         self.settle_role();
+                        if !matches!(cause, Some(ConnectionError::KeepAliveTimeout)) {
+                            self.liveness.lost(*peer_id, Instant::now());
+                        }
                         self.disconnected(*peer_id);
                     }
                 }
@@ -801,6 +967,12 @@ impl NetworkBehaviour for Behaviour {
                 self.swept = Instant::now();
                 self.kad.store_mut().sweep();
             }
+            let check = self.check.get_or_insert_with(|| Box::pin(sleep(CHECK)));
+            if check.as_mut().poll(cx).is_ready() {
+                self.check = None;
+                self.check_next();
+                continue;
+            }
             if self.queries.is_empty() {
                 self.tick = None;
             } else {
@@ -851,16 +1023,14 @@ mod tests {
         }
         // A bucket has room for twenty, and half of all nodes are in the farthest.
         assert!(behaviour.nodes() >= of_one + 25);
-        // By its relay's network, not by its own.
-        let relayed = |n: u8| {
-            let relay = PeerId::random();
-            address(&format!("/ip4/8.8.1.{n}/tcp/1/p2p/{relay}/p2p-circuit"))
-        };
+        // All relayed nodes count as one network, whichever relays they use.
         let before = behaviour.nodes();
-        for n in 0..20 {
-            behaviour.route(PeerId::random(), relayed(n));
+        for n in 1..=50 {
+            let relay = PeerId::random();
+            let at = format!("/ip4/77.{n}.1.1/tcp/1/p2p/{relay}/p2p-circuit");
+            behaviour.route(PeerId::random(), address(&at));
         }
-        assert!(behaviour.nodes() <= before + MAX_OF_NETWORK - of_one);
+        assert!(behaviour.nodes() <= before + MAX_OF_NETWORK);
     }
 
     #[test]
@@ -874,7 +1044,7 @@ mod tests {
             outside: true,
             claimed: Vec::new(),
             serves: true,
-            connections: 1,
+            connections: HashMap::new(),
         };
         let of_stranger = PeerId::random();
         behaviour.peers.insert(of_stranger, stranger);

@@ -118,6 +118,7 @@ mod tests {
             addresses: Vec::new(),
             networks: Vec::new(),
             again: false,
+            suspect: false,
         });
         let nodes: Vec<_> = nodes.collect();
         let nearest = |key: &[u8]| -> Vec<Candidate> {

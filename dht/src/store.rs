@@ -67,10 +67,16 @@ impl Origin {
     /// From here, or from a network that is not public: whoever is there is no stranger.
     pub(crate) const NEAR: Self = Self(0);
 
-    /// From a peer that is seen at this address; behind a relay, from the relay's network.
+    /// From behind a relay: any stranger gets a place on any public relay, so that all who are relayed count as one network, and not as their relays'.
+    pub(crate) const RELAYED: Self = Self(1 << 60);
+
+    /// From a peer that is seen at this address.
     pub(crate) fn of(seen_at: &Multiaddr) -> Self {
         if !weft_net::is_outside(seen_at) {
             return Self::NEAR;
+        }
+        if seen_at.iter().any(|part| part == Protocol::P2pCircuit) {
+            return Self::RELAYED;
         }
         let ip = seen_at.iter().find_map(|part| match part {
             Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
@@ -503,6 +509,10 @@ impl Found {
             }
         }
         any
+    }
+
+    pub(crate) fn records(&self) -> impl Iterator<Item = &Record> {
+        self.records.values()
     }
 
     pub(crate) fn into_records(self) -> Vec<Record> {

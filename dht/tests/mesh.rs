@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libp2p::identity::Keypair;
 use tokio::time::{sleep, timeout};
@@ -17,11 +17,15 @@ struct Node {
 }
 
 async fn node(bootstrap: Option<&Node>) -> Node {
+    node_at(&["/ip4/127.0.0.1/tcp/0"], bootstrap).await
+}
+
+async fn node_at(listen: &[&str], bootstrap: Option<&Node>) -> Node {
     let key = Keypair::generate_ed25519();
     let (dht, behaviour) = Dht::new(&key);
     let mut config = Config::new(key);
     config.mdns = false;
-    config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()]);
+    config.listen = Some(listen.iter().map(|at| at.parse().unwrap()).collect());
     if let Some(node) = bootstrap {
         let peer = node.network.local_peer();
         config.bootstrap = node
@@ -37,9 +41,13 @@ async fn node(bootstrap: Option<&Node>) -> Node {
 }
 
 async fn mesh(size: usize) -> Vec<Node> {
-    let mut nodes = vec![node(None).await];
+    mesh_at(&["/ip4/127.0.0.1/tcp/0"], size).await
+}
+
+async fn mesh_at(listen: &[&str], size: usize) -> Vec<Node> {
+    let mut nodes = vec![node_at(listen, None).await];
     for _ in 1..size {
-        let next = node(Some(&nodes[0])).await;
+        let next = node_at(listen, Some(&nodes[0])).await;
         nodes.push(next);
     }
     for node in &nodes {
@@ -99,4 +107,82 @@ async fn a_lone_node_keeps_its_records_and_says_that_nobody_took_them() {
     );
     alone.network.stop().await;
     assert!(alone.dht.get(b"k").await.is_err());
+}
+
+/// A dial over QUIC to a node that has left gets no answer at all.
+const BOTH: &[&str] = &["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"];
+
+#[tokio::test]
+async fn a_node_that_left_delays_look_ups_by_little_and_leaves_the_routing_tables() {
+    let mut nodes = mesh_at(BOTH, 4).await;
+    nodes[1].dht.publish(b"k", b"", b"v", HOUR).await.unwrap();
+    let gone = nodes.pop().unwrap();
+    gone.network.stop().await;
+    for key in [&b"k"[..], b"unknown"] {
+        for node in &nodes {
+            let begin = Instant::now();
+            let found = node.dht.get(key).await.unwrap();
+            assert_eq!(found.len(), usize::from(key == b"k"));
+            let took = begin.elapsed();
+            assert!(took < Duration::from_secs(2), "{took:?}");
+        }
+    }
+    for node in &nodes {
+        let mut count = node.dht.nodes();
+        let left = timeout(Duration::from_secs(30), count.wait_for(|n| *n == 2));
+        left.await.expect("it leaves the table").unwrap();
+    }
+    // From then on it costs nothing: dead nodes are neither asked nor named.
+    let begin = Instant::now();
+    for n in 0..20 {
+        let key = [n; 8];
+        assert!(nodes[0].dht.get(&key).await.unwrap().is_empty());
+        nodes[0].dht.publish(&key, b"", b"v", HOUR).await.unwrap();
+    }
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_node_that_was_away_is_found_again() {
+    let mut nodes = mesh_at(BOTH, 3).await;
+    let gone = nodes.pop().unwrap();
+    gone.network.stop().await;
+    for node in &nodes {
+        let mut count = node.dht.nodes();
+        let left = timeout(Duration::from_secs(30), count.wait_for(|n| *n == 1));
+        left.await.expect("it leaves the table").unwrap();
+    }
+    let back = node_at(BOTH, Some(&nodes[0])).await;
+    for node in &nodes {
+        let mut count = node.dht.nodes();
+        let came = timeout(Duration::from_secs(30), count.wait_for(|n| *n == 2));
+        came.await.expect("the new one is in the table").unwrap();
+    }
+    let publish = async {
+        while back.dht.publish(b"k", b"", b"v", HOUR).await.unwrap() != 2 {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    timeout(Duration::from_secs(30), publish)
+        .await
+        .expect("both take it");
+    let peer = back.network.local_peer();
+    let asked = nodes[1].dht.ask(peer, b"k").await.unwrap();
+    assert_eq!(asked.len(), 1);
+    back.network.stop().await;
+    let asked = nodes[1].dht.ask(peer, b"k").await.unwrap();
+    assert!(asked.is_empty());
+}
+
+#[tokio::test]
+async fn a_look_up_ends_when_the_caller_has_enough() {
+    let nodes = mesh(4).await;
+    nodes[1].dht.publish(b"k", b"", b"v", HOUR).await.unwrap();
+    let found = nodes[3].dht.get_until(b"k", |records, answers| {
+        records.count() == 1 && answers == 1
+    });
+    assert_eq!(found.await.unwrap().len(), 1);
+    let all = nodes[3].dht.get_until(b"k", |_, _| false).await.unwrap();
+    assert_eq!(all.len(), 1);
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use libp2p::{
-    PeerId,
+    Multiaddr, PeerId,
     kad::{self, KadPeer, QueryId, Quorum, Record as KadRecord, RecordKey, store::RecordStore},
     swarm::{
         ConnectionHandler, DialError, NetworkBehaviour, NotifyHandler, THandlerOutEvent, ToSwarm,
@@ -20,15 +20,19 @@ use tokio::sync::oneshot;
 use super::{Behaviour, DhtError, MAX_ADDRESSES};
 use crate::{
     DiskError, Record,
-    lookup::{Candidate, Lookup, MAX_OF_NETWORK, WIDTH},
+    liveness::{self, Standing},
+    lookup::{Candidate, Lookup, MAX_OF_NETWORK, WIDTH, Wait},
     store::{Found, Origin},
 };
 
-/// How long a look-up may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a look-up may take, whatever its nodes do: each failure costs a second at most, and these are many.
+const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a node may take to store something.
-const STORING: Duration = Duration::from_secs(3);
+/// How long a node may take to store something, its dial included.
+const STORING: Duration = liveness::LONGEST;
+
+/// Unanswered requests to one peer that are remembered, to measure how long the answers take.
+const MAX_ASKED: usize = 32;
 
 /// Queries at a time.
 pub(super) const MAX_QUERIES: usize = 256;
@@ -36,6 +40,43 @@ pub(super) const MAX_QUERIES: usize = 256;
 type Handler = <Behaviour as NetworkBehaviour>::ConnectionHandler;
 type Request = <Handler as ConnectionHandler>::FromBehaviour;
 type Event = THandlerOutEvent<Behaviour>;
+
+/// Says of the statements found so far, and of how many nodes have answered with any, whether they are enough.
+pub(super) type IsEnough = Box<dyn Fn(&mut dyn Iterator<Item = &Record>, usize) -> bool + Send>;
+
+/// When a look-up has found enough.
+pub(super) enum Enough {
+    /// Every node that should know has been asked.
+    All,
+    /// So many nodes have answered with something.
+    Answers(usize),
+    /// The caller says.
+    When(IsEnough),
+}
+
+impl std::fmt::Debug for Enough {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::All => f.write_str("All"),
+            Self::Answers(count) => f.debug_tuple("Answers").field(count).finish(),
+            Self::When(_) => f.write_str("When"),
+        }
+    }
+}
+
+/// A dial under way.
+#[derive(Debug)]
+pub(super) struct Dialling {
+    /// Queries that wait for it.
+    pub(super) queries: Vec<QueryId>,
+    pub(super) since: Instant,
+    /// Where, beside what the routing table has.
+    pub(super) addresses: Vec<Multiaddr>,
+    /// It is to find out whether the node lives.
+    pub(super) checks: bool,
+    /// When it was counted as a failure, if it was.
+    pub(super) counted: Option<Instant>,
+}
 
 /// What a query does, and whom its result goes to.
 #[derive(Debug)]
@@ -47,8 +88,8 @@ pub(super) enum Purpose {
         reply: oneshot::Sender<Result<usize, DhtError>>,
     },
     Get {
-        /// End after this many nodes have answered with something.
-        enough: usize,
+        enough: Enough,
+        /// Nodes that have answered with something.
         answers: usize,
         found: Found,
         reply: oneshot::Sender<Vec<Record>>,
@@ -63,11 +104,37 @@ impl Purpose {
             Self::Get { reply, .. } => reply.is_closed(),
         }
     }
+
+    fn has_enough(&self) -> bool {
+        match self {
+            Self::Put { .. } => false,
+            Self::Get {
+                enough,
+                answers,
+                found,
+                ..
+            } => match enough {
+                Enough::All => false,
+                Enough::Answers(enough) => answers >= enough,
+                Enough::When(is_enough) => is_enough(&mut found.records(), *answers),
+            },
+        }
+    }
+
+    fn has_nothing(&self) -> bool {
+        matches!(self, Self::Get { answers: 0, found, .. } if found.records().next().is_none())
+    }
 }
 
 #[derive(Debug)]
 enum Stage {
     LookUp(Box<Lookup>),
+    /// One node is asked, until then.
+    Ask {
+        peer: PeerId,
+        until: Instant,
+        answered: bool,
+    },
     Store {
         waiting: HashSet<PeerId>,
         took: usize,
@@ -117,6 +184,7 @@ impl Query {
     fn failed(&mut self, peer: PeerId) {
         match &mut self.stage {
             Stage::LookUp(lookup) => lookup.failed(peer),
+            Stage::Ask { answered, .. } => *answered = true,
             Stage::Store { waiting, .. } => drop(waiting.remove(&peer)),
         }
     }
@@ -162,7 +230,12 @@ impl Behaviour {
         }
     }
 
-    pub(super) fn get(&mut self, key: Vec<u8>, enough: usize, reply: oneshot::Sender<Vec<Record>>) {
+    pub(super) fn get(
+        &mut self,
+        key: Vec<u8>,
+        enough: Enough,
+        reply: oneshot::Sender<Vec<Record>>,
+    ) {
         let mut found = Found::default();
         if let Some(own) = self.kad.store_mut().get(&RecordKey::new(&key)) {
             found.add(&key, &own.value);
@@ -174,6 +247,34 @@ impl Behaviour {
             reply,
         };
         self.begin(key, purpose);
+    }
+
+    /// Asks one connected peer.
+    pub(super) fn ask_one(
+        &mut self,
+        key: Vec<u8>,
+        peer: PeerId,
+        reply: oneshot::Sender<Vec<Record>>,
+    ) {
+        let id = self.number(&key);
+        let purpose = Purpose::Get {
+            enough: Enough::All,
+            answers: 0,
+            found: Found::default(),
+            reply,
+        };
+        let mut query = Query::new(key, purpose);
+        let connected = self.peers.contains_key(&peer);
+        query.stage = Stage::Ask {
+            peer,
+            until: query.began + self.liveness.deadline(peer, true),
+            answered: !connected,
+        };
+        if connected {
+            let candidate = self.candidate(peer, Vec::new());
+            self.ask(id, candidate, query.request(id));
+        }
+        self.drive(id, query);
     }
 
     fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
@@ -198,7 +299,14 @@ impl Behaviour {
         nearest.extend(connected.into_iter().take(WIDTH).map(|(peer, _)| peer));
         nearest.sort_by_cached_key(|peer| distance(*peer));
         nearest.dedup();
-        let seeds: Vec<_> = nearest.into_iter().map(|peer| self.known(peer)).collect();
+        let mut seeds: Vec<_> = nearest.into_iter().map(|peer| self.known(peer)).collect();
+        let suspects = self.liveness.suspects();
+        let suspects = suspects.map(|(peer, routes)| self.candidate(peer, routes.to_vec()));
+        let mut suspects: Vec<_> = suspects.collect();
+        suspects.sort_by_cached_key(|candidate| distance(candidate.peer));
+        seeds.extend(suspects.into_iter().take(WIDTH));
+        let now = Instant::now();
+        seeds.retain(|seed| !self.is_gone(seed, now));
         let mut query = Query::new(key, purpose);
         query.stage = Stage::LookUp(Box::new(Lookup::new(&query.key, self.local, seeds)));
         self.drive(id, query);
@@ -214,26 +322,30 @@ impl Behaviour {
 
     /// A node of the routing table, or one that was named and is connected.
     fn known(&mut self, peer: PeerId) -> Candidate {
-        let mut addresses = Vec::new();
-        if let Some(bucket) = self.kad.kbucket(peer) {
-            let entries = bucket.iter().filter(|e| *e.node.key.preimage() == peer);
-            addresses.extend(entries.flat_map(|entry| entry.node.value.iter().cloned()));
-        }
+        let mut addresses = self.routes_of(peer);
         addresses.truncate(MAX_ADDRESSES);
         self.candidate(peer, addresses)
     }
 
-    fn candidate(&self, peer: PeerId, addresses: Vec<libp2p::Multiaddr>) -> Candidate {
+    fn candidate(&self, peer: PeerId, addresses: Vec<Multiaddr>) -> Candidate {
         let networks = match self.peers.get(&peer) {
             Some(connected) => vec![Origin::of(&connected.seen_at)],
             None => addresses.iter().map(Origin::of).collect(),
         };
+        let standing = self.liveness.standing(peer, &addresses, Instant::now());
         Candidate {
             peer,
             addresses,
             networks,
             again: false,
+            suspect: standing != Standing::Good,
         }
+    }
+
+    /// Whether it failed to answer twice, at all of these addresses.
+    fn is_gone(&self, candidate: &Candidate, now: Instant) -> bool {
+        let (peer, addresses) = (candidate.peer, &candidate.addresses);
+        candidate.suspect && self.liveness.standing(peer, addresses, now) == Standing::Gone
     }
 
     /// What a stranger says of others. It must not have us dial our neighbours.
@@ -252,19 +364,48 @@ impl Behaviour {
         if query.purpose.is_over() {
             return;
         }
+        if let Stage::Ask {
+            peer,
+            until,
+            answered,
+        } = query.stage
+        {
+            if !answered && now < until {
+                self.queries.insert(id, query);
+                return;
+            }
+            if !answered {
+                self.has_failed(peer, query.began, &[]);
+            }
+            if let Purpose::Get { found, reply, .. } = query.purpose {
+                let _ = reply.send(found.into_records());
+            }
+            return;
+        }
         if let Stage::LookUp(lookup) = &mut query.stage {
-            let enough = match &query.purpose {
-                Purpose::Get {
-                    enough, answers, ..
-                } => answers >= enough,
-                Purpose::Put { .. } => false,
-            };
-            let is_done = enough || lookup.is_done(now) || now >= query.began + PATIENCE;
+            let mut is_done = query.purpose.has_enough() || now >= query.began + PATIENCE;
+            if !is_done && lookup.is_done(now) {
+                // Better late than wrong: a suspect may be slow, and the only one that knows.
+                is_done = !(query.purpose.has_nothing() && lookup.ask_suspects());
+            }
             let mut next = Vec::new();
             if !is_done {
-                next.extend(std::iter::from_fn(|| lookup.next(now)));
+                let wait = |candidate: &Candidate| {
+                    let connected = self.peers.contains_key(&candidate.peer);
+                    Wait {
+                        hedge: self.liveness.hedge(connected),
+                        most: self.liveness.deadline(candidate.peer, connected),
+                    }
+                };
+                next.extend(std::iter::from_fn(|| lookup.next(now, wait)));
             }
             let nearest = is_done.then(|| lookup.nearest_answered());
+            let overdue = lookup.take_overdue();
+            for (peer, asked) in overdue {
+                let dialling = self.dialling.get(&peer);
+                let addresses = dialling.map(|dialling| dialling.addresses.clone());
+                self.has_failed(peer, asked, &addresses.unwrap_or_default());
+            }
             for candidate in next {
                 self.ask(id, candidate, query.request(id));
             }
@@ -277,9 +418,16 @@ impl Behaviour {
                 self.store_at(id, &mut query, nearest);
             }
         }
+        if let Stage::Store { waiting, .. } = &mut query.stage
+            && now >= query.began + STORING
+        {
+            for peer in std::mem::take(waiting) {
+                self.has_failed(peer, query.began, &[]);
+            }
+        }
         match (&query.stage, query.purpose) {
             (Stage::Store { waiting, took }, Purpose::Put { written, reply, .. })
-                if waiting.is_empty() || now >= query.began + STORING =>
+                if waiting.is_empty() =>
             {
                 answer_put(*took, written, reply);
             }
@@ -296,7 +444,17 @@ impl Behaviour {
             took: 0,
         };
         query.began = Instant::now();
-        for node in nodes {
+        // A connected suspect is told as well, and not waited for: it may only be slow.
+        let target = kad::KBucketKey::new(query.key.clone());
+        let distance = |peer: PeerId| target.distance(&kad::KBucketKey::from(peer));
+        let farthest = nodes.iter().map(|node| distance(node.peer)).max();
+        let is_near = |peer| nodes.len() < WIDTH || Some(distance(peer)) < farthest;
+        let suspects = self.liveness.suspects().map(|(peer, _)| peer);
+        let suspects = suspects.filter(|peer| self.peers.contains_key(peer) && is_near(*peer));
+        let suspects: Vec<_> = suspects.take(WIDTH).collect();
+        let suspects = suspects.into_iter().map(|peer| self.known(peer));
+        let all: Vec<_> = suspects.collect();
+        for node in nodes.into_iter().chain(all) {
             self.ask(id, node, query.request(id));
         }
     }
@@ -304,34 +462,63 @@ impl Behaviour {
     fn ask(&mut self, id: QueryId, candidate: Candidate, request: Request) {
         let peer = candidate.peer;
         if self.peers.contains_key(&peer) {
-            self.actions.push_back(ToSwarm::NotifyHandler {
-                peer_id: peer,
-                handler: NotifyHandler::Any,
-                event: request,
-            });
-            return;
+            return self.request(id, peer, request);
         }
-        self.dialling.entry(peer).or_default().push(id);
-        let condition = match candidate.again {
+        let dialling = self.dial(peer, candidate.addresses, candidate.again);
+        dialling.queries.push(id);
+    }
+
+    fn request(&mut self, id: QueryId, peer: PeerId, request: Request) {
+        let asked = self.asked.entry(peer).or_default();
+        if asked.len() >= MAX_ASKED {
+            asked.pop_front();
+        }
+        asked.push_back((id, Instant::now()));
+        self.actions.push_back(ToSwarm::NotifyHandler {
+            peer_id: peer,
+            handler: NotifyHandler::Any,
+            event: request,
+        });
+    }
+
+    /// Dials a peer at these addresses and at those of the routing table; `again`: although a dial to other addresses may be under way.
+    pub(super) fn dial(
+        &mut self,
+        peer: PeerId,
+        addresses: Vec<Multiaddr>,
+        again: bool,
+    ) -> &mut Dialling {
+        let condition = match again {
             true => PeerCondition::Disconnected,
             false => PeerCondition::DisconnectedAndNotDialing,
         };
         let opts = DialOpts::peer_id(peer)
             .condition(condition)
-            .addresses(candidate.addresses)
+            .addresses(addresses.clone())
             .extend_addresses_through_behaviour();
         self.actions.push_back(ToSwarm::Dial { opts: opts.build() });
+        let dialling = self.dialling.entry(peer).or_insert_with(|| Dialling {
+            queries: Vec::new(),
+            since: Instant::now(),
+            addresses: Vec::new(),
+            checks: false,
+            counted: None,
+        });
+        for address in addresses {
+            if dialling.addresses.len() < MAX_ADDRESSES && !dialling.addresses.contains(&address) {
+                dialling.addresses.push(address);
+            }
+        }
+        dialling
     }
 
     /// A peer is connected now: what waits for it is asked.
     pub(super) fn ask_connected(&mut self, peer: PeerId) {
-        for id in self.dialling.remove(&peer).unwrap_or_default() {
+        let dialling = self.dialling.remove(&peer);
+        for id in dialling.map(|d| d.queries).unwrap_or_default() {
             if let Some(query) = self.queries.get(&id) {
-                self.actions.push_back(ToSwarm::NotifyHandler {
-                    peer_id: peer,
-                    handler: NotifyHandler::Any,
-                    event: query.request(id),
-                });
+                let request = query.request(id);
+                self.request(id, peer, request);
             }
         }
     }
@@ -342,7 +529,14 @@ impl Behaviour {
             return;
         }
         self.regions.forget(peer);
-        for id in self.dialling.remove(&peer).unwrap_or_default() {
+        // Somebody else's dial, to addresses that say nothing of the node, may have been the one that failed.
+        let Some(dialling) = self.dialling.remove(&peer) else {
+            return;
+        };
+        if !self.peers.contains_key(&peer) {
+            self.has_failed(peer, dialling.since, &dialling.addresses);
+        }
+        for id in dialling.queries {
             self.query_failed(id, peer);
         }
     }
@@ -351,6 +545,7 @@ impl Behaviour {
     pub(super) fn disconnected(&mut self, peer: PeerId) {
         let waiting = self.queries.iter().filter(|(_, query)| match &query.stage {
             Stage::LookUp(lookup) => lookup.is_waiting_for(peer),
+            Stage::Ask { peer: asked, .. } => *asked == peer,
             Stage::Store { waiting, .. } => waiting.contains(&peer),
         });
         let ids: Vec<_> = waiting.map(|(id, _)| *id).collect();
@@ -375,10 +570,9 @@ impl Behaviour {
             }
         }
         let queries = &self.queries;
-        self.dialling.retain(|_, waiting| {
-            waiting.retain(|id| queries.contains_key(id));
-            !waiting.is_empty()
-        });
+        for dialling in self.dialling.values_mut() {
+            dialling.queries.retain(|id| queries.contains_key(id));
+        }
     }
 
     /// Takes answers to queries of ours; gives back what is Kademlia's own.
@@ -391,6 +585,16 @@ impl Behaviour {
             return Some(event);
         };
         let id = *query_id;
+        let asked_at = self.asked.get_mut(&peer).and_then(|asked| {
+            let at = asked.iter().position(|(asked, _)| *asked == id)?;
+            Some(asked.remove(at)?.1)
+        });
+        match (&event, asked_at) {
+            (Event::QueryError { .. }, Some(asked)) => self.has_failed(peer, asked, &[]),
+            (Event::QueryError { .. }, None) => {}
+            // Also of one that was not waited for any more: so it is known to be slow, and not dead.
+            _ => self.is_alive(peer, asked_at.map(|asked| asked.elapsed())),
+        }
         let Some(mut query) = self.queries.remove(&id) else {
             return Some(event);
         };
@@ -414,6 +618,9 @@ impl Behaviour {
                 return None;
             }
         };
+        if let Stage::Ask { answered, .. } = &mut query.stage {
+            *answered = true;
+        }
         if let (Purpose::Get { found, answers, .. }, Some(record)) = (&mut query.purpose, record) {
             // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
             *answers += usize::from(found.add(&query.key, &record.value));
@@ -421,7 +628,9 @@ impl Behaviour {
         if let Stage::LookUp(lookup) = &mut query.stage {
             let network = self.peers.get(&peer).map(|peer| Origin::of(&peer.seen_at));
             let closer = closer.into_iter().take(WIDTH);
-            let closer: Vec<_> = closer.map(|peer| self.named(peer)).collect();
+            let closer = closer.map(|peer| self.named(peer));
+            let now = Instant::now();
+            let closer: Vec<_> = closer.filter(|named| !self.is_gone(named, now)).collect();
             lookup.answered(peer, network, closer);
         }
         self.drive(id, query);
