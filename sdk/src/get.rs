@@ -11,7 +11,6 @@ use std::{
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
-use prost::Message;
 use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
     Manifest, Pattern, Plan, Selection, Transfer, TransferError,
@@ -23,16 +22,15 @@ use weft_blobs::{
     store,
     transfer::fetch_manifest,
 };
-use weft_dht::Record;
 use weft_net::{Multiaddr, PathKind, PeerId, Stream, Transport};
-use weft_proto::wire;
 
 use crate::{
     Error, Hash, HfRepo, ModelInfo, ModelName, Node, Operation, Priority, Target,
     hf_cache::{HfCacheError, IntoCache},
-    models::{by_name, describe},
+    models::describe,
     node::{TargetLease, blocking},
     providers::{Known, Providers},
+    resolve::resolve,
     swarm::{Shown, Swarm, watch},
 };
 
@@ -790,82 +788,4 @@ async fn fetch_watched(
         never = watch(node, peer, || received.load(Ordering::Relaxed)) => match never {},
     };
     (peer, fetched)
-}
-
-/// Which model a name means, and who says so: this node itself, then the registries that it follows, then the DHT.
-pub(crate) async fn resolve(
-    node: &Node,
-    name: &ModelName,
-    publisher: Option<PeerId>,
-) -> Result<(Hash, Option<PeerId>), Error> {
-    let local = {
-        let (store, name) = (node.store().clone(), name.clone());
-        blocking(move || Ok(by_name(store.models()?, &name))).await?
-    };
-    let own = node.peer_id();
-    if let Some(model) = &local
-        && publisher.is_none_or(|publisher| publisher == own)
-        && model
-            .names
-            .iter()
-            .any(|known| known.published && known.name == name.to_string())
-    {
-        return Ok((model.id, Some(own)));
-    }
-    let is_asked = |peer: PeerId| publisher.is_none_or(|publisher| publisher == peer);
-    let listed = node.registries().resolve(name).await?;
-    let mut claims: Vec<(PeerId, Hash)> = listed
-        .models
-        .iter()
-        .filter(|one| is_asked(one.publisher))
-        .map(|one| (one.publisher, one.model))
-        .collect();
-    // A name that is reserved for a registry's publishers means what they say, unless somebody's own word is asked for.
-    if let (true, None, Some(registry)) = (claims.is_empty(), publisher, listed.missing) {
-        return Err(Error::NotListed {
-            name: name.clone(),
-            registry,
-        });
-    }
-    // What a registry lists, nobody else says: so it is known at once, and cut off from all others as well.
-    if claims.is_empty() && (publisher.is_some() || !listed.reserved) {
-        node.meet().await;
-        let records = node.dht().get(&name.record_key()).await?;
-        let claim = |record: &Record| {
-            let claim = wire::NameClaim::decode(record.value()?).ok()?;
-            Some((record.publisher(), Hash::from_slice(&claim.manifest)?))
-        };
-        claims = records
-            .iter()
-            .filter(|record| record.subkey().is_empty() && is_asked(record.publisher()))
-            .filter_map(claim)
-            .collect();
-    }
-    // Those who are trusted have the word, if they say anything.
-    let trusted = node.trusted().peers();
-    let of_trusted = claims.iter().filter(|(peer, _)| trusted.contains(peer));
-    let of_trusted: Vec<_> = of_trusted.copied().collect();
-    let claims = if of_trusted.is_empty() {
-        claims
-    } else {
-        of_trusted
-    };
-    match claims.as_slice() {
-        [(publisher, id)] => Ok((*id, Some(*publisher))),
-        // Several who agree are as good as one.
-        [(publisher, id), rest @ ..] if rest.iter().all(|(_, other)| other == id) => {
-            Ok((*id, Some(*publisher)))
-        }
-        [] => match local {
-            Some(model) if publisher.is_none() && !listed.reserved => Ok((model.id, None)),
-            _ => Err(Error::NoSuchName {
-                name: name.clone(),
-                publisher,
-            }),
-        },
-        _ => Err(Error::SeveralPublishers {
-            name: name.clone(),
-            publishers: claims,
-        }),
-    }
 }

@@ -52,6 +52,7 @@ mod reader;
 mod records;
 mod registry;
 mod remembered;
+mod resolve;
 pub mod rpc;
 mod storage;
 mod swarm;

@@ -22,7 +22,7 @@ use weft_proto::wire;
 
 use crate::{
     AddHfCache, Error, Get, Hash, ModelName, Node, Operation, Reader, Target, Ticket,
-    announce::manifest_size, get::resolve, node::blocking, providers::find_providers,
+    announce::manifest_size, node::blocking, providers::find_providers, resolve::resolve,
 };
 
 /// Claims that a search looks at.

@@ -34,6 +34,7 @@ use crate::{
     records,
     registry::{self, Followed},
     remembered,
+    resolve::Resolved,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
     swarm::{self, Exchanger, Hub},
     topics,
@@ -80,6 +81,7 @@ struct Inner {
     serving: Serving,
     topics: Mutex<topics::Known>,
     services: services::Known,
+    resolved: Resolved,
     presences: Mutex<Presences>,
     /// Where what the node does by itself runs.
     runtime: Handle,
@@ -227,6 +229,7 @@ impl Node {
                 serving,
                 topics: Mutex::default(),
                 services: services::Known::default(),
+                resolved: Resolved::default(),
                 presences: Mutex::default(),
                 runtime: Handle::current(),
                 transfers: served,
@@ -491,6 +494,10 @@ impl Node {
             .presences
             .lock()
             .expect("nothing panics while holding the lock")
+    }
+
+    pub(crate) fn resolved(&self) -> &Resolved {
+        &self.inner.resolved
     }
 
     pub(crate) fn services(&self) -> &services::Known {

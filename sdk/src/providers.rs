@@ -28,6 +28,11 @@ const MAX_PROVIDERS: usize = 32;
 /// Providers connected to at a time; the first that answers is used.
 const RACE: usize = 4;
 
+/// When none of them has answered within this time, as many others are tried beside them, up to so many in all: where nodes come and go, most of those that
+/// are listed may be dead, and a dial of a dead one takes long to fail.
+const STAGGER: Duration = Duration::from_millis(500);
+const MAX_RACE: usize = 16;
+
 /// Goes through a model's providers, round after round, until one finishes the work or patience ends.
 #[derive(Debug)]
 pub(crate) struct Providers {
@@ -186,8 +191,9 @@ impl Providers {
     async fn race(&mut self) -> Option<Stream> {
         let mut running = FuturesUnordered::new();
         self.back_to_queue();
+        let mut places = RACE;
         loop {
-            while running.len() < RACE
+            while running.len() < places
                 && let Some((peer, addresses)) = self.queue.pop_front()
             {
                 if self.banned.contains(&peer) || self.busy.contains(&peer) {
@@ -197,7 +203,13 @@ impl Providers {
                 let node = self.node.clone();
                 running.push(async move { (peer, reach(&node, peer, addresses).await) });
             }
-            let (peer, result) = running.next().await?;
+            let (peer, result) = tokio::select! {
+                ended = running.next() => ended?,
+                () = sleep(STAGGER), if places < MAX_RACE && !self.queue.is_empty() => {
+                    places += RACE;
+                    continue;
+                }
+            };
             self.racing.retain(|(other, _)| *other != peer);
             match result {
                 Ok(stream) => {

@@ -3,11 +3,14 @@
 //! Who offers a service says so in the DHT, with labels, for as long as it does. A [`Service`] knows who does, and sends each call where it expects it to be
 //! answered soonest: to near peers and over direct paths, and not to where many of its calls are open already. A peer that fails is left alone for a while that
 //! grows as it goes on failing, and what it had not begun is asked of another.
+//!
+//! The node remembers who offers a service, so that the short-lived handles of commands and API clients share it. While a service is used, its providers are
+//! watched: one that dies is found out without a call, and costs one failed attempt at most.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
-    sync::{Arc, Mutex, MutexGuard, Weak},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -51,8 +54,25 @@ const FRESH_PATHS: Duration = Duration::from_secs(2);
 /// Peers that are connected to before they are called, so that the nearest of them is known.
 const NEAR: usize = 8;
 
-/// How long reaching a peer may take before another one is tried. It doubles, for where there is no other.
-const REACH: Duration = Duration::from_secs(5);
+/// How long reaching a peer may take before another one is tried: a dial over a long path takes less. It doubles, for where there is no other; the dial goes on
+/// meanwhile.
+const REACH: Duration = Duration::from_secs(1);
+
+/// How often connected providers have to show that they are there, for how long after the last call, and how many of them.
+const WATCH: Duration = Duration::from_secs(2);
+const WATCH_FOR: Duration = Duration::from_secs(60);
+const WATCHED: usize = 16;
+
+/// The least and the most that a watched provider may take to answer; between them, a multiple of its round trip.
+const ALIVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
+const ALIVE_TRIPS: u32 = 8;
+
+/// How long a service is remembered that nothing uses, and how many services.
+const REMEMBER: Duration = Duration::from_secs(600);
+const MAX_SERVICES: usize = 256;
+
+/// How long an offer is believed at most, whatever its publisher states: the protocol's ten minutes, and some for clocks.
+const BELIEVED: Duration = Duration::from_secs(11 * 60);
 
 /// The first and the longest time for which a peer that failed is left alone.
 const AVOID: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
@@ -179,9 +199,44 @@ pub struct ServicePeer {
     pub avoided: Option<Duration>,
 }
 
-/// The services that this node calls by name.
+/// The services that this node calls by name, or did so lately.
 #[derive(Debug, Default)]
-pub(crate) struct Known(Mutex<HashMap<String, Weak<Shared>>>);
+pub(crate) struct Known(Mutex<HashMap<String, Remembered>>);
+
+#[derive(Debug)]
+struct Remembered {
+    shared: Arc<Shared>,
+    used: Instant,
+}
+
+impl Known {
+    fn get(&self, name: &str, node: &Node) -> Arc<Shared> {
+        let now = Instant::now();
+        let mut known = lock(&self.0);
+        // One that a handle has is in use.
+        let idle = |one: &Remembered| Arc::strong_count(&one.shared) == 1;
+        known.retain(|_, one| !idle(one) || now.duration_since(one.used) < REMEMBER);
+        if known.len() >= MAX_SERVICES && !known.contains_key(name) {
+            let unused = known.iter().filter(|(_, one)| idle(one));
+            let oldest = unused.min_by_key(|(_, one)| one.used);
+            if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
+                known.remove(&oldest);
+            }
+        }
+        let one = known.entry(name.to_owned()).or_insert_with(|| Remembered {
+            shared: Arc::new(Shared {
+                key: key(name),
+                dht: node.dht().clone(),
+                network: node.network().clone(),
+                state: Mutex::default(),
+                looking: tokio::sync::Mutex::default(),
+            }),
+            used: now,
+        });
+        one.used = now;
+        Arc::clone(&one.shared)
+    }
+}
 
 /// What all handles of one service know.
 struct Shared {
@@ -198,6 +253,10 @@ struct State {
     offers: HashMap<PeerId, Candidate>,
     looked: Option<Instant>,
     looked_at_paths: Option<Instant>,
+    /// When it was called last.
+    used: Option<Instant>,
+    /// Its providers are being watched.
+    watched: bool,
     /// Counts calls, so that of equals the one that was not asked for longest is.
     calls: u64,
 }
@@ -214,6 +273,8 @@ struct Candidate {
     /// Times that it failed since it last answered.
     failures: u32,
     avoid_until: Option<Instant>,
+    /// It failed to answer the last ping, and not a call.
+    silent: bool,
     last: u64,
 }
 
@@ -227,6 +288,11 @@ impl Candidate {
         // What a relay forwards is slower than its round trip says, and is another's to pay for.
         let rtt = rtt.max(NEXT_DOOR) * if relayed { 2 } else { 1 };
         rtt.as_micros() * (self.outstanding as u128 + 1)
+    }
+
+    /// It failed, and nothing has been heard of it since.
+    fn is_suspect(&self) -> bool {
+        self.silent || self.failures > 0 && self.path.is_none()
     }
 
     fn avoided(&self, now: Instant) -> Option<Duration> {
@@ -260,7 +326,7 @@ impl State {
         let candidates = self.offers.iter_mut();
         let (peer, chosen) = candidates
             .filter(|(peer, c)| !tried.contains(peer) && has(&c.labels, wanted))
-            .min_by_key(|(_, c)| (c.avoided(now), c.cost(), c.last))?;
+            .min_by_key(|(_, c)| (c.avoided(now), c.is_suspect(), c.cost(), c.last))?;
         self.calls += 1;
         chosen.last = self.calls;
         chosen.outstanding += 1;
@@ -283,17 +349,34 @@ impl State {
                 self.offers.remove(&peer);
                 continue;
             };
-            if self.offers.len() >= MAX_OFFERS && !self.offers.contains_key(&peer) {
+            if self.offers.len() >= MAX_OFFERS
+                && !self.offers.contains_key(&peer)
+                && !self.make_room()
+            {
                 continue;
             }
             let candidate = self.offers.entry(peer).or_default();
             candidate.addresses = addresses;
             candidate.labels = labels;
             candidate.sequence = record.sequence();
-            candidate.until = Some(now + record.remaining());
+            candidate.until = Some(now + record.remaining().min(BELIEVED));
         }
         self.offers
             .retain(|_, c| c.outstanding > 0 || c.until.is_some_and(|until| until > now));
+    }
+}
+
+impl State {
+    /// Forgets an offer that leads nowhere as far as is known: who has failed most, or else somebody who was never reached. Those who are connected stay.
+    fn make_room(&mut self) -> bool {
+        let offers = self.offers.iter();
+        let idle = offers.filter(|(_, c)| c.outstanding == 0 && c.path.is_none());
+        let worst = idle.max_by_key(|(_, c)| (c.failures, std::cmp::Reverse(c.until)));
+        let Some(worst) = worst.map(|(peer, _)| *peer) else {
+            return false;
+        };
+        self.offers.remove(&worst);
+        true
     }
 }
 
@@ -347,6 +430,58 @@ impl Shared {
         for (peer, reached) in futures::future::join_all(dials).await {
             if !reached {
                 self.failed(peer);
+            }
+        }
+    }
+
+    /// Has the connected providers show that they are there, for as long as the service is used. One that does not is left alone, and its connections are made to
+    /// show that they work, or are closed.
+    async fn watch(self: Arc<Self>) {
+        loop {
+            sleep(WATCH).await;
+            {
+                let mut state = lock(&self.state);
+                let idle = state.used.is_none_or(|used| used.elapsed() > WATCH_FOR);
+                if idle {
+                    state.watched = false;
+                    return;
+                }
+            }
+            self.look_at_paths().await;
+            let connected: Vec<_> = {
+                let state = lock(&self.state);
+                let connected = state.offers.iter();
+                let connected = connected.filter_map(|(peer, c)| {
+                    let (_, rtt) = c.path.as_ref()?;
+                    let patience = rtt.unwrap_or_default() * ALIVE_TRIPS;
+                    Some((c.last, *peer, patience.clamp(ALIVE.0, ALIVE.1)))
+                });
+                let mut connected: Vec<_> = connected.collect();
+                // Those that are called.
+                connected.sort_by_key(|(last, ..)| std::cmp::Reverse(*last));
+                connected.truncate(WATCHED);
+                connected
+            };
+            let network = &self.network;
+            let pings = connected.into_iter().map(|(_, peer, patience)| async move {
+                let answered = timeout(patience, network.ping(peer)).await;
+                (peer, matches!(answered, Ok(Ok(_))))
+            });
+            for (peer, alive) in futures::future::join_all(pings).await {
+                let was_silent = {
+                    let mut state = lock(&self.state);
+                    let candidate = state.offers.get_mut(&peer);
+                    candidate.is_some_and(|c| std::mem::replace(&mut c.silent, !alive))
+                };
+                match (alive, was_silent) {
+                    (true, true) => self.answered(peer),
+                    (false, false) => {
+                        tracing::debug!(%peer, "a provider of a service does not answer");
+                        self.failed(peer);
+                        self.network.check(peer).await;
+                    }
+                    _ => {}
+                }
             }
         }
     }
@@ -405,21 +540,7 @@ pub struct Service {
 impl Service {
     pub(super) fn new(node: &Node, name: &str) -> Result<Self, ServiceError> {
         check(name)?;
-        let mut known = lock(&node.services().0);
-        known.retain(|_, shared| shared.strong_count() > 0);
-        let shared = known.get(name).and_then(Weak::upgrade);
-        let shared = shared.unwrap_or_else(|| {
-            let shared = Arc::new(Shared {
-                key: key(name),
-                dht: node.dht().clone(),
-                network: node.network().clone(),
-                state: Mutex::default(),
-                looking: tokio::sync::Mutex::default(),
-            });
-            known.insert(name.to_owned(), Arc::downgrade(&shared));
-            shared
-        });
-        drop(known);
+        let shared = node.services().get(name, node);
         Ok(Self {
             node: node.clone(),
             name: name.to_owned(),
@@ -461,7 +582,10 @@ impl Service {
             .iter()
             .filter(|(_, c)| has(&c.labels, &self.wanted))
             .collect();
-        offers.sort_by_key(|(peer, c)| (c.avoided(now), c.cost(), c.last, **peer));
+        offers.sort_by_key(|(peer, c)| {
+            let (avoided, suspect) = (c.avoided(now), c.is_suspect());
+            (avoided, suspect, c.cost(), c.last, **peer)
+        });
         let offers = offers.into_iter().map(|(peer, c)| ServicePeer {
             peer: *peer,
             labels: c.labels.clone(),
@@ -487,7 +611,7 @@ impl Service {
 
     /// Whom to ask, other than those that were tried; looks for more where there are none.
     async fn choose(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Vec<Multiaddr>)> {
-        self.keep_fresh();
+        self.keep_fresh().await;
         if let Some(chosen) = self.choose_known(tried) {
             return Some(chosen);
         }
@@ -511,10 +635,10 @@ impl Service {
         Some((Outstanding { shared, peer }, addresses))
     }
 
-    /// Looks again, beside the calls, if what is known is old.
-    fn keep_fresh(&self) {
+    /// Looks again, beside the calls, if what is known is old; at paths before the call, which asks nobody.
+    async fn keep_fresh(&self) {
         let now = Instant::now();
-        let (all, paths) = {
+        let (all, paths, watch) = {
             let mut state = lock(&self.shared.state);
             let old =
                 |at: Option<Instant>, than| at.is_some_and(|at| now.duration_since(at) > than);
@@ -524,23 +648,25 @@ impl Service {
             if all {
                 state.looked = Some(now);
             }
-            if all || paths {
+            if paths {
                 state.looked_at_paths = Some(now);
             }
-            (all, paths)
+            state.used = Some(now);
+            (all, paths, !std::mem::replace(&mut state.watched, true))
         };
-        if !all && !paths {
-            return;
+        if watch {
+            self.node.spawn(Arc::clone(&self.shared).watch());
         }
-        let shared = Arc::clone(&self.shared);
-        self.node.spawn(async move {
-            if all {
+        if all {
+            let shared = Arc::clone(&self.shared);
+            self.node.spawn(async move {
                 let _looking = shared.looking.lock().await;
                 shared.look(false).await;
-            } else {
-                shared.look_at_paths().await;
-            }
-        });
+            });
+        }
+        if paths {
+            self.shared.look_at_paths().await;
+        }
     }
 
     async fn attempt<T, F>(
