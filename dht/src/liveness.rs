@@ -148,14 +148,16 @@ impl Default for Liveness {
 }
 
 impl Liveness {
-    /// How long to wait for an answer of `peer`, at most [`LONGEST`]; `connected`: no dial is needed.
+    /// How long to wait for an answer of `peer`, at most [`LONGEST`]; `connected`: no dial is needed. A peer that was never measured may be farther than others.
     pub(crate) fn deadline(&self, peer: PeerId, connected: bool) -> Duration {
         let known = self.heard.get(&peer).and_then(|heard| heard.pace.late());
-        let Some(late) = known else {
-            return LONGEST;
+        let (late, least) = match (known, self.pace.late()) {
+            (Some(late), _) => (late, SHORTEST),
+            (None, Some(late)) => (late, SHORTEST * 2),
+            (None, None) => return LONGEST,
         };
         let trips = if connected { 1 } else { DIAL };
-        (late * trips).clamp(SHORTEST, LONGEST)
+        (late * trips).clamp(least, LONGEST)
     }
 
     /// After this time another node is asked in the place of one that has not answered, which is still waited for.
@@ -377,7 +379,8 @@ mod tests {
         let of_far = liveness.deadline(far, true);
         assert!((300 * MS..450 * MS).contains(&of_far), "{of_far:?}");
         assert_eq!(liveness.deadline(far, false), LONGEST);
-        assert_eq!(liveness.deadline(unknown, true), LONGEST);
+        assert!(liveness.deadline(unknown, true) >= 2 * SHORTEST);
+        assert_eq!(Liveness::default().deadline(unknown, true), LONGEST);
     }
 
     #[test]

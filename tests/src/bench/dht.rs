@@ -71,8 +71,19 @@ pub struct Options {
     pub values: usize,
     /// Things that one node states that it has.
     pub things: usize,
+    /// Nodes come and go for this long for each half-life; nothing else is measured then.
+    pub churn: Option<Churn>,
     /// The same seed gives a similar network.
     pub seed: u64,
+}
+
+/// How nodes come and go.
+#[derive(Debug, Clone, Copy)]
+pub struct Churn {
+    /// Time after which half of the nodes have been replaced by new ones.
+    pub half_life: Duration,
+    /// How long this is measured.
+    pub lasts: Duration,
 }
 
 #[derive(NetworkBehaviour)]
@@ -95,6 +106,7 @@ enum Ask {
     Provide(Vec<u8>, oneshot::Sender<bool>),
     Find(Vec<u8>, oneshot::Sender<bool>),
     Nodes(oneshot::Sender<usize>),
+    Members(oneshot::Sender<Vec<PeerId>>),
 }
 
 /// One node.
@@ -142,14 +154,13 @@ fn start(
                 let mut stopped = stopped;
                 // It ends before this.
                 let _ = itself.set_reachable(true).await;
-                loop {
+                let orderly = loop {
                     tokio::select! {
                         _ = swarm.select_next_some() => {}
-                        _ = &mut stopped => break,
+                        told = &mut stopped => break told.is_ok(),
                     }
-                }
-                // What it had open stays so: nobody is told.
-                std::mem::forget(swarm);
+                };
+                leave(swarm, orderly);
             };
             (Handle::Ours(Box::new(dht)), tokio::spawn(run))
         }
@@ -199,7 +210,7 @@ async fn run_stock(
     mut stopped: oneshot::Receiver<()>,
 ) {
     let mut queries: HashMap<QueryId, oneshot::Sender<bool>> = HashMap::new();
-    loop {
+    let orderly = loop {
         let event = tokio::select! {
             event = swarm.select_next_some() => event,
             Some(ask) = requests.recv() => {
@@ -229,10 +240,17 @@ async fn run_stock(
                         let nodes = kad.kbuckets().map(|bucket| bucket.num_entries()).sum();
                         let _ = reply.send(nodes);
                     }
+                    Ask::Members(reply) => {
+                        let mut members = Vec::new();
+                        for bucket in kad.kbuckets() {
+                            members.extend(bucket.iter().map(|e| *e.node.key.preimage()));
+                        }
+                        let _ = reply.send(members);
+                    }
                 }
                 continue;
             }
-            _ = &mut stopped => break,
+            told = &mut stopped => break told.is_ok(),
         };
         match event {
             SwarmEvent::NewExternalAddrOfPeer { peer_id, address } => {
@@ -267,8 +285,16 @@ async fn run_stock(
             }
             _ => {}
         }
+    };
+    leave(swarm, orderly);
+}
+
+/// A node that stops in order closes its connections. Another falls silent: what it had open stays so, and nobody is told.
+fn leave<B: NetworkBehaviour>(swarm: Swarm<B>, orderly: bool) {
+    match orderly {
+        true => drop(swarm),
+        false => std::mem::forget(swarm),
     }
-    std::mem::forget(swarm);
 }
 
 impl Handle {
@@ -345,6 +371,193 @@ impl Handle {
                 }
             }
         }
+    }
+}
+
+impl Handle {
+    /// The nodes in its routing table.
+    async fn members(&self) -> Vec<PeerId> {
+        match self {
+            Self::Ours(dht) => {
+                let routes = dht.routes(usize::MAX).await.unwrap_or_default();
+                let peers = routes.into_iter().map(weft_net::split_peer_id);
+                let mut peers: Vec<_> = peers.filter_map(|(_, peer)| peer).collect();
+                peers.sort();
+                peers.dedup();
+                peers
+            }
+            Self::Stock(asks) => {
+                let (reply, answer) = oneshot::channel();
+                match asks.send(Ask::Members(reply)).await {
+                    Ok(()) => answer.await.unwrap_or_default(),
+                    Err(_) => Vec::new(),
+                }
+            }
+        }
+    }
+}
+
+/// Time between two puts, and from a put to the look-up of what was put, at most.
+const PUT_EVERY: Duration = Duration::from_millis(250);
+const LOOKED_UP: Duration = Duration::from_secs(20);
+
+/// A node that has joined looks nothing up before this time: it is still being told whom there is.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// How often routing tables are looked into, and how many.
+const SAMPLE: Duration = Duration::from_secs(5);
+const SAMPLES: usize = 8;
+
+/// A node of a mesh in which nodes come and go.
+struct Living {
+    peer: PeerId,
+    node: Node,
+    since: Instant,
+}
+
+/// Has nodes come and go, with look-ups meanwhile; prints its figures.
+async fn churn(
+    side: Side,
+    options: Options,
+    churn: Churn,
+    links: &Arc<Links>,
+    nodes: Vec<(PeerId, Node)>,
+    random: &mut Random,
+) {
+    let begin = Instant::now();
+    let mut places = nodes.len();
+    let born = begin - SETTLED;
+    let living = nodes.into_iter();
+    let living = living.map(|(peer, node)| Living {
+        peer,
+        node,
+        since: born,
+    });
+    let mut living: Vec<_> = living.collect();
+    // Departures are a Poisson process: exponential times between them.
+    let rate = living.len() as f64 * std::f64::consts::LN_2 / churn.half_life.as_secs_f64();
+    let draw = move |random: &mut Random| {
+        let unit = (random.below(1 << 20) as f64 + 1.0) / f64::from(1 << 20);
+        Duration::from_secs_f64(-unit.ln() / rate)
+    };
+    let mut next_end = begin + draw(random);
+    let (mut next_put, mut next_sample) = (begin, begin + SAMPLE);
+    let (mut puts, mut gets) = (
+        stream::FuturesUnordered::new(),
+        stream::FuturesUnordered::new(),
+    );
+    let mut due: Vec<(Instant, Vec<u8>)> = Vec::new();
+    let (mut phase, mut replaced, mut count) = (Phase::default(), 0, 0);
+    let (mut dead, mut members) = (0, 0);
+    while begin.elapsed() < churn.lasts {
+        let next_get = due.iter().map(|(at, _)| *at).min();
+        let soonest = [Some(next_end), Some(next_put), Some(next_sample), next_get];
+        let soonest = soonest
+            .into_iter()
+            .flatten()
+            .min()
+            .expect("one is always due");
+        tokio::select! {
+            Some((key, done)) = puts.next(), if !puts.is_empty() => {
+                if done {
+                    let after = LOOKED_UP.mul_f64(random.below(1000) as f64 / 1000.0);
+                    due.push((Instant::now() + after, key));
+                }
+                continue;
+            }
+            Some((peer, took)) = gets.next(), if !gets.is_empty() => {
+                let took: Option<f64> = took;
+                // Of a node that has left meanwhile, nobody waits for it.
+                if living.iter().any(|one| one.peer == peer) {
+                    phase.asked += 1;
+                    phase.took.extend(took);
+                }
+                continue;
+            }
+            () = tokio::time::sleep_until(soonest) => {}
+        }
+        let now = Instant::now();
+        if now >= next_end {
+            next_end = now + draw(random);
+            let mut gone = living.swap_remove(random.below(living.len()));
+            links.cut(gone.node.place);
+            if let (Some(stop), 0) = (gone.node.stop.take(), replaced % 2) {
+                let _ = stop.send(());
+            }
+            replaced += 1;
+            let known: Vec<_> = (0..KNOWN)
+                .map(|_| &living[random.below(living.len())])
+                .map(|one| (one.peer, one.node.place))
+                .collect();
+            let place = place(places);
+            places += 1;
+            let (peer, node) = start(side, place, links, &known);
+            living.push(Living {
+                peer,
+                node,
+                since: now,
+            });
+        }
+        if now >= next_put {
+            next_put = now + PUT_EVERY;
+            let handle = living[random.below(living.len())].node.handle.clone();
+            let key = format!("churn/{count}").into_bytes();
+            count += 1;
+            puts.push(async move {
+                let done = handle.put(key.clone()).await;
+                (key, done)
+            });
+        }
+        let settled: Vec<_> = (living.iter())
+            .filter(|one| now.duration_since(one.since) >= SETTLED)
+            .collect();
+        for (_, key) in due.extract_if(.., |(at, _)| *at <= now) {
+            let reader = settled[random.below(settled.len())];
+            let (peer, handle) = (reader.peer, reader.node.handle.clone());
+            gets.push(async move {
+                let begin = Instant::now();
+                let found = handle.get(key).await;
+                (peer, found.then(|| begin.elapsed().as_secs_f64()))
+            });
+        }
+        if now >= next_sample {
+            next_sample = now + SAMPLE;
+            let alive: std::collections::HashSet<_> = living.iter().map(|one| one.peer).collect();
+            for _ in 0..SAMPLES {
+                let of = settled[random.below(settled.len())]
+                    .node
+                    .handle
+                    .members()
+                    .await;
+                members += of.len();
+                dead += of.iter().filter(|peer| !alive.contains(peer)).count();
+            }
+        }
+    }
+    eprintln!(
+        "{side:?}: {replaced} of {} nodes replaced, {} look-ups",
+        living.len(),
+        phase.asked
+    );
+    let success = phase.success();
+    let mut took = phase.took;
+    took.sort_by(f64::total_cmp);
+    let p99 = took.get(took.len() * 99 / 100).copied().unwrap_or(f64::NAN);
+    let typical = median(if took.is_empty() {
+        vec![f64::NAN]
+    } else {
+        took
+    });
+    for (name, value) in [
+        ("churn-success", success),
+        ("churn-median", typical / options.round_trip.as_secs_f64()),
+        ("churn-p99", p99),
+        (
+            "churn-dead",
+            100.0 * dead as f64 / f64::from(members.max(1) as u32),
+        ),
+    ] {
+        println!("{name} {value}");
     }
 }
 
@@ -457,6 +670,12 @@ async fn measure(side: Side, options: Options) -> Result<(), Failure> {
     }
     say(&format!("settled, {} routes a node", routes / nodes.len()));
     let memory = (resident()? - before) / options.nodes as f64 / 1024.0;
+    if let Some(rate) = options.churn {
+        let peers = peers.into_iter().map(|(peer, _)| peer);
+        let nodes = peers.zip(nodes).collect();
+        churn(side, options, rate, &links, nodes, &mut random).await;
+        return Ok(());
+    }
 
     let quiet = keys("quiet", options.values);
     let put = put_all(&nodes, &quiet, &mut random).await;
@@ -559,10 +778,20 @@ pub fn run(options: Options, sides: &[Side], json: bool) -> Result<(), Failure> 
         ("latency-rtts", "round trips"),
         ("p99-rtts", "round trips"),
         ("memory", "KiB/node"),
+        ("churn-success", "%"),
+        ("churn-median", "round trips"),
+        ("churn-p99", "s"),
+        ("churn-dead", "% of the table"),
     ] {
-        let bench = match name.strip_suffix("-churn30") {
-            Some(name) => format!("dht-{name}-{n}-churn30"),
-            None => format!("dht-{name}-{n}"),
+        let churn = options.churn.map(|churn| churn.half_life.as_secs());
+        let bench = match (
+            name.strip_suffix("-churn30"),
+            name.strip_prefix("churn-"),
+            churn,
+        ) {
+            (Some(name), ..) => format!("dht-{name}-{n}-churn30"),
+            (_, Some(name), Some(seconds)) => format!("dht-latency-churn-{name}-{n}-{seconds}s"),
+            _ => format!("dht-{name}-{n}"),
         };
         let of = |side: &HashMap<String, f64>| side.get(name).copied().filter(|n| n.is_finite());
         let figure = match (of(&weft), of(&kad)) {
@@ -575,7 +804,7 @@ pub fn run(options: Options, sides: &[Side], json: bool) -> Result<(), Failure> 
             },
             // One side alone has no ratio.
             (Some(only), None) | (None, Some(only)) => {
-                eprintln!("{bench}: {only:.1} {unit}");
+                eprintln!("{bench}: {only:.2} {unit}");
                 continue;
             }
             (None, None) => continue,
@@ -610,6 +839,13 @@ fn in_process(
             "--seed",
             &options.seed.to_string(),
         ])
+        .args(options.churn.into_iter().flat_map(|churn| {
+            let seconds = |time: Duration| time.as_secs().to_string();
+            let half_life = ["--half-life".to_owned(), seconds(churn.half_life)];
+            half_life
+                .into_iter()
+                .chain(["--lasts".to_owned(), seconds(churn.lasts)])
+        }))
         .stdout(Stdio::piped())
         .spawn()?;
     let stdout = child.stdout.take().expect("standard output is captured");

@@ -192,6 +192,14 @@ struct DhtOptions {
     #[arg(long, default_value_t = 1000)]
     things: usize,
 
+    /// Instead of the rest: measure look-ups while nodes come and go, half of all within this many seconds
+    #[arg(long, value_name = "SECONDS")]
+    half_life: Option<u64>,
+
+    /// How long that is measured, in seconds
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    lasts: u64,
+
     /// The same seed gives a similar network
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -204,6 +212,10 @@ impl DhtOptions {
             round_trip: Duration::from_millis(self.round_trip),
             values: self.values,
             things: self.things,
+            churn: self.half_life.map(|half_life| dht::Churn {
+                half_life: Duration::from_secs(half_life),
+                lasts: Duration::from_secs(self.lasts),
+            }),
             seed: self.seed,
         }
     }
