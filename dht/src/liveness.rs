@@ -301,6 +301,25 @@ impl Liveness {
         }
     }
 
+    /// A node could not be checked: it is its turn again when others have had theirs.
+    pub(crate) fn postpone(&mut self, peer: PeerId, now: Instant) {
+        if let Some(failed) = self.failed.get_mut(&peer) {
+            failed.at = now;
+        }
+        if let Some(heard) = self.heard.get_mut(&peer) {
+            heard.at = now;
+            heard.lost = false;
+        } else if self.heard.len() < MAX_HEARD {
+            let heard = Heard {
+                at: now,
+                pace: Pace::default(),
+                lost: false,
+                lost_at: None,
+            };
+            self.heard.insert(peer, heard);
+        }
+    }
+
     /// Forgets when a node that is no member of the routing table, and not connected, was heard.
     pub(crate) fn retain(&mut self, mut matters: impl FnMut(PeerId) -> bool) {
         self.heard.retain(|peer, _| matters(*peer));
@@ -497,5 +516,10 @@ mod tests {
         assert_eq!(liveness.due(members(), idle, later).unwrap().peer, peers[1]);
         let busy = |peer| peer == peers[1];
         assert_eq!(liveness.due(members(), busy, later).unwrap().peer, peers[0]);
+        // One that cannot be checked does not keep others from it.
+        liveness.postpone(peers[1], later);
+        assert_eq!(liveness.due(members(), idle, later).unwrap().peer, peers[0]);
+        liveness.postpone(peers[0], later);
+        assert_eq!(liveness.due(members(), idle, later).unwrap().peer, peers[2]);
     }
 }

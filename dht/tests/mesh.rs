@@ -144,7 +144,7 @@ async fn a_node_that_left_delays_look_ups_by_little_and_leaves_the_routing_table
 }
 
 #[tokio::test]
-async fn a_node_that_was_away_is_found_again() {
+async fn a_new_node_is_found_where_another_has_left() {
     let mut nodes = mesh_at(BOTH, 3).await;
     let gone = nodes.pop().unwrap();
     gone.network.stop().await;

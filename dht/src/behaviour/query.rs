@@ -533,7 +533,10 @@ impl Behaviour {
         let Some(dialling) = self.dialling.remove(&peer) else {
             return;
         };
-        if !self.peers.contains_key(&peer) {
+        if matches!(error, DialError::NoAddresses) {
+            // Nothing was sent: it says nothing of the node that there was no address, or that it was dialled too often lately.
+            self.liveness.postpone(peer, Instant::now());
+        } else if !self.peers.contains_key(&peer) {
             self.has_failed(peer, dialling.since, &dialling.addresses);
         }
         for id in dialling.queries {
