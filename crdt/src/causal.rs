@@ -1,8 +1,10 @@
-//! The order in which envelopes are given and imported: after everything that they build on, whatever sessions that is in.
+//! The order in which envelopes are given and imported: after everything that they build on, whatever sessions that is
+//! in.
 //!
-//! A receiver can apply an envelope once it has the changes that the envelope builds on. Session ids are random, so an order by
-//! session puts a change before its dependencies about as often as after them; a piece of a log in that order may hold nothing
-//! that can be applied. In a topological order of the change graph, every piece begins with an envelope that can be.
+//! A receiver can apply an envelope once it has the changes that the envelope builds on. Session ids are random, so an
+//! order by session puts a change before its dependencies about as often as after them; a piece of a log in that order
+//! may hold nothing that can be applied. In a topological order of the change graph, every piece begins with an
+//! envelope that can be.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,11 +24,12 @@ struct Cursor {
     unmet: usize,
 }
 
-/// Iterates over ranges of sessions in topological order; of several places that could follow, the one with the least session
-/// id. The order is a function of the graph: an iteration that begins where another one was cut goes on in the same order.
+/// Iterates over ranges of sessions in topological order; of several places that could follow, the one with the least
+/// session id. The order is a function of the graph: an iteration that begins where another one was cut goes on in the
+/// same order.
 ///
-/// It looks at one place of each session at a time, so it needs memory for the sessions and not for the log. `dependencies`
-/// names the places that a place builds on; those outside the ranges count as passed.
+/// It looks at one place of each session at a time, so it needs memory for the sessions and not for the log.
+/// `dependencies` names the places that a place builds on; those outside the ranges count as passed.
 #[derive(Debug)]
 pub(crate) struct CausalOrder<D> {
     cursors: BTreeMap<SessionId, Cursor>,

@@ -1,7 +1,8 @@
 //! How much of a document is here, measured against the connected peers that hold it.
 //!
-//! Whether a document is whole cannot be told from what is here: another replica may know more. While somebody waits to hear of
-//! it, each connected peer that may read the document is asked what it has, and what is here is compared with the answers.
+//! Whether a document is whole cannot be told from what is here: another replica may know more. While somebody waits to
+//! hear of it, each connected peer that may read the document is asked what it has, and what is here is compared with
+//! the answers.
 
 use std::{
     collections::BTreeMap,
@@ -43,7 +44,8 @@ pub struct Completeness {
 }
 
 impl Completeness {
-    /// Whether everything is here that connected holders have; no, if there is no such holder, for then it cannot be told.
+    /// Whether everything is here that connected holders have; no, if there is no such holder, for then it cannot be
+    /// told.
     pub fn is_whole(&self) -> bool {
         !self.holders.is_empty() && self.holders.iter().all(Holder::is_reached)
     }
@@ -82,8 +84,8 @@ pub(crate) struct Told {
     pub(crate) forks: Heads,
 }
 
-/// Holders of one document are being asked. Bounded by the peers that are connected, each with a summary of at most 4,096
-/// sessions.
+/// Holders of one document are being asked. Bounded by the peers that are connected, each with a summary of at most
+/// 4,096 sessions.
 #[derive(Debug)]
 pub(crate) struct Comparison {
     token: Weak<()>,
@@ -124,8 +126,8 @@ impl Told {
 }
 
 impl Replica {
-    /// Asks all connected peers that may read a document, and those that connect later, what they have of it, for as long as
-    /// what this returns is held.
+    /// Asks all connected peers that may read a document, and those that connect later, what they have of it, for as
+    /// long as what this returns is held.
     ///
     /// # Errors
     /// [`Error::Unknown`], [`Error::Store`].
@@ -193,8 +195,8 @@ impl Replica {
         }
     }
 
-    /// How much of a document is here, by what connected holders have said since [`compare`](Self::compare). A holder that has
-    /// more while nothing of it is on its way is asked again.
+    /// How much of a document is here, by what connected holders have said since [`compare`](Self::compare). A holder
+    /// that has more while nothing of it is on its way is asked again.
     ///
     /// # Errors
     /// [`Error::Unknown`], [`Error::Store`].

@@ -1,8 +1,9 @@
 //! One document as a replica holds it: the log of envelopes that count, and the Automerge document that they make.
 //!
-//! What counts is a function of what is known, in whatever order it came: the genesis, the chain of epochs, proofs of equivocation, and the envelopes. Of each
-//! session a beginning counts: as far as the epochs let its author write, before the index at which equivocation is proven, and only so far as everything that
-//! a change builds on counts as well. When an epoch or a proof takes something away, the document is built anew from what is left.
+//! What counts is a function of what is known, in whatever order it came: the genesis, the chain of epochs, proofs of
+//! equivocation, and the envelopes. Of each session a beginning counts: as far as the epochs let its author write,
+//! before the index at which equivocation is proven, and only so far as everything that a change builds on counts as
+//! well. When an epoch or a proof takes something away, the document is built anew from what is left.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
@@ -33,7 +34,8 @@ use crate::{
 /// Bytes of a document's envelopes since it last began anew.
 pub const MAX_LOG: u64 = 128 << 20;
 
-/// A save is written when so many changes have come since the last one: reading the log takes about as long for each as for reading a kilobyte of a save.
+/// A save is written when so many changes have come since the last one: reading the log takes about as long for each as
+/// for reading a kilobyte of a save.
 const SAVE_EVERY: usize = 512;
 
 #[derive(Debug, Clone)]
@@ -412,8 +414,8 @@ impl Document {
         read_envelope(&row, &self.id()).map_err(|_| damaged("an envelope"))
     }
 
-    /// Envelopes of these sessions, each from its count on, in causal order. Whatever builds on other sessions is taken for
-    /// known to the receiver.
+    /// Envelopes of these sessions, each from its count on, in causal order. Whatever builds on other sessions is taken
+    /// for known to the receiver.
     pub(crate) fn causal(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
         let range = |(session, head): (&SessionId, &Head)| {
             let end = self.count(session);
@@ -559,8 +561,8 @@ impl Document {
         }
     }
 
-    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here. After an error,
-    /// what was taken before it counts.
+    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here. After an
+    /// error, what was taken before it counts.
     pub(crate) fn take(
         &mut self,
         store: &mut Store,
@@ -936,7 +938,8 @@ impl Document {
         Ok(doc)
     }
 
-    /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered` contains and what was revoked.
+    /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered`
+    /// contains and what was revoked.
     fn rebuild(
         &mut self,
         store: &mut Store,
@@ -1099,7 +1102,8 @@ impl Document {
         (session, run)
     }
 
-    /// Makes edits as one commit; all of them, or none after an error. `lenient`: edits that do not fit any more are left out. `None` if nothing changes.
+    /// Makes edits as one commit; all of them, or none after an error. `lenient`: edits that do not fit any more are
+    /// left out. `None` if nothing changes.
     pub(crate) fn commit(
         &mut self,
         store: &mut Store,
@@ -1207,7 +1211,8 @@ impl Document {
         Ok(())
     }
 
-    /// The owner's word on who may write and read from now on; with `anew`, the content begins anew, without its history.
+    /// The owner's word on who may write and read from now on; with `anew`, the content begins anew, without its
+    /// history.
     pub(crate) fn decide(
         &mut self,
         store: &mut Store,

@@ -1,16 +1,19 @@
 //! How two replicas find out what one of them lacks, and get it.
 //!
-//! When two peers meet, each tells one digest over all documents that the other may read. Where they differ, the peer with the lower key tells 256 digests, the
-//! other lists its documents in those buckets that differ, the first lists which of them it holds as well; from then on both know what they share, and digests
-//! are of that. What differs is summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one after the other. Between
-//! times, what is new is told at once to all who share the document, and told on by those to whom it was new.
+//! When two peers meet, each tells one digest over all documents that the other may read. Where they differ, the peer
+//! with the lower key tells 256 digests, the other lists its documents in those buckets that differ, the first lists
+//! which of them it holds as well; from then on both know what they share, and digests are of that. What differs is
+//! summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one after the
+//! other. Between times, what is new is told at once to all who share the document, and told on by those to whom it was
+//! new.
 //!
-//! Envelopes are given in causal order over all wanted sessions, from the receiver's counts on: so each piece begins with
-//! something that the receiver can apply, whatever the session ids are. A peer of a version before that gives session by
-//! session: a piece of it may bring nothing that can be applied. Its envelopes then wait, within bounds, and the sessions that
-//! they are of are not wanted again before something else has been applied.
+//! Envelopes are given in causal order over all wanted sessions, from the receiver's counts on: so each piece begins
+//! with something that the receiver can apply, whatever the session ids are. A peer of a version before that gives
+//! session by session: a piece of it may bring nothing that can be applied. Its envelopes then wait, within bounds, and
+//! the sessions that they are of are not wanted again before something else has been applied.
 //!
-//! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its own.
+//! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its
+//! own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -41,9 +44,9 @@ pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
 /// A piece of what was wanted: about this many bytes, and one item more at most.
 pub(crate) const PIECE: usize = 512 << 10;
 
-/// Pieces of one peer in a row that bring nothing that can be applied; then it is another peer's turn. Of a peer that gives in
-/// causal order, one in a row is usual where it has not heard of a proof or an epoch. One that gives session by session needs up to
-/// one for each session.
+/// Pieces of one peer in a row that bring nothing that can be applied; then it is another peer's turn. Of a peer that
+/// gives in causal order, one in a row is usual where it has not heard of a proof or an epoch. One that gives session
+/// by session needs up to one for each session.
 const MAX_FRUITLESS: u32 = 64;
 
 /// News are told in messages of about this many bytes.
@@ -212,7 +215,8 @@ impl Replica {
         self.peers.keys().copied()
     }
 
-    /// Time passes: `now` since some beginning, `wall` in seconds since the Unix epoch. Compares digests when it is time to.
+    /// Time passes: `now` since some beginning, `wall` in seconds since the Unix epoch. Compares digests when it is
+    /// time to.
     pub fn tick(&mut self, now: Duration, wall: i64) {
         self.now = self.now.max(now);
         self.set_wall(wall);
@@ -370,7 +374,8 @@ impl Replica {
             );
         }
         if self.key > peer && !root.shared {
-            // It answers with its buckets, if it has not heard ours: either side may have begun anew without the other's knowing.
+            // It answers with its buckets, if it has not heard ours: either side may have begun anew without the
+            // other's knowing.
             let now = self.now;
             let known = self.peers.get_mut(&peer);
             let recently = known.is_none_or(|known| {
@@ -674,7 +679,8 @@ impl Replica {
         }
     }
 
-    /// A peer has given what can never count of a session: it is not wanted of that peer again before it has said anew what it has.
+    /// A peer has given what can never count of a session, by the decisions that are here: it is not wanted of that
+    /// peer again before these have changed, or the peer has said anew what it has.
     pub(crate) fn forgo(&mut self, peer: Key, id: DocumentId, session: SessionId) {
         if let Some(exchange) = self
             .peers
@@ -682,6 +688,15 @@ impl Replica {
             .and_then(|known| known.exchanges.get_mut(&id))
         {
             exchange.void.insert(session);
+        }
+    }
+
+    /// Decisions about a document have changed, and with them what counts.
+    pub(crate) fn reconsider(&mut self, id: &DocumentId) {
+        for known in self.peers.values_mut() {
+            if let Some(exchange) = known.exchanges.get_mut(id) {
+                exchange.void.clear();
+            }
         }
     }
 
@@ -1268,7 +1283,8 @@ impl Replica {
         self.follow(id, taken)
     }
 
-    /// Takes epochs; where one of them begins the content anew, they wait for the base of the last that does. Whether some belong to another chain.
+    /// Takes epochs; where one of them begins the content anew, they wait for the base of the last that does. Whether
+    /// some belong to another chain.
     fn take_epochs(
         &mut self,
         peer: Key,

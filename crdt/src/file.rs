@@ -1,8 +1,10 @@
-//! A document as a file: the messages that would give all of it to a peer, each after its length in 8 bytes (big-endian).
+//! A document as a file: the messages that would give all of it to a peer, each after its length in 8 bytes
+//! (big-endian).
 //!
-//! Envelopes are written in causal order. Files of versions before that hold them session by session; both are imported, in an
-//! order that is worked out from the changes themselves. Everything in a file is checked as if a peer had sent it. A file is
-//! the user's own: what it holds waits in memory for what it builds on, and is bounded by the file alone.
+//! Envelopes are written in causal order. Files of versions before that hold them session by session; both are
+//! imported, in an order that is worked out from the changes themselves. Everything in a file is checked as if a peer
+//! had sent it. A file is the user's own: what it holds waits in memory for what it builds on, and is bounded by the
+//! file alone.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -39,8 +41,8 @@ const MAX_FAULTS: usize = 8;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Refused {
-    /// They would count on no replica that knows what this one knows: the owner has revoked their author since, or begun the
-    /// content anew, or their author has equivocated. No fault of the file.
+    /// They would count on no replica that knows what this one knows: the owner has revoked their author since, or
+    /// begun the content anew, or their author has equivocated. No fault of the file.
     pub void: u64,
     /// The change or its signature is damaged.
     pub damaged: u64,
@@ -273,13 +275,14 @@ impl Replica {
         Ok(out)
     }
 
-    /// Takes what was exported: everything in it is checked as if a peer had sent it, and what is right counts, whatever is
-    /// wrong with the rest. The document is held from now on. At the end the file is compared with what counts.
+    /// Takes what was exported: everything in it is checked as if a peer had sent it, and what is right counts,
+    /// whatever is wrong with the rest. The document is held from now on. At the end the file is compared with what
+    /// counts.
     ///
     /// # Errors
-    /// [`Error::Import`] if it is no exported document, [`Error::TooLarge`], [`Error::Store`]; then nothing of it was taken.
-    /// [`Error::ImportIncomplete`] if a part of it does not count and should; what counts is kept, and so is everything that was
-    /// here before.
+    /// [`Error::Import`] if it is no exported document, [`Error::TooLarge`], [`Error::Store`]; then nothing of it was
+    /// taken. [`Error::ImportIncomplete`] if a part of it does not count and should; what counts is kept, and so is
+    /// everything that was here before.
     pub fn import(&mut self, content: &[u8]) -> Result<Imported, Error> {
         let content = Content::read(content)?;
         let id = content

@@ -1,7 +1,9 @@
-//! All documents of a node, as a state machine: what peers send and what the application asks for goes in, messages and events come out.
+//! All documents of a node, as a state machine: what peers send and what the application asks for goes in, messages and
+//! events come out.
 //!
-//! It does no I/O but on its store, has no clock and no thread: [`Replica::receive`] and the operations change what is in memory, [`Replica::flush`] puts it on
-//! disk, and only then [`Replica::poll`] gives out what follows from it. So nothing is told to anybody that a crash could take back.
+//! It does no I/O but on its store, has no clock and no thread: [`Replica::receive`] and the operations change what is
+//! in memory, [`Replica::flush`] puts it on disk, and only then [`Replica::poll`] gives out what follows from it. So
+//! nothing is told to anybody that a crash could take back.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -72,7 +74,8 @@ pub enum Event {
     Changed {
         /// Which document.
         document: DocumentId,
-        /// Where; of lists the list, for its elements move. Only for documents that are watched; the whole document after a rebuild.
+        /// Where; of lists the list, for its elements move. Only for documents that are watched; the whole document
+        /// after a rebuild.
         paths: Vec<Path>,
         /// The change was made here.
         local: bool,
@@ -81,7 +84,8 @@ pub enum Event {
     Rights(DocumentId),
     /// The owner has begun the content anew, without its history.
     Compacted(DocumentId),
-    /// An author has signed two different changes for one place. All replicas drop what that session wrote from there on.
+    /// An author has signed two different changes for one place. All replicas drop what that session wrote from there
+    /// on.
     Equivocated {
         /// Which document.
         document: DocumentId,
@@ -116,8 +120,9 @@ pub struct NewDocument {
     pub readers: Readers,
     /// What people call it, at most 256 bytes.
     pub label: String,
-    /// Tells apart documents that begin alike. `None`: one that was never used, for a document of its own; with the same one, and all else the same, it is the
-    /// same document, and its id is known to others before it is made ([`id_by`](Self::id_by)).
+    /// Tells apart documents that begin alike. `None`: one that was never used, for a document of its own; with the
+    /// same one, and all else the same, it is the same document, and its id is known to others before it is made
+    /// ([`id_by`](Self::id_by)).
     pub nonce: Option<[u8; 16]>,
 }
 
@@ -289,7 +294,8 @@ pub(crate) struct News {
 }
 
 impl Replica {
-    /// Reads what is on disk. `entropy` must never be the same twice: from it come the nonces that keep a restored backup from continuing an old session.
+    /// Reads what is on disk. `entropy` must never be the same twice: from it come the nonces that keep a restored
+    /// backup from continuing an old session.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -366,8 +372,9 @@ impl Replica {
         self.key
     }
 
-    /// Mixes fresh randomness into what nonces come from. Two machines that go on from one image of a running one would otherwise draw alike: they equivocate, each
-    /// makes its lost edits again in a session with the same nonce as the other's, and so without end.
+    /// Mixes fresh randomness into what nonces come from. Two machines that go on from one image of a running one would
+    /// otherwise draw alike: they equivocate, each makes its lost edits again in a session with the same nonce as the
+    /// other's, and so without end.
     pub fn stir(&mut self, entropy: [u8; 32]) {
         let mut hasher = blake3::Hasher::new_keyed(&self.entropy);
         hasher.update(&entropy);
@@ -480,7 +487,8 @@ impl Replica {
 
     // What the application asks for.
 
-    /// Makes a document; its owner is this replica. It is kept when [`flush`](Self::flush) has succeeded. One with a nonce that is here already is left as it is.
+    /// Makes a document; its owner is this replica. It is kept when [`flush`](Self::flush) has succeeded. One with a
+    /// nonce that is here already is left as it is.
     ///
     /// # Errors
     /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
@@ -513,7 +521,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Whether it was held before.
+    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Whether it was
+    /// held before.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if too many are held.
@@ -609,8 +618,8 @@ impl Replica {
         Ok(value::get(document.automerge(), path))
     }
 
-    /// Makes edits as one commit: all of them or, after an error, none. `time` is in seconds since the Unix epoch. `None` if they change nothing. The commit
-    /// counts when [`flush`](Self::flush) has succeeded.
+    /// Makes edits as one commit: all of them or, after an error, none. `time` is in seconds since the Unix epoch.
+    /// `None` if they change nothing. The commit counts when [`flush`](Self::flush) has succeeded.
     ///
     /// # Errors
     /// [`Error`].
@@ -861,6 +870,7 @@ impl Replica {
         taken: Taken,
     ) -> Result<(), StoreError> {
         let beginning = epochs.iter().any(Epoch::is_beginning);
+        self.reconsider(&id);
         let news = self.news.entry(id).or_default();
         news.epochs
             .extend(epochs.into_iter().map(|epoch| (epoch, from)));

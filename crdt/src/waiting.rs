@@ -1,10 +1,10 @@
 //! Envelopes that came before what they build on.
 //!
 //! Anybody can make up envelopes of that kind, so what waits is bounded: of envelopes that were told unasked,
-//! [`MAX_TOLD`] and [`MAX_TOLD_BYTES`] for each document, a quarter of the number from one peer; of those that a peer gave because
-//! they were wanted of it, [`MAX_ASKED`] and [`MAX_ASKED_BYTES`] for each document. A document is wanted of one peer at a time;
-//! what another peer gave earlier is dropped first. All documents together have [`MAX_IN_ALL`]. None of it is on disk, and
-//! whatever is dropped is wanted again.
+//! [`MAX_TOLD`] and [`MAX_TOLD_BYTES`] for each document, a quarter of the number from one peer; of those that a peer
+//! gave because they were wanted of it, [`MAX_ASKED`] and [`MAX_ASKED_BYTES`] for each document. A document is wanted
+//! of one peer at a time; what another peer gave earlier is dropped first. All documents together have [`MAX_IN_ALL`].
+//! None of it is on disk, and whatever is dropped is wanted again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,13 +17,13 @@ use crate::{
 pub(crate) const MAX_TOLD: usize = 512;
 pub(crate) const MAX_TOLD_BYTES: usize = 4 << 20;
 
-/// Envelopes of one document that were wanted and wait, and the bytes of their changes: eight pieces of a peer that gives
-/// session by session, as versions before causal order do.
+/// Envelopes of one document that were wanted and wait, and the bytes of their changes: eight pieces of a peer that
+/// gives session by session, as versions before causal order do.
 pub(crate) const MAX_ASKED: usize = 4096;
 pub(crate) const MAX_ASKED_BYTES: usize = 4 << 20;
 
-/// Bytes of changes that wait in all documents of a replica. Checked whenever a replica flushes; one message may exceed it
-/// until then.
+/// Bytes of changes that wait in all documents of a replica. Checked whenever a replica flushes; one message may exceed
+/// it until then.
 pub(crate) const MAX_IN_ALL: usize = 64 << 20;
 
 /// What an envelope waits for.

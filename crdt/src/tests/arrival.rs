@@ -1,5 +1,6 @@
-//! Documents of many sessions arrive: from one peer, in a stated number of pieces, whatever the session ids, and whatever has
-//! happened to them. Each run follows from a seed; a failing one is printed, and `CASE=N cargo test -p weft-crdt arrival` plays it again.
+//! Documents of many sessions arrive: from one peer, in a stated number of pieces, whatever the session ids, and
+//! whatever has happened to them. Each run follows from a seed; a failing one is printed, and `CASE=N cargo test -p
+//! weft-crdt arrival` plays it again.
 
 use std::{collections::BTreeSet, env, time::Duration};
 
@@ -26,11 +27,11 @@ const WRITERS: usize = 5;
 
 /// Pieces beyond the bytes that are missing, divided by the size of a piece.
 ///
-/// Every piece but the last of an exchange is full, and each begins with what can be applied: so without anything else this
-/// is 0. A cut loses one piece on its way (1). Where one of the two does not know the other's proofs and decisions, the first
-/// piece is wanted from counts that these then change (1), and one more is on its way before the giver knows the receiver's (1).
-/// Of sessions that have shrunk at the giver meanwhile the receiver asks for what is not there any more, and gets
-/// an empty piece (1); twice, if a round of comparing follows (1).
+/// Every piece but the last of an exchange is full, and each begins with what can be applied: so without anything else
+/// this is 0. A cut loses one piece on its way (1). Where one of the two does not know the other's proofs and
+/// decisions, the first piece is wanted from counts that these then change (1), and one more is on its way before the
+/// giver knows the receiver's (1). Of sessions that have shrunk at the giver meanwhile the receiver asks for what is
+/// not there any more, and gets an empty piece (1); twice, if a round of comparing follows (1).
 const fn beyond(decided: bool, cut: bool) -> usize {
     (if decided { 4 } else { 0 }) + (if cut { 1 } else { 0 })
 }
