@@ -3,7 +3,7 @@
 //! Automerge's decoder trusts lengths: a few bytes of run-length encoding can stand for billions of operations, and a compressed chunk inflates without a bound.
 //! This walks the chunk (the format: <https://automerge.org/automerge-binary-format-spec/>) and adds up what it would become, without making any of it.
 
-use crate::refusal::Refusal;
+use crate::{id::ChangeId, refusal::Refusal};
 
 /// Bytes of one change.
 pub const MAX_CHANGE: usize = 512 << 10;
@@ -220,6 +220,19 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
         ));
     }
     Ok(())
+}
+
+/// The changes that a change says it builds on; none if it cannot be read so far.
+pub(crate) fn dependencies(bytes: &[u8]) -> Vec<ChangeId> {
+    let read = || {
+        let mut reader = Reader(bytes);
+        reader.take(MAGIC.len() as u64 + 4 + 1)?;
+        let _length = reader.unsigned()?;
+        let count = reader.limited(MAX_DEPS)?;
+        let hashes = reader.take(count * 32)?;
+        Ok::<_, Refusal>(hashes.chunks(32).filter_map(ChangeId::read).collect())
+    };
+    read().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! One document as a replica holds it: the log of envelopes that count, and the Automerge document that they make.
 //!
-//! What counts is a function of what is known, in whatever order it came: the genesis, the chain of epochs, proofs of equivocation, and the envelopes. Of each
-//! session a beginning counts: as far as the epochs let its author write, before the index at which equivocation is proven, and only so far as everything that
-//! a change builds on counts as well. When an epoch or a proof takes something away, the document is built anew from what is left.
+//! What counts is a function of what is known, in whatever order it came: the genesis, the chain of epochs, proofs of
+//! equivocation, and the envelopes. Of each session a beginning counts: as far as the epochs let its author write,
+//! before the index at which equivocation is proven, and only so far as everything that a change builds on counts as
+//! well. When an epoch or a proof takes something away, the document is built anew from what is left.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     mem,
 };
 
@@ -15,6 +16,7 @@ use prost::Message;
 use weft_proto::wire;
 
 use crate::{
+    causal::{CausalOrder, Place},
     chunk::{self, MAX_CHANGE},
     envelope::{Envelope, Header, Proof, Run},
     epoch::{Epoch, Epochs, Head, Heads, MAX_BASE, MAX_SESSIONS, Standing, Statement},
@@ -26,16 +28,14 @@ use crate::{
     signed::Identity,
     store::{Store, StoreError, key},
     value::{self, Edit, Path},
+    waiting::{On, Waiter, Waiting},
 };
 
 /// Bytes of a document's envelopes since it last began anew.
 pub const MAX_LOG: u64 = 128 << 20;
 
-/// Envelopes that wait for what they build on, and their bytes.
-const MAX_WAITING: usize = 512;
-const MAX_WAITING_BYTES: usize = 4 << 20;
-
-/// A save is written when so many changes have come since the last one: reading the log takes about as long for each as for reading a kilobyte of a save.
+/// A save is written when so many changes have come since the last one: reading the log takes about as long for each as
+/// for reading a kilobyte of a save.
 const SAVE_EVERY: usize = 512;
 
 #[derive(Debug, Clone)]
@@ -60,12 +60,63 @@ impl Session {
 /// An envelope, and which peer it came from.
 pub(crate) type From = (Envelope, Option<Key>);
 
+/// Where an envelope comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A peer; `asked`: it was wanted of that peer.
+    Peer { key: Key, asked: bool },
+    /// A file of the user's own, whose envelopes are taken in causal order.
+    File,
+}
+
+impl Source {
+    fn peer(&self) -> Option<Key> {
+        match self {
+            Self::Peer { key, .. } => Some(*key),
+            Self::File => None,
+        }
+    }
+}
+
+/// An envelope that is to be taken.
+#[derive(Debug)]
+struct Sent {
+    envelope: Envelope,
+    source: Source,
+    /// Its signature has been checked.
+    verified: bool,
+}
+
+impl std::convert::From<Waiter> for Sent {
+    fn from(waiter: Waiter) -> Self {
+        Self {
+            envelope: waiter.envelope,
+            source: Source::Peer {
+                key: waiter.from,
+                asked: waiter.asked,
+            },
+            verified: true,
+        }
+    }
+}
+
+/// What a check of one envelope comes to.
+enum Verdict {
+    Counts(Change),
+    Waits(On),
+    Refused(Refusal),
+}
+
 /// What became of envelopes.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
     /// Those that are new and count.
     pub(crate) new: Vec<From>,
     pub(crate) proofs: Vec<Proof>,
+    /// Sessions of which a peer has given what can never count.
+    pub(crate) void: BTreeSet<(Key, SessionId)>,
+    /// What does not count of a file, and why.
+    pub(crate) refused: Vec<(Header, Refusal)>,
     /// Peers that sent what no honest peer would.
     pub(crate) offences: Vec<(Key, Refusal)>,
     /// Sessions of which another branch is known, and who knows it: the point where they part is to be found.
@@ -80,6 +131,8 @@ pub(crate) struct Taken {
     pub(crate) rebuilt: bool,
     /// It takes no more.
     pub(crate) full: bool,
+    /// Peers are told of what is new in another way.
+    pub(crate) quiet: bool,
 }
 
 /// A commit in a document's history.
@@ -113,7 +166,7 @@ pub(crate) struct Document {
     writing: Option<SessionId>,
     /// All of this replica's sessions.
     own: BTreeSet<SessionId>,
-    waiting: Vec<From>,
+    waiting: Waiting,
     depths: Depths,
     log_bytes: u64,
     unsaved: usize,
@@ -142,7 +195,7 @@ impl Document {
             proofs: BTreeMap::new(),
             writing: None,
             own: BTreeSet::new(),
-            waiting: Vec::new(),
+            waiting: Waiting::default(),
             depths: Depths::default(),
             log_bytes: 0,
             unsaved: 0,
@@ -361,6 +414,64 @@ impl Document {
         read_envelope(&row, &self.id()).map_err(|_| damaged("an envelope"))
     }
 
+    /// Envelopes of these sessions, each from its count on, in causal order. Whatever builds on other sessions is taken
+    /// for known to the receiver.
+    pub(crate) fn causal(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
+        let range = |(session, head): (&SessionId, &Head)| {
+            let end = self.count(session);
+            (head.count < end).then_some((*session, head.count..end))
+        };
+        let ranges: Vec<_> = from.iter().filter_map(range).collect();
+        let actors: HashMap<[u8; 16], SessionId> = ranges
+            .iter()
+            .map(|(session, _)| (session.actor(), *session))
+            .collect();
+        let dependencies = move |session: &SessionId, index: u64| {
+            let entry = self.sessions.get(session).and_then(|known| {
+                let (_, change) = known.entries.get(usize::try_from(index).ok()?)?;
+                self.doc.get_change_meta_by_hash(&hash(change))
+            });
+            let place = |dep: &ChangeHash| {
+                let meta = self.doc.get_change_meta_by_hash(dep)?;
+                let actor = <[u8; 16]>::try_from(meta.actor.to_bytes()).ok()?;
+                Some((*actors.get(&actor)?, meta.seq.checked_sub(1)?))
+            };
+            let deps = entry.map(|meta| meta.deps).unwrap_or_default();
+            deps.iter().filter_map(place).collect()
+        };
+        CausalOrder::new(ranges, dependencies)
+    }
+
+    /// Envelopes of these sessions, each from its count on, session by session.
+    #[cfg(test)]
+    pub(crate) fn by_session(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
+        let range = |(session, head): (&SessionId, &Head)| {
+            let (session, end) = (*session, self.count(session));
+            (head.count..end).map(move |index| (session, index))
+        };
+        let places: Vec<_> = from.iter().flat_map(range).collect();
+        places.into_iter()
+    }
+
+    /// How far a session reaches, with what waits for what it builds on.
+    pub(crate) fn reach(&self, session: &SessionId) -> u64 {
+        let count = self.count(session);
+        match self.chain_at(session, count) {
+            Some(chain) => self.waiting.reach(session, count, chain),
+            None => count,
+        }
+    }
+
+    /// Bytes of changes that wait for what they build on.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        self.waiting.bytes()
+    }
+
+    /// Forgets what waits; it is wanted again.
+    pub(crate) fn forget_waiting(&mut self) {
+        self.waiting.clear();
+    }
+
     // Taking what peers send.
 
     /// How far a session counts, by epochs and proofs.
@@ -375,6 +486,19 @@ impl Document {
         };
         let fork = self.proofs.get(session).map_or(u64::MAX, Proof::index);
         limit.min(fork)
+    }
+
+    /// Whether an envelope can never count, by epochs and proofs.
+    pub(crate) fn is_void(&self, header: &Header) -> bool {
+        let standing = self.epochs.standing(
+            &self.genesis,
+            &header.run.author,
+            &header.session,
+            &header.run.epoch,
+        );
+        let is_another = matches!(standing, Standing::Until(head)
+            if header.index + 1 == head.count && header.chain() != head.chain);
+        is_another || header.index >= self.limit(&header.session, &header.run)
     }
 
     /// Checks an envelope up to where Automerge is needed. `Err(Astray)` comes as [`Refusal::Early`] with `astray` set.
@@ -424,48 +548,75 @@ impl Document {
         Ok(())
     }
 
-    fn knows(&self, epoch: &EpochId) -> bool {
+    pub(crate) fn knows(&self, epoch: &EpochId) -> bool {
         *epoch == self.genesis.epoch() || self.epochs.iter().any(|known| known.id == *epoch)
     }
 
-    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here.
+    /// Whether what an envelope waits for is here.
+    fn is_here(&self, on: &On) -> bool {
+        match on {
+            On::Place(session, index) => self.count(session) >= *index,
+            On::Change(change) => self.doc.get_change_meta_by_hash(&hash(change)).is_some(),
+            On::Epoch(epoch) => self.knows(epoch),
+        }
+    }
+
+    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here. After an
+    /// error, what was taken before it counts.
     pub(crate) fn take(
         &mut self,
         store: &mut Store,
-        envelopes: Vec<From>,
+        envelopes: impl IntoIterator<Item = (Envelope, Source)>,
     ) -> Result<Taken, StoreError> {
         let mut taken = Taken::default();
         let before = self.doc.get_heads();
-        let mut queue = mem::take(&mut self.waiting);
-        let had = queue.len();
-        queue.extend(envelopes);
-        // One pass over a batch that is in order takes all of it.
-        queue[had..].sort_by_key(|(envelope, _)| envelope.header.index);
+        let due: Vec<On> = self.waiting.awaited().copied().collect();
+        let due = due.into_iter().filter(|on| self.is_here(on));
+        let mut queue = VecDeque::new();
+        for on in due.collect::<Vec<_>>() {
+            queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
+        }
+        queue.extend(envelopes.into_iter().map(|(envelope, source)| Sent {
+            envelope,
+            source,
+            verified: false,
+        }));
         let mut copy: Option<Automerge> = None;
         let mut accepted: Vec<Change> = Vec::new();
-        loop {
-            let mut left = Vec::new();
-            let progress = taken.new.len();
-            for (envelope, from) in mem::take(&mut queue) {
-                match self.consider(store, &envelope, &mut copy, &accepted, &mut taken, from)? {
-                    Ok(change) => {
-                        accepted.push(change);
-                        self.push(store, &envelope);
-                        taken.new.push((envelope, from));
-                    }
-                    Err(Refusal::Early) => left.push((envelope, from)),
-                    Err(Refusal::Full) => taken.full = true,
-                    Err(refusal) if refusal.is_offence() => {
-                        if let Some(from) = from {
-                            taken.offences.push((from, refusal));
-                        }
-                    }
-                    Err(_) => {}
+        // Each envelope is looked at once, and again when the one thing is here that it waits for.
+        let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
+        let mut failed = None;
+        while let Some(sent) = queue.pop_front() {
+            let verdict = match self.consider(store, &sent, &mut copy, &accepted, &mut taken) {
+                Ok(verdict) => verdict,
+                Err(error) => {
+                    failed = Some(error);
+                    break;
                 }
-            }
-            queue = left;
-            if taken.new.len() == progress || queue.is_empty() {
-                break;
+            };
+            let header = &sent.envelope.header;
+            match verdict {
+                Verdict::Counts(change) => {
+                    accepted.push(change);
+                    let next = On::Place(header.session, header.index + 1);
+                    for on in [On::Change(header.change), next] {
+                        queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
+                        queue.extend(stalled.remove(&on).unwrap_or_default());
+                    }
+                    self.push(store, &sent.envelope);
+                    taken.new.push((sent.envelope, sent.source.peer()));
+                }
+                Verdict::Waits(on) => stalled.entry(on).or_default().push(sent),
+                Verdict::Refused(refusal) => match sent.source {
+                    Source::File if refusal == Refusal::Known => {}
+                    Source::File => taken.refused.push((sent.envelope.header, refusal)),
+                    Source::Peer { key, .. } => match refusal {
+                        Refusal::Full => taken.full = true,
+                        Refusal::Void => _ = taken.void.insert((key, header.session)),
+                        refusal if refusal.is_offence() => taken.offences.push((key, refusal)),
+                        _ => {}
+                    },
+                },
             }
         }
         if let Some(copy) = copy.filter(|_| !accepted.is_empty()) {
@@ -475,8 +626,12 @@ impl Document {
                 taken.paths = value::touched(&self.doc.diff(&before, &self.doc.get_heads()));
             }
         }
-        for (envelope, from) in queue {
-            self.wait(envelope, from, &mut taken);
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        for (on, sent) in stalled {
+            sent.into_iter()
+                .for_each(|sent| self.wait(sent, on, &mut taken));
         }
         for proof in mem::take(&mut taken.proofs) {
             let also = self.take_proof(store, &proof)?;
@@ -487,98 +642,103 @@ impl Document {
         Ok(taken)
     }
 
-    /// Keeps an envelope for when what it builds on is here, if there is room. Nobody takes more than a quarter of it.
-    fn wait(&mut self, envelope: Envelope, from: Option<Key>, taken: &mut Taken) {
-        if self
-            .waiting
-            .iter()
-            .any(|(other, _)| other.header == envelope.header)
-        {
+    /// Keeps an envelope for when what it builds on is here, if there is room.
+    fn wait(&mut self, sent: Sent, on: On, taken: &mut Taken) {
+        let Sent {
+            envelope,
+            source,
+            verified,
+        } = sent;
+        let Source::Peer { key, asked } = source else {
+            taken.refused.push((envelope.header, Refusal::Early));
+            return;
+        };
+        if self.waiting.has(&envelope) {
             return;
         }
-        if !envelope.header.is_signed(&self.id()) {
-            taken
-                .offences
-                .extend(from.map(|from| (from, Refusal::Signature)));
-            return;
+        if self.waiting.make_room(&envelope, &key, asked) {
+            if !verified && !envelope.header.is_signed(&self.id()) {
+                taken.offences.push((key, Refusal::Signature));
+                return;
+            }
+            self.waiting.insert(envelope, (key, asked), on);
         }
-        taken.early.extend(from);
-        let bytes: usize = self
-            .waiting
-            .iter()
-            .map(|(envelope, _)| envelope.change.len())
-            .sum();
-        let of_it = self
-            .waiting
-            .iter()
-            .filter(|(_, other)| *other == from)
-            .count();
-        if self.waiting.len() < MAX_WAITING
-            && of_it < MAX_WAITING / 4
-            && bytes + envelope.change.len() <= MAX_WAITING_BYTES
-        {
-            self.waiting.push((envelope, from));
-        }
+        taken.early.insert(key);
     }
 
-    /// All checks of one envelope, in their order; on success its change is in `copy`.
+    /// All checks of one envelope, in their order; if it counts, its change is in `copy`.
     fn consider(
         &mut self,
         store: &Store,
-        envelope: &Envelope,
+        sent: &Sent,
         copy: &mut Option<Automerge>,
         accepted: &[Change],
         taken: &mut Taken,
-        from: Option<Key>,
-    ) -> Result<Result<Change, Refusal>, StoreError> {
-        let (header, document) = (&envelope.header, self.id());
+    ) -> Result<Verdict, StoreError> {
+        let (envelope, document) = (&sent.envelope, self.id());
+        let header = &envelope.header;
+        let is_signed = || sent.verified || header.is_signed(&document);
         let mut astray = false;
         let admitted = self.admit(envelope, &mut astray);
         if astray {
-            if !header.is_signed(&document) {
-                return Ok(Err(Refusal::Signature));
+            if !is_signed() {
+                return Ok(Verdict::Refused(Refusal::Signature));
             }
             let ours = match header.index < self.count(&header.session) {
                 true => Some(self.envelope(store, &header.session, header.index)?.header),
                 false => None,
             };
-            match ours.and_then(|ours| Proof::of(ours, header.clone())) {
-                Some(proof) => taken.proofs.push(proof),
-                None => taken.astray.extend(from.map(|from| (from, header.session))),
+            match (
+                ours.and_then(|ours| Proof::of(ours, header.clone())),
+                sent.source.peer(),
+            ) {
+                (Some(proof), _) => taken.proofs.push(proof),
+                (None, Some(from)) => taken.astray.push((from, header.session)),
+                (None, None) => {}
+            }
+            // The point where the branches part is looked for: this session is not over for the peer.
+            if let Err(Refusal::Void) = admitted
+                && sent.source != Source::File
+            {
+                return Ok(Verdict::Refused(Refusal::Known));
             }
         }
-        if let Err(refusal) = admitted {
-            return Ok(Err(refusal));
+        match admitted {
+            Ok(()) => {}
+            Err(Refusal::Early) if !self.knows(&header.run.epoch) => {
+                return Ok(Verdict::Waits(On::Epoch(header.run.epoch)));
+            }
+            Err(Refusal::Early) => {
+                return Ok(Verdict::Waits(On::Place(header.session, header.index)));
+            }
+            Err(refusal) => return Ok(Verdict::Refused(refusal)),
         }
-        if !header.is_signed(&document) {
-            return Ok(Err(Refusal::Signature));
+        if !is_signed() {
+            return Ok(Verdict::Refused(Refusal::Signature));
         }
-        let checked =
-            match guard::decode(&envelope.change, header.session.actor(), header.index + 1) {
-                Ok(checked) if checked.id == header.change => checked,
-                Ok(_) => {
-                    return Ok(Err(Refusal::Malformed(
-                        "a change is not the one that was signed",
-                    )));
-                }
-                Err(refusal) => return Ok(Err(refusal)),
-            };
+        let actor = header.session.actor();
+        let checked = match guard::decode(&envelope.change, actor, header.index + 1) {
+            Ok(checked) if checked.id == header.change => checked,
+            Ok(_) => {
+                return Ok(Verdict::Refused(Refusal::Malformed(
+                    "a change is not the one that was signed",
+                )));
+            }
+            Err(refusal) => return Ok(Verdict::Refused(refusal)),
+        };
+        let here = copy.as_ref().unwrap_or(&self.doc);
+        let is_missing = |dep: &&ChangeHash| here.get_change_meta_by_hash(dep).is_none();
+        if let Some(missing) = checked.change.deps().iter().find(is_missing) {
+            return Ok(Verdict::Waits(On::Change(ChangeId(missing.0))));
+        }
         let copy_here = copy.get_or_insert_with(|| self.doc.clone());
-        if checked
-            .change
-            .deps()
-            .iter()
-            .any(|dep| copy_here.get_change_meta_by_hash(dep).is_none())
-        {
-            return Ok(Err(Refusal::Early));
-        }
         let session = self.sessions.get(&header.session);
         let previous = session
             .and_then(|session| session.entries.last())
             .map(|(_, change)| *change);
         Ok(
             match guard::apply(copy_here, &checked, previous, &mut self.depths) {
-                Ok(()) => Ok(checked.change),
+                Ok(()) => Verdict::Counts(checked.change),
                 Err(refusal) => {
                     // The copy may be half changed.
                     let mut again = self.doc.clone();
@@ -588,7 +748,7 @@ impl Document {
                         "what was taken is taken again"
                     );
                     *copy = Some(again);
-                    Err(refusal)
+                    Verdict::Refused(refusal)
                 }
             },
         )
@@ -641,9 +801,7 @@ impl Document {
         self.proofs.insert(session, proof.clone());
         self.digest = None;
         taken.proofs.push(proof.clone());
-        self.waiting.retain(|(envelope, _)| {
-            envelope.header.session != session || envelope.header.index < proof.index()
-        });
+        self.forget_void();
         if self.count(&session) > proof.index() {
             tracing::warn!(document = %self.id(), author = %run.author, "an author has equivocated");
             let base = self.base(store)?;
@@ -653,8 +811,18 @@ impl Document {
         Ok(taken)
     }
 
+    /// Forgets what waits and can never count.
+    fn forget_void(&mut self) {
+        let mut waiting = mem::take(&mut self.waiting);
+        waiting.retain(|envelope| {
+            let admitted = self.admit(envelope, &mut false);
+            !matches!(admitted, Err(Refusal::Void | Refusal::Known))
+        });
+        self.waiting = waiting;
+    }
+
     /// Whether a proof is about something that would count without it.
-    fn matters(&self, proof: &Proof) -> bool {
+    pub(crate) fn matters(&self, proof: &Proof) -> bool {
         let run = &proof.one.run;
         match self
             .epochs
@@ -743,6 +911,7 @@ impl Document {
             taken.carry = self.rebuild(store, &built, &covered)?;
             taken.rebuilt = true;
         }
+        self.forget_void();
         Ok(Ok(taken))
     }
 
@@ -769,7 +938,8 @@ impl Document {
         Ok(doc)
     }
 
-    /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered` contains and what was revoked.
+    /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered`
+    /// contains and what was revoked.
     fn rebuild(
         &mut self,
         store: &mut Store,
@@ -932,7 +1102,8 @@ impl Document {
         (session, run)
     }
 
-    /// Makes edits as one commit; all of them, or none after an error. `lenient`: edits that do not fit any more are left out. `None` if nothing changes.
+    /// Makes edits as one commit; all of them, or none after an error. `lenient`: edits that do not fit any more are
+    /// left out. `None` if nothing changes.
     pub(crate) fn commit(
         &mut self,
         store: &mut Store,
@@ -1040,7 +1211,8 @@ impl Document {
         Ok(())
     }
 
-    /// The owner's word on who may write and read from now on; with `anew`, the content begins anew, without its history.
+    /// The owner's word on who may write and read from now on; with `anew`, the content begins anew, without its
+    /// history.
     pub(crate) fn decide(
         &mut self,
         store: &mut Store,
@@ -1117,12 +1289,7 @@ impl Document {
 
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> (usize, usize) {
-        let bytes = self
-            .waiting
-            .iter()
-            .map(|(envelope, _)| envelope.change.len())
-            .sum();
-        (self.waiting.len(), bytes)
+        (self.waiting.len(), self.waiting.bytes())
     }
 
     #[cfg(test)]

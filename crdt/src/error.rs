@@ -1,6 +1,7 @@
 //! What can go wrong.
 
 use crate::{
+    file::Imported,
     id::{DocumentId, Key},
     store::StoreError,
     value::{EditError, PathError},
@@ -62,6 +63,9 @@ pub enum Error {
     /// What was to be imported is no document.
     #[error("this is no exported document: {0}")]
     Import(String),
+    /// An exported document was imported, and a part of it does not count; what counts is kept.
+    #[error("the document is not imported whole: {0}")]
+    ImportIncomplete(Box<Imported>),
     /// The disk failed; what was not acknowledged may be lost.
     #[error(transparent)]
     Store(#[from] StoreError),

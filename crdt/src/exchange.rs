@@ -1,11 +1,19 @@
 //! How two replicas find out what one of them lacks, and get it.
 //!
-//! When two peers meet, each tells one digest over all documents that the other may read. Where they differ, the peer with the lower key tells 256 digests, the
-//! other lists its documents in those buckets that differ, the first lists which of them it holds as well; from then on both know what they share, and digests
-//! are of that. What differs is summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one after the other. Between
-//! times, what is new is told at once to all who share the document, and told on by those to whom it was new.
+//! When two peers meet, each tells one digest over all documents that the other may read. Where they differ, the peer
+//! with the lower key tells 256 digests, the other lists its documents in those buckets that differ, the first lists
+//! which of them it holds as well; from then on both know what they share, and digests are of that. What differs is
+//! summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one after the
+//! other. Between times, what is new is told at once to all who share the document, and told on by those to whom it was
+//! new.
 //!
-//! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its own.
+//! Envelopes are given in causal order over all wanted sessions, from the receiver's counts on: so each piece begins
+//! with something that the receiver can apply, whatever the session ids are. A peer of a version before that gives
+//! session by session: a piece of it may bring nothing that can be applied. Its envelopes then wait, within bounds, and
+//! the sessions that they are of are not wanted again before something else has been applied.
+//!
+//! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its
+//! own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,7 +26,8 @@ use prost::Message;
 use weft_proto::wire::{self, document_message::Kind};
 
 use crate::{
-    document::read_envelope,
+    completeness::Told,
+    document::{Source, read_envelope},
     envelope::{Header, Proof},
     epoch::{Epoch, Head, Heads, heads_to_wire, read_heads},
     genesis::Genesis,
@@ -32,8 +41,13 @@ use crate::{
 /// Bytes of a message between replicas.
 pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
 
-/// A piece of what was wanted: about this many bytes.
-const PIECE: usize = 512 << 10;
+/// A piece of what was wanted: about this many bytes, and one item more at most.
+pub(crate) const PIECE: usize = 512 << 10;
+
+/// Pieces of one peer in a row that bring nothing that can be applied; then it is another peer's turn. Of a peer that
+/// gives in causal order, one in a row is usual where it has not heard of a proof or an epoch. One that gives session
+/// by session needs up to one for each session.
+const MAX_FRUITLESS: u32 = 64;
 
 /// News are told in messages of about this many bytes.
 const NEWS: usize = 256 << 10;
@@ -120,8 +134,16 @@ struct Exchange {
     /// What was wanted last, and until when it is waited for.
     wanted: Option<wire::Want>,
     until: Duration,
-    /// The last piece brought nothing.
+    /// The last piece brought nothing, and gave nothing that was wanted.
     idle: bool,
+    /// Sessions whose next envelopes are here and wait: not wanted before something has been applied.
+    blocked: BTreeSet<SessionId>,
+    /// Sessions that were blocked once: what waits of them is not wanted again.
+    kept: BTreeSet<SessionId>,
+    /// Sessions of which this peer has given what can never count.
+    void: BTreeSet<SessionId>,
+    /// Pieces in a row that brought nothing.
+    fruitless: u32,
 }
 
 fn name(kind: &Kind) -> &'static str {
@@ -166,11 +188,15 @@ impl Replica {
                 }),
             );
         }
+        if let Err(error) = self.compare_with(peer) {
+            tracing::warn!(%error, "documents");
+        }
     }
 
     /// A peer is gone.
     pub fn disconnected(&mut self, peer: &Key) {
         self.peers.remove(peer);
+        self.unheard(peer);
         let waiting: BTreeSet<_> = self
             .peers
             .values()
@@ -189,7 +215,8 @@ impl Replica {
         self.peers.keys().copied()
     }
 
-    /// Time passes: `now` since some beginning, `wall` in seconds since the Unix epoch. Compares digests when it is time to.
+    /// Time passes: `now` since some beginning, `wall` in seconds since the Unix epoch. Compares digests when it is
+    /// time to.
     pub fn tick(&mut self, now: Duration, wall: i64) {
         self.now = self.now.max(now);
         self.set_wall(wall);
@@ -347,7 +374,8 @@ impl Replica {
             );
         }
         if self.key > peer && !root.shared {
-            // It answers with its buckets, if it has not heard ours: either side may have begun anew without the other's knowing.
+            // It answers with its buckets, if it has not heard ours: either side may have begun anew without the
+            // other's knowing.
             let now = self.now;
             let known = self.peers.get_mut(&peer);
             let recently = known.is_none_or(|known| {
@@ -548,7 +576,12 @@ impl Replica {
 
     // What differs in a document.
 
-    fn send_summary(&mut self, peer: Key, id: DocumentId, answer: bool) -> Result<(), StoreError> {
+    pub(crate) fn send_summary(
+        &mut self,
+        peer: Key,
+        id: DocumentId,
+        answer: bool,
+    ) -> Result<(), StoreError> {
         let document = Bytes::copy_from_slice(&id.0);
         let mut summary = wire::Summary {
             document,
@@ -602,6 +635,14 @@ impl Replica {
         if summary.answer {
             self.send_summary(peer, id, false)?;
         }
+        let told = Told {
+            genesis: summary.genesis,
+            epochs: summary.epochs,
+            epoch: EpochId::read(&summary.epoch),
+            sessions: sessions.clone(),
+            forks: forks.clone(),
+        };
+        self.heard(peer, &id, told);
         if let Some(known) = self.peers.get_mut(&peer) {
             known.shared.insert(id);
             known.asked.remove(&id);
@@ -613,6 +654,8 @@ impl Replica {
                 exchange.sessions = sessions;
                 exchange.forks = forks;
                 exchange.idle = false;
+                exchange.blocked.clear();
+                exchange.void.clear();
             } else if known.later.len() < MAX_LISTED {
                 known.later.insert(id);
             }
@@ -634,6 +677,43 @@ impl Replica {
                 .entry(session)
                 .or_insert(0);
         }
+    }
+
+    /// A peer has given what can never count of a session, by the decisions that are here: it is not wanted of that
+    /// peer again before these have changed, or the peer has said anew what it has.
+    pub(crate) fn forgo(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+        if let Some(exchange) = self
+            .peers
+            .get_mut(&peer)
+            .and_then(|known| known.exchanges.get_mut(&id))
+        {
+            exchange.void.insert(session);
+        }
+    }
+
+    /// Decisions about a document have changed, and with them what counts.
+    pub(crate) fn reconsider(&mut self, id: &DocumentId) {
+        for known in self.peers.values_mut() {
+            if let Some(exchange) = known.exchanges.get_mut(id) {
+                exchange.void.clear();
+            }
+        }
+    }
+
+    /// Whether a peer is known to hold a document.
+    pub(crate) fn shares(&self, peer: &Key, id: &DocumentId) -> bool {
+        self.peers
+            .get(peer)
+            .is_some_and(|known| known.shared.contains(id))
+    }
+
+    /// Whether something of a document is wanted of any peer just now, or this peer is to be asked for it next.
+    pub(crate) fn is_wanted(&self, peer: &Key, id: &DocumentId) -> bool {
+        self.is_given(id, peer)
+            || self.peers.get(peer).is_some_and(|known| {
+                let exchange = known.exchanges.get(id);
+                exchange.is_some_and(|one| one.wanted.is_some() && one.until > self.now)
+            })
     }
 
     /// Whether another peer is giving this document just now.
@@ -679,7 +759,8 @@ impl Replica {
             return Ok(());
         }
         let want = self.what_to_want(&id, &exchange)?;
-        let same = exchange.idle && exchange.wanted.as_ref() == want.as_ref();
+        let same = exchange.idle && exchange.wanted.as_ref() == want.as_ref()
+            || exchange.fruitless > MAX_FRUITLESS;
         match want {
             Some(want) if !same => {
                 exchange.wanted = Some(want.clone());
@@ -773,7 +854,15 @@ impl Replica {
                     let count = document.count(session);
                     let void = document.proof(session).map_or(u64::MAX, Proof::index);
                     if head.count > count && count < void {
-                        want.sessions.push(from(session, count));
+                        let is_over =
+                            there.blocked.contains(session) || there.void.contains(session);
+                        let reach = match there.kept.contains(session) {
+                            true => document.reach(session),
+                            false => count,
+                        };
+                        if !is_over && head.count > reach {
+                            want.sessions.push(from(session, reach));
+                        }
                     } else if head.count <= count
                         && document.chain_at(session, head.count) != Some(head.chain)
                         && head.count <= void
@@ -832,6 +921,9 @@ impl Replica {
         want: &wire::Want,
         sessions: &Heads,
     ) -> Result<Option<wire::Give>, StoreError> {
+        let piece = self.piece;
+        #[cfg(test)]
+        let by_session = self.by_session;
         let Some((document, store)) = self.document(&id)? else {
             return Ok(None);
         };
@@ -839,7 +931,7 @@ impl Replica {
             document: Bytes::copy_from_slice(&id.0),
             ..wire::Give::default()
         };
-        let mut room = PIECE;
+        let mut room = piece;
         if want.genesis {
             give.genesis = Some(document.genesis.wire.clone());
         }
@@ -849,29 +941,36 @@ impl Replica {
             *more |= !fits;
             fits
         };
+        let beginning = document.epochs.beginning();
+        let mut base = beginning
+            .filter(|epoch| epoch.id.0[..] == want.base[..])
+            .map(|epoch| (epoch, want.base_from));
         if want.epochs > 0 {
             for epoch in document.epochs.iter().skip((want.epochs - 1) as usize) {
                 if !spend(epoch.wire.encoded_len(), &mut give.more) {
                     break;
                 }
                 give.epochs.push(epoch.wire.clone());
+                if want.base.is_empty() && beginning.is_some_and(|last| last.id == epoch.id) {
+                    // Of no use without its base, which the receiver would ask for next.
+                    base = Some((epoch, 0));
+                }
             }
         }
-        if !want.base.is_empty()
-            && document
-                .epochs
-                .beginning()
-                .is_some_and(|epoch| epoch.id.0[..] == want.base[..])
-        {
-            give.base = want.base.clone();
-            give.base_from = want.base_from;
-            let rows = store.scan(&key::base(&id), &want.base_from.to_be_bytes(), PIECE)?;
+        if let Some((epoch, from)) = base.filter(|_| !give.more) {
+            let rows = store.scan(&key::base(&id), &from.to_be_bytes(), piece)?;
             for (_, change) in rows {
                 if !spend(change.len(), &mut give.more) {
                     break;
                 }
                 give.base_changes.push(change.into());
             }
+            if !give.base_changes.is_empty() {
+                give.base = Bytes::copy_from_slice(&epoch.id.0);
+                give.base_from = from;
+            }
+            let given = from.saturating_add(give.base_changes.len() as u64);
+            give.more |= given < epoch.says.base.len() as u64;
         }
         for session in &want.forks {
             let proof = SessionId::read(session).and_then(|session| document.proof(&session));
@@ -883,27 +982,28 @@ impl Replica {
                 give.proofs.push(proof);
             }
         }
-        for (session, from) in sessions {
-            if from.count >= document.count(session) {
-                continue;
-            }
-            if give.more {
+        if give.more {
+            return Ok(Some(give));
+        }
+        let rows = store.reader()?;
+        let order = document.causal(sessions);
+        #[cfg(test)]
+        let order: Box<dyn Iterator<Item = _>> = match by_session {
+            true => Box::new(document.by_session(sessions)),
+            false => Box::new(order),
+        };
+        for (session, index) in order {
+            if room == 0 {
+                give.more = true;
                 break;
             }
-            let rows = store.scan(
-                &key::session(&id, session),
-                &from.count.to_be_bytes(),
-                PIECE,
-            )?;
-            for (_, row) in rows {
-                if !spend(row.len(), &mut give.more) {
-                    break;
-                }
-                let envelope = wire::Envelope::decode(&row[..]);
-                give.envelopes.push(
-                    envelope.map_err(|_| StoreError::Other("the log is damaged".to_owned()))?,
-                );
-            }
+            let row = rows.get(&key::envelope(&id, &session, index))?;
+            let envelope = row
+                .as_ref()
+                .and_then(|row| wire::Envelope::decode(&row[..]).ok());
+            let damaged = || StoreError::Other("the log is damaged".to_owned());
+            give.envelopes.push(envelope.ok_or_else(damaged)?);
+            room = room.saturating_sub(row.map_or(0, |row| row.len()));
         }
         Ok(Some(give))
     }
@@ -914,7 +1014,6 @@ impl Replica {
         let Some((document, _)) = self.document(&id)? else {
             return Ok(pieces);
         };
-        let document_id = Bytes::copy_from_slice(&id.0);
         let mut heads: Heads = document
             .heads()
             .into_iter()
@@ -925,49 +1024,47 @@ impl Replica {
             .keys()
             .map(|session| Bytes::copy_from_slice(&session.0))
             .collect();
-        let base = document
-            .epochs
-            .beginning()
-            .map(|epoch| Bytes::copy_from_slice(&epoch.id.0));
+        let (epochs, beginning) = (document.epochs.count(), document.epochs.beginning());
+        let base = beginning.map_or(0, |epoch| epoch.says.base.len() as u64);
         let mut want = wire::Want {
-            document: document_id,
+            document: Bytes::copy_from_slice(&id.0),
             genesis: true,
-            epochs: 1,
+            epochs: u64::from(epochs > 0),
             forks,
             ..wire::Want::default()
         };
-        // Epochs, then the base, then the rest.
-        loop {
-            let Some(mut give) = self.give(id, &want, &Heads::new())? else {
-                return Ok(pieces);
-            };
-            let more = mem::take(&mut give.more);
-            want.genesis = false;
-            want.epochs += give.epochs.len() as u64;
-            let proofs = give.proofs.len();
-            want.forks.drain(..proofs);
-            pieces.push(give);
-            if !more {
-                break;
-            }
-        }
-        (want.epochs, want.base) = (0, base.unwrap_or_default());
-        while !want.base.is_empty() {
-            let Some(give) = self.give(id, &want, &Heads::new())? else {
-                return Ok(pieces);
-            };
-            want.base_from += give.base_changes.len() as u64;
-            if give.base_changes.is_empty() {
-                want.base.clear();
-            } else {
-                pieces.push(give);
-            }
-        }
-        while !heads.is_empty() {
+        let beginning = beginning.map(|epoch| (epoch.number, Bytes::copy_from_slice(&epoch.id.0)));
+        while want.genesis
+            || want.epochs > 0
+            || !want.base.is_empty()
+            || !want.forks.is_empty()
+            || !heads.is_empty()
+        {
             let Some(mut give) = self.give(id, &want, &heads)? else {
                 return Ok(pieces);
             };
             give.more = false;
+            want.genesis = false;
+            if want.epochs > 0 {
+                want.epochs += give.epochs.len() as u64;
+                if let Some((number, id)) = &beginning
+                    && give.base.is_empty()
+                    && (want.epochs - give.epochs.len() as u64..want.epochs).contains(number)
+                {
+                    (want.base, want.base_from) = (id.clone(), 0);
+                }
+                if want.epochs > epochs {
+                    want.epochs = 0;
+                }
+            }
+            if !give.base.is_empty() {
+                want.base = give.base.clone();
+                want.base_from = give.base_from + give.base_changes.len() as u64;
+                if want.base_from >= base {
+                    want.base.clear();
+                }
+            }
+            want.forks.drain(..give.proofs.len());
             for envelope in &give.envelopes {
                 let header = envelope
                     .header
@@ -984,6 +1081,14 @@ impl Replica {
                 return Ok(pieces);
             };
             heads.retain(|session, head| head.count < document.count(session));
+            if give.genesis.is_none()
+                && give.epochs.is_empty()
+                && give.base_changes.is_empty()
+                && give.proofs.is_empty()
+                && give.envelopes.is_empty()
+            {
+                return Err(StoreError::Other("the log is damaged".to_owned()));
+            }
             pieces.push(give);
         }
         Ok(pieces)
@@ -998,47 +1103,69 @@ impl Replica {
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
             return Ok(Ok(()));
         }
-        // Where two branches of a session are compared, so far they are.
-        let mut next: BTreeMap<SessionId, u64> = BTreeMap::new();
+        // How far the given envelopes reach in each session.
+        let mut given: BTreeMap<SessionId, u64> = BTreeMap::new();
         for envelope in &give.envelopes {
             let header = envelope
                 .header
                 .as_ref()
                 .and_then(|header| Header::read(header, &id).ok());
             if let Some(header) = header {
-                let next = next.entry(header.session).or_default();
-                *next = (*next).max(header.index.saturating_add(1));
+                let given = given.entry(header.session).or_default();
+                *given = (*given).max(header.index.saturating_add(1));
             }
         }
+        let now = self.now;
+        let asked: BTreeMap<SessionId, u64> = self
+            .peers
+            .get(&peer)
+            .and_then(|known| known.exchanges.get(&id))
+            .filter(|exchange| exchange.until > now)
+            .and_then(|exchange| exchange.wanted.as_ref())
+            .map(|want| {
+                let asked = want.sessions.iter();
+                asked
+                    .filter_map(|head| Some((SessionId::read(&head.session)?, head.count)))
+                    .collect()
+            })
+            .unwrap_or_default();
         let before = self.state_of(&id)?;
-        let taken = self.take_give(Some(peer), id, give)?;
-        let after = self.state_of(&id)?;
-        // Sessions of which something is here already: another branch of them may be there.
-        let ours: BTreeSet<SessionId> = match self.document(&id)? {
-            Some((document, _)) => next
-                .keys()
-                .filter(|session| document.count(session) > 0)
-                .copied()
+        // Of these something from before their head was asked for: two branches are compared.
+        let compared: BTreeSet<SessionId> = match self.document(&id)? {
+            Some((document, _)) => asked
+                .iter()
+                .filter(|(session, from)| **from < document.count(session))
+                .map(|(session, _)| *session)
                 .collect(),
             None => BTreeSet::new(),
         };
-        let mut sought = false;
+        let taken = self.take_give(peer, id, give, &asked)?;
+        let after = self.state_of(&id)?;
         if let Some(exchange) = self
             .peers
             .get_mut(&peer)
             .and_then(|peer| peer.exchanges.get_mut(&id))
         {
-            for (session, seen) in next {
-                let is_sought = exchange.seek.contains_key(&session)
-                    || before == after && ours.contains(&session);
-                if is_sought {
+            let mut sought = false;
+            let mut blocked = false;
+            for (session, reach) in given {
+                if exchange.seek.contains_key(&session) || compared.contains(&session) {
                     let at = exchange.seek.entry(session).or_insert(0);
-                    sought |= *at < seen;
-                    *at = (*at).max(seen);
+                    sought |= *at < reach;
+                    *at = (*at).max(reach);
+                } else if before == after && asked.contains_key(&session) {
+                    blocked |= exchange.blocked.insert(session);
+                    exchange.kept.insert(session);
                 }
             }
+            if before != after {
+                exchange.blocked.clear();
+                exchange.fruitless = 0;
+            } else {
+                exchange.fruitless += 1;
+            }
             exchange.until = Duration::ZERO;
-            exchange.idle = before == after && !sought;
+            exchange.idle = before == after && !sought && !blocked;
         }
         match taken {
             Ok(()) => {
@@ -1067,12 +1194,13 @@ impl Replica {
         Ok((digest, arrival))
     }
 
-    /// Takes what was given: from a peer, or from a file.
-    pub(crate) fn take_give(
+    /// Takes what a peer gave; `asked`: from which index on it was asked for sessions.
+    fn take_give(
         &mut self,
-        peer: Option<Key>,
+        peer: Key,
         id: DocumentId,
         give: wire::Give,
+        asked: &BTreeMap<SessionId, u64>,
     ) -> Result<Result<(), Refusal>, StoreError> {
         if let Some(genesis) = give.genesis
             && self
@@ -1101,8 +1229,9 @@ impl Replica {
             Ok(stray) => stray,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        if let Some(exchange) = peer
-            .and_then(|peer| self.peers.get_mut(&peer))
+        if let Some(exchange) = self
+            .peers
+            .get_mut(&peer)
             .and_then(|peer| peer.exchanges.get_mut(&id))
         {
             if stray && exchange.all_epochs {
@@ -1125,7 +1254,14 @@ impl Replica {
         }
         for envelope in give.envelopes {
             match read_envelope(&envelope.encode_to_vec(), &id) {
-                Ok(envelope) => self.inbox.entry(id).or_default().push((envelope, peer)),
+                Ok(envelope) => {
+                    let header = &envelope.header;
+                    let asked = asked
+                        .get(&header.session)
+                        .is_some_and(|from| *from <= header.index);
+                    let source = Source::Peer { key: peer, asked };
+                    self.inbox.entry(id).or_default().push((envelope, source));
+                }
                 Err(refusal) => return Ok(Err(refusal)),
             }
         }
@@ -1139,7 +1275,7 @@ impl Replica {
         Ok(Ok(()))
     }
 
-    fn take_proof(&mut self, id: DocumentId, proof: &Proof) -> Result<(), StoreError> {
+    pub(crate) fn take_proof(&mut self, id: DocumentId, proof: &Proof) -> Result<(), StoreError> {
         let Some((document, store)) = self.document(&id)? else {
             return Ok(());
         };
@@ -1147,10 +1283,11 @@ impl Replica {
         self.follow(id, taken)
     }
 
-    /// Takes epochs; where one of them begins the content anew, they wait for the base of the last that does. Whether some belong to another chain.
+    /// Takes epochs; where one of them begins the content anew, they wait for the base of the last that does. Whether
+    /// some belong to another chain.
     fn take_epochs(
         &mut self,
-        peer: Option<Key>,
+        peer: Key,
         id: DocumentId,
         epochs: Vec<Epoch>,
     ) -> Result<Result<bool, Refusal>, StoreError> {
@@ -1192,7 +1329,7 @@ impl Replica {
 
     fn take_base(
         &mut self,
-        peer: Option<Key>,
+        peer: Key,
         id: DocumentId,
         epoch: &[u8],
         from: u64,
@@ -1237,7 +1374,7 @@ impl Replica {
 
     fn take_arrival(
         &mut self,
-        peer: Option<Key>,
+        peer: Key,
         id: DocumentId,
         arrival: Arrival,
     ) -> Result<Result<(), Refusal>, StoreError> {
@@ -1248,7 +1385,9 @@ impl Replica {
             return Ok(Ok(()));
         };
         match document.take_epochs(store, arrival.epochs.clone(), &arrival.base)? {
-            Ok(taken) => self.epochs_taken(id, arrival.epochs, peer, taken).map(Ok),
+            Ok(taken) => self
+                .epochs_taken(id, arrival.epochs, Some(peer), taken)
+                .map(Ok),
             Err(refusal) if refusal.is_offence() => Ok(Err(refusal)),
             Err(_) => Ok(Ok(())),
         }
@@ -1285,10 +1424,11 @@ impl Replica {
                 Err(refusal) => return Ok(Err(refusal)),
             };
             if !envelope.change.is_empty() {
-                self.inbox
-                    .entry(id)
-                    .or_default()
-                    .push((envelope, Some(peer)));
+                let source = Source::Peer {
+                    key: peer,
+                    asked: false,
+                };
+                self.inbox.entry(id).or_default().push((envelope, source));
                 continue;
             }
             let header = envelope.header;
@@ -1315,7 +1455,7 @@ impl Replica {
             }
         }
         let begins = epochs.iter().any(Epoch::is_beginning);
-        let stray = match self.take_epochs(Some(peer), id, epochs)? {
+        let stray = match self.take_epochs(peer, id, epochs)? {
             Ok(stray) => stray,
             Err(refusal) => return Ok(Err(refusal)),
         };

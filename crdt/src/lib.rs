@@ -10,13 +10,16 @@
 //! all alike; an author that signs two different changes for one place is found out, and all drop the same; what a stranger can make a replica store, compute
 //! or send is bounded. It leaves out: transport (`weft-net`), finding who holds a document, and short-lived facts, which are records (`weft-dht`).
 
+mod causal;
 mod chunk;
+mod completeness;
 mod document;
 mod documents;
 mod envelope;
 mod epoch;
 mod error;
 mod exchange;
+mod file;
 mod genesis;
 mod guard;
 mod id;
@@ -27,14 +30,17 @@ mod store;
 #[cfg(test)]
 mod tests;
 mod value;
+mod waiting;
 
 pub use self::{
     chunk::{MAX_CHANGE, MAX_MAP_KEY, MAX_MESSAGE, MAX_OPS},
+    completeness::{Comparing, Completeness, Holder},
     document::{Commit, MAX_LOG},
     documents::{Documents, Outgoing},
     epoch::MAX_EPOCHS,
     error::Error,
     exchange::MAX_MESSAGE_BYTES,
+    file::{Imported, Refused},
     genesis::{Kind, MAX_KEYS, MAX_LABEL, Readers},
     guard::MAX_DEPTH,
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, ParseIdError, SessionId},

@@ -1,7 +1,9 @@
-//! All documents of a node, as a state machine: what peers send and what the application asks for goes in, messages and events come out.
+//! All documents of a node, as a state machine: what peers send and what the application asks for goes in, messages and
+//! events come out.
 //!
-//! It does no I/O but on its store, has no clock and no thread: [`Replica::receive`] and the operations change what is in memory, [`Replica::flush`] puts it on
-//! disk, and only then [`Replica::poll`] gives out what follows from it. So nothing is told to anybody that a crash could take back.
+//! It does no I/O but on its store, has no clock and no thread: [`Replica::receive`] and the operations change what is
+//! in memory, [`Replica::flush`] puts it on disk, and only then [`Replica::poll`] gives out what follows from it. So
+//! nothing is told to anybody that a crash could take back.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -16,17 +18,19 @@ use serde_json::Value;
 use weft_proto::wire;
 
 use crate::{
-    document::{Commit, Document, From, Taken},
+    completeness::Comparison,
+    document::{Commit, Document, From, Source, Taken},
     envelope::{Envelope, Proof},
     epoch::Epoch,
     error::Error,
-    exchange::{Arrival, Peer},
+    exchange::{Arrival, PIECE, Peer},
     genesis::{self, Genesis, Kind, MAX_LABEL, Readers},
     id::{ChangeId, Digest, DocumentId, Key, SessionId},
     refusal::Refusal,
     signed::Identity,
     store::{Store, StoreError, key},
     value::{self, Edit, Path},
+    waiting::MAX_IN_ALL,
 };
 
 /// Documents that a node holds.
@@ -70,7 +74,8 @@ pub enum Event {
     Changed {
         /// Which document.
         document: DocumentId,
-        /// Where; of lists the list, for its elements move. Only for documents that are watched; the whole document after a rebuild.
+        /// Where; of lists the list, for its elements move. Only for documents that are watched; the whole document
+        /// after a rebuild.
         paths: Vec<Path>,
         /// The change was made here.
         local: bool,
@@ -79,7 +84,8 @@ pub enum Event {
     Rights(DocumentId),
     /// The owner has begun the content anew, without its history.
     Compacted(DocumentId),
-    /// An author has signed two different changes for one place. All replicas drop what that session wrote from there on.
+    /// An author has signed two different changes for one place. All replicas drop what that session wrote from there
+    /// on.
     Equivocated {
         /// Which document.
         document: DocumentId,
@@ -114,8 +120,9 @@ pub struct NewDocument {
     pub readers: Readers,
     /// What people call it, at most 256 bytes.
     pub label: String,
-    /// Tells apart documents that begin alike. `None`: one that was never used, for a document of its own; with the same one, and all else the same, it is the
-    /// same document, and its id is known to others before it is made ([`id_by`](Self::id_by)).
+    /// Tells apart documents that begin alike. `None`: one that was never used, for a document of its own; with the
+    /// same one, and all else the same, it is the same document, and its id is known to others before it is made
+    /// ([`id_by`](Self::id_by)).
     pub nonce: Option<[u8; 16]>,
 }
 
@@ -250,7 +257,7 @@ pub struct Replica {
     pub(crate) held: BTreeMap<DocumentId, Held>,
     pub(crate) peers: BTreeMap<Key, Peer>,
     /// What peers have told and is not looked at yet.
-    pub(crate) inbox: BTreeMap<DocumentId, Vec<From>>,
+    pub(crate) inbox: BTreeMap<DocumentId, Vec<(Envelope, Source)>>,
     pub(crate) arrivals: BTreeMap<DocumentId, Arrival>,
     /// What peers are to be told.
     pub(crate) news: BTreeMap<DocumentId, News>,
@@ -269,6 +276,13 @@ pub struct Replica {
     uses: u64,
     /// After a fault of the disk: what is in memory is not to be relied on.
     stale: bool,
+    /// Bytes of a piece of what a peer wants.
+    pub(crate) piece: usize,
+    /// Gives and exports session by session, as versions before causal order do.
+    #[cfg(test)]
+    pub(crate) by_session: bool,
+    /// Documents of which somebody waits to hear how much of them is here.
+    pub(crate) comparisons: BTreeMap<DocumentId, Comparison>,
 }
 
 /// What is new in a document.
@@ -280,7 +294,8 @@ pub(crate) struct News {
 }
 
 impl Replica {
-    /// Reads what is on disk. `entropy` must never be the same twice: from it come the nonces that keep a restored backup from continuing an old session.
+    /// Reads what is on disk. `entropy` must never be the same twice: from it come the nonces that keep a restored
+    /// backup from continuing an old session.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -305,6 +320,10 @@ impl Replica {
             drawn: 0,
             uses: 0,
             stale: false,
+            piece: PIECE,
+            #[cfg(test)]
+            by_session: false,
+            comparisons: BTreeMap::new(),
         };
         this.read_all()?;
         Ok(this)
@@ -353,8 +372,9 @@ impl Replica {
         self.key
     }
 
-    /// Mixes fresh randomness into what nonces come from. Two machines that go on from one image of a running one would otherwise draw alike: they equivocate, each
-    /// makes its lost edits again in a session with the same nonce as the other's, and so without end.
+    /// Mixes fresh randomness into what nonces come from. Two machines that go on from one image of a running one would
+    /// otherwise draw alike: they equivocate, each makes its lost edits again in a session with the same nonce as the
+    /// other's, and so without end.
     pub fn stir(&mut self, entropy: [u8; 32]) {
         let mut hasher = blake3::Hasher::new_keyed(&self.entropy);
         hasher.update(&entropy);
@@ -403,7 +423,10 @@ impl Replica {
         }))
     }
 
-    fn present(&mut self, id: &DocumentId) -> Result<(&mut Document, &mut Store), Error> {
+    pub(crate) fn present(
+        &mut self,
+        id: &DocumentId,
+    ) -> Result<(&mut Document, &mut Store), Error> {
         let known = self.held.contains_key(id);
         match self.document(id)? {
             Some(document) => Ok(document),
@@ -464,7 +487,8 @@ impl Replica {
 
     // What the application asks for.
 
-    /// Makes a document; its owner is this replica. It is kept when [`flush`](Self::flush) has succeeded. One with a nonce that is here already is left as it is.
+    /// Makes a document; its owner is this replica. It is kept when [`flush`](Self::flush) has succeeded. One with a
+    /// nonce that is here already is left as it is.
     ///
     /// # Errors
     /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
@@ -497,7 +521,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Whether it was held before.
+    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Whether it was
+    /// held before.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if too many are held.
@@ -593,8 +618,8 @@ impl Replica {
         Ok(value::get(document.automerge(), path))
     }
 
-    /// Makes edits as one commit: all of them or, after an error, none. `time` is in seconds since the Unix epoch. `None` if they change nothing. The commit
-    /// counts when [`flush`](Self::flush) has succeeded.
+    /// Makes edits as one commit: all of them or, after an error, none. `time` is in seconds since the Unix epoch.
+    /// `None` if they change nothing. The commit counts when [`flush`](Self::flush) has succeeded.
     ///
     /// # Errors
     /// [`Error`].
@@ -766,6 +791,9 @@ impl Replica {
             rebuilt,
             full,
             astray,
+            void,
+            refused: _,
+            quiet,
         } = taken;
         let changed = !new.is_empty() || rebuilt;
         if changed || !proofs.is_empty() {
@@ -784,7 +812,9 @@ impl Replica {
             });
         }
         let news = self.news.entry(id).or_default();
-        news.envelopes.extend(new);
+        if !quiet {
+            news.envelopes.extend(new);
+        }
         news.proofs.extend(proofs.iter().cloned());
         for proof in proofs {
             let (author, session, index) = (proof.one.run.author, proof.session(), proof.index());
@@ -803,6 +833,9 @@ impl Replica {
         }
         for (peer, session) in astray {
             self.seek(peer, id, session);
+        }
+        for (peer, session) in void {
+            self.forgo(peer, id, session);
         }
         for peer in early {
             self.ask_again(peer, id)?;
@@ -837,6 +870,7 @@ impl Replica {
         taken: Taken,
     ) -> Result<(), StoreError> {
         let beginning = epochs.iter().any(Epoch::is_beginning);
+        self.reconsider(&id);
         let news = self.news.entry(id).or_default();
         news.epochs
             .extend(epochs.into_iter().map(|epoch| (epoch, from)));
@@ -872,7 +906,7 @@ impl Replica {
     }
 
     /// Looks at what peers have told.
-    fn settle(&mut self) -> Result<(), StoreError> {
+    pub(crate) fn settle(&mut self) -> Result<(), StoreError> {
         // Each round may bring what a round before waited for; the bound is against a mistake here.
         for _ in 0..16 {
             let inbox = mem::take(&mut self.inbox);
@@ -927,6 +961,7 @@ impl Replica {
             }
         }
         self.unload();
+        self.bound_waiting();
         if self.store.is_dirty() {
             self.store.flush()?;
         }
@@ -987,84 +1022,25 @@ impl Replica {
         }
     }
 
+    /// Keeps what waits in all documents within [`MAX_IN_ALL`]: those that were not used for longest forget theirs.
+    fn bound_waiting(&mut self) {
+        let waiting = |held: &Held| held.loaded.as_ref().map_or(0, |one| one.waiting_bytes());
+        let mut bytes: usize = self.held.values().map(waiting).sum();
+        while bytes > MAX_IN_ALL {
+            let held = self.held.values_mut().filter(|held| waiting(held) > 0);
+            let Some(held) = held.min_by_key(|held| held.used) else {
+                return;
+            };
+            bytes -= waiting(held);
+            if let Some(document) = &mut held.loaded {
+                document.forget_waiting();
+            }
+        }
+    }
+
     /// What there is to do, in order; only what [`flush`](Self::flush) has let out.
     pub fn poll(&mut self) -> Option<Output> {
         self.outputs.pop_front()
-    }
-
-    /// The document as a file's content, for [`import`](Self::import) elsewhere.
-    ///
-    /// # Errors
-    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
-    pub fn export(&mut self, id: DocumentId) -> Result<Vec<u8>, Error> {
-        self.present(&id)?;
-        let mut out = EXPORT.to_vec();
-        for give in self.give_all(id)? {
-            out.extend((give.encoded_len() as u64).to_be_bytes());
-            out.extend(give.encode_to_vec());
-        }
-        Ok(out)
-    }
-
-    /// Takes what was exported: everything in it is checked as if a peer had sent it. The document is held from now on.
-    ///
-    /// # Errors
-    /// [`Error::Import`] if it is no exported document, [`Error::TooLarge`], [`Error::Store`].
-    pub fn import(&mut self, content: &[u8]) -> Result<DocumentId, Error> {
-        let wrong = |why: &str| Error::Import(why.to_owned());
-        let mut rest = content
-            .strip_prefix(EXPORT)
-            .ok_or_else(|| wrong("it does not begin as one"))?;
-        let mut document = None;
-        let mut gives = Vec::new();
-        while !rest.is_empty() {
-            let (length, after) = rest
-                .split_at_checked(8)
-                .ok_or_else(|| wrong("it ends early"))?;
-            let length = u64::from_be_bytes(length.try_into().map_err(|_| wrong("it ends early"))?);
-            let part = usize::try_from(length)
-                .ok()
-                .and_then(|length| after.split_at_checked(length));
-            let (give, after) = part.ok_or_else(|| wrong("it ends early"))?;
-            rest = after;
-            gives.push(
-                wire::Give::decode(give).map_err(|_| wrong("a part of it cannot be decoded"))?,
-            );
-        }
-        let held: BTreeSet<_> = self.held.keys().copied().collect();
-        let imported = self.import_all(gives, &mut document);
-        if imported.is_err()
-            && let Some(id) = document.filter(|id| !held.contains(id))
-        {
-            self.remove(id)?;
-        }
-        imported?;
-        document.ok_or_else(|| wrong("it is empty"))
-    }
-
-    fn import_all(
-        &mut self,
-        gives: Vec<wire::Give>,
-        document: &mut Option<DocumentId>,
-    ) -> Result<(), Error> {
-        let wrong = |why: &str| Error::Import(why.to_owned());
-        for give in gives {
-            let id = DocumentId::read(&give.document)
-                .ok_or_else(|| wrong("a part of it has no document"))?;
-            if *document.get_or_insert(id) != id {
-                return Err(wrong("it has parts of several documents"));
-            }
-            if give.genesis.is_some() {
-                self.hold(id)?;
-            }
-            if !self.held.contains_key(&id) {
-                return Err(wrong("its beginning is missing"));
-            }
-            self.take_give(None, id, give)?
-                .map_err(|refusal| Error::Import(refusal.to_string()))?;
-        }
-        self.settle()?;
-        Ok(())
     }
 
     #[cfg(test)]
@@ -1080,8 +1056,6 @@ impl Replica {
             .count()
     }
 }
-
-const EXPORT: &[u8] = b"weft document 1\n";
 
 fn check_keys(what: &'static str, size: usize) -> Result<(), Error> {
     if size > genesis::MAX_KEYS {

@@ -22,7 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use redb::{Database, ReadableDatabase, TableDefinition};
+use redb::{Database, ReadOnlyTable, ReadableDatabase, TableDefinition};
 
 use crate::id::{DocumentId, SessionId};
 
@@ -96,6 +96,25 @@ impl fmt::Debug for Store {
     }
 }
 
+/// Reads single rows; [`Store::reader`].
+pub(crate) struct Reader<'a> {
+    pending: &'a BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    table: Option<ReadOnlyTable<&'static [u8], &'static [u8]>>,
+}
+
+impl Reader<'_> {
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        if let Some(value) = self.pending.get(key) {
+            return Ok(value.clone());
+        }
+        let Some(table) = &self.table else {
+            return Ok(None);
+        };
+        let value = table.get(key).map_err(failed)?;
+        Ok(value.map(|value| value.value().to_vec()))
+    }
+}
+
 /// A row: its key and its value.
 pub(crate) type Row = (Vec<u8>, Vec<u8>);
 
@@ -151,14 +170,21 @@ impl Store {
         if let Some(value) = self.pending.get(key) {
             return Ok(value.clone());
         }
+        self.reader()?.get(key)
+    }
+
+    /// Reads many rows, one at a time, in one transaction.
+    pub(crate) fn reader(&self) -> Result<Reader<'_>, StoreError> {
         let read = self.database()?.begin_read().map_err(failed)?;
         let table = match read.open_table(DOCUMENTS) {
-            Ok(table) => table,
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+            Ok(table) => Some(table),
+            Err(redb::TableError::TableDoesNotExist(_)) => None,
             Err(error) => return Err(failed(error)),
         };
-        let value = table.get(key).map_err(failed)?;
-        Ok(value.map(|value| value.value().to_vec()))
+        Ok(Reader {
+            pending: &self.pending,
+            table,
+        })
     }
 
     /// Rows whose key begins with `prefix`, from `prefix` and `from` on, until their values have more than `bytes`.

@@ -1,7 +1,9 @@
 //! Replicas in a world of their own: links that drop, repeat and reorder, disks that can be copied and put back, crashes. Every run follows from a seed.
 
+mod arrival;
 mod byzantine;
 mod convergence;
+mod files;
 mod mutants;
 mod promises;
 mod simulation;
@@ -422,6 +424,27 @@ impl World {
             self.flush(at).unwrap();
         }
         self.settle();
+        id
+    }
+
+    /// A document that the given nodes write and hold, made by the first, and known to the others.
+    pub(crate) fn shared_by(&mut self, writers: &[usize]) -> DocumentId {
+        let keys = writers
+            .iter()
+            .map(|at| self.nodes[*at].identity.key())
+            .collect();
+        let new = NewDocument {
+            writers: keys,
+            ..NewDocument::default()
+        };
+        let id = self.create(writers[0], new);
+        for at in &writers[1..] {
+            self.node(*at).hold(id).unwrap();
+            self.flush(*at).unwrap();
+            self.connect(writers[0], *at);
+            self.settle();
+            self.disconnect(writers[0], *at);
+        }
         id
     }
 

@@ -452,12 +452,16 @@ pub(crate) enum Doc {
         #[arg(long, value_name = "PEER")]
         reader: Vec<PeerId>,
     },
-    /// Hold a document from now on, and get it from whoever holds it
+    /// Hold a document from now on, and get all of it from the nodes that hold it
+    ///
+    /// Waits until everything is here that the connected holders have, and says so. Ends with 10 if that takes longer
+    /// than --wait, and says what is missing of each holder's changes; with 4 if no holder is connected. The document
+    /// is held, and goes on arriving, in either case.
     Open {
         /// The document's id
         id: DocumentId,
 
-        /// How long to wait for it
+        /// Time to wait until all of it is here, as in 30s or 5m; 0s does not wait
         #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
         wait: Duration,
     },
@@ -576,6 +580,9 @@ pub(crate) enum Doc {
         file: PathBuf,
     },
     /// Hold a document from a file, and print its id
+    ///
+    /// Ends with 9 if a part of the file does not count because it is damaged or missing, and says how many changes and
+    /// why. What counts is kept, and so is everything that was here before.
     Import {
         /// The file; - for standard input
         file: PathBuf,

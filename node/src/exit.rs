@@ -11,7 +11,8 @@
 //! | 6 | no node is running on this home |
 //! | 7 | the target exists with other content |
 //! | 8 | the disk is full, or the quota |
-//! | 9 | what is here is damaged, changed or gone |
+//! | 9 | what is here, or a file that was to be imported, is damaged, changed or gone |
+//! | 10 | not all of the document is here yet |
 //! | 130 | interrupted |
 
 use crate::output::{err, out};
@@ -36,6 +37,8 @@ pub const TARGET_EXISTS: u8 = 7;
 pub const DISK_FULL: u8 = 8;
 /// What is here is damaged, changed or gone, as `weft verify` found.
 pub const DAMAGED: u8 = 9;
+/// Not all of the document is here yet, when `weft doc open` stops waiting.
+pub const INCOMPLETE: u8 = 10;
 /// Interrupted by Ctrl-C or SIGTERM.
 pub const INTERRUPTED: u8 = 130;
 
@@ -146,6 +149,11 @@ impl From<Status> for Failure {
             "NOT_ARRIVED" => (
                 1,
                 "Somebody who holds it must be up and share a bootstrap node with this one; if it is private, its owner must have named this node.",
+            ),
+            "IMPORT_INCOMPLETE" => (
+                DAMAGED,
+                "What counts of the file is kept, and so is everything that was here before. Import another copy of\n\
+                 the file, or get the rest from the nodes that hold the document: `weft doc open ID`.",
             ),
             "NOT_ALLOWED" => (1, "`weft doc writers ID` shows who may."),
             "UNREACHABLE" => (

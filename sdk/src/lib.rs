@@ -90,8 +90,8 @@ pub use self::{
     bandwidth::Rates,
     builder::Builder,
     docs::{
-        Doc, DocChange, DocCommit, DocDetails, DocInfo, DocWatch, Docs, NewDoc, Transaction,
-        Writers,
+        Doc, DocChange, DocCommit, DocCompleteness, DocDetails, DocHolder, DocImport, DocInfo,
+        DocWatch, Docs, NewDoc, Transaction, Writers,
     },
     error::{Error, Failure},
     get::{Get, GetPhase, GetProgress, Got, PeerProgress, Source},

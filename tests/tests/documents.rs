@@ -162,7 +162,11 @@ async fn a_private_document_is_not_given_to_others() {
     // Exported, all of it is in a file that anybody can read who has it.
     let file = of_a.export().await.unwrap();
     let imported = c.docs().import(file).await.unwrap();
-    assert_eq!(imported.get("/secret").await.unwrap(), Some(json!(1)));
+    assert_eq!(
+        (imported.changes, imported.counted, imported.void),
+        (1, 1, 0)
+    );
+    assert_eq!(imported.doc.get("/secret").await.unwrap(), Some(json!(1)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

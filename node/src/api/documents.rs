@@ -4,7 +4,7 @@ use std::{pin::Pin, time::Duration};
 
 use futures::{Stream, StreamExt, stream};
 use tonic::{Request, Response, Status, Streaming};
-use weft::{Doc, DocChange, DocInfo, DocumentId, NewDoc, Node, PeerId};
+use weft::{Doc, DocChange, DocCompleteness, DocHolder, DocInfo, DocumentId, NewDoc, Node, PeerId};
 use weft_proto::api::{
     self, DocumentEvent, document_edit::What as Edit, document_event::What,
     documents_server::Documents,
@@ -66,6 +66,22 @@ fn document(info: DocInfo) -> api::Document {
         changes: details.changes,
         log_bytes: details.log_bytes,
         equivocations: details.equivocations as u64,
+        ..api::Document::default()
+    }
+}
+
+fn completeness(completeness: &DocCompleteness) -> api::DocumentCompleteness {
+    let holder = |holder: &DocHolder| api::DocumentHolder {
+        peer: holder.peer.to_string(),
+        answered: holder.answered,
+        changes: holder.changes,
+        missing: holder.missing,
+        missing_decisions: holder.missing_decisions,
+        text: holder.to_string(),
+    };
+    api::DocumentCompleteness {
+        whole: completeness.whole,
+        holders: completeness.holders.iter().map(holder).collect(),
     }
 }
 
@@ -130,10 +146,12 @@ impl Documents for Service {
         let doc = self.node.docs().open(id(&request.id)?).await;
         let doc = doc.map_err(|error| status(&error))?;
         let patience = Duration::from_millis(request.wait_millis);
-        doc.arrived(patience)
-            .await
-            .map_err(|error| status(&error))?;
-        self.answer(&doc).await
+        let whole = doc.whole(patience).await.map_err(|error| status(&error))?;
+        let info = doc.info().await.map_err(|error| status(&error))?;
+        Ok(Response::new(api::Document {
+            completeness: Some(completeness(&whole)),
+            ..document(info)
+        }))
     }
 
     async fn list(
@@ -316,12 +334,16 @@ impl Documents for Service {
             }
             content.extend(chunk.data);
         }
-        let doc = self
-            .node
-            .docs()
-            .import(content)
-            .await
-            .map_err(|error| status(&error))?;
-        self.answer(&doc).await
+        let imported = self.node.docs().import(content).await;
+        let imported = imported.map_err(|error| status(&error))?;
+        let info = imported.doc.info().await.map_err(|error| status(&error))?;
+        Ok(Response::new(api::Document {
+            imported: Some(api::DocumentImported {
+                changes: imported.changes,
+                counted: imported.counted,
+                void: imported.void,
+            }),
+            ..document(info)
+        }))
     }
 }

@@ -112,6 +112,7 @@ fn of_document(error: &DocumentError) -> (Code, &'static str) {
         DocumentError::Store(DocumentStoreError::Full) => (Code::ResourceExhausted, "DISK_FULL"),
         DocumentError::Store(_) => (Code::Internal, "STORE"),
         DocumentError::TooLarge { .. } => (Code::ResourceExhausted, "TOO_LARGE"),
+        DocumentError::ImportIncomplete(_) => (Code::DataLoss, "IMPORT_INCOMPLETE"),
         DocumentError::Stopped => (Code::Unavailable, "STOPPED"),
         _ => (Code::InvalidArgument, "INVALID_INPUT"),
     }

@@ -14,8 +14,8 @@ use weft_proto::api::{self, document_edit::What as Edit, document_event::What};
 use crate::{
     cli::Doc,
     client::Client,
-    exit::{Failure, NOT_FOUND},
-    output::{self, out, out_raw, table},
+    exit::{Failure, INCOMPLETE, NO_PROVIDER, NOT_FOUND},
+    output::{self, err, out, out_raw, table},
 };
 
 /// Bytes of an exported document in one message.
@@ -171,7 +171,7 @@ fn say_id(document: &api::Document, as_json: bool) -> Result<(), Failure> {
 }
 
 fn document_json(document: &api::Document) -> Value {
-    json!({
+    let mut value = json!({
         "id": document.id,
         "arrived": document.arrived,
         "label": document.label,
@@ -183,7 +183,29 @@ fn document_json(document: &api::Document) -> Value {
         "changes": document.changes,
         "log_bytes": document.log_bytes,
         "equivocations": document.equivocations,
-    })
+    });
+    if let Some(completeness) = &document.completeness {
+        let holder = |holder: &api::DocumentHolder| {
+            json!({
+                "peer": holder.peer,
+                "answered": holder.answered,
+                "changes": holder.changes,
+                "missing": holder.missing,
+                "missing_decisions": holder.missing_decisions,
+            })
+        };
+        let holders: Vec<_> = completeness.holders.iter().map(holder).collect();
+        value["whole"] = completeness.whole.into();
+        value["holders"] = holders.into();
+    }
+    if let Some(imported) = &document.imported {
+        value["imported"] = json!({
+            "changes": imported.changes,
+            "counted": imported.counted,
+            "void": imported.void,
+        });
+    }
+    value
 }
 
 async fn find(client: &Client, id: DocumentId) -> Result<api::Document, Failure> {
@@ -209,16 +231,66 @@ async fn open(
         wait_millis,
     };
     let document = client.documents().open(request).await?.into_inner();
+    let completeness = document.completeness.clone().unwrap_or_default();
+    let here = match document.arrived {
+        true => format!(
+            "{}, {}",
+            output::count(document.changes, "change"),
+            output::bytes(document.log_bytes)
+        ),
+        false => "nothing".to_owned(),
+    };
     if as_json {
         out!("{}", document_json(&document));
-    } else if document.arrived {
-        out!("here: {}", output::count(document.changes, "change"));
-    } else {
-        out!(
-            "held from now on; nobody who has it, and lets this node read it, has been found yet, and it is looked for further"
+    } else if completeness.whole {
+        let holders = output::count(completeness.holders.len() as u64, "connected holder");
+        out!("whole: {here}, as {holders} have it");
+    } else if wait.is_zero() {
+        out!("held from now on; here so far: {here}");
+    }
+    if completeness.whole || wait.is_zero() {
+        return Ok(());
+    }
+    Err(incomplete((id, wait), &completeness, &here, as_json))
+}
+
+/// What to end with when a document is not whole; with `as_json`, what was printed says the rest.
+fn incomplete(
+    (id, wait): (DocumentId, Duration),
+    completeness: &api::DocumentCompleteness,
+    here: &str,
+    as_json: bool,
+) -> Failure {
+    let code = match completeness.holders.is_empty() {
+        true => NO_PROVIDER,
+        false => INCOMPLETE,
+    };
+    if as_json {
+        return Failure::silent(code, "INCOMPLETE");
+    }
+    let waited = output::duration(wait);
+    if completeness.holders.is_empty() {
+        let text = format!(
+            "document {id}: no peer that holds it is connected after {waited}; here: {here}"
+        );
+        return Failure::new(code, "INCOMPLETE", text).hint(
+            "It is held from now on, and looked for further. A node that holds it must be up and share a bootstrap\n\
+             node with this one; if the document is private, its owner must have named this node.",
         );
     }
-    Ok(())
+    let lacking = completeness
+        .holders
+        .iter()
+        .filter(|holder| !holder.answered || holder.missing > 0 || holder.missing_decisions > 0);
+    let lacking: Vec<_> = lacking.map(|holder| holder.text.as_str()).collect();
+    let text = format!(
+        "document {id} is not whole after {waited}: {}",
+        lacking.join("; ")
+    );
+    Failure::new(code, "INCOMPLETE", text).hint(
+        "It is held from now on, and the rest comes by itself. Run this again to wait for it, with a longer --wait\n\
+         if the document is large.",
+    )
 }
 
 async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
@@ -535,5 +607,14 @@ async fn import(client: &Client, file: &Path, as_json: bool) -> Result<(), Failu
         })
         .collect();
     let imported = client.documents().import(stream::iter(chunks)).await?;
-    say_id(&imported.into_inner(), as_json)
+    let document = imported.into_inner();
+    let void = document.imported.map_or(0, |imported| imported.void);
+    if void > 0 && !as_json {
+        let void = output::count(void, "change");
+        err!(
+            "{void} of the file are void on every node: the author was revoked or has equivocated, or the content \
+             began anew"
+        );
+    }
+    say_id(&document, as_json)
 }

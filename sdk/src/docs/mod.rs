@@ -1,8 +1,10 @@
 //! Replicated documents: content like JSON that several nodes read and write, each at any time, connected or not.
 //!
-//! A document is named by its id. Its owner is the node that made it; the owner says who else may write and read it. Whoever holds a document has all of it on
-//! disk, and hears of changes as they are made. Holders find each other in the DHT.
+//! A document is named by its id. Its owner is the node that made it; the owner says who else may write and read it.
+//! Whoever holds a document has all of it on disk, and hears of changes as they are made. Holders find each other in
+//! the DHT.
 
+mod completeness;
 mod drive;
 mod holders;
 mod watch;
@@ -19,7 +21,10 @@ use weft_crdt::{
 use weft_net::PeerId;
 
 pub(crate) use self::drive::{Driver, PROTOCOL, drive, hold_again};
-pub use self::watch::{DocChange, DocWatch};
+pub use self::{
+    completeness::{DocCompleteness, DocHolder},
+    watch::{DocChange, DocWatch},
+};
 use crate::{Error, Node};
 
 /// The author, owner, writer or reader that a peer is: its public key. `None` if the peer's key is no Ed25519 key.
@@ -104,6 +109,21 @@ pub struct DocCommit {
     pub operations: u64,
 }
 
+/// The result of an import; [`Docs::import`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct DocImport {
+    /// The document, which this node holds from now on.
+    pub doc: Doc,
+    /// Changes in the file.
+    pub changes: u64,
+    /// Of these the changes that count here.
+    pub counted: u64,
+    /// The others: void on every replica, because the owner has revoked their author or begun the content anew since,
+    /// or because their author has equivocated.
+    pub void: u64,
+}
+
 fn peers(keys: &[Key]) -> Vec<PeerId> {
     keys.iter().filter_map(peer_of).collect()
 }
@@ -177,7 +197,8 @@ impl Docs {
         Ok(self.doc(id))
     }
 
-    /// Holds a document from now on, also after a restart, and gets it from whoever holds it. Comes back at once; [`Doc::arrived`] waits.
+    /// Holds a document from now on, also after a restart, and gets it from whoever holds it. Comes back at once;
+    /// [`Doc::arrived`] waits.
     ///
     /// # Errors
     /// [`Error::Document`] if too many are held, [`Error::Stopped`].
@@ -216,7 +237,8 @@ impl Docs {
     /// Holds a document no longer: what is here of it is deleted. Whether it was held.
     ///
     /// # Errors
-    /// [`Error::Followed`] if it is a registry that is followed, [`Error::Document`] if the disk fails, [`Error::Stopped`].
+    /// [`Error::Followed`] if it is a registry that is followed, [`Error::Document`] if the disk fails,
+    /// [`Error::Stopped`].
     pub async fn remove(&self, id: DocumentId) -> Result<bool, Error> {
         if self.node.followed().prefix(&id).is_some() {
             return Err(Error::Followed(id));
@@ -229,24 +251,50 @@ impl Docs {
         Ok(held)
     }
 
-    /// Holds a document that [`Doc::export`] has written, here or elsewhere. All signatures in it are checked.
+    /// Holds a document that [`Doc::export`] has written, here or elsewhere, of this version or an earlier one. All
+    /// signatures in it are checked, and at the end what counts here is compared with the file.
     ///
     /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
-    pub async fn import(&self, content: Vec<u8>) -> Result<Doc, Error> {
-        let id = self
+    /// [`Error::Document`], [`Error::Stopped`]. With [`DocumentError::ImportIncomplete`](crate::DocumentError), a part
+    /// of the file is damaged, missing or without room: what counts of it is held, and nothing that was here before is
+    /// lost.
+    pub async fn import(&self, content: Vec<u8>) -> Result<DocImport, Error> {
+        let imported = self
             .documents()
-            .with(move |replica| replica.import(&content))
+            .with(move |replica| {
+                let imported = replica.import(&content);
+                if let Err(weft_crdt::Error::ImportIncomplete(imported)) = &imported {
+                    // What counts of it is found by others as well.
+                    let held = replica.ids().any(|id| id == imported.document);
+                    return Ok(Err((imported.clone(), held)));
+                }
+                imported.map(Ok)
+            })
             .await?;
-        self.node.driver().holds(id);
-        Ok(self.doc(id))
+        match imported {
+            Ok(imported) => {
+                self.node.driver().holds(imported.document);
+                Ok(DocImport {
+                    doc: self.doc(imported.document),
+                    changes: imported.changes,
+                    counted: imported.counted,
+                    void: imported.refused.void,
+                })
+            }
+            Err((imported, held)) => {
+                if held {
+                    self.node.driver().holds(imported.document);
+                }
+                Err(weft_crdt::Error::ImportIncomplete(imported).into())
+            }
+        }
     }
 }
 
 /// A document. Cheap to clone.
 ///
-/// Paths are JSON pointers (RFC 6901): empty for the whole document, which is a map; `/models/0/name`; `-` for the place after a list's last element. Numbers without
-/// a fraction are integers, counters read as integers.
+/// Paths are JSON pointers (RFC 6901): empty for the whole document, which is a map; `/models/0/name`; `-` for the
+/// place after a list's last element. Numbers without a fraction are integers, counters read as integers.
 #[derive(Debug, Clone)]
 pub struct Doc {
     node: Node,
@@ -285,7 +333,8 @@ impl Doc {
         Ok(DocInfo::of(info, own))
     }
 
-    /// Waits until it is here, at most for `patience`: whether it is.
+    /// Waits until its beginning is here, at most for `patience`: whether it is. Its content may still be on its way;
+    /// [`whole`](Self::whole) waits for all of it.
     ///
     /// # Errors
     /// [`Error::Document`], [`Error::Stopped`].
@@ -306,6 +355,18 @@ impl Doc {
             Ok(arrived) => arrived.map(|()| true),
             Err(_) => Ok(false),
         }
+    }
+
+    /// Waits until all of it is here that the connected peers have that hold it, at most for `patience`. They are asked
+    /// what they have when this begins, or when they connect; what they write afterwards is not waited for. Returns how
+    /// much is here, and what is missing of each holder's changes if `patience` was too short.
+    ///
+    /// While no holder is connected, whether it is whole cannot be told, and this waits.
+    ///
+    /// # Errors
+    /// [`Error::Document`] if this node does not hold it or the disk fails, [`Error::Stopped`].
+    pub async fn whole(&self, patience: Duration) -> Result<DocCompleteness, Error> {
+        completeness::wait(self.documents(), self.id, patience).await
     }
 
     /// What is at a path; `None` if nothing is.
@@ -329,7 +390,8 @@ impl Doc {
         Ok(value.map(serde_json::from_value).transpose()?)
     }
 
-    /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path, the keys of the given map.
+    /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path, the
+    /// keys of the given map.
     ///
     /// # Errors
     /// [`Error::NotWriter`], [`Error::Document`] if the path does not fit, [`Error::Value`], [`Error::Stopped`].
@@ -405,7 +467,8 @@ impl Doc {
         Writers { doc: self.clone() }
     }
 
-    /// Says who may read it besides owner and writers; `None`: everybody in the network. Only the owner may; who has it already keeps it.
+    /// Says who may read it besides owner and writers; `None`: everybody in the network. Only the owner may; who has it
+    /// already keeps it.
     ///
     /// # Errors
     /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].
@@ -453,7 +516,8 @@ impl Doc {
             .await?)
     }
 
-    /// Begins its content anew as it is, without its history. Only the owner may. Edits that a writer makes meanwhile, without knowing, are made again.
+    /// Begins its content anew as it is, without its history. Only the owner may. Edits that a writer makes meanwhile,
+    /// without knowing, are made again.
     ///
     /// # Errors
     /// [`Error::NotOwner`], [`Error::Document`], [`Error::Stopped`].
@@ -586,7 +650,8 @@ impl Writers {
             .await
     }
 
-    /// Lets a peer write no longer: what it has written stays as far as it is known here, and no more counts. Only the owner may.
+    /// Lets a peer write no longer: what it has written stays as far as it is known here, and no more counts. Only the
+    /// owner may.
     ///
     /// # Errors
     /// [`Error::NotOwner`], [`Error::Document`], [`Error::NoKey`], [`Error::Stopped`].

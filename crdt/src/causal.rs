@@ -1,0 +1,166 @@
+//! The order in which envelopes are given and imported: after everything that they build on, whatever sessions that is
+//! in.
+//!
+//! A receiver can apply an envelope once it has the changes that the envelope builds on. Session ids are random, so an
+//! order by session puts a change before its dependencies about as often as after them; a piece of a log in that order
+//! may hold nothing that can be applied. In a topological order of the change graph, every piece begins with an
+//! envelope that can be.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
+
+use crate::id::SessionId;
+
+/// A place in a session.
+pub(crate) type Place = (SessionId, u64);
+
+/// The next place of a session, the end of its range, and how many dependencies of the next place have not been passed.
+#[derive(Debug)]
+struct Cursor {
+    next: u64,
+    end: u64,
+    unmet: usize,
+}
+
+/// Iterates over ranges of sessions in topological order; of several places that could follow, the one with the least
+/// session id. The order is a function of the graph: an iteration that begins where another one was cut goes on in the
+/// same order.
+///
+/// It looks at one place of each session at a time, so it needs memory for the sessions and not for the log.
+/// `dependencies` names the places that a place builds on; those outside the ranges count as passed.
+#[derive(Debug)]
+pub(crate) struct CausalOrder<D> {
+    cursors: BTreeMap<SessionId, Cursor>,
+    /// Sessions whose next place can follow.
+    ready: BTreeSet<SessionId>,
+    /// For a place that has not been passed, the places that wait for it.
+    blocked: BTreeMap<Place, Vec<Place>>,
+    dependencies: D,
+}
+
+impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
+    pub(crate) fn new(
+        ranges: impl IntoIterator<Item = (SessionId, Range<u64>)>,
+        dependencies: D,
+    ) -> Self {
+        let cursor = |(session, range): (SessionId, Range<u64>)| {
+            let cursor = Cursor {
+                next: range.start,
+                end: range.end,
+                unmet: 0,
+            };
+            (!range.is_empty()).then_some((session, cursor))
+        };
+        let cursors: BTreeMap<_, _> = ranges.into_iter().filter_map(cursor).collect();
+        let sessions: Vec<_> = cursors.keys().copied().collect();
+        let mut this = Self {
+            cursors,
+            ready: BTreeSet::new(),
+            blocked: BTreeMap::new(),
+            dependencies,
+        };
+        sessions
+            .into_iter()
+            .for_each(|session| this.examine(session));
+        this
+    }
+
+    fn is_ahead(&self, (session, index): &Place) -> bool {
+        self.cursors
+            .get(session)
+            .is_some_and(|cursor| (cursor.next..cursor.end).contains(index))
+    }
+
+    /// Finds out what the next place of a session waits for.
+    fn examine(&mut self, session: SessionId) {
+        let Some(next) = self.cursors.get(&session).map(|cursor| cursor.next) else {
+            return;
+        };
+        let place = (session, next);
+        let mut unmet = 0;
+        for dependency in (self.dependencies)(&session, next) {
+            if dependency != place && self.is_ahead(&dependency) {
+                unmet += 1;
+                self.blocked.entry(dependency).or_default().push(place);
+            }
+        }
+        if unmet == 0 {
+            self.ready.insert(session);
+        }
+        if let Some(cursor) = self.cursors.get_mut(&session) {
+            cursor.unmet = unmet;
+        }
+    }
+}
+
+impl<D: FnMut(&SessionId, u64) -> Vec<Place>> Iterator for CausalOrder<D> {
+    type Item = Place;
+
+    fn next(&mut self) -> Option<Place> {
+        // A graph of hashes has no cycles, but a damaged file may claim one: then the order by session goes on.
+        let session = match self.ready.pop_first() {
+            Some(session) => session,
+            None => *self.cursors.first_key_value()?.0,
+        };
+        let cursor = self.cursors.get_mut(&session)?;
+        let place = (session, cursor.next);
+        cursor.next += 1;
+        if cursor.next == cursor.end {
+            self.cursors.remove(&session);
+        } else {
+            self.examine(session);
+        }
+        for (waiting, index) in self.blocked.remove(&place).unwrap_or_default() {
+            if let Some(cursor) = self.cursors.get_mut(&waiting)
+                && cursor.next == index
+            {
+                cursor.unmet = cursor.unmet.saturating_sub(1);
+                if cursor.unmet == 0 {
+                    self.ready.insert(waiting);
+                }
+            }
+        }
+        Some(place)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session(number: u8) -> SessionId {
+        SessionId([number; 32])
+    }
+
+    #[test]
+    fn dependencies_come_first_and_a_cut_changes_nothing() {
+        // 9.0, 1.0 on 9.0, 9.1 on 1.0, 1.1 on 9.1; 5.0 on what is outside.
+        let dependencies = |of: &SessionId, index: u64| match (of.0[0], index) {
+            (1, 0) => vec![(session(9), 0)],
+            (9, 1) => vec![(session(1), 0), (session(9), 0)],
+            (1, 1) => vec![(session(9), 1), (session(1), 0)],
+            (5, 0) => vec![(session(7), 3), (session(9), 7)],
+            _ => Vec::new(),
+        };
+        let order = |from: [u64; 3]| {
+            let ranges = [(1, from[0]..2), (5, from[1]..1), (9, from[2]..2)];
+            let ranges = ranges.map(|(number, range)| (session(number), range));
+            CausalOrder::new(ranges, dependencies)
+                .map(|(session, index)| (session.0[0], index))
+                .collect::<Vec<_>>()
+        };
+        let whole = [(5, 0), (9, 0), (1, 0), (9, 1), (1, 1)];
+        assert_eq!(order([0, 0, 0]), whole);
+        assert_eq!(order([0, 1, 1]), whole[2..]);
+        assert_eq!(order([1, 1, 2]), whole[4..]);
+    }
+
+    #[test]
+    fn a_claimed_cycle_ends() {
+        let dependencies = |of: &SessionId, index: u64| vec![(session(3 - of.0[0]), index)];
+        let ranges = [1, 2].map(|number| (session(number), 0..3));
+        assert_eq!(CausalOrder::new(ranges, dependencies).count(), 6);
+    }
+}

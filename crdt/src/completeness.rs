@@ -1,0 +1,253 @@
+//! How much of a document is here, measured against the connected peers that hold it.
+//!
+//! Whether a document is whole cannot be told from what is here: another replica may know more. While somebody waits to
+//! hear of it, each connected peer that may read the document is asked what it has, and what is here is compared with
+//! the answers.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use crate::{
+    document::Document,
+    envelope::Proof,
+    epoch::Heads,
+    error::Error,
+    id::{DocumentId, EpochId, Key},
+    replica::Replica,
+    store::StoreError,
+};
+
+/// A holder that has not answered, or has what is not here while nothing is on its way, is asked again after this long.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Holders are asked what they have of a document for as long as this is held; [`Replica::compare`].
+#[derive(Debug, Clone)]
+pub struct Comparing {
+    _token: Arc<()>,
+}
+
+/// How much of a document is here; [`Replica::completeness`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Completeness {
+    /// The document.
+    pub document: DocumentId,
+    /// Changes here since the content began anew, and their bytes.
+    pub changes: u64,
+    /// Bytes of these changes on disk.
+    pub log_bytes: u64,
+    /// Connected peers that are known to hold the document.
+    pub holders: Vec<Holder>,
+}
+
+impl Completeness {
+    /// Whether everything is here that connected holders have; no, if there is no such holder, for then it cannot be
+    /// told.
+    pub fn is_whole(&self) -> bool {
+        !self.holders.is_empty() && self.holders.iter().all(Holder::is_reached)
+    }
+}
+
+/// What a connected peer has of a document, and what of that is missing here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Holder {
+    /// The peer.
+    pub peer: Key,
+    /// Whether it has said what it has, since the comparison began.
+    pub answered: bool,
+    /// Changes that it has.
+    pub changes: u64,
+    /// Changes of these that are not here.
+    pub missing: u64,
+    /// Decisions of the owner, and proofs of equivocation, that it has and are not here.
+    pub missing_decisions: u64,
+}
+
+impl Holder {
+    /// Whether everything is here that it has.
+    pub fn is_reached(&self) -> bool {
+        self.answered && self.missing == 0 && self.missing_decisions == 0
+    }
+}
+
+/// What a peer has said that it has.
+#[derive(Debug, Clone)]
+pub(crate) struct Told {
+    pub(crate) genesis: bool,
+    pub(crate) epochs: u64,
+    pub(crate) epoch: Option<EpochId>,
+    pub(crate) sessions: Heads,
+    pub(crate) forks: Heads,
+}
+
+/// Holders of one document are being asked. Bounded by the peers that are connected, each with a summary of at most
+/// 4,096 sessions.
+#[derive(Debug)]
+pub(crate) struct Comparison {
+    token: Weak<()>,
+    told: BTreeMap<Key, Told>,
+    asked: BTreeMap<Key, Duration>,
+}
+
+impl Told {
+    /// Changes that a document lacks of this, and decisions and proofs.
+    fn lacking(&self, document: &Document) -> (u64, u64) {
+        let (mut changes, mut decisions) = (0, 0);
+        for (session, head) in &self.sessions {
+            let void = document.proof(session).map_or(u64::MAX, Proof::index);
+            let (count, end) = (document.count(session), head.count.min(void));
+            if count < end {
+                changes += end - count;
+            } else if head.count <= void
+                && document.chain_at(session, head.count) != Some(head.chain)
+            {
+                // Another branch; a proof is being looked for.
+                decisions += 1;
+            }
+        }
+        let forks = self.forks.iter().filter(|(session, fork)| {
+            let known = document.proof(session);
+            known.is_none_or(|known| known.index() > fork.count)
+        });
+        decisions += forks.count() as u64;
+        let ours = document.epochs.count();
+        let has = document.epochs.id_of(self.epochs, &document.genesis);
+        if self.epochs > ours {
+            decisions += self.epochs - ours;
+        } else if self.epoch.is_some() && self.epoch != has {
+            decisions += 1;
+        }
+        (changes, decisions)
+    }
+}
+
+impl Replica {
+    /// Asks all connected peers that may read a document, and those that connect later, what they have of it, for as
+    /// long as what this returns is held.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], [`Error::Store`].
+    pub fn compare(&mut self, id: DocumentId) -> Result<Comparing, Error> {
+        if !self.held.contains_key(&id) {
+            return Err(Error::Unknown(id));
+        }
+        self.comparisons
+            .retain(|_, one| one.token.strong_count() > 0);
+        let known = self.comparisons.get(&id);
+        let token = known
+            .and_then(|one| one.token.upgrade())
+            .unwrap_or_default();
+        let comparison = Comparison {
+            token: Arc::downgrade(&token),
+            told: BTreeMap::new(),
+            asked: BTreeMap::new(),
+        };
+        self.comparisons.insert(id, comparison);
+        let peers: Vec<Key> = self.peers.keys().copied().collect();
+        for peer in peers {
+            self.ask_what(peer, id)?;
+        }
+        Ok(Comparing { _token: token })
+    }
+
+    /// Asks a peer that has just connected about documents that are being compared.
+    pub(crate) fn compare_with(&mut self, peer: Key) -> Result<(), StoreError> {
+        let is_used = |one: &Comparison| one.token.strong_count() > 0;
+        self.comparisons.retain(|_, one| is_used(one));
+        let ids: Vec<_> = self.comparisons.keys().copied().collect();
+        for id in ids {
+            self.ask_what(peer, id)?;
+        }
+        Ok(())
+    }
+
+    fn ask_what(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+        let now = self.now;
+        if self.held.get(&id).is_some_and(|held| held.may_read(&peer))
+            && let Some(comparison) = self.comparisons.get_mut(&id)
+        {
+            comparison.asked.insert(peer, now + AGAIN);
+            self.send_summary(peer, id, true)?;
+        }
+        Ok(())
+    }
+
+    /// A peer has said what it has.
+    pub(crate) fn heard(&mut self, peer: Key, id: &DocumentId, told: Told) {
+        if let Some(comparison) = self.comparisons.get_mut(id) {
+            if comparison.token.strong_count() == 0 {
+                self.comparisons.remove(id);
+            } else {
+                comparison.told.insert(peer, told);
+            }
+        }
+    }
+
+    /// A peer is gone.
+    pub(crate) fn unheard(&mut self, peer: &Key) {
+        for comparison in self.comparisons.values_mut() {
+            comparison.told.remove(peer);
+            comparison.asked.remove(peer);
+        }
+    }
+
+    /// How much of a document is here, by what connected holders have said since [`compare`](Self::compare). A holder
+    /// that has more while nothing of it is on its way is asked again.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], [`Error::Store`].
+    pub fn completeness(&mut self, id: DocumentId) -> Result<Completeness, Error> {
+        if !self.held.contains_key(&id) {
+            return Err(Error::Unknown(id));
+        }
+        let sharing: Vec<Key> = self.peers().filter(|peer| self.shares(peer, &id)).collect();
+        let is_arriving = self.arrivals.contains_key(&id);
+        let told = self.comparisons.get(&id).map(|one| one.told.clone());
+        let told = told.unwrap_or_default();
+        let document = self.document(&id)?.map(|(document, _)| document);
+        let (changes, log_bytes) = document.as_ref().map_or((0, 0), |document| document.log());
+        let mut holders = Vec::new();
+        for peer in sharing {
+            let told = told.get(&peer);
+            if told.is_some_and(|told| !told.genesis) {
+                // Looks for it as well.
+                continue;
+            }
+            let changes = told.map_or(0, |told| {
+                let counts = told.sessions.values().map(|head| head.count);
+                counts.fold(0, u64::saturating_add)
+            });
+            let (missing, missing_decisions) = match (told, &document) {
+                (Some(told), Some(document)) => told.lacking(document),
+                (Some(told), None) => (changes, told.epochs + 1),
+                (None, _) => (0, 0),
+            };
+            holders.push(Holder {
+                peer,
+                answered: told.is_some(),
+                changes,
+                missing: missing.min(changes),
+                missing_decisions: missing_decisions + u64::from(is_arriving),
+            });
+        }
+        let now = self.now;
+        for holder in holders.iter().filter(|holder| !holder.is_reached()) {
+            let on_its_way = self.is_wanted(&holder.peer, &id);
+            let asked = self.comparisons.get(&id);
+            let asked = asked.and_then(|one| one.asked.get(&holder.peer));
+            if !on_its_way && asked.is_some_and(|until| *until <= now) {
+                self.ask_what(holder.peer, id)?;
+            }
+        }
+        Ok(Completeness {
+            document: id,
+            changes,
+            log_bytes,
+            holders,
+        })
+    }
+}

@@ -1,0 +1,533 @@
+//! A document as a file: the messages that would give all of it to a peer, each after its length in 8 bytes
+//! (big-endian).
+//!
+//! Envelopes are written in causal order. Files of versions before that hold them session by session; both are
+//! imported, in an order that is worked out from the changes themselves. Everything in a file is checked as if a peer
+//! had sent it. A file is the user's own: what it holds waits in memory for what it builds on, and is bounded by the
+//! file alone.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fmt, mem,
+};
+
+use bytes::Bytes;
+use prost::Message;
+use weft_proto::wire;
+
+use crate::{
+    causal::{CausalOrder, Place},
+    chunk,
+    document::{Source, Taken},
+    envelope::{Envelope, Header, Proof},
+    epoch::Epoch,
+    error::Error,
+    genesis::Genesis,
+    id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
+    refusal::Refusal,
+    replica::Replica,
+    store::StoreError,
+};
+
+const EXPORT: &[u8] = b"weft document 1\n";
+
+/// Changes of a file are taken in batches of about this many bytes: each batch costs a copy of the document.
+const BATCH: usize = 4 << 20;
+
+/// Faults that are told, of any number.
+const MAX_FAULTS: usize = 8;
+
+/// Changes of a file that do not count, by reason.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Refused {
+    /// They would count on no replica that knows what this one knows: the owner has revoked their author since, or
+    /// begun the content anew, or their author has equivocated. No fault of the file.
+    pub void: u64,
+    /// The change or its signature is damaged.
+    pub damaged: u64,
+    /// They build on changes that are damaged, or neither in the file nor here.
+    pub missing: u64,
+    /// The document has no room for them.
+    pub full: u64,
+}
+
+/// The result of an import; [`Replica::import`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Imported {
+    /// The document.
+    pub document: DocumentId,
+    /// Changes in the file, each counted once.
+    pub changes: u64,
+    /// Of these the changes that count here now, including those that did before.
+    pub counted: u64,
+    /// The others.
+    pub refused: Refused,
+    /// What is wrong with the rest of the file, or with the first damaged change; at most eight faults.
+    pub faults: Vec<String>,
+}
+
+impl Imported {
+    /// Whether all of the file counts here, or is void everywhere.
+    pub fn is_whole(&self) -> bool {
+        let Refused {
+            void: _,
+            damaged,
+            missing,
+            full,
+        } = self.refused;
+        damaged + missing + full == 0 && self.faults.is_empty()
+    }
+
+    fn fault(&mut self, fault: impl Into<String>) {
+        let fault = fault.into();
+        if self.faults.len() < MAX_FAULTS && !self.faults.contains(&fault) {
+            self.faults.push(fault);
+        }
+    }
+}
+
+impl fmt::Display for Imported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} of the file's {} changes count",
+            self.counted, self.changes
+        )?;
+        let Refused {
+            void,
+            damaged,
+            missing,
+            full,
+        } = self.refused;
+        let mut separator = ": ";
+        for (count, one, many) in [
+            (damaged, "is damaged", "are damaged"),
+            (
+                missing,
+                "builds on a change that is damaged, or neither in the file nor here",
+                "build on changes that are damaged, or neither in the file nor here",
+            ),
+            (full, "has no room", "have no room"),
+            (
+                void,
+                "is void (its author was revoked or has equivocated, or the content began anew)",
+                "are void (their author was revoked or has equivocated, or the content began anew)",
+            ),
+        ] {
+            if count > 0 {
+                let says = if count == 1 { one } else { many };
+                write!(f, "{separator}{count} {says}")?;
+                separator = ", ";
+            }
+        }
+        for fault in &self.faults {
+            write!(f, "; {fault}")?;
+        }
+        Ok(())
+    }
+}
+
+fn not_a_document(why: &str) -> Error {
+    Error::Import(why.to_owned())
+}
+
+/// Everything that a file holds, as far as it can be read.
+#[derive(Debug, Default)]
+struct Content {
+    document: Option<DocumentId>,
+    genesis: Option<wire::SignedGenesis>,
+    epochs: Vec<wire::SignedEpoch>,
+    /// Of the base of an epoch, changes from an index on.
+    bases: BTreeMap<(Vec<u8>, u64), Vec<Bytes>>,
+    proofs: Vec<wire::Equivocation>,
+    envelopes: Vec<wire::Envelope>,
+    faults: Vec<&'static str>,
+}
+
+impl Content {
+    fn read(content: &[u8]) -> Result<Self, Error> {
+        let mut rest = content
+            .strip_prefix(EXPORT)
+            .ok_or_else(|| not_a_document("it does not begin as one"))?;
+        let mut this = Self::default();
+        while !rest.is_empty() {
+            let part = rest.split_first_chunk().and_then(|(length, rest)| {
+                let length = usize::try_from(u64::from_be_bytes(*length)).ok()?;
+                rest.split_at_checked(length)
+            });
+            let Some((part, after)) = part else {
+                this.faults.push("the file ends early");
+                break;
+            };
+            rest = after;
+            match wire::Give::decode(part) {
+                Ok(give) => this.add(give)?,
+                Err(_) => this.faults.push("a part of the file cannot be decoded"),
+            }
+        }
+        Ok(this)
+    }
+
+    fn add(&mut self, give: wire::Give) -> Result<(), Error> {
+        let id = DocumentId::read(&give.document)
+            .ok_or_else(|| not_a_document("a part of it has no document"))?;
+        if *self.document.get_or_insert(id) != id {
+            return Err(not_a_document("it has parts of several documents"));
+        }
+        self.genesis = self.genesis.take().or(give.genesis);
+        self.epochs.extend(give.epochs);
+        if !give.base_changes.is_empty() {
+            let place = (give.base.to_vec(), give.base_from);
+            self.bases.insert(place, give.base_changes);
+        }
+        self.proofs.extend(give.proofs);
+        self.envelopes.extend(give.envelopes);
+        Ok(())
+    }
+
+    /// The base of an epoch, as far as it is there without a gap.
+    fn base(&self, epoch: &EpochId) -> Vec<Bytes> {
+        let mut base: Vec<Bytes> = Vec::new();
+        for ((of, from), changes) in &self.bases {
+            if of[..] == epoch.0
+                && let Ok(known) = usize::try_from((base.len() as u64).saturating_sub(*from))
+                && *from <= base.len() as u64
+            {
+                base.extend(changes.iter().skip(known).cloned());
+            }
+        }
+        base
+    }
+}
+
+/// The envelopes of a file, each once, by session and index.
+#[derive(Debug, Default)]
+struct Log {
+    sessions: BTreeMap<SessionId, Vec<Envelope>>,
+}
+
+impl Log {
+    /// With the number of envelopes that cannot be read.
+    fn read(envelopes: Vec<wire::Envelope>, document: &DocumentId) -> (Self, u64) {
+        let mut this = Self::default();
+        let mut damaged = 0;
+        for envelope in envelopes {
+            let header = envelope
+                .header
+                .as_ref()
+                .and_then(|header| Header::read(header, document).ok());
+            let Some(header) = header else {
+                damaged += 1;
+                continue;
+            };
+            let session = this.sessions.entry(header.session).or_default();
+            session.push(Envelope {
+                header,
+                change: envelope.change,
+            });
+        }
+        for session in this.sessions.values_mut() {
+            session.sort_by_key(|envelope| (envelope.header.index, envelope.header.chain()));
+            session.dedup_by(|one, other| one.header == other.header && one.change == other.change);
+        }
+        (this, damaged)
+    }
+
+    fn at(&self, (session, place): &Place) -> Option<&Envelope> {
+        let place = usize::try_from(*place).ok()?;
+        self.sessions.get(session)?.get(place)
+    }
+
+    /// In causal order, by what the changes say that they build on.
+    fn causal(&self) -> Vec<Place> {
+        let mut places: HashMap<ChangeId, Place> = HashMap::new();
+        for (session, envelopes) in &self.sessions {
+            for (place, envelope) in envelopes.iter().enumerate() {
+                places.insert(envelope.header.change, (*session, place as u64));
+            }
+        }
+        let ranges = self.sessions.iter();
+        let ranges = ranges.map(|(session, envelopes)| (*session, 0..envelopes.len() as u64));
+        let dependencies = |session: &SessionId, place: u64| {
+            let envelope = self.at(&(*session, place));
+            let deps = envelope.map(|envelope| chunk::dependencies(&envelope.change));
+            let deps = deps.unwrap_or_default().into_iter();
+            deps.filter_map(|dep| places.get(&dep).copied()).collect()
+        };
+        CausalOrder::new(ranges, dependencies).collect()
+    }
+}
+
+impl Replica {
+    /// The document as a file's content, for [`import`](Self::import) elsewhere.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    pub fn export(&mut self, id: DocumentId) -> Result<Vec<u8>, Error> {
+        self.present(&id)?;
+        let mut out = EXPORT.to_vec();
+        for give in self.give_all(id)? {
+            out.extend((give.encoded_len() as u64).to_be_bytes());
+            out.extend(give.encode_to_vec());
+        }
+        Ok(out)
+    }
+
+    /// Takes what was exported: everything in it is checked as if a peer had sent it, and what is right counts,
+    /// whatever is wrong with the rest. The document is held from now on. At the end the file is compared with what
+    /// counts.
+    ///
+    /// # Errors
+    /// [`Error::Import`] if it is no exported document, [`Error::TooLarge`], [`Error::Store`]; then nothing of it was
+    /// taken. [`Error::ImportIncomplete`] if a part of it does not count and should; what counts is kept, and so is
+    /// everything that was here before.
+    pub fn import(&mut self, content: &[u8]) -> Result<Imported, Error> {
+        let content = Content::read(content)?;
+        let id = content
+            .document
+            .ok_or_else(|| match content.faults.first() {
+                Some(fault) => not_a_document(fault),
+                None => not_a_document("it is empty"),
+            })?;
+        let is_held = self.held.contains_key(&id);
+        let genesis = match content.genesis.clone().map(Genesis::read) {
+            Some(Ok(genesis)) if genesis.id == id => Some(genesis),
+            Some(_) => return Err(not_a_document("its beginning is damaged")),
+            None => None,
+        };
+        if !self.has_genesis(&id) {
+            let genesis = genesis.ok_or_else(|| not_a_document("its beginning is missing"))?;
+            self.hold(id)?;
+            self.arrived(genesis);
+        }
+        let imported = match self.take_content(id, content) {
+            Ok(imported) => imported,
+            Err(error) => {
+                if !is_held {
+                    self.remove(id)?;
+                }
+                return Err(error.into());
+            }
+        };
+        if imported.is_whole() {
+            return Ok(imported);
+        }
+        if !is_held && imported.counted == 0 {
+            self.remove(id)?;
+        }
+        Err(Error::ImportIncomplete(Box::new(imported)))
+    }
+
+    fn has_genesis(&self, id: &DocumentId) -> bool {
+        self.held.get(id).is_some_and(|held| held.genesis.is_some())
+    }
+
+    fn take_content(
+        &mut self,
+        id: DocumentId,
+        mut content: Content,
+    ) -> Result<Imported, StoreError> {
+        let (log, damaged) = Log::read(mem::take(&mut content.envelopes), &id);
+        let envelopes: usize = log.sessions.values().map(Vec::len).sum();
+        let mut imported = Imported {
+            document: id,
+            changes: envelopes as u64 + damaged,
+            counted: 0,
+            refused: Refused {
+                damaged,
+                ..Refused::default()
+            },
+            faults: Vec::new(),
+        };
+        for fault in &content.faults {
+            imported.fault(*fault);
+        }
+        let epochs = self.import_epochs(id, &content, &mut imported)?;
+        let proofs = self.import_proofs(id, &content, &mut imported)?;
+        let order = log.causal();
+        let mut refused: HashMap<(SessionId, u64, Chain), Refusal> = HashMap::new();
+        let mut places = order.iter().peekable();
+        while places.peek().is_some() {
+            let (mut batch, mut bytes) = (Vec::new(), 0);
+            while bytes < BATCH
+                && let Some(place) = places.next()
+            {
+                let Some(envelope) = log.at(place) else {
+                    continue;
+                };
+                bytes += envelope.change.len();
+                batch.push((envelope.clone(), Source::File));
+            }
+            let Some((document, store)) = self.document(&id)? else {
+                break;
+            };
+            let mut taken = document.take(store, batch)?;
+            for (header, refusal) in mem::take(&mut taken.refused) {
+                refused.insert((header.session, header.index, header.chain()), refusal);
+            }
+            self.follow_quietly(id, taken)?;
+        }
+        self.settle()?;
+        self.compare_with_file(
+            (id, &mut imported),
+            (&log, &order, &refused),
+            (&epochs, &proofs),
+        )?;
+        let peers: Vec<Key> = self.peers.keys().copied().collect();
+        for peer in peers {
+            // Told as a whole, and not change by change.
+            if self.shares(&peer, &id) {
+                self.send_summary(peer, id, true)?;
+            }
+        }
+        Ok(imported)
+    }
+
+    /// As [`follow`](Self::follow), but peers hear of it when the file has been taken.
+    fn follow_quietly(&mut self, id: DocumentId, taken: Taken) -> Result<(), StoreError> {
+        let quiet = Taken {
+            quiet: true,
+            ..taken
+        };
+        self.follow(id, quiet)
+    }
+
+    /// Takes the owner's decisions; those that could be read.
+    fn import_epochs(
+        &mut self,
+        id: DocumentId,
+        content: &Content,
+        imported: &mut Imported,
+    ) -> Result<Vec<Epoch>, StoreError> {
+        let Some((document, store)) = self.document(&id)? else {
+            return Ok(Vec::new());
+        };
+        let genesis = document.genesis.clone();
+        let mut epochs = Vec::new();
+        for epoch in &content.epochs {
+            match Epoch::read(epoch.clone(), &genesis) {
+                Ok(epoch) => epochs.push(epoch),
+                Err(refusal) => imported.fault(format!("a decision of the owner: {refusal}")),
+            }
+        }
+        epochs.sort_by_key(|epoch| epoch.number);
+        let mut chain = document.epochs.clone();
+        let mut new: Vec<Epoch> = Vec::new();
+        for epoch in &epochs {
+            if chain.would_take(epoch, &genesis).is_ok() {
+                chain.take(epoch.clone());
+                new.retain(|before| before.number < epoch.number);
+                new.push(epoch.clone());
+            }
+        }
+        if new.is_empty() {
+            return Ok(epochs);
+        }
+        let beginning = new.iter().rev().find(|epoch| epoch.is_beginning());
+        let base = beginning.map_or(Vec::new(), |epoch| content.base(&epoch.id));
+        match document.take_epochs(store, new.clone(), &base)? {
+            Ok(taken) => {
+                // Whatever a peer was giving of these is here.
+                self.arrivals.remove(&id);
+                self.epochs_taken(id, new, None, taken)?;
+            }
+            Err(Refusal::Early) => imported.fault("the beginning of the content is not whole"),
+            Err(refusal) => imported.fault(format!("the beginning of the content: {refusal}")),
+        }
+        Ok(epochs)
+    }
+
+    fn import_proofs(
+        &mut self,
+        id: DocumentId,
+        content: &Content,
+        imported: &mut Imported,
+    ) -> Result<Vec<Proof>, StoreError> {
+        let mut proofs = Vec::new();
+        for proof in &content.proofs {
+            match Proof::read(proof, &id) {
+                Ok(proof) => {
+                    self.take_proof(id, &proof)?;
+                    proofs.push(proof);
+                }
+                Err(refusal) => imported.fault(format!("a proof of equivocation: {refusal}")),
+            }
+        }
+        Ok(proofs)
+    }
+
+    /// Finds out what of a file counts, and of the rest why not.
+    fn compare_with_file(
+        &mut self,
+        (id, imported): (DocumentId, &mut Imported),
+        (log, order, refused): (&Log, &[Place], &HashMap<(SessionId, u64, Chain), Refusal>),
+        (epochs, proofs): (&[Epoch], &[Proof]),
+    ) -> Result<(), StoreError> {
+        let Some((document, _)) = self.document(&id)? else {
+            return Ok(());
+        };
+        let genesis = &document.genesis;
+        for epoch in epochs {
+            let is_decided = document.epochs.get(epoch.number);
+            // Where two have one number, all replicas take the same of them.
+            if is_decided.is_none() {
+                imported.fault(format!(
+                    "decision {} of the owner does not follow those that are here",
+                    epoch.number
+                ));
+            }
+        }
+        for proof in proofs {
+            let known = document.proof(&proof.session());
+            if document.matters(proof) && known.is_none_or(|known| known.index() > proof.index()) {
+                imported.fault("there is no room for a proof of equivocation");
+            }
+        }
+        let of_file: BTreeSet<EpochId> = epochs
+            .iter()
+            .map(|epoch| epoch.id)
+            .chain([genesis.epoch()])
+            .collect();
+        let mut void: HashSet<ChangeId> = HashSet::new();
+        for place in order {
+            let Some(envelope) = log.at(place) else {
+                continue;
+            };
+            let header = &envelope.header;
+            let chain = header.chain();
+            if document.chain_at(&header.session, header.index.saturating_add(1)) == Some(chain) {
+                imported.counted += 1;
+                continue;
+            }
+            let refusal = refused.get(&(header.session, header.index, chain));
+            let knows = document.knows(&header.run.epoch);
+            // What its session, or a change that it builds on, has lost.
+            let follows_void = || {
+                let deps = chunk::dependencies(&envelope.change);
+                deps.iter().any(|dep| void.contains(dep))
+            };
+            match refusal {
+                Some(refusal) if refusal.is_offence() => {
+                    imported.refused.damaged += 1;
+                    imported.fault(refusal.to_string());
+                }
+                Some(Refusal::Full) => imported.refused.full += 1,
+                Some(Refusal::Void) => {
+                    imported.refused.void += 1;
+                    void.insert(header.change);
+                }
+                _ if knows && document.is_void(header)
+                    || !knows && of_file.contains(&header.run.epoch)
+                    || follows_void() =>
+                {
+                    imported.refused.void += 1;
+                    void.insert(header.change);
+                }
+                _ => imported.refused.missing += 1,
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,193 @@
+//! Envelopes that came before what they build on.
+//!
+//! Anybody can make up envelopes of that kind, so what waits is bounded: of envelopes that were told unasked,
+//! [`MAX_TOLD`] and [`MAX_TOLD_BYTES`] for each document, a quarter of the number from one peer; of those that a peer
+//! gave because they were wanted of it, [`MAX_ASKED`] and [`MAX_ASKED_BYTES`] for each document. A document is wanted
+//! of one peer at a time; what another peer gave earlier is dropped first. All documents together have [`MAX_IN_ALL`].
+//! None of it is on disk, and whatever is dropped is wanted again.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    envelope::Envelope,
+    id::{Chain, ChangeId, EpochId, Key, SessionId},
+};
+
+/// Envelopes of one document that were told unasked and wait, and the bytes of their changes.
+pub(crate) const MAX_TOLD: usize = 512;
+pub(crate) const MAX_TOLD_BYTES: usize = 4 << 20;
+
+/// Envelopes of one document that were wanted and wait, and the bytes of their changes: eight pieces of a peer that
+/// gives session by session, as versions before causal order do.
+pub(crate) const MAX_ASKED: usize = 4096;
+pub(crate) const MAX_ASKED_BYTES: usize = 4 << 20;
+
+/// Bytes of changes that wait in all documents of a replica. Checked whenever a replica flushes; one message may exceed
+/// it until then.
+pub(crate) const MAX_IN_ALL: usize = 64 << 20;
+
+/// What an envelope waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum On {
+    /// The envelopes of its session before this index.
+    Place(SessionId, u64),
+    /// A change that it builds on.
+    Change(ChangeId),
+    /// The epoch in which its session began.
+    Epoch(EpochId),
+}
+
+#[derive(Debug)]
+pub(crate) struct Waiter {
+    pub(crate) envelope: Envelope,
+    pub(crate) from: Key,
+    pub(crate) asked: bool,
+    pub(crate) on: On,
+    /// Counts up with each that is kept.
+    turn: u64,
+}
+
+/// The chain after an envelope tells apart branches of a session.
+type Place = (SessionId, u64, Chain);
+
+fn place(envelope: &Envelope) -> Place {
+    let header = &envelope.header;
+    (header.session, header.index, header.chain())
+}
+
+/// Envelopes that wait; their signatures have been checked.
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    entries: BTreeMap<Place, Waiter>,
+    /// The places of those that wait for something.
+    by_on: BTreeMap<On, BTreeSet<Place>>,
+    /// Number and bytes of what was told, and of what was asked for.
+    told: (usize, usize),
+    asked: (usize, usize),
+    told_by: BTreeMap<Key, usize>,
+    turns: u64,
+}
+
+impl Waiting {
+    pub(crate) fn bytes(&self) -> usize {
+        self.told.1 + self.asked.1
+    }
+
+    pub(crate) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    pub(crate) fn has(&self, envelope: &Envelope) -> bool {
+        self.entries.contains_key(&place(envelope))
+    }
+
+    /// Whether there is room for an envelope; drops what another peer gave for one that was wanted.
+    pub(crate) fn make_room(&mut self, envelope: &Envelope, from: &Key, asked: bool) -> bool {
+        let bytes = envelope.change.len();
+        if !asked {
+            return self.told.0 < MAX_TOLD
+                && self
+                    .told_by
+                    .get(from)
+                    .is_none_or(|of_it| *of_it < MAX_TOLD / 4)
+                && self.told.1 + bytes <= MAX_TOLD_BYTES;
+        }
+        while self.asked.0 >= MAX_ASKED || self.asked.1 + bytes > MAX_ASKED_BYTES {
+            let others = self.entries.iter();
+            let others = others.filter(|(_, waiter)| waiter.asked && waiter.from != *from);
+            let Some(oldest) = others.min_by_key(|(_, waiter)| waiter.turn) else {
+                return false;
+            };
+            let oldest = *oldest.0;
+            self.remove(&oldest);
+        }
+        true
+    }
+
+    pub(crate) fn insert(&mut self, envelope: Envelope, (from, asked): (Key, bool), on: On) {
+        let bytes = envelope.change.len();
+        let place = place(&envelope);
+        self.remove(&place);
+        let room = if asked {
+            &mut self.asked
+        } else {
+            *self.told_by.entry(from).or_default() += 1;
+            &mut self.told
+        };
+        *room = (room.0 + 1, room.1 + bytes);
+        self.turns += 1;
+        let waiter = Waiter {
+            envelope,
+            from,
+            asked,
+            on,
+            turn: self.turns,
+        };
+        self.entries.insert(place, waiter);
+        self.by_on.entry(on).or_default().insert(place);
+    }
+
+    fn remove(&mut self, place: &Place) -> Option<Waiter> {
+        let waiter = self.entries.remove(place)?;
+        if let Some(places) = self.by_on.get_mut(&waiter.on) {
+            places.remove(place);
+            if places.is_empty() {
+                self.by_on.remove(&waiter.on);
+            }
+        }
+        let bytes = waiter.envelope.change.len();
+        let room = if waiter.asked {
+            &mut self.asked
+        } else {
+            if let Some(of_it) = self.told_by.get_mut(&waiter.from) {
+                *of_it -= 1;
+                if *of_it == 0 {
+                    self.told_by.remove(&waiter.from);
+                }
+            }
+            &mut self.told
+        };
+        *room = (room.0 - 1, room.1 - bytes);
+        Some(waiter)
+    }
+
+    /// What is waited for.
+    pub(crate) fn awaited(&self) -> impl Iterator<Item = &On> {
+        self.by_on.keys()
+    }
+
+    /// Takes out what waits for this, in the order of sessions.
+    pub(crate) fn wake(&mut self, on: &On) -> Vec<Waiter> {
+        let places = self.by_on.get(on).cloned().unwrap_or_default();
+        let waiters = places.iter().filter_map(|place| self.remove(place));
+        waiters.collect()
+    }
+
+    /// Drops what does not satisfy this.
+    pub(crate) fn retain(&mut self, keep: impl Fn(&Envelope) -> bool) {
+        let others = self.entries.iter();
+        let others = others.filter(|(_, waiter)| !keep(&waiter.envelope));
+        let others: Vec<_> = others.map(|(place, _)| *place).collect();
+        others.iter().for_each(|place| _ = self.remove(place));
+    }
+
+    /// How far a session reaches with what waits of it, from `count` envelopes with this chain on.
+    pub(crate) fn reach(&self, session: &SessionId, count: u64, mut chain: Chain) -> u64 {
+        let mut next = count;
+        loop {
+            let places = (*session, next, Chain([0; 32]))..=(*session, next, Chain([255; 32]));
+            let mut branches = self.entries.range(places);
+            match branches.find(|(_, waiter)| waiter.envelope.header.previous == chain) {
+                Some((place, _)) => chain = place.2,
+                None => return next,
+            }
+            next += 1;
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        assert_eq!(self.entries.len(), self.told.0 + self.asked.0);
+        self.entries.len()
+    }
+}

@@ -1,0 +1,127 @@
+//! Waiting until all of a document is here that its holders have.
+
+use std::{fmt, time::Duration};
+
+use tokio::{
+    sync::broadcast::error::RecvError,
+    time::{Instant, sleep_until, timeout_at},
+};
+use weft_crdt::{Completeness, DocumentId, Documents, Holder};
+use weft_net::PeerId;
+
+use super::peer_of;
+use crate::Error;
+
+/// Holders that had nothing to send are looked at this often; a change of the document is noticed at once.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Time between two looks while changes come.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// How much of a document is here, measured against the connected peers that hold it;
+/// [`Doc::whole`](super::Doc::whole).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DocCompleteness {
+    /// Everything is here that these holders have, and there is at least one.
+    pub whole: bool,
+    /// Changes here since the content began anew.
+    pub changes: u64,
+    /// Bytes of these changes.
+    pub log_bytes: u64,
+    /// The connected peers that are known to hold the document.
+    pub holders: Vec<DocHolder>,
+}
+
+/// A connected peer that holds a document, and what of its changes is missing here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DocHolder {
+    /// The peer.
+    pub peer: PeerId,
+    /// Whether it has said what it has.
+    pub answered: bool,
+    /// Changes that it has.
+    pub changes: u64,
+    /// Changes of these that are not here.
+    pub missing: u64,
+    /// Decisions of the owner, and proofs of equivocation, that it has and are not here.
+    pub missing_decisions: u64,
+}
+
+impl DocHolder {
+    fn of(holder: &Holder) -> Option<Self> {
+        Some(Self {
+            peer: peer_of(&holder.peer)?,
+            answered: holder.answered,
+            changes: holder.changes,
+            missing: holder.missing,
+            missing_decisions: holder.missing_decisions,
+        })
+    }
+}
+
+/// `has 26 of 120 changes of peer 12D3KooW...`
+impl fmt::Display for DocHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            peer,
+            answered,
+            changes,
+            missing,
+            missing_decisions,
+        } = self;
+        if !answered {
+            return write!(f, "peer {peer} has not said what it has");
+        }
+        let has = changes.saturating_sub(*missing);
+        write!(f, "has {has} of {changes} changes of peer {peer}")?;
+        match missing_decisions {
+            0 => Ok(()),
+            1 => write!(f, ", and lacks a decision of the owner or a proof"),
+            many => write!(f, ", and lacks {many} decisions of the owner or proofs"),
+        }
+    }
+}
+
+impl From<Completeness> for DocCompleteness {
+    fn from(completeness: Completeness) -> Self {
+        Self {
+            whole: completeness.is_whole(),
+            changes: completeness.changes,
+            log_bytes: completeness.log_bytes,
+            holders: completeness
+                .holders
+                .iter()
+                .filter_map(DocHolder::of)
+                .collect(),
+        }
+    }
+}
+
+pub(super) async fn wait(
+    documents: &Documents,
+    id: DocumentId,
+    patience: Duration,
+) -> Result<DocCompleteness, Error> {
+    let until = Instant::now() + patience;
+    let mut events = documents.events();
+    // Holders answer for as long as it is held.
+    let _comparing = documents.with(move |replica| replica.compare(id)).await?;
+    loop {
+        let completeness = documents
+            .with(move |replica| replica.completeness(id))
+            .await?;
+        let now = Instant::now();
+        if completeness.is_whole() || now >= until {
+            return Ok(completeness.into());
+        }
+        let look = until.min(now + LOOK);
+        match timeout_at(look, events.recv()).await {
+            Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
+            // Whoever is behind has missed something, and looks.
+            Ok(_) => sleep_until(until.min(now + PAUSE)).await,
+            Err(_) => {}
+        }
+    }
+}
