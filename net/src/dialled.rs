@@ -77,11 +77,15 @@ pub(crate) struct Noted<T> {
     dialled: Dialled,
     access: Shared,
     gate: Gate,
+    /// What it carries: a permit for one is not used up by the other.
+    kind: Kind,
 }
 
 impl<T> Noted<T> {
-    pub(crate) fn new(inner: T, dialled: Dialled, access: Shared, gate: Gate) -> Self {
+    /// `kind`: TCP or QUIC, whichever `inner` is.
+    pub(crate) fn new(inner: T, kind: Kind, dialled: Dialled, access: Shared, gate: Gate) -> Self {
         Self {
+            kind,
             inner,
             dialled,
             access,
@@ -120,7 +124,7 @@ where
         options: DialOpts,
     ) -> Result<Self::Dial, TransportError<io::Error>> {
         // What has more parts than these may lead elsewhere than where it seems to.
-        let Some((at, kind)) = any_socket(&address) else {
+        let Some((at, _)) = any_socket(&address).filter(|(_, kind)| *kind == self.kind) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let ip = at.ip().to_canonical();
@@ -131,7 +135,7 @@ where
             )));
         }
         let begin = Instant::now();
-        let udp = kind == Kind::Quic;
+        let udp = self.kind == Kind::Quic;
         let Some(permit) = self.gate.take_permit(at, udp, begin) else {
             tracing::warn!(%address, "refused: a dial that has not passed the gate");
             return Err(TransportError::Other(io::Error::new(
@@ -178,7 +182,13 @@ mod tests {
         let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", at.port()).parse().unwrap();
         let gate = Gate::new(std::iter::empty());
         let tcp = tcp::tokio::Transport::new(tcp::Config::default());
-        let mut noted = Noted::new(tcp, Dialled::default(), Shared::default(), gate.clone());
+        let mut noted = Noted::new(
+            tcp,
+            Kind::Tcp,
+            Dialled::default(),
+            Shared::default(),
+            gate.clone(),
+        );
         let options = DialOpts {
             role: Endpoint::Dialer,
             port_use: PortUse::New,

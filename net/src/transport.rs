@@ -28,6 +28,7 @@ use multistream_select::{dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
 
 use crate::{
+    Transport as Kind,
     access::Shared,
     circuit::Circuits,
     dialled::{Dialled, Noted},
@@ -86,13 +87,20 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, SpawnError> {
     let noted = (&parts.dialled, &parts.access, &parts.gate);
     let quic = Noted::new(
         Quic::new(parts.key, &parts.tls, parts.sockets.clone())?,
+        Kind::Quic,
         noted.0.clone(),
         noted.1.clone(),
         noted.2.clone(),
     )
     .map(|((peer, connection), _), _| (peer, StreamMuxerBox::new(connection)));
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
-    let tcp = Noted::new(tcp, noted.0.clone(), noted.1.clone(), noted.2.clone());
+    let tcp = Noted::new(
+        tcp,
+        Kind::Tcp,
+        noted.0.clone(),
+        noted.1.clone(),
+        noted.2.clone(),
+    );
     let lanes = parts.lanes.clone();
     let tcp = WebOrPlain::new(tcp, Outside::new(parts.certificate)?).and_then(
         move |(socket, begin), endpoint| {

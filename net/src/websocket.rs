@@ -608,6 +608,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        Transport as Kind,
         access::Shared,
         dialled::{Dialled, Noted},
         gate::Gate,
@@ -624,7 +625,7 @@ mod tests {
         let tcp = tcp::tokio::Transport::new(tcp::Config::default());
         let outside = Outside::new(None).unwrap();
         WebOrPlain::new(
-            Noted::new(tcp, Dialled::default(), Shared::default(), gate),
+            Noted::new(tcp, Kind::Tcp, Dialled::default(), Shared::default(), gate),
             outside,
         )
     }
