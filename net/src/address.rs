@@ -207,6 +207,17 @@ pub(crate) fn site(ip: IpAddr) -> IpAddr {
     }
 }
 
+/// The network of an address: a /24 of IPv4, a /48 of IPv6.
+pub(crate) fn network(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, _] = ip.octets();
+            IpAddr::from([a, b, c, 0])
+        }
+        IpAddr::V6(ip) => IpAddr::from((u128::from(ip) >> 80 << 80).to_be_bytes()),
+    }
+}
+
 /// The reverse of [`socket`].
 pub(crate) fn of_socket(address: SocketAddr, transport: Transport) -> Multiaddr {
     let host = Multiaddr::from(address.ip());

@@ -33,8 +33,8 @@ use crate::{
     Access, Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
     Reachability, RelayServer, SpawnError, Stream, Transport, access,
     address::{
-        dialable_from, first_ip, is_outside, is_public, is_relayed, of_socket, socket,
-        socket_within, starts_with_name,
+        dialable_from, first_ip, is_outside, is_public, of_socket, socket, socket_within,
+        starts_with_name,
     },
     autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
@@ -1212,10 +1212,6 @@ where
             }
         }
         for address in claimed {
-            // A peer that is reached from the internet is part of a mesh that reaches there.
-            if !is_relayed(&address) {
-                self.gate.met(&address, false);
-            }
             self.swarm.add_peer_address(id, address);
         }
         self.hold_relays();

@@ -31,7 +31,7 @@ use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 
 use crate::{
     LimitUse, Transport,
-    address::{is_public, is_relayed, site, socket, socket_within, starts_with_name},
+    address::{is_public, is_relayed, network, site, socket, socket_within, starts_with_name},
     split_peer_id,
 };
 
@@ -352,17 +352,6 @@ pub(crate) struct Gate(Arc<Mutex<State>>);
 /// Without an IPv4 address that an IPv6 address may be hiding.
 fn canonical(at: SocketAddr) -> SocketAddr {
     SocketAddr::new(at.ip().to_canonical(), at.port())
-}
-
-/// The network of an address: a /24 or a /48.
-fn network(ip: IpAddr) -> IpAddr {
-    match ip.to_canonical() {
-        IpAddr::V4(ip) => {
-            let [a, b, c, _] = ip.octets();
-            IpAddr::from([a, b, c, 0])
-        }
-        IpAddr::V6(ip) => IpAddr::from((u128::from(ip) >> 80 << 80).to_be_bytes()),
-    }
 }
 
 /// The private block that an address is part of (RFC 1918, RFC 6598; of RFC 4193, the /48 of one site).
