@@ -126,7 +126,7 @@ pub async fn attack(seconds: u64) -> Result<Attacked, LabError> {
         ),
     )?;
     let listen = ["/ip4/0.0.0.0/tcp/443", "/ip4/0.0.0.0/udp/443/quic-v1"];
-    let mut arguments = vec!["--json", "relay", "--no-mdns"];
+    let mut arguments = vec!["--json", "relay"];
     for address in &listen {
         arguments.extend_from_slice(&["--listen", *address]);
     }
@@ -149,13 +149,14 @@ pub async fn attack(seconds: u64) -> Result<Attacked, LabError> {
     arguments.push(seen[1].to_string());
     arguments.push(ip(&stranger)?.to_string());
     arguments.push(seconds.to_string());
+    let document = home.home.json(&["doc", "create"]);
+    let document = document["id"].as_str().unwrap_or_default().to_owned();
+    arguments.push(document.clone());
     let mut command = wire::this_program(&arguments)?;
     command.stdout(Stdio::piped());
     let attack = stranger.spawn_command_sync(command)?;
     // What users do meanwhile.
     let model = blake3_hex();
-    let document = home.home.json(&["doc", "new"]);
-    let document = document["id"].as_str().unwrap_or_default().to_owned();
     let end = begin + Duration::from_secs(seconds);
     while Instant::now() + Duration::from_secs(6) < end {
         let mut running = Vec::new();
@@ -240,8 +241,8 @@ fn blake3_hex() -> String {
 
 /// The stranger, in its own namespace.
 pub(super) fn run(arguments: &[String]) -> anyhow::Result<()> {
-    let [server, home, bystander, printer, private, nat, own, seconds] = arguments else {
-        anyhow::bail!("eight arguments");
+    let [server, home, bystander, printer, private, nat, own, seconds, document] = arguments else {
+        anyhow::bail!("nine arguments");
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -255,6 +256,7 @@ pub(super) fn run(arguments: &[String]) -> anyhow::Result<()> {
         private: private.parse()?,
         nat: nat.parse()?,
         own: own.parse()?,
+        document: document.clone(),
         end: Instant::now() + Duration::from_secs(seconds.parse()?),
     };
     runtime.block_on(stranger.attack())
@@ -269,6 +271,7 @@ struct Stranger {
     private: Ipv4Addr,
     nat: Ipv4Addr,
     own: Ipv4Addr,
+    document: String,
     end: Instant,
 }
 
@@ -367,6 +370,7 @@ impl Stranger {
             };
             let mut all = vec![
                 (format!("peer/{own}"), peer.clone()),
+                (format!("document/{}", self.document), peer.clone()),
                 (
                     format!("provider/{}", blake3_hex()),
                     provider.encode_to_vec(),
