@@ -131,6 +131,16 @@ impl Access {
     }
 }
 
+impl Access {
+    /// Whether a peer may be dialled, as far as its identity tells. Where it is shows later, and may let it in.
+    fn may_dial(&self, peer: &PeerId) -> bool {
+        let rule = Rule::Peer(*peer);
+        let only_peers =
+            !self.allow.is_empty() && self.allow.iter().all(|r| matches!(r, Rule::Peer(_)));
+        !self.block.contains(&rule) && (!only_peers || self.allow.contains(&rule))
+    }
+}
+
 /// The lists keep it out.
 #[derive(Debug, thiserror::Error)]
 #[error("kept out by the lists of whom to allow and block")]
@@ -246,9 +256,8 @@ impl NetworkBehaviour for Behaviour {
         _: &[Multiaddr],
         _: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
-        // Where it leads shows later; a peer that is blocked need not be dialled at all.
         let access = self.access.get();
-        if peer.is_some_and(|peer| access.block.contains(&Rule::Peer(peer))) {
+        if peer.is_some_and(|peer| !access.may_dial(&peer)) {
             return Err(ConnectionDenied::new(KeptOut));
         }
         Ok(Vec::new())
@@ -387,6 +396,10 @@ mod tests {
         assert!(!admits(&access, Some(&other), "/ip4/192.0.3.1/tcp/1"));
         assert!(admits(&access, Some(&other), "/ip4/10.9.9.9/tcp/1"));
         assert!(!admits(&access, Some(&bad), "/ip4/10.9.9.9/tcp/1"));
+        assert!(access.may_dial(&other) && !access.may_dial(&bad));
+        // A closed network dials its members only.
+        access.allow = vec![Rule::Peer(good)];
+        assert!(access.may_dial(&good) && !access.may_dial(&other));
         access.allow = vec![rule("10.0.0.0/8")];
         assert!(!admits(&access, None, "/ip4/192.0.3.1/tcp/1"));
         assert!(!admits(&access, Some(&good), &relay));

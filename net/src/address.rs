@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
@@ -109,28 +109,55 @@ pub(crate) fn is_link_local(address: &Multiaddr) -> bool {
     matches!(address.iter().next(), Some(Protocol::Ip6(ip)) if ip.is_unicast_link_local())
 }
 
+/// The IPv4 address that an IPv6 address carries: packets for it end up there. NAT64 (RFC 6052, RFC 8215), 6to4 (RFC 3056), Teredo's
+/// server (RFC 4380), and the IPv4-compatible addresses of RFC 4291.
+fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
+    let low = |shift: u32| Some(Ipv4Addr::from((u128::from(ip) >> shift) as u32));
+    match ip.segments() {
+        [0, 0, 0, 0, 0, 0, ..] => low(0),
+        // A prefix of 96 bits; under RFC 8215's a site chooses its own length, of which this is the usual one.
+        [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0x64, 0xff9b, 1, ..] => low(0),
+        [0x2002, ..] => low(80),
+        [0x2001, 0, ..] => low(64),
+        _ => None,
+    }
+}
+
 /// Whether packets for it cross the public internet (RFC 6890), as far as an address tells.
+///
+/// Two kinds of reserved addresses count as public because no host has them and nothing is harmed there: those for documentation and
+/// those for benchmarks (RFC 2544), of which the internet of the test lab is made.
 pub(crate) fn is_public(ip: &IpAddr) -> bool {
     match ip.to_canonical() {
         IpAddr::V4(ip) => {
-            let [a, b, ..] = ip.octets();
+            let [a, b, c, _] = ip.octets();
             // Shared between a carrier's customers: RFC 6598.
             let carrier = a == 100 && (64..128).contains(&b);
+            // Protocol assignments, DS-Lite among them (RFC 6333), and the retired anycast address of 6to4 relays (RFC 7526).
+            let protocols = [a, b, c] == [192, 0, 0] || [a, b, c] == [192, 88, 99];
             !(ip.is_private()
                 || ip.is_loopback()
                 || ip.is_link_local()
                 || ip.is_broadcast()
                 || ip.is_multicast()
                 || carrier
+                || protocols
                 || a == 0
                 || a >= 240)
         }
         IpAddr::V6(ip) => {
+            // fec0::/10, retired by RFC 3879 and still routed within sites.
+            let site_local = ip.segments()[0] & 0xffc0 == 0xfec0;
+            // RFC 6666: routed nowhere.
+            let discard = ip.segments()[..4] == [0x100, 0, 0, 0];
             !(ip.is_unspecified()
                 || ip.is_loopback()
                 || ip.is_multicast()
                 || ip.is_unique_local()
-                || ip.is_unicast_link_local())
+                || ip.is_unicast_link_local()
+                || site_local
+                || discard)
+                && embedded(ip).is_none_or(|ip| is_public(&ip.into()))
         }
     }
 }
@@ -177,6 +204,17 @@ pub(crate) fn site(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 64 << 64).into(),
         v4 @ IpAddr::V4(_) => v4,
+    }
+}
+
+/// The network of an address: a /24 of IPv4, a /48 of IPv6.
+pub(crate) fn network(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, _] = ip.octets();
+            IpAddr::from([a, b, c, 0])
+        }
+        IpAddr::V6(ip) => IpAddr::from((u128::from(ip) >> 80 << 80).to_be_bytes()),
     }
 }
 
@@ -341,7 +379,17 @@ mod tests {
 
     #[test]
     fn what_is_public_is_told_from_what_is_not() {
-        for ip in ["1.1.1.1", "203.0.113.9", "2001:db8::1", "::ffff:8.8.8.8"] {
+        for ip in [
+            "1.1.1.1",
+            "11.0.1.1",
+            "198.18.1.1",
+            "203.0.113.9",
+            "2001:db8::1",
+            "2606:4700::1",
+            "::ffff:8.8.8.8",
+            "64:ff9b::8.8.8.8",
+            "2002:808:808::1",
+        ] {
             assert!(is_public(&ip.parse().unwrap()), "{ip}");
         }
         for ip in [
@@ -360,6 +408,18 @@ mod tests {
             "fd00::1",
             "ff02::1",
             "::ffff:10.0.0.1",
+            "::10.0.0.1",
+            "192.0.0.8",
+            "192.88.99.1",
+            "240.0.0.1",
+            "fec0::1",
+            "100::1",
+            "64:ff9b::10.0.0.1",
+            "64:ff9b::7f00:1",
+            "64:ff9b:1::192.168.1.1",
+            "2002:a00:1::1",
+            "2002:c0a8:101::1",
+            "2001:0:a00:1::",
         ] {
             assert!(!is_public(&ip.parse().unwrap()), "{ip}");
         }

@@ -16,9 +16,13 @@ use libp2p::{
     core::transport::{DialOpts, ListenerId, TransportEvent},
 };
 
+use tokio::time::timeout;
+
 use crate::{
+    Transport as Kind,
     access::{KeptOut, Shared},
     address::any_socket,
+    gate::Gate,
 };
 
 /// How long a NAT or firewall may remember what was sent: an hour and more for an open TCP connection, but that is ours then.
@@ -59,21 +63,33 @@ impl Dialled {
     }
 }
 
-/// A transport that notes what it dials, and tells when each connection began. Below all that resolves names and takes addresses apart, it sees where packets really go,
-/// and holds to the lists there.
+/// Nothing has asked the gate whether this socket may be dialled.
+#[derive(Debug, thiserror::Error)]
+#[error("the gate holds no permit for this destination")]
+pub(crate) struct NoPermit;
+
+/// A transport that notes what it dials, and tells when each connection began. Below everything that takes addresses apart, it sees where
+/// packets really go. It holds to the access lists, and refuses a destination for which the [`Gate`] holds no permit: a dial that went
+/// around the gate ends here.
 #[derive(Debug)]
 pub(crate) struct Noted<T> {
     inner: T,
     dialled: Dialled,
     access: Shared,
+    gate: Gate,
+    /// What it carries: a permit for one is not used up by the other.
+    kind: Kind,
 }
 
 impl<T> Noted<T> {
-    pub(crate) fn new(inner: T, dialled: Dialled, access: Shared) -> Self {
+    /// `kind`: TCP or QUIC, whichever `inner` is.
+    pub(crate) fn new(inner: T, kind: Kind, dialled: Dialled, access: Shared, gate: Gate) -> Self {
         Self {
+            kind,
             inner,
             dialled,
             access,
+            gate,
         }
     }
 }
@@ -108,7 +124,7 @@ where
         options: DialOpts,
     ) -> Result<Self::Dial, TransportError<io::Error>> {
         // What has more parts than these may lead elsewhere than where it seems to.
-        let Some((at, _)) = any_socket(&address) else {
+        let Some((at, _)) = any_socket(&address).filter(|(_, kind)| *kind == self.kind) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
         let ip = at.ip().to_canonical();
@@ -118,10 +134,25 @@ where
                 KeptOut,
             )));
         }
-        let dial = self.inner.dial(address, options)?;
         let begin = Instant::now();
+        let udp = self.kind == Kind::Quic;
+        let Some(permit) = self.gate.take_permit(at, udp, begin) else {
+            tracing::warn!(%address, "refused: a dial that has not passed the gate");
+            return Err(TransportError::Other(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                NoPermit,
+            )));
+        };
+        let dial = self.inner.dial(address, options)?;
         self.dialled.note(ip, begin);
-        Ok(dial.map_ok(move |output| (output, begin)).boxed())
+        let dial = dial.map_ok(move |output| (output, begin));
+        Ok(match permit.patience {
+            None => dial.boxed(),
+            // Nobody has shown to be there: not many packets into the void.
+            Some(patience) => timeout(patience, dial)
+                .map(|dialled| dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())))
+                .boxed(),
+        })
     }
 
     fn poll(
@@ -136,7 +167,43 @@ where
 
 #[cfg(test)]
 mod tests {
+    use libp2p::{
+        core::{Endpoint, transport::PortUse},
+        tcp,
+    };
+
     use super::*;
+
+    /// Whoever may call the transport in the future: it reaches nothing without the gate.
+    #[tokio::test]
+    async fn a_dial_that_goes_around_the_gate_reaches_nothing() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", at.port()).parse().unwrap();
+        let gate = Gate::new(std::iter::empty());
+        let tcp = tcp::tokio::Transport::new(tcp::Config::default());
+        let mut noted = Noted::new(
+            tcp,
+            Kind::Tcp,
+            Dialled::default(),
+            Shared::default(),
+            gate.clone(),
+        );
+        let options = DialOpts {
+            role: Endpoint::Dialer,
+            port_use: PortUse::New,
+        };
+        let Err(TransportError::Other(error)) = noted.dial(address.clone(), options) else {
+            panic!("dialled without a permit");
+        };
+        assert!(error.get_ref().unwrap().is::<NoPermit>());
+        let came = timeout(Duration::from_millis(50), listener.accept()).await;
+        assert!(came.is_err());
+        gate.give(address.clone());
+        noted.dial(address.clone(), options).unwrap().await.unwrap();
+        // Each permit once.
+        assert!(noted.dial(address, options).is_err());
+    }
 
     #[test]
     fn what_was_dialled_is_remembered_for_a_while_and_not_without_end() {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use futures::StreamExt;
+use if_watch::{IfEvent, tokio::IfWatcher};
 use libp2p::{
     Multiaddr, PeerId, Swarm, TransportError, connection_limits,
     connection_limits::ConnectionLimits,
@@ -21,7 +22,6 @@ use libp2p::{
     swarm::{
         ConnectionDenied, ConnectionId, DialError, ListenError, NetworkBehaviour, SwarmEvent,
         behaviour::toggle::Toggle,
-        dial_opts::{DialOpts, PeerCondition},
     },
 };
 use tokio::{
@@ -40,6 +40,7 @@ use crate::{
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
     crowd,
     dialled::Dialled,
+    gate::{Gate, Source},
     lane::{self, Places},
     limits::Memory,
     listen,
@@ -51,6 +52,7 @@ use crate::{
     reach::Reach,
     relay_server::{Need, Server},
     relays::Relays,
+    resolve::Names,
     split_peer_id,
     streams::{self, Moved, Protocols},
     tls::Tls,
@@ -59,11 +61,16 @@ use crate::{
 
 mod addresses;
 mod autonat;
+mod dialling;
+mod guarded;
 mod lanes;
 mod punching;
 mod relaying;
 
 use autonat::{Autonat, Told};
+use dialling::{How, Resolved};
+pub(crate) use guarded::Guarded;
+use guarded::{GuardedEvent, Wanted as WantedDial};
 use lanes::{Lanes, NoLane};
 use punching::Punching;
 
@@ -176,8 +183,8 @@ impl Bootstrap {
 #[derive(Debug)]
 struct Dial {
     peer: PeerId,
-    /// What was given to dial, for another try without those that turn out to be somebody else's.
-    addresses: Vec<Multiaddr>,
+    /// What was dialled, for another try without those that turn out to be somebody else's.
+    addresses: Vec<(Source, Multiaddr)>,
 }
 
 /// What the driver knows of a connected peer.
@@ -325,6 +332,8 @@ enum Outcome {
     Probed(ConnectionId),
     /// A stream has to do without a lane.
     NoLane(NoLane),
+    /// A name has been looked up.
+    Resolved(Resolved),
     /// A search has found where the other side can be reached from.
     Found {
         peer: PeerId,
@@ -335,7 +344,14 @@ enum Outcome {
 
 /// Owns the swarm; ends when the last handle is dropped.
 pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
-    swarm: Swarm<Behaviour<E>>,
+    swarm: Swarm<Guarded<E>>,
+    /// What may be dialled.
+    gate: Gate,
+    names: Names,
+    /// Names that are being looked up, by the peer that is to be dialled.
+    resolving: HashMap<PeerId, usize>,
+    /// Tells of our networks.
+    interfaces: Option<IfWatcher>,
     /// Those that have not reported an address yet.
     listeners: Vec<ListenerId>,
     /// QUIC's.
@@ -419,6 +435,11 @@ where
             .collect::<Result<_, _>>()?;
         let mut named = config.bootstrap.iter().chain(&config.relays);
         let outside = named.any(is_outside);
+        let named = config.bootstrap.iter().chain(&config.relays);
+        let gate = Gate::new(named.chain(&config.external));
+        let interfaces = IfWatcher::new().inspect_err(|error| {
+            tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialled");
+        });
         let limits = ConnectionLimits::default()
             .with_max_pending_incoming(Some(config.limits.pending_incoming))
             .with_max_pending_outgoing(Some(config.limits.pending_outgoing))
@@ -469,11 +490,12 @@ where
             sockets: sockets.clone(),
             dialled: dialled.clone(),
             access,
+            gate: gate.clone(),
             lanes: places.enabled().then_some(lanes_arrive),
         };
         let mut swarm = Swarm::new(
             transport::build(&parts, circuits)?,
-            behaviour,
+            Guarded::new(behaviour),
             local,
             libp2p::swarm::Config::with_tokio_executor()
                 .with_idle_connection_timeout(IDLE)
@@ -509,6 +531,10 @@ where
         let (outcomes, finished) = mpsc::channel(OUTCOMES);
         Ok(Self {
             swarm,
+            gate,
+            names: Names::new(),
+            resolving: HashMap::new(),
+            interfaces: interfaces.ok(),
             listeners,
             requests,
             protocols,
@@ -561,6 +587,7 @@ where
     pub(crate) async fn start(&mut self) -> Result<watch::Receiver<Addresses>, SpawnError> {
         let listeners = std::mem::take(&mut self.listeners);
         self.wait_for_listeners(listeners).await?;
+        self.note_listeners();
         self.update_relay_server();
         self.map_ports();
         let addresses = self.told.subscribe();
@@ -641,6 +668,10 @@ where
                 Some(need) = self.needs.recv() => self.on_need(need),
                 Some(mapped) = self.mapping_changes.recv() => self.on_mapped(mapped),
                 Some(outcome) = self.finished.recv() => self.on_outcome(outcome),
+                change = dialling::next_change(&mut self.interfaces) => match change {
+                    IfEvent::Up(network) => self.gate.network_changed(network, true),
+                    IfEvent::Down(network) => self.gate.network_changed(network, false),
+                },
                 _ = tick.tick() => self.on_tick(),
             }
         }
@@ -651,14 +682,14 @@ where
         match command {
             Command::Connect {
                 peer,
-                addresses,
+                destinations,
                 reply,
             } => {
                 if let Some(best) = self.peers.get(&peer).and_then(Peer::best) {
                     let _ = reply.send(Ok(best.path.clone()));
                     return;
                 }
-                match self.dial(peer, addresses) {
+                match self.dial(peer, destinations.sources()) {
                     Ok(()) => self.waiting.entry(peer).or_default().push(reply),
                     Err(error) => drop(reply.send(Err(error))),
                 }
@@ -742,34 +773,12 @@ where
             Outcome::ToDial { stream, wanted } => self.on_to_dial(stream, wanted),
             Outcome::Probed(id) => self.on_probed(id),
             Outcome::NoLane(without) => self.on_no_lane(without),
+            Outcome::Resolved(resolved) => self.on_resolved(resolved),
         }
-    }
-
-    fn dial(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<(), ConnectError> {
-        let mut options = DialOpts::peer_id(peer)
-            .condition(PeerCondition::Disconnected)
-            .addresses(addresses.clone());
-        if addresses.is_empty() {
-            // What the DHT has heard of the peer comes from anybody: a last resort.
-            options = options.extend_addresses_through_behaviour();
-        }
-        let options = options.build();
-        let id = options.connection_id();
-        match self.swarm.dial(options) {
-            Ok(()) => {
-                self.dials.insert(id, Dial { peer, addresses });
-                Ok(())
-            }
-            Err(_) if self.is_dialling(&peer) => Ok(()),
-            Err(error) => Err(dial_error(peer, &error)),
-        }
-    }
-
-    fn is_dialling(&self, peer: &PeerId) -> bool {
-        self.dials.values().any(|dial| dial.peer == *peer)
     }
 
     fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
+        self.gate.failed(id, Instant::now());
         self.punching.dialled(id);
         if self.on_probe(id, false) {
             return;
@@ -782,7 +791,7 @@ where
             return;
         };
         tracing::debug!(%peer, %error, "a dial failed");
-        let quic = |address: &Multiaddr| {
+        let quic = |(_, address): &(Source, Multiaddr)| {
             socket(address).is_some_and(|(at, t)| t == Transport::Quic && is_public(&at.ip()))
         };
         // It answers over TCP, and not over UDP at the same time.
@@ -800,7 +809,7 @@ where
         };
         if let Some(elsewhere) = elsewhere {
             let before = addresses.len();
-            addresses.retain(|address| split_peer_id(address.clone()).0 != elsewhere);
+            addresses.retain(|(_, address)| split_peer_id(address.clone()).0 != elsewhere);
             let fewer = !addresses.is_empty() && addresses.len() < before;
             if fewer && self.dial(peer, addresses).is_ok() {
                 return;
@@ -810,15 +819,13 @@ where
         if self.is_dialling(&peer) {
             return;
         }
-        self.refuse_circuits(&peer, &dial_error(peer, error).to_string());
-        for reply in self.waiting.remove(&peer).unwrap_or_default() {
-            // Whoever asked may be gone.
-            let _ = reply.send(Err(dial_error(peer, error)));
-        }
+        self.give_up(&peer, || dial_error(peer, error));
     }
 
-    fn on_event(&mut self, event: SwarmEvent<BehaviourEvent<E>>) {
+    fn on_event(&mut self, event: SwarmEvent<GuardedEvent<E>>) {
         match event {
+            SwarmEvent::Behaviour(GuardedEvent::Wanted(wanted)) => self.on_wanted(wanted),
+            SwarmEvent::Behaviour(GuardedEvent::Inner(event)) => self.on_behaviour(event),
             SwarmEvent::ConnectionEstablished {
                 peer_id,
                 connection_id,
@@ -853,11 +860,13 @@ where
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 tracing::info!(%address, "not listening any more");
+                self.note_listeners();
                 self.on_network_changed(&address);
                 self.on_address_gone(&address);
             }
             SwarmEvent::NewListenAddr { address, .. } => {
                 tracing::info!(%address, "listening");
+                self.note_listeners();
                 self.on_network_changed(&address);
                 self.tell_addresses();
             }
@@ -873,12 +882,18 @@ where
                 // A peer can cause it: not worth a line each time.
                 tracing::debug!(%error, "a listener failed");
             }
-            SwarmEvent::Behaviour(BehaviourEvent::Identify(identify::Event::Received {
+            _ => {}
+        }
+    }
+
+    fn on_behaviour(&mut self, event: BehaviourEvent<E>) {
+        match event {
+            BehaviourEvent::Identify(identify::Event::Received {
                 connection_id,
                 peer_id,
                 info,
-            })) => self.on_identified(peer_id, connection_id, info),
-            SwarmEvent::Behaviour(BehaviourEvent::Ping(event)) => match event.result {
+            }) => self.on_identified(peer_id, connection_id, info),
+            BehaviourEvent::Ping(event) => match event.result {
                 Ok(rtt) => {
                     if let Some(connection) = self
                         .peers
@@ -895,14 +910,14 @@ where
                     self.swarm.close_connection(event.connection);
                 }
             },
-            SwarmEvent::Behaviour(BehaviourEvent::Streams(Moved {
+            BehaviourEvent::Streams(Moved {
                 peer,
                 connection,
                 path,
-            })) => {
+            }) => {
                 self.on_moved(peer, connection, path);
             }
-            SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
+            BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 let mut by_peer: HashMap<PeerId, Vec<Multiaddr>> = HashMap::new();
                 for (peer, address) in found {
                     by_peer
@@ -911,12 +926,16 @@ where
                         .push(split_peer_id(address).0);
                 }
                 for (peer, addresses) in by_peer {
-                    if self.peers.len() + self.dials.len() < MDNS_PEERS
-                        && !self.peers.contains_key(&peer)
-                    {
+                    self.gate.announced(peer, &addresses, Instant::now());
+                    let known = self.peers.get(&peer);
+                    let few = self.peers.len() + self.dials.len() < MDNS_PEERS;
+                    if known.is_some_and(|known| !known.is_direct()) {
+                        self.dial_neighbour(peer);
+                    } else if few && known.is_none() {
                         tracing::debug!(%peer, "found on the local network");
                         // Already dialling it is as good.
-                        let _ = self.dial(peer, addresses);
+                        let found = self.gate.neighbour(&peer);
+                        let _ = self.dial(peer, found);
                     }
                 }
             }
@@ -926,10 +945,14 @@ where
 
     fn on_connected(&mut self, id: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
         let now = Instant::now();
+        let path = path(endpoint);
+        self.gate.connected(connection);
+        if let Some(at) = socket_within(&path.address).filter(|_| path.kind < PathKind::Relayed) {
+            self.gate.proved(at, now);
+        }
         if self.on_probe(connection, true) {
             return;
         }
-        let path = path(endpoint);
         if path.transport == Transport::Quic && path.kind == PathKind::Direct {
             self.autonat.udp_got_through(now);
         }
@@ -945,13 +968,17 @@ where
             self.on_reached(local_addr, &path);
         }
         self.note_outside(&path.address);
+        let proxied = endpoint.is_listener() && path.transport == Transport::Ws;
+        self.gate.met(&path.address, proxied);
         let peer = self.peers.entry(id).or_insert_with(|| Peer::new(now));
         let was_direct = peer.is_direct();
         let was_connected = !peer.connections.is_empty();
         let direct = path.kind < PathKind::Relayed;
         let source = socket_within(&path.address).and_then(source);
         if let (Some(dial), Some((at, _))) = (dial, socket(&path.address)) {
-            lanes::remember(&mut peer.tcp, &dial.addresses, at.ip());
+            let dialled = dial.addresses.into_iter().map(|(_, address)| address);
+            let dialled: Vec<_> = dialled.collect();
+            lanes::remember(&mut peer.tcp, &dialled, at.ip());
         }
         peer.connections.insert(
             connection,
@@ -1004,6 +1031,14 @@ where
             self.autonat.udp_got_through(Instant::now());
         }
         self.note_outside(&path.address);
+        self.gate
+            .met(&path.address, path.transport == Transport::Ws);
+    }
+
+    /// Where we listen now.
+    fn note_listeners(&self) {
+        self.gate
+            .listens_at(self.swarm.listeners().filter_map(socket_within));
     }
 
     /// Whether we are part of a mesh beyond our own networks shows by whom we meet. A name tells later where it leads.
@@ -1299,7 +1334,7 @@ where
         paths
     }
 
-    fn limit_uses(&self) -> Vec<LimitUse> {
+    fn limit_uses(&mut self) -> Vec<LimitUse> {
         let info = self.swarm.network_info();
         let counters = info.connection_counters();
         let behaviour = self.swarm.behaviour();
@@ -1387,6 +1422,8 @@ where
             },
         ];
         all.extend(self.server.limits());
+        all.extend(self.gate.limits(Instant::now()));
+        all.extend(self.names.limits(Instant::now()));
         all
     }
 
@@ -1444,7 +1481,7 @@ where
             })
             .collect();
         for (peer, address) in due {
-            if let Err(error) = self.dial(peer, vec![address]) {
+            if let Err(error) = self.dial(peer, vec![(Source::Given, address)]) {
                 tracing::debug!(%error, "a bootstrap node cannot be dialled");
             }
         }

@@ -38,7 +38,7 @@ use weft_proto::{
     wire::{LaneCall, LaneHello, LaneRefusal},
 };
 
-use crate::{Stream, address::socket, tcp::Tcp, tls::Tls, websocket::Socket};
+use crate::{Stream, gate::Target, tcp::Tcp, tls::Tls, websocket::Socket};
 
 /// What stands in the place of a multiplexer.
 pub(crate) const LANE: &str = "/weft/lane/1";
@@ -180,10 +180,8 @@ pub(crate) enum LaneError {
     TimedOut,
 }
 
-async fn dial(address: &Multiaddr, tls: Tls, peer: PeerId) -> Result<Raw, LaneError> {
-    let at = socket(address).map(|(at, _)| at);
-    let at = at.ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
-    let tcp = timeout(CONNECT, tokio::net::TcpStream::connect(at));
+async fn dial(target: Target, tls: Tls, peer: PeerId) -> Result<Raw, LaneError> {
+    let tcp = timeout(CONNECT, tokio::net::TcpStream::connect(target.at()));
     let tcp = tcp.await.map_err(|_| LaneError::TimedOut)??;
     tcp.set_nodelay(true)?;
     let tcp = Socket::Plain(Tcp::new(TcpStream(tcp)));
@@ -217,15 +215,15 @@ where
     Ok(dialer_select_proto(raw, names, Version::V1).await?.1)
 }
 
-/// Opens a lane for a stream of `protocol` to `peer`, which is at `address`.
+/// Opens a lane for a stream of `protocol` to `peer`, which is at `target`.
 pub(crate) async fn open(
-    address: &Multiaddr,
+    target: Target,
     tls: Tls,
     peer: PeerId,
     protocol: &StreamProtocol,
 ) -> Result<Lane, LaneError> {
     let opened = timeout(SETUP, async {
-        let mut raw = dial(address, tls, peer).await?;
+        let mut raw = dial(target, tls, peer).await?;
         hello(&mut raw, &[]).await?;
         choose(raw, protocol).await
     });
@@ -270,14 +268,14 @@ pub(crate) async fn called(stream: &mut Stream) -> Result<Token, LaneError> {
 
 /// Dials a lane that a peer has asked for, and learns which of `protocols` begins on it.
 pub(crate) async fn call(
-    address: &Multiaddr,
+    target: Target,
     tls: Tls,
     peer: PeerId,
     token: Token,
     protocols: Vec<StreamProtocol>,
 ) -> Result<(Lane, StreamProtocol), LaneError> {
     let opened = timeout(SETUP, async {
-        let mut raw = dial(address, tls, peer).await?;
+        let mut raw = dial(target, tls, peer).await?;
         hello(&mut raw, &token).await?;
         let (protocol, lane) = listener_select_proto(raw, protocols).await?;
         Ok((lane, protocol))

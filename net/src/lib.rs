@@ -21,6 +21,7 @@ mod circuit;
 mod crowd;
 mod dialled;
 mod driver;
+mod gate;
 mod lane;
 mod limits;
 mod listen;
@@ -33,6 +34,7 @@ mod quic;
 mod reach;
 mod relay_server;
 mod relays;
+mod resolve;
 mod search;
 mod streams;
 mod tcp;
@@ -47,6 +49,7 @@ pub use self::{
     access::{Access, ParseRuleError, Rule},
     address::{Path, PathKind, Transport, dialable_from, is_outside, split_peer_id},
     autonat::{AutonatLimits, Verdict},
+    gate::{Destinations, Heard},
     limits::{LimitUse, Limits},
     network::{
         Addresses, Config, ConnectError, Network, PathInfo, PeerInfo, Reachability, RelayServer,

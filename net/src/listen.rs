@@ -8,7 +8,7 @@ use libp2p::{
 use socket2::{Domain, Socket, Type};
 
 use crate::{
-    SpawnError, Transport, address::any_socket, driver::Behaviour, split_peer_id,
+    SpawnError, Transport, address::any_socket, driver::Guarded, split_peer_id,
     websocket::split_web,
 };
 
@@ -17,7 +17,7 @@ const DEFAULT_PORT: u16 = 9338;
 
 /// Listens on what was asked for, or on the defaults.
 pub(crate) fn listen<E>(
-    swarm: &mut Swarm<Behaviour<E>>,
+    swarm: &mut Swarm<Guarded<E>>,
     addresses: Option<&[Multiaddr]>,
 ) -> Result<Vec<ListenerId>, SpawnError>
 where
@@ -62,7 +62,7 @@ where
 }
 
 fn listen_on<E>(
-    swarm: &mut Swarm<Behaviour<E>>,
+    swarm: &mut Swarm<Guarded<E>>,
     address: &Multiaddr,
 ) -> Result<ListenerId, SpawnError>
 where

@@ -9,8 +9,8 @@ use tokio::{
 };
 
 use crate::{
-    AcceptError, Access, Certificate, Class, Filtering, Incoming, LimitUse, Limits, Mapping,
-    OpenError, Path, PingError, RelayLimits, RelayUse, Stream, Verdict,
+    AcceptError, Access, Certificate, Class, Destinations, Filtering, Incoming, LimitUse, Limits,
+    Mapping, OpenError, Path, PingError, RelayLimits, RelayUse, Stream, Verdict,
     driver::Driver,
     ping::{self, PING},
     streams::Protocols,
@@ -239,7 +239,7 @@ pub struct Addresses {
 pub(crate) enum Command {
     Connect {
         peer: PeerId,
-        addresses: Vec<Multiaddr>,
+        destinations: Destinations,
         reply: oneshot::Sender<Result<Path, ConnectError>>,
     },
     Open {
@@ -289,21 +289,24 @@ impl Network {
         self.local
     }
 
-    /// Connects to `peer` at any of `addresses` (without `/p2p`) or where the DHT has seen it. Returns the best path at once if
-    /// there is one.
+    /// Connects to `peer` at any of these addresses (without `/p2p`), or, if there are none, where the DHT has seen it. Returns the
+    /// best path at once if there is one.
+    ///
+    /// A `Vec<Multiaddr>` holds addresses that the user has given; they are dialled as they are. What was stated by anybody else comes
+    /// as [`Heard`](crate::Heard) and is dialled as far as the rules for hearsay admit.
     ///
     /// # Errors
     /// [`ConnectError`], after 15 s at the latest.
     pub async fn connect(
         &self,
         peer: PeerId,
-        addresses: Vec<Multiaddr>,
+        destinations: impl Into<Destinations>,
     ) -> Result<Path, ConnectError> {
         let (reply, answer) = oneshot::channel();
         self.commands
             .send(Command::Connect {
                 peer,
-                addresses,
+                destinations: destinations.into(),
                 reply,
             })
             .await

@@ -2,7 +2,7 @@
 //!
 //! The idea is DCUtR's: over the relayed connection both sides learn where the other may be reached, agree on an instant, and dial at once, so
 //! that each one's packets open its own NAT for the other's. It differs in what is dialled: the raw observations of [`Reach`](crate::reach),
-//! the addresses of our interfaces if they are public, and, if both sides turn out to share a public address, their private ones too; TCP and QUIC
+//! the addresses of our interfaces if they are public, and the private ones only while no peer from outside our own networks has been met; TCP and QUIC
 //! together; an ordinary dial is part of every attempt, so that a side that is reachable is reached whichever side began.
 
 use std::{
@@ -62,12 +62,10 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// Where this side may be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Candidates {
-    /// For everyone.
-    pub(crate) public: Vec<Multiaddr>,
-    /// For those behind the same NAT.
-    pub(crate) private: Vec<Multiaddr>,
-    /// The IP addresses that others see us at. Private ones if the relay is on our own network.
-    pub(crate) seen_at: HashSet<IpAddr>,
+    pub(crate) addresses: Vec<Multiaddr>,
+    /// The mesh is our own networks: private addresses are told and dialled. Outside, whatever the other side says of where it is, they
+    /// are not: it may say what it likes. Two nodes behind one NAT find each other by mDNS.
+    pub(crate) near: bool,
     /// How the NAT maps our QUIC port on IPv4.
     pub(crate) udp: UdpMapping,
 }
@@ -82,8 +80,8 @@ pub(crate) enum Search {
     },
     /// By trying many of the other side's.
     TryMany {
-        target: IpAddr,
-        last: u16,
+        /// Where the other side was last seen.
+        target: SocketAddr,
         token: Token,
     },
 }
@@ -122,7 +120,7 @@ where
         let begin = Instant::now();
         let token = search::token()?;
         let offer = PunchOffer {
-            addresses: encode(&mine.public),
+            addresses: encode(&mine.addresses),
             udp_mapping: mine.udp.into(),
             token: Bytes::copy_from_slice(&token),
         };
@@ -132,16 +130,11 @@ where
         let round_trip = begin.elapsed();
         let answer = answer.ok_or(PunchError::Ended)?;
         let theirs = decode(&answer.addresses);
-        let neighbours = share_address(mine, &theirs);
-        let go = PunchGo {
-            addresses: match neighbours {
-                true => encode(&mine.private),
-                false => Vec::new(),
-            },
-        };
+        // All that is told was told at once.
+        let go = PunchGo::default();
         frame::write(&mut stream, &go, MAX_MESSAGE).await?;
         stream.flush().await?;
-        let addresses = dialable(theirs, neighbours)?;
+        let addresses = dialable(theirs, mine.near)?;
         Ok(Plan {
             search: search_for(mine.udp, answer.udp_mapping(), &addresses, token),
             addresses,
@@ -163,20 +156,15 @@ where
         let offer: Option<PunchOffer> = frame::read(&mut stream, MAX_MESSAGE).await?;
         let offer = offer.ok_or(PunchError::Ended)?;
         let mut theirs = decode(&offer.addresses);
-        let neighbours = share_address(mine, &theirs);
-        let mut addresses = mine.public.clone();
-        if neighbours {
-            addresses.extend(mine.private.iter().cloned());
-        }
         let answer = PunchAnswer {
-            addresses: encode(&addresses),
+            addresses: encode(&mine.addresses),
             udp_mapping: mine.udp.into(),
         };
         frame::write(&mut stream, &answer, MAX_MESSAGE).await?;
         stream.flush().await?;
         let go: Option<PunchGo> = frame::read(&mut stream, MAX_MESSAGE).await?;
         theirs.extend(decode(&go.ok_or(PunchError::Ended)?.addresses));
-        let addresses = dialable(theirs, neighbours)?;
+        let addresses = dialable(theirs, mine.near)?;
         // Without a token there is nothing to search with.
         let token = Token::try_from(offer.token.as_ref()).ok();
         Ok(Plan {
@@ -210,17 +198,9 @@ fn decode(addresses: &[Bytes]) -> Vec<Multiaddr> {
         .collect()
 }
 
-/// Whether the other side is seen where we are: behind the same NAT, or on the same machine.
-fn share_address(mine: &Candidates, theirs: &[Multiaddr]) -> bool {
-    theirs
-        .iter()
-        .filter_map(socket)
-        .any(|(address, _)| mine.seen_at.contains(&address.ip().to_canonical()))
-}
-
 /// What of the other side's addresses leads to it from here. A stranger's private addresses would lead to a neighbour of ours; and public ones may be somebody else's, so
 /// there are not to be many.
-fn dialable(theirs: Vec<Multiaddr>, neighbours: bool) -> Result<Vec<Multiaddr>, PunchError> {
+fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchError> {
     let mut seen = HashSet::new();
     let mut places: HashMap<(bool, bool), HashSet<IpAddr>> = HashMap::new();
     let mut at_place: HashMap<(IpAddr, Transport), usize> = HashMap::new();
@@ -240,7 +220,7 @@ fn dialable(theirs: Vec<Multiaddr>, neighbours: bool) -> Result<Vec<Multiaddr>, 
     };
     let all: Vec<_> = theirs
         .into_iter()
-        .filter(|address| socket(address).is_some_and(|(at, _)| neighbours || is_public(&at.ip())))
+        .filter(|address| socket(address).is_some_and(|(at, _)| near || is_public(&at.ip())))
         .filter(|address| seen.insert(address.clone()))
         .filter(|address| few(address))
         .take(MAX_ADDRESSES)
@@ -269,8 +249,7 @@ fn search_for(
             Some(Search::OpenMany { targets, token })
         }
         (UdpMapping::EndpointIndependent, UdpMapping::EndpointDependent) => Some(Search::TryMany {
-            target: first.ip(),
-            last: first.port(),
+            target: *first,
             token,
         }),
         _ => None,
@@ -321,7 +300,7 @@ impl Schedule {
 
     /// Whether to try now, with these candidates. New ones are a reason to begin anew.
     pub(crate) fn is_due(&mut self, candidates: &Candidates, now: Instant) -> bool {
-        if candidates.public.is_empty() && candidates.private.is_empty() {
+        if candidates.addresses.is_empty() {
             return false;
         }
         let again = self.resets < RESETS || now >= self.reset + RESET_AGAIN;
@@ -363,13 +342,10 @@ mod tests {
         all.iter().map(|address| address.parse().unwrap()).collect()
     }
 
-    fn candidates(public: &[&str], private: &[&str]) -> Candidates {
-        let public = addresses(public);
-        let seen_at = public.iter().filter_map(socket).map(|(at, _)| at.ip());
+    fn candidates(all: &[&str]) -> Candidates {
         Candidates {
-            seen_at: seen_at.collect(),
-            private: addresses(private),
-            public,
+            addresses: addresses(all),
+            near: false,
             udp: UdpMapping::Unspecified,
         }
     }
@@ -380,51 +356,56 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn strangers_learn_public_addresses_only() {
-        let one = candidates(
-            &["/ip4/1.1.1.1/tcp/1", "/ip4/1.1.1.1/udp/1/quic-v1"],
-            &["/ip4/10.0.0.1/tcp/1"],
-        );
-        let other = candidates(&["/ip4/2.2.2.2/tcp/2"], &["/ip4/10.0.0.2/tcp/2"]);
+    async fn both_sides_learn_what_the_other_tells() {
+        let one = candidates(&["/ip4/1.1.1.1/tcp/1", "/ip4/1.1.1.1/udp/1/quic-v1"]);
+        let other = candidates(&["/ip4/2.2.2.2/tcp/2"]);
         let [at_one, at_other] = exchange(&one, &other).await.map(Result::unwrap);
-        assert_eq!(at_one.addresses, other.public);
-        assert_eq!(at_other.addresses, one.public);
+        assert_eq!(at_one.addresses, other.addresses);
+        assert_eq!(at_other.addresses, one.addresses);
         assert_eq!(at_one.role, Endpoint::Dialer);
         assert_eq!(at_other.role, Endpoint::Listener);
         let expected = [
-            (Transport::Quic, one.public[1..].to_vec()),
-            (Transport::Tcp, one.public[..1].to_vec()),
+            (Transport::Quic, one.addresses[1..].to_vec()),
+            (Transport::Tcp, one.addresses[..1].to_vec()),
         ];
         assert_eq!(parts(&at_other.addresses), expected);
     }
 
     #[tokio::test]
-    async fn those_behind_one_nat_learn_private_ones_too() {
-        let one = candidates(&["/ip4/1.1.1.1/tcp/1"], &["/ip4/10.0.0.1/tcp/1"]);
-        let other = candidates(&["/ip4/1.1.1.1/tcp/2"], &["/ip4/10.0.0.2/tcp/2"]);
+    async fn in_a_mesh_of_our_own_networks_private_addresses_are_dialled() {
+        let near = |address: &str| Candidates {
+            near: true,
+            ..candidates(&[address])
+        };
+        let (one, other) = (near("/ip4/10.0.0.1/tcp/1"), near("/ip4/10.0.0.2/tcp/2"));
         let [at_one, at_other] = exchange(&one, &other).await.map(Result::unwrap);
-        assert_eq!(
-            at_one.addresses,
-            [other.public.clone(), other.private.clone()].concat()
-        );
-        assert_eq!(
-            at_other.addresses,
-            [one.public.clone(), one.private.clone()].concat()
-        );
+        assert_eq!(at_one.addresses, other.addresses);
+        assert_eq!(at_other.addresses, one.addresses);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_claims_our_public_address_has_no_private_address_dialled() {
+        // At 6.6.6.6 in truth.
+        let liar = candidates(&[
+            "/ip4/1.1.1.1/tcp/1",
+            "/ip4/127.0.0.1/tcp/6379",
+            "/ip4/192.168.1.1/tcp/80",
+        ]);
+        let victim = candidates(&["/ip4/1.1.1.1/udp/9/quic-v1"]);
+        let [_, at_victim] = exchange(&liar, &victim).await.map(Result::unwrap);
+        assert_eq!(at_victim.addresses, addresses(&["/ip4/1.1.1.1/tcp/1"]));
+        let [at_victim, _] = exchange(&victim, &liar).await.map(Result::unwrap);
+        assert_eq!(at_victim.addresses, addresses(&["/ip4/1.1.1.1/tcp/1"]));
     }
 
     #[tokio::test]
     async fn addresses_that_lead_to_our_neighbours_are_not_dialled() {
-        let one = candidates(&["/ip4/1.1.1.1/tcp/1"], &[]);
-        // Claims private and loopback addresses as public ones.
-        let liar = Candidates {
-            public: addresses(&[
-                "/ip4/10.0.0.7/tcp/1",
-                "/ip4/127.0.0.1/tcp/22",
-                "/ip6/fe80::1/tcp/1",
-            ]),
-            ..Candidates::default()
-        };
+        let one = candidates(&["/ip4/1.1.1.1/tcp/1"]);
+        let liar = candidates(&[
+            "/ip4/10.0.0.7/tcp/1",
+            "/ip4/127.0.0.1/tcp/22",
+            "/ip6/fe80::1/tcp/1",
+        ]);
         let [at_one, _] = exchange(&one, &liar).await;
         assert!(matches!(at_one, Err(PunchError::NoAddress)));
         let [_, at_other] = exchange(&liar, &one).await;
@@ -435,7 +416,7 @@ mod tests {
     async fn a_search_is_agreed_on_only_where_one_side_is_symmetric() {
         let side = |address: &str, udp| Candidates {
             udp,
-            ..candidates(&[address], &[])
+            ..candidates(&[address])
         };
         let (hard, easy) = (
             UdpMapping::EndpointDependent,
@@ -452,8 +433,7 @@ mod tests {
             };
             assert_eq!(targets, ["2.2.2.2:9".parse().unwrap()]);
             let expected = Search::TryMany {
-                target: [1, 1, 1, 1].into(),
-                last: 7,
+                target: "1.1.1.1:7".parse().unwrap(),
                 token,
             };
             assert_eq!(at_easy.search, Some(expected));
@@ -485,7 +465,7 @@ mod tests {
         let mut now = Instant::now();
         let mut schedule = Schedule::new(now);
         assert!(!schedule.is_due(&Candidates::default(), now));
-        let mine = candidates(&["/ip4/1.1.1.1/tcp/1"], &[]);
+        let mine = candidates(&["/ip4/1.1.1.1/tcp/1"]);
         for pause in [1, 2, 4] {
             assert!(schedule.is_due(&mine, now));
             schedule.begin();
@@ -499,7 +479,7 @@ mod tests {
         schedule.exchanged(ATTEMPT, now);
         assert!(!schedule.is_due(&mine, now));
         // Somebody who tells of another port each time does not keep us at it.
-        let other = |port: u32| candidates(&[&format!("/ip4/1.1.1.1/tcp/{port}")], &[]);
+        let other = |port: u32| candidates(&[&format!("/ip4/1.1.1.1/tcp/{port}")]);
         for port in 2..=RESETS {
             assert!(schedule.is_due(&other(port), now));
             schedule.begin();

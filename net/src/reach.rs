@@ -13,7 +13,10 @@ use std::{
 
 use libp2p::PeerId;
 
-use crate::{Transport, address::is_public};
+use crate::{
+    Transport,
+    address::{is_public, network},
+};
 
 /// Observations kept; beyond, the oldest goes.
 const MAX_OBSERVATIONS: usize = 64;
@@ -121,15 +124,25 @@ impl Reach {
             },
         );
         if self.observations.len() > MAX_OBSERVATIONS
-            && let Some(oldest) = self
-                .observations
-                .iter()
-                .min_by_key(|(_, o)| (o.trusted, o.at))
+            && let Some(surplus) = self.surplus()
         {
-            let oldest = *oldest.0;
-            self.observations.remove(&oldest);
+            self.observations.remove(&surplus);
         }
         new
+    }
+
+    /// The observation to forget: the oldest from the network that has most of those that were not chosen.
+    fn surplus(&self) -> Option<(PeerId, Transport, bool)> {
+        let mut by_network: HashMap<IpAddr, usize> = HashMap::new();
+        for observation in self.observations.values().filter(|o| !o.trusted) {
+            *by_network.entry(network(observation.observer)).or_default() += 1;
+        }
+        let rank = |o: &Observation| {
+            let many = by_network.get(&network(o.observer)).copied();
+            (o.trusted, std::cmp::Reverse(many.unwrap_or_default()), o.at)
+        };
+        let worst = self.observations.iter().min_by_key(|(_, o)| rank(o));
+        worst.map(|(key, _)| *key)
     }
 
     /// What `peer` told is out of date: its connections are gone. The last witness is kept until there is another: an old address is better
@@ -164,20 +177,20 @@ impl Reach {
         .collect()
     }
 
-    /// Where we may be reached from outside: seen by most first, then the latest.
+    /// Where we may be reached from outside: seen from most networks first, then the latest. Many identities in one network are one witness.
     pub(crate) fn candidates(&self, transport: Transport) -> Vec<SocketAddr> {
-        let mut by_address: HashMap<SocketAddr, (usize, Instant)> = HashMap::new();
+        let mut by_address: HashMap<SocketAddr, (HashSet<IpAddr>, Instant)> = HashMap::new();
         for ((_, known, _), observation) in &self.observations {
             if *known == transport {
                 let (witnesses, at) = by_address
                     .entry(observation.seen)
-                    .or_insert((0, observation.at));
-                *witnesses += 1;
+                    .or_insert((HashSet::new(), observation.at));
+                witnesses.insert(network(observation.observer));
                 *at = observation.at.max(*at);
             }
         }
         let mut all: Vec<_> = by_address.into_iter().collect();
-        all.sort_by_key(|(_, rank)| std::cmp::Reverse(*rank));
+        all.sort_by_key(|(_, (witnesses, at))| std::cmp::Reverse((witnesses.len(), *at)));
         all.truncate(MAX_CANDIDATES);
         all.into_iter().map(|(address, _)| address).collect()
     }
@@ -261,6 +274,24 @@ mod tests {
             Mapping::EndpointDependent
         );
         assert_eq!(mapping(&[("10.0.0.1", "10.0.0.2:5")]), Mapping::Unknown);
+    }
+
+    #[test]
+    fn many_identities_in_one_network_are_one_witness() {
+        let liars = (1..=20).map(|n| (format!("6.6.6.{n}"), "7.7.7.7:1"));
+        let honest = ["1.1.1.1", "2.2.2.2"].map(|at| (at.to_owned(), "9.9.9.9:5"));
+        let all: Vec<_> = honest.into_iter().chain(liars).collect();
+        let all: Vec<_> = all.iter().map(|(at, seen)| (at.as_str(), *seen)).collect();
+        let first = reach(&all).candidates(Quic)[0];
+        assert_eq!(first, "9.9.9.9:5".parse().unwrap());
+        // Nor do they drive the others out.
+        let flood = (0..2 * MAX_OBSERVATIONS).map(|n| (format!("6.6.6.{}", n % 250), "7.7.7.7:1"));
+        let flood: Vec<_> = flood.collect();
+        let all = [("1.1.1.1", "9.9.9.9:5"), ("2.2.2.2", "9.9.9.9:5")];
+        let flood = flood.iter().map(|(at, seen)| (at.as_str(), *seen));
+        let all: Vec<_> = all.into_iter().chain(flood).collect();
+        let first = reach(&all).candidates(Quic)[0];
+        assert_eq!(first, "9.9.9.9:5".parse().unwrap());
     }
 
     #[test]

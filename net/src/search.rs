@@ -9,12 +9,14 @@
 use std::{
     collections::HashSet,
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time::{sleep, timeout};
+
+use crate::gate::Target;
 
 /// Sockets that the side with many mappings opens.
 const SOCKETS: usize = 256;
@@ -65,11 +67,11 @@ fn probe(token: &Token) -> [u8; 17] {
 /// # Errors
 /// If nothing came in time, or no sockets could be opened.
 pub(crate) async fn open_many(
-    targets: &[SocketAddr],
+    targets: &[Target],
     token: &Token,
 ) -> io::Result<(UdpSocket, SocketAddr)> {
     let probe = probe(token);
-    let targets: Vec<_> = targets.iter().copied().take(MAX_TARGETS).collect();
+    let targets: Vec<_> = targets.iter().map(Target::at).take(MAX_TARGETS).collect();
     let mut sockets = Vec::new();
     for _ in 0..SOCKETS {
         match tokio::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await {
@@ -132,17 +134,14 @@ async fn receive(
     }
 }
 
-/// The other side: sends to many ports at `target` from `socket`, on which it expects the connection. `last` is where the other side was last seen.
+/// The other side: sends to many ports at the IP address of `target`, where the other side was last seen, from `socket`, on which it
+/// expects the connection.
 ///
 /// # Errors
 /// If there is no randomness.
-pub(crate) async fn try_many(
-    socket: &UdpSocket,
-    target: IpAddr,
-    last: u16,
-    token: &Token,
-) -> io::Result<()> {
+pub(crate) async fn try_many(socket: &UdpSocket, target: Target, token: &Token) -> io::Result<()> {
     let probe = probe(token);
+    let (target, last) = (target.at().ip(), target.at().port());
     let ports = ports(last)?;
     for burst in ports.chunks(BURST) {
         for port in burst {
@@ -206,7 +205,7 @@ mod tests {
             other.send_to(&probe(&token), second).await.unwrap();
             second
         };
-        let targets = [at];
+        let targets = [Target::in_test(at)];
         let (found, mapped) = tokio::join!(open_many(&targets, &token), answer);
         let (socket, from) = found.unwrap();
         assert_eq!(from, at);

@@ -1,4 +1,4 @@
-//! The transports, in one: TCP and WebSocket with TLS or Noise and yamux, QUIC, both through relays, names resolved by DNS.
+//! The transports, in one: TCP and WebSocket with TLS or Noise and yamux, QUIC, both through relays.
 
 use std::{
     io,
@@ -8,21 +8,18 @@ use std::{
 };
 
 use futures::{
-    AsyncRead, AsyncWrite, FutureExt, TryFutureExt,
+    AsyncRead, AsyncWrite, FutureExt,
     future::{BoxFuture, Either},
 };
 use futures_rustls::TlsStream;
 use libp2p::{
-    Multiaddr, PeerId, Transport as _, TransportError,
+    Multiaddr, PeerId, Transport as _,
     core::{
         ConnectedPoint, Endpoint, UpgradeInfo,
         muxing::{StreamMuxer, StreamMuxerBox, StreamMuxerEvent},
-        transport::{
-            Boxed, DialOpts, ListenerId, OrTransport, TransportEvent, timeout::TransportTimeout,
-        },
+        transport::{Boxed, OrTransport, timeout::TransportTimeout},
         upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade, Version},
     },
-    dns,
     identity::Keypair,
     multiaddr::Protocol,
     noise, tcp,
@@ -31,17 +28,18 @@ use multistream_select::{dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
 
 use crate::{
+    Transport as Kind,
     access::Shared,
-    address::starts_with_name,
     circuit::Circuits,
     dialled::{Dialled, Noted},
+    gate::Gate,
     lane::{Arrivals, LANE},
     muxer::Yamux,
     network::SpawnError,
     quic::{Quic, Sockets},
     tcp::Tcp,
     tls::Tls,
-    websocket::{self, Certificate, Outside, Socket, WebOrPlain},
+    websocket::{Certificate, Outside, Socket, WebOrPlain},
 };
 
 /// How long a connection may take from the first packet to the multiplexer.
@@ -62,6 +60,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) dialled: Dialled,
     /// Where not to dial.
     pub(crate) access: Shared,
+    /// What may be dialled.
+    pub(crate) gate: Gate,
     /// Where lanes go that arrive; `None`: none are taken.
     pub(crate) lanes: Option<Arrivals>,
 }
@@ -71,14 +71,7 @@ pub(crate) fn build(
     parts: &Parts<'_>,
     relayed: Circuits,
 ) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
-    let direct = match dns::tokio::Transport::system(direct(parts)?) {
-        Ok(transport) => Named(transport).boxed(),
-        Err(error) => {
-            // A machine without a resolver still has addresses.
-            tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialled");
-            direct(parts)?.map(|(connection, _), _| connection).boxed()
-        }
-    };
+    let direct = direct(parts)?;
     let relayed = relayed
         .upgrade(Version::V1Lazy)
         .authenticate(Security::new(parts)?)
@@ -88,83 +81,36 @@ pub(crate) fn build(
     Ok(either(OrTransport::new(relayed, direct)))
 }
 
-/// TCP, with or without WebSocket, and QUIC, without names. Each connection comes with the address at the other end.
-fn direct(parts: &Parts<'_>) -> Result<Boxed<(Connection, Multiaddr)>, SpawnError> {
+/// TCP, with or without WebSocket, and QUIC. The gate has replaced names before anything comes here.
+fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, SpawnError> {
     let security = Security::new(parts)?;
-    let noted = (&parts.dialled, &parts.access);
+    let noted = (&parts.dialled, &parts.access, &parts.gate);
     let quic = Noted::new(
         Quic::new(parts.key, &parts.tls, parts.sockets.clone())?,
+        Kind::Quic,
         noted.0.clone(),
         noted.1.clone(),
+        noted.2.clone(),
     )
-    .map(|((peer, connection), _), endpoint| {
-        let at = endpoint.get_remote_address().clone();
-        ((peer, StreamMuxerBox::new(connection)), at)
-    });
+    .map(|((peer, connection), _), _| (peer, StreamMuxerBox::new(connection)));
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
-    let tcp = Noted::new(tcp, noted.0.clone(), noted.1.clone());
+    let tcp = Noted::new(
+        tcp,
+        Kind::Tcp,
+        noted.0.clone(),
+        noted.1.clone(),
+        noted.2.clone(),
+    );
     let lanes = parts.lanes.clone();
     let tcp = WebOrPlain::new(tcp, Outside::new(parts.certificate)?).and_then(
         move |(socket, begin), endpoint| {
-            let at = endpoint.get_remote_address().clone();
             upgrade_tcp(socket, endpoint, security.clone(), begin, lanes.clone())
-                .map_ok(|connection| (connection, at))
         },
     );
     Ok(either(OrTransport::new(
         quic,
         TransportTimeout::new(tcp, HANDSHAKE),
     )))
-}
-
-/// Keeps the name in the address of a secure WebSocket when the resolver has replaced it, and tells where a name has led.
-struct Named<T>(T);
-
-impl<T> libp2p::Transport for Named<T>
-where
-    T: libp2p::Transport<Output = (Connection, Multiaddr)> + Unpin,
-    T::Dial: Send + 'static,
-    T::ListenerUpgrade: Send + 'static,
-{
-    type Output = Connection;
-    type Error = T::Error;
-    type ListenerUpgrade = BoxFuture<'static, Result<Connection, T::Error>>;
-    type Dial = BoxFuture<'static, Result<Connection, T::Error>>;
-
-    fn listen_on(
-        &mut self,
-        id: ListenerId,
-        address: Multiaddr,
-    ) -> Result<(), TransportError<T::Error>> {
-        self.0.listen_on(id, address)
-    }
-
-    fn remove_listener(&mut self, id: ListenerId) -> bool {
-        self.0.remove_listener(id)
-    }
-
-    fn dial(
-        &mut self,
-        address: Multiaddr,
-        options: DialOpts,
-    ) -> Result<Self::Dial, TransportError<T::Error>> {
-        let named = starts_with_name(&address);
-        let dial = self.0.dial(websocket::keep_name(address), options)?;
-        let moved = move |((peer, muxer), at)| match named {
-            true => (peer, StreamMuxerBox::new(Moved::new(muxer, at))),
-            false => (peer, muxer),
-        };
-        Ok(dial.map_ok(moved).boxed())
-    }
-
-    fn poll(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<TransportEvent<Self::ListenerUpgrade, T::Error>> {
-        Pin::new(&mut self.0).poll(cx).map(|event| {
-            event.map_upgrade(|upgrade| upgrade.map_ok(|(connection, _)| connection).boxed())
-        })
-    }
 }
 
 type Connection = (PeerId, StreamMuxerBox);

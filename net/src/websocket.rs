@@ -608,17 +608,24 @@ mod tests {
 
     use super::*;
     use crate::{
+        Transport as Kind,
         access::Shared,
         dialled::{Dialled, Noted},
+        gate::Gate,
     };
 
     type Web = WebOrPlain<Noted<tcp::tokio::Transport>>;
 
     fn transport() -> Web {
+        let gate = Gate::new(std::iter::empty());
+        gated(gate)
+    }
+
+    fn gated(gate: Gate) -> Web {
         let tcp = tcp::tokio::Transport::new(tcp::Config::default());
         let outside = Outside::new(None).unwrap();
         WebOrPlain::new(
-            Noted::new(tcp, Dialled::default(), Shared::default()),
+            Noted::new(tcp, Kind::Tcp, Dialled::default(), Shared::default(), gate),
             outside,
         )
     }
@@ -643,7 +650,9 @@ mod tests {
             role: Endpoint::Dialer,
             port_use: PortUse::New,
         };
-        let mut near = transport();
+        let gate = Gate::new(std::iter::empty());
+        gate.give(address.clone());
+        let mut near = gated(gate);
         let dial = near.dial(address, options).unwrap();
         let near = async {
             let mut socket = dial.await.unwrap().0;

@@ -17,7 +17,7 @@ use weft_blobs::{
     store,
 };
 use weft_crdt::DocumentId;
-use weft_net::{Multiaddr, PeerId};
+use weft_net::{Heard, PeerId};
 use weft_proto::wire;
 
 use crate::{
@@ -92,7 +92,7 @@ pub struct Provider {
     /// Who.
     pub peer: PeerId,
     /// Where it says that it is.
-    pub addresses: Vec<Multiaddr>,
+    pub addresses: Heard,
     /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`]).
     pub shards: Option<u64>,
     /// There is a connection to it.

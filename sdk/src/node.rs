@@ -318,8 +318,7 @@ impl Node {
         };
         self.meet().await;
         let found = whereabouts::find(&self.inner.dht, &peer).await;
-        let mut found = found.map_err(|_| Error::Stopped)?;
-        found.retain(|address| !given.contains(address));
+        let found = found.map_err(|_| Error::Stopped)?;
         if found.is_empty() {
             return Err(error.into());
         }

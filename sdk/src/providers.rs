@@ -9,7 +9,7 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use prost::Message;
 use tokio::time::sleep;
 use weft_blobs::{Hash, TransferError};
-use weft_net::{Class, Multiaddr, PeerId, Stream};
+use weft_net::{Class, Destinations, Multiaddr, PeerId, Stream};
 use weft_proto::wire;
 
 use crate::{
@@ -40,9 +40,9 @@ pub(crate) struct Providers {
     model: Hash,
     /// From a ticket. The first round is theirs alone: they need no look-up.
     given: Vec<(PeerId, Vec<Multiaddr>)>,
-    queue: VecDeque<(PeerId, Vec<Multiaddr>)>,
+    queue: VecDeque<(PeerId, Destinations)>,
     /// Being reached.
-    racing: Vec<(PeerId, Vec<Multiaddr>)>,
+    racing: Vec<(PeerId, Destinations)>,
     failures: BTreeMap<PeerId, Failed>,
     /// Sent wrong bytes: never asked again.
     banned: HashSet<PeerId>,
@@ -120,7 +120,7 @@ impl Providers {
                 self.pause = (self.pause * 2).min(PAUSE.1);
             }
             self.queue = match self.rounds {
-                0 => self.given.clone().into(),
+                0 => self.given(),
                 _ => self.look_up().await?,
             };
             self.rounds += 1;
@@ -137,7 +137,7 @@ impl Providers {
         self.failures.remove(&peer);
         self.busy.remove(&peer);
         // We are connected to it: no addresses are needed.
-        self.queue.push_front((peer, Vec::new()));
+        self.queue.push_front((peer, Destinations::default()));
         self.succeeded = true;
     }
 
@@ -159,12 +159,20 @@ impl Providers {
         let banned = banned.filter(|(peer, _)| self.banned.contains(peer));
         let banned = banned.map(|(peer, failed)| (peer, failed.reason)).collect();
         let mut good = self.given;
-        good.extend(self.queue.into_iter().take(1).filter(|_| self.succeeded));
+        // It is connected: what was heard of where it is need not be told.
+        let answered = self.queue.into_iter().take(1).filter(|_| self.succeeded);
+        good.extend(answered.map(|(peer, at)| (peer, at.given)));
         good.retain(|(peer, _)| !self.banned.contains(peer));
         Known {
             given: good,
             banned,
         }
+    }
+
+    /// The ticket's peers, at the addresses that it names.
+    fn given(&self) -> VecDeque<(PeerId, Destinations)> {
+        let given = self.given.iter().cloned();
+        given.map(|(peer, at)| (peer, at.into())).collect()
     }
 
     fn note(&mut self, peer: PeerId, reason: String) {
@@ -232,11 +240,11 @@ impl Providers {
     }
 
     /// Whom to try: the ticket's peers and the DHT's, those that failed least and that we are connected to first.
-    async fn look_up(&mut self) -> Result<VecDeque<(PeerId, Vec<Multiaddr>)>, Error> {
+    async fn look_up(&mut self) -> Result<VecDeque<(PeerId, Destinations)>, Error> {
         if self.given.is_empty() {
             self.node.meet().await;
         }
-        let mut found: Vec<(PeerId, Vec<Multiaddr>)> = self.given.clone();
+        let mut found = Vec::from(self.given());
         let mut partial = HashSet::new();
         for provider in find_providers(&self.node, &self.model, false).await? {
             let peer = provider.peer;
@@ -244,8 +252,8 @@ impl Providers {
                 partial.insert(peer);
             }
             match found.iter_mut().find(|(known, _)| *known == peer) {
-                Some((_, known)) => known.extend(provider.addresses),
-                None => found.push((peer, provider.addresses)),
+                Some((_, known)) => known.hear(provider.addresses),
+                None => found.push((peer, provider.addresses.into())),
             }
         }
         let own = self.node.peer_id();
@@ -299,7 +307,7 @@ pub(crate) async fn find_providers(
 pub(crate) async fn reach(
     node: &Node,
     peer: PeerId,
-    addresses: Vec<Multiaddr>,
+    addresses: impl Into<Destinations>,
 ) -> Result<Stream, String> {
     let network = node.network();
     network

@@ -10,7 +10,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 use weft_dht::Dht;
-use weft_net::{Multiaddr, Network, PeerId, split_peer_id};
+use weft_net::{Heard, Multiaddr, Network, PeerId, split_peer_id};
 
 use crate::lines;
 
@@ -102,7 +102,9 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
         );
         for some in known.chunks(AT_A_TIME) {
             let dials = some.iter().map(|(peer, address)| {
-                timeout(DIAL, network.connect(*peer, vec![address.clone()]))
+                // Most of it is what the peers themselves once said.
+                let heard = Heard::new([address.clone()]);
+                timeout(DIAL, network.connect(*peer, heard))
             });
             let dialled = futures::future::join_all(dials).await;
             if dialled.iter().any(|dialled| matches!(dialled, Ok(Ok(_)))) {

@@ -9,7 +9,7 @@ use weft_proto::wire;
 
 use crate::{
     Hash, ModelName, ParseNameError,
-    whereabouts::{decode, encode},
+    whereabouts::{decode_given, encode},
 };
 
 /// What a ticket begins with.
@@ -116,7 +116,7 @@ impl FromStr for Ticket {
             .take(MAX_PEERS)
             .map(|peer| {
                 let id = PeerId::from_bytes(&peer.peer).ok()?;
-                let addresses = decode(&peer.addresses);
+                let addresses = decode_given(&peer.addresses);
                 Some((id, addresses))
             })
             .collect::<Option<_>>()

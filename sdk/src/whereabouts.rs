@@ -11,7 +11,7 @@ use futures::{StreamExt, stream};
 use prost::Message;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use weft_dht::{Dht, DhtError, Record};
-use weft_net::{Multiaddr, Network, PeerId};
+use weft_net::{Heard, Multiaddr, Network, PeerId};
 use weft_proto::wire;
 
 /// Addresses in a claim, and of a peer in a ticket.
@@ -70,20 +70,25 @@ pub(crate) fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
     addresses.map(|address| address.to_vec().into()).collect()
 }
 
-/// The reverse; what is no address is left out.
-pub(crate) fn decode(addresses: &[Bytes]) -> Vec<Multiaddr> {
+/// Reads the addresses of a ticket, which the user has given; what is no address is left out.
+pub(crate) fn decode_given(addresses: &[Bytes]) -> Vec<Multiaddr> {
     let addresses = addresses.iter().take(MAX_ADDRESSES);
     addresses
         .filter_map(|bytes| Multiaddr::try_from(bytes.to_vec()).ok())
         .collect()
 }
 
+/// Reads addresses that somebody has stated, in a record or a message; what is no address is left out.
+pub(crate) fn decode(addresses: &[Bytes]) -> Heard {
+    Heard::new(decode_given(addresses))
+}
+
 /// Where a record's claim says that its publisher is.
-pub(crate) fn addresses_of(record: &Record) -> Vec<Multiaddr> {
+pub(crate) fn addresses_of(record: &Record) -> Heard {
     let claim = record.value().map(wire::PeerClaim::decode);
     match claim {
         Some(Ok(claim)) => decode(&claim.addresses),
-        _ => Vec::new(),
+        _ => Heard::default(),
     }
 }
 
@@ -91,11 +96,15 @@ pub(crate) fn addresses_of(record: &Record) -> Vec<Multiaddr> {
 ///
 /// # Errors
 /// [`DhtError::Stopped`].
-pub(crate) async fn find(dht: &Dht, peer: &PeerId) -> Result<Vec<Multiaddr>, DhtError> {
+pub(crate) async fn find(dht: &Dht, peer: &PeerId) -> Result<Heard, DhtError> {
     // Only its own statement counts, so the first few are not enough if others have stated something there.
     let records = dht.get(&peer_key(peer)).await?;
     let own = records.iter().filter(|record| record.publisher() == *peer);
-    Ok(own.flat_map(addresses_of).collect())
+    let mut found = Heard::default();
+    for record in own {
+        found.extend(addresses_of(record));
+    }
+    Ok(found)
 }
 
 /// Says where this node is, whenever that changes, and from time to time. Ends with the network.

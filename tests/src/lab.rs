@@ -24,9 +24,11 @@ use crate::{Daemon, Home};
 mod conditions;
 mod flood;
 mod gateway;
+mod hearsay;
 mod wire;
 
 use gateway::Gateway;
+pub use hearsay::{Attacked, Sent, attack};
 use wire::Part;
 pub use wire::{Distance, Measured, be_a_part};
 

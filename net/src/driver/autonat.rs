@@ -10,21 +10,19 @@ use std::{
 
 use libp2p::{
     Multiaddr, PeerId,
-    swarm::{
-        ConnectionId, NetworkBehaviour,
-        dial_opts::{DialOpts, PeerCondition},
-    },
+    swarm::{ConnectionId, NetworkBehaviour},
 };
 use tokio::{sync::oneshot, time::timeout};
 
-use super::{Driver, Outcome};
+use super::{Driver, How, Outcome};
 use crate::{
-    Class, Filtering, Incoming, PathKind, Stream, Transport,
+    Class, Filtering, Heard, Incoming, PathKind, Stream, Transport,
     address::{is_public, of_socket, socket},
     autonat::{
         self, AutonatError, AutonatLimits, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Verdict,
         Verdicts, Wanted,
     },
+    gate::heard,
 };
 
 /// An address at which a stranger has come in is not given up for this long, whatever servers say: two of them may lie.
@@ -376,21 +374,30 @@ where
         let Some(wanted) = wanted else {
             return self.autonat.bounds.ended();
         };
-        let dial = DialOpts::peer_id(stream.peer())
-            .condition(PeerCondition::Always)
-            .addresses(vec![wanted.address.clone()])
+        let how = How {
+            always: true,
             // From the port that it knows, its NAT might let us in.
-            .allocate_new_port()
-            .build();
-        let id = dial.connection_id();
-        self.swarm.behaviour_mut().streams.set_aside(id);
+            new_port: true,
+            set_aside: true,
+            ..How::default()
+        };
+        let stated = heard(Heard::new([wanted.address.clone()])).collect();
+        let admitted = self.admit(stream.peer(), stated, how);
+        if admitted.is_empty() {
+            // Not to be taken for an address that cannot be reached.
+            self.autonat.bounds.ended();
+            let mut stream = stream;
+            // How it takes it is its affair.
+            tokio::spawn(async move { autonat::reject(&mut stream).await });
+            return;
+        }
         let probe = Probe {
             stream,
             wanted,
             since: Instant::now(),
         };
-        match self.swarm.dial(dial) {
-            Ok(()) => drop(self.autonat.probes.insert(id, probe)),
+        match self.dial_admitted(&admitted, how) {
+            Ok(id) => drop(self.autonat.probes.insert(id, probe)),
             Err(error) => {
                 tracing::debug!(%error, "cannot dial for a peer");
                 self.probe_failed(probe);
@@ -476,13 +483,17 @@ where
             return;
         };
         self.autonat.udp_tried = Some(now);
-        let dial = DialOpts::peer_id(peer)
-            .condition(PeerCondition::Always)
-            .addresses(vec![address.clone()])
-            .build();
-        let id = dial.connection_id();
-        if self.swarm.dial(dial).is_ok() {
-            let addresses = vec![address];
+        let how = How {
+            always: true,
+            ..How::default()
+        };
+        let stated = heard(Heard::new([address])).collect();
+        let admitted = self.admit(peer, stated, how);
+        if admitted.is_empty() {
+            return;
+        }
+        if let Ok(id) = self.dial_admitted(&admitted, how) {
+            let addresses = admitted.addresses().to_vec();
             self.dials.insert(id, super::Dial { peer, addresses });
         }
     }

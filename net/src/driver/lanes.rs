@@ -18,6 +18,7 @@ use super::{Driver, Outcome};
 use crate::{
     Class, Incoming, OpenError, Path, PathKind, Stream, Transport,
     address::{first_ip, socket},
+    gate::{Gate, Target},
     lane::{self, Arrival, CALL, Calls, LaneError, Places},
     tls::Tls,
 };
@@ -44,7 +45,7 @@ pub(super) struct Lanes {
 #[derive(Debug)]
 enum Way {
     /// We do.
-    Dial(Multiaddr),
+    Dial(Multiaddr, Target),
     /// The peer does, asked over this connection.
     Call(ConnectionId),
 }
@@ -67,6 +68,14 @@ pub(super) fn remember(targets: &mut Vec<Multiaddr>, addresses: &[Multiaddr], ip
         if tcp && targets.len() < MAX_TARGETS && !targets.contains(&address) {
             targets.push(address);
         }
+    }
+}
+
+/// Tells the gate what a dial came to.
+fn note(gate: &Gate, target: Target, opened: bool) {
+    match opened {
+        true => gate.proved(target.at(), Instant::now()),
+        false => gate.missed(target, Instant::now()),
     }
 }
 
@@ -105,24 +114,25 @@ where
         class: Class,
         reply: oneshot::Sender<Result<Stream, OpenError>>,
     ) {
-        let way = match class {
-            Class::Bulk => self.way(&peer),
-            Class::Control | Class::Interactive => None,
+        let beside = self.swarm.behaviour().streams.beside(peer);
+        let way = match (class, &beside) {
+            (Class::Bulk, Some(_)) => self.way(&peer),
+            _ => None,
         };
         let streams = &mut self.swarm.behaviour_mut().streams;
-        let (Some(way), Some(beside)) = (way, streams.beside(peer)) else {
+        let (Some(way), Some(beside)) = (way, beside) else {
             return streams.open(peer, protocol, class, reply);
         };
         // One that is called for takes its place when it arrives.
         let place = match &way {
-            Way::Dial(_) => self.lanes.places.take(peer),
+            Way::Dial(..) => self.lanes.places.take(peer),
             Way::Call(_) => None,
         };
         if place.is_none() && !(matches!(way, Way::Call(_)) && self.lanes.places.has(&peer)) {
             return streams.open(peer, protocol, class, reply);
         }
         let called = match &way {
-            Way::Dial(_) => None,
+            Way::Dial(..) => None,
             Way::Call(connection) => {
                 let (reply, answer) = oneshot::channel();
                 streams.open_on(peer, *connection, CALL, reply);
@@ -130,13 +140,14 @@ where
             }
         };
         let (tls, calls) = (self.lanes.tls.clone(), self.lanes.calls.clone());
-        let outcomes = self.outcomes.clone();
+        let (outcomes, gate) = (self.outcomes.clone(), self.gate.clone());
         tokio::spawn(async move {
             let opened = async {
                 match (way, place, called) {
-                    (Way::Dial(address), Some(place), _) => {
-                        let lane = lane::open(&address, tls, peer, &protocol).await?;
-                        Ok((lane, address, place))
+                    (Way::Dial(address, target), Some(place), _) => {
+                        let lane = lane::open(target, tls, peer, &protocol).await;
+                        note(&gate, target, lane.is_ok());
+                        Ok((lane?, address, place))
                     }
                     (Way::Call(_), _, Some(answer)) => {
                         let stream = answer.await.map_err(|_| LaneError::Refused)?;
@@ -195,8 +206,8 @@ where
         if best.path.kind >= PathKind::Relayed || best.path.transport == Transport::Ws {
             return None;
         }
-        if let Some(address) = self.lane_target(peer) {
-            return Some(Way::Dial(address));
+        if let Some((address, target)) = self.lane_target(peer) {
+            return Some(Way::Dial(address, target));
         }
         // One that came here by itself can come again; through a punched hole nobody else does.
         let reachable = best.path.kind < PathKind::Direct
@@ -214,9 +225,16 @@ where
     }
 
     /// Where a lane to `peer` could be dialled.
-    fn lane_target(&self, peer: &PeerId) -> Option<Multiaddr> {
+    fn lane_target(&self, peer: &PeerId) -> Option<(Multiaddr, Target)> {
         let address = self.peers.get(peer)?.lane_target()?;
-        self.admits(peer, &address).then_some(address)
+        if !self.admits(peer, &address) {
+            return None;
+        }
+        let evidence = self.evidence(peer);
+        let target = self
+            .gate
+            .admit_lane(*peer, &address, &evidence, Instant::now())?;
+        Some((address, target))
     }
 
     /// Lanes are no connections of the swarm, which holds to the lists by itself.
@@ -257,27 +275,33 @@ where
     /// A peer that we can reach, and that cannot reach us, wants a lane.
     pub(super) fn on_call(&mut self, mut stream: Stream) {
         let peer = stream.peer();
-        let target = self.lane_target(&peer);
         let beside = self.swarm.behaviour().streams.beside(peer);
-        let place = match (&target, self.lanes.places.enabled()) {
-            (Some(_), true) => self.lanes.places.take(peer),
+        let place = match self.lanes.places.enabled() {
+            true => self.lanes.places.take(peer),
+            false => None,
+        };
+        let target = match (&place, &beside) {
+            (Some(_), Some(_)) => self.lane_target(&peer),
             _ => None,
         };
-        let tls = self.lanes.tls.clone();
+        let (tls, gate) = (self.lanes.tls.clone(), self.gate.clone());
         let protocols = self.protocols.clone();
         tokio::spawn(async move {
-            let (Some(target), Some(beside), Some(place)) = (target, beside, place) else {
+            let (Some((address, target)), Some(beside), Some(place)) = (target, beside, place)
+            else {
                 // How it takes it is its affair.
                 let _ = lane::refuse(stream).await;
                 return;
             };
             let called = async {
                 let token = lane::called(&mut stream).await?;
-                lane::call(&target, tls, peer, token, protocols.names()).await
+                let lane = lane::call(target, tls, peer, token, protocols.names()).await;
+                note(&gate, target, lane.is_ok());
+                lane
             };
             match called.await {
                 Ok((lane, protocol)) => {
-                    let path = Path::of(&target);
+                    let path = Path::of(&address);
                     protocols.deliver(beside.stream(protocol, lane, path, place));
                 }
                 Err(error) => {

@@ -4,17 +4,14 @@ use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
     io,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
 use libp2p::{
     PeerId,
     core::Endpoint,
-    swarm::{
-        ConnectionId, NetworkBehaviour,
-        dial_opts::{DialOpts, PeerCondition},
-    },
+    swarm::{ConnectionId, NetworkBehaviour},
 };
 use tokio::{
     sync::oneshot,
@@ -23,10 +20,11 @@ use tokio::{
 };
 use weft_proto::wire::UdpMapping;
 
-use super::{Driver, Outcome};
+use super::{Driver, How, Outcome};
 use crate::{
-    Mapping, Stream, Transport,
+    Heard, Mapping, Stream, Transport,
     address::{is_link_local, is_public, of_socket, socket},
+    gate::{Admitted, Extent, heard},
     punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
     search, split_peer_id,
 };
@@ -57,6 +55,15 @@ const SEARCH_AGAIN: Duration = HEAD_START.saturating_add(search::LIMIT);
 
 /// Peers whose last search is remembered.
 const MAX_SEARCHED: usize = 1024;
+
+/// How a punch goes out: beside the relayed connection, and again while the last one is under way.
+const PUNCH: How = How {
+    always: true,
+    new_port: false,
+    as_listener: false,
+    set_aside: false,
+    again: true,
+};
 
 /// What the driver remembers of it.
 #[derive(Debug)]
@@ -128,7 +135,7 @@ where
     /// Where we may be reached by one who punches.
     fn candidates(&self) -> Candidates {
         let mut mine = Candidates {
-            seen_at: self.reach.seen_at(),
+            near: self.is_near(),
             udp: self.udp_mapping(),
             ..Candidates::default()
         };
@@ -138,34 +145,33 @@ where
                 let seen = self.reach.candidates(transport).into_iter();
                 seen.map(move |at| (at, transport))
             });
-        let seen: Vec<_> = seen.collect();
-        // What a neighbour sees is for those who are seen from outside nowhere, as in a mesh on a network of its own.
-        let outside = seen.iter().any(|(at, _)| is_public(&at.ip()));
-        let told = seen
-            .into_iter()
-            .filter(|(at, _)| !outside || is_public(&at.ip()));
-        mine.public
-            .extend(told.map(|(at, transport)| of_socket(at, transport)));
-        let loopback = mine.seen_at.iter().any(IpAddr::is_loopback);
+        // What a neighbour sees is for a mesh on a network of its own.
+        let told = seen.filter(|(at, _)| mine.near || is_public(&at.ip()));
+        let mut told: Vec<_> = told
+            .map(|(at, transport)| of_socket(at, transport))
+            .collect();
+        let loopback = self.gate.extent() == Extent::Machine;
         let outside = self.reachable_at();
+        let mut private = Vec::new();
         for address in outside.iter().chain(self.swarm.listeners()) {
             let Some((at, _)) = socket(address) else {
                 continue;
             };
             let address = split_peer_id(address.clone()).0;
             if is_public(&at.ip()) {
-                mine.seen_at.insert(at.ip());
-                mine.public.push(address);
-            } else if (loopback || !at.ip().is_loopback()) && !is_link_local(&address) {
-                mine.private.push(address);
+                told.push(address);
+            } else if mine.near && (loopback || !at.ip().is_loopback()) && !is_link_local(&address)
+            {
+                private.push(address);
             }
         }
-        for list in [&mut mine.public, &mut mine.private] {
+        for mut list in [told, private] {
             let mut seen = HashSet::new();
             list.retain(|address| seen.insert(address.clone()));
             list.truncate(punch::MAX_ADDRESSES / 2);
             // The order says nothing, and a change of it is no news.
             list.sort_by_key(libp2p::Multiaddr::to_vec);
+            mine.addresses.extend(list);
         }
         mine
     }
@@ -316,39 +322,60 @@ where
         }
         tracing::debug!(%peer, %address, "a search has found the way");
         self.sockets.prepare(address, socket);
-        let dial = DialOpts::peer_id(peer)
-            .condition(PeerCondition::Always)
-            .addresses(vec![of_socket(address, Transport::Quic)])
+        // The token came from there, which only the peer was told.
+        self.gate.proved(address, Instant::now());
+        let how = How {
             // Not ours to listen on: what others see it as says nothing of our listening port.
-            .allocate_new_port();
-        self.punch_dial(peer, dial.build());
+            new_port: true,
+            ..PUNCH
+        };
+        self.punch_dial(peer, vec![of_socket(address, Transport::Quic)], how);
+    }
+
+    /// Dials a peer where mDNS has announced it, beside the relayed connection to it.
+    pub(super) fn dial_neighbour(&mut self, peer: PeerId) {
+        if !self.punching.may_dial(&peer, Instant::now()) {
+            return;
+        }
+        let found = self.gate.neighbour(&peer);
+        let admitted = self.admit(peer, found, PUNCH);
+        if !admitted.is_empty() {
+            self.punch_admitted(&admitted, PUNCH);
+        }
     }
 
     fn carry_out(&mut self, peer: PeerId, plan: Plan) {
+        self.dial_neighbour(peer);
         for (transport, addresses) in punch::parts(&plan.addresses) {
             tracing::debug!(%peer, ?addresses, "punching");
-            let mut options = DialOpts::peer_id(peer)
-                .condition(PeerCondition::Always)
-                .addresses(addresses);
-            // Both sides of a QUIC connection may be its client; on TCP one packet each way makes one connection.
-            if transport == Transport::Tcp && plan.role == Endpoint::Listener {
-                options = options.override_role();
-            }
-            self.punch_dial(peer, options.build());
+            let how = How {
+                // Both sides of a QUIC connection may be its client; on TCP one packet each way makes one connection.
+                as_listener: transport == Transport::Tcp && plan.role == Endpoint::Listener,
+                ..PUNCH
+            };
+            self.punch_dial(peer, addresses, how);
         }
         if let Some(search) = plan.search {
             self.search(peer, search);
         }
     }
 
-    fn punch_dial(&mut self, peer: PeerId, options: DialOpts) {
+    fn punch_dial(&mut self, peer: PeerId, addresses: Vec<libp2p::Multiaddr>, how: How) {
         if self.punching.dials.len() >= MAX_DIALS {
             tracing::debug!(%peer, "too many are being punched to");
             return;
         }
-        let id = options.connection_id();
-        match self.swarm.dial(options) {
-            Ok(()) => drop(self.punching.dials.insert(id, (peer, Instant::now()))),
+        let stated = heard(Heard::new(addresses)).collect();
+        let admitted = self.admit(peer, stated, how);
+        if !admitted.is_empty() {
+            self.punch_admitted(&admitted, how);
+        }
+    }
+
+    fn punch_admitted(&mut self, admitted: &Admitted, how: How) {
+        let peer = admitted.peer();
+        match self.dial_admitted(admitted, how) {
+            Ok(id) => drop(self.punching.dials.insert(id, (peer, Instant::now()))),
             Err(error) => tracing::debug!(%peer, %error, "cannot punch"),
         }
     }
@@ -371,6 +398,11 @@ where
         }
         let task = match search {
             Search::OpenMany { targets, token } => {
+                let targets = self.gate.admit_search(&targets, now);
+                if targets.is_empty() {
+                    tracing::debug!(%peer, "no search: there was one at this address lately");
+                    return;
+                }
                 let outcomes = self.outcomes.clone();
                 tokio::spawn(async move {
                     sleep(HEAD_START).await;
@@ -389,17 +421,17 @@ where
                     }
                 })
             }
-            Search::TryMany {
-                target,
-                last,
-                token,
-            } => {
-                let Some(socket) = self.sockets.listening(target) else {
+            Search::TryMany { target, token } => {
+                let Some(socket) = self.sockets.listening(target.ip()) else {
+                    return;
+                };
+                let Some(target) = self.gate.admit_search(&[target], now).pop() else {
+                    tracing::debug!(%peer, "no search: there was one at this address lately");
                     return;
                 };
                 tokio::spawn(async move {
                     sleep(HEAD_START).await;
-                    if let Err(error) = search::try_many(&socket, target, last, &token).await {
+                    if let Err(error) = search::try_many(&socket, target, &token).await {
                         tracing::debug!(%peer, %error, "a search cannot be made");
                     }
                 })

@@ -181,8 +181,15 @@ where
         }
         let dialled = match request.address.is_empty() {
             true => Err(OpenError::NotConnected(relay).to_string()),
+            // What was given for the destination is given for its relay.
             false => self
-                .dial(relay, vec![request.address.clone()])
+                .dial(
+                    relay,
+                    vec![(
+                        self.gate.source_of_relay(relay, &request.address),
+                        request.address.clone(),
+                    )],
+                )
                 .map_err(|error| error.to_string()),
         };
         match dialled {

@@ -509,7 +509,7 @@ impl Models for Service {
         let providers = found.map_err(|error| status(&error))?.into_iter();
         let providers = providers.map(|one| api::Provider {
             peer_id: one.peer.to_string(),
-            addresses: one.addresses.iter().map(ToString::to_string).collect(),
+            addresses: one.addresses.show().collect(),
             complete: one.shards.is_none(),
             shards: bits(one.shards.unwrap_or_default()),
             connected: one.connected,

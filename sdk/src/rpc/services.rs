@@ -18,7 +18,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use weft_dht::{Dht, Record};
-use weft_net::{Class, Multiaddr, Network, Path, PathKind, PeerId};
+use weft_net::{Class, Heard, Network, Path, PathKind, PeerId};
 use weft_proto::{
     rpc::{
         Caller, Code, Message, Method, Options, Receiver, Seen, Sender, Session, Status as Ended,
@@ -263,7 +263,7 @@ struct State {
 
 #[derive(Default)]
 struct Candidate {
-    addresses: Vec<Multiaddr>,
+    addresses: Heard,
     labels: Labels,
     sequence: u64,
     /// When its statement ends.
@@ -307,7 +307,7 @@ fn has(labels: &Labels, wanted: &Labels) -> bool {
 }
 
 /// What a statement says, if it is one of an offer: labels, and where to reach it.
-fn offer(value: &[u8]) -> Option<(Labels, Vec<Multiaddr>)> {
+fn offer(value: &[u8]) -> Option<(Labels, Heard)> {
     let claim = wire::ServiceClaim::decode(value).ok()?;
     let labels = claim.labels.into_iter().take(MAX_LABELS);
     let labels: Labels = labels.map(|l| (l.name, l.value)).collect();
@@ -322,7 +322,7 @@ impl State {
         wanted: &Labels,
         tried: &HashSet<PeerId>,
         now: Instant,
-    ) -> Option<(PeerId, Vec<Multiaddr>)> {
+    ) -> Option<(PeerId, Heard)> {
         let candidates = self.offers.iter_mut();
         let (peer, chosen) = candidates
             .filter(|(peer, c)| !tried.contains(peer) && has(&c.labels, wanted))
@@ -610,7 +610,7 @@ impl Service {
     }
 
     /// Whom to ask, other than those that were tried; looks for more where there are none.
-    async fn choose(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Vec<Multiaddr>)> {
+    async fn choose(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
         self.keep_fresh().await;
         if let Some(chosen) = self.choose_known(tried) {
             return Some(chosen);
@@ -628,7 +628,7 @@ impl Service {
         self.choose_known(tried)
     }
 
-    fn choose_known(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Vec<Multiaddr>)> {
+    fn choose_known(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
         let mut state = lock(&self.shared.state);
         let (peer, addresses) = state.choose(&self.wanted, tried, Instant::now())?;
         let shared = Arc::clone(&self.shared);
@@ -739,7 +739,7 @@ impl Service {
         }
     }
 
-    async fn session(&self, peer: PeerId, addresses: Vec<Multiaddr>) -> Result<Session, Ended> {
+    async fn session(&self, peer: PeerId, addresses: Heard) -> Result<Session, Ended> {
         let (network, sessions) = (self.node.network(), self.node.sessions());
         // Where it says it is, unless it is connected.
         if !sessions.has(peer, self.class) {

@@ -15,7 +15,7 @@ use weft_blobs::{
     Hash, Store, Transfer,
     availability::{self, MAX_MESSAGE, MAX_PEERS, Told},
 };
-use weft_net::{Class, Multiaddr, Network, PeerId, Stream, StreamProtocol};
+use weft_net::{Class, Heard, Network, PeerId, Stream, StreamProtocol};
 use weft_proto::{
     frame::{self, FrameError},
     wire,
@@ -53,7 +53,7 @@ pub(crate) enum News {
     /// A peer has nothing of the model.
     Nothing(PeerId),
     /// There is such a peer, it is said.
-    Peer(PeerId, Vec<Multiaddr>),
+    Peer(PeerId, Heard),
 }
 
 /// A model that is being fetched here.
@@ -91,9 +91,9 @@ struct Room {
 struct Guest {
     /// Which exchange put it here: there may be two with one peer.
     number: u64,
-    addresses: Vec<Multiaddr>,
+    addresses: Heard,
     /// Takes whom it is to be told of.
-    introduce: mpsc::Sender<(PeerId, Vec<Multiaddr>)>,
+    introduce: mpsc::Sender<(PeerId, Heard)>,
 }
 
 impl Hub {
@@ -171,11 +171,7 @@ impl Hub {
     }
 
     /// Introduces `peer` and those who are there to each other; whom it is to be told of.
-    fn enter(
-        &self,
-        model: Hash,
-        peer: PeerId,
-    ) -> (Present<'_>, mpsc::Receiver<(PeerId, Vec<Multiaddr>)>) {
+    fn enter(&self, model: Hash, peer: PeerId) -> (Present<'_>, mpsc::Receiver<(PeerId, Heard)>) {
         let (introduce, introduced) = mpsc::channel(MAX_PEERS);
         let mut rooms = self.rooms();
         let room = rooms.entry(model).or_default();
@@ -189,7 +185,7 @@ impl Hub {
         if room.guests.len() < MAX_GUESTS {
             let guest = Guest {
                 number,
-                addresses: Vec::new(),
+                addresses: Heard::default(),
                 introduce,
             };
             room.guests.insert(peer, guest);
@@ -205,7 +201,7 @@ impl Hub {
     }
 
     /// `peer` has said where it is.
-    fn is_at(&self, model: &Hash, peer: PeerId, addresses: Vec<Multiaddr>) {
+    fn is_at(&self, model: &Hash, peer: PeerId, addresses: Heard) {
         let mut rooms = self.rooms();
         let Some(room) = rooms.get_mut(model) else {
             return;
@@ -288,7 +284,7 @@ impl Exchanger {
         mut writer: W,
         model: Hash,
         dialled: bool,
-        mut introduced: mpsc::Receiver<(PeerId, Vec<Multiaddr>)>,
+        mut introduced: mpsc::Receiver<(PeerId, Heard)>,
     ) -> Result<(), Error>
     where
         W: AsyncWrite + Unpin,
@@ -337,7 +333,7 @@ impl Exchanger {
                     }
                     let peers = peers.iter().map(|(peer, addresses)| wire::SwarmPeer {
                         peer: peer.to_bytes().into(),
-                        addresses: encode(addresses),
+                        addresses: addresses.to_wire().into_iter().map(Into::into).collect(),
                     });
                     let message = wire::SwarmMessage { peers: peers.collect(), ..Default::default() };
                     send(&mut writer, &message).await?;

@@ -20,7 +20,7 @@ use tokio::{
 use weft_blobs::{
     Hash, Plan, Transfer, TransferError, availability, plan, rate::Limit, transfer::Peer,
 };
-use weft_net::{Multiaddr, PathKind, PeerId, Stream, Transport, is_superseded};
+use weft_net::{Destinations, PathKind, PeerId, Stream, Transport, is_superseded};
 use weft_proto::frame::FrameError;
 
 pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
@@ -172,7 +172,7 @@ impl Shown {
 
 #[derive(Debug)]
 struct Member {
-    addresses: Vec<Multiaddr>,
+    addresses: Destinations,
     /// Something that it has was spoken of.
     offers: bool,
     /// A provider that says so in the DHT or a ticket, or that says so itself.
@@ -336,7 +336,7 @@ impl Swarm {
     }
 
     /// A peer that has the model, or may have.
-    fn meet(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, complete: bool) {
+    fn meet(&mut self, peer: PeerId, addresses: impl Into<Destinations>, complete: bool) {
         if peer == self.node.peer_id() || self.banned.contains_key(&peer) {
             return;
         }
@@ -356,7 +356,7 @@ impl Swarm {
         }
         let transfer = &self.transfer;
         let member = self.members.entry(peer).or_insert_with(|| Member {
-            addresses: Vec::new(),
+            addresses: Destinations::default(),
             offers: false,
             complete: false,
             busy: false,
@@ -371,11 +371,14 @@ impl Swarm {
             stop: Arc::default(),
             handle: Arc::new(transfer.join(false, None)),
         });
-        for address in addresses {
-            if member.addresses.len() < MAX_ADDRESSES && !member.addresses.contains(&address) {
-                member.addresses.push(address);
+        let Destinations { given, heard } = addresses.into();
+        for address in given {
+            let known = &mut member.addresses.given;
+            if known.len() < MAX_ADDRESSES && !known.contains(&address) {
+                known.push(address);
             }
         }
+        member.addresses.hear(heard);
         if complete && !member.complete {
             member.complete = true;
             member.offers = true;
@@ -393,7 +396,7 @@ impl Swarm {
     fn heard(&mut self, news: News) {
         match news {
             News::Have(peer, have) => {
-                self.meet(peer, Vec::new(), false);
+                self.meet(peer, Destinations::default(), false);
                 if let Some(member) = self.members.get_mut(&peer) {
                     member.complete |= have.complete;
                     member.offers |= have.complete || !have.files.is_empty();
@@ -467,7 +470,7 @@ impl Swarm {
                 && !self.banned.contains_key(&info.peer)
                 && self.asked_neighbours.insert(info.peer)
             {
-                self.meet(info.peer, Vec::new(), false);
+                self.meet(info.peer, Destinations::default(), false);
                 self.exchange_with(info.peer);
             }
         }

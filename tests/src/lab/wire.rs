@@ -15,13 +15,14 @@ use rustix::process::getppid;
 use super::{
     LabError,
     conditions::{self, Conditions},
-    flood,
+    flood, hearsay,
 };
 
 const HOLD: &str = "lab-hold-packets";
 const ECHO: &str = "lab-echo-packets";
 const MEASURE: &str = "lab-measure-packets";
 pub(super) const FLOOD: &str = "lab-flood";
+pub(super) const HEARSAY: &str = "lab-hearsay";
 
 /// Where packets are echoed.
 const PORT: u16 = 7;
@@ -61,6 +62,7 @@ pub fn be_a_part() -> Option<ExitCode> {
         HOLD => hold(&rest),
         ECHO => echo(),
         MEASURE => measure(&rest),
+        HEARSAY => hearsay::run(&rest),
         FLOOD => match &rest[..] {
             [address, seconds] => match seconds.parse() {
                 Ok(seconds) => flood::run(address, seconds),

@@ -1,0 +1,289 @@
+//! Dialling: the one place where the driver has the swarm dial, and only what the gate has admitted.
+
+use std::{convert::Infallible, time::Instant};
+
+use if_watch::{IfEvent, tokio::IfWatcher};
+use libp2p::{
+    Multiaddr, PeerId,
+    swarm::{
+        ConnectionId, DialError, NetworkBehaviour,
+        dial_opts::{DialOpts, PeerCondition},
+    },
+};
+
+use super::{Dial, Driver, Outcome, Peer, WantedDial, dial_error};
+use crate::{
+    ConnectError, PathKind,
+    address::{is_relayed, socket_within, starts_with_name},
+    gate::{Admitted, Evidence, Extent, Source, heard, is_made_up},
+};
+
+/// How a dial goes out.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct How {
+    /// Also if there is a connection to the peer.
+    pub(super) always: bool,
+    /// From a new port.
+    pub(super) new_port: bool,
+    /// On TCP, as the side that listens.
+    pub(super) as_listener: bool,
+    /// The connection is not to be used as a path to the peer.
+    pub(super) set_aside: bool,
+    /// Repeated while the last attempt is under way.
+    pub(super) again: bool,
+}
+
+/// A name that was looked up.
+#[derive(Debug)]
+pub(super) struct Resolved {
+    peer: PeerId,
+    source: Source,
+    name: Multiaddr,
+    found: Result<Vec<Multiaddr>, String>,
+}
+
+/// The next change of our interfaces.
+pub(super) async fn next_change(interfaces: &mut Option<IfWatcher>) -> IfEvent {
+    let Some(watcher) = interfaces else {
+        return std::future::pending().await;
+    };
+    match std::future::poll_fn(|cx| watcher.poll_if_event(cx)).await {
+        Ok(event) => event,
+        Err(error) => {
+            tracing::warn!(%error, "the interfaces cannot be watched any more");
+            *interfaces = None;
+            std::future::pending().await
+        }
+    }
+}
+
+impl<E> Driver<E>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    /// What speaks for where `peer` is.
+    pub(super) fn evidence(&self, peer: &PeerId) -> Evidence {
+        let direct = |c: &&super::Connection| c.path.kind < PathKind::Relayed;
+        let connections = self.peers.get(peer).into_iter();
+        let dialled = connections
+            .flat_map(|peer| peer.connections.values())
+            .filter(direct)
+            .filter(|c| c.dialled);
+        let relays = self.peers.iter().filter(|(_, peer)| peer.is_direct());
+        Evidence {
+            dialled_at: dialled
+                .filter_map(|c| socket_within(&c.path.address))
+                .collect(),
+            relays: relays.map(|(id, _)| *id).collect(),
+            again: false,
+        }
+    }
+
+    /// Whether the mesh is our own networks.
+    pub(super) fn is_near(&self) -> bool {
+        self.gate.extent() < Extent::World
+    }
+
+    /// Asks the gate which of these addresses may be dialled.
+    pub(super) fn admit(
+        &self,
+        peer: PeerId,
+        sources: Vec<(Source, Multiaddr)>,
+        how: How,
+    ) -> Admitted {
+        let mut evidence = self.evidence(&peer);
+        evidence.again = how.again;
+        self.gate.admit(peer, sources, &evidence, Instant::now())
+    }
+
+    /// The only function that has the swarm dial. Without addresses, it tells the behaviours that there are none.
+    pub(super) fn dial_admitted(
+        &mut self,
+        admitted: &Admitted,
+        how: How,
+    ) -> Result<ConnectionId, DialError> {
+        let condition = match how.always {
+            true => PeerCondition::Always,
+            false => PeerCondition::Disconnected,
+        };
+        let addresses = admitted.addresses().iter();
+        let addresses = addresses.map(|(_, address)| address.clone()).collect();
+        let mut options = DialOpts::peer_id(admitted.peer())
+            .condition(condition)
+            .addresses(addresses);
+        if how.new_port {
+            options = options.allocate_new_port();
+        }
+        if how.as_listener {
+            options = options.override_role();
+        }
+        let options = options.build();
+        let id = options.connection_id();
+        let behaviour = self.swarm.behaviour_mut();
+        behaviour.expect(id);
+        if how.set_aside {
+            behaviour.streams.set_aside(id);
+        }
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the gate has admitted the addresses"
+        )]
+        self.swarm.dial(options)?;
+        self.gate.began(id, admitted);
+        Ok(id)
+    }
+
+    /// Dials a peer that is not connected. What has a name is dialled once the name is resolved.
+    pub(super) fn dial(
+        &mut self,
+        peer: PeerId,
+        mut sources: Vec<(Source, Multiaddr)>,
+    ) -> Result<(), ConnectError> {
+        if sources.is_empty() {
+            // What the DHT has heard of the peer comes from anybody: a last resort.
+            sources.extend(heard(self.swarm.behaviour_mut().heard_of(peer)));
+            sources.extend(self.gate.neighbour(&peer));
+        }
+        let none = sources.is_empty();
+        let named =
+            |(_, address): &(Source, Multiaddr)| starts_with_name(address) && !is_relayed(address);
+        let (names, sockets): (Vec<_>, Vec<_>) = sources.into_iter().partition(named);
+        let resolving = self.resolve(peer, names);
+        let admitted = self.admit(peer, sockets, How::default());
+        if admitted.is_empty() && (resolving || self.is_dialling(&peer)) {
+            return Ok(());
+        }
+        let refused = admitted.is_empty() && !none;
+        match self.dial_known(admitted) {
+            Ok(()) => Ok(()),
+            Err(_) if resolving || self.is_dialling(&peer) => Ok(()),
+            Err(_) if refused => Err(not_admitted(peer)),
+            Err(error) => Err(dial_error(peer, &error)),
+        }
+    }
+
+    fn dial_known(&mut self, admitted: Admitted) -> Result<(), DialError> {
+        let id = self.dial_admitted(&admitted, How::default())?;
+        let (peer, addresses) = (admitted.peer(), admitted.addresses().to_vec());
+        self.dials.insert(id, Dial { peer, addresses });
+        Ok(())
+    }
+
+    pub(super) fn is_dialling(&self, peer: &PeerId) -> bool {
+        self.dials.values().any(|dial| dial.peer == *peer) || self.resolving.contains_key(peer)
+    }
+
+    /// Begins to look up names; whether any is.
+    fn resolve(&mut self, peer: PeerId, names: Vec<(Source, Multiaddr)>) -> bool {
+        let (near, now) = (self.is_near(), Instant::now());
+        let (given, stated): (Vec<_>, Vec<_>) = names
+            .into_iter()
+            .partition(|(source, _)| *source == Source::Given);
+        let stated = stated.into_iter().map(|(_, address)| address);
+        let mut all = given;
+        let few = self.names.few(stated, near, now).into_iter();
+        all.extend(few.map(|address| (Source::Heard, address)));
+        let mut any = false;
+        for (source, name) in all {
+            let given = source == Source::Given;
+            let Some(resolution) = self.names.resolve(name.clone(), given, near) else {
+                continue;
+            };
+            any = true;
+            *self.resolving.entry(peer).or_default() += 1;
+            let outcomes = self.outcomes.clone();
+            tokio::spawn(async move {
+                let resolved = Resolved {
+                    peer,
+                    source,
+                    name,
+                    found: resolution.await,
+                };
+                // The network may have stopped.
+                let _ = outcomes.send(Outcome::Resolved(resolved)).await;
+            });
+        }
+        any
+    }
+
+    /// A name has been looked up: where it leads passes the gate like any address.
+    pub(super) fn on_resolved(&mut self, resolved: Resolved) {
+        let Resolved {
+            peer,
+            source,
+            name,
+            found,
+        } = resolved;
+        let now = Instant::now();
+        if let Some(left) = self.resolving.get_mut(&peer) {
+            *left -= 1;
+            if *left == 0 {
+                self.resolving.remove(&peer);
+            }
+        }
+        let mut addresses = found.as_ref().cloned().unwrap_or_default();
+        self.names.done(&name, !addresses.is_empty(), now);
+        if source == Source::Given {
+            self.gate.resolved(&name, &addresses);
+        } else {
+            addresses.retain(|address| !crate::address::first_ip(address).is_some_and(is_made_up));
+        }
+        if self.peers.get(&peer).is_some_and(Peer::is_direct) {
+            return;
+        }
+        let sources = addresses
+            .into_iter()
+            .map(|address| (source, address))
+            .collect();
+        let admitted = self.admit(peer, sources, How::default());
+        if !admitted.is_empty() && self.dial_known(admitted).is_ok() {
+            return;
+        }
+        if self.is_dialling(&peer) {
+            return;
+        }
+        // The behaviours are told as well.
+        let none = self.admit(peer, Vec::new(), How::default());
+        let _ = self.dial_admitted(&none, How::default());
+        let reason = match found {
+            Err(error) => format!("{name}: {error}"),
+            Ok(_) => format!("{name}: the name leads to no address that may be dialled from here"),
+        };
+        self.give_up(&peer, || ConnectError::Failed {
+            peer,
+            reason: reason.clone(),
+        });
+    }
+
+    /// A behaviour wants a peer to be dialled.
+    pub(super) fn on_wanted(&mut self, wanted: WantedDial) {
+        let WantedDial { peer, heard: known } = wanted;
+        if self.peers.contains_key(&peer) {
+            return;
+        }
+        if known.is_empty() && self.is_dialling(&peer) {
+            return;
+        }
+        if let Err(error) = self.dial(peer, heard(known).collect()) {
+            tracing::debug!(%peer, %error, "a behaviour's dial");
+        }
+    }
+
+    /// No dial to `peer` is under way any more: whoever waits for one is told.
+    pub(super) fn give_up(&mut self, peer: &PeerId, error: impl Fn() -> ConnectError) {
+        self.refuse_circuits(peer, &error().to_string());
+        for reply in self.waiting.remove(peer).unwrap_or_default() {
+            // Whoever asked may be gone.
+            let _ = reply.send(Err(error()));
+        }
+    }
+}
+
+fn not_admitted(peer: PeerId) -> ConnectError {
+    ConnectError::Failed {
+        peer,
+        reason: "none of the addresses that others state for it may be dialled from here, or not so soon again; \
+                 name an address yourself to dial it in any case"
+            .to_owned(),
+    }
+}

@@ -1,0 +1,184 @@
+//! The behaviours of the swarm, none of which can dial: what they want dialled goes to the driver, and through the gate.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    convert::Infallible,
+    ops::{Deref, DerefMut},
+    task::{Context, Poll},
+};
+
+use libp2p::{
+    Multiaddr, PeerId,
+    core::{Endpoint, transport::PortUse},
+    swarm::{
+        ConnectionDenied, ConnectionId, DialFailure, FromSwarm, NetworkBehaviour, THandler,
+        THandlerInEvent, THandlerOutEvent, ToSwarm,
+    },
+};
+
+use super::{Behaviour, BehaviourEvent};
+use crate::gate::Heard;
+
+/// Dials of behaviours that wait for the driver. It takes them at once; Kademlia alone has some hundreds of queries at most.
+const MAX_WANTED: usize = 256;
+
+/// What a behaviour wants to have dialled.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) peer: PeerId,
+    pub(crate) heard: Heard,
+}
+
+/// What the behaviours tell the driver.
+#[derive(Debug)]
+pub(crate) enum GuardedEvent<E: NetworkBehaviour<ToSwarm = Infallible>> {
+    /// An event of one of them.
+    Inner(BehaviourEvent<E>),
+    /// One of them wants a peer to be dialled.
+    Wanted(Wanted),
+}
+
+/// The dial goes through the gate first.
+#[derive(Debug, thiserror::Error)]
+#[error("the gate decides first")]
+struct Deferred;
+
+/// Refuses every dial that the driver has not announced with [`expect`](Self::expect), and tells the driver of it.
+pub(crate) struct Guarded<E: NetworkBehaviour<ToSwarm = Infallible>> {
+    inner: Behaviour<E>,
+    expected: HashSet<ConnectionId>,
+    /// Refused, and not yet told so.
+    deferred: HashSet<ConnectionId>,
+    wanted: VecDeque<Wanted>,
+}
+
+impl<E: NetworkBehaviour<ToSwarm = Infallible>> Guarded<E> {
+    pub(crate) fn new(inner: Behaviour<E>) -> Self {
+        Self {
+            inner,
+            expected: HashSet::new(),
+            deferred: HashSet::new(),
+            wanted: VecDeque::new(),
+        }
+    }
+
+    /// The next dial is the gate's.
+    pub(super) fn expect(&mut self, id: ConnectionId) {
+        self.expected.insert(id);
+    }
+
+    /// What the extension has heard of where a peer is.
+    pub(super) fn heard_of(&mut self, peer: PeerId) -> Heard {
+        // Asked in the way that the swarm asks; the number is never dialled.
+        let id = ConnectionId::new_unchecked(usize::MAX);
+        let extension = &mut self.inner.extension;
+        let known =
+            extension.handle_pending_outbound_connection(id, Some(peer), &[], Endpoint::Dialer);
+        Heard::new(known.unwrap_or_default())
+    }
+}
+
+impl<E: NetworkBehaviour<ToSwarm = Infallible>> Deref for Guarded<E> {
+    type Target = Behaviour<E>;
+
+    fn deref(&self) -> &Behaviour<E> {
+        &self.inner
+    }
+}
+
+impl<E: NetworkBehaviour<ToSwarm = Infallible>> DerefMut for Guarded<E> {
+    fn deref_mut(&mut self) -> &mut Behaviour<E> {
+        &mut self.inner
+    }
+}
+
+impl<E: NetworkBehaviour<ToSwarm = Infallible>> NetworkBehaviour for Guarded<E> {
+    type ConnectionHandler = <Behaviour<E> as NetworkBehaviour>::ConnectionHandler;
+    type ToSwarm = GuardedEvent<E>;
+
+    fn handle_pending_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<(), ConnectionDenied> {
+        self.inner
+            .handle_pending_inbound_connection(id, local, remote)
+    }
+
+    fn handle_established_inbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.inner
+            .handle_established_inbound_connection(id, peer, local, remote)
+    }
+
+    fn handle_pending_outbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: Option<PeerId>,
+        addresses: &[Multiaddr],
+        role: Endpoint,
+    ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
+        if self.expected.remove(&id) {
+            self.inner
+                .handle_pending_outbound_connection(id, peer, addresses, role)?;
+            // What a behaviour would add has not passed the gate.
+            return Ok(Vec::new());
+        }
+        if let Some(peer) = peer.filter(|_| self.wanted.len() < MAX_WANTED) {
+            let mut heard = Heard::new(addresses.iter().cloned());
+            heard.extend(self.heard_of(peer));
+            self.wanted.push_back(Wanted { peer, heard });
+            self.deferred.insert(id);
+        }
+        Err(ConnectionDenied::new(Deferred))
+    }
+
+    fn handle_established_outbound_connection(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerId,
+        address: &Multiaddr,
+        role: Endpoint,
+        port: PortUse,
+    ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.inner
+            .handle_established_outbound_connection(id, peer, address, role, port)
+    }
+
+    fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        // It has not failed: the gate's own dial tells what comes of it.
+        if let FromSwarm::DialFailure(DialFailure { connection_id, .. }) = &event
+            && self.deferred.remove(connection_id)
+        {
+            return;
+        }
+        self.inner.on_swarm_event(event);
+    }
+
+    fn on_connection_handler_event(
+        &mut self,
+        peer: PeerId,
+        id: ConnectionId,
+        event: THandlerOutEvent<Self>,
+    ) {
+        self.inner.on_connection_handler_event(peer, id, event);
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
+        if let Some(wanted) = self.wanted.pop_front() {
+            return Poll::Ready(ToSwarm::GenerateEvent(GuardedEvent::Wanted(wanted)));
+        }
+        self.inner
+            .poll(cx)
+            .map(|action| action.map_out(GuardedEvent::Inner))
+    }
+}
