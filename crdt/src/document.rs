@@ -102,7 +102,7 @@ impl std::convert::From<Waiter> for Sent {
 
 /// What a check of one envelope comes to.
 enum Verdict {
-    Counts(Change),
+    Counts(Box<Change>),
     Waits(On),
     Refused(Refusal),
 }
@@ -597,7 +597,7 @@ impl Document {
             let header = &sent.envelope.header;
             match verdict {
                 Verdict::Counts(change) => {
-                    accepted.push(change);
+                    accepted.push(*change);
                     let next = On::Place(header.session, header.index + 1);
                     for on in [On::Change(header.change), next] {
                         queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
@@ -738,7 +738,7 @@ impl Document {
             .map(|(_, change)| *change);
         Ok(
             match guard::apply(copy_here, &checked, previous, &mut self.depths) {
-                Ok(()) => Verdict::Counts(checked.change),
+                Ok(()) => Verdict::Counts(Box::new(checked.change)),
                 Err(refusal) => {
                     // The copy may be half changed.
                     let mut again = self.doc.clone();

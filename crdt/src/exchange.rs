@@ -1149,7 +1149,8 @@ impl Replica {
             let mut sought = false;
             let mut blocked = false;
             for (session, reach) in given {
-                if exchange.seek.contains_key(&session) || compared.contains(&session) {
+                let is_compared = before == after && compared.contains(&session);
+                if exchange.seek.contains_key(&session) || is_compared {
                     let at = exchange.seek.entry(session).or_insert(0);
                     sought |= *at < reach;
                     *at = (*at).max(reach);

@@ -202,6 +202,9 @@ impl Content {
     }
 }
 
+/// Why envelopes were not taken, by session, index and the chain after them.
+type Refusals = HashMap<(SessionId, u64, Chain), Refusal>;
+
 /// The envelopes of a file, each once, by session and index.
 #[derive(Debug, Default)]
 struct Log {
@@ -347,7 +350,7 @@ impl Replica {
         let epochs = self.import_epochs(id, &content, &mut imported)?;
         let proofs = self.import_proofs(id, &content, &mut imported)?;
         let order = log.causal();
-        let mut refused: HashMap<(SessionId, u64, Chain), Refusal> = HashMap::new();
+        let mut refused = Refusals::new();
         let mut places = order.iter().peekable();
         while places.peek().is_some() {
             let (mut batch, mut bytes) = (Vec::new(), 0);
@@ -462,7 +465,7 @@ impl Replica {
     fn compare_with_file(
         &mut self,
         (id, imported): (DocumentId, &mut Imported),
-        (log, order, refused): (&Log, &[Place], &HashMap<(SessionId, u64, Chain), Refusal>),
+        (log, order, refused): (&Log, &[Place], &Refusals),
         (epochs, proofs): (&[Epoch], &[Proof]),
     ) -> Result<(), StoreError> {
         let Some((document, _)) = self.document(&id)? else {

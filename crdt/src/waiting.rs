@@ -191,3 +191,78 @@ impl Waiting {
         self.entries.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{
+        envelope::{Header, Run},
+        id::DocumentId,
+        signed::Identity,
+    };
+
+    fn envelope(index: u64, bytes: usize) -> Envelope {
+        let run = Run {
+            author: Key([1; 32]),
+            nonce: [1; 16],
+            epoch: EpochId([1; 32]),
+        };
+        let identity = Identity::from_secret([1; 32]);
+        let place = (index, Chain([1; 32]));
+        Envelope {
+            header: Header::sign(
+                &identity,
+                &DocumentId([1; 32]),
+                run,
+                place,
+                ChangeId([1; 32]),
+            ),
+            change: Bytes::from(vec![0; bytes]),
+        }
+    }
+
+    /// How many of these envelopes of a peer are kept.
+    fn kept(
+        waiting: &mut Waiting,
+        from: u8,
+        asked: bool,
+        indices: std::ops::Range<u64>,
+        bytes: usize,
+    ) -> usize {
+        let from = Key([from; 32]);
+        let keep = |index: &u64| {
+            let envelope = envelope(*index, bytes);
+            let fits = waiting.make_room(&envelope, &from, asked);
+            if fits {
+                let on = On::Place(envelope.header.session, *index);
+                waiting.insert(envelope, (from, asked), on);
+            }
+            fits
+        };
+        indices.filter(keep).count()
+    }
+
+    #[test]
+    fn what_was_asked_for_is_not_held_to_the_quarter_and_all_of_it_is_bounded() {
+        let mut waiting = Waiting::default();
+        assert_eq!(kept(&mut waiting, 1, false, 0..1_000, 10), MAX_TOLD / 4);
+        assert_eq!(kept(&mut waiting, 2, false, 1_000..2_000, 10), MAX_TOLD / 4);
+        // Room of its own, bounded by number and by bytes.
+        assert_eq!(kept(&mut waiting, 1, true, 2_000..7_000, 10), MAX_ASKED);
+        assert_eq!(waiting.len(), MAX_TOLD / 2 + MAX_ASKED);
+        // What another peer is asked for takes the place of what the first gave, and never of what was told.
+        let large = MAX_ASKED_BYTES / 16;
+        assert_eq!(kept(&mut waiting, 3, true, 8_000..8_100, large), 16);
+        assert_eq!(waiting.len(), MAX_TOLD / 2 + 16);
+        assert!(waiting.bytes() <= MAX_TOLD_BYTES + MAX_ASKED_BYTES);
+        let awaited: Vec<On> = waiting.awaited().copied().collect();
+        assert_eq!(awaited.len(), waiting.len());
+        let woken: usize = awaited.iter().map(|on| waiting.wake(on).len()).sum();
+        assert_eq!(
+            (woken, waiting.len(), waiting.bytes()),
+            (MAX_TOLD / 2 + 16, 0, 0)
+        );
+    }
+}

@@ -191,13 +191,20 @@ fn an_import_that_is_not_whole_fails_and_says_what_does_not_count_and_why() {
         world.flush(to).unwrap();
         world.assert_same(&[0, to], id);
         // A document that was here before stays as it is.
-        world.edit(0, id, "/mine", 1);
         let before = world.get(0, id);
         let _ = world.node(0).import(&bad);
         world.flush(0).unwrap();
         assert_eq!(world.get(0, id), before);
         world.node(0).assert_loads(id);
     }
+    // Nor does it lose what the file does not know.
+    world.edit(0, id, "/mine", 1);
+    let bad = bent(&good, 40, flip);
+    let _ = world.node(0).import(&bad);
+    world.flush(0).unwrap();
+    assert_eq!(world.get(0, id)["mine"], 1);
+    world.restart(0);
+    assert_eq!(changes(&mut world, 0, id), 61);
 }
 
 #[test]
