@@ -109,8 +109,8 @@ pub(crate) fn is_link_local(address: &Multiaddr) -> bool {
     matches!(address.iter().next(), Some(Protocol::Ip6(ip)) if ip.is_unicast_link_local())
 }
 
-/// The IPv4 address that an IPv6 address carries: packets for it end up there. NAT64 (RFC 6052, RFC 8215), 6to4 (RFC 3056), Teredo's
-/// server (RFC 4380), and the IPv4-compatible addresses of RFC 4291.
+/// The IPv4 address that an IPv6 address carries: packets for it end up there. NAT64 (RFC 6052, RFC 8215), 6to4 (RFC
+/// 3056), Teredo's server (RFC 4380), and the IPv4-compatible addresses of RFC 4291.
 fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let low = |shift: u32| Some(Ipv4Addr::from((u128::from(ip) >> shift) as u32));
     match ip.segments() {
@@ -125,15 +125,16 @@ fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
 
 /// Whether packets for it cross the public internet (RFC 6890), as far as an address tells.
 ///
-/// Two kinds of reserved addresses count as public because no host has them and nothing is harmed there: those for documentation and
-/// those for benchmarks (RFC 2544), of which the internet of the test lab is made.
+/// Two kinds of reserved addresses count as public because no host has them and nothing is harmed there: those for
+/// documentation and those for benchmarks (RFC 2544), of which the internet of the test lab is made.
 pub(crate) fn is_public(ip: &IpAddr) -> bool {
     match ip.to_canonical() {
         IpAddr::V4(ip) => {
             let [a, b, c, _] = ip.octets();
             // Shared between a carrier's customers: RFC 6598.
             let carrier = a == 100 && (64..128).contains(&b);
-            // Protocol assignments, DS-Lite among them (RFC 6333), and the retired anycast address of 6to4 relays (RFC 7526).
+            // Protocol assignments, DS-Lite among them (RFC 6333), and the retired anycast address of 6to4 relays (RFC
+            // 7526).
             let protocols = [a, b, c] == [192, 0, 0] || [a, b, c] == [192, 88, 99];
             !(ip.is_private()
                 || ip.is_loopback()

@@ -68,9 +68,9 @@ impl Dialled {
 #[error("the gate holds no permit for this destination")]
 pub(crate) struct NoPermit;
 
-/// A transport that notes what it dials, and tells when each connection began. Below everything that takes addresses apart, it sees where
-/// packets really go. It holds to the access lists, and refuses a destination for which the [`Gate`] holds no permit: a dial that went
-/// around the gate ends here.
+/// A transport that notes what it dials, and tells when each connection began. Below everything that takes addresses
+/// apart, it sees where packets really go. It holds to the access lists, and refuses a destination for which the
+/// [`Gate`] holds no permit: a dial that went around the gate ends here.
 #[derive(Debug)]
 pub(crate) struct Noted<T> {
     inner: T,

@@ -825,7 +825,7 @@ where
     fn on_event(&mut self, event: SwarmEvent<GuardedEvent<E>>) {
         match event {
             SwarmEvent::Behaviour(GuardedEvent::Wanted(wanted)) => self.on_wanted(wanted),
-            SwarmEvent::Behaviour(GuardedEvent::Inner(event)) => self.on_behaviour(event),
+            SwarmEvent::Behaviour(GuardedEvent::Inner(event)) => self.on_behaviour(*event),
             SwarmEvent::ConnectionEstablished {
                 peer_id,
                 connection_id,

@@ -1,22 +1,27 @@
 //! The gate that every dial passes: which destinations may be dialled, and how often.
 //!
-//! Addresses come from two sources. *Given* addresses come from the user: configuration, a ticket, the command line, the API. They are
-//! dialled as they are. *Hearsay* ([`Heard`]) is what a peer, a record, a relay or any other message has stated. A stranger who chooses
-//! a destination could have this node attack its own machine, its network, or a third party, so hearsay is checked and paced.
+//! Addresses come from two sources. *Given* addresses come from the user: configuration, a ticket, the command line,
+//! the API. They are dialled as they are. *Hearsay* ([`Heard`]) is what a peer, a record, a relay or any other message
+//! has stated. A stranger who chooses a destination could have this node attack its own machine, its network, or a
+//! third party, so hearsay is checked and paced.
 //!
-//! [`Gate`] is a state machine without I/O. Its types make a forgotten check a compile error: hearsay does not turn into a
-//! [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialled. Behind them, the transport
-//! ([`Noted`](crate::dialled::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination that has none.
+//! [`Gate`] is a state machine without I/O. Its types make a forgotten check a compile error: hearsay does not turn
+//! into a [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialled. Behind them, the
+//! transport ([`Noted`](crate::dialled::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination
+//! that has none.
 //!
 //! Rules for hearsay, in order:
 //!
 //! 1. Never an unspecified, multicast, broadcast or link-local address, port 0, or a socket that this node listens on.
-//! 2. Loopback only while the mesh is on this machine ([`Extent::Machine`]), or a socket at which the peer has been dialled.
+//! 2. Loopback only while the mesh is on this machine ([`Extent::Machine`]), or a socket at which the peer has been
+//!    dialled.
 //! 3. Public addresses, except this machine's own while the mesh reaches beyond its networks.
-//! 4. Private addresses only where the peer has been dialled before; or while nobody from outside has been met ([`Extent::Lan`]) and
-//!    the address lies in a network of one of our interfaces, or in the private block of a given address.
+//! 4. Private addresses only where the peer has been dialled before; or while nobody from outside has been met
+//!    ([`Extent::Lan`]) and the address lies in a network of one of our interfaces, or in the private block of a given
+//!    address.
 //! 5. At most two IP addresses of a family and three ports at each, per peer and dial.
-//! 6. A destination that has not proved itself, by an authenticated connection, is dialled at the rates below, whoever named it.
+//! 6. A destination that has not proved itself, by an authenticated connection, is dialled at the rates below, whoever
+//!    named it.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -38,8 +43,8 @@ use crate::{
 /// Addresses of one dial that are looked at. A record holds as many.
 pub(crate) const MAX_ADDRESSES: usize = 16;
 
-/// IP addresses of one family, and ports at each, that a peer can have this node dial at a time. A host has one or two addresses; its
-/// node listens on one port, beside 443 and a forwarded one.
+/// IP addresses of one family, and ports at each, that a peer can have this node dial at a time. A host has one or two
+/// addresses; its node listens on one port, beside 443 and a forwarded one.
 const MAX_PLACES: usize = 2;
 const MAX_PORTS: usize = 3;
 
@@ -49,37 +54,40 @@ const MAX_AT_PLACE: usize = 2 * MAX_PORTS;
 /// The window of the rates.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Attempts a minute at one public IP address (one /64 of IPv6) that has not proved itself: a peer with six addresses there, twice.
+/// Attempts a minute at one public IP address (one /64 of IPv6) that has not proved itself: a peer with six addresses
+/// there, twice.
 const PER_PLACE: usize = 12;
 
 /// Attempts a minute in one network (a /24 of IPv4, a /48 of IPv6): four such places.
 const PER_NETWORK: usize = 48;
 
-/// Attempts a minute at all public destinations that have not proved themselves: a look-up among strangers dials some sixty nodes at two
-/// to four addresses each.
+/// Attempts a minute at all public destinations that have not proved themselves: a look-up among strangers dials some
+/// sixty nodes at two to four addresses each.
 const IN_ALL: usize = 512;
 
-/// Attempts a minute at one socket on this machine or on our own network: nodes that share an IP address are told apart by their ports.
+/// Attempts a minute at one socket on this machine or on our own network: nodes that share an IP address are told apart
+/// by their ports.
 const PER_SOCKET: usize = 30;
 
 /// Attempts a minute at all of these.
 const NEAR_IN_ALL: usize = 4096;
 
-/// The first and the longest pause after every [`PER_PLACE`] attempts in a row have failed at a place; each pause is twice the last.
+/// The first and the longest pause after every [`PER_PLACE`] attempts in a row have failed at a place; each pause is
+/// twice the last.
 const PAUSE: (Duration, Duration) = (MINUTE, Duration::from_secs(3600));
 
 /// A failure is forgotten after this long: twice the longest pause.
 const FORGET: Duration = Duration::from_secs(2 * 3600);
 
-/// How long an attempt at an unproven destination may take until packets come back: the fourth retransmission of QUIC's or TCP's first
-/// packet would follow. Ten round trips of 500 ms fit.
+/// How long an attempt at an unproven destination may take until packets come back: the fourth retransmission of QUIC's
+/// or TCP's first packet would follow. Ten round trips of 500 ms fit.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A destination has proved itself for this long after its last authenticated connection.
 const PROVEN: Duration = Duration::from_secs(3600);
 
-/// Destinations whose attempts are remembered, and those that have proved themselves. When it is full, the one not dialled for the longest
-/// goes: to wash out one entry takes half an hour of all attempts there are.
+/// Destinations whose attempts are remembered, and those that have proved themselves. When it is full, the one not
+/// dialled for the longest goes: to wash out one entry takes half an hour of all attempts there are.
 const MAX_TRIED: usize = 16_384;
 const MAX_PROVEN: usize = 4096;
 
@@ -95,7 +103,8 @@ const PERMIT: Duration = Duration::from_secs(30);
 /// Given addresses of relays, remembered until the circuit through them is dialled.
 const MAX_CIRCUITS: usize = 1024;
 
-/// The first and the longest pause between two searches for a port at one IP address. A search is 2,048 packets at most.
+/// The first and the longest pause between two searches for a port at one IP address. A search is 2,048 packets at
+/// most.
 const SEARCH: (Duration, Duration) = (Duration::from_secs(600), Duration::from_secs(24 * 3600));
 
 /// IP addresses whose last search is remembered; no search begins while it is full.
@@ -107,7 +116,8 @@ const MAX_NEIGHBOURS: usize = 256;
 /// Private blocks of given addresses.
 const MAX_BLOCKS: usize = 64;
 
-/// Addresses that somebody else has stated. Only the gate looks into it; everybody else can show it to a person or pass it on as hearsay.
+/// Addresses that somebody else has stated. Only the gate looks into it; everybody else can show it to a person or pass
+/// it on as hearsay.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Heard(Vec<Multiaddr>);
 
@@ -384,12 +394,14 @@ fn is_nowhere(ip: IpAddr) -> bool {
     ip.is_unspecified() || ip.is_multicast() || broadcast || is_link_local(ip)
 }
 
-/// Addresses that a resolver makes up for names, to be replaced on their way (RFC 2544's, as proxies use them): where they lead is not known.
+/// Addresses that a resolver makes up for names, to be replaced on their way (RFC 2544's, as proxies use them): where
+/// they lead is not known.
 pub(crate) fn is_made_up(ip: IpAddr) -> bool {
     matches!(ip.to_canonical(), IpAddr::V4(ip) if matches!(ip.octets(), [198, 18 | 19, ..]))
 }
 
-/// What leads to the relay of a relayed address, and the relay. `None`: the address is not relayed, or not through one relay.
+/// What leads to the relay of a relayed address, and the relay. `None`: the address is not relayed, or not through one
+/// relay.
 fn circuit(address: &Multiaddr) -> Option<(Multiaddr, PeerId)> {
     let hops = address.iter().filter(|part| *part == Protocol::P2pCircuit);
     if hops.count() != 1 {
@@ -487,7 +499,8 @@ impl Gate {
         }
     }
 
-    /// Somebody was met at this address. A WebSocket that comes from this machine may be a proxy's, and whoever is behind it anywhere.
+    /// Somebody was met at this address. A WebSocket that comes from this machine may be a proxy's, and whoever is
+    /// behind it anywhere.
     pub(crate) fn met(&self, address: &Multiaddr, proxied: bool) {
         let mut state = self.state();
         let Some(ip) = crate::address::first_ip(address) else {

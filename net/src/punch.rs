@@ -2,7 +2,8 @@
 //!
 //! The idea is DCUtR's: over the relayed connection both sides learn where the other may be reached, agree on an instant, and dial at once, so
 //! that each one's packets open its own NAT for the other's. It differs in what is dialled: the raw observations of [`Reach`](crate::reach),
-//! the addresses of our interfaces if they are public, and the private ones only while no peer from outside our own networks has been met; TCP and QUIC
+//! the addresses of our interfaces if they are public, and the private ones only while no peer from outside our own
+//! networks has been met; TCP and QUIC
 //! together; an ordinary dial is part of every attempt, so that a side that is reachable is reached whichever side began.
 
 use std::{
@@ -63,8 +64,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Candidates {
     pub(crate) addresses: Vec<Multiaddr>,
-    /// The mesh is our own networks: private addresses are told and dialled. Outside, whatever the other side says of where it is, they
-    /// are not: it may say what it likes. Two nodes behind one NAT find each other by mDNS.
+    /// The mesh is our own networks: private addresses are told and dialled. Outside, whatever the other side says of
+    /// where it is, they are not: it may say what it likes. Two nodes behind one NAT find each other by mDNS.
     pub(crate) near: bool,
     /// How the NAT maps our QUIC port on IPv4.
     pub(crate) udp: UdpMapping,

@@ -1,7 +1,8 @@
 //! Names: resolved before the gate looks at where they lead, and before anything is dialled.
 //!
-//! A name that a stranger has stated causes packets to the resolver, and tells the stranger's name server that somebody asks. So the
-//! names of hearsay are few, and those that cannot be looked up outside of our own networks are not looked up at all.
+//! A name that a stranger has stated causes packets to the resolver, and tells the stranger's name server that somebody
+//! asks. So the names of hearsay are few, and those that cannot be looked up outside of our own networks are not looked
+//! up at all.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -22,7 +23,8 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// Names of hearsay resolved for one dial.
 const PER_DIAL: usize = 2;
 
-/// Look-ups for one name, with all to which a `/dnsaddr` leads: that name, and one more step for each of its first records.
+/// Look-ups for one name, with all to which a `/dnsaddr` leads: that name, and one more step for each of its first
+/// records.
 const LOOK_UPS: usize = 4;
 const GIVEN_LOOK_UPS: usize = 16;
 
@@ -42,7 +44,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const FAILED: Duration = Duration::from_secs(300);
 const MAX_FAILED: usize = 256;
 
-/// Names under these are resolved within a network or a machine, and by nobody else (RFC 6761, RFC 6762, RFC 8375, and what is in use).
+/// Names under these are resolved within a network or a machine, and by nobody else (RFC 6761, RFC 6762, RFC 8375, and
+/// what is in use).
 const LOCAL: [&str; 12] = [
     "localhost",
     "local",
@@ -122,7 +125,8 @@ impl Names {
         few
     }
 
-    /// Resolves an address that begins with a name; `given`: by the user. [`done`](Self::done) is to follow. `None`: too many are under way.
+    /// Resolves an address that begins with a name; `given`: by the user. [`done`](Self::done) is to follow. `None`:
+    /// too many are under way.
     pub(crate) fn resolve(
         &mut self,
         address: Multiaddr,

@@ -134,8 +134,8 @@ async fn receive(
     }
 }
 
-/// The other side: sends to many ports at the IP address of `target`, where the other side was last seen, from `socket`, on which it
-/// expects the connection.
+/// The other side: sends to many ports at the IP address of `target`, where the other side was last seen, from
+/// `socket`, on which it expects the connection.
 ///
 /// # Errors
 /// If there is no randomness.

@@ -301,6 +301,7 @@ async fn stock_libp2p_with_noise_and_yamux_connects() {
         .unwrap()
         .build();
     let peer = *stock.local_peer_id();
+    #[expect(clippy::disallowed_methods, reason = "a stock swarm has no gate")]
     stock.dial(address).unwrap();
     timeout(PATIENCE, async {
         loop {

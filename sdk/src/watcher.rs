@@ -17,15 +17,16 @@ use crate::records::{ROUND, SMALL};
 /// How often the key is looked up.
 const WATCH: Duration = Duration::from_secs(5);
 
-/// Statements that are remembered, and their bytes. One look-up may bring four times as many, and a publisher may replace its own each
-/// second by others, each of which would be remembered until its end.
+/// Statements that are remembered, and their bytes. One look-up may bring four times as many, and a publisher may
+/// replace its own each second by others, each of which would be remembered until its end.
 const MAX_KNOWN: usize = 1024;
 const MAX_BYTES: usize = 4 << 20;
 
 /// Memory that a statement takes beside its subkey and value.
 const OVERHEAD: usize = 128;
 
-/// A statement that this many look-ups in a row have not shown has ended: one may miss it, as it asks only some of the nodes that have it.
+/// A statement that this many look-ups in a row have not shown has ended: one may miss it, as it asks only some of the
+/// nodes that have it.
 const MISSES: u32 = 3;
 
 /// What has changed.

@@ -1,4 +1,5 @@
-//! What a stranger has nodes send by stating addresses: nothing to their own machines and networks, and a stated number of packets to anybody else.
+//! What a stranger has nodes send by stating addresses: nothing to their own machines and networks, and a stated number
+//! of packets to anybody else.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -8,7 +9,8 @@ use weft_tests::lab::{self, Sent};
 /// How long the stranger goes on.
 const SECONDS: u64 = 60;
 
-/// What a node sends to one IP address that has not proved itself in a minute at most: twelve attempts of eight packets (`net/src/gate.rs`).
+/// What a node sends to one IP address that has not proved itself in a minute at most: twelve attempts of eight packets
+/// (`net/src/gate.rs`).
 const PER_MINUTE: u64 = 12 * 8;
 
 /// What one search for a port sends; there is one in ten minutes.

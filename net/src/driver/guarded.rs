@@ -1,4 +1,5 @@
-//! The behaviours of the swarm, none of which can dial: what they want dialled goes to the driver, and through the gate.
+//! The behaviours of the swarm, none of which can dial: what they want dialled goes to the driver, and through the
+//! gate.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -19,7 +20,8 @@ use libp2p::{
 use super::{Behaviour, BehaviourEvent};
 use crate::gate::Heard;
 
-/// Dials of behaviours that wait for the driver. It takes them at once; Kademlia alone has some hundreds of queries at most.
+/// Dials of behaviours that wait for the driver. It takes them at once; Kademlia alone has some hundreds of queries at
+/// most.
 const MAX_WANTED: usize = 256;
 
 /// What a behaviour wants to have dialled.
@@ -33,7 +35,7 @@ pub(crate) struct Wanted {
 #[derive(Debug)]
 pub(crate) enum GuardedEvent<E: NetworkBehaviour<ToSwarm = Infallible>> {
     /// An event of one of them.
-    Inner(BehaviourEvent<E>),
+    Inner(Box<BehaviourEvent<E>>),
     /// One of them wants a peer to be dialled.
     Wanted(Wanted),
 }
@@ -179,6 +181,6 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> NetworkBehaviour for Guarded<E> 
         }
         self.inner
             .poll(cx)
-            .map(|action| action.map_out(GuardedEvent::Inner))
+            .map(|action| action.map_out(|event| GuardedEvent::Inner(Box::new(event))))
     }
 }

@@ -1,5 +1,6 @@
-//! A stranger who has others dial: it states addresses of a third party, of the nodes' own machines and of their networks, in every message that
-//! carries addresses. What the nodes then send is counted where it leaves and where it arrives.
+//! A stranger who has others dial: it states addresses of a third party, of the nodes' own machines and of their
+//! networks, in every message that carries addresses. What the nodes then send is counted where it leaves and where it
+//! arrives.
 
 use std::{
     net::Ipv4Addr,
@@ -241,7 +242,18 @@ fn blake3_hex() -> String {
 
 /// The stranger, in its own namespace.
 pub(super) fn run(arguments: &[String]) -> anyhow::Result<()> {
-    let [server, home, bystander, printer, private, nat, own, seconds, document] = arguments else {
+    let [
+        server,
+        home,
+        bystander,
+        printer,
+        private,
+        nat,
+        own,
+        seconds,
+        document,
+    ] = arguments
+    else {
         anyhow::bail!("nine arguments");
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -539,7 +551,8 @@ impl Stranger {
         Ok(())
     }
 
-    /// libp2p's own identify and Kademlia, which say whatever they are given: private addresses too, of this peer and of others.
+    /// libp2p's own identify and Kademlia, which say whatever they are given: private addresses too, of this peer and
+    /// of others.
     async fn routes(self) -> anyhow::Result<String> {
         #[derive(libp2p::swarm::NetworkBehaviour)]
         struct Both {
@@ -584,7 +597,7 @@ impl Stranger {
                 swarm.behaviour_mut().kad.add_address(&peer, address);
             }
         }
-        #[expect(clippy::disallowed_methods, reason = "a stranger's swarm has no gate")]
+
         swarm.dial(self.server.clone())?;
         let mut events = 0;
         let end = sleep_until(self.end);
