@@ -1,8 +1,8 @@
-//! How much of a document is here, measured against the connected peers that hold it.
+//! The completeness of a document here, measured against the connected peers that hold it.
 //!
-//! Whether a document is whole cannot be told from what is here: another replica may know more. While somebody waits to
-//! hear of it, each connected peer that may read the document is asked what it has, and what is here is compared with
-//! the answers.
+//! A replica cannot tell from its own data whether a document is whole: another replica may know more. While a caller
+//! waits for the answer, each connected peer that may read the document is asked for a summary of what it has, and the
+//! document here is compared with the answers.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +29,7 @@ pub struct Comparing {
     _token: Arc<()>,
 }
 
-/// How much of a document is here; [`Replica::completeness`].
+/// The completeness of a document here; returned by [`Replica::completeness`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Completeness {
@@ -44,20 +44,20 @@ pub struct Completeness {
 }
 
 impl Completeness {
-    /// Whether everything is here that connected holders have; no, if there is no such holder, for then it cannot be
-    /// told.
+    /// Returns true if everything that connected holders have is here. Without a connected holder, this cannot be told,
+    /// and the result is false.
     pub fn is_whole(&self) -> bool {
         !self.holders.is_empty() && self.holders.iter().all(Holder::is_reached)
     }
 }
 
-/// What a connected peer has of a document, and what of that is missing here.
+/// A connected peer's share of a document, and the parts of it that are missing here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
     /// The peer.
     pub peer: Key,
-    /// Whether it has said what it has, since the comparison began.
+    /// True if the peer has sent a summary of what it has since the comparison began.
     pub answered: bool,
     /// Changes that it has.
     pub changes: u64,
@@ -68,13 +68,13 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Whether everything is here that it has.
+    /// Returns true if everything that the peer has is here.
     pub fn is_reached(&self) -> bool {
         self.answered && self.missing == 0 && self.missing_decisions == 0
     }
 }
 
-/// What a peer has said that it has.
+/// A peer's summary of what it has.
 #[derive(Debug, Clone)]
 pub(crate) struct Told {
     pub(crate) genesis: bool,
@@ -195,8 +195,8 @@ impl Replica {
         }
     }
 
-    /// How much of a document is here, by what connected holders have said since [`compare`](Self::compare). A holder
-    /// that has more while nothing of it is on its way is asked again.
+    /// Returns the completeness of a document, from what connected holders have said since [`compare`](Self::compare).
+    /// A holder that has more while nothing of it is on its way is asked again.
     ///
     /// # Errors
     /// [`Error::Unknown`], [`Error::Store`].

@@ -1,9 +1,9 @@
 //! One document as a replica holds it: the log of envelopes that count, and the Automerge document that they make.
 //!
-//! What counts is a function of what is known, in whatever order it came: the genesis, the chain of epochs, proofs of
-//! equivocation, and the envelopes. Of each session a beginning counts: as far as the epochs let its author write,
-//! before the index at which equivocation is proven, and only so far as everything that a change builds on counts as
-//! well. When an epoch or a proof takes something away, the document is built anew from what is left.
+//! The envelopes that count are a function of what is known, in any order of arrival: the genesis, the chain of epochs,
+//! proofs of equivocation, and the envelopes. Of each session a beginning counts: as far as the epochs let its author
+//! write, before the index at which equivocation is proven, and only so far as everything that a change builds on
+//! counts as well. When an epoch or a proof takes something away, the document is built anew from what is left.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
@@ -60,7 +60,7 @@ impl Session {
 /// An envelope, and which peer it came from.
 pub(crate) type From = (Envelope, Option<Key>);
 
-/// Where an envelope comes from.
+/// The source of an envelope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A peer; `asked`: it was wanted of that peer.
@@ -100,7 +100,7 @@ impl std::convert::From<Waiter> for Sent {
     }
 }
 
-/// What a check of one envelope comes to.
+/// The result of a check of one envelope.
 enum Verdict {
     Counts(Box<Change>),
     Waits(On),
@@ -115,7 +115,7 @@ pub(crate) struct Taken {
     pub(crate) proofs: Vec<Proof>,
     /// Sessions of which a peer has given what can never count.
     pub(crate) void: BTreeSet<(Key, SessionId)>,
-    /// What does not count of a file, and why.
+    /// Envelopes of a file that do not count, and why.
     pub(crate) refused: Vec<(Header, Refusal)>,
     /// Peers that sent what no honest peer would.
     pub(crate) offences: Vec<(Key, Refusal)>,
@@ -414,8 +414,8 @@ impl Document {
         read_envelope(&row, &self.id()).map_err(|_| damaged("an envelope"))
     }
 
-    /// Envelopes of these sessions, each from its count on, in causal order. Whatever builds on other sessions is taken
-    /// for known to the receiver.
+    /// Envelopes of these sessions, each from its count on, in causal order. Dependencies on other sessions are
+    /// taken to be known to the receiver.
     pub(crate) fn causal(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
         let range = |(session, head): (&SessionId, &Head)| {
             let end = self.count(session);
@@ -453,7 +453,7 @@ impl Document {
         places.into_iter()
     }
 
-    /// How far a session reaches, with what waits for what it builds on.
+    /// Returns the index that a session reaches, including envelopes that wait for what they build on.
     pub(crate) fn reach(&self, session: &SessionId) -> u64 {
         let count = self.count(session);
         match self.chain_at(session, count) {
@@ -488,7 +488,7 @@ impl Document {
         limit.min(fork)
     }
 
-    /// Whether an envelope can never count, by epochs and proofs.
+    /// Returns true if an envelope can never count, by epochs and proofs.
     pub(crate) fn is_void(&self, header: &Header) -> bool {
         let standing = self.epochs.standing(
             &self.genesis,
@@ -552,7 +552,7 @@ impl Document {
         *epoch == self.genesis.epoch() || self.epochs.iter().any(|known| known.id == *epoch)
     }
 
-    /// Whether what an envelope waits for is here.
+    /// Returns true if what an envelope waits for is here.
     fn is_here(&self, on: &On) -> bool {
         match on {
             On::Place(session, index) => self.count(session) >= *index,

@@ -2,10 +2,10 @@
 //!
 //! When two peers meet, each tells one digest over all documents that the other may read. Where they differ, the peer
 //! with the lower key tells 256 digests, the other lists its documents in those buckets that differ, the first lists
-//! which of them it holds as well; from then on both know what they share, and digests are of that. What differs is
-//! summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one after the
-//! other. Between times, what is new is told at once to all who share the document, and told on by those to whom it was
-//! new.
+//! which of them it holds as well; from then on both know what they share, and digests are of that. Documents that
+//! differ are summed up (how far each session has come), wanted, and given, in pieces that the receiver asks for one
+//! after the other. Between times, what is new is told at once to all who share the document, and told on by those to
+//! whom it was new.
 //!
 //! Envelopes are given in causal order over all wanted sessions, from the receiver's counts on: so each piece begins
 //! with something that the receiver can apply, whatever the session ids are. A peer of a version before that gives
@@ -700,14 +700,14 @@ impl Replica {
         }
     }
 
-    /// Whether a peer is known to hold a document.
+    /// Returns true if a peer is known to hold a document.
     pub(crate) fn shares(&self, peer: &Key, id: &DocumentId) -> bool {
         self.peers
             .get(peer)
             .is_some_and(|known| known.shared.contains(id))
     }
 
-    /// Whether something of a document is wanted of any peer just now, or this peer is to be asked for it next.
+    /// Returns true if something of a document is wanted of any peer just now, or this peer is to be asked for it next.
     pub(crate) fn is_wanted(&self, peer: &Key, id: &DocumentId) -> bool {
         self.is_given(id, peer)
             || self.peers.get(peer).is_some_and(|known| {
@@ -1103,7 +1103,7 @@ impl Replica {
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
             return Ok(Ok(()));
         }
-        // How far the given envelopes reach in each session.
+        // The index that the given envelopes reach in each session.
         let mut given: BTreeMap<SessionId, u64> = BTreeMap::new();
         for envelope in &give.envelopes {
             let header = envelope

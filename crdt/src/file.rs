@@ -64,12 +64,12 @@ pub struct Imported {
     pub counted: u64,
     /// The others.
     pub refused: Refused,
-    /// What is wrong with the rest of the file, or with the first damaged change; at most eight faults.
+    /// Faults in the rest of the file, or in the first damaged change; at most eight.
     pub faults: Vec<String>,
 }
 
 impl Imported {
-    /// Whether all of the file counts here, or is void everywhere.
+    /// Returns true if all of the file counts here, or is void everywhere.
     pub fn is_whole(&self) -> bool {
         let Refused {
             void: _,
@@ -432,7 +432,7 @@ impl Replica {
         let base = beginning.map_or(Vec::new(), |epoch| content.base(&epoch.id));
         match document.take_epochs(store, new.clone(), &base)? {
             Ok(taken) => {
-                // Whatever a peer was giving of these is here.
+                // Any of these epochs that a peer was giving are here now.
                 self.arrivals.remove(&id);
                 self.epochs_taken(id, new, None, taken)?;
             }
@@ -474,7 +474,7 @@ impl Replica {
         let genesis = &document.genesis;
         for epoch in epochs {
             let is_decided = document.epochs.get(epoch.number);
-            // Where two have one number, all replicas take the same of them.
+            // If two have one number, all replicas take the same of them.
             if is_decided.is_none() {
                 imported.fault(format!(
                     "decision {} of the owner does not follow those that are here",
@@ -506,7 +506,7 @@ impl Replica {
             }
             let refusal = refused.get(&(header.session, header.index, chain));
             let knows = document.knows(&header.run.epoch);
-            // What its session, or a change that it builds on, has lost.
+            // The change is void if an earlier change of its session, or one that it builds on, is void.
             let follows_void = || {
                 let deps = chunk::dependencies(&envelope.change);
                 deps.iter().any(|dep| void.contains(dep))

@@ -521,8 +521,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Whether it was
-    /// held before.
+    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Returns true
+    /// if it was held before.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if too many are held.
@@ -546,7 +546,7 @@ impl Replica {
         Ok(false)
     }
 
-    /// Holds a document no longer; what is here of it is deleted. Whether it was held.
+    /// Holds a document no longer; what is here of it is deleted. Returns true if it was held.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -1038,7 +1038,7 @@ impl Replica {
         }
     }
 
-    /// What there is to do, in order; only what [`flush`](Self::flush) has let out.
+    /// Returns the next output, in order; only outputs that [`flush`](Self::flush) has let out.
     pub fn poll(&mut self) -> Option<Output> {
         self.outputs.pop_front()
     }

@@ -26,7 +26,7 @@ pub(crate) const MAX_ASKED_BYTES: usize = 4 << 20;
 /// it until then.
 pub(crate) const MAX_IN_ALL: usize = 64 << 20;
 
-/// What an envelope waits for.
+/// The condition that an envelope waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum On {
     /// The envelopes of its session before this index.
@@ -81,7 +81,8 @@ impl Waiting {
         self.entries.contains_key(&place(envelope))
     }
 
-    /// Whether there is room for an envelope; drops what another peer gave for one that was wanted.
+    /// Returns true if there is room for an envelope; drops envelopes of other peers to make room for one that was
+    /// wanted.
     pub(crate) fn make_room(&mut self, envelope: &Envelope, from: &Key, asked: bool) -> bool {
         let bytes = envelope.change.len();
         if !asked {
@@ -151,7 +152,7 @@ impl Waiting {
         Some(waiter)
     }
 
-    /// What is waited for.
+    /// Returns all conditions that envelopes wait for.
     pub(crate) fn awaited(&self) -> impl Iterator<Item = &On> {
         self.by_on.keys()
     }
@@ -171,7 +172,7 @@ impl Waiting {
         others.iter().for_each(|place| _ = self.remove(place));
     }
 
-    /// How far a session reaches with what waits of it, from `count` envelopes with this chain on.
+    /// Returns the index that a session reaches with its waiting envelopes, from `count` envelopes with this chain on.
     pub(crate) fn reach(&self, session: &SessionId, count: u64, mut chain: Chain) -> u64 {
         let mut next = count;
         loop {
@@ -223,7 +224,7 @@ mod tests {
         }
     }
 
-    /// How many of these envelopes of a peer are kept.
+    /// Returns the number of these envelopes of a peer that are kept.
     fn kept(
         waiting: &mut Waiting,
         from: u8,
@@ -252,7 +253,7 @@ mod tests {
         // Room of its own, bounded by number and by bytes.
         assert_eq!(kept(&mut waiting, 1, true, 2_000..7_000, 10), MAX_ASKED);
         assert_eq!(waiting.len(), MAX_TOLD / 2 + MAX_ASKED);
-        // What another peer is asked for takes the place of what the first gave, and never of what was told.
+        // Envelopes that another peer is asked for replace those that the first gave, and never those that were told.
         let large = MAX_ASKED_BYTES / 16;
         assert_eq!(kept(&mut waiting, 3, true, 8_000..8_100, large), 16);
         assert_eq!(waiting.len(), MAX_TOLD / 2 + 16);

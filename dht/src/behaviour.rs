@@ -56,7 +56,7 @@ const REFRESH: Duration = Duration::from_secs(30 * 60);
 /// How often it is seen whether what was asked takes too long.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How often it is seen whether a node of the routing table is to be checked. One is checked at a time.
+/// Time between two looks at whether a node of the routing table is due for a check. One node is checked at a time.
 const CHECK: Duration = Duration::from_secs(1);
 
 /// A dial is taken to have ended after this, if nothing tells: longer than any transport tries.
@@ -289,9 +289,10 @@ impl Dht {
         self.look_up(key, Enough::All).await.map(valid)
     }
 
-    /// As [`get`](Self::get), and ends as soon as `is_enough` says so of the statements found so far, those of this node's own store among them, and of the
-    /// number of other nodes that have answered with any. Statements that were taken back are among them ([`Record::value`] is `None`). It is called in the swarm's
-    /// task, with each answer: it must be quick.
+    /// As [`get`](Self::get), and ends as soon as `is_enough` returns true for the statements found so far, those of
+    /// this node's own store among them, and for the number of other nodes that have answered with any. Statements that
+    /// were taken back are among them ([`Record::value`] is `None`). It is called in the swarm's task, with each
+    /// answer: it must be quick.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
@@ -303,7 +304,8 @@ impl Dht {
         self.look_up(key, enough).await.map(valid)
     }
 
-    /// What one connected peer answers for `key`, statements that were taken back among it; nothing if it is not connected, or does not answer within a second.
+    /// Returns the answer of one connected peer for `key`, including statements that were taken back. The result is
+    /// empty if the peer is not connected, or does not answer within a second.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
@@ -447,7 +449,7 @@ fn valid(mut records: Vec<Record>) -> Vec<Record> {
 /// What is known of a connected peer.
 #[derive(Debug)]
 struct Peer {
-    /// Where we see it: at its first connection that is not relayed, if there is one.
+    /// Address at which we see the peer: that of its first connection that is not relayed, if there is one.
     seen_at: Multiaddr,
     /// That is outside our own networks.
     outside: bool,
@@ -530,7 +532,7 @@ impl Behaviour {
         self.count.send_replace(nodes);
     }
 
-    /// Where the routing table has a peer; empty if it has not.
+    /// Returns the addresses that the routing table has of a peer; empty if it has none.
     fn routes_of(&mut self, peer: PeerId) -> Vec<Multiaddr> {
         let Some(bucket) = self.kad.kbucket(peer) else {
             return Vec::new();
@@ -542,14 +544,16 @@ impl Behaviour {
             .collect()
     }
 
-    /// A peer has answered, after so long if that was measured, or has connected. A suspect returns to the routing table.
+    /// A peer has answered, after so long if that was measured, or has connected. A suspect returns to the routing
+    /// table.
     fn is_alive(&mut self, peer: PeerId, took: Option<Duration>) {
         for address in self.liveness.answered(peer, took, Instant::now()) {
             self.route(peer, address);
         }
     }
 
-    /// A node that was asked at this time, at these addresses, has not answered: it leaves the routing table, and so what others are told.
+    /// A node that was asked at this time, at these addresses, has not answered: it leaves the routing table, and so
+    /// what others are told.
     fn has_failed(&mut self, peer: PeerId, asked: Instant, addresses: &[Multiaddr]) {
         let routes = self.routes_of(peer);
         let is_member = !routes.is_empty();

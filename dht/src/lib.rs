@@ -8,8 +8,8 @@
 //! replaces a newer one of the same publisher; nobody can state something for somebody else; what strangers can make us
 //! store is bounded by the constants in `store`.
 //!
-//! Look-ups go over disjoint paths, and count only so many nodes of one network: see `lookup`. Nodes that do not answer leave the routing table: see `liveness`. It
-//! leaves out Kademlia's provider records.
+//! Look-ups go over disjoint paths, and count only so many nodes of one network: see `lookup`. Nodes that do not answer
+//! leave the routing table: see `liveness`. It leaves out Kademlia's provider records.
 
 mod behaviour;
 mod disk;

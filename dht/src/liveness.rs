@@ -1,11 +1,12 @@
-//! Which nodes answer, and how long to wait for one: measured round trips, failures to answer, and checks of the routing table. No I/O.
+//! The liveness of nodes, and the time to wait for an answer: measured round trips, failures to answer, and checks of
+//! the routing table. No I/O.
 //!
-//! A node that failed to answer once is a *suspect*: it leaves the routing table, so that no answer to others names it, and look-ups ask it last. After a
-//! second failure it is *gone*: it is not asked again until it connects by itself, is named at another address, or [`FORGET`] is over. One answer
-//! makes a suspect a member of the routing table again.
+//! A node that failed to answer once is a *suspect*: it leaves the routing table, so that no answer to others names it,
+//! and look-ups ask it last. After a second failure it is *gone*: it is not asked again until it connects by itself, is
+//! named at another address, or [`FORGET`] is over. One answer makes a suspect a member of the routing table again.
 //!
-//! Members of the routing table that are not connected are checked from time to time, the more often the shorter nodes live as far as this node has
-//! seen: a node that left without a word is noticed before a look-up needs it.
+//! Members of the routing table that are not connected are checked from time to time, the more often the shorter nodes
+//! live as far as this node has seen: a node that left without a word is noticed before a look-up needs it.
 
 use std::{
     collections::HashMap,
@@ -14,45 +15,54 @@ use std::{
 
 use libp2p::{Multiaddr, PeerId};
 
-/// The most that a look-up waits for one node, its dial included: three to four round trips of a long intercontinental path.
+/// The most that a look-up waits for one node, its dial included: three to four round trips of a long intercontinental
+/// path.
 pub(crate) const LONGEST: Duration = Duration::from_secs(1);
 
 /// The least: a busy machine may not run a node for as long as this.
 const SHORTEST: Duration = Duration::from_millis(250);
 
-/// Round trips of a dial and the request after it: TCP takes one, the choice of security and TLS two, the request one. QUIC takes two in all.
+/// Round trips of a dial and the request after it: TCP takes one, the choice of security and TLS two, the request one.
+/// QUIC takes two in all.
 const DIAL: u32 = 4;
 
 /// A round trip over this says no more about the path: the node was suspended, or lost its network for a while.
 const OUTLIER: Duration = Duration::from_secs(5);
 
-/// How long a failure is remembered. A node that comes back meanwhile connects to somebody, and its failures end with that.
+/// Time for which a failure is remembered. A node that comes back meanwhile connects to a peer, and its failures end
+/// with that.
 const FORGET: Duration = Duration::from_secs(600);
 
-/// Nodes whose failures are remembered, and addresses of each: strangers can name any number of nodes that do not exist.
+/// Nodes whose failures are remembered, and addresses of each: strangers can name any number of nodes that do not
+/// exist.
 const MAX_FAILED: usize = 1024;
 const MAX_ADDRESSES: usize = 32;
 
 /// Nodes of which it is remembered when they last answered: routing tables hold some hundreds.
 const MAX_HEARD: usize = 2048;
 
-/// A suspect is checked again after this pause, which doubles while no peer at all is connected: then the fault is likely on our side.
+/// A suspect is checked again after this pause, which doubles while no peer at all is connected: then the fault is
+/// likely on our side.
 const CHECK_SUSPECT: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// The least and the most time between two checks of a member of the routing table.
 const CHECK: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(3600));
 
-/// A member is checked after this share of the time that nodes are seen to live: one in five that were there at the last check is then gone.
+/// A member is checked after this share of the time that nodes are seen to live: one in five that were there at the
+/// last check is then gone.
 const CHECK_SHARE: u32 = 5;
 
-/// The lifetime that is assumed before anything was seen, and how much a single observation weighs against what was seen before.
+/// The lifetime that is assumed before anything was seen, and how much a single observation weighs against what was
+/// seen before.
 const LIFETIME: Duration = Duration::from_secs(5 * 3600);
 const WEIGHT: f64 = 1.0 / 16.0;
 
-/// A connection that was lost within this time of the last answer has not been closed for idleness (after five minutes): the node may have left.
+/// A connection that was lost within this time of the last answer has not been closed for idleness (after five
+/// minutes): the node may have left.
 const IDLE: Duration = Duration::from_secs(150);
 
-/// A lost connection causes a check at most this often for one peer: a peer that closes connections, for want of memory say, is not dialled in a loop.
+/// A lost connection causes a check at most this often for one peer: a peer that closes connections, for want of memory
+/// say, is not dialled in a loop.
 const CHECK_LOST: Duration = Duration::from_secs(60);
 
 /// A round trip that is estimated from measurements, as RFC 6298 does for TCP.
@@ -83,7 +93,7 @@ impl Pace {
     }
 }
 
-/// How a node has answered lately.
+/// The standing of a node, by its recent answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
     /// Nothing speaks against it.
@@ -99,7 +109,7 @@ struct Failed {
     times: u32,
     /// When it failed last.
     at: Instant,
-    /// Where it did not answer.
+    /// Addresses at which it did not answer.
     addresses: Vec<Multiaddr>,
     /// It was a member of the routing table, at these addresses.
     routes: Vec<Multiaddr>,
@@ -123,14 +133,15 @@ pub(crate) struct Check {
     pub(crate) addresses: Vec<Multiaddr>,
 }
 
-/// What is known of nodes' lives.
+/// Knowledge about the lives of nodes.
 #[derive(Debug)]
 pub(crate) struct Liveness {
     /// Of all nodes that answer.
     pace: Pace,
     failed: HashMap<PeerId, Failed>,
     heard: HashMap<PeerId, Heard>,
-    /// Time that nodes were seen to live, and how many were seen to end meanwhile; both weighted towards what is recent.
+    /// Time that nodes were seen to live, and how many were seen to end meanwhile; both weighted towards what is
+    /// recent.
     lived: Duration,
     ended: f64,
 }
@@ -148,7 +159,8 @@ impl Default for Liveness {
 }
 
 impl Liveness {
-    /// How long to wait for an answer of `peer`, at most [`LONGEST`]; `connected`: no dial is needed. A peer that was never measured may be farther than others.
+    /// Returns the time to wait for an answer of `peer`, at most [`LONGEST`]; `connected`: no dial is needed. A peer
+    /// that was never measured may be farther than others.
     pub(crate) fn deadline(&self, peer: PeerId, connected: bool) -> Duration {
         let known = self.heard.get(&peer).and_then(|heard| heard.pace.late());
         let (late, least) = match (known, self.pace.late()) {
@@ -167,7 +179,8 @@ impl Liveness {
         late.clamp(SHORTEST / 2, LONGEST)
     }
 
-    /// A node has answered a request that took so long, or has connected. Gives back its routes, if it had left the routing table as a suspect.
+    /// A node has answered a request that took so long, or has connected. Gives back its routes, if it had left the
+    /// routing table as a suspect.
     pub(crate) fn answered(
         &mut self,
         peer: PeerId,
@@ -201,8 +214,9 @@ impl Liveness {
             .unwrap_or_default()
     }
 
-    /// A node that was asked at the time `asked`, at `addresses`, has not answered. `routes` is where the routing table has it, if it does. One request counts
-    /// once, however often it is told of. `alone`: no peer is connected, so that the fault is likely ours.
+    /// A node that was asked at the time `asked`, at `addresses`, has not answered. `routes` is where the routing table
+    /// has it, if it does. One request counts once, however often it is told of. `alone`: no peer is connected, so that
+    /// the fault is likely ours.
     pub(crate) fn failed(
         &mut self,
         peer: PeerId,
@@ -263,7 +277,8 @@ impl Liveness {
         self.standing(peer, &[], now)
     }
 
-    /// How a node that is said to be at `addresses` has answered. One that is named at an address where it was not tried deserves another try.
+    /// Returns the standing of a node that is said to be at `addresses`. A node that is named at an address that was
+    /// not tried deserves another try.
     pub(crate) fn standing(&self, peer: PeerId, addresses: &[Multiaddr], now: Instant) -> Standing {
         let Some(failed) = self.failed.get(&peer) else {
             return Standing::Good;
@@ -325,14 +340,14 @@ impl Liveness {
         self.heard.retain(|peer, _| matters(*peer));
     }
 
-    /// How long after its last answer a member is checked.
+    /// Returns the time after its last answer at which a member is checked.
     fn interval(&self) -> Duration {
         let lifetime = self.lived.div_f64(self.ended);
         (lifetime / CHECK_SHARE).clamp(CHECK.0, CHECK.1)
     }
 
-    /// The node that is to be checked next: a suspect, then a member whose connection was lost, then the member that has been silent longest. `members`
-    /// are those of the routing table that are not connected.
+    /// The node that is to be checked next: a suspect, then a member whose connection was lost, then the member that
+    /// has been silent longest. `members` are those of the routing table that are not connected.
     pub(crate) fn due(
         &self,
         members: impl Iterator<Item = PeerId>,

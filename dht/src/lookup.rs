@@ -1,10 +1,12 @@
-//! Which node a look-up asks next: Kademlia's iterative look-up over disjoint paths, with no I/O.
+//! The choice of the node that a look-up asks next: Kademlia's iterative look-up over disjoint paths, with no I/O.
 //!
-//! After S/Kademlia (Baumgart and Mies 2007): what an answer says goes to the path that asked, each node is asked once, and whoever lies leads one path astray. On each path
-//! the nearest nodes known are asked until the [`WIDTH`] nearest that answer have done so. Nodes of one public network count as [`MAX_OF_NETWORK`] at most, the nearest, on
-//! every path and in the result: identities cost nothing, so any number of them can be nearer to a key than all others, but not from as many networks.
-//! A node that does not answer soon is waited for beside others that are asked in its place, and passed over at its deadline. Whoever names many nodes of which few
-//! answer is believed no more. Suspects, which failed to answer lately, are asked last, and only if nothing was found without them.
+//! After S/Kademlia (Baumgart and Mies 2007): what an answer says goes to the path that asked, each node is asked once,
+//! and a node that lies leads one path astray. On each path the nearest nodes known are asked until the [`WIDTH`]
+//! nearest that answer have done so. Nodes of one public network count as [`MAX_OF_NETWORK`] at most, the nearest, on
+//! every path and in the result: identities cost nothing, so any number of them can be nearer to a key than all others,
+//! but not from as many networks. A node that does not answer soon is waited for beside others that are asked in its
+//! place, and passed over at its deadline. A node that names many nodes of which few answer is believed no more.
+//! Suspects, which failed to answer lately, are asked last, and only if nothing was found without them.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -34,7 +36,8 @@ const MAX_KNOWN: usize = 128;
 /// Nodes on a path that are waited for beside those in flight: those named in vain cost a dial each.
 const MAX_HEDGED: usize = 3 * IN_FLIGHT;
 
-/// How much longer than most paths the others may take: a liar leads one path, and another node of its path may be as late as any.
+/// Time by which the other paths may take longer than most: a liar leads one path, and another node of its path may be
+/// as late as any.
 const GRACE: Duration = liveness::LONGEST;
 
 /// Nodes named by one that may fail, if no more than half as many have answered.
@@ -53,7 +56,7 @@ pub(crate) struct Candidate {
     pub(crate) suspect: bool,
 }
 
-/// How long one node is waited for.
+/// The time for which one node is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Wait {
     /// Then another is asked in its place.
@@ -338,7 +341,7 @@ impl Lookup {
         }
     }
 
-    /// Whether an answer of this node's still counts.
+    /// Returns true if an answer of this node still counts.
     pub(crate) fn is_waiting_for(&self, peer: PeerId) -> bool {
         let node = self.nodes.get(&peer);
         node.is_some_and(|node| node.state.is_awaited())

@@ -67,7 +67,8 @@ impl Origin {
     /// From here, or from a network that is not public: whoever is there is no stranger.
     pub(crate) const NEAR: Self = Self(0);
 
-    /// From behind a relay: any stranger gets a place on any public relay, so that all who are relayed count as one network, and not as their relays'.
+    /// From behind a relay: any stranger gets a place on any public relay, so that all who are relayed count as one
+    /// network, and not as their relays'.
     pub(crate) const RELAYED: Self = Self(1 << 60);
 
     /// From a peer that is seen at this address.

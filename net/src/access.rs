@@ -132,7 +132,7 @@ impl Access {
 }
 
 impl Access {
-    /// Whether a peer may be dialled, as far as its identity tells. Where it is shows later, and may let it in.
+    /// Returns true if a peer may be dialled, as far as its identity tells. Its address shows later, and may let it in.
     fn may_dial(&self, peer: &PeerId) -> bool {
         let rule = Rule::Peer(*peer);
         let only_peers =

@@ -77,7 +77,7 @@ pub(crate) struct Noted<T> {
     dialled: Dialled,
     access: Shared,
     gate: Gate,
-    /// What it carries: a permit for one is not used up by the other.
+    /// The transport that it carries: a permit for TCP is not used up by QUIC, nor the reverse.
     kind: Kind,
 }
 
@@ -174,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    /// Whoever may call the transport in the future: it reaches nothing without the gate.
+    /// Any future caller of the transport reaches nothing without the gate.
     #[tokio::test]
     async fn a_dial_that_goes_around_the_gate_reaches_nothing() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -183,7 +183,7 @@ impl Bootstrap {
 #[derive(Debug)]
 struct Dial {
     peer: PeerId,
-    /// What was dialled, for another try without those that turn out to be somebody else's.
+    /// Addresses that were dialled, for another try without those that turn out to be another peer's.
     addresses: Vec<(Source, Multiaddr)>,
 }
 
@@ -345,7 +345,7 @@ enum Outcome {
 /// Owns the swarm; ends when the last handle is dropped.
 pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     swarm: Swarm<Guarded<E>>,
-    /// What may be dialled.
+    /// The gate that decides which addresses may be dialled.
     gate: Gate,
     names: Names,
     /// Names that are being looked up, by the peer that is to be dialled.
@@ -1035,7 +1035,7 @@ where
             .met(&path.address, path.transport == Transport::Ws);
     }
 
-    /// Where we listen now.
+    /// Tells the gate the addresses on which we listen now.
     fn note_listeners(&self) {
         self.gate
             .listens_at(self.swarm.listeners().filter_map(socket_within));

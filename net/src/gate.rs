@@ -79,8 +79,8 @@ const PAUSE: (Duration, Duration) = (MINUTE, Duration::from_secs(3600));
 /// A failure is forgotten after this long: twice the longest pause.
 const FORGET: Duration = Duration::from_secs(2 * 3600);
 
-/// How long an attempt at an unproven destination may take until packets come back: the fourth retransmission of QUIC's
-/// or TCP's first packet would follow. Ten round trips of 500 ms fit.
+/// Time within which packets must come back from an attempt at an unproven destination: the fourth retransmission of
+/// QUIC's or TCP's first packet would follow. Ten round trips of 500 ms fit.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A destination has proved itself for this long after its last authenticated connection.
@@ -97,7 +97,7 @@ const MAX_NETWORKS: usize = IN_ALL;
 /// Permits that wait for the transport. Each dial has sixteen at most and takes them at once.
 const MAX_PERMITS: usize = 4096;
 
-/// How long a permit waits for the transport.
+/// Time for which a permit waits for the transport.
 const PERMIT: Duration = Duration::from_secs(30);
 
 /// Given addresses of relays, remembered until the circuit through them is dialled.
@@ -127,7 +127,7 @@ impl Heard {
         Self(addresses.into_iter().take(MAX_ADDRESSES).collect())
     }
 
-    /// Whether nothing was stated.
+    /// Returns true if nothing was stated.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -158,7 +158,7 @@ impl fmt::Debug for Heard {
     }
 }
 
-/// Where to dial a peer: what the user has given, and what was heard. Both may be empty.
+/// The addresses to dial a peer at: those that the user has given, and those that were heard. Both may be empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Destinations {
     /// From configuration, a ticket, the command line or the API: dialled as they are.
@@ -168,7 +168,7 @@ pub struct Destinations {
 }
 
 impl Destinations {
-    /// Whether there is nothing to dial.
+    /// Returns true if there is nothing to dial.
     pub fn is_empty(&self) -> bool {
         self.given.is_empty() && self.heard.is_empty()
     }
@@ -211,7 +211,7 @@ pub(crate) fn heard(heard: Heard) -> impl Iterator<Item = (Source, Multiaddr)> {
     heard.0.into_iter().map(|address| (Source::Heard, address))
 }
 
-/// Where an address comes from.
+/// The source of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// The user.
@@ -222,7 +222,7 @@ pub(crate) enum Source {
     Heard,
 }
 
-/// How far the mesh reaches, as far as this node has seen. It never shrinks.
+/// The extent of the mesh, as far as this node has seen. It never shrinks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Extent {
     /// All on this machine.
@@ -248,7 +248,7 @@ pub(crate) enum Refusal {
     Often,
 }
 
-/// What may be dialled. Only the gate makes it.
+/// Addresses that may be dialled. Only the gate makes this value.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     peer: PeerId,
@@ -285,16 +285,16 @@ impl Target {
     }
 }
 
-/// What the transport may open a socket with.
+/// A permit for the transport to open a socket.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Permit {
     count: usize,
     until: Instant,
-    /// How long the other end may take to answer; `None`: as long as any.
+    /// Time that the other end may take to answer; `None`: no limit.
     pub(crate) patience: Option<Duration>,
 }
 
-/// What is known of a peer that is asked about.
+/// Knowledge about a peer that is asked about.
 #[derive(Debug, Default)]
 pub(crate) struct Evidence {
     /// Sockets at which we have dialled the peer, and are connected to it.
@@ -317,7 +317,7 @@ struct Tried {
     last: Instant,
 }
 
-/// Whose attempts are counted together.
+/// A destination whose attempts are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Place {
     /// An IPv4 address, or a /64 of IPv6.
@@ -329,13 +329,13 @@ enum Place {
 #[derive(Debug)]
 struct State {
     permits: HashMap<(SocketAddr, bool), Permit>,
-    /// What the user has given, as far as it says.
+    /// The extent that the addresses given by the user show, as far as they show one.
     base: Option<Extent>,
     /// Given names that have not been resolved yet: they may lead anywhere.
     unresolved: HashSet<Multiaddr>,
     /// The farthest place that was met.
     met: Extent,
-    /// What it was last found to be.
+    /// The extent that was last found.
     extent: Extent,
     /// Private blocks of given addresses.
     blocks: HashSet<(IpAddr, u8)>,
@@ -400,8 +400,8 @@ pub(crate) fn is_made_up(ip: IpAddr) -> bool {
     matches!(ip.to_canonical(), IpAddr::V4(ip) if matches!(ip.octets(), [198, 18 | 19, ..]))
 }
 
-/// What leads to the relay of a relayed address, and the relay. `None`: the address is not relayed, or not through one
-/// relay.
+/// Returns the address of the relay of a relayed address, and the relay. `None`: the address is not relayed, or not
+/// through one relay.
 fn circuit(address: &Multiaddr) -> Option<(Multiaddr, PeerId)> {
     let hops = address.iter().filter(|part| *part == Protocol::P2pCircuit);
     if hops.count() != 1 {
@@ -465,12 +465,12 @@ impl Gate {
         state.expect("nothing panics while holding the lock")
     }
 
-    /// How far the mesh reaches.
+    /// Returns the extent of the mesh.
     pub(crate) fn extent(&self) -> Extent {
         self.state().extent()
     }
 
-    /// Where this node listens now.
+    /// Records the sockets on which this node listens now.
     pub(crate) fn listens_at(&self, at: impl Iterator<Item = SocketAddr>) {
         let mut state = self.state();
         state.listening = at.map(canonical).collect();
@@ -528,7 +528,7 @@ impl Gate {
         }
     }
 
-    /// Where mDNS has announced a peer.
+    /// Returns the addresses at which mDNS has announced a peer.
     pub(crate) fn neighbour(&self, peer: &PeerId) -> Vec<(Source, Multiaddr)> {
         let state = self.state();
         let known = state.neighbours.get(peer).into_iter();
@@ -536,7 +536,8 @@ impl Gate {
         addresses.map(|address| (Source::Mdns, address)).collect()
     }
 
-    /// Which of the addresses may be dialled for `peer`. Names are not: they have to be resolved, and come back here.
+    /// Returns the addresses that may be dialled for `peer`. Names may not: they have to be resolved, and come back
+    /// here.
     pub(crate) fn admit(
         &self,
         peer: PeerId,
@@ -552,7 +553,7 @@ impl Gate {
         };
         let mut few = Few::default();
         let mut sources = sources;
-        // What has proved itself first, so that others do not take its place.
+        // Proven addresses come first, so that others do not take their place.
         sources.sort_by_key(|(source, address)| {
             let proven = socket_within(address).is_some_and(|at| state.is_proven(at, now));
             (*source != Source::Given, !proven)
@@ -576,7 +577,7 @@ impl Gate {
         admitted
     }
 
-    /// Whether a lane may be dialled to `peer` at this address.
+    /// Decides whether a lane may be dialled to `peer` at this address.
     pub(crate) fn admit_lane(
         &self,
         peer: PeerId,
@@ -602,7 +603,7 @@ impl Gate {
         }
     }
 
-    /// Which of these sockets a search may send to: public ones, each IP address once in a while.
+    /// Returns those of these sockets that a search may send to: public ones, each IP address once in a while.
     pub(crate) fn admit_search(&self, at: &[SocketAddr], now: Instant) -> Vec<Target> {
         let mut state = self.state();
         let mut targets = Vec::new();
@@ -625,7 +626,7 @@ impl Gate {
         targets
     }
 
-    /// Whether the user has given this address of a relay.
+    /// Returns the source of this address of a relay: `Given` if the user has given it, else `Heard`.
     pub(crate) fn source_of_relay(&self, relay: PeerId, address: &Multiaddr) -> Source {
         let state = self.state();
         match state.circuits.contains_key(&(relay, address.clone())) {
@@ -793,7 +794,7 @@ impl Place {
     }
 }
 
-/// What was admitted of one dial's hearsay.
+/// The addresses that were admitted of one dial's hearsay.
 #[derive(Default)]
 struct Few {
     /// Ports and attempts by IP address.
@@ -838,7 +839,7 @@ impl State {
         }
     }
 
-    /// How far away an address is.
+    /// Returns the distance of an address.
     fn place(&self, ip: IpAddr) -> Extent {
         if ip.is_loopback() || self.is_own_ip(ip) {
             Extent::Machine
@@ -880,7 +881,7 @@ impl State {
         last.is_some_and(|last| now.duration_since(*last) < PROVEN)
     }
 
-    /// Whether something that was heard may be dialled at all.
+    /// Decides whether an address that was heard may be dialled at all.
     fn judge(
         &mut self,
         source: Source,
@@ -1007,7 +1008,7 @@ impl State {
         }
     }
 
-    /// Whether one address may be dialled; the socket that is tried by it.
+    /// Decides whether one address may be dialled; returns the socket that is tried by it.
     fn admit_one(
         &mut self,
         peer: PeerId,
@@ -1025,7 +1026,7 @@ impl State {
         }
         let at = socket_within(address);
         if source == Source::Given {
-            // What is no socket the transport refuses, and says so to the user.
+            // The transport refuses an address that is no socket, and says so to the user.
             if let Some(at) = at {
                 self.permit(at, address, None, now)?;
             }
@@ -1047,7 +1048,7 @@ impl State {
         Ok(Some(at))
     }
 
-    /// Whether to dial through a relay. The relay itself is dialled later, and passes the gate then.
+    /// Decides whether to dial through a relay. The relay itself is dialled later, and passes the gate then.
     fn admit_circuit(
         &mut self,
         source: Source,
@@ -1097,7 +1098,7 @@ impl State {
             patience,
         });
         if permit.count > 0 && permit.until > now {
-            // What the user has given may take its time.
+            // An address that the user has given may take its time.
             permit.patience = permit.patience.and(patience);
             permit.count += 1;
         } else {
@@ -1108,7 +1109,7 @@ impl State {
         Ok(())
     }
 
-    /// Whether a search may begin at an IP address: each one that follows doubles the pause.
+    /// Decides whether a search may begin at an IP address: each one that follows doubles the pause.
     fn may_search(&mut self, ip: IpAddr, now: Instant) -> bool {
         self.searched
             .retain(|_, (next, pause)| now < *next + *pause);

@@ -81,7 +81,7 @@ pub(crate) enum Search {
     },
     /// By trying many of the other side's.
     TryMany {
-        /// Where the other side was last seen.
+        /// Address at which the other side was last seen.
         target: SocketAddr,
         token: Token,
     },

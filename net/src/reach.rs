@@ -177,8 +177,8 @@ impl Reach {
         .collect()
     }
 
-    /// Where we may be reached from outside: seen from most networks first, then the latest. Many identities in one
-    /// network are one witness.
+    /// Returns the addresses at which we may be reached from outside: those seen from most networks first, then the
+    /// latest. Many identities in one network are one witness.
     pub(crate) fn candidates(&self, transport: Transport) -> Vec<SocketAddr> {
         let mut by_address: HashMap<SocketAddr, (HashSet<IpAddr>, Instant)> = HashMap::new();
         for ((_, known, _), observation) in &self.observations {

@@ -28,7 +28,7 @@ const PER_DIAL: usize = 2;
 const LOOK_UPS: usize = 4;
 const GIVEN_LOOK_UPS: usize = 16;
 
-/// How deep a `/dnsaddr` may nest.
+/// Greatest depth of nested `/dnsaddr` records.
 const DEPTH: usize = 2;
 
 /// Addresses to which one name leads.
@@ -37,10 +37,10 @@ const MAX_ADDRESSES: usize = 16;
 /// Resolutions under way at a time.
 const AT_A_TIME: usize = 16;
 
-/// How long a name takes at most.
+/// Longest time to resolve a name.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a name of hearsay that leads nowhere is not looked up again, and how many of them are remembered.
+/// Time for which a name of hearsay that leads nowhere is not looked up again, and number of such names remembered.
 const FAILED: Duration = Duration::from_secs(300);
 const MAX_FAILED: usize = 256;
 
@@ -89,7 +89,7 @@ impl Names {
         }
     }
 
-    /// Whether a name may be looked up. `near`: the mesh is our own network, and its names are too.
+    /// Returns true if a name may be looked up. `near`: the mesh is our own network, and its names are too.
     fn admit(&mut self, address: &Multiaddr, near: bool, now: Instant) -> bool {
         while self
             .lately
@@ -197,7 +197,7 @@ impl Names {
     }
 }
 
-/// Whether the public DNS knows the name that an address begins with.
+/// Returns true if the public DNS may know the name that an address begins with.
 fn is_global(address: &Multiaddr) -> bool {
     let name = match address.iter().next() {
         Some(
@@ -209,7 +209,7 @@ fn is_global(address: &Multiaddr) -> bool {
         _ => return false,
     };
     match name.rsplit_once('.') {
-        // What looks like an address is one, written so that it is overlooked.
+        // A name that looks like an IP address is one, written so that it is overlooked.
         Some((_, last)) => !LOCAL.contains(&last) && last.parse::<u32>().is_err(),
         None => false,
     }

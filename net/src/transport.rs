@@ -60,7 +60,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) dialled: Dialled,
     /// Where not to dial.
     pub(crate) access: Shared,
-    /// What may be dialled.
+    /// The gate that decides which addresses may be dialled.
     pub(crate) gate: Gate,
     /// Where lanes go that arrive; `None`: none are taken.
     pub(crate) lanes: Option<Arrivals>,

@@ -582,7 +582,7 @@ pub(crate) enum Doc {
     /// Hold a document from a file, and print its id
     ///
     /// Ends with 9 if a part of the file does not count because it is damaged or missing, and says how many changes and
-    /// why. What counts is kept, and so is everything that was here before.
+    /// why. The part that counts is kept, and so is everything that was here before.
     Import {
         /// The file; - for standard input
         file: PathBuf,

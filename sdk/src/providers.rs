@@ -28,8 +28,8 @@ const MAX_PROVIDERS: usize = 32;
 /// Providers connected to at a time; the first that answers is used.
 const RACE: usize = 4;
 
-/// When none of them has answered within this time, as many others are tried beside them, up to so many in all: where nodes come and go, most of those that
-/// are listed may be dead, and a dial of a dead one takes long to fail.
+/// When none of them has answered within this time, as many others are tried beside them, up to so many in all: where
+/// nodes come and go, most of those that are listed may be dead, and a dial of a dead one takes long to fail.
 const STAGGER: Duration = Duration::from_millis(500);
 const MAX_RACE: usize = 16;
 

@@ -1,11 +1,13 @@
-//! Which model a name means, and which publisher says so.
+//! The model that a name means, and the publisher that says so.
 //!
-//! This node's own word comes first, then the registries that it follows, then the DHT. A look-up in the DHT ends as soon as its answer is sure
-//! enough: with the first answer that has a trusted publisher's record, or, while all claims agree, with the second that has one of a connected publisher. The
-//! second answer is there so that no single node can hide that another publisher claims the name too.
+//! This node's own word comes first, then the registries that it follows, then the DHT. A look-up in the DHT ends as
+//! soon as its answer is sure enough: with the first answer that has a trusted publisher's record, or, while all claims
+//! agree, with the second that has one of a connected publisher. The second answer is there so that no single node can
+//! hide that another publisher claims the name too.
 //!
-//! A name that was resolved lately is confirmed by its publisher, which takes one round trip, and is looked up only if the publisher is not connected, does not
-//! answer, or has withdrawn the name. Callers that resolve one name at a time share a look-up.
+//! A name that was resolved lately is confirmed by its publisher, which takes one round trip, and is looked up only if
+//! the publisher is not connected, does not answer, or has withdrawn the name. Callers that resolve one name at a time
+//! share a look-up.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -24,7 +26,7 @@ use crate::{Error, ModelName, Node, models::by_name, node::blocking};
 /// Names that are remembered; beyond, the one that was not used for longest is forgotten.
 const MAX_NAMES: usize = 1024;
 
-/// How long a resolved name is remembered without being used.
+/// Time for which a resolved name is remembered without being used.
 const REMEMBER: Duration = Duration::from_secs(600);
 
 /// Answers with a connected publisher's record that make it sure: see the module's comment.
@@ -38,7 +40,7 @@ struct Claim {
 }
 
 impl Claim {
-    /// What a record says, if it is a claim that holds.
+    /// Returns the claim of a record, if it is a claim that holds.
     fn of(record: &Record) -> Option<Self> {
         if !record.subkey().is_empty() {
             return None;
@@ -51,10 +53,10 @@ impl Claim {
     }
 }
 
-/// What a look-up was about: a name's key, and the publisher that was asked for.
+/// The question of a look-up: a name's key, and the publisher that was asked for.
 type Question = (Vec<u8>, Option<PeerId>);
 
-/// What a name was resolved to, and who was trusted at that time.
+/// The resolution of a name, and the publishers that were trusted at that time.
 #[derive(Debug)]
 struct Known {
     claim: Claim,
@@ -96,7 +98,7 @@ impl Resolved {
     }
 }
 
-/// Whether the claims found so far are sure enough to end a look-up; `answers` nodes have answered with any.
+/// Returns true if the claims found so far are sure enough to end a look-up; `answers` nodes have answered with any.
 fn is_sure(
     claims: &[Claim],
     answers: usize,
@@ -120,7 +122,8 @@ fn is_sure(
             .any(|claim| connected.contains(&claim.publisher))
 }
 
-/// Which model a name means, and which publisher says so; `None` for a name that only this node remembers. `publisher`: only its word counts.
+/// Returns the model that a name means, and the publisher that says so; `None` for a name that only this node
+/// remembers. With `publisher`, only that publisher's word counts.
 ///
 /// # Errors
 /// [`Error::NoSuchName`], [`Error::SeveralPublishers`], [`Error::NotListed`], [`Error::Stopped`].
@@ -161,7 +164,8 @@ pub(crate) async fn resolve(
             registry,
         });
     }
-    // What a registry lists, nobody else says: so it is known at once, and cut off from all others as well.
+    // No other publisher states a name that a registry lists: so the name is known at once, and also while cut off from
+    // all others.
     let trusted = node.trusted().peers();
     if claims.is_empty() && (publisher.is_some() || !listed.reserved) {
         node.meet().await;
@@ -199,7 +203,7 @@ pub(crate) async fn resolve(
     }
 }
 
-/// What publishers in the mesh say that a name means.
+/// Returns the claims of publishers in the mesh on a name.
 async fn in_mesh(
     node: &Node,
     name: &ModelName,

@@ -40,7 +40,7 @@ pub(crate) enum Change {
     Left { publisher: PeerId, subkey: Vec<u8> },
 }
 
-/// What is remembered of a statement.
+/// The remembered state of a statement.
 #[derive(Debug)]
 struct Known {
     sequence: u64,
@@ -294,7 +294,7 @@ mod tests {
             }
             assert!(watch.known.len() <= MAX_KNOWN && watch.bytes <= MAX_BYTES);
         }
-        // Whoever watches has been told of each that went.
+        // Every watcher has been told of each statement that went.
         assert_eq!(joined - gone, watch.known.len());
         let large = (0..5000).map(|n| state(&greedy, 9000 + n, 1000)).collect();
         watch.learn(large, false, now);

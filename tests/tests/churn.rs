@@ -1,7 +1,8 @@
-//! A mesh in which nodes come and go, stopped in order or killed: look-ups stay fast, and calls by a service's name find a live provider.
+//! A mesh in which nodes come and go, stopped in order or killed: look-ups stay fast, and calls by a service's name
+//! find a live provider.
 //!
-//! `tests/nightly churn` plays it for five minutes (`CHURN_SECONDS`), where no `get` may take over two seconds. In the usual run it is short, and the bound
-//! on a single `get` is wider, because the machine may be busy with other tests.
+//! `tests/nightly churn` plays it for five minutes (`CHURN_SECONDS`), where no `get` may take over two seconds. In the
+//! usual run it is short, and the bound on a single `get` is wider, because the machine may be busy with other tests.
 
 #![allow(clippy::unwrap_used)]
 
@@ -32,7 +33,7 @@ fn up(home: &Home, bootstrap: Option<&Daemon>) -> Daemon {
     home.up(&arguments)
 }
 
-/// How long a command takes; it must end with this code.
+/// Returns the time that a command takes; it must end with this code.
 fn timed(home: &Home, arguments: &[&str], code: i32) -> Duration {
     let begin = Instant::now();
     let finished = home.run(arguments);

@@ -1,19 +1,19 @@
-//! What a stranger has nodes send by stating addresses: nothing to their own machines and networks, and a stated number
-//! of packets to anybody else.
+//! The packets that a stranger has nodes send by stating addresses: none to their own machines and networks, and a
+//! stated number to anybody else.
 
 use std::{process::ExitCode, time::Duration};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use weft_tests::lab::{self, Sent};
 
-/// How long the stranger goes on.
+/// Duration of the attack, in seconds.
 const SECONDS: u64 = 60;
 
-/// What a node sends to one IP address that has not proved itself in a minute at most: twelve attempts of eight packets
-/// (`net/src/gate.rs`).
+/// Most packets that a node sends in a minute to one IP address that has not proved itself: twelve attempts of eight
+/// packets (`net/src/gate.rs`).
 const PER_MINUTE: u64 = 12 * 8;
 
-/// What one search for a port sends; there is one in ten minutes.
+/// Packets that one search for a port sends; there is one search in ten minutes.
 const SEARCH: u64 = 2048;
 
 fn main() -> ExitCode {

@@ -304,7 +304,7 @@ pub(super) fn history(seed: u64, decided: bool) -> Play {
     play
 }
 
-/// What a run came to: bytes that were missing, sessions, and pieces.
+/// The result of a run: bytes that were missing, sessions, and pieces.
 fn play(case: u64) -> (usize, usize, usize) {
     let (decided, cut, by_session) = (case % 2 == 1, case / 2 % 2 == 1, case / 4 % 4 == 3);
     let mut play = history(case, decided);
@@ -431,7 +431,7 @@ fn a_document_is_whole_when_all_is_here_that_its_holders_have() {
     let whole = world.node(3).completeness(id).unwrap();
     assert!(whole.is_whole() && whole.holders.len() == 2, "{whole:?}");
     assert_eq!(whole.changes, 41);
-    // What the owner does away with is not missing.
+    // Changes that the owner does away with are not missing.
     world.node(0).compact(id).unwrap();
     world.flush(0).unwrap();
     for _ in 0..3 {

@@ -1,4 +1,4 @@
-//! What a document's file promises: all of it is imported, whatever its order, and what is not is told.
+//! The promises of a document's file: all of it is imported, in any order, and what is not imported is reported.
 
 use bytes::Bytes;
 use prost::Message;
@@ -184,7 +184,7 @@ fn an_import_that_is_not_whole_fails_and_says_what_does_not_count_and_why() {
             "{imported}"
         );
         assert!(imported.to_string().contains(says), "{imported}");
-        // What is right of it is kept, and the good file completes it.
+        // The intact part of the file is kept, and the good file completes it.
         assert_eq!(changes(&mut world, to, id), 40);
         world.restart(to);
         assert!(world.node(to).import(&good).unwrap().is_whole());

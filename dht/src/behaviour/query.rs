@@ -25,10 +25,10 @@ use crate::{
     store::{Found, Origin},
 };
 
-/// How long a look-up may take, whatever its nodes do: each failure costs a second at most, and these are many.
+/// Longest time of a look-up, whatever its nodes do: each failure costs a second at most, and these are many.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a node may take to store something, its dial included.
+/// Longest time that a node may take to store something, its dial included.
 const STORING: Duration = liveness::LONGEST;
 
 /// Unanswered requests to one peer that are remembered, to measure how long the answers take.
@@ -70,7 +70,7 @@ pub(super) struct Dialling {
     /// Queries that wait for it.
     pub(super) queries: Vec<QueryId>,
     pub(super) since: Instant,
-    /// Where, beside what the routing table has.
+    /// Addresses that are dialled beside those of the routing table.
     pub(super) addresses: Vec<Multiaddr>,
     /// It is to find out whether the node lives.
     pub(super) checks: bool,
@@ -342,7 +342,7 @@ impl Behaviour {
         }
     }
 
-    /// Whether it failed to answer twice, at all of these addresses.
+    /// Returns true if the node failed to answer twice, at all of these addresses.
     fn is_gone(&self, candidate: &Candidate, now: Instant) -> bool {
         let (peer, addresses) = (candidate.peer, &candidate.addresses);
         candidate.suspect && self.liveness.standing(peer, addresses, now) == Standing::Gone
@@ -481,7 +481,8 @@ impl Behaviour {
         });
     }
 
-    /// Dials a peer at these addresses and at those of the routing table; `again`: although a dial to other addresses may be under way.
+    /// Dials a peer at these addresses and at those of the routing table; `again`: although a dial to other addresses
+    /// may be under way.
     pub(super) fn dial(
         &mut self,
         peer: PeerId,
@@ -534,7 +535,8 @@ impl Behaviour {
             return;
         };
         if matches!(error, DialError::NoAddresses) {
-            // Nothing was sent: it says nothing of the node that there was no address, or that it was dialled too often lately.
+            // Nothing was sent: it says nothing of the node that there was no address, or that it was dialled too often
+            // lately.
             self.liveness.postpone(peer, Instant::now());
         } else if !self.peers.contains_key(&peer) {
             self.has_failed(peer, dialling.since, &dialling.addresses);

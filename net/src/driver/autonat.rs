@@ -387,7 +387,7 @@ where
             // Not to be taken for an address that cannot be reached.
             self.autonat.bounds.ended();
             let mut stream = stream;
-            // How it takes it is its affair.
+            // The peer may ignore the rejection.
             tokio::spawn(async move { autonat::reject(&mut stream).await });
             return;
         }

@@ -18,7 +18,7 @@ use crate::{
     gate::{Admitted, Evidence, Extent, Source, heard, is_made_up},
 };
 
-/// How a dial goes out.
+/// Options of a dial.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct How {
     /// Also if there is a connection to the peer.
@@ -61,7 +61,7 @@ impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
-    /// What speaks for where `peer` is.
+    /// Returns the evidence for the addresses of `peer`.
     pub(super) fn evidence(&self, peer: &PeerId) -> Evidence {
         let direct = |c: &&super::Connection| c.path.kind < PathKind::Relayed;
         let connections = self.peers.get(peer).into_iter();
@@ -79,7 +79,7 @@ where
         }
     }
 
-    /// Whether the mesh is our own networks.
+    /// Returns true if the mesh does not reach beyond our own networks.
     pub(super) fn is_near(&self) -> bool {
         self.gate.extent() < Extent::World
     }
@@ -133,14 +133,14 @@ where
         Ok(id)
     }
 
-    /// Dials a peer that is not connected. What has a name is dialled once the name is resolved.
+    /// Dials a peer that is not connected. An address with a name is dialled once the name is resolved.
     pub(super) fn dial(
         &mut self,
         peer: PeerId,
         mut sources: Vec<(Source, Multiaddr)>,
     ) -> Result<(), ConnectError> {
         if sources.is_empty() {
-            // What the DHT has heard of the peer comes from anybody: a last resort.
+            // Addresses that the DHT has heard of the peer may come from anybody: a last resort.
             sources.extend(heard(self.swarm.behaviour_mut().heard_of(peer)));
             sources.extend(self.gate.neighbour(&peer));
         }
@@ -273,7 +273,7 @@ where
     pub(super) fn give_up(&mut self, peer: &PeerId, error: impl Fn() -> ConnectError) {
         self.refuse_circuits(peer, &error().to_string());
         for reply in self.waiting.remove(peer).unwrap_or_default() {
-            // Whoever asked may be gone.
+            // The caller may be gone.
             let _ = reply.send(Err(error()));
         }
     }

@@ -24,14 +24,14 @@ use crate::gate::Heard;
 /// most.
 const MAX_WANTED: usize = 256;
 
-/// What a behaviour wants to have dialled.
+/// A dial that a behaviour wants.
 #[derive(Debug)]
 pub(crate) struct Wanted {
     pub(crate) peer: PeerId,
     pub(crate) heard: Heard,
 }
 
-/// What the behaviours tell the driver.
+/// An event from the behaviours to the driver.
 #[derive(Debug)]
 pub(crate) enum GuardedEvent<E: NetworkBehaviour<ToSwarm = Infallible>> {
     /// An event of one of them.
@@ -69,7 +69,7 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> Guarded<E> {
         self.expected.insert(id);
     }
 
-    /// What the extension has heard of where a peer is.
+    /// Returns the addresses that the extension has heard of a peer.
     pub(super) fn heard_of(&mut self, peer: PeerId) -> Heard {
         // Asked in the way that the swarm asks; the number is never dialled.
         let id = ConnectionId::new_unchecked(usize::MAX);
@@ -129,7 +129,7 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> NetworkBehaviour for Guarded<E> 
         if self.expected.remove(&id) {
             self.inner
                 .handle_pending_outbound_connection(id, peer, addresses, role)?;
-            // What a behaviour would add has not passed the gate.
+            // Addresses that a behaviour would add have not passed the gate.
             return Ok(Vec::new());
         }
         if let Some(peer) = peer.filter(|_| self.wanted.len() < MAX_WANTED) {

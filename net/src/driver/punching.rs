@@ -56,7 +56,7 @@ const SEARCH_AGAIN: Duration = HEAD_START.saturating_add(search::LIMIT);
 /// Peers whose last search is remembered.
 const MAX_SEARCHED: usize = 1024;
 
-/// How a punch goes out: beside the relayed connection, and again while the last one is under way.
+/// Options of a punch's dial: beside the relayed connection, and again while the last one is under way.
 const PUNCH: How = How {
     always: true,
     new_port: false,
@@ -145,7 +145,7 @@ where
                 let seen = self.reach.candidates(transport).into_iter();
                 seen.map(move |at| (at, transport))
             });
-        // What a neighbour sees is for a mesh on a network of its own.
+        // Addresses that a neighbour sees are for a mesh on a network of its own.
         let told = seen.filter(|(at, _)| mine.near || is_public(&at.ip()));
         let mut told: Vec<_> = told
             .map(|(at, transport)| of_socket(at, transport))

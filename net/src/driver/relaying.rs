@@ -181,7 +181,7 @@ where
         }
         let dialled = match request.address.is_empty() {
             true => Err(OpenError::NotConnected(relay).to_string()),
-            // What was given for the destination is given for its relay.
+            // An address that was given for the destination is given for its relay.
             false => self
                 .dial(
                     relay,

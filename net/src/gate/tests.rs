@@ -184,7 +184,7 @@ fn neighbours_are_dialled_where_they_announce_themselves_on_our_networks() {
     assert!(!mdns("/ip4/192.168.2.9/tcp/9338"));
     assert!(!mdns("/ip4/127.0.0.1/tcp/9338"));
     assert!(!mdns("/ip4/11.0.2.1/tcp/9338"));
-    // Where we have dialled the peer and are connected to it, it is.
+    // The peer is at an address if we have dialled it there and are connected to it.
     let evidence = Evidence {
         dialled_at: vec![at("192.168.5.5:1"), at("127.0.0.1:5")],
         ..Evidence::default()
@@ -230,7 +230,7 @@ fn attempts(gate: &Gate, text: impl Fn(u64) -> String, minutes: u64) -> Vec<usiz
 
 #[test]
 fn a_third_party_is_dialled_twelve_times_a_minute_and_eighty_four_times_an_hour() {
-    // Whatever the port, and whoever speaks of it.
+    // The limit holds for any port, and for any source of the address.
     let ports = |n: u64| format!("/ip4/11.0.2.1/tcp/{}", 1 + n % 60_000);
     let hour = attempts(&home(), ports, 60);
     assert!(hour.iter().all(|minute| *minute <= PER_PLACE), "{hour:?}");

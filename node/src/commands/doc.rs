@@ -254,7 +254,7 @@ async fn open(
     Err(incomplete((id, wait), &completeness, &here, as_json))
 }
 
-/// What to end with when a document is not whole; with `as_json`, what was printed says the rest.
+/// Returns the failure for a document that is not whole; with `as_json`, the printed output says the rest.
 fn incomplete(
     (id, wait): (DocumentId, Duration),
     completeness: &api::DocumentCompleteness,

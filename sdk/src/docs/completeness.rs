@@ -18,7 +18,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Time between two looks while changes come.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How much of a document is here, measured against the connected peers that hold it;
+/// The completeness of a document here, measured against the connected peers that hold it; returned by
 /// [`Doc::whole`](super::Doc::whole).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -39,7 +39,7 @@ pub struct DocCompleteness {
 pub struct DocHolder {
     /// The peer.
     pub peer: PeerId,
-    /// Whether it has said what it has.
+    /// True if the peer has sent a summary of what it has.
     pub answered: bool,
     /// Changes that it has.
     pub changes: u64,
@@ -119,7 +119,7 @@ pub(super) async fn wait(
         let look = until.min(now + LOOK);
         match timeout_at(look, events.recv()).await {
             Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
-            // Whoever is behind has missed something, and looks.
+            // A receiver that lags has missed an event, and looks again.
             Ok(_) => sleep_until(until.min(now + PAUSE)).await,
             Err(_) => {}
         }

@@ -1,8 +1,8 @@
 //! Replicated documents: content like JSON that several nodes read and write, each at any time, connected or not.
 //!
-//! A document is named by its id. Its owner is the node that made it; the owner says who else may write and read it.
-//! Whoever holds a document has all of it on disk, and hears of changes as they are made. Holders find each other in
-//! the DHT.
+//! A document is named by its id. Its owner is the node that made it; the owner says who else may write and read it. A
+//! holder of a document has all of it on disk, and hears of changes as they are made. Holders find each other in the
+//! DHT.
 
 mod completeness;
 mod drive;
@@ -264,7 +264,7 @@ impl Docs {
             .with(move |replica| {
                 let imported = replica.import(&content);
                 if let Err(weft_crdt::Error::ImportIncomplete(imported)) = &imported {
-                    // What counts of it is found by others as well.
+                    // Other peers find the part of the file that counts as well.
                     let held = replica.ids().any(|id| id == imported.document);
                     return Ok(Err((imported.clone(), held)));
                 }

@@ -4,8 +4,9 @@
 //! answered soonest: to near peers and over direct paths, and not to where many of its calls are open already. A peer that fails is left alone for a while that
 //! grows as it goes on failing, and what it had not begun is asked of another.
 //!
-//! The node remembers who offers a service, so that the short-lived handles of commands and API clients share it. While a service is used, its providers are
-//! watched: one that dies is found out without a call, and costs one failed attempt at most.
+//! The node remembers who offers a service, so that the short-lived handles of commands and API clients share it. While
+//! a service is used, its providers are watched: one that dies is found out without a call, and costs one failed
+//! attempt at most.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -54,11 +55,12 @@ const FRESH_PATHS: Duration = Duration::from_secs(2);
 /// Peers that are connected to before they are called, so that the nearest of them is known.
 const NEAR: usize = 8;
 
-/// How long reaching a peer may take before another one is tried: a dial over a long path takes less. It doubles, for where there is no other; the dial goes on
-/// meanwhile.
+/// Time to reach a peer before another one is tried: a dial over a long path takes less. It doubles, in case there is
+/// no other; the dial goes on meanwhile.
 const REACH: Duration = Duration::from_secs(1);
 
-/// How often connected providers have to show that they are there, for how long after the last call, and how many of them.
+/// Interval at which connected providers have to show that they are there, time for which they do so after the last
+/// call, and number of providers watched.
 const WATCH: Duration = Duration::from_secs(2);
 const WATCH_FOR: Duration = Duration::from_secs(60);
 const WATCHED: usize = 16;
@@ -67,11 +69,12 @@ const WATCHED: usize = 16;
 const ALIVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
 const ALIVE_TRIPS: u32 = 8;
 
-/// How long a service is remembered that nothing uses, and how many services.
+/// Time for which a service that nothing uses is remembered, and number of services remembered.
 const REMEMBER: Duration = Duration::from_secs(600);
 const MAX_SERVICES: usize = 256;
 
-/// How long an offer is believed at most, whatever its publisher states: the protocol's ten minutes, and some for clocks.
+/// Longest time for which an offer is believed, whatever its publisher states: the protocol's ten minutes, and some for
+/// clocks.
 const BELIEVED: Duration = Duration::from_secs(11 * 60);
 
 /// The first and the longest time for which a peer that failed is left alone.
@@ -367,7 +370,8 @@ impl State {
 }
 
 impl State {
-    /// Forgets an offer that leads nowhere as far as is known: who has failed most, or else somebody who was never reached. Those who are connected stay.
+    /// Forgets an offer that leads nowhere as far as is known: that of the peer that has failed most, or else that of
+    /// a peer that was never reached. Offers of connected peers stay.
     fn make_room(&mut self) -> bool {
         let offers = self.offers.iter();
         let idle = offers.filter(|(_, c)| c.outstanding == 0 && c.path.is_none());
@@ -434,8 +438,8 @@ impl Shared {
         }
     }
 
-    /// Has the connected providers show that they are there, for as long as the service is used. One that does not is left alone, and its connections are made to
-    /// show that they work, or are closed.
+    /// Has the connected providers show that they are there, for as long as the service is used. One that does not is
+    /// left alone, and its connections are made to show that they work, or are closed.
     async fn watch(self: Arc<Self>) {
         loop {
             sleep(WATCH).await;

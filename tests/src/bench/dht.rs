@@ -77,12 +77,12 @@ pub struct Options {
     pub seed: u64,
 }
 
-/// How nodes come and go.
+/// The rate at which nodes come and go.
 #[derive(Debug, Clone, Copy)]
 pub struct Churn {
     /// Time after which half of the nodes have been replaced by new ones.
     pub half_life: Duration,
-    /// How long this is measured.
+    /// Duration of the measurement.
     pub lasts: Duration,
 }
 
@@ -289,7 +289,8 @@ async fn run_stock(
     leave(swarm, orderly);
 }
 
-/// A node that stops in order closes its connections. Another falls silent: what it had open stays so, and nobody is told.
+/// A node that stops in order closes its connections. Another falls silent: what it had open stays so, and nobody is
+/// told.
 fn leave<B: NetworkBehaviour>(swarm: Swarm<B>, orderly: bool) {
     match orderly {
         true => drop(swarm),
@@ -404,7 +405,7 @@ const LOOKED_UP: Duration = Duration::from_secs(20);
 /// A node that has joined looks nothing up before this time: it is still being told whom there is.
 const SETTLED: Duration = Duration::from_secs(5);
 
-/// How often routing tables are looked into, and how many.
+/// Interval at which routing tables are sampled, and number of tables sampled.
 const SAMPLE: Duration = Duration::from_secs(5);
 const SAMPLES: usize = 8;
 

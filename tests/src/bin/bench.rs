@@ -196,7 +196,7 @@ struct DhtOptions {
     #[arg(long, value_name = "SECONDS")]
     half_life: Option<u64>,
 
-    /// How long that is measured, in seconds
+    /// Duration of the measurement with `--half-life`, in seconds
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     lasts: u64,
 

@@ -1,6 +1,6 @@
 //! A stranger who has others dial: it states addresses of a third party, of the nodes' own machines and of their
-//! networks, in every message that carries addresses. What the nodes then send is counted where it leaves and where it
-//! arrives.
+//! networks, in every message that carries addresses. The packets that the nodes then send are counted where they leave
+//! and where they arrive.
 
 use std::{
     net::Ipv4Addr,
@@ -36,7 +36,7 @@ use weft_proto::{
 
 use super::{Host, LabError, forget_neighbours, shield, wire};
 
-/// What the stranger has others dial, and nobody else uses.
+/// Ports that the stranger has others dial, and nobody else uses.
 const PORTS: (u16, u16) = (4100, 4199);
 
 /// Identities of the stranger.
@@ -46,7 +46,7 @@ const IDENTITIES: u8 = 8;
 const MODEL: [u8; 32] = [7; 32];
 const NAME: &str = "a.service";
 
-/// What was counted.
+/// The packets that were counted.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Sent {
     /// Packets that left for the node's own machine.
@@ -59,18 +59,18 @@ pub struct Sent {
     pub searches: u64,
 }
 
-/// What came of it.
+/// The result of an attack.
 #[derive(Debug)]
 pub struct Attacked {
     /// By the node with a public address.
     pub public: Sent,
     /// By the one at home.
     pub home: Sent,
-    /// How long it took.
+    /// Duration of the attack.
     pub took: Duration,
     /// Private addresses that the node at home has told the stranger.
     pub told: Vec<String>,
-    /// What the stranger did, as it says.
+    /// The stranger's own report of what it did.
     pub done: String,
 }
 
@@ -156,7 +156,7 @@ pub async fn attack(seconds: u64) -> Result<Attacked, LabError> {
     let mut command = wire::this_program(&arguments)?;
     command.stdout(Stdio::piped());
     let attack = stranger.spawn_command_sync(command)?;
-    // What users do meanwhile.
+    // The users' work meanwhile.
     let model = blake3_hex();
     let end = begin + Duration::from_secs(seconds);
     while Instant::now() + Duration::from_secs(6) < end {
@@ -288,7 +288,7 @@ struct Stranger {
 }
 
 impl Stranger {
-    /// Where others are to send: other ones for each `n`.
+    /// Returns the addresses that others are to send to: other ones for each `n`.
     fn evil(&self, n: usize) -> Vec<Multiaddr> {
         let port = |step: usize| usize::from(PORTS.0) + (n * 5 + step) % 100;
         let relay = PeerId::random();
@@ -421,7 +421,7 @@ impl Stranger {
         ))
     }
 
-    /// What the other side asks for: introductions and reservations.
+    /// Answers the requests of the other side: introductions and reservations.
     fn answer(&self, network: &Network) -> anyhow::Result<()> {
         let mut swarm = network.accept(StreamProtocol::new("/weft/swarm/1"))?;
         let this = self.clone();
@@ -465,7 +465,7 @@ impl Stranger {
                     ..HopMessage::default()
                 };
                 if request.is_ok() {
-                    // How it takes it is its affair.
+                    // The other side may ignore the grant.
                     let _ = frame::write(&mut stream, &grant, 4096).await;
                     let _ = stream.flush().await;
                 }
