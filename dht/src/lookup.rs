@@ -201,16 +201,20 @@ impl Lookup {
 
     /// The nearest of these that have not failed, so many of a network at most. Where a node is that has not answered is hearsay: it does not count against others, and is
     /// left out only if each place that it may be at is taken.
+    ///
+    /// At the time `without_slow`, nodes that should have answered are left out as well, so that others can take their place.
     fn nearest<'a>(
         &'a self,
         peers: impl Iterator<Item = &'a PeerId>,
+        without_slow: Option<Instant>,
     ) -> impl Iterator<Item = &'a Node> {
         let mut of_network: HashMap<Origin, usize> = HashMap::new();
         peers
             .filter_map(|peer| self.nodes.get(peer))
-            .filter(|node| match node.state {
+            .filter(move |node| match node.state {
                 State::Known => self.last_resort || !node.candidate.suspect,
-                State::Asked { .. } | State::Answered => true,
+                State::Asked { at, wait } => without_slow.is_none_or(|now| now < at + wait.hedge),
+                State::Answered => true,
                 State::Failed | State::Late => false,
             })
             .filter(move |node| {
@@ -232,7 +236,7 @@ impl Lookup {
     }
 
     fn is_path_done(&self, path: usize) -> bool {
-        let mut nearest = self.nearest(self.paths[path].values());
+        let mut nearest = self.nearest(self.paths[path].values(), None);
         nearest.all(|node| node.state == State::Answered)
     }
 
@@ -256,8 +260,10 @@ impl Lookup {
                 continue;
             }
             let is_new = |node: &&Node| node.state == State::Known;
-            let next = self.nearest(self.paths[path].values()).find(is_new);
-            if let Some(peer) = next.map(|node| node.candidate.peer) {
+            let mut nearest = self.nearest(self.paths[path].values(), Some(now));
+            let next = nearest.find(is_new).map(|node| node.candidate.peer);
+            drop(nearest);
+            if let Some(peer) = next {
                 let node = self.nodes.get_mut(&peer).expect("it was found there");
                 let wait = wait(&node.candidate);
                 node.state = State::Asked { at: now, wait };
@@ -380,7 +386,7 @@ impl Lookup {
         let by_distance: BTreeMap<_, _> = answered
             .map(|node| (self.distance(node.candidate.peer), node.candidate.peer))
             .collect();
-        self.nearest(by_distance.values())
+        self.nearest(by_distance.values(), None)
             .map(|node| node.candidate.clone())
             .collect()
     }
