@@ -394,6 +394,8 @@ impl Lookup {
 
 #[cfg(test)]
 mod tests {
+    use libp2p::identity::Keypair;
+
     use super::*;
 
     const ROUND_TRIP: Duration = Duration::from_millis(50);
@@ -445,7 +447,14 @@ mod tests {
 
     impl Mesh {
         fn new(count: usize) -> Self {
-            let nodes: Vec<_> = (0..count).map(|n| candidate(PeerId::random(), n)).collect();
+            // The same each time: of thirty nodes nearest to a key, more than ten are gone now and then.
+            let peer = |n: usize| {
+                let mut secret = [0; 32];
+                secret[..8].copy_from_slice(&n.to_le_bytes());
+                let keys = Keypair::ed25519_from_bytes(secret).unwrap();
+                keys.public().to_peer_id()
+            };
+            let nodes: Vec<_> = (0..count).map(|n| candidate(peer(n), n)).collect();
             let keys: Vec<_> = nodes.iter().map(|n| KBucketKey::from(n.peer)).collect();
             let table = |of: usize| {
                 let mut buckets: HashMap<u32, usize> = HashMap::new();
