@@ -253,7 +253,7 @@ pub(crate) enum Refusal {
 pub(crate) struct Admitted {
     peer: PeerId,
     addresses: Vec<(Source, Multiaddr)>,
-    tried: Vec<SocketAddr>,
+    tried: Vec<Socket>,
 }
 
 impl Admitted {
@@ -269,6 +269,9 @@ impl Admitted {
         self.addresses.is_empty()
     }
 }
+
+/// A socket that is dialled: the address, and whether by UDP. One port often serves both transports, and a dial by one is none by the other.
+type Socket = (SocketAddr, bool);
 
 /// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -328,7 +331,7 @@ enum Place {
 
 #[derive(Debug)]
 struct State {
-    permits: HashMap<(SocketAddr, bool), Permit>,
+    permits: HashMap<Socket, Permit>,
     /// The extent that the addresses given by the user show, as far as they show one.
     base: Option<Extent>,
     /// Given names that have not been resolved yet: they may lead anywhere.
@@ -348,7 +351,7 @@ struct State {
     near_in_all: VecDeque<Instant>,
     proven: HashMap<SocketAddr, Instant>,
     circuits: HashMap<(PeerId, Multiaddr), Instant>,
-    dials: HashMap<ConnectionId, (PeerId, Vec<SocketAddr>)>,
+    dials: HashMap<ConnectionId, (PeerId, Vec<Socket>)>,
     searched: HashMap<IpAddr, (Instant, Duration)>,
     refused: u64,
     refused_often: u64,
@@ -414,7 +417,11 @@ fn circuit(address: &Multiaddr) -> Option<(Multiaddr, PeerId)> {
     Some((at, relay?))
 }
 
-/// Drops what is older than a minute.
+fn is_udp(address: &Multiaddr) -> bool {
+    socket(address).is_some_and(|(_, transport)| transport == Transport::Quic)
+}
+
+/// Removes times older than a minute.
 fn last_minute(times: &mut VecDeque<Instant>, now: Instant) {
     while times
         .front()
@@ -648,7 +655,7 @@ impl Gate {
         let Some((_, tried)) = state.dials.remove(&id) else {
             return;
         };
-        for at in tried {
+        for (at, _) in tried {
             state.failed(at, now);
         }
     }
@@ -1017,7 +1024,7 @@ impl State {
         evidence: &Evidence,
         few: &mut Few,
         now: Instant,
-    ) -> Result<Option<SocketAddr>, Refusal> {
+    ) -> Result<Option<Socket>, Refusal> {
         if is_relayed(address) {
             let (at, relay) = circuit(address).ok_or(Refusal::Nowhere)?;
             return self
@@ -1034,8 +1041,9 @@ impl State {
         }
         let at = at.ok_or(Refusal::Nowhere)?;
         self.judge(source, at, evidence)?;
+        let key = (at, is_udp(address));
         let under_way =
-            |(dialled, tried): &(PeerId, Vec<SocketAddr>)| *dialled == peer && tried.contains(&at);
+            |(dialled, tried): &(PeerId, Vec<Socket>)| *dialled == peer && tried.contains(&key);
         if !evidence.again && self.dials.values().any(under_way) {
             return Err(Refusal::Many);
         }
@@ -1045,7 +1053,7 @@ impl State {
         self.charge(at, now)?;
         let patience = (!self.is_proven(at, now)).then_some(PATIENCE);
         self.permit(at, address, patience, now)?;
-        Ok(Some(at))
+        Ok(Some(key))
     }
 
     /// Decides whether to dial through a relay. The relay itself is dialled later, and passes the gate then.
@@ -1084,8 +1092,7 @@ impl State {
         patience: Option<Duration>,
         now: Instant,
     ) -> Result<(), Refusal> {
-        let udp = socket(address).is_some_and(|(_, transport)| transport == Transport::Quic);
-        let key = (canonical(at), udp);
+        let key = (canonical(at), is_udp(address));
         if self.permits.len() >= MAX_PERMITS {
             self.permits.retain(|_, permit| permit.until > now);
         }

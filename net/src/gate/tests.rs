@@ -331,3 +331,21 @@ fn what_the_gate_remembers_is_bounded() {
     let state = gate.state();
     assert!(state.by_network.len() <= MAX_NETWORKS);
 }
+
+#[test]
+fn a_dial_under_way_keeps_off_another_by_the_same_transport_only() {
+    let (gate, peer, now) = (home(), PeerId::random(), Instant::now());
+    let admit = |text: &str| {
+        let sources = vec![(Source::Heard, address(text))];
+        gate.admit(peer, sources, &Evidence::default(), now)
+    };
+    let (tcp, quic) = ("/ip4/11.0.5.1/tcp/9338", "/ip4/11.0.5.1/udp/9338/quic-v1");
+    let first = admit(tcp);
+    assert!(!first.is_empty());
+    let id = ConnectionId::new_unchecked(1);
+    gate.began(id, &first);
+    assert!(admit(tcp).is_empty());
+    assert!(!admit(quic).is_empty());
+    gate.failed(id, now);
+    assert!(!admit(tcp).is_empty());
+}
