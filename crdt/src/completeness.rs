@@ -96,12 +96,12 @@ pub(crate) struct Comparison {
 impl Told {
     /// Changes that a document lacks of this, and decisions and proofs.
     fn lacking(&self, document: &Document) -> (u64, u64) {
-        let (mut changes, mut decisions) = (0, 0);
+        let (mut changes, mut decisions): (u64, u64) = (0, 0);
         for (session, head) in &self.sessions {
             let void = document.proof(session).map_or(u64::MAX, Proof::index);
             let (count, end) = (document.count(session), head.count.min(void));
             if count < end {
-                changes += end - count;
+                changes = end.saturating_sub(count).saturating_add(changes);
             } else if head.count <= void
                 && document.chain_at(session, head.count) != Some(head.chain)
             {
@@ -117,9 +117,9 @@ impl Told {
         let ours = document.epochs.count();
         let has = document.epochs.id_of(self.epochs, &document.genesis);
         if self.epochs > ours {
-            decisions += self.epochs - ours;
+            decisions = decisions.saturating_add(self.epochs - ours);
         } else if self.epoch.is_some() && self.epoch != has {
-            decisions += 1;
+            decisions = decisions.saturating_add(1);
         }
         (changes, decisions)
     }
@@ -223,7 +223,7 @@ impl Replica {
             });
             let (missing, missing_decisions) = match (told, &document) {
                 (Some(told), Some(document)) => told.lacking(document),
-                (Some(told), None) => (changes, told.epochs + 1),
+                (Some(told), None) => (changes, told.epochs.saturating_add(1)),
                 (None, _) => (0, 0),
             };
             holders.push(Holder {
@@ -231,7 +231,7 @@ impl Replica {
                 answered: told.is_some(),
                 changes,
                 missing: missing.min(changes),
-                missing_decisions: missing_decisions + u64::from(is_arriving),
+                missing_decisions: missing_decisions.saturating_add(u64::from(is_arriving)),
             });
         }
         let now = self.now;

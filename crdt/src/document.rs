@@ -497,7 +497,7 @@ impl Document {
             &header.run.epoch,
         );
         let is_another = matches!(standing, Standing::Until(head)
-            if header.index + 1 == head.count && header.chain() != head.chain);
+            if header.index.checked_add(1) == Some(head.count) && header.chain() != head.chain);
         is_another || header.index >= self.limit(&header.session, &header.run)
     }
 

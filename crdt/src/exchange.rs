@@ -1043,6 +1043,7 @@ impl Replica {
             let Some(mut give) = self.give(id, &want, &heads)? else {
                 return Ok(pieces);
             };
+            // Set below, in all but the last.
             give.more = false;
             want.genesis = false;
             if want.epochs > 0 {
@@ -1090,6 +1091,12 @@ impl Replica {
                 return Err(StoreError::Other("the log is damaged".to_owned()));
             }
             pieces.push(give);
+        }
+        // So that a file that was cut between two parts is known to be.
+        if let Some((_, before)) = pieces.split_last_mut() {
+            for piece in before {
+                piece.more = true;
+            }
         }
         Ok(pieces)
     }

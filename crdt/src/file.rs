@@ -23,6 +23,7 @@ use crate::{
     epoch::Epoch,
     error::Error,
     genesis::Genesis,
+    guard,
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
     refusal::Refusal,
     replica::Replica,
@@ -152,6 +153,8 @@ impl Content {
             .strip_prefix(EXPORT)
             .ok_or_else(|| not_a_document("it does not begin as one"))?;
         let mut this = Self::default();
+        // Each part but the last says that more follows; in files of earlier versions none does.
+        let mut is_complete = rest.is_empty();
         while !rest.is_empty() {
             let part = rest.split_first_chunk().and_then(|(length, rest)| {
                 let length = usize::try_from(u64::from_be_bytes(*length)).ok()?;
@@ -163,9 +166,15 @@ impl Content {
             };
             rest = after;
             match wire::Give::decode(part) {
-                Ok(give) => this.add(give)?,
+                Ok(give) => {
+                    is_complete |= !give.more;
+                    this.add(give)?;
+                }
                 Err(_) => this.faults.push("a part of the file cannot be decoded"),
             }
+        }
+        if !is_complete && this.faults.is_empty() {
+            this.faults.push("the file ends early");
         }
         Ok(this)
     }
@@ -506,6 +515,11 @@ impl Replica {
             }
             let refusal = refused.get(&(header.session, header.index, chain));
             let knows = document.knows(&header.run.epoch);
+            // Nothing that damage says of author or session makes a change void.
+            let is_intact = || {
+                let hash = guard::hash_of(&envelope.change);
+                hash == Some(header.change) && header.is_signed(&id)
+            };
             // The change is void if an earlier change of its session, or one that it builds on, is void.
             let follows_void = || {
                 let deps = chunk::dependencies(&envelope.change);
@@ -517,6 +531,10 @@ impl Replica {
                     imported.fault(refusal.to_string());
                 }
                 Some(Refusal::Full) => imported.refused.full += 1,
+                _ if !is_intact() => {
+                    imported.refused.damaged += 1;
+                    imported.fault("a change or its signature is damaged");
+                }
                 Some(Refusal::Void) => {
                     imported.refused.void += 1;
                     void.insert(header.change);

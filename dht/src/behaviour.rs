@@ -35,6 +35,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
+pub use self::query::Progress;
 use self::query::{Dialling, Enough, MAX_QUERIES, Query};
 use crate::{
     Disk, DiskError, Record, RecordError,
@@ -289,23 +290,22 @@ impl Dht {
         self.look_up(key, Enough::All).await.map(valid)
     }
 
-    /// As [`get`](Self::get), and ends as soon as `is_enough` returns true for the statements found so far, those of
-    /// this node's own store among them, and for the number of other nodes that have answered with any. Statements that
-    /// were taken back are among them ([`Record::value`] is `None`). It is called in the swarm's task, with each
-    /// answer: it must be quick.
+    /// As [`get`](Self::get), and ends as soon as `is_enough` accepts the statements found so far, those of this node's own
+    /// store among them. Statements that were taken back are among them ([`Record::value`] is `None`). It is called in the
+    /// swarm's task, with each answer and ten times a second: it must be quick.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get_until<F>(&self, key: &[u8], is_enough: F) -> Result<Vec<Record>, DhtError>
     where
-        F: Fn(&mut dyn Iterator<Item = &Record>, usize) -> bool + Send + 'static,
+        F: Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send + 'static,
     {
         let enough = Enough::When(Box::new(is_enough));
         self.look_up(key, enough).await.map(valid)
     }
 
-    /// Returns the answer of one connected peer for `key`, including statements that were taken back. The result is
-    /// empty if the peer is not connected, or does not answer within a second.
+    /// Returns the answer of one connected peer for `key`, including statements that were taken back; for this node's own id,
+    /// what its own store has. The result is empty if the peer is not connected, or does not answer within a second.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
@@ -550,6 +550,12 @@ impl Behaviour {
         for address in self.liveness.answered(peer, took, Instant::now()) {
             self.route(peer, address);
         }
+        // Its routes may have been forgotten meanwhile; what it says of its addresses has not.
+        if self.peers.get(&peer).is_some_and(|known| known.serves)
+            && self.routes_of(peer).is_empty()
+        {
+            self.on_server(peer);
+        }
     }
 
     /// A node that was asked at this time, at these addresses, has not answered: it leaves the routing table, and so
@@ -605,9 +611,18 @@ impl Behaviour {
         self.liveness
             .retain(|peer| table.contains(&peer) || peers.contains_key(&peer));
         let dialling = &self.dialling;
-        let is_under_way = |peer| dialling.contains_key(&peer) || peers.contains_key(&peer);
-        if let Some(check) = self.liveness.due(members.into_iter(), is_under_way, now) {
+        let is_under_way = |peer| dialling.contains_key(&peer);
+        let is_connected = |peer| peers.contains_key(&peer);
+        let due = self
+            .liveness
+            .due(members.into_iter(), is_under_way, is_connected, now);
+        if let Some(check) = due {
             tracing::debug!(peer = %check.peer, "is checked for life");
+            if self.peers.contains_key(&check.peer) {
+                self.liveness.postpone(check.peer, now);
+                self.poke(check.peer);
+                return;
+            }
             let dialling = self.dial(check.peer, check.addresses, false);
             dialling.checks = true;
         }

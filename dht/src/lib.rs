@@ -20,7 +20,7 @@ mod region;
 mod store;
 
 pub use self::{
-    behaviour::{Behaviour, Dht, DhtError, Status, place},
+    behaviour::{Behaviour, Dht, DhtError, Progress, Status, place},
     disk::{Disk, DiskError},
     record::{MAX_KEY, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
     store::Usage,

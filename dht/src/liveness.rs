@@ -107,6 +107,8 @@ pub(crate) enum Standing {
 #[derive(Debug)]
 struct Failed {
     times: u32,
+    /// It is not asked any more.
+    gone: bool,
     /// When it failed last.
     at: Instant,
     /// Addresses at which it did not answer.
@@ -241,11 +243,13 @@ impl Liveness {
         let is_new = !self.failed.contains_key(&peer);
         let failed = self.failed.entry(peer).or_insert(Failed {
             times: 0,
+            gone: false,
             at: now,
             addresses: Vec::new(),
             routes: Vec::new(),
         });
-        if is_new || failed.at < asked {
+        // An outage of a second, of the node or of its path, is one failure, whoever is asked how often meanwhile.
+        if is_new || failed.at + CHECK_SUSPECT.0 <= now && failed.at < asked {
             failed.times = failed.times.saturating_add(1);
             failed.at = now;
         }
@@ -259,11 +263,11 @@ impl Liveness {
                 }
             }
         }
-        if failed.times >= 2 && !alone {
-            let was_member = !failed.routes.is_empty();
-            failed.routes.clear();
-            if let Some(heard) = self.heard.remove(&peer)
-                && was_member
+        if failed.times >= 2 && !alone && !failed.gone {
+            failed.gone = true;
+            // Remembered with its routes, for an answer may still come; otherwise it has lived until now.
+            if !failed.routes.is_empty()
+                && let Some(heard) = self.heard.get(&peer)
             {
                 self.lived += now.saturating_duration_since(heard.at) / 2;
                 self.ended += 1.0;
@@ -290,10 +294,9 @@ impl Liveness {
         {
             return Standing::Good;
         }
-        match failed.times {
-            // Without any connection nobody answers, and that says nothing of the node.
-            2.. if failed.routes.is_empty() => Standing::Gone,
-            _ => Standing::Suspect,
+        match failed.gone {
+            true => Standing::Gone,
+            false => Standing::Suspect,
         }
     }
 
@@ -301,7 +304,7 @@ impl Liveness {
     pub(crate) fn suspects(&self) -> impl Iterator<Item = (PeerId, &[Multiaddr])> {
         let failed = self.failed.iter();
         failed
-            .filter(|(_, failed)| !failed.routes.is_empty())
+            .filter(|(_, failed)| !failed.gone && !failed.routes.is_empty())
             .map(|(peer, failed)| (*peer, &failed.routes[..]))
     }
 
@@ -352,17 +355,23 @@ impl Liveness {
         &self,
         members: impl Iterator<Item = PeerId>,
         is_under_way: impl Fn(PeerId) -> bool,
+        is_connected: impl Fn(PeerId) -> bool,
         now: Instant,
     ) -> Option<Check> {
         let pause = |failed: &Failed| {
             let doubled = CHECK_SUSPECT.0 * (1 << failed.times.saturating_sub(1).min(5));
-            doubled.min(CHECK_SUSPECT.1)
+            match failed.gone {
+                true => CHECK_SUSPECT.1,
+                false => doubled.min(CHECK_SUSPECT.1),
+            }
         };
         let suspect = self
             .failed
             .iter()
             .filter(|(peer, failed)| {
                 !failed.routes.is_empty()
+                    // One that is gone is not dialled; while it is connected, it may have been suspended.
+                    && (!failed.gone || is_connected(**peer))
                     && now.saturating_duration_since(failed.at) >= pause(failed)
                     && !is_under_way(**peer)
             })
@@ -375,7 +384,7 @@ impl Liveness {
         }
         let interval = self.interval();
         let silent = members.filter_map(|peer| {
-            if is_under_way(peer) {
+            if is_under_way(peer) || is_connected(peer) {
                 return None;
             }
             let heard = self.heard.get(&peer);
@@ -442,13 +451,27 @@ mod tests {
         // A failure of a request from before the answer says nothing.
         assert_eq!(fail(&mut liveness, 35, 45), Standing::Good);
         assert_eq!(fail(&mut liveness, 50, 60), Standing::Suspect);
-        assert_eq!(fail(&mut liveness, 61, 70), Standing::Gone);
+        // An outage of a second is one failure.
+        assert_eq!(fail(&mut liveness, 61, 70), Standing::Suspect);
+        assert_eq!(fail(&mut liveness, 1000, 1250), Standing::Suspect);
+        assert_eq!(fail(&mut liveness, 2000, 2060), Standing::Gone);
         assert_eq!(liveness.suspects().count(), 0);
         // Another address is another chance; time is one as well.
         let standing = |addresses: &[Multiaddr], now| liveness.standing(peer, addresses, now);
-        assert_eq!(standing(&[address(1)], at(80)), Standing::Gone);
-        assert_eq!(standing(&[address(1), address(2)], at(80)), Standing::Good);
-        assert_eq!(standing(&[address(1)], at(70) + FORGET), Standing::Good);
+        assert_eq!(standing(&[address(1)], at(2080)), Standing::Gone);
+        let two = [address(1), address(2)];
+        assert_eq!(standing(&two, at(2080)), Standing::Good);
+        let late = at(2060) + FORGET;
+        assert_eq!(standing(&[address(1)], late), Standing::Good);
+        // It is not dialled, and checked slowly while it is connected. Its answer, however late, brings it back.
+        let due = |connected| {
+            let nobody = std::iter::empty();
+            liveness.due(nobody, |_| false, |_| connected, at(2060) + CHECK_SUSPECT.1)
+        };
+        assert_eq!(due(false), None);
+        assert_eq!(due(true).map(|check| check.peer), Some(peer));
+        assert_eq!(liveness.answered(peer, None, at(9000)), [address(1)]);
+        assert_eq!(liveness.standing(peer, &[], at(9001)), Standing::Good);
     }
 
     #[test]
@@ -456,7 +479,7 @@ mod tests {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         let peer = PeerId::random();
         for n in 0..10 {
-            let asked = begin + n * 100 * MS;
+            let asked = begin + n * 3000 * MS;
             let routes = if n == 0 { vec![address(1)] } else { Vec::new() };
             let now = asked + 10 * MS;
             let standing = liveness.failed(peer, asked, &[address(1)], routes, true, now);
@@ -464,13 +487,13 @@ mod tests {
         }
         // It is checked again at a slower and slower pace.
         let nobody = || std::iter::empty();
-        let last = begin + 910 * MS;
+        let last = begin + 27_010 * MS;
         let idle = |_| false;
         assert_eq!(
-            liveness.due(nobody(), idle, last + 59 * CHECK_SUSPECT.0 / 2),
+            liveness.due(nobody(), idle, idle, last + 59 * CHECK_SUSPECT.0 / 2),
             None
         );
-        let due = liveness.due(nobody(), idle, last + CHECK_SUSPECT.1);
+        let due = liveness.due(nobody(), idle, idle, last + CHECK_SUSPECT.1);
         assert_eq!(due.unwrap().peer, peer);
     }
 
@@ -509,7 +532,7 @@ mod tests {
             now += Duration::from_secs(60);
             for _ in 0..2 {
                 liveness.failed(peer, now, &[], vec![address(1)], false, now);
-                now += MS;
+                now += CHECK_SUSPECT.0 + MS;
             }
         }
         assert!(
@@ -524,17 +547,32 @@ mod tests {
         }
         let members = || peers.iter().copied();
         let idle = |_| false;
-        assert_eq!(liveness.due(members(), idle, now + MS), None);
+        assert_eq!(liveness.due(members(), idle, idle, now + MS), None);
         let later = now + 3 * CHECK.0;
-        assert_eq!(liveness.due(members(), idle, later).unwrap().peer, peers[0]);
+        assert_eq!(
+            liveness.due(members(), idle, idle, later).unwrap().peer,
+            peers[0]
+        );
         liveness.lost(peers[1], later);
-        assert_eq!(liveness.due(members(), idle, later).unwrap().peer, peers[1]);
+        assert_eq!(
+            liveness.due(members(), idle, idle, later).unwrap().peer,
+            peers[1]
+        );
         let busy = |peer| peer == peers[1];
-        assert_eq!(liveness.due(members(), busy, later).unwrap().peer, peers[0]);
+        assert_eq!(
+            liveness.due(members(), busy, idle, later).unwrap().peer,
+            peers[0]
+        );
         // One that cannot be checked does not keep others from it.
         liveness.postpone(peers[1], later);
-        assert_eq!(liveness.due(members(), idle, later).unwrap().peer, peers[0]);
+        assert_eq!(
+            liveness.due(members(), idle, idle, later).unwrap().peer,
+            peers[0]
+        );
         liveness.postpone(peers[0], later);
-        assert_eq!(liveness.due(members(), idle, later).unwrap().peer, peers[2]);
+        assert_eq!(
+            liveness.due(members(), idle, idle, later).unwrap().peer,
+            peers[2]
+        );
     }
 }

@@ -274,6 +274,15 @@ impl Lookup {
         None
     }
 
+    /// Returns true if only nodes are waited for that should have answered by now.
+    pub(crate) fn is_settled(&self, now: Instant) -> bool {
+        let is_prompt = |node: &Node| match node.state {
+            State::Asked { at, wait } => now < at + wait.hedge,
+            _ => false,
+        };
+        !self.nodes.values().any(is_prompt)
+    }
+
     /// Asks suspects as well from now on; whether there are any that were not asked.
     pub(crate) fn ask_suspects(&mut self) -> bool {
         let mut nodes = self.nodes.values();

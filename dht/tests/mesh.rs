@@ -179,8 +179,8 @@ async fn a_new_node_is_found_where_another_has_left() {
 async fn a_look_up_ends_when_the_caller_has_enough() {
     let nodes = mesh(4).await;
     nodes[1].dht.publish(b"k", b"", b"v", HOUR).await.unwrap();
-    let found = nodes[3].dht.get_until(b"k", |records, answers| {
-        records.count() == 1 && answers == 1
+    let found = nodes[3].dht.get_until(b"k", |records, progress| {
+        records.count() == 1 && progress.answers == 1
     });
     assert_eq!(found.await.unwrap().len(), 1);
     let all = nodes[3].dht.get_until(b"k", |_, _| false).await.unwrap();

@@ -778,7 +778,13 @@ where
     }
 
     fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
-        self.gate.failed(id, Instant::now());
+        match error {
+            // Another peer has answered there, or this node itself: the destination is none that does not answer.
+            DialError::WrongPeerId { .. } | DialError::LocalPeerId { .. } => {
+                self.gate.connected(id);
+            }
+            _ => self.gate.failed(id, Instant::now()),
+        }
         self.punching.dialled(id);
         if self.on_probe(id, false) {
             return;

@@ -660,7 +660,7 @@ impl Gate {
         }
     }
 
-    /// A dial has come to a connection.
+    /// A dial has come to a connection, if only to another peer's.
     pub(crate) fn connected(&self, id: ConnectionId) {
         self.state().dials.remove(&id);
     }
@@ -948,6 +948,10 @@ impl State {
         }
         if let Some(tried) = self.tried.get_mut(&place) {
             last_minute(&mut tried.lately, now);
+            if now.duration_since(tried.last) >= FORGET {
+                tried.failures = 0;
+                tried.until = None;
+            }
             if tried.lately.len() >= most || tried.until.is_some_and(|until| until > now) {
                 return Err(Refusal::Often);
             }

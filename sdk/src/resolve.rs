@@ -1,13 +1,14 @@
-//! The model that a name means, and the publisher that says so.
+//! Decides which model a name means, and which publisher says so.
 //!
-//! This node's own word comes first, then the registries that it follows, then the DHT. A look-up in the DHT ends as
-//! soon as its answer is sure enough: with the first answer that has a trusted publisher's record, or, while all claims
-//! agree, with the second that has one of a connected publisher. The second answer is there so that no single node can
-//! hide that another publisher claims the name too.
+//! This node's own word comes first, then the registries that it follows, then the DHT. A look-up in the DHT ends early in two
+//! cases. A trusted publisher that is connected has the word: its record ends the look-up at once, and it is asked for its
+//! latest. Otherwise all nodes that answer promptly are heard, so that neither an old record nor a single node that hides a
+//! claim decides; nodes that are late are not waited for if a trusted or a connected publisher claims the name and, among
+//! those who are not trusted, nobody contradicts it.
 //!
-//! A name that was resolved lately is confirmed by its publisher, which takes one round trip, and is looked up only if
-//! the publisher is not connected, does not answer, or has withdrawn the name. Callers that resolve one name at a time
-//! share a look-up.
+//! A name that was resolved lately is confirmed by its publisher, which takes one round trip. It is looked up again if the
+//! publisher is not connected, does not answer or has withdrawn the name, and once a minute, for another publisher may claim
+//! it too. Callers that resolve one name at a time share a look-up.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -17,7 +18,7 @@ use std::{
 use prost::Message;
 use tokio::time::{Duration, Instant};
 use weft_blobs::Hash;
-use weft_dht::Record;
+use weft_dht::{Progress, Record};
 use weft_net::PeerId;
 use weft_proto::wire;
 
@@ -29,8 +30,9 @@ const MAX_NAMES: usize = 1024;
 /// Time for which a resolved name is remembered without being used.
 const REMEMBER: Duration = Duration::from_secs(600);
 
-/// Answers with a connected publisher's record that make it sure: see the module's comment.
-const AGREEING: usize = 2;
+/// A name is looked up again after this time, although its publisher confirms it: so long may another publisher's claim be
+/// missed.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// A publisher's claim on a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,8 @@ type Question = (Vec<u8>, Option<PeerId>);
 struct Known {
     claim: Claim,
     trusted: BTreeSet<PeerId>,
+    /// Time of the last look-up.
+    looked: Instant,
 }
 
 #[derive(Debug)]
@@ -98,28 +102,26 @@ impl Resolved {
     }
 }
 
-/// Returns true if the claims found so far are sure enough to end a look-up; `answers` nodes have answered with any.
+/// Returns true if the claims found so far are sure enough to end a look-up.
 fn is_sure(
     claims: &[Claim],
-    answers: usize,
+    progress: Progress,
     trusted: &BTreeSet<PeerId>,
     connected: &HashSet<PeerId>,
 ) -> bool {
-    if answers == 0 {
+    if progress.answers == 0 {
         return false;
     }
-    if claims
+    let mut of_trusted = claims
         .iter()
-        .any(|claim| trusted.contains(&claim.publisher))
-    {
-        return true;
+        .filter(|claim| trusted.contains(&claim.publisher))
+        .peekable();
+    if of_trusted.peek().is_some() {
+        return progress.settled || of_trusted.any(|claim| connected.contains(&claim.publisher));
     }
     let agree = claims.windows(2).all(|two| two[0].model == two[1].model);
-    answers >= AGREEING
-        && agree
-        && claims
-            .iter()
-            .any(|claim| connected.contains(&claim.publisher))
+    let seen = |claim: &Claim| connected.contains(&claim.publisher);
+    progress.settled && agree && claims.iter().any(seen)
 }
 
 /// Returns the model that a name means, and the publisher that says so; `None` for a name that only this node
@@ -216,6 +218,7 @@ async fn in_mesh(
     let peers = node.network().peers().await;
     let connected: HashSet<PeerId> = peers.iter().map(|info| info.peer).collect();
     if let Some(before) = known.take_if(|before| before.trusted == *trusted)
+        && before.looked.elapsed() < LOOK
         && connected.contains(&before.claim.publisher)
         && let Some(claim) = confirm(node, &key, before.claim.publisher, publisher, trusted).await?
     {
@@ -228,8 +231,8 @@ async fn in_mesh(
         records.filter_map(Claim::of).filter(is_asked).collect()
     };
     let (trusts, sees) = (trusted.clone(), connected.clone());
-    let is_enough = move |records: &mut dyn Iterator<Item = &Record>, answers: usize| {
-        is_sure(&claims_of(records), answers, &trusts, &sees)
+    let is_enough = move |records: &mut dyn Iterator<Item = &Record>, progress: Progress| {
+        is_sure(&claims_of(records), progress, &trusts, &sees)
     };
     let records = node.dht().get_until(&key, is_enough).await?;
     let mut claims = claims_of(&mut records.iter());
@@ -254,6 +257,7 @@ async fn in_mesh(
     *known = sure.map(|claim| Known {
         claim: *claim,
         trusted: trusted.clone(),
+        looked: Instant::now(),
     });
     Ok(claims)
 }
@@ -285,9 +289,8 @@ async fn confirm(
 ) -> Result<Option<Claim>, Error> {
     // This node may have heard of another claim since; unless one publisher's word is what counts.
     if asked.is_none() && !trusted.contains(&by) {
-        let heard = node.dht().seen(key, MAX_HEARD).await?;
-        let others = heard.iter().filter(|record| record.key() == key);
-        let mut others = others.filter_map(Claim::of);
+        let heard = node.dht().ask(node.peer_id(), key).await?;
+        let mut others = heard.iter().filter_map(Claim::of);
         if others.any(|claim| claim.publisher != by) {
             return Ok(None);
         }
@@ -297,9 +300,6 @@ async fn confirm(
         Word::Nothing => None,
     })
 }
-
-/// Records of this node's own store that are looked through for other claims on a name.
-const MAX_HEARD: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -315,23 +315,23 @@ mod tests {
         };
         let (nobody, set) = (BTreeSet::new(), BTreeSet::from([a]));
         let (alone, connected) = (HashSet::new(), HashSet::from([a]));
-        // A trusted publisher's record, whether or not it is connected and others agree.
-        assert!(is_sure(&[claim(a, 1), claim(b, 2)], 1, &set, &alone));
-        assert!(!is_sure(&[claim(b, 2)], 9, &set, &alone));
-        // This node's own store alone is not asked.
-        assert!(!is_sure(&[claim(a, 1)], 0, &set, &connected));
+        let at = |answers, settled| Progress { answers, settled };
+        let both = [claim(a, 1), claim(b, 2)];
+        // A trusted publisher's record: at once if it can be asked for its latest, else when the prompt have answered.
+        assert!(is_sure(&both, at(1, false), &set, &connected));
+        assert!(!is_sure(&both, at(1, false), &set, &alone));
+        assert!(is_sure(&both, at(1, true), &set, &alone));
+        assert!(!is_sure(&both[1..], at(9, true), &set, &alone));
+        // This node's own store alone is not enough.
+        assert!(!is_sure(&both, at(0, true), &set, &connected));
         // A connected publisher's, if nobody contradicts it.
-        assert!(is_sure(&[claim(a, 1)], 2, &nobody, &connected));
-        assert!(is_sure(&[claim(a, 1), claim(b, 1)], 2, &nobody, &connected));
-        assert!(!is_sure(
-            &[claim(a, 1), claim(b, 2)],
-            2,
-            &nobody,
-            &connected
-        ));
-        assert!(!is_sure(&[claim(a, 1)], 1, &nobody, &connected));
-        assert!(!is_sure(&[claim(a, 1)], 9, &nobody, &alone));
-        assert!(!is_sure(&[], 9, &set, &connected));
+        let same = [claim(a, 1), claim(b, 1)];
+        assert!(is_sure(&same[..1], at(1, true), &nobody, &connected));
+        assert!(is_sure(&same, at(2, true), &nobody, &connected));
+        assert!(!is_sure(&same, at(9, false), &nobody, &connected));
+        assert!(!is_sure(&both, at(2, true), &nobody, &connected));
+        assert!(!is_sure(&same, at(9, true), &nobody, &alone));
+        assert!(!is_sure(&[], at(9, true), &set, &connected));
     }
 
     #[tokio::test(start_paused = true)]

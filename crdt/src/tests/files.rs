@@ -217,6 +217,13 @@ fn a_file_that_ends_early_gives_what_it_has() {
     assert_eq!(imported.faults, ["the file ends early"]);
     assert!(imported.counted > 40, "{imported}");
     assert_eq!(imported.counted, imported.changes);
+    // Cut between two parts, where each part is sound.
+    let to = stranger(&mut world);
+    let mut some = parts(&file);
+    some.pop().unwrap();
+    let imported = incomplete(world.node(to).import(&super::files::file(&some)));
+    assert_eq!(imported.faults, ["the file ends early"]);
+    assert_eq!(imported.counted, imported.changes);
     // Nothing of it: then it is not held.
     let to = stranger(&mut world);
     let mut parts = parts(&file);
@@ -225,6 +232,30 @@ fn a_file_that_ends_early_gives_what_it_has() {
     parts[0].envelopes[0].change = Bytes::from_static(b"nothing");
     incomplete(world.node(to).import(&super::files::file(&parts)));
     assert!(world.node(to).list().unwrap().is_empty());
+}
+
+#[test]
+fn damage_to_an_author_or_to_a_change_is_not_taken_for_a_void_change() {
+    let mut world = World::new(3, 1);
+    let id = turns(&mut world, 12);
+    let file = world.node(0).export(id).unwrap();
+    for bend in [
+        |envelope: &mut wire::Envelope| {
+            let header = envelope.header.as_mut().unwrap();
+            header.author = Bytes::from(key(77).0.to_vec());
+        },
+        |envelope: &mut wire::Envelope| {
+            let mut change = envelope.change.to_vec();
+            *change.last_mut().unwrap() ^= 1;
+            envelope.change = change.into();
+        },
+    ] {
+        let to = stranger(&mut world);
+        let bent = bent(&file, 4, |envelopes, at| bend(&mut envelopes[at]));
+        let imported = incomplete(world.node(to).import(&bent));
+        assert_eq!(imported.refused.void, 0, "{imported}");
+        assert!(imported.refused.damaged >= 1, "{imported}");
+    }
 }
 
 #[test]

@@ -41,8 +41,17 @@ type Handler = <Behaviour as NetworkBehaviour>::ConnectionHandler;
 type Request = <Handler as ConnectionHandler>::FromBehaviour;
 type Event = THandlerOutEvent<Behaviour>;
 
-/// Says of the statements found so far, and of how many nodes have answered with any, whether they are enough.
-pub(super) type IsEnough = Box<dyn Fn(&mut dyn Iterator<Item = &Record>, usize) -> bool + Send>;
+/// Decides from the statements found so far, and from how far the look-up is, whether they are enough.
+pub(super) type IsEnough = Box<dyn Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send>;
+
+/// How far a look-up is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Other nodes that have answered with any statement.
+    pub answers: usize,
+    /// True once only nodes are waited for that should have answered by now.
+    pub settled: bool,
+}
 
 /// When a look-up has found enough.
 pub(super) enum Enough {
@@ -105,7 +114,7 @@ impl Purpose {
         }
     }
 
-    fn has_enough(&self) -> bool {
+    fn has_enough(&self, settled: bool) -> bool {
         match self {
             Self::Put { .. } => false,
             Self::Get {
@@ -116,7 +125,10 @@ impl Purpose {
             } => match enough {
                 Enough::All => false,
                 Enough::Answers(enough) => answers >= enough,
-                Enough::When(is_enough) => is_enough(&mut found.records(), *answers),
+                Enough::When(is_enough) => {
+                    let answers = *answers;
+                    is_enough(&mut found.records(), Progress { answers, settled })
+                }
             },
         }
     }
@@ -256,11 +268,20 @@ impl Behaviour {
         peer: PeerId,
         reply: oneshot::Sender<Vec<Record>>,
     ) {
+        let mut found = Found::default();
+        if peer == self.local {
+            if let Some(own) = self.kad.store_mut().get(&RecordKey::new(&key)) {
+                found.add(&key, &own.value);
+            }
+            // The caller may be gone.
+            let _ = reply.send(found.into_records());
+            return;
+        }
         let id = self.number(&key);
         let purpose = Purpose::Get {
             enough: Enough::All,
             answers: 0,
-            found: Found::default(),
+            found,
             reply,
         };
         let mut query = Query::new(key, purpose);
@@ -383,7 +404,7 @@ impl Behaviour {
             return;
         }
         if let Stage::LookUp(lookup) = &mut query.stage {
-            let mut is_done = query.purpose.has_enough() || now >= query.began + PATIENCE;
+            let mut is_done = now >= query.began + PATIENCE;
             if !is_done && lookup.is_done(now) {
                 // Better late than wrong: a suspect may be slow, and the only one that knows.
                 is_done = !(query.purpose.has_nothing() && lookup.ask_suspects());
@@ -398,6 +419,15 @@ impl Behaviour {
                     }
                 };
                 next.extend(std::iter::from_fn(|| lookup.next(now, wait)));
+            }
+            // Nodes that have just been found, and are not asked yet, are asked first.
+            if !is_done
+                && query
+                    .purpose
+                    .has_enough(next.is_empty() && lookup.is_settled(now))
+            {
+                is_done = true;
+                next.clear();
             }
             let nearest = is_done.then(|| lookup.nearest_answered());
             let overdue = lookup.take_overdue();
@@ -481,6 +511,14 @@ impl Behaviour {
         });
     }
 
+    /// Asks a connected peer for anything, only to see whether it answers.
+    pub(super) fn poke(&mut self, peer: PeerId) {
+        let key = peer.to_bytes();
+        let id = self.number(&key);
+        let request = Request::FindNodeReq { key, query_id: id };
+        self.request(id, peer, request);
+    }
+
     /// Dials a peer at these addresses and at those of the routing table; `again`: although a dial to other addresses
     /// may be under way.
     pub(super) fn dial(
@@ -534,9 +572,12 @@ impl Behaviour {
         let Some(dialling) = self.dialling.remove(&peer) else {
             return;
         };
-        if matches!(error, DialError::NoAddresses) {
-            // Nothing was sent: it says nothing of the node that there was no address, or that it was dialled too often
-            // lately.
+        let was_refused_here = matches!(
+            error,
+            DialError::NoAddresses | DialError::Denied { .. } | DialError::Aborted
+        );
+        if was_refused_here {
+            // Nothing was sent, because this node has reached a limit, say. That says nothing of the other node.
             self.liveness.postpone(peer, Instant::now());
         } else if !self.peers.contains_key(&peer) {
             self.has_failed(peer, dialling.since, &dialling.addresses);

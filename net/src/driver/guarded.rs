@@ -154,6 +154,10 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> NetworkBehaviour for Guarded<E> 
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        if let FromSwarm::DialFailure(DialFailure { connection_id, .. }) = &event {
+            // The swarm may have refused it before it asked here.
+            self.expected.remove(connection_id);
+        }
         // It has not failed: the gate's own dial tells what comes of it.
         if let FromSwarm::DialFailure(DialFailure { connection_id, .. }) = &event
             && self.deferred.remove(connection_id)

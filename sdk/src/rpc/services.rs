@@ -49,6 +49,9 @@ const MAX_OFFERS: usize = 256;
 /// How old what is known of who offers a service may be before it is looked up again, beside the calls.
 const FRESH: Duration = Duration::from_secs(15);
 
+/// Time between two looks for other providers while all that are known have failed.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// How old what is known of the paths to them may be.
 const FRESH_PATHS: Duration = Duration::from_secs(2);
 
@@ -255,6 +258,8 @@ struct Shared {
 struct State {
     offers: HashMap<PeerId, Candidate>,
     looked: Option<Instant>,
+    /// The last look of any kind.
+    looked_some: Option<Instant>,
     looked_at_paths: Option<Instant>,
     /// When it was called last.
     used: Option<Instant>,
@@ -402,6 +407,7 @@ impl Shared {
         {
             let mut state = lock(&self.state);
             state.learn(own, &records, now);
+            state.looked_some = Some(now);
             // After a few, all, with the next call.
             state.looked = if some {
                 now.checked_sub(FRESH)
@@ -616,6 +622,13 @@ impl Service {
     /// Whom to ask, other than those that were tried; looks for more where there are none.
     async fn choose(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
         self.keep_fresh().await;
+        if self.is_doubtful(tried) {
+            // Another may have begun to offer it.
+            let _looking = self.shared.looking.lock().await;
+            if self.is_doubtful(tried) {
+                self.shared.look(true).await;
+            }
+        }
         if let Some(chosen) = self.choose_known(tried) {
             return Some(chosen);
         }
@@ -630,6 +643,19 @@ impl Service {
         }
         self.shared.look(true).await;
         self.choose_known(tried)
+    }
+
+    /// Returns true if all providers that are known, and were not tried, failed lately, and this was not looked into for a second.
+    fn is_doubtful(&self, tried: &HashSet<PeerId>) -> bool {
+        let (state, now) = (lock(&self.shared.state), Instant::now());
+        let lately = |at: Instant| now.duration_since(at) < LOOK_AGAIN;
+        let known = state.offers.iter();
+        let mut known = known
+            .filter(|(peer, c)| !tried.contains(peer) && has(&c.labels, &self.wanted))
+            .peekable();
+        known.peek().is_some()
+            && known.all(|(_, c)| c.is_suspect() || c.avoided(now).is_some())
+            && !state.looked_some.is_some_and(lately)
     }
 
     fn choose_known(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
