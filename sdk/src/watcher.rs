@@ -54,6 +54,14 @@ struct Known {
     bytes: usize,
 }
 
+/// A publisher's part of what is remembered.
+#[derive(Debug, Default)]
+struct Share {
+    bytes: usize,
+    /// Numbers and subkeys.
+    statements: Vec<(u64, Vec<u8>)>,
+}
+
 /// Looks a key up again and again. Keeps no node from stopping.
 #[derive(Debug)]
 pub(crate) struct Watcher {
@@ -142,22 +150,22 @@ impl Watcher {
         if self.known.len() <= MAX_KNOWN && self.bytes <= MAX_BYTES {
             return;
         }
-        let mut shares: BTreeMap<PeerId, (usize, Vec<(u64, Vec<u8>)>)> = BTreeMap::new();
+        let mut shares: BTreeMap<PeerId, Share> = BTreeMap::new();
         for ((publisher, subkey), known) in &self.known {
-            let (bytes, statements) = shares.entry(*publisher).or_default();
-            *bytes += known.bytes;
-            statements.push((known.number, subkey.clone()));
+            let share = shares.entry(*publisher).or_default();
+            share.bytes += known.bytes;
+            share.statements.push((known.number, subkey.clone()));
         }
-        for (_, statements) in shares.values_mut() {
+        for Share { statements, .. } in shares.values_mut() {
             statements.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
         }
         while self.known.len() > MAX_KNOWN || self.bytes > MAX_BYTES {
             // Of equal shares, that with the oldest statement.
-            let most = shares.iter_mut().max_by_key(|(_, (bytes, statements))| {
+            let most = shares.iter_mut().max_by_key(|(_, Share { bytes, statements })| {
                 let oldest = statements.last().map(|(number, _)| *number);
                 (*bytes, std::cmp::Reverse(oldest))
             });
-            let Some((publisher, (bytes, statements))) = most else {
+            let Some((publisher, Share { bytes, statements })) = most else {
                 return;
             };
             let Some((_, subkey)) = statements.pop() else {
