@@ -161,10 +161,12 @@ impl Watcher {
         }
         while self.known.len() > MAX_KNOWN || self.bytes > MAX_BYTES {
             // Of equal shares, that with the oldest statement.
-            let most = shares.iter_mut().max_by_key(|(_, Share { bytes, statements })| {
-                let oldest = statements.last().map(|(number, _)| *number);
-                (*bytes, std::cmp::Reverse(oldest))
-            });
+            let most = shares
+                .iter_mut()
+                .max_by_key(|(_, Share { bytes, statements })| {
+                    let oldest = statements.last().map(|(number, _)| *number);
+                    (*bytes, std::cmp::Reverse(oldest))
+                });
             let Some((publisher, Share { bytes, statements })) = most else {
                 return;
             };
