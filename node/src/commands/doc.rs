@@ -244,7 +244,7 @@ async fn open(
         out!("{}", document_json(&document));
     } else if completeness.whole {
         let holders = output::count(completeness.holders.len() as u64, "connected holder");
-        out!("whole: {here}, as {holders} have it");
+        out!("whole: {here} (compared with {holders})");
     } else if wait.is_zero() {
         out!("held from now on; here so far: {here}");
     }
