@@ -44,7 +44,7 @@ type Event = THandlerOutEvent<Behaviour>;
 /// Decides from the statements found so far, and from how far the look-up is, whether they are enough.
 pub(super) type IsEnough = Box<dyn Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send>;
 
-/// How far a look-up is.
+/// The progress of a look-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
     /// Other nodes that have answered with any statement.
