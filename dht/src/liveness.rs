@@ -109,6 +109,8 @@ struct Failed {
     times: u32,
     /// It is not asked any more.
     gone: bool,
+    /// Time of the last check that could not be made, or was made without counting.
+    checked: Instant,
     /// When it failed last.
     at: Instant,
     /// Addresses at which it did not answer.
@@ -244,6 +246,7 @@ impl Liveness {
         let failed = self.failed.entry(peer).or_insert(Failed {
             times: 0,
             gone: false,
+            checked: now,
             at: now,
             addresses: Vec::new(),
             routes: Vec::new(),
@@ -322,7 +325,9 @@ impl Liveness {
     /// A node could not be checked: it is its turn again when others have had theirs.
     pub(crate) fn postpone(&mut self, peer: PeerId, now: Instant) {
         if let Some(failed) = self.failed.get_mut(&peer) {
-            failed.at = now;
+            // Not the time of the failure: the next one still counts.
+            failed.checked = now;
+            return;
         }
         if let Some(heard) = self.heard.get_mut(&peer) {
             heard.at = now;
@@ -372,10 +377,10 @@ impl Liveness {
                 !failed.routes.is_empty()
                     // One that is gone is not dialled; while it is connected, it may have been suspended.
                     && (!failed.gone || is_connected(**peer))
-                    && now.saturating_duration_since(failed.at) >= pause(failed)
+                    && now.saturating_duration_since(failed.at.max(failed.checked)) >= pause(failed)
                     && !is_under_way(**peer)
             })
-            .min_by_key(|(_, failed)| failed.at);
+            .min_by_key(|(_, failed)| failed.at.max(failed.checked));
         if let Some((peer, failed)) = suspect {
             return Some(Check {
                 peer: *peer,
@@ -472,6 +477,27 @@ mod tests {
         assert_eq!(due(true).map(|check| check.peer), Some(peer));
         assert_eq!(liveness.answered(peer, None, at(9000)), [address(1)]);
         assert_eq!(liveness.standing(peer, &[], at(9001)), Standing::Good);
+    }
+
+    #[test]
+    fn checks_that_do_not_count_put_off_no_failure() {
+        let (mut liveness, begin) = (Liveness::default(), Instant::now());
+        let (peer, at) = (PeerId::random(), [address(1)]);
+        let fail = |liveness: &mut Liveness, now| {
+            let asked = now - 10 * MS;
+            liveness.failed(peer, asked, &at, at.to_vec(), false, now)
+        };
+        assert_eq!(fail(&mut liveness, begin + MS), Standing::Suspect);
+        // A connected node that has died is asked for a sign of life again and again.
+        let due = |liveness: &Liveness, now| {
+            let nobody = std::iter::empty();
+            liveness.due(nobody, |_| false, |_| true, now).is_some()
+        };
+        let first = begin + MS + CHECK_SUSPECT.0;
+        assert!(due(&liveness, first));
+        liveness.postpone(peer, first);
+        assert!(!due(&liveness, first + MS));
+        assert_eq!(fail(&mut liveness, first + 20 * MS), Standing::Gone);
     }
 
     #[test]
