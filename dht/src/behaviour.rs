@@ -290,9 +290,9 @@ impl Dht {
         self.look_up(key, Enough::All).await.map(valid)
     }
 
-    /// As [`get`](Self::get), and ends as soon as `is_enough` accepts the statements found so far, those of this node's own
-    /// store among them. Statements that were taken back are among them ([`Record::value`] is `None`). It is called in the
-    /// swarm's task, with each answer and ten times a second: it must be quick.
+    /// As [`get`](Self::get), and ends as soon as `is_enough` accepts the statements found so far, those of this
+    /// node's own store among them. Statements that were taken back are among them ([`Record::value`] is `None`). It
+    /// is called in the swarm's task, with each answer and ten times a second: it must be quick.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
@@ -304,8 +304,9 @@ impl Dht {
         self.look_up(key, enough).await.map(valid)
     }
 
-    /// Returns the answer of one connected peer for `key`, including statements that were taken back; for this node's own id,
-    /// what its own store has. The result is empty if the peer is not connected, or does not answer within a second.
+    /// Returns the answer of one connected peer for `key`, including statements that were taken back; for this node's
+    /// own id, what its own store has. The result is empty if the peer is not connected, or does not answer within a
+    /// second.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].

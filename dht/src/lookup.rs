@@ -202,7 +202,8 @@ impl Lookup {
     /// The nearest of these that have not failed, so many of a network at most. Where a node is that has not answered is hearsay: it does not count against others, and is
     /// left out only if each place that it may be at is taken.
     ///
-    /// At the time `without_slow`, nodes that should have answered are left out as well, so that others can take their place.
+    /// At the time `without_slow`, nodes that should have answered are left out as well, so that others can take their
+    /// place.
     fn nearest<'a>(
         &'a self,
         peers: impl Iterator<Item = &'a PeerId>,

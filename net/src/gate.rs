@@ -270,7 +270,8 @@ impl Admitted {
     }
 }
 
-/// A socket that is dialled: the address, and whether by UDP. One port often serves both transports, and a dial by one is none by the other.
+/// A socket that is dialled: the address, and whether by UDP. One port often serves both transports, and a dial by one
+/// is none by the other.
 type Socket = (SocketAddr, bool);
 
 /// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it.

@@ -1,14 +1,14 @@
 //! Decides which model a name means, and which publisher says so.
 //!
-//! This node's own word comes first, then the registries that it follows, then the DHT. A look-up in the DHT ends early in two
-//! cases. A trusted publisher that is connected has the word: its record ends the look-up at once, and it is asked for its
-//! latest. Otherwise all nodes that answer promptly are heard, so that neither an old record nor a single node that hides a
-//! claim decides; nodes that are late are not waited for if a trusted or a connected publisher claims the name and, among
-//! those who are not trusted, nobody contradicts it.
+//! This node's own word comes first, then the registries that it follows, then the DHT. A look-up in the DHT ends
+//! early in two cases. A trusted publisher that is connected has the word: its record ends the look-up at once, and it
+//! is asked for its latest. Otherwise all nodes that answer promptly are heard, so that neither an old record nor a
+//! single node that hides a claim decides; nodes that are late are not waited for if a trusted or a connected
+//! publisher claims the name and, among those who are not trusted, nobody contradicts it.
 //!
-//! A name that was resolved lately is confirmed by its publisher, which takes one round trip. It is looked up again if the
-//! publisher is not connected, does not answer or has withdrawn the name, and once a minute, for another publisher may claim
-//! it too. Callers that resolve one name at a time share a look-up.
+//! A name that was resolved lately is confirmed by its publisher, which takes one round trip. It is looked up again if
+//! the publisher is not connected, does not answer or has withdrawn the name, and once a minute, for another publisher
+//! may claim it too. Callers that resolve one name at a time share a look-up.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -30,8 +30,8 @@ const MAX_NAMES: usize = 1024;
 /// Time for which a resolved name is remembered without being used.
 const REMEMBER: Duration = Duration::from_secs(600);
 
-/// A name is looked up again after this time, although its publisher confirms it: so long may another publisher's claim be
-/// missed.
+/// A name is looked up again after this time, although its publisher confirms it: so long may another publisher's
+/// claim be missed.
 const LOOK: Duration = Duration::from_secs(60);
 
 /// A publisher's claim on a name.

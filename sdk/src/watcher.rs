@@ -109,8 +109,8 @@ impl Watcher {
             }
             let records = self.dht.get_with_removed(&self.key).await.ok()?;
             let now = Instant::now();
-            // A look-up that nobody has answered misses everything. So does one for a key of which nothing is left; then the
-            // statements end in their own time.
+            // A look-up that nobody has answered misses everything. So does one for a key of which nothing is left;
+            // then the statements end in their own time.
             let answered = !records.is_empty() && *self.dht.nodes().borrow() > 0;
             self.changes = self.learn(records, answered, now).into();
             let ends = self.known.values().filter(|known| known.value.is_some());

@@ -645,7 +645,8 @@ impl Service {
         self.choose_known(tried)
     }
 
-    /// Returns true if all providers that are known, and were not tried, failed lately, and this was not looked into for a second.
+    /// Returns true if all providers that are known, and were not tried, failed lately, and this was not looked into
+    /// for a second.
     fn is_doubtful(&self, tried: &HashSet<PeerId>) -> bool {
         let (state, now) = (lock(&self.shared.state), Instant::now());
         let lately = |at: Instant| now.duration_since(at) < LOOK_AGAIN;
