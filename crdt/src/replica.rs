@@ -772,9 +772,9 @@ impl Replica {
     }
 
     /// Connected peers that are known to hold a document as well.
-    pub fn sharing(&self, id: &DocumentId) -> usize {
-        let shares = |peer: &&Peer| peer.shares(id);
-        self.peers.values().filter(shares).count()
+    pub fn sharing(&self, id: &DocumentId) -> Vec<Key> {
+        let sharing = self.peers.iter().filter(|(_, peer)| peer.shares(id));
+        sharing.map(|(key, _)| *key).collect()
     }
 
     // What follows from what is taken.

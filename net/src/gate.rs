@@ -142,6 +142,13 @@ impl Heard {
         self.0.iter().map(Multiaddr::to_vec).collect()
     }
 
+    /// The network (a /24 of IPv4, a /48 of IPv6) of the first IP address that was stated, so that choices among peers
+    /// can be spread over networks. It is hearsay too.
+    pub fn network(&self) -> Option<IpAddr> {
+        let mut ips = self.0.iter().filter_map(crate::address::first_ip);
+        ips.next().map(crate::address::network)
+    }
+
     /// Adds what else was heard, without what is known already, up to sixteen addresses.
     pub fn extend(&mut self, other: Self) {
         for address in other.0 {

@@ -36,6 +36,7 @@
 mod announce;
 mod bandwidth;
 mod builder;
+mod discovery;
 mod docs;
 mod error;
 mod get;

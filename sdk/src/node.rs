@@ -27,6 +27,7 @@ use crate::{
     Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
     announce::Announcer,
     bandwidth::{Bandwidth, Rates},
+    discovery::Discovery,
     docs::{self, Driver},
     home::Home,
     presence::{self, Presence},
@@ -79,6 +80,7 @@ struct Inner {
     /// For calls from others.
     offered: Offered,
     serving: Serving,
+    discovery: Discovery,
     topics: Mutex<topics::Known>,
     services: services::Known,
     resolved: Resolved,
@@ -194,8 +196,8 @@ impl Node {
             .accept(docs::PROTOCOL)
             .expect("a new network accepts nothing yet");
         let documents_served = Served::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
-        let (driver, (listener, called), keep_found) =
-            Driver::new(documents, network.clone(), dht.clone());
+        let discovery = Discovery::new(dht.clone(), network.clone());
+        let (driver, (listener, called), keep_found) = Driver::new(documents, discovery.clone());
         let listen = move |stream| listener.clone().listen(stream);
         tasks.spawn(serve_all(incoming, documents_served.clone(), listen));
         tasks.spawn(docs::drive(Arc::clone(&driver), outgoing, called));
@@ -217,7 +219,7 @@ impl Node {
             network.clone(),
         ));
         tasks.spawn(whereabouts::tell(dht.clone(), network.clone()));
-        tasks.spawn(whereabouts::find_relays(dht.clone(), network.clone()));
+        tasks.spawn(whereabouts::find_relays(discovery.clone()));
         Ok(Self {
             inner: Arc::new(Inner {
                 network,
@@ -227,6 +229,7 @@ impl Node {
                 sessions: Sessions::default(),
                 offered,
                 serving,
+                discovery,
                 topics: Mutex::default(),
                 services: services::Known::default(),
                 resolved: Resolved::default(),
@@ -466,6 +469,10 @@ impl Node {
     /// Publishing to and subscribing to topics.
     pub fn topics(&self) -> Topics {
         Topics::new(self.clone())
+    }
+
+    pub(crate) fn discovery(&self) -> &Discovery {
+        &self.inner.discovery
     }
 
     pub(crate) fn known_topics(&self) -> &Mutex<topics::Known> {

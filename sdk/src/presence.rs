@@ -17,7 +17,7 @@ use weft_net::Network;
 use crate::whereabouts::encode;
 
 /// How long a claim holds without its publisher: what has crashed is looked for in vain for no longer.
-const TTL: Duration = Duration::from_secs(10 * 60);
+pub(crate) const TTL: Duration = Duration::from_secs(10 * 60);
 
 /// How often it is said again: three times within its life, so that one lost round costs nothing.
 const REFRESH: Duration = Duration::from_secs(200);

@@ -10,7 +10,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt, stream::FuturesUnordered};
 use prost::Message as _;
 use tokio::{
     task::AbortHandle,
@@ -19,7 +18,11 @@ use tokio::{
 use weft_net::{MAX_TOPIC, Missed, PeerId, Published, TopicInfo, Validator, Validity};
 use weft_proto::wire;
 
-use crate::{Error, Node, presence::Presence, whereabouts};
+use crate::{
+    Error, Node,
+    discovery::Discovery,
+    presence::{self, Presence},
+};
 
 /// Subscribers that a node is connected to, if there are so many. As many as gossipsub passes a message on to.
 const ENOUGH: usize = 6;
@@ -33,9 +36,6 @@ const FIND_AGAIN: Duration = Duration::from_secs(30);
 
 /// Topics of which it is remembered when subscribers were looked for.
 const MAX_LOOKED: usize = 256;
-
-/// How long a connection to a subscriber may take.
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// What a new connection's peer has subscribed to comes right after it is open.
 const EXCHANGE: Duration = Duration::from_millis(20);
@@ -219,27 +219,23 @@ impl Topics {
 }
 
 /// Finds subscribers. Holds no node, so that it does not keep one from stopping.
-struct Finder {
-    dht: weft_dht::Dht,
-    network: weft_net::Network,
-}
+struct Finder(Discovery);
 
 impl Finder {
     fn new(node: &Node) -> Self {
-        Self {
-            dht: node.dht().clone(),
-            network: node.network().clone(),
-        }
+        Self(node.discovery().clone())
     }
 
     async fn keep_looking(&self, topic: &str) {
         let mut pause = LOOK.0;
-        let mut meetings = self.dht.meetings();
+        let mut meetings = self.0.dht().meetings();
         loop {
             meetings.mark_unchanged();
-            let Ok(peers) = self.network.topics().peers(topic).await else {
+            let Ok(peers) = self.0.network().topics().peers(topic).await else {
                 return;
             };
+            let subject = weft_dht::place(&key(topic));
+            self.0.proved(&subject, peers.iter().copied());
             if peers.len() >= ENOUGH || self.look(topic).await == 0 {
                 pause = (pause * 2).min(LOOK.1);
             } else {
@@ -258,49 +254,21 @@ impl Finder {
         }
     }
 
-    /// Connects to subscribers until there are enough; to how many it has.
+    /// Connects to subscribers until there are enough. Returns how many peers it has connected to.
     async fn look(&self, topic: &str) -> usize {
-        let Ok(records) = self.dht.get_some(&key(topic)).await else {
-            return 0;
-        };
-        let own = self.network.local_peer();
-        let subscribed = self.network.topics().peers(topic).await;
-        let subscribed = subscribed.unwrap_or_default();
-        let mut found: Vec<_> = records
-            .iter()
-            .filter(|r| r.publisher() != own && !subscribed.contains(&r.publisher()))
-            .collect();
-        // Another order at every node, so that not all come to the same.
-        found.sort_by_cached_key(|r| {
-            let pair = [own.to_bytes(), r.publisher().to_bytes()].concat();
-            *blake3::hash(&pair).as_bytes()
-        });
-        let wanted = ENOUGH.saturating_sub(subscribed.len());
-        let mut dials: FuturesUnordered<_> = found
-            .into_iter()
-            .take(wanted * 2)
-            .map(|r| {
-                let addresses = whereabouts::addresses_of(r);
-                timeout(CONNECT, self.network.connect(r.publisher(), addresses))
-            })
-            .collect();
-        let mut connected = 0;
-        while let Some(dialled) = dials.next().await {
-            if matches!(dialled, Ok(Ok(_))) {
-                connected += 1;
-                if connected >= wanted {
-                    break;
-                }
-            }
-        }
+        let topics = self.0.network().topics();
+        let subscribed = topics.peers(topic).await.map_or(0, |peers| peers.len());
+        let wanted = ENOUGH.saturating_sub(subscribed);
+        let round = self.0.find(&key(topic), presence::TTL, wanted).await;
+        let reached = round.unwrap_or_default().reached;
         // Until they have said what they have subscribed to.
         for _ in 0..50 {
-            let now = self.network.topics().peers(topic).await;
-            if connected == 0 || now.map_or(true, |now| now.len() > subscribed.len()) {
+            let now = topics.peers(topic).await;
+            if reached == 0 || now.map_or(true, |now| now.len() > subscribed) {
                 break;
             }
             sleep(EXCHANGE).await;
         }
-        connected
+        reached
     }
 }

@@ -1,10 +1,6 @@
 //! Where nodes are: what this one says of itself, finding a peer by its id alone, and finding relays.
 
-use std::{
-    collections::HashMap,
-    hash::{DefaultHasher, Hash, Hasher},
-    time::Duration,
-};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, stream};
@@ -13,6 +9,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use weft_dht::{Dht, DhtError, Record};
 use weft_net::{Heard, Multiaddr, Network, PeerId};
 use weft_proto::wire;
+
+use crate::discovery::{Discovery, Round};
 
 /// Addresses in a claim, and of a peer in a ticket.
 const MAX_ADDRESSES: usize = 16;
@@ -40,10 +38,6 @@ const SMALL: usize = 20;
 
 /// Relays that are connected to at a time, to find out which are near.
 const TRY: usize = 4;
-
-/// How long one that could not be reached is not tried again, and how many of them are remembered.
-const FAILED: Duration = Duration::from_secs(120);
-const MAX_FAILED: usize = 256;
 
 /// How often it is looked whether strangers reach this node, if nothing tells.
 const REACHED: Duration = Duration::from_secs(15);
@@ -191,8 +185,10 @@ pub(crate) async fn leave(dht: &Dht) {
     let _ = timeout(LEAVE, all).await;
 }
 
-/// Connects to relays that the mesh knows while this node lacks some; holding a place on them is the network's affair. Ends with the network.
-pub(crate) async fn find_relays(dht: Dht, network: Network) {
+/// Connects to relays that the mesh knows while this node lacks some; reservations on them are the network's affair.
+/// Ends with the network.
+pub(crate) async fn find_relays(discovery: Discovery) {
+    let (dht, network) = (discovery.dht(), discovery.network());
     // Before that there is nobody to ask.
     if dht.nodes().wait_for(|nodes| *nodes > 0).await.is_err() {
         return;
@@ -202,20 +198,22 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
     let mut pause = LOOK.0;
     // Everybody begins elsewhere.
     let mut shard = shard_of(&network.local_peer());
-    let mut failed = HashMap::new();
     loop {
         addresses.mark_unchanged();
         meetings.mark_unchanged();
         let Some(known) = network.reachability().await else {
             return;
         };
+        // A reservation is what a relay's record promises.
+        for relay in known.relays {
+            discovery.proved(&relay_subject(&relay), [relay]);
+        }
         if known.lacks_relays {
-            let Some(tried) = try_relays(&dht, &network, &mut shard, &mut failed).await else {
+            let Ok(round) = try_relays(&discovery, &mut shard).await else {
                 return;
             };
-            pause = match tried {
-                0 if failed.is_empty() => (pause * 2).min(LOOK.1),
-                0 => (pause * 2).min(FAILED),
+            pause = match round.reached {
+                0 => (pause * 2).min(LOOK.1),
                 _ => LOOK.0,
             };
         } else {
@@ -224,13 +222,12 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
         let (soonest, latest) = (Instant::now() + LOOK.0, Instant::now() + pause);
         loop {
             tokio::select! {
-                // A place may have been lost.
+                // A reservation may have been lost.
                 changed = addresses.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    // On another network, others may be reached.
-                    failed.clear();
+                    discovery.start_over();
                     break;
                 }
                 met = meetings.changed() => {
@@ -248,47 +245,27 @@ pub(crate) async fn find_relays(dht: Dht, network: Network) {
     }
 }
 
-/// Connects to a few relays that the mesh knows; how many there were to try. `None` once the network has stopped.
-async fn try_relays(
-    dht: &Dht,
-    network: &Network,
-    shard: &mut u8,
-    failed: &mut HashMap<PeerId, Instant>,
-) -> Option<usize> {
-    let now = Instant::now();
-    failed.retain(|_, at| now.duration_since(*at) < FAILED);
-    let connected = network.peers().await;
-    let mut found = Vec::new();
+/// The place of the DHT key under which a relay states itself.
+fn relay_subject(relay: &PeerId) -> [u8; 32] {
+    weft_dht::place(&relay_key(shard_of(relay)))
+}
+
+/// Connects to a few relays that the mesh knows.
+///
+/// # Errors
+/// [`DhtError::Stopped`].
+async fn try_relays(discovery: &Discovery, shard: &mut u8) -> Result<Round, DhtError> {
+    let mut all = Round::default();
     for _ in 0..SHARDS {
-        let mut listed = dht.get_some(&relay_key(*shard)).await.ok()?;
-        // Whatever is there: next time, those that are listed elsewhere.
+        let key = relay_key(*shard);
+        // Next time, the relays that are listed elsewhere.
         *shard = (*shard + 1) % SHARDS;
-        listed.retain(|record| {
-            let relay = record.publisher();
-            relay != network.local_peer()
-                && !failed.contains_key(&relay)
-                && connected.iter().all(|peer| peer.peer != relay)
-        });
-        found.extend(listed);
-        if found.len() >= TRY {
+        let round = discovery.find(&key, TTL, TRY - all.reached).await?;
+        all.reached += round.reached;
+        all.tried += round.tried;
+        if all.reached >= TRY || all.tried >= TRY * 4 {
             break;
         }
     }
-    // Another order at every node, so that not all come to the same.
-    let own = network.local_peer();
-    found.sort_by_cached_key(|record| {
-        let mut hasher = DefaultHasher::new();
-        (own, record.publisher()).hash(&mut hasher);
-        hasher.finish()
-    });
-    for record in found.iter().take(TRY) {
-        let relay = record.publisher();
-        if let Err(error) = network.connect(relay, addresses_of(record)).await {
-            tracing::debug!(%relay, %error, "a relay that the mesh knows cannot be reached");
-            if failed.len() < MAX_FAILED {
-                failed.insert(relay, now);
-            }
-        }
-    }
-    Some(found.len())
+    Ok(all)
 }

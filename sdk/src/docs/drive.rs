@@ -14,7 +14,6 @@ use tokio::{
     time::{Instant, timeout},
 };
 use weft_crdt::{DocumentId, Documents, Key, MAX_MESSAGE_BYTES, Outgoing};
-use weft_dht::Dht;
 use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
 use weft_proto::frame;
 
@@ -22,6 +21,7 @@ use super::{
     holders::{Wish, keep_found},
     key_of, peer_of,
 };
+use crate::discovery::Discovery;
 
 /// The protocol's name on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");
@@ -79,8 +79,7 @@ impl Driver {
     /// With what hears peers, and what finds and is found, to be run until the node stops.
     pub(crate) fn new(
         documents: Documents,
-        network: Network,
-        dht: Dht,
+        discovery: Discovery,
     ) -> (Arc<Self>, Hearing, impl Future<Output = ()> + use<>) {
         let (opened, called) = mpsc::channel(64);
         let listener = Listener {
@@ -94,8 +93,8 @@ impl Driver {
         if let Err(error) = getrandom::fill(&mut run) {
             tracing::warn!(%error, "no randomness: peers notice late when this node restarts");
         }
-        let of_node = (dht, network.clone(), documents.clone());
-        let keep = keep_found(of_node, Arc::clone(&changed), wished);
+        let network = discovery.network().clone();
+        let keep = keep_found(discovery, documents.clone(), Arc::clone(&changed), wished);
         let driver = Arc::new(Self {
             documents,
             network,

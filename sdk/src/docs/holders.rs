@@ -1,12 +1,12 @@
 //! Being found by the documents that this node holds, and finding others that hold them: for all documents together, at a pace that does not grow with their number.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     sync::Arc,
     time::Duration,
 };
 
-use futures::{StreamExt, stream, stream::FuturesUnordered};
+use futures::{StreamExt, stream};
 use prost::Message;
 use tokio::{
     sync::{Notify, Semaphore, mpsc, oneshot},
@@ -15,10 +15,14 @@ use tokio::{
 };
 use weft_crdt::{DocumentId, Documents};
 use weft_dht::{Dht, place};
-use weft_net::{Network, PeerId};
+use weft_net::Network;
 use weft_proto::wire;
 
-use crate::whereabouts;
+use super::peer_of;
+use crate::{
+    discovery::{Discovery, Round},
+    whereabouts,
+};
 
 /// How long a claim to hold a document lasts without its holder. A holder that is gone is tried in vain for no longer.
 const TTL: Duration = Duration::from_secs(2 * 3600);
@@ -54,9 +58,6 @@ const ENOUGH: usize = 6;
 
 /// The first and the longest pause between two looks for holders of a document; with many documents, each adds [`PACE`] to the longest.
 const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
-
-/// How long a connection to a holder may take.
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// How long taking claims back may take when the node stops, and how many are taken back at a time.
 const LEAVE: Duration = Duration::from_secs(2);
@@ -105,8 +106,7 @@ struct Visited {
 }
 
 struct Keeping {
-    dht: Dht,
-    network: Network,
+    discovery: Discovery,
     documents: Documents,
     /// New holders are connected.
     changed: Arc<Notify>,
@@ -122,17 +122,17 @@ struct Keeping {
 
 /// Tells the DHT which documents are held, and connects to others that hold them, until the network stops or nobody wishes anything any more.
 pub(super) async fn keep_found(
-    (dht, network, documents): (Dht, Network, Documents),
+    discovery: Discovery,
+    documents: Documents,
     changed: Arc<Notify>,
     mut wishes: mpsc::UnboundedReceiver<Wish>,
 ) {
     let now = Instant::now();
-    let mut addresses = network.watch_addresses();
-    let mut meetings = dht.meetings();
-    let mut nodes = dht.nodes();
+    let mut addresses = discovery.network().watch_addresses();
+    let mut meetings = discovery.dht().meetings();
+    let mut nodes = discovery.dht().nodes();
     let mut keeping = Keeping {
-        dht,
-        network,
+        discovery,
         documents,
         changed,
         withdrawing: Arc::new(Semaphore::new(AT_A_TIME)),
@@ -261,7 +261,8 @@ impl Keeping {
     }
 
     fn withdraw(&self, id: DocumentId) -> impl Future<Output = ()> + use<> {
-        let (dht, turn) = (self.dht.clone(), Arc::clone(&self.withdrawing));
+        let dht = self.discovery.dht().clone();
+        let turn = Arc::clone(&self.withdrawing);
         async move {
             let _turn = turn.acquire().await;
             // Who does not hear of it forgets by itself.
@@ -320,26 +321,37 @@ impl Keeping {
         }
         let again = known.told.is_some();
         self.paced = self.paced.max(now) + PACE;
-        let (dht, network) = (self.dht.clone(), self.network.clone());
+        let discovery = self.discovery.clone();
         let documents = self.documents.clone();
         Some(async move {
+            let (dht, network) = (discovery.dht(), discovery.network());
             let mut visited = Visited {
                 id,
                 took: None,
                 found: None,
             };
             if tell {
-                visited.took = Some(say(&dht, &network, &id, again).await);
+                visited.took = Some(say(dht, network, &id, again).await);
             }
             if seek {
+                // Only a peer that shares the document counts as a holder; to be connected and to say so is nothing.
                 let sharing = documents.with(move |replica| Ok(replica.sharing(&id)));
-                // Once documents have stopped nobody is looked for.
-                let sharing = sharing.await.unwrap_or(ENOUGH);
-                let reached = match ENOUGH.checked_sub(sharing) {
-                    None | Some(0) => 0,
-                    Some(_) => find(&dht, &network, &id).await,
-                };
-                visited.found = Some((reached, sharing));
+                visited.found = Some(match sharing.await {
+                    Ok(sharing) => {
+                        let key = key(&id);
+                        let holders = sharing.iter().filter_map(peer_of);
+                        discovery.proved(&weft_dht::place(&key), holders);
+                        let wanted = ENOUGH.saturating_sub(sharing.len());
+                        let round = match wanted {
+                            0 => Round::default(),
+                            // Once the DHT has stopped nobody is found.
+                            _ => discovery.find(&key, TTL, wanted).await.unwrap_or_default(),
+                        };
+                        (round.reached, sharing.len())
+                    }
+                    // Once documents have stopped nobody is looked for.
+                    Err(_) => (0, ENOUGH),
+                });
             }
             visited
         })
@@ -390,7 +402,7 @@ impl Keeping {
         // A visit that was broken off may have told it.
         let is_told = |known: &Known| known.told.is_some() || known.queued.is_none();
         let told = self.known.drain().filter(|(_, known)| is_told(known));
-        let dht = &self.dht;
+        let dht = self.discovery.dht();
         let withdrawn = stream::iter(told)
             .map(|(id, _)| async move { dht.withdraw(&key(&id), &[], TTL).await })
             .buffer_unordered(LEAVING)
@@ -410,39 +422,4 @@ async fn say(dht: &Dht, network: &Network, id: &DocumentId, again: bool) -> usiz
     };
     said.inspect_err(|error| tracing::debug!(document = %id, %error, "not announced"))
         .unwrap_or(0)
-}
-
-/// Connects to holders of a document, until there are enough; how many were reached.
-async fn find(dht: &Dht, network: &Network, id: &DocumentId) -> usize {
-    // Once the DHT has stopped nobody is found.
-    let found = dht.get_some(&key(id)).await.unwrap_or_default();
-    let own = network.local_peer();
-    let connected: HashSet<PeerId> = network
-        .peers()
-        .await
-        .into_iter()
-        .map(|peer| peer.peer)
-        .collect();
-    let (here, mut others): (Vec<_>, Vec<_>) = found
-        .iter()
-        .filter(|record| record.publisher() != own)
-        .partition(|record| connected.contains(&record.publisher()));
-    // Another order at every node, so that not all come to the same.
-    others.sort_by_cached_key(|record| {
-        let pair = [own.to_bytes(), record.publisher().to_bytes()].concat();
-        *blake3::hash(&pair).as_bytes()
-    });
-    let wanted = ENOUGH.saturating_sub(here.len());
-    let dials: FuturesUnordered<_> = others
-        .into_iter()
-        .take(wanted)
-        .map(|record| {
-            timeout(
-                CONNECT,
-                network.connect(record.publisher(), whereabouts::addresses_of(record)),
-            )
-        })
-        .collect();
-    let reached = dials.filter(|dialled| std::future::ready(matches!(dialled, Ok(Ok(_)))));
-    reached.count().await
 }

@@ -517,7 +517,7 @@ impl Registry {
                 let own = own(replica, id)?.map(|(_, own)| own).unwrap_or_default();
                 let one = own.iter().find(|one| one.pattern.matches(&name));
                 let is_missing = one.is_some_and(|one| replica.owner(&one.id).is_none());
-                Ok(is_missing && replica.sharing(&id) > 0)
+                Ok(is_missing && !replica.sharing(&id).is_empty())
             };
             if !documents.with(is_awaited).await? {
                 return Ok(());
