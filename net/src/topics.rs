@@ -7,10 +7,14 @@
 //! It leaves out: which nodes have subscribed beyond those that we are connected to.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     convert::Infallible,
     fmt,
-    sync::Arc,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -20,16 +24,20 @@ use libp2p::{
     Multiaddr, PeerId,
     core::{Endpoint, transport::PortUse},
     gossipsub::{
-        self, Event, IdentTopic, Message, MessageAcceptance, MessageAuthenticity, MessageId,
-        PeerScoreParams, PeerScoreThresholds, PublishError, TopicScoreParams, ValidationMode,
+        self, Event, IdentTopic, MaxCountSubscriptionFilter, Message, MessageAcceptance,
+        MessageAuthenticity, MessageId, PeerScoreParams, PeerScoreThresholds, PublishError,
+        TopicHash, TopicScoreParams, TopicSubscriptionFilter, ValidationMode,
     },
     identity::Keypair,
+    multiaddr::Protocol,
     swarm::{
-        ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
-        THandlerOutEvent, ToSwarm,
+        CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler,
+        THandlerInEvent, THandlerOutEvent, ToSwarm,
     },
 };
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
+
+use crate::address;
 
 /// Bytes of a message's data.
 pub const MAX_DATA: usize = 64 * 1024;
@@ -52,17 +60,40 @@ const COMMANDS: usize = 256;
 /// Messages that are being looked at by subscribers' validators. What comes beyond is not passed on.
 const MAX_VALIDATING: usize = 64;
 
-/// Publishers of which it is remembered what has come, and for how long after their last message.
-const MAX_PUBLISHERS: usize = 4096;
-const REMEMBER: Duration = Duration::from_secs(600);
+/// Publishers whose messages are remembered, for so long after the last: some 250 bytes each. Within that time nobody
+/// can publish an old message again. A day is more than a publisher of daily results is silent; longer, and a publisher
+/// whose clock went back would not be heard for longer.
+const MAX_PUBLISHERS: usize = 16_384;
+const REMEMBER: Duration = Duration::from_secs(24 * 3600);
+
+/// How often publishers that have been silent for too long are removed, while the memory is full.
+const CLEAN: Duration = Duration::from_secs(60);
 
 /// Messages of a publisher by which one may come late.
 const LATE: u64 = 1024;
 
-type Gossip = gossipsub::Behaviour<
-    gossipsub::IdentityTransform,
-    gossipsub::MaxCountSubscriptionFilter<gossipsub::AllowAllSubscriptionFilter>,
->;
+type Gossip =
+    gossipsub::Behaviour<gossipsub::IdentityTransform, MaxCountSubscriptionFilter<NameFilter>>;
+
+/// Refuses names of topics outside the bounds. With the count of [`MAX_TOPICS`], a peer makes this node keep 64 KiB of
+/// names at most.
+///
+/// gossipsub does not tell the filter which peer subscribes, so [`Behaviour`] reads the flag after each of a peer's
+/// messages.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct NameFilter {
+    is_broken: Arc<AtomicBool>,
+}
+
+impl TopicSubscriptionFilter for NameFilter {
+    fn can_subscribe(&mut self, topic: &TopicHash) -> bool {
+        let is_allowed = check(topic.as_str()).is_ok();
+        if !is_allowed {
+            self.is_broken.store(true, Ordering::Relaxed);
+        }
+        is_allowed
+    }
+}
 
 /// A message of a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -214,8 +245,12 @@ fn check(topic: &str) -> Result<(), TopicError> {
 impl Topics {
     pub(crate) fn new(key: &Keypair) -> (Self, Behaviour) {
         let (sender, requests) = mpsc::channel(COMMANDS);
+        let filter = NameFilter::default();
         let behaviour = Behaviour {
-            gossip: gossip(key),
+            gossip: gossip(key, filter.clone()),
+            is_broken: filter.is_broken,
+            offenders: VecDeque::new(),
+            networks: HashMap::new(),
             own: key.public().to_peer_id(),
             topics: HashMap::new(),
             requests,
@@ -290,7 +325,7 @@ fn now_nanos() -> u64 {
     now.map_or(0, |since| since.as_nanos() as u64)
 }
 
-fn gossip(key: &Keypair) -> Gossip {
+fn gossip(key: &Keypair, filter: NameFilter) -> Gossip {
     let config = gossipsub::ConfigBuilder::default()
         .max_transmit_size(MAX_TRANSMIT)
         .validation_mode(ValidationMode::Strict)
@@ -302,8 +337,8 @@ fn gossip(key: &Keypair) -> Gossip {
         .max_publish_messages(64)
         .build()
         .expect("the values go together");
-    let filter = gossipsub::MaxCountSubscriptionFilter {
-        filter: gossipsub::AllowAllSubscriptionFilter {},
+    let filter = MaxCountSubscriptionFilter {
+        filter,
         max_subscribed_topics: MAX_TOPICS,
         max_subscriptions_per_request: MAX_TOPICS,
     };
@@ -336,9 +371,33 @@ fn score() -> TopicScoreParams {
     }
 }
 
-/// Which messages of whom have been here: gossipsub itself forgets after a minute, and takes what is said again then.
+/// The network that a message came from: a /24 of IPv4, a /48 of IPv6. Peers behind relays are one, and so are peers
+/// without an IP address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+struct Via(Option<IpAddr>);
+
+impl Via {
+    fn of(remote: &Multiaddr) -> Self {
+        match remote.iter().any(|part| part == Protocol::P2pCircuit) {
+            true => Self::default(),
+            false => Self(address::first_ip(remote).map(address::network)),
+        }
+    }
+}
+
+/// The messages that have been here, by publisher: gossipsub itself forgets after a minute, and takes what is published
+/// again then.
+///
+/// When the memory is full, the newest publisher goes that came through the network with the most. So a flood of new
+/// publishers replaces its own, and a publisher that was heard before stays known.
 #[derive(Debug, Default)]
-struct Seen(HashMap<PeerId, Window>);
+struct Seen {
+    windows: HashMap<PeerId, Window>,
+    /// Publishers by the network that their first message came through, the oldest first.
+    by_network: HashMap<Via, Vec<PeerId>>,
+    /// When publishers that have been silent for long were last removed.
+    cleaned: Option<Instant>,
+}
 
 #[derive(Debug)]
 struct Window {
@@ -346,6 +405,7 @@ struct Window {
     /// Of the [`LATE`] up to the highest: a bit each, by the number modulo [`LATE`].
     bits: [u64; (LATE / 64) as usize],
     at: Instant,
+    via: Via,
 }
 
 impl Window {
@@ -380,31 +440,59 @@ impl Window {
 }
 
 impl Seen {
-    /// Whether it is new.
-    fn take(&mut self, from: PeerId, sequence: u64, now: Instant) -> bool {
-        if let Some(window) = self.0.get_mut(&from)
-            && now.saturating_duration_since(window.at) < REMEMBER
-        {
-            window.at = now;
-            return window.take(sequence);
-        }
-        if self.0.len() >= MAX_PUBLISHERS && !self.0.contains_key(&from) {
-            self.0
-                .retain(|_, w| now.saturating_duration_since(w.at) < REMEMBER);
-            if self.0.len() >= MAX_PUBLISHERS
-                && let Some(oldest) = self.0.iter().min_by_key(|(_, w)| w.at).map(|(p, _)| *p)
-            {
-                self.0.remove(&oldest);
+    /// Takes note of a message. Returns true if it is new.
+    fn take(&mut self, from: PeerId, sequence: u64, via: Via, now: Instant) -> bool {
+        if let Some(window) = self.windows.get_mut(&from) {
+            if now.saturating_duration_since(window.at) < REMEMBER {
+                window.at = now;
+                return window.take(sequence);
             }
+            self.forget(&from);
+        }
+        if self.windows.len() >= MAX_PUBLISHERS {
+            self.make_room(now);
         }
         let mut window = Window {
             highest: sequence,
             bits: Default::default(),
             at: now,
+            via,
         };
         window.set(sequence);
-        self.0.insert(from, window);
+        self.windows.insert(from, window);
+        self.by_network.entry(via).or_default().push(from);
         true
+    }
+
+    fn make_room(&mut self, now: Instant) {
+        if self
+            .cleaned
+            .is_none_or(|at| now.saturating_duration_since(at) >= CLEAN)
+        {
+            self.cleaned = Some(now);
+            let silent = |window: &Window| now.saturating_duration_since(window.at) >= REMEMBER;
+            self.windows.retain(|_, window| !silent(window));
+            let windows = &self.windows;
+            self.by_network.retain(|_, publishers| {
+                publishers.retain(|publisher| windows.contains_key(publisher));
+                !publishers.is_empty()
+            });
+        }
+        if self.windows.len() < MAX_PUBLISHERS {
+            return;
+        }
+        let largest = self.by_network.values_mut().max_by_key(|all| all.len());
+        if let Some(newest) = largest.and_then(Vec::pop) {
+            self.windows.remove(&newest);
+        }
+    }
+
+    fn forget(&mut self, publisher: &PeerId) {
+        if let Some(window) = self.windows.remove(publisher)
+            && let Some(publishers) = self.by_network.get_mut(&window.via)
+        {
+            publishers.retain(|other| other != publisher);
+        }
     }
 }
 
@@ -418,6 +506,12 @@ struct Topic {
 /// The part in the swarm.
 pub(crate) struct Behaviour {
     gossip: Gossip,
+    /// Set by the [`NameFilter`] while it looks at a peer's message.
+    is_broken: Arc<AtomicBool>,
+    /// Peers that are to be disconnected because of it.
+    offenders: VecDeque<PeerId>,
+    /// The network of each connected peer, as its latest connection shows it.
+    networks: HashMap<PeerId, Via>,
     own: PeerId,
     topics: HashMap<String, Topic>,
     requests: mpsc::Receiver<Command>,
@@ -553,7 +647,8 @@ impl Behaviour {
         if message.data.len() > MAX_DATA {
             return self.report(&id, &source, Validity::Reject);
         }
-        if from == self.own || !self.seen.take(from, sequence, Instant::now()) {
+        let via = self.networks.get(&source).copied().unwrap_or_default();
+        if from == self.own || !self.seen.take(from, sequence, via, Instant::now()) {
             return self.report(&id, &source, Validity::Ignore);
         }
         let message = Published {
@@ -656,6 +751,16 @@ impl NetworkBehaviour for Behaviour {
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        match &event {
+            FromSwarm::ConnectionEstablished(opened) => {
+                let remote = opened.endpoint.get_remote_address();
+                self.networks.insert(opened.peer_id, Via::of(remote));
+            }
+            FromSwarm::ConnectionClosed(closed) if closed.remaining_established == 0 => {
+                self.networks.remove(&closed.peer_id);
+            }
+            _ => {}
+        }
         self.gossip.on_swarm_event(event);
     }
 
@@ -666,12 +771,22 @@ impl NetworkBehaviour for Behaviour {
         event: THandlerOutEvent<Self>,
     ) {
         self.gossip.on_connection_handler_event(peer, id, event);
+        if self.is_broken.swap(false, Ordering::Relaxed) && !self.offenders.contains(&peer) {
+            self.offenders.push_back(peer);
+        }
     }
 
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
+        if let Some(peer_id) = self.offenders.pop_front() {
+            tracing::debug!(peer = %peer_id, "subscribes to what no topic can be, and is disconnected");
+            return Poll::Ready(ToSwarm::CloseConnection {
+                peer_id,
+                connection: CloseConnection::All,
+            });
+        }
         loop {
             // Never closed: this holds a sender itself.
             if let Poll::Ready(Some(command)) = self.requests.poll_recv(cx) {
@@ -704,34 +819,71 @@ impl NetworkBehaviour for Behaviour {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_has_been_here_is_known_and_what_comes_late_is_not() {
-        let (peer, now) = (PeerId::random(), Instant::now());
-        let mut seen = Seen::default();
-        assert!(seen.take(peer, 5_000, now));
-        assert!(!seen.take(peer, 5_000, now));
-        assert!(seen.take(peer, 5_002, now));
-        assert!(seen.take(peer, 5_001, now));
-        assert!(!seen.take(peer, 5_001, now));
-        assert!(seen.take(peer, 5_003 + LATE * 3, now));
-        assert!(!seen.take(peer, 5_003, now));
-        assert!(seen.take(peer, 5_004 + LATE * 2, now));
-        assert!(!seen.take(peer, 5_004 + LATE * 2, now));
-        // Another's numbers are another's, and who has long been silent may have lost its clock.
-        assert!(seen.take(PeerId::random(), 1, now));
-        assert!(seen.take(peer, 1, now + REMEMBER));
+    fn via(network: u8) -> Via {
+        Via(Some(IpAddr::from([11, 0, network, 0])))
     }
 
     #[test]
-    fn the_memory_of_publishers_is_bounded() {
+    fn what_has_been_here_is_known_and_what_comes_late_is_not() {
+        let (peer, now, via) = (PeerId::random(), Instant::now(), Via::default());
+        let mut seen = Seen::default();
+        assert!(seen.take(peer, 5_000, via, now));
+        assert!(!seen.take(peer, 5_000, via, now));
+        assert!(seen.take(peer, 5_002, via, now));
+        assert!(seen.take(peer, 5_001, via, now));
+        assert!(!seen.take(peer, 5_001, via, now));
+        assert!(seen.take(peer, 5_003 + LATE * 3, via, now));
+        assert!(!seen.take(peer, 5_003, via, now));
+        assert!(seen.take(peer, 5_004 + LATE * 2, via, now));
+        assert!(!seen.take(peer, 5_004 + LATE * 2, via, now));
+        // The numbers of one publisher say nothing of another's.
+        assert!(seen.take(PeerId::random(), 1, via, now));
+        // After a day of silence the publisher may have lost its clock.
+        assert!(seen.take(peer, 1, via, now + REMEMBER));
+        assert!(!seen.take(peer, 1, via, now + REMEMBER));
+    }
+
+    #[test]
+    fn an_old_message_is_not_taken_again_after_an_hour_of_silence() {
+        let (peer, now) = (PeerId::random(), Instant::now());
+        let mut seen = Seen::default();
+        assert!(seen.take(peer, 7, via(1), now));
+        let later = now + Duration::from_secs(3600);
+        assert!(!seen.take(peer, 7, via(2), later));
+        assert!(seen.take(peer, 8, via(2), later));
+    }
+
+    #[test]
+    fn a_flood_of_new_publishers_makes_no_old_message_new() {
         let (mut seen, now) = (Seen::default(), Instant::now());
-        let first = PeerId::random();
-        assert!(seen.take(first, 7, now));
-        for n in 0..MAX_PUBLISHERS as u64 {
-            let later = now + Duration::from_micros(n + 1);
-            assert!(seen.take(PeerId::random(), 1, later));
+        let honest: Vec<_> = (0..100).map(|_| PeerId::random()).collect();
+        for (n, publisher) in honest.iter().enumerate() {
+            // Some of them through the network that the flood comes through.
+            assert!(seen.take(*publisher, 7, via((n % 4) as u8), now));
         }
-        assert_eq!(seen.0.len(), MAX_PUBLISHERS);
-        assert!(!seen.0.contains_key(&first));
+        for n in 0..2 * MAX_PUBLISHERS as u64 {
+            let later = now + Duration::from_micros(n + 1);
+            assert!(seen.take(PeerId::random(), 1, via(0), later));
+        }
+        assert_eq!(seen.windows.len(), MAX_PUBLISHERS);
+        let listed: usize = seen.by_network.values().map(Vec::len).sum();
+        assert_eq!(listed, MAX_PUBLISHERS);
+        let after = now + Duration::from_secs(60);
+        for publisher in honest {
+            assert!(!seen.take(publisher, 7, via(1), after));
+        }
+    }
+
+    #[test]
+    fn names_of_any_length_are_not_kept_for_a_peer() {
+        let mut filter = NameFilter::default();
+        for good in ["a".repeat(MAX_TOPIC), "7".into()] {
+            assert!(filter.can_subscribe(&TopicHash::from_raw(good)));
+            assert!(!filter.is_broken.load(Ordering::Relaxed));
+        }
+        for bad in ["a".repeat(MAX_TOPIC + 1), String::new()] {
+            assert!(!filter.can_subscribe(&TopicHash::from_raw(bad)));
+            assert!(filter.is_broken.swap(false, Ordering::Relaxed));
+        }
     }
 }

@@ -16,19 +16,16 @@ mod commands;
 mod daemon;
 mod demo;
 pub mod exit;
+mod log;
 mod metrics;
 mod output;
 mod stop;
 
-use std::{ffi::OsString, io::IsTerminal, process::ExitCode};
+use std::{ffi::OsString, process::ExitCode};
 
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 
 use crate::{cli::Cli, exit::Failure};
-
-/// What is logged unless `$WEFT_LOG` says otherwise. Kademlia warns of being alone, which is how every first node begins.
-const LOG: &str = "warn,libp2p_kad=error";
 
 /// Runs the program with these arguments, the first of which is its name. Blocks until it is done.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -40,13 +37,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(if error.use_stderr() { exit::USAGE } else { 0 });
         }
     };
-    let filter = EnvFilter::try_from_env("WEFT_LOG").unwrap_or_else(|_| EnvFilter::new(LOG));
-    // Fails only if a subscriber is set already, by whoever embeds this.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .try_init();
+    log::init();
     let json = cli.json;
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

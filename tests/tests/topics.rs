@@ -277,6 +277,30 @@ impl Stranger {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_subscribes_to_an_endless_name_is_disconnected() {
+    let (_homes, _hub, [victim, _other]) = mesh().await;
+    let _taken = victim.topics().subscribe("t").await.unwrap();
+    let stranger = Stranger::new().await;
+    let subscription = |topic: String| GossipRpc {
+        subscriptions: vec![GossipSubscription {
+            subscribe: Some(true),
+            topic: Some(topic),
+        }],
+        publish: vec![],
+    };
+    let honest = subscription("a".repeat(256)).encode_length_delimited_to_vec();
+    stranger.send(&victim, &honest).await;
+    assert_eq!(stranger.network.peers().await.len(), 1);
+    let endless = subscription("a".repeat(257)).encode_length_delimited_to_vec();
+    stranger.send(&victim, &endless).await;
+    let begin = Instant::now();
+    while !stranger.network.peers().await.is_empty() {
+        assert!(begin.elapsed() < PATIENCE, "the connection is still open");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_breaks_the_rules_reaches_nobody() {
     let (_homes, _hub, [victim, other]) = mesh().await;
     let mut taken = victim.topics().subscribe("t").await.unwrap();
