@@ -1,6 +1,14 @@
 //! The command line's way to a running node.
 
-use std::{fs, path::Path};
+use std::{
+    error::Error,
+    fs,
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+};
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
 
 use tonic::{
     Request, Status,
@@ -46,35 +54,44 @@ impl Interceptor for Token {
 impl Client {
     /// Connects to the node that runs on `home`: by its socket, or by TCP where the home's path is too long for one.
     pub(crate) async fn connect(home: &Path) -> Result<Self, Failure> {
+        let failed = |error: &io::Error| unreachable(home, error);
         // The node writes them at the real path, and the socket's path has a limit.
-        let home = home.canonicalize().map_err(|_| not_running(home))?;
+        let home = home.canonicalize().map_err(|error| failed(&error))?;
         let files = Files::of(&home);
-        if files.has_socket() {
-            // A node has its socket whenever it can. Without one, whoever listens at the address is not to get the token.
-            let channel = Endpoint::from_shared(format!("unix:{}", files.socket.display()))
-                .map_err(|error| Failure::other(format!("{}: {error}", files.socket.display())))?
-                .connect()
-                .await
-                .map_err(|_| not_running(&home))?;
-            return Ok(Self {
-                channel: InterceptedService::new(channel, Token(None)),
-            });
+        // A node has its socket whenever it can. Without one, whoever listens at the address is not to get the token.
+        match files.socket.symlink_metadata() {
+            Ok(_) => return Self::connect_socket(&home, files.socket).await,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(&error)),
         }
-        let read = |path| fs::read_to_string(path).map_err(|_| not_running(&home));
+        let read = |path| fs::read_to_string(path).map_err(|error| failed(&error));
         let address = read(&files.address)?;
         let token = read(&files.token)?;
         let token = format!("Bearer {}", token.trim())
             .parse()
-            .map_err(|_| Failure::other(format!("{} is damaged", files.token.display())))?;
+            .map_err(|_| damaged(&files.token))?;
         let channel = Endpoint::from_shared(format!("http://{}", address.trim()))
-            .map_err(|error| {
-                Failure::other(format!("{} is damaged: {error}", files.address.display()))
-            })?
+            .map_err(|_| damaged(&files.address))?
             .connect()
             .await
-            .map_err(|_| not_running(&home))?;
+            .map_err(|error| not_connected(&home, &error))?;
         Ok(Self {
             channel: InterceptedService::new(channel, Token(Some(token))),
+        })
+    }
+
+    /// Connects through a socket. Its path may have any bytes, which a URI may not.
+    async fn connect_socket(home: &Path, socket: PathBuf) -> Result<Self, Failure> {
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::from_static("http://localhost")
+            .connect_with_connector(connector)
+            .await
+            .map_err(|error| not_connected(home, &error))?;
+        Ok(Self {
+            channel: InterceptedService::new(channel, Token(None)),
         })
     }
 
@@ -117,6 +134,49 @@ impl Client {
     ) -> ModelsClient<InterceptedService<Channel, impl Interceptor + use<>>> {
         ModelsClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
     }
+}
+
+/// Explains why the transport did not connect, by the error of the system that lies at its bottom.
+fn not_connected(home: &Path, error: &tonic::transport::Error) -> Failure {
+    let mut source: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(cause) = source {
+        if let Some(error) = cause.downcast_ref::<io::Error>() {
+            return unreachable(home, error);
+        }
+        source = cause.source();
+    }
+    Failure::new(
+        NOT_RUNNING,
+        "NOT_RUNNING",
+        format!("cannot connect to the node on {}: {error}", home.display()),
+    )
+    .hint("Is it a node of this version? Stop it and start it again with `weft up`.")
+}
+
+/// Explains an error that a file of the home or its socket gave.
+fn unreachable(home: &Path, error: &io::Error) -> Failure {
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::NotADirectory => not_running(home),
+        ErrorKind::PermissionDenied => Failure::new(
+            1,
+            "NOT_ALLOWED",
+            format!("this user may not use the node on {}: {error}", home.display()),
+        )
+        .hint(
+            "Run the command as the user who started the node, or start a node of your own: `weft --home DIR up`.",
+        ),
+        _ => Failure::new(
+            NOT_RUNNING,
+            "NOT_RUNNING",
+            format!("cannot connect to the node on {}: {error}", home.display()),
+        )
+        .hint("If the node hangs or has no files left to open, stop it and start it again with `weft up`."),
+    }
+}
+
+fn damaged(file: &Path) -> Failure {
+    Failure::other(format!("{} is damaged", file.display()))
+        .hint("Stop the node and start it again with `weft up`: it writes the file anew.")
 }
 
 fn not_running(home: &Path) -> Failure {

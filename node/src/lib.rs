@@ -45,7 +45,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         .build()
         .map_err(|error| Failure::other(format!("cannot start: {error}")))
         .and_then(|runtime| {
-            let result = runtime.block_on(commands::run(cli));
+            let result = runtime.block_on(stop::race(commands::run(cli)));
             // Threads that still hash or sync have been told to stop.
             runtime.shutdown_timeout(std::time::Duration::from_secs(5));
             result

@@ -137,7 +137,10 @@ mod tests {
         tracing::subscriber::with_default(tracing_subscriber::registry(), || {
             let a = tracing::span!(Level::WARN, "a");
             let b = tracing::span!(Level::WARN, "b");
-            let (a, b) = (a.metadata().expect("enabled"), b.metadata().expect("enabled"));
+            let (a, b) = (
+                a.metadata().expect("enabled"),
+                b.metadata().expect("enabled"),
+            );
             check(&Limit::default(), a.callsite(), b.callsite());
         });
     }

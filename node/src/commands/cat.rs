@@ -5,10 +5,9 @@ use std::io::{ErrorKind, Write};
 use weft::Target;
 use weft_proto::api::ReadRequest;
 
-use crate::{cli::Cat, client::Client, exit::Failure, stop::Stop};
+use crate::{cli::Cat, client::Client, exit::Failure};
 
 pub(crate) async fn run(client: &Client, options: Cat) -> Result<(), Failure> {
-    let mut stop = Stop::new()?;
     let target: Target = options
         .target
         .parse()
@@ -26,11 +25,7 @@ pub(crate) async fn run(client: &Client, options: Cat) -> Result<(), Failure> {
     let mut pieces = client.models().read(request).await?.into_inner();
     let mut output = std::io::stdout();
     loop {
-        let piece = tokio::select! {
-            piece = pieces.message() => piece?,
-            () = stop.wait() => return Err(Failure::interrupted("stopped")),
-        };
-        let Some(piece) = piece else {
+        let Some(piece) = pieces.message().await? else {
             break;
         };
         match output.write_all(&piece.content) {
