@@ -10,8 +10,8 @@ use weft::{DocumentId, ModelName, Multiaddr, Pattern, PeerId, Priority, Rule, rp
 #[derive(Debug, Parser)]
 #[command(name = "weft", version, max_term_width = 100, after_help = EXAMPLES)]
 pub(crate) struct Cli {
-    /// The node's home folder: its identity and its store
-    #[arg(long, global = true, env = "WEFT_HOME", value_name = "DIR")]
+    /// The node's home folder: its identity and its store [env: WEFT_HOME]
+    #[arg(long, global = true, value_name = "DIR")]
     pub(crate) home: Option<PathBuf>,
 
     /// Print JSON on standard output
@@ -101,20 +101,20 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Up {
     /// A node to join the mesh through, ending in /p2p/<PeerId>; may be repeated
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
     /// Where to listen, as in /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws; may be repeated
     /// [default: TCP and QUIC on all interfaces, port 9338, or a free one if that is taken]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) listen: Vec<Multiaddr>,
 
     /// An address that leads here from outside, such as a forwarded port's; may be repeated
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) external: Vec<Multiaddr>,
 
     /// A relay to hold a place on, ending in /p2p/<PeerId>; may be repeated
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) relay: Vec<Multiaddr>,
 
     /// Whether to relay for others: auto is once strangers have reached this node
@@ -229,6 +229,27 @@ fn rate(text: &str) -> Result<u64, String> {
 pub(crate) struct Quota(pub(crate) Option<u64>);
 
 /// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024; or `none`.
+/// Reads an address as the command line takes it.
+fn address(text: &str) -> Result<Multiaddr, String> {
+    text.parse().map_err(|error| {
+        format!(
+            "{error}; addresses look like /ip4/192.0.2.7/tcp/9338 or /ip4/192.0.2.7/udp/9338/quic-v1"
+        )
+    })
+}
+
+/// Reads the address of a peer, which ends in its id.
+fn peer_address(text: &str) -> Result<Multiaddr, String> {
+    let address = address(text)?;
+    match weft::split_peer_id(address.clone()) {
+        (_, Some(_)) => Ok(address),
+        (_, None) => Err(
+            "it does not end in /p2p/<PeerId>; `weft status` on that node shows its id and addresses"
+                .to_owned(),
+        ),
+    }
+}
+
 fn quota(text: &str) -> Result<Quota, String> {
     if text.eq_ignore_ascii_case("none") {
         return Ok(Quota(None));
@@ -879,15 +900,15 @@ pub(crate) struct RelayLimits {
 #[derive(Debug, Args)]
 pub(crate) struct Relay {
     /// A node to join the mesh through, ending in /p2p/<PeerId>; may be repeated
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
     /// Where to listen; may be repeated [default: as for weft up]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) listen: Vec<Multiaddr>,
 
     /// An address that leads here from outside, such as a forwarded port's; may be repeated
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) external: Vec<Multiaddr>,
 
     #[command(flatten)]

@@ -2,15 +2,17 @@
 
 use crate::output::{err, out};
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
+use tokio::time::{Instant, sleep};
 use weft::Node;
 
 use crate::{
     api::Endpoint,
     cli::{Quota, RelayServer, Up},
+    client::Client,
     exit::Failure,
     metrics::Metrics,
     stop::Stop,
@@ -31,6 +33,37 @@ fn raise_file_limit() {
         if let Err(error) = setrlimit(Resource::Nofile, raised) {
             tracing::debug!(%error, "the limit on open files stays as it is");
         }
+    }
+}
+
+/// How long a start waits for a node that is stopping on the same home. A node takes four seconds at most to say goodbye
+/// to its peers.
+const HANDOVER: Duration = Duration::from_secs(10);
+
+/// How often the home is tried meanwhile.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Starts a node. If another one is just stopping on the home, it waits for its end, so that a restart needs no pause
+/// between the two commands.
+async fn spawn(builder: weft::Builder, home: &Path) -> Result<Node, Failure> {
+    let begin = Instant::now();
+    let mut is_told = false;
+    loop {
+        let failure: Failure = match builder.clone().spawn().await {
+            Ok(node) => return Ok(node),
+            Err(error) => error.into(),
+        };
+        // A node that serves its API is not stopping.
+        if failure.reason != "HOME_IN_USE"
+            || begin.elapsed() >= HANDOVER
+            || Client::connect(home).await.is_ok()
+        {
+            return Err(failure);
+        }
+        if !std::mem::replace(&mut is_told, true) {
+            err!("waiting until the node that used this home has stopped");
+        }
+        sleep(RETRY).await;
     }
 }
 
@@ -93,7 +126,7 @@ pub(crate) async fn up(
             .map_err(|error| Failure::usage(error.to_string()))?;
         builder = builder.certificate(certificate);
     }
-    let node = builder.spawn().await?;
+    let node = spawn(builder, &home).await?;
     let metrics = match options.metrics {
         Some(address) => Some(Metrics::serve(node.clone(), address).await?),
         None => None,

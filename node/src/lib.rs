@@ -29,9 +29,18 @@ use crate::{cli::Cli, exit::Failure};
 
 /// Runs the program with these arguments, the first of which is its name. Blocks until it is done.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    // Asked for although the rest makes no sense.
+    let json = arguments.iter().any(|argument| argument == "--json");
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
+            if json && error.use_stderr() {
+                let text = error.render().to_string();
+                let (message, hint) = usage(&text);
+                Failure::usage(message).hint(hint).print(true);
+                return ExitCode::from(exit::USAGE);
+            }
             // Help goes to standard output, mistakes to standard error; a closed one is no reason to fail differently.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { exit::USAGE } else { 0 });
@@ -56,5 +65,14 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             failure.print(json);
             ExitCode::from(failure.code)
         }
+    }
+}
+
+/// Splits what clap says of a mistake into the message and what to do next.
+fn usage(text: &str) -> (&str, &str) {
+    let text = text.strip_prefix("error: ").unwrap_or(text).trim();
+    match text.split_once("\n\n") {
+        Some((message, hint)) => (message, hint.trim()),
+        None => (text, "`weft --help` shows the commands."),
     }
 }

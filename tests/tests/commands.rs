@@ -4,12 +4,15 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
+use rustix::process::Signal;
 use serde_json::Value;
-use weft_tests::{Home, same_files};
+use weft_tests::{Daemon, Home, Running, same_files};
 
 fn folder(home: &Home, name: &str, content: &[u8]) -> String {
     let path = home.beside(name);
@@ -329,4 +332,188 @@ fn a_websocket_listener_is_told_to_others_and_found_by_them() {
     let got = other.json(&["get", "a/web", "--to", to.to_str().unwrap()]);
     assert_eq!(got["sources"][0]["transport"], "ws", "{got}");
     same_files(model.as_ref(), &to);
+}
+
+/// A home whose API takes connections and never answers, as that of a node that hangs.
+fn wedged(home: &Home) -> UnixListener {
+    let folder = home.path().join("api");
+    fs::create_dir_all(&folder).unwrap();
+    UnixListener::bind(folder.join("weft.sock")).unwrap()
+}
+
+#[test]
+fn ctrl_c_and_sigterm_end_every_command_also_when_the_node_hangs() {
+    let home = Home::new();
+    let _listener = wedged(&home);
+    let to = home.beside("to");
+    let to = to.to_str().unwrap();
+    for arguments in [
+        &["cat", "some/model", "file"][..],
+        &["status"],
+        &["ls"],
+        &["verify"],
+        &["get", "some/model", "--to", to],
+        &["add", to],
+        &["topic", "watch", "t"],
+        &["doc", "ls"],
+    ] {
+        for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+            let begin = Instant::now();
+            let command = home.start(arguments);
+            listening_for_signals(&command);
+            command.signal(signal);
+            let finished = command.finish();
+            assert_eq!(finished.code(), Some(130), "{arguments:?}: {finished:#?}");
+            assert!(begin.elapsed() < Duration::from_secs(20), "{arguments:?}");
+        }
+    }
+}
+
+/// Waits until a program handles signals: before that, one would end it like any program.
+fn listening_for_signals(command: &Running) {
+    let begin = Instant::now();
+    let handles = |status: String| {
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        // SIGHUP, SIGINT and SIGTERM: 1, 2 and 15.
+        mask.is_some_and(|mask| mask & 0x4003 == 0x4003)
+    };
+    while !handles(
+        fs::read_to_string(format!("/proc/{}/status", command.pid())).unwrap_or_default(),
+    ) {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "the program does not listen for signals"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_closed_terminal_stops_a_node_cleanly() {
+    let home = Home::new();
+    let node = home.up(&[]);
+    let (status, errors) = node.stop(Signal::HUP);
+    assert_eq!(status.code(), Some(0), "{errors}");
+    assert!(errors.contains("stopping"), "{errors}");
+    assert!(!home.path().join("api/weft.sock").exists());
+}
+
+#[test]
+fn a_restart_waits_for_the_node_that_is_stopping() {
+    let home = Home::new();
+    home.up(&[]).stop(Signal::TERM);
+    // As a node that says goodbye to its peers and serves no API any more.
+    let stopping = weft_blobs::lock::Lock::take(&home.path()).unwrap();
+    let mut next = home.command(&[
+        "--json",
+        "up",
+        "--no-mdns",
+        "--listen",
+        "/ip4/127.0.0.1/tcp/0",
+    ]);
+    let mut child = next.spawn().unwrap();
+    let mut line = String::new();
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
+    errors.read_line(&mut line).unwrap();
+    assert!(line.contains("waiting until"), "{line}");
+    drop(stopping);
+    let _up = Daemon::wait_for_child(child);
+    // But a node that runs is not waited for.
+    let refused = home.run(&["up", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0"]);
+    assert_eq!(refused.code(), Some(1), "{refused:#?}");
+    assert!(
+        refused.stderr.contains("running on this home already"),
+        "{refused:#?}"
+    );
+}
+
+#[test]
+fn another_users_node_is_not_called_stopped() {
+    let home = Home::new();
+    let _up = home.up(&[]);
+    let command = home.command(&["status"]);
+    let api = home.path().join("api");
+    let refused = if rustix::process::getuid().is_root() {
+        let mut other = Command::new("setpriv");
+        other
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
+            .arg(command.get_program())
+            .args(command.get_args())
+            .output()
+            .unwrap()
+    } else {
+        fs::set_permissions(&api, fs::Permissions::from_mode(0o000)).unwrap();
+        let output = { command }.output().unwrap();
+        fs::set_permissions(&api, fs::Permissions::from_mode(0o700)).unwrap();
+        output
+    };
+    let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("may not use the node"), "{errors}");
+    assert!(errors.contains("the user who started"), "{errors}");
+}
+
+#[test]
+fn a_home_of_any_bytes_has_a_node_and_its_commands() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+    let home = Home::new();
+    let odd = home.beside("n").join(OsStr::from_bytes(b"\xff"));
+    let program = home.command(&[]).get_program().to_owned();
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(&program);
+        command
+            .arg("--home")
+            .arg(&odd)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    };
+    let up = [
+        "--json",
+        "up",
+        "--no-mdns",
+        "--listen",
+        "/ip4/127.0.0.1/tcp/0",
+    ];
+    let _up = Daemon::wait_for(command(&up));
+    let status = command(&["status"]).output().unwrap();
+    assert!(status.status.success(), "{status:?}");
+}
+
+#[test]
+fn mistakes_are_json_too_and_empty_variables_are_none() {
+    let home = Home::new();
+    for arguments in [
+        &["--json", "get"][..],
+        &["up", "--quota", "foo", "--json"],
+        &["--json", "frobnicate"],
+        &["--json", "up", "--bootstrap", "127.0.0.1:9338"],
+        &["--json", "up", "--bootstrap", "/ip4/127.0.0.1/tcp/9338"],
+    ] {
+        let finished = home.run(arguments);
+        assert_eq!(finished.code(), Some(2), "{arguments:?}: {finished:#?}");
+        let error: Value = serde_json::from_str(&finished.stdout).unwrap();
+        assert_eq!(error["error"]["reason"], "USAGE", "{arguments:?}");
+        assert_eq!(error["error"]["code"], 2, "{arguments:?}");
+        assert!(!error["error"]["message"].as_str().unwrap().is_empty());
+    }
+    let wrong = home.run(&["up", "--bootstrap", "127.0.0.1:9338"]);
+    assert!(
+        wrong.stderr.contains("/ip4/192.0.2.7/tcp/9338"),
+        "{wrong:#?}"
+    );
+    let program = home.command(&[]).get_program().to_owned();
+    let status = Command::new(program)
+        .env("WEFT_HOME", "")
+        .env("HOME", home.beside("nobody"))
+        .env_remove("XDG_DATA_HOME")
+        .arg("status")
+        .output()
+        .unwrap();
+    assert_eq!(status.status.code(), Some(6), "{status:?}");
 }
