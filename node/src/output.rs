@@ -39,13 +39,14 @@ const LINE_EVERY: Duration = Duration::from_secs(2);
 /// The span over which a plain line's rate is measured, as a share of the old value that is kept.
 const RATE_DECAY: f64 = 0.6;
 
-/// `1.5 GiB`.
+/// `1.5 GB`: powers of 1,000, as rates, disks and the Hugging Face hub count.
 pub(crate) fn bytes(n: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
     let mut value = n as f64;
     let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
+    // What would be rounded to 1000.0 is 1.0 of the next unit.
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
         unit += 1;
     }
     if unit == 0 {
@@ -222,7 +223,7 @@ fn spinner() -> ProgressStyle {
 
 fn style() -> ProgressStyle {
     ProgressStyle::with_template(
-        "{spinner} {msg} [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
+        "{spinner} {msg} [{bar:30}] {decimal_bytes} of {decimal_total_bytes}, {decimal_bytes_per_sec}, {eta} left",
     )
     .expect("the template is well-formed")
     .progress_chars("=> ")
@@ -236,7 +237,9 @@ mod tests {
     fn numbers_read_well() {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(1023), "1023 B");
-        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(1536), "1.5 kB");
+        assert_eq!(bytes(50_000_000), "50.0 MB");
+        assert_eq!(bytes(999_999), "1.0 MB");
         assert_eq!(bytes(u64::MAX), "16777216.0 TiB");
         assert_eq!(duration(Duration::from_millis(12)), "12 ms");
         assert_eq!(duration(Duration::from_millis(1500)), "1.5 s");

@@ -42,23 +42,28 @@ pub(super) async fn storage(
         return Ok(());
     }
     for (name, size) in [
-        ("models     ", now.models),
-        ("parts      ", now.parts),
-        ("owned      ", now.owned),
-        ("to come    ", now.expected),
+        ("fetched models      ", now.models),
+        ("part files          ", now.parts),
+        ("read by `weft cat`  ", now.owned),
+        ("reserved            ", now.expected),
     ] {
         out!("{name}{}", bytes(size));
     }
     match now.quota {
-        Some(quota) => out!("quota      {} of {}", bytes(now.counted), bytes(quota)),
-        None => out!("quota      {}, no limit", bytes(now.counted)),
+        Some(quota) => out!(
+            "of the quota        {} of {}",
+            bytes(now.counted),
+            bytes(quota)
+        ),
+        None => out!("together            {}, no quota", bytes(now.counted)),
     }
-    out!("elsewhere  {}, not counted", bytes(now.elsewhere));
-    out!("in place   {}, not counted", bytes(now.in_place));
-    out!("metadata   {}, not counted", bytes(now.metadata));
-    out!("free       {}", bytes(now.free));
+    out!("Outside the quota:");
+    out!("fetched elsewhere   {}", bytes(now.elsewhere));
+    out!("added in place      {}", bytes(now.in_place));
+    out!("metadata            {}", bytes(now.metadata));
+    out!("free on the disk    {}", bytes(now.free));
     if now.quota.is_some_and(|quota| quota < now.counted) {
-        out!("What is beyond the quota goes when a `weft get` needs room.");
+        out!("Content beyond the quota is evicted when a `weft get` needs room.");
     }
     Ok(())
 }

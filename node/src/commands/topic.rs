@@ -6,6 +6,7 @@ use data_encoding::BASE64;
 use serde_json::json;
 use weft_proto::api::{self, topic_event::What};
 
+use super::show::printable;
 use crate::{
     cli::Topic,
     client::Client,
@@ -86,7 +87,7 @@ async fn watch(
                     );
                 } else {
                     // What a terminal could take for commands is shown and not obeyed.
-                    let shown = text.map(|text| text.escape_debug().to_string());
+                    let shown = text.map(printable);
                     let bytes = || format!("base64 {}", BASE64.encode(&message.data));
                     out!("{}  {}", message.from, shown.unwrap_or_else(bytes));
                 }
