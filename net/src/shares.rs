@@ -57,7 +57,7 @@ impl Place {
     /// of where they are.
     pub fn of(path: &Path) -> Self {
         match path.relay() {
-            Some(relay) => Self(Kind::Relay(relay)),
+            Some(relay) => Self::behind(relay),
             None => Self::of_address(&path.address),
         }
     }
