@@ -105,7 +105,7 @@ impl Place {
 }
 
 /// The part of the free members that one group may hold, in quarters. A site is an IPv4 address or an IPv6 /64.
-const SITE: usize = 2;
+pub(crate) const SITE: usize = 2;
 
 /// An IPv6 /56: a customer line at most providers. It may as well be four rented servers at a /64 each.
 const CUSTOMER: usize = 3;
@@ -132,6 +132,13 @@ pub(crate) enum Group {
     Network(IpAddr, u8),
     Relay(PeerId),
     Unknown,
+}
+
+impl Group {
+    /// Whether it is one public address, or one IPv6 /64.
+    pub(crate) fn is_site(self) -> bool {
+        matches!(self, Self::Network(_, 32 | 64))
+    }
 }
 
 impl fmt::Display for Place {
@@ -281,10 +288,8 @@ impl Shares {
         per_peer: &'static str,
     ) -> [LimitUse; 3] {
         let state = self.lock();
-        let of_site = |(group, used): (&Group, &usize)| {
-            matches!(group, Group::Network(_, 32 | 64)).then_some(*used)
-        };
-        let of_sites = state.by_group.iter().filter_map(of_site).max();
+        let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
+        let of_sites = of_sites.map(|(_, used)| *used).max();
         let of_peers = state.by_peer.values().copied().max();
         let row = |name, used: usize, limit: usize, refused| LimitUse {
             name,
