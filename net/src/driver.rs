@@ -5,7 +5,6 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -24,13 +23,13 @@ use libp2p::{
     },
 };
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::{MissedTickBehavior, interval, timeout, timeout_at},
 };
 
 use crate::{
     Access, Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
-    Reachability, RelayServer, SpawnError, Stream, Transport, access,
+    Place, Reachability, RelayServer, Shares, SpawnError, Stream, Transport, access,
     address::{
         dialable_from, first_ip, is_outside, is_public, of_socket, socket, socket_within,
         starts_with_name,
@@ -40,7 +39,7 @@ use crate::{
     crowd::{self, Crowd, Worth},
     dialled::Dialled,
     gate::{Gate, Source},
-    lane::{self, Places},
+    lane,
     limits::Memory,
     listen,
     mappings::{Mapped, Mapping},
@@ -118,8 +117,13 @@ const RELAY_CHECK: Duration = Duration::from_secs(5);
 /// Connections closed in a second while the node is short of memory.
 const SHED: usize = 8;
 
-/// Streams of pings answered at a time.
-const MAX_PINGERS: usize = 64;
+/// Streams of pings answered at a time, in all and of one peer. A peer in doubt about all its connections opens one on
+/// each, eight at most. A stream on which nothing comes for 10 s ends.
+const MAX_PINGERS: usize = 256;
+const MAX_PINGERS_PER_PEER: usize = 12;
+
+/// Requests to be dialled that are refused with a message at a time; what is beyond is reset.
+const MAX_REJECTIONS: usize = 64;
 
 /// What tasks have come to and the driver has not looked at yet.
 const OUTCOMES: usize = 256;
@@ -380,7 +384,9 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     lanes: Lanes,
     autonat: Autonat,
     pings: Incoming,
-    pingers: Arc<Semaphore>,
+    pingers: Shares,
+    /// Requests to be dialled that are being refused.
+    rejections: Shares,
     port_mapping: bool,
     /// Our ports that the gateway is asked to forward.
     mappings: HashMap<Transport, Mapping>,
@@ -469,7 +475,8 @@ where
         };
         let tls = Tls::new(&config.key)?;
         let (lanes_arrive, lane_arrivals) = lane::Arrivals::new();
-        let places = Places::new(config.limits.lanes, config.limits.lanes_per_peer);
+        let lanes = Shares::new(config.limits.lanes, config.limits.lanes_per_peer);
+        let lanes_enabled = config.limits.lanes > 0 && config.limits.lanes_per_peer > 0;
         let parts = transport::Parts {
             key: &config.key,
             tls: tls.clone(),
@@ -484,7 +491,7 @@ where
                 origins: config.ws_origins.into(),
                 proxies: config.trusted_proxies.into(),
             },
-            lanes: places.enabled().then_some(lanes_arrive),
+            lanes: lanes_enabled.then_some(lanes_arrive),
         };
         let mut swarm = Swarm::new(
             transport::build(&parts, circuits)?,
@@ -557,10 +564,11 @@ where
             dialled,
             punching: Punching::new(config.hole_punching),
             punches,
-            lanes: Lanes::new(tls, lane_arrivals, callers, places),
+            lanes: Lanes::new(tls, lane_arrivals, callers, lanes),
             autonat: Autonat::new(dial_requests, dial_backs, config.limits.autonat),
             pings,
-            pingers: Arc::new(Semaphore::new(MAX_PINGERS)),
+            pingers: Shares::new(MAX_PINGERS, MAX_PINGERS_PER_PEER),
+            rejections: Shares::new(MAX_REJECTIONS, 1),
             outside,
             port_mapping: config.port_mapping,
             mappings: HashMap::new(),
@@ -645,9 +653,10 @@ where
                 Some(stream) = self.punches.next() => self.respond(stream),
                 Some(stream) = self.pings.next() => {
                     // Dropped, and so reset, if there are too many.
-                    if let Ok(place) = Arc::clone(&self.pingers).try_acquire_owned() {
+                    let place = Place::of(stream.path());
+                    if let Ok(permit) = self.pingers.take(stream.peer(), place) {
                         tokio::spawn(async move {
-                            let _place = place;
+                            let _permit = permit;
                             // How it ends is the peer's affair.
                             let _ = pings::answer_pings(stream).await;
                         });
@@ -1179,12 +1188,17 @@ where
             .collect();
         let seen_at = connection.path.address.clone();
         let relayed = connection.path.kind == PathKind::Relayed;
+        // A web page, or a stranger behind a proxy: it is not on this machine, wherever it comes from.
+        let proxied = !connection.dialled
+            && connection.path.transport == Transport::Ws
+            && connection.path.kind == PathKind::Loopback;
         let claimed: Vec<Multiaddr> = info
             .listen_addrs
             .into_iter()
             .filter(|address| match socket(address) {
                 // A relay tells nothing of where its users are.
                 Some((at, _)) if relayed => is_public(&at.ip()),
+                _ if proxied => is_outside(address),
                 _ => relayed || dialable_from(&seen_at, address),
             })
             .take(MAX_CLAIMED)
@@ -1358,7 +1372,6 @@ where
         let limits = &self.limits;
         let connections = self.peers.values().flat_map(|peer| peer.connections.keys());
         let streams = connections.map(|id| behaviour.streams.streams_on(*id));
-        let (lanes, lanes_of_one, lanes_refused) = self.lanes.places.used();
         let autonat = self.autonat.bounds.limits();
         let (probes, probing, probes_refused) = self.autonat.bounds.used(Instant::now());
         let mut all = self.crowd.limits();
@@ -1369,13 +1382,6 @@ where
                 streams.max().unwrap_or_default() as u64,
                 limits.streams as u64,
                 behaviour.streams.refused(),
-            ),
-            limit("lanes", lanes as u64, limits.lanes as u64, lanes_refused),
-            limit(
-                "lanes_per_peer",
-                lanes_of_one as u64,
-                limits.lanes_per_peer as u64,
-                0,
             ),
             self.memory.usage(),
             limit(
@@ -1397,6 +1403,10 @@ where
                 refused: self.refusals.access,
             },
         ]);
+        let lanes = &self.lanes.shares;
+        all.extend(lanes.limits("lanes", "lanes_per_address", "lanes_per_peer"));
+        let pingers = &self.pingers;
+        all.extend(pingers.limits("pings", "pings_per_address", "pings_per_peer"));
         all.extend(self.server.limits());
         all.extend(self.gate.limits(Instant::now()));
         all.extend(self.names.limits(Instant::now()));

@@ -83,7 +83,7 @@ impl Place {
 
     /// The groups that the place belongs to, narrowest first, and the part of the free members that each may hold, in
     /// quarters.
-    pub(crate) fn groups(self) -> impl Iterator<Item = (Group, usize)> {
+    pub(crate) fn groups(self) -> impl Iterator<Item = (Group, usize)> + Clone {
         let groups = match self.0 {
             Kind::Machine => [Some((Group::Machine, NEAR)), None, None],
             Kind::Private(ip) => [Some((Group::Network(ip, 0), NEAR)), None, None],
@@ -277,6 +277,11 @@ impl Shares {
     /// Members that there are.
     pub fn all(&self) -> usize {
         self.all
+    }
+
+    /// Members that one peer may hold.
+    pub fn per_peer(&self) -> usize {
+        self.per_peer
     }
 
     /// The three limits of the pool, under these names: in all, of one place, of one peer. The limit of one place is
