@@ -89,6 +89,11 @@ fn number(ip: &IpAddr) -> u128 {
 }
 
 impl Rule {
+    /// Returns true for a network that `ip` lies in.
+    pub(crate) fn contains(&self, ip: &IpAddr) -> bool {
+        self.holds_for(None, Some(ip))
+    }
+
     fn holds_for(&self, peer: Option<&PeerId>, ip: Option<&IpAddr>) -> bool {
         match (self, peer, ip) {
             (Self::Peer(one), Some(peer), _) => one == peer,

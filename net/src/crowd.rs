@@ -1,157 +1,497 @@
-//! A limit on connections from one place: an IPv4 address, or an IPv6 network of 64 bits, which is what one site has at least.
+//! Connections that are open: how many, from where, and which goes when there are too many.
 //!
-//! A relay through which others come is one place too.
+//! libp2p limits connections in all and by peer. A stranger who makes a new key for every connection is one peer each
+//! time, and one who holds all connections keeps everybody else out for good. So connections that others open are
+//! counted by place as well ([`Place`]: addresses, networks, relays), and a node that is full closes, for a newcomer
+//! from elsewhere, the least useful connection of the place that has most.
+//!
+//! [`Crowd`] keeps the counts and decides; it has neither sockets nor a clock of its own. [`Behaviour`] tells it what
+//! the swarm does. Connections in the handshake are counted in [`pending`](crate::pending).
 //!
 //! Nobody comes in while the node is short of memory.
-//!
-//! libp2p limits connections in all and by peer; a stranger who makes a new key for every connection is one peer each time.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet, VecDeque},
     convert::Infallible,
-    fmt,
-    net::IpAddr,
-    task::{Context, Poll},
+    sync::{Arc, Mutex, MutexGuard},
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
 };
 
 use libp2p::{
     Multiaddr, PeerId,
     core::{Endpoint, transport::PortUse},
     swarm::{
-        ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
-        ToSwarm, dummy,
+        CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler,
+        THandlerInEvent, ToSwarm,
+        behaviour::{AddressChange, ConnectionEstablished},
+        dummy,
     },
 };
 
 use crate::{
-    Path,
-    address::{site, socket},
-    limits::Memory,
+    LimitUse, Limits, Path, Place,
+    limits::{Memory, Short},
+    shares::{Group, SITE, count, release},
 };
 
-/// Too many connections come from one place.
+/// Connections being closed to make room. They end within three seconds (`muxer.rs`), so that a flood of newcomers
+/// cannot have the node hold many more than its limit.
+const MAX_LEAVING: usize = 32;
+
+/// A connection on which nothing of ours has moved for this long makes room for any newcomer: it would be closed by now
+/// if its peer did not hold a stream open on it.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// Why a connection is refused.
 #[derive(Debug, thiserror::Error)]
-#[error("too many connections from {0}")]
-pub(crate) struct Crowded(Place);
-
-/// Where a connection comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Place {
-    Network(IpAddr),
-    Relay(PeerId),
+pub(crate) enum Crowded {
+    #[error("too many connections in the handshake from {0}")]
+    Handshakes(Place),
+    #[error("too many connections in the handshake")]
+    AllHandshakes,
+    #[error("too many connections from {0}, or from a network around it")]
+    Place(Place),
+    #[error("too many connections opened by others")]
+    Incoming,
+    #[error("too many connections")]
+    All,
+    #[error("too many connections with this peer")]
+    Peer,
+    #[error("too many connections being opened")]
+    Outgoing,
+    #[error(transparent)]
+    Memory(#[from] Short),
 }
 
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Network(ip) => ip.fmt(f),
-            Self::Relay(peer) => write!(f, "the relay {peer}"),
-        }
-    }
+/// The use of a connection to this node, as far as the driver sees.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Worth {
+    /// A bootstrap node, a relay that holds a reservation for us, or in the DHT's routing table.
+    pub(crate) needed: bool,
+    /// Kept open for a reservation.
+    pub(crate) kept: bool,
+    /// The last time at which bytes of our protocols moved on it.
+    pub(crate) moved: Option<Instant>,
+    /// Streams of our protocols on it.
+    pub(crate) streams: usize,
 }
 
-/// Counts the connections that others open, from the first packet on.
 #[derive(Debug)]
-pub(crate) struct Behaviour {
-    limit: u32,
-    memory: Memory,
-    counts: HashMap<Place, u32>,
-    connections: HashMap<ConnectionId, Place>,
+struct Open {
+    peer: PeerId,
+    /// Of a connection that the other side has opened.
+    place: Option<Place>,
+    since: Instant,
+    worth: Worth,
+    /// It is being closed, and counts no more.
+    leaving: bool,
 }
 
-impl Behaviour {
-    /// At most `limit` from one place. Connections from this machine are not counted.
-    pub(crate) fn new(limit: u32, memory: Memory) -> Self {
+/// The open connections. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub(crate) struct Crowd {
+    limits: Bounds,
+    memory: Memory,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    all: usize,
+    incoming: usize,
+    outgoing_pending: usize,
+    per_peer: usize,
+    per_place: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    open: HashMap<ConnectionId, Open>,
+    dialling: HashSet<ConnectionId>,
+    by_group: HashMap<Group, usize>,
+    by_peer: HashMap<PeerId, usize>,
+    incoming: usize,
+    /// Open ones that count.
+    all: usize,
+    to_close: VecDeque<(PeerId, ConnectionId)>,
+    waker: Option<Waker>,
+    refused: Refused,
+}
+
+#[derive(Debug, Default)]
+struct Refused {
+    all: u64,
+    incoming: u64,
+    place: u64,
+    peer: u64,
+    outgoing: u64,
+}
+
+impl Bounds {
+    fn at(&self, part: usize) -> usize {
+        self.per_place.saturating_mul(part) / SITE
+    }
+}
+
+impl Crowd {
+    pub(crate) fn new(limits: &Limits, memory: Memory) -> Self {
         Self {
-            limit,
+            limits: Bounds {
+                all: limits.established as usize,
+                incoming: limits.established_incoming as usize,
+                outgoing_pending: limits.pending_outgoing as usize,
+                per_peer: limits.per_peer as usize,
+                per_place: limits.per_address as usize,
+            },
             memory,
-            counts: HashMap::new(),
-            connections: HashMap::new(),
+            state: Arc::default(),
         }
     }
 
-    /// The most that come from one place.
-    pub(crate) fn most(&self) -> u32 {
-        self.counts.values().copied().max().unwrap_or_default()
+    /// Whether a connection from `place` could be opened: asked before the handshake, which costs more.
+    pub(crate) fn admit(&self, place: Place) -> Result<(), Crowded> {
+        self.memory.spare()?;
+        let mut state = self.state();
+        let room = state.room(&self.limits, place, Instant::now());
+        room.map(drop).inspect_err(|refused| state.count(refused))
     }
 
-    fn enter(&mut self, id: ConnectionId, from: Place) -> Result<(), ConnectionDenied> {
-        let count = self.counts.get(&from).copied().unwrap_or_default();
-        if count >= self.limit {
-            return Err(ConnectionDenied::new(Crowded(from)));
+    /// Counts a connection that `peer` has opened. Another may be closed for it.
+    fn enter(
+        &self,
+        id: ConnectionId,
+        peer: PeerId,
+        place: Place,
+        now: Instant,
+    ) -> Result<(), Crowded> {
+        let mut state = self.state();
+        let entered = state.enter(&self.limits, id, peer, place, now);
+        entered.inspect_err(|refused| state.count(refused))
+    }
+
+    /// The use of a connection has changed.
+    pub(crate) fn rate(&self, id: ConnectionId, worth: Worth) {
+        if let Some(open) = self.state().open.get_mut(&id) {
+            open.worth = worth;
         }
-        self.counts.insert(from, count + 1);
-        self.connections.insert(id, from);
+    }
+
+    /// Whether so many connections are open that it matters which are of use.
+    pub(crate) fn is_dense(&self) -> bool {
+        let state = self.state();
+        4 * state.incoming >= 3 * self.limits.incoming || 4 * state.all >= 3 * self.limits.all
+    }
+
+    /// Closes connections that others have opened, `most` at most: each time the least useful one of the place that
+    /// costs most, in connections and streams.
+    pub(crate) fn shed(&self, most: usize) -> usize {
+        let mut state = self.state();
+        for closed in 0..most {
+            let cost = |open: &Open| 1 + open.worth.streams;
+            let Some((_, id)) = state.costliest(cost, |_| true) else {
+                return closed;
+            };
+            state.close(id);
+        }
+        most
+    }
+
+    /// Every limit, and its use.
+    pub(crate) fn limits(&self) -> Vec<LimitUse> {
+        let state = self.state();
+        let refused = &state.refused;
+        let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
+        let of_peers = state.by_peer.values().copied();
+        let row = |name, used: usize, limit: usize, refused| LimitUse {
+            name,
+            used: used as u64,
+            limit: Some(limit as u64),
+            refused,
+        };
+        let limits = &self.limits;
+        vec![
+            row("connections", state.all, limits.all, refused.all),
+            row(
+                "connections_incoming",
+                state.incoming,
+                limits.incoming,
+                refused.incoming,
+            ),
+            row(
+                "connections_pending_outgoing",
+                state.dialling.len(),
+                limits.outgoing_pending,
+                refused.outgoing,
+            ),
+            row(
+                "connections_per_peer",
+                of_peers.max().unwrap_or_default(),
+                limits.per_peer,
+                refused.peer,
+            ),
+            row(
+                "connections_per_address",
+                of_sites.map(|(_, used)| *used).max().unwrap_or_default(),
+                limits.per_place,
+                refused.place,
+            ),
+        ]
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+impl State {
+    fn count(&mut self, refused: &Crowded) {
+        *match refused {
+            Crowded::All => &mut self.refused.all,
+            Crowded::Incoming => &mut self.refused.incoming,
+            Crowded::Place(_) => &mut self.refused.place,
+            Crowded::Peer => &mut self.refused.peer,
+            Crowded::Outgoing => &mut self.refused.outgoing,
+            // Counted where they are refused.
+            Crowded::Handshakes(_) | Crowded::AllHandshakes | Crowded::Memory(_) => return,
+        } += 1;
+    }
+
+    /// The connection that would have to go for one from `place`, if any.
+    fn room(
+        &self,
+        limits: &Bounds,
+        place: Place,
+        now: Instant,
+    ) -> Result<Option<ConnectionId>, Crowded> {
+        let full = |(group, part)| count(&self.by_group, &group) >= limits.at(part);
+        if place.groups().any(full) {
+            return Err(Crowded::Place(place));
+        }
+        let refused = match () {
+            () if self.incoming >= limits.incoming => Crowded::Incoming,
+            () if self.all >= limits.all => Crowded::All,
+            () => return Ok(None),
+        };
+        if self.open.len() - self.all >= MAX_LEAVING {
+            return Err(refused);
+        }
+        let newcomer = place
+            .groups()
+            .map(|(group, part)| (count(&self.by_group, &group) + 1) * NORMAL / part)
+            .max()
+            .unwrap_or_default();
+        let crowded = self.costliest(|_| 1, |open| !open.worth.needed);
+        if let Some((pressure, id)) = crowded
+            && pressure > newcomer
+        {
+            return Ok(Some(id));
+        }
+        // Nobody has more than the newcomer would: what has been of no use for long goes.
+        let idle = self.candidates().filter(|(_, _, open)| {
+            let last = open.worth.moved.unwrap_or(open.since);
+            !open.worth.needed && !open.worth.kept && now.duration_since(last) >= IDLE
+        });
+        match idle.min_by_key(|(.., open)| open.worth.moved.unwrap_or(open.since)) {
+            Some((id, ..)) => Ok(Some(id)),
+            None => Err(refused),
+        }
+    }
+
+    fn enter(
+        &mut self,
+        limits: &Bounds,
+        id: ConnectionId,
+        peer: PeerId,
+        place: Place,
+        now: Instant,
+    ) -> Result<(), Crowded> {
+        if count(&self.by_peer, &peer) >= limits.per_peer {
+            return Err(Crowded::Peer);
+        }
+        if let Some(other) = self.room(limits, place, now)? {
+            self.close(other);
+        }
+        self.insert(id, peer, Some(place), now);
         Ok(())
     }
 
-    fn leave(&mut self, id: ConnectionId) {
-        let Some(from) = self.connections.remove(&id) else {
-            return;
+    fn insert(&mut self, id: ConnectionId, peer: PeerId, place: Option<Place>, now: Instant) {
+        if let Some(place) = place {
+            self.incoming += 1;
+            for (group, _) in place.groups() {
+                *self.by_group.entry(group).or_default() += 1;
+            }
+        }
+        self.all += 1;
+        *self.by_peer.entry(peer).or_default() += 1;
+        let open = Open {
+            peer,
+            place,
+            since: now,
+            worth: Worth::default(),
+            leaving: false,
         };
-        if let Some(count) = self.counts.get_mut(&from) {
-            *count -= 1;
-            if *count == 0 {
-                self.counts.remove(&from);
+        self.open.insert(id, open);
+    }
+
+    fn uncount(&mut self, peer: PeerId, place: Option<Place>) {
+        self.all -= 1;
+        release(&mut self.by_peer, peer);
+        if let Some(place) = place {
+            self.incoming -= 1;
+            for (group, _) in place.groups() {
+                release(&mut self.by_group, group);
             }
         }
     }
+
+    fn remove(&mut self, id: ConnectionId) {
+        self.dialling.remove(&id);
+        if let Some(open) = self.open.remove(&id)
+            && !open.leaving
+        {
+            self.uncount(open.peer, open.place);
+        }
+    }
+
+    fn close(&mut self, id: ConnectionId) {
+        let Some(open) = self.open.get_mut(&id).filter(|open| !open.leaving) else {
+            return;
+        };
+        open.leaving = true;
+        let (peer, place) = (open.peer, open.place);
+        tracing::debug!(%peer, connection = %id, "closed to make room");
+        self.uncount(peer, place);
+        self.to_close.push_back((peer, id));
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// The connections that others have opened, and the place of each.
+    fn candidates(&self) -> impl Iterator<Item = (ConnectionId, Place, &Open)> {
+        self.open
+            .iter()
+            .filter(|(_, open)| !open.leaving)
+            .filter_map(|(id, open)| Some((*id, open.place?, open)))
+    }
+
+    /// Of the place that costs most, the least useful connection, and the cost of the place against what it may have.
+    fn costliest(
+        &self,
+        cost: impl Fn(&Open) -> usize,
+        may_go: impl Fn(&Open) -> bool,
+    ) -> Option<(usize, ConnectionId)> {
+        let mut costs: HashMap<Group, usize> = HashMap::new();
+        for (_, place, open) in self.candidates() {
+            for (group, _) in place.groups() {
+                *costs.entry(group).or_default() += cost(open);
+            }
+        }
+        let pressure = |place: Place| {
+            let of = |(group, part): (Group, usize)| costs[&group] * NORMAL / part;
+            place.groups().map(of).max().unwrap_or_default()
+        };
+        let usefulness = |open: &Open| {
+            let Worth {
+                needed,
+                kept,
+                moved,
+                ..
+            } = open.worth;
+            (needed, moved.is_some(), kept, moved.unwrap_or(open.since))
+        };
+        self.candidates()
+            .filter(|(.., open)| may_go(open))
+            .map(|(id, place, open)| (pressure(place), std::cmp::Reverse(usefulness(open)), id))
+            .max_by(|one, other| (one.0, one.1).cmp(&(other.0, other.1)))
+            .map(|(pressure, _, id)| (pressure, id))
+    }
 }
 
-/// The place that a connection comes from; `None` if that is this machine.
-fn place(local: &Multiaddr, remote: &Multiaddr) -> Option<Place> {
-    if let Some(relay) = Path::of(local).relay() {
-        return Some(Place::Relay(relay));
+/// Makes parts comparable: divisible by each of them.
+const NORMAL: usize = 12;
+
+/// Tells the crowd of connections, and closes those that make room.
+#[derive(Debug)]
+pub(crate) struct Behaviour(Crowd);
+
+impl Behaviour {
+    pub(crate) fn new(crowd: Crowd) -> Self {
+        Self(crowd)
     }
-    let ip = socket(remote)?.0.ip().to_canonical();
-    if ip.is_loopback() {
-        return None;
-    }
-    Some(Place::Network(site(ip)))
 }
 
 impl NetworkBehaviour for Behaviour {
     type ConnectionHandler = dummy::ConnectionHandler;
     type ToSwarm = Infallible;
 
-    fn handle_pending_inbound_connection(
-        &mut self,
-        id: ConnectionId,
-        local: &Multiaddr,
-        remote: &Multiaddr,
-    ) -> Result<(), ConnectionDenied> {
-        self.memory.spare().map_err(ConnectionDenied::new)?;
-        match place(local, remote) {
-            Some(from) => self.enter(id, from),
-            None => Ok(()),
-        }
-    }
-
     fn handle_established_inbound_connection(
         &mut self,
-        _: ConnectionId,
-        _: PeerId,
-        _: &Multiaddr,
-        _: &Multiaddr,
+        id: ConnectionId,
+        peer: PeerId,
+        local: &Multiaddr,
+        remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
+        let place = Place::of(&Path::inbound(local, remote));
+        let entered = self.0.enter(id, peer, place, Instant::now());
+        entered.map_err(ConnectionDenied::new)?;
         Ok(dummy::ConnectionHandler)
+    }
+
+    fn handle_pending_outbound_connection(
+        &mut self,
+        id: ConnectionId,
+        _: Option<PeerId>,
+        _: &[Multiaddr],
+        _: Endpoint,
+    ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
+        let mut state = self.0.state();
+        if state.dialling.len() >= self.0.limits.outgoing_pending {
+            state.count(&Crowded::Outgoing);
+            return Err(ConnectionDenied::new(Crowded::Outgoing));
+        }
+        state.dialling.insert(id);
+        Ok(Vec::new())
     }
 
     fn handle_established_outbound_connection(
         &mut self,
-        _: ConnectionId,
-        _: PeerId,
+        id: ConnectionId,
+        peer: PeerId,
         _: &Multiaddr,
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(dummy::ConnectionHandler)
+        let mut state = self.0.state();
+        state.dialling.remove(&id);
+        let refused = match () {
+            () if count(&state.by_peer, &peer) >= self.0.limits.per_peer => Crowded::Peer,
+            () if state.all >= self.0.limits.all => Crowded::All,
+            () => {
+                state.insert(id, peer, None, Instant::now());
+                return Ok(dummy::ConnectionHandler);
+            }
+        };
+        state.count(&refused);
+        Err(ConnectionDenied::new(refused))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
+        let mut state = self.0.state();
         match event {
-            FromSwarm::ConnectionClosed(closed) => self.leave(closed.connection_id),
-            FromSwarm::ListenFailure(failure) => self.leave(failure.connection_id),
+            FromSwarm::ConnectionEstablished(ConnectionEstablished { connection_id, .. }) => {
+                state.dialling.remove(&connection_id);
+            }
+            FromSwarm::ConnectionClosed(closed) => state.remove(closed.connection_id),
+            FromSwarm::ListenFailure(failure) => state.remove(failure.connection_id),
+            FromSwarm::DialFailure(failure) => state.remove(failure.connection_id),
+            FromSwarm::AddressChange(AddressChange {
+                connection_id, new, ..
+            }) => state.moved(&self.0.limits, connection_id, &crate::driver::path(new)),
             _ => {}
         }
     }
@@ -160,8 +500,45 @@ impl NetworkBehaviour for Behaviour {
         match event {}
     }
 
-    fn poll(&mut self, _: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<Infallible, THandlerInEvent<Self>>> {
+        let mut state = self.0.state();
+        if let Some((peer_id, id)) = state.to_close.pop_front() {
+            return Poll::Ready(ToSwarm::CloseConnection {
+                peer_id,
+                connection: CloseConnection::One(id),
+            });
+        }
+        state.waker = Some(cx.waker().clone());
         Poll::Pending
+    }
+}
+
+impl State {
+    /// The other end of a connection is elsewhere: it counts there now, if there is room.
+    fn moved(&mut self, limits: &Bounds, id: ConnectionId, path: &Path) {
+        let place = Place::of(path);
+        let known = self.open.get(&id).filter(|open| !open.leaving);
+        let Some((peer, Some(before))) = known.map(|open| (open.peer, open.place)) else {
+            return;
+        };
+        if before == place {
+            return;
+        }
+        let full = |(group, part)| count(&self.by_group, &group) >= limits.at(part);
+        if place.groups().any(full) {
+            self.count(&Crowded::Place(place));
+            return self.close(id);
+        }
+        self.uncount(peer, Some(before));
+        self.all += 1;
+        self.incoming += 1;
+        *self.by_peer.entry(peer).or_default() += 1;
+        for (group, _) in place.groups() {
+            *self.by_group.entry(group).or_default() += 1;
+        }
+        if let Some(open) = self.open.get_mut(&id) {
+            open.place = Some(place);
+        }
     }
 }
 
@@ -171,47 +548,220 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn one_place_is_held_to_its_limit_and_others_are_not() {
-        let mut crowd = Behaviour::new(2, Memory::new(None));
-        let local: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
-        let mut next = 0;
-        let mut open = |crowd: &mut Behaviour, from: &str| {
-            next += 1;
-            let id = ConnectionId::new_unchecked(next);
-            let result =
-                crowd.handle_pending_inbound_connection(id, &local, &from.parse().unwrap());
-            (id, result.is_ok())
-        };
-        let (first, taken) = open(&mut crowd, "/ip4/1.1.1.1/tcp/1");
-        assert!(taken);
-        assert!(open(&mut crowd, "/ip4/1.1.1.1/udp/2/quic-v1").1);
-        assert!(!open(&mut crowd, "/ip4/1.1.1.1/tcp/3").1);
-        assert!(open(&mut crowd, "/ip4/1.1.1.2/tcp/3").1);
-        crowd.leave(first);
-        crowd.leave(first);
-        assert!(open(&mut crowd, "/ip4/1.1.1.1/tcp/3").1);
-        assert!(!open(&mut crowd, "/ip4/1.1.1.1/tcp/4").1);
-        // One site of IPv6 has addresses without end.
-        assert!(open(&mut crowd, "/ip6/2001:db8:0:1::1/tcp/1").1);
-        assert!(open(&mut crowd, "/ip6/2001:db8:0:1::2/tcp/1").1);
-        assert!(!open(&mut crowd, "/ip6/2001:db8:0:1::3/tcp/1").1);
-        assert!(open(&mut crowd, "/ip6/2001:db8:0:2::3/tcp/1").1);
-        for _ in 0..9 {
-            assert!(open(&mut crowd, "/ip4/127.0.0.1/tcp/1").1);
+    struct Door {
+        behaviour: Behaviour,
+        next: usize,
+    }
+
+    impl Door {
+        fn new(limits: Limits) -> Self {
+            let crowd = Crowd::new(&limits, Memory::new(None));
+            Self {
+                behaviour: Behaviour::new(crowd),
+                next: 0,
+            }
+        }
+
+        fn open(&mut self, from: &str) -> Option<ConnectionId> {
+            self.open_for(PeerId::random(), from)
+        }
+
+        fn open_for(&mut self, peer: PeerId, from: &str) -> Option<ConnectionId> {
+            self.next += 1;
+            let id = ConnectionId::new_unchecked(self.next);
+            let local = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
+            let remote = format!("{from}/tcp/1").parse().unwrap();
+            let place = Place::of(&Path::inbound(&local, &remote));
+            self.behaviour.0.admit(place).ok()?;
+            let entered = self
+                .behaviour
+                .handle_established_inbound_connection(id, peer, &local, &remote);
+            entered.ok().map(|_| id)
+        }
+
+        fn closed(&mut self) -> Vec<ConnectionId> {
+            let mut state = self.behaviour.0.state();
+            state.to_close.drain(..).map(|(_, id)| id).collect()
+        }
+
+        fn rate(&self, id: ConnectionId, worth: Worth) {
+            self.behaviour.0.rate(id, worth);
+        }
+    }
+
+    fn used(door: &Door, name: &str) -> (u64, u64) {
+        let limits = door.behaviour.0.limits();
+        let row = limits.into_iter().find(|row| row.name == name).unwrap();
+        (row.used, row.refused)
+    }
+
+    fn limits(incoming: u32, per_address: u32) -> Limits {
+        Limits {
+            established_incoming: incoming,
+            per_address,
+            ..Limits::default()
         }
     }
 
     #[test]
+    fn one_address_is_held_to_its_limit_and_others_are_not() {
+        let mut door = Door::new(limits(512, 2));
+        let first = door.open("/ip4/1.1.1.1").unwrap();
+        assert!(door.open("/ip4/1.1.1.1").is_some());
+        assert!(door.open("/ip4/1.1.1.1").is_none());
+        assert!(door.open("/ip4/1.1.1.2").is_some());
+        assert_eq!(used(&door, "connections_per_address"), (2, 1));
+        assert_eq!(used(&door, "connections"), (3, 0));
+        door.behaviour.0.state().remove(first);
+        door.behaviour.0.state().remove(first);
+        assert!(door.open("/ip4/1.1.1.1").is_some());
+        assert!(door.open("/ip4/1.1.1.1").is_none());
+        // One site of IPv6 has addresses without end.
+        assert!(door.open("/ip6/2001:db8:0:1::1").is_some());
+        assert!(door.open("/ip6/2001:db8:0:1::2").is_some());
+        assert!(door.open("/ip6/2001:db8:0:1::3").is_none());
+        assert!(door.open("/ip6/2001:db8:0:2::3").is_some());
+    }
+
+    #[test]
+    fn a_network_is_held_to_twice_the_limit_of_an_address() {
+        let mut door = Door::new(limits(512, 4));
+        let v4 = (0..100).filter_map(|n| door.open(&format!("/ip4/1.1.1.{n}")));
+        assert_eq!(v4.count(), 8);
+        let line = (0..100).filter_map(|n| door.open(&format!("/ip6/2001:db8:0:1{n:02}::1")));
+        assert_eq!(line.count(), 6);
+        let site = (0..100).filter_map(|n| door.open(&format!("/ip6/2001:db8:1:{n}00::1")));
+        assert_eq!(site.count(), 8);
+    }
+
+    #[test]
+    fn a_site_of_private_addresses_and_this_machine_have_room_but_not_all_of_it() {
+        let mut door = Door::new(limits(512, 4));
+        for n in 0..100 {
+            assert!(door.open(&format!("/ip4/10.1.1.{n}")).is_some());
+        }
+        for near in ["/ip4/127.0.0.1", "/ip4/192.168.1.1"] {
+            let near = (0..100).filter_map(|_| door.open(near));
+            assert_eq!(near.count(), 24);
+        }
+    }
+
+    /// 64 identities at each of eight addresses, as one machine with eight addresses has.
+    #[test]
+    fn a_full_node_closes_the_least_useful_connection_of_the_place_with_most() {
+        let mut door = Door::new(Limits::default());
+        let honest = door.open("/ip4/9.9.9.9").unwrap();
+        let mut attacker = Vec::new();
+        for n in 0..8 {
+            attacker.extend((0..64).filter_map(|_| door.open(&format!("/ip4/1.1.{n}.1"))));
+        }
+        assert_eq!(used(&door, "connections_incoming").0, 512);
+        assert!(door.closed().is_empty());
+        let now = Some(Instant::now());
+        for id in &attacker[1..] {
+            let worth = Worth {
+                moved: now,
+                ..Worth::default()
+            };
+            door.rate(*id, worth);
+        }
+        let newcomer = door.open("/ip4/8.8.8.8").unwrap();
+        assert_eq!(door.closed(), [attacker[0]]);
+        // The attacker has no way back in while others hold fewer.
+        assert!(door.open("/ip4/1.1.1.1").is_none());
+        assert!(door.open("/ip4/7.7.7.7").is_some());
+        let closed = door.closed();
+        assert!(!closed.contains(&honest) && !closed.contains(&newcomer));
+        assert_eq!(used(&door, "connections_incoming").0, 512);
+    }
+
+    #[test]
+    fn a_bootstrap_node_is_not_closed_for_a_newcomer() {
+        let mut door = Door::new(limits(2, 64));
+        let ids: Vec<_> = (0..2).filter_map(|_| door.open("/ip4/1.1.1.1")).collect();
+        let needed = Worth {
+            needed: true,
+            ..Worth::default()
+        };
+        door.rate(ids[0], needed);
+        assert!(door.open("/ip4/2.2.2.2").is_some());
+        assert_eq!(door.closed(), [ids[1]]);
+        let refused = door.open("/ip4/3.3.3.3");
+        assert!(refused.is_none());
+        assert_eq!(used(&door, "connections_incoming").1, 1);
+    }
+
+    #[test]
+    fn shedding_takes_the_place_that_costs_most_and_spares_the_newcomer() {
+        let mut door = Door::new(Limits::default());
+        let hoards: Vec<_> = (0..4).filter_map(|_| door.open("/ip4/1.1.1.1")).collect();
+        for id in &hoards {
+            let worth = Worth {
+                // One reservation does not make it exempt.
+                kept: true,
+                streams: 32,
+                moved: Some(Instant::now()),
+                ..Worth::default()
+            };
+            door.rate(*id, worth);
+        }
+        let newcomer = door.open("/ip4/2.2.2.2").unwrap();
+        assert_eq!(door.behaviour.0.shed(4), 4);
+        let mut closed = door.closed();
+        closed.sort();
+        assert_eq!(closed, hoards);
+        assert_eq!(door.behaviour.0.shed(4), 1);
+        assert_eq!(door.closed(), [newcomer]);
+    }
+
+    #[test]
     fn a_relay_is_one_place() {
-        let mut crowd = Behaviour::new(2, Memory::new(None));
+        let mut crowd = Behaviour::new(Crowd::new(&limits(512, 2), Memory::new(None)));
         let relay = Multiaddr::empty().with(Protocol::P2p(PeerId::random()));
         let local = relay.with(Protocol::P2pCircuit);
-        for n in 0..4 {
-            let remote = Multiaddr::empty().with(Protocol::P2p(PeerId::random()));
+        for n in 0..6 {
+            let peer = PeerId::random();
+            let remote = Multiaddr::empty().with(Protocol::P2p(peer));
             let id = ConnectionId::new_unchecked(n);
-            let taken = crowd.handle_pending_inbound_connection(id, &local, &remote);
-            assert_eq!(taken.is_ok(), n < 2);
+            let taken = crowd.handle_established_inbound_connection(id, peer, &local, &remote);
+            assert_eq!(taken.is_ok(), n < 4);
         }
+    }
+
+    #[test]
+    fn a_refusal_is_counted_in_the_row_of_its_limit() {
+        let mut door = Door::new(Limits {
+            per_peer: 1,
+            established: 3,
+            ..Limits::default()
+        });
+        let peer = PeerId::random();
+        assert!(door.open_for(peer, "/ip4/1.1.1.1").is_some());
+        assert!(door.open_for(peer, "/ip4/1.1.1.1").is_none());
+        assert_eq!(used(&door, "connections_per_peer"), (1, 1));
+        for n in 2..4 {
+            assert!(door.open(&format!("/ip4/{n}.1.1.1")).is_some());
+        }
+        assert!(door.open("/ip4/4.1.1.1").is_none());
+        assert_eq!(used(&door, "connections"), (3, 1));
+        assert_eq!(used(&door, "connections_incoming"), (3, 0));
+    }
+
+    #[test]
+    fn a_connection_counts_where_its_other_end_is_now() {
+        let mut door = Door::new(limits(512, 2));
+        let id = door.open("/ip4/127.0.0.1").unwrap();
+        for n in 0..3 {
+            let id = match n {
+                0 => id,
+                _ => door.open("/ip4/127.0.0.1").unwrap(),
+            };
+            let path = Path::of(&"/ip4/1.1.1.1/tcp/1/ws".parse().unwrap());
+            let limits = door.behaviour.0.limits;
+            door.behaviour.0.state().moved(&limits, id, &path);
+        }
+        assert_eq!(used(&door, "connections_per_address"), (2, 1));
+        assert_eq!(door.closed().len(), 1);
+        assert_eq!(used(&door, "connections").0, 2);
     }
 }

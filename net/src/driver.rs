@@ -5,15 +5,13 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use futures::StreamExt;
 use if_watch::{IfEvent, tokio::IfWatcher};
 use libp2p::{
-    Multiaddr, PeerId, Swarm, TransportError, connection_limits,
-    connection_limits::ConnectionLimits,
+    Multiaddr, PeerId, Swarm, TransportError,
     core::transport::PortUse,
     core::{ConnectedPoint, transport::ListenerId, upgrade::Version},
     identify, mdns,
@@ -25,27 +23,28 @@ use libp2p::{
     },
 };
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{mpsc, oneshot, watch},
     time::{MissedTickBehavior, interval, timeout, timeout_at},
 };
 
 use crate::{
     Access, Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
-    Reachability, RelayServer, SpawnError, Stream, Transport, access,
+    Place, Reachability, RelayServer, Shares, SpawnError, Stream, Transport, access,
     address::{
         dialable_from, first_ip, is_outside, is_public, of_socket, socket, socket_within,
         starts_with_name,
     },
     autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
-    crowd,
+    crowd::{self, Crowd, Worth},
     dialled::Dialled,
     gate::{Gate, Source},
-    lane::{self, Places},
+    lane,
     limits::Memory,
     listen,
     mappings::{Mapped, Mapping},
     network::{Addresses, Command},
+    pending::Pending,
     ping as pings,
     punch::{self, Plan, PunchError},
     quic::Sockets,
@@ -57,6 +56,7 @@ use crate::{
     streams::{self, Moved, Protocols},
     tls::Tls,
     topics, transport,
+    websocket::Door,
 };
 
 mod addresses;
@@ -117,8 +117,13 @@ const RELAY_CHECK: Duration = Duration::from_secs(5);
 /// Connections closed in a second while the node is short of memory.
 const SHED: usize = 8;
 
-/// Streams of pings answered at a time.
-const MAX_PINGERS: usize = 64;
+/// Streams of pings answered at a time, in all and of one peer. A peer in doubt about all its connections opens one on
+/// each, eight at most. A stream on which nothing comes for 10 s ends.
+const MAX_PINGERS: usize = 256;
+const MAX_PINGERS_PER_PEER: usize = 12;
+
+/// Requests to be dialled that are refused with a message at a time; what is beyond is reset.
+const MAX_REJECTIONS: usize = 64;
 
 /// What tasks have come to and the driver has not looked at yet.
 const OUTCOMES: usize = 256;
@@ -149,7 +154,6 @@ pub(crate) fn path(endpoint: &ConnectedPoint) -> Path {
 #[behaviour(prelude = "libp2p::swarm::derive_prelude")]
 pub(crate) struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
     access: access::Behaviour,
-    limits: connection_limits::Behaviour,
     crowd: crowd::Behaviour,
     identify: identify::Behaviour,
     ping: ping::Behaviour,
@@ -217,9 +221,9 @@ struct Connection {
     punched: bool,
     /// The address of ours from which packets go to the other end, when it was opened.
     source: Option<IpAddr>,
-    /// It is being closed for want of memory.
-    closing: bool,
     moved: (u64, u64),
+    /// The last time at which bytes of our protocols moved on it.
+    last_moved: Option<Instant>,
     /// Bytes received and sent in the last second.
     rate: (u64, u64),
 }
@@ -273,27 +277,15 @@ impl Peer {
 /// Connections that were refused since the start, by what refused them.
 #[derive(Debug, Default)]
 struct Refusals {
-    limits: u64,
-    crowd: u64,
     access: u64,
 }
 
 impl Refusals {
     fn count(&mut self, cause: &ConnectionDenied) {
-        // Those for want of memory are counted where they are refused.
-        let count = if cause
-            .downcast_ref::<connection_limits::Exceeded>()
-            .is_some()
-        {
-            &mut self.limits
-        } else if cause.downcast_ref::<crowd::Crowded>().is_some() {
-            &mut self.crowd
-        } else if cause.downcast_ref::<access::KeptOut>().is_some() {
-            &mut self.access
-        } else {
-            return;
-        };
-        *count += 1;
+        // What is over a limit is counted where it is refused.
+        if cause.downcast_ref::<access::KeptOut>().is_some() {
+            self.access += 1;
+        }
     }
 }
 
@@ -392,7 +384,9 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     lanes: Lanes,
     autonat: Autonat,
     pings: Incoming,
-    pingers: Arc<Semaphore>,
+    pingers: Shares,
+    /// Requests to be dialled that are being refused.
+    rejections: Shares,
     port_mapping: bool,
     /// Our ports that the gateway is asked to forward.
     mappings: HashMap<Transport, Mapping>,
@@ -406,6 +400,10 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     outside: bool,
     limits: Limits,
     memory: Memory,
+    /// The open connections.
+    crowd: Crowd,
+    /// Those in the handshake.
+    pending: Pending,
     refusals: Refusals,
     /// Our addresses, for those who want to know of changes.
     told: watch::Sender<Addresses>,
@@ -440,12 +438,6 @@ where
         let interfaces = IfWatcher::new().inspect_err(|error| {
             tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialled");
         });
-        let limits = ConnectionLimits::default()
-            .with_max_pending_incoming(Some(config.limits.pending_incoming))
-            .with_max_pending_outgoing(Some(config.limits.pending_outgoing))
-            .with_max_established_incoming(Some(config.limits.established_incoming))
-            .with_max_established(Some(config.limits.established))
-            .with_max_established_per_peer(Some(config.limits.per_peer));
         let mdns = if config.mdns {
             let mdns = mdns::tokio::Behaviour::new(mdns::Config::default(), local);
             Some(mdns.map_err(SpawnError::Mdns)?)
@@ -453,14 +445,15 @@ where
             None
         };
         let memory = Memory::new(config.limits.memory);
+        let crowd = Crowd::new(&config.limits, memory.clone());
+        let pending = Pending::new(config.limits.pending_incoming, crowd.clone());
         let (sockets, dialled) = (Sockets::default(), Dialled::default());
         let access = access::Shared::new(config.access.clone());
         let (circuits, circuit_requests, arrivals) = Circuits::new();
         let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
         let behaviour = Behaviour {
             access: access::Behaviour::new(access.clone()),
-            limits: connection_limits::Behaviour::new(limits),
-            crowd: crowd::Behaviour::new(config.limits.per_address, memory.clone()),
+            crowd: crowd::Behaviour::new(crowd.clone()),
             identify: identify::Behaviour::new(
                 identify::Config::new("/weft/1".to_owned(), config.key.public())
                     .with_agent_version(config.agent.clone())
@@ -482,16 +475,23 @@ where
         };
         let tls = Tls::new(&config.key)?;
         let (lanes_arrive, lane_arrivals) = lane::Arrivals::new();
-        let places = Places::new(config.limits.lanes, config.limits.lanes_per_peer);
+        let lanes = Shares::new(config.limits.lanes, config.limits.lanes_per_peer);
+        let lanes_enabled = config.limits.lanes > 0 && config.limits.lanes_per_peer > 0;
         let parts = transport::Parts {
             key: &config.key,
             tls: tls.clone(),
             certificate: config.certificate.as_ref(),
             sockets: sockets.clone(),
             dialled: dialled.clone(),
-            access,
+            access: access.clone(),
             gate: gate.clone(),
-            lanes: places.enabled().then_some(lanes_arrive),
+            door: Door {
+                pending: pending.clone(),
+                access,
+                origins: config.ws_origins.into(),
+                proxies: config.trusted_proxies.into(),
+            },
+            lanes: lanes_enabled.then_some(lanes_arrive),
         };
         let mut swarm = Swarm::new(
             transport::build(&parts, circuits)?,
@@ -564,10 +564,11 @@ where
             dialled,
             punching: Punching::new(config.hole_punching),
             punches,
-            lanes: Lanes::new(tls, lane_arrivals, callers, places),
+            lanes: Lanes::new(tls, lane_arrivals, callers, lanes),
             autonat: Autonat::new(dial_requests, dial_backs, config.limits.autonat),
             pings,
-            pingers: Arc::new(Semaphore::new(MAX_PINGERS)),
+            pingers: Shares::new(MAX_PINGERS, MAX_PINGERS_PER_PEER),
+            rejections: Shares::new(MAX_REJECTIONS, 1),
             outside,
             port_mapping: config.port_mapping,
             mappings: HashMap::new(),
@@ -578,6 +579,8 @@ where
             mapping_changes,
             limits: config.limits,
             memory,
+            crowd,
+            pending,
             refusals: Refusals::default(),
             told: watch::Sender::default(),
         })
@@ -650,9 +653,10 @@ where
                 Some(stream) = self.punches.next() => self.respond(stream),
                 Some(stream) = self.pings.next() => {
                     // Dropped, and so reset, if there are too many.
-                    if let Ok(place) = Arc::clone(&self.pingers).try_acquire_owned() {
+                    let place = Place::of(stream.path());
+                    if let Ok(permit) = self.pingers.take(stream.peer(), place) {
                         tokio::spawn(async move {
-                            let _place = place;
+                            let _permit = permit;
                             // How it ends is the peer's affair.
                             let _ = pings::answer_pings(stream).await;
                         });
@@ -995,8 +999,8 @@ where
                 dialled: endpoint.is_dialer(),
                 punched,
                 source,
-                closing: false,
                 moved: (0, 0),
+                last_moved: None,
                 rate: (0, 0),
                 from_listener: match endpoint {
                     ConnectedPoint::Dialer { port_use, .. } => *port_use == PortUse::Reuse,
@@ -1184,12 +1188,17 @@ where
             .collect();
         let seen_at = connection.path.address.clone();
         let relayed = connection.path.kind == PathKind::Relayed;
+        // A web page, or a stranger behind a proxy: it is not on this machine, wherever it comes from.
+        let proxied = !connection.dialled
+            && connection.path.transport == Transport::Ws
+            && connection.path.kind == PathKind::Loopback;
         let claimed: Vec<Multiaddr> = info
             .listen_addrs
             .into_iter()
             .filter(|address| match socket(address) {
                 // A relay tells nothing of where its users are.
                 Some((at, _)) if relayed => is_public(&at.ip()),
+                _ if proxied => is_outside(address),
                 _ => relayed || dialable_from(&seen_at, address),
             })
             .take(MAX_CLAIMED)
@@ -1226,14 +1235,18 @@ where
 
     /// Once a second: how much moved in it.
     fn count(&mut self) {
+        let now = Instant::now();
         let streams = &self.swarm.behaviour().streams;
         for peer in self.peers.values_mut() {
             for (id, connection) in &mut peer.connections {
                 // One that is closing counts nothing any more.
                 let moved = streams.moved(*id).unwrap_or(connection.moved);
                 let before = std::mem::replace(&mut connection.moved, moved);
-                let since = |now: u64, before| now.saturating_sub(before);
+                let since = |moved: u64, before| moved.saturating_sub(before);
                 connection.rate = (since(moved.0, before.0), since(moved.1, before.1));
+                if connection.rate != (0, 0) {
+                    connection.last_moved = Some(now);
+                }
             }
         }
     }
@@ -1250,31 +1263,39 @@ where
         self.expire_probes();
         self.verify_addresses();
         self.drain();
+        self.rate_connections();
         self.shed();
         self.tell_addresses();
     }
 
-    /// While the node is short of memory, closes what others have opened, the newest first: whoever came before that was served until then.
+    /// While the node is short of memory, closes connections that others have opened: those of the place that costs most.
     fn shed(&mut self) {
         if !self.memory.is_short() {
             return;
         }
-        let streams = &self.swarm.behaviour().streams;
-        let all = self.peers.iter().flat_map(|(peer, known)| {
-            let connections = known.connections.iter();
-            connections.map(move |(id, c)| (peer, id, c))
-        });
-        let mut opened: Vec<_> = all
-            .filter(|(peer, _, c)| !c.dialled && !c.closing && !streams.is_kept(peer))
-            .map(|(peer, id, c)| (c.since, *peer, *id))
-            .collect();
-        opened.sort_by_key(|(since, ..)| std::cmp::Reverse(*since));
-        for (_, peer, connection) in opened.into_iter().take(SHED) {
-            tracing::debug!(%connection, "closed for want of memory");
-            self.swarm.close_connection(connection);
-            let known = self.peers.get_mut(&peer);
-            if let Some(c) = known.and_then(|peer| peer.connections.get_mut(&connection)) {
-                c.closing = true;
+        let closed = self.crowd.shed(SHED);
+        tracing::debug!(closed, "connections closed for want of memory");
+    }
+
+    /// Tells the crowd which connections are of use: it closes the least useful one when it has to close one.
+    fn rate_connections(&mut self) {
+        if !self.crowd.is_dense() && !self.memory.is_short() {
+            return;
+        }
+        let behaviour = self.swarm.behaviour_mut();
+        for (id, peer) in &self.peers {
+            let needed = self.bootstrap.iter().any(|known| known.peer == *id)
+                || self.relays.holds(id)
+                || !behaviour.heard_of(*id).is_empty();
+            let kept = behaviour.streams.is_kept(id);
+            for (connection, c) in &peer.connections {
+                let worth = Worth {
+                    needed,
+                    kept,
+                    moved: c.last_moved,
+                    streams: behaviour.streams.streams_on(*connection),
+                };
+                self.crowd.rate(*connection, worth);
             }
         }
     }
@@ -1341,8 +1362,6 @@ where
     }
 
     fn limit_uses(&mut self) -> Vec<LimitUse> {
-        let info = self.swarm.network_info();
-        let counters = info.connection_counters();
         let behaviour = self.swarm.behaviour();
         let limit = |name, used: u64, limit: u64, refused: u64| LimitUse {
             name,
@@ -1353,59 +1372,16 @@ where
         let limits = &self.limits;
         let connections = self.peers.values().flat_map(|peer| peer.connections.keys());
         let streams = connections.map(|id| behaviour.streams.streams_on(*id));
-        let per_peer = self.peers.values().map(|peer| peer.connections.len());
-        let (lanes, lanes_of_one, lanes_refused) = self.lanes.places.used();
         let autonat = self.autonat.bounds.limits();
         let (probes, probing, probes_refused) = self.autonat.bounds.used(Instant::now());
-        let mut all = vec![
-            limit(
-                "connections",
-                counters.num_established().into(),
-                limits.established.into(),
-                self.refusals.limits,
-            ),
-            limit(
-                "connections_incoming",
-                counters.num_established_incoming().into(),
-                limits.established_incoming.into(),
-                0,
-            ),
-            limit(
-                "connections_pending_incoming",
-                counters.num_pending_incoming().into(),
-                limits.pending_incoming.into(),
-                0,
-            ),
-            limit(
-                "connections_pending_outgoing",
-                counters.num_pending_outgoing().into(),
-                limits.pending_outgoing.into(),
-                0,
-            ),
-            limit(
-                "connections_per_peer",
-                per_peer.max().unwrap_or_default() as u64,
-                limits.per_peer.into(),
-                0,
-            ),
-            limit(
-                "connections_per_address",
-                behaviour.crowd.most().into(),
-                limits.per_address.into(),
-                self.refusals.crowd,
-            ),
+        let mut all = self.crowd.limits();
+        all.extend(self.pending.limits());
+        all.extend([
             limit(
                 "streams_per_connection",
                 streams.max().unwrap_or_default() as u64,
                 limits.streams as u64,
                 behaviour.streams.refused(),
-            ),
-            limit("lanes", lanes as u64, limits.lanes as u64, lanes_refused),
-            limit(
-                "lanes_per_peer",
-                lanes_of_one as u64,
-                limits.lanes_per_peer as u64,
-                0,
             ),
             self.memory.usage(),
             limit(
@@ -1426,7 +1402,11 @@ where
                 limit: None,
                 refused: self.refusals.access,
             },
-        ];
+        ]);
+        let lanes = &self.lanes.shares;
+        all.extend(lanes.limits("lanes", "lanes_per_address", "lanes_per_peer"));
+        let pingers = &self.pingers;
+        all.extend(pingers.limits("pings", "pings_per_address", "pings_per_peer"));
         all.extend(self.server.limits());
         all.extend(self.gate.limits(Instant::now()));
         all.extend(self.names.limits(Instant::now()));

@@ -29,7 +29,7 @@ use multistream_select::{Negotiated, dialer_select_proto, listener_select_proto}
 use tokio::{
     io::{AsyncWriteExt, ReadBuf},
     runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{mpsc, oneshot},
     time::timeout,
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
@@ -38,7 +38,7 @@ use weft_proto::{
     wire::{LaneCall, LaneHello, LaneRefusal},
 };
 
-use crate::{Stream, gate::Target, tcp::Tcp, tls::Tls, websocket::Socket};
+use crate::{Permit, Stream, gate::Target, tcp::Tcp, tls::Tls, websocket::Socket};
 
 /// What stands in the place of a multiplexer.
 pub(crate) const LANE: &str = "/weft/lane/1";
@@ -75,14 +75,14 @@ const LINGER: Duration = Duration::from_secs(5);
 /// something unread has arrived takes with it what was written last.
 #[derive(Debug)]
 pub(crate) struct Bytes {
-    lane: Option<(Box<Compat<Lane>>, Place)>,
+    lane: Option<(Box<Compat<Lane>>, Permit)>,
     shut: bool,
 }
 
 impl Bytes {
-    pub(crate) fn new(lane: Lane, place: Place) -> Self {
+    pub(crate) fn new(lane: Lane, permit: Permit) -> Self {
         Self {
-            lane: Some((Box::new(lane.compat()), place)),
+            lane: Some((Box::new(lane.compat()), permit)),
             shut: false,
         }
     }
@@ -95,11 +95,11 @@ impl Bytes {
 
 impl Drop for Bytes {
     fn drop(&mut self) {
-        if let (true, Some((mut lane, place)), Ok(runtime)) =
+        if let (true, Some((mut lane, permit)), Ok(runtime)) =
             (self.shut, self.lane.take(), Handle::try_current())
         {
             runtime.spawn(async move {
-                let _place = place;
+                let _permit = permit;
                 // However it ends, it is over.
                 let _ = timeout(LINGER, tokio::io::copy(&mut lane, &mut tokio::io::sink())).await;
             });
@@ -230,12 +230,12 @@ pub(crate) async fn open(
     opened.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins. The place is the one that the lane took when it arrived.
+/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins. The permit is the one that the lane took when it arrived.
 pub(crate) async fn be_called(
     mut stream: Stream,
     calls: &Calls,
     protocol: &StreamProtocol,
-) -> Result<(Lane, Multiaddr, Place), LaneError> {
+) -> Result<(Lane, Multiaddr, Permit), LaneError> {
     let called = timeout(SETUP, async {
         let mut token = Token::default();
         getrandom::fill(&mut token).map_err(io::Error::other)?;
@@ -248,8 +248,8 @@ pub(crate) async fn be_called(
         let refusal = frame::read::<LaneRefusal, _>(&mut stream, MAX_MESSAGE);
         tokio::select! {
             arrival = call.arrives() => {
-                let (arrival, place) = arrival.ok_or(LaneError::Refused)?;
-                Ok((choose(arrival.raw, protocol).await?, arrival.from, place))
+                let (arrival, permit) = arrival.ok_or(LaneError::Refused)?;
+                Ok((choose(arrival.raw, protocol).await?, arrival.from, permit))
             }
             // Also if it hangs up.
             _ = refusal => Err(LaneError::Refused),
@@ -296,10 +296,10 @@ pub(crate) async fn refuse(mut stream: Stream) -> Result<(), LaneError> {
 /// A lane that has arrived: `None` if it was called for, and has gone to whoever did; else the lane and which of `protocols` begins on it.
 pub(crate) async fn accept(
     mut arrival: Arrival,
-    place: Place,
+    permit: Permit,
     calls: &Calls,
     protocols: Vec<StreamProtocol>,
-) -> Result<Option<(Lane, StreamProtocol, Place)>, LaneError> {
+) -> Result<Option<(Lane, StreamProtocol, Permit)>, LaneError> {
     let accepted = timeout(SETUP, async {
         let mut raw = (&mut arrival.raw).compat();
         let hello: Option<LaneHello> = frame::read(&mut raw, MAX_MESSAGE).await?;
@@ -308,11 +308,11 @@ pub(crate) async fn accept(
             .token;
         if !token.is_empty() {
             let token = Token::try_from(token.as_ref()).map_err(|_| LaneError::Refused)?;
-            calls.arrived(token, arrival, place);
+            calls.arrived(token, arrival, permit);
             return Ok(None);
         }
         let (protocol, lane) = listener_select_proto(arrival.raw, protocols).await?;
-        Ok(Some((lane, protocol, place)))
+        Ok(Some((lane, protocol, permit)))
     });
     accepted.await.unwrap_or(Err(LaneError::TimedOut))
 }
@@ -322,7 +322,7 @@ pub(crate) async fn accept(
 pub(crate) struct Calls(Arc<Mutex<Waiting>>);
 
 /// Whom a call was made to, and who waits for it.
-type Waiting = HashMap<Token, (PeerId, oneshot::Sender<(Arrival, Place)>)>;
+type Waiting = HashMap<Token, (PeerId, oneshot::Sender<(Arrival, Permit)>)>;
 
 impl Calls {
     fn expect(&self, peer: PeerId, token: Token) -> Call {
@@ -336,7 +336,7 @@ impl Calls {
     }
 
     /// Dropped, and so closed, if nobody waits for it.
-    fn arrived(&self, token: Token, arrival: Arrival, place: Place) {
+    fn arrived(&self, token: Token, arrival: Arrival, permit: Permit) {
         let mut calls = self.lock();
         if calls
             .get(&token)
@@ -344,7 +344,7 @@ impl Calls {
             && let Some((_, sender)) = calls.remove(&token)
         {
             // Whoever waited may be gone.
-            let _ = sender.send((arrival, place));
+            let _ = sender.send((arrival, permit));
         }
     }
 
@@ -360,11 +360,11 @@ impl Calls {
 struct Call {
     calls: Calls,
     token: Token,
-    arrival: oneshot::Receiver<(Arrival, Place)>,
+    arrival: oneshot::Receiver<(Arrival, Permit)>,
 }
 
 impl Call {
-    async fn arrives(mut self) -> Option<(Arrival, Place)> {
+    async fn arrives(mut self) -> Option<(Arrival, Permit)> {
         (&mut self.arrival).await.ok()
     }
 }
@@ -384,98 +384,9 @@ impl std::fmt::Debug for Arrival {
     }
 }
 
-/// Places for lanes, of one peer and in all.
-#[derive(Debug)]
-pub(crate) struct Places {
-    all: Arc<Semaphore>,
-    in_all: usize,
-    per_peer: usize,
-    peers: HashMap<PeerId, Arc<Semaphore>>,
-    refused: u64,
-}
-
-/// One lane's; free again when dropped.
-#[derive(Debug)]
-pub(crate) struct Place {
-    _all: OwnedSemaphorePermit,
-    _peer: OwnedSemaphorePermit,
-}
-
-impl Places {
-    pub(crate) fn new(in_all: usize, per_peer: usize) -> Self {
-        // More than a semaphore counts is as good as that many.
-        let in_all = in_all.min(Semaphore::MAX_PERMITS);
-        let per_peer = per_peer.min(Semaphore::MAX_PERMITS);
-        Self {
-            all: Arc::new(Semaphore::new(in_all)),
-            in_all,
-            per_peer,
-            peers: HashMap::new(),
-            refused: 0,
-        }
-    }
-
-    /// Whether lanes are used at all.
-    pub(crate) fn enabled(&self) -> bool {
-        self.in_all > 0 && self.per_peer > 0
-    }
-
-    /// Lanes open now, in all and of the peer that has most, and those refused since the start.
-    pub(crate) fn used(&self) -> (usize, usize, u64) {
-        let of_peers = self.peers.values();
-        let of_peers = of_peers.map(|places| self.per_peer - places.available_permits());
-        let in_all = self.in_all - self.all.available_permits();
-        (in_all, of_peers.max().unwrap_or_default(), self.refused)
-    }
-
-    /// Whether there is one left for `peer`.
-    pub(crate) fn has(&self, peer: &PeerId) -> bool {
-        let of_peer = self.peers.get(peer);
-        let of_peer = of_peer.map_or(self.per_peer, |places| places.available_permits());
-        of_peer > 0 && self.all.available_permits() > 0
-    }
-
-    pub(crate) fn take(&mut self, peer: PeerId) -> Option<Place> {
-        let per_peer = self.per_peer;
-        self.peers
-            .retain(|_, places| places.available_permits() < per_peer);
-        let places = self
-            .peers
-            .entry(peer)
-            .or_insert_with(|| Arc::new(Semaphore::new(per_peer)));
-        let peer = Arc::clone(places).try_acquire_owned();
-        let all = Arc::clone(&self.all).try_acquire_owned();
-        match (peer, all) {
-            (Ok(peer), Ok(all)) => Some(Place {
-                _all: all,
-                _peer: peer,
-            }),
-            _ => {
-                self.refused += 1;
-                None
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn places_are_bounded_by_peer_and_in_all() {
-        let mut places = Places::new(3, 2);
-        let (one, two) = (PeerId::random(), PeerId::random());
-        let first = places.take(one).unwrap();
-        let _second = places.take(one).unwrap();
-        assert!(places.take(one).is_none());
-        let _third = places.take(two).unwrap();
-        assert!(places.take(two).is_none());
-        assert_eq!(places.used(), (3, 2, 2));
-        drop(first);
-        assert!(places.take(two).is_some());
-        assert!(Places::new(0, 2).take(one).is_none());
-    }
 
     #[tokio::test]
     async fn a_call_that_is_given_up_is_forgotten() {

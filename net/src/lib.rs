@@ -22,13 +22,16 @@ mod crowd;
 mod dialled;
 mod driver;
 mod gate;
+mod head;
 mod lane;
 mod limits;
 mod listen;
 mod mappings;
 mod muxer;
 mod network;
+mod pending;
 mod ping;
+mod proxied;
 mod punch;
 mod quic;
 mod reach;
@@ -36,6 +39,7 @@ mod relay_server;
 mod relays;
 mod resolve;
 mod search;
+mod shares;
 mod streams;
 mod tcp;
 mod tls;
@@ -58,6 +62,7 @@ pub use self::{
     ping::PingError,
     reach::{Filtering, Mapping},
     relay_server::{RelayLimits, RelayUse},
+    shares::{Full, Permit, Place, Shares},
     streams::{AcceptError, BestPath, Class, Incoming, OpenError, Stream, is_superseded},
     topics::{
         MAX_DATA, MAX_TOPIC, Missed, Published, Subscription, TopicError, TopicInfo, Topics,

@@ -13,17 +13,21 @@ use crate::AutonatLimits;
 /// What strangers can make us hold.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections in the handshake, opened by others.
+    /// Connections in the handshake, opened by others: half of them TCP, a quarter QUIC, a quarter through relays. Of one
+    /// IPv4 address or IPv6 /64, 16 at most. When there are too many, those that have sent nothing make room.
     pub pending_incoming: u32,
     /// Connections in the handshake, opened by this node, for whatever reason.
     pub pending_outgoing: u32,
-    /// Connections opened by others.
+    /// Connections opened by others. When there are so many, the least useful one of the place that has most makes room
+    /// for one from elsewhere.
     pub established_incoming: u32,
     /// Connections in all.
     pub established: u32,
     /// Connections with one peer. Above one, because both sides may dial, over several transports.
     pub per_peer: u32,
-    /// Connections opened by others from one IPv4 address or one IPv6 network of 64 bits. Wide enough for a carrier's customers, who share one.
+    /// Connections opened by others from one IPv4 address or one IPv6 /64. Wide enough for a carrier's customers, who share
+    /// an address. A /56 of IPv6 has half as many more; a /24 of IPv4, a /48 of IPv6 and a relay have twice as many; a
+    /// private address and this machine have six times as many, because a whole site may stand behind one.
     pub per_address: u32,
     /// Streams that a peer may have open to our own protocols on one connection.
     pub streams: usize,
@@ -41,7 +45,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            pending_incoming: 128,
+            pending_incoming: 256,
             pending_outgoing: 256,
             established_incoming: 512,
             established: 1024,

@@ -10,7 +10,7 @@ use tokio::{
 
 use crate::{
     AcceptError, Access, Certificate, Class, Destinations, Filtering, Incoming, LimitUse, Limits,
-    Mapping, OpenError, Path, PingError, RelayLimits, RelayUse, Stream, Verdict,
+    Mapping, OpenError, Path, PingError, RelayLimits, RelayUse, Rule, Stream, Verdict,
     driver::Driver,
     ping::{self, PING},
     streams::Protocols,
@@ -61,6 +61,13 @@ pub struct Config {
     pub mdns: bool,
     /// For secure WebSocket; `None`: one is made up, which other nodes take, and browsers and proxies do not.
     pub certificate: Option<Certificate>,
+    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. A browser names
+    /// the origin of the page. Empty: no web page may.
+    pub ws_origins: Vec<String>,
+    /// Networks of reverse proxies that forward connections to this node. From there, each connection has to say where
+    /// it really comes from, by the PROXY protocol or in `X-Forwarded-For`; others are refused. Rules for peers have no
+    /// effect here.
+    pub trusted_proxies: Vec<Rule>,
     /// What we tell peers that we are.
     pub agent: String,
     /// What strangers can make us hold.
@@ -84,6 +91,8 @@ impl Config {
             port_mapping: true,
             mdns: true,
             certificate: None,
+            ws_origins: Vec::new(),
+            trusted_proxies: Vec::new(),
             agent: concat!("weft/", env!("CARGO_PKG_VERSION")).to_owned(),
             limits: Limits::default(),
             access: Access::default(),

@@ -39,6 +39,7 @@ use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 use crate::{
     Transport,
     address::{any_socket, of_socket},
+    pending::{Carrier, Pending},
     tls::{self, ConfigError, Tls},
 };
 
@@ -170,6 +171,8 @@ pub(crate) struct Quic {
     /// For dials where nothing listens; IPv4 and IPv6.
     dialers: [Option<Endpoint>; 2],
     waker: Option<Waker>,
+    /// Counts what comes in.
+    pending: Option<Pending>,
 }
 
 type Event = TransportEvent<Upgrade, io::Error>;
@@ -220,7 +223,16 @@ impl Quic {
             listeners: Vec::new(),
             dialers: [None, None],
             waker: None,
+            pending: None,
         })
+    }
+
+    /// Counts what comes in.
+    pub(crate) fn counted_by(self, pending: Pending) -> Self {
+        Self {
+            pending: Some(pending),
+            ..self
+        }
     }
 
     fn wake(&mut self) {
@@ -304,7 +316,9 @@ impl Libp2pTransport for Quic {
         };
         let listener = bind(at).and_then(|socket| {
             let endpoint = self.serve(socket.try_clone()?, true)?;
-            Listener::new(id, socket, endpoint, self.sockets.clone())
+            let mut listener = Listener::new(id, socket, endpoint, self.sockets.clone())?;
+            listener.pending = self.pending.clone();
+            Ok(listener)
         });
         let listener = listener.map_err(TransportError::Other)?;
         let socket = listener.socket.try_clone().map_err(TransportError::Other)?;
@@ -397,6 +411,8 @@ struct Listener {
     bound: Option<IpAddr>,
     told: HashSet<IpAddr>,
     closed: bool,
+    /// Counts what comes in.
+    pending: Option<Pending>,
 }
 
 impl Listener {
@@ -422,6 +438,7 @@ impl Listener {
             unvalidated: Arc::default(),
             told: HashSet::new(),
             closed: false,
+            pending: None,
         })
     }
 
@@ -508,6 +525,19 @@ impl Listener {
             }
             return None;
         };
+        let entered = self.pending.as_ref().map(|pending| {
+            let network = crate::Place::of_ip(from.ip());
+            pending.enter(Carrier::Quic, network)
+        });
+        let mut ticket = match entered.transpose() {
+            Ok(ticket) => ticket,
+            Err(refused) => {
+                tracing::debug!(%from, %refused, "refused");
+                // The other side is told so.
+                incoming.refuse();
+                return None;
+            }
+        };
         let connecting = match incoming.accept() {
             Ok(connecting) => connecting,
             Err(error) => {
@@ -532,7 +562,11 @@ impl Listener {
             listener_id: self.id,
             upgrade: async move {
                 let _place = place;
-                handshake(connecting, &sockets).await
+                let handshake = handshake(connecting, &sockets);
+                match &mut ticket {
+                    Some(ticket) => ticket.guard(handshake).await,
+                    None => handshake.await,
+                }
             }
             .boxed(),
             local_addr,

@@ -5,8 +5,8 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     io,
-    net::IpAddr,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -19,7 +19,7 @@ use libp2p::{Multiaddr, PeerId, core::SignedEnvelope, identity::Keypair, multiad
 use prost::Message;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{mpsc, oneshot},
     time::{Instant, sleep, sleep_until, timeout},
 };
 use weft_proto::{
@@ -31,9 +31,9 @@ use weft_proto::{
 };
 
 use crate::{
-    LimitUse, OpenError, PathKind, Stream,
-    address::{site, socket_within},
+    LimitUse, OpenError, PathKind, Permit, Place, Shares, Stream,
     circuit::{self, CircuitError, MAX_MESSAGE},
+    shares::{Group, SITE, count, release},
 };
 
 /// Requests being answered at a time, and of one peer.
@@ -51,6 +51,15 @@ const BURST: Duration = Duration::from_millis(250);
 
 /// A circuit through which nothing passes for this long is ended: both ends of a living one ping each other.
 const SILENT: Duration = Duration::from_secs(600);
+
+/// A circuit is idle if fewer bytes than these passed in each of its last two [`WINDOW`]s: pings on an unused connection
+/// are some 300 bytes each, four a minute.
+const IDLE_BYTES: u64 = 16 * 1024;
+const WINDOW: Duration = Duration::from_secs(30);
+
+/// The part of a destination's circuits that one source peer, and one source address, may hold: a quarter. Otherwise one
+/// machine would take all of them, and keep everybody else from a node that is reached through relays only.
+const SOURCE_SHARE: usize = 4;
 
 /// Addresses named in a reservation.
 const MAX_ADDRESSES: usize = 16;
@@ -123,6 +132,8 @@ struct Refused {
     circuits: u64,
     circuits_per_network: u64,
     circuits_per_peer: u64,
+    circuits_per_source: u64,
+    replaced: u64,
     bytes: u64,
     bytes_per_peer: u64,
 }
@@ -142,7 +153,9 @@ pub(crate) struct Server {
     key: Keypair,
     limits: Arc<RelayLimits>,
     state: Arc<Mutex<State>>,
-    requests: Arc<Semaphore>,
+    requests: Shares,
+    /// Reservations, by the network of the peer that holds one.
+    reserved: Shares,
     needs: mpsc::Sender<Need>,
     /// Of all circuits together.
     rate: Arc<Rate>,
@@ -150,18 +163,65 @@ pub(crate) struct Server {
 
 #[derive(Debug, Default)]
 struct State {
-    reservations: HashMap<PeerId, Instant>,
+    reservations: HashMap<PeerId, Reservation>,
     peers: HashMap<PeerId, Counted>,
-    /// Circuits that were asked for from a network.
-    networks: HashMap<IpAddr, usize>,
+    /// Those that were asked for from a network.
+    networks: HashMap<Group, usize>,
+    circuits: HashMap<u64, Held>,
+    next: u64,
     all: Day,
     used: RelayUse,
     refused: Refused,
 }
 
 #[derive(Debug)]
+struct Reservation {
+    until: Instant,
+    _permit: Permit,
+}
+
+/// A circuit, as the server sees it.
+#[derive(Debug)]
+struct Held {
+    ends: [PeerId; 2],
+    /// The place of the source.
+    place: Place,
+    since: Instant,
+    /// The beginning of the current window, the bytes that passed in it, and in the one before.
+    window: (Instant, u64, u64),
+    /// Dropped with it, which ends the circuit.
+    _held: oneshot::Sender<Infallible>,
+}
+
+impl Held {
+    fn passed(&mut self, bytes: u64, now: Instant) {
+        self.turn(now);
+        self.window.1 += bytes;
+    }
+
+    fn turn(&mut self, now: Instant) {
+        let (began, bytes, _) = self.window;
+        let age = now.duration_since(began);
+        if age >= 2 * WINDOW {
+            self.window = (now, 0, 0);
+        } else if age >= WINDOW {
+            self.window = (began + WINDOW, 0, bytes);
+        }
+    }
+
+    fn is_idle(&self, now: Instant) -> bool {
+        let (began, bytes, before) = self.window;
+        let recent = match now.duration_since(began) {
+            age if age >= 2 * WINDOW => 0,
+            age if age >= WINDOW => bytes,
+            _ => bytes.max(before),
+        };
+        now.duration_since(self.since) >= 2 * WINDOW && recent < IDLE_BYTES
+    }
+}
+
+#[derive(Debug)]
 struct Counted {
-    requests: usize,
     circuits: usize,
     day: Day,
     rate: Arc<Rate>,
@@ -226,30 +286,55 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[derive(Debug)]
 struct Circuit {
     server: Server,
+    id: u64,
     ends: [PeerId; 2],
-    /// Where it was asked for from.
-    network: Option<IpAddr>,
+    /// Resolves when another takes its place.
+    replaced: oneshot::Receiver<Infallible>,
     /// Bytes that have passed.
     moved: AtomicU64,
 }
 
 impl Drop for Circuit {
     fn drop(&mut self) {
-        let mut state = lock(&self.server.state);
-        state.used.circuits -= 1;
-        if let Some(network) = self.network
-            && let Some(circuits) = state.networks.get_mut(&network)
-        {
-            *circuits -= 1;
-            if *circuits == 0 {
-                state.networks.remove(&network);
-            }
+        lock(&self.server.state).end(self.id);
+    }
+}
+
+impl State {
+    /// Ends a circuit, and gives back what it holds.
+    fn end(&mut self, id: u64) {
+        let Some(held) = self.circuits.remove(&id) else {
+            return;
+        };
+        self.used.circuits -= 1;
+        for (group, _) in held.place.groups() {
+            release(&mut self.networks, group);
         }
-        for end in self.ends {
-            if let Some(counted) = state.peers.get_mut(&end) {
+        for end in held.ends {
+            if let Some(counted) = self.peers.get_mut(&end) {
                 counted.circuits -= 1;
             }
         }
+    }
+
+    /// Of some circuits, the one that goes for another from `place`: the longest idle one; or else, if a place has more of
+    /// them than the newcomer's would, the oldest from there.
+    fn to_replace(&self, among: impl Fn(&Held) -> bool, place: Place, now: Instant) -> Option<u64> {
+        let candidates = || self.circuits.iter().filter(|(_, held)| among(held));
+        let idle = candidates().filter(|(_, held)| held.is_idle(now));
+        if let Some((id, _)) = idle.min_by_key(|(_, held)| (held.window.0, held.since)) {
+            return Some(*id);
+        }
+        let mut of_place: HashMap<Place, usize> = HashMap::new();
+        for (_, held) in candidates() {
+            *of_place.entry(held.place).or_default() += 1;
+        }
+        let newcomer = count(&of_place, &place) + 1;
+        candidates()
+            .map(|(id, held)| (of_place[&held.place], std::cmp::Reverse(held.since), *id))
+            .filter(|(of_place, ..)| *of_place > newcomer)
+            .max()
+            .map(|(.., id)| id)
     }
 }
 
@@ -260,7 +345,8 @@ impl Server {
         let server = Self {
             key,
             state: Arc::default(),
-            requests: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            requests: Shares::new(MAX_REQUESTS, MAX_REQUESTS_PER_PEER),
+            reserved: Shares::new(limits.reservations, 1),
             needs,
             rate: Arc::new(Rate::new(limits.rate)),
             limits: Arc::new(limits),
@@ -275,7 +361,15 @@ impl Server {
         let per_peer = circuits.max().unwrap_or_default();
         let bytes = state.peers.values().map(|counted| counted.day.bytes);
         let bytes_per_peer = bytes.max().unwrap_or_default();
-        let per_network = state.networks.values().copied().max().unwrap_or_default();
+        let of_sites = state.networks.iter().filter(|(group, _)| group.is_site());
+        let per_network = of_sites.map(|(_, used)| *used).max().unwrap_or_default();
+        let mut pairs: HashMap<(Place, PeerId), usize> = HashMap::new();
+        for held in state.circuits.values() {
+            *pairs.entry((held.place, held.ends[1])).or_default() += 1;
+        }
+        let per_source = pairs.values().copied().max().unwrap_or_default();
+        let [_, of_address, _] = self.reserved.limits("", "", "");
+        let requests = self.requests.limits("", "", "");
         let some = |limit: u64| (limit != 0).then_some(limit);
         let limit = |name, used, limit, refused| LimitUse {
             name,
@@ -290,6 +384,25 @@ impl Server {
                 state.reservations.len() as u64,
                 Some(self.limits.reservations as u64),
                 refused.reservations,
+            ),
+            limit(
+                "relay_reservations_per_address",
+                of_address.used,
+                of_address.limit,
+                of_address.refused,
+            ),
+            limit(
+                "relay_requests",
+                self.requests.used() as u64,
+                Some(self.requests.all() as u64),
+                requests.iter().map(|row| row.refused).sum(),
+            ),
+            limit("relay_circuits_replaced", 0, None, refused.replaced),
+            limit(
+                "relay_circuits_per_source",
+                per_source as u64,
+                Some(self.per_source() as u64),
+                refused.circuits_per_source,
             ),
             limit(
                 "relay_circuits",
@@ -346,13 +459,12 @@ impl Server {
     pub(crate) fn expire(&self) -> Vec<PeerId> {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        let expired = state.reservations.extract_if(|_, until| *until <= now);
+        let reservations = &mut state.reservations;
+        let expired = reservations.extract_if(|_, held| held.until <= now);
         let expired: Vec<_> = expired.map(|(peer, _)| peer).collect();
         // Who has used up nothing worth remembering.
         state.peers.retain(|_, counted| {
-            counted.requests > 0
-                || counted.circuits > 0
-                || counted.day.began.is_some_and(|began| now < began + DAY)
+            counted.circuits > 0 || counted.day.began.is_some_and(|began| now < began + DAY)
         });
         expired
     }
@@ -360,16 +472,17 @@ impl Server {
     /// Answers a request. `addresses`: where others reach us.
     pub(crate) fn serve(&self, stream: Stream, addresses: Vec<Multiaddr>) {
         let (server, client) = (self.clone(), stream.peer());
-        // Dropped, and so reset, if there are too many.
-        let Ok(place) = Arc::clone(&self.requests).try_acquire_owned() else {
-            return;
-        };
-        if stream.path().kind == PathKind::Relayed || !self.begin(client) {
+        let place = Place::of(stream.path());
+        if stream.path().kind == PathKind::Relayed {
             return;
         }
+        // Dropped, and so reset, if there are too many.
+        let Ok(permit) = self.requests.take(client, place) else {
+            return;
+        };
         tokio::spawn(async move {
             let result = server.answer(stream, addresses).await;
-            drop(place);
+            drop(permit);
             match result {
                 Ok(None) => {}
                 Ok(Some((one, other, circuit))) => server.relay(one, other, circuit).await,
@@ -380,28 +493,15 @@ impl Server {
         });
     }
 
-    /// Counts a request of `client`, unless it has too many under way.
-    fn begin(&self, client: PeerId) -> bool {
-        let mut state = lock(&self.state);
-        match self.counted(&mut state, client) {
-            Some(counted) if counted.requests < MAX_REQUESTS_PER_PEER => {
-                counted.requests += 1;
-                true
-            }
-            _ => false,
-        }
-    }
-
     fn counted<'a>(&self, state: &'a mut State, peer: PeerId) -> Option<&'a mut Counted> {
         if state.peers.len() >= MAX_COUNTED && !state.peers.contains_key(&peer) {
             // Whoever comes with many identities must not lock out the rest: the one that has moved least is forgotten.
             let idle = state.peers.iter();
-            let idle = idle.filter(|(_, counted)| counted.requests == 0 && counted.circuits == 0);
+            let idle = idle.filter(|(_, counted)| counted.circuits == 0);
             let least = *idle.min_by_key(|(_, counted)| counted.day.bytes)?.0;
             state.peers.remove(&least);
         }
         Some(state.peers.entry(peer).or_insert_with(|| Counted {
-            requests: 0,
             circuits: 0,
             day: Day::default(),
             rate: Arc::new(Rate::new(self.limits.rate_per_peer)),
@@ -413,22 +513,25 @@ impl Server {
         (self.limits.circuits / 4).max(self.limits.circuits_per_peer)
     }
 
+    /// Circuits to one destination that one source peer, and one source address, may hold.
+    fn per_source(&self) -> usize {
+        (self.limits.circuits_per_peer / SOURCE_SHARE).max(1)
+    }
+
     async fn answer(
         &self,
         mut stream: Stream,
         addresses: Vec<Multiaddr>,
     ) -> Result<Option<(Stream, Stream, Circuit)>, CircuitError> {
         let client = stream.peer();
-        let network = socket_within(&stream.path().address)
-            .filter(|at| !at.ip().is_loopback())
-            .map(|at| site(at.ip()));
+        let place = Place::of(stream.path());
         let answered = timeout(3 * PATIENCE, async {
             let request = timeout(PATIENCE, frame::read(&mut stream, MAX_MESSAGE)).await;
             let request: Option<HopMessage> = request.map_err(|_| CircuitError::TimedOut)??;
             let request = request.ok_or(CircuitError::Ended)?;
             match request.r#type {
                 Some(kind) if kind == Hop::Reserve as i32 => {
-                    let answer = match self.reserve(client, addresses).await {
+                    let answer = match self.reserve(client, place, addresses).await {
                         Ok(answer) => answer,
                         Err(status) => self.refusal(status),
                     };
@@ -438,7 +541,7 @@ impl Server {
                 Some(kind) if kind == Hop::Connect as i32 => {
                     let destination = request.peer.as_ref().and_then(circuit::peer_id);
                     let connected = match destination {
-                        Some(destination) => self.connect(client, network, destination).await,
+                        Some(destination) => self.connect(client, place, destination).await,
                         None => Err(CircuitStatus::MalformedMessage),
                     };
                     match connected {
@@ -464,9 +567,6 @@ impl Server {
             }
         })
         .await;
-        if let Some(counted) = lock(&self.state).peers.get_mut(&client) {
-            counted.requests -= 1;
-        }
         match answered {
             Ok(Ok(Some((other, circuit)))) => Ok(Some((stream, other, circuit))),
             Ok(Ok(None)) => {
@@ -495,17 +595,30 @@ impl Server {
     async fn reserve(
         &self,
         client: PeerId,
+        place: Place,
         addresses: Vec<Multiaddr>,
     ) -> Result<HopMessage, CircuitStatus> {
         let holds = self.limits.reservation_duration;
         {
             let mut state = lock(&self.state);
-            let full = state.reservations.len() >= self.limits.reservations;
-            if full && !state.reservations.contains_key(&client) {
-                state.refused.reservations += 1;
-                return Err(CircuitStatus::ReservationRefused);
+            let until = Instant::now() + holds;
+            match state.reservations.get_mut(&client) {
+                Some(held) => held.until = until,
+                None => match self.reserved.take(client, place) {
+                    Ok(permit) => {
+                        let held = Reservation {
+                            until,
+                            _permit: permit,
+                        };
+                        state.reservations.insert(client, held);
+                    }
+                    Err(full) => {
+                        tracing::debug!(%client, %full, "a reservation is refused");
+                        state.refused.reservations += 1;
+                        return Err(CircuitStatus::ReservationRefused);
+                    }
+                },
             }
-            state.reservations.insert(client, Instant::now() + holds);
         }
         // The network may have stopped.
         let _ = self.needs.send(Need::Keep(client)).await;
@@ -541,10 +654,10 @@ impl Server {
     async fn connect(
         &self,
         source: PeerId,
-        network: Option<IpAddr>,
+        place: Place,
         destination: PeerId,
     ) -> Result<(Stream, Circuit), CircuitStatus> {
-        let circuit = self.circuit(source, network, destination)?;
+        let circuit = self.circuit(source, place, destination)?;
         let (reply, answer) = oneshot::channel();
         let need = Need::Open(destination, reply);
         let asked = self.needs.send(need).await;
@@ -561,13 +674,14 @@ impl Server {
         }
     }
 
-    /// Takes a place for a circuit.
+    /// Counts a circuit. Another one may have to end for it.
     fn circuit(
         &self,
         source: PeerId,
-        network: Option<IpAddr>,
+        place: Place,
         destination: PeerId,
     ) -> Result<Circuit, CircuitStatus> {
+        let now = Instant::now();
         let mut state = lock(&self.state);
         let state = &mut *state;
         if !state.reservations.contains_key(&destination) {
@@ -576,41 +690,100 @@ impl Server {
         if source == destination {
             return Err(CircuitStatus::PermissionDenied);
         }
-        if state.used.circuits >= self.limits.circuits {
-            state.refused.circuits += 1;
-            return Err(CircuitStatus::ResourceLimitExceeded);
-        }
-        let from_there = network.and_then(|network| state.networks.get(&network));
-        if from_there.is_some_and(|circuits| *circuits >= self.per_network()) {
+        let full = CircuitStatus::ResourceLimitExceeded;
+        let here = place.groups();
+        let full_there = here.clone().find(|(group, part)| {
+            let most = self.per_network().saturating_mul(*part) / SITE;
+            count(&state.networks, group) >= most
+        });
+        if full_there.is_some() {
             state.refused.circuits_per_network += 1;
-            return Err(CircuitStatus::ResourceLimitExceeded);
+            return Err(full);
         }
-        for end in [source, destination] {
-            let counted = self.counted(state, end);
-            if counted.is_none_or(|c| c.circuits >= self.limits.circuits_per_peer) {
+        if self
+            .counted(state, source)
+            .is_none_or(|c| c.circuits >= self.limits.circuits_per_peer)
+        {
+            state.refused.circuits_per_peer += 1;
+            return Err(full);
+        }
+        // Its share of what leads to the destination: an idle one of its own makes room.
+        let to_there = |held: &Held| held.ends[1] == destination;
+        let most = self.per_source();
+        let of_peer = |held: &Held| to_there(held) && held.ends[0] == source;
+        let mut shares: Vec<(Box<dyn Fn(&Held) -> bool>, usize)> = vec![(Box::new(of_peer), most)];
+        for (group, part) in here {
+            let of_group = move |held: &Held| {
+                to_there(held) && held.place.groups().any(|(other, _)| other == group)
+            };
+            shares.push((Box::new(of_group), most.saturating_mul(part) / SITE));
+        }
+        for (in_share, most) in shares {
+            let held = state.circuits.values().filter(|held| in_share(held));
+            if held.count() < most.min(self.limits.circuits_per_peer) {
+                continue;
+            }
+            let idle = |held: &Held| in_share(held) && held.is_idle(now);
+            let Some(oldest) = state.to_replace(idle, place, now) else {
+                state.refused.circuits_per_source += 1;
+                return Err(full);
+            };
+            state.refused.replaced += 1;
+            state.end(oldest);
+        }
+        let of_destination = state.circuits.values().filter(|held| {
+            let [one, other] = held.ends;
+            one == destination || other == destination
+        });
+        if of_destination.count() >= self.limits.circuits_per_peer {
+            let Some(other) = state.to_replace(to_there, place, now) else {
                 state.refused.circuits_per_peer += 1;
-                return Err(CircuitStatus::ResourceLimitExceeded);
-            }
+                return Err(full);
+            };
+            state.refused.replaced += 1;
+            state.end(other);
+        }
+        if state.used.circuits >= self.limits.circuits {
+            let Some(other) = state.to_replace(|_| true, place, now) else {
+                state.refused.circuits += 1;
+                return Err(full);
+            };
+            state.refused.replaced += 1;
+            state.end(other);
         }
         for end in [source, destination] {
-            if let Some(counted) = self.counted(state, end) {
-                counted.circuits += 1;
-            }
+            let counted = self.counted(state, end).ok_or(full)?;
+            counted.circuits += 1;
         }
-        if let Some(network) = network {
-            *state.networks.entry(network).or_default() += 1;
+        for (group, _) in place.groups() {
+            *state.networks.entry(group).or_default() += 1;
         }
         state.used.circuits += 1;
+        let (held, replaced) = oneshot::channel();
+        let id = state.next;
+        state.next += 1;
+        let ends = [source, destination];
+        let held = Held {
+            ends,
+            place,
+            since: now,
+            window: (now, 0, 0),
+            _held: held,
+        };
+        state.circuits.insert(id, held);
         Ok(Circuit {
             server: self.clone(),
-            ends: [source, destination],
-            network,
+            id,
+            ends,
+            replaced,
             moved: AtomicU64::new(0),
         })
     }
 
     /// Passes bytes both ways, until both sides have ended, one fails, or a limit is reached.
-    async fn relay(&self, one: Stream, other: Stream, circuit: Circuit) {
+    async fn relay(&self, one: Stream, other: Stream, mut circuit: Circuit) {
+        let (_never, unused) = oneshot::channel();
+        let replaced = std::mem::replace(&mut circuit.replaced, unused);
         let rates: Vec<_> = {
             let state = lock(&self.state);
             let counted = circuit.ends.iter().filter_map(|end| state.peers.get(end));
@@ -632,6 +805,9 @@ impl Server {
                 Ok(Err(error)) => tracing::debug!(%source, %destination, %error, "a circuit failed"),
                 Err(_) => tracing::debug!(%source, %destination, "a circuit's time is over"),
             },
+            _ = replaced => {
+                tracing::debug!(%source, %destination, "a circuit made room for another");
+            }
             () = falls_silent(&circuit.moved) => {
                 tracing::debug!(%source, %destination, "nothing has passed through a circuit for long");
             }
@@ -678,6 +854,11 @@ impl Server {
         let mut state = lock(&self.state);
         let state = &mut *state;
         state.used.bytes += bytes;
+        match state.circuits.get_mut(&circuit.id) {
+            Some(held) => held.passed(bytes, now),
+            // Another has taken its place.
+            None => return false,
+        }
         let mut within = state.all.count(bytes, self.limits.daily_bytes, now);
         if !within {
             state.refused.bytes += 1;
@@ -734,6 +915,84 @@ mod tests {
         Server::new(Keypair::generate_ed25519(), limits).0
     }
 
+    /// A public address in a network of its own.
+    fn at(network: u8) -> Place {
+        Place::of_ip([11, 0, network, 1].into())
+    }
+
+    fn reserve(server: &Server, peer: PeerId) {
+        let permit = Shares::new(1, 1).take(peer, at(0)).unwrap();
+        let held = Reservation {
+            until: Instant::now() + DAY,
+            _permit: permit,
+        };
+        lock(&server.state).reservations.insert(peer, held);
+    }
+
+    /// Four identities at each of some addresses, with as many circuits as they get.
+    fn flood(server: &Server, destination: PeerId, networks: std::ops::Range<u8>) -> Vec<Circuit> {
+        let mut open = Vec::new();
+        for network in networks {
+            for source in (0..4).map(|_| PeerId::random()) {
+                let circuits = (0..8).map(|_| server.circuit(source, at(network), destination));
+                open.extend(circuits.filter_map(Result::ok));
+            }
+        }
+        open
+    }
+
+    #[tokio::test]
+    async fn one_machine_cannot_take_all_circuits_to_a_node() {
+        let server = server(RelayLimits::default());
+        let home = PeerId::random();
+        reserve(&server, home);
+        let attacker = flood(&server, home, 1..2);
+        assert_eq!(attacker.len(), 4);
+        let _honest = server.circuit(PeerId::random(), at(2), home).unwrap();
+        assert!(lock(&server.state).refused.circuits_per_source > 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_newcomer_replaces_a_circuit_of_the_place_with_most_and_an_idle_one_first() {
+        let server = server(RelayLimits::default());
+        let home = PeerId::random();
+        reserve(&server, home);
+        let attacker = flood(&server, home, 1..5);
+        assert_eq!(attacker.len(), 16);
+        let honest = server.circuit(PeerId::random(), at(9), home).unwrap();
+        // It moves bytes, as the attacker does not.
+        for _ in 0..4 {
+            tokio::time::advance(WINDOW / 2).await;
+            assert!(server.count(&honest, IDLE_BYTES));
+        }
+        let _other = server.circuit(PeerId::random(), at(10), home).unwrap();
+        assert!(lock(&server.state).circuits.contains_key(&honest.id));
+        assert_eq!(server.used().circuits, 16);
+        assert_eq!(lock(&server.state).refused.replaced, 2);
+        drop(attacker);
+        assert_eq!(server.used().circuits, 2);
+        // One that was replaced counts nothing any more.
+        assert!(lock(&server.state).networks.values().all(|used| *used == 1));
+    }
+
+    #[tokio::test]
+    async fn one_address_cannot_take_all_reservations() {
+        let server = server(RelayLimits {
+            reservations: 96,
+            ..RelayLimits::default()
+        });
+        let mut held = 0;
+        for _ in 0..96 {
+            let reserved = server.reserve(PeerId::random(), at(1), Vec::new()).await;
+            held += usize::from(reserved.is_ok());
+        }
+        assert_eq!(held, 32);
+        let home = PeerId::random();
+        server.reserve(home, at(2), Vec::new()).await.unwrap();
+        server.disconnected(&home);
+        assert_eq!(server.reserved.used(), 32);
+    }
+
     #[tokio::test]
     async fn reservations_and_circuits_are_limited() {
         let server = server(RelayLimits {
@@ -745,27 +1004,27 @@ mod tests {
         let (a, b, c) = (PeerId::random(), PeerId::random(), PeerId::random());
         let none = Vec::new;
         assert_eq!(
-            server.circuit(b, None, a).unwrap_err(),
+            server.circuit(b, at(2), a).unwrap_err(),
             CircuitStatus::NoReservation
         );
-        let granted = server.reserve(a, none()).await.unwrap();
+        let granted = server.reserve(a, at(1), none()).await.unwrap();
         let voucher = granted.reservation.unwrap().voucher.unwrap();
         let envelope = SignedEnvelope::from_protobuf_encoding(&voucher).unwrap();
         assert!(envelope.verify("libp2p-relay-rsvp".to_owned()));
         // A renewal needs no other place.
-        server.reserve(a, none()).await.unwrap();
-        let refused = server.reserve(b, none()).await.unwrap_err();
+        server.reserve(a, at(1), none()).await.unwrap();
+        let refused = server.reserve(b, at(2), none()).await.unwrap_err();
         assert_eq!(refused, CircuitStatus::ReservationRefused);
-        let first = server.circuit(b, None, a).unwrap();
-        let _second = server.circuit(c, None, a).unwrap();
-        let refused = server.circuit(b, None, a).unwrap_err();
+        let first = server.circuit(b, at(2), a).unwrap();
+        let _second = server.circuit(c, at(3), a).unwrap();
+        let refused = server.circuit(b, at(2), a).unwrap_err();
         assert_eq!(refused, CircuitStatus::ResourceLimitExceeded);
         drop(first);
-        let _third = server.circuit(b, None, a).unwrap();
+        let _third = server.circuit(b, at(2), a).unwrap();
         assert_eq!(server.used().circuits, 2);
         server.disconnected(&a);
         assert_eq!(
-            server.circuit(b, None, a).unwrap_err(),
+            server.circuit(b, at(2), a).unwrap_err(),
             CircuitStatus::NoReservation
         );
         assert_eq!(server.used().reservations, 0);
@@ -778,20 +1037,19 @@ mod tests {
             circuits_per_peer: 2,
             ..RelayLimits::default()
         });
-        let here = Some(site("2001:db8::1".parse().unwrap()));
-        let neighbour = Some(site("2001:db8::2".parse().unwrap()));
-        let elsewhere = Some(site("2001:db8:0:1::1".parse().unwrap()));
+        let here = Place::of_ip("2001:db8::1".parse().unwrap());
+        let neighbour = Place::of_ip("2001:db8::2".parse().unwrap());
+        let elsewhere = Place::of_ip("2001:db8:0:1::1".parse().unwrap());
         let mut open = Vec::new();
         let mut circuit = |network| {
             let [one, other] = [PeerId::random(), PeerId::random()];
-            lock(&server.state)
-                .reservations
-                .insert(other, Instant::now());
+            reserve(&server, other);
             server.circuit(one, network, other).map(|c| open.push(c))
         };
         circuit(here).unwrap();
         circuit(neighbour).unwrap();
-        assert_eq!(circuit(here), Err(CircuitStatus::ResourceLimitExceeded));
+        let refused = circuit(here).unwrap_err();
+        assert_eq!(refused, CircuitStatus::ResourceLimitExceeded);
         circuit(elsewhere).unwrap();
         assert_eq!(lock(&server.state).refused.circuits_per_network, 1);
         open.clear();
@@ -821,12 +1079,12 @@ mod tests {
         });
         let peers: Vec<_> = (0..4).map(|_| PeerId::random()).collect();
         for to in [peers[0], peers[2]] {
-            server.reserve(to, Vec::new()).await.unwrap();
+            server.reserve(to, at(9), Vec::new()).await.unwrap();
         }
-        let circuit = server.circuit(peers[1], None, peers[0]).unwrap();
+        let circuit = server.circuit(peers[1], at(1), peers[0]).unwrap();
         assert!(server.count(&circuit, 200));
         assert!(!server.count(&circuit, 1));
-        let other = server.circuit(peers[3], None, peers[2]).unwrap();
+        let other = server.circuit(peers[3], at(3), peers[2]).unwrap();
         assert!(server.count(&other, 99));
         assert!(!server.count(&other, 2));
     }
@@ -865,7 +1123,7 @@ mod tests {
     async fn reservations_that_are_not_renewed_end() {
         let server = server(RelayLimits::default());
         let peer = PeerId::random();
-        server.reserve(peer, Vec::new()).await.unwrap();
+        server.reserve(peer, at(9), Vec::new()).await.unwrap();
         assert!(server.expire().is_empty());
         tokio::time::advance(Duration::from_secs(3601)).await;
         assert_eq!(server.expire(), [peer]);

@@ -42,7 +42,7 @@ use tokio::{
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use crate::{
-    Path, PathKind, Transport,
+    Path, PathKind, Permit, Transport,
     lane::{self, Lane},
     limits::Memory,
 };
@@ -133,10 +133,10 @@ impl Beside {
         protocol: StreamProtocol,
         lane: Lane,
         path: Path,
-        place: lane::Place,
+        permit: Permit,
     ) -> Stream {
         Stream {
-            inner: Inner::Lane(lane::Bytes::new(lane, place)),
+            inner: Inner::Lane(lane::Bytes::new(lane, permit)),
             peer: self.peer,
             protocol,
             path,

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -24,26 +25,33 @@ use libp2p::{
     multiaddr::Protocol,
     noise, tcp,
 };
-use multistream_select::{dialer_select_proto, listener_select_proto};
+use multistream_select::{NegotiationError, dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
 
 use crate::{
     Transport as Kind,
     access::Shared,
+    address::of_socket,
     circuit::Circuits,
     dialled::{Dialled, Noted},
     gate::Gate,
     lane::{Arrivals, LANE},
     muxer::Yamux,
     network::SpawnError,
+    pending::Counted,
     quic::{Quic, Sockets},
     tcp::Tcp,
     tls::Tls,
-    websocket::{Certificate, Outside, Socket, WebOrPlain},
+    websocket::{Arrived, Begun, Certificate, Door, Outside, Socket, WebOrPlain},
 };
 
 /// How long a connection may take from the first packet to the multiplexer.
 const HANDSHAKE: Duration = Duration::from_secs(20);
+
+/// Time for a connection that comes in to choose how it is secured, and for that to be done: six round trips of 500 ms
+/// each. Before that, nothing shows that anybody is there.
+const CHOOSE: Duration = Duration::from_secs(6);
+const SECURE: Duration = Duration::from_secs(6);
 
 /// The least and the most that the listening side of a punched TCP connection waits to be spoken to.
 const SPOKEN_TO: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(1500));
@@ -64,6 +72,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) gate: Gate,
     /// Where lanes go that arrive; `None`: none are taken.
     pub(crate) lanes: Option<Arrivals>,
+    /// The rules for what comes in.
+    pub(crate) door: Door,
 }
 
 /// Makes the transport of a node; `relayed` carries connections through relays.
@@ -78,6 +88,7 @@ pub(crate) fn build(
         .multiplex(Yamux)
         .timeout(HANDSHAKE)
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let relayed = Counted::new(relayed.boxed(), parts.door.pending.clone());
     Ok(either(OrTransport::new(relayed, direct)))
 }
 
@@ -86,7 +97,8 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, SpawnError> {
     let security = Security::new(parts)?;
     let noted = (&parts.dialled, &parts.access, &parts.gate);
     let quic = Noted::new(
-        Quic::new(parts.key, &parts.tls, parts.sockets.clone())?,
+        Quic::new(parts.key, &parts.tls, parts.sockets.clone())?
+            .counted_by(parts.door.pending.clone()),
         Kind::Quic,
         noted.0.clone(),
         noted.1.clone(),
@@ -102,11 +114,10 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, SpawnError> {
         noted.2.clone(),
     );
     let lanes = parts.lanes.clone();
-    let tcp = WebOrPlain::new(tcp, Outside::new(parts.certificate)?).and_then(
-        move |(socket, begin), endpoint| {
-            upgrade_tcp(socket, endpoint, security.clone(), begin, lanes.clone())
-        },
-    );
+    let outside = Outside::new(parts.certificate)?;
+    let tcp = WebOrPlain::new(tcp, outside, parts.door.clone()).and_then(move |begun, endpoint| {
+        upgrade_tcp(begun, endpoint, security.clone(), lanes.clone())
+    });
     Ok(either(OrTransport::new(
         quic,
         TransportTimeout::new(tcp, HANDSHAKE),
@@ -134,12 +145,16 @@ where
 
 /// From a connected socket to a secured, multiplexed connection.
 async fn upgrade_tcp(
-    socket: Socket,
+    begun: Begun,
     endpoint: ConnectedPoint,
     security: Security,
-    begin: Instant,
     lanes: Option<Arrivals>,
 ) -> io::Result<Connection> {
+    let Begun {
+        socket,
+        begin,
+        arrived,
+    } = begun;
     let role = match (&endpoint, &socket) {
         (
             ConnectedPoint::Dialer {
@@ -150,35 +165,72 @@ async fn upgrade_tcp(
         ) => punched_role(socket, begin).await?,
         (endpoint, _) => endpoint.to_endpoint(),
     };
-    let web = matches!(socket, Socket::Web(_));
-    match role {
-        Endpoint::Dialer => {
-            let (info, socket) =
-                dialer_select_proto(socket, security.protocol_info(), Version::V1Lazy).await?;
+    match (role, arrived) {
+        (Endpoint::Dialer, _) => {
+            let chosen =
+                dialer_select_proto(socket, security.protocol_info(), Version::V1Lazy).await;
+            let (info, socket) = chosen.map_err(hung_up)?;
             let (peer, stream) = security.upgrade_outbound(socket, info).await?;
             let muxers = Yamux.protocol_info();
             let (info, stream) = dialer_select_proto(stream, muxers, Version::V1Lazy).await?;
             let muxer = Yamux.upgrade_outbound(stream, info).await?;
             Ok((peer, StreamMuxerBox::new(muxer)))
         }
-        Endpoint::Listener => {
-            let (info, socket) = listener_select_proto(socket, security.protocol_info()).await?;
-            let (peer, stream) = security.upgrade_inbound(socket, info).await?;
-            let from = endpoint.get_remote_address().clone();
-            let lanes = lanes.filter(|_| !web);
-            let muxers = Yamux.protocol_info().chain(lanes.as_ref().map(|_| LANE));
-            let (info, stream) = listener_select_proto(stream, muxers).await?;
-            if let (LANE, Some(lanes)) = (info, lanes) {
-                return Err(lanes.take(peer, from, stream));
-            }
-            let muxer = Yamux.upgrade_inbound(stream, info).await?;
-            if web {
-                // The listener could not tell from the address.
-                let from = from.with(Protocol::Ws("/".into()));
-                return Ok((peer, StreamMuxerBox::new(Moved::new(muxer, from))));
-            }
-            Ok((peer, StreamMuxerBox::new(muxer)))
+        // One that was dialled, by both sides at once.
+        (Endpoint::Listener, None) => listen(socket, &endpoint, security, lanes, None).await,
+        (Endpoint::Listener, Some(arrived)) => {
+            let Arrived { mut ticket, from } = arrived;
+            let secured = listen(socket, &endpoint, security, lanes, from);
+            ticket.guard(secured).await
         }
+    }
+}
+
+/// The listening side. `from`: where the connection comes from, if a proxy has said so.
+async fn listen(
+    socket: Socket,
+    endpoint: &ConnectedPoint,
+    security: Security,
+    lanes: Option<Arrivals>,
+    from: Option<SocketAddr>,
+) -> io::Result<Connection> {
+    let web = matches!(socket, Socket::Web(_));
+    let offered = security.protocol_info();
+    let chosen = timeout(CHOOSE, listener_select_proto(socket, offered)).await?;
+    let (info, socket) = chosen?;
+    let secured = timeout(SECURE, security.upgrade_inbound(socket, info)).await?;
+    let (peer, stream) = secured?;
+    let seen = match from {
+        Some(from) => of_socket(from, Kind::Tcp),
+        None => endpoint.get_remote_address().clone(),
+    };
+    let lanes = lanes.filter(|_| !web);
+    let muxers = Yamux.protocol_info().chain(lanes.as_ref().map(|_| LANE));
+    let (info, stream) = listener_select_proto(stream, muxers).await?;
+    if let (LANE, Some(lanes)) = (info, lanes) {
+        return Err(lanes.take(peer, seen, stream));
+    }
+    let muxer = Yamux.upgrade_inbound(stream, info).await?;
+    if web {
+        // The listener could not tell from the address.
+        let seen = seen.with(Protocol::Ws("/".into()));
+        return Ok((peer, StreamMuxerBox::new(Moved::new(muxer, seen))));
+    }
+    if from.is_some() {
+        return Ok((peer, StreamMuxerBox::new(Moved::new(muxer, seen))));
+    }
+    Ok((peer, StreamMuxerBox::new(muxer)))
+}
+
+/// A node that takes no more connections hangs up before it has said anything.
+fn hung_up(error: NegotiationError) -> io::Error {
+    match error {
+        NegotiationError::Failed => io::Error::new(
+            io::ErrorKind::ConnectionRefused,
+            "the peer hung up before the handshake; a node does that when a limit on connections is reached \
+             (`weft limits` there shows which one)",
+        ),
+        error => error.into(),
     }
 }
 

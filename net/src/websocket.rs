@@ -6,11 +6,18 @@
 //! The TLS outside proves nothing, and no certificate is checked: the libp2p handshake within proves who the peer is, as on plain TCP. A
 //! certificate can be given ([`Certificate`]) for browsers and proxies, which do check it; otherwise one is made up.
 //!
-//! libp2p-websocket lets whoever is dialled have us hold 256 MiB for a message; here a message is bounded on both sides.
+//! libp2p-websocket lets whoever is dialled have us hold 256 MiB for a message; here a message is bounded on both sides,
+//! and so is the head of the request and of the response.
+//!
+//! A web page in a browser on this machine or network can open a WebSocket to it, and would be a peer from here. A
+//! browser always names the page's origin (RFC 6455, section 10.2), so that a request with an `Origin` is refused unless
+//! the operator has named it ([`Config::ws_origins`](crate::Config::ws_origins)). `Host` is not looked at: it can only
+//! mislead a browser, by a name that is made to lead here, and then the page's origin is refused.
 
 use std::{
     collections::HashMap,
     fmt, io,
+    net::{IpAddr, SocketAddr},
     path::Path,
     pin::Pin,
     sync::Arc,
@@ -45,7 +52,15 @@ use tokio::{
 };
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 
-use crate::{tcp::Tcp, tls::ConfigError};
+use crate::{
+    Place, Rule,
+    access::{KeptOut, Shared},
+    head::{Headed, header},
+    pending::{Carrier, Pending, Ticket},
+    proxied,
+    tcp::Tcp,
+    tls::ConfigError,
+};
 
 /// Bytes of a message. Ours are smaller; other implementations put at most one yamux frame of 1 MiB and what secures it into one.
 const MAX_MESSAGE: usize = (1 << 20) + (64 << 10);
@@ -58,6 +73,13 @@ const BUFFER: usize = 256 * 1024;
 
 /// How long what was written last may take to be sent once the connection is dropped.
 const CLOSE: Duration = Duration::from_secs(5);
+
+/// Time for the first byte of a connection that comes in. The other side speaks first, as soon as it is connected; one
+/// packet that is lost is sent again after a second.
+const FIRST_BYTE: Duration = Duration::from_secs(3);
+
+/// Time for a trusted proxy's header, the TLS outside and the request for a WebSocket: six round trips of 500 ms, twice.
+const BEGIN: Duration = Duration::from_secs(6);
 
 /// The first byte of a TLS handshake, and of an HTTP request; plain libp2p begins with the length of a protocol's name.
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -409,32 +431,135 @@ fn wrong(error: SokettoError) -> io::Error {
     io::Error::other(error.to_string())
 }
 
-/// The server's side, for a connection of any of the three kinds.
-async fn accept(tcp: TcpStream, outside: &Outside) -> io::Result<Socket> {
-    let tcp = Tcp::new(tcp);
-    match tcp.peek().await? {
-        HTTP_GET => serve(tcp).await,
-        TLS_HANDSHAKE => serve(outside.server.accept(tcp).await?).await,
-        _ => Ok(Socket::Plain(tcp)),
+/// What comes in, and from where: the rules for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Door {
+    pub(crate) pending: Pending,
+    pub(crate) access: Shared,
+    /// Origins of web pages that may connect; `*`: any.
+    pub(crate) origins: Arc<[String]>,
+    /// Proxies that say where connections come from.
+    pub(crate) proxies: Arc<[Rule]>,
+}
+
+/// A socket on which the handshake of a connection can begin.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    pub(crate) socket: Socket,
+    /// The time at which it was dialled, or came in.
+    pub(crate) begin: Instant,
+    /// Of one that came in.
+    pub(crate) arrived: Option<Arrived>,
+}
+
+/// A connection that has come in.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) ticket: Ticket,
+    /// Its origin, as the proxy through which it came says.
+    pub(crate) from: Option<SocketAddr>,
+}
+
+/// The operator has not allowed the web page to connect.
+#[derive(Debug, thiserror::Error)]
+#[error("refused: a web page of {0}, which is not among the allowed origins")]
+struct WebPage(String);
+
+impl Door {
+    fn is_proxy(&self, ip: &IpAddr) -> bool {
+        self.proxies.iter().any(|proxy| proxy.contains(ip))
+    }
+
+    fn allows(&self, origin: &str) -> bool {
+        let known = |allowed: &String| allowed == "*" || allowed.eq_ignore_ascii_case(origin);
+        self.origins.iter().any(known)
+    }
+
+    /// A proxy says that the connection comes from there.
+    fn came_from(&self, ticket: Ticket, from: SocketAddr) -> io::Result<Ticket> {
+        let ip = from.ip();
+        if !self.access.get().admits(None, Some(&ip)) {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, KeptOut));
+        }
+        ticket.came_from(Place::of_ip(ip)).map_err(io::Error::other)
+    }
+
+    /// The server's side, for a connection of any of the three kinds.
+    async fn accept(
+        &self,
+        tcp: TcpStream,
+        mut ticket: Ticket,
+        outside: &Outside,
+    ) -> io::Result<(Socket, Arrived)> {
+        let proxied = self.is_proxy(&tcp.0.peer_addr()?.ip().to_canonical());
+        let mut tcp = Tcp::new(tcp);
+        let mut first = ticket.guard(within(FIRST_BYTE, tcp.peek())).await?;
+        ticket.spoke();
+        let mut from = None;
+        if proxied && matches!(first, proxied::V1 | proxied::V2) {
+            from = ticket.guard(within(BEGIN, proxied::read(&mut tcp))).await?;
+            // The proxy's own connections are no peers'.
+            let real = from.ok_or_else(proxied::missing)?;
+            ticket = self.came_from(ticket, real)?;
+            first = ticket.guard(within(FIRST_BYTE, tcp.peek())).await?;
+        }
+        let unknown = proxied && from.is_none();
+        let web = async {
+            match first {
+                HTTP_GET => self.serve(tcp, unknown).await,
+                TLS_HANDSHAKE => self.serve(outside.server.accept(tcp).await?, unknown).await,
+                _ if unknown => Err(proxied::missing()),
+                _ => Ok((Socket::Plain(tcp), None)),
+            }
+        };
+        let (socket, forwarded) = ticket.guard(within(BEGIN, web)).await?;
+        if let Some(real) = forwarded {
+            from = Some(real);
+            ticket = self.came_from(ticket, real)?;
+        }
+        Ok((socket, Arrived { ticket, from }))
+    }
+
+    /// Answers a request for a WebSocket. `proxied`: it has to say where it comes from.
+    async fn serve<S>(&self, stream: S, proxied: bool) -> io::Result<(Socket, Option<SocketAddr>)>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut stream = Headed::new(stream);
+        let head = stream.head().await?;
+        let origins: Vec<_> = header(head, "origin").map(str::to_owned).collect();
+        let from = match proxied {
+            true => Some(proxied::forwarded_for(head).ok_or_else(proxied::missing)?),
+            false => None,
+        };
+        let mut server = Server::new(stream);
+        let key = {
+            let request = server.receive_request().await.map_err(io::Error::other)?;
+            request.key()
+        };
+        let foreign = origins.into_iter().find(|origin| !self.allows(origin));
+        let response = match foreign {
+            Some(_) => Response::Reject { status_code: 403 },
+            None => Response::Accept {
+                key,
+                protocol: None,
+            },
+        };
+        let sent = server.send_response(&response).await;
+        sent.map_err(io::Error::other)?;
+        if let Some(origin) = foreign {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                WebPage(origin),
+            ));
+        }
+        Ok((Socket::Web(Pipe::new(server.into_builder())), from))
     }
 }
 
-async fn serve<S>(stream: S) -> io::Result<Socket>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let mut server = Server::new(stream);
-    let key = {
-        let request = server.receive_request().await.map_err(io::Error::other)?;
-        request.key()
-    };
-    let response = Response::Accept {
-        key,
-        protocol: None,
-    };
-    let sent = server.send_response(&response).await;
-    sent.map_err(io::Error::other)?;
-    Ok(Socket::Web(Pipe::new(server.into_builder())))
+async fn within<T>(time: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    let done = timeout(time, work).await;
+    done.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// The client's side. `host`: the address's own, for a server that has no name.
@@ -456,7 +581,7 @@ async fn request<S>(stream: S, host: &str) -> io::Result<Socket>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let mut client = Client::new(stream, host, RESOURCE);
+    let mut client = Client::new(Headed::new(stream), host, RESOURCE);
     match client.handshake().await.map_err(io::Error::other)? {
         ServerResponse::Accepted { .. } => Ok(Socket::Web(Pipe::new(client.into_builder()))),
         ServerResponse::Redirect { status_code, .. } | ServerResponse::Rejected { status_code } => {
@@ -471,6 +596,7 @@ where
 pub(crate) struct WebOrPlain<T> {
     inner: T,
     outside: Outside,
+    door: Door,
     /// What to tell of the listeners whose addresses end in a WebSocket.
     suffixes: HashMap<ListenerId, Multiaddr>,
 }
@@ -484,10 +610,11 @@ impl<T> fmt::Debug for WebOrPlain<T> {
 }
 
 impl<T> WebOrPlain<T> {
-    pub(crate) fn new(inner: T, outside: Outside) -> Self {
+    pub(crate) fn new(inner: T, outside: Outside, door: Door) -> Self {
         Self {
             inner,
             outside,
+            door,
             suffixes: HashMap::new(),
         }
     }
@@ -506,7 +633,7 @@ where
     T::Dial: Send + 'static,
     T::ListenerUpgrade: Send + 'static,
 {
-    type Output = (Socket, Instant);
+    type Output = Begun;
     type Error = io::Error;
     type ListenerUpgrade = BoxFuture<'static, io::Result<Self::Output>>;
     type Dial = BoxFuture<'static, io::Result<Self::Output>>;
@@ -538,7 +665,11 @@ where
             let dial = self.inner.dial(address, options)?;
             return Ok(async move {
                 let (socket, begin) = dial.await?;
-                Ok((Socket::Plain(Tcp::new(socket)), begin))
+                Ok(Begun {
+                    socket: Socket::Plain(Tcp::new(socket)),
+                    begin,
+                    arrived: None,
+                })
             }
             .boxed());
         };
@@ -550,7 +681,11 @@ where
         Ok(async move {
             let (socket, begin) = dial.await?;
             let socket = connect(socket, web, at.to_string(), outside).await?;
-            Ok((socket, begin))
+            Ok(Begun {
+                socket,
+                begin,
+                arrived: None,
+            })
         }
         .boxed())
     }
@@ -559,42 +694,71 @@ where
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
-        let event = ready!(Pin::new(&mut self.inner).poll(cx));
-        Poll::Ready(match event {
-            TransportEvent::NewAddress {
-                listener_id,
-                listen_addr,
-            } => TransportEvent::NewAddress {
-                listener_id,
-                listen_addr: self.named(listener_id, listen_addr),
-            },
-            TransportEvent::AddressExpired {
-                listener_id,
-                listen_addr,
-            } => TransportEvent::AddressExpired {
-                listener_id,
-                listen_addr: self.named(listener_id, listen_addr),
-            },
-            TransportEvent::ListenerClosed {
-                listener_id,
-                reason,
-            } => {
-                self.suffixes.remove(&listener_id);
+        loop {
+            let event = ready!(Pin::new(&mut self.inner).poll(cx));
+            return Poll::Ready(match event {
+                TransportEvent::NewAddress {
+                    listener_id,
+                    listen_addr,
+                } => TransportEvent::NewAddress {
+                    listener_id,
+                    listen_addr: self.named(listener_id, listen_addr),
+                },
+                TransportEvent::AddressExpired {
+                    listener_id,
+                    listen_addr,
+                } => TransportEvent::AddressExpired {
+                    listener_id,
+                    listen_addr: self.named(listener_id, listen_addr),
+                },
                 TransportEvent::ListenerClosed {
                     listener_id,
                     reason,
+                } => {
+                    self.suffixes.remove(&listener_id);
+                    TransportEvent::ListenerClosed {
+                        listener_id,
+                        reason,
+                    }
                 }
-            }
-            // Which kind it is shows only when it speaks.
-            event => event.map_upgrade(|upgrade| {
-                let outside = self.outside.clone();
-                async move {
-                    let (socket, begin) = upgrade.await?;
-                    Ok((accept(socket, &outside).await?, begin))
+                TransportEvent::Incoming {
+                    listener_id,
+                    upgrade,
+                    local_addr,
+                    send_back_addr,
+                } => {
+                    let place = Place::of(&crate::Path::of(&send_back_addr));
+                    let entered = self.door.pending.enter(Carrier::Tcp, place);
+                    let ticket = match entered {
+                        Ok(ticket) => ticket,
+                        Err(refused) => {
+                            tracing::debug!(from = %send_back_addr, %refused, "refused");
+                            continue;
+                        }
+                    };
+                    let (outside, door) = (self.outside.clone(), self.door.clone());
+                    // Which kind it is shows only when it speaks.
+                    let upgrade = async move {
+                        let (socket, begin) = upgrade.await?;
+                        let (socket, arrived) = door.accept(socket, ticket, &outside).await?;
+                        Ok(Begun {
+                            socket,
+                            begin,
+                            arrived: Some(arrived),
+                        })
+                    };
+                    TransportEvent::Incoming {
+                        listener_id,
+                        upgrade: upgrade.boxed(),
+                        local_addr,
+                        send_back_addr,
+                    }
                 }
-                .boxed()
-            }),
-        })
+                TransportEvent::ListenerError { listener_id, error } => {
+                    TransportEvent::ListenerError { listener_id, error }
+                }
+            });
+        }
     }
 }
 
@@ -608,13 +772,24 @@ mod tests {
 
     use super::*;
     use crate::{
-        Transport as Kind,
-        access::Shared,
+        Limits, Transport as Kind,
+        crowd::Crowd,
         dialled::{Dialled, Noted},
         gate::Gate,
+        limits::Memory,
     };
 
     type Web = WebOrPlain<Noted<tcp::tokio::Transport>>;
+
+    fn door(origins: &[&str], proxies: &[&str]) -> Door {
+        let crowd = Crowd::new(&Limits::default(), Memory::new(None));
+        Door {
+            pending: Pending::new(256, crowd),
+            access: Shared::default(),
+            origins: origins.iter().map(|origin| (*origin).to_owned()).collect(),
+            proxies: proxies.iter().map(|proxy| proxy.parse().unwrap()).collect(),
+        }
+    }
 
     fn transport() -> Web {
         let gate = Gate::new(std::iter::empty());
@@ -627,6 +802,7 @@ mod tests {
         WebOrPlain::new(
             Noted::new(tcp, Kind::Tcp, Dialled::default(), Shared::default(), gate),
             outside,
+            door(&[], &[]),
         )
     }
 
@@ -655,7 +831,7 @@ mod tests {
         let mut near = gated(gate);
         let dial = near.dial(address, options).unwrap();
         let near = async {
-            let mut socket = dial.await.unwrap().0;
+            let mut socket = dial.await.unwrap().socket;
             // Plain connections are told by what is said.
             socket.write_all(b"\x13").await.unwrap();
             socket.flush().await.unwrap();
@@ -663,7 +839,7 @@ mod tests {
         };
         let far = async {
             let mut socket = match next(far).await {
-                TransportEvent::Incoming { upgrade, .. } => upgrade.await.unwrap().0,
+                TransportEvent::Incoming { upgrade, .. } => upgrade.await.unwrap().socket,
                 event => panic!("{event:?}"),
             };
             let mut first = [0];
@@ -729,6 +905,145 @@ mod tests {
             };
             upgrade.await.unwrap_err();
         }
+    }
+
+    /// What a request over TCP is answered with, and what it has come to.
+    async fn ask(door: Door, request: &str) -> (String, io::Result<Begun>) {
+        let mut far = transport();
+        far.door = door;
+        let address = listen(&mut far, "/ip4/127.0.0.1/tcp/0/ws").await;
+        let at = crate::address::socket_within(&address).unwrap();
+        let mut near = tokio::net::TcpStream::connect(at).await.unwrap().compat();
+        near.write_all(request.as_bytes()).await.unwrap();
+        let TransportEvent::Incoming { upgrade, .. } = next(&mut far).await else {
+            panic!("nothing came");
+        };
+        let begun = upgrade.await;
+        if begun.is_err() {
+            let mut answer = String::new();
+            near.read_to_string(&mut answer).await.unwrap();
+            return (answer, begun);
+        }
+        let mut answer = vec![0; 64];
+        let n = near.read(&mut answer).await.unwrap();
+        (String::from_utf8_lossy(&answer[..n]).into_owned(), begun)
+    }
+
+    fn request(header: &str) -> String {
+        format!(
+            "GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n{header}\r\n"
+        )
+    }
+
+    #[tokio::test]
+    async fn a_web_page_does_not_reach_the_node_unless_its_origin_is_allowed() {
+        let page = request("Origin: https://evil.example\r\n");
+        let (answer, begun) = ask(door(&[], &[]), &page).await;
+        assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+        assert_eq!(begun.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        for allowed in ["https://evil.example", "*"] {
+            let (answer, begun) = ask(door(&[allowed], &[]), &page).await;
+            assert!(answer.starts_with("HTTP/1.1 101"), "{answer}");
+            begun.unwrap();
+        }
+        let other = door(&["https://good.example"], &[]);
+        assert!(ask(other, &page).await.1.is_err());
+        // Two origins: neither hides the other.
+        let both = request("Origin: https://a\r\nOrigin: https://b\r\n");
+        assert!(ask(door(&["https://a"], &[]), &both).await.1.is_err());
+        // Peers name none.
+        ask(door(&[], &[]), &request("")).await.1.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_trusted_proxy_says_where_a_connection_comes_from_and_nobody_else_can() {
+        let trusting = || door(&[], &["127.0.0.1"]);
+        let from = |begun: Begun| begun.arrived.unwrap().from;
+        let real: SocketAddr = "203.0.113.7:5678".parse().unwrap();
+        let header = "PROXY TCP4 203.0.113.7 10.0.0.1 5678 443\r\n";
+        for inner in [request(""), "\x13".to_owned()] {
+            let request = format!("{header}{inner}");
+            let mut far = transport();
+            far.door = trusting();
+            let pending = far.door.pending.clone();
+            let address = listen(&mut far, "/ip4/127.0.0.1/tcp/0").await;
+            let at = crate::address::socket_within(&address).unwrap();
+            let mut near = tokio::net::TcpStream::connect(at).await.unwrap().compat();
+            near.write_all(request.as_bytes()).await.unwrap();
+            let TransportEvent::Incoming { upgrade, .. } = next(&mut far).await else {
+                panic!("nothing came");
+            };
+            let begun = upgrade.await.unwrap();
+            // It counts at its own address.
+            assert_eq!(pending.limits()[1].used, 1);
+            assert_eq!(from(begun), Some(real));
+            assert_eq!(pending.limits()[0].used, 0);
+        }
+        let forwarded = request("X-Forwarded-For: 127.0.0.1, 203.0.113.7\r\n");
+        let (_, begun) = ask(trusting(), &forwarded).await;
+        assert_eq!(from(begun.unwrap()).unwrap().ip(), real.ip());
+        // The proxy says nothing; and somebody who is none says something.
+        assert!(ask(trusting(), &request("")).await.1.is_err());
+        assert_eq!(from(ask(door(&[], &[]), &forwarded).await.1.unwrap()), None);
+    }
+
+    /// The head of a response may come for as long as a handshake lasts, with a byte at a time.
+    #[tokio::test]
+    async fn a_response_head_without_end_ends_the_dial_after_8_kib() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}/ws", at.port())
+            .parse()
+            .unwrap();
+        let gate = Gate::new(std::iter::empty());
+        gate.give(address.clone());
+        let mut near = gated(gate);
+        let options = DialOpts {
+            role: Endpoint::Dialer,
+            port_use: PortUse::New,
+        };
+        let dial = near.dial(address, options).unwrap();
+        let endless = async {
+            let mut socket = listener.accept().await.unwrap().0.compat();
+            let head = b"HTTP/1.1 101 X\r\nA: ";
+            socket.write_all(head).await.unwrap();
+            let mut sent = head.len();
+            // Until the other side hangs up.
+            while socket.write_all(&[b'a'; 1024]).await.is_ok() {
+                sent += 1024;
+            }
+            sent
+        };
+        let dialled = async {
+            let error = dial.await.unwrap_err();
+            assert!(
+                error.to_string().contains("longer than 8192 bytes"),
+                "{error}"
+            );
+        };
+        timeout(
+            Duration::from_secs(60),
+            futures::future::join(dialled, endless),
+        )
+        .await
+        .unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_sends_nothing_is_closed_within_seconds() {
+        let mut far = transport();
+        let address = listen(&mut far, "/ip4/127.0.0.1/tcp/0").await;
+        let at = crate::address::socket_within(&address).unwrap();
+        let _silent = tokio::net::TcpStream::connect(at).await.unwrap();
+        let TransportEvent::Incoming { upgrade, .. } = next(&mut far).await else {
+            panic!("nothing came");
+        };
+        tokio::time::pause();
+        let begin = tokio::time::Instant::now();
+        let error = upgrade.await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(begin.elapsed() < FIRST_BYTE + Duration::from_secs(1));
     }
 
     #[tokio::test]

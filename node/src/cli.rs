@@ -283,11 +283,11 @@ pub(crate) struct Limits {
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().established)]
     pub(crate) max_connections: u32,
 
-    /// Connections opened by others
+    /// Connections opened by others; when there are too many, the least useful one of the place with most makes room
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().established_incoming)]
     pub(crate) max_incoming: u32,
 
-    /// Connections in the handshake, opened by others
+    /// Connections in the handshake, opened by others; when there are too many, those that have sent nothing make room
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().pending_incoming)]
     pub(crate) max_pending_incoming: u32,
 
@@ -299,7 +299,8 @@ pub(crate) struct Limits {
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_peer)]
     pub(crate) max_per_peer: u32,
 
-    /// Connections opened by others from one IPv4 address, or one IPv6 network of 64 bits
+    /// Connections opened by others from one public IPv4 address or IPv6 /64; a /24, a /48 and a relay have twice as many,
+    /// a private address and this machine six times as many
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_address)]
     pub(crate) max_per_address: u32,
 
@@ -414,7 +415,17 @@ pub(crate) struct Access {
     pub(crate) block: Vec<Rule>,
 }
 
-/// Secure WebSocket.
+/// A network, and no peer.
+fn network(text: &str) -> Result<Rule, String> {
+    match text.parse() {
+        Ok(rule @ Rule::Network { .. }) => Ok(rule),
+        _ => Err(format!(
+            "{text:?} is no address or network: give one such as 127.0.0.1 or 10.0.0.0/24"
+        )),
+    }
+}
+
+/// WebSocket.
 #[derive(Debug, Args)]
 pub(crate) struct Web {
     /// The certificate chain for secure WebSocket (PEM), for browsers and proxies [default: one that only other nodes take]
@@ -424,6 +435,16 @@ pub(crate) struct Web {
     /// Its private key (PEM)
     #[arg(long, value_name = "FILE", requires = "ws_certificate")]
     pub(crate) ws_key: Option<PathBuf>,
+
+    /// Let web pages of this origin connect by WebSocket, such as https://example.org; * allows any; may be repeated
+    /// [default: no web page connects]
+    #[arg(long, value_name = "ORIGIN")]
+    pub(crate) ws_origin: Vec<String>,
+
+    /// Take the word of a reverse proxy at this address or network, such as 127.0.0.1, for where connections come from: by
+    /// the PROXY protocol or X-Forwarded-For, one of which it must send; may be repeated
+    #[arg(long, value_name = "ADDRESS", value_parser = network)]
+    pub(crate) trusted_proxy: Vec<Rule>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -112,6 +112,8 @@ pub(crate) async fn up(
             allow: options.access.allow,
             block: options.access.block,
         })
+        .ws_origins(options.web.ws_origin)
+        .trusted_proxies(options.web.trusted_proxy)
         .port_mapping(!options.no_port_mapping)
         .hole_punching(!options.no_hole_punching)
         .mdns(!options.no_mdns);

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use weft_blobs::Store;
 use weft_dht::{Dht, Disk};
-use weft_net::{Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer};
+use weft_net::{
+    Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer, Rule,
+};
 
 use crate::{
     Error, HomeError, Node, Rates, default_home, docs, home::Home, node::blocking,
@@ -30,6 +32,8 @@ pub struct Builder {
     quota: Option<Option<u64>>,
     access: Access,
     certificate: Option<Certificate>,
+    ws_origins: Vec<String>,
+    trusted_proxies: Vec<Rule>,
 }
 
 impl Builder {
@@ -131,6 +135,21 @@ impl Builder {
         self
     }
 
+    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. Default: no web
+    /// page may connect, because a page in a browser on this machine would be a peer from here.
+    pub fn ws_origins(mut self, origins: Vec<String>) -> Self {
+        self.ws_origins = origins;
+        self
+    }
+
+    /// Networks of reverse proxies ([`Rule::Network`]). Each connection from there has to say where it really comes from,
+    /// by the PROXY protocol or in `X-Forwarded-For`, and counts there in limits and lists; others are refused. Default:
+    /// none.
+    pub fn trusted_proxies(mut self, networks: Vec<Rule>) -> Self {
+        self.trusted_proxies = networks;
+        self
+    }
+
     /// Starts the node; it listens when this returns.
     ///
     /// # Errors
@@ -175,6 +194,8 @@ impl Builder {
         config.limits = self.limits;
         config.access = self.access;
         config.certificate = self.certificate;
+        config.ws_origins = self.ws_origins;
+        config.trusted_proxies = self.trusted_proxies;
         // Only a node that has somebody to wait for waits.
         let expects_peers =
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();

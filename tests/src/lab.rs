@@ -22,11 +22,13 @@ use serde_json::Value;
 use crate::{Daemon, Home};
 
 mod conditions;
+mod door;
 mod flood;
 mod gateway;
 mod hearsay;
 mod wire;
 
+pub use door::{Besieged, besiege};
 use gateway::Gateway;
 pub use hearsay::{Attacked, Sent, attack};
 use wire::Part;

@@ -16,7 +16,7 @@ use tokio::{sync::oneshot, time::timeout};
 
 use super::{Driver, How, Outcome};
 use crate::{
-    Class, Filtering, Heard, Incoming, PathKind, Stream, Transport,
+    Class, Filtering, Heard, Incoming, PathKind, Place, Stream, Transport,
     address::{is_public, of_socket, socket},
     autonat::{
         self, AutonatError, AutonatLimits, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Verdict,
@@ -349,8 +349,15 @@ where
         };
         let from = from.filter(is_public);
         let Some(from) = from.filter(|from| self.autonat.bounds.begin(peer, *from, now)) else {
-            // How it takes it is its affair.
-            tokio::spawn(async move { autonat::reject(&mut stream).await });
+            // Dropped, and so reset, if too many are being refused.
+            let place = Place::of(stream.path());
+            if let Ok(permit) = self.rejections.take(peer, place) {
+                tokio::spawn(async move {
+                    let _permit = permit;
+                    // The peer may take it or not, but not for ever.
+                    let _ = timeout(REQUEST, autonat::reject(&mut stream)).await;
+                });
+            }
             return;
         };
         let mut mine = self.reach.seen_at();

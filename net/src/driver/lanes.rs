@@ -16,10 +16,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Driver, Outcome};
 use crate::{
-    Class, Incoming, OpenError, Path, PathKind, Stream, Transport,
+    Class, Incoming, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, socket},
     gate::{Gate, Target},
-    lane::{self, Arrival, CALL, Calls, LaneError, Places},
+    lane::{self, Arrival, CALL, Calls, LaneError},
     tls::Tls,
 };
 
@@ -35,7 +35,8 @@ pub(super) struct Lanes {
     pub(super) arrivals: mpsc::Receiver<Arrival>,
     /// Peers that ask to be called.
     pub(super) callers: Incoming,
-    pub(super) places: Places,
+    /// Lanes open, shared out by peer and by place.
+    pub(super) shares: Shares,
     calls: Calls,
     /// Until when a peer gets none.
     paused: HashMap<PeerId, Instant>,
@@ -84,16 +85,21 @@ impl Lanes {
         tls: Tls,
         arrivals: mpsc::Receiver<Arrival>,
         callers: Incoming,
-        places: Places,
+        shares: Shares,
     ) -> Self {
         Self {
             tls,
             arrivals,
             callers,
-            places,
+            shares,
             calls: Calls::default(),
             paused: HashMap::new(),
         }
+    }
+
+    /// Whether lanes are used at all.
+    fn enabled(&self) -> bool {
+        self.shares.all() > 0 && self.shares.per_peer() > 0
     }
 
     /// There is a new connection to the peer, or none any more.
@@ -124,11 +130,20 @@ where
             return streams.open(peer, protocol, class, reply);
         };
         // One that is called for takes its place when it arrives.
-        let place = match &way {
-            Way::Dial(..) => self.lanes.places.take(peer),
-            Way::Call(_) => None,
+        let (permit, has_room) = match &way {
+            Way::Dial(address, _) => {
+                let permit = self.lanes.shares.take(peer, Place::of(&Path::of(address)));
+                let has_room = permit.is_ok();
+                (permit.ok(), has_room)
+            }
+            Way::Call(connection) => {
+                let known = self.peers.get(&peer);
+                let known = known.and_then(|peer| peer.connections.get(connection));
+                let room = |c: &super::Connection| self.lanes.shares.has(&peer, Place::of(&c.path));
+                (None, known.is_some_and(room))
+            }
         };
-        if place.is_none() && !(matches!(way, Way::Call(_)) && self.lanes.places.has(&peer)) {
+        if !has_room {
             return streams.open(peer, protocol, class, reply);
         }
         let called = match &way {
@@ -143,11 +158,11 @@ where
         let (outcomes, gate) = (self.outcomes.clone(), self.gate.clone());
         tokio::spawn(async move {
             let opened = async {
-                match (way, place, called) {
-                    (Way::Dial(address, target), Some(place), _) => {
+                match (way, permit, called) {
+                    (Way::Dial(address, target), Some(permit), _) => {
                         let lane = lane::open(target, tls, peer, &protocol).await;
                         note(&gate, target, lane.is_ok());
-                        Ok((lane?, address, place))
+                        Ok((lane?, address, permit))
                     }
                     (Way::Call(_), _, Some(answer)) => {
                         let stream = answer.await.map_err(|_| LaneError::Refused)?;
@@ -158,8 +173,8 @@ where
                 }
             };
             match opened.await {
-                Ok((lane, address, place)) => {
-                    let stream = beside.stream(protocol, lane, Path::of(&address), place);
+                Ok((lane, address, permit)) => {
+                    let stream = beside.stream(protocol, lane, Path::of(&address), permit);
                     // Whoever asked may be gone.
                     let _ = reply.send(Ok(stream));
                 }
@@ -187,7 +202,8 @@ where
         } = without;
         tracing::debug!(%peer, %error, "no lane");
         // For want of a place here, the peer is not to blame.
-        if self.peers.contains_key(&peer) && self.lanes.places.has(&peer) {
+        let best = self.peers.get(&peer).and_then(super::Peer::best);
+        if best.is_some_and(|best| self.lanes.shares.has(&peer, Place::of(&best.path))) {
             self.lanes.paused.insert(peer, Instant::now() + PAUSE);
         }
         let streams = &mut self.swarm.behaviour_mut().streams;
@@ -197,7 +213,7 @@ where
     /// How a lane to `peer` could come about; `None` if there is no sense in trying.
     fn way(&self, peer: &PeerId) -> Option<Way> {
         let paused = self.lanes.paused.get(peer);
-        if !self.lanes.places.enabled() || paused.is_some_and(|until| *until > Instant::now()) {
+        if !self.lanes.enabled() || paused.is_some_and(|until| *until > Instant::now()) {
             return None;
         }
         let known = self.peers.get(peer)?;
@@ -249,23 +265,26 @@ where
         let direct = self.peers.get(&peer).is_some_and(super::Peer::is_direct)
             && self.admits(&peer, &arrival.from);
         let beside = self.swarm.behaviour().streams.beside(peer);
-        let (true, Some(beside)) = (direct && self.lanes.places.enabled(), beside) else {
+        let (true, Some(beside)) = (direct && self.lanes.enabled(), beside) else {
             tracing::debug!(%peer, "refused: a lane from a peer that is not connected");
             return;
         };
-        let Some(place) = self.lanes.places.take(peer) else {
-            tracing::debug!(%peer, "refused: too many lanes");
-            return;
-        };
         let path = Path::of(&arrival.from);
+        let permit = match self.lanes.shares.take(peer, Place::of(&path)) {
+            Ok(permit) => permit,
+            Err(full) => {
+                tracing::debug!(%peer, %full, "refused: a lane");
+                return;
+            }
+        };
         let calls = self.lanes.calls.clone();
         let protocols = self.protocols.clone();
         tokio::spawn(async move {
-            match lane::accept(arrival, place, &calls, protocols.names()).await {
-                Ok(Some((lane, protocol, place))) => {
-                    protocols.deliver(beside.stream(protocol, lane, path, place));
+            match lane::accept(arrival, permit, &calls, protocols.names()).await {
+                Ok(Some((lane, protocol, permit))) => {
+                    protocols.deliver(beside.stream(protocol, lane, path, permit));
                 }
-                // It was called for, and has gone with its place to whoever did.
+                // It was called for, and has gone with its permit to whoever did.
                 Ok(None) => {}
                 Err(error) => tracing::debug!(%peer, %error, "a lane came to nothing"),
             }
@@ -276,23 +295,19 @@ where
     pub(super) fn on_call(&mut self, mut stream: Stream) {
         let peer = stream.peer();
         let beside = self.swarm.behaviour().streams.beside(peer);
-        let place = match self.lanes.places.enabled() {
-            true => self.lanes.places.take(peer),
-            false => None,
+        let (Some(beside), true) = (beside, self.lanes.enabled()) else {
+            // Dropped, and so reset, which says no as well as a message, and costs no task. So it is below.
+            return;
         };
-        let target = match (&place, &beside) {
-            (Some(_), Some(_)) => self.lane_target(&peer),
-            _ => None,
+        let Ok(permit) = self.lanes.shares.take(peer, Place::of(stream.path())) else {
+            return;
+        };
+        let Some((address, target)) = self.lane_target(&peer) else {
+            return;
         };
         let (tls, gate) = (self.lanes.tls.clone(), self.gate.clone());
         let protocols = self.protocols.clone();
         tokio::spawn(async move {
-            let (Some((address, target)), Some(beside), Some(place)) = (target, beside, place)
-            else {
-                // How it takes it is its affair.
-                let _ = lane::refuse(stream).await;
-                return;
-            };
             let called = async {
                 let token = lane::called(&mut stream).await?;
                 let lane = lane::call(target, tls, peer, token, protocols.names()).await;
@@ -302,7 +317,7 @@ where
             match called.await {
                 Ok((lane, protocol)) => {
                     let path = Path::of(&address);
-                    protocols.deliver(beside.stream(protocol, lane, path, place));
+                    protocols.deliver(beside.stream(protocol, lane, path, permit));
                 }
                 Err(error) => {
                     tracing::debug!(%peer, %error, "a lane that was asked for cannot be opened");

@@ -15,7 +15,7 @@ use rustix::process::getppid;
 use super::{
     LabError,
     conditions::{self, Conditions},
-    flood, hearsay,
+    door, flood, hearsay,
 };
 
 const HOLD: &str = "lab-hold-packets";
@@ -23,6 +23,7 @@ const ECHO: &str = "lab-echo-packets";
 const MEASURE: &str = "lab-measure-packets";
 pub(super) const FLOOD: &str = "lab-flood";
 pub(super) const HEARSAY: &str = "lab-hearsay";
+pub(super) const SILENT: &str = "lab-silent-sockets";
 
 /// Where packets are echoed.
 const PORT: u16 = 7;
@@ -63,6 +64,7 @@ pub fn be_a_part() -> Option<ExitCode> {
         ECHO => echo(),
         MEASURE => measure(&rest),
         HEARSAY => hearsay::run(&rest),
+        SILENT => door::run(&rest),
         FLOOD => match &rest[..] {
             [address, seconds] => match seconds.parse() {
                 Ok(seconds) => flood::run(address, seconds),
@@ -97,7 +99,7 @@ fn hold(arguments: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn say(line: &str) {
+pub(super) fn say(line: &str) {
     let mut output = std::io::stdout();
     // Nobody has to listen.
     let _ = writeln!(output, "{line}").and_then(|()| output.flush());

@@ -1,0 +1,154 @@
+//! Strangers who open sockets and say nothing, and an honest node that wants to come in meanwhile.
+
+use std::{
+    io::{ErrorKind, Read},
+    net::{SocketAddr, TcpStream},
+    process::{Child, Stdio},
+    time::Duration,
+};
+
+use patchbay::{Device, Lab};
+use rustix::process::getppid;
+use serde_json::Value;
+
+use super::{Host, LabError, forget_neighbours, wire};
+
+/// Sockets that each stranger keeps open: as many connections as one address may have.
+const SOCKETS: usize = 64;
+
+/// Addresses of strangers.
+const STRANGERS: usize = 2;
+
+/// The result of an attack.
+#[derive(Debug)]
+pub struct Besieged {
+    /// Exit code and message of each attempt of the honest node, by the address that it dialled.
+    pub attempts: Vec<(String, i32, String)>,
+    /// The rows of the attacked node's limits, by name: what is used, and what was refused.
+    pub limits: Vec<(String, u64, u64)>,
+}
+
+impl Besieged {
+    /// What is used of a limit, and what was refused because of it.
+    pub fn limit(&self, name: &str) -> (u64, u64) {
+        let row = self.limits.iter().find(|(row, ..)| row == name);
+        row.map_or((0, 0), |(_, used, refused)| (*used, *refused))
+    }
+}
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Has strangers at two addresses hold sockets to a public node, and an honest node connect to it meanwhile.
+///
+/// # Errors
+/// [`LabError`] if the network or a node did not start.
+pub async fn besiege() -> Result<Besieged, LabError> {
+    let lab = Lab::new().await?;
+    let public = |name: String| {
+        let lab = &lab;
+        async move {
+            let router = lab.add_router(&format!("{name}net")).build().await?;
+            let device = lab.add_device(&name).uplink(router.id()).build().await?;
+            Ok::<Device, LabError>(device)
+        }
+    };
+    let (server, honest) = (
+        public("server".to_owned()).await?,
+        public("honest".to_owned()).await?,
+    );
+    let mut strangers = Vec::new();
+    for n in 0..STRANGERS {
+        strangers.push(public(format!("stranger{n}")).await?);
+    }
+    forget_neighbours(&lab)?;
+    let ip = server
+        .ip()
+        .ok_or_else(|| LabError("no address".to_owned()))?;
+    let listen = [
+        "/ip4/0.0.0.0/tcp/9338".to_owned(),
+        "/ip4/0.0.0.0/udp/9338/quic-v1".to_owned(),
+    ];
+    let mut arguments = vec!["--json", "up", "--no-mdns"];
+    for address in &listen {
+        arguments.extend_from_slice(&["--listen", address]);
+    }
+    let server = Host::start(server, &arguments)?;
+    let mut sieges = Vec::new();
+    for stranger in &strangers {
+        let to = SocketAddr::new(ip.into(), 9338);
+        let mut command = wire::this_program(&[wire::SILENT.to_owned(), to.to_string()])?;
+        command.stdout(Stdio::piped());
+        let mut siege = Running(stranger.spawn_command_sync(command)?);
+        let output = siege.0.stdout.as_mut();
+        let output = output.ok_or_else(|| LabError("no output".to_owned()))?;
+        // It says a word once it holds as many as it can get.
+        let mut word = [0];
+        output.read_exact(&mut word).map_err(anyhow::Error::from)?;
+        sieges.push(siege);
+    }
+    let mut attempts = Vec::new();
+    let mut host = Host::start(honest, &["--json", "up", "--no-mdns"])?;
+    for transport in ["tcp/9338", "udp/9338/quic-v1", "tcp/9338/ws"] {
+        let address = format!("/ip4/{ip}/{transport}/p2p/{}", server.peer_id());
+        let output = host.home.run(&["connect", &address]);
+        attempts.push((
+            transport.to_owned(),
+            output.status.code().unwrap_or(-1),
+            output.stderr,
+        ));
+        host.kill();
+        host.start_again()?;
+    }
+    let limits = server.home.json(&["limits"]);
+    let rows = limits["limits"].as_array().or_else(|| limits.as_array());
+    let number = |row: &Value, name: &str| row[name].as_u64().unwrap_or_default();
+    let rows = rows.into_iter().flatten().map(|row| {
+        let name = row["name"].as_str().unwrap_or_default().to_owned();
+        (name, number(row, "used"), number(row, "refused"))
+    });
+    Ok(Besieged {
+        attempts,
+        limits: rows.collect(),
+    })
+}
+
+/// A stranger, in its own namespace: holds sockets open, and opens new ones for those that are closed.
+pub(super) fn run(arguments: &[String]) -> anyhow::Result<()> {
+    let [to] = arguments else {
+        anyhow::bail!("one argument: an address");
+    };
+    let to: SocketAddr = to.parse()?;
+    let parent = getppid();
+    let mut sockets: Vec<TcpStream> = Vec::new();
+    let mut told = false;
+    while getppid() == parent {
+        sockets.retain_mut(|socket| {
+            let mut byte = [0];
+            match socket.read(&mut byte) {
+                Ok(n) => n > 0,
+                Err(error) => error.kind() == ErrorKind::WouldBlock,
+            }
+        });
+        while sockets.len() < SOCKETS {
+            let Ok(socket) = TcpStream::connect_timeout(&to, Duration::from_secs(1)) else {
+                break;
+            };
+            socket.set_nonblocking(true)?;
+            sockets.push(socket);
+        }
+        if !told {
+            told = true;
+            wire::say("ready");
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}

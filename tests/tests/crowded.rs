@@ -1,0 +1,46 @@
+//! A node whose door is crowded with strangers who say nothing.
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use weft_tests::lab;
+
+/// Connections in the handshake from one address (`net/src/pending.rs`).
+const PER_ADDRESS: u64 = 16;
+
+fn main() -> ExitCode {
+    if let Some(code) = lab::be_a_part() {
+        return code;
+    }
+    let arguments = Arguments::from_args();
+    // Before there is a second thread.
+    if !arguments.list
+        && let Err(error) = lab::prepare()
+    {
+        eprintln!("crowded: {error}");
+        return ExitCode::FAILURE;
+    }
+    let trial = Trial::test(
+        "an_honest_node_connects_at_once_though_strangers_at_two_addresses_hold_64_idle_sockets_each",
+        besieged,
+    );
+    libtest_mimic::run(&arguments, vec![trial]).exit_code()
+}
+
+fn besieged() -> Result<(), Failed> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let besieged = runtime.block_on(lab::besiege());
+    let besieged = besieged.map_err(|error| error.to_string())?;
+    println!("{besieged:?}");
+    if besieged.attempts.iter().any(|(_, code, _)| *code != 0) {
+        return Err(format!("{besieged:#?}").into());
+    }
+    // An attack that did nothing shows nothing; and whoever looks for the cause finds it in the row of its limit.
+    let (used, refused) = besieged.limit("connections_pending_per_address");
+    if used > PER_ADDRESS || refused == 0 || besieged.limit("connections").1 != 0 {
+        return Err(format!("{besieged:#?}").into());
+    }
+    Ok(())
+}
