@@ -211,6 +211,8 @@ struct Connection {
     since: Instant,
     /// We dialled it.
     dialled: bool,
+    /// Our end of it, if the peer dialled it.
+    local: Option<(SocketAddr, Transport)>,
     /// Our end of it is our listening port.
     from_listener: bool,
     /// It went through a hole that was punched for it.
@@ -453,7 +455,7 @@ where
             None
         };
         let memory = Memory::new(config.limits.memory);
-        let (sockets, dialled) = (Sockets::default(), Dialled::default());
+        let (sockets, dialled) = (Sockets::default(), gate.dialled());
         let access = access::Shared::new(config.access.clone());
         let (circuits, circuit_requests, arrivals) = Circuits::new();
         let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
@@ -993,6 +995,10 @@ where
                 rtt: None,
                 since: now,
                 dialled: endpoint.is_dialer(),
+                local: match endpoint {
+                    ConnectedPoint::Listener { local_addr, .. } => socket(local_addr),
+                    ConnectedPoint::Dialer { .. } => None,
+                },
                 punched,
                 source,
                 closing: false,

@@ -37,6 +37,7 @@ use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 use crate::{
     LimitUse, Transport,
     address::{is_public, is_relayed, network, site, socket, socket_within, starts_with_name},
+    dialled::Dialled,
     split_peer_id,
 };
 
@@ -274,7 +275,8 @@ impl Admitted {
 /// is none by the other.
 type Socket = (SocketAddr, bool);
 
-/// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it.
+/// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it, and
+/// notes in [`Dialled`] that something is sent there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target(SocketAddr);
 
@@ -332,6 +334,8 @@ enum Place {
 
 #[derive(Debug)]
 struct State {
+    /// Where this node has sent.
+    dialled: Dialled,
     permits: HashMap<Socket, Permit>,
     /// The extent that the addresses given by the user show, as far as they show one.
     base: Option<Extent>,
@@ -436,6 +440,7 @@ impl Gate {
     /// A gate for a node to which these addresses were given, to dial or as its own.
     pub(crate) fn new<'a>(given: impl Iterator<Item = &'a Multiaddr>) -> Self {
         let mut state = State {
+            dialled: Dialled::default(),
             permits: HashMap::new(),
             base: None,
             unresolved: HashSet::new(),
@@ -471,6 +476,11 @@ impl Gate {
     fn state(&self) -> MutexGuard<'_, State> {
         let state = self.0.lock();
         state.expect("nothing panics while holding the lock")
+    }
+
+    /// Returns the record of where this node has sent.
+    pub(crate) fn dialled(&self) -> Dialled {
+        self.state().dialled.clone()
     }
 
     /// Returns the extent of the mesh.
@@ -601,7 +611,10 @@ impl Gate {
         let judged = state.judge(Source::Heard, at, evidence);
         let charged = judged.and_then(|()| state.charge(at, now));
         match charged {
-            Ok(()) => Some(Target(at)),
+            Ok(()) => {
+                state.dialled.note(at, now);
+                Some(Target(at))
+            }
             Err(refusal) => {
                 state.refused += 1;
                 state.refused_often += u64::from(refusal == Refusal::Often);
@@ -626,6 +639,7 @@ impl Gate {
             }
             if chosen.contains(&ip) || state.may_search(ip, now) {
                 chosen.insert(ip);
+                state.dialled.note_all_ports(at.ip(), now);
                 targets.push(Target(*at));
             } else {
                 state.refused_often += 1;
