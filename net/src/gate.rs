@@ -38,11 +38,12 @@ use crate::{
     LimitUse, Transport,
     address::{is_public, is_relayed, network, site, socket, socket_within, starts_with_name},
     dialled::Dialled,
+    own::{self, first_places},
     split_peer_id,
 };
 
-/// Addresses of one dial that are looked at. A record holds as many.
-pub(crate) const MAX_ADDRESSES: usize = 16;
+/// Addresses of one dial that are looked at: those of sixteen places, each by TCP and by QUIC. A record holds as many.
+pub(crate) const MAX_ADDRESSES: usize = own::MAX_ADDRESSES;
 
 /// IP addresses of one family, and ports at each, that a peer can have this node dial at a time. A host has one or two
 /// addresses; its node listens on one port, beside 443 and a forwarded one.
@@ -123,9 +124,9 @@ const MAX_BLOCKS: usize = 64;
 pub struct Heard(Vec<Multiaddr>);
 
 impl Heard {
-    /// Marks addresses as hearsay, the first sixteen of them.
+    /// Marks addresses as hearsay, those of the first sixteen places (host and port).
     pub fn new(addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
-        Self(addresses.into_iter().take(MAX_ADDRESSES).collect())
+        Self(first_places(addresses, own::MAX_PLACES))
     }
 
     /// Returns true if nothing was stated.
@@ -143,7 +144,7 @@ impl Heard {
         self.0.iter().map(Multiaddr::to_vec).collect()
     }
 
-    /// Adds what else was heard, without what is known already, up to sixteen addresses.
+    /// Adds what else was heard, without what is known already, up to thirty-two addresses.
     pub fn extend(&mut self, other: Self) {
         for address in other.0 {
             if self.0.len() < MAX_ADDRESSES && !self.0.contains(&address) {
@@ -505,6 +506,11 @@ impl Gate {
         }
     }
 
+    /// The networks of ours are told anew.
+    pub(crate) fn forget_networks(&self) {
+        self.state().networks.clear();
+    }
+
     /// A given name leads to these addresses; or nowhere, for now.
     pub(crate) fn resolved(&self, name: &Multiaddr, to: &[Multiaddr]) {
         let mut state = self.state();
@@ -541,7 +547,10 @@ impl Gate {
             .retain(|_, (_, at)| now.duration_since(*at) < FORGET);
         let room = state.neighbours.len() < MAX_NEIGHBOURS;
         if room || state.neighbours.contains_key(&peer) {
-            let some = addresses.iter().take(MAX_ADDRESSES).cloned().collect();
+            // Its bridges of containers lead nowhere, or to ours of the same address.
+            let mut some = addresses.to_vec();
+            some.sort_by_key(|address| state.distance(address));
+            let some = first_places(some, own::MAX_PLACES);
             state.neighbours.insert(peer, (some, now));
         }
     }
@@ -571,10 +580,10 @@ impl Gate {
         };
         let mut few = Few::default();
         let mut sources = sources;
-        // Proven addresses come first, so that others do not take their place.
+        // Proven addresses come first, so that others do not take their place; an address that is also ours comes last.
         sources.sort_by_key(|(source, address)| {
             let proven = socket_within(address).is_some_and(|at| state.is_proven(at, now));
-            (*source != Source::Given, !proven)
+            (*source != Source::Given, !proven, state.distance(address))
         });
         for (source, address) in sources {
             if starts_with_name(&address) && !is_relayed(&address) {
@@ -886,6 +895,18 @@ impl State {
         }
         self.extent = self.extent.max(self.met);
         self.extent.max(base)
+    }
+
+    /// Order in which addresses of one peer are looked at, where others do not decide: first those that can lead to
+    /// another machine; then private ones on none of our networks; then those at an IP address of ours, such as the one
+    /// that a bridge of containers has on every machine.
+    fn distance(&self, address: &Multiaddr) -> u8 {
+        match crate::address::first_ip(address) {
+            Some(ip) if ip.is_loopback() => 0,
+            Some(ip) if self.is_own_ip(ip) => 2,
+            Some(ip) if !is_public(&ip) && !self.is_on_link(ip) => 1,
+            _ => 0,
+        }
     }
 
     fn is_own_ip(&self, ip: IpAddr) -> bool {

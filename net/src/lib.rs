@@ -28,6 +28,7 @@ mod listen;
 mod mappings;
 mod muxer;
 mod network;
+mod own;
 mod ping;
 mod punch;
 mod quic;
@@ -52,9 +53,10 @@ pub use self::{
     gate::{Destinations, Heard},
     limits::{LimitUse, Limits},
     network::{
-        Addresses, Config, ConnectError, Network, PathInfo, PeerInfo, Reachability, RelayServer,
-        SpawnError,
+        Addresses, BootstrapPeer, Config, ConnectError, Network, PathInfo, PeerInfo, Reachability,
+        RelayServer, SpawnError,
     },
+    own::{MAX_PLACES, first_places},
     ping::PingError,
     reach::{Filtering, Mapping},
     relay_server::{RelayLimits, RelayUse},
