@@ -9,7 +9,7 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     fmt, io,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -28,7 +28,11 @@ use weft_proto::{
     },
 };
 
-use crate::address::{is_public, socket};
+use crate::{
+    Transport,
+    address::{is_public, network, socket},
+    dialled::Dialled,
+};
 
 /// From a client to a server.
 pub(crate) const DIAL_REQUEST: StreamProtocol =
@@ -359,16 +363,6 @@ impl Default for AutonatLimits {
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-fn network(ip: IpAddr) -> IpAddr {
-    match ip.to_canonical() {
-        IpAddr::V4(ip) => {
-            let [a, b, c, _] = ip.octets();
-            [a, b, c, 0].into()
-        }
-        IpAddr::V6(ip) => Ipv6Addr::from(u128::from(ip) >> 80 << 80).into(),
-    }
-}
-
 impl Bounds {
     pub(crate) fn new(limits: AutonatLimits) -> Self {
         Self {
@@ -422,10 +416,85 @@ impl Bounds {
     }
 }
 
+/// A question to a server: whether it reaches this node at an address.
+#[derive(Debug, Clone)]
+pub(crate) struct Question {
+    pub(crate) at: SocketAddr,
+    pub(crate) transport: Transport,
+    /// The address is one of our interfaces'.
+    pub(crate) own: bool,
+    /// No NAT is before it, or a gateway forwards it for everybody.
+    pub(crate) open: bool,
+    /// Time of the question.
+    pub(crate) since: Instant,
+}
+
+/// A connection that a peer has opened to this node.
+#[derive(Debug, Clone)]
+pub(crate) struct Inbound {
+    pub(crate) local: SocketAddr,
+    pub(crate) from: SocketAddr,
+    pub(crate) transport: Transport,
+    /// Time at which it was opened.
+    pub(crate) since: Instant,
+}
+
+/// How a server has come back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Back {
+    /// From a machine that this node has sent to: a NAT or firewall may have taken it for the answer.
+    Contact,
+    /// From such a machine, but from a port to which nothing was sent, and to an address with no NAT before it.
+    Open,
+    /// From a machine to which this node has sent nothing: any stranger gets in. Or openly, from a server that the user
+    /// chose.
+    Proven,
+}
+
+impl Question {
+    /// Returns how the server came back if it did so on this connection. `None`: the connection proves nothing. The
+    /// server knows the nonce from the request, so it can say it on any stream. `chosen`: the user named the server.
+    pub(crate) fn answered_by(
+        &self,
+        connection: &Inbound,
+        dialled: &Dialled,
+        chosen: bool,
+        now: Instant,
+    ) -> Option<Back> {
+        let (local, from) = (canonical(connection.local), canonical(connection.from));
+        let at = canonical(self.at);
+        let there = match self.own {
+            true => local == at,
+            // Through a NAT, the port may be another. It does not lead to a public address of ours.
+            false => local.is_ipv4() == at.is_ipv4() && !is_public(&local.ip()),
+        };
+        let after = connection.since >= self.since;
+        if !there || !after || connection.transport != self.transport || !is_public(&from.ip()) {
+            return None;
+        }
+        Some(if !dialled.contains(from.ip(), now) {
+            Back::Proven
+        } else if self.open && !dialled.contains_socket(from, now) {
+            match chosen {
+                true => Back::Proven,
+                false => Back::Open,
+            }
+        } else {
+            Back::Contact
+        })
+    }
+}
+
+/// Without an IPv4 address that an IPv6 address may be hiding.
+fn canonical(at: SocketAddr) -> SocketAddr {
+    SocketAddr::new(at.ip().to_canonical(), at.port())
+}
+
 /// How well an address of ours is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verdict {
-    /// A stranger, or one of several servers at no NAT of ours, has reached it.
+    /// A stranger has reached it; or, with no NAT before it, a server that the user chose, or two servers in different
+    /// networks, each from a port to which nothing was sent.
     Reached,
     /// Only peers that we have sent to reach it: a NAT or firewall lets their answers in.
     ByContacts,
@@ -452,6 +521,9 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_sec
 /// Places that have to have tried in vain.
 const IN_VAIN: usize = 2;
 
+/// Networks of servers that must have come back where each of them alone may have got in as a contact.
+const OPEN: usize = 2;
+
 /// Addresses whose verdicts are kept.
 const MAX_KNOWN: usize = 32;
 
@@ -460,9 +532,25 @@ struct Known {
     verdict: Option<Verdict>,
     /// Servers' places that have tried in vain since the last time that one did not.
     in_vain: HashSet<IpAddr>,
+    /// Networks from which contacts came back as no firewall that counts ports lets in.
+    open: HashSet<IpAddr>,
     next: Instant,
     pause: Duration,
     asking: bool,
+}
+
+/// Servers that need not be asked about an address again now.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tried {
+    in_vain: HashSet<IpAddr>,
+    open: HashSet<IpAddr>,
+}
+
+impl Tried {
+    /// Returns true if a server at this IP address is among them.
+    pub(crate) fn covers(&self, place: &IpAddr) -> bool {
+        self.in_vain.contains(place) || self.open.contains(&network(*place))
+    }
 }
 
 /// What is known of each address of ours, and when to ask again. A state machine without I/O.
@@ -480,6 +568,7 @@ impl Verdicts {
             self.known.entry(address.clone()).or_insert_with(|| Known {
                 verdict: None,
                 in_vain: HashSet::new(),
+                open: HashSet::new(),
                 next: now,
                 pause: RETRY.0,
                 asking: false,
@@ -492,10 +581,14 @@ impl Verdicts {
         due.map(|(address, _)| address.clone()).collect()
     }
 
-    /// Servers' places that `address` need not be asked of again now.
-    pub(crate) fn tried(&self, address: &Multiaddr) -> HashSet<IpAddr> {
+    /// Returns the servers that need not be asked about `address` again now.
+    pub(crate) fn tried(&self, address: &Multiaddr) -> Tried {
         let known = self.known.get(address);
-        known.map(|known| known.in_vain.clone()).unwrap_or_default()
+        let known = known.map(|known| Tried {
+            in_vain: known.in_vain.clone(),
+            open: known.open.clone(),
+        });
+        known.unwrap_or_default()
     }
 
     /// A server is being asked about `address`; [`told`](Self::told) must follow.
@@ -505,13 +598,13 @@ impl Verdicts {
         }
     }
 
-    /// What the server at `place` found: `Some(true)` if it got through and we had never sent there or no NAT is in between, `Some(false)` if it got through otherwise; `None` in
-    /// vain. Whether the verdict has changed.
+    /// Records what the server at `place` found: how it came back, and from which IP address, or `None` if it tried in
+    /// vain. Returns true if the verdict has changed.
     pub(crate) fn told(
         &mut self,
         address: &Multiaddr,
         place: IpAddr,
-        reached: Option<bool>,
+        reached: Option<(Back, IpAddr)>,
         now: Instant,
     ) -> bool {
         let Some(known) = self.known.get_mut(address) else {
@@ -519,14 +612,24 @@ impl Verdicts {
         };
         known.asking = false;
         let verdict = match reached {
-            Some(stranger) => {
+            Some((back, from)) => {
                 known.in_vain.clear();
                 known.pause = RETRY.0;
                 known.next = now + AGAIN;
-                // One that knew the way says nothing against one that did not.
-                match (stranger, known.verdict) {
-                    (true, _) | (false, Some(Verdict::Reached)) => Some(Verdict::Reached),
-                    (false, _) => Some(Verdict::ByContacts),
+                if back == Back::Open && known.verdict != Some(Verdict::Reached) {
+                    known.open.insert(network(from));
+                }
+                // A contact says nothing against a stranger that got in.
+                let before = known.verdict == Some(Verdict::Reached);
+                if before || back == Back::Proven || known.open.len() >= OPEN {
+                    known.open.clear();
+                    Some(Verdict::Reached)
+                } else {
+                    if back == Back::Open {
+                        // A server in another network is asked soon.
+                        known.next = now;
+                    }
+                    Some(Verdict::ByContacts)
                 }
             }
             None => {
@@ -537,6 +640,7 @@ impl Verdicts {
                     known.verdict
                 } else {
                     known.in_vain.clear();
+                    known.open.clear();
                     known.next = now + known.pause;
                     known.pause = (known.pause * 2).min(RETRY.1);
                     Some(Verdict::Unreachable)
@@ -709,6 +813,97 @@ mod tests {
         assert!(!bounds.begin(two, near[1], now), "at a time");
     }
 
+    fn at(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    /// Each row breaks one condition.
+    #[test]
+    fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
+        let (begin, dialled) = (Instant::now(), Dialled::default());
+        let later = begin + Duration::from_secs(1);
+        let own = Question {
+            at: at("1.1.1.1:9338"),
+            transport: Transport::Tcp,
+            own: true,
+            open: true,
+            since: later,
+        };
+        let good = Inbound {
+            local: at("1.1.1.1:9338"),
+            from: at("7.7.7.7:40000"),
+            transport: Transport::Tcp,
+            since: later,
+        };
+        let check = |question: &Question, connection: &Inbound| {
+            question.answered_by(connection, &dialled, false, later)
+        };
+        assert_eq!(check(&own, &good), Some(Back::Proven));
+        let change = |change: &dyn Fn(&mut Inbound)| {
+            let mut connection = good.clone();
+            change(&mut connection);
+            connection
+        };
+        for bad in [
+            change(&|c| c.since = begin),
+            change(&|c| c.transport = Transport::Quic),
+            change(&|c| c.transport = Transport::Ws),
+            change(&|c| c.local = at("1.1.1.1:443")),
+            change(&|c| c.local = at("192.168.1.7:9338")),
+            change(&|c| c.from = at("192.168.1.1:40000")),
+        ] {
+            assert_eq!(check(&own, &bad), None, "{bad:?}");
+        }
+        // A NAT's address is reached at a private one of ours.
+        let nat = Question {
+            own: false,
+            open: false,
+            at: at("9.9.9.9:7"),
+            ..own.clone()
+        };
+        assert_eq!(check(&nat, &good), None);
+        let through = change(&|c| c.local = at("192.168.1.7:9338"));
+        assert_eq!(check(&nat, &through), Some(Back::Proven));
+        // A machine that we have sent to.
+        dialled.note(at("7.7.7.7:443"), begin);
+        assert_eq!(check(&nat, &through), Some(Back::Contact));
+        assert_eq!(check(&own, &good), Some(Back::Open));
+        let chosen = own.answered_by(&good, &dialled, true, later);
+        assert_eq!(chosen, Some(Back::Proven));
+        // The port that we have sent to: a firewall takes it for the answer.
+        dialled.note(at("7.7.7.7:40000"), begin);
+        assert_eq!(check(&own, &good), Some(Back::Contact));
+    }
+
+    #[test]
+    fn one_server_alone_makes_nothing_reached_unless_it_is_a_stranger() {
+        let (now, mine) = (Instant::now(), address("/ip4/1.1.1.1/tcp/5"));
+        let ips = ["7.7.7.7", "7.7.7.8", "8.8.8.8"].map(|ip| ip.parse::<IpAddr>().unwrap());
+        let begin = || {
+            let mut verdicts = Verdicts::default();
+            verdicts.due(std::slice::from_ref(&mine), now);
+            verdicts
+        };
+        let mut verdicts = begin();
+        verdicts.told(&mine, ips[0], Some((Back::Open, ips[0])), now);
+        assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
+        // Its network is not asked again, another is, at once.
+        assert!(verdicts.tried(&mine).covers(&ips[1]) && !verdicts.tried(&mine).covers(&ips[2]));
+        assert_eq!(verdicts.due(std::slice::from_ref(&mine), now).len(), 1);
+        verdicts.told(&mine, ips[1], Some((Back::Open, ips[1])), now);
+        assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
+        verdicts.told(&mine, ips[2], Some((Back::Open, ips[2])), now);
+        assert_eq!(verdicts.of(&mine), Some(Verdict::Reached));
+        let mut verdicts = begin();
+        for ip in ips {
+            verdicts.told(&mine, ip, Some((Back::Contact, ip)), now);
+        }
+        assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
+        let mut verdicts = begin();
+        verdicts.told(&mine, ips[0], Some((Back::Proven, ips[0])), now);
+        assert_eq!(verdicts.of(&mine), Some(Verdict::Reached));
+    }
+
     #[test]
     fn one_server_alone_makes_nothing_unreachable_and_all_is_asked_again() {
         let mut verdicts = Verdicts::default();
@@ -720,7 +915,8 @@ mod tests {
         assert!(verdicts.due(&candidates, now).is_empty());
         assert!(!verdicts.told(&mine, places[0], None, now));
         assert_eq!(verdicts.of(&mine), None);
-        assert_eq!(verdicts.tried(&mine), HashSet::from([places[0]]));
+        assert!(verdicts.tried(&mine).covers(&places[0]));
+        assert!(!verdicts.tried(&mine).covers(&places[1]));
         // At once, elsewhere.
         assert_eq!(verdicts.due(&candidates, now), candidates);
         assert!(verdicts.told(&mine, places[1], None, now));
@@ -728,10 +924,10 @@ mod tests {
         assert!(verdicts.due(&candidates, now).is_empty());
         let later = now + RETRY.0;
         assert_eq!(verdicts.due(&candidates, later), candidates);
-        assert!(verdicts.told(&mine, places[0], Some(false), later));
+        assert!(verdicts.told(&mine, places[0], Some((Back::Contact, places[0])), later));
         assert_eq!(verdicts.of(&mine), Some(Verdict::ByContacts));
-        assert!(verdicts.told(&mine, places[0], Some(true), later));
-        assert!(!verdicts.told(&mine, places[0], Some(false), later));
+        assert!(verdicts.told(&mine, places[0], Some((Back::Proven, places[0])), later));
+        assert!(!verdicts.told(&mine, places[0], Some((Back::Contact, places[0])), later));
         assert_eq!(verdicts.of(&mine), Some(Verdict::Reached));
         assert!(verdicts.due(&candidates, later).is_empty());
         assert_eq!(verdicts.due(&candidates, later + AGAIN), candidates);

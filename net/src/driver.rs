@@ -31,8 +31,7 @@ use crate::{
     Access, Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
     Place, Reachability, RelayServer, Shares, SpawnError, Stream, Transport, access,
     address::{
-        dialable_from, first_ip, is_outside, is_public, of_socket, socket, socket_within,
-        starts_with_name,
+        dialable_from, is_outside, is_public, of_socket, socket, socket_within, starts_with_name,
     },
     autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
@@ -44,6 +43,7 @@ use crate::{
     listen,
     mappings::{Mapped, Mapping},
     network::{Addresses, Command},
+    own::{self, Own},
     pending::Pending,
     ping as pings,
     punch::{self, Plan, PunchError},
@@ -61,13 +61,16 @@ use crate::{
 
 mod addresses;
 mod autonat;
+mod bootstrap;
 mod dialling;
 mod guarded;
 mod lanes;
 mod punching;
 mod relaying;
 
+use addresses::{Changes, Listening};
 use autonat::{Autonat, Told};
+use bootstrap::Bootstrap;
 use dialling::{How, Resolved};
 pub(crate) use guarded::Guarded;
 use guarded::{GuardedEvent, Wanted as WantedDial};
@@ -87,8 +90,8 @@ const QUIET: Duration = Duration::from_millis(50);
 /// How long an orderly stop waits for connections to close.
 const STOP_WAIT: Duration = Duration::from_secs(1);
 
-/// The first and the longest pause between attempts to reach a bootstrap node.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How often it is looked what is due.
+const TICK: Duration = Duration::from_secs(1);
 
 /// A bootstrap node that has kept a connection for this long is dialled at once when it is lost; one that takes connections and closes them is not.
 const STEADY: Duration = Duration::from_secs(30);
@@ -98,9 +101,6 @@ const MDNS_PEERS: usize = 32;
 
 /// Streams that a peer may be negotiating on a connection.
 const MAX_NEGOTIATING: usize = 64;
-
-/// Addresses taken from what a peer says of itself.
-const MAX_CLAIMED: usize = 16;
 
 /// Addresses of a peer dialled at a time: a dead one does not hold up those after it.
 const CONCURRENT_ADDRESSES: u8 = 16;
@@ -163,26 +163,6 @@ pub(crate) struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
     extension: E,
 }
 
-/// A peer to stay connected to.
-#[derive(Debug)]
-struct Bootstrap {
-    peer: PeerId,
-    address: Multiaddr,
-    next: Instant,
-    pause: Duration,
-}
-
-impl Bootstrap {
-    fn new(peer: PeerId, address: Multiaddr) -> Self {
-        Self {
-            peer,
-            address,
-            next: Instant::now(),
-            pause: RETRY.0,
-        }
-    }
-}
-
 /// A dial under way.
 #[derive(Debug)]
 struct Dial {
@@ -215,6 +195,8 @@ struct Connection {
     since: Instant,
     /// We dialled it.
     dialled: bool,
+    /// Our end of it, if the peer dialled it.
+    local: Option<(SocketAddr, Transport)>,
     /// Our end of it is our listening port.
     from_listener: bool,
     /// It went through a hole that was punched for it.
@@ -346,6 +328,12 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     interfaces: Option<IfWatcher>,
     /// Those that have not reported an address yet.
     listeners: Vec<ListenerId>,
+    /// What is listened on, and what is to be again.
+    listening: Listening,
+    /// Our addresses by their use.
+    own: Own,
+    /// Changes of our addresses that were not looked at yet.
+    changes: Changes,
     /// QUIC's.
     sockets: Sockets,
     requests: mpsc::Receiver<Command>,
@@ -447,7 +435,7 @@ where
         let memory = Memory::new(config.limits.memory);
         let crowd = Crowd::new(&config.limits, memory.clone());
         let pending = Pending::new(config.limits.pending_incoming, crowd.clone());
-        let (sockets, dialled) = (Sockets::default(), Dialled::default());
+        let (sockets, dialled) = (Sockets::default(), gate.dialled());
         let access = access::Shared::new(config.access.clone());
         let (circuits, circuit_requests, arrivals) = Circuits::new();
         let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
@@ -506,10 +494,11 @@ where
                 .with_substream_upgrade_protocol_override(Version::V1Lazy)
                 .with_max_negotiating_inbound_streams(MAX_NEGOTIATING),
         );
-        let listeners = listen::listen(&mut swarm, config.listen.as_deref())?;
+        let listening = listen::listen(&mut swarm, config.listen.as_deref())?;
+        let listeners = listening.iter().map(|(id, _)| *id).collect();
         let on_circuits = Multiaddr::empty().with(Protocol::P2pCircuit);
-        let listening = swarm.listen_on(on_circuits);
-        listening.expect("the transport for circuits listens on them");
+        let circuits = swarm.listen_on(on_circuits);
+        circuits.expect("the transport for circuits listens on them");
         let external: Vec<_> = config.external.into_iter().map(split_peer_id).collect();
         let punches = protocols
             .accept(punch::PROTOCOL)
@@ -536,6 +525,9 @@ where
             resolving: HashMap::new(),
             interfaces: interfaces.ok(),
             listeners,
+            listening: Listening::new(listening),
+            own: Own::default(),
+            changes: Changes::default(),
             requests,
             protocols,
             sockets,
@@ -591,6 +583,7 @@ where
         let listeners = std::mem::take(&mut self.listeners);
         self.wait_for_listeners(listeners).await?;
         self.note_listeners();
+        self.own.look_up_routes(source);
         self.update_relay_server();
         self.map_ports();
         let addresses = self.told.subscribe();
@@ -635,7 +628,7 @@ where
     }
 
     pub(crate) async fn run(mut self) {
-        let mut tick = interval(RETRY.0);
+        let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -676,6 +669,7 @@ where
                     IfEvent::Up(network) => self.gate.network_changed(network, true),
                     IfEvent::Down(network) => self.gate.network_changed(network, false),
                 },
+                () = addresses::settled(self.changes.due()) => self.on_networks_changed(),
                 _ = tick.tick() => self.on_tick(),
             }
         }
@@ -739,6 +733,7 @@ where
                 let _ = reply.send(());
             }
             Command::Reachability(reply) => drop(reply.send(self.reachability())),
+            Command::Bootstrap(reply) => drop(reply.send(self.bootstrap_peers())),
             Command::Stop(_) => unreachable!("handled where the loop can end"),
         }
     }
@@ -793,14 +788,15 @@ where
         if self.on_probe(id, false) {
             return;
         }
-        let Some(Dial {
-            peer,
-            mut addresses,
-        }) = self.dials.remove(&id)
-        else {
+        let Some(dial) = self.dials.remove(&id) else {
             return;
         };
-        tracing::debug!(%peer, %error, "a dial failed");
+        tracing::debug!(peer = %dial.peer, %error, "a dial failed");
+        self.bootstrap_dial_failed(&dial, &dial_error(dial.peer, error));
+        let Dial {
+            peer,
+            mut addresses,
+        } = dial;
         let quic = |(_, address): &(Source, Multiaddr)| {
             socket(address).is_some_and(|(at, t)| t == Transport::Quic && is_public(&at.ip()))
         };
@@ -871,19 +867,27 @@ where
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 tracing::info!(%address, "not listening any more");
                 self.note_listeners();
-                self.on_network_changed(&address);
+                self.changes.note(&address, Instant::now());
                 self.on_address_gone(&address);
             }
             SwarmEvent::NewListenAddr { address, .. } => {
                 tracing::info!(%address, "listening");
                 self.note_listeners();
-                self.on_network_changed(&address);
+                self.changes.note(&address, Instant::now());
                 self.tell_addresses();
             }
             SwarmEvent::ListenerClosed {
-                addresses, reason, ..
+                listener_id,
+                addresses,
+                reason,
             } => {
-                tracing::warn!(?addresses, ?reason, "a listener has closed");
+                tracing::warn!(
+                    ?addresses,
+                    ?reason,
+                    "a listener has closed; it is opened again"
+                );
+                self.listening
+                    .closed(listener_id, &addresses, Instant::now());
                 for address in &addresses {
                     self.on_address_gone(address);
                 }
@@ -985,6 +989,10 @@ where
         let was_connected = !peer.connections.is_empty();
         let direct = path.kind < PathKind::Relayed;
         let source = socket_within(&path.address).and_then(source);
+        self.note_used(endpoint, &path, source);
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
         if let (Some(dial), Some((at, _))) = (dial, socket(&path.address)) {
             let dialled = dial.addresses.into_iter().map(|(_, address)| address);
             let dialled: Vec<_> = dialled.collect();
@@ -997,6 +1005,10 @@ where
                 rtt: None,
                 since: now,
                 dialled: endpoint.is_dialer(),
+                local: match endpoint {
+                    ConnectedPoint::Listener { local_addr, .. } => socket(local_addr),
+                    ConnectedPoint::Dialer { .. } => None,
+                },
                 punched,
                 source,
                 moved: (0, 0),
@@ -1059,46 +1071,6 @@ where
         }
     }
 
-    /// Closes the connections that were opened from an address that is ours no more: TCP's are dead, and over QUIC, which goes on from the new address, nobody would
-    /// tell us where we are seen now. What is there still is made to show that it works.
-    fn leave_old_addresses(&mut self) {
-        let mut doubted = Vec::new();
-        let mut old = Vec::new();
-        let own: HashSet<IpAddr> = self.swarm.listeners().filter_map(first_ip).collect();
-        for (id, peer) in &self.peers {
-            for (connection, c) in &peer.connections {
-                let Some(at) = socket_within(&c.path.address) else {
-                    continue;
-                };
-                // TCP goes on from an address that is still ours, even if another is preferred now.
-                let gone = |before| !own.contains(&before) || c.path.transport == Transport::Quic;
-                match (c.source, source(at)) {
-                    (Some(before), Some(now)) if before != now && gone(before) => {
-                        old.push(*connection);
-                    }
-                    // Cut off, perhaps for a moment only.
-                    (_, None) => {}
-                    _ if c.path.kind > PathKind::Loopback => doubted.push(*id),
-                    _ => {}
-                }
-            }
-        }
-        if !old.is_empty() {
-            for bootstrap in &mut self.bootstrap {
-                bootstrap.pause = RETRY.0;
-                bootstrap.next = Instant::now();
-            }
-        }
-        for connection in old {
-            tracing::debug!(%connection, "opened from an address that is ours no more");
-            self.swarm.close_connection(connection);
-        }
-        doubted.dedup();
-        for peer in doubted {
-            self.doubt(peer, None);
-        }
-    }
-
     /// Has the relays that hold places for us show that they are there: the loss of one is to be noticed within seconds.
     fn check_relays(&mut self) {
         let now = Instant::now();
@@ -1120,34 +1092,39 @@ where
             .copied()
             .collect();
         for connection in doubted {
-            let (reply, answer) = oneshot::channel();
-            let streams = &mut self.swarm.behaviour_mut().streams;
-            streams.open_on(peer, connection, pings::PING_PROTOCOL, reply);
-            streams.doubt(connection, true);
-            let before = streams.moved(connection).map_or(0, |moved| moved.0);
-            let outcomes = self.outcomes.clone();
-            tokio::spawn(async move {
-                let deadline = Instant::now() + ALIVE;
-                let alive = match timeout(ALIVE, answer).await {
-                    Ok(Ok(Ok(mut stream))) => {
-                        // Any answer will do, also a refusal: what is dead gives none.
-                        let answered = timeout_at(deadline.into(), pings::echo(&mut stream)).await;
-                        answered.is_ok().then_some(true)
-                    }
-                    Ok(Ok(Err(_))) => Some(true),
-                    // It is being closed.
-                    Ok(Err(_)) => Some(false),
-                    Err(_) => None,
-                };
-                let doubted = Outcome::Doubted {
-                    connection,
-                    alive,
-                    before,
-                };
-                // The network may have stopped.
-                let _ = outcomes.send(doubted).await;
-            });
+            self.doubt_one(peer, connection);
         }
+    }
+
+    /// Has one connection show that it still works.
+    fn doubt_one(&mut self, peer: PeerId, connection: ConnectionId) {
+        let (reply, answer) = oneshot::channel();
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        streams.open_on(peer, connection, pings::PING_PROTOCOL, reply);
+        streams.doubt(connection, true);
+        let before = streams.moved(connection).map_or(0, |moved| moved.0);
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            let deadline = Instant::now() + ALIVE;
+            let alive = match timeout(ALIVE, answer).await {
+                Ok(Ok(Ok(mut stream))) => {
+                    // Any answer will do, also a refusal: what is dead gives none.
+                    let answered = timeout_at(deadline.into(), pings::echo(&mut stream)).await;
+                    answered.is_ok().then_some(true)
+                }
+                Ok(Ok(Err(_))) => Some(true),
+                // It is being closed.
+                Ok(Err(_)) => Some(false),
+                Err(_) => None,
+            };
+            let doubted = Outcome::Doubted {
+                connection,
+                alive,
+                before,
+            };
+            // The network may have stopped.
+            let _ = outcomes.send(doubted).await;
+        });
     }
 
     fn on_closed(&mut self, id: PeerId, connection: ConnectionId) {
@@ -1158,7 +1135,7 @@ where
         let (direct, gone) = (peer.is_direct(), peer.connections.is_empty());
         if closed.is_some_and(|closed| closed.since.elapsed() >= STEADY) {
             for bootstrap in self.bootstrap.iter_mut().filter(|b| b.peer == id) {
-                bootstrap.pause = RETRY.0;
+                bootstrap.rest();
             }
         }
         if !direct {
@@ -1201,8 +1178,8 @@ where
                 _ if proxied => is_outside(address),
                 _ => relayed || dialable_from(&seen_at, address),
             })
-            .take(MAX_CLAIMED)
             .collect();
+        let claimed = own::first_places(claimed, own::MAX_PLACES);
         if let Some((at, _)) = socket(&seen_at).filter(|_| !relayed) {
             lanes::remember(&mut peer.tcp, &claimed, at.ip());
         }
@@ -1253,6 +1230,7 @@ where
 
     fn on_tick(&mut self) {
         self.count();
+        self.listen_again();
         self.reach_bootstrap();
         self.renew_relays();
         self.expire_reservations();
@@ -1437,6 +1415,9 @@ where
             relay_use: self.server.used(),
             public,
             verified,
+            port_mapping: self.port_mapping,
+            tcp_port: self.listening_port(Transport::Tcp),
+            quic_port: self.listening_port(Transport::Quic),
             tcp_filtering: self.filtering(Transport::Tcp),
             quic_filtering: self.filtering(Transport::Quic),
             udp: self.autonat.has_udp(),
@@ -1451,25 +1432,6 @@ where
             quic_mapping: self.reach.mapping(Transport::Quic, own),
             relays: self.relays.held(),
             lacks_relays: self.lacks_relays(),
-        }
-    }
-
-    fn reach_bootstrap(&mut self) {
-        let now = Instant::now();
-        let due: Vec<_> = self
-            .bootstrap
-            .iter_mut()
-            .filter(|b| b.next <= now && !self.peers.contains_key(&b.peer))
-            .map(|b| {
-                b.next = now + b.pause;
-                b.pause = (b.pause * 2).min(RETRY.1);
-                (b.peer, b.address.clone())
-            })
-            .collect();
-        for (peer, address) in due {
-            if let Err(error) = self.dial(peer, vec![(Source::Given, address)]) {
-                tracing::debug!(%error, "a bootstrap node cannot be dialled");
-            }
         }
     }
 

@@ -37,11 +37,13 @@ use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 use crate::{
     LimitUse, Transport,
     address::{is_public, is_relayed, network, site, socket, socket_within, starts_with_name},
+    dialled::Dialled,
+    own::{self, first_places},
     split_peer_id,
 };
 
-/// Addresses of one dial that are looked at. A record holds as many.
-pub(crate) const MAX_ADDRESSES: usize = 16;
+/// Addresses of one dial that are looked at: those of sixteen places, each by TCP and by QUIC. A record holds as many.
+pub(crate) const MAX_ADDRESSES: usize = own::MAX_ADDRESSES;
 
 /// IP addresses of one family, and ports at each, that a peer can have this node dial at a time. A host has one or two
 /// addresses; its node listens on one port, beside 443 and a forwarded one.
@@ -122,9 +124,9 @@ const MAX_BLOCKS: usize = 64;
 pub struct Heard(Vec<Multiaddr>);
 
 impl Heard {
-    /// Marks addresses as hearsay, the first sixteen of them.
+    /// Marks addresses as hearsay, those of the first sixteen places (host and port).
     pub fn new(addresses: impl IntoIterator<Item = Multiaddr>) -> Self {
-        Self(addresses.into_iter().take(MAX_ADDRESSES).collect())
+        Self(first_places(addresses, own::MAX_PLACES))
     }
 
     /// Returns true if nothing was stated.
@@ -149,7 +151,7 @@ impl Heard {
         ips.next().map(crate::address::network)
     }
 
-    /// Adds what else was heard, without what is known already, up to sixteen addresses.
+    /// Adds what else was heard, without what is known already, up to thirty-two addresses.
     pub fn extend(&mut self, other: Self) {
         for address in other.0 {
             if self.0.len() < MAX_ADDRESSES && !self.0.contains(&address) {
@@ -281,7 +283,8 @@ impl Admitted {
 /// is none by the other.
 type Socket = (SocketAddr, bool);
 
-/// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it.
+/// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it, and
+/// notes in [`Dialled`] that something is sent there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target(SocketAddr);
 
@@ -339,6 +342,8 @@ enum Place {
 
 #[derive(Debug)]
 struct State {
+    /// Where this node has sent.
+    dialled: Dialled,
     permits: HashMap<Socket, Permit>,
     /// The extent that the addresses given by the user show, as far as they show one.
     base: Option<Extent>,
@@ -443,6 +448,7 @@ impl Gate {
     /// A gate for a node to which these addresses were given, to dial or as its own.
     pub(crate) fn new<'a>(given: impl Iterator<Item = &'a Multiaddr>) -> Self {
         let mut state = State {
+            dialled: Dialled::default(),
             permits: HashMap::new(),
             base: None,
             unresolved: HashSet::new(),
@@ -480,6 +486,11 @@ impl Gate {
         state.expect("nothing panics while holding the lock")
     }
 
+    /// Returns the record of where this node has sent.
+    pub(crate) fn dialled(&self) -> Dialled {
+        self.state().dialled.clone()
+    }
+
     /// Returns the extent of the mesh.
     pub(crate) fn extent(&self) -> Extent {
         self.state().extent()
@@ -500,6 +511,11 @@ impl Gate {
         if up && network.prefix_len() > 0 {
             state.networks.push(network);
         }
+    }
+
+    /// The networks of ours are told anew.
+    pub(crate) fn forget_networks(&self) {
+        self.state().networks.clear();
     }
 
     /// A given name leads to these addresses; or nowhere, for now.
@@ -538,7 +554,10 @@ impl Gate {
             .retain(|_, (_, at)| now.duration_since(*at) < FORGET);
         let room = state.neighbours.len() < MAX_NEIGHBOURS;
         if room || state.neighbours.contains_key(&peer) {
-            let some = addresses.iter().take(MAX_ADDRESSES).cloned().collect();
+            // Its bridges of containers lead nowhere, or to ours of the same address.
+            let mut some = addresses.to_vec();
+            some.sort_by_key(|address| state.distance(address));
+            let some = first_places(some, own::MAX_PLACES);
             state.neighbours.insert(peer, (some, now));
         }
     }
@@ -568,10 +587,10 @@ impl Gate {
         };
         let mut few = Few::default();
         let mut sources = sources;
-        // Proven addresses come first, so that others do not take their place.
+        // Proven addresses come first, so that others do not take their place; an address that is also ours comes last.
         sources.sort_by_key(|(source, address)| {
             let proven = socket_within(address).is_some_and(|at| state.is_proven(at, now));
-            (*source != Source::Given, !proven)
+            (*source != Source::Given, !proven, state.distance(address))
         });
         for (source, address) in sources {
             if starts_with_name(&address) && !is_relayed(&address) {
@@ -608,7 +627,10 @@ impl Gate {
         let judged = state.judge(Source::Heard, at, evidence);
         let charged = judged.and_then(|()| state.charge(at, now));
         match charged {
-            Ok(()) => Some(Target(at)),
+            Ok(()) => {
+                state.dialled.note(at, now);
+                Some(Target(at))
+            }
             Err(refusal) => {
                 state.refused += 1;
                 state.refused_often += u64::from(refusal == Refusal::Often);
@@ -633,6 +655,7 @@ impl Gate {
             }
             if chosen.contains(&ip) || state.may_search(ip, now) {
                 chosen.insert(ip);
+                state.dialled.note_all_ports(at.ip(), now);
                 targets.push(Target(*at));
             } else {
                 state.refused_often += 1;
@@ -879,6 +902,18 @@ impl State {
         }
         self.extent = self.extent.max(self.met);
         self.extent.max(base)
+    }
+
+    /// Order in which addresses of one peer are looked at, where others do not decide: first those that can lead to
+    /// another machine; then private ones on none of our networks; then those at an IP address of ours, such as the one
+    /// that a bridge of containers has on every machine.
+    fn distance(&self, address: &Multiaddr) -> u8 {
+        match crate::address::first_ip(address) {
+            Some(ip) if ip.is_loopback() => 0,
+            Some(ip) if self.is_own_ip(ip) => 2,
+            Some(ip) if !is_public(&ip) && !self.is_on_link(ip) => 1,
+            _ => 0,
+        }
     }
 
     fn is_own_ip(&self, ip: IpAddr) -> bool {

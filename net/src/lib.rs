@@ -29,6 +29,7 @@ mod listen;
 mod mappings;
 mod muxer;
 mod network;
+mod own;
 mod pending;
 mod ping;
 mod proxied;
@@ -56,9 +57,10 @@ pub use self::{
     gate::{Destinations, Heard},
     limits::{LimitUse, Limits},
     network::{
-        Addresses, Config, ConnectError, Network, PathInfo, PeerInfo, Reachability, RelayServer,
-        SpawnError,
+        Addresses, BootstrapPeer, Config, ConnectError, Network, PathInfo, PeerInfo, Reachability,
+        RelayServer, SpawnError,
     },
+    own::{MAX_PLACES, first_places},
     ping::PingError,
     reach::{Filtering, Mapping},
     relay_server::{RelayLimits, RelayUse},

@@ -19,7 +19,7 @@ const DEFAULT_PORT: u16 = 9338;
 pub(crate) fn listen<E>(
     swarm: &mut Swarm<Guarded<E>>,
     addresses: Option<&[Multiaddr]>,
-) -> Result<Vec<ListenerId>, SpawnError>
+) -> Result<Vec<(ListenerId, Multiaddr)>, SpawnError>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
 {
@@ -31,7 +31,7 @@ where
             check_free(address).map_err(|error| refuse(address, error.to_string()))?;
         }
         for (address, _) in &addresses {
-            listeners.push(listen_on(swarm, address)?);
+            listeners.push((listen_on(swarm, address)?, address.clone()));
         }
         return Ok(listeners);
     }
@@ -46,7 +46,7 @@ where
             let free = check_free(&address(DEFAULT_PORT)).is_ok();
             let port = if free { DEFAULT_PORT } else { 0 };
             match listen_on(swarm, &address(port)) {
-                Ok(listener) => listeners.push(listener),
+                Ok(listener) => listeners.push((listener, address(port))),
                 // A machine without IPv6, say.
                 Err(error) => {
                     tracing::debug!(%error, "a default address is not available");

@@ -159,6 +159,12 @@ pub struct Reachability {
     pub public: Vec<Multiaddr>,
     /// What others found who were asked whether they reach this node at an address.
     pub verified: Vec<(Multiaddr, Verdict)>,
+    /// Whether the gateway is asked to forward ports ([`Config::port_mapping`]).
+    pub port_mapping: bool,
+    /// The TCP port on which this node listens for other machines.
+    pub tcp_port: Option<u16>,
+    /// The UDP port on which this node listens for other machines.
+    pub quic_port: Option<u16>,
     /// Where the gateway says that it forwards to this node; without addresses where others have tried in vain.
     pub mapped: Vec<Multiaddr>,
     /// Where others see this node.
@@ -183,6 +189,21 @@ pub struct Reachability {
     pub is_relay: bool,
     /// What that comes to.
     pub relay_use: RelayUse,
+}
+
+/// A peer to stay connected to, given by [`Config::bootstrap`] or [`Config::relays`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootstrapPeer {
+    /// The peer that has to answer there.
+    pub peer: PeerId,
+    /// The address that was given, without `/p2p`.
+    pub address: Multiaddr,
+    /// Whether there is a connection to the peer.
+    pub connected: bool,
+    /// Why the last attempt failed; `None` while the peer is connected, or the first attempt is under way.
+    pub error: Option<String>,
+    /// Failed attempts since the last connection.
+    pub failures: u32,
 }
 
 /// A connected peer.
@@ -263,6 +284,7 @@ pub(crate) enum Command {
     Access(oneshot::Sender<Access>),
     SetAccess(Access, oneshot::Sender<()>),
     Reachability(oneshot::Sender<Reachability>),
+    Bootstrap(oneshot::Sender<Vec<BootstrapPeer>>),
     Stop(oneshot::Sender<()>),
 }
 
@@ -412,6 +434,12 @@ impl Network {
     /// What is known of how others reach this node; `None` once the network has stopped.
     pub async fn reachability(&self) -> Option<Reachability> {
         self.ask(Command::Reachability).await
+    }
+
+    /// The peers that this node was told to stay connected to, and why they cannot be reached. Empty once the network has
+    /// stopped.
+    pub async fn bootstrap(&self) -> Vec<BootstrapPeer> {
+        self.ask(Command::Bootstrap).await.unwrap_or_default()
     }
 
     /// Measures the round trip to a connected peer over the best path, after the stream for it is open.

@@ -71,6 +71,19 @@ pub(crate) struct Candidates {
     pub(crate) udp: UdpMapping,
 }
 
+impl Candidates {
+    /// Returns true if the same is told, in any order.
+    fn is_like(&self, other: &Self) -> bool {
+        let sorted = |all: &[Multiaddr]| {
+            let mut all: Vec<_> = all.iter().map(Multiaddr::to_vec).collect();
+            all.sort();
+            all
+        };
+        let same = (self.near, self.udp) == (other.near, other.udp);
+        same && sorted(&self.addresses) == sorted(&other.addresses)
+    }
+}
+
 /// A search for a port, to be begun if dialling does not do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Search {
@@ -211,7 +224,12 @@ fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchE
         };
         let kind = (at.is_ipv4(), is_public(&at.ip()));
         let places = places.entry(kind).or_default();
-        if places.len() >= MAX_PLACES && !places.contains(&at.ip()) {
+        // Of private ones the gate takes as many that can lead there: here, bridges of containers would hide the others.
+        let most = match kind.1 {
+            true => MAX_PLACES,
+            false => MAX_ADDRESSES,
+        };
+        if places.len() >= most && !places.contains(&at.ip()) {
             return false;
         }
         places.insert(at.ip());
@@ -305,7 +323,7 @@ impl Schedule {
             return false;
         }
         let again = self.resets < RESETS || now >= self.reset + RESET_AGAIN;
-        if self.candidates != *candidates && again {
+        if !self.candidates.is_like(candidates) && again {
             self.candidates = candidates.clone();
             self.next = now;
             self.pause = PAUSE.0;

@@ -2,7 +2,7 @@
 //!
 //! libp2p-quic keeps its sockets to itself, offers ChaCha20 first, and lets a connection die when the peer's NAT gives it another port.
 //! Here the sockets can be borrowed for a search for a port, a connection can be dialled from a socket that such a search
-//! has found, AES-128-GCM is preferred, and a connection follows a peer that moves.
+//! has found, AES-128-GCM is preferred, and a connection follows a peer whose NAT gives it another port.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -34,7 +34,11 @@ use quinn::{
     rustls::pki_types::CertificateDer,
 };
 use socket2::{Domain, Socket, Type};
-use tokio::{runtime::Handle, sync::mpsc, time::timeout};
+use tokio::{
+    runtime::Handle,
+    sync::mpsc,
+    time::{Sleep, sleep, timeout},
+};
 
 use crate::{
     Transport,
@@ -73,6 +77,14 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// Handshakes under way with senders who have not shown that they receive at the address they send from. Beyond, they have to show it first.
 const MAX_UNVALIDATED: usize = 32;
+
+/// A connection whose packets come from another IP address for this long is closed. They prove nothing: a peer can send
+/// from an address that is not its own, and quinn believes one packet for up to three times its probe time-out, which is
+/// a second or two. A new connection proves where the peer is.
+const ELSEWHERE: Duration = Duration::from_secs(5);
+
+/// Time after which the interfaces are watched again when that has failed, as it does for want of descriptors.
+const WATCH_AGAIN: Duration = Duration::from_secs(5);
 
 /// Sockets kept for a dial that is to come.
 const MAX_PREPARED: usize = 64;
@@ -398,6 +410,25 @@ async fn handshake(
     Ok((peer, Connection::new(connection, registered)))
 }
 
+/// What tells of the addresses of this machine.
+enum Interfaces {
+    /// The socket is bound to one address.
+    None,
+    Watched(IfWatcher),
+    /// The watcher failed. There is another after this.
+    Failed(Pin<Box<Sleep>>),
+}
+
+impl Interfaces {
+    fn watch() -> Self {
+        IfWatcher::new().map_or_else(|_| Self::fail(), Self::Watched)
+    }
+
+    fn fail() -> Self {
+        Self::Failed(Box::pin(sleep(WATCH_AGAIN)))
+    }
+}
+
 /// A socket on which connections are accepted.
 struct Listener {
     id: ListenerId,
@@ -406,10 +437,12 @@ struct Listener {
     endpoint: Endpoint,
     accept: BoxFuture<'static, Option<quinn::Incoming>>,
     unvalidated: Arc<AtomicUsize>,
-    interfaces: Option<IfWatcher>,
+    interfaces: Interfaces,
     /// The address of a socket that is bound to one, until it is told.
     bound: Option<IpAddr>,
     told: HashSet<IpAddr>,
+    /// Those told that a new watcher has not spoken of, which are gone if it does not by then.
+    unseen: Option<(HashSet<IpAddr>, Pin<Box<Sleep>>)>,
     closed: bool,
     /// Counts what comes in.
     pending: Option<Pending>,
@@ -427,9 +460,10 @@ impl Listener {
         Ok(Self {
             id,
             interfaces: match ip.is_unspecified() {
-                true => Some(IfWatcher::new()?),
-                false => None,
+                true => Interfaces::watch(),
+                false => Interfaces::None,
             },
+            unseen: None,
             bound: (!ip.is_unspecified()).then_some(ip),
             socket,
             sockets,
@@ -462,33 +496,8 @@ impl Listener {
         if let Some(ip) = self.bound.take() {
             return self.up(ip);
         }
-        while let Some(interfaces) = &mut self.interfaces {
-            let Poll::Ready(event) = interfaces.poll_if_event(cx) else {
-                break;
-            };
-            let v4 = self.socket.local_addr().is_ok_and(|at| at.is_ipv4());
-            match event {
-                Ok(IfEvent::Up(net))
-                    if net.addr().is_ipv4() == v4 && self.told.insert(net.addr()) =>
-                {
-                    return self.up(net.addr());
-                }
-                Ok(IfEvent::Down(net)) if self.told.remove(&net.addr()) => {
-                    if let Ok(listen_addr) = self.address(net.addr()) {
-                        return Poll::Ready(TransportEvent::AddressExpired {
-                            listener_id: self.id,
-                            listen_addr,
-                        });
-                    }
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    return Poll::Ready(TransportEvent::ListenerError {
-                        listener_id: self.id,
-                        error,
-                    });
-                }
-            }
+        if let Some(event) = self.poll_interfaces(cx) {
+            return Poll::Ready(event);
         }
         loop {
             let Some(incoming) = ready!(self.accept.poll_unpin(cx)) else {
@@ -497,6 +506,68 @@ impl Listener {
             self.accept = accept(self.endpoint.clone());
             if let Some(event) = self.incoming(incoming) {
                 return Poll::Ready(event);
+            }
+        }
+    }
+
+    /// What has changed of the addresses of a socket that is bound to all. A watcher that fails is replaced after a pause:
+    /// without one, connections are accepted all the same.
+    fn poll_interfaces(&mut self, cx: &mut Context<'_>) -> Option<Event> {
+        let v4 = self.socket.local_addr().is_ok_and(|at| at.is_ipv4());
+        loop {
+            let watcher = match &mut self.interfaces {
+                Interfaces::None => return None,
+                Interfaces::Failed(pause) => {
+                    if pause.poll_unpin(cx).is_pending() {
+                        return None;
+                    }
+                    self.interfaces = Interfaces::watch();
+                    // It tells of all that there are, and not of those that went away meanwhile.
+                    self.unseen = Some((self.told.clone(), Box::pin(sleep(WATCH_AGAIN))));
+                    continue;
+                }
+                Interfaces::Watched(watcher) => watcher,
+            };
+            let gone = match watcher.poll_if_event(cx) {
+                Poll::Ready(Ok(IfEvent::Up(net))) => {
+                    if let Some((unseen, _)) = &mut self.unseen {
+                        unseen.remove(&net.addr());
+                    }
+                    if net.addr().is_ipv4() == v4 && self.told.insert(net.addr()) {
+                        if let Poll::Ready(event) = self.up(net.addr()) {
+                            return Some(event);
+                        }
+                    }
+                    continue;
+                }
+                Poll::Ready(Ok(IfEvent::Down(net))) => net.addr(),
+                Poll::Ready(Err(error)) => {
+                    self.interfaces = Interfaces::fail();
+                    return Some(TransportEvent::ListenerError {
+                        listener_id: self.id,
+                        error,
+                    });
+                }
+                Poll::Pending => {
+                    let (unseen, until) = self.unseen.as_mut()?;
+                    if !unseen.is_empty() && until.poll_unpin(cx).is_pending() {
+                        return None;
+                    }
+                    let Some(ip) = unseen.iter().next().copied() else {
+                        self.unseen = None;
+                        return None;
+                    };
+                    unseen.remove(&ip);
+                    ip
+                }
+            };
+            if self.told.remove(&gone)
+                && let Ok(listen_addr) = self.address(gone)
+            {
+                return Some(TransportEvent::AddressExpired {
+                    listener_id: self.id,
+                    listen_addr,
+                });
             }
         }
     }
@@ -633,7 +704,10 @@ pub(crate) struct Connection {
     inbound: Option<Opening>,
     outbound: Option<Opening>,
     closed: Option<BoxFuture<'static, ConnectionError>>,
+    /// Where the peer is, and has shown to receive, if for the port.
     remote: SocketAddr,
+    /// Its packets come from another IP address; when that is enough.
+    elsewhere: Option<Pin<Box<Sleep>>>,
     /// Streams that were dropped hold the sender until what was sent on them has arrived. Nothing is ever sent.
     lingering: (mpsc::Sender<Infallible>, mpsc::Receiver<Infallible>),
     _registered: Registered,
@@ -644,6 +718,7 @@ impl Connection {
         Self {
             _registered: registered,
             remote: connection.remote_address(),
+            elsewhere: None,
             connection,
             inbound: None,
             outbound: None,
@@ -688,10 +763,20 @@ impl StreamMuxer for Connection {
         Poll::Ready(Ok(this.stream(halves)))
     }
 
-    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<StreamMuxerEvent>> {
         // Nothing wakes us for it; the ping that follows a silence does.
         let this = self.get_mut();
         let remote = this.connection.remote_address();
+        if remote.ip() != this.remote.ip() {
+            // Everybody here goes on believing that it is where it was.
+            let enough = this
+                .elsewhere
+                .get_or_insert_with(|| Box::pin(sleep(ELSEWHERE)));
+            ready!(enough.poll_unpin(cx));
+            let moved = "the peer's packets come from another IP address; only a new connection proves that it is there";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, moved)));
+        }
+        this.elsewhere = None;
         if remote != this.remote {
             this.remote = remote;
             let address = of_socket(remote, Transport::Quic);
@@ -780,6 +865,7 @@ impl AsyncWrite for Stream {
 mod tests {
     use futures::{AsyncReadExt, AsyncWriteExt, future::poll_fn};
     use libp2p::core::Endpoint as Role;
+    use tokio::sync::watch;
 
     use super::*;
 
@@ -884,7 +970,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_follows_a_peer_that_moves() {
+    async fn a_connection_follows_a_peer_whose_port_changes() {
         let (_, _, mut near) = transport();
         let (_, _, mut far) = transport();
         let [(_, mut here), (_, mut there)] = connected(&mut near, &mut far).await;
@@ -907,6 +993,96 @@ mod tests {
         match poll_fn(|cx| Pin::new(&mut there).poll(cx)).await.unwrap() {
             StreamMuxerEvent::AddressChange(address) => assert_eq!(quic(&address), Some(moved_to)),
         }
+    }
+
+    /// Passes packets between a client and `server`, which sees them come from the first of two sockets. Once it is told
+    /// to, it sends the client's packets from the second: from an address at which the client does not receive. Returns
+    /// the address for the client, and counts the bytes that the owner of the second address gets.
+    async fn spoofer(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>, watch::Sender<bool>) {
+        let bind =
+            |ip: &'static str| async move { tokio::net::UdpSocket::bind((ip, 0)).await.unwrap() };
+        let (near, own, spoofed) = (
+            bind("127.0.0.1").await,
+            bind("127.0.0.1").await,
+            bind("127.0.0.2").await,
+        );
+        let at = near.local_addr().unwrap();
+        let (spoof, lies) = watch::channel(false);
+        let got = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&got);
+        tokio::spawn(async move {
+            let (mut one, mut two, mut three) = ([0; 2048], [0; 2048], [0; 2048]);
+            let mut client = None;
+            loop {
+                tokio::select! {
+                    Ok((size, from)) = near.recv_from(&mut one) => {
+                        client = Some(from);
+                        let socket = if *lies.borrow() { &spoofed } else { &own };
+                        socket.send_to(&one[..size], server).await.unwrap();
+                    }
+                    Ok((size, _)) = own.recv_from(&mut two) => if let Some(client) = client {
+                        near.send_to(&two[..size], client).await.unwrap();
+                    },
+                    Ok((size, _)) = spoofed.recv_from(&mut three) => {
+                        count.fetch_add(size, Ordering::Relaxed);
+                    }
+                }
+            }
+        });
+        (at, got, spoof)
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_sends_from_somebody_elses_address_is_not_believed_to_be_there() {
+        let (_, _, mut near) = transport();
+        let (_, _, mut far) = transport();
+        let server = quic(&listen(&mut far).await).unwrap();
+        let (through, victim_got, spoof) = spoofer(server).await;
+        let dial = near.dial(of_socket(through, Transport::Quic), options(PortUse::Reuse));
+        let (dialled, (_, accepted)) = tokio::join!(dial.unwrap(), accept(&mut far));
+        let ((_, mut here), (_, mut there)) = (dialled.unwrap(), accepted.unwrap());
+        let before = there.remote;
+        spoof.send(true).unwrap();
+        let mut stream = outbound(&mut here).await;
+        let attack = async {
+            loop {
+                stream.write_all(b"weft").await.unwrap();
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let watch = async {
+            // Until the packets lead the server there.
+            while victim_got.load(Ordering::Relaxed) == 0 {
+                sleep(Duration::from_millis(5)).await;
+            }
+            for _ in 0..50 {
+                let event = poll_fn(|cx| Poll::Ready(Pin::new(&mut there).poll(cx))).await;
+                assert!(event.is_pending(), "{event:?}");
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            () = attack => unreachable!("it goes on for ever"),
+            () = watch => {}
+        }
+        assert_eq!(there.remote, before);
+    }
+
+    #[tokio::test]
+    async fn a_peer_whose_ip_address_changes_has_to_connect_anew() {
+        let (_, _, mut near) = transport();
+        let (_, _, mut far) = transport();
+        let [(_, mut here), (_, mut there)] = connected(&mut near, &mut far).await;
+        let dialer = near.dialers[0].clone().unwrap();
+        dialer
+            .rebind(bind("127.0.0.2:0".parse().unwrap()).unwrap())
+            .unwrap();
+        let mut stream = outbound(&mut here).await;
+        stream.write_all(b"weft").await.unwrap();
+        let mut far_stream = inbound(&mut there).await;
+        far_stream.read_exact(&mut [0; 4]).await.unwrap();
+        let event = poll_fn(|cx| Pin::new(&mut there).poll(cx)).await;
+        assert_eq!(event.unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
     }
 
     #[tokio::test]

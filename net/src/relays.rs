@@ -21,6 +21,13 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs
 /// A relay that was held for this long may be asked again at once when it is back.
 const PROVEN: Duration = Duration::from_secs(60);
 
+/// Other addresses that a relay names have to be the same for this long before they replace those that others were
+/// told: each change is stated to the whole mesh. A renewal follows within this time.
+const SAME: Duration = Duration::from_secs(120);
+
+/// The least time between two such changes.
+const CHANGE: Duration = Duration::from_secs(300);
+
 /// A relay that could be asked.
 #[derive(Debug, Clone)]
 pub(crate) struct Candidate {
@@ -46,8 +53,45 @@ struct Reservation {
     since: Instant,
     /// What others dial, and when to renew; `None` until it is granted.
     granted: Option<(Vec<Multiaddr>, Instant)>,
+    /// When its addresses last changed.
+    changed: Instant,
+    /// Other addresses that it names, and since when.
+    proposed: Option<(Vec<Multiaddr>, Instant)>,
     /// A request is under way.
     asking: bool,
+}
+
+impl Reservation {
+    /// The addresses that count after a grant that names `named`.
+    fn settle(&mut self, named: Vec<Multiaddr>, now: Instant) -> Vec<Multiaddr> {
+        let Some((known, _)) = &self.granted else {
+            self.changed = now;
+            return named;
+        };
+        let known = known.clone();
+        if is_same(&known, &named) {
+            self.proposed = None;
+            return known;
+        }
+        match &self.proposed {
+            Some((proposed, since)) if is_same(proposed, &named) => {
+                let long = now.duration_since(*since) >= SAME;
+                if long && now.duration_since(self.changed) >= CHANGE {
+                    self.proposed = None;
+                    self.changed = now;
+                    return named;
+                }
+            }
+            _ => self.proposed = Some((named, now)),
+        }
+        known
+    }
+}
+
+/// Returns true if both are the same addresses, in any order.
+fn is_same(one: &[Multiaddr], other: &[Multiaddr]) -> bool {
+    let all = |of: &[Multiaddr]| of.iter().cloned().collect::<HashSet<_>>();
+    all(one) == all(other)
 }
 
 /// The reservations we hold or have asked for.
@@ -102,12 +146,15 @@ impl Relays {
             preferred: relay.preferred,
             since: now,
             granted: None,
+            changed: now,
+            proposed: None,
             asking: true,
         };
         self.reservations.insert(relay.peer, reservation);
     }
 
-    /// The reservation is granted, or renewed; the addresses that it had before.
+    /// The reservation is granted, or renewed; the addresses that it had before. Other ones than before count once they
+    /// have been named for a while.
     pub(crate) fn granted(
         &mut self,
         relay: PeerId,
@@ -117,9 +164,12 @@ impl Relays {
     ) -> Option<Vec<Multiaddr>> {
         let reservation = self.reservations.get_mut(&relay)?;
         reservation.asking = false;
-        let before = reservation
-            .granted
-            .replace((addresses, now + holds * 3 / 4));
+        let addresses = reservation.settle(addresses, now);
+        let renew = match reservation.proposed {
+            Some(_) => SAME.min(holds * 3 / 4),
+            None => holds * 3 / 4,
+        };
+        let before = reservation.granted.replace((addresses, now + renew));
         Some(before.map(|(addresses, _)| addresses).unwrap_or_default())
     }
 
@@ -298,5 +348,39 @@ mod tests {
         assert!(relays.due(now + HOUR).is_empty());
         let before = relays.granted(only.peer, Vec::new(), HOUR, now + HOUR);
         assert_eq!(before, Some(vec![only.address]));
+    }
+
+    #[test]
+    fn a_relay_that_names_other_addresses_at_each_renewal_changes_nothing() {
+        let mut relays = Relays::default();
+        let begin = Instant::now();
+        let only = candidate(10);
+        relays.asked(&only, begin);
+        let named = |n: usize| vec![format!("/ip4/1.1.1.1/tcp/{}", n + 1).parse().unwrap()];
+        relays.granted(only.peer, named(0), HOUR, begin);
+        for n in 1..100 {
+            let now = begin + n as u32 * SAME;
+            relays.granted(only.peer, named(n), HOUR, now);
+            assert_eq!(relays.addresses(), named(0), "{n}");
+            // It is asked again soon, to see whether they stay.
+            assert_eq!(relays.due(now + SAME), [only.peer]);
+        }
+        // Two in turn come to nothing either.
+        for n in 100..200 {
+            let now = begin + n as u32 * SAME;
+            relays.granted(only.peer, named(n % 2 + 1), HOUR, now);
+            assert_eq!(relays.addresses(), named(0), "{n}");
+        }
+        // Those that stay do.
+        let later = begin + 200 * SAME;
+        relays.granted(only.peer, named(7), HOUR, later);
+        relays.granted(only.peer, named(7), HOUR, later + SAME);
+        assert_eq!(relays.addresses(), named(7));
+        // And not others right after them.
+        relays.granted(only.peer, named(8), HOUR, later + SAME);
+        relays.granted(only.peer, named(8), HOUR, later + 2 * SAME);
+        assert_eq!(relays.addresses(), named(7));
+        relays.granted(only.peer, named(8), HOUR, later + SAME + CHANGE);
+        assert_eq!(relays.addresses(), named(8));
     }
 }

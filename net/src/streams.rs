@@ -89,6 +89,8 @@ impl Traffic {
 pub struct Stream {
     inner: Inner,
     peer: PeerId,
+    /// The connection that it is one of many on; a lane is on none.
+    connection: Option<ConnectionId>,
     protocol: StreamProtocol,
     path: Path,
     /// Resolves when a better path is open, for a stream that yields.
@@ -138,6 +140,7 @@ impl Beside {
         Stream {
             inner: Inner::Lane(lane::Bytes::new(lane, permit)),
             peer: self.peer,
+            connection: None,
             protocol,
             path,
             gone: Gone::new(Fate::Peer(self.best.clone())),
@@ -245,6 +248,11 @@ impl Stream {
     /// The path it goes over.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns the connection that it is on; a lane is on none.
+    pub(crate) fn connection(&self) -> Option<ConnectionId> {
+        self.connection
     }
 
     /// Whether it has a TCP connection of its own, without a multiplexer.
@@ -643,6 +651,7 @@ impl Behaviour {
             .entry(peer)
             .or_insert_with(|| watch::Sender::new(PathKind::Relayed));
         Handler {
+            id,
             peer,
             path,
             protocols: self.protocols.clone(),
@@ -816,6 +825,7 @@ impl NetworkBehaviour for Behaviour {
 /// The part of the behaviour that lives with one connection.
 #[derive(Debug)]
 pub(crate) struct Handler {
+    id: ConnectionId,
     peer: PeerId,
     path: Path,
     protocols: Protocols,
@@ -836,6 +846,7 @@ impl Handler {
         Stream {
             inner: Inner::Shared(inner.compat()),
             peer: self.peer,
+            connection: Some(self.id),
             protocol,
             path: self.path.clone(),
             better: None,

@@ -266,6 +266,92 @@ async fn a_bootstrap_node_is_reached_also_when_it_comes_later() {
     .unwrap();
 }
 
+/// The path drops large packets: TCP connects there, and TLS never gets an answer.
+#[tokio::test]
+async fn a_tcp_bootstrap_address_that_swallows_everything_is_reached_by_quic() {
+    let swallows = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = swallows.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        let mut kept = Vec::new();
+        while let Ok(one) = swallows.accept().await {
+            kept.push(one);
+        }
+    });
+    let other = network(&[&format!("/ip4/127.0.0.1/udp/{port}/quic-v1")]).await;
+    let mut config = config(&["/ip4/127.0.0.1/udp/0/quic-v1"]);
+    let peer = other.local_peer();
+    config.bootstrap = vec![
+        format!("/ip4/127.0.0.1/tcp/{port}/p2p/{peer}")
+            .parse()
+            .unwrap(),
+    ];
+    let us = Network::spawn(config, dummy::Behaviour).await.unwrap();
+    timeout(PATIENCE, async {
+        loop {
+            let peers = us.peers().await;
+            if let Some(found) = peers.iter().find(|found| found.peer == peer) {
+                assert_eq!(found.path.transport, Transport::Quic);
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(us.bootstrap().await[0].connected);
+}
+
+#[tokio::test]
+async fn a_bootstrap_address_that_fails_is_named_with_the_reason() {
+    let other = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    let at = other.addresses().all.remove(0);
+    // Bound and not listened on: refused.
+    let refuses = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let refused = refuses.local_addr().unwrap().port();
+    drop(refuses);
+    let stranger = Keypair::generate_ed25519().public().to_peer_id();
+    let mut config = config(&["/ip4/127.0.0.1/tcp/0"]);
+    config.bootstrap = [
+        format!("{at}/p2p/{stranger}"),
+        format!(
+            "/ip4/127.0.0.1/tcp/{refused}/p2p/{}",
+            libp2p::PeerId::random()
+        ),
+        format!(
+            "/dns4/nowhere.invalid/tcp/1/p2p/{}",
+            libp2p::PeerId::random()
+        ),
+        format!("{at}/p2p/{}", other.local_peer()),
+    ]
+    .map(|address| address.parse().unwrap())
+    .to_vec();
+    let us = Network::spawn(config, dummy::Behaviour).await.unwrap();
+    let known = timeout(PATIENCE, async {
+        loop {
+            let known = us.bootstrap().await;
+            if known[3].connected && known[..3].iter().all(|one| one.error.is_some()) {
+                return known;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let known = known.await.unwrap();
+    let error = |n: usize| known[n].error.clone().unwrap();
+    assert!(
+        error(0).contains(&other.local_peer().to_string()),
+        "{}",
+        error(0)
+    );
+    assert!(error(1).contains("refused"), "{}", error(1));
+    assert!(error(2).contains("nowhere.invalid"), "{}", error(2));
+    assert_eq!(known[3].error, None);
+    assert!(
+        known[..3]
+            .iter()
+            .all(|one| !one.connected && one.failures > 0)
+    );
+}
+
 #[tokio::test]
 async fn dropping_the_last_handle_stops_the_network() {
     let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);

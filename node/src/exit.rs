@@ -6,7 +6,7 @@
 //! | 1 | something else failed |
 //! | 2 | the command line makes no sense |
 //! | 3 | no such name, or no such model or tag here |
-//! | 4 | no provider, or not the peer, can be reached |
+//! | 4 | no provider, or not the peer, can be reached; or the node is connected to nobody whom it could ask |
 //! | 5 | several publishers claim the name |
 //! | 6 | no node is running on this home |
 //! | 7 | the target exists with other content |
@@ -41,6 +41,11 @@ pub const DAMAGED: u8 = 9;
 pub const INCOMPLETE: u8 = 10;
 /// Interrupted by Ctrl-C or SIGTERM.
 pub const INTERRUPTED: u8 = 130;
+
+/// What to do when the node is connected to nobody.
+const DISCONNECTED: &str = "Whether there is such a thing cannot be known: there is nobody to ask. Give `weft up` the address of a node that\n\
+     is up with --bootstrap; it ends in /p2p/ and that node's PeerId (`weft status` there shows it). `weft status` here\n\
+     shows what became of each bootstrap address.";
 
 /// What the program says when it fails, and the code it ends with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -161,6 +166,7 @@ impl From<Status> for Failure {
                 "Check that the peer's node is up and shares a bootstrap node or relay with this one (`weft peers`), or give an\n\
                  address that ends in /p2p/<PeerId>. `weft doctor` on both machines says how others reach them.",
             ),
+            "DISCONNECTED" => (NO_PROVIDER, DISCONNECTED),
             "NO_PROVIDER" => (
                 NO_PROVIDER,
                 "What is verified is kept. Start a node that has the model, check `weft peers`, and run the same command again.",

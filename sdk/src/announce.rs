@@ -1,16 +1,16 @@
 //! Telling the DHT what this node has.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use futures::{StreamExt, stream};
+use futures::{StreamExt, stream::FuturesUnordered};
 use prost::Message;
 use tokio::{
-    sync::RwLock,
+    sync::{RwLock, watch},
     time::{Instant, sleep, sleep_until},
 };
 use weft_blobs::{Hash, Manifest, Store, store::Model};
 use weft_dht::{Dht, DhtError};
-use weft_net::Network;
+use weft_net::{Addresses, Network};
 use weft_proto::wire;
 
 use crate::{Error, ModelInfo, ModelName, models::describe, node::blocking, whereabouts::encode};
@@ -165,15 +165,8 @@ impl Announcer {
             refresh = Instant::now() + REFRESH;
             match self.models_here().await {
                 Ok(models) => {
-                    tokio::select! {
-                        () = self.announce_all(models) => {}
-                        // What has been said leads nowhere: from the beginning.
-                        changed = addresses.changed() => {
-                            if changed.is_err() {
-                                return;
-                            }
-                            refresh = Instant::now();
-                        }
+                    if !self.announce_all(models, &mut addresses).await {
+                        return;
                     }
                 }
                 Err(error) => {
@@ -204,21 +197,79 @@ impl Announcer {
         .await
     }
 
-    async fn announce_all(&self, mut models: Vec<(Model, ModelInfo, u64)>) {
+    /// States every model with the addresses that this node has at that moment. Returns false once the network has
+    /// stopped.
+    async fn announce_all(
+        &self,
+        mut models: Vec<(Model, ModelInfo, u64)>,
+        addresses: &mut watch::Receiver<Addresses>,
+    ) -> bool {
         // Neighbours in the key space, one after the other, are stored at the same nodes.
         models.sort_by_key(|(model, ..)| weft_dht::place(&provider_key(&model.id)));
-        let stated = stream::iter(models.into_iter().enumerate())
-            .then(|(n, one)| async move {
-                sleep(if n < FIRST { PACE.0 } else { PACE.1 }).await;
-                one
-            })
-            .map(|(model, info, size)| async move {
-                match self.state(&model, &info, size, true).await {
-                    Ok(took) => tracing::debug!(model = %model.id, took, "announced"),
-                    Err(error) => tracing::debug!(model = %model.id, %error, "not announced"),
+        let mut round = Round::new(models.into_iter().map(Arc::new));
+        let mut under_way = FuturesUnordered::new();
+        let mut next = Instant::now() + PACE.0;
+        let mut begun = 0;
+        loop {
+            let room = under_way.len() < AT_A_TIME && !round.is_over();
+            if !room && under_way.is_empty() {
+                return true;
+            }
+            tokio::select! {
+                () = sleep_until(next), if room => {
+                    let Some(one) = round.next() else { continue };
+                    begun += 1;
+                    next = Instant::now() + if begun < FIRST { PACE.0 } else { PACE.1 };
+                    under_way.push(async move {
+                        let (model, info, size) = &*one;
+                        match self.state(model, info, *size, true).await {
+                            Ok(took) => tracing::debug!(model = %model.id, took, "announced"),
+                            Err(error) => tracing::debug!(model = %model.id, %error, "not announced"),
+                        }
+                    });
                 }
-            });
-        stated.buffer_unordered(AT_A_TIME).collect::<()>().await;
+                Some(()) = under_way.next() => {}
+                changed = addresses.changed() => {
+                    if changed.is_err() {
+                        return false;
+                    }
+                    round.addresses_changed();
+                }
+            }
+        }
+    }
+}
+
+/// The models of a round, in the order in which they are stated.
+///
+/// Addresses that change do not begin the round again: else whoever has them change, such as a relay, would have the
+/// later models stated never. Those stated before the change follow after the others.
+struct Round<T> {
+    waiting: VecDeque<T>,
+    /// Stated, with the addresses of now.
+    stated: Vec<T>,
+}
+
+impl<T: Clone> Round<T> {
+    fn new(all: impl Iterator<Item = T>) -> Self {
+        Self {
+            waiting: all.collect(),
+            stated: Vec::new(),
+        }
+    }
+
+    fn next(&mut self) -> Option<T> {
+        let next = self.waiting.pop_front()?;
+        self.stated.push(next.clone());
+        Some(next)
+    }
+
+    fn addresses_changed(&mut self) {
+        self.waiting.extend(self.stated.drain(..));
+    }
+
+    fn is_over(&self) -> bool {
+        self.waiting.is_empty()
     }
 }
 
@@ -233,4 +284,30 @@ fn published(model: &Model) -> impl Iterator<Item = ModelName> {
         .iter()
         .filter(|name| name.published)
         .filter_map(|name| name.name.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_change_all_the_time_do_not_keep_later_models_from_being_stated() {
+        let mut round = Round::new(0..1000);
+        let mut stated = Vec::new();
+        // A change after every seventy.
+        while stated.len() < 1000 {
+            stated.extend(round.next());
+            if stated.len() % 70 == 0 {
+                round.addresses_changed();
+            }
+        }
+        assert_eq!(stated, (0..1000).collect::<Vec<_>>());
+        // Those stated before the last change follow, each once.
+        round.addresses_changed();
+        let again: Vec<_> = std::iter::from_fn(|| round.next()).collect();
+        let mut sorted = again.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..1000).collect::<Vec<_>>());
+        assert!(round.is_over());
+    }
 }

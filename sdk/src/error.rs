@@ -8,7 +8,7 @@ use weft_blobs::{
 };
 use weft_crdt::{DocumentId, Error as DocumentError};
 use weft_dht::{DhtError, DiskError, RecordError};
-use weft_net::{ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
+use weft_net::{BootstrapPeer, ConnectError, PeerId, PingError, SpawnError, TopicError, multiaddr};
 
 use crate::{
     Hash, HfCacheError, HomeError, ModelName, ParseNameError, ParsePatternError, ParseTargetError,
@@ -67,6 +67,9 @@ pub enum Error {
         /// What each provider that was tried did last.
         failures: Vec<Failure>,
     },
+    /// Nothing was found, and this node is connected to nobody whom it could have asked.
+    #[error("connected to nobody: {}", bootstrap(.0))]
+    Disconnected(Vec<BootstrapPeer>),
     /// This node holds no such model.
     #[error("this node holds no model {0}")]
     NoSuchModel(String),
@@ -289,6 +292,21 @@ fn list(failures: &[Failure]) -> String {
         .iter()
         .map(|failure| format!("\n  {failure}"))
         .collect()
+}
+
+fn bootstrap(peers: &[BootstrapPeer]) -> String {
+    if peers.is_empty() {
+        return "no bootstrap address was given, and no peer was found on the local network"
+            .to_owned();
+    }
+    let all = peers.iter().map(|one| {
+        let (address, peer) = (&one.address, one.peer);
+        match &one.error {
+            Some(error) => format!("bootstrap {address}/p2p/{peer} failed: {error}"),
+            None => format!("bootstrap {address}/p2p/{peer} has not answered yet"),
+        }
+    });
+    all.collect::<Vec<_>>().join("; ")
 }
 
 fn names(files: &[String]) -> String {

@@ -264,7 +264,7 @@ impl Models {
     /// Who says that it has a model, or a part of it: those with all of it first. Of very many, a sample. Not this node itself.
     ///
     /// # Errors
-    /// Those of resolving a name, and [`Error::Stopped`].
+    /// Those of resolving a name, [`Error::Disconnected`] if there is nobody to ask, and [`Error::Stopped`].
     pub async fn providers(&self, target: Target) -> Result<Vec<Provider>, Error> {
         let id = match target {
             Target::Name(name) => resolve(&self.node, &name, None).await?.0,
@@ -273,6 +273,9 @@ impl Models {
         };
         self.node.meet().await;
         let mut providers = find_providers(&self.node, &id, true).await?;
+        if providers.is_empty() {
+            self.node.is_connected().await?;
+        }
         providers.sort_by_key(|one| (one.shards.is_some(), !one.connected, one.peer));
         Ok(providers)
     }

@@ -19,8 +19,8 @@ use weft_blobs::{
 use weft_crdt::Documents;
 use weft_dht::Dht;
 use weft_net::{
-    Access, ConnectError, Incoming, LimitUse, Multiaddr, Network, Path as NetPath, PeerId,
-    PeerInfo, Reachability, Stream as NetStream, StreamProtocol,
+    Access, BootstrapPeer, ConnectError, Incoming, LimitUse, Multiaddr, Network, Path as NetPath,
+    PeerId, PeerInfo, Reachability, Stream as NetStream, StreamProtocol,
 };
 
 use crate::{
@@ -133,6 +133,8 @@ pub struct Status {
     pub uptime: Duration,
     /// Peers connected to.
     pub peers: usize,
+    /// The bootstrap nodes and relays that were given, and why those that cannot be reached cannot.
+    pub bootstrap: Vec<BootstrapPeer>,
     /// Nodes in the DHT's routing table.
     pub dht_nodes: usize,
     /// Statements kept for the DHT.
@@ -278,6 +280,7 @@ impl Node {
             addresses: self.addresses().await,
             uptime: self.inner.started.elapsed(),
             peers: self.peers().await.len(),
+            bootstrap: self.bootstrap().await,
             dht_nodes: dht.nodes,
             dht_records: dht.kept.records,
             models: models.len(),
@@ -293,6 +296,26 @@ impl Node {
             .into_iter()
             .filter_map(|address| address.with_p2p(peer).ok())
             .collect()
+    }
+
+    /// The bootstrap nodes and relays that were given, and why those that cannot be reached cannot.
+    pub async fn bootstrap(&self) -> Vec<BootstrapPeer> {
+        self.inner.network.bootstrap().await
+    }
+
+    /// The error for what was not found, if this node is connected to nobody: then it cannot know whether there is such a
+    /// thing. `error` otherwise.
+    pub(crate) async fn not_found(&self, error: Error) -> Error {
+        self.is_connected().await.err().unwrap_or(error)
+    }
+
+    /// # Errors
+    /// [`Error::Disconnected`] if this node is connected to nobody.
+    pub(crate) async fn is_connected(&self) -> Result<(), Error> {
+        match self.inner.network.peers().await.is_empty() {
+            true => Err(Error::Disconnected(self.bootstrap().await)),
+            false => Ok(()),
+        }
     }
 
     /// Who it is connected to.

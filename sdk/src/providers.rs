@@ -113,7 +113,7 @@ impl Providers {
                 && self.failures.keys().all(|peer| self.banned.contains(peer));
             // The ticket's own round does not count: the mesh may know more.
             if self.rounds >= 2 && (self.since.elapsed() >= FIRST || all_banned) {
-                return Err(self.exhausted());
+                return Err(self.exhausted().await);
             }
             if self.rounds >= 2 {
                 sleep(self.pause).await;
@@ -181,17 +181,19 @@ impl Providers {
         failed.reason = reason;
     }
 
-    fn exhausted(&self) -> Error {
-        Error::NoProvider {
+    async fn exhausted(&self) -> Error {
+        let failures = self.failures.iter();
+        let failures = failures.map(|(peer, failed)| Failure {
+            peer: *peer,
+            reason: failed.reason.clone(),
+        });
+        let error = Error::NoProvider {
             model: self.model,
-            failures: self
-                .failures
-                .iter()
-                .map(|(peer, failed)| Failure {
-                    peer: *peer,
-                    reason: failed.reason.clone(),
-                })
-                .collect(),
+            failures: failures.collect(),
+        };
+        match self.failures.is_empty() {
+            true => self.node.not_found(error).await,
+            false => error,
         }
     }
 

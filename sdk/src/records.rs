@@ -141,11 +141,16 @@ impl Records {
     /// What anybody states under `key`, each statement checked, by publisher and subkey. Asks every node that should know: 30 s at most.
     ///
     /// # Errors
-    /// [`Error::Record`] if the key is too long, [`Error::Stopped`].
+    /// [`Error::Record`] if the key is too long, [`Error::Disconnected`] if nothing is here and there is nobody to ask,
+    /// [`Error::Stopped`].
     pub async fn get(&self, key: impl AsRef<[u8]>) -> Result<Vec<RecordInfo>, Error> {
         let key = spaced(key.as_ref())?;
         self.node.meet().await;
-        Ok(sorted(&self.node.dht().get(&key).await?))
+        let found = sorted(&self.node.dht().get(&key).await?);
+        match found.is_empty() {
+            true => self.node.is_connected().await.map(|()| found),
+            false => Ok(found),
+        }
     }
 
     /// Takes back what this node stated under `key` and `subkey`: whether there was anything, and how many other nodes heard it. Those that did not hear it are

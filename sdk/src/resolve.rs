@@ -128,7 +128,8 @@ fn is_sure(
 /// remembers. With `publisher`, only that publisher's word counts.
 ///
 /// # Errors
-/// [`Error::NoSuchName`], [`Error::SeveralPublishers`], [`Error::NotListed`], [`Error::Stopped`].
+/// [`Error::NoSuchName`], or [`Error::Disconnected`] if there is nobody to ask; [`Error::SeveralPublishers`],
+/// [`Error::NotListed`], [`Error::Stopped`].
 pub(crate) async fn resolve(
     node: &Node,
     name: &ModelName,
@@ -190,10 +191,10 @@ pub(crate) async fn resolve(
         }
         [] => match local {
             Some(model) if publisher.is_none() && !listed.reserved => Ok((model.id, None)),
-            _ => Err(Error::NoSuchName {
-                name: name.clone(),
-                publisher,
-            }),
+            _ => {
+                let name = name.clone();
+                Err(node.not_found(Error::NoSuchName { name, publisher }).await)
+            }
         },
         _ => Err(Error::SeveralPublishers {
             name: name.clone(),

@@ -7,13 +7,10 @@ use futures::{StreamExt, stream};
 use prost::Message;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use weft_dht::{Dht, DhtError, Record};
-use weft_net::{Heard, Multiaddr, Network, PeerId};
+use weft_net::{Heard, MAX_PLACES, Multiaddr, Network, PeerId, first_places};
 use weft_proto::wire;
 
 use crate::discovery::{Discovery, Round};
-
-/// Addresses in a claim, and of a peer in a ticket.
-const MAX_ADDRESSES: usize = 16;
 
 /// How long a node's statement of where it is holds.
 const TTL: Duration = Duration::from_secs(2 * 3600);
@@ -58,18 +55,20 @@ fn shard_of(peer: &PeerId) -> u8 {
     peer.to_bytes().last().map_or(0, |last| last % SHARDS)
 }
 
-/// Addresses as claims and tickets hold them.
+/// Addresses as claims and tickets hold them: those of the first sixteen places, the most useful ones. A host and port
+/// for both transports is one place.
 pub(crate) fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
-    let addresses = addresses.iter().take(MAX_ADDRESSES);
+    let addresses = first_places(addresses.iter().cloned(), MAX_PLACES).into_iter();
     addresses.map(|address| address.to_vec().into()).collect()
 }
 
 /// Reads the addresses of a ticket, which the user has given; what is no address is left out.
 pub(crate) fn decode_given(addresses: &[Bytes]) -> Vec<Multiaddr> {
-    let addresses = addresses.iter().take(MAX_ADDRESSES);
-    addresses
-        .filter_map(|bytes| Multiaddr::try_from(bytes.to_vec()).ok())
-        .collect()
+    let addresses = addresses
+        .iter()
+        .take(2 * MAX_PLACES)
+        .filter_map(|bytes| Multiaddr::try_from(bytes.to_vec()).ok());
+    first_places(addresses, MAX_PLACES)
 }
 
 /// Reads addresses that somebody has stated, in a record or a message; what is no address is left out.

@@ -1,18 +1,48 @@
 //! Our own addresses: which there are, and who is told of which.
 
-use std::{collections::HashSet, convert::Infallible, num::NonZeroU16, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    convert::Infallible,
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
+    time::{Duration, Instant},
+};
 
-use libp2p::{Multiaddr, multiaddr::Protocol, swarm::NetworkBehaviour};
+use if_watch::tokio::IfWatcher;
+use libp2p::{
+    Multiaddr,
+    core::{ConnectedPoint, transport::ListenerId},
+    multiaddr::Protocol,
+    swarm::NetworkBehaviour,
+};
 
-use super::Driver;
+use super::{Driver, source};
 use crate::{
-    Path, PathKind,
-    address::{is_link_local, is_outside, is_public, is_relayed, of_socket, socket},
+    Path, PathKind, Transport,
+    address::{
+        any_socket, first_ip, is_link_local, is_outside, is_public, of_socket, socket,
+        socket_within,
+    },
     autonat::Verdict,
     mappings::{Mapped, Mapping},
     network::Addresses,
     split_peer_id,
 };
+
+/// Changes of our addresses are looked at once in this time at most.
+const GATHER: Duration = Duration::from_secs(1);
+
+/// A change and what belongs to it come within this time: the old address goes and the new one comes, for each transport.
+const TOGETHER: Duration = Duration::from_millis(100);
+
+/// Addresses that libp2p's behaviours take of our own (libp2p-swarm, `MAX_LOCAL_EXTERNAL_ADDRS`).
+const MAX_TOLD: usize = 20;
+
+/// Changed addresses that are remembered: more than any machine has interfaces that carry connections.
+const MAX_CHANGED: usize = 256;
+
+/// The first and the longest pause before a listener that has closed is opened again.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 /// What of an address leads to the first machine on the way: all of it, or what stands before the relay.
 fn place(address: &Multiaddr) -> Multiaddr {
@@ -44,11 +74,13 @@ where
             all,
             is_relay: self.is_relay(),
         };
+        // Identify keeps the last twenty that it was told, the last one first.
         let told: Vec<_> = self.swarm.external_addresses().cloned().collect();
-        for address in told.iter().filter(|told| !now.for_strangers.contains(told)) {
+        let tell = &now.for_strangers[..now.for_strangers.len().min(MAX_TOLD)];
+        for address in told.iter().filter(|told| !tell.contains(told)) {
             self.swarm.remove_external_address(address);
         }
-        for address in now.for_strangers.iter().filter(|new| !told.contains(new)) {
+        for address in tell.iter().rev().filter(|new| !told.contains(new)) {
             self.swarm.add_external_address(address.clone());
         }
         self.told.send_if_modified(|told| {
@@ -58,11 +90,13 @@ where
         });
     }
 
-    /// All that lead here from somewhere; loopback only if there is nothing else.
+    /// All that lead here from somewhere, the most useful first; loopback only if there is nothing else.
     pub(super) fn addresses(&self) -> Vec<Multiaddr> {
-        let outside = self.reachable_at().into_iter();
+        let outside = self.reachable_at();
         let listeners = self.swarm.listeners().cloned();
         let mut all: Vec<_> = outside
+            .iter()
+            .cloned()
             .chain(listeners)
             .chain(self.relays.addresses())
             .map(|address| split_peer_id(address).0)
@@ -73,7 +107,7 @@ where
         if all.iter().any(|address| !local(address)) {
             all.retain(|address| !local(address));
         }
-        all.sort_by_key(|address| (is_relayed(address), address.to_vec()));
+        self.own.sort(&mut all, &outside);
         all.dedup();
         all
     }
@@ -151,16 +185,276 @@ where
         self.tell_addresses();
     }
 
-    /// An interface has come or gone, with this address. Gateways forward IPv4.
-    pub(super) fn on_network_changed(&mut self, address: &Multiaddr) {
-        if socket(address).is_some_and(|(at, _)| at.is_ipv4() && !at.ip().is_loopback()) {
+    /// A connection shows which of our addresses others can use.
+    pub(super) fn note_used(
+        &mut self,
+        endpoint: &ConnectedPoint,
+        path: &Path,
+        source: Option<IpAddr>,
+    ) {
+        if path.kind == PathKind::Loopback || path.kind == PathKind::Relayed {
+            return;
+        }
+        let remote = socket(&path.address).map(|(at, _)| at.ip());
+        let local = match endpoint {
+            ConnectedPoint::Listener { local_addr, .. } => {
+                socket(local_addr).map(|(at, _)| at.ip())
+            }
+            ConnectedPoint::Dialer { .. } => source,
+        };
+        // From this machine to itself, every address can be used.
+        if let Some(local) = local.filter(|local| Some(*local) != remote) {
+            self.own.used(local);
+        }
+    }
+
+    /// Our addresses have changed, and have been the same for a while now, or for the first time since.
+    pub(super) fn on_networks_changed(&mut self) {
+        let now = Instant::now();
+        let changed = self.changes.take(now);
+        let own: HashSet<IpAddr> = self.swarm.listeners().filter_map(first_ip).collect();
+        self.own.keep(&own);
+        let routes =
+            self.own.look_up_routes(source) || changed.iter().any(|ip| self.own.is_default(*ip));
+        let public = changed.iter().any(is_public);
+        if routes {
             for mapping in self.mappings.values() {
                 mapping.network_changed();
             }
+            for bootstrap in &mut self.bootstrap {
+                bootstrap.begin_anew(now);
+            }
         }
         self.map_ports();
-        self.autonat.verdicts.ask_again(Instant::now());
-        self.leave_old_addresses();
+        if routes || public {
+            self.autonat.verdicts.ask_again(now);
+        }
+        self.leave_old_addresses(&changed, &own);
+        self.tell_addresses();
+    }
+
+    /// Closes the connections that were opened from an address that is ours no more, and has those show that they work
+    /// whose packets may go another way now. The others are left in peace: the address of a container that starts
+    /// concerns nobody.
+    fn leave_old_addresses(&mut self, changed: &HashSet<IpAddr>, own: &HashSet<IpAddr>) {
+        let mut doubted = Vec::new();
+        let mut old = Vec::new();
+        // Many connections lead to one address.
+        let mut sources: HashMap<IpAddr, Option<IpAddr>> = HashMap::new();
+        for (id, peer) in &self.peers {
+            for (connection, c) in &peer.connections {
+                let Some(at) = socket_within(&c.path.address) else {
+                    continue;
+                };
+                if c.path.kind == PathKind::Loopback {
+                    continue;
+                }
+                let after = *sources.entry(at.ip()).or_insert_with(|| source(at));
+                let quic = c.path.transport == Transport::Quic;
+                match fate(c.source, after, quic, changed, own) {
+                    Fate::Keep => {}
+                    Fate::Doubt => doubted.push((*id, *connection)),
+                    Fate::Leave => old.push(*connection),
+                }
+            }
+        }
+        if !old.is_empty() {
+            let now = Instant::now();
+            for bootstrap in &mut self.bootstrap {
+                bootstrap.begin_anew(now);
+            }
+        }
+        for connection in old {
+            tracing::debug!(%connection, "opened from an address that is ours no more");
+            self.swarm.close_connection(connection);
+        }
+        for (peer, connection) in doubted {
+            self.doubt_one(peer, connection);
+        }
+    }
+
+    /// The port of this transport on which other machines can reach this one.
+    pub(super) fn listening_port(&self, transport: Transport) -> Option<u16> {
+        let ports = self.swarm.listeners().filter_map(socket);
+        let ports = ports.filter(|(at, t)| *t == transport && !at.ip().is_loopback());
+        // A gateway forwards IPv4.
+        let best = ports.min_by_key(|(at, _)| (!at.is_ipv4(), at.port()));
+        best.map(|(at, _)| at.port())
+    }
+
+    /// Opens again what was closed, and watches the interfaces again.
+    pub(super) fn listen_again(&mut self) {
+        let now = Instant::now();
+        for (address, pause) in self.listening.due(now) {
+            match self.swarm.listen_on(address.clone()) {
+                Ok(id) => {
+                    tracing::info!(%address, "listening again");
+                    self.listening.opened(id, address);
+                }
+                Err(error) => {
+                    tracing::debug!(%address, %error, "cannot listen again yet");
+                    self.listening.failed(address, pause, now);
+                }
+            }
+        }
+        if self.interfaces.is_none() && self.listening.may_watch(now) {
+            self.interfaces = IfWatcher::new().ok();
+            if self.interfaces.is_some() {
+                // It tells of all that there are now.
+                self.gate.forget_networks();
+            }
+        }
+    }
+}
+
+/// What becomes of a connection when our addresses have changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Keep,
+    /// It has to show that it works.
+    Doubt,
+    /// It is closed.
+    Leave,
+}
+
+/// Decides on a connection whose packets went out from `before` and would go out from `after` now. `own` are our
+/// addresses; those in `changed` have come or gone.
+fn fate(
+    before: Option<IpAddr>,
+    after: Option<IpAddr>,
+    quic: bool,
+    changed: &HashSet<IpAddr>,
+    own: &HashSet<IpAddr>,
+) -> Fate {
+    match (before, after) {
+        // Cut off, perhaps for a moment only.
+        (_, None) => Fate::Keep,
+        // TCP's are dead without their address, and go on from one that is still ours, even if another is preferred now;
+        // over QUIC, which goes on from the new address, nobody would tell us where we are seen now.
+        (Some(before), Some(after)) if before != after => match quic || !own.contains(&before) {
+            true => Fate::Leave,
+            false => Fate::Doubt,
+        },
+        // The same address on another network, as behind another router.
+        (Some(before), Some(_)) if changed.contains(&before) => Fate::Doubt,
+        (None, Some(_)) => Fate::Doubt,
+        (Some(_), Some(_)) => Fate::Keep,
+    }
+}
+
+/// Waits until this instant; for ever without one.
+pub(super) async fn settled(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Changes of our addresses, which come in crowds: one event a transport, and a container brings several addresses.
+///
+/// The first is looked at almost at once, so that a change of network costs no time; those within a second after that are
+/// looked at together.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    changed: HashSet<IpAddr>,
+    due: Option<Instant>,
+    /// When changes were last looked at.
+    last: Option<Instant>,
+}
+
+impl Changes {
+    /// An address that we listen on has come or gone. Link-local ones and loopback lead nowhere.
+    pub(super) fn note(&mut self, address: &Multiaddr, now: Instant) {
+        let Some(ip) = first_ip(address).filter(|ip| !is_local(ip)) else {
+            return;
+        };
+        if self.changed.len() < MAX_CHANGED {
+            self.changed.insert(ip);
+        }
+        let soonest = self.last.map_or(now, |last| (last + GATHER).max(now));
+        self.due.get_or_insert(soonest + TOGETHER);
+    }
+
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// The addresses that have changed.
+    fn take(&mut self, now: Instant) -> HashSet<IpAddr> {
+        self.due = None;
+        self.last = Some(now);
+        std::mem::take(&mut self.changed)
+    }
+}
+
+/// Returns true for an address that leads nowhere but to this machine or its own cable.
+fn is_local(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
+    }
+}
+
+/// What is listened on. A listener that closes, as QUIC's does when its socket fails, is opened again.
+#[derive(Debug)]
+pub(super) struct Listening {
+    open: HashMap<ListenerId, (Multiaddr, Duration)>,
+    closed: Vec<(Multiaddr, Instant, Duration)>,
+    watch: Instant,
+}
+
+impl Listening {
+    pub(super) fn new(open: Vec<(ListenerId, Multiaddr)>) -> Self {
+        let open = open.into_iter();
+        Self {
+            open: open.map(|(id, address)| (id, (address, AGAIN.0))).collect(),
+            closed: Vec::new(),
+            watch: Instant::now(),
+        }
+    }
+
+    /// A listener has closed, which was at these addresses.
+    pub(super) fn closed(&mut self, id: ListenerId, addresses: &[Multiaddr], now: Instant) {
+        let Some((asked, pause)) = self.open.remove(&id) else {
+            return;
+        };
+        // At the port that others know, also if any was asked for.
+        let port = addresses
+            .iter()
+            .find_map(any_socket)
+            .map(|(at, _)| at.port());
+        let address = match (any_socket(&asked), port) {
+            (Some((at, transport)), Some(port)) if at.port() == 0 => {
+                of_socket(SocketAddr::new(at.ip(), port), transport)
+            }
+            _ => asked,
+        };
+        self.closed.push((address, now + pause, pause));
+    }
+
+    /// Those to be opened again now, each with its pause.
+    fn due(&mut self, now: Instant) -> Vec<(Multiaddr, Duration)> {
+        let due = self.closed.extract_if(.., |(_, at, _)| *at <= now);
+        due.map(|(address, _, pause)| (address, pause)).collect()
+    }
+
+    fn opened(&mut self, id: ListenerId, address: Multiaddr) {
+        // One that closes again and again is not opened each second.
+        self.open.insert(id, (address, AGAIN.1));
+    }
+
+    fn failed(&mut self, address: Multiaddr, pause: Duration, now: Instant) {
+        let pause = (pause * 2).min(AGAIN.1);
+        self.closed.push((address, now + pause, pause));
+    }
+
+    /// Whether to try to watch the interfaces again.
+    fn may_watch(&mut self, now: Instant) -> bool {
+        let due = now >= self.watch;
+        if due {
+            self.watch = now + AGAIN.1;
+        }
+        due
     }
 }
 
@@ -195,5 +489,110 @@ mod tests {
         assert_eq!(for_strangers(&private, false), private);
         // Not even before there is a relay.
         assert!(for_strangers(&private, true).is_empty());
+    }
+
+    fn ips(all: &[&str]) -> HashSet<IpAddr> {
+        all.iter().map(|ip| ip.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn only_connections_whose_way_may_have_changed_are_doubted() {
+        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        let (wifi, bridge, new) = ("192.168.1.7", "172.17.0.1", "10.0.0.5");
+        let own = ips(&[wifi, bridge]);
+        // A container starts.
+        assert_eq!(
+            fate(ip(wifi), ip(wifi), true, &ips(&[bridge]), &own),
+            Fate::Keep
+        );
+        assert_eq!(
+            fate(ip(wifi), ip(wifi), false, &ips(&[bridge]), &own),
+            Fate::Keep
+        );
+        // The same address came back, maybe on another network.
+        assert_eq!(
+            fate(ip(wifi), ip(wifi), false, &ips(&[wifi]), &own),
+            Fate::Doubt
+        );
+        // Cut off.
+        assert_eq!(fate(ip(wifi), None, true, &ips(&[wifi]), &own), Fate::Keep);
+        assert_eq!(fate(None, ip(wifi), true, &ips(&[wifi]), &own), Fate::Doubt);
+        // A VPN takes over: TCP goes on where it was, if it can.
+        let own = ips(&[wifi, new]);
+        assert_eq!(
+            fate(ip(wifi), ip(new), false, &ips(&[new]), &own),
+            Fate::Doubt
+        );
+        assert_eq!(
+            fate(ip(wifi), ip(new), true, &ips(&[new]), &own),
+            Fate::Leave
+        );
+        // The address is gone.
+        let own = ips(&[new]);
+        assert_eq!(
+            fate(ip(wifi), ip(new), false, &ips(&[wifi, new]), &own),
+            Fate::Leave
+        );
+    }
+
+    #[test]
+    fn a_crowd_of_changes_is_looked_at_once_a_second_and_local_ones_never() {
+        let (mut changes, begin) = (Changes::default(), Instant::now());
+        for local in addresses(&[
+            "/ip6/fe80::1/tcp/1",
+            "/ip4/127.0.0.1/tcp/1",
+            "/ip4/169.254.1.1/tcp/1",
+        ]) {
+            changes.note(&local, begin);
+        }
+        assert_eq!(changes.due(), None);
+        let bridges = addresses(&["/ip4/172.17.0.1/tcp/1", "/ip4/172.17.0.1/udp/1/quic-v1"]);
+        let mut looks = 0;
+        // Ten seconds of a container every 100 ms.
+        for n in 0..100 {
+            let now = begin + n * Duration::from_millis(100);
+            for bridge in &bridges {
+                changes.note(bridge, now);
+            }
+            if changes.due().is_some_and(|due| due <= now) {
+                assert_eq!(changes.take(now), ips(&["172.17.0.1"]));
+                looks += 1;
+            }
+        }
+        assert!((8..=10).contains(&looks), "{looks}");
+        // After a quiet time a change is looked at almost at once.
+        let later = begin + Duration::from_secs(60);
+        changes.take(later - 2 * GATHER);
+        changes.note(&bridges[0], later);
+        assert_eq!(changes.due(), Some(later + TOGETHER));
+    }
+
+    #[test]
+    fn a_listener_that_has_closed_is_opened_again_at_its_port() {
+        let any: Multiaddr = "/ip4/0.0.0.0/udp/0/quic-v1".parse().unwrap();
+        let at: Multiaddr = "/ip4/0.0.0.0/udp/4001/quic-v1".parse().unwrap();
+        let id = ListenerId::next();
+        let mut listening = Listening::new(vec![(id, any)]);
+        let now = Instant::now();
+        listening.closed(id, &addresses(&["/ip4/192.168.1.7/udp/4001/quic-v1"]), now);
+        assert!(listening.due(now).is_empty());
+        let due = listening.due(now + AGAIN.0);
+        assert_eq!(due, [(at.clone(), AGAIN.0)]);
+        // In vain: later and later.
+        listening.failed(at.clone(), due[0].1, now);
+        assert!(listening.due(now + AGAIN.0).is_empty());
+        assert_eq!(
+            listening.due(now + 2 * AGAIN.0),
+            [(at.clone(), 2 * AGAIN.0)]
+        );
+        // One that closes at once is not opened each second.
+        let again = ListenerId::next();
+        listening.opened(again, at.clone());
+        listening.closed(again, std::slice::from_ref(&at), now);
+        assert!(listening.due(now + 2 * AGAIN.0).is_empty());
+        assert_eq!(listening.due(now + AGAIN.1).len(), 1);
+        // One that nobody asked for, as that on circuits, is not.
+        listening.closed(ListenerId::next(), &[], now);
+        assert!(listening.closed.is_empty());
     }
 }

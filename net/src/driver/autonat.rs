@@ -19,8 +19,8 @@ use crate::{
     Class, Filtering, Heard, Incoming, PathKind, Place, Stream, Transport,
     address::{is_public, of_socket, socket},
     autonat::{
-        self, AutonatError, AutonatLimits, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Verdict,
-        Verdicts, Wanted,
+        self, AutonatError, AutonatLimits, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Inbound,
+        Question, Verdict, Verdicts, Wanted,
     },
     gate::heard,
 };
@@ -58,8 +58,9 @@ pub(super) struct Autonat {
 /// What a server was asked.
 struct Asked {
     server: PeerId,
-    /// Its dial has come; whether from where we had never sent to.
-    came: Option<bool>,
+    question: Question,
+    /// Its dial has come: how, and from which IP address.
+    came: Option<(Back, IpAddr)>,
 }
 
 /// A dial for somebody else.
@@ -196,7 +197,7 @@ where
             let fitting = servers
                 .iter()
                 // One that is reached by IPv4 may have no IPv6, and the reverse.
-                .filter(|(_, place)| place.is_ipv4() == v4 && !tried.contains(place));
+                .filter(|(_, place)| place.is_ipv4() == v4 && !tried.covers(place));
             // Best one that we have never sent to: what it finds, any stranger would.
             let best = fitting.min_by_key(|(_, place)| self.dialled.contains(*place, now));
             match best {
@@ -228,7 +229,14 @@ where
             return self.autonat.verdicts.put_off(&address, Instant::now());
         }
         let nonce = u64::from_le_bytes(nonce);
-        let asked = Asked { server, came: None };
+        let Some(question) = self.question(&address) else {
+            return self.autonat.verdicts.put_off(&address, Instant::now());
+        };
+        let asked = Asked {
+            server,
+            question,
+            came: None,
+        };
         self.autonat.asked.insert(nonce, asked);
         self.autonat.verdicts.ask(&address);
         let (reply, answer) = oneshot::channel();
@@ -250,6 +258,22 @@ where
             // The network may have stopped.
             let _ = outcomes.send(Outcome::Told(told)).await;
         });
+    }
+
+    /// What is asked about `address`, now.
+    fn question(&self, address: &Multiaddr) -> Option<Question> {
+        let (at, transport) = socket(address)?;
+        let own = self.own_ips().contains(&at.ip().to_canonical());
+        let mut mapped = self.mapped.iter();
+        // What a gateway forwards it forwards for everybody, and an address of our own has no NAT before it.
+        let open = own || mapped.any(|(t, mapped)| *t == transport && *mapped == at);
+        Some(Question {
+            at,
+            transport,
+            own,
+            open,
+            since: Instant::now(),
+        })
     }
 
     /// A server has opened a stream on a connection that it has dialled for us.
@@ -275,14 +299,39 @@ where
 
     pub(super) fn on_nonce(&mut self, stream: Stream, nonce: u64) {
         let now = Instant::now();
-        let from = socket(&stream.path().address).map(|(at, _)| at.ip());
+        let server = stream.peer();
         let Some(asked) = self.autonat.asked.get_mut(&nonce) else {
             return;
         };
-        let (Some(from), true) = (from, asked.server == stream.peer()) else {
+        if asked.server != server {
             return;
-        };
-        asked.came = Some(is_public(&from) && !self.dialled.contains(from, now));
+        }
+        // What the server was told in the request it can say on any connection, and on a lane: that proves nothing.
+        let connections = self.peers.get(&server).map(|peer| &peer.connections);
+        let connection = stream
+            .connection()
+            .and_then(|id| connections?.get(&id))
+            .and_then(|c| {
+                let (local, transport) = c.local?;
+                let (from, _) = socket(&c.path.address)?;
+                Some(Inbound {
+                    local,
+                    from,
+                    transport,
+                    since: c.since,
+                })
+            });
+        let chosen = self.bootstrap.iter().any(|b| b.peer == server);
+        let back = connection.as_ref().and_then(|connection| {
+            let question = &asked.question;
+            let back = question.answered_by(connection, &self.dialled, chosen, now)?;
+            Some((back, connection.from.ip()))
+        });
+        if back.is_none() {
+            tracing::debug!(peer = %server, ?connection, question = ?asked.question, "no dial-back");
+            return;
+        }
+        asked.came = back;
         // How it takes it is its affair.
         tokio::spawn(autonat::acknowledge(stream));
     }
@@ -299,14 +348,8 @@ where
         let came = asked.and_then(|asked| asked.came);
         let own = socket(&address)
             .is_some_and(|(at, _)| self.own_ips().contains(&at.ip().to_canonical()));
-        // What a gateway forwards it forwards for everybody, and an address of our own has no NAT before it: there, contacts are as good as strangers.
-        let open = own
-            || self
-                .mapped
-                .iter()
-                .any(|(t, at)| of_socket(*at, *t) == address);
         let reached = match (result, came) {
-            (Ok(_), Some(stranger)) => Some(stranger || open),
+            (Ok(_), Some(came)) => Some(came),
             (Ok(false), None) => None,
             (Ok(true), None) => {
                 tracing::debug!(%address, %place, "a server claims to have reached us and has not");
@@ -505,3 +548,6 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -245,14 +245,16 @@ where
         // The behaviours are told as well.
         let none = self.admit(peer, Vec::new(), How::default());
         let _ = self.dial_admitted(&none, How::default());
-        let reason = match found {
+        let reason = match &found {
             Err(error) => format!("{name}: {error}"),
             Ok(_) => format!("{name}: the name leads to no address that may be dialled from here"),
         };
-        self.give_up(&peer, || ConnectError::Failed {
+        let error = || ConnectError::Failed {
             peer,
             reason: reason.clone(),
-        });
+        };
+        self.bootstrap_failed(peer, &[crate::split_peer_id(name).0], &error());
+        self.give_up(&peer, error);
     }
 
     /// A behaviour wants a peer to be dialled.

@@ -152,12 +152,15 @@ where
             .collect();
         let loopback = self.gate.extent() == Extent::Machine;
         let outside = self.reachable_at();
+        let own = outside.iter().chain(self.swarm.listeners());
+        let own = own.map(|address| split_peer_id(address.clone()).0);
+        let mut own: Vec<_> = own.filter(|address| socket(address).is_some()).collect();
+        self.own.sort(&mut own, &outside);
         let mut private = Vec::new();
-        for address in outside.iter().chain(self.swarm.listeners()) {
-            let Some((at, _)) = socket(address) else {
+        for address in own {
+            let Some((at, _)) = socket(&address) else {
                 continue;
             };
-            let address = split_peer_id(address.clone()).0;
             if is_public(&at.ip()) {
                 told.push(address);
             } else if mine.near && (loopback || !at.ip().is_loopback()) && !is_link_local(&address)
@@ -168,9 +171,9 @@ where
         for mut list in [told, private] {
             let mut seen = HashSet::new();
             list.retain(|address| seen.insert(address.clone()));
+            // The other side dials the first few.
+            self.own.order(&mut list, &outside);
             list.truncate(punch::MAX_ADDRESSES / 2);
-            // The order says nothing, and a change of it is no news.
-            list.sort_by_key(libp2p::Multiaddr::to_vec);
             mine.addresses.extend(list);
         }
         mine

@@ -11,8 +11,9 @@ use futures::Stream;
 use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
 use weft::{
-    Access, AddPhase, AddProgress, Added, AddedHfCache, GetPhase, GetProgress, Got, HfRepo,
-    ModelInfo, Node, Operation, ParseRuleError, PathInfo, PeerInfo, Rates, Rule, split_peer_id,
+    Access, AddPhase, AddProgress, Added, AddedHfCache, BootstrapPeer, GetPhase, GetProgress, Got,
+    HfRepo, ModelInfo, Node, Operation, ParseRuleError, PathInfo, PeerInfo, Rates, Rule,
+    split_peer_id,
 };
 use weft_proto::api::{
     self, add_event, add_hf_cache_event, get_event, models_server::Models, node_server,
@@ -48,6 +49,16 @@ impl Service {
     }
 }
 
+fn bootstrap(one: BootstrapPeer) -> api::BootstrapPeer {
+    api::BootstrapPeer {
+        peer_id: one.peer.to_string(),
+        address: format!("{}/p2p/{}", one.address, one.peer),
+        connected: one.connected,
+        error: one.error.unwrap_or_default(),
+        failures: one.failures,
+    }
+}
+
 #[tonic::async_trait]
 impl node_server::Node for Service {
     async fn status(
@@ -68,6 +79,7 @@ impl node_server::Node for Service {
             dht_records: now.dht_records as u64,
             models: now.models as u32,
             model_bytes: now.model_bytes,
+            bootstrap: now.bootstrap.into_iter().map(bootstrap).collect(),
         }))
     }
 
@@ -139,6 +151,16 @@ impl node_server::Node for Service {
         let text =
             |addresses: &[weft::Multiaddr]| addresses.iter().map(ToString::to_string).collect();
         Ok(Response::new(api::DoctorResponse {
+            port_mapping: known.port_mapping,
+            tcp_port: known.tcp_port.map(u32::from),
+            quic_port: known.quic_port.map(u32::from),
+            bootstrap: self
+                .node
+                .bootstrap()
+                .await
+                .into_iter()
+                .map(bootstrap)
+                .collect(),
             public_addresses: text(&known.public),
             mapped_addresses: text(&known.mapped),
             observed_addresses: text(&known.observed),

@@ -24,6 +24,7 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::Selection(_) | Error::FilePattern(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Result(_) => (Code::DataLoss, "INVALID_CONTENT"),
         Error::NoProvider { .. } => (Code::Unavailable, "NO_PROVIDER"),
+        Error::Disconnected(_) => (Code::Unavailable, "DISCONNECTED"),
         Error::SeveralPublishers { publishers, .. } => {
             let list: Vec<String> = publishers
                 .iter()

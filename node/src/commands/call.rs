@@ -240,6 +240,9 @@ pub(super) async fn service(
         return watch(client, request, options.count, as_json).await;
     }
     let found = client.calls().find_service(request).await?.into_inner();
+    if found.peers.is_empty() {
+        super::reach::is_connected(client).await?;
+    }
     if as_json {
         let peers = found.peers.iter().map(|one| {
             json!({

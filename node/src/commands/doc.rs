@@ -251,6 +251,9 @@ async fn open(
     if completeness.whole || wait.is_zero() {
         return Ok(());
     }
+    if completeness.holders.is_empty() && !document.arrived {
+        super::reach::is_connected(client).await?;
+    }
     Err(incomplete((id, wait), &completeness, &here, as_json))
 }
 

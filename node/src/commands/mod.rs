@@ -130,6 +130,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
                 "dht_records": status.dht_records,
                 "models": status.models,
                 "model_bytes": status.model_bytes,
+                "bootstrap": status.bootstrap.iter().map(reach::bootstrap_json).collect::<Vec<_>>(),
             })
         );
         return Ok(());
@@ -150,6 +151,10 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
     }
     for (i, name) in status.api.iter().enumerate() {
         out!("{}  {name}", if i == 0 { "api      " } else { "         " });
+    }
+    for (i, one) in status.bootstrap.iter().enumerate() {
+        let name = if i == 0 { "bootstrap" } else { "         " };
+        out!("{name}  {}: {}", one.address, reach::bootstrap_state(one));
     }
     out!("peers      {}", status.peers);
     out!(

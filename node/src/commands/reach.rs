@@ -11,7 +11,7 @@ use crate::{
     cli::{Connect, Ping},
     client::Client,
     exit::{Failure, NO_PROVIDER},
-    output::out,
+    output::{self, out},
 };
 
 /// Between two looks at whether a path has become direct.
@@ -211,6 +211,10 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
                 "ipv6": known.ipv6,
                 "relays": known.relays,
                 "lacks_relays": known.lacks_relays,
+                "port_mapping": known.port_mapping,
+                "tcp_port": known.tcp_port,
+                "quic_port": known.quic_port,
+                "bootstrap": known.bootstrap.iter().map(bootstrap_json).collect::<Vec<_>>(),
                 "is_relay": known.is_relay,
                 "relay_use": {
                     "reservations": relayed.reservations,
@@ -245,7 +249,10 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
     list(
         "forwarded  ",
         &known.mapped_addresses,
-        "the gateway of this network forwards nothing",
+        match known.port_mapping {
+            true => "the gateway of this network forwards nothing",
+            false => "the gateway was not asked (--no-port-mapping)",
+        },
     );
     let verified = known.verified_addresses.iter();
     let verified: Vec<_> = verified
@@ -272,6 +279,11 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
             "no public address"
         }
     );
+    let bootstrap = known.bootstrap.iter();
+    let bootstrap: Vec<_> = bootstrap
+        .map(|one| format!("{}: {}", one.address, bootstrap_state(one)))
+        .collect();
+    list("bootstrap  ", &bootstrap, "none was given");
     list("relays     ", &known.relays, "none");
     if known.lacks_relays && !known.relays.is_empty() {
         out!("             more are being looked for");
@@ -281,7 +293,7 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
             "is a relay   for {} peers; {} connections now, {} in all, {} requests refused",
             relayed.reservations,
             relayed.circuits,
-            crate::output::bytes(relayed.bytes),
+            output::bytes(relayed.bytes),
             relayed.refused
         );
     } else {
@@ -301,10 +313,22 @@ fn advice(known: &api::DoctorResponse) -> Vec<String> {
     let mut advice = Vec::new();
     let mut say = |text: &str| advice.push(text.to_owned());
     let direct = !known.public_addresses.is_empty() || !known.mapped_addresses.is_empty();
+    for one in known.bootstrap.iter().filter(|one| !one.error.is_empty()) {
+        say(&format!(
+            "The bootstrap address {} cannot be reached: {}. Check that its node is up, and that the address and the PeerId are those that `weft status` shows there.",
+            one.address, one.error
+        ));
+    }
     if !direct && known.relays.is_empty() {
-        say(
-            "Nobody from outside can reach this node. Forward TCP and UDP port 9338 to it and start it with --external ADDR, or give it a relay with --relay ADDR, or connect it to a node that is one.",
-        );
+        let relay = "give it a relay with --relay ADDR, or connect it to a node that is one";
+        say(&match ports(known) {
+            Some(ports) => format!(
+                "Nobody from outside can reach this node. Forward {ports} to it and start it with --external ADDR, or {relay}."
+            ),
+            None => format!(
+                "Nobody from other machines can reach this node: it listens on this machine only. Start it with another --listen, or {relay}."
+            ),
+        });
     }
     let refused = known.verified_addresses.iter();
     for one in refused.filter(|v| v.verdict == "unreachable") {
@@ -339,6 +363,63 @@ fn advice(known: &api::DoctorResponse) -> Vec<String> {
         );
     }
     advice
+}
+
+/// The ports that a gateway would have to forward.
+fn ports(known: &api::DoctorResponse) -> Option<String> {
+    match (known.tcp_port, known.quic_port) {
+        (Some(tcp), Some(quic)) if tcp == quic => Some(format!("TCP and UDP port {tcp}")),
+        (Some(tcp), Some(quic)) => Some(format!("TCP port {tcp} and UDP port {quic}")),
+        (Some(tcp), None) => Some(format!("TCP port {tcp}")),
+        (None, Some(quic)) => Some(format!("UDP port {quic}")),
+        (None, None) => None,
+    }
+}
+
+/// As JSON.
+pub(super) fn bootstrap_json(one: &api::BootstrapPeer) -> Value {
+    json!({
+        "peer_id": one.peer_id,
+        "address": one.address,
+        "connected": one.connected,
+        "error": if one.error.is_empty() { None } else { Some(&one.error) },
+        "failures": one.failures,
+    })
+}
+
+/// What became of a bootstrap address, in words.
+pub(super) fn bootstrap_state(one: &api::BootstrapPeer) -> String {
+    match (one.connected, one.error.as_str()) {
+        (true, _) => "connected".to_owned(),
+        (false, "") => "not reached yet".to_owned(),
+        (false, error) => format!(
+            "failed {}: {error}",
+            output::count(one.failures.into(), "time")
+        ),
+    }
+}
+
+/// Fails if the node is connected to nobody: what it did not find may be there all the same.
+pub(super) async fn is_connected(client: &Client) -> Result<(), Failure> {
+    let status = client
+        .node()
+        .status(api::StatusRequest {})
+        .await?
+        .into_inner();
+    if status.peers > 0 {
+        return Ok(());
+    }
+    let given = status.bootstrap.iter().filter_map(|one| {
+        let (address, peer) = split_peer_id(one.address.parse().ok()?);
+        Some(weft::BootstrapPeer {
+            peer: peer?,
+            address,
+            connected: one.connected,
+            error: (!one.error.is_empty()).then(|| one.error.clone()),
+            failures: one.failures,
+        })
+    });
+    Err(weft::Error::Disconnected(given.collect()).into())
 }
 
 fn mapping(mapping: &str) -> &str {

@@ -48,6 +48,9 @@ async fn publish(
     };
     let request = api::PublishRequest { topic, data };
     let peers = client.topics().publish(request).await?.into_inner().peers;
+    if peers == 0 {
+        super::reach::is_connected(client).await?;
+    }
     if as_json {
         out!("{}", json!({ "peers": peers }));
         return Ok(());

@@ -725,7 +725,10 @@ impl Service {
                     chosen = self.choose(&tried).await;
                 }
                 let Some((outstanding, addresses)) = chosen else {
-                    return Err(last.unwrap_or_else(|| self.nobody()));
+                    return Err(match last {
+                        Some(last) => last,
+                        None => self.nobody().await,
+                    });
                 };
                 let peer = outstanding.peer;
                 tried.insert(peer);
@@ -757,7 +760,10 @@ impl Service {
                 }
                 last = Some(failed);
             }
-            Err(last.unwrap_or_else(|| self.nobody()))
+            Err(match last {
+                Some(last) => last,
+                None => self.nobody().await,
+            })
         };
         match deadline {
             None => attempts.await,
@@ -780,7 +786,10 @@ impl Service {
         sessions.get(&self.node, peer, self.class).await
     }
 
-    fn nobody(&self) -> Ended {
+    async fn nobody(&self) -> Ended {
+        if let Err(error) = self.node.is_connected().await {
+            return unreached(error.to_string());
+        }
         let wanted = match self.wanted.is_empty() {
             true => String::new(),
             false => format!(" with {:?}", self.wanted),

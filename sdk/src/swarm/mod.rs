@@ -314,7 +314,14 @@ impl Swarm {
                 _ = tick.tick() => {
                     self.ask_neighbours().await;
                     self.see_to_silent();
-                    self.check_patience()?;
+                    if let Err(error) = self.check_patience() {
+                        return Err(match &error {
+                            Error::NoProvider { failures, .. } if failures.is_empty() => {
+                                self.node.not_found(error).await
+                            }
+                            _ => error,
+                        });
+                    }
                 }
             }
         }

@@ -1,0 +1,232 @@
+//! A server that lies, between machines with public addresses in a network namespace of its own.
+
+use std::process::Command;
+
+use futures::StreamExt;
+use libp2p::{
+    SwarmBuilder, identify,
+    identity::Keypair,
+    noise,
+    swarm::{SwarmEvent, dial_opts::DialOpts, dial_opts::PeerCondition, dummy},
+    tcp, yamux,
+};
+use tokio::{
+    io::AsyncWriteExt,
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+use weft_proto::{
+    frame,
+    wire::{
+        AutonatDialBack, AutonatDialBackResponse, AutonatDialResponse, AutonatDialStatus,
+        AutonatMessage, autonat_dial_response::Status, autonat_message::Msg,
+    },
+};
+
+use super::*;
+use crate::{
+    Config, Network, Reachability,
+    limits::Memory,
+    streams::{self, Protocols},
+};
+
+const MAX: usize = 8192;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Two addresses that count as public. What goes to one of them comes from the other.
+const ADDRESSES: &str = "ip link set lo up && ip addr add 11.0.1.1/32 dev lo && ip addr add 11.0.2.1/32 dev lo && \
+     ip route replace local 11.0.1.1 dev lo table local src 11.0.2.1 && \
+     ip route replace local 11.0.2.1 dev lo table local src 11.0.1.1 && exec \"$0\" \"$@\"";
+
+/// Set in the process that runs in the namespace.
+const INSIDE: &str = "WEFT_TEST_INSIDE_NAMESPACE";
+
+/// Runs the test named `name` of this module in a namespace; returns true in the process that is there.
+fn inside(name: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let output = Command::new("unshare")
+        .args(["--map-root-user", "--net", "sh", "-c", ADDRESSES])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("driver::autonat::tests::{name}")])
+        .arg("--nocapture")
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}{errors}");
+    assert!(said.contains("1 passed"), "{said}");
+    false
+}
+
+#[derive(NetworkBehaviour)]
+#[behaviour(prelude = "libp2p::swarm::derive_prelude")]
+struct Server {
+    identify: identify::Behaviour,
+    streams: streams::Behaviour,
+}
+
+/// How the server brings the nonce.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Way {
+    /// On the connection over which it was asked.
+    SameConnection,
+    /// On one that it opens for that.
+    Dial,
+}
+
+/// A server at 11.0.2.1 that answers one request and says that its dial came through. Returns its address, and the end
+/// of the exchange.
+async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
+    let protocols = Protocols::default();
+    let mut requests = protocols.accept(DIAL_REQUEST).unwrap();
+    let mut swarm = SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .unwrap()
+        .with_behaviour(|key| Server {
+            identify: identify::Behaviour::new(identify::Config::new(
+                "/weft/1".to_owned(),
+                key.public(),
+            )),
+            streams: streams::Behaviour::new(protocols.clone(), 8, Memory::new(None)),
+        })
+        .unwrap()
+        .with_swarm_config(|config| config.with_idle_connection_timeout(PATIENCE))
+        .build();
+    let own = *swarm.local_peer_id();
+    let listen: Multiaddr = "/ip4/11.0.2.1/tcp/4001".parse().unwrap();
+    swarm.listen_on(listen.clone()).unwrap();
+    while !matches!(
+        swarm.select_next_some().await,
+        SwarmEvent::NewListenAddr { .. }
+    ) {}
+    let (wanted, mut wants) = mpsc::channel(1);
+    let exchange = tokio::spawn(async move {
+        let mut stream = requests.next().await.unwrap();
+        let asked: AutonatMessage = frame::read(&mut stream, MAX).await.unwrap().unwrap();
+        let Some(Msg::DialRequest(request)) = asked.msg else {
+            panic!("{asked:?}");
+        };
+        let address = Multiaddr::try_from(request.addrs[0].to_vec()).unwrap();
+        let (reply, answer) = oneshot::channel::<Result<Stream, crate::OpenError>>();
+        wanted.send((stream.peer(), address, reply)).await.unwrap();
+        let mut back: Stream = answer.await.unwrap().unwrap();
+        let nonce = AutonatDialBack {
+            nonce: request.nonce,
+        };
+        frame::write(&mut back, &nonce, MAX).await.unwrap();
+        back.flush().await.unwrap();
+        // Acknowledged by a client that takes it for a dial-back, reset by one that does not.
+        let _ = frame::read::<AutonatDialBackResponse, _>(&mut back, MAX).await;
+        let response = AutonatDialResponse {
+            status: Status::Ok.into(),
+            addr_idx: 0,
+            dial_status: AutonatDialStatus::Ok.into(),
+        };
+        let message = AutonatMessage {
+            msg: Some(Msg::DialResponse(response)),
+        };
+        frame::write(&mut stream, &message, MAX).await.unwrap();
+        stream.shutdown().await.unwrap();
+        // Until the client has read it.
+        let _ = frame::read::<AutonatMessage, _>(&mut stream, MAX).await;
+    });
+    tokio::spawn(async move {
+        let mut dialling = None;
+        loop {
+            tokio::select! {
+                event = swarm.select_next_some() => {
+                    let SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } = event else {
+                        continue;
+                    };
+                    if let Some(reply) = dialling.take_if(|_| endpoint.is_dialer()) {
+                        let streams = &mut swarm.behaviour_mut().streams;
+                        streams.open_on(peer_id, connection_id, DIAL_BACK, reply);
+                    }
+                }
+                Some((peer, address, reply)) = wants.recv() => match way {
+                    Way::SameConnection => {
+                        let streams = &mut swarm.behaviour_mut().streams;
+                        streams.open(peer, DIAL_BACK, Class::Control, reply);
+                    }
+                    Way::Dial => {
+                        dialling = Some(reply);
+                        let dial = DialOpts::peer_id(peer)
+                            .condition(PeerCondition::Always)
+                            .addresses(vec![address])
+                            .allocate_new_port();
+                        #[expect(clippy::disallowed_methods, reason = "a stock swarm has no gate")]
+                        swarm.dial(dial.build()).unwrap();
+                    }
+                },
+            }
+        }
+    });
+    (listen.with_p2p(own).unwrap(), exchange)
+}
+
+/// A node at 11.0.1.1 that was told of the server.
+async fn node(bootstrap: Multiaddr) -> Network {
+    let mut config = Config::new(Keypair::generate_ed25519());
+    config.mdns = false;
+    config.port_mapping = false;
+    config.listen = Some(vec!["/ip4/11.0.1.1/tcp/4001".parse().unwrap()]);
+    config.bootstrap = vec![bootstrap];
+    Network::spawn(config, dummy::Behaviour).await.unwrap()
+}
+
+fn is_reached(known: &Reachability) -> bool {
+    let mut verified = known.verified.iter();
+    !known.public.is_empty() || known.is_relay || verified.any(|(_, v)| *v == Verdict::Reached)
+}
+
+fn run<T>(test: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    runtime.unwrap().block_on(async {
+        let done = timeout(PATIENCE, test).await;
+        done.unwrap()
+    })
+}
+
+#[test]
+fn a_server_that_only_claims_to_have_dialled_makes_no_address_public() {
+    if !inside("a_server_that_only_claims_to_have_dialled_makes_no_address_public") {
+        return;
+    }
+    run(async {
+        let (bootstrap, exchange) = server(Way::SameConnection).await;
+        let node = node(bootstrap).await;
+        exchange.await.unwrap();
+        // The answer is on its way through the node's task.
+        for _ in 0..20 {
+            let known = node.reachability().await.unwrap();
+            assert!(!is_reached(&known), "{known:?}");
+            sleep(Duration::from_millis(50)).await;
+        }
+    });
+}
+
+#[test]
+fn a_server_that_dials_makes_the_address_public() {
+    if !inside("a_server_that_dials_makes_the_address_public") {
+        return;
+    }
+    run(async {
+        let (bootstrap, exchange) = server(Way::Dial).await;
+        let node = node(bootstrap).await;
+        exchange.await.unwrap();
+        while !is_reached(&node.reachability().await.unwrap()) {
+            sleep(Duration::from_millis(50)).await;
+        }
+    });
+}
