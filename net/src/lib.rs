@@ -36,6 +36,7 @@ mod relay_server;
 mod relays;
 mod resolve;
 mod search;
+mod shares;
 mod streams;
 mod tcp;
 mod tls;
@@ -58,6 +59,7 @@ pub use self::{
     ping::PingError,
     reach::{Filtering, Mapping},
     relay_server::{RelayLimits, RelayUse},
+    shares::{Full, Permit, Place, Shares},
     streams::{AcceptError, BestPath, Class, Incoming, OpenError, Stream, is_superseded},
     topics::{
         MAX_DATA, MAX_TOPIC, Missed, Published, Subscription, TopicError, TopicInfo, Topics,

@@ -1,0 +1,461 @@
+//! Pools whose members are shared out by network place and by peer.
+//!
+//! A pool bounds work that peers make this node do: streams served, lanes, circuits. A bound in all, or for each peer,
+//! is not enough. Identities cost nothing, so one machine would take the whole pool with a new key for each member.
+//! Networks do cost something: [`Shares`] counts by [`Place`] as well.
+//!
+//! The bound on a place moves with the pool. One address may hold half as many members as are free, so that it gets a
+//! third of an empty pool by itself, the next one a third of what is left, and so on: ten networks that take all they
+//! can leave members of a pool of 128 free.
+//!
+//! | members are counted by | at most, of those that are free | at most, of an empty pool |
+//! |---|---|---|
+//! | one public IPv4 address, one IPv6 /64 | 1/2 | 1/3 |
+//! | one IPv6 /56 | 3/4 | 3/7 |
+//! | one IPv4 /24, one IPv6 /48 | 1/1 | 1/2 |
+//! | one relay, for the peers behind it | 1/1 | 1/2 |
+//! | one private address, this machine | 3/1 | 3/4 |
+//!
+//! Private networks and this machine have a larger share because an operator admits machines there, and because a
+//! reverse proxy or a site's gateway stands for many peers.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+    hash::Hash,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use libp2p::{Multiaddr, PeerId};
+
+use crate::{
+    LimitUse, Path,
+    address::{first_ip, is_public, site},
+};
+
+/// A network place: the part of the network that a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place(Kind);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    /// A loopback address.
+    Machine,
+    /// An address of a private or link-local network.
+    Private(IpAddr),
+    /// A public IPv4 address, or a public IPv6 network of 64 bits.
+    Public(IpAddr),
+    /// Behind this relay.
+    Relay(PeerId),
+    /// Elsewhere: the address is a name, or of another kind.
+    Unknown,
+}
+
+impl Place {
+    /// Returns the place that a connection comes from. Peers behind a relay are at the relay: it tells nothing reliable
+    /// of where they are.
+    pub fn of(path: &Path) -> Self {
+        match path.relay() {
+            Some(relay) => Self::behind(relay),
+            None => Self::of_address(&path.address),
+        }
+    }
+
+    /// Returns the place of an IP address.
+    pub fn of_ip(ip: IpAddr) -> Self {
+        let ip = ip.to_canonical();
+        Self(match ip {
+            _ if ip.is_loopback() => Kind::Machine,
+            _ if is_public(&ip) => Kind::Public(site(ip)),
+            _ => Kind::Private(ip),
+        })
+    }
+
+    /// Returns the place of a relay's clients.
+    pub(crate) fn behind(relay: PeerId) -> Self {
+        Self(Kind::Relay(relay))
+    }
+
+    fn of_address(address: &Multiaddr) -> Self {
+        first_ip(address).map_or(Self(Kind::Unknown), Self::of_ip)
+    }
+
+    /// The groups that the place belongs to, narrowest first, and the part of the free members that each may hold, in
+    /// quarters.
+    pub(crate) fn groups(self) -> impl Iterator<Item = (Group, usize)> {
+        let groups = match self.0 {
+            Kind::Machine => [Some((Group::Machine, NEAR)), None, None],
+            Kind::Private(ip) => [Some((Group::Network(ip, 0), NEAR)), None, None],
+            Kind::Relay(relay) => [Some((Group::Relay(relay), WIDE)), None, None],
+            Kind::Unknown => [Some((Group::Unknown, WIDE)), None, None],
+            Kind::Public(ip @ IpAddr::V4(v4)) => [
+                Some((Group::Network(ip, 32), SITE)),
+                Some((Group::Network(prefix_v4(v4, 24).into(), 24), WIDE)),
+                None,
+            ],
+            Kind::Public(IpAddr::V6(v6)) => [
+                Some((Group::Network(prefix_v6(v6, 64).into(), 64), SITE)),
+                Some((Group::Network(prefix_v6(v6, 56).into(), 56), CUSTOMER)),
+                Some((Group::Network(prefix_v6(v6, 48).into(), 48), WIDE)),
+            ],
+        };
+        groups.into_iter().flatten()
+    }
+}
+
+/// The part of the free members that one group may hold, in quarters. A site is an IPv4 address or an IPv6 /64.
+const SITE: usize = 2;
+
+/// An IPv6 /56: a customer line at most providers. It may as well be four rented servers at a /64 each.
+const CUSTOMER: usize = 3;
+
+/// An IPv4 /24 or IPv6 /48, which is what one customer of a hosting provider rents for little; and one relay.
+const WIDE: usize = 4;
+
+/// A private address, and this machine.
+const NEAR: usize = 12;
+
+fn prefix_v4(ip: Ipv4Addr, bits: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(ip) >> (32 - bits) << (32 - bits))
+}
+
+fn prefix_v6(ip: Ipv6Addr, bits: u32) -> Ipv6Addr {
+    Ipv6Addr::from(u128::from(ip) >> (128 - bits) << (128 - bits))
+}
+
+/// Places that are counted together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Group {
+    Machine,
+    /// A network's first address and the length of its prefix; 0 for a single private address.
+    Network(IpAddr, u8),
+    Relay(PeerId),
+    Unknown,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Kind::Machine => f.write_str("this machine"),
+            Kind::Private(ip) | Kind::Public(ip @ IpAddr::V4(_)) => ip.fmt(f),
+            Kind::Public(ip) => write!(f, "{ip}/64"),
+            Kind::Relay(relay) => write!(f, "the relay {relay}"),
+            Kind::Unknown => f.write_str("an unknown address"),
+        }
+    }
+}
+
+/// Why a pool has no member left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Full {
+    /// The peer holds as many as one peer may.
+    #[error("the peer has too many open")]
+    Peer,
+    /// The place, or a network around it, holds as many as it may.
+    #[error("too many are open from {0}")]
+    Place(Place),
+    /// All are taken.
+    #[error("too many are open in all")]
+    All,
+}
+
+/// A pool that is shared out by peer and by place. Cheap to clone; all clones are one pool.
+///
+/// ```
+/// # use weft_net::{Path, PeerId, Place, Shares};
+/// let pool = Shares::new(128, 8);
+/// let peer = PeerId::random();
+/// let place = Place::of(&Path::of(&"/ip4/198.51.100.7/tcp/9338".parse().unwrap()));
+/// let permit = pool.take(peer, place)?; // held while the peer is served
+/// assert_eq!(pool.used(), 1);
+/// drop(permit);
+/// assert_eq!(pool.used(), 0);
+/// # Ok::<(), weft_net::Full>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Shares {
+    all: usize,
+    per_peer: usize,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    used: usize,
+    by_peer: HashMap<PeerId, usize>,
+    by_group: HashMap<Group, usize>,
+    refused: Refused,
+}
+
+#[derive(Debug, Default)]
+struct Refused {
+    all: u64,
+    place: u64,
+    peer: u64,
+}
+
+/// A member of a pool, given back when dropped.
+#[derive(Debug)]
+#[must_use = "a permit that is dropped is given back at once"]
+pub struct Permit {
+    shares: Shares,
+    peer: PeerId,
+    place: Place,
+}
+
+impl Shares {
+    /// Makes a pool of `all` members, of which one peer holds `per_peer` at most.
+    pub fn new(all: usize, per_peer: usize) -> Self {
+        Self {
+            all,
+            per_peer,
+            state: Arc::default(),
+        }
+    }
+
+    /// Takes a member for `peer`, which is at `place`: [`Place::of`] of a stream's path tells it.
+    ///
+    /// # Errors
+    /// [`Full`] says which limit the peer has met. The refusal is counted.
+    pub fn take(&self, peer: PeerId, place: Place) -> Result<Permit, Full> {
+        let mut state = self.lock();
+        if let Err(full) = self.check(&state, &peer, place) {
+            *match full {
+                Full::Peer => &mut state.refused.peer,
+                Full::Place(_) => &mut state.refused.place,
+                Full::All => &mut state.refused.all,
+            } += 1;
+            return Err(full);
+        }
+        state.used += 1;
+        *state.by_peer.entry(peer).or_default() += 1;
+        for (group, _) in place.groups() {
+            *state.by_group.entry(group).or_default() += 1;
+        }
+        drop(state);
+        Ok(Permit {
+            shares: self.clone(),
+            peer,
+            place,
+        })
+    }
+
+    /// Returns true if [`take`](Self::take) would succeed now. Nothing is counted.
+    pub fn has(&self, peer: &PeerId, place: Place) -> bool {
+        self.check(&self.lock(), peer, place).is_ok()
+    }
+
+    fn check(&self, state: &State, peer: &PeerId, place: Place) -> Result<(), Full> {
+        if count(&state.by_peer, peer) >= self.per_peer {
+            return Err(Full::Peer);
+        }
+        let free = self.all.saturating_sub(state.used);
+        if free == 0 {
+            return Err(Full::All);
+        }
+        let within =
+            |(group, part)| count(&state.by_group, &group) < (free.saturating_mul(part) / 4).max(1);
+        match place.groups().all(within) {
+            true => Ok(()),
+            false => Err(Full::Place(place)),
+        }
+    }
+
+    /// Members that are taken now.
+    pub fn used(&self) -> usize {
+        self.lock().used
+    }
+
+    /// Members that there are.
+    pub fn all(&self) -> usize {
+        self.all
+    }
+
+    /// The three limits of the pool, under these names: in all, of one place, of one peer. The limit of one place is
+    /// that of a public address in an empty pool; its use is the largest of any public address.
+    pub fn limits(
+        &self,
+        all: &'static str,
+        per_place: &'static str,
+        per_peer: &'static str,
+    ) -> [LimitUse; 3] {
+        let state = self.lock();
+        let of_site = |(group, used): (&Group, &usize)| {
+            matches!(group, Group::Network(_, 32 | 64)).then_some(*used)
+        };
+        let of_sites = state.by_group.iter().filter_map(of_site).max();
+        let of_peers = state.by_peer.values().copied().max();
+        let row = |name, used: usize, limit: usize, refused| LimitUse {
+            name,
+            used: used as u64,
+            limit: Some(limit as u64),
+            refused,
+        };
+        let site = (self.all.saturating_mul(SITE) / (SITE + 4)).max(1);
+        let refused = &state.refused;
+        [
+            row(all, state.used, self.all, refused.all),
+            row(
+                per_place,
+                of_sites.unwrap_or_default(),
+                site.min(self.all),
+                refused.place,
+            ),
+            row(
+                per_peer,
+                of_peers.unwrap_or_default(),
+                self.per_peer,
+                refused.peer,
+            ),
+        ]
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+impl Permit {
+    /// The place that it was taken for.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut state = self.shares.lock();
+        state.used -= 1;
+        release(&mut state.by_peer, self.peer);
+        for (group, _) in self.place.groups() {
+            release(&mut state.by_group, group);
+        }
+    }
+}
+
+pub(crate) fn count<K: Eq + Hash>(counts: &HashMap<K, usize>, key: &K) -> usize {
+    counts.get(key).copied().unwrap_or_default()
+}
+
+/// Counts one less; what has none is forgotten.
+pub(crate) fn release<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
+    if let Entry::Occupied(mut count) = counts.entry(key) {
+        *count.get_mut() = count.get().saturating_sub(1);
+        if *count.get() == 0 {
+            count.remove();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::multiaddr::Protocol;
+
+    use super::*;
+
+    fn at(ip: &str) -> Place {
+        Place::of_ip(ip.parse().unwrap())
+    }
+
+    /// Members that one place gets by itself, with as many identities as it likes.
+    fn filled(shares: &Shares, place: impl Fn(u8) -> Place) -> Vec<Permit> {
+        let take = |n: usize| shares.take(PeerId::random(), place(n as u8)).ok();
+        (0..4 * shares.all()).filter_map(take).collect()
+    }
+
+    #[test]
+    fn one_address_cannot_take_a_pool_with_many_identities() {
+        let shares = Shares::new(96, 8);
+        let attacker = filled(&shares, |_| at("203.0.113.7"));
+        assert_eq!(attacker.len(), 32);
+        let refused = shares.take(PeerId::random(), at("203.0.113.7"));
+        assert_eq!(refused.unwrap_err(), Full::Place(at("203.0.113.7")));
+        let _honest = shares.take(PeerId::random(), at("198.51.100.1")).unwrap();
+        let [all, place, peer] = shares.limits("all", "place", "peer");
+        assert_eq!((all.used, all.limit, all.refused), (33, Some(96), 0));
+        assert_eq!((place.used, place.limit), (32, Some(32)));
+        assert!(place.refused > 0 && peer.refused == 0);
+    }
+
+    #[test]
+    fn one_network_cannot_take_a_pool_with_many_addresses() {
+        let shares = Shares::new(96, 8);
+        let v4 = filled(&shares, |n| at(&format!("203.0.113.{n}")));
+        assert_eq!(v4.len(), 48);
+        drop(v4);
+        let v6 = filled(&shares, |n| at(&format!("2001:db8:0:{n:x}::1")));
+        assert!(v6.len() <= 48, "{}", v6.len());
+        drop(v6);
+        // A customer's line: 256 networks of 64 bits.
+        let line = filled(&shares, |n| at(&format!("2001:db8:0:1{n:02x}::1")));
+        assert!(line.len() <= 96 * 3 / 7, "{}", line.len());
+    }
+
+    #[test]
+    fn a_newcomer_finds_a_member_free_though_eight_networks_take_all_they_can() {
+        let shares = Shares::new(128, 8);
+        let held: Vec<_> = (0..8)
+            .flat_map(|n| filled(&shares, |_| at(&format!("203.0.{n}.1"))))
+            .collect();
+        assert!(held.len() < 128, "{}", held.len());
+        let _newcomer = shares.take(PeerId::random(), at("198.51.100.1")).unwrap();
+    }
+
+    #[test]
+    fn one_peer_is_held_to_its_share_wherever_it_is() {
+        let shares = Shares::new(128, 2);
+        let peer = PeerId::random();
+        let _first = shares.take(peer, at("203.0.113.1")).unwrap();
+        let second = shares.take(peer, at("198.51.100.1")).unwrap();
+        assert!(!shares.has(&peer, at("192.0.2.1")));
+        assert_eq!(shares.take(peer, at("192.0.2.1")).unwrap_err(), Full::Peer);
+        drop(second);
+        assert!(shares.has(&peer, at("192.0.2.1")));
+    }
+
+    #[test]
+    fn private_networks_and_this_machine_have_a_larger_share_but_not_all() {
+        for place in ["10.0.0.1", "fd00::1", "127.0.0.1", "::1", "169.254.1.1"] {
+            let shares = Shares::new(96, 8);
+            let held = filled(&shares, |_| at(place));
+            assert_eq!(held.len(), 72, "{place}");
+            let _other = shares.take(PeerId::random(), at("198.51.100.1")).unwrap();
+        }
+    }
+
+    #[test]
+    fn peers_behind_one_relay_share_the_place_of_the_relay() {
+        let relay = PeerId::random();
+        let address: Multiaddr = "/ip4/203.0.113.1/tcp/1".parse().unwrap();
+        let relayed = address
+            .with(Protocol::P2p(relay))
+            .with(Protocol::P2pCircuit);
+        let place = Place::of(&Path::of(&relayed));
+        assert_eq!(place, Place::behind(relay));
+        assert_eq!(filled(&Shares::new(96, 8), |_| place).len(), 48);
+    }
+
+    #[test]
+    fn a_small_pool_serves_a_place_at_least_once() {
+        let shares = Shares::new(1, 1);
+        let permit = shares.take(PeerId::random(), at("203.0.113.1")).unwrap();
+        assert_eq!(
+            shares
+                .take(PeerId::random(), at("198.51.100.1"))
+                .unwrap_err(),
+            Full::All
+        );
+        drop(permit);
+        let state = shares.lock();
+        assert!(state.by_group.is_empty() && state.by_peer.is_empty());
+    }
+
+    #[test]
+    fn an_ipv4_address_written_as_ipv6_is_the_same_place() {
+        assert_eq!(at("::ffff:203.0.113.1"), at("203.0.113.1"));
+        assert_eq!(at("2001:db8::1"), at("2001:db8::2"));
+    }
+}
