@@ -107,11 +107,6 @@ impl Handler for Service {
                     sleep(Duration::from_millis(300)).await;
                     responses.send_last(message(1)).await
                 }
-                // Works on without ever waiting, as what computes does.
-                "test.Test/Compute" => loop {
-                    std::thread::sleep(Duration::from_millis(5));
-                    tokio::task::yield_now().await;
-                },
                 // Hears nothing for as long as `blocked` is locked.
                 "test.Test/Block" => {
                     tokio::task::block_in_place(|| drop(blocked.read().unwrap()));
@@ -980,62 +975,47 @@ fn raw_few(service: Service) -> (DuplexStream, JoinHandle<Result<(), SessionErro
     (far, tokio::spawn(session))
 }
 
+/// Has those block that do so, until what this returns is dropped.
+async fn block(service: &Service) -> std::sync::mpsc::Sender<()> {
+    let blocked = Arc::clone(&service.blocked);
+    let (release, until_released) = std::sync::mpsc::channel::<()>();
+    let (held, is_held) = tokio::sync::oneshot::channel();
+    // The guard stays in its thread.
+    std::thread::spawn(move || {
+        let _guard = blocked.write().unwrap();
+        held.send(()).unwrap();
+        let _ = until_released.recv();
+    });
+    is_held.await.unwrap();
+    release
+}
+
 /// Those that may be open, and those that have just ended.
 const MAY_LIVE: usize = 16 + 64;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn cancelled_calls_count_for_as_long_as_their_handlers_run() {
+async fn a_session_is_over_only_when_its_handlers_are() {
     let service = Service::default();
-    let working = Arc::clone(&service.working);
-    let (far, session) = raw_few(service);
-    let (mut reader, mut writer) = tokio::io::split(far);
-    let flood = tokio::spawn(async move {
-        let mut frames = hello();
-        for call in 1..3000 {
-            frames.extend(request(call, "test.Test/Compute"));
-            frames.extend(frame(6, 0, call, &[]));
-        }
-        writer.write_all(&frames).await.unwrap();
-        writer.shutdown().await.unwrap();
-    });
-    let watched = Arc::clone(&working);
-    let watching = std::thread::spawn(move || {
-        let mut most = 0;
-        while Arc::strong_count(&watched) > 1 {
-            most = most.max(watched.load(Ordering::SeqCst));
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        most
-    });
-    let mut sink = tokio::io::sink();
-    let reading = tokio::io::copy(&mut reader, &mut sink);
-    timeout(3 * PATIENCE, reading).await.unwrap().unwrap();
-    flood.await.unwrap();
-    timeout(PATIENCE, session).await.unwrap().unwrap().unwrap();
-    // The session is over only when all that answers in it is.
+    let (working, begun) = (Arc::clone(&service.working), Arc::clone(&service.begun));
+    let release = block(&service).await;
+    let (mut far, session) = raw_few(service);
+    let frames = [hello(), request(1, "test.Test/Block")].concat();
+    far.write_all(&frames).await.unwrap();
+    until("the handler", || begun.load(Ordering::SeqCst) == 1).await;
+    drop(far);
+    sleep(Duration::from_millis(300)).await;
+    assert!(!session.is_finished(), "its handler runs");
+    drop(release);
+    timeout(PATIENCE, session).await.unwrap().unwrap().ok();
     assert_eq!(working.load(Ordering::SeqCst), 0);
-    drop(working);
-    let most = tokio::task::spawn_blocking(|| watching.join().unwrap());
-    let most = most.await.unwrap();
-    assert!(most <= MAY_LIVE, "{most} at a time");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_cancelled_handlers_run_on_new_calls_are_refused_and_open_ones_go_on() {
     let service = Service::default();
     let (begun, working) = (Arc::clone(&service.begun), Arc::clone(&service.working));
-    let blocked = Arc::clone(&service.blocked);
+    let release = block(&service).await;
     let (mut far, session) = raw_few(service);
-    let lock = tokio::task::spawn_blocking(move || {
-        // Held in a thread of its own, until it is told.
-        let (told, until_told) = std::sync::mpsc::channel::<()>();
-        let holder = std::thread::spawn(move || {
-            let _held = blocked.write().unwrap();
-            let _ = until_told.recv();
-        });
-        (told, holder)
-    });
-    let (told, holder) = lock.await.unwrap();
     far.write_all(&hello()).await.unwrap();
     far.write_all(&request(1000, "test.Test/Echoes"))
         .await
@@ -1065,10 +1045,7 @@ async fn while_cancelled_handlers_run_on_new_calls_are_refused_and_open_ones_go_
     let refusals = text.matches("calls that were cancelled still run here");
     assert_eq!(refusals.count(), 2);
     // Once they have ended, there is room again.
-    drop(told);
-    tokio::task::spawn_blocking(|| holder.join().unwrap())
-        .await
-        .unwrap();
+    drop(release);
     until("their end", || working.load(Ordering::SeqCst) <= 1).await;
     let again = [request(1003, "test.Test/Echo"), frame(2, 2, 1003, b"again")];
     far.write_all(&again.concat()).await.unwrap();
@@ -1255,12 +1232,21 @@ async fn a_close_that_is_dropped_is_said_all_the_same() {
     let (session, driver) = Session::client(near, Limits::default());
     tokio::spawn(driver);
     let mut full = Vec::new();
-    for _ in 0..12 {
+    for _ in 0..15 {
         let call = session.call("test.Test/Count", Options::default()).await;
         let (mut sender, receiver) = call.unwrap();
-        let filled = timeout(Duration::from_millis(50), sender.send(message(60_000))).await;
-        full.push((sender, receiver, filled.is_ok()));
+        let filled = async {
+            for _ in 0..2 {
+                sender.send(message(60_000)).await.unwrap();
+            }
+        };
+        let filled = timeout(Duration::from_millis(100), filled).await.is_err();
+        full.push((sender, receiver));
+        if filled {
+            break;
+        }
     }
+    assert!(full.len() < 15);
     let call = session.call("test.Test/Count", Options::default()).await;
     let (mut sender, mut receiver) = call.unwrap();
     {
