@@ -5,7 +5,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc,
+        Arc, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -18,8 +18,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use weft_proto::rpc::{
-    Attachment, Code, Context, Handler, Limits, Message, Options, Receiver, Seen, Sender, Session,
-    SessionError, Status,
+    Attachment, Budget, Code, Context, Handler, Limits, Message, Options, Receiver, Seen, Sender,
+    Session, SessionError, Status,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -29,6 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Service {
     working: Arc<AtomicUsize>,
     begun: Arc<AtomicUsize>,
+    blocked: Arc<RwLock<()>>,
 }
 
 struct Working(Arc<AtomicUsize>);
@@ -56,6 +57,7 @@ impl Handler for Service {
         mut responses: Sender,
     ) -> Pin<Box<dyn Future<Output = Result<(), Status>> + Send>> {
         let working = Working::new(self);
+        let blocked = Arc::clone(&self.blocked);
         Box::pin(async move {
             let _working = working;
             match context.method.as_str() {
@@ -104,6 +106,12 @@ impl Handler for Service {
                     responses.send(message(0)).await?;
                     sleep(Duration::from_millis(300)).await;
                     responses.send_last(message(1)).await
+                }
+                // Hears nothing for as long as `blocked` is locked.
+                "test.Test/Block" => {
+                    tokio::task::block_in_place(|| drop(blocked.read().unwrap()));
+                    sleep(Duration::from_secs(3600)).await;
+                    Ok(())
                 }
                 "test.Test/Panic" => panic!("a handler of a test"),
                 "test.Test/Fail" => Err(Status {
@@ -623,8 +631,16 @@ async fn writes_the_corpus() {
         storm.extend(frame(6, 0, id, &[]));
         storm.extend(frame(5, 0, id + 1, &1000_u32.to_le_bytes()));
     }
+    // A caller that says what only the called side may, with calls before and after it.
+    let mut shutdown = hello();
+    for id in 1..4 {
+        shutdown.extend(request(id, "test.Test/Sleep", |_| ()));
+        shutdown.extend(request(id + 10, "test.Test/Echoes", |_| ()));
+        shutdown.extend(frame(8, 0, 0, &[8, 2]));
+    }
     for (name, bytes) in [
         ("caller-calls.bin", calls),
+        ("caller-shutdown.bin", shutdown),
         ("caller-metadata.bin", [hello(), metadata].concat()),
         ("caller-storm.bin", storm),
         ("answer-answers.bin", answers.clone()),
@@ -721,6 +737,10 @@ async fn each_violation_ends_the_session_and_is_named() {
             "a status from the side that calls",
         ),
         (with(frame(6, 0, 1, &[1])), "a cancellation of 1"),
+        (
+            with(frame(8, 0, 0, &[])),
+            "a shutdown from the side that calls",
+        ),
         (
             [request(1, "test.Test/Sleep"), much].concat(),
             "what was sent without credit",
@@ -918,4 +938,324 @@ async fn a_number_used_again_is_one_call() {
     drop(peer);
     timeout(PATIENCE, session).await.unwrap().unwrap().ok();
     until("none", || working.load(Ordering::SeqCst) == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_cannot_shut_down_what_it_calls() {
+    let (near, mut far) = duplex(1 << 20);
+    let service = Service::default();
+    let working = Arc::clone(&service.working);
+    let serving = Session::serve(near, Limits::default(), "x".into(), Arc::new(service));
+    let serving = tokio::spawn(serving);
+    far.write_all(&hello()).await.unwrap();
+    for _ in 0..5 {
+        for n in 1..=1000 {
+            // The session may have ended by now, as it should.
+            let _ = far.write_all(&request(n, "test.Test/Sleep")).await;
+        }
+        let _ = far.write_all(&frame(8, 0, 0, &[])).await;
+    }
+    let ended = timeout(PATIENCE, serving).await.unwrap().unwrap();
+    let error = ended.unwrap_err().to_string();
+    assert!(
+        error.contains("a shutdown from the side that calls"),
+        "{error}"
+    );
+    assert_eq!(working.load(Ordering::SeqCst), 0);
+}
+
+/// With few calls allowed: a peer that says what it likes, and the handlers at work.
+fn raw_few(service: Service) -> (DuplexStream, JoinHandle<Result<(), SessionError>>) {
+    let (near, far) = duplex(1 << 20);
+    let few = Limits {
+        max_calls: 16,
+        ..Limits::default()
+    };
+    let session = Session::serve(near, few, "x".into(), Arc::new(service));
+    (far, tokio::spawn(session))
+}
+
+/// Has those block that do so, until what this returns is dropped.
+async fn block(service: &Service) -> std::sync::mpsc::Sender<()> {
+    let blocked = Arc::clone(&service.blocked);
+    let (release, until_released) = std::sync::mpsc::channel::<()>();
+    let (held, is_held) = tokio::sync::oneshot::channel();
+    // The guard stays in its thread.
+    std::thread::spawn(move || {
+        let _guard = blocked.write().unwrap();
+        held.send(()).unwrap();
+        let _ = until_released.recv();
+    });
+    is_held.await.unwrap();
+    release
+}
+
+/// Those that may be open, and those that have just ended.
+const MAY_LIVE: usize = 16 + 64;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_is_over_only_when_its_handlers_are() {
+    let service = Service::default();
+    let (working, begun) = (Arc::clone(&service.working), Arc::clone(&service.begun));
+    let release = block(&service).await;
+    let (mut far, session) = raw_few(service);
+    let frames = [hello(), request(1, "test.Test/Block")].concat();
+    far.write_all(&frames).await.unwrap();
+    until("the handler", || begun.load(Ordering::SeqCst) == 1).await;
+    drop(far);
+    sleep(Duration::from_millis(300)).await;
+    assert!(!session.is_finished(), "its handler runs");
+    drop(release);
+    timeout(PATIENCE, session).await.unwrap().unwrap().ok();
+    assert_eq!(working.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_cancelled_handlers_run_on_new_calls_are_refused_and_open_ones_go_on() {
+    let service = Service::default();
+    let (begun, working) = (Arc::clone(&service.begun), Arc::clone(&service.working));
+    let release = block(&service).await;
+    let (mut far, session) = raw_few(service);
+    far.write_all(&hello()).await.unwrap();
+    far.write_all(&request(1000, "test.Test/Echoes"))
+        .await
+        .unwrap();
+    for call in 1..MAY_LIVE as u32 {
+        far.write_all(&request(call, "test.Test/Block"))
+            .await
+            .unwrap();
+        until("a handler", || begun.load(Ordering::SeqCst) > call as usize).await;
+        far.write_all(&frame(6, 0, call, &[])).await.unwrap();
+    }
+    let more = [
+        request(1001, "test.Test/Echo"),
+        request(1002, "test.Test/Echo"),
+        frame(2, 2, 1000, b"go on"),
+    ];
+    far.write_all(&more.concat()).await.unwrap();
+    let mut bytes = Vec::new();
+    let is_end = |bytes: &[u8]| bytes.windows(5).any(|part| part == b"go on");
+    let read = async {
+        while !is_end(&bytes) {
+            assert_ne!(far.read_buf(&mut bytes).await.unwrap(), 0);
+        }
+    };
+    timeout(PATIENCE, read).await.unwrap();
+    let text = String::from_utf8_lossy(&bytes);
+    let refusals = text.matches("calls that were cancelled still run here");
+    assert_eq!(refusals.count(), 2);
+    // Once they have ended, there is room again.
+    drop(release);
+    until("their end", || working.load(Ordering::SeqCst) <= 1).await;
+    let again = [request(1003, "test.Test/Echo"), frame(2, 2, 1003, b"again")];
+    far.write_all(&again.concat()).await.unwrap();
+    let read = async {
+        while !bytes.windows(5).any(|part| part == b"again") {
+            assert_ne!(far.read_buf(&mut bytes).await.unwrap(), 0);
+        }
+    };
+    timeout(PATIENCE, read).await.unwrap();
+    drop(far);
+    timeout(PATIENCE, session).await.unwrap().unwrap().ok();
+}
+
+/// Quick limits.
+fn hasty() -> Limits {
+    Limits {
+        patience: Duration::from_millis(100),
+        idle: Duration::from_millis(300),
+        ..Limits::default()
+    }
+}
+
+/// Two frames of an attachment that is longer.
+fn begun_message(call: u32) -> Vec<u8> {
+    use prost::Message;
+    let announced = weft_proto::wire::RpcAttachment {
+        size: 1 << 20,
+        ..Default::default()
+    };
+    let head = frame(3, 0, call, &announced.encode_to_vec());
+    let part = frame(4, 0, call, &[7; 60_000]);
+    [head, part.clone(), part].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_stops_coming_is_dropped_and_its_call_fails() {
+    let (near, mut far) = duplex(1 << 20);
+    let all = Budget::new(8 << 20);
+    let service = Arc::new(Service::default());
+    let serving = Session::serve_within(all.clone(), near, hasty(), "x".into(), service);
+    let serving = tokio::spawn(serving);
+    let mut frames = [hello(), request(1, "test.Test/Count"), begun_message(1)].concat();
+    // One whose handler does not look is dropped as well.
+    frames.extend([request(2, "test.Test/Sleep"), begun_message(2)].concat());
+    far.write_all(&frames).await.unwrap();
+    until("what came", || all.used() > 200_000).await;
+    let mut answers = Vec::new();
+    let stopped =
+        |bytes: &[u8]| String::from_utf8_lossy(bytes).contains("a message stopped coming");
+    let read = async {
+        while !stopped(&answers) {
+            assert_ne!(far.read_buf(&mut answers).await.unwrap(), 0);
+        }
+    };
+    timeout(PATIENCE, read).await.unwrap();
+    until("nothing to be held", || all.used() < 10_000).await;
+    assert!(!serving.is_finished());
+    // Who sends nothing, and holds nothing, may be silent on a call for as long as he likes.
+    sleep(Duration::from_millis(500)).await;
+    assert!(!serving.is_finished());
+    drop(far);
+    timeout(PATIENCE, serving).await.unwrap().unwrap().ok();
+    assert_eq!(all.used(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_stops_coming_fails_and_a_sender_without_credit_is_waited_for() {
+    let (near, mut far) = duplex(1 << 20);
+    let all = Budget::new(8 << 20);
+    let (session, driver) = Session::client_within(all.clone(), near, hasty());
+    tokio::spawn(driver);
+    let calling = tokio::spawn(async move {
+        let call = session.unary("test.Test/Echo", message(1), Options::default());
+        call.await.unwrap_err()
+    });
+    let mut asked = Vec::new();
+    let read = async {
+        while !asked.windows(4).any(|part| part == b"Echo") {
+            assert_ne!(far.read_buf(&mut asked).await.unwrap(), 0);
+        }
+    };
+    timeout(PATIENCE, read).await.unwrap();
+    far.write_all(&[hello(), begun_message(1)].concat())
+        .await
+        .unwrap();
+    let failed = timeout(PATIENCE, calling).await.unwrap().unwrap();
+    assert_eq!(failed.code, Code::Aborted);
+    assert_eq!(all.used(), 0);
+    // Between two of ours: the receiver takes nothing, and so the sender may not go on.
+    let pair = pair(Limits::default(), hasty());
+    let call = pair.session.call("test.Test/Echoes", Options::default());
+    let (mut sender, mut receiver) = call.await.unwrap();
+    let sending = tokio::spawn(async move {
+        for _ in 0..20 {
+            sender.send(message(1_000_000)).await?;
+        }
+        sender.close().await;
+        Ok::<_, Status>(())
+    });
+    sleep(Duration::from_secs(1)).await;
+    assert!(!sending.is_finished(), "nobody takes the answers");
+    for _ in 0..20 {
+        let answer = timeout(PATIENCE, receiver.next()).await.unwrap();
+        assert_eq!(answer.unwrap().unwrap().bytes.len(), 1_000_000);
+    }
+    assert_eq!(receiver.next().await.unwrap(), None);
+    sending.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_without_calls_is_ended_by_the_called_side_in_order() {
+    let pair = pair(Limits::default(), hasty());
+    let call = pair.session.call("test.Test/Echoes", Options::default());
+    let (mut sender, mut receiver) = call.await.unwrap();
+    sender.send(message(1)).await.unwrap();
+    // One with a call that is open is in use, however long nothing is said.
+    sleep(Duration::from_secs(1)).await;
+    sender.send(message(2)).await.unwrap();
+    sender.close().await;
+    for n in [1, 2] {
+        assert_eq!(receiver.next().await.unwrap(), Some(message(n)));
+    }
+    assert_eq!(receiver.next().await.unwrap(), None);
+    timeout(PATIENCE, pair.far).await.unwrap().unwrap().unwrap();
+    timeout(PATIENCE, pair.near)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    // It can be made again on another.
+    assert!(!pair.session.is_open());
+    let late = echo(&pair.session, message(1)).await.unwrap_err();
+    assert_eq!((late.code, late.seen), (Code::Unavailable, Some(Seen::No)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_count_among_what_is_held() {
+    use prost::Message;
+    let (near, mut far) = duplex(1 << 20);
+    let all = Budget::new(1 << 20);
+    let service = Service::default();
+    let working = Arc::clone(&service.working);
+    let one = all.of(["mallory".to_owned()]);
+    let serving =
+        Session::serve_within(one, near, Limits::default(), "x".into(), Arc::new(service));
+    let serving = tokio::spawn(serving);
+    far.write_all(&hello()).await.unwrap();
+    let asleep = weft_proto::wire::RpcRequest {
+        method: "test.Test/Sleep".to_owned(),
+        metadata: vec![weft_proto::wire::RpcMetadata {
+            name: "x".to_owned(),
+            value: vec![0; 12_000].into(),
+        }],
+        ..Default::default()
+    };
+    for call in 1..200 {
+        let asleep = frame(1, 0, call, &asleep.encode_to_vec());
+        far.write_all(&asleep).await.unwrap();
+    }
+    let mut answers = Vec::new();
+    let refused = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        text.matches("of this peer or its network wait here")
+            .count()
+    };
+    let read = async {
+        while refused(&answers) < 100 {
+            assert_ne!(far.read_buf(&mut answers).await.unwrap(), 0);
+        }
+    };
+    timeout(PATIENCE, read).await.unwrap();
+    // The others have room for their shares.
+    assert!(all.used() <= 5 << 17, "{}", all.used());
+    assert!(all.of(["another".to_owned()]).hold(100_000).is_some());
+    drop(far);
+    timeout(PATIENCE, serving).await.unwrap().unwrap().ok();
+    assert_eq!((all.used(), working.load(Ordering::SeqCst)), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_close_that_is_dropped_is_said_all_the_same() {
+    // The other side reads nothing yet, and so all that may wait to be written does.
+    let (near, far) = duplex(1024);
+    let (session, driver) = Session::client(near, Limits::default());
+    tokio::spawn(driver);
+    let mut full = Vec::new();
+    for _ in 0..15 {
+        let call = session.call("test.Test/Count", Options::default()).await;
+        let (mut sender, receiver) = call.unwrap();
+        let filled = async {
+            for _ in 0..2 {
+                sender.send(message(60_000)).await.unwrap();
+            }
+        };
+        let filled = timeout(Duration::from_millis(100), filled).await.is_err();
+        full.push((sender, receiver));
+        if filled {
+            break;
+        }
+    }
+    assert!(full.len() < 15);
+    let call = session.call("test.Test/Count", Options::default()).await;
+    let (mut sender, mut receiver) = call.unwrap();
+    {
+        let mut close = std::pin::pin!(sender.close());
+        let _ = futures::poll!(close.as_mut());
+    }
+    let service = Arc::new(Service::default());
+    tokio::spawn(Session::serve(far, Limits::default(), "x".into(), service));
+    let answer = timeout(PATIENCE, receiver.next()).await.unwrap().unwrap();
+    assert_eq!(answer.unwrap().bytes, 0_u64.to_le_bytes().as_slice());
+    drop(full);
 }

@@ -76,6 +76,30 @@ pub(super) struct Partial {
     pub(super) announced: u64,
     pub(super) message: BytesMut,
     pub(super) buffered: usize,
+    /// Bytes that have come of it since somebody last looked; `None` if nobody has yet.
+    pub(super) lately: Option<usize>,
+}
+
+/// The part of what has come of a message that has to come anew in [`Limits::patience`](super::Limits::patience).
+const PACE: usize = 64;
+
+impl CallState {
+    /// Looks whether the message that is coming has gone on since the last look. If not, though the sender may send, drops it, and returns what it held.
+    pub(super) fn has_stalled(&mut self, window: u32) -> Option<usize> {
+        let frame = frame::MAX_FRAME as u64 + u64::from(OVERHEAD);
+        let may_send = self.unreturned + frame <= window.into();
+        let partial = &mut self.partial;
+        if partial.buffered == 0 || self.ended_there {
+            return None;
+        }
+        let pace = (partial.buffered / PACE).max(1);
+        let lately = partial.lately.replace(0);
+        if !may_send || lately.is_none_or(|lately| lately >= pace) {
+            return None;
+        }
+        self.unwanted = true;
+        Some(std::mem::take(&mut self.partial).buffered)
+    }
 }
 
 impl Call {
@@ -179,7 +203,7 @@ impl Receiver {
             let partial = std::mem::take(&mut state.partial).buffered;
             drop(state);
             self.shared.release(partial);
-            self.shared.forget(&self.call, true);
+            self.shared.forget(&self.call);
         }
         Poll::Ready(ended.map(|()| None))
     }
@@ -197,7 +221,7 @@ impl Drop for Receiver {
             if !ended_there {
                 self.shared.outbox.give_up(&self.call);
             }
-            self.shared.forget(&self.call, true);
+            self.shared.forget(&self.call);
         }
         let mut state = lock(&self.call.state);
         state.unwanted = true;
@@ -269,13 +293,22 @@ impl Sender {
         within(left, self.write(message, true)).await
     }
 
-    /// Says that no more messages come. Dropping it at the calling side says so too.
+    /// Says that no more messages come. Dropping it at the calling side says so too. Waits for nothing, so that nothing is left half done if the
+    /// future is dropped.
     pub async fn close(&mut self) {
         if self.closed || !self.caller {
             return;
         }
+        if self.partly {
+            // The other side is not to take what has come for all.
+            return self.give_up();
+        }
         self.closed = true;
-        self.push(Frame::short(Kind::Close, 0, &[])).await;
+        let begin = self.begin.take();
+        let close = Frame::short(Kind::Close, 0, &[]);
+        self.shared
+            .outbox
+            .push_now(&self.call, begin.as_ref(), close);
     }
 
     async fn push(&mut self, frame: Frame<'_>) {

@@ -8,7 +8,7 @@ use bytes::{BufMut, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
     task::yield_now,
-    time::timeout,
+    time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
     limits::{Limits, MAX_CONTROL},
     outbox::Out,
     serve::Serving,
-    session::{Shared, lock},
+    session::{Shared, Used, lock},
 };
 use crate::wire::{RpcHello, RpcShutdown};
 
@@ -74,8 +74,13 @@ where
         let mut reading = pin!(read(reader, &shared, &serving));
         let mut writing = pin!(write(writer, &shared, serving.is_some()));
         let mut read_to_end = false;
+        let patience = shared.ours.patience;
+        let mut tick = interval_at(Instant::now() + patience, patience);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut used = Used::new(0);
         loop {
             tokio::select! {
+                _ = tick.tick() => shared.tick(serving.is_some(), &mut used),
                 read = &mut reading, if !read_to_end => match read {
                     Ok(()) if serving.is_none() => break Ok(()),
                     // Whoever called waits for nothing any more. What is written last says that all is well.
@@ -87,7 +92,7 @@ where
                 },
                 wrote = &mut writing => match wrote {
                     // The other side is to see the end, and not a stream that is gone.
-                    Ok(()) if serving.is_none() && !read_to_end => {
+                    Ok(()) if !read_to_end => {
                         let last = timeout(FAREWELL, &mut reading).await;
                         break last.unwrap_or(Ok(()));
                     }
@@ -103,6 +108,12 @@ where
         Err(error) => shared.end(&error.to_string()),
     }
     drop(ended);
+    if serving.is_some() {
+        // Those that have not begun are dropped with it.
+        drop(serving);
+        // Whoever counts sessions counts the handlers that go on until they next wait.
+        shared.all_answered().await;
+    }
     result
 }
 

@@ -12,7 +12,7 @@ use super::{
     limits::{LEAST, Limits, MAX_ATTACHMENTS, MAX_CONTROL, MAX_RANK},
     message::{Attachment, Message},
     serve::Serving,
-    session::{Shared, lock},
+    session::{Shared, Which, lock},
     status::{Code, Seen, Status},
 };
 use crate::wire::{RpcAttachment, RpcRequest, RpcShutdown, RpcStatus};
@@ -64,10 +64,17 @@ impl Shared {
                 tokio::task::consume_budget().await;
                 let bytes = input.bytes(head.length).await?;
                 let request: RpcRequest = frame::decode("a request", &bytes)?;
-                return Ok(self.begin_serving(head.call, request, serving)?);
+                let Some(server) = serving else {
+                    let text = "a request from the side that is called";
+                    return Err(Violation::Order(text).into());
+                };
+                return Ok(self.requested(head.call, request, length, server).await?);
             }
             Kind::Shutdown => {
                 control("a shutdown")?;
+                if serving.is_some() {
+                    return Err(Violation::Order("a shutdown from the side that calls").into());
+                }
                 let bytes = input.bytes(head.length).await?;
                 let shutdown: RpcShutdown = frame::decode("a shutdown", &bytes)?;
                 self.shut_down(shutdown.last_call);
@@ -116,11 +123,9 @@ impl Shared {
                         Violation::Order("a cancellation by the side that is called").into(),
                     );
                 }
-                let task = lock(&call.state).task.take();
-                let status = Status::new(Code::Cancelled, "the caller has cancelled");
-                call.end(Err(status), true);
-                self.forget(&call, false);
-                task.into_iter().for_each(|task| task.abort());
+                self.cut_off(lock(&self.calls), Which::One(call.id), |_, _| {
+                    Some(Status::new(Code::Cancelled, "the caller has cancelled"))
+                });
             }
             Kind::Close => {
                 limit("a close", length, 0)?;
@@ -170,12 +175,18 @@ impl Shared {
 
     /// Holds so many bytes more for a call, unless there are too many already: then the call fails, and no other.
     pub(super) fn hold(&self, state: &mut CallState, bytes: usize) -> bool {
-        let Some(full) = self.reserve(bytes) else {
-            state.partial.buffered += bytes;
-            return true;
+        let full = match self.reserve(bytes) {
+            Ok(()) => {
+                state.partial.buffered += bytes;
+                if let Some(lately) = &mut state.partial.lately {
+                    *lately += bytes;
+                }
+                return true;
+            }
+            Err(full) => full,
         };
-        let text = format!("more than {full} bytes wait to be taken");
         if state.ended.is_none() {
+            let text = full.to_string();
             state.ended = Some(Err(Status::new(Code::ResourceExhausted, text)));
         }
         let wakers = [state.waker.take(), state.credit_waker.take()];
@@ -347,12 +358,9 @@ impl Shared {
     pub(super) fn shut_down(&self, last: u32) {
         let mut calls = lock(&self.calls);
         calls.shutdown = Some(last);
-        let unseen = calls.open.extract_if(|id, _| *id > last);
-        let unseen: Vec<_> = unseen.map(|(_, call)| call).collect();
-        drop(calls);
-        for call in unseen {
+        self.cut_off(calls, Which::After(last), |_, _| {
             let why = "the other side takes no more calls";
-            call.end(Err(Status::lost(Seen::No, why)), true);
-        }
+            Some(Status::lost(Seen::No, why))
+        });
     }
 }

@@ -30,7 +30,7 @@ pub use self::{
     call::{Receiver, Sender},
     drive::SessionError,
     frame::Violation,
-    limits::{Budget, Limits},
+    limits::{Budget, Held, Limits},
     message::{Attachment, Message, Metadata},
     serve::{Context, Handler},
     session::{Options, Session},

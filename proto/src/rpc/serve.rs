@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -16,11 +16,12 @@ use std::{
 use bytes::Bytes;
 use futures::future::{AbortHandle, Abortable, poll_fn};
 use prost::Message as _;
+use tokio::time::timeout;
 
 use super::{
     call::{Call, Receiver, Sender},
     frame::{Kind, Violation, limit},
-    limits::{MAX_DETAILS, MAX_TEXT},
+    limits::{Budget, MAX_DETAILS, MAX_TEXT},
     message::{Metadata, metadata_size, of_wire},
     outbox::Frame,
     session::{Shared, lock, within},
@@ -30,6 +31,13 @@ use crate::wire::{RpcRequest, RpcStatus};
 
 /// Calls that have ended here, and are counted for a moment more.
 pub(super) const SLACK: usize = 64;
+
+/// Bytes that a call holds beside its request: its state and its task.
+const HELD_FOR_CALL: usize = 1024;
+
+/// Time for which a new call waits for the handlers of cancelled ones, while there are too many. One that waits for anything ends at once; this is for a
+/// machine with more to do than it can.
+const CUT_OFF: Duration = Duration::from_secs(1);
 
 /// What a handler is told about a call.
 #[derive(Debug, Clone)]
@@ -42,6 +50,9 @@ pub struct Context {
     pub metadata: Metadata,
     /// When the caller stops waiting.
     pub deadline: Option<Instant>,
+    /// What may be held for this caller, and all others. A handler that holds much of what the caller determines, such as answers that it does not take, has it
+    /// counted here.
+    pub budget: Budget,
 }
 
 /// Answers calls. Each is answered in a task of its own, which ends when the caller cancels, its time is over, or the session ends.
@@ -203,39 +214,101 @@ impl Server {
 }
 
 impl Shared {
-    pub(super) fn begin_serving(
+    /// Begins to answer a call whose request has `length` bytes, or says at once why it is not answered.
+    pub(super) async fn requested(
         self: &Arc<Self>,
         id: u32,
         request: RpcRequest,
-        serving: &Serving,
+        length: u64,
+        server: &Server,
     ) -> Result<(), Violation> {
-        let Some(server) = serving else {
-            return Err(Violation::Order("a request from the side that is called"));
-        };
         let metadata = of_wire(request.metadata);
         limit(
             "metadata",
             metadata_size(&metadata) as u64,
             self.ours.max_metadata as u64,
         )?;
-        let window = self.theirs().window;
-        let call = Call::new(id, window);
         {
             let mut calls = lock(&self.calls);
             if id == 0 || calls.open.contains_key(&id) {
                 return Err(Violation::Order("a call with the number of another"));
             }
+            if calls.shutdown.is_some_and(|last| id > last) {
+                // The caller has been told.
+                return Ok(());
+            }
             calls.next = calls.next.max(id);
             let open = (calls.open.len() + 1).saturating_sub(SLACK);
             limit("calls open", open as u64, self.ours.max_calls as u64)?;
-            calls.open.insert(id, Arc::clone(&call));
         }
-        let time = request.timeout_micros.map(Duration::from_micros);
+        let held = length as usize + HELD_FOR_CALL;
+        let refused = match self.has_place(server).await {
+            false => Some("calls that were cancelled still run here".to_owned()),
+            true => self.reserve(held).err().map(|full| full.to_string()),
+        };
+        if let Some(text) = refused {
+            let status = encoded(Err(Status::new(Code::ResourceExhausted, text)));
+            let end = Frame::short(Kind::End, 0, &status);
+            // Waits for room: the caller takes what it is told, or says no more.
+            self.outbox.push(&Call::new(id, 0), None, end).await;
+            return Ok(());
+        }
+        let (method, time) = (request.method, request.timeout_micros);
+        self.begin_serving(id, (method, metadata, time), held, server);
+        Ok(())
+    }
+
+    /// Returns true if one more call can be answered. If not, waits for a cancelled one to be over: it is, once its handler next waits.
+    async fn has_place(&self, server: &Server) -> bool {
+        let most = self.ours.max_calls + SLACK;
+        let is_free = || lock(&self.calls).living < most;
+        if is_free() {
+            return true;
+        }
+        if lock(&self.calls).stuck {
+            return false;
+        }
+        // Those that have not begun end by being polled.
+        server.start();
+        let freed = async {
+            loop {
+                let mut fewer = pin!(self.fewer.notified());
+                fewer.as_mut().enable();
+                if is_free() {
+                    return;
+                }
+                fewer.await;
+            }
+        };
+        let freed = timeout(CUT_OFF, freed).await.is_ok();
+        if !freed {
+            let mut calls = lock(&self.calls);
+            calls.stuck = calls.living >= most;
+        }
+        is_free()
+    }
+
+    fn begin_serving(
+        self: &Arc<Self>,
+        id: u32,
+        (method, metadata, timeout_micros): (String, Metadata, Option<u64>),
+        held: usize,
+        server: &Server,
+    ) {
+        let window = self.theirs().window;
+        let call = Call::new(id, window);
+        {
+            let mut calls = lock(&self.calls);
+            calls.open.insert(id, Arc::clone(&call));
+            calls.living += 1;
+        }
+        let time = timeout_micros.map(Duration::from_micros);
         let context = Context {
             peer: Arc::clone(&server.peer),
-            method: request.method,
+            method,
             metadata,
             deadline: time.and_then(|time| Instant::now().checked_add(time)),
+            budget: self.together.clone(),
         };
         let receiver = Receiver {
             shared: Arc::clone(self),
@@ -258,6 +331,7 @@ impl Shared {
             shared: Arc::clone(self),
             call: Arc::clone(&call),
             said: false,
+            held,
         };
         let handler = Arc::clone(&server.handler);
         let method = context.method.clone();
@@ -268,7 +342,6 @@ impl Shared {
         };
         let handle = server.add(&method, answer);
         lock(&call.state).task = Some(handle);
-        Ok(())
     }
 }
 
@@ -278,6 +351,8 @@ pub(super) struct Answered {
     pub(super) call: Arc<Call>,
     /// How it has ended is on its way.
     said: bool,
+    /// Bytes that are held for the request.
+    held: usize,
 }
 
 impl Answered {
@@ -321,7 +396,8 @@ impl Drop for Answered {
             let end = Frame::short(Kind::End, 0, &status);
             self.shared.outbox.push_now(&self.call, None, end);
         }
-        self.shared.forget(&self.call, false);
+        self.shared.release(self.held);
+        self.shared.answered(&self.call);
     }
 }
 

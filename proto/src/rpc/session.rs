@@ -4,20 +4,21 @@ use std::{
     collections::HashMap,
     fmt,
     future::Future,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, OnceLock, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{Semaphore, watch},
+    sync::{Notify, Semaphore, watch},
     time::timeout,
 };
 
 use super::{
-    call::{Call, Receiver, Sender},
+    call::{Call, CallState, Receiver, Sender},
     drive::{SessionError, drive},
-    limits::{Budget, LEAST, Limits},
+    limits::{Budget, Full, LEAST, Limits},
     message::{Message, Metadata, metadata_size, to_wire},
     outbox::Outbox,
     serve::{Handler, Server},
@@ -75,6 +76,8 @@ pub(super) struct Shared {
     /// For calls of ours.
     pub(super) places: Semaphore,
     pub(super) outbox: Outbox,
+    /// At the called side: an answer has been dropped.
+    pub(super) fewer: Notify,
     /// Bytes that nobody has taken yet.
     pub(super) buffered: Budget,
     /// The same, of several sessions.
@@ -91,6 +94,54 @@ pub(super) struct Calls {
     pub(super) shutdown: Option<u32>,
     /// Nobody here calls any more.
     pub(super) leaving: bool,
+    /// At the called side: answers that have not been dropped, those of calls that were cut off with them.
+    pub(super) living: usize,
+    /// One more was waited for in vain, and none has been dropped since.
+    pub(super) stuck: bool,
+}
+
+impl Calls {
+    /// Takes a call out of those that are open, if it is one of them.
+    fn take_out(&mut self, call: &Call) -> bool {
+        // One of the same number may have come in its place.
+        let known = self.open.get(&call.id);
+        let known = known.is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), call));
+        if known {
+            self.open.remove(&call.id);
+        }
+        known
+    }
+
+    /// Nothing is left to be done on the session.
+    fn is_done(&self) -> bool {
+        self.leaving && self.open.is_empty()
+    }
+}
+
+/// When a session was used, as far as has been looked.
+#[derive(Debug)]
+pub(super) struct Used {
+    at: Instant,
+    /// The highest number of a call by then.
+    number: u32,
+}
+
+impl Used {
+    pub(super) fn new(number: u32) -> Self {
+        Self {
+            at: Instant::now(),
+            number,
+        }
+    }
+}
+
+/// Calls that end before their time.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Which {
+    One(u32),
+    /// Those with higher numbers.
+    After(u32),
+    All,
 }
 
 /// `time` from now; `None` if that is for ever.
@@ -108,7 +159,19 @@ impl Session {
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
-        let shared = Shared::new(limits, Budget::new(usize::MAX));
+        Self::client_within(Budget::new(usize::MAX), stream, limits)
+    }
+
+    /// The same, where several sessions together are to hold no more than this.
+    pub fn client_within<S>(
+        together: Budget,
+        stream: S,
+        limits: Limits,
+    ) -> (Self, impl Future<Output = Result<(), SessionError>> + Send)
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let shared = Shared::new(limits, together);
         let session = Self {
             shared: Arc::clone(&shared),
             _alive: Arc::new(Alive(Arc::clone(&shared))),
@@ -297,6 +360,7 @@ impl Shared {
             calls: Mutex::default(),
             places: Semaphore::new(LEAST.max_calls),
             outbox: Outbox::new(),
+            fewer: Notify::new(),
             buffered: Budget::new(ours.max_buffered),
             together,
         })
@@ -317,22 +381,111 @@ impl Shared {
         )
     }
 
-    pub(super) fn forget(&self, call: &Call, ours: bool) {
+    /// At the calling side: the call is over, and another can be made in its place.
+    pub(super) fn forget(&self, call: &Call) {
         let mut calls = lock(&self.calls);
-        // One of the same number may have come in its place.
-        let known = calls.open.get(&call.id);
-        let known = known.is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), call));
-        if known {
-            calls.open.remove(&call.id);
-        }
-        let last = calls.leaving && calls.open.is_empty();
+        let known = calls.take_out(call);
+        let done = calls.is_done();
         drop(calls);
-        if known && ours {
+        if known {
             self.places.add_permits(1);
         }
         self.outbox.forget(call.id);
-        if last {
+        if done {
             self.outbox.wake();
+        }
+    }
+
+    /// At the called side: what answered the call has been dropped.
+    pub(super) fn answered(&self, call: &Call) {
+        let mut calls = lock(&self.calls);
+        calls.living -= 1;
+        calls.stuck = false;
+        let known = calls.take_out(call);
+        let done = calls.is_done();
+        drop(calls);
+        if known {
+            self.outbox.forget(call.id);
+        }
+        self.fewer.notify_waiters();
+        if done {
+            self.outbox.wake();
+        }
+    }
+
+    /// Ends calls before their time: takes them out of those that are open, ends them with what `why` says, and aborts what answers them.
+    ///
+    /// A call that has not been answered leaves in no other way. So nothing goes on answering a call that is not open any more, but for what it does
+    /// before it next waits; and that is counted, see [`Calls::living`].
+    pub(super) fn cut_off(
+        &self,
+        mut calls: MutexGuard<'_, Calls>,
+        which: Which,
+        why: impl Fn(&Call, &CallState) -> Option<Status>,
+    ) {
+        let cut: Vec<_> = match which {
+            Which::One(id) => calls.open.remove(&id).into_iter().collect(),
+            Which::After(last) => {
+                let cut = calls.open.extract_if(|id, _| *id > last);
+                cut.map(|(_, call)| call).collect()
+            }
+            Which::All => calls.open.drain().map(|(_, call)| call).collect(),
+        };
+        drop(calls);
+        for call in cut {
+            let mut state = lock(&call.state);
+            let why = why(&call, &state);
+            let task = state.task.take();
+            drop(state);
+            if let Some(status) = why {
+                call.end(Err(status), true);
+            }
+            task.into_iter().for_each(|task| task.abort());
+            self.outbox.forget(call.id);
+        }
+        if lock(&self.calls).is_done() {
+            self.outbox.wake();
+        }
+    }
+
+    /// Does what is due each [`Limits::patience`]: ends calls whose message goes on no more, and at the called side a session that is not used, which was
+    /// last used at the time given.
+    pub(super) fn tick(&self, serves: bool, used: &mut Used) {
+        let mut calls = lock(&self.calls);
+        let open: Vec<_> = calls.open.values().cloned().collect();
+        let number = calls.next;
+        if !open.is_empty() || number != used.number {
+            *used = Used::new(number);
+        } else if serves && used.at.elapsed() >= self.ours.idle && !calls.leaving {
+            // The caller makes again elsewhere what it sends from here on.
+            calls.shutdown = Some(number);
+            calls.leaving = true;
+        }
+        drop(calls);
+        for call in open {
+            let mut state = lock(&call.state);
+            let Some(dropped) = state.has_stalled(self.ours.window) else {
+                continue;
+            };
+            drop(state);
+            self.release(dropped);
+            let text = "a message stopped coming before it was whole";
+            call.end(Err(Status::new(Code::Aborted, text)), false);
+        }
+        if lock(&self.calls).is_done() {
+            self.outbox.wake();
+        }
+    }
+
+    /// Waits until nothing answers any more.
+    pub(super) async fn all_answered(&self) {
+        loop {
+            let mut fewer = pin!(self.fewer.notified());
+            fewer.as_mut().enable();
+            if lock(&self.calls).living == 0 {
+                return;
+            }
+            fewer.await;
         }
     }
 
@@ -347,16 +500,14 @@ impl Shared {
         self.theirs()
     }
 
-    /// Takes so many bytes of what may be held; if there are not so many left, how many there may be in all.
-    pub(super) fn reserve(&self, bytes: usize) -> Option<usize> {
-        if !self.buffered.take(bytes) {
-            return Some(self.buffered.size());
-        }
-        if !self.together.take(bytes) {
+    /// Takes so many bytes of what may be held, if there are so many left.
+    pub(super) fn reserve(&self, bytes: usize) -> Result<(), Full> {
+        self.buffered.take(bytes)?;
+        let taken = self.together.take(bytes);
+        if taken.is_err() {
             self.buffered.give(bytes);
-            return Some(self.together.size());
         }
-        None
+        taken
     }
 
     pub(super) fn release(&self, bytes: usize) {
@@ -368,16 +519,9 @@ impl Shared {
     pub(super) fn abandon(&self) {
         let mut calls = lock(&self.calls);
         calls.leaving = true;
-        let open: Vec<_> = calls.open.drain().map(|(_, call)| call).collect();
-        drop(calls);
-        for call in open {
-            let task = lock(&call.state).task.take();
-            call.end(
-                Err(Status::new(Code::Cancelled, "the caller has gone")),
-                true,
-            );
-            task.into_iter().for_each(|task| task.abort());
-        }
+        self.cut_off(calls, Which::All, |_, _| {
+            Some(Status::new(Code::Cancelled, "the caller has gone"))
+        });
         self.outbox.wake();
     }
 
@@ -386,25 +530,19 @@ impl Shared {
         self.outbox.close();
         let mut calls = lock(&self.calls);
         calls.ended.get_or_insert_with(|| why.to_owned());
-        let open: Vec<_> = calls.open.drain().map(|(_, call)| call).collect();
-        drop(calls);
         self.places.close();
         self.greeted.send_replace(true);
-        for call in open {
-            let mut state = lock(&call.state);
-            let task = state.task.take();
-            if task.is_none() && state.ended_there && state.ended.is_some() {
+        self.cut_off(calls, Which::All, |call, state| {
+            if state.task.is_none() && state.ended_there && state.ended.is_some() {
                 // It has ended before this, and what came of it is there to be taken.
-                continue;
+                return None;
             }
             let seen = match (state.heard, call.written.load(Ordering::Acquire)) {
                 (true, _) => Seen::Yes,
                 (false, true) => Seen::Perhaps,
                 (false, false) => Seen::No,
             };
-            drop(state);
-            call.end(Err(Status::lost(seen, why)), true);
-            task.into_iter().for_each(|task| task.abort());
-        }
+            Some(Status::lost(seen, why))
+        });
     }
 }
