@@ -1,5 +1,6 @@
 //! Kademlia in the swarm, and the handle to it.
 
+mod check;
 mod query;
 
 use std::{
@@ -12,7 +13,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use libp2p::{
@@ -36,9 +37,13 @@ use tokio::{
 };
 
 pub use self::query::Progress;
-use self::query::{Dialling, Enough, MAX_QUERIES, Query};
+use self::{
+    check::Checks,
+    query::{Dialling, Enough, MAX_QUERIES, Query},
+};
 use crate::{
     Disk, DiskError, Record, RecordError,
+    intake::Offenders,
     liveness::{Liveness, Standing},
     record,
     region::Regions,
@@ -79,6 +84,10 @@ const MAX_NEAR: usize = 1024;
 /// Requests that may wait.
 const COMMANDS: usize = 256;
 
+/// How often a statement is signed anew because a newer one of this node's is known: once for one that was stated when the
+/// clock was ahead, and again for some that are stated at the same time.
+const TRIES: usize = 4;
+
 /// Why a record was not published or looked up.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -86,9 +95,11 @@ pub enum DhtError {
     /// The record breaks a rule.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// This node's own store is full.
-    #[error("the local record store refused it: {0}")]
-    Store(String),
+    /// This node has stated something newer under the key and subkey meanwhile; what is newer stays.
+    #[error(
+        "this node has stated something newer under the same key meanwhile, of number {0}; state it again"
+    )]
+    Superseded(u64),
     /// It is not on this node's disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -113,8 +124,17 @@ pub struct Dht {
     commands: mpsc::Sender<Command>,
     nodes: watch::Receiver<usize>,
     meetings: watch::Receiver<u64>,
-    /// The last sequence number given out.
+    /// The highest sequence number given out or seen in a statement of this node.
     sequence: Arc<AtomicU64>,
+}
+
+/// The outcome of storing a statement.
+#[derive(Debug, Default)]
+struct Stored {
+    /// Other nodes that took it.
+    took: usize,
+    /// Some of those that refused it: they may have a newer one.
+    refused: Vec<PeerId>,
 }
 
 #[derive(Debug)]
@@ -123,7 +143,7 @@ enum Command {
         record: Box<Record>,
         /// Where its neighbours were stored lately will do.
         again: bool,
-        reply: oneshot::Sender<Result<usize, DhtError>>,
+        reply: oneshot::Sender<Result<Stored, DhtError>>,
     },
     Get {
         key: Vec<u8>,
@@ -140,6 +160,7 @@ enum Command {
         reply: oneshot::Sender<Vec<Record>>,
     },
     Seen(Vec<u8>, usize, oneshot::Sender<Vec<Record>>),
+    Watch(Vec<u8>, oneshot::Sender<Option<watch::Receiver<()>>>),
     Reachable(bool),
     Routes(usize, oneshot::Sender<Vec<Multiaddr>>),
     Status(oneshot::Sender<Status>),
@@ -175,8 +196,13 @@ impl Dht {
             .set_periodic_bootstrap_interval(Some(REFRESH));
         let mut kad = kad::Behaviour::with_config(local, Store::new(local, disk), config);
         kad.set_mode(Some(Mode::Server));
+        let store = kad.store_mut();
+        let sequence = Arc::new(AtomicU64::new(store.newest_own()));
         let behaviour = Behaviour {
             kad,
+            checks: Checks::new(Instant::now()),
+            offenders: Offenders::default(),
+            sequence: Arc::clone(&sequence),
             requests,
             local,
             queries: HashMap::new(),
@@ -201,7 +227,7 @@ impl Dht {
             commands,
             nodes,
             meetings,
-            sequence: Arc::default(),
+            sequence,
         };
         (dht, behaviour)
     }
@@ -255,17 +281,29 @@ impl Dht {
         value: &[u8],
         ttl: Duration,
     ) -> Result<usize, DhtError> {
-        let sequence = self.next_sequence();
-        let record = Record::sign(&self.keys, key, subkey, Some(value), sequence, ttl)?;
-        self.send_record(record, true).await
+        self.state((key, subkey), Some(value), ttl, true).await
     }
 
     /// Says a statement again, as it was signed, as [`publish_again`](Self::publish_again) does; how many other nodes took it, or have it.
     ///
+    /// It is signed anew if it claims to live longer than any may, or if others have one of a higher number: this machine's
+    /// clock was ahead when one of them was stated.
+    ///
     /// # Errors
     /// [`DhtError`].
     pub async fn say_again(&self, record: Record) -> Result<usize, DhtError> {
-        self.send_record(record, true).await
+        let ttl = record.remaining().min(record::MAX_TTL);
+        if record.remaining() <= record::MAX_TTL + record::MAX_SKEW {
+            let stored = match self.send_record(record.clone(), true).await {
+                Err(DhtError::Superseded(_)) => return Ok(0),
+                stored => stored?,
+            };
+            if !self.is_behind(&record, &stored).await? {
+                return Ok(stored.took);
+            }
+        }
+        let about = (record.key(), record.subkey());
+        self.state(about, record.value(), ttl, true).await
     }
 
     /// Takes back what this node stated under `key` and `subkey`; how many other nodes heard it.
@@ -382,6 +420,17 @@ impl Dht {
         self.meetings.clone()
     }
 
+    /// Tells when something changes in what this node keeps under `key`, whoever states it: in a mesh of less than some
+    /// twenty nodes every node keeps every record. `None` if too many keys are watched.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn changes(&self, key: &[u8]) -> Result<Option<watch::Receiver<()>>, DhtError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Watch(key.to_vec(), reply)).await?;
+        answer.await.map_err(|_| DhtError::Stopped)
+    }
+
     async fn put(
         &self,
         key: &[u8],
@@ -389,12 +438,54 @@ impl Dht {
         value: Option<&[u8]>,
         ttl: Duration,
     ) -> Result<usize, DhtError> {
-        let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
         // What is taken back is told to those who have it.
-        self.send_record(record, value.is_none()).await
+        let again = value.is_none();
+        self.state((key, subkey), value, ttl, again).await
     }
 
-    async fn send_record(&self, record: Record, again: bool) -> Result<usize, DhtError> {
+    /// Signs and stores a statement of a number above all that are known. If others turn out to know a higher one, it is
+    /// signed once more.
+    async fn state(
+        &self,
+        (key, subkey): (&[u8], &[u8]),
+        value: Option<&[u8]>,
+        ttl: Duration,
+        again: bool,
+    ) -> Result<usize, DhtError> {
+        let mut tries = 0..TRIES;
+        loop {
+            let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
+            let is_last = tries.next().is_none();
+            match self.send_record(record.clone(), again).await {
+                // Another that was stated at the same time has overtaken it.
+                Err(DhtError::Superseded(number)) if !is_last => self.raise(number),
+                Err(error) => return Err(error),
+                Ok(stored) if is_last || !self.is_behind(&record, &stored).await? => {
+                    return Ok(stored.took);
+                }
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Returns true if a node that has refused this statement has one of this node's that is newer, and this node itself
+    /// knows none: it was stated while the clock was ahead. Its number counts from now on.
+    async fn is_behind(&self, record: &Record, stored: &Stored) -> Result<bool, DhtError> {
+        let about = |other: &&Record| other.is_about(&record.publisher(), record.subkey());
+        let newest = |records: &[Record]| records.iter().filter(about).map(Record::sequence).max();
+        for peer in &stored.refused {
+            let theirs = newest(&self.ask(*peer, record.key()).await?);
+            let Some(number) = theirs.filter(|number| *number >= record.sequence()) else {
+                continue;
+            };
+            self.raise(number);
+            let ours = newest(&self.own(record.key()).await?);
+            return Ok(ours.is_none_or(|ours| ours == record.sequence()));
+        }
+        Ok(false)
+    }
+
+    async fn send_record(&self, record: Record, again: bool) -> Result<Stored, DhtError> {
         let (reply, answer) = oneshot::channel();
         let record = Box::new(record);
         let put = Command::Put {
@@ -406,17 +497,21 @@ impl Dht {
         answer.await.map_err(|_| DhtError::Stopped)?
     }
 
-    /// The clock in milliseconds, so that a restart goes on from there; never the same twice.
+    /// A statement of this node with this number is known.
+    fn raise(&self, number: u64) {
+        self.sequence.fetch_max(number, Ordering::AcqRel);
+    }
+
+    /// Returns the clock in milliseconds, or, if that is no more than a number that was given out or seen before, the next
+    /// after that: also when the clock was ahead and has been set back.
     fn next_sequence(&self) -> u64 {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_millis() as u64);
-        let next = |last: u64| Some(now.max(last + 1));
+        let now = record::now();
+        let next = |last: u64| now.max(last.saturating_add(1));
         match self
             .sequence
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, next)
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |last| Some(next(last)))
         {
-            Ok(last) | Err(last) => now.max(last + 1),
+            Ok(last) | Err(last) => next(last),
         }
     }
 
@@ -511,6 +606,11 @@ pub struct Behaviour {
     serves: bool,
     /// Private addresses of nodes, which strangers are not told.
     near: HashMap<PeerId, Vec<Multiaddr>>,
+    /// Statements of others, whose signatures are checked outside the swarm's task.
+    checks: Checks,
+    offenders: Offenders,
+    /// The highest sequence number given out or seen in a statement of this node.
+    sequence: Arc<AtomicU64>,
 }
 
 impl fmt::Debug for Behaviour {
@@ -644,6 +744,9 @@ impl Behaviour {
             }
             Command::Seen(prefix, most, reply) => {
                 let _ = reply.send(self.kad.store_mut().seen(&prefix, most));
+            }
+            Command::Watch(key, reply) => {
+                let _ = reply.send(self.kad.store_mut().watch(&kad::RecordKey::new(&key)));
             }
             Command::Reachable(reachable) => {
                 self.reachable = reachable;
@@ -961,11 +1064,9 @@ impl NetworkBehaviour for Behaviour {
         let Some(event) = self.on_answer(peer, event) else {
             return;
         };
-        // What is stored because of it is from there.
-        let sender = self.peers.get(&peer).map(|p| Origin::of(&p.seen_at));
-        self.kad.store_mut().sender = sender.unwrap_or(Origin::NEAR);
-        self.kad.on_connection_handler_event(peer, id, event);
-        self.kad.store_mut().sender = Origin::NEAR;
+        if let Some(event) = self.on_put(peer, id, event) {
+            self.kad.on_connection_handler_event(peer, id, event);
+        }
     }
 
     fn poll(
@@ -986,6 +1087,9 @@ impl NetworkBehaviour for Behaviour {
             if self.swept.elapsed() > SWEEP {
                 self.swept = Instant::now();
                 self.kad.store_mut().sweep();
+            }
+            if self.poll_checks(cx) {
+                continue;
             }
             let check = self.check.get_or_insert_with(|| Box::pin(sleep(CHECK)));
             if check.as_mut().poll(cx).is_ready() {

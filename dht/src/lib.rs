@@ -6,13 +6,14 @@
 //!
 //! It promises: nothing is stored or returned whose signature, key and expiry were not checked here; an older statement never
 //! replaces a newer one of the same publisher; nobody can state something for somebody else; what strangers can make us
-//! store is bounded by the constants in `store`.
+//! store is bounded by the constants in `store`, and what they can make us check by those in `intake`.
 //!
 //! Look-ups go over disjoint paths, and count only so many nodes of one network: see `lookup`. Nodes that do not answer
 //! leave the routing table: see `liveness`. It leaves out Kademlia's provider records.
 
 mod behaviour;
 mod disk;
+mod intake;
 mod liveness;
 mod lookup;
 mod record;
@@ -22,6 +23,6 @@ mod store;
 pub use self::{
     behaviour::{Behaviour, Dht, DhtError, Progress, Status, place},
     disk::{Disk, DiskError},
-    record::{MAX_KEY, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
+    record::{MAX_KEY, MAX_SKEW, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
     store::Usage,
 };

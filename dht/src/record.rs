@@ -20,8 +20,21 @@ pub const MAX_VALUE: usize = 4096;
 /// The longest a record may live from now on. What is still true must be said again.
 pub const MAX_TTL: Duration = Duration::from_secs(48 * 3600);
 
-/// How far a publisher's clock may be ahead of ours.
-const MAX_SKEW: Duration = Duration::from_secs(600);
+/// How far a publisher's clock may be ahead of this node's: a machine without NTP is minutes off after some weeks.
+pub const MAX_SKEW: Duration = Duration::from_secs(600);
+
+/// What the protobuf encoding of an Ed25519 public key begins with; 32 bytes follow.
+const ED25519: [u8; 4] = [8, 1, 18, 32];
+
+/// Size of the protobuf encoding of an Ed25519 public key, in bytes.
+const PUBLISHER: usize = ED25519.len() + 32;
+
+/// Size of an Ed25519 signature, in bytes.
+const SIGNATURE: usize = 64;
+
+/// The most bytes that one statement takes in a set. Beside the fields there are tags, lengths and numbers: 64 bytes are
+/// more than these take.
+pub(crate) const MAX_SIZE: usize = MAX_KEY + MAX_SUBKEY + MAX_VALUE + PUBLISHER + SIGNATURE + 64;
 
 /// What the signature covers begins with this, so that it can be taken for nothing else.
 const DOMAIN: &[u8] = b"weft record v1\0";
@@ -71,6 +84,23 @@ pub enum RecordError {
     /// Signing failed.
     #[error("the record cannot be signed: {0}")]
     Sign(String),
+    /// This machine's clock shows a time before 1970, in which no record can hold.
+    #[error(
+        "this machine's clock shows a year before 1970, so every record has expired; set the clock, then try again"
+    )]
+    Clock,
+}
+
+impl RecordError {
+    /// Returns true if no node that follows the protocol sends such a statement, whatever its clock shows.
+    pub(crate) fn is_offence(&self) -> bool {
+        !matches!(self, Self::Expired | Self::TooLongLived)
+    }
+}
+
+/// Now, in milliseconds since 1970; 0 if the clock shows an earlier time.
+pub(crate) fn now() -> u64 {
+    millis(SystemTime::now())
 }
 
 impl Record {
@@ -86,15 +116,35 @@ impl Record {
         sequence: u64,
         ttl: Duration,
     ) -> Result<Self, RecordError> {
+        Self::sign_at(
+            keys,
+            (key, subkey),
+            value,
+            sequence,
+            (SystemTime::now(), ttl),
+        )
+    }
+
+    /// Signs a statement that holds for some time from a moment on.
+    pub(crate) fn sign_at(
+        keys: &Keypair,
+        (key, subkey): (&[u8], &[u8]),
+        value: Option<&[u8]>,
+        sequence: u64,
+        (now, ttl): (SystemTime, Duration),
+    ) -> Result<Self, RecordError> {
         if ttl > MAX_TTL {
             return Err(RecordError::TooLongLived);
+        }
+        if now < UNIX_EPOCH {
+            return Err(RecordError::Clock);
         }
         let mut wire = wire::SignedRecord {
             key: key.to_vec().into(),
             subkey: subkey.to_vec().into(),
             value: value.unwrap_or_default().to_vec().into(),
             sequence,
-            expires_at: millis(SystemTime::now() + ttl),
+            expires_at: millis(now + ttl),
             removed: value.is_none(),
             publisher: keys.public().encode_protobuf().into(),
             signature: Default::default(),
@@ -115,17 +165,12 @@ impl Record {
     /// # Errors
     /// [`RecordError`] with the first rule that is broken; the cheap ones are checked first.
     pub fn verify(wire: wire::SignedRecord, key: &[u8]) -> Result<Self, RecordError> {
-        check_sizes(&wire)?;
-        if wire.key != key {
-            return Err(RecordError::WrongKey);
-        }
-        let now = SystemTime::now();
-        if wire.expires_at <= millis(now) {
-            return Err(RecordError::Expired);
-        }
-        if wire.expires_at > millis(now + MAX_TTL + MAX_SKEW) {
-            return Err(RecordError::TooLongLived);
-        }
+        check_claims(&wire, key, now())?;
+        Self::check_signature(wire)
+    }
+
+    /// Checks the signature only, which costs some fifty microseconds; the rest is for [`check_claims`].
+    pub(crate) fn check_signature(wire: wire::SignedRecord) -> Result<Self, RecordError> {
         let public = PublicKey::try_decode_protobuf(&wire.publisher)
             .ok()
             .filter(|key| key.key_type() == KeyType::Ed25519)
@@ -139,12 +184,10 @@ impl Record {
         })
     }
 
-    /// What was checked here before, and has been on our own disk since: sizes and time are checked, the signature is not.
+    /// A statement that was checked here before, and has been on our own disk since: sizes are checked, signature and
+    /// time are not.
     pub(crate) fn checked_before(wire: wire::SignedRecord) -> Result<Self, RecordError> {
         check_sizes(&wire)?;
-        if wire.expires_at <= millis(SystemTime::now()) {
-            return Err(RecordError::Expired);
-        }
         let public = PublicKey::try_decode_protobuf(&wire.publisher);
         let public = public.map_err(|_| RecordError::Publisher)?;
         Ok(Self {
@@ -186,9 +229,14 @@ impl Record {
             .unwrap_or(Duration::ZERO)
     }
 
-    /// Whether this says something about the same thing as `other`.
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
-        self.publisher == other.publisher && self.wire.subkey == other.wire.subkey
+    /// When it expires, in milliseconds since 1970.
+    pub(crate) fn expires_at(&self) -> u64 {
+        self.wire.expires_at
+    }
+
+    /// Whether it is about this of a publisher's subkeys under its key.
+    pub(crate) fn is_about(&self, publisher: &PeerId, subkey: &[u8]) -> bool {
+        self.publisher == *publisher && self.wire.subkey == subkey
     }
 
     /// Whether this is to replace `other`, which is about the same thing. Equal sequences are ordered by signature, so that all nodes
@@ -199,8 +247,7 @@ impl Record {
 
     /// Bytes it takes in a set: a tag and a length of at most three bytes, and the statement.
     pub(crate) fn size(&self) -> usize {
-        use prost::Message;
-        self.wire.encoded_len() + 4
+        size_of(&self.wire)
     }
 
     pub(crate) fn as_wire(&self) -> &wire::SignedRecord {
@@ -208,14 +255,51 @@ impl Record {
     }
 }
 
+/// Bytes that a statement takes in a set.
+pub(crate) fn size_of(wire: &wire::SignedRecord) -> usize {
+    use prost::Message;
+    wire.encoded_len() + 4
+}
+
+/// Checks everything of a statement but its signature: the sizes, the key under which it was sent, and its time.
+pub(crate) fn check_claims(
+    wire: &wire::SignedRecord,
+    key: &[u8],
+    now: u64,
+) -> Result<(), RecordError> {
+    check_sizes(wire)?;
+    if wire.key != key {
+        return Err(RecordError::WrongKey);
+    }
+    if wire.expires_at <= now {
+        return Err(RecordError::Expired);
+    }
+    let most = (MAX_TTL + MAX_SKEW).as_millis() as u64;
+    if wire.expires_at > now.saturating_add(most) {
+        return Err(RecordError::TooLongLived);
+    }
+    Ok(())
+}
+
+/// Returns the peer that a statement names as its publisher; nothing is proven by that. `None` if it names no Ed25519
+/// key.
+pub(crate) fn claimed_publisher(wire: &wire::SignedRecord) -> Option<PeerId> {
+    if wire.publisher.len() != PUBLISHER || !wire.publisher.starts_with(&ED25519) {
+        return None;
+    }
+    // So short a key is its own hash: the multihash is "identity", a length, and the key.
+    let mut hash = vec![0, PUBLISHER as u8];
+    hash.extend_from_slice(&wire.publisher);
+    PeerId::from_bytes(&hash).ok()
+}
+
 fn check_sizes(wire: &wire::SignedRecord) -> Result<(), RecordError> {
     for (field, size, limit) in [
         ("key", wire.key.len(), MAX_KEY),
         ("subkey", wire.subkey.len(), MAX_SUBKEY),
         ("value", wire.value.len(), MAX_VALUE),
-        // An Ed25519 key takes 36 bytes, its signature 64.
-        ("publisher", wire.publisher.len(), 36),
-        ("signature", wire.signature.len(), 64),
+        ("publisher", wire.publisher.len(), PUBLISHER),
+        ("signature", wire.signature.len(), SIGNATURE),
     ] {
         if size > limit {
             return Err(RecordError::TooLong { field, size, limit });
@@ -261,6 +345,24 @@ mod tests {
             Record::verify(record.as_wire().clone(), b"other"),
             Err(RecordError::WrongKey)
         );
+    }
+
+    #[test]
+    fn the_publisher_that_a_record_names_is_read_without_a_check_of_its_key() {
+        let keys = Keypair::generate_ed25519();
+        let record = Record::sign(&keys, b"k", b"", Some(b"v"), 1, HOUR).unwrap();
+        let mut wire = record.as_wire().clone();
+        assert_eq!(claimed_publisher(&wire), Some(record.publisher()));
+        wire.publisher = vec![8, 0, 18, 2, 1, 1].into();
+        assert_eq!(claimed_publisher(&wire), None);
+    }
+
+    #[test]
+    fn a_clock_before_1970_is_named_by_the_error() {
+        let keys = Keypair::generate_ed25519();
+        let early = UNIX_EPOCH - HOUR;
+        let signed = Record::sign_at(&keys, (b"k", b""), Some(b"v"), 1, (early, HOUR));
+        assert_eq!(signed, Err(RecordError::Clock));
     }
 
     #[test]

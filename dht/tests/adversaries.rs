@@ -4,7 +4,7 @@
 
 use std::{
     collections::HashMap,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures::StreamExt;
@@ -150,13 +150,19 @@ async fn victim() -> (Dht, Network, Swarm<Stock>) {
     config.mdns = false;
     config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()]);
     let network = Network::spawn(config, behaviour).await.unwrap();
+    let swarm = stranger_to(&network);
+    (dht, network, swarm)
+}
+
+/// A stranger who knows where a node is.
+fn stranger_to(network: &Network) -> Swarm<Stock> {
     let mut swarm = stock();
     let peer = network.local_peer();
     for address in network.addresses().all {
         let address = address.with_p2p(peer).unwrap();
         swarm.behaviour_mut().kad.add_address(&peer, address);
     }
-    (dht, network, swarm)
+    swarm
 }
 
 #[tokio::test]
@@ -245,11 +251,95 @@ async fn what_breaks_the_rules_is_not_kept_and_not_said_to_be() {
         ..draft()
     };
     records.push(record(set(vec![signed(&other, older)])));
-    let taken = store(&mut swarm, peer, records).await;
+    // Each from a stranger of its own: who offends again and again is not listened to.
+    let attempts = records.into_iter().map(|record| {
+        let mut swarm = stranger_to(&network);
+        async move { store(&mut swarm, peer, vec![record]).await[0] }
+    });
+    let taken = futures::future::join_all(attempts).await;
     let wrongly = taken.iter().position(|taken| *taken);
     assert_eq!(wrongly, None, "of {names:?} and what follows");
     assert_eq!(dht.status().await.unwrap().kept.records, 1);
     let found = dht.get(b"k").await.unwrap();
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].value(), Some(&b"v"[..]));
+}
+
+/// Some 64 KiB of statements with wrong signatures.
+fn many_forged() -> Vec<u8> {
+    let keys = Keypair::generate_ed25519();
+    let one = signed(&keys, Draft::default());
+    let forged = |n: u16| SignedRecord {
+        subkey: n.to_le_bytes().to_vec().into(),
+        ..one.clone()
+    };
+    let value = set((0..400).map(forged).collect());
+    assert!((50_000..65_000).contains(&value.len()), "{}", value.len());
+    value
+}
+
+async fn node_beside(network: &Network) -> (Dht, Network) {
+    let keys = Keypair::generate_ed25519();
+    let (dht, behaviour) = Dht::new(&keys);
+    let mut config = Config::new(keys);
+    config.mdns = false;
+    config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().unwrap()]);
+    let peer = network.local_peer();
+    let addresses = network.addresses().all.into_iter();
+    config.bootstrap = addresses.map(|a| a.with_p2p(peer).unwrap()).collect();
+    let beside = Network::spawn(config, behaviour).await.unwrap();
+    let mut nodes = dht.nodes();
+    let met = timeout(PATIENCE, nodes.wait_for(|nodes| *nodes > 0));
+    met.await.unwrap().unwrap();
+    (dht, beside)
+}
+
+/// The median of some round trips to a peer, each over a stream of its own.
+async fn round_trip(from: &Network, to: libp2p::PeerId) -> Duration {
+    let mut trips = Vec::new();
+    for _ in 0..30 {
+        let begin = Instant::now();
+        from.ping(to).await.unwrap();
+        trips.push(begin.elapsed());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    trips.sort();
+    trips[trips.len() / 2]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_sends_forged_statements_by_the_thousand_slows_nobody_and_is_not_listened_to() {
+    let (dht, network, mut swarm) = victim().await;
+    let peer = network.local_peer();
+    let (honest, beside) = node_beside(&network).await;
+    let before = round_trip(&beside, peer).await;
+    let value = many_forged();
+    let flood = tokio::spawn(async move {
+        let mut tick = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {
+                    let record = Record::new(b"k".to_vec(), value.clone());
+                    let kad = &mut swarm.behaviour_mut().kad;
+                    kad.put_record_to(record, [peer].into_iter(), Quorum::All);
+                }
+                _ = swarm.select_next_some() => {}
+            }
+        }
+    });
+    let during = round_trip(&beside, peer).await;
+    // Others' statements are taken meanwhile.
+    let honest = &honest;
+    let state = |n: u8| async move { honest.publish(&[n], &[], b"v", HOUR).await };
+    let stated = (0..100).map(state);
+    let stated = futures::future::join_all(stated).await;
+    flood.abort();
+    assert!(stated.into_iter().all(|took| took.unwrap() >= 1));
+    let kept = dht.status().await.unwrap().kept;
+    assert_eq!(kept.records, 100);
+    println!("a round trip takes {before:?}, and {during:?} during the attack");
+    assert!(
+        during < before * 10 + Duration::from_millis(100),
+        "{before:?}, {during:?}"
+    );
 }

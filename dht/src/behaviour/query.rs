@@ -9,7 +9,7 @@ use std::{
 
 use libp2p::{
     Multiaddr, PeerId,
-    kad::{self, KadPeer, QueryId, Quorum, Record as KadRecord, RecordKey, store::RecordStore},
+    kad::{self, KadPeer, QueryId, Quorum, Record as KadRecord, RecordKey},
     swarm::{
         ConnectionHandler, DialError, NetworkBehaviour, NotifyHandler, THandlerOutEvent, ToSwarm,
         dial_opts::{DialOpts, PeerCondition},
@@ -17,12 +17,12 @@ use libp2p::{
 };
 use tokio::sync::oneshot;
 
-use super::{Behaviour, DhtError, MAX_ADDRESSES};
+use super::{Behaviour, DhtError, MAX_ADDRESSES, Stored};
 use crate::{
     DiskError, Record,
     liveness::{self, Standing},
     lookup::{Candidate, Lookup, MAX_OF_NETWORK, WIDTH, Wait},
-    store::{Found, Origin},
+    store::{Found, Origin, Refusal},
 };
 
 /// Longest time of a look-up, whatever its nodes do: each failure costs a second at most, and these are many.
@@ -34,12 +34,15 @@ const STORING: Duration = liveness::LONGEST;
 /// Unanswered requests to one peer that are remembered, to measure how long the answers take.
 const MAX_ASKED: usize = 32;
 
+/// Nodes that have refused a statement, and are asked whether they have a newer one.
+const MAX_REFUSED: usize = 2;
+
 /// Queries at a time.
 pub(super) const MAX_QUERIES: usize = 256;
 
 type Handler = <Behaviour as NetworkBehaviour>::ConnectionHandler;
-type Request = <Handler as ConnectionHandler>::FromBehaviour;
-type Event = THandlerOutEvent<Behaviour>;
+pub(super) type Request = <Handler as ConnectionHandler>::FromBehaviour;
+pub(super) type Event = THandlerOutEvent<Behaviour>;
 
 /// Decides from the statements found so far, and from how far the look-up is, whether they are enough.
 pub(super) type IsEnough = Box<dyn Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send>;
@@ -94,7 +97,7 @@ pub(super) enum Purpose {
         record: KadRecord,
         /// Comes when it is on our own disk.
         written: Option<oneshot::Receiver<Result<(), DiskError>>>,
-        reply: oneshot::Sender<Result<usize, DhtError>>,
+        reply: oneshot::Sender<Result<Stored, DhtError>>,
     },
     Get {
         enough: Enough,
@@ -149,7 +152,7 @@ enum Stage {
     },
     Store {
         waiting: HashSet<PeerId>,
-        took: usize,
+        stored: Stored,
     },
 }
 
@@ -161,6 +164,8 @@ pub(super) struct Query {
     stage: Stage,
     /// When its stage has begun.
     began: Instant,
+    /// Answers of which signatures are being checked.
+    checking: usize,
 }
 
 impl Query {
@@ -170,9 +175,10 @@ impl Query {
             purpose,
             stage: Stage::Store {
                 waiting: HashSet::new(),
-                took: 0,
+                stored: Stored::default(),
             },
             began: Instant::now(),
+            checking: 0,
         }
     }
 
@@ -193,6 +199,15 @@ impl Query {
         }
     }
 
+    /// Statements of an answer were checked; `counted`: the answer counts already.
+    pub(super) fn checked(&mut self, records: Vec<Record>, counted: bool) {
+        self.checking = self.checking.saturating_sub(1);
+        if let Purpose::Get { found, answers, .. } = &mut self.purpose {
+            *answers += usize::from(!counted && !records.is_empty());
+            found.add(records);
+        }
+    }
+
     fn failed(&mut self, peer: PeerId) {
         match &mut self.stage {
             Stage::LookUp(lookup) => lookup.failed(peer),
@@ -207,19 +222,24 @@ impl Behaviour {
         &mut self,
         record: &Record,
         again: bool,
-        reply: oneshot::Sender<Result<usize, DhtError>>,
+        reply: oneshot::Sender<Result<Stored, DhtError>>,
     ) {
+        if let Err(refusal) = self.kad.store_mut().take(record.clone(), Origin::NEAR) {
+            let number = match refusal {
+                Refusal::Superseded(number) => number,
+                // Our own are over no quota.
+                _ => record.sequence(),
+            };
+            // Whoever asked may be gone; here and below.
+            let _ = reply.send(Err(DhtError::Superseded(number)));
+            return;
+        }
         let record = KadRecord {
             key: RecordKey::new(&record.key()),
             value: crate::store::encode(std::iter::once(record)),
             publisher: None,
             expires: Some(Instant::now() + record.remaining()),
         };
-        if let Err(error) = self.kad.store_mut().put(record.clone()) {
-            // Whoever asked may be gone; here and below.
-            let _ = reply.send(Err(DhtError::Store(error.to_string())));
-            return;
-        }
         // Whoever is told that it is stated can rely on it.
         let written = self.kad.store_mut().disk().map(crate::Disk::flush);
         let key = record.key.to_vec();
@@ -249,9 +269,7 @@ impl Behaviour {
         reply: oneshot::Sender<Vec<Record>>,
     ) {
         let mut found = Found::default();
-        if let Some(own) = self.kad.store_mut().get(&RecordKey::new(&key)) {
-            found.add(&key, &own.value);
-        }
+        found.add(self.kept_under(&key));
         let purpose = Purpose::Get {
             enough,
             answers: 0,
@@ -259,6 +277,12 @@ impl Behaviour {
             reply,
         };
         self.begin(key, purpose);
+    }
+
+    /// What this node itself would answer.
+    fn kept_under(&mut self, key: &[u8]) -> Vec<Record> {
+        let kept = self.kad.store_mut().answer(&RecordKey::new(&key));
+        kept.into_iter().cloned().collect()
     }
 
     /// Asks one connected peer.
@@ -270,9 +294,7 @@ impl Behaviour {
     ) {
         let mut found = Found::default();
         if peer == self.local {
-            if let Some(own) = self.kad.store_mut().get(&RecordKey::new(&key)) {
-                found.add(&key, &own.value);
-            }
+            found.add(self.kept_under(&key));
             // The caller may be gone.
             let _ = reply.send(found.into_records());
             return;
@@ -380,7 +402,7 @@ impl Behaviour {
     }
 
     /// Asks whom it is to ask next, and ends it where it has ended.
-    fn drive(&mut self, id: QueryId, mut query: Query) {
+    pub(super) fn drive(&mut self, id: QueryId, mut query: Query) {
         let now = Instant::now();
         if query.purpose.is_over() {
             return;
@@ -391,7 +413,7 @@ impl Behaviour {
             answered,
         } = query.stage
         {
-            if !answered && now < until {
+            if (!answered || query.checking > 0) && now < until {
                 self.queries.insert(id, query);
                 return;
             }
@@ -405,7 +427,8 @@ impl Behaviour {
         }
         if let Stage::LookUp(lookup) = &mut query.stage {
             let mut is_done = now >= query.began + PATIENCE;
-            if !is_done && lookup.is_done(now) {
+            let is_checked = query.checking == 0;
+            if !is_done && is_checked && lookup.is_done(now) {
                 // Better late than wrong: a suspect may be slow, and the only one that knows.
                 is_done = !(query.purpose.has_nothing() && lookup.ask_suspects());
             }
@@ -424,7 +447,7 @@ impl Behaviour {
             if !is_done
                 && query
                     .purpose
-                    .has_enough(next.is_empty() && lookup.is_settled(now))
+                    .has_enough(next.is_empty() && is_checked && lookup.is_settled(now))
             {
                 is_done = true;
                 next.clear();
@@ -455,14 +478,14 @@ impl Behaviour {
                 self.has_failed(peer, query.began, &[]);
             }
         }
-        match (&query.stage, query.purpose) {
-            (Stage::Store { waiting, took }, Purpose::Put { written, reply, .. })
+        match (query.stage, query.purpose) {
+            (Stage::Store { waiting, stored }, Purpose::Put { written, reply, .. })
                 if waiting.is_empty() =>
             {
-                answer_put(*took, written, reply);
+                answer_put(stored, written, reply);
             }
-            (_, purpose) => {
-                query.purpose = purpose;
+            (stage, purpose) => {
+                (query.stage, query.purpose) = (stage, purpose);
                 self.queries.insert(id, query);
             }
         }
@@ -471,7 +494,7 @@ impl Behaviour {
     fn store_at(&mut self, id: QueryId, query: &mut Query, nodes: Vec<Candidate>) {
         query.stage = Stage::Store {
             waiting: nodes.iter().map(|node| node.peer).collect(),
-            took: 0,
+            stored: Stored::default(),
         };
         query.began = Instant::now();
         // A connected suspect is told as well, and not waited for: it may only be slow.
@@ -621,6 +644,20 @@ impl Behaviour {
         }
     }
 
+    /// Whether a peer has refused to store something, and so has answered.
+    fn is_refusal(&self, id: QueryId, peer: PeerId, event: &Event) -> bool {
+        let query = self.queries.get(&id);
+        let is_store = query.is_some_and(|query| matches!(query.stage, Stage::Store { .. }));
+        let text = match event {
+            Event::QueryError { error, .. } => error,
+            _ => return false,
+        };
+        // What is refused is reset; what is lost runs into Kademlia's time-out, or its connection is closed.
+        let io = std::error::Error::source(text).and_then(|e| e.downcast_ref::<std::io::Error>());
+        let silent = io.is_some_and(|error| error.kind() == std::io::ErrorKind::TimedOut);
+        is_store && !silent && self.peers.contains_key(&peer)
+    }
+
     /// Takes answers to queries of ours; gives back what is Kademlia's own.
     pub(super) fn on_answer(&mut self, peer: PeerId, event: Event) -> Option<Event> {
         let (Event::FindNodeRes { query_id, .. }
@@ -635,9 +672,12 @@ impl Behaviour {
             let at = asked.iter().position(|(asked, _)| *asked == id)?;
             Some(asked.remove(at)?.1)
         });
+        let is_refusal = self.is_refusal(id, peer, &event);
         match (&event, asked_at) {
-            (Event::QueryError { .. }, Some(asked)) => self.has_failed(peer, asked, &[]),
-            (Event::QueryError { .. }, None) => {}
+            (Event::QueryError { .. }, Some(asked)) if !is_refusal => {
+                self.has_failed(peer, asked, &[]);
+            }
+            (Event::QueryError { .. }, None) if !is_refusal => {}
             // Also of one that was not waited for any more: so it is known to be slow, and not dead.
             _ => self.is_alive(peer, asked_at.map(|asked| asked.elapsed())),
         }
@@ -652,14 +692,20 @@ impl Behaviour {
                 ..
             } => (record, closer_peers),
             Event::PutRecordRes { .. } => {
-                if let Stage::Store { waiting, took } = &mut query.stage {
-                    *took += usize::from(waiting.remove(&peer));
+                if let Stage::Store { waiting, stored } = &mut query.stage {
+                    stored.took += usize::from(waiting.remove(&peer));
                 }
                 self.drive(id, query);
                 return None;
             }
             _ => {
                 query.failed(peer);
+                if let Stage::Store { stored, .. } = &mut query.stage
+                    && is_refusal
+                    && stored.refused.len() < MAX_REFUSED
+                {
+                    stored.refused.push(peer);
+                }
                 self.drive(id, query);
                 return None;
             }
@@ -667,9 +713,13 @@ impl Behaviour {
         if let Stage::Ask { answered, .. } = &mut query.stage {
             *answered = true;
         }
-        if let (Purpose::Get { found, answers, .. }, Some(record)) = (&mut query.purpose, record) {
-            // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
-            *answers += usize::from(found.add(&query.key, &record.value));
+        // Under the key that was asked for: the answer's own could be any for which its sender has a valid statement.
+        if let (Purpose::Get { found, answers, .. }, Some(record)) = (&mut query.purpose, record)
+            && let Some((any_known, unknown)) = found.sort_out(&query.key, &record.value)
+        {
+            *answers += usize::from(any_known);
+            let is_checking = self.check_answer(peer, id, unknown, any_known);
+            query.checking += usize::from(is_checking);
         }
         if let Stage::LookUp(lookup) = &mut query.stage {
             let network = self.peers.get(&peer).map(|peer| Origin::of(&peer.seen_at));
@@ -685,12 +735,12 @@ impl Behaviour {
 }
 
 fn answer_put(
-    took: usize,
+    stored: Stored,
     written: Option<oneshot::Receiver<Result<(), DiskError>>>,
-    reply: oneshot::Sender<Result<usize, DhtError>>,
+    reply: oneshot::Sender<Result<Stored, DhtError>>,
 ) {
     let Some(written) = written else {
-        let _ = reply.send(Ok(took));
+        let _ = reply.send(Ok(stored));
         return;
     };
     // Beside: the disk may take its time.
@@ -699,6 +749,6 @@ fn answer_put(
             Ok(written) => written.map_err(DhtError::Disk),
             Err(_) => Err(DhtError::Stopped),
         };
-        let _ = reply.send(written.map(|()| took));
+        let _ = reply.send(written.map(|()| stored));
     });
 }
