@@ -328,7 +328,10 @@ fn from_safetensors(
         {
             return differs("place");
         }
-        check_size(tensor)?;
+        // A type that is not known here is the reader's to know: the result says of it what the source does.
+        if dtype(tensor).is_some() {
+            check_size(tensor)?;
+        }
     }
     let entries = chosen
         .iter()
@@ -365,10 +368,15 @@ fn from_gguf(chosen: &[&Tensor]) -> Result<Plan, ExtractError> {
     pack((!metadata.is_empty()).then_some(metadata), entries)
 }
 
+/// The tensor's element type; `None` if it is not known here.
+fn dtype(tensor: &Tensor) -> Option<Dtype> {
+    let name: StrDeserializer<'_, de::value::Error> = tensor.dtype.as_str().into_deserializer();
+    Dtype::deserialize(name).ok()
+}
+
 /// Checks that type and shape give the tensor's size, as every reader of safetensors does.
 fn check_size(tensor: &Tensor) -> Result<(), ExtractError> {
-    let dtype: StrDeserializer<'_, de::value::Error> = tensor.dtype.as_str().into_deserializer();
-    let dtype = Dtype::deserialize(dtype).map_err(|_| ExtractError::Dtype {
+    let dtype = dtype(tensor).ok_or_else(|| ExtractError::Dtype {
         tensor: shown(&tensor.name),
         dtype: shown(&tensor.dtype),
     })?;

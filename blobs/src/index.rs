@@ -1,10 +1,17 @@
 //! From files on disk to a manifest: walk, read headers, hash on all cores. Files stay where they are, and each is read once.
+//!
+//! Reading headers is an optimisation and never a condition: a file whose header cannot be read is published as bytes, and named in
+//! [`Indexed::opaque`]. What cannot be published, or should not be unless somebody says so, is left out and named in
+//! [`Indexed::skipped`]. So one odd file keeps no folder from being added.
+
+mod walk;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write as _},
     fs::{self, File},
-    io,
-    os::unix::fs::MetadataExt,
+    io::{self, ErrorKind},
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
         Mutex,
@@ -13,12 +20,16 @@ use std::{
     thread,
 };
 
+use self::walk::Walker;
+pub(crate) use self::walk::litter;
 use crate::{
     Hash,
+    complete::lacking,
     hasher::{HashError, Hashers},
     header::{Format, HeaderError},
     manifest::{self, Manifest, ManifestError, Tensor},
-    path::{self as portable, OWN_PREFIX, PathError},
+    path::{self as portable, PathError},
+    shards::MAX_INDEX,
 };
 
 /// Files that are hashed at a time: enough for fast disks and many cores, few enough for those that turn.
@@ -26,6 +37,19 @@ const AT_A_TIME: usize = 4;
 
 /// Folders that tools keep beside a model and that are not part of it.
 pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
+
+/// Entries in each list of notes; of more, the number is said. An answer stays far below the 4 MiB that a message of gRPC may have.
+const MAX_NOTES: usize = 1000;
+
+/// Faults that an error message names; of more, the number is said.
+const MAX_SHOWN: usize = 20;
+
+/// What a pointer of Git LFS begins with, in place of the file that it stands for
+/// (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>).
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\n";
+
+/// The longest pointer of Git LFS, in bytes: by its specification a pointer is smaller than this.
+const MAX_LFS_POINTER: u64 = 1024;
 
 /// How far indexing is. Shared with whoever shows it; also the way to stop it.
 #[derive(Debug, Default)]
@@ -42,6 +66,25 @@ pub struct Progress {
     pub cancelled: AtomicBool,
 }
 
+/// Choices of a person who adds a folder. The default publishes no hidden file and nothing from outside the folder.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Rules {
+    /// Refuse the folder, with all reasons, where a file would be published as bytes although its name says that it has a header, or
+    /// left out because it cannot be read.
+    pub strict: bool,
+    /// Include hidden files and folders, all but [those of tools](NOT_PART_OF_A_MODEL). Without it, only those like `.gitattributes` are.
+    pub hidden: bool,
+    /// Follow links to folders, and links that lead out of the folder or to what is left out of it.
+    pub follow_links: bool,
+    /// Leave out files whose names other systems cannot hold, rather than refuse the folder.
+    pub skip_unportable: bool,
+    /// Folders outside that links may lead to. Absolute and without links.
+    pub(crate) within: Vec<PathBuf>,
+    /// Paths in the folder, absolute, to leave out without a word: the caller has one.
+    pub(crate) without: Vec<PathBuf>,
+}
+
 /// A model found on disk.
 #[derive(Debug)]
 pub struct Indexed {
@@ -51,8 +94,29 @@ pub struct Indexed {
     pub root: PathBuf,
     /// Where each file's content is and how its tree looks, by path in the manifest.
     pub files: BTreeMap<String, IndexedFile>,
-    /// What was left out, with the reason.
+    /// What was left out, with the reason; at most a thousand entries, and the number of the rest.
     pub skipped: Vec<String>,
+    /// Files that are in the manifest as bytes alone, although their names say that they hold tensors, and pointers of Git LFS.
+    pub opaque: Vec<Opaque>,
+    /// Links out of the folder that were followed.
+    pub followed: Vec<String>,
+    /// Files that the model lacks by its own account: those that an index names, and the rest of a split one.
+    pub incomplete: Vec<String>,
+}
+
+/// A file that is published as bytes, without its tensors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opaque {
+    /// Its path in the manifest.
+    pub path: String,
+    /// Why its tensors are not listed.
+    pub reason: String,
+}
+
+impl fmt::Display for Opaque {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path, self.reason)
+    }
 }
 
 /// A file's content, hashed.
@@ -87,29 +151,30 @@ pub enum IndexError {
         /// Why.
         source: io::Error,
     },
-    /// A name is not UTF-8, or a link leads to nothing a model can hold.
-    #[error("{} cannot be part of a model: {reason}", .path.display())]
+    /// The path leads to nothing a model can be made of.
+    #[error("{} cannot be a model: {reason}", .path.display())]
     Unusable {
         /// The offending path.
         path: PathBuf,
         /// Why.
         reason: &'static str,
     },
-    /// A path that other systems could not hold.
-    #[error(transparent)]
-    Path(#[from] PathError),
-    /// A file that is not of the format that its name says.
-    #[error("{} is not a valid {format} file: {source}", .path.display())]
-    Header {
-        /// The file.
-        path: PathBuf,
-        /// The format.
-        format: Format,
-        /// What is wrong with it.
-        source: HeaderError,
+    /// Names that other systems could not hold: all of them.
+    #[error("{} cannot be part of a model: {}", counted(.0.len(), "name"), first(.0.iter().map(named)))]
+    Names(Vec<PathError>),
+    /// Nothing is left to publish, and why.
+    #[error("{} has no file that can be published; left out: {}", .folder.display(), first(.skipped.iter().cloned()))]
+    NothingLeft {
+        /// The folder.
+        folder: PathBuf,
+        /// What was left out.
+        skipped: Vec<String>,
     },
-    /// A file changed while it was read.
-    #[error("{} changed while it was read; add it again when it is complete", .0.display())]
+    /// Faults that [`Rules::strict`] does not let pass.
+    #[error("{} cannot be published as told (strict): {}", counted(.0.len(), "file"), first(.0.iter().cloned()))]
+    Strict(Vec<String>),
+    /// A file changed, or was deleted, while it was read.
+    #[error("{} changed or was deleted while the folder was read; add it again when nothing writes to it", .0.display())]
     Changed(PathBuf),
     /// The files do not make a manifest.
     #[error(transparent)]
@@ -117,6 +182,55 @@ pub enum IndexError {
     /// [`Progress::cancelled`] was set.
     #[error("stopped")]
     Cancelled,
+}
+
+fn counted(n: usize, what: &str) -> String {
+    match n {
+        1 => format!("1 {what}"),
+        n => format!("{n} {what}s"),
+    }
+}
+
+fn named(error: &PathError) -> String {
+    let mut text = format!("{:?}: {}", error.path, error.reason);
+    if let Some(other) = &error.other {
+        // Writing to a string cannot fail.
+        let _ = write!(text, ": {other:?}");
+    }
+    text
+}
+
+/// The first few of a list, and how many more there are.
+fn first(list: impl ExactSizeIterator<Item = String>) -> String {
+    let more = list.len().saturating_sub(MAX_SHOWN);
+    let mut text = list.take(MAX_SHOWN).collect::<Vec<_>>().join("; ");
+    if more > 0 {
+        let _ = write!(text, "; and {more} more");
+    }
+    text
+}
+
+/// Notes for a person, of which there may be as many as files.
+#[derive(Debug, Default)]
+struct Notes {
+    first: Vec<String>,
+    more: usize,
+}
+
+impl Notes {
+    fn push(&mut self, note: String) {
+        match self.first.len() < MAX_NOTES {
+            true => self.first.push(note),
+            false => self.more += 1,
+        }
+    }
+
+    fn list(mut self) -> Vec<String> {
+        if self.more > 0 {
+            self.first.push(format!("and {} more", self.more));
+        }
+        self.first
+    }
 }
 
 impl Location {
@@ -145,48 +259,104 @@ impl Location {
         let now = Self::of(&self.path, &file).ok()?;
         (now == *self).then_some(file)
     }
+
+    /// The first `size` bytes, of at most [`MAX_INDEX`]; `None` if the file has changed or cannot be read.
+    fn read(&self, size: u64) -> Option<Vec<u8>> {
+        let mut content = vec![0; usize::try_from(size).ok()?.min(MAX_INDEX)];
+        self.open()?.read_exact_at(&mut content, 0).ok()?;
+        Some(content)
+    }
+
+    /// Returns true if the path still leads to a file of this size and time. Opens nothing.
+    fn is_there(&self) -> bool {
+        fs::metadata(&self.path)
+            .is_ok_and(|metadata| Self::from_metadata(&self.path, &metadata) == *self)
+    }
 }
 
-/// Indexes the folder or file at `path`. Blocks; uses all cores.
-///
-/// Links to files are followed, links to folders are not: a loop would have no end.
+/// Indexes the folder or file at `path` by the default [`Rules`]. Blocks; uses all cores.
 ///
 /// # Errors
 /// [`IndexError`].
 pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
-    let root = path.canonicalize().map_err(|source| IndexError::Io {
+    index_by(path, &Rules::default(), progress)
+}
+
+/// Indexes the folder or file at `path`. Blocks; uses all cores.
+///
+/// A file that is named itself is taken whatever it is called, hidden or not.
+///
+/// # Errors
+/// [`IndexError`].
+pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Indexed, IndexError> {
+    let given = path.canonicalize().map_err(|source| IndexError::Io {
         path: path.to_owned(),
         source,
     })?;
-    let mut found = BTreeMap::new();
-    let mut skipped = Vec::new();
-    let root = if root.is_file() {
-        let (Some(parent), Some(name)) = (root.parent(), root.file_name()) else {
+    let mut walker = Walker::new(&given, rules, progress);
+    let root = if given.is_file() {
+        let (Some(parent), Some(name)) = (given.parent(), given.file_name()) else {
             return Err(IndexError::Unusable {
-                path: root,
+                path: given,
                 reason: "it has no name",
             });
         };
-        found.insert(utf8(&root, Path::new(name))?, root.clone());
+        walker.only(name, &given);
         parent.to_owned()
     } else {
-        walk(&root, &root, progress, &mut found, &mut skipped)?;
-        root
+        walker.walk()?;
+        given.clone()
     };
-    portable::check_all(found.keys().map(String::as_str))?;
-    for path in found.values() {
-        let metadata = path.metadata().map_err(|source| IndexError::Io {
-            path: path.clone(),
-            source,
-        })?;
-        progress.files_total.fetch_add(1, Ordering::Relaxed);
-        progress
-            .bytes_total
-            .fetch_add(metadata.len(), Ordering::Relaxed);
+    let Walker {
+        mut found,
+        mut skipped,
+        followed,
+        mut faults,
+        mut refused,
+        ..
+    } = walker;
+    refused.extend(portable::unportable(found.keys().map(String::as_str)));
+    if !refused.is_empty() && !rules.skip_unportable {
+        return Err(IndexError::Names(refused));
     }
-    let mut entries = Vec::with_capacity(found.len());
+    for error in refused {
+        skipped.push(named(&error));
+        found.remove(&error.path);
+    }
+    for (name, path) in &found {
+        let metadata = fs::metadata(path);
+        progress.files_total.fetch_add(1, Ordering::Relaxed);
+        if let Ok(metadata) = metadata {
+            let total = &progress.bytes_total;
+            total.fetch_add(metadata.len(), Ordering::Relaxed);
+        }
+        // Before hours of hashing, if it is to be refused after all.
+        if rules.strict
+            && let Err(reason) = probe(name, path)
+        {
+            faults.push(format!("{name}: {reason}"));
+        }
+    }
+    if rules.strict && !faults.is_empty() {
+        return Err(IndexError::Strict(faults));
+    }
+    let contents = index_files(found, progress)?;
+    let mut entries = Vec::with_capacity(contents.len());
     let mut files = BTreeMap::new();
-    for (name, content) in index_files(found, progress)? {
+    let mut opaque = Vec::new();
+    for (name, content) in contents {
+        let content = match content {
+            Ok(content) => content,
+            Err(reason) => {
+                faults.push(format!("{name}: {reason}"));
+                skipped.push(format!("{name}: {reason}"));
+                continue;
+            }
+        };
+        if let Some(reason) = content.opaque {
+            let path = name.clone();
+            opaque.push(Opaque { path, reason });
+        }
         entries.push(manifest::File {
             path: name.clone(),
             size: content.file.location.size,
@@ -196,12 +366,54 @@ pub fn index(path: &Path, progress: &Progress) -> Result<Indexed, IndexError> {
         });
         files.insert(name, content.file);
     }
+    for path in manifest::leave_out_tensors(&mut entries) {
+        let reason = "with its tensors the model would be over the limits of a manifest, 1000000 \
+                      tensors and 64 MiB; they cannot be fetched one by one"
+            .to_owned();
+        opaque.push(Opaque { path, reason });
+    }
+    if rules.strict && !(faults.is_empty() && opaque.is_empty()) {
+        faults.extend(opaque.iter().map(Opaque::to_string));
+        return Err(IndexError::Strict(faults));
+    }
+    let skipped = skipped.list();
+    if entries.is_empty() && !skipped.is_empty() {
+        return Err(IndexError::NothingLeft {
+            folder: root,
+            skipped,
+        });
+    }
+    // What was read first may have gone while the rest was.
+    if let Some(gone) = files.values().find(|file| !file.location.is_there()) {
+        return Err(IndexError::Changed(gone.location.path.clone()));
+    }
+    let manifest = Manifest::new(entries)?;
+    let incomplete = lacking(&manifest, |file| files[&file.path].location.read(file.size));
     Ok(Indexed {
-        manifest: Manifest::new(entries)?,
+        manifest,
         root,
         files,
         skipped,
+        opaque,
+        followed: followed.list(),
+        incomplete,
     })
+}
+
+impl Indexed {
+    /// The same without the files at `paths`.
+    pub(crate) fn without(mut self, paths: &BTreeSet<String>) -> Result<Self, IndexError> {
+        let mut entries = self.manifest.files().to_vec();
+        entries.retain(|file| !paths.contains(&file.path));
+        self.files.retain(|path, _| !paths.contains(path));
+        self.opaque.retain(|one| !paths.contains(&one.path));
+        self.manifest = Manifest::new(entries)?;
+        let files = &self.files;
+        self.incomplete = lacking(&self.manifest, |file| {
+            files[&file.path].location.read(file.size)
+        });
+        Ok(self)
+    }
 }
 
 /// Hashes one file whose expected hash is known, to learn whether it holds that content.
@@ -217,77 +429,15 @@ pub(crate) fn hash_file(
     Ok((content.blake3, content.file))
 }
 
-fn walk(
-    root: &Path,
-    folder: &Path,
-    progress: &Progress,
-    found: &mut BTreeMap<String, PathBuf>,
-    skipped: &mut Vec<String>,
-) -> Result<(), IndexError> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| IndexError::Io { path, source }
-    };
-    for entry in fs::read_dir(folder).map_err(io(folder))? {
-        if progress.cancelled.load(Ordering::Relaxed) {
-            return Err(IndexError::Cancelled);
-        }
-        let entry = entry.map_err(io(folder))?;
-        let path = entry.path();
-        let name = entry.file_name();
-        let name = name.to_str().unwrap_or_default();
-        let relative = utf8(&path, path.strip_prefix(root).unwrap_or(&path))?;
-        if name.starts_with(OWN_PREFIX) {
-            skipped.push(format!("{relative}: a file of an unfinished transfer"));
-            continue;
-        }
-        let kind = entry.file_type().map_err(io(&path))?;
-        if kind.is_dir() {
-            if NOT_PART_OF_A_MODEL.contains(&name) {
-                skipped.push(format!("{relative}: a tool's own folder"));
-            } else {
-                walk(root, &path, progress, found, skipped)?;
-            }
-            continue;
-        }
-        let target = if kind.is_symlink() {
-            path.canonicalize().map_err(io(&path))?
-        } else {
-            path.clone()
-        };
-        if target.is_dir() {
-            skipped.push(format!("{relative}: a link to a folder"));
-        } else if target.is_file() {
-            if found.len() >= manifest::MAX_FILES {
-                return Err(ManifestError::TooLarge {
-                    limit: manifest::MAX_FILES as u64,
-                    what: "files",
-                }
-                .into());
-            }
-            found.insert(relative, target);
-        } else {
-            skipped.push(format!("{relative}: neither a file nor a folder"));
-        }
-    }
-    Ok(())
-}
+/// A file's content, or why the file cannot be read.
+type Readable = Result<Content, String>;
 
-fn utf8(path: &Path, relative: &Path) -> Result<String, IndexError> {
-    match relative.to_str() {
-        Some(text) => Ok(text.to_owned()),
-        None => Err(IndexError::Unusable {
-            path: path.to_owned(),
-            reason: "its name is not UTF-8",
-        }),
-    }
-}
-
-/// The files, by name, several at a time: SHA-256 keeps one core busy for each. The first error ends all of it.
+/// The files, by name, several at a time: SHA-256 keeps one core busy for each. The first error ends all of it; a file that cannot be
+/// read is none.
 fn index_files(
     found: BTreeMap<String, PathBuf>,
     progress: &Progress,
-) -> Result<BTreeMap<String, Content>, IndexError> {
+) -> Result<BTreeMap<String, Readable>, IndexError> {
     let hashers = Hashers::start();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.min(AT_A_TIME).min(found.len());
@@ -302,6 +452,14 @@ fn index_files(
             };
             let stop = [&progress.cancelled, &failed];
             let content = index_file(&path, Format::of(&name), &hashers, (progress, &stop));
+            let content = match content {
+                // It was found a moment ago.
+                Err(IndexError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                    Err(IndexError::Changed(path))
+                }
+                Err(IndexError::Io { source, .. }) => Ok(Err(unreadable(&source))),
+                content => content.map(Ok),
+            };
             let mut done = done.lock().expect("noting a result does not panic");
             match (content, &mut *done) {
                 (Ok(content), Ok(done)) => {
@@ -325,6 +483,62 @@ fn index_files(
     done.into_inner().expect("noting a result does not panic")
 }
 
+/// Why a file is left out that the system does not let us read.
+fn unreadable(error: &io::Error) -> String {
+    format!("it cannot be read: {error}")
+}
+
+/// Reads what [`Rules::strict`] asks of a file before anything is hashed.
+fn probe(name: &str, path: &Path) -> Result<(), String> {
+    let read = || {
+        let file = File::open(path)?;
+        let size = file.metadata()?.len();
+        header(&file, size, Format::of(name))
+    };
+    match read() {
+        Ok((_, Some(reason))) => Err(reason),
+        Ok((_, None)) => Ok(()),
+        Err(error) => Err(unreadable(&error)),
+    }
+}
+
+/// What a file's header says, or that it has none and why none of it can be read.
+fn header(
+    file: &File,
+    size: u64,
+    format: Option<Format>,
+) -> io::Result<(Vec<crate::header::TensorInfo>, Option<String>)> {
+    if is_lfs_pointer(file, size)? {
+        let reason = "it is a pointer of Git LFS, and not the file that it stands for: run `git lfs pull` in \
+                      the folder and add it again";
+        return Ok((Vec::new(), Some(reason.to_owned())));
+    }
+    let Some(format) = format else {
+        return Ok((Vec::new(), None));
+    };
+    match format.read(file, size) {
+        Ok(tensors) => Ok((tensors, None)),
+        // Cut off meanwhile: that is seen when it is hashed.
+        Err(HeaderError::Io(error)) if error.kind() != ErrorKind::UnexpectedEof => Err(error),
+        Err(error) => {
+            let reason = format!("it cannot be read as {format}: {error}");
+            Ok((Vec::new(), Some(reason)))
+        }
+    }
+}
+
+fn is_lfs_pointer(file: &File, size: u64) -> io::Result<bool> {
+    if !(LFS_POINTER.len() as u64..MAX_LFS_POINTER).contains(&size) {
+        return Ok(false);
+    }
+    let mut start = [0; LFS_POINTER.len()];
+    match file.read_exact_at(&mut start, 0) {
+        Ok(()) => Ok(start == LFS_POINTER),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// One file: what its header says, then all hashes. Each byte is read from disk once; those of the header come from memory the second time.
 fn index_file(
     path: &Path,
@@ -338,16 +552,7 @@ fn index_file(
     };
     let file = File::open(path).map_err(io)?;
     let location = Location::of(path, &file).map_err(io)?;
-    let header = match format {
-        Some(format) => format
-            .read(&file, location.size)
-            .map_err(|source| IndexError::Header {
-                path: path.to_owned(),
-                format,
-                source,
-            })?,
-        None => Vec::new(),
-    };
+    let (header, opaque) = header(&file, location.size, format).map_err(io)?;
     let ranges: Vec<_> = header.iter().map(|info| info.start..info.end).collect();
     let hashed = hashers
         .hash(&file, location.size, &ranges, (&progress.bytes_done, stop))
@@ -368,6 +573,7 @@ fn index_file(
         blake3: hashed.blake3,
         sha256: hashed.sha256,
         tensors,
+        opaque,
         file: IndexedFile {
             location,
             outboard: hashed.outboard,
@@ -380,6 +586,8 @@ struct Content {
     blake3: Hash,
     sha256: [u8; 32],
     tensors: Vec<Tensor>,
+    /// Why no tensors are listed, where the file's name says that it has some.
+    opaque: Option<String>,
     file: IndexedFile,
 }
 
@@ -402,8 +610,7 @@ mod tests {
         write(&root.join("sub/b.bin"), 20);
         write(&root.join(".git/HEAD"), 5);
         write(&root.join("sub/.weft-x.part"), 5);
-        write(&folder.path().join("elsewhere"), 30);
-        std::os::unix::fs::symlink(folder.path().join("elsewhere"), root.join("link.bin")).unwrap();
+        std::os::unix::fs::symlink("sub/b.bin", root.join("link.bin")).unwrap();
         std::os::unix::fs::symlink(&root, root.join("loop")).unwrap();
         let progress = Progress::default();
         let indexed = index(&root, &progress).unwrap();
@@ -413,9 +620,9 @@ mod tests {
             .iter()
             .map(|f| (f.path.as_str(), f.size))
             .collect();
-        assert_eq!(names, [("a.bin", 10), ("link.bin", 30), ("sub/b.bin", 20)]);
+        assert_eq!(names, [("a.bin", 10), ("link.bin", 20), ("sub/b.bin", 20)]);
         assert_eq!(indexed.skipped.len(), 3, "{:?}", indexed.skipped);
-        assert_eq!(progress.bytes_done.load(Ordering::Relaxed), 60);
+        assert_eq!(progress.bytes_done.load(Ordering::Relaxed), 50);
         assert_eq!(progress.files_done.load(Ordering::Relaxed), 3);
     }
 
@@ -493,22 +700,11 @@ mod tests {
             index(folder.path(), &progress),
             Err(IndexError::Manifest(ManifestError::Empty))
         ));
-        for (name, format) in [("x.safetensors", "safetensors"), ("x.gguf", "GGUF")] {
-            write(&folder.path().join(name), 100);
-            let error = index(folder.path(), &progress).unwrap_err();
-            assert!(matches!(error, IndexError::Header { .. }), "{error}");
-            let text = error.to_string();
-            assert!(
-                text.contains(&format!("not a valid {format} file")),
-                "{text}"
-            );
-            fs::remove_file(folder.path().join(name)).unwrap();
-        }
         write(&folder.path().join("a"), 1);
         write(&folder.path().join("A"), 1);
         assert!(matches!(
             index(folder.path(), &progress),
-            Err(IndexError::Path(_))
+            Err(IndexError::Names(_))
         ));
     }
 

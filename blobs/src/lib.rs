@@ -2,6 +2,7 @@
 //!
 //! - [`struct@Hash`] names bytes by BLAKE3; [`tree`] is the hash tree over chunk groups that lets any range be checked alone.
 //! - [`manifest`] lists a model's files and tensors; its own hash is the model's id. [`index`] makes one from files on disk, with what their [`header`]s say.
+//!   [`complete`] finds what a model lacks by its own account.
 //! - [`store`] remembers which bytes are where: in files where they stand, and in part files of what is still arriving.
 //! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
 //!   the other side of it, [`source`] what it reads from, and [`availability`] what both tell each other of what they have.
@@ -17,6 +18,7 @@
 
 pub mod availability;
 pub mod bitfield;
+pub mod complete;
 mod elsewhere;
 pub mod extract;
 mod hash;

@@ -224,17 +224,7 @@ impl Manifest {
     fn to_wire(&self) -> wire::Manifest {
         wire::Manifest {
             version: VERSION,
-            files: self
-                .files
-                .iter()
-                .map(|file| wire::ManifestFile {
-                    path: file.path.clone(),
-                    size: file.size,
-                    blake3: file.blake3.as_bytes().to_vec().into(),
-                    sha256: file.sha256.to_vec().into(),
-                    tensors: file.tensors.iter().cloned().map(Into::into).collect(),
-                })
-                .collect(),
+            files: self.files.iter().cloned().map(Into::into).collect(),
         }
     }
 
@@ -292,6 +282,40 @@ impl Manifest {
         }
         Ok(())
     }
+}
+
+/// Leaves out lists of tensors, the longest first, until the files can be in one manifest; the paths of the files that have none now.
+pub(crate) fn leave_out_tensors(files: &mut [File]) -> Vec<String> {
+    leave_out(files, MAX_TENSORS, MAX_MANIFEST)
+}
+
+fn leave_out(files: &mut [File], max_tensors: usize, max_bytes: u64) -> Vec<String> {
+    let encoded = |file: &File| {
+        let file = wire::ManifestFile::from(file.clone()).encoded_len();
+        // A key of a byte, and the length.
+        (1 + prost::length_delimiter_len(file) + file) as u64
+    };
+    let mut tensors: usize = files.iter().map(|file| file.tensors.len()).sum();
+    // The version takes two.
+    let mut bytes = 2 + files.iter().map(encoded).sum::<u64>();
+    let mut longest: Vec<usize> = (0..files.len())
+        .filter(|at| !files[*at].tensors.is_empty())
+        .collect();
+    longest.sort_by_key(|at| files[*at].tensors.len());
+    let mut left_out = Vec::new();
+    while tensors > max_tensors || bytes > max_bytes {
+        let Some(at) = longest.pop() else {
+            break;
+        };
+        let file = &mut files[at];
+        bytes -= encoded(file);
+        tensors -= file.tensors.len();
+        file.tensors = Vec::new();
+        bytes += encoded(file);
+        left_out.push(file.path.clone());
+    }
+    left_out.sort();
+    left_out
 }
 
 /// Checks the tensors of a file of `size` bytes, given as name, shape and range: they are in order and do not overlap. An error names the
@@ -445,6 +469,18 @@ impl Tensor {
             end: tensor.end,
             blake3: Hash::from_slice(&tensor.blake3)?,
         })
+    }
+}
+
+impl From<File> for wire::ManifestFile {
+    fn from(file: File) -> Self {
+        Self {
+            path: file.path,
+            size: file.size,
+            blake3: file.blake3.as_bytes().to_vec().into(),
+            sha256: file.sha256.to_vec().into(),
+            tensors: file.tensors.into_iter().map(Into::into).collect(),
+        }
     }
 }
 
@@ -679,5 +715,42 @@ mod tests {
                 let _ = Manifest::decode(&bytes[..at]);
             }
         }
+    }
+
+    #[test]
+    fn a_model_over_the_limits_is_published_without_its_longest_lists_of_tensors() {
+        let with = |path: &str, tensors: usize| {
+            let mut file = file(path, 1000);
+            file.tensors = (0..tensors)
+                .map(|at| Tensor {
+                    name: format!("t{at:04}"),
+                    dtype: "U8".to_owned(),
+                    shape: vec![1],
+                    start: at as u64,
+                    end: at as u64 + 1,
+                    blake3: Hash::of(b"x"),
+                })
+                .collect();
+            file
+        };
+        let all = || vec![with("a", 300), with("b", 10), with("c", 200), file("d", 5)];
+        let bytes = |files: &[File]| {
+            let files = files.to_vec();
+            Manifest { files }.encode().len() as u64
+        };
+        let mut files = all();
+        let whole = bytes(&files);
+        assert!(leave_out(&mut files, 510, whole).is_empty());
+        assert_eq!(files, all());
+        assert_eq!(leave_out(&mut files, 509, whole), ["a"]);
+        assert_eq!((files[0].tensors.len(), files[2].tensors.len()), (0, 200));
+        let mut files = all();
+        assert_eq!(leave_out(&mut files, 510, whole - 1), ["a"]);
+        let mut files = all();
+        let left_out = leave_out(&mut files, 510, 3000);
+        assert_eq!(left_out, ["a", "c"]);
+        assert!(bytes(&files) <= 3000);
+        let mut files = all();
+        assert_eq!(leave_out(&mut files, 0, 0), ["a", "b", "c"]);
     }
 }

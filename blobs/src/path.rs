@@ -3,7 +3,12 @@
 //! A manifest comes from a stranger and its paths become files here, so only paths that mean the same on every system are
 //! allowed: relative, `/`-separated, no component that climbs, hides our own files, or that some file system reads in another way.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+};
+
+use icu_normalizer::ComposingNormalizerBorrowed;
 
 /// The longest path, in bytes.
 pub const MAX_PATH: usize = 1024;
@@ -15,14 +20,64 @@ pub const MAX_COMPONENT: usize = 255;
 pub const OWN_PREFIX: &str = ".weft-";
 
 /// Why a path is refused.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the path {path:?} is refused: {reason}")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PathError {
     /// The path as given.
     pub path: String,
     /// What is wrong with it.
     pub reason: &'static str,
+    /// The path that it clashes with, if that is what is wrong.
+    pub other: Option<String>,
 }
+
+impl std::error::Error for PathError {}
+
+impl fmt::Display for PathError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the path {:?} is refused: {}", self.path, self.reason)?;
+        match &self.other {
+            Some(other) => write!(f, ": {other:?}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Characters that Windows or its file systems give a meaning, each with the reason for refusing it.
+const MEANING: [(char, &str); 9] = [
+    (
+        '\\',
+        "it has the character `\\`, which separates folders on Windows",
+    ),
+    (
+        ':',
+        "it has the character `:`, which Windows allows in no name",
+    ),
+    (
+        '<',
+        "it has the character `<`, which Windows allows in no name",
+    ),
+    (
+        '>',
+        "it has the character `>`, which Windows allows in no name",
+    ),
+    (
+        '"',
+        "it has the character `\"`, which Windows allows in no name",
+    ),
+    (
+        '|',
+        "it has the character `|`, which Windows allows in no name",
+    ),
+    (
+        '?',
+        "it has the character `?`, which Windows allows in no name",
+    ),
+    (
+        '*',
+        "it has the character `*`, which Windows allows in no name",
+    ),
+    ('\0', "it has a NUL character, which no system allows"),
+];
 
 /// Checks one path.
 ///
@@ -33,6 +88,7 @@ pub fn check(path: &str) -> Result<(), PathError> {
         Err(PathError {
             path: path.chars().take(200).collect(),
             reason,
+            other: None,
         })
     };
     if path.is_empty() {
@@ -57,17 +113,21 @@ pub fn check(path: &str) -> Result<(), PathError> {
         if component.starts_with(OWN_PREFIX) {
             return refuse("names that begin with `.weft-` are for Weft's own files");
         }
-        if component.ends_with([' ', '.']) {
-            return refuse("a component ends with a space or a dot, which some systems drop");
+        let meant = |c: char| MEANING.iter().find(|(meant, _)| *meant == c);
+        if let Some((_, reason)) = component.chars().find_map(meant) {
+            return refuse(reason);
         }
-        if component
-            .chars()
-            .any(|c| c.is_control() || matches!(c, '\\' | ':' | '<' | '>' | '"' | '|' | '?' | '*'))
-        {
-            return refuse("it has a character that some systems give a meaning");
+        if component.chars().any(char::is_control) {
+            return refuse("it has a control character, such as a line break or a tab");
+        }
+        if component.ends_with(' ') {
+            return refuse("a component ends with a space, which Windows drops");
+        }
+        if component.ends_with('.') {
+            return refuse("a component ends with a dot, which Windows drops");
         }
         if is_device(component) {
-            return refuse("it has a component that names a device on some systems");
+            return refuse("it has a component that names a device on Windows");
         }
     }
     Ok(())
@@ -89,42 +149,108 @@ fn is_device(component: &str) -> bool {
 /// # Errors
 /// [`PathError`] for the first path that cannot.
 pub fn check_all<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<(), PathError> {
-    let mut files: HashMap<String, &'a str> = HashMap::new();
-    let mut folders: HashMap<String, &'a str> = HashMap::new();
-    let mut seen_folders: HashSet<&'a str> = HashSet::new();
+    let mut beside = Beside::new(|text| text.to_lowercase());
     for path in paths {
         check(path)?;
-        let refuse = |reason| {
+        beside.place(path)?;
+    }
+    Ok(())
+}
+
+/// Finds every path that cannot be published beside those before it: as [`check_all`], and no two that a system takes for the same
+/// name when it ignores case and how characters are composed (Unicode's NFC and NFD, compatibility forms), as macOS does.
+///
+/// Stricter than the check of a manifest that comes from elsewhere: such names work on the system that they were made on.
+pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<PathError> {
+    let mut beside = Beside::new(fold);
+    let errors = paths.into_iter().filter_map(|path| {
+        let placed = check(path).and_then(|()| beside.place(path));
+        placed.err()
+    });
+    errors.collect()
+}
+
+/// The form in which two names are equal if some system takes them for the same: compatibility composition, without case.
+fn fold(text: &str) -> String {
+    let normal = ComposingNormalizerBorrowed::new_nfkc();
+    // By way of capitals: `ß` is `SS` there, and both sigmas are one.
+    let folded = normal.normalize(text).to_uppercase().to_lowercase();
+    normal.normalize(&folded).into_owned()
+}
+
+/// The paths that are placed so far, in the form in which they are compared.
+struct Beside<'a> {
+    fold: fn(&str) -> String,
+    files: HashMap<String, &'a str>,
+    folders: HashMap<String, &'a str>,
+    seen_folders: HashSet<&'a str>,
+}
+
+impl<'a> Beside<'a> {
+    fn new(fold: fn(&str) -> String) -> Self {
+        Self {
+            fold,
+            files: HashMap::new(),
+            folders: HashMap::new(),
+            seen_folders: HashSet::new(),
+        }
+    }
+
+    /// Places one more; one that is refused takes no place.
+    fn place(&mut self, path: &'a str) -> Result<(), PathError> {
+        let refuse = |reason, other: &str| {
             Err(PathError {
                 path: path.to_owned(),
                 reason,
+                other: Some(other.to_owned()),
             })
         };
-        let folded = path.to_lowercase();
-        if folders.contains_key(&folded) {
-            return refuse("another path needs a folder of this name");
+        let folded = (self.fold)(path);
+        if let Some(other) = self.folders.get(&folded) {
+            return refuse("another path needs a folder of this name", other);
         }
-        if files.insert(folded, path).is_some() {
-            return refuse("another path is the same when case is ignored");
+        if let Some(other) = self.files.get(&folded) {
+            return refuse(same(path, other, SAME_FILE), other);
         }
+        let mut folders = Vec::new();
         for (at, _) in path.match_indices('/') {
             let folder = &path[..at];
-            if !seen_folders.insert(folder) {
+            if self.seen_folders.contains(folder) {
                 continue;
             }
-            let folded = folder.to_lowercase();
-            if files.contains_key(&folded) {
-                return refuse("another path is a file where this one needs a folder");
+            let folded = (self.fold)(folder);
+            if let Some(other) = self.files.get(&folded) {
+                return refuse(
+                    "another path is a file where this one needs a folder",
+                    other,
+                );
             }
-            if folders
-                .insert(folded, folder)
-                .is_some_and(|other| other != folder)
-            {
-                return refuse("a folder of another path is the same when case is ignored");
+            if let Some(other) = self.folders.get(&folded).filter(|other| **other != folder) {
+                return refuse(same(folder, other, SAME_FOLDER), other);
             }
+            folders.push((folded, folder));
         }
+        for (folded, folder) in folders {
+            self.folders.insert(folded, folder);
+            self.seen_folders.insert(folder);
+        }
+        self.files.insert(folded, path);
+        Ok(())
     }
-    Ok(())
+}
+
+/// Reasons for refusing a second name: equal without case, and equal only in another form of Unicode.
+const SAME_FILE: [&str; 2] = [
+    "another path is the same when case is ignored",
+    "another path is the same when Unicode's composed and decomposed forms are, as on macOS",
+];
+const SAME_FOLDER: [&str; 2] = [
+    "a folder of another path is the same when case is ignored",
+    "a folder of another path is the same when Unicode's composed and decomposed forms are, as on macOS",
+];
+
+fn same(path: &str, other: &str, reasons: [&'static str; 2]) -> &'static str {
+    reasons[usize::from(path.to_lowercase() != other.to_lowercase())]
 }
 
 #[cfg(test)]
@@ -192,5 +318,47 @@ mod tests {
         ] {
             assert_eq!(check_all(paths.iter().copied()).is_ok(), ok, "{paths:?}");
         }
+    }
+
+    #[test]
+    fn a_refusal_says_which_character_it_is_for() {
+        for (path, says) in [
+            ("results_12:30:05.json", "`:`"),
+            ("What is Lazy Loading?.txt", "`?`"),
+            ("a|b", "`|`"),
+            ("runs\\x", "`\\`"),
+            ("line\nbreak", "control character"),
+            ("README.", "ends with a dot"),
+            ("y.txt ", "ends with a space"),
+            ("aux.py", "device"),
+        ] {
+            let error = check(path).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_that_are_one_on_another_system_are_all_found_before_publishing() {
+        for (paths, refused) in [
+            (&["a", "b", "c/d", "c/e"][..], 0),
+            (&["caf\u{e9}.txt", "cafe\u{301}.txt"], 1),
+            (&["\u{e9}/a.txt", "e\u{301}/b.txt"], 1),
+            (&["README.md", "readme.md"], 1),
+            (&["Unet/a", "unet/b", "UNET/c"], 2),
+            (&["STRASSE.txt", "stra\u{df}e.txt"], 1),
+            (&["\u{fb01}le", "file"], 1),
+            (&["a:b", "c?d", "fine", "aux"], 3),
+            // A refused path takes no place that another could have.
+            (&["A:/x", "a/x"], 1),
+            // One system's equal names are another's two: what is published elsewhere stays valid.
+            (&["\u{130}.txt", "i.txt"], 0),
+        ] {
+            let errors = unportable(paths.iter().copied());
+            assert_eq!(errors.len(), refused, "{paths:?}: {errors:?}");
+        }
+        let error = &unportable(["caf\u{e9}", "cafe\u{301}"])[0];
+        assert_eq!(error.other.as_deref(), Some("caf\u{e9}"));
+        assert!(error.to_string().contains("composed"), "{error}");
+        check_all(["caf\u{e9}", "cafe\u{301}"]).unwrap();
     }
 }

@@ -15,7 +15,7 @@ use weft_blobs::{
     Hash, Manifest,
     hf_cache::{
         Commit, Etag, Export, ExportError, Exported, FindError, Flaw, How, ImportError, Layout,
-        RepoId, Revision, find, repos,
+        RepoId, Revision, find, repos, unnamed,
     },
     index::{Progress, index},
     lock::{Lock, LockError},
@@ -54,20 +54,27 @@ fn by_hand() -> (tempfile::TempDir, PathBuf) {
 
 fn index_of(cache: &Path, name: &str) -> Result<Manifest, ImportError> {
     let found = find(cache, name).unwrap();
-    let indexed = found.snapshot.index(&Progress::default())?;
+    let (indexed, problems) = found.snapshot.index(false, &Progress::default())?;
+    assert_eq!(problems, []);
     Ok(indexed.manifest)
 }
 
-/// The flaws that keep `acme/m` from being indexed; they are seen before as well as by indexing.
+/// The flaws of files of `acme/m`, which are left out of it; they are seen before as well as by indexing.
 fn flaws(cache: &Path) -> Vec<Flaw> {
     let found = find(cache, "acme/m").unwrap();
-    match found.snapshot.index(&Progress::default()) {
-        Err(ImportError::Damaged { problems, .. }) => {
-            assert_eq!(problems, found.snapshot.problems);
-            problems.into_iter().map(|problem| problem.flaw).collect()
-        }
-        other => panic!("{other:?}"),
-    }
+    let strict = found.snapshot.index(true, &Progress::default());
+    assert!(matches!(strict, Err(ImportError::Damaged { .. })));
+    let (indexed, problems) = found.snapshot.index(false, &Progress::default()).unwrap();
+    let paths: Vec<_> = indexed
+        .manifest
+        .files()
+        .iter()
+        .map(|file| &*file.path)
+        .collect();
+    assert_eq!(paths, ["model.bin", "sub/config.json"]);
+    assert_eq!(indexed.skipped, [""; 0]);
+    assert_eq!(problems, found.snapshot.problems);
+    problems.into_iter().map(|problem| problem.flaw).collect()
 }
 
 #[test]
@@ -99,7 +106,7 @@ fn a_cache_is_read_with_its_refs_and_its_snapshots_without_one() {
     assert_eq!((snapshot.files, snapshot.bytes), (2, 9));
     assert_eq!(snapshot.refs, [Revision::default()]);
     assert_eq!(snapshot.problems, []);
-    let indexed = snapshot.index(&Progress::default()).unwrap();
+    let indexed = snapshot.index(false, &Progress::default()).unwrap().0;
     let paths: Vec<_> = indexed.files.keys().collect();
     assert_eq!(paths, ["model.bin", "sub/config.json"]);
     let blob = cache
@@ -163,7 +170,7 @@ fn damaged_refs_are_reported_and_the_rest_is_read() {
     let secret = home.path().join("secret");
     write(&secret, COMMIT);
     write(&refs.join("empty"), "");
-    write(&refs.join("line"), format!("{COMMIT}\n"));
+    write(&refs.join("line"), format!("{COMMIT}\n{OTHER}\n"));
     write(&refs.join("long"), "0".repeat(1 << 20));
     write(&refs.join("bytes"), [0xff; 40]);
     write(&refs.join("a:b"), COMMIT);
@@ -274,7 +281,7 @@ fn nothing_from_outside_the_repository_is_indexed() {
 }
 
 #[test]
-fn a_link_that_is_turned_after_it_was_looked_at_is_refused() {
+fn a_link_that_is_turned_after_it_was_looked_at_is_left_out() {
     let (home, cache) = by_hand();
     let found = find(&cache, "acme/m").unwrap();
     let secret = home.path().join("secret");
@@ -286,10 +293,11 @@ fn a_link_that_is_turned_after_it_was_looked_at_is_refused() {
     fs::remove_file(&turned).unwrap();
     link(&secret, &turned);
     assert_eq!(found.snapshot.problems, []);
-    assert!(matches!(
-        found.snapshot.index(&Progress::default()),
-        Err(ImportError::Damaged { .. })
-    ));
+    let strict = found.snapshot.index(true, &Progress::default());
+    assert!(matches!(strict, Err(ImportError::Damaged { .. })));
+    let (indexed, problems) = found.snapshot.index(false, &Progress::default()).unwrap();
+    assert_eq!(indexed.manifest.files().len(), 1);
+    assert_eq!(problems[0].flaw, Flaw::Outside);
 }
 
 #[test]
@@ -333,13 +341,60 @@ fn a_blob_that_is_not_what_its_name_says_is_found_out() {
     let exported = world.export(false).unwrap();
     index_of(&world.cache, "acme/m").unwrap();
     fs::write(exported.snapshot.join("model.safetensors.bin"), "damaged").unwrap();
-    match index_of(&world.cache, "acme/m") {
-        Err(ImportError::Damaged { problems, .. }) => {
-            assert_eq!(problems.len(), 1);
-            assert_eq!(problems[0].flaw, Flaw::Corrupt);
-        }
-        other => panic!("{other:?}"),
+    let snapshot = find(&world.cache, "acme/m").unwrap().snapshot;
+    let (indexed, problems) = snapshot.index(false, &Progress::default()).unwrap();
+    assert_eq!(problems.len(), 1);
+    assert_eq!(problems[0].flaw, Flaw::Corrupt);
+    let all = world.manifest.files().len();
+    assert_eq!(
+        indexed.manifest.files().len(),
+        all - 1,
+        "the rest is published"
+    );
+    let strict = snapshot.index(true, &Progress::default());
+    assert!(matches!(strict, Err(ImportError::Damaged { .. })));
+}
+
+#[test]
+fn a_ref_is_read_whatever_white_space_and_capitals_it_is_written_with() {
+    for content in [
+        format!("{COMMIT}\n"),
+        format!("{COMMIT}\r\n"),
+        format!("  {COMMIT}\t"),
+        COMMIT.to_uppercase(),
+    ] {
+        let (_home, cache) = by_hand();
+        let refs = cache.join("models--acme--m/refs");
+        write(&refs.join("main"), &content);
+        write(&refs.join("._main"), [0, 5, 22, 7]);
+        let repo = &repos(&cache).unwrap()[0];
+        assert_eq!(repo.problems, [], "{content:?}");
+        let main = repo.refs.iter().find(|known| known.name.as_str() == "main");
+        assert_eq!(main.unwrap().commit.to_string(), COMMIT);
+        index_of(&cache, "acme/m").unwrap();
     }
+}
+
+#[test]
+fn an_export_writes_a_ref_anew_that_huggingface_hub_could_not_follow() {
+    let world = World::new();
+    world.export(false).unwrap();
+    let main = world.repo().join("refs/main");
+    let right = fs::read_to_string(&main).unwrap();
+    fs::write(&main, format!("{right}\n")).unwrap();
+    assert!(world.export(false).unwrap().ref_written);
+    assert_eq!(fs::read_to_string(&main).unwrap(), right);
+    assert!(!world.export(false).unwrap().ref_written);
+}
+
+#[test]
+fn folders_of_models_that_are_named_like_no_repository_are_told() {
+    let (_home, cache) = by_hand();
+    write(&cache.join("models--a--b--c/refs/main"), COMMIT);
+    let told = unnamed(&cache).unwrap();
+    assert_eq!(told.len(), 1);
+    assert!(matches!(told[0].flaw, Flaw::Name(_)));
+    assert!(told[0].path.ends_with("models--a--b--c"));
 }
 
 /// A model on disk and an empty cache.

@@ -83,7 +83,7 @@ pub(crate) enum Command {
     Ls,
     /// One model with its files and tensors, and a ticket for it
     Show(Show),
-    /// Forget a model; its files stay unless told otherwise
+    /// Forget a model, or drop one of its names; files stay unless told otherwise
     Rm(Rm),
     /// Keep models here whatever room is needed; adds, shows and removes tags
     #[command(subcommand)]
@@ -1015,6 +1015,22 @@ pub(crate) struct Add {
     /// Publish it by this name: org/name or org/name@revision
     #[arg(long)]
     pub(crate) name: Option<ModelName>,
+
+    /// Refuse the folder where a file cannot be read as its name says (default: such a file is published as bytes, and named)
+    #[arg(long)]
+    pub(crate) strict: bool,
+
+    /// Include hidden files, not only .gitattributes and the like
+    #[arg(long, conflicts_with = "hf_cache")]
+    pub(crate) hidden: bool,
+
+    /// Follow links to folders, and links that lead out of the folder
+    #[arg(long, conflicts_with = "hf_cache")]
+    pub(crate) follow_links: bool,
+
+    /// Leave out files whose names some systems cannot hold (default: an error that lists them)
+    #[arg(long, conflicts_with = "hf_cache")]
+    pub(crate) skip_unportable: bool,
 }
 
 #[derive(Debug, Args)]
@@ -1083,7 +1099,7 @@ pub(crate) struct Cat {
 
 #[derive(Debug, Args)]
 pub(crate) struct Show {
-    /// A name, an id, or the first digits of one
+    /// A name, an id, or the first six or more digits of an id
     pub(crate) model: String,
 
     /// List the tensors of each file too
@@ -1124,10 +1140,10 @@ pub(crate) struct Search {
 
 #[derive(Debug, Args)]
 pub(crate) struct Rm {
-    /// A name, an id, or the first digits of one
+    /// An id, or the first six or more digits of one, to forget the model; or a name, to drop that name, and the model with its last one
     pub(crate) model: String,
 
-    /// Also delete the files that `weft get` wrote and that are unchanged; files added in place are never deleted
+    /// Also delete the files that `weft get` wrote, in whatever folders, and that are unchanged; files added in place are never deleted
     #[arg(long)]
     pub(crate) files: bool,
 }

@@ -1,15 +1,21 @@
 //! Numbers, tables and progress for people.
 
 use std::{
+    fmt,
     io::IsTerminal,
     time::{Duration, Instant},
 };
 
-/// As `println!`, but a reader that has gone away, such as `head`, is no reason to end otherwise than planned.
+/// As `println!`, but a reader that has gone away, such as `head`, is no reason to end otherwise than planned; and names that strangers
+/// chose do not steer the terminal: see [`escaped`].
 macro_rules! out {
+    () => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout());
+    }};
     ($($argument:tt)*) => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stdout(), $($argument)*);
+        let _ = writeln!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*)));
     }};
 }
 
@@ -17,7 +23,7 @@ macro_rules! out {
 macro_rules! out_raw {
     ($($argument:tt)*) => {{
         use std::io::Write;
-        let _ = write!(std::io::stdout(), $($argument)*);
+        let _ = write!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*)));
     }};
 }
 
@@ -25,13 +31,61 @@ macro_rules! out_raw {
 macro_rules! err {
     ($($argument:tt)*) => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stderr(), $($argument)*);
+        let _ = writeln!(std::io::stderr(), "{}", crate::output::escaped(format_args!($($argument)*)));
     }};
 }
 
 pub(crate) use {err, out, out_raw};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Whether a character changes how others are shown, or is one that nobody sees: controls, and those of Unicode's format characters that
+/// turn the direction of text or have no width. Those that join emoji and letters stay.
+fn is_escaped(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// Text as it is, but for characters that would steer the terminal or hide what is there: those are written `\uXXXX`, as in JSON, which
+/// stays the same JSON. Line breaks and tabs stay.
+pub(crate) fn escaped(text: impl fmt::Display) -> impl fmt::Display {
+    Escaped(text, |c| matches!(c, '\n' | '\t'))
+}
+
+/// As [`escaped`], on one line.
+pub(crate) fn printable(text: &str) -> String {
+    Escaped(text, |_| false).to_string()
+}
+
+struct Escaped<T>(T, fn(char) -> bool);
+
+impl<T: fmt::Display> fmt::Display for Escaped<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write;
+
+        struct Filter<'a, 'b>(&'a mut fmt::Formatter<'b>, fn(char) -> bool);
+
+        impl Write for Filter<'_, '_> {
+            fn write_str(&mut self, text: &str) -> fmt::Result {
+                let mut rest = text;
+                while let Some(at) = rest.find(|c| is_escaped(c) && !self.1(c)) {
+                    self.0.write_str(&rest[..at])?;
+                    let mut chars = rest[at..].chars();
+                    let c = chars.next().unwrap_or_default();
+                    for unit in c.encode_utf16(&mut [0; 2]) {
+                        write!(self.0, "\\u{unit:04x}")?;
+                    }
+                    rest = chars.as_str();
+                }
+                self.0.write_str(rest)
+            }
+        }
+
+        write!(Filter(f, self.1), "{}", self.0)
+    }
+}
 
 /// How often a plain line of progress is printed where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(2);
@@ -91,8 +145,12 @@ pub(crate) fn count(n: u64, what: &str) -> String {
     }
 }
 
-/// Left-aligned columns; the first row is the heading.
+/// Left-aligned columns; the first row is the heading. A cell is one line, whatever is in it.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| printable(cell)).collect())
+        .collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns)
         .map(|i| {
@@ -104,7 +162,7 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
         })
         .collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let line: Vec<String> = row
             .iter()
             .zip(&widths)
@@ -156,7 +214,7 @@ impl Meter {
                 bar.set_position(done);
                 bar.reset_eta();
             }
-            bar.set_message(text.to_owned());
+            bar.set_message(escaped(text).to_string());
             bar.set_position(done);
             return;
         }
@@ -199,7 +257,7 @@ impl Meter {
     pub(crate) fn lines(&self, lines: &[String]) {
         for line in lines {
             match &self.bar {
-                Some(bar) => bar.println(line),
+                Some(bar) => bar.println(escaped(line).to_string()),
                 None => err!("{line}"),
             }
         }
@@ -247,6 +305,35 @@ mod tests {
         assert_eq!(duration(Duration::from_secs(7500)), "2 h 5 min");
         assert_eq!(count(1, "file"), "1 file");
         assert_eq!(count(0, "file"), "0 files");
+    }
+
+    #[test]
+    fn names_that_strangers_chose_do_not_steer_the_terminal() {
+        for (text, shown) in [
+            (
+                "plain, caf\u{e9} cafe\u{301} \u{6a21}",
+                "plain, caf\u{e9} cafe\u{301} \u{6a21}",
+            ),
+            ("\u{202e}gpj.exe", "\\u202egpj.exe"),
+            ("a\u{1b}[31mred", "a\\u001b[31mred"),
+            ("a\u{200b}b\u{9b}", "a\\u200bb\\u009b"),
+            ("\u{e0041}", "\\udb40\\udc41"),
+            ("\u{1f9d1}\u{200d}\u{1f4bb}", "\u{1f9d1}\u{200d}\u{1f4bb}"),
+            ("two\nlines\tand a tab\r", "two\nlines\tand a tab\\u000d"),
+        ] {
+            assert_eq!(escaped(text).to_string(), shown);
+        }
+        // JSON means the same before and after.
+        let value = serde_json::json!({ "name": "\u{202e}a\u{e0041}\u{7f}\n" });
+        let text = escaped(&value).to_string();
+        assert!(!text.contains('\u{202e}'), "{text}");
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&text).unwrap(),
+            value
+        );
+        // A cell does not become two.
+        let cell = |text: &str| vec![text.to_owned()];
+        assert_eq!(table(&[cell("a\nb"), cell("c")]), "a\\u000ab\nc\n");
     }
 
     #[test]

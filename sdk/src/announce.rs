@@ -8,7 +8,7 @@ use tokio::{
     sync::{RwLock, watch},
     time::{Instant, sleep, sleep_until},
 };
-use weft_blobs::{Hash, Manifest, Store, store::Model};
+use weft_blobs::{Hash, Manifest, Store, hf_cache::Commit, store::Model};
 use weft_dht::{Dht, DhtError};
 use weft_net::{Addresses, Network};
 use weft_proto::wire;
@@ -96,10 +96,13 @@ impl Announcer {
         let key = provider_key(&model.id);
         let value = claim.encode_to_vec();
         let mut took = self.publish(&key, &value, PROVIDER_TTL, again).await?;
-        for name in published(&model) {
+        for (name, commit) in published(&model) {
             let claim = wire::NameClaim {
                 manifest: model.id.as_bytes().to_vec().into(),
                 manifest_size,
+                commit: commit
+                    .map_or_else(Vec::new, |one| one.as_bytes().to_vec())
+                    .into(),
             };
             let value = claim.encode_to_vec();
             let key = name.record_key();
@@ -127,9 +130,16 @@ impl Announcer {
         self.dht
             .withdraw(&provider_key(&model.id), &[], PROVIDER_TTL)
             .await?;
-        for name in published(model) {
+        for (name, _) in published(model) {
             self.dht.withdraw(&name.record_key(), &[], NAME_TTL).await?;
         }
+        Ok(())
+    }
+
+    /// Takes back that this node publishes a model by this name.
+    pub(crate) async fn withdraw_name(&self, name: &ModelName) -> Result<(), Error> {
+        let _alone = self.order.write().await;
+        self.dht.withdraw(&name.record_key(), &[], NAME_TTL).await?;
         Ok(())
     }
 
@@ -277,13 +287,14 @@ pub(crate) fn manifest_size(manifest: &Manifest) -> u64 {
     manifest.encode().len() as u64
 }
 
-fn published(model: &Model) -> impl Iterator<Item = ModelName> {
+/// The names that this node publishes the model by, each with the commit that it is published for, if for one.
+fn published(model: &Model) -> impl Iterator<Item = (ModelName, Option<Commit>)> {
     // Names are checked before they are stored.
     model
         .names
         .iter()
         .filter(|name| name.published)
-        .filter_map(|name| name.name.parse().ok())
+        .filter_map(|name| Some((name.name.parse().ok()?, name.commit)))
 }
 
 #[cfg(test)]

@@ -111,6 +111,14 @@ pub enum Error {
         /// Its tags.
         tags: Vec<String>,
     },
+    /// The model is to be removed with its files by one of several names.
+    #[error("the model {model} has other names: {}; drop this one without its files, or remove the model by its id", .names.join(", "))]
+    OtherNames {
+        /// The model.
+        model: Hash,
+        /// Its other names.
+        names: Vec<String>,
+    },
     /// There is no such tag.
     #[error("there is no tag {0:?}")]
     NoSuchTag(String),

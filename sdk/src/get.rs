@@ -1,7 +1,7 @@
 //! Fetching a model.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -46,6 +46,12 @@ const MANIFEST_LEAST: u64 = 192 * 1024;
 
 /// Providers that are asked for one manifest at a time: each may cost its size, and one of three is good unless two hostile ones are the first.
 const MAX_MANIFESTS: usize = 3;
+
+/// Parts of one commit whose manifests are looked at: a manifest may be 64 MiB.
+const MAX_PARTS: usize = 8;
+
+/// How long the manifests of further parts of a commit are waited for when one is here: a provider that is there answers in a few round trips.
+const PARTS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).
 #[derive(Debug, Clone)]
@@ -138,6 +144,8 @@ pub struct Got {
     pub lookup: Duration,
     /// Who publishes the name; `None` for an id, a ticket, or a name that only this node remembers.
     pub publisher: Option<PeerId>,
+    /// Further models that are published by the name for the same commit of the Hugging Face hub: others' caches hold other parts of it.
+    pub other_parts: usize,
     /// Who sent content, and over which paths: one that began relayed and went on directly is there twice.
     pub sources: Vec<Source>,
 }
@@ -312,7 +320,14 @@ impl Work {
             return Err(Error::HfCache(HfCacheError::Selection));
         }
         let found = Found::new(&self.node, request.target, request.publisher).await?;
+        let (selection, paths) = (&request.selection, &request.paths);
+        let found = found
+            .choose(&self.node, |manifest| {
+                selected_bytes(manifest, selection, paths)
+            })
+            .await?;
         let (id, publisher) = (found.id, found.publisher);
+        let other_parts = found.parts.len().saturating_sub(1);
         let name = found.name.clone();
         let into_cache = request.hf_cache;
         let into_cache = into_cache.map(|into| into.destination(name.as_ref()));
@@ -324,6 +339,7 @@ impl Work {
             }),
         };
         let folder = std::path::absolute(&folder).unwrap_or(folder);
+        let is_made = !tokio::fs::try_exists(&folder).await.unwrap_or(true);
         let lease = self.node.lease(&folder, id)?;
         let _hold = self.node.hold(id).await?;
 
@@ -372,7 +388,16 @@ impl Work {
             let (store, root) = (self.node.store().clone(), directory.clone());
             let name = name.map(|name| name.to_string());
             let whole = selected.is_none();
-            blocking(move || Ok(store.expect_model(id, &root, name.as_deref(), whole)?)).await?;
+            let is_made = is_made && arrival.is_none();
+            blocking(move || {
+                store.expect_model(id, &root, name.as_deref(), whole)?;
+                // A person's own folder is not ours to remove with the files.
+                if is_made {
+                    store.note_made(&id, &root)?;
+                }
+                Ok(())
+            })
+            .await?;
         }
 
         let mut sharing = JoinSet::new();
@@ -413,6 +438,7 @@ impl Work {
             elapsed: self.started.elapsed(),
             lookup: self.lookup.unwrap_or_default(),
             publisher,
+            other_parts,
             bytes_wasted: self.wasted(),
             sources: self.sources(),
         })
@@ -666,6 +692,8 @@ pub(crate) struct Found {
     /// Who publishes the name.
     pub(crate) publisher: Option<PeerId>,
     pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
+    /// Where the name means parts of one commit: all of them, each with a publisher.
+    parts: Vec<(Hash, PeerId)>,
 }
 
 impl Found {
@@ -674,28 +702,98 @@ impl Found {
         target: Target,
         publisher: Option<PeerId>,
     ) -> Result<Self, Error> {
-        let (name, id, publisher, given) = match target {
-            Target::Name(name) => {
-                let (id, publisher) = resolve(node, &name, publisher).await?;
-                (Some(name), id, publisher, Vec::new())
-            }
-            Target::Id(id) => (None, id, None, Vec::new()),
-            Target::Ticket(ticket) => (None, ticket.model, None, ticket.peers),
-        };
         let mut found = Self {
-            name,
-            id,
-            publisher,
-            given,
+            name: None,
+            id: Hash::of(&[]),
+            publisher: None,
+            given: Vec::new(),
+            parts: Vec::new(),
         };
-        // Whoever publishes it most likely has it.
-        if let Some(publisher) = publisher {
+        match target {
+            Target::Name(name) => {
+                let meaning = resolve(node, &name, publisher).await?;
+                found.name = Some(name);
+                found.id = meaning.model;
+                found.publisher = meaning.publisher;
+                found.parts = meaning.parts;
+            }
+            Target::Id(id) => found.id = id,
+            Target::Ticket(ticket) => (found.id, found.given) = (ticket.model, ticket.peers),
+        }
+        found.ask_publisher(node).await;
+        Ok(found)
+    }
+
+    /// Whoever publishes it most likely has it.
+    async fn ask_publisher(&mut self, node: &Node) {
+        if let Some(publisher) = self.publisher {
             let peers = node.network().peers().await;
             if peers.iter().any(|one| one.peer == publisher) {
-                found.given.push((publisher, Vec::new()));
+                self.given.push((publisher, Vec::new()));
             }
         }
-        Ok(found)
+    }
+
+    /// Of the parts of a commit that a name means, takes the one that has most bytes of what is wanted, by `bytes`; of several, that with
+    /// most in all. The parts have to agree on the files that they share: if they do not, their publishers mean different models.
+    ///
+    /// A publisher that cannot be reached is not waited for long, as long as another one is.
+    pub(crate) async fn choose(
+        mut self,
+        node: &Node,
+        bytes: impl Fn(&Manifest) -> u64,
+    ) -> Result<Self, Error> {
+        if self.parts.len() < 2 {
+            return Ok(self);
+        }
+        let mut fetches: FuturesUnordered<_> = self
+            .parts
+            .iter()
+            .take(MAX_PARTS)
+            .map(|(id, publisher)| async move {
+                let mut part = Self {
+                    name: None,
+                    id: *id,
+                    publisher: Some(*publisher),
+                    given: Vec::new(),
+                    parts: Vec::new(),
+                };
+                part.ask_publisher(node).await;
+                let fetched = part.manifest(node, || ()).await;
+                (*id, *publisher, fetched.map(|(manifest, _)| manifest))
+            })
+            .collect();
+        let mut here = Vec::new();
+        let mut failed = None;
+        let mut patience = std::pin::pin!(sleep(PARTS_PATIENCE));
+        loop {
+            tokio::select! {
+                next = fetches.next() => match next {
+                    Some((id, publisher, Ok(manifest))) => here.push((id, publisher, manifest)),
+                    Some((_, _, Err(error))) => failed = Some(error),
+                    None => break,
+                },
+                () = &mut patience, if !here.is_empty() => break,
+            }
+        }
+        drop(fetches);
+        let manifests: Vec<&Manifest> = here.iter().map(|(_, _, manifest)| &**manifest).collect();
+        if !agree(&manifests) {
+            return Err(Error::SeveralPublishers {
+                name: self.name.expect("parts are those of a name"),
+                publishers: here.iter().map(|(id, peer, _)| (*peer, *id)).collect(),
+            });
+        }
+        let best = here.iter().max_by_key(|(id, _, manifest)| {
+            (bytes(manifest), manifest.size(), std::cmp::Reverse(*id))
+        });
+        let Some((id, publisher, _)) = best else {
+            return Err(failed.expect("each part was fetched or failed"));
+        };
+        (self.id, self.publisher) = (*id, Some(*publisher));
+        self.given = Vec::new();
+        self.ask_publisher(node).await;
+        Ok(self)
     }
 
     /// The manifest, from the store or from a provider, and what has become known of the providers; `answered` is called when one has answered.
@@ -775,6 +873,30 @@ impl Found {
     }
 }
 
+/// The bytes in what is asked for that the manifest lists.
+fn selected_bytes(
+    manifest: &Manifest,
+    selection: &Selection,
+    paths: &Option<HashSet<String>>,
+) -> u64 {
+    match paths {
+        Some(paths) => Selected::of_files(manifest, |path| paths.contains(path)).bytes(),
+        None if selection.is_everything() => manifest.size(),
+        None => selection
+            .select(manifest)
+            .map_or(0, |chosen| chosen.bytes()),
+    }
+}
+
+/// Whether manifests say the same of all files that they share.
+fn agree(manifests: &[&Manifest]) -> bool {
+    let mut known: HashMap<&str, Hash> = HashMap::new();
+    manifests
+        .iter()
+        .flat_map(|manifest| manifest.files())
+        .all(|file| *known.entry(&file.path).or_insert(file.blake3) == file.blake3)
+}
+
 /// Fetches a manifest; who sends it, and how that ended.
 async fn fetch_watched(
     node: &Node,
@@ -788,4 +910,39 @@ async fn fetch_watched(
         never = watch(node, peer, || received.load(Ordering::Relaxed)) => match never {},
     };
     (peer, fetched)
+}
+
+#[cfg(test)]
+mod tests {
+    use weft_blobs::manifest::File;
+
+    use super::*;
+
+    #[test]
+    fn parts_of_a_commit_agree_if_no_file_has_two_contents() {
+        let part = |files: &[(&str, u8)]| {
+            let files = files.iter().map(|(path, content)| File {
+                path: (*path).to_owned(),
+                size: 1,
+                blake3: Hash::of(&[*content]),
+                sha256: [*content; 32],
+                tensors: Vec::new(),
+            });
+            Manifest::new(files.collect()).unwrap()
+        };
+        let (q4, q8) = (
+            part(&[("config", 1), ("q4", 4)]),
+            part(&[("config", 1), ("q8", 8)]),
+        );
+        let forged = part(&[("config", 2), ("q8", 8)]);
+        assert!(agree(&[&q4, &q8]));
+        assert!(!agree(&[&q4, &q8, &forged]));
+        let only = |pattern: &str| {
+            let mut selection = Selection::default();
+            selection.files.push(pattern.parse().unwrap());
+            selection
+        };
+        let bytes = |manifest, pattern| selected_bytes(manifest, &only(pattern), &None);
+        assert_eq!((bytes(&q4, "q8*"), bytes(&q8, "q8*")), (0, 1));
+    }
 }

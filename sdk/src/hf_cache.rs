@@ -12,8 +12,8 @@ use std::{
 
 use weft_blobs::{
     hf_cache::{
-        self, Commit, Destination, ExportError, FindError, Flaw, ImportError, NameError, RepoId,
-        Revision, Snapshot,
+        self, Commit, Destination, ExportError, FindError, Flaw, ImportError, NameError, Problem,
+        RepoId, Revision, Snapshot,
     },
     index,
 };
@@ -21,7 +21,7 @@ use weft_blobs::{
 use crate::{
     AddPhase, AddProgress, Added, Error, ModelName, Node, Operation, ParseNameError,
     announce::manifest_size,
-    models::{StopOnDrop, describe},
+    models::{StopOnDrop, by_name, check_unchanged, describe},
     node::blocking,
 };
 
@@ -137,6 +137,7 @@ pub struct AddHfCache {
     cache: PathBuf,
     repo: Option<HfRepo>,
     name: Option<ModelName>,
+    strict: bool,
 }
 
 /// What adding a cache came to.
@@ -144,9 +145,9 @@ pub struct AddHfCache {
 pub struct AddedHfCache {
     /// Snapshots that were added.
     pub added: Vec<AddedSnapshot>,
-    /// What should have been added and was not.
+    /// What should have been added and was not: whole snapshots, and files of those that were added without them.
     pub failed: Vec<FailedSnapshot>,
-    /// What was passed over, each with the reason: unfinished downloads, revisions of which no file is there.
+    /// What was passed over, each with the reason: unfinished downloads, revisions of which no file is there, snapshots that no ref points to.
     pub skipped: Vec<String>,
 }
 
@@ -182,7 +183,15 @@ impl AddHfCache {
             cache,
             repo: None,
             name: None,
+            strict: false,
         }
+    }
+
+    /// Refuses a snapshot, with all reasons, of which a file is missing, damaged or outside, or would be published as bytes although its
+    /// name says that it holds tensors. Default: such files are told, and the rest is added.
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.strict = strict;
+        self
     }
 
     /// Adds just this one. Then what is wrong with it is the operation's error.
@@ -226,7 +235,14 @@ impl AddHfCache {
             let what = job.repos.iter().map(ToString::to_string);
             let what = what.collect::<Vec<_>>().join(", ");
             match self.add(job, &counts).await {
-                Ok(added) => result.added.push(added),
+                Ok((added, problems)) => {
+                    result.added.push(added);
+                    let problems = problems.into_iter().map(|problem| FailedSnapshot {
+                        what: what.clone(),
+                        reason: problem.to_string(),
+                    });
+                    result.failed.extend(problems);
+                }
                 Err(Error::Stopped) => return Err(Error::Stopped),
                 // These would stop the next one too.
                 Err(error @ (Error::Store(_) | Error::DiskFull { .. })) => return Err(error),
@@ -240,7 +256,8 @@ impl AddHfCache {
         Ok(result)
     }
 
-    async fn add(&self, job: Job, counts: &Counts) -> Result<AddedSnapshot, Error> {
+    /// What was added, and what was left out of it for being damaged.
+    async fn add(&self, job: Job, counts: &Counts) -> Result<(AddedSnapshot, Vec<Problem>), Error> {
         let mut skipped = Vec::new();
         let mut names = Vec::new();
         match &self.name {
@@ -255,23 +272,29 @@ impl AddHfCache {
             }
         }
         counts.publishing.store(false, Ordering::Relaxed);
-        let (model, info, manifest) = {
+        let (model, info, indexed, problems, had_it) = {
             let (store, names) = (self.node.store().clone(), names.clone());
             let (snapshot, progress) = (job.snapshot, Arc::clone(&counts.hashing));
-            let (model, info, manifest, left_out) = blocking(move || {
-                let indexed = snapshot.index(&progress)?;
+            let strict = self.strict;
+            // By another name than the repository's it is no part of anything.
+            let commit = self.name.is_none().then_some(snapshot.commit);
+            blocking(move || {
+                let (indexed, problems) = snapshot.index(strict, &progress)?;
                 let id = store.add(&indexed, None)?;
+                let mut had_it = None;
                 for name in &names {
-                    store.publish_as(&id, &name.to_string())?;
+                    let before = by_name(store.models()?, name).map(|before| before.id);
+                    had_it = had_it.or(before.filter(|before| *before != id));
+                    store.publish_as(&id, &name.to_string(), commit)?;
                 }
                 let model = store.model(&id)?;
                 let (info, _) = describe(&store, &model)?;
-                Ok((model, info, indexed.manifest, indexed.skipped))
+                check_unchanged(&info, &indexed)?;
+                Ok((model, info, indexed, problems, had_it))
             })
-            .await?;
-            skipped.extend(left_out);
-            (model, info, manifest)
+            .await?
         };
+        skipped.extend(indexed.skipped);
         counts.publishing.store(true, Ordering::Relaxed);
         let (mut registries, mut not_listed) = (Vec::new(), Vec::new());
         for name in &names {
@@ -284,7 +307,7 @@ impl AddHfCache {
         self.node.meet().await;
         let announcer = self.node.announcer();
         let announced_to = announcer
-            .announce(&model, &info, manifest_size(&manifest))
+            .announce(&model, &info, manifest_size(&indexed.manifest))
             .await?;
         let added = Added {
             model: info,
@@ -293,11 +316,16 @@ impl AddHfCache {
             registries,
             not_listed,
             skipped,
+            opaque: indexed.opaque,
+            followed: indexed.followed,
+            incomplete: indexed.incomplete,
+            taken_from: had_it,
         };
-        Ok(AddedSnapshot {
+        let added = AddedSnapshot {
             repos: job.repos,
             added,
-        })
+        };
+        Ok((added, problems))
     }
 }
 
@@ -321,6 +349,8 @@ fn all(cache: &Path) -> Result<Jobs, Error> {
         HfCacheError::Find(FindError::Cache { cache, source })
     })?;
     let (mut jobs, mut failed, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+    let unnamed = hf_cache::unnamed(cache).unwrap_or_default();
+    skipped.extend(unnamed.iter().map(ToString::to_string));
     for repo in repos {
         for problem in &repo.problems {
             match problem.flaw {
@@ -344,8 +374,14 @@ fn all(cache: &Path) -> Result<Jobs, Error> {
                 revision: revision.clone(),
             });
             let repos: Vec<_> = named.collect();
-            if !repos.is_empty() {
-                jobs.push(Job { repos, snapshot });
+            match repos.is_empty() {
+                false => jobs.push(Job { repos, snapshot }),
+                true => skipped.push(format!(
+                    "{}@{commit}: no ref points to it; add it by --hf-cache {}@{commit}",
+                    repo.id,
+                    repo.id,
+                    commit = snapshot.commit,
+                )),
             }
         }
     }

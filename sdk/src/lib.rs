@@ -67,6 +67,7 @@ mod whereabouts;
 pub use weft_blobs::{
     Hash, Manifest, ParseHashError, Pattern, Selection,
     hf_cache::{ExportError, FindError, ImportError},
+    index::{IndexError, Opaque},
     lock::LockError,
     manifest::{File, Tensor},
     pattern::PatternError,

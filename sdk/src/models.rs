@@ -13,7 +13,7 @@ use std::{
 use prost::Message;
 use weft_blobs::{
     Manifest, Store,
-    index::{self, index},
+    index::{self, Opaque, index_by},
     store,
 };
 use weft_crdt::DocumentId;
@@ -116,6 +116,14 @@ pub struct Added {
     pub not_listed: Vec<String>,
     /// What was left out of the folder, each with the reason.
     pub skipped: Vec<String>,
+    /// Files that are published as bytes alone, although their names say that they hold tensors, and pointers of Git LFS.
+    pub opaque: Vec<Opaque>,
+    /// Links out of the folder that were followed, with where they lead.
+    pub followed: Vec<String>,
+    /// Files that the model lacks by its own account: those that an index names, and the rest of a split one.
+    pub incomplete: Vec<String>,
+    /// The model that had the name before, if another had.
+    pub taken_from: Option<Hash>,
 }
 
 /// What removing came to.
@@ -123,8 +131,16 @@ pub struct Added {
 pub struct Removed {
     /// The model as it was.
     pub model: ModelInfo,
-    /// Files deleted from its folder.
+    /// Names that this node knows no longer: all of the model's, or the one that was asked for.
+    pub names: Vec<String>,
+    /// The model stays, by its other names.
+    pub kept: bool,
+    /// Files deleted.
     pub files_deleted: u32,
+    /// The folders that they were deleted from: the model's, and those of copies.
+    pub folders: Vec<PathBuf>,
+    /// What could not be taken back elsewhere, each with the reason. It ends by itself, but for registries.
+    pub not_withdrawn: Vec<String>,
 }
 
 /// What adding is at.
@@ -160,6 +176,7 @@ pub struct Add {
     node: Node,
     path: PathBuf,
     name: Option<ModelName>,
+    rules: index::Rules,
 }
 
 impl Models {
@@ -178,6 +195,7 @@ impl Models {
             node: self.node.clone(),
             path: path.into(),
             name: None,
+            rules: index::Rules::default(),
         }
     }
 
@@ -266,13 +284,26 @@ impl Models {
     /// # Errors
     /// Those of resolving a name, [`Error::Disconnected`] if there is nobody to ask, and [`Error::Stopped`].
     pub async fn providers(&self, target: Target) -> Result<Vec<Provider>, Error> {
+        let mut parts = Vec::new();
         let id = match target {
-            Target::Name(name) => resolve(&self.node, &name, None).await?.0,
+            Target::Name(name) => {
+                let meaning = resolve(&self.node, &name, None).await?;
+                parts.extend(meaning.parts.into_iter().map(|(part, _)| part));
+                meaning.model
+            }
             Target::Id(id) => id,
             Target::Ticket(ticket) => ticket.model,
         };
         self.node.meet().await;
         let mut providers = find_providers(&self.node, &id, true).await?;
+        // Each has a part of the commit that the name means.
+        for part in parts.into_iter().filter(|part| *part != id) {
+            for provider in find_providers(&self.node, &part, true).await? {
+                if !providers.iter().any(|known| known.peer == provider.peer) {
+                    providers.push(provider);
+                }
+            }
+        }
         if providers.is_empty() {
             self.node.is_connected().await?;
         }
@@ -313,34 +344,73 @@ impl Models {
         Ok((info, manifest, ticket))
     }
 
-    /// Forgets a model and takes back what this node announced of it. `files`: also deletes the files that [`get`](Self::get) wrote
-    /// and that are unchanged since; those that were added in place are never deleted.
+    /// What the model `id` lacks by its own account, as far as its indices are here: files that an index names, and the rest of a split one.
     ///
     /// # Errors
-    /// [`Error::NoSuchModel`] if this node does not hold it, [`Error::Tagged`].
+    /// [`Error::Store`].
+    pub async fn incomplete(&self, id: &Hash) -> Result<Vec<String>, Error> {
+        let (store, id) = (self.node.store().clone(), *id);
+        blocking(move || {
+            let manifest = store.manifest(&id)?;
+            Ok(manifest.map_or_else(Vec::new, |manifest| store.lacking(&manifest)))
+        })
+        .await
+    }
+
+    /// Forgets a model and takes back what this node announced of it. By a name of several that the model has: drops that name alone, and
+    /// the model stays by the others. `files`: also deletes the files that [`get`](Self::get) wrote, in whatever folders, and that are
+    /// unchanged since; those that were added in place are never deleted.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchModel`] if this node does not hold it, [`Error::Tagged`], [`Error::Busy`] while it is fetched, [`Error::OtherNames`].
+    /// Then nothing has changed.
     pub async fn remove(&self, model: &str, files: bool) -> Result<Removed, Error> {
         let store = self.node.store().clone();
         let wanted = model.to_owned();
         let node = self.node.clone();
         let of_node = node.clone();
-        let info = blocking(move || {
+        let (info, only) = blocking(move || {
             let model = find(&store, &wanted)?;
+            let (info, _) = describe(&store, &model)?;
+            if let Ok(name) = wanted.parse::<ModelName>()
+                && info.names.len() > 1
+            {
+                if files {
+                    let others = info.names.into_iter();
+                    let others = others.filter(|other| *other != name.to_string());
+                    return Err(Error::OtherNames {
+                        model: info.id,
+                        names: others.collect(),
+                    });
+                }
+                return Ok((info, Some(name)));
+            }
             if let Some(folder) = of_node.is_fetching(&model.id) {
                 return Err(Error::Busy(folder));
             }
-            let (info, _) = describe(&store, &model)?;
             if !info.tags.is_empty() {
                 return Err(Error::Tagged {
                     model: info.id,
                     tags: info.tags,
                 });
             }
-            Ok(info)
+            Ok((info, None))
         })
         .await?;
-        // Before it is gone: so an error here can be tried again.
-        node.registries().withdraw_all(&info.id).await?;
         let (store, id) = (node.store().clone(), info.id);
+        if let Some(name) = only {
+            let dropped = name.to_string();
+            blocking(move || Ok(store.drop_name(&id, &dropped)?)).await?;
+            let withdrawn = node.announcer().withdraw_name(&name).await;
+            return Ok(Removed {
+                model: info,
+                names: vec![name.to_string()],
+                kept: true,
+                files_deleted: 0,
+                folders: Vec::new(),
+                not_withdrawn: self.withdraw(&id, Some(&name), withdrawn).await?,
+            });
+        }
         let of_node = node.clone();
         let removed = blocking(move || {
             if let Some(folder) = of_node.is_fetching(&id) {
@@ -349,11 +419,32 @@ impl Models {
             Ok(store.remove(&id, files)?)
         })
         .await?;
-        self.node.announcer().withdraw(&removed.model).await?;
+        // Only now: a removal that fails leaves the model as it was, here and elsewhere.
+        let withdrawn = self.node.announcer().withdraw(&removed.model).await;
         Ok(Removed {
+            names: info.names.clone(),
             model: info,
+            kept: false,
             files_deleted: removed.files_deleted,
+            folders: removed.folders,
+            not_withdrawn: self.withdraw(&id, None, withdrawn).await?,
         })
+    }
+
+    /// Takes a model out of registries after its removal, which is done: what goes wrong now is told, and no failure.
+    async fn withdraw(
+        &self,
+        id: &Hash,
+        name: Option<&ModelName>,
+        announced: Result<(), Error>,
+    ) -> Result<Vec<String>, Error> {
+        let mut problems = self.node.registries().withdraw_all(id, name).await?;
+        match announced {
+            Ok(()) => {}
+            Err(Error::Stopped) => return Err(Error::Stopped),
+            Err(error) => problems.push(format!("the mesh: {error}")),
+        }
+        Ok(problems)
     }
 
     pub(crate) async fn ticket(&self, model: Hash) -> Ticket {
@@ -370,6 +461,31 @@ impl Add {
     /// Publishes it by this name.
     pub fn name(mut self, name: ModelName) -> Self {
         self.name = Some(name);
+        self
+    }
+
+    /// Refuses the folder, with all reasons, where a file would be published as bytes although its name says that it holds tensors, or
+    /// left out because it cannot be read. Default: such files are told in [`Added`].
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.rules.strict = strict;
+        self
+    }
+
+    /// Includes hidden files. Default: of these only `.gitattributes` and the like.
+    pub fn hidden(mut self, hidden: bool) -> Self {
+        self.rules.hidden = hidden;
+        self
+    }
+
+    /// Follows links to folders, and links that lead out of the folder. Default: they are left out.
+    pub fn follow_links(mut self, follow_links: bool) -> Self {
+        self.rules.follow_links = follow_links;
+        self
+    }
+
+    /// Leaves out files whose names some systems cannot hold. Default: such names are an error, which lists them.
+    pub fn skip_unportable(mut self, skip_unportable: bool) -> Self {
+        self.rules.skip_unportable = skip_unportable;
         self
     }
 
@@ -406,15 +522,21 @@ impl Add {
         let store = self.node.store().clone();
         let published = self.name;
         let name = published.as_ref().map(ToString::to_string);
-        let path = self.path;
-        let (model, info, manifest, skipped) = blocking(move || {
-            let indexed = index(&path, &progress)?;
+        let (path, rules, named) = (self.path, self.rules, published.clone());
+        let (model, info, indexed, had_it) = blocking(move || {
+            let indexed = index_by(&path, &rules, &progress)?;
+            let had_it = match &named {
+                Some(name) => by_name(store.models()?, name),
+                None => None,
+            };
             let id = store.add(&indexed, name.as_deref())?;
             let model = store.model(&id)?;
             let (info, _) = describe(&store, &model)?;
-            Ok((model, info, indexed.manifest, indexed.skipped))
+            check_unchanged(&info, &indexed)?;
+            Ok((model, info, indexed, had_it))
         })
         .await?;
+        let taken_from = had_it.map(|before| before.id).filter(|id| *id != model.id);
         publishing.store(true, Ordering::Relaxed);
         let (registries, not_listed) = match &published {
             Some(name) => self.node.registries().publish_all(name, &model).await?,
@@ -424,7 +546,7 @@ impl Add {
         let announced_to = self
             .node
             .announcer()
-            .announce(&model, &info, manifest_size(&manifest))
+            .announce(&model, &info, manifest_size(&indexed.manifest))
             .await?;
         Ok(Added {
             model: info,
@@ -432,9 +554,21 @@ impl Add {
             announced_to,
             registries,
             not_listed,
-            skipped,
+            skipped: indexed.skipped,
+            opaque: indexed.opaque,
+            followed: indexed.followed,
+            incomplete: indexed.incomplete,
+            taken_from,
         })
     }
+}
+
+/// Refuses to announce a model of which a file has changed or gone since it was read.
+pub(crate) fn check_unchanged(info: &ModelInfo, indexed: &index::Indexed) -> Result<(), Error> {
+    if info.complete {
+        return Ok(());
+    }
+    Err(index::IndexError::Changed(indexed.root.clone()).into())
 }
 
 /// Tells hashing threads to stop when the work that waits for them is dropped.
@@ -476,20 +610,25 @@ pub(crate) fn describe(
 /// The model that `text` names: by name, id, or the first digits of an id. Blocks.
 pub(crate) fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
     let none = || Error::NoSuchModel(text.chars().take(200).collect());
+    let digits = |why: &str| Error::NoSuchModel(format!("{text}: {why}"));
     let models = store.models()?;
     if let Ok(name) = text.parse::<ModelName>() {
         return by_name(models, &name).ok_or_else(none);
     }
     let prefix = text.to_ascii_lowercase();
-    if prefix.len() < MIN_ID_PREFIX {
+    if !prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(none());
+    }
+    if prefix.len() < MIN_ID_PREFIX {
+        return Err(digits("of an id, at least the first six digits are needed"));
     }
     let mut matching = models
         .into_iter()
         .filter(|model| model.id.to_string().starts_with(&prefix));
     match (matching.next(), matching.next()) {
         (Some(model), None) => Ok(model),
-        _ => Err(none()),
+        (Some(_), Some(_)) => Err(digits("several ids begin so; give more digits")),
+        (None, _) => Err(none()),
     }
 }
 

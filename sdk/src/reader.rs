@@ -116,6 +116,12 @@ impl Reader {
         path: &str,
     ) -> Result<Self, Error> {
         let found = Found::new(node, target, publisher).await?;
+        let has = |manifest: &Manifest| {
+            let files = manifest.files();
+            let found = files.binary_search_by(|file| file.path.as_str().cmp(path));
+            u64::from(found.is_ok())
+        };
+        let found = found.choose(node, has).await?;
         let (model, given) = (found.id, found.given.clone());
         let (manifest, _) = found.manifest(node, || ()).await?;
         let files = manifest.files();

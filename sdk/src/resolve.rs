@@ -17,7 +17,7 @@ use std::{
 
 use prost::Message;
 use tokio::time::{Duration, Instant};
-use weft_blobs::Hash;
+use weft_blobs::{Hash, hf_cache::Commit};
 use weft_dht::{Progress, Record};
 use weft_net::PeerId;
 use weft_proto::wire;
@@ -39,6 +39,55 @@ const LOOK: Duration = Duration::from_secs(60);
 struct Claim {
     publisher: PeerId,
     model: Hash,
+    /// The commit on the hub that the model is what a cache holds of.
+    commit: Option<Commit>,
+}
+
+/// What a name means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Meaning {
+    pub(crate) model: Hash,
+    /// The publisher that says so; `None` for a name that only this node remembers.
+    pub(crate) publisher: Option<PeerId>,
+    /// All models that are claimed for one commit of the hub, each with a publisher, the one above first; empty if there is just one. Each is
+    /// what somebody's cache holds of the commit.
+    pub(crate) parts: Vec<(Hash, PeerId)>,
+}
+
+impl Meaning {
+    fn one(model: Hash, publisher: Option<PeerId>) -> Self {
+        Self {
+            model,
+            publisher,
+            parts: Vec::new(),
+        }
+    }
+
+    /// What claims come to that contradict each other in nothing but which part of a commit they have; `None` if they do in more.
+    fn of(claims: &[Claim]) -> Option<Self> {
+        let first = claims.first()?;
+        // Several who agree are as good as one.
+        if claims.iter().all(|claim| claim.model == first.model) {
+            return Some(Self::one(first.model, Some(first.publisher)));
+        }
+        first.commit?;
+        if claims.iter().any(|claim| claim.commit != first.commit) {
+            return None;
+        }
+        let mut parts: Vec<(Hash, PeerId)> = Vec::new();
+        for claim in claims {
+            if !parts.iter().any(|(model, _)| *model == claim.model) {
+                parts.push((claim.model, claim.publisher));
+            }
+        }
+        parts.sort_by_key(|(model, _)| *model);
+        let (model, publisher) = *parts.first()?;
+        Some(Self {
+            model,
+            publisher: Some(publisher),
+            parts,
+        })
+    }
 }
 
 impl Claim {
@@ -51,6 +100,7 @@ impl Claim {
         Some(Self {
             publisher: record.publisher(),
             model: Hash::from_slice(&claim.manifest)?,
+            commit: Commit::from_slice(&claim.commit),
         })
     }
 }
@@ -124,8 +174,7 @@ fn is_sure(
     progress.settled && agree && claims.iter().any(seen)
 }
 
-/// Returns the model that a name means, and the publisher that says so; `None` for a name that only this node
-/// remembers. With `publisher`, only that publisher's word counts.
+/// Returns what a name means. With `publisher`, only that publisher's word counts.
 ///
 /// # Errors
 /// [`Error::NoSuchName`], or [`Error::Disconnected`] if there is nobody to ask; [`Error::SeveralPublishers`],
@@ -134,7 +183,7 @@ pub(crate) async fn resolve(
     node: &Node,
     name: &ModelName,
     publisher: Option<PeerId>,
-) -> Result<(Hash, Option<PeerId>), Error> {
+) -> Result<Meaning, Error> {
     let local = {
         let (store, name) = (node.store().clone(), name.clone());
         blocking(move || Ok(by_name(store.models()?, &name))).await?
@@ -147,7 +196,7 @@ pub(crate) async fn resolve(
             .iter()
             .any(|known| known.published && known.name == name.to_string())
     {
-        return Ok((model.id, Some(own)));
+        return Ok(Meaning::one(model.id, Some(own)));
     }
     let is_asked = |peer: PeerId| publisher.is_none_or(|publisher| publisher == peer);
     let listed = node.registries().resolve(name).await?;
@@ -158,6 +207,7 @@ pub(crate) async fn resolve(
         .map(|one| Claim {
             publisher: one.publisher,
             model: one.model,
+            commit: None,
         })
         .collect();
     // A name that is reserved for a registry's publishers means what they say, unless somebody's own word is asked for.
@@ -184,19 +234,18 @@ pub(crate) async fn resolve(
     } else {
         of_trusted
     };
-    match claims.as_slice() {
-        // Several who agree are as good as one.
-        [first, rest @ ..] if rest.iter().all(|other| other.model == first.model) => {
-            Ok((first.model, Some(first.publisher)))
-        }
-        [] => match local {
-            Some(model) if publisher.is_none() && !listed.reserved => Ok((model.id, None)),
+    match Meaning::of(&claims) {
+        Some(meaning) => Ok(meaning),
+        None if claims.is_empty() => match local {
+            Some(model) if publisher.is_none() && !listed.reserved => {
+                Ok(Meaning::one(model.id, None))
+            }
             _ => {
                 let name = name.clone();
                 Err(node.not_found(Error::NoSuchName { name, publisher }).await)
             }
         },
-        _ => Err(Error::SeveralPublishers {
+        None => Err(Error::SeveralPublishers {
             name: name.clone(),
             publishers: claims
                 .iter()
@@ -313,6 +362,7 @@ mod tests {
         let claim = |publisher, n| Claim {
             publisher,
             model: model(n),
+            commit: None,
         };
         let (nobody, set) = (BTreeSet::new(), BTreeSet::from([a]));
         let (alone, connected) = (HashSet::new(), HashSet::from([a]));
@@ -333,6 +383,39 @@ mod tests {
         assert!(!is_sure(&both, at(2, true), &nobody, &connected));
         assert!(!is_sure(&same, at(9, true), &nobody, &alone));
         assert!(!is_sure(&[], at(9, true), &set, &connected));
+    }
+
+    #[test]
+    fn publishers_of_parts_of_one_commit_do_not_contradict_each_other() {
+        let (a, b, c) = (PeerId::random(), PeerId::random(), PeerId::random());
+        let commit = |n: u8| Some(Commit::of_model(&Hash::of(&[n])));
+        let claim = |publisher, n: u8, commit| Claim {
+            publisher,
+            model: Hash::of(&[n]),
+            commit,
+        };
+        let parts = [
+            claim(a, 1, commit(9)),
+            claim(b, 2, commit(9)),
+            claim(c, 2, commit(9)),
+        ];
+        let meaning = Meaning::of(&parts).unwrap();
+        assert_eq!(meaning.parts.len(), 2);
+        assert_eq!(
+            (meaning.model, meaning.publisher),
+            (meaning.parts[0].0, Some(meaning.parts[0].1))
+        );
+        // The same whatever order the claims come in.
+        let turned: Vec<_> = parts.iter().rev().copied().collect();
+        assert_eq!(Meaning::of(&turned).unwrap().model, meaning.model);
+        // Another commit, or none: they mean different things by the name.
+        assert_eq!(Meaning::of(&[parts[0], claim(b, 2, commit(8))]), None);
+        assert_eq!(Meaning::of(&[parts[0], claim(b, 2, None)]), None);
+        assert_eq!(Meaning::of(&[claim(a, 1, None), claim(b, 2, None)]), None);
+        // Agreement needs no commit.
+        let agree = Meaning::of(&[claim(a, 1, None), claim(b, 1, commit(9))]).unwrap();
+        assert!(agree.parts.is_empty());
+        assert_eq!(Meaning::of(&[]), None);
     }
 
     #[tokio::test(start_paused = true)]

@@ -7,7 +7,7 @@
 //! Of the metadata only the alignment matters here. Vocabularies make the rest megabytes: it is skipped, by reads of [`BUFFER`]
 //! bytes, and nothing is allocated for it.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use std::{collections::BTreeSet, fs::File, os::unix::fs::FileExt};
 
 use super::{HeaderError, TensorInfo, in_order};
 use crate::manifest::{MAX_TENSOR_NAME, MAX_TENSORS};
@@ -240,49 +240,81 @@ impl Entry {
         self.shape.iter().try_fold(1, |n: u64, m| n.checked_mul(*m))
     }
 
-    /// The length in bytes of elements in blocks.
+    /// A block does not go on in the next row.
+    fn has_whole_rows(&self, block: u64) -> bool {
+        self.shape.last().unwrap_or(&1).is_multiple_of(block)
+    }
+
+    /// The length in bytes of elements in blocks, of which rows have a whole number.
     fn length(&self, elements: u64, block: u64, bytes: u64) -> Result<u64, HeaderError> {
-        // A block does not go on in the next row.
-        if !self.shape.last().unwrap_or(&1).is_multiple_of(block) {
-            return Err(HeaderError::tensor(
-                &self.name,
-                "its rows are no whole number of blocks",
-            ));
-        }
         (elements / block)
             .checked_mul(bytes)
             .ok_or_else(|| HeaderError::tensor(&self.name, "its size overflows"))
     }
 }
 
-/// Places tensors within the file.
+/// The element type of a number, where the file is of one mind with it.
+type Known = (u32, &'static str, u64, u64);
+
+/// The types that are known here and whose lengths the offsets of this file contradict: a fork of ggml has given the numbers another
+/// meaning.
+fn contradicted(entries: &[Entry], offsets: &[u64]) -> BTreeSet<u32> {
+    let wrong = entries.iter().filter(|entry| {
+        let (Some(known), Some(elements)) = (known(entry.kind), entry.elements()) else {
+            return false;
+        };
+        if elements == 0 {
+            return false;
+        }
+        let (_, _, block, bytes) = known;
+        if !entry.has_whole_rows(block) {
+            return true;
+        }
+        let length = entry.length(elements, block, bytes);
+        let room = following(offsets, entry.offset).map(|next| next - entry.offset);
+        matches!((length, room), (Ok(length), Some(room)) if length > room)
+    });
+    wrong.map(|entry| entry.kind).collect()
+}
+
+fn known(kind: u32) -> Option<Known> {
+    TYPES.into_iter().find(|(known, ..)| *known == kind)
+}
+
+/// The first of the sorted `offsets` after `offset`.
+fn following(offsets: &[u64], offset: u64) -> Option<u64> {
+    let next = offsets.partition_point(|other| *other <= offset);
+    offsets.get(next).copied()
+}
+
+/// Places tensors within the file. One of a type that is not known, or whose type means something else in this file, has all up to the
+/// next one, or to the end.
 fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorInfo>, HeaderError> {
     let mut offsets: Vec<u64> = entries.iter().map(|entry| entry.offset).collect();
     offsets.sort_unstable();
+    let contradicted = contradicted(&entries, &offsets);
     let tensors = entries
         .into_iter()
         .map(|entry| {
             let overflow = || HeaderError::tensor(&entry.name, "its size overflows");
             let elements = entry.elements().ok_or_else(overflow)?;
             let start = data_start.checked_add(entry.offset).ok_or_else(overflow)?;
-            let known = TYPES.iter().find(|(kind, ..)| *kind == entry.kind);
+            let known = known(entry.kind).filter(|_| !contradicted.contains(&entry.kind));
             let end = if let Some((_, _, block, bytes)) = known {
-                let length = entry.length(elements, *block, *bytes)?;
+                let length = entry.length(elements, block, bytes)?;
                 start.checked_add(length).ok_or_else(overflow)?
             } else if elements == 0 {
                 start
             } else {
-                // It has all up to the next one, or to the end.
-                let next = offsets.partition_point(|offset| *offset <= entry.offset);
-                match offsets.get(next) {
-                    Some(next) => data_start.checked_add(*next).ok_or_else(overflow)?,
+                match following(&offsets, entry.offset) {
+                    Some(next) => data_start.checked_add(next).ok_or_else(overflow)?,
                     None => size,
                 }
             };
             Ok(TensorInfo {
                 dtype: known.map_or_else(
                     || format!("ggml-{}", entry.kind),
-                    |(_, name, ..)| (*name).to_owned(),
+                    |(_, name, ..)| name.to_owned(),
                 ),
                 name: entry.name,
                 shape: entry.shape,
@@ -634,6 +666,28 @@ mod tests {
     }
 
     #[test]
+    fn a_type_whose_length_the_offsets_contradict_means_something_else_in_that_file() {
+        // 39 is MXFP4 here, 17 bytes for 32 elements; a fork has used it for two bits an element.
+        let fork = vec![
+            tensor("a", &[256], 39, 0),
+            tensor("b", &[256], 39, 64),
+            tensor("c", &[8], 0, 128),
+        ];
+        let (bytes, start) = Gguf::new(160, fork).bytes();
+        let tensors = parse(&bytes).unwrap();
+        let listed: Vec<_> = tensors
+            .iter()
+            .map(|t| (t.dtype.as_str(), t.start - start..t.end - start))
+            .collect();
+        let expected = [("ggml-39", 0..64), ("ggml-39", 64..128), ("F32", 128..160)];
+        assert_eq!(listed, expected);
+        // Rows that are no whole number of blocks.
+        let (bytes, start) = Gguf::new(64, vec![tensor("a", &[33], 2, 0)]).bytes();
+        let tensors = parse(&bytes).unwrap();
+        assert_eq!((&*tensors[0].dtype, tensors[0].end), ("ggml-2", start + 64));
+    }
+
+    #[test]
     fn other_formats_versions_and_byte_orders_are_named() {
         let good = Gguf::new(4, vec![tensor("a", &[4], 24, 0)]);
         let (bytes, _) = good.bytes();
@@ -706,11 +760,8 @@ mod tests {
             // a product that overflows, in elements and in bytes
             vec![tensor("a", &[1 << 32, 1 << 32, 1 << 32], 24, 0)],
             vec![tensor("a", &[1 << 62], 0, 0)],
-            // rows that end within a block
-            vec![tensor("a", &[16, 2], 2, 0)],
-            vec![tensor("a", &[], 2, 0)],
-            // overlapping, the same name, a name that is too long, too many dimensions
-            vec![tensor("a", &[40], 24, 0), tensor("b", &[4], 24, 32)],
+            // at the same place, the same name, a name that is too long, too many dimensions
+            vec![tensor("a", &[40], 24, 0), tensor("b", &[4], 24, 0)],
             vec![tensor("a", &[4], 24, 0), tensor("a", &[4], 24, 32)],
             vec![tensor(&long, &[4], 24, 0)],
             vec![tensor("a", &[1; 9], 24, 0)],

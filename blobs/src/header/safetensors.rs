@@ -9,7 +9,9 @@ use std::{collections::BTreeMap, fmt, fs::File, os::unix::fs::FileExt};
 use safetensors::Dtype;
 use serde::{
     Deserialize, Deserializer,
-    de::{Error as _, MapAccess, SeqAccess, Visitor},
+    de::{
+        self, Error as _, IntoDeserializer, MapAccess, SeqAccess, Visitor, value::StrDeserializer,
+    },
 };
 
 use super::{HeaderError, TensorInfo, in_order};
@@ -17,6 +19,9 @@ use crate::manifest::{MAX_DIMENSIONS, MAX_TENSORS};
 
 /// The longest JSON read, in bytes: the format's own limit.
 pub(crate) const MAX_HEADER: u64 = 100_000_000;
+
+/// The longest name of an element type, in bytes. The longest that is known has eleven.
+const MAX_DTYPE: usize = 64;
 
 /// Bytes of the length that the file begins with.
 const LENGTH: u64 = 8;
@@ -116,14 +121,17 @@ fn place(
             .0
             .iter()
             .try_fold(1, |n: u64, m| n.checked_mul(*m));
-        let bits = elements.and_then(|n| n.checked_mul(entry.dtype.bitsize() as u64));
-        match bits {
-            None => return refuse("its size overflows"),
-            Some(bits) if !bits.is_multiple_of(8) || bits / 8 != end - start => {
-                return refuse("its range does not match its shape");
+        // The size of a type that is not known yet is what the header says that it is.
+        if let Some(bits) = entry.dtype.bits() {
+            match elements.and_then(|n| n.checked_mul(bits)) {
+                None => return refuse("its size overflows"),
+                Some(bits) if !bits.is_multiple_of(8) || bits / 8 != end - start => {
+                    return refuse("its range does not match its shape");
+                }
+                Some(_) => {}
             }
-            Some(_) => at = end,
         }
+        at = end;
     }
     if at != size - data_start {
         return Err(HeaderError::Length {
@@ -135,7 +143,7 @@ fn place(
         .into_iter()
         .map(|(name, entry)| TensorInfo {
             name,
-            dtype: entry.dtype.to_string(),
+            dtype: entry.dtype.0,
             shape: entry.shape.0,
             start: data_start + entry.data_offsets.0,
             end: data_start + entry.data_offsets.1,
@@ -150,9 +158,34 @@ struct Entries {
 
 #[derive(Deserialize)]
 struct Entry {
-    dtype: Dtype,
+    dtype: TypeName,
     shape: Shape,
     data_offsets: (u64, u64),
+}
+
+/// An element type as the file spells it. It need not be one that is known: where such tensors lie follows from the offsets.
+struct TypeName(String);
+
+impl TypeName {
+    /// Bits an element; `None` for a type that is not known here.
+    fn bits(&self) -> Option<u64> {
+        let name: StrDeserializer<'_, de::value::Error> = self.0.as_str().into_deserializer();
+        let known = Dtype::deserialize(name).ok()?;
+        Some(known.bitsize() as u64)
+    }
+}
+
+impl<'de> Deserialize<'de> for TypeName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        if name.len() > MAX_DTYPE {
+            return Err(D::Error::invalid_length(
+                name.len(),
+                &"the name of a type, at most 64 bytes",
+            ));
+        }
+        Ok(Self(name))
+    }
 }
 
 struct Shape(Vec<u64>);
@@ -277,6 +310,26 @@ mod tests {
     }
 
     #[test]
+    fn tensors_of_a_type_that_is_not_known_yet_lie_where_the_offsets_say() {
+        for (dtype, shape) in [
+            ("F4_E3M0", "[16]"),
+            ("float32", "[2]"),
+            ("U4", "[3,5]"),
+            ("C128", "[1]"),
+            ("", "[]"),
+        ] {
+            let header = format!(
+                r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,8]}},"x":{{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}}}"#
+            );
+            let tensors = parse(&header, 12).unwrap();
+            assert_eq!(tensors[0].dtype, dtype);
+            assert_eq!(tensors[0].end - tensors[0].start, 8);
+            // They fill the file all the same.
+            assert!(parse(&header, 13).is_err() && parse(&header, 11).is_err());
+        }
+    }
+
+    #[test]
     fn a_header_in_memory_is_read_with_its_metadata_and_says_how_much_is_missing() {
         let bytes = file(
             r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"format":"pt","b":"c"}}   "#,
@@ -326,7 +379,11 @@ mod tests {
             "[]",
             "{} {}",
             r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}}"#,
-            r#"{"a":{"dtype":"NOPE","shape":[2],"data_offsets":[0,8]}}"#,
+            &format!(
+                r#"{{"a":{{"dtype":"{}","shape":[2],"data_offsets":[0,8]}}}}"#,
+                "N".repeat(65)
+            ),
+            r#"{"a":{"dtype":5,"shape":[2],"data_offsets":[0,8]}}"#,
             r#"{"a":{"dtype":"F32","shape":[2]}}"#,
             r#"{"__metadata__":{"a":1}}"#,
             r#"{"__metadata__":{},"__metadata__":{}}"#,

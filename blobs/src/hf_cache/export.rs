@@ -171,7 +171,7 @@ impl Export<'_> {
         make_folders(&blobs)?;
         sweep(&blobs)?;
         let copied_away = self.place_blobs(&mut plan, progress)?;
-        let (links_made, copied) = self.make_links(&plan, progress, &mut make_link)?;
+        let (links_made, copied) = self.make_links(&mut plan, progress, &mut make_link)?;
         if let Some(reference) = &plan.reference {
             self.write_ref(reference)?;
         }
@@ -298,9 +298,12 @@ impl Export<'_> {
     }
 
     /// Makes the entries of the snapshot; how many, and the bytes copied where a link could not be.
+    ///
+    /// Where the file system has no links, a blob that this export brought becomes the entry itself, as huggingface_hub does it: so
+    /// its content lies there once. One that was there before is copied, for another snapshot may need it.
     fn make_links(
         &self,
-        plan: &Plan,
+        plan: &mut Plan,
         progress: &Progress,
         make_link: &mut impl FnMut(&Path, &Path) -> io::Result<()>,
     ) -> Result<(u64, u64), ExportError> {
@@ -308,6 +311,8 @@ impl Export<'_> {
         make_folders(&snapshot)?;
         let mut folders = BTreeSet::new();
         let mut copied = 0;
+        let mut moved = HashMap::<Etag, PathBuf>::new();
+        let mut entries = HashMap::<String, PathBuf>::new();
         for (path, etag) in &plan.links {
             let at = snapshot.join(path);
             let cannot_link = || StoreError::io("cannot link", &at);
@@ -336,23 +341,38 @@ impl Export<'_> {
                     }
                 }
                 Err(error) if has_no_links(&error) => {
-                    let source = self.layout.blob(etag);
-                    let metadata =
-                        fs::metadata(&source).map_err(StoreError::io("cannot read", &source))?;
-                    let blob = Blob {
-                        source: Location::from_metadata(&source, &metadata),
-                        file: path.clone(),
-                    };
-                    let size = blob.source.size;
-                    progress.bytes_total.fetch_add(size, Ordering::Relaxed);
-                    self.copy(&blob, &etag.to_string(), &at, progress)?;
-                    copied += size;
+                    let blob = self.layout.blob(etag);
+                    if plan.blobs.contains_key(etag) && !moved.contains_key(etag) {
+                        fs::rename(&blob, &at).map_err(cannot_link())?;
+                        moved.insert(*etag, at.clone());
+                    } else {
+                        let source = moved.get(etag).unwrap_or(&blob);
+                        let metadata =
+                            fs::metadata(source).map_err(StoreError::io("cannot read", source))?;
+                        let blob = Blob {
+                            source: Location::from_metadata(source, &metadata),
+                            file: path.clone(),
+                        };
+                        let size = blob.source.size;
+                        progress.bytes_total.fetch_add(size, Ordering::Relaxed);
+                        self.copy(&blob, &etag.to_string(), &at, progress)?;
+                        copied += size;
+                    }
+                    entries.insert(path.clone(), at);
                 }
                 Err(error) => return Err(cannot_link()(error).into()),
             }
         }
         for folder in folders {
             sync_folder(&folder)?;
+        }
+        if !moved.is_empty() {
+            sync_folder(&self.layout.blobs())?;
+        }
+        for file in &mut plan.files {
+            if let Some(entry) = entries.remove(&file.path) {
+                file.blob = entry;
+            }
         }
         Ok((plan.links.len() as u64, copied))
     }
@@ -512,7 +532,8 @@ mod tests {
     /// The manifest of what somebody finds as `acme/m`; `None` if nobody does.
     fn found(cache: &Path) -> Option<Manifest> {
         let found = find(cache, "acme/m").ok()?;
-        let indexed = found.snapshot.index(&Progress::default()).unwrap();
+        let (indexed, problems) = found.snapshot.index(false, &Progress::default()).unwrap();
+        assert_eq!(problems, []);
         Some(indexed.manifest)
     }
 
@@ -546,16 +567,21 @@ mod tests {
     }
 
     #[test]
-    fn where_links_are_not_possible_the_snapshot_holds_copies() {
+    fn where_links_are_not_possible_content_lies_in_the_snapshot_and_nowhere_twice() {
         let world = World::new("content");
         let cache = world.home.path().join("cache");
         let refused = |_: &Path, _: &Path| Err(io::Error::from(io::ErrorKind::PermissionDenied));
         let exported = world.export(&cache, false, refused).unwrap();
-        // Three blobs, of which one is of two files, and four copies.
-        assert_eq!(exported.bytes_copied, (7 + 7 + 11) + (3 * 7 + 11));
+        // Three blobs, and one copy for the second of two files of one content.
+        assert_eq!(exported.bytes_copied, (7 + 7 + 11) + 7);
+        let blobs = fs::read_dir(cache.join("models--acme--m/blobs")).unwrap();
+        assert_eq!(blobs.count(), 0, "no content lies there as well");
         for file in world.manifest.files() {
             let path = exported.snapshot.join(&file.path);
             assert!(fs::symlink_metadata(&path).unwrap().is_file());
+        }
+        for file in &exported.files {
+            assert_eq!(file.blob, exported.snapshot.join(&file.path));
         }
         assert_eq!(found(&cache).as_ref(), Some(&world.manifest));
         let again = world.export(&cache, false, refused).unwrap();

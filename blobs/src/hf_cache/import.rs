@@ -5,6 +5,7 @@
 //! outside too, for they may be private. What is damaged is said and left where it is.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     fmt,
     fs::{self, DirEntry, File},
@@ -17,15 +18,12 @@ use super::{
     name::{hex, is_temporary},
 };
 use crate::{
-    index::{self, IndexError, Indexed, NOT_PART_OF_A_MODEL, Progress},
+    index::{self, IndexError, Indexed, NOT_PART_OF_A_MODEL, Progress, Rules, litter},
     path::{self as portable, OWN_PREFIX},
 };
 
-/// Bytes in a ref: the digits of a commit's id.
-const REF_SIZE: u64 = 40;
-
-/// Files that systems leave in folders and that huggingface_hub passes over in `refs` and `snapshots`.
-const OF_THE_SYSTEM: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
+/// Bytes of a ref that are read: the 40 digits of a commit's id, and room for the white space that tools and people leave around them.
+const REF_SIZE: u64 = 256;
 
 /// What a name that was not found is shown beside, at most, of what there is.
 const SHOWN: usize = 20;
@@ -358,37 +356,58 @@ impl Snapshot {
     /// Indexes the snapshot, after looking at it anew. Blocks; uses all cores.
     ///
     /// Paths in the manifest are those in the snapshot, locations those of the blobs. A blob that is named for its SHA-256
-    /// must have it.
+    /// must have it. Hidden files count: they are part of the commit. Files that are missing, lead outside or are not what they
+    /// say are left out, and returned.
     ///
     /// # Errors
-    /// [`ImportError::Damaged`] if a file is missing, leads outside or is not what it says.
-    pub fn index(&self, progress: &Progress) -> Result<Indexed, ImportError> {
-        let damaged = |problems: Vec<Problem>| match problems.is_empty() {
-            true => Ok(()),
-            false => Err(ImportError::Damaged {
-                folder: self.folder.clone(),
-                problems,
-            }),
+    /// [`ImportError::Damaged`] if that leaves none, or with [`Rules::strict`] if any is left out.
+    pub fn index(
+        &self,
+        strict: bool,
+        progress: &Progress,
+    ) -> Result<(Indexed, Vec<Problem>), ImportError> {
+        let damaged = |problems| ImportError::Damaged {
+            folder: self.folder.clone(),
+            problems,
         };
         let mut now = Walk::of(&self.bounds);
         now.folder(&self.folder, &self.folder);
-        damaged(now.problems)?;
-        let indexed = index::index(&self.folder, progress)?;
+        let mut problems = now.problems;
+        if !problems.is_empty() && (strict || now.files == 0) {
+            return Err(damaged(problems));
+        }
+        let rules = Rules {
+            strict,
+            hidden: true,
+            skip_unportable: true,
+            within: vec![self.bounds.repo.clone(), self.bounds.shared.clone()],
+            without: problems.iter().map(|one| one.path.clone()).collect(),
+            ..Rules::default()
+        };
+        let indexed = index::index_by(&self.folder, &rules, progress)?;
         // What was read, rather than what was there before: a link may have been turned in between.
-        let mut problems = Vec::new();
         if !self.bounds.hold(&indexed.root) {
             problems.push(problem(&self.folder, Flaw::Outside));
+            return Err(damaged(problems));
         }
+        let mut wrong = BTreeSet::new();
         for file in indexed.manifest.files() {
             let path = self.folder.join(&file.path);
-            if !self.bounds.hold(&indexed.files[&file.path].location.path) {
-                problems.push(problem(&path, Flaw::Outside));
+            let flaw = if !self.bounds.hold(&indexed.files[&file.path].location.path) {
+                Flaw::Outside
             } else if named_sha256(&path).is_some_and(|name| *name != *hex(&file.sha256)) {
-                problems.push(problem(&path, Flaw::Corrupt));
-            }
+                Flaw::Corrupt
+            } else {
+                continue;
+            };
+            problems.push(problem(&path, flaw));
+            wrong.insert(file.path.clone());
         }
-        damaged(problems)?;
-        Ok(indexed)
+        let none_is_right = wrong.len() == indexed.manifest.files().len();
+        if !wrong.is_empty() && (strict || none_is_right) {
+            return Err(damaged(problems));
+        }
+        Ok((indexed.without(&wrong)?, problems))
     }
 }
 
@@ -409,14 +428,29 @@ fn ids(cache: &Path) -> io::Result<Vec<RepoId>> {
         let name = entry?.file_name();
         match name.to_str().and_then(RepoId::of_folder) {
             Some(Ok(id)) => ids.push(id),
-            Some(Err(error)) => {
-                tracing::warn!(cache = %cache.display(), folder = ?name, %error, "a folder of a model is passed over");
-            }
-            None => {}
+            // `unnamed` tells of it.
+            Some(Err(_)) | None => {}
         }
     }
     ids.sort();
     Ok(ids)
+}
+
+/// Folders of models in a cache whose names are those of no repository, and which [`repos`] passes over.
+///
+/// # Errors
+/// If the cache itself cannot be read.
+pub fn unnamed(cache: &Path) -> io::Result<Vec<Problem>> {
+    let mut problems = Vec::new();
+    for entry in fs::read_dir(cache)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if let Some(Err(error)) = name.to_str().and_then(RepoId::of_folder) {
+            problems.push(problem(&entry.path(), Flaw::Name(error.reason)));
+        }
+    }
+    problems.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(problems)
 }
 
 fn problem(path: &Path, flaw: Flaw) -> Problem {
@@ -521,7 +555,7 @@ fn entries(folder: &Path, problems: &mut Vec<Problem>) -> Vec<DirEntry> {
 /// The name of something in `refs` or `snapshots`; `None` if it is the system's, or is none.
 fn usable_name(entry: &DirEntry, problems: &mut Vec<Problem>) -> Option<String> {
     match entry.file_name().into_string() {
-        Ok(name) if OF_THE_SYSTEM.contains(&name.as_str()) => None,
+        Ok(name) if litter(&name).is_some() => None,
         Ok(name) => Some(name),
         Err(_) => {
             problems.push(problem(&entry.path(), Flaw::Name("it is not UTF-8")));
@@ -559,15 +593,16 @@ fn read_refs(root: &Path, folder: &Path, refs: &mut Vec<Ref>, problems: &mut Vec
     }
 }
 
-/// The commit that a ref names; `None` if it is damaged.
-pub(super) fn read_ref(path: &Path) -> io::Result<Option<Commit>> {
+/// The commit that a ref names; `None` if it is damaged. White space around it counts for nothing, and capitals are as good: people
+/// and tools write both.
+fn read_ref(path: &Path) -> io::Result<Option<Commit>> {
     let mut content = Vec::new();
     File::open(path)?
         .take(REF_SIZE + 1)
         .read_to_end(&mut content)?;
     Ok(str::from_utf8(&content)
         .ok()
-        .and_then(|text| text.parse().ok()))
+        .and_then(|text| text.trim().to_ascii_lowercase().parse().ok()))
 }
 
 /// A walk through a snapshot, by the same rules as [`index::index`] goes.
@@ -594,7 +629,8 @@ impl<'a> Walk<'a> {
             let name = entry.file_name();
             let name = name.to_str().unwrap_or_default();
             let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            if name.starts_with(OWN_PREFIX) || (is_folder && NOT_PART_OF_A_MODEL.contains(&name)) {
+            let is_tools = is_folder && NOT_PART_OF_A_MODEL.contains(&name);
+            if name.starts_with(OWN_PREFIX) || is_tools || litter(name).is_some() {
                 continue;
             }
             let relative = path.strip_prefix(root).ok().and_then(Path::to_str);

@@ -36,7 +36,9 @@ pub use self::{
     arrival::{Arrival, Destination},
     etag::{Etag, LFS_SIZE, is_lfs},
     export::{Export, ExportError, Exported, ExportedFile, How},
-    import::{FindError, Flaw, Found, ImportError, Problem, Ref, Repo, Snapshot, find, repos},
+    import::{
+        FindError, Flaw, Found, ImportError, Problem, Ref, Repo, Snapshot, find, repos, unnamed,
+    },
     layout::{Layout, Place},
     name::{Commit, NameError, RepoId, Revision},
 };

@@ -153,6 +153,16 @@ impl FromStr for Revision {
 pub struct Commit([u8; 20]);
 
 impl Commit {
+    /// The commit of these 20 bytes; `None` if there are more or fewer.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        Some(Self(bytes.try_into().ok()?))
+    }
+
+    /// Its 20 bytes.
+    pub fn as_bytes(&self) -> &[u8; 20] {
+        &self.0
+    }
+
     /// What stands for the commit of a model that came from no hub: the first 40 hex digits of its id. The same files have
     /// the same one, whoever exports them.
     pub fn of_model(id: &Hash) -> Self {

@@ -67,6 +67,7 @@ pub use self::{
 };
 use crate::{
     Hash, Manifest,
+    hf_cache::Commit,
     index::{Indexed, IndexedFile, Location},
     lock::{Lock, LockError},
     manifest::{MAX_MANIFEST, ManifestError},
@@ -279,6 +280,8 @@ pub struct Model {
     counted: bool,
     /// Files that were made of tensors of it, as they were then.
     results: Vec<Location>,
+    /// Folders that were made for it.
+    made: Vec<PathBuf>,
 }
 
 /// A name of a model, as the store remembers it.
@@ -288,6 +291,8 @@ pub struct Name {
     pub name: String,
     /// This node publishes it.
     pub published: bool,
+    /// It is published for what a Hugging Face cache holds of this commit, which may be a part.
+    pub commit: Option<Commit>,
 }
 
 impl Model {
@@ -301,6 +306,7 @@ impl Model {
                 .map(|row| Name {
                     name: row.name,
                     published: row.published,
+                    commit: Commit::from_slice(&row.commit),
                 })
                 .collect(),
             added_at: row.added_at,
@@ -308,6 +314,7 @@ impl Model {
             used_at: row.used_at,
             counted: row.counted,
             results: row.results.iter().map(Location::from).collect(),
+            made: row.made.iter().map(|path| path_from(path)).collect(),
         }
     }
 
@@ -320,6 +327,9 @@ impl Model {
                 .map(|name| NameRow {
                     name: name.name.clone(),
                     published: name.published,
+                    commit: name
+                        .commit
+                        .map_or_else(Vec::new, |one| one.as_bytes().to_vec()),
                 })
                 .collect(),
             added_at: self.added_at,
@@ -327,6 +337,11 @@ impl Model {
             used_at: self.used_at,
             counted: self.counted,
             results: self.results.iter().map(LocationRow::from).collect(),
+            made: self
+                .made
+                .iter()
+                .map(|path| path.as_os_str().as_bytes().to_vec())
+                .collect(),
         }
     }
 }
@@ -441,7 +456,7 @@ impl Store {
             }
             put_model(txn, id, &indexed.root, false, Some(&indexed.manifest))?;
             if let Some(name) = name {
-                set_name(txn, id, name, true)?;
+                set_name(txn, id, name, Some(None))?;
             }
             Ok(())
         })?;
@@ -511,7 +526,7 @@ impl Store {
                 put_model(txn, id, root, true, manifest.as_ref())?;
             }
             if let Some(name) = name {
-                set_name(txn, id, name, false)?;
+                set_name(txn, id, name, None)?;
             }
             Ok(())
         })
@@ -565,14 +580,56 @@ impl Store {
         })
     }
 
-    /// Gives another name to the model `id`, which this node publishes it by.
+    /// Gives another name to the model `id`, which this node publishes it by. With `commit`: for what a Hugging Face cache holds of that
+    /// commit.
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it.
-    pub fn publish_as(&self, id: &Hash, name: &str) -> Result<(), StoreError> {
+    pub fn publish_as(
+        &self,
+        id: &Hash,
+        name: &str,
+        commit: Option<Commit>,
+    ) -> Result<(), StoreError> {
         let _none_is_deleting = self.none_deletes();
         self.model(id)?;
-        self.write(|txn| set_name(txn, *id, name, true))
+        self.write(|txn| set_name(txn, *id, name, Some(commit)))
+    }
+
+    /// Takes a name from the model `id`, which stays.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    pub fn drop_name(&self, id: &Hash, name: &str) -> Result<(), StoreError> {
+        self.change_model(id, |model| model.names.retain(|known| known.name != name))
+    }
+
+    /// Notes that a folder was made for the model `id`, and goes with its files when it is removed with them.
+    ///
+    /// # Errors
+    /// [`StoreError::NoSuchModel`] if the store does not hold it.
+    pub fn note_made(&self, id: &Hash, folder: &Path) -> Result<(), StoreError> {
+        self.change_model(id, |model| {
+            if !model.made.iter().any(|made| made == folder) {
+                model.made.push(folder.to_owned());
+            }
+        })
+    }
+
+    fn change_model(&self, id: &Hash, change: impl FnOnce(&mut Model)) -> Result<(), StoreError> {
+        self.write(|txn| {
+            let mut table = txn.open_table(MODELS).map_err(database)?;
+            let row = match table.get(id.as_bytes()).map_err(database)? {
+                Some(row) => decode::<ModelRow>("models", row.value())?,
+                None => return Err(StoreError::NoSuchModel(*id)),
+            };
+            let mut model = Model::from_row(*id, row);
+            change(&mut model);
+            table
+                .insert(id.as_bytes(), model.to_row().encode_to_vec().as_slice())
+                .map_err(database)?;
+            Ok(())
+        })
     }
 
     /// The manifest of a model, if this node has it.
@@ -881,6 +938,7 @@ fn put_model(
             used_at: now,
             counted: false,
             results: Vec::new(),
+            made: Vec::new(),
         },
     };
     model.used_at = now;
@@ -894,12 +952,12 @@ fn put_model(
     Ok(())
 }
 
-/// Gives `name` to the model `id`, taking it from any other.
+/// Gives `name` to the model `id`, taking it from any other. `published`: this node publishes it, and for which commit, if for one.
 fn set_name(
     txn: &WriteTransaction,
     id: Hash,
     name: &str,
-    published: bool,
+    published: Option<Option<Commit>>,
 ) -> Result<(), StoreError> {
     let mut table = txn.open_table(MODELS).map_err(database)?;
     let mut changed = BTreeMap::new();
@@ -907,19 +965,19 @@ fn set_name(
         let (key, row) = row.map_err(database)?;
         let key = Hash::from(*key.value());
         let mut model = Model::from_row(key, decode("models", row.value())?);
-        let was_published = model
-            .names
-            .iter()
-            .any(|known| known.name == name && known.published);
+        let known = model.names.iter().find(|known| known.name == name);
+        let (was_published, was_of) =
+            known.map_or((false, None), |known| (known.published, known.commit));
         let before = model.names.len();
         // What somebody else calls by this name does not take it from what we publish.
-        model
-            .names
-            .retain(|known| known.name != name || (key != id && known.published && !published));
+        model.names.retain(|known| {
+            known.name != name || (key != id && known.published && published.is_none())
+        });
         if key == id {
             model.names.push(Name {
                 name: name.to_owned(),
-                published: published || was_published,
+                published: published.is_some() || was_published,
+                commit: published.unwrap_or(was_of),
             });
         } else if model.names.len() == before {
             continue;

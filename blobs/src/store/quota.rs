@@ -373,6 +373,7 @@ impl Store {
                 txn,
                 held: &held,
                 files: true,
+                copies: false,
             };
             for candidate in candidates {
                 match candidate {
@@ -598,7 +599,7 @@ mod tests {
         }
         store.tag("keep", &tagged.id()).unwrap();
         store
-            .write(|txn| super::super::set_name(txn, published.id(), "a/b@main", true))
+            .write(|txn| super::super::set_name(txn, published.id(), "a/b@main", Some(None)))
             .unwrap();
         let partial = origin(5, 10);
         partial.expect(store, &setup.root("partial"));

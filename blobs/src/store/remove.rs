@@ -1,7 +1,7 @@
 //! Forgetting a model, and what only it needed.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     path::{Path, PathBuf},
 };
 
@@ -23,13 +23,15 @@ use crate::{Hash, Manifest, index::Location};
 pub struct Removed {
     /// The model as it was.
     pub model: Model,
-    /// Files deleted from its folder.
+    /// Files deleted.
     pub files_deleted: u32,
+    /// The folders that they were deleted from: that of the model, and those of copies.
+    pub folders: Vec<PathBuf>,
 }
 
 impl Store {
-    /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged; its part files, and what the store itself owns of
-    /// it, go in any case. What other models need stays. Durable when it returns.
+    /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged, in all folders that it was fetched into, with the
+    /// folders that were made for it; its part files, and what the store itself owns of it, go in any case. What other models need stays. Durable when it returns.
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it, [`StoreError::Tagged`], [`StoreError::Busy`] while it is worked with.
@@ -50,7 +52,6 @@ impl Store {
         }
         let held = self.held()?;
         let mut doomed = Doomed::default();
-        let files = files && model.fetched;
         let files_deleted = self.write(|txn| {
             let tags = tags_of(txn, id)?;
             if !tags.is_empty() {
@@ -60,17 +61,21 @@ impl Store {
                 store: self,
                 txn,
                 held: &held,
-                files,
+                files: files && model.fetched,
+                copies: files,
             };
-            let deleted = forget.model(&model, manifest.as_ref(), &mut doomed)?;
+            let mut folders = BTreeSet::new();
+            let deleted = forget.model_of(&model, manifest.as_ref(), &mut doomed, &mut folders)?;
             doomed.note(txn)?;
-            Ok(deleted)
+            Ok((deleted, folders))
         })?;
+        let (files_deleted, folders) = files_deleted;
         // Committed: what follows only frees room.
         self.delete(doomed)?;
         Ok(Removed {
             model,
             files_deleted,
+            folders: folders.into_iter().collect(),
         })
     }
 
@@ -118,6 +123,8 @@ pub(super) struct Forget<'a> {
     pub(super) held: &'a HashSet<Hash>,
     /// Also delete files that a transfer wrote.
     pub(super) files: bool,
+    /// Also those that it wrote into other folders than the model's.
+    pub(super) copies: bool,
 }
 
 impl Forget<'_> {
@@ -127,6 +134,17 @@ impl Forget<'_> {
         model: &Model,
         manifest: Option<&Manifest>,
         doomed: &mut Doomed,
+    ) -> Result<u32, StoreError> {
+        self.model_of(model, manifest, doomed, &mut BTreeSet::new())
+    }
+
+    /// As [`model`](Self::model); the folders that files are deleted from go to `folders`.
+    fn model_of(
+        &self,
+        model: &Model,
+        manifest: Option<&Manifest>,
+        doomed: &mut Doomed,
+        folders: &mut BTreeSet<PathBuf>,
     ) -> Result<u32, StoreError> {
         let (store, txn) = (self.store, self.txn);
         let shared = store.shared_paths(model, &models(txn)?)?;
@@ -149,6 +167,7 @@ impl Forget<'_> {
             let folder = location.path.parent().unwrap_or(&model.root);
             doomed.written(&model.id, &location, folder);
         }
+        let mut needless = HashSet::new();
         for file in manifest.iter().flat_map(|manifest| manifest.files()) {
             let hash = file.blake3;
             let path = model.root.join(&file.path);
@@ -162,12 +181,22 @@ impl Forget<'_> {
                 {
                     let location = Location::from(&location);
                     deleted += u32::from(location.open().is_some());
-                    doomed.written(&hash, &location, &model.root);
+                    doomed.written(&hash, &location, &emptied(model, &model.root, &file.path));
+                    folders.insert(model.root.clone());
                 }
             }
             if refs(txn, &hash)? == 0 && !self.held.contains(&hash) {
-                self.blob(&hash, doomed)?;
+                for (location, root) in self.copies(&hash, &file.path)? {
+                    deleted += u32::from(location.open().is_some());
+                    doomed.written(&hash, &location, &emptied(model, &root, &file.path));
+                    folders.insert(root);
+                }
+                needless.insert(hash);
             }
+        }
+        // After all files: two of them may have one content.
+        for hash in &needless {
+            self.blob(hash, doomed)?;
         }
         if !self.held.contains(&model.id) {
             let mut table = txn.open_table(BLOBS).map_err(database)?;
@@ -176,6 +205,28 @@ impl Forget<'_> {
             doomed.own(store.manifest_path(&model.id));
         }
         Ok(deleted)
+    }
+
+    /// The files that a transfer wrote a blob to, at `path` in other folders: each with its folder.
+    fn copies(&self, hash: &Hash, path: &str) -> Result<Vec<(Location, PathBuf)>, StoreError> {
+        if !self.copies {
+            return Ok(Vec::new());
+        }
+        let table = self.txn.open_table(BLOBS).map_err(database)?;
+        let row = match table.get(hash.as_bytes()).map_err(database)? {
+            Some(row) => decode::<BlobRow>("blobs", row.value())?,
+            None => return Ok(Vec::new()),
+        };
+        let written = row.locations.iter().filter(|row| row.written);
+        let copies = written.filter_map(|row| {
+            let location = Location::from(row);
+            // What lies in the store itself goes with the blob.
+            let is_own = location.path.starts_with(&self.store.inner.folder);
+            let root = location.path.ancestors().nth(path.split('/').count())?;
+            let is_copy = !is_own && location.path == root.join(path);
+            is_copy.then(|| (location.clone(), root.to_owned()))
+        });
+        Ok(copies.collect())
     }
 
     /// Drops all rows of a blob that nobody needs, with what the store itself holds of it.
@@ -221,6 +272,18 @@ impl Forget<'_> {
     }
 }
 
+/// The folder up to which those go that deleting the file at `path` in `root` empties: the root itself only if it was made for the
+/// model; a person's own folder stays, empty or not.
+fn emptied(model: &Model, root: &Path, path: &str) -> PathBuf {
+    if model.made.iter().any(|made| made == root) {
+        return root.to_owned();
+    }
+    match path.split_once('/') {
+        Some((first, _)) => root.join(first),
+        None => PathBuf::new(),
+    }
+}
+
 /// All models, as the transaction sees them.
 pub(super) fn models(txn: &WriteTransaction) -> Result<Vec<Model>, StoreError> {
     let table = txn.open_table(MODELS).map_err(database)?;
@@ -231,4 +294,75 @@ pub(super) fn models(txn: &WriteTransaction) -> Result<Vec<Model>, StoreError> {
         models.push(Model::from_row((*id.value()).into(), row));
     }
     Ok(models)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{
+        hf_cache::Commit,
+        store::testing::{Origin, content, store},
+    };
+
+    #[test]
+    fn removing_a_model_with_its_files_deletes_every_copy_that_was_fetched_and_no_folder_of_a_person()
+     {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let data = content(1, 3);
+        // Two files of one content, and one in a folder.
+        let one = Origin::new(&[("a", &data), ("b", &data), ("sub/c", b"c")]);
+        let (first, second) = (home.path().join("1"), home.path().join("2"));
+        one.fetch(&store, &first);
+        store.note_made(&one.id(), &first).unwrap();
+        one.fetch(&store, &second);
+        fs::write(second.join("mine.txt"), "mine").unwrap();
+        let removed = store.remove(&one.id(), true).unwrap();
+        assert_eq!(removed.folders, [first.clone(), second.clone()]);
+        assert_eq!(removed.files_deleted, 6);
+        assert!(!first.exists(), "it was made for the model");
+        let left: Vec<_> = fs::read_dir(&second).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+
+        // A person's own folder stays, though nothing is left in it.
+        fs::remove_file(second.join("mine.txt")).unwrap();
+        one.fetch(&store, &second);
+        store.remove(&one.id(), true).unwrap();
+        assert_eq!(fs::read_dir(&second).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_another_model_needs_stays_in_every_copy() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let one = Origin::new(&[("a", b"shared"), ("b", b"b")]);
+        let two = Origin::new(&[("a", b"shared"), ("c", b"c")]);
+        one.fetch(&store, &home.path().join("1"));
+        two.fetch(&store, &home.path().join("2"));
+        one.fetch(&store, &home.path().join("3"));
+        store.remove(&one.id(), true).unwrap();
+        assert!(home.path().join("2/a").exists());
+        assert!(store.whole(&two.hash("a")).unwrap().is_some());
+        assert!(!home.path().join("1/b").exists() && !home.path().join("3/b").exists());
+    }
+
+    #[test]
+    fn a_name_can_be_dropped_and_the_model_stays() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let one = Origin::new(&[("a", b"a")]);
+        one.fetch(&store, &home.path().join("1"));
+        let commit = Commit::of_model(&one.id());
+        store.publish_as(&one.id(), "me/a", None).unwrap();
+        store.publish_as(&one.id(), "me/b", Some(commit)).unwrap();
+        store.drop_name(&one.id(), "me/a").unwrap();
+        let names = store.model(&one.id()).unwrap().names;
+        assert_eq!(names.len(), 1);
+        assert_eq!((&*names[0].name, names[0].commit), ("me/b", Some(commit)));
+        // Published for something else now.
+        store.publish_as(&one.id(), "me/b", None).unwrap();
+        assert_eq!(store.model(&one.id()).unwrap().names[0].commit, None);
+    }
 }

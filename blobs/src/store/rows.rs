@@ -59,6 +59,9 @@ pub(super) struct ModelRow {
     /// Files that were made of tensors of it.
     #[prost(message, repeated, tag = "7")]
     pub(super) results: Vec<LocationRow>,
+    /// Folders that were made for it.
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    pub(super) made: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -67,6 +70,9 @@ pub(super) struct NameRow {
     pub(super) name: String,
     #[prost(bool, tag = "2")]
     pub(super) published: bool,
+    /// The commit on the hub that the name is published for; empty for none.
+    #[prost(bytes = "vec", tag = "3")]
+    pub(super) commit: Vec<u8>,
 }
 
 /// A row of `parts`: a blob that is still arriving. The key is its hash and the part file's path.

@@ -365,7 +365,14 @@ impl Models for Service {
         request: Request<api::AddRequest>,
     ) -> Result<Response<Self::AddStream>, Status> {
         let request = request.into_inner();
-        let mut add = self.node.models().add(absolute("path", &request.path)?);
+        let mut add = self
+            .node
+            .models()
+            .add(absolute("path", &request.path)?)
+            .strict(request.strict)
+            .hidden(request.hidden)
+            .follow_links(request.follow_links)
+            .skip_unportable(request.skip_unportable);
         if !request.name.is_empty() {
             let name = request
                 .name
@@ -390,7 +397,11 @@ impl Models for Service {
     ) -> Result<Response<Self::AddHfCacheStream>, Status> {
         let request = request.into_inner();
         let (cache, repo) = hf_cache(request.hf_cache.unwrap_or_default())?;
-        let mut add = self.node.models().add_hf_cache(cache);
+        let mut add = self
+            .node
+            .models()
+            .add_hf_cache(cache)
+            .strict(request.strict);
         match (repo, request.name.is_empty()) {
             (Some(repo), named) => {
                 add = add.repo(repo);
@@ -548,6 +559,7 @@ impl Models for Service {
     ) -> Result<Response<api::ShowResponse>, Status> {
         let shown = self.node.models().show(&request.into_inner().model).await;
         let (info, manifest, ticket) = shown.map_err(|error| status(&error))?;
+        let incomplete = self.node.models().incomplete(&info.id).await;
         let files = manifest.iter().flat_map(weft::Manifest::files);
         Ok(Response::new(api::ShowResponse {
             model: Some(model(info)),
@@ -561,6 +573,7 @@ impl Models for Service {
                 })
                 .collect(),
             ticket: ticket.to_string(),
+            incomplete: incomplete.map_err(|error| status(&error))?,
         }))
     }
 
@@ -578,6 +591,14 @@ impl Models for Service {
         Ok(Response::new(api::RemoveResponse {
             model: Some(model(removed.model)),
             files_deleted: removed.files_deleted,
+            names: removed.names,
+            kept: removed.kept,
+            folders: removed
+                .folders
+                .iter()
+                .map(|folder| folder.display().to_string())
+                .collect(),
+            not_withdrawn: removed.not_withdrawn,
         }))
     }
 
@@ -750,6 +771,20 @@ fn add_done(added: Added) -> api::AddDone {
         skipped: added.skipped,
         registries: added.registries.iter().map(ToString::to_string).collect(),
         not_listed: added.not_listed,
+        opaque: added
+            .opaque
+            .into_iter()
+            .map(|one| api::OpaqueFile {
+                path: one.path,
+                reason: one.reason,
+            })
+            .collect(),
+        followed: added.followed,
+        incomplete: added.incomplete,
+        taken_from: added
+            .taken_from
+            .map(|id| id.to_string())
+            .unwrap_or_default(),
     }
 }
 
@@ -833,6 +868,7 @@ fn get_done(got: Got) -> api::GetDone {
             .publisher
             .map(|peer| peer.to_string())
             .unwrap_or_default(),
+        other_parts: got.other_parts as u32,
         sources: got
             .sources
             .into_iter()

@@ -39,6 +39,7 @@ pub(crate) fn status(error: &Error) -> Status {
         }
         Error::QuotaExceeded { .. } => (Code::ResourceExhausted, "QUOTA_EXCEEDED"),
         Error::Tagged { .. } => (Code::FailedPrecondition, "TAGGED"),
+        Error::OtherNames { .. } => (Code::FailedPrecondition, "OTHER_NAMES"),
         Error::NoSuchTag(_) => (Code::NotFound, "NO_SUCH_TAG"),
         Error::Tag(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Busy(_) => (Code::Aborted, "BUSY"),

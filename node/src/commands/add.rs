@@ -32,7 +32,14 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
         let path = options.path;
         let path = path.ok_or_else(|| Failure::usage("a folder or file is needed"))?;
         let path = absolute(path)?;
-        let request = AddRequest { path, name };
+        let request = AddRequest {
+            path,
+            name,
+            strict: options.strict,
+            hidden: options.hidden,
+            follow_links: options.follow_links,
+            skip_unportable: options.skip_unportable,
+        };
         let events = client.models().add(request).await?.into_inner();
         let done = shown(events, &mut meter, &mut stop, "nothing was added").await?;
         print(&done, &meter, as_json);
@@ -46,6 +53,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
     let request = AddHfCacheRequest {
         hf_cache: Some(hf_cache(repo, options.cache_dir)?),
         name,
+        strict: options.strict,
     };
     let events = client.models().add_hf_cache(request).await?.into_inner();
     let done = shown(events, &mut meter, &mut stop, "what was added stays").await?;
@@ -97,6 +105,9 @@ async fn shown<E: Event<Progress = AddProgress>>(
 }
 
 fn to_json(done: &AddDone) -> Value {
+    let opaque = done.opaque.iter();
+    let opaque = opaque.map(|one| json!({ "path": one.path, "reason": one.reason }));
+    let taken_from = Some(&done.taken_from).filter(|id| !id.is_empty());
     let model = done.model.clone().unwrap_or_default();
     json!({
         "model": model_json(&model),
@@ -105,6 +116,10 @@ fn to_json(done: &AddDone) -> Value {
         "skipped": done.skipped,
         "registries": done.registries,
         "not_listed": done.not_listed,
+        "opaque": opaque.collect::<Vec<_>>(),
+        "followed": done.followed,
+        "incomplete": done.incomplete,
+        "taken_from": taken_from,
     })
 }
 
@@ -125,6 +140,27 @@ fn print(done: &AddDone, meter: &Meter, as_json: bool) {
 fn print_model(done: &AddDone, how_long: &str) {
     for skipped in &done.skipped {
         err!("left out {skipped}");
+    }
+    for one in &done.opaque {
+        err!(
+            "published as bytes, without tensors: {}: {}",
+            one.path,
+            one.reason
+        );
+    }
+    for link in &done.followed {
+        err!("followed a link out of the folder: {link}");
+    }
+    for lacks in &done.incomplete {
+        err!("incomplete: {lacks}");
+    }
+    if !done.taken_from.is_empty() {
+        let (names, id) = (
+            done.model.as_ref().map(|model| model.names.join(", ")),
+            &done.taken_from,
+        );
+        let names = names.unwrap_or_default();
+        err!("the name was taken from the model {id}, which stays here without it: {names}");
     }
     for problem in &done.not_listed {
         err!("not listed in registry {problem}");
@@ -161,7 +197,6 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
         let added = done.added.iter();
         added.map(|one| (&one.repos, one.done.clone().unwrap_or_default()))
     };
-    let all = done.added.len() + done.failed.len();
     let result = match done.failed.is_empty() {
         true => Ok(()),
         false => Err(Failure::silent(1, "HF_CACHE")),
@@ -197,7 +232,10 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
         print_model(&done, "");
     }
     if !done.failed.is_empty() {
-        err!("{} of {all} could not be added", done.failed.len());
+        err!(
+            "{} could not be added",
+            output::count(done.failed.len() as u64, "file or snapshot")
+        );
         return result;
     }
     match done.added.len() {

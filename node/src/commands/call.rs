@@ -22,12 +22,11 @@ use weft_proto::{
     rpc::{Code, SCHEMAS},
 };
 
-use super::show::printable;
 use crate::{
     cli::{Call, Service},
     client::Client,
     exit::Failure,
-    output::{self, out, out_raw},
+    output::{self, out, out_raw, printable},
 };
 
 /// Lines of standard input that wait to be sent.

@@ -170,6 +170,7 @@ fn print(done: GetDone, as_json: bool) {
                 "publisher": (!done.publisher.is_empty()).then_some(done.publisher),
                 "sources": sources,
                 "results": done.results,
+                "other_parts": done.other_parts,
             })
         );
         return;
@@ -200,6 +201,15 @@ fn print(done: GetDone, as_json: bool) {
         out!("  made       {path}");
     }
     out!("  id         {}", model.id);
+    if done.other_parts > 0 {
+        out!(
+            "  a part of a commit on the Hugging Face hub, and {} published by the name; --files or --publisher chooses",
+            match done.other_parts {
+                1 => "another is".to_owned(),
+                n => format!("{n} others are"),
+            }
+        );
+    }
     if !done.publisher.is_empty() {
         out!("  publisher  {}", done.publisher);
     }

@@ -1,6 +1,6 @@
 //! `weft ls`, `weft show`, `weft providers`, `weft rm`.
 
-use crate::output::{out, out_raw};
+use crate::output::{err, out, out_raw};
 
 use serde_json::{Value, json};
 use weft_proto::api;
@@ -104,7 +104,12 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
         let files: Vec<_> = shown.files.iter().map(file_json).collect();
         out!(
             "{}",
-            json!({ "model": model_json(&model), "files": files, "ticket": shown.ticket })
+            json!({
+                "model": model_json(&model),
+                "files": files,
+                "ticket": shown.ticket,
+                "incomplete": shown.incomplete,
+            })
         );
         return Ok(());
     }
@@ -118,6 +123,9 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
     out!("folder  {} ({})", model.path, model.origin);
     out!("here    {} of {}", here(&model), output::bytes(model.size));
     out!("ticket  {}", shown.ticket);
+    for lacks in &shown.incomplete {
+        out!("lacks   {lacks}");
+    }
     out!();
     let heading = ["FILE", "SIZE", "TENSORS", "BLAKE3"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
@@ -131,15 +139,18 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
     }
     out_raw!("{}", output::table(&rows));
     if options.tensors {
-        let heading = ["TENSOR", "DTYPE", "SHAPE", "BYTES"];
+        let heading = ["FILE", "TENSOR", "DTYPE", "SHAPE", "BYTES"];
         let mut rows = vec![heading.map(str::to_owned).to_vec()];
-        for tensor in shown.files.iter().flat_map(|file| &file.tensors) {
-            rows.push(vec![
-                printable(&tensor.name),
-                printable(&tensor.dtype),
-                format!("{:?}", tensor.shape),
-                format!("{}..{}", tensor.start, tensor.end),
-            ]);
+        for file in &shown.files {
+            for tensor in &file.tensors {
+                rows.push(vec![
+                    file.path.clone(),
+                    tensor.name.clone(),
+                    tensor.dtype.clone(),
+                    format!("{:?}", tensor.shape),
+                    format!("{}..{}", tensor.start, tensor.end),
+                ]);
+            }
         }
         out!();
         out_raw!("{}", output::table(&rows));
@@ -157,19 +168,42 @@ pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Resul
     if as_json {
         out!(
             "{}",
-            json!({ "model": model_json(&model), "files_deleted": removed.files_deleted })
+            json!({
+                "model": model_json(&model),
+                "files_deleted": removed.files_deleted,
+                "names": removed.names,
+                "kept": removed.kept,
+                "folders": removed.folders,
+                "not_withdrawn": removed.not_withdrawn,
+            })
         );
         return Ok(());
     }
-    out!("forgot {}", model.id);
-    if removed.files_deleted > 0 {
-        out!(
-            "  deleted {} in {}",
-            output::count(removed.files_deleted.into(), "file"),
-            model.path
-        );
+    if removed.kept {
+        let others = model
+            .names
+            .iter()
+            .filter(|name| !removed.names.contains(name));
+        let others: Vec<_> = others.map(String::as_str).collect();
+        out!("dropped the name {}", removed.names.join(", "));
+        out!("  the model {} stays, as {}", model.id, others.join(", "));
     } else {
-        out!("  its files stay in {}", model.path);
+        out!("forgot {}", model.id);
+        for name in &removed.names {
+            out!("  name {name}");
+        }
+        if removed.files_deleted > 0 {
+            out!(
+                "  deleted {} in {}",
+                output::count(removed.files_deleted.into(), "file"),
+                removed.folders.join(", ")
+            );
+        } else {
+            out!("  its files stay in {}", model.path);
+        }
+    }
+    for problem in &removed.not_withdrawn {
+        err!("not withdrawn from {problem}");
     }
     Ok(())
 }
@@ -223,11 +257,4 @@ fn here(model: &api::Model) -> String {
         size => (u128::from(model.bytes_here) * 100 / u128::from(size)).min(99),
     };
     format!("{percent} %")
-}
-
-/// A stranger's text, on its way to a terminal.
-pub(super) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
 }

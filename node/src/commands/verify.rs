@@ -5,15 +5,12 @@ use weft_proto::api::{
     VerifiedFile, VerifyDone, VerifyEvent, VerifyProgress, VerifyRequest, verify_event,
 };
 
-use super::{
-    follow::{Event, follow},
-    show::printable,
-};
+use super::follow::{Event, follow};
 use crate::{
     cli::Verify,
     client::Client,
     exit::{DAMAGED, Failure},
-    output::{self, Meter, err, out},
+    output::{self, Meter, err, out, printable},
     stop::Stop,
 };
 

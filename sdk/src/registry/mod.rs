@@ -371,17 +371,25 @@ impl Registries {
         Ok((registries, problems))
     }
 
-    /// Lists a model no longer, by whatever name this node lists it. Goes on after an error, which comes last.
-    pub(crate) async fn withdraw_all(&self, model: &Hash) -> Result<(), Error> {
-        let mut result = Ok(());
+    /// Lists a model no longer, by `name`, or by whatever name this node lists it. What could not be withdrawn, each with the reason.
+    pub(crate) async fn withdraw_all(
+        &self,
+        model: &Hash,
+        name: Option<&ModelName>,
+    ) -> Result<Vec<String>, Error> {
+        let mut problems = Vec::new();
         for id in self.node.followed().all().into_keys() {
-            let model = *model;
-            let is_it = move |_: &ModelName, entry: &Entry| entry.model() == Some(model);
-            if let Err(error) = self.registry(id).delete(is_it).await {
-                result = Err(error);
+            let (model, only) = (*model, name.cloned());
+            let is_it = move |name: &ModelName, entry: &Entry| {
+                entry.model() == Some(model) && only.as_ref().is_none_or(|only| only == name)
+            };
+            match self.registry(id).delete(is_it).await {
+                Ok(_) => {}
+                Err(Error::Stopped) => return Err(Error::Stopped),
+                Err(error) => problems.push(format!("registry {id}: {error}")),
             }
         }
-        result
+        Ok(problems)
     }
 
     async fn entry(&self, model: store::Model) -> Result<Entry, Error> {

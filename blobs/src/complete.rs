@@ -1,0 +1,291 @@
+//! Files that a model lacks by its own account.
+//!
+//! A model may be in several files: an index names them, or their names count them, as in `model-00001-of-00003.safetensors`. Where one
+//! is missing, whoever publishes the model, or is about to use it, wants to know. It is no reason to refuse the model: complete models
+//! with an index of an older layout are common.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    os::unix::fs::FileExt,
+};
+
+use crate::{
+    Manifest, Store, manifest,
+    shards::{MAX_INDEX, shards},
+};
+
+/// What the names of indices end in: those of safetensors files, and of PyTorch's.
+const INDEX: [&str; 2] = [".safetensors.index.json", ".bin.index.json"];
+
+/// Endings of files that are counted by their names.
+const COUNTED: [&str; 3] = [".safetensors", ".gguf", ".bin"];
+
+/// Names that a note lists; of more, the number is said.
+const SHOWN: usize = 5;
+
+/// Notes at most. A hostile manifest could have fifty thousand indices.
+const MAX_NOTES: usize = 100;
+
+/// Indices of a model that are read at most. Real models have one, or one a component.
+const MAX_INDICES: usize = 16;
+
+/// Files of a split model at most. The largest that are published have some hundreds.
+const MAX_SPLIT: u32 = 10_000;
+
+/// What `manifest` lacks, in words, one entry an index or a split file. `read` returns the content of a file, if it is here; it is asked
+/// only for indices of at most [`MAX_INDEX`] bytes.
+pub fn lacking(
+    manifest: &Manifest,
+    mut read: impl FnMut(&manifest::File) -> Option<Vec<u8>>,
+) -> Vec<String> {
+    let files: BTreeMap<&str, &manifest::File> = manifest
+        .files()
+        .iter()
+        .map(|file| (file.path.as_str(), file))
+        .collect();
+    let mut notes = Vec::new();
+    let mut named = HashSet::new();
+    let indices = manifest.files().iter().filter(|file| {
+        let is_index = INDEX.iter().any(|ending| file.path.ends_with(ending));
+        is_index && file.size <= MAX_INDEX as u64
+    });
+    for index in indices.take(MAX_INDICES) {
+        let Some(content) = read(index) else {
+            continue;
+        };
+        let shards = match shards(&content) {
+            Ok(shards) => shards,
+            Err(error) => {
+                notes.push(format!("{}: {error}", index.path));
+                continue;
+            }
+        };
+        let folder = &index.path[..index.path.rfind('/').map_or(0, |at| at + 1)];
+        let mut missing = Vec::new();
+        let mut elsewhere = 0;
+        for (name, tensors) in &shards {
+            let path = format!("{folder}{name}");
+            match files.get(path.as_str()) {
+                None => missing.push(path),
+                Some(file) if !file.tensors.is_empty() => {
+                    let has: HashSet<_> = file.tensors.iter().map(|one| &*one.name).collect();
+                    elsewhere += tensors.iter().filter(|one| !has.contains(&***one)).count();
+                }
+                Some(_) => {}
+            }
+        }
+        if !missing.is_empty() {
+            let names = missing.len();
+            notes.push(format!(
+                "{} names {} that the model does not have: {}",
+                index.path,
+                counted(names, "file"),
+                shown(&missing),
+            ));
+        }
+        if elsewhere > 0 {
+            notes.push(format!(
+                "{} names {} in files that do not have them",
+                index.path,
+                counted(elsewhere, "tensor"),
+            ));
+        }
+        named.extend(missing);
+    }
+    for (set, numbers) in split(manifest) {
+        if notes.len() >= MAX_NOTES {
+            break;
+        }
+        let all = (1..=set.of).filter(|number| !numbers.contains(number));
+        let missing: Vec<String> = all.map(|number| set.name(number)).collect();
+        // Said once.
+        if missing.is_empty() || missing.iter().all(|path| named.contains(path)) {
+            continue;
+        }
+        notes.push(format!(
+            "{} of {} files of {} are here; missing: {}",
+            numbers.len(),
+            set.of,
+            set.name(0).replacen(&set.number(0), "*", 1),
+            shown(&missing),
+        ));
+    }
+    notes
+}
+
+impl Store {
+    /// What `manifest` lacks by its own account, as far as the indices that say it are here. Blocks.
+    pub fn lacking(&self, manifest: &Manifest) -> Vec<String> {
+        lacking(manifest, |file| {
+            let (_, open) = self.locate(&file.blake3).ok()??;
+            let mut content = vec![0; usize::try_from(file.size).ok()?];
+            open.read_exact_at(&mut content, 0).ok()?;
+            Some(content)
+        })
+    }
+}
+
+fn counted(n: usize, what: &str) -> String {
+    match n {
+        1 => format!("1 {what}"),
+        n => format!("{n} {what}s"),
+    }
+}
+
+fn shown(paths: &[String]) -> String {
+    let more = paths.len().saturating_sub(SHOWN);
+    let mut text = paths[..paths.len() - more].join(", ");
+    if more > 0 {
+        text.push_str(&format!(" and {more} more"));
+    }
+    text
+}
+
+/// Files that count each other.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Split<'a> {
+    before: &'a str,
+    digits: usize,
+    of: u32,
+    /// The number of all, as it is written.
+    written: &'a str,
+    ending: &'static str,
+}
+
+impl Split<'_> {
+    fn number(&self, number: u32) -> String {
+        format!("{number:0digits$}", digits = self.digits)
+    }
+
+    fn name(&self, number: u32) -> String {
+        let number = self.number(number);
+        format!(
+            "{}-{number}-of-{}{}",
+            self.before, self.written, self.ending
+        )
+    }
+}
+
+fn split(manifest: &Manifest) -> BTreeMap<Split<'_>, BTreeSet<u32>> {
+    let mut sets: BTreeMap<Split<'_>, BTreeSet<u32>> = BTreeMap::new();
+    for file in manifest.files() {
+        if let Some((set, number)) = numbered(&file.path) {
+            sets.entry(set).or_default().insert(number);
+        }
+    }
+    sets
+}
+
+/// Reads `before-00001-of-00003.ending`.
+fn numbered(path: &str) -> Option<(Split<'_>, u32)> {
+    let ending = *COUNTED.iter().find(|ending| path.ends_with(**ending))?;
+    let (rest, written) = path.strip_suffix(ending)?.rsplit_once("-of-")?;
+    let (before, number) = rest.rsplit_once('-')?;
+    let parse = |text: &str| -> Option<u32> {
+        let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        text.parse().ok().filter(|_| digits)
+    };
+    let (of, at) = (parse(written)?, parse(number)?);
+    if of > MAX_SPLIT || !(1..=of).contains(&at) {
+        return None;
+    }
+    let set = Split {
+        before,
+        digits: number.len(),
+        of,
+        written,
+        ending,
+    };
+    Some((set, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Hash;
+
+    fn model(paths: &[&str]) -> Manifest {
+        let files = paths.iter().map(|path| manifest::File {
+            path: (*path).to_owned(),
+            size: 3,
+            blake3: Hash::of(path.as_bytes()),
+            sha256: [0; 32],
+            tensors: Vec::new(),
+        });
+        Manifest::new(files.collect()).unwrap()
+    }
+
+    fn index(files: &[&str]) -> Vec<u8> {
+        let weights = files.iter().enumerate();
+        let weights: Vec<_> = weights
+            .map(|(at, file)| format!(r#""t{at}":"{file}""#))
+            .collect();
+        format!(r#"{{"weight_map":{{{}}}}}"#, weights.join(",")).into_bytes()
+    }
+
+    #[test]
+    fn files_that_an_index_or_a_split_name_counts_and_that_are_not_there_are_named() {
+        let m = "m.safetensors.index.json";
+        for (paths, says, expected) in [
+            (
+                &[
+                    "m-00001-of-00002.safetensors",
+                    "m-00002-of-00002.safetensors",
+                    m,
+                ][..],
+                Some(index(&[
+                    "m-00001-of-00002.safetensors",
+                    "m-00002-of-00002.safetensors",
+                ])),
+                &[][..],
+            ),
+            (
+                &["m-00001-of-00002.safetensors", m],
+                Some(index(&[
+                    "m-00001-of-00002.safetensors",
+                    "m-00002-of-00002.safetensors",
+                ])),
+                &[
+                    "m.safetensors.index.json names 1 file that the model does not have: m-00002-of-00002.safetensors",
+                ],
+            ),
+            // An index of an older layout, beside a complete model.
+            (
+                &["m-00001-of-00001.safetensors", m],
+                Some(index(&["m-00001-of-00005.safetensors"])),
+                &[
+                    "m.safetensors.index.json names 1 file that the model does not have: m-00001-of-00005.safetensors",
+                ],
+            ),
+            (
+                &["q/m-00002-of-00003.gguf"],
+                None,
+                &[
+                    "1 of 3 files of q/m-*-of-00003.gguf are here; missing: q/m-00001-of-00003.gguf, q/m-00003-of-00003.gguf",
+                ],
+            ),
+            (
+                &[
+                    "m-1-of-2.gguf",
+                    "m-2-of-2.gguf",
+                    "x-00000-of-00002.gguf",
+                    "a-of-b.gguf",
+                ],
+                None,
+                &[],
+            ),
+            (
+                &["m-00001-of-4294967295.gguf", "m-00001-of-99999999999.gguf"],
+                None,
+                &[],
+            ),
+        ] {
+            let notes = lacking(&model(paths), |_| says.clone());
+            assert_eq!(notes, expected, "{paths:?}");
+        }
+        let broken = lacking(&model(&[m]), |_| Some(b"{\"weight_map\": {".to_vec()));
+        assert!(broken[0].contains("malformed"), "{broken:?}");
+        // What is not here cannot be looked at.
+        assert!(lacking(&model(&[m]), |_| None).is_empty());
+    }
+}

@@ -1,0 +1,313 @@
+//! Finding the files of a folder: which are taken, which are left out, where links may lead.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fs::{self, DirEntry},
+    io,
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+};
+
+use super::{IndexError, NOT_PART_OF_A_MODEL, Notes, Progress, Rules, unreadable};
+use crate::{
+    manifest::{MAX_FILES, ManifestError},
+    path::{MAX_PATH, OWN_PREFIX, PathError},
+};
+
+/// Hidden files that belong to a repository of a model: those that Git and the hub read.
+const KNOWN_HIDDEN: [&str; 5] = [
+    ".gitattributes",
+    ".gitignore",
+    ".gitkeep",
+    ".gitmodules",
+    ".huggingface.yaml",
+];
+
+/// Files that systems leave in folders: of Finder and of Windows' Explorer.
+pub(crate) const OF_THE_SYSTEM: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
+
+/// The folder that macOS adds to archives, for the attributes of the files in them.
+const MACOSX: &str = "__MACOSX";
+
+/// What macOS begins the name of a file with that holds the attributes of another, where the file system has none.
+const APPLE_DOUBLE: &str = "._";
+
+/// Returns the reason for which a file or folder of this name is left out, whatever the rules.
+pub(crate) fn litter(name: &str) -> Option<&'static str> {
+    if name.starts_with(APPLE_DOUBLE) {
+        Some("macOS keeps another file's attributes in it")
+    } else if OF_THE_SYSTEM.contains(&name) || name == MACOSX {
+        Some("the system's own, and not part of a model")
+    } else {
+        None
+    }
+}
+
+/// Walks through a folder.
+pub(super) struct Walker<'a> {
+    root: &'a Path,
+    rules: &'a Rules,
+    progress: &'a Progress,
+    /// Folders that links may lead into, without links: the root, and others that go with it.
+    within: Vec<PathBuf>,
+    /// The files, by path in the manifest: where they are, without links.
+    pub(super) found: BTreeMap<String, PathBuf>,
+    pub(super) skipped: Notes,
+    pub(super) followed: Notes,
+    /// Of what is left out, that which the person meant to publish.
+    pub(super) faults: Vec<String>,
+    pub(super) refused: Vec<PathError>,
+    /// The folders on the way here, without links: a link to one of them has no end.
+    above: Vec<PathBuf>,
+    folders: usize,
+}
+
+impl<'a> Walker<'a> {
+    pub(super) fn new(root: &'a Path, rules: &'a Rules, progress: &'a Progress) -> Self {
+        let mut within = vec![root.to_owned()];
+        within.extend(rules.within.iter().cloned());
+        within.extend(of_hub_snapshot(root));
+        Self {
+            root,
+            rules,
+            progress,
+            within,
+            found: BTreeMap::new(),
+            skipped: Notes::default(),
+            followed: Notes::default(),
+            faults: Vec::new(),
+            refused: Vec::new(),
+            above: Vec::new(),
+            folders: 0,
+        }
+    }
+
+    /// Takes one file alone.
+    pub(super) fn only(&mut self, name: &OsStr, path: &Path) {
+        if let Some(name) = self.name("", name) {
+            self.found.insert(name, path.to_owned());
+        }
+    }
+
+    pub(super) fn walk(&mut self) -> Result<(), IndexError> {
+        let root = self.root;
+        self.folder(root, "")
+    }
+
+    /// What is in the folder at `at`, without links, which is `relative` in the manifest; empty for the root.
+    fn folder(&mut self, at: &Path, relative: &str) -> Result<(), IndexError> {
+        self.folders += 1;
+        if self.folders > MAX_FILES {
+            return Err(too_many("folders"));
+        }
+        let entries = fs::read_dir(at).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        let entries = match entries {
+            Ok(entries) => entries,
+            Err(source) if relative.is_empty() => {
+                let path = at.to_owned();
+                return Err(IndexError::Io { path, source });
+            }
+            Err(error) => {
+                self.fault(relative, &unreadable(&error));
+                return Ok(());
+            }
+        };
+        self.above.push(at.to_owned());
+        let walked = entries
+            .iter()
+            .try_for_each(|entry| self.entry(entry, relative));
+        self.above.pop();
+        walked
+    }
+
+    fn entry(&mut self, entry: &DirEntry, folder: &str) -> Result<(), IndexError> {
+        if self.progress.cancelled.load(Ordering::Relaxed) {
+            return Err(IndexError::Cancelled);
+        }
+        let path = entry.path();
+        if self.rules.without.contains(&path) {
+            return Ok(());
+        }
+        let kind = match entry.file_type() {
+            Ok(kind) => kind,
+            Err(error) => {
+                let relative = join(folder, &entry.file_name().to_string_lossy());
+                self.fault(&relative, &unreadable(&error));
+                return Ok(());
+            }
+        };
+        let name = entry.file_name();
+        // One that is left out need not have a name that others can hold.
+        if let Some(reason) = self.left_out(&name.to_string_lossy(), kind.is_dir()) {
+            self.skip(&join(folder, &name.to_string_lossy()), reason);
+            return Ok(());
+        }
+        let Some(relative) = self.name(folder, &name) else {
+            return Ok(());
+        };
+        if kind.is_symlink() {
+            self.link(&path, relative)
+        } else if kind.is_dir() {
+            self.folder(&path, &relative)
+        } else if kind.is_file() {
+            self.file(path, relative)
+        } else {
+            self.skip(&relative, "neither a file nor a folder");
+            Ok(())
+        }
+    }
+
+    /// Where a link leads decides: into the folder, and it is what it leads to; out of it, and it is nothing unless told otherwise.
+    fn link(&mut self, path: &Path, relative: String) -> Result<(), IndexError> {
+        let target = match path.canonicalize() {
+            Ok(target) => target,
+            Err(error) => {
+                let to = fs::read_link(path).unwrap_or_default();
+                let to = to.display();
+                let reason = match error.kind() {
+                    io::ErrorKind::NotFound => {
+                        format!("a link to {to}, which is not there")
+                    }
+                    _ => format!("a link to {to}, which cannot be followed: {error}"),
+                };
+                self.fault(&relative, &reason);
+                return Ok(());
+            }
+        };
+        let follow = self.rules.follow_links;
+        let outside = !self.within.iter().any(|folder| target.starts_with(folder));
+        if outside && !follow {
+            let reason = format!(
+                "a link out of the folder, to {}; the option follow-links includes it",
+                target.display()
+            );
+            self.skip(&relative, &reason);
+            return Ok(());
+        }
+        if !follow && self.leads_to_left_out(&target) {
+            let reason = "a link to what is left out; the option follow-links includes it";
+            self.skip(&relative, reason);
+            return Ok(());
+        }
+        if target.is_dir() {
+            if self.above.iter().any(|above| above.starts_with(&target)) {
+                self.skip(&relative, "a link to a folder that holds the link itself");
+                return Ok(());
+            }
+            if !follow {
+                let reason = "a link to a folder; the option follow-links includes it";
+                self.skip(&relative, reason);
+                return Ok(());
+            }
+            if outside {
+                self.follow(&relative, &target);
+            }
+            self.folder(&target, &relative)
+        } else if target.is_file() {
+            if outside {
+                self.follow(&relative, &target);
+            }
+            self.file(target, relative)
+        } else {
+            self.skip(&relative, "neither a file nor a folder");
+            Ok(())
+        }
+    }
+
+    fn file(&mut self, path: PathBuf, relative: String) -> Result<(), IndexError> {
+        if self.found.len() >= MAX_FILES {
+            return Err(too_many("files"));
+        }
+        self.found.insert(relative, path);
+        Ok(())
+    }
+
+    /// The path in the manifest of `name` in `folder`; `None`, and a refusal, if it cannot be one.
+    fn name(&mut self, folder: &str, name: &OsStr) -> Option<String> {
+        let shown = join(folder, &name.to_string_lossy());
+        let reason = match name.to_str() {
+            None => "its name is not UTF-8",
+            // Below it is none that could be shorter.
+            Some(_) if shown.len() > MAX_PATH => "it is longer than 1024 bytes",
+            Some(_) => return Some(shown),
+        };
+        self.refused.push(PathError {
+            path: shown,
+            reason,
+            other: None,
+        });
+        None
+    }
+
+    fn left_out(&self, name: &str, is_folder: bool) -> Option<&'static str> {
+        if name.starts_with(OWN_PREFIX) {
+            Some("a file of an unfinished transfer")
+        } else if is_folder && NOT_PART_OF_A_MODEL.contains(&name) {
+            Some("a tool's own folder")
+        } else if let Some(reason) = litter(name) {
+            Some(reason)
+        } else if name.starts_with('.') && !self.rules.hidden && !KNOWN_HIDDEN.contains(&name) {
+            Some("hidden; the option hidden includes it")
+        } else {
+            None
+        }
+    }
+
+    /// Whether a link's target in the root would be left out by its own name.
+    fn leads_to_left_out(&self, target: &Path) -> bool {
+        let Ok(inside) = target.strip_prefix(self.root) else {
+            return false;
+        };
+        let mut names = inside.iter().map(OsStr::to_string_lossy).peekable();
+        while let Some(name) = names.next() {
+            let is_folder = names.peek().is_some() || target.is_dir();
+            if self.left_out(&name, is_folder).is_some() {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn skip(&mut self, relative: &str, reason: &str) {
+        self.skipped.push(format!("{relative}: {reason}"));
+    }
+
+    fn fault(&mut self, relative: &str, reason: &str) {
+        self.faults.push(format!("{relative}: {reason}"));
+        self.skip(relative, reason);
+    }
+
+    fn follow(&mut self, relative: &str, target: &Path) {
+        self.followed
+            .push(format!("{relative}: to {}", target.display()));
+    }
+}
+
+fn too_many(what: &'static str) -> IndexError {
+    let limit = MAX_FILES as u64;
+    ManifestError::TooLarge { limit, what }.into()
+}
+
+fn join(folder: &str, name: &str) -> String {
+    match folder {
+        "" => name.to_owned(),
+        folder => format!("{folder}/{name}"),
+    }
+}
+
+/// The folders that the links of a snapshot in a cache of huggingface_hub lead to, if `root` is one: its repository's blobs, and those
+/// that several repositories share.
+fn of_hub_snapshot(root: &Path) -> Vec<PathBuf> {
+    let is = |folder: Option<&Path>, name: &dyn Fn(&str) -> bool| {
+        let folder = folder?;
+        name(folder.file_name()?.to_str()?).then(|| folder.to_owned())
+    };
+    let found = (|| {
+        let snapshots = is(root.parent(), &|name| name == "snapshots")?;
+        let repo = is(snapshots.parent(), &|name| name.starts_with("models--"))?;
+        let shared = repo.parent()?.join("blobs");
+        Some(vec![repo.join("blobs"), shared])
+    })();
+    found.unwrap_or_default()
+}
