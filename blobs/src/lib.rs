@@ -37,6 +37,7 @@ pub mod selection;
 pub mod serve;
 pub mod shards;
 pub mod source;
+mod stamp;
 pub mod store;
 #[cfg(test)]
 mod testing;

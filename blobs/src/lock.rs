@@ -12,7 +12,9 @@ use rustix::fs::OFlags;
 /// An advisory lock on a file, released when dropped or when the process ends, however it ends.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+    /// The last holder did not give it back: it was killed, or the power went.
+    was_left: bool,
 }
 
 /// Why a lock was not taken.
@@ -77,10 +79,25 @@ impl Lock {
             }
             Err(TryLockError::Error(source)) => return Err(io(source)),
         }
+        let was_left = file.metadata().map_err(io)?.len() > 0;
         file.set_len(0).map_err(io)?;
         file.rewind().map_err(io)?;
         writeln!(file, "{}", std::process::id()).map_err(io)?;
-        Ok(Self { _file: file })
+        Ok(Self { file, was_left })
+    }
+
+    /// Whether the last holder ended without giving it back, and so without bringing to an end what it was at.
+    pub(crate) fn was_left(&self) -> bool {
+        self.was_left
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // An empty file tells the next holder that this one ended cleanly; one that is not is only checked more.
+        if let Err(error) = self.file.set_len(0) {
+            tracing::debug!(%error, "a lock file keeps the id of its last holder");
+        }
     }
 }
 

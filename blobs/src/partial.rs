@@ -18,6 +18,7 @@ use crate::{
     Hash,
     bitfield::Bitfield,
     index::Location,
+    stamp::Stamp,
     store::{PartLease, StoreError},
     tree::{GROUP, PARENT, Tree},
 };
@@ -170,6 +171,23 @@ impl Content {
     }
 }
 
+/// What an earlier run left in a part file, as a row says.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) groups: Bitfield,
+    /// Those that this process has neither written nor read.
+    pub(crate) unread: Bitfield,
+    /// Nothing has touched the file since the row was written.
+    pub(crate) trusted: bool,
+}
+
+/// Groups that only a row vouches for.
+#[derive(Debug)]
+struct Unread {
+    groups: Bitfield,
+    trusted: bool,
+}
+
 /// A blob that is still arriving, written beside its target.
 #[derive(Debug)]
 pub(crate) struct Partial {
@@ -179,6 +197,8 @@ pub(crate) struct Partial {
     outboard: Option<(PathBuf, File)>,
     /// What is had and would survive a crash.
     durable: Mutex<Bitfield>,
+    /// What an earlier run left, and is still to be read before the file gets its name.
+    unread: Mutex<Unread>,
     /// Written to since it was last settled.
     dirty: AtomicBool,
     /// Has become its target.
@@ -192,7 +212,7 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    /// Opens the part file that `committed` vouches for, or makes a new one: with room for the whole if there is `room` to be set aside, else as large as what
+    /// Opens the part file that `kept` vouches for, or makes a new one: with room for the whole if there is `room` to be set aside, else as large as what
     /// is written.
     pub(crate) fn open(
         lease: PartLease,
@@ -200,12 +220,11 @@ impl Partial {
         target: &Path,
         room: bool,
         outboard: Option<PathBuf>,
-        committed: Option<Bitfield>,
+        kept: Option<Kept>,
     ) -> Result<Self, StoreError> {
         let part = lease.part.clone();
         let file = open(&part)?;
         let io = |path: &Path| StoreError::io("cannot write", path);
-        let kept = committed.is_some();
         let outboard = match outboard {
             Some(path) => {
                 let file = open(&path)?;
@@ -217,8 +236,14 @@ impl Partial {
             }
             None => None,
         };
-        let have = committed.unwrap_or_else(|| Bitfield::empty(tree.groups()));
-        match (kept, room) {
+        let is_kept = kept.is_some();
+        let kept = kept.unwrap_or_else(|| Kept {
+            groups: Bitfield::empty(tree.groups()),
+            unread: Bitfield::empty(tree.groups()),
+            trusted: true,
+        });
+        let have = kept.groups;
+        match (is_kept, room) {
             (true, _) => {}
             (false, true) => reserve(&file, tree.size()).map_err(io(&part))?,
             (false, false) => file.set_len(tree.size()).map_err(io(&part))?,
@@ -241,7 +266,11 @@ impl Partial {
             }),
             _lease: lease,
             finished: AtomicBool::new(false),
-            named: AtomicBool::new(kept),
+            unread: Mutex::new(Unread {
+                groups: kept.unread,
+                trusted: kept.trusted,
+            }),
+            named: AtomicBool::new(is_kept),
             naming: RwLock::default(),
             writing: Mutex::default(),
         })
@@ -267,6 +296,61 @@ impl Partial {
             .lock()
             .expect("nothing panics while holding the lock")
             .contains(groups)
+    }
+
+    /// Groups that an earlier run left and that are still to be read.
+    pub(crate) fn unread(&self) -> Bitfield {
+        self.lock_unread().groups.clone()
+    }
+
+    /// Whether there are groups that an earlier run left and that are still to be read.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.lock_unread().groups.count() > 0
+    }
+
+    /// Whether all is here, and some of it is still to be read before it may be called so.
+    pub(crate) fn is_to_be_read(&self) -> bool {
+        self.is_full() && self.is_unread()
+    }
+
+    /// Whether nothing has touched the file since a row was written, or all that the row spoke of was read since.
+    pub(crate) fn is_trusted(&self) -> bool {
+        let unread = self.lock_unread();
+        unread.trusted || unread.groups.count() == 0
+    }
+
+    /// `groups` were read, of which `lost` are not what they should be and count as missing from now on; what is still durable.
+    pub(crate) fn was_read(&self, groups: &Bitfield, lost: &Bitfield) -> Bitfield {
+        let mut have = self.lock();
+        lost.runs().for_each(|run| have.remove_range(run));
+        drop(have);
+        let mut unread = self.lock_unread();
+        groups
+            .runs()
+            .for_each(|run| unread.groups.remove_range(run));
+        drop(unread);
+        let mut durable = self
+            .durable
+            .lock()
+            .expect("nothing panics while holding the lock");
+        lost.runs().for_each(|run| durable.remove_range(run));
+        durable.clone()
+    }
+
+    /// By what the file is known to be untouched when it is opened again; `None` while groups are in doubt.
+    pub(crate) fn stamp(&self) -> Result<Option<Stamp>, StoreError> {
+        if !self.is_trusted() {
+            return Ok(None);
+        }
+        let metadata = self.file.metadata();
+        let metadata = metadata.map_err(StoreError::io("cannot read", self.part()))?;
+        Ok(Some(Stamp::of(&metadata)))
+    }
+
+    fn lock_unread(&self) -> std::sync::MutexGuard<'_, Unread> {
+        self.unread
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 
     /// A row vouches for these now.

@@ -47,6 +47,10 @@ pub struct Progress {
     pub moved: AtomicU64,
     /// Content bytes that were taken from other files of this machine, which a provider's proofs fit.
     pub reused: AtomicU64,
+    /// Bytes that earlier runs left of a file that is whole now, while they are read before it gets its name; zero when nothing is.
+    pub reread_total: AtomicU64,
+    /// Bytes of these that were read.
+    pub reread: AtomicU64,
     /// The same counters for hashing what is already there; its flag stops that.
     pub check: index::Progress,
 }
@@ -483,13 +487,34 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
     let own = part_path(&want.target, &want.hash);
     sources.retain(|source| source.part() != Some(&own) && want.wanted(source.have()).count() > 0);
     if sources.is_empty() && want.tree.size() > 0 {
-        let committed = store.committed_part(&want.target, &want.hash, &want.tree)?;
-        let have = committed.unwrap_or_else(|| Bitfield::empty(want.tree.groups()));
-        let satisfied = want.is_satisfied(&have);
-        want.had = want.wanted(have).bytes(&want.tree);
-        return Ok(satisfied);
+        let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
+        // What a trusted row vouches for is read when the whole is here. Of a part, files are made as soon as it is.
+        let now = claim.as_ref().is_some_and(|claim| {
+            claim.groups.count() > 0 && (!claim.trusted || want.groups.is_some())
+        });
+        if !now || store.is_arriving(&own) {
+            let have = claim.map(|claim| claim.groups);
+            let have = have.unwrap_or_else(|| Bitfield::empty(want.tree.groups()));
+            let satisfied = want.is_satisfied(&have);
+            want.had = want.wanted(have).bytes(&want.tree);
+            return Ok(satisfied);
+        }
     }
     let partial = open(store, want, &progress.check.cancelled)?;
+    if !partial.is_trusted() || want.groups.is_some() {
+        // Shown while it lasts; whoever called counts what is here.
+        let read = AtomicU64::new(0);
+        let done = |bytes| {
+            read.fetch_add(bytes, Ordering::Relaxed);
+            progress.done.fetch_add(bytes, Ordering::Relaxed);
+        };
+        let groups = want.groups.as_ref();
+        let lost = store.reread(&partial, groups, &progress.check.cancelled, &done);
+        progress
+            .done
+            .fetch_sub(read.into_inner(), Ordering::Relaxed);
+        lost?;
+    }
     if want.tree.size() == 0 {
         let segment = Segment {
             groups: 1,
@@ -510,6 +535,9 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
         }
     }
     if partial.take_dirty() {
+        if partial.is_to_be_read() {
+            store.reread(&partial, None, &progress.check.cancelled, &|_| ())?;
+        }
         store.settle(std::slice::from_ref(&partial))?;
     }
     let have = partial.have();
@@ -575,7 +603,129 @@ fn copy_range(source: &Source, groups: Range<u64>) -> Result<Segment, ReadError>
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::FileTimes, os::unix::fs::FileExt};
+
     use super::*;
+    use crate::{
+        store::testing::{Origin, content, store},
+        tree::GROUP,
+    };
+
+    /// Changes one byte of a file; `quietly`: with its time of modification as it was.
+    fn change(path: &Path, offset: u64, quietly: bool) {
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap();
+        let modified = file.metadata().unwrap().modified().unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+        if quietly {
+            file.set_times(FileTimes::new().set_modified(modified))
+                .unwrap();
+        }
+    }
+
+    fn plan(store: &Store, origin: &Origin, root: &Path) -> (Plan, Arc<Progress>) {
+        let progress = Arc::new(Progress::default());
+        let plan = Plan::new(store, &origin.manifest(), None, root, Arc::clone(&progress));
+        (plan.unwrap(), progress)
+    }
+
+    #[test]
+    fn a_part_file_that_changed_between_two_runs_is_read_again_before_it_is_trusted() {
+        for quietly in [false, true] {
+            let home = tempfile::tempdir().unwrap();
+            let origin = Origin::new(&[("a", &content(1, 20))]);
+            let (a, root) = (origin.hash("a"), home.path().join("to"));
+            {
+                let store = store(&home);
+                origin.expect(&store, &root);
+                origin.bring(&store, &a, &root.join("a"), 8);
+            }
+            change(&part_path(&root.join("a"), &a), 5 * GROUP, quietly);
+            let store = store(&home);
+            let (mut plan, progress) = plan(&store, &origin, &root);
+            let want = plan.take_wants().remove(0);
+            assert_eq!(want.had, 7 * GROUP);
+            assert_eq!(progress.done.load(Ordering::Relaxed), 7 * GROUP);
+            let sources = store.sources(&a).unwrap();
+            assert!(!sources[0].has(5..6) && sources[0].has(0..5));
+            drop(sources);
+            origin.bring(&store, &a, &root.join("a"), u64::MAX);
+            assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+        }
+    }
+
+    #[test]
+    fn after_a_stop_that_was_not_clean_what_is_claimed_is_read_first() {
+        let home = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let (a, root) = (origin.hash("a"), home.path().join("to"));
+        {
+            let store = store(&home);
+            origin.expect(&store, &root);
+            origin.bring(&store, &a, &root.join("a"), 8);
+        }
+        let target = root.join("a");
+        let trusted = |store: &Store| {
+            let claim = store.committed_part(&target, &a, &Tree::new(20 * GROUP));
+            claim.unwrap().unwrap().trusted
+        };
+        assert!(trusted(&store(&home)));
+        // As it is left by a process that was killed.
+        fs::write(home.path().join("store/lock"), "1\n").unwrap();
+        let store = store(&home);
+        assert!(!trusted(&store));
+        let (mut plan, _) = plan(&store, &origin, &root);
+        assert_eq!(plan.take_wants().remove(0).had, 8 * GROUP);
+        assert!(trusted(&store));
+    }
+
+    #[test]
+    fn a_file_gets_its_name_only_after_every_byte_of_it_was_written_or_read_in_this_process() {
+        let home = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let (a, root) = (origin.hash("a"), home.path().join("to"));
+        let part = part_path(&root.join("a"), &a);
+        {
+            let store = store(&home);
+            origin.expect(&store, &root);
+            origin.bring(&store, &a, &root.join("a"), 8);
+        }
+        let store = store(&home);
+        let stop = AtomicBool::new(false);
+        let tree = Tree::new(20 * GROUP);
+        let partial = store
+            .partial(a, tree, &root.join("a"), true, &stop)
+            .unwrap();
+        assert!(partial.is_trusted() && partial.is_unread());
+        // Such as a sector that went bad: no time tells.
+        change(&part, 5 * GROUP, true);
+        let source = origin.source(&a);
+        let segment = copy_range(&source, 8..20).unwrap();
+        partial.write(&segment).unwrap();
+        assert!(partial.is_to_be_read());
+        store.settle(std::slice::from_ref(&partial)).unwrap();
+        assert!(part.exists() && !root.join("a").exists());
+        let stopped = AtomicBool::new(true);
+        let error = store.reread(&partial, None, &stopped, &|_| ()).unwrap_err();
+        assert!(matches!(error, StoreError::Cancelled), "{error}");
+        let read = AtomicU64::new(0);
+        let lost = store
+            .reread(&partial, None, &stop, &|bytes| {
+                _ = read.fetch_add(bytes, Ordering::Relaxed)
+            })
+            .unwrap();
+        // No more than what came from the earlier run.
+        assert_eq!(read.into_inner(), 8 * GROUP);
+        assert_eq!(lost.runs().collect::<Vec<_>>(), [5..6]);
+        partial.write(&copy_range(&source, 5..6).unwrap()).unwrap();
+        store.settle(std::slice::from_ref(&partial)).unwrap();
+        assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+    }
 
     #[test]
     fn an_open_that_outlives_its_transfer_makes_no_part_file() {

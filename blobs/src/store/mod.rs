@@ -25,7 +25,7 @@ mod remove;
 mod rows;
 mod tags;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod torn;
 #[cfg(test)]
@@ -52,7 +52,7 @@ pub(crate) use self::parts::{PartLease, part_path};
 use self::{
     discards::DISCARDS,
     metadata::Metadata,
-    parts::forget_parts,
+    parts::{Seen, forget_parts},
     quota::{SETTINGS, Uses},
     refs::{REFS, add_refs, count_late},
     rows::{BlobRow, LocationRow, ModelRow, NameRow, decode, path_from},
@@ -107,6 +107,10 @@ struct Inner {
     rooms: Mutex<HashMap<u64, Vec<Need>>>,
     next_room: AtomicU64,
     uses: Mutex<Uses>,
+    /// How often the store was found not to have been closed: what rows of earlier epochs say of part files is checked.
+    epoch: u64,
+    /// Groups of part files that this process has written or read, by part file.
+    seen: Mutex<HashMap<PathBuf, Seen>>,
     _lock: Lock,
 }
 
@@ -374,6 +378,7 @@ impl Store {
     }
 
     fn with_database(folder: &Path, lock: Lock, database: Metadata) -> Result<Self, StoreError> {
+        let epoch = quota::begin_epoch(&database, lock.was_left())?;
         let store = Self {
             inner: Arc::new(Inner {
                 folder: folder.to_owned(),
@@ -385,6 +390,8 @@ impl Store {
                 rooms: Mutex::default(),
                 next_room: AtomicU64::default(),
                 uses: Mutex::default(),
+                epoch,
+                seen: Mutex::default(),
                 _lock: lock,
             }),
         };

@@ -23,6 +23,7 @@ use redb::{ReadableTable, TableDefinition};
 use super::{
     BLOBS, Model, PARTS, Store, StoreError, database,
     discards::{Doomed, allocated},
+    metadata::Metadata,
     now, part_path,
     refs::REFS,
     remove::Forget,
@@ -34,6 +35,9 @@ pub(super) const SETTINGS: TableDefinition<'_, &str, u64> = TableDefinition::new
 
 /// The setting that is the quota.
 const QUOTA: &str = "quota";
+
+/// The setting that counts how often the store was not closed; see [`begin_epoch`].
+const EPOCH: &str = "epoch";
 
 /// How often it is written down what was used: as precise as the order of eviction need be, and hardly a write.
 const NOTE_USE: Duration = Duration::from_secs(60);
@@ -121,6 +125,27 @@ enum Candidate {
     /// A part file.
     Part(Hash, PathBuf),
     Model(Box<Model>, Box<Manifest>),
+}
+
+/// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what no row knows of.
+pub(super) fn begin_epoch(metadata: &Metadata, was_left: bool) -> Result<u64, StoreError> {
+    let (generation, mut txn) = metadata.begin_write()?;
+    txn.set_quick_repair(true);
+    let begin = || {
+        let epoch = {
+            let mut table = txn.open_table(SETTINGS).map_err(database)?;
+            let known = table.get(EPOCH).map_err(database)?;
+            let known = known.map_or(0, |epoch| epoch.value());
+            if !was_left {
+                return Ok(known);
+            }
+            table.insert(EPOCH, known + 1).map_err(database)?;
+            known + 1
+        };
+        txn.commit().map_err(database)?;
+        Ok(epoch)
+    };
+    begin().inspect_err(|error| metadata.failed(generation, error))
 }
 
 impl Store {

@@ -9,7 +9,7 @@ use std::{
 use prost::Message;
 
 use super::StoreError;
-use crate::{Hash, index::Location};
+use crate::{Hash, index::Location, stamp::Stamp};
 
 /// A row of `blobs`: a whole blob.
 #[derive(Clone, PartialEq, Message)]
@@ -76,6 +76,42 @@ pub(super) struct PartRow {
     pub(super) size: u64,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) bits: Vec<u8>,
+    /// The part file when this row was written; absent if not all of `bits` has been read or written since it was in doubt.
+    #[prost(message, optional, tag = "3")]
+    pub(super) stamp: Option<StampRow>,
+    /// How often the store had been stopped uncleanly by then.
+    #[prost(uint64, tag = "4")]
+    pub(super) epoch: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct StampRow {
+    #[prost(uint64, tag = "1")]
+    pub(super) inode: u64,
+    #[prost(int64, tag = "2")]
+    pub(super) modified: i64,
+    #[prost(int64, tag = "3")]
+    pub(super) changed: i64,
+}
+
+impl From<Stamp> for StampRow {
+    fn from(stamp: Stamp) -> Self {
+        Self {
+            inode: stamp.inode,
+            modified: stamp.modified,
+            changed: stamp.changed,
+        }
+    }
+}
+
+impl From<&StampRow> for Stamp {
+    fn from(row: &StampRow) -> Self {
+        Self {
+            inode: row.inode,
+            modified: row.modified,
+            changed: row.changed,
+        }
+    }
 }
 
 /// A row of `discards`: a file outside the store's folder that no row speaks of any more, and that is to be deleted. The key is its path.
