@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -19,9 +19,11 @@ use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
     elsewhere::Elsewhere,
+    holder::Holder,
     index::{self, IndexError},
     manifest,
-    partial::{Partial, Segment},
+    occupancy::Occupancy,
+    partial::{Partial, Segment, try_naming},
     results,
     selection::{Selected, Wanted},
     serve::MAX_GROUPS,
@@ -51,6 +53,8 @@ pub struct Progress {
     pub reread_total: AtomicU64,
     /// Bytes of these that were read.
     pub reread: AtomicU64,
+    /// Another process that fills the folder now, in words, while it is waited for.
+    pub occupied: Mutex<Option<String>>,
     /// The same counters for hashing what is already there; its flag stops that.
     pub check: index::Progress,
 }
@@ -92,6 +96,8 @@ pub(crate) struct Want {
     pub(crate) groups: Option<Bitfield>,
     /// Wanted bytes that were verified before, already counted as done.
     pub(crate) had: u64,
+    /// The right to fill the folder that the target lies in.
+    pub(crate) occupancy: Option<Arc<Occupancy>>,
     /// What this machine has of it in other blobs, as far as is known.
     pub(crate) elsewhere: Option<Arc<Elsewhere>>,
     /// Somebody waits for it.
@@ -109,6 +115,7 @@ impl Want {
             target,
             groups: None,
             had: 0,
+            occupancy: None,
             elsewhere: None,
             urgent: false,
             of_reader: false,
@@ -151,6 +158,8 @@ pub struct Plan {
     /// Blobs that are whole here.
     here: HashSet<Hash>,
     progress: Arc<Progress>,
+    /// The right to fill the folder, if anything is missing there.
+    occupancy: Option<Arc<Occupancy>>,
 }
 
 impl Plan {
@@ -173,8 +182,22 @@ impl Plan {
         let root = root
             .canonicalize()
             .map_err(StoreError::io("cannot read", root))?;
-        let missing = missing_files(store, &files, &root, &progress)?;
+        let mut missing = missing_files(store, &files, &root, &progress)?;
+        let mut occupancy = None;
+        if !missing.is_empty() {
+            let (taken, waited) = occupy(&root, &progress)?;
+            if waited {
+                // Whoever has filled it meanwhile most likely has left nothing to do.
+                progress.done.store(0, Ordering::Relaxed);
+                missing = missing_files(store, &files, &root, &progress)?;
+            }
+            if !missing.is_empty() {
+                try_naming(&root)?;
+                occupancy = Some(Arc::new(taken));
+            }
+        }
         let mut plan = Self {
+            occupancy,
             store: store.clone(),
             wants: Vec::new(),
             copies: Vec::new(),
@@ -191,7 +214,10 @@ impl Plan {
             }
             let target = plan.root.join(&file.path);
             make_folder(&target)?;
-            let mut want = Want::whole(file.blake3, file.size, target);
+            let mut want = Want {
+                occupancy: plan.occupancy.clone(),
+                ..Want::whole(file.blake3, file.size, target)
+            };
             let satisfied = fill(store, &mut want, &plan.progress)?;
             plan.progress.done.fetch_add(want.had, Ordering::Relaxed);
             // Whole in a part file, it is still to become the file.
@@ -245,6 +271,7 @@ impl Plan {
             copies: Vec::new(),
             here: HashSet::new(),
             progress,
+            occupancy: None,
         }
     }
 
@@ -287,9 +314,13 @@ impl Plan {
             let store = self.store.clone();
             let progress = Arc::clone(&self.progress);
             let target = self.root.join(&file.path);
+            let occupancy = self.occupancy.clone();
             let (want, is_there) = spawn_blocking(move || {
                 make_folder(&target)?;
-                let mut want = Want::whole(file.blake3, file.size, target);
+                let mut want = Want {
+                    occupancy,
+                    ..Want::whole(file.blake3, file.size, target)
+                };
                 fill(&store, &mut want, &progress)?;
                 let is_there = store.holds(&want.hash, &want.target)?;
                 Ok::<_, StoreError>((want, is_there))
@@ -471,9 +502,31 @@ pub(crate) fn open(
             Err(StoreError::Busy(_)) if begin.elapsed() < BUSY_WAIT => {
                 std::thread::park_timeout(Duration::from_millis(20));
             }
-            result => return result,
+            result => {
+                if let (Ok(partial), Some(occupancy)) = (&result, &want.occupancy) {
+                    partial.occupy(occupancy);
+                }
+                return result;
+            }
         }
     }
+}
+
+/// Waits until this process may fill `root`; whether it had to wait. Blocks.
+fn occupy(root: &Path, progress: &Progress) -> Result<(Occupancy, bool), StoreError> {
+    let said = || {
+        progress
+            .occupied
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    };
+    let waiting = |holder: Option<&Holder>| {
+        let holder = holder.map_or_else(|| "another process".to_owned(), ToString::to_string);
+        *said() = Some(holder);
+    };
+    let taken = Occupancy::take(root, &progress.check.cancelled, &waiting);
+    *said() = None;
+    taken
 }
 
 /// Fills what is wanted from the same content elsewhere on this machine, whole or in parts, checking it on the way, and says in it what is there now;
@@ -725,6 +778,93 @@ mod tests {
         partial.write(&copy_range(&source, 5..6).unwrap()).unwrap();
         store.settle(std::slice::from_ref(&partial)).unwrap();
         assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+    }
+
+    #[test]
+    fn two_nodes_that_fill_one_folder_take_turns_and_both_end_well() {
+        let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let shared = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 3))]);
+        let root = shared.path().join("to");
+        let [first, second] = [0, 1].map(|n| store(&homes[n]));
+        let (mut plan_of_first, _) = plan(&first, &origin, &root);
+        let wants = plan_of_first.take_wants();
+        let stop = AtomicBool::new(false);
+        let partials: Vec<_> = wants
+            .iter()
+            .map(|want| open(&first, want, &stop).unwrap())
+            .collect();
+        // The lock outlives the plan: what is still written keeps it.
+        drop((plan_of_first, wants));
+        let progress = Arc::new(Progress::default());
+        let other = std::thread::spawn({
+            let (manifest, root) = (origin.manifest(), root.clone());
+            let (store, progress) = (second.clone(), Arc::clone(&progress));
+            move || Plan::new(&store, &manifest, None, &root, progress).unwrap()
+        });
+        let holder = loop {
+            if let Some(holder) = progress.occupied.lock().unwrap().clone() {
+                break holder;
+            }
+            std::thread::yield_now();
+        };
+        assert!(holder.contains(&std::process::id().to_string()), "{holder}");
+        for partial in &partials {
+            let groups = partial.tree().groups();
+            let source = origin.source(&partial.hash());
+            partial
+                .write(&copy_range(&source, 0..groups).unwrap())
+                .unwrap();
+        }
+        first.settle(&partials).unwrap();
+        assert!(!other.is_finished());
+        drop(partials);
+        let plan_of_second = other.join().unwrap();
+        assert!(plan_of_second.is_complete());
+        assert_eq!(progress.done.load(Ordering::Relaxed), 23 * GROUP);
+        for store in [&first, &second] {
+            for name in ["a", "b"] {
+                assert!(
+                    store
+                        .holds(&origin.hash(name), &root.canonicalize().unwrap().join(name))
+                        .unwrap()
+                );
+            }
+        }
+        // No lock file is left.
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_file_that_another_node_has_finished_meanwhile_is_adopted_if_it_is_right() {
+        let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let shared = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let (a, tree, target) = (
+            origin.hash("a"),
+            Tree::new(20 * GROUP),
+            shared.path().join("a"),
+        );
+        let [first, second] = [0, 1].map(|n| store(&homes[n]));
+        let stop = AtomicBool::new(false);
+        // As where locks are granted to everybody: both write one part file.
+        let open = |store: &Store| store.partial(a, tree, &target, true, &stop).unwrap();
+        let partials = [open(&first), open(&second)];
+        let all = copy_range(&origin.source(&a), 0..20).unwrap();
+        partials
+            .iter()
+            .for_each(|partial| assert!(partial.write(&all).unwrap() > 0));
+        first.settle(&partials[..1]).unwrap();
+        second.settle(&partials[1..]).unwrap();
+        drop(partials);
+        assert!(first.holds(&a, &target).unwrap() && second.holds(&a, &target).unwrap());
+        assert_eq!(fs::read_dir(shared.path()).unwrap().count(), 1);
+        // Another content stays, and is not taken for it.
+        fs::write(&target, "other").unwrap();
+        let partial = open(&first);
+        partial.write(&all).unwrap();
+        first.settle(&[partial]).unwrap_err();
+        assert_eq!(fs::read(&target).unwrap(), b"other");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     path::PathBuf,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -275,12 +275,13 @@ fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgres
     let total = counts.total.load(Ordering::Relaxed);
     let done = counts.done.load(Ordering::Relaxed);
     let waiting_for = match state.phase {
-        GetPhase::Fetching => shown.waiting_for(),
+        GetPhase::Fetching => reread(counts).or_else(|| shown.waiting_for()),
+        GetPhase::Checking => occupied(counts),
         _ => state.waiting_for.clone(),
     };
     GetProgress {
         phase: match (&state.phase, &waiting_for) {
-            (GetPhase::Fetching, Some(_)) => GetPhase::Waiting,
+            (GetPhase::Fetching | GetPhase::Checking, Some(_)) => GetPhase::Waiting,
             (phase, _) => *phase,
         },
         bytes_total: total,
@@ -294,6 +295,24 @@ fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgres
         peers,
         waiting_for,
     }
+}
+
+/// In words, that the disk is waited for: what an earlier run left of a file is read before the file counts as whole.
+fn reread(counts: &plan::Progress) -> Option<String> {
+    let total = counts.reread_total.load(Ordering::Relaxed);
+    let read = counts.reread.load(Ordering::Relaxed).min(total);
+    let percent = (read * 100).checked_div(total)?;
+    Some(format!(
+        "what was here before to be read again ({percent} %)"
+    ))
+}
+
+/// In words, that another node fills the folder now.
+fn occupied(counts: &plan::Progress) -> Option<String> {
+    let occupied = counts.occupied.lock();
+    let occupied = occupied.unwrap_or_else(PoisonError::into_inner);
+    let holder = occupied.as_ref()?;
+    Some(format!("{holder}, which is writing to the folder"))
 }
 
 struct Work {

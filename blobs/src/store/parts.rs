@@ -172,8 +172,8 @@ impl Store {
         }
         partials.iter().for_each(|partial| partial.set_named());
         self.write(|txn| {
-            for (partial, location) in &finished {
-                put_location(txn, &partial.hash(), location, true)?;
+            for (partial, (location, ours)) in &finished {
+                put_location(txn, &partial.hash(), location, *ours)?;
             }
             let mut table = txn.open_table(PARTS).map_err(database)?;
             for (partial, _) in &finished {

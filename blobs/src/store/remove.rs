@@ -66,6 +66,9 @@ impl Store {
             doomed.note(txn)?;
             Ok(deleted)
         })?;
+        if files {
+            crate::occupancy::sweep(&model.root);
+        }
         // Committed: what follows only frees room.
         self.delete(doomed)?;
         Ok(Removed {
