@@ -200,6 +200,8 @@ pub(crate) struct Partial {
     _lease: PartLease,
     /// Other processes stay away from the folder as long as this one writes into it.
     occupancy: OnceLock<Arc<Occupancy>>,
+    /// What the file whose place this one takes is known to hold.
+    replaces: OnceLock<Vec<Hash>>,
     target: PathBuf,
     outboard: Option<(PathBuf, File)>,
     /// What is had and would survive a crash.
@@ -273,6 +275,7 @@ impl Partial {
             }),
             _lease: lease,
             occupancy: OnceLock::new(),
+            replaces: OnceLock::new(),
             finished: AtomicBool::new(false),
             unread: Mutex::new(Unread {
                 groups: kept.unread,
@@ -471,7 +474,19 @@ impl Partial {
         self.occupancy.get_or_init(|| Arc::clone(occupancy));
     }
 
-    /// Gives the whole file its name, without replacing anything that has it; whether the file is the one that was written here, and not another of the same
+    /// Has this file take the place of one that is known to hold any of `hashes`, if there are any.
+    pub(crate) fn replace(&self, hashes: &[Hash]) {
+        if !hashes.is_empty() {
+            self.replaces.get_or_init(|| hashes.to_vec());
+        }
+    }
+
+    /// What the file was known to hold whose place this one takes.
+    pub(crate) fn replaced(&self) -> &[Hash] {
+        self.replaces.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// Gives the whole file its name, without replacing anything that has it, unless it is [to](Self::replace); whether the file is the one that was written here, and not another of the same
     /// content that has got the name meanwhile.
     pub(crate) fn finish(&self) -> Result<(Location, bool), StoreError> {
         let _alone = self
@@ -481,7 +496,11 @@ impl Partial {
         // An earlier attempt may have failed after the rename.
         let cannot_read = || StoreError::io("cannot read", &self.target);
         if !self.is_finished() {
-            match rename_new(self.part(), &self.target) {
+            let renamed = match self.replaced() {
+                [] => rename_new(self.part(), &self.target),
+                _ => fs::rename(self.part(), &self.target),
+            };
+            match renamed {
                 Ok(()) => {}
                 Err(error) if self.is_there_already(&error) => {
                     crate::store::discard(self.part());

@@ -1,7 +1,7 @@
 //! Before anything is fetched: what of a model is to go where, what of it is on this machine already, and whether there is room.
 
 use std::{
-    collections::{BTreeMap, HashSet, btree_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
     fs, io,
     ops::Range,
     os::unix::fs::MetadataExt,
@@ -19,8 +19,9 @@ use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
     elsewhere::Elsewhere,
+    hasher::Hashers,
     holder::Holder,
-    index::{self, IndexError},
+    index::{self, IndexError, IndexedFile},
     manifest,
     occupancy::Occupancy,
     partial::{Partial, Segment, try_naming},
@@ -28,12 +29,15 @@ use crate::{
     selection::{Selected, Wanted},
     serve::MAX_GROUPS,
     source::{ReadError, Source},
-    store::part_path,
+    store::{make_folders, part_path},
     tree::Tree,
 };
 
 /// How often what is copied is made durable: what a crash can cost.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// Files that are found in place and taken in with one commit: each holds its tree in memory, a thousandth of its size, and a crash costs reading them again.
+const ADOPTED: usize = 64;
 
 /// How long to wait for a part file that an earlier, cancelled transfer is still settling.
 const BUSY_WAIT: Duration = Duration::from_secs(5);
@@ -96,6 +100,8 @@ pub(crate) struct Want {
     pub(crate) groups: Option<Bitfield>,
     /// Wanted bytes that were verified before, already counted as done.
     pub(crate) had: u64,
+    /// What the file that stands at the target is known to hold, if this one is to take its place.
+    pub(crate) replaces: Vec<Hash>,
     /// The right to fill the folder that the target lies in.
     pub(crate) occupancy: Option<Arc<Occupancy>>,
     /// What this machine has of it in other blobs, as far as is known.
@@ -115,6 +121,7 @@ impl Want {
             target,
             groups: None,
             had: 0,
+            replaces: Vec::new(),
             occupancy: None,
             elsewhere: None,
             urgent: false,
@@ -154,7 +161,7 @@ pub struct Plan {
     /// What only a provider has.
     wants: Vec<Want>,
     /// Files whose content arrives under another path first.
-    copies: Vec<manifest::File>,
+    copies: Vec<(manifest::File, Vec<Hash>)>,
     /// Blobs that are whole here.
     here: HashSet<Hash>,
     progress: Arc<Progress>,
@@ -174,22 +181,41 @@ impl Plan {
         root: &Path,
         progress: Arc<Progress>,
     ) -> Result<Self, PlanError> {
+        let existing = Existing::default();
+        Self::with(store, (manifest, selected), root, existing, progress)
+    }
+
+    /// As [`new`](Self::new), and says what is done about files that stand in the folder.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with(
+        store: &Store,
+        (manifest, selected): (&Manifest, Option<&Selected>),
+        root: &Path,
+        existing: Existing,
+        progress: Arc<Progress>,
+    ) -> Result<Self, PlanError> {
         let Chosen { files, owned } = Chosen::new(store, manifest, selected);
         let total = files.iter().map(|file| file.size).sum::<u64>();
         let total = total + owned.iter().map(Want::bytes).sum::<u64>();
         progress.total.store(total, Ordering::Relaxed);
-        fs::create_dir_all(root).map_err(StoreError::io("cannot make", root))?;
+        make_folders(root)?;
         let root = root
             .canonicalize()
             .map_err(StoreError::io("cannot read", root))?;
-        let mut missing = missing_files(store, &files, &root, &progress)?;
+        let look = || missing_files(store, &files, &root, existing, &progress);
+        let mut missing = look()?;
+        if let Some(selected) = selected {
+            check_results(manifest, selected, &root)?;
+        }
         let mut occupancy = None;
         if !missing.is_empty() {
             let (taken, waited) = occupy(&root, &progress)?;
             if waited {
                 // Whoever has filled it meanwhile most likely has left nothing to do.
                 progress.done.store(0, Ordering::Relaxed);
-                missing = missing_files(store, &files, &root, &progress)?;
+                missing = look()?;
             }
             if !missing.is_empty() {
                 try_naming(&root)?;
@@ -205,17 +231,19 @@ impl Plan {
             root,
             progress,
         };
-        plan.check_room(&missing)?;
+        let files: Vec<_> = missing.iter().map(|(file, _)| *file).collect();
+        plan.check_room(&files)?;
         let mut wanted = HashSet::new();
-        for file in missing {
+        for (file, replaces) in missing {
             if wanted.contains(&file.blake3) {
-                plan.copies.push(file.clone());
+                plan.copies.push((file.clone(), replaces));
                 continue;
             }
             let target = plan.root.join(&file.path);
             make_folder(&target)?;
             let mut want = Want {
                 occupancy: plan.occupancy.clone(),
+                replaces,
                 ..Want::whole(file.blake3, file.size, target)
             };
             let satisfied = fill(store, &mut want, &plan.progress)?;
@@ -306,9 +334,9 @@ impl Plan {
     /// [`StoreError`].
     pub async fn finish_copies(&mut self) -> Result<(), StoreError> {
         let mut left = Vec::new();
-        while let Some(file) = self.copies.pop() {
+        while let Some((file, replaces)) = self.copies.pop() {
             if self.wants.iter().any(|want| want.hash == file.blake3) {
-                left.push(file);
+                left.push((file, replaces));
                 continue;
             }
             let store = self.store.clone();
@@ -319,6 +347,7 @@ impl Plan {
                 make_folder(&target)?;
                 let mut want = Want {
                     occupancy,
+                    replaces,
                     ..Want::whole(file.blake3, file.size, target)
                 };
                 fill(&store, &mut want, &progress)?;
@@ -429,15 +458,32 @@ impl<'a> Chosen<'a> {
     }
 }
 
+/// What is done about files that stand where the model's files are to go.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Existing {
+    /// Reads all of them, also those that nothing seems to have touched.
+    pub reread: bool,
+    /// Has the model's files take the place of those that a transfer of this store wrote and that hold something else: another revision, or a file that was
+    /// changed since. Each stands until the new one is whole.
+    pub replace: bool,
+}
+
+/// A file that is not there, and what the file that it is to replace is known to hold.
+type Missing<'a> = (&'a manifest::File, Vec<Hash>);
+
 /// Those of `files` that are not in `root`. Finds all conflicts before anything is written.
 fn missing_files<'a>(
     store: &Store,
     files: &[&'a manifest::File],
     root: &Path,
+    existing: Existing,
     progress: &Progress,
-) -> Result<Vec<&'a manifest::File>, PlanError> {
+) -> Result<Vec<Missing<'a>>, PlanError> {
     let mut missing = Vec::new();
     let mut conflicts = Vec::new();
+    let mut hashers = None;
+    let mut written = None;
+    let mut found = Vec::new();
     for &file in files {
         let target = root.join(&file.path);
         if let Some(blocking) = blocking_component(root, &file.path) {
@@ -445,29 +491,70 @@ fn missing_files<'a>(
             continue;
         }
         let Ok(metadata) = fs::symlink_metadata(&target) else {
-            missing.push(file);
+            missing.push((file, Vec::new()));
             continue;
         };
-        if !metadata.is_file() || metadata.len() != file.size {
+        let mut conflict = |target: PathBuf| {
+            if existing.replace && metadata.is_file() {
+                let written: &HashMap<_, _> = match &mut written {
+                    Some(written) => written,
+                    None => written.insert(store.written_files()?),
+                };
+                if let Some(hashes) = written.get(&target) {
+                    missing.push((file, hashes.clone()));
+                    return Ok(());
+                }
+            }
             conflicts.push(target);
+            Ok::<_, StoreError>(())
+        };
+        if !metadata.is_file() || metadata.len() != file.size {
+            conflict(target)?;
             continue;
         }
-        if !store.holds(&file.blake3, &target)? {
-            let (hash, indexed) = index::hash_file(&target, &progress.check)?;
+        if existing.reread || !store.holds_untouched(&file.blake3, &target)? {
+            let hashers = hashers.get_or_insert_with(Hashers::start);
+            let (hash, indexed) = index::hash_file_with(hashers, &target, &progress.check)?;
             if hash != file.blake3 {
-                conflicts.push(target);
+                conflict(target)?;
                 continue;
             }
-            store.adopt(&hash, &indexed)?;
+            found.push((hash, indexed));
+            if found.len() >= ADOPTED {
+                adopt(store, &mut found)?;
+            }
         }
         progress.done.fetch_add(file.size, Ordering::Relaxed);
     }
+    adopt(store, &mut found)?;
     match conflicts.first() {
         Some(first) => Err(PlanError::TargetExists {
             first: first.clone(),
             count: conflicts.len(),
         }),
         None => Ok(missing),
+    }
+}
+
+/// Takes in files that were found in place, and forgets them here.
+fn adopt(store: &Store, found: &mut Vec<(Hash, IndexedFile)>) -> Result<(), StoreError> {
+    let files: Vec<_> = found.iter().map(|(hash, file)| (*hash, file)).collect();
+    if !files.is_empty() {
+        store.adopt_all(&files)?;
+    }
+    found.clear();
+    Ok(())
+}
+
+/// Finds files that stand where those of selected tensors are to go and that hold other tensors, before anything is fetched.
+fn check_results(manifest: &Manifest, selected: &Selected, root: &Path) -> Result<(), PlanError> {
+    let conflicts = results::conflicts(manifest, selected, root);
+    match conflicts.first() {
+        Some(first) => Err(PlanError::TargetExists {
+            first: first.clone(),
+            count: conflicts.len(),
+        }),
+        None => Ok(()),
     }
 }
 
@@ -484,7 +571,7 @@ fn blocking_component(root: &Path, path: &str) -> Option<PathBuf> {
 
 fn make_folder(target: &Path) -> Result<(), StoreError> {
     match target.parent() {
-        Some(folder) => fs::create_dir_all(folder).map_err(StoreError::io("cannot make", folder)),
+        Some(folder) => make_folders(folder),
         None => Ok(()),
     }
 }
@@ -503,8 +590,9 @@ pub(crate) fn open(
                 std::thread::park_timeout(Duration::from_millis(20));
             }
             result => {
-                if let (Ok(partial), Some(occupancy)) = (&result, &want.occupancy) {
-                    partial.occupy(occupancy);
+                if let Ok(partial) = &result {
+                    want.occupancy.iter().for_each(|one| partial.occupy(one));
+                    partial.replace(&want.replaces);
                 }
                 return result;
             }
@@ -778,6 +866,139 @@ mod tests {
         partial.write(&copy_range(&source, 5..6).unwrap()).unwrap();
         store.settle(std::slice::from_ref(&partial)).unwrap();
         assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+    }
+
+    #[test]
+    fn a_file_that_changed_with_its_time_put_back_is_not_called_complete() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let root = home.path().canonicalize().unwrap().join("to");
+        origin.fetch(&store, &root);
+        assert!(plan(&store, &origin, &root).0.is_complete());
+        change(&root.join("a"), 5, true);
+        assert!(store.holds(&origin.hash("a"), &root.join("a")).unwrap());
+        let progress = Arc::new(Progress::default());
+        let error = Plan::new(&store, &origin.manifest(), None, &root, progress).unwrap_err();
+        assert!(matches!(error, PlanError::TargetExists { .. }), "{error}");
+        change(&root.join("a"), 5, true);
+        let (plan, progress) = plan(&store, &origin, &root);
+        assert!(plan.is_complete());
+        assert_eq!(
+            progress.check.bytes_done.load(Ordering::Relaxed),
+            20 * GROUP
+        );
+    }
+
+    #[test]
+    fn all_that_is_in_place_is_read_again_when_asked() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 3))]);
+        let root = home.path().canonicalize().unwrap().join("to");
+        origin.fetch(&store, &root);
+        for (reread, bytes) in [(false, 0), (true, 23 * GROUP)] {
+            let existing = Existing {
+                reread,
+                ..Existing::default()
+            };
+            let progress = Arc::new(Progress::default());
+            let manifest = origin.manifest();
+            let of_plan = Arc::clone(&progress);
+            let plan = Plan::with(&store, (&manifest, None), &root, existing, of_plan).unwrap();
+            assert!(plan.is_complete());
+            assert_eq!(progress.check.bytes_done.load(Ordering::Relaxed), bytes);
+        }
+    }
+
+    #[test]
+    fn what_a_transfer_wrote_is_replaced_when_asked_and_nothing_else() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let old = Origin::new(&[("a", &content(1, 20)), ("b", &content(3, 2))]);
+        let new = Origin::new(&[("a", &content(2, 21)), ("b", &content(3, 2))]);
+        let root = home.path().canonicalize().unwrap().join("to");
+        old.fetch(&store, &root);
+        let with = |replace| {
+            let existing = Existing {
+                replace,
+                ..Existing::default()
+            };
+            let progress = Arc::new(Progress::default());
+            Plan::with(&store, (&new.manifest(), None), &root, existing, progress)
+        };
+        let error = with(false).unwrap_err();
+        assert!(
+            matches!(error, PlanError::TargetExists { count: 1, .. }),
+            "{error}"
+        );
+        let mut plan = with(true).unwrap();
+        let want = plan.take_wants().remove(0);
+        // It stands until the new one is whole.
+        assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+        let partial = open(&store, &want, &AtomicBool::new(false)).unwrap();
+        let segment = copy_range(&new.source(&want.hash), 0..21).unwrap();
+        partial.write(&segment).unwrap();
+        store.settle(&[partial]).unwrap();
+        assert_eq!(fs::read(root.join("a")).unwrap(), content(2, 21));
+        assert!(
+            store
+                .holds_untouched(&new.hash("a"), &root.join("a"))
+                .unwrap()
+        );
+        // Nothing is left that could be told as changed.
+        let written = store.written_files().unwrap();
+        assert_eq!(written[&root.join("a")], [new.hash("a")]);
+        // What the user put there stays.
+        fs::remove_file(root.join("b")).unwrap();
+        store.collect(false).unwrap();
+        fs::write(root.join("b"), "mine").unwrap();
+        let error = with(true).unwrap_err();
+        assert!(matches!(error, PlanError::TargetExists { .. }), "{error}");
+        assert_eq!(fs::read(root.join("b")).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn another_selection_of_tensors_is_refused_before_anything_is_fetched() {
+        let tensors = ["x", "y"].map(|name| {
+            format!(
+                r#""{name}":{{"dtype":"U8","shape":[4],"data_offsets":[{}]}}"#,
+                match name {
+                    "x" => "0,4",
+                    _ => "4,8",
+                }
+            )
+        });
+        let header = format!("{{{}}}", tensors.join(","));
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.as_bytes());
+        file.extend([1, 2, 3, 4, 5, 6, 7, 8]);
+        let origin = Origin::new(&[("m.safetensors", &file)]);
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let root = home.path().join("to");
+        let manifest = origin.manifest();
+        let select = |pattern: &str| {
+            let selection = crate::Selection {
+                tensors: vec![pattern.parse().unwrap()],
+                ..crate::Selection::default()
+            };
+            selection.select(&manifest).unwrap()
+        };
+        let plan = |selected: &Selected| {
+            let progress = Arc::new(Progress::default());
+            Plan::new(&store, &manifest, Some(selected), &root, progress)
+        };
+        let x = select("x");
+        let want = plan(&x).unwrap().take_wants().remove(0);
+        origin.bring(&store, &want.hash, &want.target, 1);
+        results::write(&store, &manifest, &x, &root, &AtomicBool::new(false)).unwrap();
+        plan(&x).unwrap();
+        let error = plan(&select("y")).unwrap_err();
+        assert!(
+            matches!(error, PlanError::TargetExists { count: 1, .. }),
+            "{error}"
+        );
     }
 
     #[test]

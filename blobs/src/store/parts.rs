@@ -15,7 +15,7 @@ use prost::Message;
 use redb::{Table, WriteTransaction};
 
 use super::{
-    Hold, PARTS, Store, StoreError, database, has_size, put_location,
+    Hold, PARTS, Store, StoreError, database, forget_locations, has_size, put_location,
     rows::{PartRow, StampRow, decode, part_key, part_keys, path_from},
     sync_folder,
     verify::{difference, read},
@@ -173,6 +173,9 @@ impl Store {
         partials.iter().for_each(|partial| partial.set_named());
         self.write(|txn| {
             for (partial, (location, ours)) in &finished {
+                for hash in partial.replaced() {
+                    forget_locations(txn, hash, |path| path == location.path)?;
+                }
                 put_location(txn, &partial.hash(), location, *ours)?;
             }
             let mut table = txn.open_table(PARTS).map_err(database)?;

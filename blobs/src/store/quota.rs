@@ -18,16 +18,16 @@ use std::{
 };
 
 use prost::Message;
-use redb::{ReadableTable, TableDefinition};
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
-    BLOBS, Model, PARTS, Store, StoreError, database,
+    BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::{Doomed, allocated},
     metadata::Metadata,
-    now, part_path,
+    part_path,
     refs::REFS,
     remove::Forget,
-    rows::{BlobRow, decode, path_from},
+    rows::{BlobRow, ModelRow, decode, path_from},
 };
 use crate::{Hash, Manifest, index::Location};
 
@@ -125,6 +125,41 @@ enum Candidate {
     /// A part file.
     Part(Hash, PathBuf),
     Model(Box<Model>, Box<Manifest>),
+}
+
+/// The setting that counts what was used, so that the order of eviction does not depend on clocks, which jump.
+const USES: &str = "uses";
+
+/// The number of the last use that was written down. A store of an earlier version has times in its rows; the count goes on from the greatest.
+pub(super) fn last_use(txn: &WriteTransaction) -> Result<u64, StoreError> {
+    let mut settings = txn.open_table(SETTINGS).map_err(database)?;
+    let known = settings.get(USES).map_err(database)?;
+    if let Some(known) = known.map(|uses| uses.value()) {
+        return Ok(known);
+    }
+    let mut last = 0;
+    let blobs = txn.open_table(BLOBS).map_err(database)?;
+    for row in blobs.iter().map_err(database)? {
+        let (_, row) = row.map_err(database)?;
+        last = last.max(decode::<BlobRow>("blobs", row.value())?.used_at);
+    }
+    let models = txn.open_table(MODELS).map_err(database)?;
+    for row in models.iter().map_err(database)? {
+        let (_, row) = row.map_err(database)?;
+        last = last.max(decode::<ModelRow>("models", row.value())?.used_at);
+    }
+    let last = u64::try_from(last).unwrap_or_default();
+    settings.insert(USES, last).map_err(database)?;
+    Ok(last)
+}
+
+/// Writes down the number of a use with what was used.
+pub(super) fn note_use(txn: &WriteTransaction, number: u64) -> Result<(), StoreError> {
+    let mut settings = txn.open_table(SETTINGS).map_err(database)?;
+    let known = settings.get(USES).map_err(database)?;
+    let known = known.map_or(0, |uses| uses.value());
+    settings.insert(USES, known.max(number)).map_err(database)?;
+    Ok(())
 }
 
 /// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what no row knows of.
@@ -425,11 +460,17 @@ impl Store {
 
     /// Notes that a blob is read for somebody: what was used longest ago is evicted first. Written down once a minute.
     pub fn used(&self, hash: &Hash) {
-        self.uses().blobs.insert(*hash, now());
+        let number = self.next_use();
+        self.uses().blobs.insert(*hash, number as i64);
         // Nothing but the order of eviction depends on it.
         if let Err(error) = self.note_used(false) {
             tracing::debug!(%error, "what is used is not written down");
         }
+    }
+
+    /// The number of a use: greater than that of any earlier one.
+    pub(super) fn next_use(&self) -> u64 {
+        self.inner.last_use.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Writes down what was used, if it is time, or in any case.
@@ -443,6 +484,8 @@ impl Store {
             std::mem::take(&mut used.blobs)
         };
         self.write(|txn| {
+            let last = blobs.values().max().copied().unwrap_or_default();
+            note_use(txn, u64::try_from(last).unwrap_or_default())?;
             let mut table = txn.open_table(BLOBS).map_err(database)?;
             for (hash, at) in blobs {
                 let row = table.get(hash.as_bytes()).map_err(database)?;
@@ -477,6 +520,17 @@ impl Store {
             }
             Ok(rows)
         })
+    }
+
+    /// The files that transfers wrote, with what each is known to hold.
+    pub(crate) fn written_files(&self) -> Result<HashMap<PathBuf, Vec<Hash>>, StoreError> {
+        let mut written: HashMap<PathBuf, Vec<Hash>> = HashMap::new();
+        for (hash, row) in self.blob_rows()? {
+            for row in row.locations.iter().filter(|row| row.written) {
+                written.entry(path_from(&row.path)).or_default().push(hash);
+            }
+        }
+        Ok(written)
     }
 
     /// The part files that rows speak of.
@@ -526,7 +580,7 @@ impl Store {
     }
 }
 
-/// Blobs that were read for somebody, and when; not yet written down.
+/// Blobs that were read for somebody, with the numbers of these uses; not yet written down.
 #[derive(Debug)]
 pub(super) struct Uses {
     blobs: HashMap<Hash, i64>,
@@ -547,11 +601,7 @@ impl Default for Uses {
 mod tests {
     use super::*;
     use crate::{
-        store::{
-            MODELS,
-            rows::ModelRow,
-            testing::{Origin, add, content, store},
-        },
+        store::testing::{Origin, add, content, store},
         tree::GROUP,
     };
 
@@ -678,12 +728,36 @@ mod tests {
         let setup = Setup::new();
         let store = &setup.store;
         let [one, two] = [1, 2].map(|seed| origin(seed, 10));
-        for (origin, name, at) in [(&one, "1", 100), (&two, "2", 200)] {
-            origin.fetch(store, &setup.root(name));
-            set_used_at(store, &origin.id(), at);
-        }
+        // All within one second.
+        one.fetch(store, &setup.root("1"));
+        two.fetch(store, &setup.root("2"));
         store.used(&one.hash("a"));
         store.set_quota(Some(20 * GROUP)).unwrap();
+        let (_room, gone) = setup.room(1).unwrap();
+        assert_eq!(gone[0].id, two.id());
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_once_does_not_decide_what_goes() {
+        let setup = Setup::new();
+        let [one, two] = [1, 2].map(|seed| origin(seed, 10));
+        one.fetch(&setup.store, &setup.root("1"));
+        two.fetch(&setup.store, &setup.root("2"));
+        // As an earlier version wrote it, with a clock of the year 2100.
+        set_used_at(&setup.store, &two.id(), 4_102_444_800);
+        let Setup { home, store } = setup;
+        store
+            .write(|txn| {
+                let mut settings = txn.open_table(SETTINGS).map_err(database)?;
+                settings.remove(USES).map_err(database)?;
+                Ok(())
+            })
+            .unwrap();
+        drop(store);
+        let store = self::store(&home);
+        let setup = Setup { home, store };
+        setup.store.used(&one.hash("a"));
+        setup.store.set_quota(Some(20 * GROUP)).unwrap();
         let (_room, gone) = setup.room(1).unwrap();
         assert_eq!(gone[0].id, two.id());
     }

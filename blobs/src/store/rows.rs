@@ -18,7 +18,7 @@ pub(super) struct BlobRow {
     pub(super) size: u64,
     #[prost(message, repeated, tag = "2")]
     pub(super) locations: Vec<LocationRow>,
-    /// When it was last read for somebody, seconds since the Unix epoch.
+    /// The number of the use when it was last read for somebody; in rows of version 0.1.0, seconds since the Unix epoch.
     #[prost(int64, tag = "3")]
     pub(super) used_at: i64,
 }
@@ -37,6 +37,9 @@ pub(super) struct LocationRow {
     /// Found not to hold what it should: not used until it is verified, added or fetched again.
     #[prost(bool, tag = "5")]
     pub(super) damaged: bool,
+    /// The file as it was when it was last read or written whole; absent if that is not known.
+    #[prost(message, optional, tag = "6")]
+    pub(super) stamp: Option<StampRow>,
 }
 
 /// A row of `models`.
@@ -50,7 +53,7 @@ pub(super) struct ModelRow {
     pub(super) added_at: i64,
     #[prost(bool, tag = "4")]
     pub(super) fetched: bool,
-    /// When it was last fetched or asked for by name, seconds since the Unix epoch.
+    /// The number of the use when it was last fetched or added; in rows of version 0.1.0, seconds since the Unix epoch.
     #[prost(int64, tag = "5")]
     pub(super) used_at: i64,
     /// What its manifest lists is counted in `refs`.
@@ -147,6 +150,7 @@ impl From<&Location> for LocationRow {
             modified: location.modified,
             written: false,
             damaged: false,
+            stamp: None,
         }
     }
 }

@@ -43,7 +43,9 @@ impl Origin {
         let folder = home.path().join("model");
         fs::create_dir_all(&folder).unwrap();
         for (name, content) in files {
-            fs::write(folder.join(name), content).unwrap();
+            let path = folder.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
         }
         let store = store(&home);
         let indexed = index(&folder, &Progress::default()).unwrap();
@@ -111,6 +113,7 @@ impl Origin {
         let manifest = self.manifest();
         for file in manifest.files() {
             let target = root.join(&file.path);
+            fs::create_dir_all(target.parent().unwrap()).unwrap();
             if !store.holds(&file.blake3, &target).unwrap() {
                 self.bring(store, &file.blake3, &target, u64::MAX);
             }

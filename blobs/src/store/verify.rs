@@ -319,7 +319,24 @@ impl Store {
         };
         let now = Location::of(path, &file).map_err(StoreError::io("cannot read", path))?;
         if now != location {
-            return Ok(Found::only(Condition::Changed));
+            if now.size != location.size {
+                return Ok(Found::only(Condition::Changed));
+            }
+            // Touched, or copied back: its content tells.
+            let hashed = hash_file(path, &progress.check);
+            progress
+                .bytes_done
+                .fetch_max(begun + location.size, Ordering::Relaxed);
+            return match hashed {
+                Ok((actual, indexed)) if actual == *hash => {
+                    self.adopt(&actual, &indexed)?;
+                    Ok(Found::only(Condition::Good))
+                }
+                Ok(_) | Err(IndexError::Io { .. } | IndexError::Changed(_)) => {
+                    Ok(Found::only(Condition::Changed))
+                }
+                Err(_) => Err(StoreError::Cancelled),
+            };
         }
         from_disk(&file);
         let tree = Tree::new(location.size);
@@ -664,6 +681,33 @@ mod tests {
                 .iter()
                 .all(|one| one.condition == Condition::Good)
         );
+    }
+
+    #[test]
+    fn a_file_that_was_only_touched_is_read_and_stays_what_it_was() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 5))]);
+        let root = home.path().join("to");
+        origin.fetch(&store, &root);
+        let touch = || {
+            let file = File::options().write(true).open(root.join("a")).unwrap();
+            let earlier = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+            file.set_modified(earlier).unwrap();
+        };
+        touch();
+        assert!(store.whole(&origin.hash("a")).unwrap().is_none());
+        assert_eq!(verify(&store, false)[0].condition, Condition::Good);
+        assert!(store.whole(&origin.hash("a")).unwrap().is_some());
+        // Other content of the same size is told.
+        flip(&root.join("a"), 7);
+        fs::write(root.join("a"), content(2, 5)).unwrap();
+        assert_eq!(verify(&store, true)[0].condition, Condition::Changed);
+        fs::write(root.join("a"), content(1, 5)).unwrap();
+        assert_eq!(verify(&store, true)[0].condition, Condition::Good);
+        // It is still one that a transfer wrote.
+        assert_eq!(store.remove(&origin.id(), true).unwrap().files_deleted, 1);
+        assert!(!root.exists());
     }
 
     #[test]
