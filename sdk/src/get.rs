@@ -15,7 +15,7 @@ use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
     Manifest, Pattern, Plan, Selection, Transfer, TransferError,
     hf_cache::{Arrival, Destination},
-    plan::{self, Progress},
+    plan::{self, Existing, Progress},
     rate::Limit,
     results,
     selection::Selected,
@@ -60,6 +60,7 @@ pub struct Get {
     selection: Selection,
     paths: Option<HashSet<String>>,
     hf_cache: Option<IntoCache>,
+    existing: Existing,
 }
 
 /// What fetching is at.
@@ -175,6 +176,7 @@ impl Get {
             selection: Selection::default(),
             paths: None,
             hf_cache: None,
+            existing: Existing::default(),
         }
     }
 
@@ -225,6 +227,19 @@ impl Get {
         self
     }
 
+    /// Whether to replace files in the folder that an earlier `get` of this node wrote and that hold something else: another revision, or a file that was
+    /// changed since. Each stands until the new one is whole. Default: no. Files that this node did not write are never replaced.
+    pub fn replace(mut self, replace: bool) -> Self {
+        self.existing.replace = replace;
+        self
+    }
+
+    /// Whether to read all files that are in place, also those that nothing seems to have touched. Default: no.
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.existing.reread = verify;
+        self
+    }
+
     /// Only files at these paths.
     pub(crate) fn only(mut self, paths: HashSet<String>) -> Self {
         self.paths = Some(paths);
@@ -254,6 +269,7 @@ impl Get {
             shown,
             started: Instant::now(),
             lookup: None,
+            existing: self.existing,
         };
         Operation::spawn(sample, work.run(self))
     }
@@ -322,6 +338,7 @@ struct Work {
     shown: Shown,
     started: Instant,
     lookup: Option<Duration>,
+    existing: Existing,
 }
 
 impl Work {
@@ -461,8 +478,10 @@ impl Work {
         let folder = folder.to_owned();
         let counts = Arc::clone(&self.counts);
         let (manifest, selected) = (Arc::clone(manifest), selected.clone());
+        let existing = self.existing;
         blocking(move || {
-            let plan = Plan::new(&store, &manifest, selected.as_deref(), &folder, counts)?;
+            let wanted = (&*manifest, selected.as_deref());
+            let plan = Plan::with(&store, wanted, &folder, existing, counts)?;
             Ok((plan, lease))
         })
         .await
