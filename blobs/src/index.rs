@@ -424,8 +424,17 @@ pub(crate) fn hash_file(
     path: &Path,
     progress: &Progress,
 ) -> Result<(Hash, IndexedFile), IndexError> {
+    hash_file_with(&Hashers::start(), path, progress)
+}
+
+/// As [`hash_file`], with threads that hash several files one after another.
+pub(crate) fn hash_file_with(
+    hashers: &Hashers,
+    path: &Path,
+    progress: &Progress,
+) -> Result<(Hash, IndexedFile), IndexError> {
     let stop = [&progress.cancelled];
-    let content = index_file(path, None, &Hashers::start(), (progress, &stop))?;
+    let content = index_file(path, None, hashers, (progress, &stop))?;
     Ok((content.blake3, content.file))
 }
 

@@ -1,18 +1,29 @@
 //! A file that one process at a time holds, and that says which.
 
 use std::{
+    collections::HashSet,
     fs::{File, OpenOptions, TryLockError},
-    io::{self, Read, Seek, Write},
-    os::unix::fs::OpenOptionsExt,
+    io::{self, Seek},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::{LazyLock, Mutex, PoisonError},
 };
 
 use rustix::fs::OFlags;
 
+use crate::{holder::Holder, occupancy::has_no_locks};
+
+/// Locks that this process holds, by device and inode: a file system that grants every lock grants a second one to the same process, too.
+static HELD: LazyLock<Mutex<HashSet<(u64, u64)>>> = LazyLock::new(Mutex::default);
+
 /// An advisory lock on a file, released when dropped or when the process ends, however it ends.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+    /// The last holder did not give it back: it was killed, or the power went.
+    was_left: bool,
+    /// In [`HELD`].
+    number: (u64, u64),
 }
 
 /// Why a lock was not taken.
@@ -26,6 +37,17 @@ pub enum LockError {
         path: PathBuf,
         /// The holder, if it left its process id.
         pid: Option<u32>,
+    },
+    /// The file system has no locks.
+    #[error(
+        "cannot lock {}: its file system has no file locks ({source}); use a folder on a local disk",
+        .path.display()
+    )]
+    Unsupported {
+        /// The folder the lock protects.
+        path: PathBuf,
+        /// What the file system says.
+        source: io::Error,
     },
     /// The file could not be opened or locked.
     #[error("cannot lock {}: {source}", .path.display())]
@@ -50,10 +72,21 @@ impl Lock {
     /// # Errors
     /// [`LockError::Held`] at once if another process, or another holder in this one, has it.
     pub fn take(folder: &Path) -> Result<Self, LockError> {
+        Self::take_with(folder, File::try_lock)
+    }
+
+    fn take_with(
+        folder: &Path,
+        try_lock: impl Fn(&File) -> Result<(), TryLockError>,
+    ) -> Result<Self, LockError> {
         let path = folder.join("lock");
         let io = |source| LockError::Io {
             path: path.clone(),
             source,
+        };
+        let held = |holder: Option<Holder>| LockError::Held {
+            path: folder.to_owned(),
+            pid: holder.map(|holder| holder.pid).filter(|pid| *pid > 0),
         };
         let mut file = OpenOptions::new()
             .read(true)
@@ -64,23 +97,58 @@ impl Lock {
             .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(&path)
             .map_err(io)?;
-        match file.try_lock() {
+        match try_lock(&file) {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut text = String::new();
-                // The id is a courtesy: without it the error still says what matters.
-                let _ = file.take(32).read_to_string(&mut text);
-                return Err(LockError::Held {
+            // The id is a courtesy: without it the error still says what matters.
+            Err(TryLockError::WouldBlock) => return Err(held(Holder::read(&file).unwrap_or(None))),
+            Err(TryLockError::Error(source)) if has_no_locks(&source) => {
+                return Err(LockError::Unsupported {
                     path: folder.to_owned(),
-                    pid: text.trim().parse().ok(),
+                    source,
                 });
             }
             Err(TryLockError::Error(source)) => return Err(io(source)),
         }
+        // Some file systems grant every lock: then whoever signed the file tells.
+        let last = Holder::read(&file).map_err(io)?;
+        if let Some(holder) = &last
+            && !holder.is_this()
+            && holder.runs() == Some(true)
+        {
+            return Err(held(last));
+        }
+        let metadata = file.metadata().map_err(io)?;
+        let number = (metadata.dev(), metadata.ino());
+        let mut of_process = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        if !of_process.insert(number) {
+            return Err(held(last));
+        }
+        drop(of_process);
+        let lock = Self {
+            was_left: metadata.len() > 0,
+            number,
+            file: file.try_clone().map_err(io)?,
+        };
         file.set_len(0).map_err(io)?;
         file.rewind().map_err(io)?;
-        writeln!(file, "{}", std::process::id()).map_err(io)?;
-        Ok(Self { _file: file })
+        Holder::this().write(&file).map_err(io)?;
+        Ok(lock)
+    }
+
+    /// Whether the last holder ended without giving it back, and so without bringing to an end what it was at.
+    pub(crate) fn was_left(&self) -> bool {
+        self.was_left
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // An empty file tells the next holder that this one ended cleanly; one that is not is only checked more.
+        if let Err(error) = self.file.set_len(0) {
+            tracing::debug!(%error, "a lock file keeps the id of its last holder");
+        }
+        let mut of_process = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        of_process.remove(&self.number);
     }
 }
 
@@ -98,5 +166,28 @@ mod tests {
         }
         drop(first);
         Lock::take(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_the_file_system_grants_to_everybody_still_has_one_holder() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = Lock::take_with(folder.path(), |_| Ok(())).unwrap();
+        let second = Lock::take_with(folder.path(), |_| Ok(()));
+        assert!(matches!(second, Err(LockError::Held { pid: Some(_), .. })));
+        drop(first);
+        let again = Lock::take_with(folder.path(), |_| Ok(())).unwrap();
+        assert!(!again.was_left());
+    }
+
+    #[test]
+    fn without_file_locks_the_error_says_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        use rustix::io::Errno;
+        for error in [Errno::NOSYS, Errno::NOLCK, Errno::OPNOTSUPP] {
+            let none = |_: &File| Err(TryLockError::Error(error.into()));
+            let error = Lock::take_with(folder.path(), none).unwrap_err();
+            assert!(matches!(error, LockError::Unsupported { .. }), "{error}");
+            assert!(error.to_string().contains("local disk"), "{error}");
+        }
     }
 }

@@ -7,17 +7,23 @@ use std::{
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, RwLock,
+        Arc, Mutex, OnceLock, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use rustix::fs::{FallocateFlags, OFlags, RenameFlags};
+use rustix::{
+    fs::{FallocateFlags, OFlags, RenameFlags},
+    io::Errno,
+};
 
 use crate::{
     Hash,
     bitfield::Bitfield,
-    index::Location,
+    index::{self, Location},
+    occupancy::Occupancy,
+    path::OWN_PREFIX,
+    stamp::Stamp,
     store::{PartLease, StoreError},
     tree::{GROUP, PARENT, Tree},
 };
@@ -170,15 +176,38 @@ impl Content {
     }
 }
 
+/// What an earlier run left in a part file, as a row says.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) groups: Bitfield,
+    /// Those that this process has neither written nor read.
+    pub(crate) unread: Bitfield,
+    /// Nothing has touched the file since the row was written.
+    pub(crate) trusted: bool,
+}
+
+/// Groups that only a row vouches for.
+#[derive(Debug)]
+struct Unread {
+    groups: Bitfield,
+    trusted: bool,
+}
+
 /// A blob that is still arriving, written beside its target.
 #[derive(Debug)]
 pub(crate) struct Partial {
     content: Arc<Content>,
     _lease: PartLease,
+    /// Other processes stay away from the folder as long as this one writes into it.
+    occupancy: OnceLock<Arc<Occupancy>>,
+    /// What the file whose place this one takes is known to hold.
+    replaces: OnceLock<Vec<Hash>>,
     target: PathBuf,
     outboard: Option<(PathBuf, File)>,
     /// What is had and would survive a crash.
     durable: Mutex<Bitfield>,
+    /// What an earlier run left, and is still to be read before the file gets its name.
+    unread: Mutex<Unread>,
     /// Written to since it was last settled.
     dirty: AtomicBool,
     /// Has become its target.
@@ -192,7 +221,7 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    /// Opens the part file that `committed` vouches for, or makes a new one: with room for the whole if there is `room` to be set aside, else as large as what
+    /// Opens the part file that `kept` vouches for, or makes a new one: with room for the whole if there is `room` to be set aside, else as large as what
     /// is written.
     pub(crate) fn open(
         lease: PartLease,
@@ -200,12 +229,11 @@ impl Partial {
         target: &Path,
         room: bool,
         outboard: Option<PathBuf>,
-        committed: Option<Bitfield>,
+        kept: Option<Kept>,
     ) -> Result<Self, StoreError> {
         let part = lease.part.clone();
         let file = open(&part)?;
         let io = |path: &Path| StoreError::io("cannot write", path);
-        let kept = committed.is_some();
         let outboard = match outboard {
             Some(path) => {
                 let file = open(&path)?;
@@ -217,8 +245,14 @@ impl Partial {
             }
             None => None,
         };
-        let have = committed.unwrap_or_else(|| Bitfield::empty(tree.groups()));
-        match (kept, room) {
+        let is_kept = kept.is_some();
+        let kept = kept.unwrap_or_else(|| Kept {
+            groups: Bitfield::empty(tree.groups()),
+            unread: Bitfield::empty(tree.groups()),
+            trusted: true,
+        });
+        let have = kept.groups;
+        match (is_kept, room) {
             (true, _) => {}
             (false, true) => reserve(&file, tree.size()).map_err(io(&part))?,
             (false, false) => file.set_len(tree.size()).map_err(io(&part))?,
@@ -240,8 +274,14 @@ impl Partial {
                 syncing: Mutex::default(),
             }),
             _lease: lease,
+            occupancy: OnceLock::new(),
+            replaces: OnceLock::new(),
             finished: AtomicBool::new(false),
-            named: AtomicBool::new(kept),
+            unread: Mutex::new(Unread {
+                groups: kept.unread,
+                trusted: kept.trusted,
+            }),
+            named: AtomicBool::new(is_kept),
             naming: RwLock::default(),
             writing: Mutex::default(),
         })
@@ -267,6 +307,61 @@ impl Partial {
             .lock()
             .expect("nothing panics while holding the lock")
             .contains(groups)
+    }
+
+    /// Groups that an earlier run left and that are still to be read.
+    pub(crate) fn unread(&self) -> Bitfield {
+        self.lock_unread().groups.clone()
+    }
+
+    /// Whether there are groups that an earlier run left and that are still to be read.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.lock_unread().groups.count() > 0
+    }
+
+    /// Whether all is here, and some of it is still to be read before it may be called so.
+    pub(crate) fn is_to_be_read(&self) -> bool {
+        self.is_full() && self.is_unread()
+    }
+
+    /// Whether nothing has touched the file since a row was written, or all that the row spoke of was read since.
+    pub(crate) fn is_trusted(&self) -> bool {
+        let unread = self.lock_unread();
+        unread.trusted || unread.groups.count() == 0
+    }
+
+    /// `groups` were read, of which `lost` are not what they should be and count as missing from now on; what is still durable.
+    pub(crate) fn was_read(&self, groups: &Bitfield, lost: &Bitfield) -> Bitfield {
+        let mut have = self.lock();
+        lost.runs().for_each(|run| have.remove_range(run));
+        drop(have);
+        let mut unread = self.lock_unread();
+        groups
+            .runs()
+            .for_each(|run| unread.groups.remove_range(run));
+        drop(unread);
+        let mut durable = self
+            .durable
+            .lock()
+            .expect("nothing panics while holding the lock");
+        lost.runs().for_each(|run| durable.remove_range(run));
+        durable.clone()
+    }
+
+    /// By what the file is known to be untouched when it is opened again; `None` while groups are in doubt.
+    pub(crate) fn stamp(&self) -> Result<Option<Stamp>, StoreError> {
+        if !self.is_trusted() {
+            return Ok(None);
+        }
+        let metadata = self.file.metadata();
+        let metadata = metadata.map_err(StoreError::io("cannot read", self.part()))?;
+        Ok(Some(Stamp::of(&metadata)))
+    }
+
+    fn lock_unread(&self) -> std::sync::MutexGuard<'_, Unread> {
+        self.unread
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 
     /// A row vouches for these now.
@@ -374,19 +469,73 @@ impl Partial {
         Ok(have)
     }
 
-    /// Gives the whole file its name, without replacing anything that has it.
-    pub(crate) fn finish(&self) -> Result<Location, StoreError> {
+    /// Keeps the right to fill the folder as long as this is open.
+    pub(crate) fn occupy(&self, occupancy: &Arc<Occupancy>) {
+        self.occupancy.get_or_init(|| Arc::clone(occupancy));
+    }
+
+    /// Has this file take the place of one that is known to hold any of `hashes`, if there are any.
+    pub(crate) fn replace(&self, hashes: &[Hash]) {
+        if !hashes.is_empty() {
+            self.replaces.get_or_init(|| hashes.to_vec());
+        }
+    }
+
+    /// What the file was known to hold whose place this one takes.
+    pub(crate) fn replaced(&self) -> &[Hash] {
+        self.replaces.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// Gives the whole file its name, without replacing anything that has it, unless it is [to](Self::replace); whether the file is the one that was written here, and not another of the same
+    /// content that has got the name meanwhile.
+    pub(crate) fn finish(&self) -> Result<(Location, bool), StoreError> {
         let _alone = self
             .naming
             .write()
             .expect("nothing panics while holding the lock");
         // An earlier attempt may have failed after the rename.
+        let cannot_read = || StoreError::io("cannot read", &self.target);
         if !self.is_finished() {
-            rename_new(self.part(), &self.target)
-                .map_err(StoreError::io("cannot complete", &self.target))?;
+            let renamed = match self.replaced() {
+                [] => rename_new(self.part(), &self.target),
+                _ => fs::rename(self.part(), &self.target),
+            };
+            match renamed {
+                Ok(()) => {}
+                Err(error) if self.is_there_already(&error) => {
+                    crate::store::discard(self.part());
+                    self.finished.store(true, Ordering::Release);
+                    let file = File::open(&self.target).map_err(cannot_read())?;
+                    let location = Location::of(&self.target, &file).map_err(cannot_read())?;
+                    return Ok((location, false));
+                }
+                Err(error) => {
+                    return Err(StoreError::io("cannot complete", &self.target)(error));
+                }
+            }
             self.finished.store(true, Ordering::Release);
         }
-        Location::of(&self.target, &self.file).map_err(StoreError::io("cannot read", &self.target))
+        let location = Location::of(&self.target, &self.file).map_err(cannot_read())?;
+        Ok((location, true))
+    }
+
+    /// Whether a file could not get its name because another process, from which no lock kept it apart, has put the same content there.
+    fn is_there_already(&self, error: &io::Error) -> bool {
+        let by_another = matches!(
+            error.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+        );
+        let is_file = fs::symlink_metadata(&self.target).is_ok_and(|file| file.is_file());
+        if !by_another || !is_file {
+            return false;
+        }
+        match index::hash_file(&self.target, &index::Progress::default()) {
+            Ok((hash, _)) => hash == self.hash,
+            Err(error) => {
+                tracing::warn!(%error, "a file that has the place of a fetched one cannot be read");
+                false
+            }
+        }
     }
 }
 
@@ -429,17 +578,93 @@ fn reserve(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
+/// What the system is asked for to give a file a new name; another in tests.
+trait Naming {
+    /// Renames, and fails if `to` exists.
+    fn rename_exclusively(&self, from: &Path, to: &Path) -> io::Result<()>;
+    fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()>;
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+}
+
+struct System;
+
+impl Naming for System {
+    fn rename_exclusively(&self, from: &Path, to: &Path) -> io::Result<()> {
+        use rustix::fs::CWD;
+        Ok(rustix::fs::renameat_with(
+            CWD,
+            from,
+            CWD,
+            to,
+            RenameFlags::NOREPLACE,
+        )?)
+    }
+
+    fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::hard_link(from, to)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+}
+
 /// Renames without replacing.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    use rustix::fs::CWD;
-    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // File systems without it: a hard link does not replace either.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-            fs::hard_link(from, to)?;
-            fs::remove_file(from)
-        }
-        result => Ok(result?),
+    rename_new_with(&System, from, to)
+}
+
+fn rename_new_with(naming: &impl Naming, from: &Path, to: &Path) -> io::Result<()> {
+    match naming.rename_exclusively(from, to) {
+        Err(error) if is_unsupported(&error) => {}
+        result => return result,
     }
+    // A hard link does not replace either.
+    match naming.hard_link(from, to) {
+        Ok(()) => return fs::remove_file(from),
+        Err(error) if is_unsupported(&error) => {}
+        Err(error) => return Err(error),
+    }
+    // Neither is there on FAT, on Android's shared storage, and on several file systems in user space. Weft is the only writer that is to be feared, and the
+    // lock of the folder keeps others of its kind out.
+    match fs::symlink_metadata(to) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => naming.rename(from, to),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+    }
+}
+
+/// Whether an error may mean that the file system has no such operation: each says so in its own way (renameat2(2), link(2), renamex_np(2)). One that means
+/// something else comes again with the next way.
+fn is_unsupported(error: &io::Error) -> bool {
+    let error = Errno::from_io_error(error);
+    matches!(
+        error,
+        Some(
+            Errno::INVAL
+                | Errno::NOSYS
+                | Errno::OPNOTSUPP
+                | Errno::PERM
+                | Errno::ACCESS
+                | Errno::MLINK
+        )
+    ) || error == Some(Errno::NOTSUP)
+}
+
+/// Tries with empty files whether files can get their names in `folder`: it is better known before anything has been fetched than after.
+pub(crate) fn try_naming(folder: &Path) -> Result<(), StoreError> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let named = |what| {
+        let name = format!("{OWN_PREFIX}{what}-{}-{number}", std::process::id());
+        folder.join(name)
+    };
+    let [from, to] = ["from", "to"].map(named);
+    let tried = File::create(&from).and_then(|_| rename_new(&from, &to));
+    for path in [&from, &to] {
+        crate::store::discard(path);
+    }
+    tried.map_err(StoreError::io("cannot give files their names in", folder))
 }
 
 #[cfg(test)]
@@ -474,6 +699,71 @@ mod tests {
             let error = content.sync_to_disk(whole).unwrap_err();
             assert_eq!(error.raw_os_error(), code);
         }
+    }
+
+    /// A file system without some ways of naming files.
+    struct Without {
+        exclusive: Option<Errno>,
+        link: Option<Errno>,
+    }
+
+    impl Naming for Without {
+        fn rename_exclusively(&self, from: &Path, to: &Path) -> io::Result<()> {
+            match self.exclusive {
+                Some(error) => Err(error.into()),
+                None => System.rename_exclusively(from, to),
+            }
+        }
+
+        fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
+            match self.link {
+                Some(error) => Err(error.into()),
+                None => System.hard_link(from, to),
+            }
+        }
+
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            System.rename(from, to)
+        }
+    }
+
+    #[test]
+    fn files_get_their_names_on_file_systems_that_can_neither_rename_exclusively_nor_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let [from, to] = ["from", "to"].map(|name| folder.path().join(name));
+        let errors = [
+            Errno::INVAL,
+            Errno::NOSYS,
+            Errno::NOTSUP,
+            Errno::OPNOTSUPP,
+            Errno::PERM,
+        ];
+        for exclusive in errors {
+            for link in [None].into_iter().chain(errors.map(Some)) {
+                let naming = Without {
+                    exclusive: Some(exclusive),
+                    link,
+                };
+                fs::write(&from, "new").unwrap();
+                rename_new_with(&naming, &from, &to).unwrap();
+                assert_eq!(fs::read(&to).unwrap(), b"new");
+                assert!(!from.exists());
+                // Nothing is replaced.
+                fs::write(&from, "other").unwrap();
+                let error = rename_new_with(&naming, &from, &to).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+                assert_eq!(fs::read(&to).unwrap(), b"new");
+                fs::remove_file(&to).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn trying_to_name_files_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        try_naming(folder.path()).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        try_naming(&folder.path().join("missing")).unwrap_err();
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! Before anything is fetched: what of a model is to go where, what of it is on this machine already, and whether there is room.
 
 use std::{
-    collections::{BTreeMap, HashSet, btree_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
     fs, io,
     ops::Range,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -19,19 +19,25 @@ use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
     elsewhere::Elsewhere,
-    index::{self, IndexError},
+    hasher::Hashers,
+    holder::Holder,
+    index::{self, IndexError, IndexedFile},
     manifest,
-    partial::{Partial, Segment},
+    occupancy::Occupancy,
+    partial::{Partial, Segment, try_naming},
     results,
     selection::{Selected, Wanted},
     serve::MAX_GROUPS,
     source::{ReadError, Source},
-    store::part_path,
+    store::{make_folders, part_path},
     tree::Tree,
 };
 
 /// How often what is copied is made durable: what a crash can cost.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// Files that are found in place and taken in with one commit: each holds its tree in memory, a thousandth of its size, and a crash costs reading them again.
+const ADOPTED: usize = 64;
 
 /// How long to wait for a part file that an earlier, cancelled transfer is still settling.
 const BUSY_WAIT: Duration = Duration::from_secs(5);
@@ -47,6 +53,12 @@ pub struct Progress {
     pub moved: AtomicU64,
     /// Content bytes that were taken from other files of this machine, which a provider's proofs fit.
     pub reused: AtomicU64,
+    /// Bytes that earlier runs left of a file that is whole now, while they are read before it gets its name; zero when nothing is.
+    pub reread_total: AtomicU64,
+    /// Bytes of these that were read.
+    pub reread: AtomicU64,
+    /// Another process that fills the folder now, in words, while it is waited for.
+    pub occupied: Mutex<Option<String>>,
     /// The same counters for hashing what is already there; its flag stops that.
     pub check: index::Progress,
 }
@@ -88,6 +100,10 @@ pub(crate) struct Want {
     pub(crate) groups: Option<Bitfield>,
     /// Wanted bytes that were verified before, already counted as done.
     pub(crate) had: u64,
+    /// What the file that stands at the target is known to hold, if this one is to take its place.
+    pub(crate) replaces: Vec<Hash>,
+    /// The right to fill the folder that the target lies in.
+    pub(crate) occupancy: Option<Arc<Occupancy>>,
     /// What this machine has of it in other blobs, as far as is known.
     pub(crate) elsewhere: Option<Arc<Elsewhere>>,
     /// Somebody waits for it.
@@ -105,6 +121,8 @@ impl Want {
             target,
             groups: None,
             had: 0,
+            replaces: Vec::new(),
+            occupancy: None,
             elsewhere: None,
             urgent: false,
             of_reader: false,
@@ -143,10 +161,12 @@ pub struct Plan {
     /// What only a provider has.
     wants: Vec<Want>,
     /// Files whose content arrives under another path first.
-    copies: Vec<manifest::File>,
+    copies: Vec<(manifest::File, Vec<Hash>)>,
     /// Blobs that are whole here.
     here: HashSet<Hash>,
     progress: Arc<Progress>,
+    /// The right to fill the folder, if anything is missing there.
+    occupancy: Option<Arc<Occupancy>>,
 }
 
 impl Plan {
@@ -161,16 +181,49 @@ impl Plan {
         root: &Path,
         progress: Arc<Progress>,
     ) -> Result<Self, PlanError> {
+        let existing = Existing::default();
+        Self::with(store, (manifest, selected), root, existing, progress)
+    }
+
+    /// As [`new`](Self::new), and says what is done about files that stand in the folder.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with(
+        store: &Store,
+        (manifest, selected): (&Manifest, Option<&Selected>),
+        root: &Path,
+        existing: Existing,
+        progress: Arc<Progress>,
+    ) -> Result<Self, PlanError> {
         let Chosen { files, owned } = Chosen::new(store, manifest, selected);
         let total = files.iter().map(|file| file.size).sum::<u64>();
         let total = total + owned.iter().map(Want::bytes).sum::<u64>();
         progress.total.store(total, Ordering::Relaxed);
-        fs::create_dir_all(root).map_err(StoreError::io("cannot make", root))?;
+        make_folders(root)?;
         let root = root
             .canonicalize()
             .map_err(StoreError::io("cannot read", root))?;
-        let missing = missing_files(store, &files, &root, &progress)?;
+        let look = || missing_files(store, &files, &root, existing, &progress);
+        let mut missing = look()?;
+        if let Some(selected) = selected {
+            check_results(manifest, selected, &root)?;
+        }
+        let mut occupancy = None;
+        if !missing.is_empty() {
+            let (taken, waited) = occupy(&root, &progress)?;
+            if waited {
+                // Whoever has filled it meanwhile most likely has left nothing to do.
+                progress.done.store(0, Ordering::Relaxed);
+                missing = look()?;
+            }
+            if !missing.is_empty() {
+                try_naming(&root)?;
+                occupancy = Some(Arc::new(taken));
+            }
+        }
         let mut plan = Self {
+            occupancy,
             store: store.clone(),
             wants: Vec::new(),
             copies: Vec::new(),
@@ -178,16 +231,21 @@ impl Plan {
             root,
             progress,
         };
-        plan.check_room(&missing)?;
+        let files: Vec<_> = missing.iter().map(|(file, _)| *file).collect();
+        plan.check_room(&files)?;
         let mut wanted = HashSet::new();
-        for file in missing {
+        for (file, replaces) in missing {
             if wanted.contains(&file.blake3) {
-                plan.copies.push(file.clone());
+                plan.copies.push((file.clone(), replaces));
                 continue;
             }
             let target = plan.root.join(&file.path);
             make_folder(&target)?;
-            let mut want = Want::whole(file.blake3, file.size, target);
+            let mut want = Want {
+                occupancy: plan.occupancy.clone(),
+                replaces,
+                ..Want::whole(file.blake3, file.size, target)
+            };
             let satisfied = fill(store, &mut want, &plan.progress)?;
             plan.progress.done.fetch_add(want.had, Ordering::Relaxed);
             // Whole in a part file, it is still to become the file.
@@ -241,6 +299,7 @@ impl Plan {
             copies: Vec::new(),
             here: HashSet::new(),
             progress,
+            occupancy: None,
         }
     }
 
@@ -275,17 +334,22 @@ impl Plan {
     /// [`StoreError`].
     pub async fn finish_copies(&mut self) -> Result<(), StoreError> {
         let mut left = Vec::new();
-        while let Some(file) = self.copies.pop() {
+        while let Some((file, replaces)) = self.copies.pop() {
             if self.wants.iter().any(|want| want.hash == file.blake3) {
-                left.push(file);
+                left.push((file, replaces));
                 continue;
             }
             let store = self.store.clone();
             let progress = Arc::clone(&self.progress);
             let target = self.root.join(&file.path);
+            let occupancy = self.occupancy.clone();
             let (want, is_there) = spawn_blocking(move || {
                 make_folder(&target)?;
-                let mut want = Want::whole(file.blake3, file.size, target);
+                let mut want = Want {
+                    occupancy,
+                    replaces,
+                    ..Want::whole(file.blake3, file.size, target)
+                };
                 fill(&store, &mut want, &progress)?;
                 let is_there = store.holds(&want.hash, &want.target)?;
                 Ok::<_, StoreError>((want, is_there))
@@ -394,15 +458,32 @@ impl<'a> Chosen<'a> {
     }
 }
 
+/// What is done about files that stand where the model's files are to go.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Existing {
+    /// Reads all of them, also those that nothing seems to have touched.
+    pub reread: bool,
+    /// Has the model's files take the place of those that a transfer of this store wrote and that hold something else: another revision, or a file that was
+    /// changed since. Each stands until the new one is whole.
+    pub replace: bool,
+}
+
+/// A file that is not there, and what the file that it is to replace is known to hold.
+type Missing<'a> = (&'a manifest::File, Vec<Hash>);
+
 /// Those of `files` that are not in `root`. Finds all conflicts before anything is written.
 fn missing_files<'a>(
     store: &Store,
     files: &[&'a manifest::File],
     root: &Path,
+    existing: Existing,
     progress: &Progress,
-) -> Result<Vec<&'a manifest::File>, PlanError> {
+) -> Result<Vec<Missing<'a>>, PlanError> {
     let mut missing = Vec::new();
     let mut conflicts = Vec::new();
+    let mut hashers = None;
+    let mut written = None;
+    let mut found = Vec::new();
     for &file in files {
         let target = root.join(&file.path);
         if let Some(blocking) = blocking_component(root, &file.path) {
@@ -410,29 +491,70 @@ fn missing_files<'a>(
             continue;
         }
         let Ok(metadata) = fs::symlink_metadata(&target) else {
-            missing.push(file);
+            missing.push((file, Vec::new()));
             continue;
         };
-        if !metadata.is_file() || metadata.len() != file.size {
+        let mut conflict = |target: PathBuf| {
+            if existing.replace && metadata.is_file() {
+                let written: &HashMap<_, _> = match &mut written {
+                    Some(written) => written,
+                    None => written.insert(store.written_files()?),
+                };
+                if let Some(hashes) = written.get(&target) {
+                    missing.push((file, hashes.clone()));
+                    return Ok(());
+                }
+            }
             conflicts.push(target);
+            Ok::<_, StoreError>(())
+        };
+        if !metadata.is_file() || metadata.len() != file.size {
+            conflict(target)?;
             continue;
         }
-        if !store.holds(&file.blake3, &target)? {
-            let (hash, indexed) = index::hash_file(&target, &progress.check)?;
+        if existing.reread || !store.holds_untouched(&file.blake3, &target)? {
+            let hashers = hashers.get_or_insert_with(Hashers::start);
+            let (hash, indexed) = index::hash_file_with(hashers, &target, &progress.check)?;
             if hash != file.blake3 {
-                conflicts.push(target);
+                conflict(target)?;
                 continue;
             }
-            store.adopt(&hash, &indexed)?;
+            found.push((hash, indexed));
+            if found.len() >= ADOPTED {
+                adopt(store, &mut found)?;
+            }
         }
         progress.done.fetch_add(file.size, Ordering::Relaxed);
     }
+    adopt(store, &mut found)?;
     match conflicts.first() {
         Some(first) => Err(PlanError::TargetExists {
             first: first.clone(),
             count: conflicts.len(),
         }),
         None => Ok(missing),
+    }
+}
+
+/// Takes in files that were found in place, and forgets them here.
+fn adopt(store: &Store, found: &mut Vec<(Hash, IndexedFile)>) -> Result<(), StoreError> {
+    let files: Vec<_> = found.iter().map(|(hash, file)| (*hash, file)).collect();
+    if !files.is_empty() {
+        store.adopt_all(&files)?;
+    }
+    found.clear();
+    Ok(())
+}
+
+/// Finds files that stand where those of selected tensors are to go and that hold other tensors, before anything is fetched.
+fn check_results(manifest: &Manifest, selected: &Selected, root: &Path) -> Result<(), PlanError> {
+    let conflicts = results::conflicts(manifest, selected, root);
+    match conflicts.first() {
+        Some(first) => Err(PlanError::TargetExists {
+            first: first.clone(),
+            count: conflicts.len(),
+        }),
+        None => Ok(()),
     }
 }
 
@@ -449,7 +571,7 @@ fn blocking_component(root: &Path, path: &str) -> Option<PathBuf> {
 
 fn make_folder(target: &Path) -> Result<(), StoreError> {
     match target.parent() {
-        Some(folder) => fs::create_dir_all(folder).map_err(StoreError::io("cannot make", folder)),
+        Some(folder) => make_folders(folder),
         None => Ok(()),
     }
 }
@@ -467,9 +589,32 @@ pub(crate) fn open(
             Err(StoreError::Busy(_)) if begin.elapsed() < BUSY_WAIT => {
                 std::thread::park_timeout(Duration::from_millis(20));
             }
-            result => return result,
+            result => {
+                if let Ok(partial) = &result {
+                    want.occupancy.iter().for_each(|one| partial.occupy(one));
+                    partial.replace(&want.replaces);
+                }
+                return result;
+            }
         }
     }
+}
+
+/// Waits until this process may fill `root`; whether it had to wait. Blocks.
+fn occupy(root: &Path, progress: &Progress) -> Result<(Occupancy, bool), StoreError> {
+    let said = || {
+        progress
+            .occupied
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    };
+    let waiting = |holder: Option<&Holder>| {
+        let holder = holder.map_or_else(|| "another process".to_owned(), ToString::to_string);
+        *said() = Some(holder);
+    };
+    let taken = Occupancy::take(root, &progress.check.cancelled, &waiting);
+    *said() = None;
+    taken
 }
 
 /// Fills what is wanted from the same content elsewhere on this machine, whole or in parts, checking it on the way, and says in it what is there now;
@@ -483,13 +628,34 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
     let own = part_path(&want.target, &want.hash);
     sources.retain(|source| source.part() != Some(&own) && want.wanted(source.have()).count() > 0);
     if sources.is_empty() && want.tree.size() > 0 {
-        let committed = store.committed_part(&want.target, &want.hash, &want.tree)?;
-        let have = committed.unwrap_or_else(|| Bitfield::empty(want.tree.groups()));
-        let satisfied = want.is_satisfied(&have);
-        want.had = want.wanted(have).bytes(&want.tree);
-        return Ok(satisfied);
+        let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
+        // What a trusted row vouches for is read when the whole is here. Of a part, files are made as soon as it is.
+        let now = claim.as_ref().is_some_and(|claim| {
+            claim.groups.count() > 0 && (!claim.trusted || want.groups.is_some())
+        });
+        if !now || store.is_arriving(&own) {
+            let have = claim.map(|claim| claim.groups);
+            let have = have.unwrap_or_else(|| Bitfield::empty(want.tree.groups()));
+            let satisfied = want.is_satisfied(&have);
+            want.had = want.wanted(have).bytes(&want.tree);
+            return Ok(satisfied);
+        }
     }
     let partial = open(store, want, &progress.check.cancelled)?;
+    if !partial.is_trusted() || want.groups.is_some() {
+        // Shown while it lasts; whoever called counts what is here.
+        let read = AtomicU64::new(0);
+        let done = |bytes| {
+            read.fetch_add(bytes, Ordering::Relaxed);
+            progress.done.fetch_add(bytes, Ordering::Relaxed);
+        };
+        let groups = want.groups.as_ref();
+        let lost = store.reread(&partial, groups, &progress.check.cancelled, &done);
+        progress
+            .done
+            .fetch_sub(read.into_inner(), Ordering::Relaxed);
+        lost?;
+    }
     if want.tree.size() == 0 {
         let segment = Segment {
             groups: 1,
@@ -510,6 +676,9 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
         }
     }
     if partial.take_dirty() {
+        if partial.is_to_be_read() {
+            store.reread(&partial, None, &progress.check.cancelled, &|_| ())?;
+        }
         store.settle(std::slice::from_ref(&partial))?;
     }
     let have = partial.have();
@@ -575,7 +744,349 @@ fn copy_range(source: &Source, groups: Range<u64>) -> Result<Segment, ReadError>
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::FileTimes, os::unix::fs::FileExt};
+
     use super::*;
+    use crate::{
+        store::testing::{Origin, content, store},
+        tree::GROUP,
+    };
+
+    /// Changes one byte of a file; `quietly`: with its time of modification as it was.
+    fn change(path: &Path, offset: u64, quietly: bool) {
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap();
+        let modified = file.metadata().unwrap().modified().unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+        if quietly {
+            file.set_times(FileTimes::new().set_modified(modified))
+                .unwrap();
+        }
+    }
+
+    fn plan(store: &Store, origin: &Origin, root: &Path) -> (Plan, Arc<Progress>) {
+        let progress = Arc::new(Progress::default());
+        let plan = Plan::new(store, &origin.manifest(), None, root, Arc::clone(&progress));
+        (plan.unwrap(), progress)
+    }
+
+    #[test]
+    fn a_part_file_that_changed_between_two_runs_is_read_again_before_it_is_trusted() {
+        for quietly in [false, true] {
+            let home = tempfile::tempdir().unwrap();
+            let origin = Origin::new(&[("a", &content(1, 20))]);
+            let (a, root) = (origin.hash("a"), home.path().join("to"));
+            {
+                let store = store(&home);
+                origin.expect(&store, &root);
+                origin.bring(&store, &a, &root.join("a"), 8);
+            }
+            change(&part_path(&root.join("a"), &a), 5 * GROUP, quietly);
+            let store = store(&home);
+            let (mut plan, progress) = plan(&store, &origin, &root);
+            let want = plan.take_wants().remove(0);
+            assert_eq!(want.had, 7 * GROUP);
+            assert_eq!(progress.done.load(Ordering::Relaxed), 7 * GROUP);
+            let sources = store.sources(&a).unwrap();
+            assert!(!sources[0].has(5..6) && sources[0].has(0..5));
+            drop(sources);
+            origin.bring(&store, &a, &root.join("a"), u64::MAX);
+            assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+        }
+    }
+
+    #[test]
+    fn after_a_stop_that_was_not_clean_what_is_claimed_is_read_first() {
+        let home = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let (a, root) = (origin.hash("a"), home.path().join("to"));
+        {
+            let store = store(&home);
+            origin.expect(&store, &root);
+            origin.bring(&store, &a, &root.join("a"), 8);
+        }
+        let target = root.join("a");
+        let trusted = |store: &Store| {
+            let claim = store.committed_part(&target, &a, &Tree::new(20 * GROUP));
+            claim.unwrap().unwrap().trusted
+        };
+        assert!(trusted(&store(&home)));
+        // As it is left by a process that was killed.
+        fs::write(home.path().join("store/lock"), "1\n").unwrap();
+        let store = store(&home);
+        assert!(!trusted(&store));
+        let (mut plan, _) = plan(&store, &origin, &root);
+        assert_eq!(plan.take_wants().remove(0).had, 8 * GROUP);
+        assert!(trusted(&store));
+    }
+
+    #[test]
+    fn a_file_gets_its_name_only_after_every_byte_of_it_was_written_or_read_in_this_process() {
+        let home = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let (a, root) = (origin.hash("a"), home.path().join("to"));
+        let part = part_path(&root.join("a"), &a);
+        {
+            let store = store(&home);
+            origin.expect(&store, &root);
+            origin.bring(&store, &a, &root.join("a"), 8);
+        }
+        let store = store(&home);
+        let stop = AtomicBool::new(false);
+        let tree = Tree::new(20 * GROUP);
+        let partial = store
+            .partial(a, tree, &root.join("a"), true, &stop)
+            .unwrap();
+        assert!(partial.is_trusted() && partial.is_unread());
+        // Such as a sector that went bad: no time tells.
+        change(&part, 5 * GROUP, true);
+        let source = origin.source(&a);
+        let segment = copy_range(&source, 8..20).unwrap();
+        partial.write(&segment).unwrap();
+        assert!(partial.is_to_be_read());
+        store.settle(std::slice::from_ref(&partial)).unwrap();
+        assert!(part.exists() && !root.join("a").exists());
+        let stopped = AtomicBool::new(true);
+        let error = store.reread(&partial, None, &stopped, &|_| ()).unwrap_err();
+        assert!(matches!(error, StoreError::Cancelled), "{error}");
+        let read = AtomicU64::new(0);
+        let lost = store
+            .reread(&partial, None, &stop, &|bytes| {
+                _ = read.fetch_add(bytes, Ordering::Relaxed)
+            })
+            .unwrap();
+        // No more than what came from the earlier run.
+        assert_eq!(read.into_inner(), 8 * GROUP);
+        assert_eq!(lost.runs().collect::<Vec<_>>(), [5..6]);
+        partial.write(&copy_range(&source, 5..6).unwrap()).unwrap();
+        store.settle(std::slice::from_ref(&partial)).unwrap();
+        assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+    }
+
+    #[test]
+    fn a_file_that_changed_with_its_time_put_back_is_not_called_complete() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let root = home.path().canonicalize().unwrap().join("to");
+        origin.fetch(&store, &root);
+        assert!(plan(&store, &origin, &root).0.is_complete());
+        change(&root.join("a"), 5, true);
+        assert!(store.holds(&origin.hash("a"), &root.join("a")).unwrap());
+        let progress = Arc::new(Progress::default());
+        let error = Plan::new(&store, &origin.manifest(), None, &root, progress).unwrap_err();
+        assert!(matches!(error, PlanError::TargetExists { .. }), "{error}");
+        change(&root.join("a"), 5, true);
+        let (plan, progress) = plan(&store, &origin, &root);
+        assert!(plan.is_complete());
+        assert_eq!(
+            progress.check.bytes_done.load(Ordering::Relaxed),
+            20 * GROUP
+        );
+    }
+
+    #[test]
+    fn all_that_is_in_place_is_read_again_when_asked() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 3))]);
+        let root = home.path().canonicalize().unwrap().join("to");
+        origin.fetch(&store, &root);
+        for (reread, bytes) in [(false, 0), (true, 23 * GROUP)] {
+            let existing = Existing {
+                reread,
+                ..Existing::default()
+            };
+            let progress = Arc::new(Progress::default());
+            let manifest = origin.manifest();
+            let of_plan = Arc::clone(&progress);
+            let plan = Plan::with(&store, (&manifest, None), &root, existing, of_plan).unwrap();
+            assert!(plan.is_complete());
+            assert_eq!(progress.check.bytes_done.load(Ordering::Relaxed), bytes);
+        }
+    }
+
+    #[test]
+    fn what_a_transfer_wrote_is_replaced_when_asked_and_nothing_else() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let old = Origin::new(&[("a", &content(1, 20)), ("b", &content(3, 2))]);
+        let new = Origin::new(&[("a", &content(2, 21)), ("b", &content(3, 2))]);
+        let root = home.path().canonicalize().unwrap().join("to");
+        old.fetch(&store, &root);
+        let with = |replace| {
+            let existing = Existing {
+                replace,
+                ..Existing::default()
+            };
+            let progress = Arc::new(Progress::default());
+            Plan::with(&store, (&new.manifest(), None), &root, existing, progress)
+        };
+        let error = with(false).unwrap_err();
+        assert!(
+            matches!(error, PlanError::TargetExists { count: 1, .. }),
+            "{error}"
+        );
+        let mut plan = with(true).unwrap();
+        let want = plan.take_wants().remove(0);
+        // It stands until the new one is whole.
+        assert_eq!(fs::read(root.join("a")).unwrap(), content(1, 20));
+        let partial = open(&store, &want, &AtomicBool::new(false)).unwrap();
+        let segment = copy_range(&new.source(&want.hash), 0..21).unwrap();
+        partial.write(&segment).unwrap();
+        store.settle(&[partial]).unwrap();
+        assert_eq!(fs::read(root.join("a")).unwrap(), content(2, 21));
+        assert!(
+            store
+                .holds_untouched(&new.hash("a"), &root.join("a"))
+                .unwrap()
+        );
+        // Nothing is left that could be told as changed.
+        let written = store.written_files().unwrap();
+        assert_eq!(written[&root.join("a")], [new.hash("a")]);
+        // What the user put there stays.
+        fs::remove_file(root.join("b")).unwrap();
+        store.collect(false).unwrap();
+        fs::write(root.join("b"), "mine").unwrap();
+        let error = with(true).unwrap_err();
+        assert!(matches!(error, PlanError::TargetExists { .. }), "{error}");
+        assert_eq!(fs::read(root.join("b")).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn another_selection_of_tensors_is_refused_before_anything_is_fetched() {
+        let tensors = ["x", "y"].map(|name| {
+            format!(
+                r#""{name}":{{"dtype":"U8","shape":[4],"data_offsets":[{}]}}"#,
+                match name {
+                    "x" => "0,4",
+                    _ => "4,8",
+                }
+            )
+        });
+        let header = format!("{{{}}}", tensors.join(","));
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.as_bytes());
+        file.extend([1, 2, 3, 4, 5, 6, 7, 8]);
+        let origin = Origin::new(&[("m.safetensors", &file)]);
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let root = home.path().join("to");
+        let manifest = origin.manifest();
+        let select = |pattern: &str| {
+            let selection = crate::Selection {
+                tensors: vec![pattern.parse().unwrap()],
+                ..crate::Selection::default()
+            };
+            selection.select(&manifest).unwrap()
+        };
+        let plan = |selected: &Selected| {
+            let progress = Arc::new(Progress::default());
+            Plan::new(&store, &manifest, Some(selected), &root, progress)
+        };
+        let x = select("x");
+        let want = plan(&x).unwrap().take_wants().remove(0);
+        origin.bring(&store, &want.hash, &want.target, 1);
+        results::write(&store, &manifest, &x, &root, &AtomicBool::new(false)).unwrap();
+        plan(&x).unwrap();
+        let error = plan(&select("y")).unwrap_err();
+        assert!(
+            matches!(error, PlanError::TargetExists { count: 1, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn two_nodes_that_fill_one_folder_take_turns_and_both_end_well() {
+        let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let shared = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 3))]);
+        let root = shared.path().join("to");
+        let [first, second] = [0, 1].map(|n| store(&homes[n]));
+        let (mut plan_of_first, _) = plan(&first, &origin, &root);
+        let wants = plan_of_first.take_wants();
+        let stop = AtomicBool::new(false);
+        let partials: Vec<_> = wants
+            .iter()
+            .map(|want| open(&first, want, &stop).unwrap())
+            .collect();
+        // The lock outlives the plan: what is still written keeps it.
+        drop((plan_of_first, wants));
+        let progress = Arc::new(Progress::default());
+        let other = std::thread::spawn({
+            let (manifest, root) = (origin.manifest(), root.clone());
+            let (store, progress) = (second.clone(), Arc::clone(&progress));
+            move || Plan::new(&store, &manifest, None, &root, progress).unwrap()
+        });
+        let holder = loop {
+            if let Some(holder) = progress.occupied.lock().unwrap().clone() {
+                break holder;
+            }
+            std::thread::yield_now();
+        };
+        assert!(holder.contains(&std::process::id().to_string()), "{holder}");
+        for partial in &partials {
+            let groups = partial.tree().groups();
+            let source = origin.source(&partial.hash());
+            partial
+                .write(&copy_range(&source, 0..groups).unwrap())
+                .unwrap();
+        }
+        first.settle(&partials).unwrap();
+        assert!(!other.is_finished());
+        drop(partials);
+        let plan_of_second = other.join().unwrap();
+        assert!(plan_of_second.is_complete());
+        assert_eq!(progress.done.load(Ordering::Relaxed), 23 * GROUP);
+        for store in [&first, &second] {
+            for name in ["a", "b"] {
+                assert!(
+                    store
+                        .holds(&origin.hash(name), &root.canonicalize().unwrap().join(name))
+                        .unwrap()
+                );
+            }
+        }
+        // No lock file is left.
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_file_that_another_node_has_finished_meanwhile_is_adopted_if_it_is_right() {
+        let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let shared = tempfile::tempdir().unwrap();
+        let origin = Origin::new(&[("a", &content(1, 20))]);
+        let (a, tree, target) = (
+            origin.hash("a"),
+            Tree::new(20 * GROUP),
+            shared.path().join("a"),
+        );
+        let [first, second] = [0, 1].map(|n| store(&homes[n]));
+        let stop = AtomicBool::new(false);
+        // As where locks are granted to everybody: both write one part file.
+        let open = |store: &Store| store.partial(a, tree, &target, true, &stop).unwrap();
+        let partials = [open(&first), open(&second)];
+        let all = copy_range(&origin.source(&a), 0..20).unwrap();
+        partials
+            .iter()
+            .for_each(|partial| assert!(partial.write(&all).unwrap() > 0));
+        first.settle(&partials[..1]).unwrap();
+        second.settle(&partials[1..]).unwrap();
+        drop(partials);
+        assert!(first.holds(&a, &target).unwrap() && second.holds(&a, &target).unwrap());
+        assert_eq!(fs::read_dir(shared.path()).unwrap().count(), 1);
+        // Another content stays, and is not taken for it.
+        fs::write(&target, "other").unwrap();
+        let partial = open(&first);
+        partial.write(&all).unwrap();
+        first.settle(&[partial]).unwrap_err();
+        assert_eq!(fs::read(&target).unwrap(), b"other");
+    }
 
     #[test]
     fn an_open_that_outlives_its_transfer_makes_no_part_file() {

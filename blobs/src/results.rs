@@ -5,6 +5,7 @@
 //! before is left alone, and nothing else that is in the way is replaced.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read},
     ops::Range,
@@ -21,7 +22,7 @@ use crate::{
     selection::{Selected, Wanted},
     shards::{self, MAX_INDEX, ShardError},
     source::{ReadError, Source},
-    store::sync_folder,
+    store::{make_folders, sync_folder},
     tree::GROUP,
 };
 
@@ -142,6 +143,48 @@ pub fn write(
     Ok(written)
 }
 
+/// Files that stand where those of selected tensors are to go and that hold other tensors. Those that hold the same ones are left to [`write`], which compares
+/// their content.
+pub(crate) fn conflicts(manifest: &Manifest, selected: &Selected, root: &Path) -> Vec<PathBuf> {
+    let mut conflicts = Vec::new();
+    for one in selected.files() {
+        let Wanted::Tensors { tensors, .. } = &one.wanted else {
+            continue;
+        };
+        let file = &manifest.files()[one.file];
+        let target = root.join(extract::result_path(&file.path));
+        if fs::symlink_metadata(&target).is_err() {
+            continue;
+        }
+        let wanted: BTreeSet<&str> = tensors
+            .iter()
+            .map(|tensor| file.tensors[*tensor].name.as_str())
+            .collect();
+        let there = names_in(&target);
+        let is_same = there.is_some_and(|there| there.iter().map(String::as_str).eq(wanted));
+        if !is_same {
+            conflicts.push(target);
+        }
+    }
+    conflicts
+}
+
+/// The names of the tensors in a safetensors file; `None` if it is none.
+fn names_in(path: &Path) -> Option<BTreeSet<String>> {
+    let mut file = File::open(path).ok()?;
+    let mut size = [0; 8];
+    file.read_exact(&mut size).ok()?;
+    let size = u64::from_le_bytes(size);
+    // As large as a header may be (safetensors format).
+    if size > 100_000_000 || size > file.metadata().ok()?.len() {
+        return None;
+    }
+    let header = serde_json::from_reader(file.take(size));
+    let header: serde_json::Map<String, serde_json::Value> = header.ok()?;
+    let names = header.into_iter().map(|(name, _)| name);
+    Some(names.filter(|name| name != "__metadata__").collect())
+}
+
 /// The indices of shards that are made anew for a selection, by their places in the manifest.
 pub(crate) fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
     let files = manifest.files();
@@ -213,7 +256,7 @@ fn place(
     cancelled: &AtomicBool,
 ) -> Result<bool, ResultError> {
     let folder = target.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(folder).map_err(StoreError::io("cannot make", folder))?;
+    make_folders(folder)?;
     let temporary = folder.join(format!("{OWN_PREFIX}{}.new", &hash.to_string()[..32]));
     let fill = || {
         let file = File::options()

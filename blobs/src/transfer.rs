@@ -699,12 +699,22 @@ impl Shared {
             .into_iter()
             .filter(|partial| partial.take_dirty())
             .collect();
-        if !dirty.is_empty() {
-            let result = self.store.settle(&dirty);
-            if result.is_err() {
-                dirty.iter().for_each(|partial| partial.set_dirty());
-                return result;
+        // What an earlier run left of a file is read before the file gets its name; that may take a while, and the others do not wait for it.
+        let stopped = self.stop.load(Ordering::Acquire);
+        let (whole, rest): (Vec<_>, Vec<_>) = dirty
+            .iter()
+            .cloned()
+            .partition(|partial| !stopped && partial.is_to_be_read());
+        let settle_all = || {
+            if !rest.is_empty() {
+                self.store.settle(&rest)?;
             }
+            whole.iter().try_for_each(|partial| self.reread(partial))
+        };
+        let result: Result<(), StoreError> = settle_all();
+        if result.is_err() {
+            dirty.iter().for_each(|partial| partial.set_dirty());
+            return result;
         }
         let mut state = self.state();
         let State {
@@ -731,6 +741,41 @@ impl Shared {
             !over
         });
         Ok(())
+    }
+
+    /// Reads what an earlier run left of a file that is whole now, and gives the file its name; what is not as it should be is wanted again. Blocks.
+    fn reread(&self, partial: &Arc<Partial>) -> Result<(), StoreError> {
+        let (progress, tree) = (&self.progress, partial.tree());
+        progress.reread.store(0, Ordering::Relaxed);
+        let bytes = partial.unread().bytes(&tree);
+        progress.reread_total.store(bytes, Ordering::Relaxed);
+        let done = |bytes| _ = progress.reread.fetch_add(bytes, Ordering::Relaxed);
+        let lost = self.store.reread(partial, None, &self.stop, &done);
+        progress.reread_total.store(0, Ordering::Relaxed);
+        let lost = lost?;
+        if lost.count() > 0 {
+            let mut state = self.state();
+            let State { schedule, open, .. } = &mut *state;
+            let mut places = open
+                .iter()
+                .filter(|(_, open)| Arc::ptr_eq(&open.partial, partial));
+            if let Some((place, open)) = places.next() {
+                let wanted = match &open.wanted {
+                    Some(wanted) => {
+                        let mut wanted = wanted.clone();
+                        wanted.retain(&lost);
+                        wanted
+                    }
+                    None => lost,
+                };
+                let bytes = wanted.bytes(&tree);
+                progress.done.fetch_sub(bytes, Ordering::Relaxed);
+                wanted.runs().for_each(|run| schedule.want(*place, run));
+            }
+            drop(state);
+            self.changed.notify_waiters();
+        }
+        self.store.settle(std::slice::from_ref(partial))
     }
 
     /// The part file of a want; `None` if it is the store's own and whole by now. Blocks.

@@ -1038,7 +1038,8 @@ pub(crate) struct Get {
     /// org/name[@revision], a model id (64 hex digits), or a ticket (weft:...)
     pub(crate) target: String,
 
-    /// The folder for the files [default: ./NAME, or ./ID for an id or a ticket]
+    /// The folder for the files [default: ./NAME, or ./ID for an id or a ticket; with --tensors, ./NAME-tensors-HASH, with a
+    /// hash of the patterns]
     #[arg(long, value_name = "DIR")]
     pub(crate) to: Option<PathBuf>,
 
@@ -1070,6 +1071,15 @@ pub(crate) struct Get {
     /// low, normal or high: while content comes for one of higher priority, others wait
     #[arg(long, default_value_t)]
     pub(crate) priority: Priority,
+
+    /// Replace files that an earlier get of this node wrote there and that hold something else: an earlier revision, or a file that
+    /// was changed since. Each stands until the new one is whole
+    #[arg(long, conflicts_with = "hf_cache")]
+    pub(crate) replace: bool,
+
+    /// Read all files that are in place already, also those that nothing seems to have touched
+    #[arg(long, conflicts_with = "hf_cache")]
+    pub(crate) verify: bool,
 
     /// Show each provider that sends
     #[arg(long, short)]
@@ -1172,6 +1182,10 @@ pub(crate) struct Gc {
     /// Only say what would go
     #[arg(long)]
     pub(crate) dry_run: bool,
+
+    /// Also forget files whose folder is gone, such as a deleted copy of a model; not while a disk that holds models is away
+    #[arg(long)]
+    pub(crate) gone: bool,
 }
 
 #[derive(Debug, Args)]

@@ -185,7 +185,8 @@ impl From<Status> for Failure {
             ),
             "TARGET_EXISTS" => (
                 TARGET_EXISTS,
-                "Nothing was written. Move it away, or choose another folder with --to or --cache-dir. If `weft get` wrote it, `weft verify` repairs it.",
+                "Nothing was written. With --replace, `weft get` replaces what it wrote there before, such as another revision. Move other files away, or\n\
+                 choose another folder with --to or --cache-dir.",
             ),
             "DISK_FULL" => (
                 DISK_FULL,

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -15,7 +15,7 @@ use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
     Manifest, Pattern, Plan, Selection, Transfer, TransferError,
     hf_cache::{Arrival, Destination},
-    plan::{self, Progress},
+    plan::{self, Existing, Progress},
     rate::Limit,
     results,
     selection::Selected,
@@ -66,6 +66,7 @@ pub struct Get {
     selection: Selection,
     paths: Option<HashSet<String>>,
     hf_cache: Option<IntoCache>,
+    existing: Existing,
 }
 
 /// What fetching is at.
@@ -183,6 +184,7 @@ impl Get {
             selection: Selection::default(),
             paths: None,
             hf_cache: None,
+            existing: Existing::default(),
         }
     }
 
@@ -233,6 +235,19 @@ impl Get {
         self
     }
 
+    /// Whether to replace files in the folder that an earlier `get` of this node wrote and that hold something else: another revision, or a file that was
+    /// changed since. Each stands until the new one is whole. Default: no. Files that this node did not write are never replaced.
+    pub fn replace(mut self, replace: bool) -> Self {
+        self.existing.replace = replace;
+        self
+    }
+
+    /// Whether to read all files that are in place, also those that nothing seems to have touched. Default: no.
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.existing.reread = verify;
+        self
+    }
+
     /// Only files at these paths.
     pub(crate) fn only(mut self, paths: HashSet<String>) -> Self {
         self.paths = Some(paths);
@@ -262,6 +277,7 @@ impl Get {
             shown,
             started: Instant::now(),
             lookup: None,
+            existing: self.existing,
         };
         Operation::spawn(sample, work.run(self))
     }
@@ -283,12 +299,13 @@ fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgres
     let total = counts.total.load(Ordering::Relaxed);
     let done = counts.done.load(Ordering::Relaxed);
     let waiting_for = match state.phase {
-        GetPhase::Fetching => shown.waiting_for(),
+        GetPhase::Fetching => reread(counts).or_else(|| shown.waiting_for()),
+        GetPhase::Checking => occupied(counts),
         _ => state.waiting_for.clone(),
     };
     GetProgress {
         phase: match (&state.phase, &waiting_for) {
-            (GetPhase::Fetching, Some(_)) => GetPhase::Waiting,
+            (GetPhase::Fetching | GetPhase::Checking, Some(_)) => GetPhase::Waiting,
             (phase, _) => *phase,
         },
         bytes_total: total,
@@ -304,6 +321,24 @@ fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgres
     }
 }
 
+/// In words, that the disk is waited for: what an earlier run left of a file is read before the file counts as whole.
+fn reread(counts: &plan::Progress) -> Option<String> {
+    let total = counts.reread_total.load(Ordering::Relaxed);
+    let read = counts.reread.load(Ordering::Relaxed).min(total);
+    let percent = (read * 100).checked_div(total)?;
+    Some(format!(
+        "what was here before to be read again ({percent} %)"
+    ))
+}
+
+/// In words, that another node fills the folder now.
+fn occupied(counts: &plan::Progress) -> Option<String> {
+    let occupied = counts.occupied.lock();
+    let occupied = occupied.unwrap_or_else(PoisonError::into_inner);
+    let holder = occupied.as_ref()?;
+    Some(format!("{holder}, which is writing to the folder"))
+}
+
 struct Work {
     node: Node,
     counts: Arc<plan::Progress>,
@@ -311,6 +346,7 @@ struct Work {
     shown: Shown,
     started: Instant,
     lookup: Option<Duration>,
+    existing: Existing,
 }
 
 impl Work {
@@ -468,8 +504,10 @@ impl Work {
         let folder = folder.to_owned();
         let counts = Arc::clone(&self.counts);
         let (manifest, selected) = (Arc::clone(manifest), selected.clone());
+        let existing = self.existing;
         blocking(move || {
-            let plan = Plan::new(&store, &manifest, selected.as_deref(), &folder, counts)?;
+            let wanted = (&*manifest, selected.as_deref());
+            let plan = Plan::with(&store, wanted, &folder, existing, counts)?;
             Ok((plan, lease))
         })
         .await

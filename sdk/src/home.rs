@@ -17,6 +17,9 @@ pub enum HomeError {
     /// Another node uses it.
     #[error("a node is running on this home already: {0}")]
     InUse(#[source] LockError),
+    /// Its file system has no locks, without which two nodes could use it at once.
+    #[error("{0}: choose another home with --home FOLDER, or set WEFT_HOME")]
+    NoLocks(#[source] LockError),
     /// A file or folder in it cannot be made, read or written.
     #[error("{action} {}: {source}", .path.display())]
     Io {
@@ -108,6 +111,7 @@ impl Home {
                 path,
                 source,
             },
+            error @ LockError::Unsupported { .. } => HomeError::NoLocks(error),
             held => HomeError::InUse(held),
         })?;
         let key = load_or_make_key(&path.join("key"))?;

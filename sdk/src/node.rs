@@ -105,7 +105,8 @@ struct Inner {
     /// There are bootstrap nodes, or such as were known before, or mDNS may find some.
     expects_peers: bool,
     /// Folders that a `get` is filling, and with what.
-    targets: Mutex<HashMap<PathBuf, Hash>>,
+    /// Folders that are being filled: with which model, and by how many `get`s, which take turns.
+    targets: Mutex<HashMap<PathBuf, (Hash, usize)>>,
     /// What runs beside: ends when this is dropped.
     tasks: Mutex<JoinSet<()>>,
     /// Last, so that the home is free only when all else is gone.
@@ -615,15 +616,17 @@ impl Node {
         let _ = tokio::time::timeout_at(until, nodes.wait_for(|nodes| *nodes > 0)).await;
     }
 
-    /// Takes the right to fill `folder`.
+    /// Takes the right to fill `folder` with a model. Several `get`s of one model have it together: each waits for its turn, see
+    /// [`turns`](Self::turns).
     ///
     /// # Errors
-    /// [`Error::Busy`] if another `get` has it.
+    /// [`Error::Busy`] while the folder is filled with another model.
     pub(crate) fn lease(&self, folder: &Path, model: Hash) -> Result<TargetLease, Error> {
         match self.targets().entry(folder.to_owned()) {
+            Entry::Occupied(mut entry) if entry.get().0 == model => entry.get_mut().1 += 1,
             Entry::Occupied(_) => return Err(Error::Busy(folder.to_owned())),
-            Entry::Vacant(entry) => entry.insert(model),
-        };
+            Entry::Vacant(entry) => _ = entry.insert((model, 1)),
+        }
         Ok(TargetLease {
             node: self.clone(),
             folder: folder.to_owned(),
@@ -633,7 +636,7 @@ impl Node {
     /// The folder that a `get` of `model` is filling, if there is one.
     pub(crate) fn is_fetching(&self, model: &Hash) -> Option<PathBuf> {
         let targets = self.targets();
-        let found = targets.iter().find(|(_, fetched)| *fetched == model);
+        let found = targets.iter().find(|(_, (fetched, _))| fetched == model);
         found.map(|(folder, _)| folder.clone())
     }
 
@@ -649,7 +652,7 @@ impl Node {
         tasks.spawn(work);
     }
 
-    fn targets(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, Hash>> {
+    fn targets(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, (Hash, usize)>> {
         self.inner
             .targets
             .lock()
@@ -667,7 +670,12 @@ pub(crate) struct TargetLease {
 impl Drop for TargetLease {
     fn drop(&mut self) {
         if let Ok(mut targets) = self.node.inner.targets.lock() {
-            targets.remove(&self.folder);
+            if let Entry::Occupied(mut target) = targets.entry(self.folder.clone()) {
+                target.get_mut().1 -= 1;
+                if target.get().1 == 0 {
+                    target.remove();
+                }
+            }
         }
     }
 }

@@ -176,6 +176,16 @@ impl Models {
         blocking(move || Ok(store.collect(dry_run)?)).await
     }
 
+    /// As [`gc`](Self::gc), and also forgets files whose folder is gone, as after a copy of a model was deleted: on a disk that is only away, they would have
+    /// to be read again. A model that is whole in another folder lives there from then on.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn gc_gone(&self, dry_run: bool) -> Result<Collected, Error> {
+        let store = self.node().store().clone();
+        blocking(move || Ok(store.collect_with(dry_run, true)?)).await
+    }
+
     /// What takes how many bytes of the disk, by looking at each file.
     ///
     /// # Errors

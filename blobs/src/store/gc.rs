@@ -14,7 +14,7 @@ use prost::Message;
 use redb::{ReadableTable, WriteTransaction};
 
 use super::{
-    BLOBS, Model, PARTS, Store, StoreError, database,
+    BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::{Doomed, allocated},
     part_path,
     refs::refs,
@@ -83,20 +83,29 @@ impl Store {
     /// # Errors
     /// [`StoreError`]. Nothing is lost then that is needed.
     pub fn collect(&self, dry_run: bool) -> Result<Collected, StoreError> {
+        self.collect_with(dry_run, false)
+    }
+
+    /// As [`collect`](Self::collect). `gone`: files whose folder is gone are forgotten, too, as after a copy of a model was deleted; on a disk that is only away
+    /// they would have to be read again. A model that is whole elsewhere lives there from then on.
+    ///
+    /// # Errors
+    /// As [`collect`](Self::collect).
+    pub fn collect_with(&self, dry_run: bool, gone: bool) -> Result<Collected, StoreError> {
         let _alone = self.deleting();
         if !dry_run {
             self.finish_discards()?;
         }
         let held = self.held()?;
         let (generation, txn) = self.inner.database.begin_write()?;
-        let collected = self.collect_in(txn, dry_run, &held);
+        let collected = self.collect_in(txn, (dry_run, gone), &held);
         collected.inspect_err(|error| self.inner.database.failed(generation, error))
     }
 
     fn collect_in(
         &self,
         mut txn: WriteTransaction,
-        dry_run: bool,
+        (dry_run, gone): (bool, bool),
         held: &HashSet<Hash>,
     ) -> Result<Collected, StoreError> {
         txn.set_quick_repair(true);
@@ -106,6 +115,7 @@ impl Store {
             txn: &txn,
             models: models(&txn)?,
             held,
+            forget_away: gone,
             whole: HashSet::new(),
             kept: HashSet::new(),
             with_tree: HashSet::new(),
@@ -114,6 +124,9 @@ impl Store {
             collected: Collected::default(),
         };
         collector.blobs()?;
+        if gone {
+            collector.rehouse()?;
+        }
         collector.parts()?;
         collector.stray_parts()?;
         collector.folders()?;
@@ -136,6 +149,8 @@ struct Collector<'a> {
     txn: &'a WriteTransaction,
     models: Vec<Model>,
     held: &'a HashSet<Hash>,
+    /// Also forget files whose folder is gone.
+    forget_away: bool,
     /// Blobs that are whole here.
     whole: HashSet<Hash>,
     /// Owned files and part files that stay.
@@ -176,7 +191,7 @@ impl Collector<'_> {
                 continue;
             }
             row.locations
-                .retain(|row| is_here(row) || is_away(&path_from(&row.path)));
+                .retain(|row| is_here(row) || self.is_away(&path_from(&row.path)));
             self.collected.locations += (before - row.locations.len()) as u64;
             self.drop_second_copy(&hash, &mut row);
             if row.locations.is_empty() {
@@ -198,6 +213,59 @@ impl Collector<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a file may come back with its folder, and is to be remembered for that.
+    fn is_away(&self, path: &Path) -> bool {
+        !self.forget_away && is_away(path)
+    }
+
+    /// Models whose folder is gone live in another one that holds all their files, if there is one.
+    fn rehouse(&mut self) -> Result<(), StoreError> {
+        let mut models = std::mem::take(&mut self.models);
+        for model in models.iter_mut().filter(|model| !model.root.exists()) {
+            let Some(manifest) = self.store.manifest(&model.id)? else {
+                continue;
+            };
+            let Some(root) = self.whole_folder(&manifest)? else {
+                continue;
+            };
+            tracing::info!(model = %model.id, from = %model.root.display(), to = %root.display(), "a model's folder is gone: it lives in another one");
+            model.root = root;
+            let mut table = self.txn.open_table(MODELS).map_err(database)?;
+            table
+                .insert(
+                    model.id.as_bytes(),
+                    model.to_row().encode_to_vec().as_slice(),
+                )
+                .map_err(database)?;
+        }
+        self.models = models;
+        Ok(())
+    }
+
+    /// A folder in which all files of a model are, as rows say.
+    fn whole_folder(&self, manifest: &Manifest) -> Result<Option<PathBuf>, StoreError> {
+        let table = self.txn.open_table(BLOBS).map_err(database)?;
+        let mut common: Option<HashSet<PathBuf>> = None;
+        for file in manifest.files() {
+            let row = table.get(file.blake3.as_bytes()).map_err(database)?;
+            let row = row.map(|row| decode::<BlobRow>("blobs", row.value()));
+            let row = row.transpose()?.unwrap_or_default();
+            let paths = row.locations.iter().map(|row| path_from(&row.path));
+            let ends = Path::new(&file.path).components().count();
+            let roots = paths.filter(|path| path.ends_with(&file.path));
+            let roots = roots.filter_map(|path| path.ancestors().nth(ends).map(Path::to_owned));
+            let roots: HashSet<PathBuf> = roots.collect();
+            common = Some(match common {
+                Some(common) => &common & &roots,
+                None => roots,
+            });
+            if common.as_ref().is_some_and(HashSet::is_empty) {
+                return Ok(None);
+            }
+        }
+        Ok(common.into_iter().flatten().min())
     }
 
     /// What the store owns is not needed beside a file of a model that a transfer wrote.
@@ -265,7 +333,7 @@ impl Collector<'_> {
             let is_used = self.held.contains(&hash) || self.store.is_arriving(&path);
             let is_there = fs::symlink_metadata(&path).is_ok();
             let is_needed = refs(self.txn, &hash)? > 0 && !self.whole.contains(&hash);
-            if is_used || (is_needed && (is_there || is_away(&path))) {
+            if is_used || (is_needed && (is_there || self.is_away(&path))) {
                 self.with_tree.insert(hash);
                 self.kept.insert(path);
                 continue;
@@ -393,6 +461,39 @@ mod tests {
     /// A store after everything was collected that there is to collect: nothing more is.
     fn assert_clean(store: &Store) {
         assert_eq!(store.collect(false).unwrap(), Collected::default());
+    }
+
+    #[test]
+    fn a_deleted_copy_is_forgotten_when_asked_and_the_model_lives_in_the_other() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 4)), ("deep/b", &content(2, 4))]);
+        let [stays, goes] = ["stays", "goes"].map(|name| home.path().join(name));
+        origin.fetch(&store, &stays);
+        origin.fetch(&store, &goes);
+        fs::remove_dir_all(&goes).unwrap();
+        let missing = || {
+            let models = store.models().unwrap();
+            let progress = crate::store::verify::Progress::default();
+            let checked = store.verify(&models, true, &progress).unwrap();
+            let bad = |one: &&crate::store::verify::Checked| {
+                one.condition != crate::store::verify::Condition::Good
+            };
+            checked.iter().filter(bad).count()
+        };
+        assert_eq!(missing(), 2);
+        // A disk may only be away.
+        assert_eq!(store.collect(false).unwrap().locations, 0);
+        assert_eq!(store.collect_with(true, true).unwrap().locations, 2);
+        assert_eq!(store.model(&origin.id()).unwrap().root, goes);
+        assert_eq!(store.collect_with(false, true).unwrap().locations, 2);
+        let model = store.model(&origin.id()).unwrap();
+        assert_eq!(model.root, stays);
+        assert!(store.presence(&model, &origin.manifest()).unwrap().complete);
+        assert_eq!(missing(), 0);
+        // It is where the model lives from now on.
+        assert_eq!(store.remove(&origin.id(), true).unwrap().files_deleted, 2);
+        assert!(!stays.exists());
     }
 
     #[test]

@@ -25,7 +25,7 @@ mod remove;
 mod rows;
 mod tags;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod torn;
 #[cfg(test)]
@@ -52,10 +52,10 @@ pub(crate) use self::parts::{PartLease, part_path};
 use self::{
     discards::DISCARDS,
     metadata::Metadata,
-    parts::forget_parts,
+    parts::{Seen, forget_parts},
     quota::{SETTINGS, Uses},
     refs::{REFS, add_refs, count_late},
-    rows::{BlobRow, LocationRow, ModelRow, NameRow, decode, path_from},
+    rows::{BlobRow, LocationRow, ModelRow, NameRow, StampRow, decode, path_from},
     tags::TAGS,
 };
 pub use self::{
@@ -73,6 +73,7 @@ use crate::{
     manifest::{MAX_MANIFEST, ManifestError},
     partial::Partial,
     source::Source,
+    stamp::Stamp,
     tree::{GROUP, Tree},
 };
 
@@ -108,6 +109,12 @@ struct Inner {
     rooms: Mutex<HashMap<u64, Vec<Need>>>,
     next_room: AtomicU64,
     uses: Mutex<Uses>,
+    /// The number of the last use.
+    last_use: AtomicU64,
+    /// How often the store was found not to have been closed: what rows of earlier epochs say of part files is checked.
+    epoch: u64,
+    /// Groups of part files that this process has written or read, by part file.
+    seen: Mutex<HashMap<PathBuf, Seen>>,
     _lock: Lock,
 }
 
@@ -121,6 +128,19 @@ pub enum StoreError {
     /// The metadata database failed.
     #[error("the store's database failed: {0}")]
     Database(#[source] Box<redb::Error>),
+    /// The metadata database could not be opened.
+    #[error(
+        "cannot open the store's database {}: {source}; if it is damaged, move it away and start again: no content is deleted, and `weft add` and \
+         `weft get` to the same folders take in again what is there, but names, tags, the quota and the list of models are lost",
+        .path.display()
+    )]
+    Unopened {
+        /// The database.
+        path: PathBuf,
+        /// What went wrong.
+        #[source]
+        source: Box<redb::Error>,
+    },
     /// A file could not be read or written.
     #[error("{action} {}: {source}", .path.display())]
     Io {
@@ -274,7 +294,7 @@ pub struct Model {
     pub added_at: i64,
     /// Fetched from the mesh, rather than indexed in place.
     pub fetched: bool,
-    /// When it was last fetched or added, seconds since the Unix epoch.
+    /// The number of the use when it was last fetched or added.
     used_at: i64,
     /// What its manifest lists is counted in `refs`.
     counted: bool,
@@ -376,6 +396,7 @@ impl Store {
             sweep(&folder.join(kind))?;
         }
         let path = folder.join("meta.redb");
+        let database = path.clone();
         let open = move |first| {
             let mut builder = Database::builder();
             builder.set_cache_size(DATABASE_CACHE);
@@ -385,10 +406,18 @@ impl Store {
                 false => builder.open(&path),
             }
         };
-        Self::with_database(folder, lock, Metadata::open(open)?)
+        let opened = Metadata::open(open).map_err(|error| match error {
+            StoreError::Database(source) => StoreError::Unopened {
+                path: database,
+                source,
+            },
+            error => error,
+        });
+        Self::with_database(folder, lock, opened?)
     }
 
     fn with_database(folder: &Path, lock: Lock, database: Metadata) -> Result<Self, StoreError> {
+        let epoch = quota::begin_epoch(&database, lock.was_left())?;
         let store = Self {
             inner: Arc::new(Inner {
                 folder: folder.to_owned(),
@@ -400,6 +429,9 @@ impl Store {
                 rooms: Mutex::default(),
                 next_room: AtomicU64::default(),
                 uses: Mutex::default(),
+                last_use: AtomicU64::default(),
+                epoch,
+                seen: Mutex::default(),
                 _lock: lock,
             }),
         };
@@ -411,6 +443,8 @@ impl Store {
             txn.open_table(TAGS).map_err(self::database)?;
             txn.open_table(DISCARDS).map_err(self::database)?;
             txn.open_table(SETTINGS).map_err(self::database)?;
+            let last_use = quota::last_use(txn)?;
+            store.inner.last_use.store(last_use, Ordering::Relaxed);
             let mut tables = txn.list_tables().map_err(self::database)?;
             let is_counted = tables.any(|table| table.name() == REFS.name());
             drop(tables);
@@ -454,7 +488,7 @@ impl Store {
                     false,
                 )?;
             }
-            put_model(txn, id, &indexed.root, false, Some(&indexed.manifest))?;
+            self.put_model(txn, id, &indexed.root, false, Some(&indexed.manifest))?;
             if let Some(name) = name {
                 set_name(txn, id, name, Some(None))?;
             }
@@ -463,14 +497,29 @@ impl Store {
         Ok(id)
     }
 
-    /// Takes in a file that was found to hold a known blob. Durable when it returns.
+    /// Takes in a file that was found to hold a known blob; see [`adopt_all`](Self::adopt_all).
     pub(crate) fn adopt(&self, hash: &Hash, file: &IndexedFile) -> Result<(), StoreError> {
-        let _hold = self.hold(*hash);
-        self.write_outboard(hash, &file.outboard)?;
+        self.adopt_all(&[(*hash, file)])
+    }
+
+    /// Takes in files that were found to hold known blobs, in one transaction. One that a transfer wrote stays ours to delete. Durable when it returns.
+    pub(crate) fn adopt_all(&self, files: &[(Hash, &IndexedFile)]) -> Result<(), StoreError> {
+        let _holds: Vec<Hold> = files.iter().map(|(hash, _)| self.hold(*hash)).collect();
+        for (hash, file) in files {
+            // The hash is the name, and one that is there was checked or is when it is read.
+            if !self.has_outboard(hash, &Tree::new(file.location.size)) {
+                self.write_outboard(hash, &file.outboard)?;
+            }
+        }
         self.write(|txn| {
-            // A crash between a rename and its record leaves a row for a part file that is gone.
-            forget_parts(txn, hash, Some(&part_path(&file.location.path, hash)))?;
-            put_location(txn, hash, &file.location, false)
+            for (hash, file) in files {
+                // A crash between a rename and its record leaves a row for a part file that is gone.
+                let path = &file.location.path;
+                forget_parts(txn, hash, Some(&part_path(path, hash)))?;
+                let written = was_written(txn, hash, path)?;
+                put_location(txn, hash, &file.location, written)?;
+            }
+            Ok(())
         })
     }
 
@@ -523,7 +572,7 @@ impl Store {
         let manifest = self.manifest(&id)?;
         self.write(|txn| {
             if known.is_none() {
-                put_model(txn, id, root, true, manifest.as_ref())?;
+                self.put_model(txn, id, root, true, manifest.as_ref())?;
             }
             if let Some(name) = name {
                 set_name(txn, id, name, None)?;
@@ -576,7 +625,7 @@ impl Store {
                 forget_locations(txn, hash, |path| path.starts_with(left))?;
                 put_location(txn, hash, location, false)?;
             }
-            put_model(txn, *id, root, true, manifest.as_ref())
+            self.put_model(txn, *id, root, true, manifest.as_ref())
         })
     }
 
@@ -747,6 +796,20 @@ impl Store {
         }))
     }
 
+    /// Whether the file at `path` is known to hold the blob, and nothing at all has touched it since it was last read or written whole: neither its inode nor
+    /// the time that only the system sets. Content that is given to others is checked anyway; content that is called complete without being read must be this.
+    pub(crate) fn holds_untouched(&self, hash: &Hash, path: &Path) -> Result<bool, StoreError> {
+        if !self.holds(hash, path)? {
+            return Ok(false);
+        }
+        let now = fs::symlink_metadata(path).map(|file| StampRow::from(Stamp::of(&file)));
+        let row = self.blob_row(hash)?;
+        let mut rows = row.iter().flat_map(|row| &row.locations);
+        let known = rows.find(|row| path_from(&row.path) == path);
+        let known = known.and_then(|row| row.stamp.as_ref());
+        Ok(known.is_some() && known == now.ok().as_ref())
+    }
+
     /// Opens what is here of a blob, for reading with proofs: the whole of it, or the parts that are arriving or have been left. Empty if nothing of it is
     /// here, or its file changed.
     ///
@@ -821,6 +884,19 @@ impl Store {
         changed.inspect_err(|error| self.inner.database.failed(generation, error))
     }
 
+    fn put_model(
+        &self,
+        txn: &WriteTransaction,
+        id: Hash,
+        root: &Path,
+        fetched: bool,
+        manifest: Option<&Manifest>,
+    ) -> Result<(), StoreError> {
+        let number = self.next_use();
+        quota::note_use(txn, number)?;
+        put_model(txn, id, (root, fetched), number, manifest)
+    }
+
     fn write_outboard(&self, hash: &Hash, outboard: &[u8]) -> Result<(), StoreError> {
         if outboard.is_empty() {
             return Ok(());
@@ -883,6 +959,16 @@ fn mark_location(
     Ok(())
 }
 
+/// Whether the file at `path` is known as one that a transfer wrote as this blob.
+fn was_written(txn: &WriteTransaction, hash: &Hash, path: &Path) -> Result<bool, StoreError> {
+    let table = txn.open_table(BLOBS).map_err(database)?;
+    let row = table.get(hash.as_bytes()).map_err(database)?;
+    let row = row.map(|row| decode::<BlobRow>("blobs", row.value()));
+    let rows = row.transpose()?.unwrap_or_default().locations;
+    let mut rows = rows.iter();
+    Ok(rows.any(|row| row.written && path_from(&row.path) == path))
+}
+
 /// Notes that a whole blob is in a file; `written` if it was us who wrote it.
 fn put_location(
     txn: &WriteTransaction,
@@ -896,8 +982,12 @@ fn put_location(
         None => BlobRow::default(),
     };
     row.size = location.size;
+    // As the file is now: what happened to it since it was read shows in its size and time, or will not have been long.
+    let stamp = fs::symlink_metadata(&location.path).ok();
+    let stamp = stamp.filter(|file| Location::from_metadata(&location.path, file) == *location);
     let new = LocationRow {
         written,
+        stamp: stamp.map(|file| Stamp::of(&file).into()),
         ..LocationRow::from(location)
     };
     row.locations.retain(|old| old.path != new.path);
@@ -911,11 +1001,11 @@ fn put_location(
 fn put_model(
     txn: &WriteTransaction,
     id: Hash,
-    root: &Path,
-    fetched: bool,
+    (root, fetched): (&Path, bool),
+    used: u64,
     manifest: Option<&Manifest>,
 ) -> Result<(), StoreError> {
-    let now = now();
+    let used = i64::try_from(used).unwrap_or(i64::MAX);
     let mut table = txn.open_table(MODELS).map_err(database)?;
     let known = match table.get(id.as_bytes()).map_err(database)? {
         Some(row) => Some(Model::from_row(id, decode("models", row.value())?)),
@@ -933,15 +1023,15 @@ fn put_model(
             id,
             root: root.to_owned(),
             names: Vec::new(),
-            added_at: now,
+            added_at: now(),
             fetched,
-            used_at: now,
+            used_at: used,
             counted: false,
             results: Vec::new(),
             made: Vec::new(),
         },
     };
-    model.used_at = now;
+    model.used_at = used;
     if let (false, Some(manifest)) = (model.counted, manifest) {
         add_refs(txn, id, manifest)?;
         model.counted = true;
@@ -1010,7 +1100,11 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().map_err(StoreError::io("cannot write", path))?;
+    if let Err(error) = write() {
+        // On a full disk it would take the room that the next attempt needs.
+        discard(&temporary);
+        return Err(StoreError::io("cannot write", path)(error));
+    }
     match path.parent() {
         Some(folder) => sync_folder(folder),
         None => Ok(()),
@@ -1039,6 +1133,27 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
         .map_err(StoreError::io("cannot sync", folder))?;
     #[cfg(test)]
     crate::testing::power::names_synced(folder);
+    Ok(())
+}
+
+/// Makes a folder and all above it that are missing, so that a loss of power does not take them away again with what is reported as complete in them.
+pub(crate) fn make_folders(folder: &Path) -> Result<(), StoreError> {
+    // Those that are there are as certain as they ever were.
+    let missing: Vec<&Path> = folder
+        .ancestors()
+        .take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    fs::create_dir_all(folder).map_err(StoreError::io("cannot make", folder))?;
+    for made in missing {
+        match made.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => sync_folder(Path::new("."))?,
+            Some(parent) => sync_folder(parent)?,
+            None => {}
+        }
+    }
     Ok(())
 }
 
@@ -1151,6 +1266,44 @@ mod tests {
         assert!(store.sources(&hash).unwrap().is_empty());
         let model = store.model(&id).unwrap();
         assert!(!store.presence(&model, &indexed.manifest).unwrap().complete);
+    }
+
+    #[test]
+    fn a_damaged_database_is_named_and_may_be_moved_away() {
+        let home = tempfile::tempdir().unwrap();
+        let root = home.path().join("m");
+        let indexed = model(&root, &[1; 200_000]);
+        let folder = home.path().join("store");
+        let id = Store::open(&folder).unwrap().add(&indexed, None).unwrap();
+        let path = folder.join("meta.redb");
+        fs::write(&path, [7; 100_000]).unwrap();
+        let error = Store::open(&folder).unwrap_err().to_string();
+        assert!(
+            error.contains("meta.redb") && error.contains("move it away"),
+            "{error}"
+        );
+        fs::rename(&path, folder.join("meta.damaged")).unwrap();
+        let store = Store::open(&folder).unwrap();
+        assert!(store.models().unwrap().is_empty());
+        // What the message promises.
+        assert_eq!(
+            store
+                .add(&index(&root, &Progress::default()).unwrap(), None)
+                .unwrap(),
+            id
+        );
+        let model = store.model(&id).unwrap();
+        assert!(store.presence(&model, &indexed.manifest).unwrap().complete);
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_nothing_behind() {
+        let home = tempfile::tempdir().unwrap();
+        // A folder that is not empty cannot be replaced by a file.
+        let path = home.path().join("taken");
+        fs::create_dir_all(path.join("inner")).unwrap();
+        write_durably(&path, b"content").unwrap_err();
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -15,11 +15,38 @@ use prost::Message;
 use redb::{Table, WriteTransaction};
 
 use super::{
-    Hold, PARTS, Store, StoreError, database, has_size, put_location,
-    rows::{PartRow, decode, part_key, part_keys, path_from},
+    Hold, PARTS, Store, StoreError, database, forget_locations, has_size, put_location,
+    rows::{PartRow, StampRow, decode, part_key, part_keys, path_from},
     sync_folder,
+    verify::{difference, read},
 };
-use crate::{Hash, bitfield::Bitfield, partial::Partial, source::Source, tree::Tree};
+use crate::{
+    Hash,
+    bitfield::Bitfield,
+    partial::{Kept, Partial},
+    source::Source,
+    stamp::Stamp,
+    tree::Tree,
+};
+
+/// Part files of which this process remembers what it has written or read. Beyond, it forgets all, and reads again what it would not have to.
+const MAX_SEEN: usize = 1024;
+
+/// Groups of a part file that this process has written or read, as long as nothing else has touched it.
+#[derive(Debug)]
+pub(super) struct Seen {
+    stamp: Stamp,
+    groups: Bitfield,
+}
+
+/// What a row says of a part file that is there.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    /// The groups that it holds.
+    pub(crate) groups: Bitfield,
+    /// Nothing has touched the file since, and the store was closed each time since.
+    pub(crate) trusted: bool,
+}
 
 impl Store {
     /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified. `room`: with room set aside for the whole.
@@ -47,13 +74,18 @@ impl Store {
             std::fs::rename(target, &part).map_err(StoreError::io("cannot rename", target))?;
         }
         let committed = self.committed(&part, &hash, &tree)?;
-        if committed.is_none() && !self.part_rows(&hash)?.is_empty() {
+        let kept = committed.map(|claim| Kept {
+            unread: difference(&claim.groups, &self.seen_of(&part, &tree)),
+            groups: claim.groups,
+            trusted: claim.trusted,
+        });
+        if kept.is_none() && !self.part_rows(&hash)?.is_empty() {
             // Before the files get their full size: a row from earlier must not vouch for what they hold then.
             let all = !self.has_outboard(&hash, &tree);
             self.write(|txn| forget_parts(txn, &hash, (!all).then_some(part.as_path())))?;
         }
         let outboard = (tree.groups() > 1).then(|| self.outboard_path(&hash));
-        let partial = Partial::open(lease, (hash, tree), target, room, outboard, committed)?;
+        let partial = Partial::open(lease, (hash, tree), target, room, outboard, kept)?;
         let partial = Arc::new(partial);
         let mut arriving = self.arriving();
         arriving.retain(|_, known| known.strong_count() > 0);
@@ -72,8 +104,48 @@ impl Store {
         Ok(())
     }
 
+    /// Reads groups of a part file that an earlier run left and that this process has neither written nor read: all, or those of `only`. Those that are not
+    /// what they should be count as missing from then on, and are returned. `done` is called with the bytes of each piece. Blocks.
+    ///
+    /// # Errors
+    /// [`StoreError::Cancelled`] within a piece once `cancelled` is set, and others of the disk.
+    pub(crate) fn reread(
+        &self,
+        partial: &Partial,
+        only: Option<&Bitfield>,
+        cancelled: &AtomicBool,
+        done: &dyn Fn(u64),
+    ) -> Result<Bitfield, StoreError> {
+        let (hash, tree) = (partial.hash(), partial.tree());
+        let mut groups = partial.unread();
+        if let Some(only) = only {
+            groups.retain(only);
+        }
+        if groups.count() == 0 {
+            return Ok(groups);
+        }
+        let outboard = self.open_outboard(&hash, &tree)?;
+        let source = Source::arriving(Arc::clone(partial.content()), outboard);
+        let good = read(&source, &groups, cancelled, done)?;
+        // A file that is still arriving has no time that it could be known by.
+        let good = good.unwrap_or_else(|| Bitfield::empty(tree.groups()));
+        let lost = difference(&groups, &good);
+        let bits = partial.was_read(&groups, &lost);
+        if lost.count() > 0 {
+            let (bytes, part) = (lost.bytes(&tree), partial.part().display());
+            tracing::warn!(%hash, %part, bytes, "a part file is not what it was: these bytes are fetched again");
+        }
+        let stamp = partial.stamp()?;
+        self.write(|txn| {
+            let mut table = txn.open_table(PARTS).map_err(database)?;
+            self.put_part(&mut table, &hash, partial.part(), (&bits, &tree), stamp)
+        })?;
+        self.see(partial, &bits, stamp);
+        Ok(lost)
+    }
+
     /// Commits what the given partials have verified, after syncing their bytes. Those that are whole become files: synced,
-    /// renamed onto their target, and recorded. Durable when it returns.
+    /// renamed onto their target, and recorded; but not while groups of them wait for [`reread`](Self::reread). Durable when it returns.
     ///
     /// # Errors
     /// [`StoreError`]; what is verified stays in the part files.
@@ -85,10 +157,10 @@ impl Store {
         let mut progressed = Vec::new();
         for partial in partials {
             let bits = partial.sync()?;
-            if bits.is_full() {
+            if bits.is_full() && !partial.is_unread() {
                 finished.push((partial, partial.finish()?));
             } else {
-                progressed.push((partial, bits));
+                progressed.push((partial, bits, partial.stamp()?));
             }
         }
         let targets = finished.iter();
@@ -100,28 +172,87 @@ impl Store {
         }
         partials.iter().for_each(|partial| partial.set_named());
         self.write(|txn| {
-            for (partial, location) in &finished {
-                put_location(txn, &partial.hash(), location, true)?;
+            for (partial, (location, ours)) in &finished {
+                for hash in partial.replaced() {
+                    forget_locations(txn, hash, |path| path == location.path)?;
+                }
+                put_location(txn, &partial.hash(), location, *ours)?;
             }
             let mut table = txn.open_table(PARTS).map_err(database)?;
             for (partial, _) in &finished {
                 let key = part_key(&partial.hash(), partial.part());
                 table.remove(key.as_slice()).map_err(database)?;
             }
-            for (partial, bits) in &progressed {
-                put_part(
-                    &mut table,
-                    &partial.hash(),
-                    partial.part(),
-                    bits,
-                    &partial.tree(),
-                )?;
+            for (partial, bits, stamp) in &progressed {
+                let content = (bits, &partial.tree());
+                let part = partial.part();
+                self.put_part(&mut table, &partial.hash(), part, content, *stamp)?;
             }
             Ok(())
         })?;
-        for (partial, bits) in progressed {
+        for (partial, _) in finished {
+            self.seen().remove(partial.part());
+        }
+        for (partial, bits, stamp) in progressed {
+            self.see(partial, &bits, stamp);
             partial.set_durable(bits);
         }
+        Ok(())
+    }
+
+    /// Remembers which groups of a part file this process has written or read.
+    fn see(&self, partial: &Partial, bits: &Bitfield, stamp: Option<Stamp>) {
+        let mut seen = self.seen();
+        let Some(stamp) = stamp else {
+            seen.remove(partial.part());
+            return;
+        };
+        if seen.len() >= MAX_SEEN && !seen.contains_key(partial.part()) {
+            seen.clear();
+        }
+        let groups = difference(bits, &partial.unread());
+        seen.insert(partial.part().to_owned(), Seen { stamp, groups });
+    }
+
+    /// Groups of a part file that this process has written or read, if nothing has touched it since.
+    fn seen_of(&self, part: &Path, tree: &Tree) -> Bitfield {
+        let stamp = std::fs::symlink_metadata(part).map(|file| Stamp::of(&file));
+        match (self.seen().get(part), stamp) {
+            (Some(seen), Ok(stamp))
+                if seen.stamp == stamp && seen.groups.groups() == tree.groups() =>
+            {
+                seen.groups.clone()
+            }
+            _ => Bitfield::empty(tree.groups()),
+        }
+    }
+
+    fn seen(&self) -> std::sync::MutexGuard<'_, std::collections::HashMap<PathBuf, Seen>> {
+        self.inner
+            .seen
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// Notes which groups a part file holds. Without a stamp, it is read when it is opened again.
+    pub(super) fn put_part(
+        &self,
+        table: &mut Table<'_, &[u8], &[u8]>,
+        hash: &Hash,
+        part: &Path,
+        (bits, tree): (&Bitfield, &Tree),
+        stamp: Option<Stamp>,
+    ) -> Result<(), StoreError> {
+        let row = PartRow {
+            size: tree.size(),
+            bits: bits.to_bytes(),
+            stamp: stamp.map(StampRow::from),
+            epoch: self.inner.epoch,
+        };
+        let key = part_key(hash, part);
+        table
+            .insert(key.as_slice(), row.encode_to_vec().as_slice())
+            .map_err(database)?;
         Ok(())
     }
 
@@ -183,23 +314,23 @@ impl Store {
         let mut had: Option<Bitfield> = None;
         for target in targets {
             let part = part_path(target.as_ref(), hash);
-            if let Some(bits) = self.committed(&part, hash, &tree)? {
+            if let Some(claim) = self.committed(&part, hash, &tree)? {
                 match &mut had {
-                    Some(had) => had.extend(&bits),
-                    None => had = Some(bits),
+                    Some(had) => had.extend(&claim.groups),
+                    None => had = Some(claim.groups),
                 }
             }
         }
         Ok(had.map_or(0, |had| had.bytes(&tree)))
     }
 
-    /// Groups that are verified and durable in the part file of a blob that is to become `target`.
+    /// What a row says of the part file of a blob that is to become `target`.
     pub(crate) fn committed_part(
         &self,
         target: &Path,
         hash: &Hash,
         tree: &Tree,
-    ) -> Result<Option<Bitfield>, StoreError> {
+    ) -> Result<Option<Claim>, StoreError> {
         self.committed(&part_path(target, hash), hash, tree)
     }
 
@@ -209,7 +340,7 @@ impl Store {
         part: &Path,
         hash: &Hash,
         tree: &Tree,
-    ) -> Result<Option<Bitfield>, StoreError> {
+    ) -> Result<Option<Claim>, StoreError> {
         let row = self.inner.database.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let key = part_key(hash, part);
@@ -222,13 +353,21 @@ impl Store {
         };
         let holds =
             row.size == tree.size() && has_size(part, tree.size()) && self.has_outboard(hash, tree);
-        Ok(match holds {
+        let groups = match holds {
             true => Bitfield::from_bytes(&row.bits, tree.groups()),
             false => None,
-        })
+        };
+        Ok(groups.map(|groups| {
+            let stamp = std::fs::symlink_metadata(part).map(|file| Stamp::of(&file));
+            let known = row.stamp.as_ref().map(Stamp::from);
+            Claim {
+                groups,
+                trusted: row.epoch == self.inner.epoch && known.is_some() && known == stamp.ok(),
+            }
+        }))
     }
 
-    pub(super) fn is_arriving(&self, part: &Path) -> bool {
+    pub(crate) fn is_arriving(&self, part: &Path) -> bool {
         self.open_parts().contains(part)
     }
 
@@ -278,25 +417,6 @@ impl Drop for PartLease {
             open.remove(&self.part);
         }
     }
-}
-
-/// Notes which groups a part file holds.
-pub(super) fn put_part(
-    table: &mut Table<'_, &[u8], &[u8]>,
-    hash: &Hash,
-    part: &Path,
-    bits: &Bitfield,
-    tree: &Tree,
-) -> Result<(), StoreError> {
-    let row = PartRow {
-        size: tree.size(),
-        bits: bits.to_bytes(),
-    };
-    let key = part_key(hash, part);
-    table
-        .insert(key.as_slice(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
 }
 
 /// Drops the rows of part files of a blob: of one, or of all.

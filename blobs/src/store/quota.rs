@@ -18,15 +18,16 @@ use std::{
 };
 
 use prost::Message;
-use redb::{ReadableTable, TableDefinition};
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
-    BLOBS, Model, PARTS, Store, StoreError, database,
+    BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::{Doomed, allocated},
-    now, part_path,
+    metadata::Metadata,
+    part_path,
     refs::REFS,
     remove::Forget,
-    rows::{BlobRow, decode, path_from},
+    rows::{BlobRow, ModelRow, decode, path_from},
 };
 use crate::{Hash, Manifest, index::Location};
 
@@ -34,6 +35,9 @@ pub(super) const SETTINGS: TableDefinition<'_, &str, u64> = TableDefinition::new
 
 /// The setting that is the quota.
 const QUOTA: &str = "quota";
+
+/// The setting that counts how often the store was not closed; see [`begin_epoch`].
+const EPOCH: &str = "epoch";
 
 /// How often it is written down what was used: as precise as the order of eviction need be, and hardly a write.
 const NOTE_USE: Duration = Duration::from_secs(60);
@@ -121,6 +125,62 @@ enum Candidate {
     /// A part file.
     Part(Hash, PathBuf),
     Model(Box<Model>, Box<Manifest>),
+}
+
+/// The setting that counts what was used, so that the order of eviction does not depend on clocks, which jump.
+const USES: &str = "uses";
+
+/// The number of the last use that was written down. A store of an earlier version has times in its rows; the count goes on from the greatest.
+pub(super) fn last_use(txn: &WriteTransaction) -> Result<u64, StoreError> {
+    let mut settings = txn.open_table(SETTINGS).map_err(database)?;
+    let known = settings.get(USES).map_err(database)?;
+    if let Some(known) = known.map(|uses| uses.value()) {
+        return Ok(known);
+    }
+    let mut last = 0;
+    let blobs = txn.open_table(BLOBS).map_err(database)?;
+    for row in blobs.iter().map_err(database)? {
+        let (_, row) = row.map_err(database)?;
+        last = last.max(decode::<BlobRow>("blobs", row.value())?.used_at);
+    }
+    let models = txn.open_table(MODELS).map_err(database)?;
+    for row in models.iter().map_err(database)? {
+        let (_, row) = row.map_err(database)?;
+        last = last.max(decode::<ModelRow>("models", row.value())?.used_at);
+    }
+    let last = u64::try_from(last).unwrap_or_default();
+    settings.insert(USES, last).map_err(database)?;
+    Ok(last)
+}
+
+/// Writes down the number of a use with what was used.
+pub(super) fn note_use(txn: &WriteTransaction, number: u64) -> Result<(), StoreError> {
+    let mut settings = txn.open_table(SETTINGS).map_err(database)?;
+    let known = settings.get(USES).map_err(database)?;
+    let known = known.map_or(0, |uses| uses.value());
+    settings.insert(USES, known.max(number)).map_err(database)?;
+    Ok(())
+}
+
+/// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what no row knows of.
+pub(super) fn begin_epoch(metadata: &Metadata, was_left: bool) -> Result<u64, StoreError> {
+    let (generation, mut txn) = metadata.begin_write()?;
+    txn.set_quick_repair(true);
+    let begin = || {
+        let epoch = {
+            let mut table = txn.open_table(SETTINGS).map_err(database)?;
+            let known = table.get(EPOCH).map_err(database)?;
+            let known = known.map_or(0, |epoch| epoch.value());
+            if !was_left {
+                return Ok(known);
+            }
+            table.insert(EPOCH, known + 1).map_err(database)?;
+            known + 1
+        };
+        txn.commit().map_err(database)?;
+        Ok(epoch)
+    };
+    begin().inspect_err(|error| metadata.failed(generation, error))
 }
 
 impl Store {
@@ -401,11 +461,17 @@ impl Store {
 
     /// Notes that a blob is read for somebody: what was used longest ago is evicted first. Written down once a minute.
     pub fn used(&self, hash: &Hash) {
-        self.uses().blobs.insert(*hash, now());
+        let number = self.next_use();
+        self.uses().blobs.insert(*hash, number as i64);
         // Nothing but the order of eviction depends on it.
         if let Err(error) = self.note_used(false) {
             tracing::debug!(%error, "what is used is not written down");
         }
+    }
+
+    /// The number of a use: greater than that of any earlier one.
+    pub(super) fn next_use(&self) -> u64 {
+        self.inner.last_use.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Writes down what was used, if it is time, or in any case.
@@ -419,6 +485,8 @@ impl Store {
             std::mem::take(&mut used.blobs)
         };
         self.write(|txn| {
+            let last = blobs.values().max().copied().unwrap_or_default();
+            note_use(txn, u64::try_from(last).unwrap_or_default())?;
             let mut table = txn.open_table(BLOBS).map_err(database)?;
             for (hash, at) in blobs {
                 let row = table.get(hash.as_bytes()).map_err(database)?;
@@ -453,6 +521,17 @@ impl Store {
             }
             Ok(rows)
         })
+    }
+
+    /// The files that transfers wrote, with what each is known to hold.
+    pub(crate) fn written_files(&self) -> Result<HashMap<PathBuf, Vec<Hash>>, StoreError> {
+        let mut written: HashMap<PathBuf, Vec<Hash>> = HashMap::new();
+        for (hash, row) in self.blob_rows()? {
+            for row in row.locations.iter().filter(|row| row.written) {
+                written.entry(path_from(&row.path)).or_default().push(hash);
+            }
+        }
+        Ok(written)
     }
 
     /// The part files that rows speak of.
@@ -502,7 +581,7 @@ impl Store {
     }
 }
 
-/// Blobs that were read for somebody, and when; not yet written down.
+/// Blobs that were read for somebody, with the numbers of these uses; not yet written down.
 #[derive(Debug)]
 pub(super) struct Uses {
     blobs: HashMap<Hash, i64>,
@@ -523,11 +602,7 @@ impl Default for Uses {
 mod tests {
     use super::*;
     use crate::{
-        store::{
-            MODELS,
-            rows::ModelRow,
-            testing::{Origin, add, content, store},
-        },
+        store::testing::{Origin, add, content, store},
         tree::GROUP,
     };
 
@@ -654,12 +729,36 @@ mod tests {
         let setup = Setup::new();
         let store = &setup.store;
         let [one, two] = [1, 2].map(|seed| origin(seed, 10));
-        for (origin, name, at) in [(&one, "1", 100), (&two, "2", 200)] {
-            origin.fetch(store, &setup.root(name));
-            set_used_at(store, &origin.id(), at);
-        }
+        // All within one second.
+        one.fetch(store, &setup.root("1"));
+        two.fetch(store, &setup.root("2"));
         store.used(&one.hash("a"));
         store.set_quota(Some(20 * GROUP)).unwrap();
+        let (_room, gone) = setup.room(1).unwrap();
+        assert_eq!(gone[0].id, two.id());
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_once_does_not_decide_what_goes() {
+        let setup = Setup::new();
+        let [one, two] = [1, 2].map(|seed| origin(seed, 10));
+        one.fetch(&setup.store, &setup.root("1"));
+        two.fetch(&setup.store, &setup.root("2"));
+        // As an earlier version wrote it, with a clock of the year 2100.
+        set_used_at(&setup.store, &two.id(), 4_102_444_800);
+        let Setup { home, store } = setup;
+        store
+            .write(|txn| {
+                let mut settings = txn.open_table(SETTINGS).map_err(database)?;
+                settings.remove(USES).map_err(database)?;
+                Ok(())
+            })
+            .unwrap();
+        drop(store);
+        let store = self::store(&home);
+        let setup = Setup { home, store };
+        setup.store.used(&one.hash("a"));
+        setup.store.set_quota(Some(20 * GROUP)).unwrap();
         let (_room, gone) = setup.room(1).unwrap();
         assert_eq!(gone[0].id, two.id());
     }

@@ -70,6 +70,9 @@ impl Store {
             Ok((deleted, folders))
         })?;
         let (files_deleted, folders) = files_deleted;
+        if files {
+            crate::occupancy::sweep(&model.root);
+        }
         // Committed: what follows only frees room.
         self.delete(doomed)?;
         Ok(Removed {

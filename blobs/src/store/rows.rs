@@ -9,7 +9,7 @@ use std::{
 use prost::Message;
 
 use super::StoreError;
-use crate::{Hash, index::Location};
+use crate::{Hash, index::Location, stamp::Stamp};
 
 /// A row of `blobs`: a whole blob.
 #[derive(Clone, PartialEq, Message)]
@@ -18,7 +18,7 @@ pub(super) struct BlobRow {
     pub(super) size: u64,
     #[prost(message, repeated, tag = "2")]
     pub(super) locations: Vec<LocationRow>,
-    /// When it was last read for somebody, seconds since the Unix epoch.
+    /// The number of the use when it was last read for somebody; in rows of version 0.1.0, seconds since the Unix epoch.
     #[prost(int64, tag = "3")]
     pub(super) used_at: i64,
 }
@@ -37,6 +37,9 @@ pub(super) struct LocationRow {
     /// Found not to hold what it should: not used until it is verified, added or fetched again.
     #[prost(bool, tag = "5")]
     pub(super) damaged: bool,
+    /// The file as it was when it was last read or written whole; absent if that is not known.
+    #[prost(message, optional, tag = "6")]
+    pub(super) stamp: Option<StampRow>,
 }
 
 /// A row of `models`.
@@ -50,7 +53,7 @@ pub(super) struct ModelRow {
     pub(super) added_at: i64,
     #[prost(bool, tag = "4")]
     pub(super) fetched: bool,
-    /// When it was last fetched or asked for by name, seconds since the Unix epoch.
+    /// The number of the use when it was last fetched or added; in rows of version 0.1.0, seconds since the Unix epoch.
     #[prost(int64, tag = "5")]
     pub(super) used_at: i64,
     /// What its manifest lists is counted in `refs`.
@@ -82,6 +85,42 @@ pub(super) struct PartRow {
     pub(super) size: u64,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) bits: Vec<u8>,
+    /// The part file when this row was written; absent if not all of `bits` has been read or written since it was in doubt.
+    #[prost(message, optional, tag = "3")]
+    pub(super) stamp: Option<StampRow>,
+    /// How often the store had been stopped uncleanly by then.
+    #[prost(uint64, tag = "4")]
+    pub(super) epoch: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct StampRow {
+    #[prost(uint64, tag = "1")]
+    pub(super) inode: u64,
+    #[prost(int64, tag = "2")]
+    pub(super) modified: i64,
+    #[prost(int64, tag = "3")]
+    pub(super) changed: i64,
+}
+
+impl From<Stamp> for StampRow {
+    fn from(stamp: Stamp) -> Self {
+        Self {
+            inode: stamp.inode,
+            modified: stamp.modified,
+            changed: stamp.changed,
+        }
+    }
+}
+
+impl From<&StampRow> for Stamp {
+    fn from(row: &StampRow) -> Self {
+        Self {
+            inode: row.inode,
+            modified: row.modified,
+            changed: row.changed,
+        }
+    }
 }
 
 /// A row of `discards`: a file outside the store's folder that no row speaks of any more, and that is to be deleted. The key is its path.
@@ -117,6 +156,7 @@ impl From<&Location> for LocationRow {
             modified: location.modified,
             written: false,
             damaged: false,
+            stamp: None,
         }
     }
 }

@@ -18,12 +18,12 @@ use crate::{
 };
 
 /// The store of a home.
-pub(super) fn store(home: &TempDir) -> Store {
+pub(crate) fn store(home: &TempDir) -> Store {
     Store::open(&home.path().join("store")).unwrap()
 }
 
 /// Writes a model of one file, and adds it in place.
-pub(super) fn add(store: &Store, folder: &Path, content: &[u8]) -> Hash {
+pub(crate) fn add(store: &Store, folder: &Path, content: &[u8]) -> Hash {
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("a.bin"), content).unwrap();
     let indexed = index(folder, &Progress::default()).unwrap();
@@ -31,19 +31,21 @@ pub(super) fn add(store: &Store, folder: &Path, content: &[u8]) -> Hash {
 }
 
 /// The manifest of a model of these files, and where its content can be read: in a store of its own.
-pub(super) struct Origin {
+pub(crate) struct Origin {
     _home: TempDir,
     store: Store,
     id: Hash,
 }
 
 impl Origin {
-    pub(super) fn new(files: &[(&str, &[u8])]) -> Self {
+    pub(crate) fn new(files: &[(&str, &[u8])]) -> Self {
         let home = tempfile::tempdir().unwrap();
         let folder = home.path().join("model");
         fs::create_dir_all(&folder).unwrap();
         for (name, content) in files {
-            fs::write(folder.join(name), content).unwrap();
+            let path = folder.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
         }
         let store = store(&home);
         let indexed = index(&folder, &Progress::default()).unwrap();
@@ -55,26 +57,26 @@ impl Origin {
         }
     }
 
-    pub(super) fn id(&self) -> Hash {
+    pub(crate) fn id(&self) -> Hash {
         self.id
     }
 
-    pub(super) fn manifest(&self) -> Manifest {
+    pub(crate) fn manifest(&self) -> Manifest {
         self.store.manifest(&self.id).unwrap().unwrap()
     }
 
-    pub(super) fn hash(&self, path: &str) -> Hash {
+    pub(crate) fn hash(&self, path: &str) -> Hash {
         let manifest = self.manifest();
         let file = manifest.files().iter().find(|file| file.path == path);
         file.unwrap().blake3
     }
 
-    pub(super) fn source(&self, hash: &Hash) -> Source {
+    pub(crate) fn source(&self, hash: &Hash) -> Source {
         self.store.whole(hash).unwrap().unwrap()
     }
 
     /// Notes the model at another store, as a `get` into `root` does before anything has come.
-    pub(super) fn expect(&self, store: &Store, root: &Path) {
+    pub(crate) fn expect(&self, store: &Store, root: &Path) {
         let manifest = self.manifest();
         fs::create_dir_all(root).unwrap();
         store.add_manifest(&manifest.encode()).unwrap();
@@ -82,7 +84,7 @@ impl Origin {
     }
 
     /// Brings the first `groups` of a file to a target, as a transfer does.
-    pub(super) fn bring(&self, store: &Store, hash: &Hash, target: &Path, groups: u64) {
+    pub(crate) fn bring(&self, store: &Store, hash: &Hash, target: &Path, groups: u64) {
         let source = self.source(hash);
         let tree = source.tree();
         let partial = store
@@ -99,15 +101,19 @@ impl Origin {
             .unwrap();
         segment.data = data.into();
         partial.write(&segment).unwrap();
+        store
+            .reread(&partial, None, &AtomicBool::new(false), &|_| ())
+            .unwrap();
         store.settle(&[partial]).unwrap();
     }
 
     /// Fetches the model whole into `root`.
-    pub(super) fn fetch(&self, store: &Store, root: &Path) {
+    pub(crate) fn fetch(&self, store: &Store, root: &Path) {
         self.expect(store, root);
         let manifest = self.manifest();
         for file in manifest.files() {
             let target = root.join(&file.path);
+            fs::create_dir_all(target.parent().unwrap()).unwrap();
             if !store.holds(&file.blake3, &target).unwrap() {
                 self.bring(store, &file.blake3, &target, u64::MAX);
             }
@@ -117,13 +123,13 @@ impl Origin {
 }
 
 /// Content of so many groups, different for each seed.
-pub(super) fn content(seed: u8, groups: u64) -> Vec<u8> {
+pub(crate) fn content(seed: u8, groups: u64) -> Vec<u8> {
     let bytes = (0..groups * GROUP).map(|i| (i / 251) as u8 ^ (i % 256) as u8 ^ seed);
     bytes.collect()
 }
 
 /// The files below a folder, sorted.
-pub(super) fn files(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten() {
         let path = entry.unwrap().path();

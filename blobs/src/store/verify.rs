@@ -12,14 +12,13 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
 };
 
 use super::{
     BLOBS, Hold, Model, PARTS, PartLease, Store, StoreError, database, mark_location, part_path,
-    parts::put_part,
     rows::{BlobRow, LocationRow, decode, path_from},
     sync_folder,
 };
@@ -29,6 +28,7 @@ use crate::{
     index::{self, IndexError, Location, hash_file},
     partial::rename_new,
     source::{ReadError, Source},
+    stamp::Stamp,
     tree::Tree,
 };
 use prost::Message;
@@ -319,7 +319,24 @@ impl Store {
         };
         let now = Location::of(path, &file).map_err(StoreError::io("cannot read", path))?;
         if now != location {
-            return Ok(Found::only(Condition::Changed));
+            if now.size != location.size {
+                return Ok(Found::only(Condition::Changed));
+            }
+            // Touched, or copied back: its content tells.
+            let hashed = hash_file(path, &progress.check);
+            progress
+                .bytes_done
+                .fetch_max(begun + location.size, Ordering::Relaxed);
+            return match hashed {
+                Ok((actual, indexed)) if actual == *hash => {
+                    self.adopt(&actual, &indexed)?;
+                    Ok(Found::only(Condition::Good))
+                }
+                Ok(_) | Err(IndexError::Io { .. } | IndexError::Changed(_)) => {
+                    Ok(Found::only(Condition::Changed))
+                }
+                Err(_) => Err(StoreError::Cancelled),
+            };
         }
         from_disk(&file);
         let tree = Tree::new(location.size);
@@ -328,7 +345,7 @@ impl Store {
         if self.has_outboard(hash, &tree) {
             let outboard = self.open_outboard(hash, &tree)?;
             let source = Source::whole(*hash, tree, location.clone(), file, outboard);
-            match read(&source, &all, progress)? {
+            match read_for(&source, &all, progress)? {
                 Some(read) => good = read,
                 None => return Ok(Found::only(Condition::Changed)),
             }
@@ -391,7 +408,7 @@ impl Store {
             let outboard = self.open_outboard(hash, &tree)?;
             let content = (part.to_owned(), bits.clone());
             let source = Source::left(*hash, tree, content, file, outboard);
-            good = read(&source, bits, progress)?.unwrap_or(good);
+            good = read_for(&source, bits, progress)?.unwrap_or(good);
         }
         let bad = difference(bits, &good);
         if bad.count() == 0 {
@@ -401,7 +418,7 @@ impl Store {
         found.bad = Some((bad, tree));
         // Whoever opened it meanwhile goes on from what is in the row.
         if repair && let Ok(_lease) = PartLease::take(self, *hash, part) {
-            self.write(|txn| note_part(txn, hash, part, &good, &tree))?;
+            self.note_part(hash, (part, &good, &tree), false, |_| Ok(()))?;
             found.action = Action::Cleared;
         }
         Ok(found)
@@ -427,14 +444,36 @@ impl Store {
             _ => {}
         }
         let tree = Tree::new(location.size);
-        self.write(|txn| note_part(txn, hash, &part, good, &tree))?;
+        self.note_part(hash, (&part, good, &tree), false, |_| Ok(()))?;
         rename_new(&location.path, &part)
             .map_err(StoreError::io("cannot rename", &location.path))?;
         if let Some(folder) = part.parent() {
             sync_folder(folder)?;
         }
-        self.write(|txn| forget_location(txn, hash, &location.path))?;
+        // Every group that the row claims has just been read.
+        self.note_part(hash, (&part, good, &tree), true, |txn| {
+            forget_location(txn, hash, &location.path)
+        })?;
         Ok(true)
+    }
+
+    /// Writes down what a part file holds, and `more`. `read`: all of it was read just now, so that the file need not be read again as long as it is
+    /// unchanged.
+    fn note_part(
+        &self,
+        hash: &Hash,
+        (part, bits, tree): (&Path, &Bitfield, &Tree),
+        read: bool,
+        more: impl FnOnce(&WriteTransaction) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let metadata = fs::symlink_metadata(part).ok().filter(|_| read);
+        let stamp = metadata.map(|metadata| Stamp::of(&metadata));
+        self.write(|txn| {
+            let mut table = txn.open_table(PARTS).map_err(database)?;
+            self.put_part(&mut table, hash, part, (bits, tree), stamp)?;
+            drop(table);
+            more(txn)
+        })
     }
 
     /// A file that is gone may have become a part file, and its row could not be told so: the disk was full, or the power went. `None` if it has not.
@@ -449,9 +488,10 @@ impl Store {
             return Ok(None);
         }
         let tree = Tree::new(location.size);
-        let Some(good) = self.committed_part(&location.path, hash, &tree)? else {
+        let Some(claim) = self.committed_part(&location.path, hash, &tree)? else {
             return Ok(None);
         };
+        let good = claim.groups;
         self.write(|txn| forget_location(txn, hash, &location.path))?;
         Ok(Some(Found {
             condition: Condition::Damaged,
@@ -461,18 +501,29 @@ impl Store {
     }
 }
 
-/// Reads the groups that should be right; those that are, or `None` if the file changed.
-fn read(
+/// As [`read`], counted in `progress`.
+fn read_for(
     source: &Source,
     have: &Bitfield,
     progress: &Progress,
+) -> Result<Option<Bitfield>, StoreError> {
+    let done = |bytes| _ = progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+    read(source, have, &progress.check.cancelled, &done)
+}
+
+/// Reads the groups that should be right; those that are, or `None` if the file changed. `done` is called with the bytes of each piece.
+pub(super) fn read(
+    source: &Source,
+    have: &Bitfield,
+    cancelled: &AtomicBool,
+    done: &dyn Fn(u64),
 ) -> Result<Option<Bitfield>, StoreError> {
     let mut good = Bitfield::empty(have.groups());
     let (mut content, mut parents) = (Vec::new(), Vec::new());
     for run in have.runs() {
         let mut from = run.start;
         while from < run.end {
-            if progress.check.cancelled.load(Ordering::Relaxed) {
+            if cancelled.load(Ordering::Relaxed) {
                 return Err(StoreError::Cancelled);
             }
             let piece = from..run.end.min(from + PIECE);
@@ -495,27 +546,16 @@ fn read(
             }
             let bytes = source.tree().group_bytes(piece.end - 1).end
                 - source.tree().group_bytes(piece.start).start;
-            progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+            done(bytes);
         }
     }
     Ok(Some(good))
 }
 
-fn difference(all: &Bitfield, without: &Bitfield) -> Bitfield {
+pub(super) fn difference(all: &Bitfield, without: &Bitfield) -> Bitfield {
     let mut rest = all.clone();
     without.runs().for_each(|run| rest.remove_range(run));
     rest
-}
-
-fn note_part(
-    txn: &WriteTransaction,
-    hash: &Hash,
-    part: &Path,
-    bits: &Bitfield,
-    tree: &Tree,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(PARTS).map_err(database)?;
-    put_part(&mut table, hash, part, bits, tree)
 }
 
 /// Forgets that a blob is in the file at `path`.
@@ -644,6 +684,33 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_was_only_touched_is_read_and_stays_what_it_was() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        let origin = Origin::new(&[("a", &content(1, 5))]);
+        let root = home.path().join("to");
+        origin.fetch(&store, &root);
+        let touch = || {
+            let file = File::options().write(true).open(root.join("a")).unwrap();
+            let earlier = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+            file.set_modified(earlier).unwrap();
+        };
+        touch();
+        assert!(store.whole(&origin.hash("a")).unwrap().is_none());
+        assert_eq!(verify(&store, false)[0].condition, Condition::Good);
+        assert!(store.whole(&origin.hash("a")).unwrap().is_some());
+        // Other content of the same size is told.
+        flip(&root.join("a"), 7);
+        fs::write(root.join("a"), content(2, 5)).unwrap();
+        assert_eq!(verify(&store, true)[0].condition, Condition::Changed);
+        fs::write(root.join("a"), content(1, 5)).unwrap();
+        assert_eq!(verify(&store, true)[0].condition, Condition::Good);
+        // It is still one that a transfer wrote.
+        assert_eq!(store.remove(&origin.id(), true).unwrap().files_deleted, 1);
+        assert!(!root.exists());
+    }
+
+    #[test]
     fn a_file_of_the_users_is_told_of_and_never_touched() {
         let home = tempfile::tempdir().unwrap();
         let store = store(&home);
@@ -741,7 +808,7 @@ mod tests {
         flip(&root.join("a"), 4 * GROUP);
         let part = part_path(&root.join("a"), &a);
         store
-            .write(|txn| note_part(txn, &a, &part, &good, &tree))
+            .note_part(&a, (&part, &good, &tree), false, |_| Ok(()))
             .unwrap();
         drop(store);
         let store = self::store(&home);
@@ -752,7 +819,7 @@ mod tests {
         origin.fetch(&store, &root);
         let part = part_path(&root.join("a"), &a);
         store
-            .write(|txn| note_part(txn, &a, &part, &good, &tree))
+            .note_part(&a, (&part, &good, &tree), false, |_| Ok(()))
             .unwrap();
         fs::rename(root.join("a"), &part).unwrap();
         drop(store);

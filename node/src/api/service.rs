@@ -441,6 +441,11 @@ impl Models for Service {
             if !request.to.is_empty() {
                 return Err(invalid("to and hf_cache are two places: give one"));
             }
+            if request.replace || request.verify {
+                return Err(invalid(
+                    "replace and verify are for a folder: a cache checks what it holds",
+                ));
+            }
             let (cache, repo) = hf_cache(into)?;
             get = get.hf_cache(cache, repo);
         }
@@ -456,6 +461,7 @@ impl Models for Service {
             let priority = request.priority.parse();
             get = get.priority(priority.map_err(|error| invalid(format!("{error}")))?);
         }
+        get = get.replace(request.replace).verify(request.verify);
         for pattern in &request.files {
             get = get.files(pattern_of(pattern)?);
         }

@@ -48,7 +48,11 @@ pub(super) async fn gc(
     node: &Node,
     request: api::GcRequest,
 ) -> Result<Response<api::GcResponse>, Status> {
-    let collected = node.models().gc(request.dry_run).await;
+    let models = node.models();
+    let collected = match request.gone {
+        true => models.gc_gone(request.dry_run).await,
+        false => models.gc(request.dry_run).await,
+    };
     let collected = collected.map_err(|error| status(&error))?;
     let kinds = collected.kinds().map(|(kind, freed)| api::Collected {
         kind: kind.to_owned(),

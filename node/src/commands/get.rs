@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde_json::json;
-use weft::{Pattern, Target};
+use weft::{Hash, Pattern, Target};
 use weft_proto::api::{GetDone, GetEvent, GetProgress, GetRequest, get_event};
 
 use super::{
@@ -43,10 +43,12 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
         Some(repo) => Some(hf_cache(repo, options.cache_dir)?),
         None => None,
     };
-    let made = !options.tensors.is_empty();
     let to = match &hf_cache {
         Some(_) => String::new(),
-        None => absolute(options.to.unwrap_or_else(|| default_folder(&target, made)))?,
+        None => {
+            let folder = || default_folder(&target, &options.files, &options.tensors);
+            absolute(options.to.unwrap_or_else(folder))?
+        }
     };
     let request = GetRequest {
         target: target.to_string(),
@@ -60,6 +62,8 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
         files: patterns(&options.files),
         tensors: patterns(&options.tensors),
         priority: options.priority.to_string(),
+        replace: options.replace,
+        verify: options.verify,
     };
     let mut shown = Instant::now();
     let mut meter = Meter::new();
@@ -88,15 +92,17 @@ impl Event for GetEvent {
     }
 }
 
-/// What is made of some tensors does not stand beside files of the whole.
-fn default_folder(target: &Target, made: bool) -> PathBuf {
+/// Files that are made of some tensors do not stand beside files of the whole, nor beside those of other tensors.
+fn default_folder(target: &Target, files: &[Pattern], tensors: &[Pattern]) -> PathBuf {
     let mut folder = match target {
         Target::Name(name) => name.name().to_owned(),
         Target::Id(id) => id.short(),
         Target::Ticket(ticket) => ticket.model.short(),
     };
-    if made {
-        folder.push_str("-tensors");
+    if !tensors.is_empty() {
+        let patterns: Vec<_> = files.iter().chain(tensors).map(Pattern::as_str).collect();
+        let patterns = Hash::of(patterns.join("\n").as_bytes());
+        folder.push_str(&format!("-tensors-{}", patterns.short()));
     }
     folder.into()
 }

@@ -71,6 +71,7 @@ pub(super) async fn storage(
 pub(super) async fn gc(client: &Client, options: Gc, as_json: bool) -> Result<(), Failure> {
     let request = api::GcRequest {
         dry_run: options.dry_run,
+        gone: options.gone,
     };
     let collected = client.models().gc(request).await?.into_inner();
     let kinds = &collected.kinds;

@@ -6,12 +6,11 @@ use data_encoding::BASE64;
 use serde_json::json;
 use weft_proto::api::{self, topic_event::What};
 
-use super::show::printable;
 use crate::{
     cli::Topic,
     client::Client,
     exit::Failure,
-    output::{self, out, out_raw, table},
+    output::{self, out, out_raw, printable, table},
 };
 
 /// Bytes read of standard input: one more than a message may have, so that the node says what is wrong.

@@ -51,8 +51,8 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
     let hint = match options.no_repair {
         true => "Run it without --no-repair to repair what was fetched.",
         false => {
-            "What was fetched comes again with `weft get ID --to FOLDER`, from a node that has it; what was added in place is to be restored\n\
-             from a backup and added again."
+            "A fetched file that is missing or changed comes again with `weft get ID --to FOLDER --replace`, from a node that has it; one that was\n\
+             added in place is to be restored from a backup, or added again. `weft gc --gone` forgets a copy whose folder was deleted."
         }
     };
     match as_json {
