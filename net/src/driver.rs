@@ -1473,6 +1473,11 @@ fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
         DialError::WrongPeerId { obtained, .. } => {
             format!("another node ({obtained}) answers there")
         }
+        DialError::LocalPeerId { .. } => "that is this node itself".to_owned(),
+        DialError::Denied { cause } => match std::error::Error::source(cause) {
+            Some(source) => source.to_string(),
+            None => cause.to_string(),
+        },
         error => error.to_string(),
     };
     ConnectError::Failed { peer, reason }
@@ -1488,7 +1493,26 @@ fn innermost(error: &io::Error) -> String {
         };
         match below {
             Some(below) => cause = below,
-            None => return cause.to_string(),
+            None => return plain(&cause.to_string()),
         }
+    }
+}
+
+/// A library's text for a connection that the other side closed early, in words that help.
+fn plain(text: &str) -> String {
+    let closed = [
+        "close_notify",
+        "Protocol negotiation failed",
+        "unexpected end of file",
+    ];
+    if closed.iter().any(|part| text.contains(part)) {
+        return "the other side closed the connection before the handshake was over; it may be full, block this \
+                node, or be no Weft node"
+            .to_owned();
+    }
+    // Links into a library's documentation say nothing to its users' users.
+    match text.split_once(": https://") {
+        Some((text, _)) => text.to_owned(),
+        None => text.to_owned(),
     }
 }

@@ -205,7 +205,8 @@ impl From<Status> for Failure {
             ),
             "NO_MATCH" => (
                 NOT_FOUND,
-                "Patterns match whole names: `*` within a part of one, `**` across parts, as in 'model.layers.{0..11}.*'.",
+                "A pattern matches a whole name. For files, `*` stops at `/`, `**` does not, and a pattern without `/` looks in every\n\
+                 folder; for tensors, as in 'model.layers.{0..11}.*', `*` matches anything.",
             ),
             "BUSY" => (
                 1,
@@ -235,7 +236,7 @@ impl From<Status> for Failure {
             "HOME" => (1, ""),
             _ if status.code() == Code::Unauthenticated => (
                 1,
-                "The token in the home's api/token is not the running node's. Is --home right?",
+                "The node makes a new token at each start: read the home's api/token again, and check that --home is right.",
             ),
             // Every error of the node itself has a reason: these are the connection's.
             "OTHER"
@@ -244,10 +245,12 @@ impl From<Status> for Failure {
                     Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Internal
                 ) =>
             {
+                // The transport's own words are about its frames.
+                tracing::debug!(%status, "the connection to the node was lost");
                 return Self::new(
                     NOT_RUNNING,
                     "NOT_RUNNING",
-                    format!("the connection to the node was lost: {}", status.message()),
+                    "the connection to the node was lost",
                 )
                 .hint("If it has stopped, start it again with `weft up`; then run the same command again.");
             }

@@ -194,7 +194,10 @@ async fn serve_tcp(
             .and_then(|value| value.strip_prefix("Bearer "));
         match given {
             Some(given) if equal(given.as_bytes(), token.as_bytes()) => Ok(request),
-            _ => Err(Status::unauthenticated(
+            Some(_) => Err(Status::unauthenticated(
+                "the token is wrong; the node makes a new one at each start: read the home's api/token again",
+            )),
+            None => Err(Status::unauthenticated(
                 "over TCP, send the metadata `authorization: Bearer <token>` with the token from the home's api/token",
             )),
         }

@@ -552,7 +552,7 @@ impl Models for Service {
             complete: one.shards.is_none(),
             shards: bits(one.shards.unwrap_or_default()),
             connected: one.connected,
-            remaining_ms: one.remaining.as_millis() as u64,
+            remaining_millis: one.remaining.as_millis() as u64,
         });
         Ok(Response::new(api::ProvidersResponse {
             providers: providers.collect(),

@@ -183,7 +183,7 @@ fn print(done: GetDone, as_json: bool) {
     }
     if done.bytes_moved == 0 {
         out!(
-            "{} is complete in {}; nothing had to be moved",
+            "{} is complete in {}; all of it was on this machine",
             output::bytes(done.bytes_total),
             done.directory
         );

@@ -108,7 +108,7 @@ fn show(records: &[api::SignedRecord], as_json: bool, own: bool) {
     let heading = [
         if own { "KEY" } else { "PUBLISHER" },
         "SUBKEY",
-        "FOR",
+        "EXPIRES IN",
         "VALUE",
     ];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];

@@ -66,7 +66,7 @@ pub(crate) async fn providers(
                 "complete": one.complete,
                 "shards": one.shards,
                 "connected": one.connected,
-                "remaining_ms": one.remaining_ms,
+                "remaining_millis": one.remaining_millis,
             })
         });
         out!("{}", json!({ "providers": providers.collect::<Vec<_>>() }));
@@ -76,7 +76,7 @@ pub(crate) async fn providers(
         out!("no other node that can be found says that it has it");
         return Ok(());
     }
-    let heading = ["PEER", "HAS", "CONNECTED", "FOR", "ADDRESSES"];
+    let heading = ["PEER", "HAS", "CONNECTED", "EXPIRES IN", "ADDRESSES"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for one in &found.providers {
         rows.push(vec![
@@ -86,7 +86,7 @@ pub(crate) async fn providers(
                 false => format!("{} shard groups", one.shards.len()),
             },
             if one.connected { "yes" } else { "" }.to_owned(),
-            format!("{} min", one.remaining_ms / 60_000),
+            format!("{} min", one.remaining_millis / 60_000),
             one.addresses.join(" "),
         ]);
     }
