@@ -37,6 +37,9 @@ pub(super) struct LocationRow {
     /// Found not to hold what it should: not used until it is verified, added or fetched again.
     #[prost(bool, tag = "5")]
     pub(super) damaged: bool,
+    /// Which chunk groups are damaged: a number of groups that are right, a number that are not, and so on. Empty while that is not known.
+    #[prost(uint64, repeated, tag = "6")]
+    pub(super) bad: Vec<u64>,
 }
 
 /// A row of `models`.
@@ -111,6 +114,7 @@ impl From<&Location> for LocationRow {
             modified: location.modified,
             written: false,
             damaged: false,
+            bad: Vec::new(),
         }
     }
 }
