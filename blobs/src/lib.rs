@@ -6,6 +6,7 @@
 //! - [`store`] remembers which bytes are where: in files where they stand, and in part files of what is still arriving.
 //! - [`plan`] finds what of a manifest is missing in a folder; [`transfer`] brings it, from many providers at once, as a schedule without I/O says; [`serve`] is
 //!   the other side of it, [`source`] what it reads from, and [`availability`] what both tell each other of what they have.
+//! - [`uplink`] is whose turn it is to be answered: on a slow uplink, few at a time.
 //! - [`selection`] is a part of a model, by [`pattern`]s for files and tensors; [`results`] is what it comes to in a folder: [`extract`] makes files of chosen
 //!   tensors, and [`shards`] the index that goes with them.
 //! - [`hf_cache`] reads and writes the cache that huggingface_hub keeps.
@@ -47,6 +48,7 @@ pub mod store;
 mod testing;
 pub mod transfer;
 pub mod tree;
+pub mod uplink;
 
 pub use self::{
     hash::{Hash, ParseHashError},

@@ -164,6 +164,11 @@ impl Content {
         result
     }
 
+    /// These are damaged on disk, and missing from now on.
+    pub(crate) fn forget(&self, groups: Range<u64>) {
+        self.lock().remove_range(groups);
+    }
+
     /// Reads what is had.
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)

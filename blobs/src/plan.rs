@@ -669,8 +669,8 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
             Err(CopyError::Store(error)) => return Err(error),
             Err(CopyError::Source(error)) => {
                 tracing::warn!(hash = %want.hash, %error, "a local copy does not hold what it should");
-                if let (ReadError::Damaged(_), Some(location)) = (&error, source.location()) {
-                    store.damaged(&want.hash, location)?;
+                if let ReadError::Damaged(mismatch) = &error {
+                    store.note_damage(source, mismatch.group..mismatch.group + 1)?;
                 }
             }
         }

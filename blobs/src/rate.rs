@@ -98,6 +98,18 @@ impl Limit {
     }
 }
 
+/// The fewest bytes that pass a limit at a time: what a packet carries.
+const LEAST: u64 = 1024;
+
+/// Of `most` bytes, how many are to pass `limits` at a time, so that some pass several times a second even at a low rate.
+pub(crate) fn portion(limits: &[Limit], most: usize) -> usize {
+    let rates = limits.iter().map(Limit::get).filter(|rate| *rate > 0);
+    match rates.min() {
+        Some(rate) => most.min((rate / 4).max(LEAST) as usize),
+        None => most,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -229,10 +229,10 @@ impl<'a> Content<'a> {
         }
         let groups = groups(&range);
         let skip = (range.start - groups.start * GROUP) as usize;
-        let content = self.source.read_groups(groups);
+        let content = self.source.read_groups(groups.clone());
         // Not again until it is verified: the next time it is fetched.
-        if let (Err(ReadError::Damaged(_)), Some(location)) = (&content, self.source.location()) {
-            self.store.damaged(&self.file.blake3, location)?;
+        if let Err(ReadError::Damaged(_)) = &content {
+            self.store.note_damage(&self.source, groups)?;
         }
         let mut content = content.map_err(|source| ResultError::Read {
             path: extract::shown(&self.file.path),

@@ -6,7 +6,7 @@
 //! When nothing is left to ask for, a peer takes over what another would deliver much later than it would itself, and the other is told that it is not needed.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Range,
     time::Duration,
 };
@@ -18,6 +18,9 @@ use crate::{
 
 /// Groups in a piece: 1 MiB, which costs 0.2 % of proofs in a blob of 100 GB, and is soon answered, so that work can move to another peer.
 pub(crate) const PIECE: u64 = 16;
+
+/// Groups in the first runs that are asked of a peer, before its rate is known: 128 KiB, which a link of 256 kbit/s takes four seconds for.
+const FIRST_RUN: u64 = 2;
 
 /// What a peer whose rate is not known yet is asked for ahead, in bytes.
 const FIRST_WINDOW: u64 = 2 << 20;
@@ -42,6 +45,9 @@ const SAMPLE: usize = 24;
 
 /// Peers that are asked for the same groups at a time, at most.
 const COPIES: usize = 2;
+
+/// How long a peer is not asked again for a group that it could not read: a disk may come back, and a damaged file may be repaired.
+const UNREADABLE: Duration = Duration::from_secs(60);
 
 /// How often a rate is measured.
 const MEASURE: Duration = Duration::from_millis(100);
@@ -123,6 +129,12 @@ struct Peer {
     cancels: Vec<Run>,
     /// There was nothing that is open and that it has, and neither has changed.
     barren: bool,
+    /// Groups that it could not read, and until when it is not asked for them.
+    unreadable: BTreeMap<(usize, u64), Duration>,
+    /// When the first of them may be asked for again.
+    unreadable_until: Option<Duration>,
+    /// Pieces in which it could not read something: it is asked for their groups one by one.
+    fragile: BTreeSet<(usize, u64)>,
 }
 
 #[derive(Debug)]
@@ -162,6 +174,12 @@ impl Rate {
 
 impl Peer {
     fn has(&self, blob: usize, groups: Range<u64>) -> bool {
+        let mut bad = self
+            .unreadable
+            .range((blob, groups.start)..(blob, groups.end));
+        if bad.next().is_some() {
+            return false;
+        }
         match &self.has {
             Has::All => true,
             Has::Some(blobs) => blobs.get(&blob).is_some_and(|bits| bits.has_all(groups)),
@@ -181,7 +199,7 @@ impl Peer {
     /// Groups in a run that is asked of it, at most.
     fn longest(&self) -> u64 {
         match self.rate.value {
-            0.0 => PIECE,
+            0.0 => FIRST_RUN,
             rate => ((rate * RUN_TIME.as_secs_f64()) as u64 / GROUP).clamp(1, PIECE),
         }
     }
@@ -339,6 +357,9 @@ impl Schedule {
                 last: Duration::ZERO,
                 cancels: Vec::new(),
                 barren: false,
+                unreadable: BTreeMap::new(),
+                unreadable_until: None,
+                fragile: BTreeSet::new(),
             },
         );
         key
@@ -413,6 +434,22 @@ impl Schedule {
         said_all
     }
 
+    /// The peer cannot read what it was asked for: other groups are worth asking for, and others may have these. Of several groups each is asked for by
+    /// itself; one alone is left for a while.
+    pub(crate) fn cannot_read(&mut self, key: PeerKey, run: &Run, now: Duration) {
+        let bytes = cost(&self.blobs[run.blob].tree, run);
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.end(run, bytes);
+            peer.fragile.insert((run.blob, run.groups.start / PIECE));
+            if run.groups.end - run.groups.start == 1 {
+                let until = now + UNREADABLE;
+                peer.unreadable.insert((run.blob, run.groups.start), until);
+                peer.unreadable_until.get_or_insert(until);
+            }
+        }
+        self.give_back(run.clone());
+    }
+
     /// Bytes a second that the peer sends, smoothed; zero while that is not known.
     pub(crate) fn rate(&self, key: PeerKey) -> f64 {
         self.peers.get(&key).map_or(0.0, |peer| peer.rate.value)
@@ -425,6 +462,11 @@ impl Schedule {
         };
         if let Some(run) = peer.cancels.pop() {
             return Next::Cancel(run);
+        }
+        if peer.unreadable_until.is_some_and(|until| until <= now) {
+            peer.unreadable.retain(|_, until| *until > now);
+            peer.unreadable_until = peer.unreadable.values().min().copied();
+            peer.barren = false;
         }
         if peer.ahead >= peer.window() || peer.is_stalled(now) {
             return Next::Wait;
@@ -623,8 +665,8 @@ impl Schedule {
     fn in_order(&self, key: PeerKey, pieces: Range<u64>) -> Option<Run> {
         match &self.peers[&key].has {
             Has::All => {
-                let (piece, open) = self.open.range(pieces).next()?;
-                self.run(key, *piece, *open)
+                let mut open = self.open.range(pieces);
+                open.find_map(|(piece, open)| self.run(key, *piece, *open))
             }
             Has::Some(blobs) => {
                 let parts = blobs.iter().flat_map(|(blob, bits)| {
@@ -680,6 +722,7 @@ impl Schedule {
         let start = (0..PIECE).find(|group| has(*group))?;
         let proofs_only = is_elsewhere(start);
         let longest = match proofs_only {
+            _ if peer.fragile.contains(&(blob, base / PIECE)) => 1,
             true => PIECE,
             false => peer.longest(),
         };

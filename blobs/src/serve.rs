@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     io,
+    ops::Range,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -12,7 +13,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf},
     sync::Notify,
     task::{JoinHandle, spawn_blocking},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use weft_proto::{
     frame::{self, FrameError},
@@ -21,8 +22,10 @@ use weft_proto::{
 
 use crate::{
     Hash, Store, StoreError,
-    rate::Limit,
+    rate::{self, Limit},
     source::{ReadError, Slice, Source},
+    transfer::QUEUED,
+    uplink::{Line, Uplink},
 };
 
 /// The transfer protocol's name.
@@ -37,8 +40,21 @@ pub(crate) const MAX_MESSAGE: usize = 128;
 /// Requests read ahead of the answers: more than a requester's largest window of small ones.
 const MAX_QUEUE: usize = 1024;
 
-/// How long a stream may stand idle, or a peer may take none of what is sent, before it is closed.
+/// How long a stream may stand idle, or a peer may take none of what is sent and say nothing, before it is closed.
 const IDLE: Duration = Duration::from_secs(60);
+
+/// How long a peer may take none of what is sent, however often it says that it is alive: one that limits itself to 100 bytes a second takes 22 minutes for
+/// the 128 KiB after which yamux makes room for more.
+const TAKES_NOTHING: Duration = Duration::from_secs(30 * 60);
+
+/// How often a peer is told that its request waits: four times in the twenty seconds after which it would take this node for dead.
+const TELL: Duration = Duration::from_secs(5);
+
+/// How often one that waits for its turn looks what has changed.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a peer waits for its turn that cannot be told so: it is answered well before the twenty seconds after which it would take this node for dead.
+const UNTOLD: Duration = Duration::from_secs(10);
 
 /// Bytes read from disk at a time. Two such buffers a stream are all the memory a requester can make a provider spend.
 const READ: usize = 1 << 20;
@@ -78,18 +94,35 @@ pub async fn serve<S>(store: Store, stream: S, limits: &[Limit]) -> Result<u64, 
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
+    serve_in_turn(store, stream, limits, Uplink::default().line(&[])).await
+}
+
+/// Answers requests as [`serve`], in turn with the other streams of an [`Uplink`].
+///
+/// # Errors
+/// [`ServeError`]; the stream is to be dropped.
+pub async fn serve_in_turn<S>(
+    store: Store,
+    stream: S,
+    limits: &[Limit],
+    line: Line,
+) -> Result<u64, ServeError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
     let (reader, writer) = tokio::io::split(stream);
-    let queue = Queue::default();
+    let queue = Queue::new(line);
     let mut server = Server {
         store,
         writer,
         limits,
+        queue: &queue,
         sources: None,
         sent: 0,
     };
     let (read, ()) = tokio::try_join!(
         async { Ok(read_requests(reader, &queue).await) },
-        server.answer_all(&queue)
+        server.answer_all()
     )?;
     match read {
         Ok(()) => Ok(server.sent),
@@ -98,19 +131,30 @@ where
 }
 
 /// Requests that wait for their answers, in order.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queue {
     state: Mutex<QueueState>,
     /// Something has been put in or taken out, or the end is reached.
     changed: Notify,
+    line: Line,
+    /// Something has arrived at the peer.
+    arrived: Notify,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct QueueState {
     waiting: VecDeque<Waiting>,
     /// The number of the next request that is read.
     next: u64,
     ended: bool,
+    /// When the peer last sent anything.
+    heard: Instant,
+    /// The peer says what has arrived.
+    tells: bool,
+    /// Answers that have not arrived yet, as far as is known: by number of the request, how many bytes.
+    under_way: VecDeque<(u64, u64)>,
+    /// An answer is being sent.
+    sending: bool,
 }
 
 #[derive(Debug)]
@@ -121,6 +165,57 @@ struct Waiting {
 }
 
 impl Queue {
+    fn new(line: Line) -> Self {
+        Self {
+            state: Mutex::new(QueueState {
+                waiting: VecDeque::new(),
+                next: 0,
+                ended: false,
+                heard: Instant::now(),
+                tells: false,
+                under_way: VecDeque::new(),
+                sending: false,
+            }),
+            changed: Notify::new(),
+            line,
+            arrived: Notify::new(),
+        }
+    }
+
+    /// Takes note of what the peer says, beside what it asks for.
+    fn heard(&self, request: &BlobRequest) {
+        let mut state = self.state();
+        state.heard = Instant::now();
+        state.tells |= request.waits;
+        let known = |(number, _): &(u64, u64)| *number < request.answered;
+        let arrived = state.under_way.iter().take_while(|one| known(one)).count();
+        let bytes = state.under_way.drain(..arrived).map(|(_, bytes)| bytes);
+        let bytes = bytes.sum();
+        let all = state.under_way.is_empty() && !state.sending;
+        drop(state);
+        if arrived > 0 {
+            self.line.arrived(bytes, all);
+            self.arrived.notify_one();
+        }
+    }
+
+    /// An answer has been sent.
+    fn sent(&self, number: u64, bytes: u64) {
+        let mut state = self.state();
+        state.sending = false;
+        if state.tells {
+            state.under_way.push_back((number, bytes));
+            return;
+        }
+        drop(state);
+        self.line.arrived(bytes, true);
+    }
+
+    /// Whether all that was sent has arrived, as far as is known.
+    fn has_arrived(&self) -> bool {
+        self.state().under_way.is_empty()
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, QueueState> {
         self.state
             .lock()
@@ -142,6 +237,20 @@ impl Queue {
                 }
             }
             changed.await;
+        }
+    }
+
+    /// The next request. A peer is idle when all answers have arrived, as far as is known, and it asks for nothing more.
+    async fn pop_patiently(&self) -> Result<Option<Waiting>, ServeError> {
+        let begun = Instant::now();
+        loop {
+            if let Ok(next) = timeout(IDLE, self.pop()).await {
+                return Ok(next);
+            }
+            let idle = self.has_arrived() || self.state().heard.elapsed() >= IDLE;
+            if idle || begun.elapsed() >= TAKES_NOTHING {
+                return Err(ServeError::Idle);
+            }
         }
     }
 
@@ -168,6 +277,7 @@ where
             Err(error) => break Err(error.into()),
         };
         let request: BlobRequest = request;
+        queue.heard(&request);
         if let Some(number) = request.cancel {
             let mut state = queue.state();
             let at = state
@@ -206,6 +316,7 @@ struct Server<'a, S> {
     store: Store,
     writer: WriteHalf<S>,
     limits: &'a [Limit],
+    queue: &'a Queue,
     /// What is open of the blob that was asked for last.
     sources: Option<(Hash, Vec<Arc<Source>>)>,
     sent: u64,
@@ -214,7 +325,7 @@ struct Server<'a, S> {
 /// What a request comes to.
 enum Answer {
     Refused(Status),
-    Slice(Arc<Source>, Slice),
+    Slice(Arc<Source>, Range<u64>, Slice),
 }
 
 /// A part of a slice, read.
@@ -232,43 +343,44 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
     /// Reads the next answer while the last one is being sent.
-    async fn answer_all(&mut self, queue: &Queue) -> Result<(), ServeError> {
+    async fn answer_all(&mut self) -> Result<(), ServeError> {
+        let queue = self.queue;
         let mut spare = vec![Vec::new(), Vec::new()];
-        let mut ahead: Option<(Waiting, Arc<Source>, Reading)> = None;
+        let mut ahead: Option<(Waiting, Arc<Source>, Range<u64>, Reading)> = None;
         loop {
-            let (waiting, source, reading) = match ahead.take() {
+            let (waiting, source, groups, reading) = match ahead.take() {
                 Some(ahead) => ahead,
                 None => {
                     let next = match queue.try_pop() {
                         Some(next) => Some(next),
                         None => {
-                            patient(self.writer.flush()).await?;
-                            timeout(IDLE, queue.pop())
-                                .await
-                                .map_err(|_| ServeError::Idle)?
+                            patient(queue, self.writer.flush()).await?;
+                            queue.pop_patiently().await?
                         }
                     };
                     let Some(waiting) = next else {
-                        return patient(self.writer.shutdown()).await;
+                        return patient(queue, self.writer.shutdown()).await;
                     };
                     match self.look_at(&waiting).await? {
                         Answer::Refused(status) => {
                             self.refuse(status).await?;
                             continue;
                         }
-                        Answer::Slice(source, slice) => {
+                        Answer::Slice(source, groups, slice) => {
                             let buffer = spare.pop().unwrap_or_default();
                             let reading = begin(&source, slice, buffer);
-                            (waiting, source, reading)
+                            (waiting, source, groups, reading)
                         }
                     }
                 }
             };
+            self.wait_for_turn(&waiting).await?;
+            let before = self.sent;
             let part = reading.await.expect("reading does not panic");
             let mut part = match part {
                 Ok(part) => part,
                 Err(error) => {
-                    self.failed(&source, &error).await;
+                    self.failed(&source, groups, &error).await;
                     self.refuse(Status::Internal).await?;
                     continue;
                 }
@@ -278,13 +390,14 @@ where
                 && let Some(next) = queue.try_pop()
             {
                 match self.look_at(&next).await? {
-                    Answer::Slice(source, slice) => {
+                    Answer::Slice(source, groups, slice) => {
                         let buffer = spare.pop().unwrap_or_default();
                         let reading = begin(&source, slice, buffer);
-                        ahead = Some((next, source, reading));
+                        ahead = Some((next, source, groups, reading));
                     }
                     Answer::Refused(status) => {
                         self.send(&part.buffer[..part.end]).await?;
+                        queue.sent(waiting.number, self.sent - before);
                         spare.push(part.buffer);
                         self.refuse(status).await?;
                         continue;
@@ -303,14 +416,47 @@ where
                     Ok(part) => part,
                     Err(error) => {
                         // The answer has begun, and nothing can be said in it.
-                        self.failed(&source, &error).await;
+                        self.failed(&source, groups, &error).await;
                         return Err(ServeError::Read(error));
                     }
                 };
             }
             self.send(&part.buffer[..part.end]).await?;
+            queue.sent(waiting.number, self.sent - before);
             spare.push(part.buffer);
         }
+    }
+
+    /// Waits until this stream may send the next answer; the peer is told now and then that it is not forgotten.
+    async fn wait_for_turn(&mut self, waiting: &Waiting) -> Result<(), ServeError> {
+        let queue = self.queue;
+        let tells = waiting.request.waits;
+        let begun = Instant::now();
+        let mut told = begun;
+        loop {
+            // While others wait, what was sent is to arrive before the turn goes on: a turn is an answer.
+            if queue.line.is_wanted() && !queue.has_arrived() {
+                let _ = timeout(LOOK, queue.arrived.notified()).await;
+            } else if queue.line.turn(LOOK).await {
+                break;
+            }
+            if !tells && begun.elapsed() >= UNTOLD {
+                queue.line.pass();
+                break;
+            }
+            if begun.elapsed() >= QUEUED {
+                // The peer has given up by now, or is about to.
+                return Err(ServeError::Idle);
+            }
+            if tells && told.elapsed() >= TELL {
+                told = Instant::now();
+                let bytes = response(Status::Waiting, 0);
+                self.send(&bytes).await?;
+                patient(queue, self.writer.flush()).await?;
+            }
+        }
+        queue.state().sending = true;
+        Ok(())
     }
 
     /// Opens what is asked for.
@@ -352,38 +498,48 @@ where
                     }
                 };
                 if source.has(groups.clone()) {
-                    return Ok(Answer::Slice(
-                        Arc::clone(source),
-                        source.slice(groups, request.proofs_only),
-                    ));
+                    let slice = source.slice(groups.clone(), request.proofs_only);
+                    return Ok(Answer::Slice(Arc::clone(source), groups, slice));
                 }
             }
         }
-        Ok(Answer::Refused(Status::NotFound))
+        // Of a damaged file, other groups are worth asking for, and these one by one.
+        let sources = self.sources.iter().flat_map(|(_, sources)| sources);
+        let damaged = sources.into_iter().any(|source| source.is_damaged());
+        Ok(Answer::Refused(match damaged {
+            true => Status::Internal,
+            false => Status::NotFound,
+        }))
     }
 
-    async fn failed(&mut self, source: &Source, error: &ReadError) {
-        tracing::warn!(%error, path = ?source.path(), "what was asked for cannot be read");
-        let (ReadError::Damaged(_), Some(location)) = (error, source.location()) else {
+    /// Has what cannot be read of these groups count as missing; the rest of the file goes on being served.
+    async fn failed(&mut self, source: &Arc<Source>, groups: Range<u64>, error: &ReadError) {
+        tracing::debug!(%error, path = ?source.path(), "what was asked for cannot be read");
+        self.sources = None;
+        if matches!(error, ReadError::Changed) || source.arriving_content().is_some() {
+            // Another file by now, or one whose writer would not know that it has lost something.
             return;
-        };
-        let (store, hash, location) = (self.store.clone(), source.hash(), location.clone());
-        let noted = spawn_blocking(move || store.damaged(&hash, &location)).await;
+        }
+        let (store, source) = (self.store.clone(), Arc::clone(source));
+        let noted = spawn_blocking(move || store.note_damage(&source, groups)).await;
         if let Err(error) = noted.expect("noting damage does not panic") {
             tracing::warn!(%error, "damage cannot be noted");
         }
-        self.sources = None;
     }
 
     /// Sends all of `bytes`, however slowly, as long as the peer takes some of them now and then.
     async fn send(&mut self, bytes: &[u8]) -> Result<(), ServeError> {
-        for part in bytes.chunks(SEND) {
+        let mut left = bytes;
+        while !left.is_empty() {
+            // Less at a low rate, so that the peer hears something several times a second.
+            let (part, more) = left.split_at(rate::portion(self.limits, left.len().min(SEND)));
+            left = more;
             for limit in self.limits {
                 limit.pass(part.len() as u64).await;
             }
             let mut rest = part;
             while !rest.is_empty() {
-                let n = patient(self.writer.write(rest)).await?;
+                let n = patient(self.queue, self.writer.write(rest)).await?;
                 if n == 0 {
                     return Err(io::Error::from(io::ErrorKind::WriteZero).into());
                 }
@@ -401,7 +557,7 @@ where
 
     async fn bad_request<T>(&mut self, why: &'static str) -> Result<T, ServeError> {
         self.refuse(Status::BadRequest).await?;
-        patient(self.writer.shutdown()).await?;
+        patient(self.queue, self.writer.shutdown()).await?;
         Err(ServeError::BadRequest(why))
     }
 }
@@ -451,11 +607,22 @@ async fn open(store: &Store, hash: Hash) -> Result<Vec<Source>, StoreError> {
         .expect("opening a blob does not panic")
 }
 
-/// Waits for the peer, but not for ever.
-async fn patient<T, E>(work: impl Future<Output = Result<T, E>>) -> Result<T, ServeError>
+/// Waits for the peer, as long as it shows that it is alive, but not for ever.
+async fn patient<T, E>(
+    queue: &Queue,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, ServeError>
 where
     ServeError: From<E>,
 {
-    let done = timeout(IDLE, work).await.map_err(|_| ServeError::Idle)?;
-    Ok(done?)
+    tokio::pin!(work);
+    let begun = Instant::now();
+    loop {
+        match timeout(IDLE, &mut work).await {
+            Ok(done) => return Ok(done?),
+            Err(_) if queue.state().heard.elapsed() >= IDLE => return Err(ServeError::Idle),
+            Err(_) if begun.elapsed() >= TAKES_NOTHING => return Err(ServeError::Idle),
+            Err(_) => {}
+        }
+    }
 }

@@ -33,6 +33,12 @@ enum Content {
         location: Location,
         file: File,
     },
+    /// A file of which some groups are damaged.
+    Damaged {
+        location: Location,
+        good: Bitfield,
+        file: File,
+    },
     /// A part file that is being written.
     Arriving(Arc<partial::Content>),
     /// A part file that an earlier run left.
@@ -70,6 +76,26 @@ impl Source {
             hash,
             tree,
             content: Content::Whole { location, file },
+            outboard,
+        }
+    }
+
+    pub(crate) fn damaged(
+        hash: Hash,
+        tree: Tree,
+        (location, good): (Location, Bitfield),
+        file: File,
+        outboard: Option<File>,
+    ) -> Self {
+        let content = Content::Damaged {
+            location,
+            good,
+            file,
+        };
+        Self {
+            hash,
+            tree,
+            content,
             outboard,
         }
     }
@@ -113,10 +139,23 @@ impl Source {
         matches!(self.content, Content::Whole { .. })
     }
 
-    /// The file of a whole blob.
+    /// Whether it is a file of which some groups are known to be damaged.
+    pub(crate) fn is_damaged(&self) -> bool {
+        matches!(self.content, Content::Damaged { .. })
+    }
+
+    /// What is had of it, if it is being written.
+    pub(crate) fn arriving_content(&self) -> Option<&partial::Content> {
+        match &self.content {
+            Content::Arriving(content) => Some(content),
+            _ => None,
+        }
+    }
+
+    /// The file of a whole blob, or of one that was whole and is damaged.
     pub fn location(&self) -> Option<&Location> {
         match &self.content {
-            Content::Whole { location, .. } => Some(location),
+            Content::Whole { location, .. } | Content::Damaged { location, .. } => Some(location),
             _ => None,
         }
     }
@@ -124,7 +163,7 @@ impl Source {
     /// The part file, if it is one.
     pub(crate) fn part(&self) -> Option<&Path> {
         match &self.content {
-            Content::Whole { .. } => None,
+            Content::Whole { .. } | Content::Damaged { .. } => None,
             Content::Arriving(partial) => Some(partial.part()),
             Content::Left { part, .. } => Some(part),
         }
@@ -135,7 +174,9 @@ impl Source {
         match &self.content {
             Content::Whole { .. } => true,
             Content::Arriving(partial) => partial.has(groups),
-            Content::Left { have, .. } => have.has_all(groups),
+            Content::Left { have, .. } | Content::Damaged { good: have, .. } => {
+                have.has_all(groups)
+            }
         }
     }
 
@@ -144,7 +185,7 @@ impl Source {
         match &self.content {
             Content::Whole { .. } => Bitfield::full(self.tree.groups()),
             Content::Arriving(partial) => partial.have(),
-            Content::Left { have, .. } => have.clone(),
+            Content::Left { have, .. } | Content::Damaged { good: have, .. } => have.clone(),
         }
     }
 
@@ -209,26 +250,29 @@ impl Source {
 
     fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         match &self.content {
-            Content::Whole { file, .. } | Content::Left { file, .. } => {
-                file.read_exact_at(buffer, offset)
-            }
+            Content::Whole { file, .. }
+            | Content::Damaged { file, .. }
+            | Content::Left { file, .. } => file.read_exact_at(buffer, offset),
             Content::Arriving(partial) => partial.read(buffer, offset),
         }
     }
 
     fn check_unchanged(&self) -> Result<(), ReadError> {
         match &self.content {
-            Content::Whole { location, file } => match Location::of(&location.path, file)? {
-                now if now == *location => Ok(()),
-                _ => Err(ReadError::Changed),
-            },
+            Content::Whole { location, file } | Content::Damaged { location, file, .. } => {
+                match Location::of(&location.path, file)? {
+                    now if now == *location => Ok(()),
+                    _ => Err(ReadError::Changed),
+                }
+            }
             _ => Ok(()),
         }
     }
 
-    /// The path of the file, for messages.
+    /// The path of the file or part file, for messages.
     pub fn path(&self) -> Option<&Path> {
-        self.location().map(|location| location.path.as_path())
+        let location = self.location().map(|location| location.path.as_path());
+        location.or_else(|| self.part())
     }
 }
 

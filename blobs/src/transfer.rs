@@ -6,11 +6,11 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    io,
+    fmt, io,
     ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -33,7 +33,7 @@ use crate::{
     manifest::MAX_MANIFEST,
     partial::{Partial, Segment},
     plan::{Plan, Progress, Want, open},
-    rate::Limit,
+    rate::{self, Limit},
     schedule::{Next, PeerKey, Run, Schedule, UrgentKey},
     serve::MAX_MESSAGE,
     tree::{Mismatch, PARENT, Step, Tree, Verifier},
@@ -42,8 +42,27 @@ use crate::{
 /// Part files open at a time; each is two file descriptors.
 const MAX_OPEN: usize = 64;
 
-/// How long a provider may take for one chunk group, or send nothing, before it counts as lost.
+/// How long a provider may send no byte at all before it counts as lost. Any byte is a sign of life: on a slow link a chunk group of 64 KiB takes minutes.
 const STALL: Duration = Duration::from_secs(20);
+
+/// How long a chunk group may take, however many of its bytes come: 110 bytes a second, which is the share of one of eight streams on a link of
+/// 7 kbit/s. It bounds what a provider gains that sends a byte now and then.
+const SLOWEST: Duration = Duration::from_secs(600);
+
+/// How long a provider may keep a request in its queue, however often it says that it is alive.
+pub const QUEUED: Duration = Duration::from_secs(600);
+
+/// How often a requester that waits for answers says that it is alive: four times in the minute after which a provider gives it up.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// The number of no request: a cancellation of it changes nothing, and shows that the requester is alive.
+const NO_REQUEST: u64 = u64::MAX;
+
+/// Answers in a row that a provider cannot read what it was asked for, until its stream is given up for a while.
+const MAX_UNREADABLE: u32 = 32;
+
+/// How often bytes of a chunk group that is not whole yet are counted: as often as rates are measured.
+const COUNT: Duration = Duration::from_millis(100);
 
 /// How often verified bytes are made durable: what a crash can cost.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -67,12 +86,21 @@ pub enum TransferError {
     /// Nothing came for twenty seconds.
     #[error("it sent nothing for {} s", STALL.as_secs())]
     Stalled,
+    /// A chunk group took too long.
+    #[error("it took more than {} s for 64 KiB", SLOWEST.as_secs())]
+    TooSlow,
+    /// Its queue is too long.
+    #[error("it kept a request in its queue for {} s; other providers may be free", QUEUED.as_secs())]
+    Queued,
     /// It sent nothing for a while, and another waited for its place.
     #[error("it sent nothing of what is missing, and another took its place")]
     Replaced,
     /// The provider does not have what it announced.
     #[error("it does not have {0}")]
     Missing(Hash),
+    /// The provider has it and cannot read it: its disk fails, or the content is damaged.
+    #[error("it cannot read its copy of {0}")]
+    Unreadable(Hash),
     /// The provider sent wrong bytes. It must not be asked again.
     #[error("it sent wrong bytes for {hash}: {source}")]
     Corrupt {
@@ -118,6 +146,8 @@ pub struct Transfer {
 struct Shared {
     store: Store,
     blobs: Vec<Blob>,
+    /// The path of a file of each blob, for messages.
+    paths: Vec<Box<str>>,
     /// By place among the manifest's files: which blob it is.
     of_file: Vec<usize>,
     state: Mutex<State>,
@@ -132,6 +162,12 @@ struct Shared {
     written: Notify,
     /// Others go first.
     held: AtomicBool,
+    /// Bytes that came from providers, of whole chunk groups or not.
+    heard: AtomicU64,
+    /// How often a provider said that a request waits in its queue.
+    queued: AtomicU64,
+    /// Streams that wait for this side's own limits.
+    limited: AtomicUsize,
     progress: Arc<Progress>,
     stop: Arc<AtomicBool>,
     begun: Instant,
@@ -247,6 +283,39 @@ pub struct Peer {
     moved: AtomicU64,
     wasted: AtomicU64,
     proved: AtomicU64,
+    /// Bytes that came, of whole chunk groups or not, and messages that it is alive.
+    signs: AtomicU64,
+    /// It said last that the request waits in its queue.
+    queued: AtomicBool,
+    unreadable: Mutex<Option<Unreadable>>,
+}
+
+/// Content that a provider has and cannot read: its disk fails, or the content is damaged there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// The path in the model.
+    pub path: String,
+    /// The bytes of the first chunk group that it could not read.
+    pub bytes: Range<u64>,
+    /// How many chunk groups more it could not read.
+    pub more: u64,
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { path, bytes, more } = self;
+        write!(
+            f,
+            "it cannot read bytes {}..{} of {path}",
+            bytes.start, bytes.end
+        )?;
+        match more {
+            0 => Ok(()),
+            1 => write!(f, " and 64 KiB more"),
+            more => write!(f, " and {more} pieces of 64 KiB more"),
+        }?;
+        f.write_str("; `weft verify` there tells what is damaged")
+    }
 }
 
 impl Drop for Peer {
@@ -295,6 +364,27 @@ impl Peer {
         self.moved() + self.wasted() + self.proved.load(Ordering::Relaxed)
     }
 
+    /// What it could not read when it was asked for it.
+    pub fn unreadable(&self) -> Option<Unreadable> {
+        self.unreadable_now().clone()
+    }
+
+    fn unreadable_now(&self) -> MutexGuard<'_, Option<Unreadable>> {
+        self.unreadable
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// Grows with every byte that it sends, and whenever it says that it is alive.
+    pub fn signs_of_life(&self) -> u64 {
+        self.signs.load(Ordering::Relaxed)
+    }
+
+    /// Whether it said last that it has no turn for this node yet.
+    pub fn is_queued(&self) -> bool {
+        self.queued.load(Ordering::Relaxed)
+    }
+
     /// Bytes a second that it sends, smoothed; zero while that is not known.
     pub fn rate(&self) -> u64 {
         self.shared.state().schedule.rate(self.key) as u64
@@ -305,6 +395,7 @@ impl Transfer {
     /// Of `manifest`, into `store`. Nothing is wanted yet. `seed` is where choices among equals come from.
     pub fn new(store: &Store, manifest: &Manifest, progress: Arc<Progress>, seed: u64) -> Self {
         let mut blobs = Vec::new();
+        let mut paths = Vec::new();
         let mut places = HashMap::new();
         let of_file = manifest.files().iter().map(|file| {
             *places.entry(file.blake3).or_insert_with(|| {
@@ -312,6 +403,7 @@ impl Transfer {
                     hash: file.blake3,
                     tree: Tree::new(file.size),
                 });
+                paths.push(file.path.as_str().into());
                 blobs.len() - 1
             })
         });
@@ -322,6 +414,7 @@ impl Transfer {
             shared: Arc::new(Shared {
                 store: store.clone(),
                 blobs,
+                paths,
                 of_file,
                 state: Mutex::new(State {
                     schedule,
@@ -339,6 +432,9 @@ impl Transfer {
                 open_soon: Notify::new(),
                 written: Notify::new(),
                 held: AtomicBool::new(false),
+                heard: AtomicU64::new(0),
+                queued: AtomicU64::new(0),
+                limited: AtomicUsize::new(0),
                 progress,
                 stop: Arc::default(),
                 begun: Instant::now(),
@@ -354,7 +450,25 @@ impl Transfer {
             moved: AtomicU64::new(0),
             wasted: AtomicU64::new(0),
             proved: AtomicU64::new(0),
+            signs: AtomicU64::new(0),
+            queued: AtomicBool::new(false),
+            unreadable: Mutex::default(),
         }
+    }
+
+    /// Bytes that came from providers until now, of whole chunk groups or not.
+    pub fn heard(&self) -> u64 {
+        self.shared.heard.load(Ordering::Relaxed)
+    }
+
+    /// How often providers have said that a request waits in their queue.
+    pub fn queued(&self) -> u64 {
+        self.shared.queued.load(Ordering::Relaxed)
+    }
+
+    /// Whether this side's own limits hold content back now.
+    pub fn is_limited(&self) -> bool {
+        self.shared.limited.load(Ordering::Relaxed) > 0
     }
 
     /// Others fetch the same from the same providers: what each has is to differ, so that they can fetch from each other.
@@ -861,6 +975,8 @@ struct Asked {
     /// Something was asked, or nothing will be any more.
     more: Notify,
     ended: AtomicBool,
+    /// How many are answered.
+    answered: AtomicU64,
 }
 
 #[derive(Debug, Clone)]
@@ -874,6 +990,10 @@ struct Request {
 }
 
 impl Asked {
+    fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Acquire)
+    }
+
     fn runs(&self) -> MutexGuard<'_, VecDeque<Request>> {
         self.runs
             .lock()
@@ -933,6 +1053,8 @@ impl Session<'_> {
     {
         let mut number = 0;
         let mut flushed = true;
+        let mut told = 0;
+        let mut last = Instant::now();
         loop {
             let changed = self.shared.changed.notified();
             tokio::pin!(changed);
@@ -963,7 +1085,11 @@ impl Session<'_> {
                         groups: run.groups.end - run.groups.start,
                         cancel: None,
                         proofs_only: run.proofs_only,
+                        waits: true,
+                        answered: self.asked.answered(),
                     };
+                    told = request.answered;
+                    last = Instant::now();
                     self.asked.runs().push_back(Request {
                         number,
                         run,
@@ -984,15 +1110,19 @@ impl Session<'_> {
                 (Next::Cancel(run), _) => {
                     let known = self.asked.cancel(&run);
                     if let Some(known) = known {
-                        let request = BlobRequest {
-                            cancel: Some(known),
-                            ..Default::default()
-                        };
-                        send(writer, &request).await?;
+                        told = self.cancel(writer, known).await?;
+                        last = Instant::now();
                         flushed = false;
                     }
                 }
                 (Next::Wait, _) => {
+                    // The provider learns what has arrived, and that nobody has gone away who waits for long.
+                    let waits = !self.asked.runs().is_empty() && last.elapsed() >= KEEP_ALIVE;
+                    if waits || self.asked.answered() > told {
+                        told = self.cancel(writer, NO_REQUEST).await?;
+                        last = Instant::now();
+                        flushed = false;
+                    }
                     if !flushed {
                         flush(writer).await?;
                         flushed = true;
@@ -1001,6 +1131,93 @@ impl Session<'_> {
                     let _ = timeout(LOOK, changed).await;
                 }
             }
+        }
+    }
+
+    /// Cancels a request, or none, and says how many are answered; how many that are.
+    async fn cancel<S>(&self, writer: &mut WriteHalf<S>, number: u64) -> Result<u64, TransferError>
+    where
+        S: AsyncWrite,
+    {
+        let request = BlobRequest {
+            cancel: Some(number),
+            answered: self.asked.answered(),
+            ..Default::default()
+        };
+        send(writer, &request).await?;
+        Ok(request.answered)
+    }
+
+    /// Counts what has come of content, needed or not; the whole of it, or a part of a chunk group.
+    fn count(&self, bytes: &mut u64) {
+        let bytes = std::mem::take(bytes);
+        if bytes > 0 {
+            let (key, now) = (self.peer.key, self.shared.now());
+            self.shared.state().schedule.progress(key, bytes, now);
+        }
+    }
+
+    /// Reads bytes of an answer, within the limits if it is `content`.
+    async fn read<S>(
+        &self,
+        reader: &mut ReadHalf<S>,
+        buffer: &mut [u8],
+        content: bool,
+    ) -> Result<(), TransferError>
+    where
+        S: AsyncRead,
+    {
+        let mut filled = 0;
+        let mut waited = Duration::ZERO;
+        let (mut uncounted, mut counted_at) = (0, Instant::now());
+        while filled < buffer.len() {
+            let most = match content {
+                true => rate::portion(self.limits, buffer.len()),
+                false => buffer.len(),
+            };
+            let end = buffer.len().min(filled + most);
+            let begun = Instant::now();
+            let n = read_some(reader, &mut buffer[filled..end], SLOWEST - waited).await?;
+            waited = (waited + begun.elapsed()).min(SLOWEST);
+            filled += n;
+            self.peer.signs.fetch_add(n as u64, Ordering::Relaxed);
+            self.shared.heard.fetch_add(n as u64, Ordering::Relaxed);
+            if !content {
+                continue;
+            }
+            uncounted += n as u64;
+            if counted_at.elapsed() >= COUNT || filled == buffer.len() {
+                self.count(&mut uncounted);
+                counted_at = Instant::now();
+            }
+            if self.limits.iter().any(|limit| limit.get() > 0) {
+                let _limited = Counted::new(&self.shared.limited);
+                for limit in self.limits {
+                    limit.pass(n as u64).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What a provider answers, however long the request waits in its queue.
+    async fn response<S>(&self, reader: &mut ReadHalf<S>) -> Result<Answer, TransferError>
+    where
+        S: AsyncRead,
+    {
+        let begun = Instant::now();
+        loop {
+            let answer = response(reader).await?;
+            self.peer.signs.fetch_add(1, Ordering::Relaxed);
+            let queued = matches!(answer, Answer::Waits);
+            self.peer.queued.store(queued, Ordering::Relaxed);
+            if !queued {
+                return Ok(answer);
+            }
+            if begun.elapsed() >= QUEUED {
+                return Err(TransferError::Queued);
+            }
+            self.shared.queued.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -1013,6 +1230,7 @@ impl Session<'_> {
             spare: Vec::new(),
             shared: self.shared,
         };
+        let mut refused = 0;
         while let Some(request) = self.asked.first().await {
             let mut segment = writer.segment(request.run.groups.start).await?;
             let mut verified = (0, 0);
@@ -1029,10 +1247,14 @@ impl Session<'_> {
                 writer.write(&request.partial, segment);
             }
             let asked = self.asked.runs().pop_front();
+            self.asked.answered.fetch_add(1, Ordering::Release);
             if matches!(result, Ok(Received::Cancelled)) && asked.is_none_or(|one| !one.cancelled) {
                 result = Err(TransferError::Protocol(
                     "it took back what nobody had cancelled",
                 ));
+            }
+            if matches!(result, Ok(Received::All)) {
+                refused = 0;
             }
             {
                 let mut state = self.shared.state();
@@ -1054,6 +1276,16 @@ impl Session<'_> {
                             result = Err(TransferError::Missing(request.partial.hash()));
                         }
                     }
+                    Ok(Received::Unreadable) => {
+                        let now = self.shared.now();
+                        state.schedule.cannot_read(key, &request.run, now);
+                        refused += 1;
+                        self.note_unreadable(&request.run);
+                        if refused >= MAX_UNREADABLE {
+                            // Not a sector or two: it cannot read anything now.
+                            result = Err(TransferError::Unreadable(request.partial.hash()));
+                        }
+                    }
                 }
             }
             self.shared.changed.notify_waiters();
@@ -1063,6 +1295,25 @@ impl Session<'_> {
             }
         }
         writer.finish().await
+    }
+
+    /// Remembers what the provider cannot read, once it was asked for it by itself.
+    fn note_unreadable(&self, run: &Run) {
+        if run.groups.end - run.groups.start > 1 {
+            return;
+        }
+        let mut unreadable = self.peer.unreadable_now();
+        match &mut *unreadable {
+            Some(known) => known.more += 1,
+            None => {
+                let blob = self.shared.blobs[run.blob];
+                *unreadable = Some(Unreadable {
+                    path: self.shared.paths[run.blob].to_string(),
+                    bytes: blob.tree.group_bytes(run.groups.start),
+                    more: 0,
+                });
+            }
+        }
     }
 
     /// Receives one answer; `segment` holds what is verified and not yet on its way to the disk.
@@ -1079,10 +1330,12 @@ impl Session<'_> {
     {
         let Request { run, partial, .. } = request;
         let tree = partial.tree();
-        let size = match response(reader).await? {
+        let size = match self.response(reader).await? {
             Answer::Size(size) => size,
             Answer::Cancelled => return Ok(Received::Cancelled),
             Answer::Missing => return Ok(Received::Missing),
+            Answer::Unreadable => return Ok(Received::Unreadable),
+            Answer::Waits => return Err(TransferError::Queued),
         };
         if size != tree.size() {
             return Err(TransferError::Protocol("it answered with another size"));
@@ -1104,25 +1357,21 @@ impl Session<'_> {
                 .receive_proofs(reader, request, segment, (verified, came), verifier)
                 .await;
         }
+        let mut segment_begun = Instant::now();
         while let Some(step) = verifier.step() {
             match step {
                 Step::Parent { index } => {
                     let mut parent = [0; PARENT];
-                    read_exact(reader, &mut parent).await?;
+                    self.read(reader, &mut parent, false).await?;
                     verifier.parent(&parent).map_err(corrupt)?;
                     segment.parents.push((index, parent));
                 }
                 Step::Group { index, size } => {
-                    for limit in self.limits {
-                        limit.pass(size as u64).await;
-                    }
                     let group = segment.data.room(size);
-                    read_exact(reader, group).await?;
+                    self.read(reader, group, true).await?;
                     verifier.group(group).map_err(corrupt)?;
                     let bytes = size as u64;
                     counter.fetch_add(bytes, Ordering::Relaxed);
-                    let (key, now) = (self.peer.key, self.shared.now());
-                    self.shared.state().schedule.progress(key, bytes, now);
                     *came += 1;
                     if !needed {
                         segment.parents.clear();
@@ -1135,9 +1384,12 @@ impl Session<'_> {
                         .progress
                         .moved
                         .fetch_add(bytes, Ordering::Relaxed);
-                    if segment.data.len() >= SEGMENT {
+                    // Also when it is small, on a slow link: a crash costs a second, not a segment.
+                    let due = segment_begun.elapsed() >= SETTLE;
+                    if segment.data.len() >= SEGMENT || due {
                         let next = writer.segment(index + 1).await?;
                         writer.write(partial, std::mem::replace(segment, next));
+                        segment_begun = Instant::now();
                     }
                 }
             }
@@ -1172,7 +1424,7 @@ impl Session<'_> {
             match step {
                 Step::Parent { index } => {
                     let mut parent = [0; PARENT];
-                    read_exact(reader, &mut parent).await?;
+                    self.read(reader, &mut parent, false).await?;
                     verifier
                         .parent(&parent)
                         .map_err(|source| TransferError::Corrupt {
@@ -1234,6 +1486,7 @@ enum Received {
     All,
     Cancelled,
     Missing,
+    Unreadable,
 }
 
 /// Writes on blocking threads, a few at a time, re-using their buffers.
@@ -1316,8 +1569,10 @@ where
     };
     send(&mut writer, &request).await?;
     flush(&mut writer).await?;
-    let Answer::Size(size) = response(&mut reader).await? else {
-        return Err(TransferError::Missing(id));
+    let size = match response(&mut reader).await? {
+        Answer::Size(size) => size,
+        Answer::Unreadable => return Err(TransferError::Unreadable(id)),
+        _ => return Err(TransferError::Missing(id)),
     };
     if size > MAX_MANIFEST {
         return Err(TransferError::Protocol("the manifest is over the limit"));
@@ -1327,19 +1582,21 @@ where
     let corrupt = |source| TransferError::Corrupt { hash: id, source };
     // Grows only by what is verified, whatever size was claimed.
     let mut bytes = Vec::new();
+    let came = |n: usize| {
+        received.fetch_add(n as u64, Ordering::Relaxed);
+    };
     while let Some(step) = verifier.step() {
         match step {
             Step::Parent { .. } => {
                 let mut parent = [0; PARENT];
-                read_exact(&mut reader, &mut parent).await?;
+                read_exact(&mut reader, &mut parent, |_| ()).await?;
                 verifier.parent(&parent).map_err(corrupt)?;
             }
             Step::Group { size, .. } => {
                 let at = bytes.len();
                 bytes.resize(at + size, 0);
-                read_exact(&mut reader, &mut bytes[at..]).await?;
+                read_exact(&mut reader, &mut bytes[at..], came).await?;
                 verifier.group(&bytes[at..]).map_err(corrupt)?;
-                received.fetch_add(size as u64, Ordering::Relaxed);
             }
         }
     }
@@ -1375,6 +1632,10 @@ enum Answer {
     Size(u64),
     Cancelled,
     Missing,
+    /// It has found what it has to be damaged, or cannot read it.
+    Unreadable,
+    /// The answer comes later.
+    Waits,
 }
 
 async fn response<S>(reader: &mut ReadHalf<S>) -> Result<Answer, TransferError>
@@ -1391,19 +1652,64 @@ where
         Status::Ok => Ok(Answer::Size(response.size)),
         Status::NotFound => Ok(Answer::Missing),
         Status::Cancelled => Ok(Answer::Cancelled),
-        Status::Internal => Err(io::Error::other("the provider failed to read").into()),
+        Status::Internal => Ok(Answer::Unreadable),
+        Status::Waiting => Ok(Answer::Waits),
         Status::BadRequest | Status::Unspecified => {
             Err(TransferError::Protocol("it refused a valid request"))
         }
     }
 }
 
-async fn read_exact<S>(reader: &mut ReadHalf<S>, buffer: &mut [u8]) -> Result<(), TransferError>
+/// Fills `buffer`; `came` hears of every byte.
+async fn read_exact<S>(
+    reader: &mut ReadHalf<S>,
+    buffer: &mut [u8],
+    came: impl Fn(usize),
+) -> Result<(), TransferError>
 where
     S: AsyncRead,
 {
-    timeout(STALL, reader.read_exact(buffer))
-        .await
-        .map_err(|_| TransferError::Stalled)??;
+    let slowest = Instant::now() + SLOWEST;
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let left = slowest.saturating_duration_since(Instant::now());
+        let n = read_some(reader, &mut buffer[filled..], left).await?;
+        filled += n;
+        came(n);
+    }
     Ok(())
+}
+
+/// Reads at least one byte, within [`STALL`] and what is `left` of [`SLOWEST`].
+async fn read_some<S>(
+    reader: &mut ReadHalf<S>,
+    buffer: &mut [u8],
+    left: Duration,
+) -> Result<usize, TransferError>
+where
+    S: AsyncRead,
+{
+    match timeout(STALL.min(left), reader.read(buffer)).await {
+        Ok(Ok(0)) => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+        Ok(Ok(n)) => Ok(n),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) if left < STALL => Err(TransferError::TooSlow),
+        Err(_) => Err(TransferError::Stalled),
+    }
+}
+
+/// One more while it is held.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }

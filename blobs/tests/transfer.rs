@@ -18,8 +18,10 @@ use weft_blobs::{
     Hash, Manifest, Plan, PlanError, Store, Transfer, TransferError,
     index::{self, index},
     plan::Progress,
-    serve::{ServeError, serve},
+    rate::Limit,
+    serve::{ServeError, serve, serve_in_turn},
     transfer::fetch_manifest,
+    uplink::Uplink,
 };
 use weft_proto::{
     frame,
@@ -369,31 +371,213 @@ fn part_in(folder: &Path, size: usize) -> std::path::PathBuf {
         .unwrap()
 }
 
+/// Changes one byte, and keeps the size and time: only the tree can tell.
+fn spoil(path: &Path, offset: usize) {
+    let modified = fs::metadata(path).unwrap().modified().unwrap();
+    let mut data = fs::read(path).unwrap();
+    data[offset] ^= 1;
+    fs::write(path, &data).unwrap();
+    let file = fs::File::options().write(true).open(path).unwrap();
+    file.set_modified(modified).unwrap();
+}
+
 #[tokio::test]
-async fn a_bit_that_flipped_on_disk_is_found_and_not_served() {
+async fn one_bad_bit_at_the_only_provider_costs_one_chunk_group_and_another_provider_brings_it() {
     let data = content(100 * GROUP, 5);
     let world = World::new(&[("big", data.clone())]);
-    let path = world.path("source/big");
-    // The same size and time: only the tree can tell.
-    let modified = fs::metadata(&path).unwrap().modified().unwrap();
-    let mut bad = data.clone();
-    bad[60 * GROUP + 77] ^= 1;
-    fs::write(&path, &bad).unwrap();
-    fs::File::options()
-        .write(true)
-        .open(&path)
-        .unwrap()
-        .set_modified(modified)
-        .unwrap();
+    spoil(&world.path("source/big"), 60 * GROUP + 77);
     let (mut download, progress) = world.plan("to").unwrap();
-    let error = download.fetch(world.connect()).await.unwrap_err();
-    assert!(!error.is_provider_wrong(), "{error}");
-    assert!(moved(&progress) < 100 * GROUP as u64);
-    // From then on it is not there at all.
+    let peer = download.transfer.join(false, None);
+    peer.has_all();
+    let size = 100 * GROUP as u64;
+    {
+        let run = download.transfer.run(&mut download.plan);
+        let fetch = download.transfer.fetch(&peer, world.connect(), &[]);
+        let all_but_one = until("all but one group comes", || {
+            moved(&progress) == size - GROUP as u64 && peer.unreadable().is_some()
+        });
+        tokio::select! {
+            result = run => panic!("it ended: {result:?}"),
+            result = fetch => panic!("the stream ended: {result:?}"),
+            () = all_but_one => {}
+        }
+    }
+    let unreadable = peer.unreadable().unwrap();
+    assert_eq!(unreadable.path, "big");
+    assert_eq!(unreadable.bytes, 60 * GROUP as u64..61 * GROUP as u64);
+    assert_eq!(unreadable.more, 0);
+    // The provider still counts all of it but that.
+    let model = world.provider.model(&world.id).unwrap();
+    let presence = world.provider.presence(&model, &world.manifest).unwrap();
+    assert!(!presence.complete);
+    assert_eq!(presence.bytes, size - GROUP as u64);
+    download.transfer.settle().await.unwrap();
+    drop((peer, download));
+
+    // It goes on with one that has it.
+    let good = world.path("good");
+    write(&good, "big", &data);
+    let other = Store::open(&world.path("other")).unwrap();
+    let indexed = index(&good, &index::Progress::default()).unwrap();
+    other.add(&indexed, None).unwrap();
+    let (near, far) = duplex(256 * 1024);
+    tokio::spawn(async move { serve(other, far, &[]).await });
+    let (mut download, progress) = world.plan("to").unwrap();
+    download.fetch(near).await.unwrap();
+    assert_eq!(moved(&progress), GROUP as u64);
+    assert!(fs::read(world.path("to/big")).unwrap() == data);
+}
+
+#[tokio::test]
+async fn after_the_first_damage_the_rest_of_that_file_is_read_and_all_that_is_damaged_is_known() {
+    let world = World::new(&[("big", content(100 * GROUP, 5)), ("z", content(9, 1))]);
+    let path = world.path("source/big");
+    for group in [3, 60, 61, 99] {
+        spoil(&path, group * GROUP + 5);
+    }
     let hash = world.manifest.files()[0].blake3;
-    assert!(world.provider.sources(&hash).unwrap().is_empty());
-    let error = download.fetch(world.connect()).await.unwrap_err();
-    assert!(matches!(error, TransferError::Missing(_)), "{error}");
+    let source = world.provider.sources(&hash).unwrap().remove(0);
+    source.read_groups(60..61).unwrap_err();
+    world.provider.note_damage(&source, 60..61).unwrap();
+    let here = || {
+        let sources = world.provider.sources(&hash).unwrap();
+        sources[0].have().count()
+    };
+    assert!(here() >= 96);
+    until("the others are found", || here() == 96).await;
+    // Repaired, it counts again once it was verified.
+    write(&world.path("source"), "big", &content(100 * GROUP, 5));
+    let indexed = index(&world.path("source"), &index::Progress::default()).unwrap();
+    world.provider.add(&indexed, None).unwrap();
+    assert!(world.provider.sources(&hash).unwrap()[0].is_whole());
+}
+
+/// Passes bytes from one end to the other, both ways, those of the provider at this rate.
+async fn slow_link(near: DuplexStream, far: DuplexStream, bytes_per_second: usize) {
+    let (mut from_near, mut to_near) = tokio::io::split(near);
+    let (mut from_far, mut to_far) = tokio::io::split(far);
+    let up = tokio::io::copy(&mut from_near, &mut to_far);
+    let down = async {
+        let mut buffer = vec![0; bytes_per_second / 4];
+        loop {
+            let n = from_far.read(&mut buffer).await.unwrap();
+            if n == 0 || to_near.write_all(&buffer[..n]).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    };
+    // Either end may go first.
+    let _ = tokio::join!(up, down);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_link_of_2_kilobytes_a_second_delivers_however_long_a_chunk_group_takes() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    let (near, far) = duplex(1 << 12);
+    tokio::spawn(slow_link(far, world.connect(), 2000));
+    let (mut download, _) = world.plan("to").unwrap();
+    let begun = tokio::time::Instant::now();
+    download.fetch(near).await.unwrap();
+    world.assert_equal("to");
+    let took = begun.elapsed().as_secs();
+    assert!((90..150).contains(&took), "{took} s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_after_ten_minutes() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    let (near, far) = duplex(1 << 12);
+    let provider = world.connect();
+    tokio::spawn(async move {
+        let (mut from_near, mut to_near) = tokio::io::split(far);
+        let (mut from_far, mut to_far) = tokio::io::split(provider);
+        let up = tokio::io::copy(&mut from_near, &mut to_far);
+        let down = async {
+            // As much as shows that it answers.
+            let mut answer = [0; 200];
+            from_far.read_exact(&mut answer).await.unwrap();
+            to_near.write_all(&answer).await.unwrap();
+            while let Ok(byte) = from_far.read_u8().await {
+                tokio::time::sleep(Duration::from_secs(15)).await;
+                if to_near.write_u8(byte).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let _ = tokio::join!(up, down);
+    });
+    let (mut download, _) = world.plan("to").unwrap();
+    let begun = tokio::time::Instant::now();
+    let error = download.fetch(near).await.unwrap_err();
+    assert!(matches!(error, TransferError::TooSlow), "{error}");
+    assert!((590..620).contains(&begun.elapsed().as_secs()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn limits_far_below_a_kilobyte_a_second_a_stream_end_no_stream() {
+    let world = World::new(&[("a", content(2 * GROUP, 1))]);
+    for receiving in [true, false] {
+        let (near, far) = duplex(256 * 1024);
+        let store = world.provider.clone();
+        let [upload, download] = match receiving {
+            true => [0, 500],
+            false => [500, 0],
+        };
+        let upload = Limit::new(upload);
+        let serving = tokio::spawn(async move { serve(store, far, &[upload]).await });
+        let to = format!("to{receiving}");
+        let receiver = Store::open(&world.path(&format!("store{receiving}"))).unwrap();
+        let progress = Arc::new(Progress::default());
+        let of = world.path(&to);
+        let mut one = Download::plan(&receiver, &world.manifest, &of, progress).unwrap();
+        let peer = one.transfer.join(false, None);
+        peer.has_all();
+        let limits = [Limit::new(download)];
+        let begun = tokio::time::Instant::now();
+        {
+            let run = one.transfer.run(&mut one.plan);
+            let fetch = one.transfer.fetch(&peer, near, &limits);
+            let (run, fetch) = tokio::join!(run, fetch);
+            run.unwrap();
+            fetch.unwrap();
+        }
+        assert!(begun.elapsed().as_secs() > 200);
+        assert!(serving.await.unwrap().is_ok());
+        world.assert_equal(&to);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_requester_hears_that_it_waits_for_its_turn_and_does_not_give_up() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    // All turns are taken by requesters that take nothing.
+    let uplink = Uplink::default();
+    let mut dead = Vec::new();
+    for i in 0..8 {
+        let (near, far) = duplex(1 << 12);
+        let (store, line) = (world.provider.clone(), uplink.line(&[i]));
+        tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
+        let (_reader, mut writer) = tokio::io::split(near);
+        let request = BlobRequest {
+            hash: world.manifest.files()[0].blake3.as_bytes().to_vec().into(),
+            size: Some(3 * GROUP as u64),
+            groups: 3,
+            waits: true,
+            ..Default::default()
+        };
+        frame::write(&mut writer, &request, 128).await.unwrap();
+        dead.push((_reader, writer));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(uplink.streams().1 > 0, "{uplink:?}");
+    let (near, far) = duplex(256 * 1024);
+    let (store, line) = (world.provider.clone(), uplink.line(b"alive"));
+    tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
+    let (mut download, _) = world.plan("to").unwrap();
+    download.fetch(near).await.unwrap();
+    assert!(download.transfer.queued() > 0);
+    world.assert_equal("to");
 }
 
 #[tokio::test]

@@ -918,10 +918,11 @@ where
                     }
                 }
                 Err(ping::Failure::Unsupported) => {}
-                // A path that carries no ping carries nothing else; libp2p leaves closing it to us.
+                // On a slow link a ping may wait behind content for longer than its patience: a path that carries anything else is kept. libp2p leaves
+                // closing it to us.
                 Err(error) => {
                     tracing::debug!(peer = %event.peer, %error, "no answer to a ping");
-                    self.swarm.close_connection(event.connection);
+                    self.doubt(event.peer, None);
                 }
             },
             BehaviourEvent::Streams(Moved {

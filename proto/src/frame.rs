@@ -141,6 +141,7 @@ mod tests {
             groups: 256,
             cancel: None,
             proofs_only: false,
+            ..Default::default()
         };
         let mut bytes = Vec::new();
         write(&mut bytes, &message, 1024).await.unwrap();

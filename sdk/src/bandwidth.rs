@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Mutex};
 
-use weft_blobs::rate::Limit;
+use weft_blobs::{rate::Limit, uplink::Uplink};
 use weft_net::PeerId;
 
 /// Peers whose limits are kept; beyond that, those that nobody uses are forgotten.
@@ -26,6 +26,7 @@ pub(crate) struct Bandwidth {
     rates: Mutex<Rates>,
     download: Limit,
     upload: Limit,
+    uplink: Uplink,
     of_peers: Mutex<HashMap<(PeerId, bool), Limit>>,
 }
 
@@ -35,6 +36,7 @@ impl Bandwidth {
             rates: Mutex::new(rates),
             download: Limit::new(rates.download),
             upload: Limit::new(rates.upload),
+            uplink: Uplink::default(),
             of_peers: Mutex::default(),
         }
     }
@@ -64,6 +66,11 @@ impl Bandwidth {
                 false => rates.download_per_peer,
             });
         }
+    }
+
+    /// The turns of those to whom content goes.
+    pub(crate) fn uplink(&self) -> &Uplink {
+        &self.uplink
     }
 
     /// What holds for content from `peer`.

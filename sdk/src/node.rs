@@ -14,7 +14,7 @@ use tokio::{
 };
 use weft_blobs::{
     Hash, Store,
-    serve::{self, serve},
+    serve::{self, serve_in_turn},
 };
 use weft_crdt::Documents;
 use weft_dht::Dht;
@@ -817,7 +817,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
 async fn serve_transfer(store: Store, bandwidth: Arc<Bandwidth>, stream: NetStream) {
     let peer = stream.peer();
     let limits = bandwidth.upload_of(peer);
-    match serve(store, stream, &limits).await {
+    let line = bandwidth.uplink().line(&peer.to_bytes());
+    match serve_in_turn(store, stream, &limits, line).await {
         Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
         Err(error) => tracing::debug!(%peer, %error, "serving ended early"),
     }

@@ -18,10 +18,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use weft_blobs::{
-    Manifest, Plan, Store, StoreError, Transfer, plan,
-    source::{ReadError, Source},
-    store,
-    transfer::Urged,
+    Manifest, Plan, Store, StoreError, Transfer, plan, source::Source, store, transfer::Urged,
     tree::GROUP,
 };
 use weft_net::{Multiaddr, PeerId};
@@ -347,7 +344,7 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
         let (hash, size) = (shared.file().blake3, shared.file().size);
         let wanted = groups.clone();
         let read = blocking(move || Ok(read(&store, (hash, size), whole, wanted)?)).await;
-        match read.map_err(other)?? {
+        match read.map_err(other)? {
             Some((bytes, source)) => {
                 let next = {
                     let mut state = shared.state();
@@ -396,19 +393,20 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
     }
 }
 
-/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is not here, or its file was found to be
-/// damaged and is not used any more; an error if what counts as here cannot be read. Blocks.
-#[allow(clippy::type_complexity)]
+/// Bytes that were read, and the whole file they come from, if it is open.
+type Read = (Vec<u8>, Option<Arc<Source>>);
+
+/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is not here, or was found to be damaged
+/// or not to be readable: it counts as missing from then on, and is fetched. Blocks.
 fn read(
     store: &Store,
     (hash, size): (Hash, u64),
     whole: Option<Arc<Source>>,
     groups: Range<u64>,
-) -> Result<io::Result<Option<(Vec<u8>, Option<Arc<Source>>)>>, StoreError> {
+) -> Result<Option<Read>, StoreError> {
     if groups.is_empty() {
-        return Ok(Ok(Some((Vec::new(), whole))));
+        return Ok(Some((Vec::new(), whole)));
     }
-    let mut failed = None;
     let sources = match whole {
         Some(whole) => vec![whole],
         None => {
@@ -422,29 +420,18 @@ fn read(
         if here.is_empty() {
             continue;
         }
-        match source.read_groups(here) {
+        match source.read_groups(here.clone()) {
             Ok(bytes) => {
                 let whole = source.is_whole().then_some(source);
-                return Ok(Ok(Some((bytes, whole))));
+                return Ok(Some((bytes, whole)));
             }
             Err(error) => {
-                tracing::warn!(%hash, %error, "what is here cannot be read");
-                match (&error, source.location()) {
-                    (ReadError::Damaged(_), Some(location)) => store.damaged(&hash, location)?,
-                    // It is another file now, and not used any more.
-                    (ReadError::Changed, _) => {}
-                    // It counts as here, so nobody would fetch it.
-                    _ => failed = Some(error),
-                }
+                tracing::debug!(%hash, %error, "what is here cannot be read");
+                store.note_damage(&source, here)?;
             }
         }
     }
-    Ok(match failed {
-        Some(error) => Err(io::Error::other(format!(
-            "{error}; `weft verify` finds and repairs it"
-        ))),
-        None => Ok(None),
-    })
+    Ok(None)
 }
 
 fn other(error: Error) -> io::Error {

@@ -206,6 +206,7 @@ fn frames() {
         groups: 200,
         cancel: None,
         proofs_only: true,
+        ..Default::default()
     };
     check(
         "frame",
@@ -340,6 +341,7 @@ async fn a_provider_fed_mutated_requests_ends_the_stream() {
             groups: file.size.div_ceil(65_536),
             cancel: None,
             proofs_only: false,
+            ..Default::default()
         };
         requests.extend(request.encode_length_delimited_to_vec());
         let proofs = BlobRequest {

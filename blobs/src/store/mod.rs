@@ -14,6 +14,7 @@
 //! that is not used. Content is synced before the row that vouches for it is committed, so a row is never ahead of the bytes; rows are dropped before the
 //! files that they speak of are deleted.
 
+mod damage;
 mod discards;
 mod gc;
 mod holds;
@@ -115,6 +116,7 @@ struct Inner {
     epoch: u64,
     /// Groups of part files that this process has written or read, by part file.
     seen: Mutex<HashMap<PathBuf, Seen>>,
+    read_through: damage::ReadThrough,
     _lock: Lock,
 }
 
@@ -432,6 +434,7 @@ impl Store {
                 last_use: AtomicU64::default(),
                 epoch,
                 seen: Mutex::default(),
+                read_through: damage::ReadThrough::default(),
                 _lock: lock,
             }),
         };
@@ -759,8 +762,12 @@ impl Store {
             }
             presence.complete = false;
             missing |= group;
-            let targets = [model.root.join(&file.path), self.owned_path(&file.blake3)];
-            presence.bytes += self.partial_bytes(&targets, &file.blake3, file.size)?;
+            let target = model.root.join(&file.path);
+            let damaged = self.good_of_damaged(&file.blake3, &target)?;
+            let damaged = damaged.map_or(0, |good| good.bytes(&Tree::new(file.size)));
+            let targets = [target, self.owned_path(&file.blake3)];
+            let partial = self.partial_bytes(&targets, &file.blake3, file.size)?;
+            presence.bytes += partial.max(damaged);
         }
         presence.shards &= !missing;
         Ok(presence)
@@ -818,7 +825,11 @@ impl Store {
     pub fn sources(&self, hash: &Hash) -> Result<Vec<Source>, StoreError> {
         match self.whole(hash)? {
             Some(whole) => Ok(vec![whole]),
-            None => self.parts(hash),
+            None => {
+                let mut sources = self.damaged_sources(hash)?;
+                sources.extend(self.parts(hash)?);
+                Ok(sources)
+            }
         }
     }
 
@@ -840,15 +851,6 @@ impl Store {
         let tree = Tree::new(location.size);
         let outboard = self.open_outboard(hash, &tree)?;
         Ok(Some(Source::whole(*hash, tree, location, file, outboard)))
-    }
-
-    /// The content of the file at `location` is not what it was: it is not used again until it is added or fetched again.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub fn damaged(&self, hash: &Hash, location: &Location) -> Result<(), StoreError> {
-        tracing::warn!(%hash, path = %location.path.display(), "a file is damaged on disk: it is not used until it is verified, added or fetched again");
-        self.write(|txn| mark_location(txn, hash, &location.path, true))
     }
 
     fn open_outboard(&self, hash: &Hash, tree: &Tree) -> Result<Option<File>, StoreError> {
@@ -952,6 +954,7 @@ fn mark_location(
     let mut locations = row.locations.iter_mut();
     if let Some(known) = locations.find(|known| path_from(&known.path) == path) {
         known.damaged = damaged;
+        known.bad.clear();
     }
     table
         .insert(hash.as_bytes(), row.encode_to_vec().as_slice())

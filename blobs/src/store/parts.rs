@@ -71,7 +71,15 @@ impl Store {
         let owned = target == self.owned_path(&hash);
         if owned && !part.exists() && target.exists() && !self.holds(&hash, target)? {
             // It got its name, and no row: a crash, or a full disk. Its part's row says what of it is certain.
+            // Of a file that a read has found to be damaged, what is right of it is kept.
+            if let Some(good) = self.good_of_damaged(&hash, target)? {
+                self.write(|txn| {
+                    let mut table = txn.open_table(PARTS).map_err(database)?;
+                    self.put_part(&mut table, &hash, &part, (&good, &tree), None)
+                })?;
+            }
             std::fs::rename(target, &part).map_err(StoreError::io("cannot rename", target))?;
+            self.write(|txn| forget_locations(txn, &hash, |path| path == target))?;
         }
         let committed = self.committed(&part, &hash, &tree)?;
         let kept = committed.map(|claim| Kept {

@@ -40,6 +40,9 @@ pub(super) struct LocationRow {
     /// The file as it was when it was last read or written whole; absent if that is not known.
     #[prost(message, optional, tag = "6")]
     pub(super) stamp: Option<StampRow>,
+    /// Which chunk groups are damaged: a number of groups that are right, a number that are not, and so on. Empty while that is not known.
+    #[prost(uint64, repeated, tag = "7")]
+    pub(super) bad: Vec<u64>,
 }
 
 /// A row of `models`.
@@ -157,6 +160,7 @@ impl From<&Location> for LocationRow {
             written: false,
             damaged: false,
             stamp: None,
+            bad: Vec::new(),
         }
     }
 }

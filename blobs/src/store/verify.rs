@@ -145,7 +145,7 @@ impl Task {
 }
 
 /// What reading a file came to.
-struct Found {
+pub(super) struct Found {
     condition: Condition,
     action: Action,
     /// The groups that should be right and are not.
@@ -295,7 +295,7 @@ impl Store {
         })
     }
 
-    fn check_file(
+    pub(super) fn check_file(
         &self,
         hash: &Hash,
         row: &LocationRow,
@@ -375,7 +375,7 @@ impl Store {
             Err(IndexError::Changed(_)) => return Ok(Found::only(Condition::Changed)),
             Err(_) => return Err(StoreError::Cancelled),
         }
-        self.damaged(hash, &location)?;
+        self.set_good(hash, path, &good)?;
         let mut found = Found::only(Condition::Damaged);
         if repair && ours && self.reopen(hash, &location, &good)? {
             found.action = Action::Reopened;

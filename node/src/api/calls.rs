@@ -30,7 +30,7 @@ use weft_proto::{
     },
 };
 
-use super::status::invalid;
+use super::status::{failed, invalid};
 
 /// Events that wait for a program.
 const WAITING: usize = 16;
@@ -363,7 +363,7 @@ impl Calls for Service {
                 ServiceChange::Joined { peer, labels } => What::Joined(offer(peer, labels)),
                 ServiceChange::Changed { peer, labels } => What::Changed(offer(peer, labels)),
                 ServiceChange::Left { peer } => What::Left(peer.to_string()),
-                other => return Some((Err(Status::internal(format!("{other:?}"))), watch)),
+                other => return Some((Err(failed(format!("{other:?}"))), watch)),
             };
             Some((Ok(api::ServiceEvent { what: Some(what) }), watch))
         });

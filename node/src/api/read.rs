@@ -12,7 +12,7 @@ use tonic::Status;
 use weft::Reader;
 use weft_proto::api::ReadResponse;
 
-use super::status::{invalid, status};
+use super::status::{failed, invalid, status};
 
 /// Bytes in one message.
 const PIECE: usize = 256 * 1024;
@@ -41,7 +41,7 @@ impl Reading {
         reader
             .seek(SeekFrom::Start(offset))
             .await
-            .map_err(|error| Status::internal(error.to_string()))?;
+            .map_err(|error| failed(error.to_string()))?;
         Ok(Self {
             reader,
             left: length.unwrap_or(u64::MAX).min(size - offset),
@@ -92,5 +92,5 @@ fn read_status(error: &std::io::Error) -> Status {
         }
         cause = inner.source();
     }
-    Status::internal(error.to_string())
+    failed(error.to_string())
 }

@@ -9,7 +9,7 @@ use weft_proto::api::{
     self, RecordEvent, RecordLeft, RecordsWatched, record_event::What, records_server::Records,
 };
 
-use super::status::status;
+use super::status::{failed, status};
 
 /// Implements the service.
 #[derive(Debug, Clone)]
@@ -103,7 +103,7 @@ impl Records for Service {
                     publisher: publisher.to_string(),
                     subkey,
                 }),
-                other => return Some((Err(Status::internal(format!("{other:?}"))), watch)),
+                other => return Some((Err(failed(format!("{other:?}"))), watch)),
             };
             Some((Ok(event(what)), watch))
         });

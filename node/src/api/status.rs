@@ -120,6 +120,12 @@ fn of_document(error: &DocumentError) -> (Code, &'static str) {
     }
 }
 
+/// A failure of this side that has no name of its own: with a reason, so that no client takes it for a lost connection.
+pub(crate) fn failed(message: impl Into<String>) -> Status {
+    let details = ErrorDetails::with_error_info("STORE", DOMAIN, HashMap::new());
+    Status::with_error_details(Code::Internal, message, details)
+}
+
 /// Refuses what a client sent.
 pub(crate) fn invalid(message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info("INVALID_INPUT", DOMAIN, HashMap::new());

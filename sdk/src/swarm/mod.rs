@@ -18,7 +18,9 @@ use tokio::{
     time::{Instant, interval, sleep, timeout, timeout_at},
 };
 use weft_blobs::{
-    Hash, Plan, Transfer, TransferError, availability, plan, rate::Limit, transfer::Peer,
+    Hash, Plan, Transfer, TransferError, availability, plan,
+    rate::Limit,
+    transfer::{Peer, QUEUED},
 };
 use weft_net::{Destinations, PathKind, PeerId, Stream, Transport, is_superseded};
 use weft_proto::frame::FrameError;
@@ -71,11 +73,14 @@ const LOOK_UP: Duration = Duration::from_secs(10);
 /// How often the state is looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long no content comes before the path is suspected.
+/// How long no content comes before the path is suspected; of one that brings less than so many bytes a second, which may be shared by many.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
+const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
+const SLOW_PATH: f64 = 32.0 * 1024.0;
 
-/// How long a provider that sends nothing keeps a place that another waits for.
+/// How long a provider that sends nothing keeps a place that another waits for: nothing at all, or no whole chunk group.
 const USELESS: Duration = Duration::from_secs(5);
+const SLOW: Duration = Duration::from_secs(60);
 
 /// How long a provider that lacked what it was said to have sends nothing before it is asked for all of it again: it may have come there too. At first, and
 /// at most: twice as long each time.
@@ -136,6 +141,13 @@ impl Source {
         }
     }
 
+    fn is_queued(&self) -> bool {
+        match &self.came {
+            Came::Now { handle, .. } => handle.is_queued(),
+            Came::Over { .. } => false,
+        }
+    }
+
     fn end(&mut self) {
         let (bytes, wasted) = (self.bytes(), self.wasted());
         self.came = Came::Over { bytes, wasted };
@@ -189,6 +201,8 @@ struct Member {
     again: Duration,
     /// How much it has sent, and since when no more.
     moved: (u64, Instant),
+    /// The same of bytes, and of its word that it is alive.
+    alive: (u64, Instant),
     /// Ends what is fetched from it, for another.
     stop: Arc<Notify>,
     /// Its part in the transfer.
@@ -226,9 +240,13 @@ pub(crate) struct Swarm {
     next_look_up: Instant,
     pause: Duration,
     moved: u64,
+    /// Bytes that came, of whole chunk groups or not, and since when no more.
+    heard: (u64, Instant),
+    /// How often a provider said that this node waits in its queue.
+    queued: u64,
     /// Others go first.
     held: bool,
-    /// When content last came, or the work began.
+    /// When there was last a sign that content comes, or the work began.
     since: Instant,
     patience: Duration,
     /// From the start to the first that answered.
@@ -279,6 +297,8 @@ impl Swarm {
             },
             pause: PAUSE.0,
             moved: 0,
+            heard: (0, now),
+            queued: 0,
             held: false,
             since: now,
             patience: FIRST,
@@ -375,6 +395,7 @@ impl Swarm {
             lacks: false,
             again: AGAIN.0,
             moved: (0, Instant::now()),
+            alive: (0, Instant::now()),
             stop: Arc::default(),
             handle: Arc::new(transfer.join(false, None)),
         });
@@ -536,6 +557,14 @@ impl Swarm {
                 member.moved = (moved, now);
                 member.again = AGAIN.0;
             }
+            let alive = member.handle.signs_of_life();
+            if alive != member.alive.0 {
+                member.alive = (alive, now);
+            }
+            if let Some(unreadable) = member.handle.unreadable() {
+                member.lacks = true;
+                member.reason = unreadable.to_string();
+            }
             // Not at each of its streams: asked first for what it lacks each time, it would never come to the rest.
             let silent = now.duration_since(member.moved.1) >= member.again;
             if member.complete && member.lacks && silent && !waits_for_us {
@@ -549,7 +578,9 @@ impl Swarm {
             return;
         }
         let useless = self.members.values().filter(|one| one.busy);
-        let useless = useless.filter(|one| now.duration_since(one.moved.1) >= USELESS);
+        let useless = useless.filter(|one| {
+            now.duration_since(one.moved.1) >= SLOW || now.duration_since(one.alive.1) >= USELESS
+        });
         if let Some(member) = useless.min_by_key(|one| one.moved.1) {
             member.stop.notify_one();
         }
@@ -615,6 +646,7 @@ impl Swarm {
         });
         let (node, transfer) = (self.node.clone(), self.transfer.clone());
         member.moved = (handle.delivered(), Instant::now());
+        member.alive = (handle.signs_of_life(), Instant::now());
         let stop = Arc::new(Notify::new());
         member.stop = Arc::clone(&stop);
         let mut limits = self.limits.clone();
@@ -623,7 +655,7 @@ impl Swarm {
             let result = tokio::select! {
                 result = transfer.fetch(&handle, stream, &limits) => result,
                 () = stop.notified() => Err(TransferError::Replaced),
-                never = watch(&node, peer, || handle.delivered()) => match never {},
+                never = watch(&node, peer, || handle.signs_of_life()) => match never {},
             };
             Event::Ended(peer, result)
         };
@@ -663,7 +695,8 @@ impl Swarm {
             }
             Err(error) => {
                 tracing::debug!(%peer, %error, "a provider did not finish");
-                member.lacks = matches!(error, TransferError::Missing(_));
+                let lacks = matches!(error, TransferError::Missing(_));
+                member.lacks = lacks || member.handle.unreadable().is_some();
                 self.failed(peer, error.to_string());
             }
         }
@@ -686,9 +719,25 @@ impl Swarm {
             + self.progress.reused.load(Ordering::Relaxed);
         self.held = self.rank.is_outranked() && !self.transfer.is_urged();
         self.transfer.hold_back(self.held);
-        if self.held || self.transfer.is_idle() {
+        if self.held || self.transfer.is_idle() || self.transfer.is_limited() {
             // Nobody is asked for anything: nobody is late.
             self.since = Instant::now();
+        }
+        let heard = self.transfer.heard();
+        if heard > self.heard.0 {
+            // On a slow link a chunk group takes long: any byte of it will do.
+            self.heard = (heard, Instant::now());
+            self.since = Instant::now();
+            self.patience = LOST;
+        }
+        let queued = self.transfer.queued();
+        if queued > self.queued {
+            self.queued = queued;
+            // A provider's word that it is alive is worth as much time, and no more.
+            if self.heard.1.elapsed() < QUEUED {
+                self.since = Instant::now();
+                self.patience = LOST;
+            }
         }
         if moved > self.moved {
             self.moved = moved;
@@ -718,7 +767,13 @@ impl Swarm {
         let active = self.shown.sources();
         let mut active = active.iter().filter(|source| source.is_active());
         match (active.next(), active.next()) {
+            (Some(one), None) if one.is_queued() => {
+                format!("its turn: the provider {} serves others first", one.peer)
+            }
             (Some(one), None) => format!("content from {}", one.peer),
+            (Some(one), Some(other)) if one.is_queued() && other.is_queued() => {
+                "its turn: the providers serve others first".to_owned()
+            }
             _ => "content: no connected provider sends any of what is missing".to_owned(),
         }
     }
@@ -752,6 +807,9 @@ impl Swarm {
         for (peer, one) in &self.members {
             let reason = match (one.reason.is_empty(), one.busy) {
                 (false, _) => one.reason.clone(),
+                (true, true) if one.handle.is_queued() => {
+                    "serves others first; its queue is too long".to_owned()
+                }
                 (true, true) => "sends nothing of what is missing".to_owned(),
                 (true, false) => continue,
             };
@@ -776,11 +834,20 @@ impl Drop for Swarm {
 /// While content comes from `peer`: when none has come for a while, has the network find out whether the path still works. If it does not, the stream
 /// fails at once, and not after the patience that a slow provider is owed.
 pub(crate) async fn watch(node: &Node, peer: PeerId, progress: impl Fn() -> u64) -> Infallible {
+    let begun = Instant::now();
     let mut moved = progress();
+    let first = moved;
+    let mut since = begun;
     loop {
         sleep(SUSPICIOUS).await;
         let now = progress();
-        if std::mem::replace(&mut moved, now) == now {
+        if std::mem::replace(&mut moved, now) != now {
+            since = Instant::now();
+            continue;
+        }
+        // On a slow link a lost packet alone costs seconds.
+        let average = (now - first) as f64 / begun.elapsed().as_secs_f64();
+        if average >= SLOW_PATH || since.elapsed() >= SUSPICIOUS_SLOW {
             node.network().check(peer).await;
         }
     }

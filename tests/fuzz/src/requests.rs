@@ -38,6 +38,7 @@ fn first() -> Vec<u8> {
             groups: file.size.div_ceil(65_536),
             cancel: None,
             proofs_only: false,
+            ..Default::default()
         };
         bytes.extend(request.encode_length_delimited_to_vec());
         let proofs = BlobRequest {
