@@ -711,6 +711,25 @@ mod tests {
     }
 
     #[test]
+    fn a_tensor_of_a_type_that_is_not_known_yet_is_taken_as_it_is() {
+        let json = r#"{"a":{"dtype":"F4_E3M0","shape":[16],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[1],"data_offsets":[8,9]}}"#;
+        let (bytes, file) = indexed(json, &[7; 9]);
+        let planned = plan(&file, &[0], head(&bytes, &file)).unwrap();
+        let header = std::str::from_utf8(&planned.header()[8..]).unwrap();
+        assert_eq!(
+            header.trim_end(),
+            r#"{"a":{"dtype":"F4_E3M0","shape":[16],"data_offsets":[0,8]}}"#
+        );
+        // The manifest may not say otherwise of it than the file.
+        let mut other = file.clone();
+        other.tensors[0].dtype = "F4_E3M1".to_owned();
+        assert!(matches!(
+            plan(&other, &[0], head(&bytes, &other)),
+            Err(ExtractError::Differs { what: "type", .. })
+        ));
+    }
+
+    #[test]
     fn neighbours_in_the_source_are_one_copy_of_many_pieces() {
         let json = r#"{"a":{"dtype":"U8","shape":[2097153],"data_offsets":[0,2097153]},"b":{"dtype":"U8","shape":[1048577],"data_offsets":[2097153,3145730]}}"#;
         let data: Vec<u8> = (0..3_145_730_u32).map(|i| (i * 31 / 7) as u8).collect();

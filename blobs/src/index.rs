@@ -73,7 +73,7 @@ pub struct Rules {
     /// Refuse the folder, with all reasons, where a file would be published as bytes although its name says that it has a header, or
     /// left out because it cannot be read.
     pub strict: bool,
-    /// Include hidden files and folders, all but [those of tools](NOT_PART_OF_A_MODEL). Without it, only those like `.gitattributes` are.
+    /// Include hidden files and folders, but for `.git` and `.cache`. Without it, only files like `.gitattributes` are.
     pub hidden: bool,
     /// Follow links to folders, and links that lead out of the folder or to what is left out of it.
     pub follow_links: bool,

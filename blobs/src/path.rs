@@ -165,7 +165,11 @@ pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<Pa
     let mut beside = Beside::new(fold);
     let errors = paths.into_iter().filter_map(|path| {
         let placed = check(path).and_then(|()| beside.place(path));
-        placed.err()
+        // In full, however long: the caller goes by it.
+        placed.err().map(|error| PathError {
+            path: path.to_owned(),
+            ..error
+        })
     });
     errors.collect()
 }

@@ -468,7 +468,9 @@ fn hidden_files_are_published_only_if_told_to() {
 #[test]
 fn all_names_that_other_systems_cannot_hold_are_told_at_once_or_left_out() {
     let folder = tempfile::tempdir().unwrap();
-    let odd: [&[u8]; 17] = [
+    let long = ["d"; 150].join("/") + "/x?.txt";
+    let odd: [&[u8]; 18] = [
+        long.as_bytes(),
         b"results_2023-08-31T17:55:40.json",
         b"model_epoch_100:v1/100.pth",
         b"What is Lazy Loading?.txt",
@@ -507,7 +509,7 @@ fn all_names_that_other_systems_cannot_hold_are_told_at_once_or_left_out() {
     assert_eq!(names_refused.len(), odd.len(), "{names_refused:#?}");
     let message = error.to_string();
     for says in [
-        "17 names",
+        "18 names",
         "`:`",
         "`?`",
         "`\\`",

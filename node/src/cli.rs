@@ -1165,7 +1165,7 @@ pub(crate) enum Tag {
         /// 1 to 128 letters, digits and . _ - / : @
         tag: String,
 
-        /// A name, an id, or the first digits of one
+        /// A name, an id, or the first six or more digits of one
         model: String,
     },
     /// The tags, and what they keep
@@ -1197,7 +1197,7 @@ pub(crate) struct Storage {
 
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
-    /// A name, an id, or the first digits of one [default: all models]
+    /// A name, an id, or the first six or more digits of one [default: all models]
     pub(crate) model: Option<String>,
 
     /// Only say what is damaged; it is not used any more in either case

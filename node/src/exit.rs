@@ -197,6 +197,26 @@ impl From<Status> for Failure {
                 "Nothing was evicted. `weft storage` shows what takes room: raise the quota with `weft storage --quota BYTES`, let go of what is kept\n\
                  with `weft tag rm TAG` or `weft rm MODEL --files`, or choose a folder outside the node's home with --to.",
             ),
+            "UNPORTABLE_NAMES" => (
+                1,
+                "Rename them, or leave them out with --skip-unportable. Nothing was added.",
+            ),
+            "NOTHING_TO_ADD" => (
+                1,
+                "--hidden includes hidden files, and --follow-links those that links lead to.",
+            ),
+            "UNREADABLE_FILES" => (
+                1,
+                "Nothing was added. Without --strict such files are published as bytes, or left out, and named.",
+            ),
+            "CHANGED" => (
+                1,
+                "Nothing was announced. Run the same command again when the files are complete.",
+            ),
+            "OTHER_NAMES" => (
+                1,
+                "`weft rm NAME` drops that name alone; `weft rm ID --files` removes the model with all its names.",
+            ),
             "TAGGED" => (1, "`weft tag rm TAG` removes a tag."),
             "NO_SUCH_TAG" => (NOT_FOUND, "`weft tag ls` shows what there is."),
             "NO_SUCH_FILE" => (

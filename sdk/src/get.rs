@@ -773,7 +773,8 @@ impl Found {
     }
 
     /// Of the parts of a commit that a name means, takes the one that has most bytes of what is wanted, by `bytes`; of several, that with
-    /// most in all. The parts have to agree on the files that they share: if they do not, their publishers mean different models.
+    /// most in all. The parts have to agree on the files that they share: if they do not, their publishers mean different models. Those that
+    /// do not agree with what this node itself publishes are passed over.
     ///
     /// A publisher that cannot be reached is not waited for long, as long as another one is.
     pub(crate) async fn choose(
@@ -815,6 +816,13 @@ impl Found {
             }
         }
         drop(fetches);
+        // This node's own word counts for more than others'.
+        let own = here
+            .iter()
+            .find(|(_, publisher, _)| *publisher == node.peer_id());
+        if let Some((_, _, own)) = own.cloned() {
+            here.retain(|(_, _, manifest)| agree(&[&own, manifest]));
+        }
         let manifests: Vec<&Manifest> = here.iter().map(|(_, _, manifest)| &**manifest).collect();
         if !agree(&manifests) {
             return Err(Error::SeveralPublishers {

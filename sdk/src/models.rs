@@ -327,7 +327,7 @@ impl Models {
         .await
     }
 
-    /// One model with its manifest, and a ticket for it. `model` is a name, an id, or the first digits of one; the manifest is `None` while
+    /// One model with its manifest, and a ticket for it. `model` is a name, an id, or the first six or more digits of one; the manifest is `None` while
     /// it is still to be fetched.
     ///
     /// # Errors

@@ -191,12 +191,17 @@ pub(crate) async fn resolve(
     let own = node.peer_id();
     if let Some(model) = &local
         && publisher.is_none_or(|publisher| publisher == own)
-        && model
+        && let Some(known) = model
             .names
             .iter()
-            .any(|known| known.published && known.name == name.to_string())
+            .find(|known| known.published && known.name == name.to_string())
     {
-        return Ok(Meaning::one(model.id, Some(own)));
+        let claim = Claim {
+            publisher: own,
+            model: model.id,
+            commit: known.commit,
+        };
+        return with_other_parts(node, name, claim, publisher).await;
     }
     let is_asked = |peer: PeerId| publisher.is_none_or(|publisher| publisher == peer);
     let listed = node.registries().resolve(name).await?;
@@ -253,6 +258,28 @@ pub(crate) async fn resolve(
                 .collect(),
         }),
     }
+}
+
+/// Returns what a name means that this node publishes: its own word, and what connected machines add to it if it is of a commit of the hub,
+/// of which this node's cache may have a part only.
+async fn with_other_parts(
+    node: &Node,
+    name: &ModelName,
+    own: Claim,
+    publisher: Option<PeerId>,
+) -> Result<Meaning, Error> {
+    let mut claims = vec![own];
+    let is_alone = node.network().peers().await.is_empty();
+    if own.commit.is_some() && publisher.is_none() && !is_alone {
+        let trusted = node.trusted().peers();
+        let others = in_mesh(node, name, None, &trusted).await?;
+        claims.extend(
+            others
+                .into_iter()
+                .filter(|claim| claim.commit == own.commit),
+        );
+    }
+    Ok(Meaning::of(&claims).unwrap_or(Meaning::one(own.model, Some(own.publisher))))
 }
 
 /// Returns the claims of publishers in the mesh on a name.

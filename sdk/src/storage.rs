@@ -133,7 +133,7 @@ pub struct VerifiedFile {
 
 impl Models {
     /// Keeps a model here under a tag, of 1 to 128 letters, digits and `. _ - / : @`: it is not removed, collected or evicted until the tag is removed.
-    /// `model` is a name, an id, or the first digits of one.
+    /// `model` is a name, an id, or the first six or more digits of one.
     ///
     /// # Errors
     /// [`Error::NoSuchModel`]; [`Error::Tag`] if the name cannot be one, or keeps another model.
@@ -218,7 +218,7 @@ impl Models {
         blocking(move || Ok(store.set_quota(quota)?)).await
     }
 
-    /// Reads every byte that is here of a model, or of all, and checks it. `model` is a name, an id, or the first digits of one.
+    /// Reads every byte that is here of a model, or of all, and checks it. `model` is a name, an id, or the first six or more digits of one.
     pub fn verify(&self, model: Option<&str>) -> Verify {
         Verify {
             node: self.node().clone(),

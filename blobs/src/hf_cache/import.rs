@@ -68,7 +68,7 @@ pub struct Snapshot {
     pub files: u64,
     /// Bytes in those files.
     pub bytes: u64,
-    /// What keeps it from being indexed.
+    /// What is wrong with files in it, which are left out when it is indexed.
     pub problems: Vec<Problem>,
     bounds: Bounds,
 }
@@ -219,7 +219,7 @@ fn there_is<T: fmt::Display>(it: &str, there: &[T]) -> String {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
-    /// The snapshot is unfinished or damaged.
+    /// Every file of the snapshot is missing or damaged, or one is that may not be left out.
     #[error("{} cannot be indexed: {}", .folder.display(), there_is("of its files,", .problems))]
     Damaged {
         /// The snapshot's folder.

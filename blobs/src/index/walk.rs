@@ -15,14 +15,8 @@ use crate::{
     path::{MAX_PATH, OWN_PREFIX, PathError},
 };
 
-/// Hidden files that belong to a repository of a model: those that Git and the hub read.
-const KNOWN_HIDDEN: [&str; 5] = [
-    ".gitattributes",
-    ".gitignore",
-    ".gitkeep",
-    ".gitmodules",
-    ".huggingface.yaml",
-];
+/// Hidden files that belong to a repository of a model: those that Git reads.
+const KNOWN_HIDDEN: [&str; 4] = [".gitattributes", ".gitignore", ".gitkeep", ".gitmodules"];
 
 /// Files that systems leave in folders: of Finder and of Windows' Explorer.
 pub(crate) const OF_THE_SYSTEM: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];

@@ -184,14 +184,18 @@ impl Forget<'_> {
                 {
                     let location = Location::from(&location);
                     deleted += u32::from(location.open().is_some());
-                    doomed.written(&hash, &location, &emptied(model, &model.root, &file.path));
+                    doomed.written(
+                        &hash,
+                        &location,
+                        &self.emptied(model, &model.root, &file.path),
+                    );
                     folders.insert(model.root.clone());
                 }
             }
             if refs(txn, &hash)? == 0 && !self.held.contains(&hash) {
                 for (location, root) in self.copies(&hash, &file.path)? {
                     deleted += u32::from(location.open().is_some());
-                    doomed.written(&hash, &location, &emptied(model, &root, &file.path));
+                    doomed.written(&hash, &location, &self.emptied(model, &root, &file.path));
                     folders.insert(root);
                 }
                 needless.insert(hash);
@@ -208,6 +212,19 @@ impl Forget<'_> {
             doomed.own(store.manifest_path(&model.id));
         }
         Ok(deleted)
+    }
+
+    /// The folder up to which those go that deleting the file at `path` in `root` empties. The root itself goes only if it was made for
+    /// the model: a person's own folder stays, empty or not. What is evicted lies in the node's home, where all folders are its own.
+    fn emptied(&self, model: &Model, root: &Path, path: &str) -> PathBuf {
+        let is_evicted = self.files && !self.copies;
+        if is_evicted || model.made.iter().any(|made| made == root) {
+            return root.to_owned();
+        }
+        match path.split_once('/') {
+            Some((first, _)) => root.join(first),
+            None => PathBuf::new(),
+        }
     }
 
     /// The files that a transfer wrote a blob to, at `path` in other folders: each with its folder.
@@ -275,18 +292,6 @@ impl Forget<'_> {
     }
 }
 
-/// The folder up to which those go that deleting the file at `path` in `root` empties: the root itself only if it was made for the
-/// model; a person's own folder stays, empty or not.
-fn emptied(model: &Model, root: &Path, path: &str) -> PathBuf {
-    if model.made.iter().any(|made| made == root) {
-        return root.to_owned();
-    }
-    match path.split_once('/') {
-        Some((first, _)) => root.join(first),
-        None => PathBuf::new(),
-    }
-}
-
 /// All models, as the transaction sees them.
 pub(super) fn models(txn: &WriteTransaction) -> Result<Vec<Model>, StoreError> {
     let table = txn.open_table(MODELS).map_err(database)?;
@@ -303,7 +308,6 @@ pub(super) fn models(txn: &WriteTransaction) -> Result<Vec<Model>, StoreError> {
 mod tests {
     use std::fs;
 
-    use super::*;
     use crate::{
         hf_cache::Commit,
         store::testing::{Origin, content, store},
@@ -316,7 +320,7 @@ mod tests {
         let store = store(&home);
         let data = content(1, 3);
         // Two files of one content, and one in a folder.
-        let one = Origin::new(&[("a", &data), ("b", &data), ("sub/c", b"c")]);
+        let one = Origin::new(&[("a", &data), ("b", &data), ("c", b"c")]);
         let (first, second) = (home.path().join("1"), home.path().join("2"));
         one.fetch(&store, &first);
         store.note_made(&one.id(), &first).unwrap();

@@ -6,8 +6,8 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use weft::{
     ConnectError, DiskError, DocumentError, DocumentStoreError, EditError, Error, ExportError,
-    FindError, HfCacheError, HomeError, LockError, OpenError, PingError, SelectionError,
-    SpawnError, TopicError,
+    FindError, HfCacheError, HomeError, IndexError, LockError, OpenError, PingError,
+    SelectionError, SpawnError, TopicError,
 };
 
 /// Whose reasons these are, in `google.rpc.ErrorInfo`.
@@ -44,6 +44,10 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::Tag(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Busy(_) => (Code::Aborted, "BUSY"),
         Error::HfCache(error) => of_hf_cache(error),
+        Error::Index(IndexError::Names(_)) => (Code::InvalidArgument, "UNPORTABLE_NAMES"),
+        Error::Index(IndexError::NothingLeft { .. }) => (Code::InvalidArgument, "NOTHING_TO_ADD"),
+        Error::Index(IndexError::Strict(_)) => (Code::InvalidArgument, "UNREADABLE_FILES"),
+        Error::Index(IndexError::Changed(_)) => (Code::Aborted, "CHANGED"),
         Error::Record(_)
         | Error::Index(_)
         | Error::Name(_)

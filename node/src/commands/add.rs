@@ -232,10 +232,8 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
         print_model(&done, "");
     }
     if !done.failed.is_empty() {
-        err!(
-            "{} could not be added",
-            output::count(done.failed.len() as u64, "file or snapshot")
-        );
+        let problems = output::count(done.failed.len() as u64, "problem");
+        err!("{problems}: not everything that the cache should hold was added");
         return result;
     }
     match done.added.len() {

@@ -738,7 +738,7 @@ impl Registry {
         }
     }
 
-    /// Lists a model that this node holds by a name; on disk when this returns. `model` is a name, an id, or the first digits of one.
+    /// Lists a model that this node holds by a name; on disk when this returns. `model` is a name, an id, or the first six or more digits of one.
     ///
     /// # Errors
     /// [`Error::NotPublisher`] if this node does not publish such names there, [`Error::NoSuchModel`], [`Error::Document`], [`Error::Stopped`].
