@@ -1139,6 +1139,10 @@ pub(crate) enum Trust {
 pub(crate) struct Providers {
     /// org/name[@revision], a model id (64 hex digits), or a ticket (weft:...)
     pub(crate) target: String,
+
+    /// Accept the name only from this publisher
+    #[arg(long, value_name = "PEERID")]
+    pub(crate) publisher: Option<PeerId>,
 }
 
 #[derive(Debug, Args)]

@@ -279,15 +279,20 @@ impl Models {
         Ok(found.collect())
     }
 
-    /// Who says that it has a model, or a part of it: those with all of it first. Of very many, a sample. Not this node itself.
+    /// The peers that provide a model or a part of it, those with all of it first. Of very many, a sample. Not this
+    /// node itself. With `publisher`, a name is accepted only from that peer.
     ///
     /// # Errors
     /// Those of resolving a name, [`Error::Disconnected`] if there is nobody to ask, and [`Error::Stopped`].
-    pub async fn providers(&self, target: Target) -> Result<Vec<Provider>, Error> {
+    pub async fn providers(
+        &self,
+        target: Target,
+        publisher: Option<PeerId>,
+    ) -> Result<Vec<Provider>, Error> {
         let mut parts = Vec::new();
         let id = match target {
             Target::Name(name) => {
-                let meaning = resolve(&self.node, &name, None).await?;
+                let meaning = resolve(&self.node, &name, publisher).await?;
                 parts.extend(meaning.parts.into_iter().map(|(part, _)| part));
                 meaning.model
             }

@@ -542,9 +542,18 @@ impl Models for Service {
         &self,
         request: Request<api::ProvidersRequest>,
     ) -> Result<Response<api::ProvidersResponse>, Status> {
-        let target = request.into_inner().target.parse();
+        let request = request.into_inner();
+        let target = request.target.parse();
         let target = target.map_err(|error| status(&weft::Error::Target(error)))?;
-        let found = self.node.models().providers(target).await;
+        let publisher = match request.publisher.as_str() {
+            "" => None,
+            publisher => Some(
+                publisher
+                    .parse()
+                    .map_err(|_| invalid(format!("not a PeerId: {publisher}")))?,
+            ),
+        };
+        let found = self.node.models().providers(target, publisher).await;
         let providers = found.map_err(|error| status(&error))?.into_iter();
         let providers = providers.map(|one| api::Provider {
             peer_id: one.peer.to_string(),

@@ -3,6 +3,7 @@
 use crate::output::{err, out, out_raw};
 
 use serde_json::{Value, json};
+use weft::Target;
 use weft_proto::api;
 
 use crate::{
@@ -54,8 +55,16 @@ pub(crate) async fn providers(
     options: Providers,
     as_json: bool,
 ) -> Result<(), Failure> {
+    let target: Target = options
+        .target
+        .parse()
+        .map_err(|error| Failure::usage(format!("{error}")))?;
     let request = api::ProvidersRequest {
-        target: options.target,
+        target: target.to_string(),
+        publisher: options
+            .publisher
+            .map(|publisher| publisher.to_string())
+            .unwrap_or_default(),
     };
     let found = client.models().providers(request).await?.into_inner();
     if as_json {
