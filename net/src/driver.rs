@@ -444,7 +444,7 @@ where
         let (sockets, dialled) = (Sockets::default(), gate.dialled());
         let access = access::Shared::new(config.access.clone());
         let (circuits, circuit_requests, arrivals) = Circuits::new();
-        let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
+        let (server, needs) = Server::new(config.key.clone(), relaying::limits(&config));
         let behaviour = Behaviour {
             access: access::Behaviour::new(access.clone()),
             limits: connection_limits::Behaviour::new(limits),
