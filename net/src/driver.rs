@@ -798,7 +798,10 @@ where
         };
         // It answers over TCP, and not over UDP at the same time.
         let answers = self.peers.get(&peer).is_some_and(Peer::is_direct);
-        if answers && !addresses.is_empty() && addresses.iter().all(quic) {
+        let guessed = addresses
+            .iter()
+            .any(|(_, address)| self.is_guess(peer, address));
+        if answers && !guessed && !addresses.is_empty() && addresses.iter().all(quic) {
             self.autonat.udp_got_lost(Instant::now());
         }
         // The first to answer ends a dial, and it was another node, as happens with private addresses from another
