@@ -438,7 +438,7 @@ where
         let (sockets, dialled) = (Sockets::default(), gate.dialled());
         let access = access::Shared::new(config.access.clone());
         let (circuits, circuit_requests, arrivals) = Circuits::new();
-        let (server, needs) = Server::new(config.key.clone(), config.relay_limits);
+        let (server, needs) = Server::new(config.key.clone(), relaying::limits(&config));
         let behaviour = Behaviour {
             access: access::Behaviour::new(access.clone()),
             crowd: crowd::Behaviour::new(crowd.clone()),
@@ -802,7 +802,10 @@ where
         };
         // It answers over TCP, and not over UDP at the same time.
         let answers = self.peers.get(&peer).is_some_and(Peer::is_direct);
-        if answers && !addresses.is_empty() && addresses.iter().all(quic) {
+        let guessed = addresses
+            .iter()
+            .any(|(_, address)| self.is_guess(peer, address));
+        if answers && !guessed && !addresses.is_empty() && addresses.iter().all(quic) {
             self.autonat.udp_got_lost(Instant::now());
         }
         // The first to answer ends a dial, and it was another node, as happens with private addresses from another

@@ -51,7 +51,8 @@ pub struct Config {
     pub relays: Vec<Multiaddr>,
     /// Whether to be a relay for others.
     pub relay_server: RelayServer,
-    /// What being a relay may cost.
+    /// What being a relay may cost. Under [`RelayServer::Auto`], the default limits stand for small ones: a node that
+    /// nobody asked to relay gives 1 MiB/s and 10 GiB a day.
     pub relay_limits: RelayLimits,
     /// Open direct connections beside relayed ones (hole punching). Without it, all connections through relays stay there.
     pub hole_punching: bool,

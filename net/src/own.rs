@@ -19,6 +19,9 @@ pub const MAX_PLACES: usize = 16;
 /// Addresses in such a list: each place by TCP and by QUIC.
 pub(crate) const MAX_ADDRESSES: usize = 2 * MAX_PLACES;
 
+/// Addresses of one place: TCP, WebSocket, WebSocket within TLS, QUIC.
+const AT_PLACE: usize = 4;
+
 /// Own IP addresses that are remembered as used.
 const MAX_USED: usize = 64;
 
@@ -100,7 +103,8 @@ fn place(address: &Multiaddr) -> Vec<u8> {
     place
 }
 
-/// Returns the addresses of the first so many places, two at each: a host and port for both transports counts once.
+/// Returns the addresses of the first so many places: a host and port counts once, whatever is spoken there. At most
+/// thirty-two addresses.
 pub fn first_places(
     addresses: impl IntoIterator<Item = Multiaddr>,
     places: usize,
@@ -112,11 +116,14 @@ pub fn first_places(
         let place = place(&address);
         let room = known.len() < places;
         match known.get_mut(&place) {
-            Some(count) if *count < 2 && !all.contains(&address) => *count += 1,
+            Some(count) if *count < AT_PLACE && !all.contains(&address) => *count += 1,
             None if room => drop(known.insert(place, 1)),
             _ => continue,
         }
         all.push(address);
+        if all.len() == MAX_ADDRESSES {
+            break;
+        }
     }
     all
 }
@@ -223,6 +230,10 @@ mod tests {
         assert_eq!(first_places(all.clone(), 3), all[..6]);
         let ports = (1..1000).map(|port| format!("/ip4/1.1.1.1/tcp/{port}").parse().unwrap());
         assert_eq!(first_places(ports, MAX_PLACES).len(), MAX_PLACES);
+        // All that one port can speak is kept.
+        let port = ["tcp/443", "tcp/443/ws", "tcp/443/tls/ws", "udp/443/quic-v1"];
+        let port = port.map(|end| format!("/ip4/1.1.1.1/{end}").parse().unwrap());
+        assert_eq!(first_places(port.clone(), 1), port);
         let same = std::iter::repeat_n(all[0].clone(), 100);
         assert_eq!(first_places(same, MAX_PLACES), all[..1]);
     }

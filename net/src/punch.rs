@@ -418,6 +418,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn bridges_of_containers_do_not_hide_the_address_on_a_network_of_ours() {
+        let near = |all: &[&str]| Candidates {
+            near: true,
+            ..candidates(all)
+        };
+        let one = near(&["/ip4/192.168.77.3/tcp/1"]);
+        let other = near(&[
+            "/ip4/172.17.0.1/tcp/1",
+            "/ip4/172.18.0.1/tcp/1",
+            "/ip4/172.19.0.1/tcp/1",
+            "/ip4/192.168.77.2/tcp/1",
+        ]);
+        let [at_one, _] = exchange(&one, &other).await.map(Result::unwrap);
+        // The gate takes two that can lead there.
+        assert_eq!(at_one.addresses, other.addresses);
+    }
+
+    #[tokio::test]
     async fn addresses_that_lead_to_our_neighbours_are_not_dialled() {
         let one = candidates(&["/ip4/1.1.1.1/tcp/1"]);
         let liar = candidates(&[

@@ -70,7 +70,7 @@ const MAX_COUNTED: usize = 16_384;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// What serving as a relay may cost.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayLimits {
     /// Peers that may hold a reservation. Each keeps a connection open.
     pub reservations: usize,

@@ -117,7 +117,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) relay: Vec<Multiaddr>,
 
-    /// Whether to relay for others: auto is once strangers have reached this node
+    /// Whether to relay for others: auto is once strangers have reached this node, with small limits unless one is given
     #[arg(long, value_enum, default_value_t = RelayServer::Auto, value_name = "WHEN")]
     pub(crate) relay_server: RelayServer,
 

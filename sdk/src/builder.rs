@@ -74,7 +74,8 @@ impl Builder {
         self
     }
 
-    /// What relaying for others may cost.
+    /// What relaying for others may cost. Under [`RelayServer::Auto`], the default limits stand for small ones: a node that
+    /// nobody asked to relay gives 1 MiB/s and 10 GiB a day.
     pub fn relay_limits(mut self, limits: RelayLimits) -> Self {
         self.relay_limits = limits;
         self

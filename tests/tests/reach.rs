@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use weft_tests::Home;
 
 #[test]
@@ -57,4 +58,98 @@ fn relays_and_peers_are_found_through_the_mesh() {
     let finished = one.run(&["connect", stranger.peer_id()]);
     assert_eq!(finished.code(), Some(4), "{finished:?}");
     assert!(finished.stderr.contains("no address"), "{finished:?}");
+}
+
+#[test]
+fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist() {
+    let (there, alone, none) = (Home::new(), Home::new(), Home::new());
+    let other = there.up(&[]);
+    let (at, peer) = other.address().rsplit_once('/').unwrap();
+    // The address of a node that is up, with the id of another.
+    let stranger = none.up(&[]);
+    let wrong = format!("{at}/{}", stranger.peer_id());
+    let up = alone.up(&["--bootstrap", &wrong]);
+    let begin = Instant::now();
+    let failed = loop {
+        let status = alone.json(&["status"]);
+        let one = status["bootstrap"][0].clone();
+        if one["error"].is_string() {
+            break one;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(30), "{status}");
+        std::thread::park_timeout(Duration::from_millis(50));
+    };
+    assert_eq!(failed["address"], wrong);
+    assert_eq!(failed["connected"], false);
+    let error = failed["error"].as_str().unwrap();
+    assert!(error.contains(peer), "{error}");
+    let shown = alone.run(&["status"]).stdout;
+    assert!(shown.contains(&wrong) && shown.contains(error), "{shown}");
+    let known = alone.json(&["doctor"]);
+    assert_eq!(known["bootstrap"][0]["address"], wrong);
+    let advice = known["advice"].to_string();
+    assert!(advice.contains(&wrong) && advice.contains(peer), "{advice}");
+    // Nobody was asked, so nobody knows.
+    let to = alone.beside("to");
+    let id = "0".repeat(64);
+    for command in [
+        &["get", "me/x", "--to", to.to_str().unwrap()][..],
+        &["providers", "me/x"],
+        &["providers", &id],
+        &["record", "get", "k"],
+        &["topic", "publish", "t", "hello"],
+        &["service", "a.service"],
+        &["call", "a.service", "a.service/Method"],
+        &["doc", "open", &id, "--wait", "100ms"],
+    ] {
+        let finished = alone.run(command);
+        assert_eq!(finished.code(), Some(4), "{command:?}: {finished:?}");
+        let said = &finished.stderr;
+        assert!(said.contains("connected to nobody"), "{command:?}: {said}");
+        assert!(
+            said.contains(&wrong) && said.contains(error),
+            "{command:?}: {said}"
+        );
+    }
+    let (_, log) = up.stop(Signal::TERM);
+    let lines = log
+        .lines()
+        .filter(|line| line.contains("cannot reach bootstrap"));
+    assert_eq!(
+        lines.filter(|line| line.contains(&wrong)).count(),
+        1,
+        "{log}"
+    );
+    // One that is connected hears that there is no such name.
+    let _up = alone.up(&["--bootstrap", other.address()]);
+    let begin = Instant::now();
+    while alone.json(&["status"])["bootstrap"][0]["connected"] != true {
+        assert!(begin.elapsed() < Duration::from_secs(30));
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+    let finished = alone.run(&["get", "me/x", "--to", to.to_str().unwrap()]);
+    assert_eq!(finished.code(), Some(3), "{finished:?}");
+}
+
+#[test]
+fn doctor_advises_the_port_that_the_node_listens_on() {
+    let home = Home::new();
+    let listen = ["/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1"];
+    let up = home.up(&[
+        "--listen",
+        listen[0],
+        "--listen",
+        listen[1],
+        "--no-port-mapping",
+    ]);
+    let known = home.json(&["doctor"]);
+    assert_eq!(known["tcp_port"], up.port(), "{known}");
+    let advice = known["advice"].to_string();
+    let quic = known["quic_port"].as_u64().unwrap();
+    assert!(
+        advice.contains(&format!("TCP port {} and UDP port {quic}", up.port())),
+        "{advice}"
+    );
+    let shown = home.run(&["doctor"]).stdout;
+    assert!(shown.contains("the gateway was not asked"), "{shown}");
 }

@@ -155,17 +155,26 @@ where
             if !dialled.iter().any(|dialled| bootstrap.leads_to(dialled)) {
                 continue;
             }
-            let reason = match error {
-                ConnectError::Failed { reason, .. } => reason.clone(),
-                other => other.to_string(),
-            };
+            let address = bootstrap.address.clone().with(Protocol::P2p(peer));
+            let text = error_text(error);
+            // The address is named beside.
+            let own = [format!("{address}: "), format!("{}: ", bootstrap.address)];
+            let rest = own.iter().find_map(|own| text.strip_prefix(own));
+            let reason = rest.unwrap_or(&text).to_owned();
             if bootstrap.failed(reason.clone()) {
-                let address = bootstrap.address.clone().with(Protocol::P2p(peer));
                 tracing::warn!(
                     "cannot reach bootstrap address {address}: {reason}; it is tried again"
                 );
             }
         }
+    }
+
+    /// Returns true if this address of a peer is only guessed: the place of a bootstrap address by QUIC, of which the peer
+    /// has not said that it listens there. That it does not answer says nothing of UDP.
+    pub(super) fn is_guess(&self, peer: PeerId, address: &Multiaddr) -> bool {
+        let mut of_peer = self.bootstrap.iter().filter(|b| b.peer == peer);
+        let said = self.peers.get(&peer).and_then(|peer| peer.quic.as_ref());
+        said != Some(address) && of_peer.any(|b| by_quic(&b.address).as_ref() == Some(address))
     }
 
     /// What is known of each.
@@ -182,6 +191,13 @@ where
             }
         })
         .collect()
+    }
+}
+
+fn error_text(error: &ConnectError) -> String {
+    match error {
+        ConnectError::Failed { reason, .. } => reason.clone(),
+        other => other.to_string(),
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 
 use super::{Driver, Outcome};
 use crate::{
-    Class, Incoming, OpenError, PathKind, RelayServer, Stream, Transport,
+    Class, Config, Incoming, OpenError, PathKind, RelayLimits, RelayServer, Stream, Transport,
     address::{dialable_from, first_ip, is_public, is_relayed, socket, starts_with_name},
     circuit::{self, Arrival, CircuitError, DialRequest, Grant, HOP, STOP},
     relay_server::Need,
@@ -20,6 +20,33 @@ const MAX_ADDRESSES: usize = 4;
 
 /// The port that every network lets out.
 const WEB: u16 = 443;
+
+/// Limits of a node that relays only because strangers reach it. It may be somebody's home, whose owner has not offered
+/// anything: enough to arrange direct connections, and for some content where none comes about. A megabyte a second is a
+/// tenth of a slow line's; ten gigabytes a day are not noticed on one that is paid for by volume.
+fn modest() -> RelayLimits {
+    RelayLimits {
+        reservations: 64,
+        circuits: 32,
+        circuits_per_peer: 8,
+        circuit_bytes: 2 << 30,
+        rate: 1 << 20,
+        rate_per_peer: 512 << 10,
+        daily_bytes: 10 << 30,
+        daily_bytes_per_peer: 2 << 30,
+        ..RelayLimits::default()
+    }
+}
+
+/// What serving as a relay may cost: what the operator says. Who says nothing, neither that this is to be a relay nor what
+/// it may cost, gives little.
+pub(super) fn limits(config: &Config) -> RelayLimits {
+    let unasked = config.relay_server == RelayServer::Auto;
+    match unasked && config.relay_limits == RelayLimits::default() {
+        true => modest(),
+        false => config.relay_limits.clone(),
+    }
+}
 
 /// The next stream, if something is accepted at all.
 pub(super) async fn next(incoming: &mut Option<Incoming>) -> Option<Stream> {
@@ -342,5 +369,26 @@ where
         for peer in self.server.expire() {
             self.update_kept(peer);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::identity::Keypair;
+
+    use super::*;
+
+    #[test]
+    fn a_node_that_nobody_asked_to_relay_gives_little() {
+        let mut config = Config::new(Keypair::generate_ed25519());
+        assert_eq!(limits(&config), modest());
+        assert!(modest().daily_bytes <= 10 << 30 && modest().rate <= 1 << 20);
+        // Who says what it may cost means it, and so does who says that it is to be a relay.
+        config.relay_limits.rate = 7;
+        assert_eq!(limits(&config).rate, 7);
+        assert_eq!(limits(&config).circuits, RelayLimits::default().circuits);
+        let mut config = Config::new(Keypair::generate_ed25519());
+        config.relay_server = RelayServer::Always;
+        assert_eq!(limits(&config), RelayLimits::default());
     }
 }

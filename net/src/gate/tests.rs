@@ -349,3 +349,38 @@ fn a_dial_under_way_keeps_off_another_by_the_same_transport_only() {
     gate.failed(id, now);
     assert!(!admit(tcp).is_empty());
 }
+
+/// A peer lists its bridges of containers first, which have the addresses of ours.
+#[test]
+fn bridges_of_containers_do_not_take_the_place_of_an_address_that_works() {
+    let mut networks = vec!["192.168.77.3/24".to_owned()];
+    networks.extend((17..26).map(|n| format!("172.{n}.0.1/16")));
+    let networks: Vec<_> = networks.iter().map(String::as_str).collect();
+    let gate = gate(None, &["192.168.77.3:9338", "172.17.0.1:9338"], &networks);
+    let bridges = (17..26).map(|n| format!("/ip4/172.{n}.0.1/tcp/4001"));
+    let all = bridges.chain(["/ip4/192.168.77.2/tcp/4001".to_owned()]);
+    let all: Vec<_> = all.map(|text| address(&text)).collect();
+    let (peer, now) = (PeerId::random(), Instant::now());
+    let stated = heard(Heard::new(all.clone())).collect();
+    let admitted = gate.admit(peer, stated, &Evidence::default(), now);
+    let first = admitted.addresses().first().map(|(_, one)| one.to_string());
+    assert_eq!(first.as_deref(), Some("/ip4/192.168.77.2/tcp/4001"));
+    // And the same of what mDNS has heard.
+    gate.announced(peer, &all, now);
+    let found = gate.neighbour(&peer);
+    assert_eq!(found[0].1, all[9]);
+}
+
+#[test]
+fn every_target_outside_of_the_swarm_is_noted_as_sent_to() {
+    let gate = home();
+    let (dialled, now) = (gate.dialled(), Instant::now());
+    let lane = address("/ip4/7.7.7.7/tcp/443");
+    let (peer, evidence) = (PeerId::random(), Evidence::default());
+    assert!(gate.admit_lane(peer, &lane, &evidence, now).is_some());
+    assert!(dialled.contains_socket(at("7.7.7.7:443"), now));
+    assert_eq!(gate.admit_search(&[at("8.8.8.8:5")], now).len(), 1);
+    // A search tries all ports.
+    assert!(dialled.contains_socket(at("8.8.8.8:4000"), now));
+    assert!(!dialled.contains("9.9.9.9".parse().unwrap(), now));
+}

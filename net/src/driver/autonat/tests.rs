@@ -1,6 +1,9 @@
 //! A server that lies, between machines with public addresses in a network namespace of its own.
 
-use std::process::Command;
+use std::{
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use futures::StreamExt;
 use libp2p::{
@@ -37,6 +40,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const ADDRESSES: &str = "ip link set lo up && ip addr add 11.0.1.1/32 dev lo && ip addr add 11.0.2.1/32 dev lo && \
      ip route replace local 11.0.1.1 dev lo table local src 11.0.2.1 && \
      ip route replace local 11.0.2.1 dev lo table local src 11.0.1.1 && exec \"$0\" \"$@\"";
+
+/// Pings that the server got. A namespace has one.
+static PINGS: AtomicUsize = AtomicUsize::new(0);
 
 /// Set in the process that runs in the namespace.
 const INSIDE: &str = "WEFT_TEST_INSIDE_NAMESPACE";
@@ -82,6 +88,13 @@ enum Way {
 async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
     let protocols = Protocols::default();
     let mut requests = protocols.accept(DIAL_REQUEST).unwrap();
+    let mut pings = protocols.accept(crate::ping::PING_PROTOCOL).unwrap();
+    tokio::spawn(async move {
+        while let Some(stream) = pings.next().await {
+            PINGS.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(crate::ping::answer_pings(stream));
+        }
+    });
     let mut swarm = SwarmBuilder::with_new_identity()
         .with_tokio()
         .with_tcp(
@@ -174,10 +187,14 @@ async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
 
 /// A node at 11.0.1.1 that was told of the server.
 async fn node(bootstrap: Multiaddr) -> Network {
+    node_at("/ip4/11.0.1.1/tcp/4001", bootstrap).await
+}
+
+async fn node_at(listen: &str, bootstrap: Multiaddr) -> Network {
     let mut config = Config::new(Keypair::generate_ed25519());
     config.mdns = false;
     config.port_mapping = false;
-    config.listen = Some(vec!["/ip4/11.0.1.1/tcp/4001".parse().unwrap()]);
+    config.listen = Some(vec![listen.parse().unwrap()]);
     config.bootstrap = vec![bootstrap];
     Network::spawn(config, dummy::Behaviour).await.unwrap()
 }
@@ -228,5 +245,35 @@ fn a_server_that_dials_makes_the_address_public() {
         while !is_reached(&node.reachability().await.unwrap()) {
             sleep(Duration::from_millis(50)).await;
         }
+    });
+}
+
+/// What a container brings.
+const CONTAINER: &str = "ip link add v0 type veth peer name v1 && ip link set v0 up && ip link set v1 up && \
+     ip addr add 172.18.0.1/16 dev v0";
+
+#[test]
+fn a_container_that_starts_costs_peers_nothing() {
+    if !inside("a_container_that_starts_costs_peers_nothing") {
+        return;
+    }
+    run(async {
+        let (bootstrap, _) = server(Way::SameConnection).await;
+        let node = node_at("/ip4/0.0.0.0/tcp/4002", bootstrap).await;
+        while node.peers().await.is_empty() {
+            sleep(Duration::from_millis(20)).await;
+        }
+        let started = Command::new("sh").args(["-c", CONTAINER]).status();
+        assert!(started.unwrap().success());
+        let listens = |address: &Multiaddr| address.to_string().contains("172.18.0.1");
+        while !node.addresses().all.iter().any(listens) {
+            sleep(Duration::from_millis(20)).await;
+        }
+        // Longer than changes are gathered.
+        sleep(Duration::from_millis(2500)).await;
+        assert_eq!(PINGS.load(Ordering::Relaxed), 0);
+        // The bridge comes last among the addresses.
+        let all = node.addresses().all;
+        assert!(all.last().is_some_and(listens), "{all:?}");
     });
 }
