@@ -15,7 +15,7 @@
 //! | 10 | not all of the document is here yet |
 //! | 130 | interrupted |
 
-use crate::output::{err, out};
+use crate::output::{clean, err, out};
 
 use serde_json::json;
 use tonic::{Code, Status};
@@ -102,9 +102,11 @@ impl Failure {
             );
             return;
         }
-        err!("weft: {}", self.message);
+        // It may quote a peer, which is to control neither the terminal nor the start of a line.
+        let indented = |text: &str| clean(text, &['\n', '\t']).replace('\n', "\n  ");
+        err!("weft: {}", indented(&self.message));
         if let Some(hint) = &self.hint {
-            err!("  {}", hint.replace('\n', "\n  "));
+            err!("  {}", indented(hint));
         }
     }
 }

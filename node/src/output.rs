@@ -1,35 +1,67 @@
 //! Numbers, tables and progress for people.
 
 use std::{
-    io::IsTerminal,
+    io::{self, IsTerminal, Write},
     time::{Duration, Instant},
 };
 
 /// As `println!`, but a reader that has gone away, such as `head`, is no reason to end otherwise than planned.
 macro_rules! out {
+    () => { $crate::output::print($crate::output::To::Out, "\n".to_owned()) };
     ($($argument:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stdout(), $($argument)*);
+        $crate::output::print($crate::output::To::Out, format!("{}\n", format_args!($($argument)*)));
     }};
 }
 
 /// As `print!`, likewise.
 macro_rules! out_raw {
     ($($argument:tt)*) => {{
-        use std::io::Write;
-        let _ = write!(std::io::stdout(), $($argument)*);
+        $crate::output::print($crate::output::To::Out, format!($($argument)*));
     }};
 }
 
 /// As `eprintln!`, likewise.
 macro_rules! err {
     ($($argument:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stderr(), $($argument)*);
+        $crate::output::print($crate::output::To::Err, format!("{}\n", format_args!($($argument)*)));
     }};
 }
 
 pub(crate) use {err, out, out_raw};
+
+/// Where a text goes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum To {
+    Out,
+    Err,
+}
+
+/// Writes a text, as all commands do. On a terminal without what would control it: texts quote names, labels, errors and messages of peers.
+pub(crate) fn print(to: To, text: String) {
+    let is_terminal = match to {
+        To::Out => io::stdout().is_terminal(),
+        To::Err => io::stderr().is_terminal(),
+    };
+    let text = match is_terminal {
+        true => clean(&text, &['\n', '\t']),
+        false => text,
+    };
+    // Nobody may read it any more.
+    let _ = match to {
+        To::Out => io::stdout().write_all(text.as_bytes()),
+        To::Err => io::stderr().write_all(text.as_bytes()),
+    };
+}
+
+/// A text with marks in place of characters that control a terminal, or the order in which it shows others, but for those named.
+pub(crate) fn clean(text: &str, but: &[char]) -> String {
+    let reorders = |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_clean = |c: char| but.contains(&c) || !c.is_control() && !reorders(c);
+    let marked = text
+        .chars()
+        .map(|c| if is_clean(c) { c } else { '\u{fffd}' });
+    marked.collect()
+}
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -244,6 +276,19 @@ mod tests {
         assert_eq!(duration(Duration::from_secs(7500)), "2 h 5 min");
         assert_eq!(count(1, "file"), "1 file");
         assert_eq!(count(0, "file"), "0 files");
+    }
+
+    #[test]
+    fn what_peers_say_does_not_control_a_terminal() {
+        let evil = "ok\u{1b}[2J\u{9b}31m\u{202e}txt.exe\r\n\tend\u{7}";
+        let clean_ = clean(evil, &['\n', '\t']);
+        assert_eq!(
+            clean_,
+            "ok\u{fffd}[2J\u{fffd}31m\u{fffd}txt.exe\u{fffd}\n\tend\u{fffd}"
+        );
+        assert!(!clean(evil, &[]).contains(['\n', '\t']));
+        let words = "Größe, 大小, café, 👍🏽";
+        assert_eq!(clean(words, &[]), words);
     }
 
     #[test]

@@ -227,7 +227,5 @@ fn here(model: &api::Model) -> String {
 
 /// A stranger's text, on its way to a terminal.
 pub(super) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+    crate::output::clean(text, &[])
 }
