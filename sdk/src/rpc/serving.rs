@@ -100,3 +100,142 @@ pub(crate) async fn serve_calls(incoming: Incoming, offered: Offered, serving: S
     };
     serve_all(incoming, serving.served, serve).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, time::Duration};
+
+    use bytes::Bytes;
+    use tokio::time::{Instant, sleep, timeout};
+    use weft_net::Class;
+    use weft_proto::rpc::{
+        Caller, Code, Context, Ended, Message, Method, Options, Receiver, Sender, Status,
+    };
+
+    use super::*;
+    use crate::{Node, rpc::PROTOCOL};
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Takes nothing, or gives back what it gets. May hold a node.
+    struct Service {
+        _node: Option<Node>,
+    }
+
+    impl Handler for Service {
+        fn call(&self, context: Context, mut requests: Receiver, mut responses: Sender) -> Ended {
+            Box::pin(async move {
+                match context.method.as_str() {
+                    "test.Test/Hold" => std::future::pending().await,
+                    "test.Test/Echo" => {
+                        let message = requests.next().await?.unwrap_or_default();
+                        responses.send_last(message).await
+                    }
+                    other => Err(Status::new(Code::Unimplemented, other)),
+                }
+            })
+        }
+    }
+
+    fn service(node: Option<Node>) -> Arc<dyn Handler> {
+        Arc::new(Service { _node: node })
+    }
+
+    async fn start(home: &Path, limits: CallLimits) -> Result<Node, crate::Error> {
+        let node = Node::builder()
+            .home(home)
+            .mdns(false)
+            .port_mapping(false)
+            .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
+            .call_limits(limits);
+        node.spawn().await
+    }
+
+    fn message(size: usize) -> Message {
+        Bytes::from(vec![7; size]).into()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_peer_with_many_sessions_leaves_memory_for_the_calls_of_others() {
+        const MIB: usize = 1 << 20;
+        let homes = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let few = CallLimits {
+            held: 16 * MIB,
+            ..CallLimits::default()
+        };
+        let victim = start(homes[0].path(), few).await.unwrap();
+        let names = vec!["test.Test".to_owned()];
+        let offered = victim.rpc().offer(names, Bytes::new(), service(None));
+        let _offered = offered.unwrap();
+        let (peer, at) = (victim.peer_id(), victim.network().addresses().all);
+        let attacker = start(homes[1].path(), CallLimits::default()).await.unwrap();
+        let honest = start(homes[2].path(), CallLimits::default()).await.unwrap();
+        for node in [&attacker, &honest] {
+            node.connect(peer, at.clone()).await.unwrap();
+        }
+        // Four times what may be held, in messages that nobody takes.
+        let mut held = Vec::new();
+        for n in 0..24 {
+            if n % 3 == 0 {
+                let opened = attacker.network().open(peer, PROTOCOL, Class::Bulk);
+                let (session, driver) = Session::client(opened.await.unwrap(), Limits::default());
+                tokio::spawn(driver);
+                held.push((session, Vec::new()));
+            }
+            let (session, calls) = held.last_mut().unwrap();
+            let call = session.call("test.Test/Hold", Options::default()).await;
+            let (mut sender, receiver) = call.unwrap();
+            let sending = tokio::spawn(async move {
+                // It may be refused.
+                let _ = sender.send(message(3 * MIB)).await;
+                sender
+            });
+            calls.push((receiver, sending));
+        }
+        let row = async |name: &str| {
+            let limits = victim.limits().await.unwrap();
+            limits.into_iter().find(|row| row.name == name).unwrap()
+        };
+        let begin = Instant::now();
+        while row("call_bytes_held_per_peer").await.refused == 0 {
+            assert!(begin.elapsed() < PATIENCE, "nothing was refused");
+            sleep(Duration::from_millis(20)).await;
+        }
+        let used = row("call_bytes_held").await.used as usize;
+        assert!(used <= 10 * MIB, "{used}");
+        for _ in 0..5 {
+            let method = Method {
+                name: "test.Test/Echo".into(),
+                idempotent: false,
+            };
+            let answered =
+                honest
+                    .rpc()
+                    .peer(peer)
+                    .unary(method, message(MIB + MIB / 2), Options::default());
+            let answer = timeout(PATIENCE, answered).await.unwrap().unwrap();
+            assert_eq!(answer, message(MIB + MIB / 2));
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_handler_that_holds_its_node_lets_go_of_the_home_at_shutdown() {
+        let home = tempfile::tempdir().unwrap();
+        let node = start(home.path(), CallLimits::default()).await.unwrap();
+        let names = vec!["test.Test".to_owned()];
+        let handler = service(Some(node.clone()));
+        let offered = node.rpc().offer(names, Bytes::new(), handler).unwrap();
+        node.shutdown().await;
+        drop(node);
+        let begin = Instant::now();
+        let again = loop {
+            match start(home.path(), CallLimits::default()).await {
+                Ok(node) => break node,
+                Err(error) => assert!(begin.elapsed() < PATIENCE, "{error}"),
+            }
+            sleep(Duration::from_millis(20)).await;
+        };
+        again.shutdown().await;
+        drop(offered);
+    }
+}
