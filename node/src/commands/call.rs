@@ -553,3 +553,32 @@ fn failed(status: tonic::Status, whom: &str) -> Failure {
         code => Failure::new(1, code.name(), format!("{code}: {}", status.message())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_connection_to_the_local_node_is_not_a_peer_that_cannot_be_reached() {
+        let peer = PeerId::random().to_string();
+        let lost = failed(tonic::Status::unavailable("transport error"), &peer);
+        assert_eq!((lost.code, lost.reason.as_str()), (6, "NOT_RUNNING"));
+        let mut of_peer = tonic::Status::unavailable("cannot reach it");
+        let ended = tonic::metadata::MetadataValue::from_static("ended");
+        of_peer.metadata_mut().insert(OF_CALL, ended);
+        let unreached = failed(of_peer.clone(), &peer);
+        assert_eq!(
+            (unreached.code, unreached.reason.as_str()),
+            (4, "UNREACHABLE")
+        );
+        assert!(
+            unreached
+                .hint
+                .unwrap()
+                .contains(&format!("weft ping {peer}"))
+        );
+        // What helps with a service is something else.
+        let unreached = failed(of_peer, "my.Service");
+        assert!(unreached.hint.unwrap().contains("weft service my.Service"));
+    }
+}
