@@ -360,6 +360,18 @@ pub(crate) fn release<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
     }
 }
 
+impl Place {
+    /// Returns the names of the public networks around the place, narrowest first, or of the relay that it is behind:
+    /// for pools that count something else than members. Private networks and this machine have none.
+    pub fn networks(self) -> impl Iterator<Item = String> {
+        self.groups().filter_map(|(group, _)| match group {
+            Group::Network(_, 0) | Group::Machine | Group::Unknown => None,
+            Group::Network(first, bits) => Some(format!("{first}/{bits}")),
+            Group::Relay(relay) => Some(format!("relay {relay}")),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use libp2p::multiaddr::Protocol;

@@ -825,6 +825,14 @@ pub(crate) struct Call {
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) label: Vec<String>,
 
+    /// Call only this peer of those that offer the service; may be repeated
+    #[arg(long, value_name = "PEER")]
+    pub(crate) only: Vec<PeerId>,
+
+    /// Call only peers that this node trusts (`weft trust`) of those that offer the service
+    #[arg(long)]
+    pub(crate) trusted: bool,
+
     /// Attach a file to the first message: its raw bytes, of this element type and shape, as in F32:2x3:x.bin, or x.bin alone; may be repeated
     #[arg(long, value_name = "[DTYPE:SHAPE:]FILE")]
     pub(crate) attach: Vec<String>,
@@ -847,6 +855,14 @@ pub(crate) struct Service {
     /// Only those that state this; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) label: Vec<String>,
+
+    /// Show only this peer; may be repeated
+    #[arg(long, value_name = "PEER")]
+    pub(crate) only: Vec<PeerId>,
+
+    /// Show only peers that this node trusts (`weft trust`)
+    #[arg(long)]
+    pub(crate) trusted: bool,
 
     /// Show who begins and ends to offer it, and changed labels, until Ctrl-C
     #[arg(long)]

@@ -107,9 +107,11 @@ impl Failure {
             );
             return;
         }
-        err!("weft: {}", self.message);
+        // It may quote a peer, whose text does not start a line; `err!` escapes the rest.
+        let indented = |text: &str| text.replace('\n', "\n  ");
+        err!("weft: {}", indented(&self.message));
         if let Some(hint) = &self.hint {
-            err!("  {}", hint.replace('\n', "\n  "));
+            err!("  {}", indented(hint));
         }
     }
 }

@@ -20,7 +20,7 @@ use weft_crdt::Documents;
 use weft_dht::Dht;
 use weft_net::{
     Access, BootstrapPeer, ConnectError, Incoming, LimitUse, Multiaddr, Network, Path as NetPath,
-    PeerId, PeerInfo, Reachability, Stream as NetStream, StreamProtocol,
+    PeerId, PeerInfo, Place, Reachability, Shares, Stream as NetStream, StreamProtocol,
 };
 
 use crate::{
@@ -49,6 +49,8 @@ pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
 
 /// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
 const MAX_SERVED: usize = 128;
+/// Streams served at a time to one peer.
+const MAX_SERVED_PER_PEER: usize = 8;
 
 /// Streams on which peers say what they have of a model at a time. Each holds one message, at most 256 KiB.
 const MAX_EXCHANGES: usize = 512;
@@ -88,9 +90,9 @@ struct Inner {
     /// Where what the node does by itself runs.
     runtime: Handle,
     /// Streams on which models are served.
-    transfers: Served,
+    transfers: Shares,
     /// Streams on which peers say what they have of a model.
-    exchanges: Served,
+    exchanges: Shares,
     hub: Hub,
     bandwidth: Arc<Bandwidth>,
     turns: Turns,
@@ -98,7 +100,7 @@ struct Inner {
     reading: Reading,
     driver: Arc<Driver>,
     /// Streams on which peers speak of documents.
-    documents_served: Served,
+    documents_served: Shares,
     trusted: Trusted,
     followed: Arc<Followed>,
     started: Instant,
@@ -174,12 +176,12 @@ impl Node {
         let of_node = Arc::clone(&bandwidth);
         let transfers =
             move |stream| serve_transfer(of_store.clone(), Arc::clone(&of_node), stream);
-        let served = Served::new(MAX_SERVED, MAX_SERVED_PER_PEER);
+        let served = Shares::new(MAX_SERVED, MAX_SERVED_PER_PEER);
         tasks.spawn(serve_all(incoming, served.clone(), transfers));
         let incoming = network
             .accept(swarm::PROTOCOL)
             .expect("a new network accepts nothing yet");
-        let exchanges = Served::new(MAX_EXCHANGES, MAX_EXCHANGES_PER_PEER);
+        let exchanges = Shares::new(MAX_EXCHANGES, MAX_EXCHANGES_PER_PEER);
         let hub = Hub::default();
         let exchanger = Exchanger {
             hub: hub.clone(),
@@ -198,7 +200,7 @@ impl Node {
         let incoming = network
             .accept(docs::PROTOCOL)
             .expect("a new network accepts nothing yet");
-        let documents_served = Served::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
+        let documents_served = Shares::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
         let discovery = Discovery::new(dht.clone(), network.clone());
         let (driver, (listener, called), keep_found) = Driver::new(documents, discovery.clone());
         let listen = move |stream| listener.clone().listen(stream);
@@ -337,6 +339,10 @@ impl Node {
         addresses: impl IntoIterator<Item = Multiaddr>,
     ) -> Result<NetPath, Error> {
         let network = &self.inner.network;
+        if peer == self.peer_id() {
+            let reason = "it is this node itself".to_owned();
+            return Err(ConnectError::Failed { peer, reason }.into());
+        }
         let given: Vec<_> = addresses.into_iter().collect();
         let error = match network.connect(peer, given.clone()).await {
             Ok(path) => return Ok(path),
@@ -380,12 +386,19 @@ impl Node {
             return Err(Error::Stopped);
         }
         limits.extend(self.inner.serving.limits());
+        limits.extend(self.inner.sessions.limits());
         let transfers = &self.inner.transfers;
-        limits.extend(transfers.usage("transfers", "transfers_per_peer"));
+        let names = ("transfers", "transfers_per_place", "transfers_per_peer");
+        limits.extend(transfers.limits(names.0, names.1, names.2));
         let exchanges = &self.inner.exchanges;
-        limits.extend(exchanges.usage("exchanges", "exchanges_per_peer"));
+        let names = ("exchanges", "exchanges_per_place", "exchanges_per_peer");
+        limits.extend(exchanges.limits(names.0, names.1, names.2));
         let documents = &self.inner.documents_served;
-        limits.extend(documents.usage("document_streams", "document_streams_per_peer"));
+        limits.extend(documents.limits(
+            "document_streams",
+            "document_streams_per_place",
+            "document_streams_per_peer",
+        ));
         let count = |replica: &mut weft_crdt::Replica| Ok(replica.count());
         let (held, refused) = self.inner.driver.documents.with(count).await?;
         limits.push(LimitUse {
@@ -438,6 +451,8 @@ impl Node {
             whereabouts::leave(&self.inner.dht),
             self.inner.driver.leave()
         );
+        // What answers calls may hold this node, and so its home.
+        self.inner.offered.close();
         self.inner.network.stop().await;
         let mut tasks = std::mem::take(
             &mut *self
@@ -680,102 +695,8 @@ impl Drop for TargetLease {
     }
 }
 
-/// Streams served at a time to one peer.
-const MAX_SERVED_PER_PEER: usize = 8;
-
-/// Streams that are being served, in all and by peer. Cheap to clone; all clones are one.
-#[derive(Debug, Clone)]
-pub(crate) struct Served {
-    most: usize,
-    most_of_one: usize,
-    now: Arc<Mutex<ServedNow>>,
-}
-
-#[derive(Debug, Default)]
-struct ServedNow {
-    by_peer: HashMap<PeerId, usize>,
-    all: usize,
-    refused: u64,
-    refused_of_one: u64,
-}
-
-/// A place among them, given back when dropped.
-struct ServedPlace {
-    served: Served,
-    peer: PeerId,
-}
-
-impl Served {
-    pub(crate) fn new(most: usize, most_of_one: usize) -> Self {
-        Self {
-            most,
-            most_of_one,
-            now: Arc::default(),
-        }
-    }
-
-    fn now(&self) -> std::sync::MutexGuard<'_, ServedNow> {
-        self.now
-            .lock()
-            .expect("nothing panics while holding the lock")
-    }
-
-    fn take(&self, peer: PeerId) -> Option<ServedPlace> {
-        let mut now = self.now();
-        let of_one = now.by_peer.get(&peer).copied().unwrap_or_default();
-        if of_one >= self.most_of_one {
-            now.refused_of_one += 1;
-            return None;
-        }
-        if now.all >= self.most {
-            now.refused += 1;
-            return None;
-        }
-        now.by_peer.insert(peer, of_one + 1);
-        now.all += 1;
-        drop(now);
-        Some(ServedPlace {
-            served: self.clone(),
-            peer,
-        })
-    }
-
-    /// The limits on them, under these names: in all, and of one peer.
-    pub(crate) fn usage(&self, all: &'static str, of_one: &'static str) -> [LimitUse; 2] {
-        let now = self.now();
-        let most = now.by_peer.values().max().copied().unwrap_or_default();
-        [
-            LimitUse {
-                name: all,
-                used: now.all as u64,
-                limit: Some(self.most as u64),
-                refused: now.refused,
-            },
-            LimitUse {
-                name: of_one,
-                used: most as u64,
-                limit: Some(self.most_of_one as u64),
-                refused: now.refused_of_one,
-            },
-        ]
-    }
-}
-
-impl Drop for ServedPlace {
-    fn drop(&mut self) {
-        let mut now = self.served.now();
-        now.all -= 1;
-        if let Entry::Occupied(mut of_one) = now.by_peer.entry(self.peer) {
-            *of_one.get_mut() -= 1;
-            if *of_one.get() == 0 {
-                of_one.remove();
-            }
-        }
-    }
-}
-
 /// Answers every stream that peers open, as many as may be open.
-pub(crate) async fn serve_all<F, Fut>(mut incoming: Incoming, served: Served, serve: F)
+pub(crate) async fn serve_all<F, Fut>(mut incoming: Incoming, served: Shares, serve: F)
 where
     F: Fn(NetStream) -> Fut,
     Fut: Future<Output = ()> + Send + 'static,
@@ -786,14 +707,17 @@ where
             stream = incoming.next() => {
                 let Some(stream) = stream else { return };
                 let peer = stream.peer();
-                let Some(place) = served.take(peer) else {
-                    // Dropped, and so reset: the peer asks another provider.
-                    tracing::debug!(%peer, protocol = %stream.protocol(), "refused: too many are being served");
-                    continue;
+                let permit = match served.take(peer, Place::of(stream.path())) {
+                    Ok(permit) => permit,
+                    Err(full) => {
+                        // Dropped, and so reset: the peer asks another provider.
+                        tracing::debug!(%peer, protocol = %stream.protocol(), %full, "a stream is refused");
+                        continue;
+                    }
                 };
                 let serving = serve(stream);
                 streams.spawn(async move {
-                    let _place = place;
+                    let _permit = permit;
                     serving.await;
                 });
             }

@@ -3,11 +3,11 @@
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
-use futures::Stream;
+use futures::{Stream, future::FusedFuture, stream::FusedStream};
 use tokio::{
     task::{JoinError, JoinHandle},
     time::{Interval, MissedTickBehavior, interval},
@@ -18,13 +18,16 @@ use crate::Error;
 /// How often progress is reported: often enough for a smooth bar, too seldom to cost anything.
 const EVERY: Duration = Duration::from_millis(100);
 
-/// Work under way. As a [`Stream`] it yields progress until the work ends; as a future it is the result. Dropping it stops the work.
+/// Work under way. As a [`Stream`] it yields progress until the work ends; as a future it is the result.
+/// It yields the result once: polled again after that, the stream has ended and the future stays pending. Dropping it stops the work.
 pub struct Operation<P, T> {
     sample: Box<dyn Fn() -> P + Send + Sync>,
     task: JoinHandle<Result<T, Error>>,
     tick: Interval,
     /// Kept between the stream's end and the future's.
     result: Option<Result<T, Error>>,
+    /// The task has been polled to its end, which is possible once.
+    ended: bool,
 }
 
 impl<P, T> Operation<P, T>
@@ -43,6 +46,7 @@ where
             task: tokio::spawn(work),
             tick,
             result: None,
+            ended: false,
         }
     }
 }
@@ -67,10 +71,11 @@ impl<P, T: Unpin> Stream for Operation<P, T> {
     type Item = P;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<P>> {
-        if self.result.is_some() {
+        if self.ended {
             return Poll::Ready(None);
         }
         if let Poll::Ready(joined) = Pin::new(&mut self.task).poll(cx) {
+            self.ended = true;
             self.result = Some(Self::finished(joined));
             return Poll::Ready(None);
         }
@@ -85,7 +90,25 @@ impl<P, T: Unpin> Future for Operation<P, T> {
         if let Some(result) = self.result.take() {
             return Poll::Ready(result);
         }
-        Pin::new(&mut self.task).poll(cx).map(Self::finished)
+        if self.ended {
+            // Its result has been taken.
+            return Poll::Pending;
+        }
+        let joined = ready!(Pin::new(&mut self.task).poll(cx));
+        self.ended = true;
+        Poll::Ready(Self::finished(joined))
+    }
+}
+
+impl<P, T: Unpin> FusedFuture for Operation<P, T> {
+    fn is_terminated(&self) -> bool {
+        self.ended && self.result.is_none()
+    }
+}
+
+impl<P, T: Unpin> FusedStream for Operation<P, T> {
+    fn is_terminated(&self) -> bool {
+        self.ended
     }
 }
 
@@ -98,5 +121,27 @@ impl<P, T> Drop for Operation<P, T> {
 impl<P, T> fmt::Debug for Operation<P, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Operation").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{FutureExt, StreamExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_operation_that_is_polled_after_its_result_does_not_panic() {
+        for by_stream in [true, false] {
+            let mut operation = Operation::spawn(|| 1, async { Ok(7) });
+            if by_stream {
+                while operation.next().await.is_some() {}
+            }
+            assert_eq!((&mut operation).await.unwrap(), 7);
+            assert!(FusedFuture::is_terminated(&operation));
+            assert!((&mut operation).now_or_never().is_none());
+            assert_eq!(operation.next().await, None);
+            assert!((&mut operation).now_or_never().is_none());
+        }
     }
 }

@@ -45,6 +45,12 @@ fn a_service_in_python_is_called_from_another_node() {
         (&[METHOD, "--data", "{"], 2, "not a example.echo.v1.Text"),
         (&[METHOD, "--data", r#"{"txt": 1}"#], 2, "txt"),
         (&[METHOD, "--metadata", "x"], 2, "NAME=VALUE"),
+        (
+            &[METHOD, "--data", "{}", "--data", "{}"],
+            2,
+            "takes one message",
+        ),
+        (&["Sing"], 3, "has a method Sing"),
     ] {
         let failed = call(arguments);
         assert_eq!(failed.code(), Some(code), "{arguments:?}: {failed:?}");

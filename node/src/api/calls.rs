@@ -25,8 +25,8 @@ use weft_proto::{
         serve_answer, serve_event, serve_request, service_event::What,
     },
     rpc::{
-        Attachment, Caller, Code, Context, Ended, Handler, Message, Method, Options, Receiver,
-        Sender, Status as CallStatus,
+        Attachment, Budget, Caller, Code, Context, Ended, Handler, Held, Message, Method, Options,
+        Receiver, Sender, Status as CallStatus,
     },
 };
 
@@ -96,17 +96,24 @@ impl Service {
         Ok(if begin.bulk { peer.bulk() } else { peer })
     }
 
-    fn service(
-        &self,
-        name: &str,
-        labels: impl IntoIterator<Item = (String, String)>,
-    ) -> Result<weft::rpc::Service, Status> {
-        let service = self.node.rpc().service(name);
+    fn service(&self, wanted: api::FindServiceRequest) -> Result<weft::rpc::Service, Status> {
+        let service = self.node.rpc().service(&wanted.name);
         let service = service.map_err(|error| invalid(error.to_string()))?;
-        let labels = labels.into_iter();
-        Ok(labels.fold(service, |service, (name, value)| {
+        let labels = wanted.labels.into_iter();
+        let mut service = labels.fold(service, |service, (name, value)| {
             service.labelled(name, value)
-        }))
+        });
+        if !wanted.only.is_empty() {
+            let only = wanted.only.iter().map(|peer| {
+                let peer = peer.parse::<PeerId>();
+                peer.map_err(|_| invalid("`only` holds something that is no PeerId"))
+            });
+            service = service.only(only.collect::<Result<Vec<_>, _>>()?);
+        }
+        if wanted.trusted {
+            service = service.trusted();
+        }
+        Ok(service)
     }
 
     /// Whom a call names, connected to where an address is given.
@@ -115,14 +122,18 @@ impl Service {
             if !begin.peer_id.is_empty() || !begin.addresses.is_empty() {
                 return Err(invalid("either a peer or a service is called, not both"));
             }
-            let labels = std::mem::take(&mut begin.labels);
-            let service = self.service(&begin.service, labels)?;
+            let service = self.service(api::FindServiceRequest {
+                name: begin.service.clone(),
+                labels: std::mem::take(&mut begin.labels),
+                only: std::mem::take(&mut begin.only),
+                trusted: begin.trusted,
+            })?;
             let service = if begin.bulk { service.bulk() } else { service };
             return Ok(Whom::Service(service));
         }
-        if !begin.labels.is_empty() {
+        if !begin.labels.is_empty() || !begin.only.is_empty() || begin.trusted {
             return Err(invalid(
-                "labels choose among those that offer a service; give its name",
+                "`labels`, `only` and `trusted` choose among those that offer a service; give its name",
             ));
         }
         let peer = self.peer(begin)?;
@@ -167,6 +178,9 @@ impl Service {
     }
 }
 
+/// Metadata of a status with which a call ended.
+pub(crate) const OF_CALL: &str = "weft-call";
+
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn to_api(message: Message) -> CallMessage {
@@ -197,10 +211,13 @@ fn of_api(message: CallMessage) -> Message {
     }
 }
 
-/// The codes are the same; whether the call was seen is in the metadata `weft-seen`.
+/// The codes are the same; whether the call was seen is in the metadata `weft-seen`. The metadata `weft-call` tells what came of a call from errors of the
+/// connection to this node.
 fn to_tonic(status: CallStatus) -> Status {
     let code = tonic::Code::from_i32(status.code as i32);
     let mut answer = Status::with_details(code, status.message, status.details);
+    let ended = tonic::metadata::MetadataValue::from_static("ended");
+    answer.metadata_mut().insert(OF_CALL, ended);
     if let Some(seen) = status.seen {
         let seen = format!("{seen:?}").to_lowercase();
         if let Ok(seen) = seen.parse() {
@@ -286,7 +303,7 @@ impl Calls for Service {
             what: Some(serve_event::What::Ready(api::ServeReady {})),
         };
         // There is room for the first.
-        let _ = events.send(Ok(ready)).await;
+        let _ = events.send((Ok(ready), None)).await;
         let program = Arc::new(Program {
             events,
             open: Mutex::new(Some(HashMap::new())),
@@ -307,7 +324,7 @@ impl Calls for Service {
                             Some(serve_request::What::Answer(answer)) => program.answer(answer),
                             Some(serve_request::What::Relabel(other)) => {
                                 if let Err(wrong) = relabel(&announced, other) {
-                                    let _ = program.events.send(Err(wrong)).await;
+                                    let _ = program.events.send((Err(wrong), None)).await;
                                     break;
                                 }
                             }
@@ -323,15 +340,15 @@ impl Calls for Service {
             drop(offer);
             program.end();
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+        let answers = ReceiverStream::new(answers).map(|(event, _held)| event);
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn find_service(
         &self,
         request: Request<api::FindServiceRequest>,
     ) -> Result<Response<api::FindServiceResponse>, Status> {
-        let request = request.into_inner();
-        let service = self.service(&request.name, request.labels)?;
+        let service = self.service(request.into_inner())?;
         let peers = service.peers().await.into_iter().map(|one| {
             let path = one.path.map(|path| path.kind.to_string());
             api::ServicePeer {
@@ -352,8 +369,7 @@ impl Calls for Service {
         &self,
         request: Request<api::FindServiceRequest>,
     ) -> Result<Response<Self::WatchServiceStream>, Status> {
-        let request = request.into_inner();
-        let service = self.service(&request.name, request.labels)?;
+        let service = self.service(request.into_inner())?;
         let changes = stream::unfold(service.watch().await, async |mut watch| {
             let offer = |peer: PeerId, labels: Labels| api::ServiceOffer {
                 peer_id: peer.to_string(),
@@ -380,10 +396,13 @@ fn relabel(announced: &[(String, Announced)], other: api::Announcement) -> Resul
     changed.map_err(|error| invalid(error.to_string()))
 }
 
+/// What a program is told, and what is held for it.
+type Event = (Result<ServeEvent, Status>, Option<Held>);
+
 /// A program that answers calls.
 #[derive(Debug)]
 struct Program {
-    events: mpsc::Sender<Result<ServeEvent, Status>>,
+    events: mpsc::Sender<Event>,
     /// Where its answers go; `None` once it answers no more.
     open: Mutex<Option<HashMap<u64, Answering>>>,
     next: AtomicU64,
@@ -392,9 +411,11 @@ struct Program {
 /// Where the answers to one call go.
 #[derive(Debug)]
 struct Answering {
-    to: mpsc::UnboundedSender<serve_answer::What>,
+    to: mpsc::UnboundedSender<(serve_answer::What, Option<Held>)>,
     /// Bytes on their way, which [`AHEAD`] limits.
     ahead: Arc<AtomicUsize>,
+    /// What may be held for the caller, over all calls: they count there as well.
+    budget: Budget,
 }
 
 impl Program {
@@ -419,18 +440,31 @@ impl Program {
             serve_answer::What::End(_) => 0,
         };
         let ahead = call.ahead.fetch_add(size, Ordering::AcqRel) + size;
-        let what = if ahead > AHEAD {
-            serve_answer::What::End(api::CallEnd {
-                code: Code::ResourceExhausted as u32,
-                message: format!("more than {AHEAD} bytes of answers wait for the caller"),
-                details: Vec::new(),
-            })
-        } else {
-            what
+        let held = match &what {
+            _ if ahead > AHEAD => Err(format!(
+                "more than {AHEAD} bytes of answers wait for the caller"
+            )),
+            serve_answer::What::Message(_) => match call.budget.hold(size) {
+                Some(held) => Ok(Some(held)),
+                None => Err("too much waits for this caller, or for all".to_owned()),
+            },
+            serve_answer::What::End(_) => Ok(None),
+        };
+        let is_full = held.is_err();
+        let passed = match held {
+            Ok(held) => (what, held),
+            Err(message) => {
+                let end = api::CallEnd {
+                    code: Code::ResourceExhausted as u32,
+                    message,
+                    details: Vec::new(),
+                };
+                (serve_answer::What::End(end), None)
+            }
         };
         // It may have ended meanwhile.
-        let _ = call.to.send(what);
-        if ahead > AHEAD {
+        let _ = call.to.send(passed);
+        if is_full {
             open.remove(&answer.call);
         }
     }
@@ -441,13 +475,28 @@ impl Program {
     }
 
     async fn tell(&self, call: u64, what: serve_event::What) -> Result<(), CallStatus> {
+        self.pass(call, what, None).await
+    }
+
+    /// Tells it something for which bytes are held until it is on its way.
+    async fn pass(
+        &self,
+        call: u64,
+        what: serve_event::What,
+        held: Option<Held>,
+    ) -> Result<(), CallStatus> {
         let event = ServeEvent {
             call,
             what: Some(what),
         };
-        let told = self.events.send(Ok(event)).await;
+        let told = self.events.send((Ok(event), held)).await;
         told.map_err(|_| gone())
     }
+}
+
+fn full() -> CallStatus {
+    let text = "too much of this caller waits for the program that offers this";
+    CallStatus::new(Code::ResourceExhausted, text)
 }
 
 fn gone() -> CallStatus {
@@ -479,7 +528,7 @@ impl Drop for Given {
             let events = self.program.events.clone();
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
                 // The program may be gone as well.
-                runtime.spawn(async move { drop(events.send(Ok(event)).await) });
+                runtime.spawn(async move { drop(events.send((Ok(event), None)).await) });
             }
         }
     }
@@ -495,7 +544,9 @@ impl Handler for Proxy {
             let answering = Answering {
                 to,
                 ahead: Arc::clone(&ahead),
+                budget: context.budget.clone(),
             };
+            let budget = context.budget;
             match &mut *program.lock() {
                 Some(open) => drop(open.insert(call, answering)),
                 None => return Err(gone()),
@@ -525,8 +576,12 @@ impl Handler for Proxy {
             given.told = true;
             let forward = async {
                 while let Some(message) = requests.next().await? {
-                    let message = serve_event::What::Message(to_api(message));
-                    program.tell(call, message).await?;
+                    let message = to_api(message);
+                    // Programs that take nothing, and their callers, are not to hold more here than they may on the way here.
+                    let held = budget.hold(message.encoded_len());
+                    let held = held.ok_or_else(full)?;
+                    let message = serve_event::What::Message(message);
+                    program.pass(call, message, Some(held)).await?;
                 }
                 let closed = serve_event::What::Closed(api::ServeClosed {});
                 program.tell(call, closed).await?;
@@ -534,7 +589,7 @@ impl Handler for Proxy {
             };
             let back = async {
                 let mut taken = 0;
-                while let Some(answer) = answers.recv().await {
+                while let Some((answer, _held)) = answers.recv().await {
                     match answer {
                         serve_answer::What::Message(message) => {
                             let size = message.encoded_len() + 64;
@@ -567,5 +622,58 @@ impl Handler for Proxy {
             given.told = false;
             ended
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_callers_do_not_take_count_over_all_calls_and_for_each_caller() {
+        const ANSWER: usize = 1 << 20;
+        let (events, _waiting) = mpsc::channel(WAITING);
+        let program = Program {
+            events,
+            open: Mutex::new(Some(HashMap::new())),
+            next: AtomicU64::new(0),
+        };
+        let all = Budget::new(32 * ANSWER);
+        let mut calls = Vec::new();
+        let mut begin = |call, caller: &str| {
+            let (to, answers) = mpsc::unbounded_channel();
+            let answering = Answering {
+                to,
+                ahead: Arc::default(),
+                budget: all.of([caller.to_owned()]),
+            };
+            program.lock().as_mut().unwrap().insert(call, answering);
+            calls.push(answers);
+        };
+        // Far less in each of them than one may have.
+        (1..=100).for_each(|call| begin(call, "mallory"));
+        begin(1000, "another");
+        let is_open = |call| program.lock().as_ref().unwrap().contains_key(&call);
+        let answer = |call| {
+            let message = CallMessage {
+                data: vec![0; ANSWER - 1000],
+                ..CallMessage::default()
+            };
+            let what = Some(serve_answer::What::Message(message));
+            program.answer(api::ServeAnswer { call, what });
+            is_open(call)
+        };
+        let taken = (1..=100).filter(|call| answer(*call)).count();
+        // What leaves three shares of four to the others.
+        assert_eq!(taken, 20);
+        assert!((0..4).all(|_| answer(1000)));
+        assert!(all.used() > 23 * ANSWER);
+        // A call that is ended for it is told so; what is dropped counts no more.
+        let Ok((serve_answer::What::End(end), None)) = calls[99].try_recv() else {
+            panic!("the last has not been ended");
+        };
+        assert_eq!(end.code, Code::ResourceExhausted as u32);
+        drop(calls);
+        assert_eq!(all.used(), 0);
     }
 }

@@ -10,6 +10,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use futures::{FutureExt, future::Shared};
@@ -18,7 +19,6 @@ use tokio::{
     sync::oneshot,
     task::JoinHandle,
 };
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::{
     Request, Status,
     service::InterceptorLayer,
@@ -34,11 +34,19 @@ use weft_proto::{
     },
 };
 
-use super::{calls, documents, records, registries, service::Service, topics};
+use super::{
+    accept::{Visitor, for_all, for_owner},
+    calls, documents, records, registries,
+    service::Service,
+    topics,
+};
 use crate::exit::Failure;
 
 /// Bytes of a message of a call, with its attachments.
 const MAX_CALL_MESSAGE: usize = 280 << 20;
+
+/// Time after which a client that says nothing is asked whether it is there, and time that it has to answer.
+const ALIVE: Duration = Duration::from_secs(30);
 
 /// The longest path of a Unix socket: 108 bytes with the terminating zero on Linux, 104 on macOS.
 const MAX_SOCKET_PATH: usize = 103;
@@ -137,9 +145,9 @@ impl Endpoint {
         ))];
         if let Some(socket) = socket {
             servers.push(tokio::spawn(async move {
-                router(Server::builder(), service)
+                router(server(), service)
                     .await
-                    .serve_with_incoming_shutdown(UnixListenerStream::new(socket), stopped)
+                    .serve_with_incoming_shutdown(for_owner(socket), stopped)
                     .await
             }));
         }
@@ -166,7 +174,7 @@ impl Endpoint {
         drop(self.stop.take());
         for server in &mut self.servers {
             // Streams may run for hours: they are cut, as documented for each call.
-            if tokio::time::timeout(std::time::Duration::from_millis(300), &mut *server)
+            if tokio::time::timeout(Duration::from_millis(300), &mut *server)
                 .await
                 .is_err()
             {
@@ -193,7 +201,12 @@ async fn serve_tcp(
             .and_then(|value| value.to_str().ok())
             .and_then(|value| value.strip_prefix("Bearer "));
         match given {
-            Some(given) if equal(given.as_bytes(), token.as_bytes()) => Ok(request),
+            Some(given) if equal(given.as_bytes(), token.as_bytes()) => {
+                if let Some(Visitor(Some(guest))) = request.extensions().get() {
+                    guest.has_shown_token();
+                }
+                Ok(request)
+            }
             Some(_) => Err(Status::unauthenticated(
                 "the token is wrong; the node makes a new one at each start: read the home's api/token again",
             )),
@@ -202,11 +215,18 @@ async fn serve_tcp(
             )),
         }
     };
-    let server = Server::builder().layer(InterceptorLayer::new(check));
+    let server = server().layer(InterceptorLayer::new(check));
     router(server, service)
         .await
-        .serve_with_incoming_shutdown(TcpListenerStream::new(tcp), stopped)
+        .serve_with_incoming_shutdown(for_all(tcp), stopped)
         .await
+}
+
+/// How a server of the API treats its connections.
+fn server() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(ALIVE))
+        .http2_keepalive_timeout(Some(ALIVE))
 }
 
 /// All services on one server: ours, health, reflection.

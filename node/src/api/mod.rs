@@ -1,5 +1,6 @@
 //! The local gRPC API: the SDK, for any language beside the node.
 
+mod accept;
 mod calls;
 mod documents;
 mod endpoint;
@@ -12,6 +13,7 @@ mod storage;
 mod topics;
 
 pub(crate) use self::{
+    calls::OF_CALL,
     endpoint::{Endpoint, Files},
     status::status,
 };

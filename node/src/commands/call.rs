@@ -23,6 +23,7 @@ use weft_proto::{
 };
 
 use crate::{
+    api::OF_CALL,
     cli::{Call, Service},
     client::Client,
     exit::Failure,
@@ -32,7 +33,7 @@ use crate::{
 /// Lines of standard input that wait to be sent.
 const LINES: usize = 16;
 
-pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
+pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result<(), Failure> {
     let attachments = options.attach.iter().map(|given| attachment(given));
     let attachments = attachments.collect::<Result<Vec<_>, _>>()?;
     if let Some(folder) = &options.save {
@@ -55,23 +56,27 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
     let timeout_millis = options
         .timeout
         .map(|seconds| (seconds.max(0.0) * 1e3) as u64);
-    let labels = labels(&options.label)?;
+    let chosen = FindServiceRequest {
+        labels: labels(&options.label)?,
+        only: options.only.iter().map(ToString::to_string).collect(),
+        trusted: options.trusted,
+        ..FindServiceRequest::default()
+    };
     let begin = CallBegin {
         timeout_millis,
         metadata,
         bulk: options.bulk,
-        ..whom(&options.peer, labels)?
+        ..whom(&options.peer, chosen)?
     };
-    let pool = schemas(client, &begin).await?;
+    let failed = |status| failed(status, &options.peer);
+    let pool = schemas(client, &begin, &options.peer).await?;
     let Some(name) = &options.method else {
-        for service in pool.services() {
-            list(&service);
-        }
+        list(pool.services(), &options.peer, as_json);
         return Ok(());
     };
-    let method = match find(&pool, name)? {
+    let method = match find(&pool, name, &options.peer)? {
         Found::Service(service) => {
-            list(&service);
+            list([service].into_iter(), &options.peer, as_json);
             return Ok(());
         }
         Found::Method(method) => method,
@@ -88,15 +93,27 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
         ..begin
     };
     let mut answers = match options.data.as_slice() {
+        [data] if data == "-" && !method.is_client_streaming() => {
+            let text = std::io::read_to_string(std::io::stdin())
+                .map_err(|error| Failure::other(format!("standard input: {error}")))?;
+            let messages = text.lines().filter(|line| !line.trim().is_empty());
+            let messages: Vec<_> = messages.collect();
+            let mut message = encode(&method, one(&method, &messages)?.unwrap_or("{}"))?;
+            message.attachments = attachments;
+            call(client, begin, stream::iter([message]), &options.peer).await?
+        }
         [data] if data == "-" => {
             let mut attachments = Some(attachments);
             let lines = lines(method.clone()).map(move |message| CallMessage {
                 attachments: attachments.take().unwrap_or_default(),
                 ..message
             });
-            call(client, begin, lines).await?
+            call(client, begin, lines, &options.peer).await?
         }
         data => {
+            if !method.is_client_streaming() {
+                one(&method, data)?;
+            }
             let empty = ["{}".to_owned()];
             let data = match data {
                 [] if !method.is_client_streaming() => &empty[..],
@@ -109,7 +126,7 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
                 None if attachments.is_empty() => {}
                 None => return Err(Failure::usage("--attach needs a message: add --data JSON")),
             }
-            call(client, begin, stream::iter(messages)).await?
+            call(client, begin, stream::iter(messages), &options.peer).await?
         }
     };
     let mut number = 0;
@@ -145,13 +162,28 @@ pub(super) async fn run(client: &Client, options: Call) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The only one of the messages for a method that takes one.
+fn one<'a>(
+    method: &MethodDescriptor,
+    messages: &'a [impl AsRef<str>],
+) -> Result<Option<&'a str>, Failure> {
+    match messages {
+        [] => Ok(None),
+        [only] => Ok(Some(only.as_ref())),
+        more => {
+            let (name, count) = (method.name(), more.len());
+            let text = format!("{name} takes one message, and these are {count}");
+            Err(Failure::usage(text).hint("Call it once for each."))
+        }
+    }
+}
+
 /// A peer, or whoever offers a service.
-fn whom(text: &str, labels: HashMap<String, String>) -> Result<CallBegin, Failure> {
-    // An address begins with a slash, and what is no PeerId is a name.
-    if text.starts_with('/') || text.parse::<PeerId>().is_ok() {
-        if !labels.is_empty() {
+fn whom(text: &str, chosen: FindServiceRequest) -> Result<CallBegin, Failure> {
+    if is_peer(text) {
+        if !chosen.labels.is_empty() || !chosen.only.is_empty() || chosen.trusted {
             return Err(Failure::usage(
-                "--label chooses among those that offer a service; give its name instead of a peer",
+                "--label, --only and --trusted choose among those that offer a service; give its name instead of a peer",
             ));
         }
         let peer = super::reach::request(text)?;
@@ -163,9 +195,16 @@ fn whom(text: &str, labels: HashMap<String, String>) -> Result<CallBegin, Failur
     }
     Ok(CallBegin {
         service: text.to_owned(),
-        labels,
+        labels: chosen.labels,
+        only: chosen.only,
+        trusted: chosen.trusted,
         ..CallBegin::default()
     })
+}
+
+/// An address begins with a slash, and what is no PeerId is a name.
+fn is_peer(text: &str) -> bool {
+    text.starts_with('/') || text.parse::<PeerId>().is_ok()
 }
 
 fn labels(given: &[String]) -> Result<HashMap<String, String>, Failure> {
@@ -234,6 +273,8 @@ pub(super) async fn service(
     let request = FindServiceRequest {
         name: options.name.clone(),
         labels: labels(&options.label)?,
+        only: options.only.iter().map(ToString::to_string).collect(),
+        trusted: options.trusted,
     };
     if options.watch {
         return watch(client, request, options.count, as_json).await;
@@ -329,24 +370,30 @@ async fn call(
     client: &Client,
     begin: CallBegin,
     messages: impl stream::Stream<Item = CallMessage> + Send + 'static,
+    whom: &str,
 ) -> Result<Streaming<CallMessage>, Failure> {
     let request = |what| CallRequest { what: Some(what) };
     let first = stream::iter([request(call_request::What::Begin(begin))]);
     let rest = messages.map(move |message| request(call_request::What::Message(message)));
     let answers = client.calls().call(first.chain(rest)).await;
-    Ok(answers.map_err(failed)?.into_inner())
+    Ok(answers.map_err(|status| failed(status, whom))?.into_inner())
 }
 
 /// What the services there look like.
-async fn schemas(client: &Client, begin: &CallBegin) -> Result<DescriptorPool, Failure> {
+async fn schemas(
+    client: &Client,
+    begin: &CallBegin,
+    whom: &str,
+) -> Result<DescriptorPool, Failure> {
     let begin = CallBegin {
         method: SCHEMAS.to_owned(),
         idempotent: true,
         ..begin.clone()
     };
     let nothing = stream::iter([CallMessage::default()]);
-    let mut answers = call(client, begin, nothing).await?;
-    let answer = answers.message().await.map_err(failed)?;
+    let mut answers = call(client, begin, nothing, whom).await?;
+    let answer = answers.message().await;
+    let answer = answer.map_err(|status| failed(status, whom))?;
     let schemas = answer.unwrap_or_default().data;
     DescriptorPool::decode(schemas.as_slice()).map_err(|error| {
         Failure::other(format!(
@@ -360,14 +407,29 @@ enum Found {
     Method(MethodDescriptor),
 }
 
-fn find(pool: &DescriptorPool, name: &str) -> Result<Found, Failure> {
+fn find(pool: &DescriptorPool, name: &str, whom: &str) -> Result<Found, Failure> {
+    let no_such = |text: String| Failure::new(3, "NO_SUCH_METHOD", text);
     if !name.contains(['/', '.']) {
         let methods = pool
             .services()
             .flat_map(|s| s.methods().collect::<Vec<_>>());
-        let mut methods = methods.filter(|method| method.name() == name);
-        if let (Some(only), None) = (methods.next(), methods.next()) {
-            return Ok(Found::Method(only));
+        let methods: Vec<_> = methods.filter(|method| method.name() == name).collect();
+        match methods.as_slice() {
+            [only] => return Ok(Found::Method(only.clone())),
+            // A service without a package has such a name.
+            [] if pool.get_service_by_name(name).is_some() => {}
+            [] => {
+                let text = format!("no service of {whom} has a method {name}");
+                return Err(no_such(text).hint(format!("`weft call {whom}` lists the methods.")));
+            }
+            several => {
+                let names = several
+                    .iter()
+                    .map(|method| format!("{}/{name}", method.parent_service().full_name()));
+                let names: Vec<_> = names.collect();
+                let text = format!("several services of {whom} have a method {name}");
+                return Err(no_such(text).hint(format!("Say which: {}.", names.join(", "))));
+            }
         }
     }
     let (service, method) = match name.split_once('/') {
@@ -377,18 +439,13 @@ fn find(pool: &DescriptorPool, name: &str) -> Result<Found, Failure> {
     let known = || {
         let names: Vec<_> = pool.services().map(|s| s.full_name().to_owned()).collect();
         match names.is_empty() {
-            true => "That node does not say what its services look like.".to_owned(),
+            true => format!("{whom} does not say what its services look like."),
             false => format!("It has {}.", names.join(", ")),
         }
     };
-    let service = pool.get_service_by_name(service).ok_or_else(|| {
-        Failure::new(
-            3,
-            "NO_SUCH_METHOD",
-            format!("that node has no service {service}"),
-        )
-        .hint(known())
-    })?;
+    let service = pool
+        .get_service_by_name(service)
+        .ok_or_else(|| no_such(format!("{whom} has no service {service}")).hint(known()))?;
     let Some(method) = method else {
         return Ok(Found::Service(service));
     };
@@ -396,17 +453,40 @@ fn find(pool: &DescriptorPool, name: &str) -> Result<Found, Failure> {
     found.map(Found::Method).ok_or_else(|| {
         let names: Vec<_> = service.methods().map(|m| m.name().to_owned()).collect();
         let text = format!("{} has no method {method}", service.full_name());
-        Failure::new(3, "NO_SUCH_METHOD", text).hint(format!("It has {}.", names.join(", ")))
+        no_such(text).hint(format!("It has {}.", names.join(", ")))
     })
 }
 
-fn list(service: &ServiceDescriptor) {
-    for method in service.methods() {
+/// Says which methods there are; that there are none is said as well.
+fn list(services: impl Iterator<Item = ServiceDescriptor>, whom: &str, as_json: bool) {
+    let methods: Vec<_> = services
+        .flat_map(|s| s.methods().collect::<Vec<_>>())
+        .collect();
+    let name = |method: &MethodDescriptor| {
+        let service = method.parent_service().full_name().to_owned();
+        format!("{service}/{}", method.name())
+    };
+    if as_json {
+        let methods = methods.iter().map(|method| {
+            json!({
+                "method": name(method),
+                "input": method.input().full_name(),
+                "input_streams": method.is_client_streaming(),
+                "output": method.output().full_name(),
+                "output_streams": method.is_server_streaming(),
+            })
+        });
+        out!("{}", json!({ "methods": methods.collect::<Vec<_>>() }));
+        return;
+    }
+    if methods.is_empty() {
+        out!("{whom} offers no service that says what it looks like");
+    }
+    for method in methods {
         let stream = |streams| if streams { "stream " } else { "" };
         out!(
-            "{}/{} ({}{}) returns ({}{})",
-            service.full_name(),
-            method.name(),
+            "{} ({}{}) returns ({}{})",
+            name(&method),
             stream(method.is_client_streaming()),
             method.input().full_name(),
             stream(method.is_server_streaming()),
@@ -454,17 +534,53 @@ fn lines(method: MethodDescriptor) -> ReceiverStream<CallMessage> {
     ReceiverStream::new(messages)
 }
 
-/// What came of the call; errors of the node beside us have their own reasons.
-fn failed(status: tonic::Status) -> Failure {
-    use tonic_types::StatusExt;
-    if status.get_details_error_info().is_some() {
+/// What came of a call of `whom`; errors of the node beside us, and of the connection to it, have their own reasons.
+fn failed(status: tonic::Status, whom: &str) -> Failure {
+    if !status.metadata().contains_key(OF_CALL) {
         return status.into();
     }
     let code = Code::from_number(status.code() as u32);
     match code {
-        Code::Unavailable => Failure::new(4, "UNREACHABLE", status.message()).hint(
-            "Check that the peer's node is up and that it offers services; `weft ping PEER` tells.",
-        ),
+        Code::Unavailable => {
+            let hint = match is_peer(whom) {
+                true => format!(
+                    "Check that the peer's node is up and that it offers services; `weft ping {whom}` tells."
+                ),
+                false => format!(
+                    "Check that a node that offers it is up and that both share a bootstrap node; `weft service {whom}` shows who offers it."
+                ),
+            };
+            Failure::new(4, "UNREACHABLE", status.message()).hint(hint)
+        }
         code => Failure::new(1, code.name(), format!("{code}: {}", status.message())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_connection_to_the_local_node_is_not_a_peer_that_cannot_be_reached() {
+        let peer = PeerId::random().to_string();
+        let lost = failed(tonic::Status::unavailable("transport error"), &peer);
+        assert_eq!((lost.code, lost.reason.as_str()), (6, "NOT_RUNNING"));
+        let mut of_peer = tonic::Status::unavailable("cannot reach it");
+        let ended = tonic::metadata::MetadataValue::from_static("ended");
+        of_peer.metadata_mut().insert(OF_CALL, ended);
+        let unreached = failed(of_peer.clone(), &peer);
+        assert_eq!(
+            (unreached.code, unreached.reason.as_str()),
+            (4, "UNREACHABLE")
+        );
+        assert!(
+            unreached
+                .hint
+                .unwrap()
+                .contains(&format!("weft ping {peer}"))
+        );
+        // What helps with a service is something else.
+        let unreached = failed(of_peer, "my.Service");
+        assert!(unreached.hint.unwrap().contains("weft service my.Service"));
     }
 }

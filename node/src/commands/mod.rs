@@ -55,7 +55,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Up(_) | Command::Relay(_) | Command::Demo(_) => unreachable!("handled above"),
         Command::Connect(options) => reach::connect(&client, options, json).await,
         Command::Ping(options) => reach::ping(&client, options, json).await,
-        Command::Call(options) => call::run(&client, options).await,
+        Command::Call(options) => call::run(&client, options, json).await,
         Command::Service(options) => call::service(&client, options, json).await,
         Command::Doc(command) => doc::run(&client, command, json).await,
         Command::Record(command) => record::run(&client, command, json).await,

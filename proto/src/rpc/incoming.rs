@@ -11,7 +11,7 @@ use super::{
     frame::{self, Head, Kind, LAST, MAX_FRAME, MORE, OVERHEAD, Violation, limit},
     limits::{LEAST, Limits, MAX_ATTACHMENTS, MAX_CONTROL, MAX_RANK},
     message::{Attachment, Message},
-    serve::Serving,
+    serve::{Serving, cut},
     session::{Shared, Which, lock},
     status::{Code, Seen, Status},
 };
@@ -146,7 +146,7 @@ impl Shared {
                     Code::Ok => Ok(()),
                     code => Err(Status {
                         code,
-                        message: status.message,
+                        message: cut(status.message),
                         details: status.details,
                         seen: None,
                     }),

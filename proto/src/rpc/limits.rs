@@ -87,12 +87,22 @@ struct Whole {
     used: AtomicUsize,
     most: usize,
     refused: AtomicU64,
+    refused_shares: AtomicU64,
     shares: Mutex<HashMap<String, Weak<Share>>>,
 }
 
 #[derive(Debug, Default)]
 struct Share {
     used: AtomicUsize,
+}
+
+/// How often bytes of a [`Budget`] were refused.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Refused {
+    /// Because the whole was used up.
+    pub whole: u64,
+    /// Because a share was.
+    pub share: u64,
 }
 
 /// Why bytes cannot be held.
@@ -122,6 +132,7 @@ impl Budget {
             used: AtomicUsize::new(0),
             most: bytes,
             refused: AtomicU64::new(0),
+            refused_shares: AtomicU64::new(0),
             shares: Mutex::default(),
         };
         Self {
@@ -170,8 +181,16 @@ impl Budget {
     }
 
     /// How often a call has failed because there were none left.
-    pub fn refused(&self) -> u64 {
-        self.whole.refused.load(Ordering::Relaxed)
+    pub fn refused(&self) -> Refused {
+        Refused {
+            whole: self.whole.refused.load(Ordering::Relaxed),
+            share: self.whole.refused_shares.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Bytes that may be held.
+    pub fn size(&self) -> usize {
+        self.whole.most
     }
 
     /// Holds so many bytes until what this returns is dropped; `None` if there are not so many left.
@@ -186,8 +205,10 @@ impl Budget {
     /// Takes so many, if there are so many left.
     pub(super) fn take(&self, bytes: usize) -> Result<(), Full> {
         let taken = self.try_take(bytes);
-        if taken.is_err() {
-            self.whole.refused.fetch_add(1, Ordering::Relaxed);
+        match taken {
+            Ok(()) => {}
+            Err(Full::Whole(_)) => drop(self.whole.refused.fetch_add(1, Ordering::Relaxed)),
+            Err(Full::Share(_)) => drop(self.whole.refused_shares.fetch_add(1, Ordering::Relaxed)),
         }
         taken
     }
@@ -325,7 +346,8 @@ mod tests {
             // It stays counted though nobody has the name's budget any more.
         }
         assert_eq!(named(&all, &["d"]).take(1), Err(Full::Whole(800)));
-        assert_eq!((all.used(), all.refused()), (800, 7));
+        let refused = all.refused();
+        assert_eq!((all.used(), refused.whole, refused.share), (800, 4, 3));
     }
 
     #[test]

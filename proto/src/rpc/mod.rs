@@ -30,7 +30,7 @@ pub use self::{
     call::{Receiver, Sender},
     drive::SessionError,
     frame::Violation,
-    limits::{Budget, Held, Limits},
+    limits::{Budget, Held, Limits, Refused},
     message::{Attachment, Message, Metadata},
     serve::{Context, Handler},
     session::{Options, Session},

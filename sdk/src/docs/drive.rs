@@ -47,6 +47,9 @@ const WRITE: Duration = Duration::from_secs(60);
 /// A peer that has sent what no honest peer would is not heard for so long.
 const BAN: Duration = Duration::from_secs(3600);
 
+/// How long a peer may take to begin on a stream that it has opened.
+const FIRST: Duration = Duration::from_secs(10);
+
 /// What of a node drives its documents.
 #[derive(Debug)]
 pub(crate) struct Driver {
@@ -419,7 +422,8 @@ impl Listener {
         let Some(key) = key_of(&peer) else {
             return;
         };
-        let Ok(Some(run)) = frame::read_bytes(&mut stream, size_of::<Run>()).await else {
+        let first = timeout(FIRST, frame::read_bytes(&mut stream, size_of::<Run>())).await;
+        let Ok(Ok(Some(run))) = first else {
             return;
         };
         let Ok(run) = run.try_into() else {

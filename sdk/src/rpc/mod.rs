@@ -4,11 +4,12 @@
 //! been seen when its session was lost is made again; one that perhaps was, only if its schema says that it may be (`option idempotency_level`).
 
 mod offered;
+mod retries;
 pub(crate) mod services;
 mod serving;
 mod sessions;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -18,6 +19,7 @@ use weft_proto::rpc::{
     Session, Status,
 };
 
+use self::retries::{ATTEMPTS, Pauses};
 use crate::Node;
 
 pub(crate) use self::{
@@ -36,10 +38,6 @@ pub use self::{
 
 /// The protocol's name on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/rpc/1");
-
-/// How often a call is made at most, and the pause before the second time; it doubles.
-const ATTEMPTS: u32 = 5;
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// Calls to and from other nodes; [`Node::rpc`].
 #[derive(Debug, Clone)]
@@ -80,6 +78,8 @@ impl Rpc {
     }
 
     /// Calls whoever offers a service of this name. Nothing is looked up before the first call.
+    ///
+    /// Anybody in the mesh may say that they offer it. Unless any of them will do, say whom to call with [`Service::only`] or [`Service::trusted`].
     ///
     /// # Errors
     /// [`ServiceError::Name`].
@@ -164,23 +164,23 @@ impl Peer {
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
         let attempts = async {
-            let mut pause = PAUSE;
+            let mut pauses = Pauses::new();
+            let sessions = self.node.sessions();
+            let retries = sessions.retries(self.peer, self.class);
+            retries.called();
             for attempt in 1.. {
-                let session = self
-                    .node
-                    .sessions()
-                    .get(&self.node, self.peer, self.class)
-                    .await?;
+                let session = sessions.get(&self.node, self.peer, self.class).await?;
                 let left = Options {
                     timeout: deadline
                         .map(|deadline| deadline.saturating_duration_since(Instant::now())),
                     ..options.clone()
                 };
                 match call(session, left).await {
-                    Err(status) if attempt < ATTEMPTS && may_repeat(&status, &method) => {
+                    Err(status)
+                        if attempt < ATTEMPTS && may_repeat(&status, &method) && retries.take() =>
+                    {
                         tracing::debug!(peer = %self.peer, method = %method.name, %status, "again");
-                        sleep(pause).await;
-                        pause *= 2;
+                        sleep(pauses.next()).await;
                     }
                     ended => return ended,
                 }

@@ -23,6 +23,8 @@ struct Entries {
     by_name: BTreeMap<String, Entry>,
     /// Of all, made when they change: whoever asks gets the same bytes.
     schemas: Bytes,
+    /// The node has stopped.
+    closed: bool,
 }
 
 impl Entries {
@@ -57,6 +59,22 @@ impl Offered {
             .expect("nothing panics while holding the lock")
     }
 
+    /// Whether it offers a service of this name.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.read().by_name.contains_key(name)
+    }
+
+    /// Lets go of all that answers, and of what is added from here on: the node stops, and a handler may hold it.
+    pub(crate) fn close(&self) {
+        let mut all = self.write();
+        all.closed = true;
+        let gone = std::mem::take(&mut all.by_name);
+        all.changed();
+        drop(all);
+        // Not while the lock is held: it may be the last to hold something that drops an offer.
+        drop(gone);
+    }
+
     pub(super) fn add(
         &self,
         names: Vec<String>,
@@ -70,6 +88,10 @@ impl Offered {
             .find(|name| all.by_name.contains_key(*name) || *name == own)
         {
             return Err(AlreadyOffered(name.clone()));
+        }
+        if all.closed {
+            let (offered, names) = (self.clone(), Vec::new());
+            return Ok(Offer { offered, names });
         }
         for (n, name) in names.iter().enumerate() {
             let entry = Entry {

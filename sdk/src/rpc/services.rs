@@ -9,7 +9,7 @@
 //! attempt at most.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
@@ -19,7 +19,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use weft_dht::{Dht, Record};
-use weft_net::{Class, Heard, Network, Path, PathKind, PeerId};
+use weft_net::{Class, Heard, Multiaddr, Network, Path, PathKind, PeerId, Place};
 use weft_proto::{
     rpc::{
         Caller, Code, Message, Method, Options, Receiver, Seen, Sender, Session, Status as Ended,
@@ -27,7 +27,10 @@ use weft_proto::{
     wire,
 };
 
-use super::{ATTEMPTS, PAUSE, may_repeat};
+use super::{
+    may_repeat,
+    retries::{ATTEMPTS, Pauses, Retries},
+};
 use crate::{
     Node,
     presence::Presence,
@@ -236,6 +239,7 @@ impl Known {
                 network: node.network().clone(),
                 state: Mutex::default(),
                 looking: tokio::sync::Mutex::default(),
+                retries: Retries::default(),
             }),
             used: now,
         });
@@ -252,6 +256,7 @@ struct Shared {
     state: Mutex<State>,
     /// Held by whoever looks it up.
     looking: tokio::sync::Mutex<()>,
+    retries: Retries,
 }
 
 #[derive(Default)]
@@ -283,6 +288,10 @@ struct Candidate {
     avoid_until: Option<Instant>,
     /// It failed to answer the last ping, and not a call.
     silent: bool,
+    /// It has answered a call.
+    proven: bool,
+    /// The network that its first public address is in, or the relay.
+    network: Option<String>,
     last: u64,
 }
 
@@ -298,6 +307,25 @@ impl Candidate {
         rtt.as_micros() * (self.outstanding as u128 + 1)
     }
 
+    /// Nothing shows that it is there at all.
+    fn is_stranger(&self) -> bool {
+        !self.proven && self.path.is_none()
+    }
+
+    /// The lowest is asked first, where so many were asked in vain in its network: those that have not failed, those that are connected or have answered
+    /// before, and of strangers those of networks that were not tried.
+    fn rank(&self, now: Instant, tried: usize) -> impl Ord + use<> {
+        let stranger = self.is_stranger();
+        let tried = if stranger { tried } else { 0 };
+        (
+            self.avoided(now),
+            self.is_suspect(),
+            stranger,
+            tried,
+            self.cost(),
+        )
+    }
+
     /// It failed, and nothing has been heard of it since.
     fn is_suspect(&self) -> bool {
         self.silent || self.failures > 0 && self.path.is_none()
@@ -307,6 +335,29 @@ impl Candidate {
         let until = self.avoid_until?;
         (until > now).then(|| until.duration_since(now))
     }
+}
+
+/// The widest network around the first public address, or the relay; `None` if there is neither.
+fn network(addresses: &Heard) -> Option<String> {
+    let addresses = addresses.to_wire().into_iter();
+    let addresses = addresses.filter_map(|address| Multiaddr::try_from(address).ok());
+    let places = addresses.map(|address| Place::of(&Path::of(&address)));
+    places.filter_map(|place| place.networks().last()).next()
+}
+
+/// One of each network, in random order, then a second of each, and so on.
+fn in_turns<T>(all: impl Iterator<Item = (Option<String>, T)>) -> Vec<T> {
+    let mut all: Vec<_> = all.collect();
+    fastrand::shuffle(&mut all);
+    let mut seen = HashMap::<Option<String>, usize>::new();
+    let turns = all.into_iter().map(|(network, one)| {
+        let turn = seen.entry(network).or_default();
+        *turn += 1;
+        (*turn, one)
+    });
+    let mut turns: Vec<_> = turns.collect();
+    turns.sort_by_key(|(turn, _)| *turn);
+    turns.into_iter().map(|(_, one)| one).collect()
 }
 
 fn has(labels: &Labels, wanted: &Labels) -> bool {
@@ -327,14 +378,21 @@ impl State {
     /// Whom to ask: the cheapest of those that have not failed, or of all if they have.
     fn choose(
         &mut self,
-        wanted: &Labels,
+        wanted: &WantedNow<'_>,
         tried: &HashSet<PeerId>,
         now: Instant,
     ) -> Option<(PeerId, Heard)> {
+        let mut tried_in = HashMap::<_, usize>::new();
+        for tried in tried.iter().filter_map(|peer| self.offers.get(peer)) {
+            *tried_in.entry(tried.network.clone()).or_default() += 1;
+        }
         let candidates = self.offers.iter_mut();
         let (peer, chosen) = candidates
-            .filter(|(peer, c)| !tried.contains(peer) && has(&c.labels, wanted))
-            .min_by_key(|(_, c)| (c.avoided(now), c.is_suspect(), c.cost(), c.last))?;
+            .filter(|(peer, c)| !tried.contains(peer) && wanted.fits(peer, &c.labels))
+            .min_by_key(|(_, c)| {
+                let tried = tried_in.get(&c.network).copied().unwrap_or_default();
+                (c.rank(now, tried), c.last)
+            })?;
         self.calls += 1;
         chosen.last = self.calls;
         chosen.outstanding += 1;
@@ -364,6 +422,7 @@ impl State {
                 continue;
             }
             let candidate = self.offers.entry(peer).or_default();
+            candidate.network = network(&addresses);
             candidate.addresses = addresses;
             candidate.labels = labels;
             candidate.sequence = record.sequence();
@@ -375,12 +434,20 @@ impl State {
 }
 
 impl State {
-    /// Forgets an offer that leads nowhere as far as is known: that of the peer that has failed most, or else that of
-    /// a peer that was never reached. Offers of connected peers stay.
+    /// Forgets an offer that leads nowhere as far as is known: of a peer that never answered, in the network that has
+    /// the most of those, the one that has failed most, or else is the oldest. Offers of connected peers stay.
     fn make_room(&mut self) -> bool {
+        let mut of_network = HashMap::<_, usize>::new();
+        for candidate in self.offers.values().filter(|c| c.is_stranger()) {
+            *of_network.entry(candidate.network.clone()).or_default() += 1;
+        }
         let offers = self.offers.iter();
         let idle = offers.filter(|(_, c)| c.outstanding == 0 && c.path.is_none());
-        let worst = idle.max_by_key(|(_, c)| (c.failures, std::cmp::Reverse(c.until)));
+        let worst = idle.max_by_key(|(_, c)| {
+            let neighbours = of_network.get(&c.network).copied().unwrap_or_default();
+            let until = std::cmp::Reverse(c.until);
+            (c.is_stranger(), neighbours, c.failures, until)
+        });
         let Some(worst) = worst.map(|(peer, _)| *peer) else {
             return false;
         };
@@ -427,10 +494,12 @@ impl Shared {
             let (state, now) = (lock(&self.state), Instant::now());
             let met = state.offers.values().filter(|c| c.path.is_some()).count();
             let strangers = state.offers.iter();
+            let strangers = strangers.filter(|(_, c)| c.path.is_none() && c.avoided(now).is_none());
+            let strangers = in_turns(strangers.map(|(peer, c)| (c.network.clone(), (*peer, c))));
             strangers
-                .filter(|(_, c)| c.path.is_none() && c.avoided(now).is_none())
+                .into_iter()
                 .take(NEAR.saturating_sub(met))
-                .map(|(peer, c)| (*peer, c.addresses.clone()))
+                .map(|(peer, c)| (peer, c.addresses.clone()))
                 .collect()
         };
         let dials = strangers.into_iter().map(|(peer, addresses)| {
@@ -521,6 +590,14 @@ impl Shared {
             candidate.avoid_until = None;
         }
     }
+
+    /// It has answered a call, whatever it said.
+    fn called(&self, peer: PeerId) {
+        if let Some(candidate) = lock(&self.state).offers.get_mut(&peer) {
+            candidate.proven = true;
+        }
+        self.answered(peer);
+    }
 }
 
 /// A call that is open, counted until this is dropped.
@@ -543,8 +620,63 @@ pub struct Service {
     node: Node,
     name: String,
     shared: Arc<Shared>,
-    wanted: Labels,
+    wanted: Wanted,
     class: Class,
+}
+
+/// Which of those that offer a service may be called.
+#[derive(Debug, Clone, Default)]
+struct Wanted {
+    labels: Labels,
+    /// Only these.
+    only: Option<Arc<BTreeSet<PeerId>>>,
+    /// Only those that the node trusts, as it does at the time.
+    trusted: Option<Node>,
+}
+
+impl Wanted {
+    /// What is asked for at this moment.
+    fn now(&self) -> WantedNow<'_> {
+        WantedNow {
+            labels: &self.labels,
+            only: self.only.as_deref(),
+            trusted: self.trusted.as_ref().map(|node| node.trusted().peers()),
+        }
+    }
+
+    /// In words, for a person; empty if any will do.
+    fn in_words(&self) -> String {
+        let mut words = String::new();
+        if !self.labels.is_empty() {
+            words.push_str(&format!(" with {:?}", self.labels));
+        }
+        if let Some(only) = &self.only {
+            words.push_str(&format!(
+                " among the {} peers that may be called",
+                only.len()
+            ));
+        }
+        if self.trusted.is_some() {
+            words.push_str(" among the trusted publishers");
+        }
+        words
+    }
+}
+
+/// [`Wanted`], with the list of trusted peers as it is.
+#[derive(Debug)]
+struct WantedNow<'a> {
+    labels: &'a Labels,
+    only: Option<&'a BTreeSet<PeerId>>,
+    trusted: Option<BTreeSet<PeerId>>,
+}
+
+impl WantedNow<'_> {
+    fn fits(&self, peer: &PeerId, labels: &Labels) -> bool {
+        has(labels, self.labels)
+            && self.only.is_none_or(|only| only.contains(peer))
+            && self.trusted.as_ref().is_none_or(|all| all.contains(peer))
+    }
 }
 
 impl Service {
@@ -555,7 +687,7 @@ impl Service {
             node: node.clone(),
             name: name.to_owned(),
             shared,
-            wanted: Labels::new(),
+            wanted: Wanted::default(),
             class: Class::Interactive,
         })
     }
@@ -563,7 +695,26 @@ impl Service {
     /// Only those that state this label.
     #[must_use]
     pub fn labelled(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.wanted.insert(name.into(), value.into());
+        self.wanted.labels.insert(name.into(), value.into());
+        self
+    }
+
+    /// Calls only these peers. Anybody may state that a service is at their node, and labels are their own word: this, or [`trusted`](Self::trusted), says
+    /// who may see requests and answer them. Called again, it narrows the choice to the peers that are in both.
+    #[must_use]
+    pub fn only(mut self, peers: impl IntoIterator<Item = PeerId>) -> Self {
+        let mut peers: BTreeSet<_> = peers.into_iter().collect();
+        if let Some(before) = &self.wanted.only {
+            peers.retain(|peer| before.contains(peer));
+        }
+        self.wanted.only = Some(Arc::new(peers));
+        self
+    }
+
+    /// Calls only peers that this node trusts ([`Node::trust`]) when the call is made. A peer has to state the service itself.
+    #[must_use]
+    pub fn trusted(mut self) -> Self {
+        self.wanted.trusted = Some(self.node.clone());
         self
     }
 
@@ -586,16 +737,14 @@ impl Service {
             let _looking = self.shared.looking.lock().await;
             self.shared.look(false).await;
         }
+        let wanted = self.wanted.now();
         let (state, now) = (lock(&self.shared.state), Instant::now());
         let mut offers: Vec<_> = state
             .offers
             .iter()
-            .filter(|(_, c)| has(&c.labels, &self.wanted))
+            .filter(|(peer, c)| wanted.fits(peer, &c.labels))
             .collect();
-        offers.sort_by_key(|(peer, c)| {
-            let (avoided, suspect) = (c.avoided(now), c.is_suspect());
-            (avoided, suspect, c.cost(), c.last, **peer)
-        });
+        offers.sort_by_key(|(peer, c)| (c.rank(now, 0), c.last, **peer));
         let offers = offers.into_iter().map(|(peer, c)| ServicePeer {
             peer: *peer,
             labels: c.labels.clone(),
@@ -609,12 +758,16 @@ impl Service {
 
     /// Who offers it, and how that changes: the same as [`peers`](Self::peers) shows, told within five seconds and the time of a look-up; that a node which has
     /// crashed offers nothing any more, when its word ends (ten minutes).
+    ///
+    /// With [`trusted`](Self::trusted), it shows those that are trusted when it begins.
     pub async fn watch(&self) -> ServiceWatch {
         self.node.meet().await;
         ServiceWatch {
             watcher: Watcher::new(self.shared.dht.clone(), self.shared.key.clone()),
             own: self.node.peer_id(),
-            wanted: self.wanted.clone(),
+            wanted: self.wanted.labels.clone(),
+            only: self.wanted.only.clone(),
+            trusted: self.wanted.now().trusted,
             known: HashMap::new(),
         }
     }
@@ -648,11 +801,12 @@ impl Service {
     /// Returns true if all providers that are known, and were not tried, failed lately, and this was not looked into
     /// for a second.
     fn is_doubtful(&self, tried: &HashSet<PeerId>) -> bool {
+        let wanted = self.wanted.now();
         let (state, now) = (lock(&self.shared.state), Instant::now());
         let lately = |at: Instant| now.duration_since(at) < LOOK_AGAIN;
         let known = state.offers.iter();
         let mut known = known
-            .filter(|(peer, c)| !tried.contains(peer) && has(&c.labels, &self.wanted))
+            .filter(|(peer, c)| !tried.contains(peer) && wanted.fits(peer, &c.labels))
             .peekable();
         known.peek().is_some()
             && known.all(|(_, c)| c.is_suspect() || c.avoided(now).is_some())
@@ -660,8 +814,9 @@ impl Service {
     }
 
     fn choose_known(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
+        let wanted = self.wanted.now();
         let mut state = lock(&self.shared.state);
-        let (peer, addresses) = state.choose(&self.wanted, tried, Instant::now())?;
+        let (peer, addresses) = state.choose(&wanted, tried, Instant::now())?;
         let shared = Arc::clone(&self.shared);
         Some((Outstanding { shared, peer }, addresses))
     }
@@ -713,15 +868,16 @@ impl Service {
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
         let attempts = async {
-            let (mut tried, mut pause, mut reach) = (HashSet::new(), PAUSE, REACH);
+            let (mut tried, mut pauses, mut reach) = (HashSet::new(), Pauses::new(), REACH);
+            self.shared.retries.called();
             let mut last = None;
             for attempt in 1..=ATTEMPTS {
                 let mut chosen = self.choose(&tried).await;
                 if chosen.is_none() && !tried.is_empty() {
                     // All have failed; the first of them may be well again.
                     tried.clear();
-                    sleep(pause).await;
-                    (pause, reach) = (pause * 2, reach * 2);
+                    sleep(pauses.next()).await;
+                    reach *= 2;
                     chosen = self.choose(&tried).await;
                 }
                 let Some((outstanding, addresses)) = chosen else {
@@ -732,7 +888,9 @@ impl Service {
                 };
                 let peer = outstanding.peer;
                 tried.insert(peer);
-                let failed = match timeout(reach, self.session(peer, addresses)).await {
+                let session = timeout(reach, self.session(peer, addresses)).await;
+                let was_reached = matches!(session, Ok(Ok(_)));
+                let failed = match session {
                     Err(_) => {
                         let text = format!("{peer} was not reached in {} s", reach.as_secs());
                         unreached(text)
@@ -747,7 +905,7 @@ impl Service {
                         match call(session, left, outstanding).await {
                             Err(status) if is_failure(&status) => status,
                             ended => {
-                                self.shared.answered(peer);
+                                self.shared.called(peer);
                                 return ended;
                             }
                         }
@@ -755,7 +913,10 @@ impl Service {
                 };
                 self.shared.failed(peer);
                 tracing::debug!(%peer, service = self.name, status = %failed, attempt, "a call by name has failed");
-                if !may_ask_another(&failed, &method) {
+                let may_go_on = may_ask_another(&failed, &method);
+                // One that was not reached has not been asked anything.
+                let is_asked_again = may_go_on && (!was_reached || self.shared.retries.take());
+                if !is_asked_again {
                     return Err(failed);
                 }
                 last = Some(failed);
@@ -790,11 +951,12 @@ impl Service {
         if let Err(error) = self.node.is_connected().await {
             return unreached(error.to_string());
         }
-        let wanted = match self.wanted.is_empty() {
-            true => String::new(),
-            false => format!(" with {:?}", self.wanted),
+        let wanted = self.wanted.in_words();
+        let own = match self.node.offered().has(&self.name) {
+            true => "; this node does itself, and a node calls others only",
+            false => "",
         };
-        unreached(format!("nobody offers {:?}{wanted}", self.name))
+        unreached(format!("nobody offers {:?}{wanted}{own}", self.name))
     }
 }
 
@@ -829,6 +991,8 @@ pub struct ServiceWatch {
     watcher: Watcher,
     own: PeerId,
     wanted: Labels,
+    only: Option<Arc<BTreeSet<PeerId>>>,
+    trusted: Option<BTreeSet<PeerId>>,
     known: HashMap<PeerId, Labels>,
 }
 
@@ -855,7 +1019,13 @@ impl ServiceWatch {
             Change::Left { publisher, subkey } if subkey.is_empty() => (publisher, None),
             Change::Left { .. } => return None,
         };
-        let labels = labels.filter(|labels| has(labels, &self.wanted));
+        let wanted = WantedNow {
+            labels: &self.wanted,
+            only: self.only.as_deref(),
+            trusted: None,
+        };
+        let is_trusted = self.trusted.as_ref().is_none_or(|all| all.contains(&peer));
+        let labels = labels.filter(|labels| is_trusted && wanted.fits(&peer, labels));
         if peer == self.own {
             return None;
         }
@@ -950,8 +1120,17 @@ mod tests {
     }
 
     fn choose(state: &mut State) -> PeerId {
-        let chosen = state.choose(&Labels::new(), &HashSet::new(), Instant::now());
+        let labels = Labels::new();
+        let chosen = state.choose(&any(&labels), &HashSet::new(), Instant::now());
         chosen.unwrap().0
+    }
+
+    fn any(labels: &Labels) -> WantedNow<'_> {
+        WantedNow {
+            labels,
+            only: None,
+            trusted: None,
+        }
     }
 
     const DIRECT: &str = "/ip4/192.0.2.1/tcp/1";
@@ -1024,7 +1203,8 @@ mod tests {
         let own = PeerId::random();
         let mut has = |records: &[Record], model: &str| {
             state.learn(own, records, now);
-            state.choose(&wanted(model), &HashSet::new(), now).is_some()
+            let wanted = wanted(model);
+            state.choose(&any(&wanted), &HashSet::new(), now).is_some()
         };
         assert!(has(&[record(Some(claim("a")), 1)], "a"));
         assert!(has(&[record(Some(claim("b")), 2)], "b"));
@@ -1051,6 +1231,83 @@ mod tests {
         assert!(state.offers.is_empty());
         state.learn(own, &[record(Some(claim("b")), 6)], now + 2 * ttl);
         assert!(state.offers.is_empty() || state.offers.values().all(|c| c.until > Some(now)));
+    }
+
+    /// An offer that nothing is known of but where it is said to be.
+    fn stated(keys: &Keypair, address: &str, sequence: u64) -> Record {
+        let address: Multiaddr = address.parse().unwrap();
+        let claim = wire::ServiceClaim {
+            addresses: vec![address.to_vec().into()],
+            labels: Vec::new(),
+        };
+        let claim = claim.encode_to_vec();
+        let ttl = Duration::from_secs(600);
+        Record::sign(keys, b"k", b"", Some(&claim), sequence, ttl).unwrap()
+    }
+
+    #[test]
+    fn false_offers_push_out_no_peer_that_answers_nor_one_of_another_network() {
+        let (mut state, now) = (State::default(), Instant::now());
+        let own = PeerId::random();
+        let keys = Keypair::generate_ed25519;
+        let [proven, connected, honest] = [keys(), keys(), keys()];
+        let ids = [&proven, &connected, &honest].map(|keys| keys.public().to_peer_id());
+        let at = |n: usize| format!("/ip4/203.0.{}.{}/tcp/1", 113 + n % 2, n % 250 + 1);
+        // In the same network as the liars, which tells nothing against those that answer.
+        let first = [(&proven, at(1)), (&connected, at(2))];
+        let first = first.map(|(keys, address)| stated(keys, &address, 1));
+        state.learn(own, &first, now);
+        state.offers.get_mut(&ids[0]).unwrap().proven = true;
+        let path = Path::of(&DIRECT.parse().unwrap());
+        state.offers.get_mut(&ids[1]).unwrap().path = Some((path, None));
+        let liars: Vec<_> = (0..2 * MAX_OFFERS)
+            .map(|n| stated(&keys(), &at(n), 1))
+            .collect();
+        state.learn(own, &liars[..MAX_OFFERS], now);
+        assert_eq!(state.offers.len(), MAX_OFFERS);
+        state.learn(own, &[stated(&honest, "/ip4/198.51.100.1/tcp/1", 1)], now);
+        state.learn(own, &liars[MAX_OFFERS..], now);
+        assert_eq!(state.offers.len(), MAX_OFFERS);
+        assert!(ids.iter().all(|id| state.offers.contains_key(id)));
+        // Those that are known to be there come first, and then one of each network.
+        let (labels, mut tried) = (Labels::new(), HashSet::new());
+        let mut next = || {
+            let (peer, _) = state.choose(&any(&labels), &tried, now).unwrap();
+            tried.insert(peer);
+            peer
+        };
+        let asked: HashSet<_> = (0..5).map(|_| next()).collect();
+        assert!(ids.iter().all(|id| asked.contains(id)));
+    }
+
+    #[test]
+    fn only_peers_that_are_named_or_trusted_are_asked() {
+        let ms = Duration::from_millis;
+        let (mut state, peers) = state(vec![candidate(ms(1), DIRECT), candidate(ms(90), DIRECT)]);
+        let labels = Labels::new();
+        let far = BTreeSet::from([peers[1]]);
+        let asked = |state: &mut State, wanted: &WantedNow<'_>| {
+            let asked = state.choose(wanted, &HashSet::new(), Instant::now());
+            asked.map(|(peer, _)| peer)
+        };
+        let only = WantedNow {
+            only: Some(&far),
+            ..any(&labels)
+        };
+        let trusted = WantedNow {
+            trusted: Some(far.clone()),
+            ..any(&labels)
+        };
+        for wanted in [&only, &trusted] {
+            assert_eq!(asked(&mut state, wanted), Some(peers[1]));
+        }
+        let nobody = WantedNow {
+            only: Some(&far),
+            trusted: Some(BTreeSet::from([peers[0]])),
+            ..any(&labels)
+        };
+        assert_eq!(asked(&mut state, &nobody), None);
+        assert_eq!(asked(&mut state, &any(&labels)), Some(peers[0]));
     }
 
     #[test]

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use weft_net::{Incoming, LimitUse, Stream};
+use weft_net::{Incoming, LimitUse, Place, Shares, Stream};
 use weft_proto::rpc::{Budget, Handler, Limits, Session};
 
 use super::Offered;
-use crate::node::{Served, serve_all};
+use crate::node::serve_all;
 
 /// What calls from others can make a node hold and do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +15,8 @@ pub struct CallLimits {
     pub sessions: usize,
     /// Sessions that one peer may have open. A peer needs two, one for interactive calls and one for bulk, and for a moment a third when a better path opens.
     pub sessions_per_peer: usize,
-    /// Bytes that have come and wait to be taken by what answers, of all sessions together.
+    /// Bytes held for callers, of all sessions together: requests, what has come and waits to be taken by what answers, and answers of programs behind the
+    /// gRPC API that wait for the caller. One peer, and one network, may have an eighth of it, and more only while three eighths are free.
     pub held: usize,
     /// What may come on each session.
     pub session: Limits,
@@ -37,7 +38,7 @@ impl Default for CallLimits {
 pub(crate) struct Serving {
     limits: CallLimits,
     held: Budget,
-    served: Served,
+    served: Shares,
 }
 
 impl Serving {
@@ -45,21 +46,41 @@ impl Serving {
         Self {
             limits,
             held: Budget::new(limits.held),
-            served: Served::new(limits.sessions, limits.sessions_per_peer),
+            served: Shares::new(limits.sessions, limits.sessions_per_peer),
         }
     }
 
     /// Every limit on calls from others, and what it comes to.
     pub(crate) fn limits(&self) -> Vec<LimitUse> {
-        let [sessions, of_one] = self.served.usage("call_sessions", "call_sessions_per_peer");
-        let held = LimitUse {
-            name: "call_bytes_held",
-            used: self.held.used() as u64,
-            limit: Some(self.limits.held as u64),
-            refused: self.held.refused(),
-        };
-        vec![sessions, of_one, held]
+        let sessions = self.served.limits(
+            "call_sessions",
+            "call_sessions_per_place",
+            "call_sessions_per_peer",
+        );
+        let held = usage(&self.held, "call_bytes_held", "call_bytes_held_per_peer");
+        sessions.into_iter().chain(held).collect()
     }
+}
+
+/// What has been used of a budget, in all and by the one that uses the most.
+pub(super) fn usage(budget: &Budget, all: &'static str, of_one: &'static str) -> [LimitUse; 2] {
+    let row = |name, used: usize, limit: usize, refused| LimitUse {
+        name,
+        used: used as u64,
+        limit: Some(limit as u64),
+        refused,
+    };
+    let refused = budget.refused();
+    [
+        row(all, budget.used(), budget.size(), refused.whole),
+        row(of_one, budget.used_by_one(), budget.share(), refused.share),
+    ]
+}
+
+/// A budget, in the name of who is at the other end of a stream and of the networks around it.
+pub(super) fn of_stream(budget: &Budget, stream: &Stream) -> Budget {
+    let networks = Place::of(stream.path()).networks();
+    budget.of(networks.chain([stream.peer().to_string()]))
 }
 
 /// Answers calls until the network stops.
@@ -68,7 +89,7 @@ pub(crate) async fn serve_calls(incoming: Incoming, offered: Offered, serving: S
     let (held, limits) = (serving.held.clone(), serving.limits.session);
     let serve = move |stream: Stream| {
         let peer = stream.peer();
-        let (held, offered) = (held.clone(), Arc::clone(&offered));
+        let (held, offered) = (of_stream(&held, &stream), Arc::clone(&offered));
         async move {
             let name = peer.to_string().into();
             let served = Session::serve_within(held, stream, limits, name, offered);
@@ -78,4 +99,143 @@ pub(crate) async fn serve_calls(incoming: Incoming, offered: Offered, serving: S
         }
     };
     serve_all(incoming, serving.served, serve).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, time::Duration};
+
+    use bytes::Bytes;
+    use tokio::time::{Instant, sleep, timeout};
+    use weft_net::Class;
+    use weft_proto::rpc::{
+        Caller, Code, Context, Ended, Message, Method, Options, Receiver, Sender, Status,
+    };
+
+    use super::*;
+    use crate::{Node, rpc::PROTOCOL};
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Takes nothing, or gives back what it gets. May hold a node.
+    struct Service {
+        _node: Option<Node>,
+    }
+
+    impl Handler for Service {
+        fn call(&self, context: Context, mut requests: Receiver, mut responses: Sender) -> Ended {
+            Box::pin(async move {
+                match context.method.as_str() {
+                    "test.Test/Hold" => std::future::pending().await,
+                    "test.Test/Echo" => {
+                        let message = requests.next().await?.unwrap_or_default();
+                        responses.send_last(message).await
+                    }
+                    other => Err(Status::new(Code::Unimplemented, other)),
+                }
+            })
+        }
+    }
+
+    fn service(node: Option<Node>) -> Arc<dyn Handler> {
+        Arc::new(Service { _node: node })
+    }
+
+    async fn start(home: &Path, limits: CallLimits) -> Result<Node, crate::Error> {
+        let node = Node::builder()
+            .home(home)
+            .mdns(false)
+            .port_mapping(false)
+            .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
+            .call_limits(limits);
+        node.spawn().await
+    }
+
+    fn message(size: usize) -> Message {
+        Bytes::from(vec![7; size]).into()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_peer_with_many_sessions_leaves_memory_for_the_calls_of_others() {
+        const MIB: usize = 1 << 20;
+        let homes = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let few = CallLimits {
+            held: 16 * MIB,
+            ..CallLimits::default()
+        };
+        let victim = start(homes[0].path(), few).await.unwrap();
+        let names = vec!["test.Test".to_owned()];
+        let offered = victim.rpc().offer(names, Bytes::new(), service(None));
+        let _offered = offered.unwrap();
+        let (peer, at) = (victim.peer_id(), victim.network().addresses().all);
+        let attacker = start(homes[1].path(), CallLimits::default()).await.unwrap();
+        let honest = start(homes[2].path(), CallLimits::default()).await.unwrap();
+        for node in [&attacker, &honest] {
+            node.connect(peer, at.clone()).await.unwrap();
+        }
+        // Four times what may be held, in messages that nobody takes.
+        let mut held = Vec::new();
+        for n in 0..24 {
+            if n % 3 == 0 {
+                let opened = attacker.network().open(peer, PROTOCOL, Class::Bulk);
+                let (session, driver) = Session::client(opened.await.unwrap(), Limits::default());
+                tokio::spawn(driver);
+                held.push((session, Vec::new()));
+            }
+            let (session, calls) = held.last_mut().unwrap();
+            let call = session.call("test.Test/Hold", Options::default()).await;
+            let (mut sender, receiver) = call.unwrap();
+            let sending = tokio::spawn(async move {
+                // It may be refused.
+                let _ = sender.send(message(3 * MIB)).await;
+                sender
+            });
+            calls.push((receiver, sending));
+        }
+        let row = async |name: &str| {
+            let limits = victim.limits().await.unwrap();
+            limits.into_iter().find(|row| row.name == name).unwrap()
+        };
+        let begin = Instant::now();
+        while row("call_bytes_held_per_peer").await.refused == 0 {
+            assert!(begin.elapsed() < PATIENCE, "nothing was refused");
+            sleep(Duration::from_millis(20)).await;
+        }
+        let used = row("call_bytes_held").await.used as usize;
+        assert!(used <= 10 * MIB, "{used}");
+        for _ in 0..5 {
+            let method = Method {
+                name: "test.Test/Echo".into(),
+                idempotent: false,
+            };
+            let answered =
+                honest
+                    .rpc()
+                    .peer(peer)
+                    .unary(method, message(MIB + MIB / 2), Options::default());
+            let answer = timeout(PATIENCE, answered).await.unwrap().unwrap();
+            assert_eq!(answer, message(MIB + MIB / 2));
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_handler_that_holds_its_node_lets_go_of_the_home_at_shutdown() {
+        let home = tempfile::tempdir().unwrap();
+        let node = start(home.path(), CallLimits::default()).await.unwrap();
+        let names = vec!["test.Test".to_owned()];
+        let handler = service(Some(node.clone()));
+        let offered = node.rpc().offer(names, Bytes::new(), handler).unwrap();
+        node.shutdown().await;
+        drop(node);
+        let begin = Instant::now();
+        let again = loop {
+            match start(home.path(), CallLimits::default()).await {
+                Ok(node) => break node,
+                Err(error) => assert!(begin.elapsed() < PATIENCE, "{error}"),
+            }
+            sleep(Duration::from_millis(20)).await;
+        };
+        again.shutdown().await;
+        drop(offered);
+    }
 }

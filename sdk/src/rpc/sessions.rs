@@ -14,10 +14,14 @@ use std::{
 };
 
 use tokio::time::{MissedTickBehavior, interval};
-use weft_net::{BestPath, Class, OpenError, PeerId, Stream};
-use weft_proto::rpc::{Code, Limits, Seen, Session, Status};
+use weft_net::{BestPath, Class, LimitUse, OpenError, PeerId, Stream};
+use weft_proto::rpc::{Budget, Code, Limits, Seen, Session, Status};
 
-use super::PROTOCOL;
+use super::{
+    PROTOCOL,
+    retries::Retries,
+    serving::{of_stream, usage},
+};
 use crate::Node;
 
 /// Calls on a shared connection before interactive ones move to one of their own: a peer that is asked something now and then needs none.
@@ -29,9 +33,25 @@ const IDLE: Duration = Duration::from_secs(120);
 /// Slots that are remembered before those without a session are forgotten.
 const REMEMBERED: usize = 256;
 
+/// Bytes of answers that have come and wait to be taken, of all sessions together. One peer may have an eighth of it, and more only while three eighths are
+/// free: an answer may be as large as 260 MiB.
+const ANSWERS: usize = 512 << 20;
+
 /// The sessions of a node.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Sessions(Arc<Mutex<Slots>>);
+#[derive(Debug, Clone)]
+pub(crate) struct Sessions {
+    slots: Arc<Mutex<Slots>>,
+    held: Budget,
+}
+
+impl Default for Sessions {
+    fn default() -> Self {
+        Self {
+            slots: Arc::default(),
+            held: Budget::new(ANSWERS),
+        }
+    }
+}
 
 type Slots = HashMap<(PeerId, Class), Arc<Slot>>;
 
@@ -41,6 +61,7 @@ struct Slot {
     open: Mutex<Option<Open>>,
     /// Held by whoever opens one.
     opening: tokio::sync::Mutex<()>,
+    retries: Arc<Retries>,
 }
 
 #[derive(Debug)]
@@ -69,13 +90,17 @@ impl Sessions {
         peer: PeerId,
         class: Class,
     ) -> Result<Session, Status> {
+        if peer == node.peer_id() {
+            let text = format!("{peer} is this node itself; a node calls others only");
+            return Err(Status::new(Code::FailedPrecondition, text));
+        }
         let slot = self.slot(peer, class);
-        if let Some(session) = slot.usable(node, peer, class) {
+        if let Some(session) = slot.usable(node, peer, class, &self.held) {
             return Ok(session);
         }
         let _opening = slot.opening.lock().await;
         // Somebody else may have opened one meanwhile.
-        if let Some(session) = slot.usable(node, peer, class) {
+        if let Some(session) = slot.usable(node, peer, class, &self.held) {
             return Ok(session);
         }
         let unreachable = |error: &dyn std::fmt::Display| Status {
@@ -92,12 +117,26 @@ impl Sessions {
             opened => opened,
         };
         let stream = opened.map_err(|error| unreachable(&error))?;
-        Ok(slot.fill(stream, class != Class::Interactive))
+        Ok(slot.fill(stream, class != Class::Interactive, &self.held))
+    }
+
+    /// The retries that are left of calls to this peer.
+    pub(super) fn retries(&self, peer: PeerId, class: Class) -> Arc<Retries> {
+        Arc::clone(&self.slot(peer, class).retries)
+    }
+
+    /// What may be held of answers, and what is.
+    pub(crate) fn limits(&self) -> [LimitUse; 2] {
+        usage(
+            &self.held,
+            "answer_bytes_held",
+            "answer_bytes_held_per_peer",
+        )
     }
 
     /// Whether there is one on which calls can be made.
     pub(super) fn has(&self, peer: PeerId, class: Class) -> bool {
-        let slots = lock(&self.0);
+        let slots = lock(&self.slots);
         let slot = slots.get(&(peer, class));
         slot.is_some_and(|slot| {
             lock(&slot.open)
@@ -107,7 +146,7 @@ impl Sessions {
     }
 
     fn slot(&self, peer: PeerId, class: Class) -> Arc<Slot> {
-        let mut slots = lock(&self.0);
+        let mut slots = lock(&self.slots);
         if let Some(slot) = slots.get(&(peer, class)) {
             return Arc::clone(slot);
         }
@@ -120,7 +159,13 @@ impl Sessions {
 }
 
 impl Slot {
-    fn usable(self: &Arc<Self>, node: &Node, peer: PeerId, class: Class) -> Option<Session> {
+    fn usable(
+        self: &Arc<Self>,
+        node: &Node,
+        peer: PeerId,
+        class: Class,
+        held: &Budget,
+    ) -> Option<Session> {
         let mut slot = lock(&self.open);
         let open = slot.as_mut()?;
         if !open.session.is_open() || open.best.is_better_open() {
@@ -130,10 +175,11 @@ impl Slot {
         if class == Class::Interactive && !open.settled && open.calls > CALLS_BEFORE_LANE {
             open.settled = true;
             let (slot, network) = (Arc::clone(self), node.network().clone());
+            let held = held.clone();
             node.spawn(async move {
                 // Without one, things stay as they are.
                 if let Ok(Some(lane)) = network.open_lane(peer, PROTOCOL).await {
-                    slot.fill(lane, true);
+                    slot.fill(lane, true, &held);
                 }
             });
         }
@@ -141,12 +187,13 @@ impl Slot {
     }
 
     /// Puts a session on this stream in the place of the one that there is, which ends with its last call.
-    fn fill(self: &Arc<Self>, stream: Stream, settled: bool) -> Session {
+    fn fill(self: &Arc<Self>, stream: Stream, settled: bool, held: &Budget) -> Session {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let (best, peer, lane) = (stream.best_path(), stream.peer(), stream.is_lane());
         tracing::debug!(%peer, lane, "a session for calls");
-        let (session, driver) = Session::client(stream, Limits::default());
+        let held = of_stream(held, &stream);
+        let (session, driver) = Session::client_within(held, stream, Limits::default());
         *lock(&self.open) = Some(Open {
             session: session.clone(),
             best,

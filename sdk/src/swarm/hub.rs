@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -41,6 +42,10 @@ const FILES_AT_A_TIME: u32 = 1000;
 
 /// How long the first message may take.
 const FIRST: Duration = Duration::from_secs(10);
+
+/// How long a peer may say nothing of a model that is not being fetched here, before the exchange is ended. One that fetches says what has come; one that
+/// has all of it, or waits for very long, exchanges again when it has a reason.
+const SILENT: Duration = Duration::from_secs(600);
 
 /// Peers of one model that are introduced to each other.
 const MAX_GUESTS: usize = 256;
@@ -358,15 +363,14 @@ impl Exchanger {
         R: AsyncRead + Unpin,
     {
         loop {
-            let message: Option<wire::SwarmMessage> = frame::read(&mut reader, MAX_MESSAGE)
-                .await
-                .map_err(|error: FrameError| {
+            let is_wanted = || self.hub.linked(&model).is_some();
+            let Some(message) = next_message(&mut reader, SILENT, is_wanted).await else {
+                return Ok(());
+            };
+            let message = message.map_err(|error| {
                 tracing::debug!(%peer, %error, "an exchange broke");
                 Error::Stopped
             })?;
-            let Some(message) = message else {
-                return Ok(());
-            };
             let ends = message.unknown;
             let files = message.have.as_ref().map_or(0, |have| have.files.len());
             self.heard(peer, &model, message).await;
@@ -423,6 +427,26 @@ impl Exchanger {
     }
 }
 
+/// The next message; `None` at the end, or if nothing is said for so long and it is not wanted either.
+async fn next_message<R>(
+    reader: &mut R,
+    silent: Duration,
+    is_wanted: impl Fn() -> bool,
+) -> Option<Result<wire::SwarmMessage, FrameError>>
+where
+    R: AsyncRead + Unpin,
+{
+    // A message that has begun goes on where it was.
+    let mut message = pin!(frame::read(reader, MAX_MESSAGE));
+    loop {
+        match timeout(silent, &mut message).await {
+            Ok(message) => return message.transpose(),
+            Err(_) if is_wanted() => {}
+            Err(_) => return None,
+        }
+    }
+}
+
 async fn send<W>(writer: &mut W, message: &wire::SwarmMessage) -> Result<(), Error>
 where
     W: AsyncWrite + Unpin,
@@ -431,4 +455,45 @@ where
     frame::write(writer, message, MAX_MESSAGE)
         .await
         .map_err(|_| Error::Stopped)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tokio::io::duplex;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_exchange_on_which_nothing_is_said_ends_unless_the_model_is_fetched() {
+        const BRIEF: Duration = Duration::from_millis(20);
+        let (near, mut far) = duplex(1 << 16);
+        let (mut reader, _writer) = tokio::io::split(near);
+        let wanted = AtomicBool::new(true);
+        let is_wanted = || wanted.load(Ordering::Relaxed);
+        let message = wire::SwarmMessage {
+            unknown: true,
+            ..Default::default()
+        };
+        // A part of it now, the rest much later.
+        let mut bytes = Vec::new();
+        frame::write(&mut bytes, &message, MAX_MESSAGE)
+            .await
+            .unwrap();
+        far.write_all(&bytes[..1]).await.unwrap();
+        let late = async {
+            sleep(10 * BRIEF).await;
+            far.write_all(&bytes[1..]).await.unwrap();
+            // It stays open.
+            far
+        };
+        let next = next_message(&mut reader, BRIEF, is_wanted);
+        let (heard, _far) = tokio::join!(next, late);
+        assert!(heard.unwrap().unwrap().unknown);
+        wanted.store(false, Ordering::Relaxed);
+        let next = next_message(&mut reader, BRIEF, is_wanted);
+        let next = timeout(Duration::from_secs(20), next).await.unwrap();
+        assert!(next.is_none());
+    }
 }
