@@ -357,6 +357,14 @@ impl Dht {
         Ok(records)
     }
 
+    /// Returns what this node itself keeps under `key`, including statements that were taken back; no other node is asked.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn kept(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+        self.ask(self.keys.public().to_peer_id(), key).await
+    }
+
     /// As [`get`](Self::get), and what has been taken back as well ([`Record::value`] is `None`): for whoever remembers what was stated before.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::StreamExt;
@@ -38,6 +38,7 @@ use crate::{
     },
     autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
+    clock::{Clocks, Reading},
     crowd,
     dialled::Dialled,
     gate::{Gate, Source},
@@ -61,6 +62,7 @@ use crate::{
 
 mod addresses;
 mod autonat;
+mod clocks;
 mod dialling;
 mod guarded;
 mod lanes;
@@ -319,6 +321,12 @@ enum Outcome {
         /// Bytes that had been received when the doubt began.
         before: u64,
     },
+    /// A peer was asked for its clock.
+    Clock {
+        peer: PeerId,
+        address: Multiaddr,
+        reading: Option<Reading>,
+    },
     /// A server has said whether it reaches us.
     Told(Told),
     /// One has come back with this.
@@ -393,6 +401,7 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     autonat: Autonat,
     pings: Incoming,
     pingers: Arc<Semaphore>,
+    clocks: Clocks,
     port_mapping: bool,
     /// Our ports that the gateway is asked to forward.
     mappings: HashMap<Transport, Mapping>,
@@ -568,6 +577,7 @@ where
             autonat: Autonat::new(dial_requests, dial_backs, config.limits.autonat),
             pings,
             pingers: Arc::new(Semaphore::new(MAX_PINGERS)),
+            clocks: Clocks::new(SystemTime::now(), Instant::now()),
             outside,
             port_mapping: config.port_mapping,
             mappings: HashMap::new(),
@@ -735,6 +745,9 @@ where
                 let _ = reply.send(());
             }
             Command::Reachability(reply) => drop(reply.send(self.reachability())),
+            Command::Clock(reply) => {
+                let _ = reply.send(self.clocks.difference(SystemTime::now(), Instant::now()));
+            }
             Command::Stop(_) => unreachable!("handled where the loop can end"),
         }
     }
@@ -768,6 +781,11 @@ where
                     self.swarm.close_connection(connection);
                 }
             }
+            Outcome::Clock {
+                peer,
+                address,
+                reading,
+            } => self.on_clock(peer, &address, reading),
             Outcome::Told(told) => self.on_told(told),
             Outcome::CalledBack { stream, nonce } => self.on_nonce(stream, nonce),
             Outcome::ToDial { stream, wanted } => self.on_to_dial(stream, wanted),
@@ -1165,6 +1183,7 @@ where
             self.peers.remove(&id);
             self.punching.forget(&id);
             self.reach.forget(&id);
+            self.clocks.forget(&id);
         }
     }
 
@@ -1244,6 +1263,7 @@ where
         self.renew_relays();
         self.expire_reservations();
         self.check_relays();
+        self.compare_clocks();
         self.hold_relays();
         self.punch_all();
         self.try_udp();

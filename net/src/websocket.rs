@@ -45,7 +45,7 @@ use tokio::{
 };
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 
-use crate::{tcp::Tcp, tls::ConfigError};
+use crate::{clock, tcp::Tcp, tls::ConfigError};
 
 /// Bytes of a message. Ours are smaller; other implementations put at most one yamux frame of 1 MiB and what secures it into one.
 const MAX_MESSAGE: usize = (1 << 20) + (64 << 10);
@@ -125,7 +125,7 @@ impl Certificate {
 
     fn server(&self) -> Result<ServerConfig, RustlsError> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let mut config = ServerConfig::builder_with_details(provider, clock::for_tls())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
             .with_single_cert(self.chain.clone(), self.key.clone_key())?;
@@ -148,7 +148,7 @@ impl Outside {
             None => Certificate::made_up()?.server()?,
         };
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut client = ClientConfig::builder_with_provider(provider)
+        let mut client = ClientConfig::builder_with_details(provider, clock::for_tls())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(Unchecked))

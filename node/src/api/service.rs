@@ -68,6 +68,7 @@ impl node_server::Node for Service {
             dht_records: now.dht_records as u64,
             models: now.models as u32,
             model_bytes: now.model_bytes,
+            clock: self.node.clock().await.map(clock),
         }))
     }
 
@@ -165,6 +166,7 @@ impl node_server::Node for Service {
                 bytes: known.relay_use.bytes,
                 refused: known.relay_use.refused,
             }),
+            clock: self.node.clock().await.map(clock),
         }))
     }
 
@@ -268,6 +270,15 @@ impl node_server::Node for Service {
 
 /// Rules in a list: each connection is held against all of them.
 const MAX_RULES: usize = 4096;
+
+fn clock(difference: weft::ClockDifference) -> api::ClockDifference {
+    api::ClockDifference {
+        seconds: difference.seconds(),
+        peers: difference.peers as u32,
+        is_wrong: difference.is_wrong(),
+        text: difference.to_string(),
+    }
+}
 
 fn bits(set: u64) -> Vec<u32> {
     (0..u64::BITS).filter(|bit| set >> bit & 1 == 1).collect()
