@@ -327,8 +327,7 @@ async fn flood(peer: libp2p::PeerId, addresses: Vec<libp2p::Multiaddr>, reset: A
     }
 }
 
-async fn node_beside(network: &Network) -> (Dht, Network) {
-    let keys = Keypair::generate_ed25519();
+async fn node_beside(network: &Network, keys: Keypair) -> (Dht, Network) {
     let (dht, behaviour) = Dht::new(&keys);
     let mut config = Config::new(keys);
     config.mdns = false;
@@ -361,7 +360,7 @@ async fn round_trip(from: &Network, to: libp2p::PeerId, enough: impl Fn() -> boo
 async fn who_sends_forged_statements_by_the_thousand_slows_nobody_and_is_not_listened_to() {
     let (dht, network, _) = victim().await;
     let peer = network.local_peer();
-    let (honest, beside) = node_beside(&network).await;
+    let (honest, beside) = node_beside(&network, Keypair::generate_ed25519()).await;
     let before = round_trip(&beside, peer, || true).await;
     let reset = Arc::new(AtomicUsize::new(0));
     let flood = flood(peer, network.addresses().all, Arc::clone(&reset));
@@ -387,4 +386,30 @@ async fn who_sends_forged_statements_by_the_thousand_slows_nobody_and_is_not_lis
         during < before * 10 + Duration::from_millis(100),
         "{before:?}, {during:?}"
     );
+}
+
+#[tokio::test]
+async fn what_a_node_stated_while_its_clock_was_ahead_is_superseded_although_it_remembers_nothing()
+{
+    let (dht, network, mut swarm) = victim().await;
+    let peer = network.local_peer();
+    let keys = Keypair::generate_ed25519();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let ahead = Draft {
+        sequence: now.as_millis() as u64 + 36_000_000,
+        value: b"old".to_vec(),
+        ..Draft::default()
+    };
+    let old = Record::new(b"k".to_vec(), set(vec![signed(&keys, ahead)]));
+    assert_eq!(store(&mut swarm, peer, vec![old]).await, [true]);
+    drop(swarm);
+    // The same node, with its clock set right and its disk lost.
+    let (again, _beside) = node_beside(&network, keys).await;
+    again.publish(b"k", b"", b"new", HOUR).await.unwrap();
+    let kept = dht.kept(b"k").await.unwrap();
+    assert_eq!(kept.len(), 1);
+    assert_eq!(kept[0].value(), Some(&b"new"[..]));
+    // And also what is said again as it was signed.
+    again.withdraw(b"k", b"", HOUR).await.unwrap();
+    assert_eq!(dht.kept(b"k").await.unwrap()[0].value(), None);
 }
