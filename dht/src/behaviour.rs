@@ -357,6 +357,14 @@ impl Dht {
         Ok(records)
     }
 
+    /// Returns what this node itself keeps under `key`, including statements that were taken back; no other node is asked.
+    ///
+    /// # Errors
+    /// [`DhtError::Stopped`].
+    pub async fn kept(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
+        self.ask(self.keys.public().to_peer_id(), key).await
+    }
+
     /// As [`get`](Self::get), and what has been taken back as well ([`Record::value`] is `None`): for whoever remembers what was stated before.
     ///
     /// # Errors
@@ -471,7 +479,9 @@ impl Dht {
     /// Returns true if a node that has refused this statement has one of this node's that is newer, and this node itself
     /// knows none: it was stated while the clock was ahead. Its number counts from now on.
     async fn is_behind(&self, record: &Record, stored: &Stored) -> Result<bool, DhtError> {
-        let about = |other: &&Record| other.is_about(&record.publisher(), record.subkey());
+        let about = |other: &&Record| {
+            other.key() == record.key() && other.is_about(&record.publisher(), record.subkey())
+        };
         let newest = |records: &[Record]| records.iter().filter(about).map(Record::sequence).max();
         for peer in &stored.refused {
             let theirs = newest(&self.ask(*peer, record.key()).await?);
@@ -1155,6 +1165,45 @@ mod tests {
             behaviour.route(PeerId::random(), address(&at));
         }
         assert!(behaviour.nodes() <= before + MAX_OF_NETWORK);
+    }
+
+    #[test]
+    fn a_peer_counts_as_where_it_is_directly_connected_and_not_as_its_relay() {
+        let relay = PeerId::random();
+        let relayed = address(&format!("/ip4/8.8.8.8/tcp/1/p2p/{relay}/p2p-circuit"));
+        let direct = address("/ip4/9.9.9.9/tcp/1");
+        let mut peer = Peer {
+            seen_at: relayed.clone(),
+            outside: true,
+            claimed: Vec::new(),
+            serves: true,
+            connections: HashMap::new(),
+        };
+        peer.see(ConnectionId::new_unchecked(1), relayed.clone());
+        assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
+        peer.see(ConnectionId::new_unchecked(2), direct.clone());
+        assert_eq!(peer.seen_at, direct);
+        // A relayed one that opens later changes nothing.
+        peer.see(ConnectionId::new_unchecked(3), relayed.clone());
+        assert_eq!(peer.seen_at, direct);
+        peer.connections.remove(&ConnectionId::new_unchecked(2));
+        peer.look();
+        assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
+    }
+
+    #[tokio::test]
+    async fn sequence_numbers_go_on_from_the_highest_that_is_known() {
+        let keys = Keypair::generate_ed25519();
+        let (dht, _behaviour) = Dht::new(&keys);
+        let ahead = record::now() + 36_000_000;
+        assert!(dht.next_sequence() < ahead);
+        dht.raise(ahead);
+        assert_eq!(dht.next_sequence(), ahead + 1);
+        // A lower one changes nothing.
+        dht.raise(5);
+        assert_eq!(dht.next_sequence(), ahead + 2);
+        dht.raise(u64::MAX);
+        assert_eq!(dht.next_sequence(), u64::MAX);
     }
 
     #[test]

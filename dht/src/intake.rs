@@ -225,17 +225,6 @@ pub(crate) struct Intake<T> {
     all: Budget,
 }
 
-/// What [`Intake::next`] has.
-#[derive(Debug)]
-pub(crate) enum Next<T> {
-    /// A job that may be done now.
-    Job(Job<T>),
-    /// Nothing before then.
-    At(Instant),
-    /// Nothing waits.
-    Nothing,
-}
-
 impl<T> Intake<T> {
     pub(crate) fn new(limits: Limits, now: Instant) -> Self {
         Self {
@@ -309,35 +298,55 @@ impl<T> Intake<T> {
         Some(job)
     }
 
-    /// Returns a job whose turn it is and for which there is a budget, which it spends.
-    pub(crate) fn next(&mut self, now: Instant) -> Next<T> {
-        let mut soonest = None;
-        for _ in 0..self.turns.len() {
-            let Some(peer) = self.turns.pop_front() else {
-                break;
-            };
-            self.turns.push_back(peer);
-            let Some(job) = self.queues.get(&peer).and_then(VecDeque::front) else {
-                continue;
-            };
-            let (network, cost) = (job.network, job.statements.len() as f64);
-            let mut wait = self.peers.get(peer, now).wait(cost);
-            if network.is_public() {
-                wait = wait.max(self.networks.get(network, now).wait(cost));
-            }
-            self.all.fill(now);
-            wait = wait.max(self.all.wait(cost));
-            if wait.is_zero() {
-                self.spend(peer, network, cost, now);
-                self.all.spend(cost);
-                if let Some(job) = self.pop(peer, VecDeque::pop_front) {
-                    return Next::Job(job);
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting == 0
+    }
+
+    /// Takes out jobs for which there are budgets, which it spends: one of each peer in turns, until they have so many
+    /// statements. If it takes none, it returns when to come again. A turn of all peers costs some hundred nanoseconds
+    /// for each.
+    pub(crate) fn take(&mut self, most: usize, now: Instant) -> (Vec<Job<T>>, Option<Instant>) {
+        let (mut taken, mut count, mut soonest) = (Vec::new(), 0, None);
+        loop {
+            let before = taken.len();
+            for _ in 0..self.turns.len() {
+                if count >= most {
+                    return (taken, None);
                 }
+                let Some(peer) = self.turns.pop_front() else {
+                    break;
+                };
+                self.turns.push_back(peer);
+                let Some(job) = self.queues.get(&peer).and_then(VecDeque::front) else {
+                    continue;
+                };
+                let (network, size) = (job.network, job.statements.len());
+                let wait = self.wait(peer, network, size as f64, now);
+                if !wait.is_zero() {
+                    let at = now + wait;
+                    soonest = Some(soonest.map_or(at, |soonest: Instant| soonest.min(at)));
+                    continue;
+                }
+                self.spend(peer, network, size as f64, now);
+                self.all.spend(size as f64);
+                count += size;
+                taken.extend(self.pop(peer, VecDeque::pop_front));
             }
-            let at = now + wait.max(Duration::from_millis(1));
-            soonest = Some(soonest.map_or(at, |soonest: Instant| soonest.min(at)));
+            if taken.len() == before {
+                return (taken, soonest);
+            }
         }
-        soonest.map_or(Next::Nothing, Next::At)
+    }
+
+    /// How long it takes until all budgets have enough for this.
+    fn wait(&mut self, peer: PeerId, network: Origin, cost: f64, now: Instant) -> Duration {
+        self.all.fill(now);
+        let mut wait = self.all.wait(cost);
+        wait = wait.max(self.peers.get(peer, now).wait(cost));
+        if network.is_public() {
+            wait = wait.max(self.networks.get(network, now).wait(cost));
+        }
+        wait
     }
 
     fn spend(&mut self, peer: PeerId, network: Origin, cost: f64, now: Instant) {
@@ -405,6 +414,10 @@ mod tests {
         }
     }
 
+    fn next(intake: &mut Intake<()>, now: Instant) -> Option<Job<()>> {
+        intake.take(1, now).0.pop()
+    }
+
     /// Statements that leave within a time, if each of the peers has something waiting all the time.
     fn leave(intake: &mut Intake<()>, peers: &[(PeerId, Origin)], seconds: u64) -> Vec<usize> {
         let begin = Instant::now();
@@ -415,13 +428,11 @@ mod tests {
                 for (peer, network) in peers {
                     while intake.push(job(*peer, *network, 1)).is_none() {}
                 }
-                match intake.next(now) {
-                    Next::Job(job) => {
-                        let at = peers.iter().position(|(peer, _)| *peer == job.peer);
-                        left[at.unwrap()] += job.statements.len();
-                    }
-                    _ => break,
-                }
+                let Some(job) = next(intake, now) else {
+                    break;
+                };
+                let at = peers.iter().position(|(peer, _)| *peer == job.peer);
+                left[at.unwrap()] += job.statements.len();
             }
         }
         left
@@ -459,7 +470,7 @@ mod tests {
                 since.push_back(now);
                 sent += 1;
             }
-            while let Next::Job(_) = intake.next(now) {
+            while next(&mut intake, now).is_some() {
                 longest = longest.max(now - since.pop_front().unwrap());
                 done += 1;
             }
@@ -482,7 +493,7 @@ mod tests {
                 since.push_back(now);
                 sent += 1;
             }
-            while let Next::Job(_) = intake.next(now) {
+            while next(&mut intake, now).is_some() {
                 longest = longest.max(now - since.pop_front().unwrap());
             }
         }
@@ -504,12 +515,9 @@ mod tests {
         let refused = intake.push(job(honest, network(2), 1)).unwrap();
         assert_eq!(refused.network, network(1));
         assert_eq!(intake.waiting, PUTS.waiting);
-        let first = std::iter::from_fn(|| match intake.next(Instant::now()) {
-            Next::Job(job) => Some(job.peer),
-            _ => None,
-        });
         // Its turn comes after one of each of the others.
-        assert!(first.take(17).any(|peer| peer == honest));
+        let (first, _) = intake.take(17, Instant::now());
+        assert!(first.iter().any(|job| job.peer == honest));
     }
 
     #[test]
@@ -521,7 +529,7 @@ mod tests {
             let now = begin + Duration::from_millis(millis);
             // Each from another identity.
             intake.push(job(PeerId::random(), network(1), 1));
-            while let Next::Job(job) = intake.next(now) {
+            while let Some(job) = next(&mut intake, now) {
                 checked += 1;
                 intake.forged(job.peer, job.network, now);
             }

@@ -4,6 +4,10 @@
 
 use std::{
     collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -17,9 +21,12 @@ use libp2p::{
     tcp, yamux,
 };
 use prost::Message;
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
 use weft_dht::Dht;
-use weft_net::{Config, Network};
+use weft_net::{Class, Config, Network};
 use weft_proto::wire::{RecordSet, SignedRecord};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -278,8 +285,49 @@ fn many_forged() -> Vec<u8> {
     value
 }
 
-async fn node_beside(network: &Network) -> (Dht, Network) {
-    let keys = Keypair::generate_ed25519();
+/// Bytes behind their length, or a field of a protobuf message if there is a tag.
+fn delimited(tag: Option<u8>, bytes: &[u8]) -> Vec<u8> {
+    let mut out: Vec<u8> = tag.into_iter().collect();
+    prost::encode_length_delimiter(bytes.len(), &mut out).unwrap();
+    out.extend(bytes);
+    out
+}
+
+/// Has a node store forged statements two hundred times a second, as Kademlia's protocol has it, by code that waits for nothing.
+async fn flood(peer: libp2p::PeerId, addresses: Vec<libp2p::Multiaddr>, reset: Arc<AtomicUsize>) {
+    let mut config = Config::new(Keypair::generate_ed25519());
+    config.mdns = false;
+    config.listen = Some(Vec::new());
+    let network = Network::spawn(config, libp2p::swarm::dummy::Behaviour)
+        .await
+        .unwrap();
+    let record = [
+        delimited(Some(0x0a), b"k"),
+        delimited(Some(0x12), &many_forged()),
+    ]
+    .concat();
+    let put = [delimited(Some(0x12), b"k"), delimited(Some(0x1a), &record)].concat();
+    let put = delimited(None, &put);
+    let mut tick = tokio::time::interval(Duration::from_millis(5));
+    loop {
+        tick.tick().await;
+        let (network, addresses, put) = (network.clone(), addresses.clone(), put.clone());
+        let reset = Arc::clone(&reset);
+        tokio::spawn(async move {
+            // The victim may have hung up, and may do so while this is being sent.
+            network.connect(peer, addresses).await.ok()?;
+            let protocol = StreamProtocol::new("/weft/kad/1");
+            let mut stream = network.open(peer, protocol, Class::Bulk).await.ok()?;
+            stream.write_all(&put).await.ok()?;
+            stream.flush().await.ok()?;
+            // Nothing comes back but the end.
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+            Some(reset.fetch_add(1, Ordering::Relaxed))
+        });
+    }
+}
+
+async fn node_beside(network: &Network, keys: Keypair) -> (Dht, Network) {
     let (dht, behaviour) = Dht::new(&keys);
     let mut config = Config::new(keys);
     config.mdns = false;
@@ -294,14 +342,15 @@ async fn node_beside(network: &Network) -> (Dht, Network) {
     (dht, beside)
 }
 
-/// The median of some round trips to a peer, each over a stream of its own.
-async fn round_trip(from: &Network, to: libp2p::PeerId) -> Duration {
+/// The median of the round trips to a peer, each over a stream of its own, until there are thirty and this is true.
+async fn round_trip(from: &Network, to: libp2p::PeerId, enough: impl Fn() -> bool) -> Duration {
     let mut trips = Vec::new();
-    for _ in 0..30 {
+    while trips.len() < 30 || !enough() {
         let begin = Instant::now();
-        from.ping(to).await.unwrap();
+        // One that is not answered in time took at least as long.
+        let _ = from.ping(to).await;
         trips.push(begin.elapsed());
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     trips.sort();
     trips[trips.len() / 2]
@@ -309,25 +358,20 @@ async fn round_trip(from: &Network, to: libp2p::PeerId) -> Duration {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_sends_forged_statements_by_the_thousand_slows_nobody_and_is_not_listened_to() {
-    let (dht, network, mut swarm) = victim().await;
+    let (dht, network, _) = victim().await;
     let peer = network.local_peer();
-    let (honest, beside) = node_beside(&network).await;
-    let before = round_trip(&beside, peer).await;
-    let value = many_forged();
-    let flood = tokio::spawn(async move {
-        let mut tick = tokio::time::interval(Duration::from_millis(20));
-        loop {
-            tokio::select! {
-                _ = tick.tick() => {
-                    let record = Record::new(b"k".to_vec(), value.clone());
-                    let kad = &mut swarm.behaviour_mut().kad;
-                    kad.put_record_to(record, [peer].into_iter(), Quorum::All);
-                }
-                _ = swarm.select_next_some() => {}
-            }
+    let (honest, beside) = node_beside(&network, Keypair::generate_ed25519()).await;
+    let before = round_trip(&beside, peer, || true).await;
+    let reset = Arc::new(AtomicUsize::new(0));
+    let flood = flood(peer, network.addresses().all, Arc::clone(&reset));
+    let flood = tokio::spawn(flood);
+    let begun = async {
+        while reset.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-    });
-    let during = round_trip(&beside, peer).await;
+    };
+    timeout(PATIENCE, begun).await.expect("the attack begins");
+    let during = round_trip(&beside, peer, || reset.load(Ordering::Relaxed) >= 200).await;
     // Others' statements are taken meanwhile.
     let honest = &honest;
     let state = |n: u8| async move { honest.publish(&[n], &[], b"v", HOUR).await };
@@ -342,4 +386,30 @@ async fn who_sends_forged_statements_by_the_thousand_slows_nobody_and_is_not_lis
         during < before * 10 + Duration::from_millis(100),
         "{before:?}, {during:?}"
     );
+}
+
+#[tokio::test]
+async fn what_a_node_stated_while_its_clock_was_ahead_is_superseded_although_it_remembers_nothing()
+{
+    let (dht, network, mut swarm) = victim().await;
+    let peer = network.local_peer();
+    let keys = Keypair::generate_ed25519();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let ahead = Draft {
+        sequence: now.as_millis() as u64 + 36_000_000,
+        value: b"old".to_vec(),
+        ..Draft::default()
+    };
+    let old = Record::new(b"k".to_vec(), set(vec![signed(&keys, ahead)]));
+    assert_eq!(store(&mut swarm, peer, vec![old]).await, [true]);
+    drop(swarm);
+    // The same node, with its clock set right and its disk lost.
+    let (again, _beside) = node_beside(&network, keys).await;
+    again.publish(b"k", b"", b"new", HOUR).await.unwrap();
+    let kept = dht.kept(b"k").await.unwrap();
+    assert_eq!(kept.len(), 1);
+    assert_eq!(kept[0].value(), Some(&b"new"[..]));
+    // And also what is said again as it was signed.
+    again.withdraw(b"k", b"", HOUR).await.unwrap();
+    assert_eq!(dht.kept(b"k").await.unwrap()[0].value(), None);
 }

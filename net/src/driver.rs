@@ -5,7 +5,7 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::StreamExt;
@@ -35,6 +35,7 @@ use crate::{
     },
     autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
+    clock::{Clocks, Reading},
     crowd::{self, Crowd, Worth},
     dialled::Dialled,
     gate::{Gate, Source},
@@ -62,6 +63,7 @@ use crate::{
 mod addresses;
 mod autonat;
 mod bootstrap;
+mod clocks;
 mod dialling;
 mod guarded;
 mod lanes;
@@ -293,6 +295,12 @@ enum Outcome {
         /// Bytes that had been received when the doubt began.
         before: u64,
     },
+    /// A peer was asked for its clock.
+    Clock {
+        peer: PeerId,
+        address: Multiaddr,
+        reading: Option<Reading>,
+    },
     /// A server has said whether it reaches us.
     Told(Told),
     /// One has come back with this.
@@ -375,6 +383,7 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     pingers: Shares,
     /// Requests to be dialled that are being refused.
     rejections: Shares,
+    clocks: Clocks,
     port_mapping: bool,
     /// Our ports that the gateway is asked to forward.
     mappings: HashMap<Transport, Mapping>,
@@ -561,6 +570,7 @@ where
             pings,
             pingers: Shares::new(MAX_PINGERS, MAX_PINGERS_PER_PEER),
             rejections: Shares::new(MAX_REJECTIONS, 1),
+            clocks: Clocks::new(SystemTime::now(), Instant::now()),
             outside,
             port_mapping: config.port_mapping,
             mappings: HashMap::new(),
@@ -734,6 +744,9 @@ where
             }
             Command::Reachability(reply) => drop(reply.send(self.reachability())),
             Command::Bootstrap(reply) => drop(reply.send(self.bootstrap_peers())),
+            Command::Clock(reply) => {
+                let _ = reply.send(self.clocks.difference(SystemTime::now(), Instant::now()));
+            }
             Command::Stop(_) => unreachable!("handled where the loop can end"),
         }
     }
@@ -767,6 +780,11 @@ where
                     self.swarm.close_connection(connection);
                 }
             }
+            Outcome::Clock {
+                peer,
+                address,
+                reading,
+            } => self.on_clock(peer, &address, reading),
             Outcome::Told(told) => self.on_told(told),
             Outcome::CalledBack { stream, nonce } => self.on_nonce(stream, nonce),
             Outcome::ToDial { stream, wanted } => self.on_to_dial(stream, wanted),
@@ -1150,6 +1168,7 @@ where
             self.peers.remove(&id);
             self.punching.forget(&id);
             self.reach.forget(&id);
+            self.clocks.forget(&id);
         }
     }
 
@@ -1239,6 +1258,7 @@ where
         self.renew_relays();
         self.expire_reservations();
         self.check_relays();
+        self.compare_clocks();
         self.hold_relays();
         self.punch_all();
         self.try_udp();

@@ -18,6 +18,7 @@ mod access;
 mod address;
 mod autonat;
 mod circuit;
+mod clock;
 mod crowd;
 mod dialled;
 mod driver;
@@ -54,6 +55,7 @@ pub use self::{
     access::{Access, ParseRuleError, Rule},
     address::{Path, PathKind, Transport, dialable_from, is_outside, split_peer_id},
     autonat::{AutonatLimits, Verdict},
+    clock::ClockDifference,
     gate::{Destinations, Heard},
     limits::{LimitUse, Limits},
     network::{

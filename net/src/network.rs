@@ -9,8 +9,9 @@ use tokio::{
 };
 
 use crate::{
-    AcceptError, Access, Certificate, Class, Destinations, Filtering, Incoming, LimitUse, Limits,
-    Mapping, OpenError, Path, PingError, RelayLimits, RelayUse, Rule, Stream, Verdict,
+    AcceptError, Access, Certificate, Class, ClockDifference, Destinations, Filtering, Incoming,
+    LimitUse, Limits, Mapping, OpenError, Path, PingError, RelayLimits, RelayUse, Rule, Stream,
+    Verdict,
     driver::Driver,
     ping::{self, PING},
     streams::Protocols,
@@ -286,6 +287,7 @@ pub(crate) enum Command {
     SetAccess(Access, oneshot::Sender<()>),
     Reachability(oneshot::Sender<Reachability>),
     Bootstrap(oneshot::Sender<Vec<BootstrapPeer>>),
+    Clock(oneshot::Sender<Option<ClockDifference>>),
     Stop(oneshot::Sender<()>),
 }
 
@@ -443,6 +445,13 @@ impl Network {
         self.ask(Command::Bootstrap).await.unwrap_or_default()
     }
 
+    /// Returns how this machine's clock compares with those of the connected peers: the median over several networks.
+    /// `None` if there are too few of them to tell, or once the network has stopped. Peers are asked when they connect,
+    /// and every ten minutes.
+    pub async fn clock(&self) -> Option<ClockDifference> {
+        self.ask(Command::Clock).await.flatten()
+    }
+
     /// Measures the round trip to a connected peer over the best path, after the stream for it is open.
     ///
     /// # Errors
@@ -450,7 +459,7 @@ impl Network {
     pub async fn ping(&self, peer: PeerId) -> Result<(Duration, Path), PingError> {
         let ping = async {
             let mut stream = self.open(peer, ping::PING_PROTOCOL, Class::Control).await?;
-            let rtt = ping::echo(&mut stream).await?;
+            let rtt = ping::echo(&mut stream).await?.rtt;
             Ok((rtt, stream.path().clone()))
         };
         timeout(PING, ping).await.map_err(|_| PingError::TimedOut)?

@@ -32,6 +32,8 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
 };
 
+use crate::clock;
+
 /// Bytes that are encrypted before they are handed to the socket, all at once.
 const BUFFER: usize = 256 * 1024;
 
@@ -78,11 +80,12 @@ impl Tls {
             vec![certificate],
             aws_lc_rs::sign::any_ecdsa_type(&private)?,
         )));
-        let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(versions)?
-            .with_client_cert_verifier(verifier.clone())
-            .with_cert_resolver(certified.clone());
-        let mut client = ClientConfig::builder_with_provider(provider)
+        let mut server =
+            ServerConfig::builder_with_details(Arc::clone(&provider), clock::for_tls())
+                .with_protocol_versions(versions)?
+                .with_client_cert_verifier(verifier.clone())
+                .with_cert_resolver(certified.clone());
+        let mut client = ClientConfig::builder_with_details(provider, clock::for_tls())
             .with_protocol_versions(versions)?
             .dangerous()
             .with_custom_certificate_verifier(verifier)

@@ -55,6 +55,7 @@ use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 use crate::{
     Place, Rule,
     access::{KeptOut, Shared},
+    clock,
     head::{Headed, header},
     pending::{Carrier, Pending, Ticket},
     proxied,
@@ -147,7 +148,7 @@ impl Certificate {
 
     fn server(&self) -> Result<ServerConfig, RustlsError> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let mut config = ServerConfig::builder_with_details(provider, clock::for_tls())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
             .with_single_cert(self.chain.clone(), self.key.clone_key())?;
@@ -170,7 +171,7 @@ impl Outside {
             None => Certificate::made_up()?.server()?,
         };
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut client = ClientConfig::builder_with_provider(provider)
+        let mut client = ClientConfig::builder_with_details(provider, clock::for_tls())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(Unchecked))

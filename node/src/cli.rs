@@ -755,6 +755,9 @@ pub(crate) enum Record {
         publisher: Vec<PeerId>,
     },
     /// Print what is stated under a key, and how that changes, until Ctrl-C
+    ///
+    /// In a mesh of less than some twenty nodes a change is printed as it arrives. In a larger one the key is looked up
+    /// every five seconds, and a value that does not last until the next look-up is not seen.
     Watch {
         /// The key
         key: String,

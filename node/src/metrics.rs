@@ -116,6 +116,28 @@ async fn text(node: &Node) -> String {
         of(&|limit| Some(limit.refused)),
     );
     let one = |value: f64| [(String::new(), value)];
+    let clock = node.clock().await;
+    let of_clock = |value: fn(&weft::ClockDifference) -> f64| {
+        clock.iter().map(move |clock| (String::new(), value(clock)))
+    };
+    metric(
+        &mut text,
+        (
+            "weft_clock_difference_seconds",
+            "gauge",
+            "Seconds by which this machine's clock is ahead of its peers'; none while there are too few peers to tell.",
+        ),
+        of_clock(|clock| clock.seconds() as f64),
+    );
+    metric(
+        &mut text,
+        (
+            "weft_clock_peers",
+            "gauge",
+            "Peers whose clocks are compared with this machine's.",
+        ),
+        of_clock(|clock| clock.peers as f64),
+    );
     if let Ok(known) = node.doctor().await {
         metric(
             &mut text,

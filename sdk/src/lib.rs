@@ -82,10 +82,11 @@ pub use weft_dht::{
     MAX_VALUE as MAX_RECORD_VALUE, RecordError,
 };
 pub use weft_net::{
-    Access, AutonatLimits, BootstrapPeer, Certificate, CertificateError, ConnectError, Filtering,
-    Heard, LimitUse, Limits, Mapping, Missed, Multiaddr, OpenError, ParseRuleError, Path, PathInfo,
-    PathKind, PeerId, PeerInfo, PingError, Published, Reachability, RelayLimits, RelayServer,
-    RelayUse, Rule, SpawnError, TopicError, TopicInfo, Transport, Validity, Verdict, split_peer_id,
+    Access, AutonatLimits, BootstrapPeer, Certificate, CertificateError, ClockDifference,
+    ConnectError, Filtering, Heard, LimitUse, Limits, Mapping, Missed, Multiaddr, OpenError,
+    ParseRuleError, Path, PathInfo, PathKind, PeerId, PeerInfo, PingError, Published, Reachability,
+    RelayLimits, RelayServer, RelayUse, Rule, SpawnError, TopicError, TopicInfo, Transport,
+    Validity, Verdict, split_peer_id,
 };
 
 pub use self::{

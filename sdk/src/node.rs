@@ -19,8 +19,9 @@ use weft_blobs::{
 use weft_crdt::Documents;
 use weft_dht::Dht;
 use weft_net::{
-    Access, BootstrapPeer, ConnectError, Incoming, LimitUse, Multiaddr, Network, Path as NetPath,
-    PeerId, PeerInfo, Place, Reachability, Shares, Stream as NetStream, StreamProtocol,
+    Access, BootstrapPeer, ClockDifference, ConnectError, Incoming, LimitUse, Multiaddr, Network,
+    Path as NetPath, PeerId, PeerInfo, Place, Reachability, Shares, Stream as NetStream,
+    StreamProtocol,
 };
 
 use crate::{
@@ -374,6 +375,15 @@ impl Node {
     pub async fn doctor(&self) -> Result<Reachability, Error> {
         let known = self.inner.network.reachability().await;
         known.ok_or(Error::Stopped)
+    }
+
+    /// Returns how this machine's clock compares with those of the connected peers: the median over several networks.
+    /// `None` if there are too few of them to tell, or once the node has stopped.
+    ///
+    /// Records live by the clock. If [`ClockDifference::is_wrong`] says so, others take what this node states for expired
+    /// or for too long-lived, and this node takes what others state for that.
+    pub async fn clock(&self) -> Option<ClockDifference> {
+        self.inner.network.clock().await
     }
 
     /// Every limit on what others can make this node hold and do, and what it comes to.

@@ -14,8 +14,13 @@ use weft_net::PeerId;
 
 use crate::records::{ROUND, SMALL};
 
-/// How often the key is looked up.
+/// How often the key is looked up at other nodes. What this node keeps itself, which in a mesh of less than some twenty
+/// nodes is everything, is seen at once.
 const WATCH: Duration = Duration::from_secs(5);
+
+/// At least this long between two looks at what this node keeps: a publisher that floods the key does not have it read
+/// more often. Of several values within this time the last is told.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Statements that are remembered, and their bytes. One look-up may bring four times as many, and a publisher may
 /// replace its own each second by others, each of which would be remembered until its end.
@@ -75,6 +80,13 @@ pub(crate) struct Watcher {
     changes: VecDeque<Change>,
     meetings: watch::Receiver<u64>,
     next: Instant,
+    /// Tells when what this node keeps under the key changes. `None` if it is not asked for yet, or cannot be told.
+    kept: Option<watch::Receiver<()>>,
+    asked: bool,
+    /// What this node keeps has changed, and is to be read.
+    changed: bool,
+    /// Not before then.
+    look: Instant,
 }
 
 impl Watcher {
@@ -88,6 +100,10 @@ impl Watcher {
             number: 0,
             changes: VecDeque::new(),
             next: Instant::now(),
+            kept: None,
+            asked: false,
+            changed: false,
+            look: Instant::now(),
         }
     }
 
@@ -97,9 +113,27 @@ impl Watcher {
             if let Some(change) = self.changes.pop_front() {
                 return Some(change);
             }
+            if !self.asked {
+                self.kept = self.dht.changes(&self.key).await.ok()?;
+                self.asked = true;
+            }
+            if self.changed {
+                sleep_until(self.look.min(self.next)).await;
+            }
+            if self.changed && Instant::now() < self.next {
+                let records = self.dht.kept(&self.key).await.ok()?;
+                (self.changed, self.look) = (false, Instant::now() + LOOK);
+                self.changes = self.learn(records, false, Instant::now()).into();
+                self.next = self.next.min(self.soonest_end().unwrap_or(self.next));
+                continue;
+            }
             let small = *self.dht.nodes().borrow() < SMALL;
             tokio::select! {
                 () = sleep_until(self.next) => {}
+                () = changed(&mut self.kept) => {
+                    self.changed = true;
+                    continue;
+                }
                 met = self.meetings.changed(), if small => {
                     met.ok()?;
                     // It has to be told first.
@@ -113,10 +147,15 @@ impl Watcher {
             // then the statements end in their own time.
             let answered = !records.is_empty() && *self.dht.nodes().borrow() > 0;
             self.changes = self.learn(records, answered, now).into();
-            let ends = self.known.values().filter(|known| known.value.is_some());
-            let soonest = ends.map(|known| known.until).min();
-            self.next = soonest.map_or(now + WATCH, |soonest| soonest.min(now + WATCH));
+            let next = now + WATCH;
+            self.next = self.soonest_end().map_or(next, |soonest| soonest.min(next));
         }
+    }
+
+    /// When the first of the statements ends.
+    fn soonest_end(&self) -> Option<Instant> {
+        let ends = self.known.values().filter(|known| known.value.is_some());
+        ends.map(|known| known.until).min()
     }
 
     /// Takes in what a look-up has found. `complete`: what it does not show may have ended.
@@ -222,6 +261,17 @@ impl Watcher {
             }
         }
     }
+}
+
+/// Comes when what this node keeps has changed; never if that is not told.
+async fn changed(kept: &mut Option<watch::Receiver<()>>) {
+    if let Some(told) = kept
+        && told.changed().await.is_ok()
+    {
+        return;
+    }
+    *kept = None;
+    std::future::pending().await
 }
 
 fn left((publisher, subkey): &(PeerId, Vec<u8>)) -> Change {

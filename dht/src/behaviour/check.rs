@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::atomic::Ordering,
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use libp2p::{
@@ -25,13 +25,17 @@ use super::{
 };
 use crate::{
     Record,
-    intake::{ANSWERS, Checked, Intake, Job, Next, PUTS},
+    intake::{ANSWERS, Checked, Intake, Job, PUTS},
     store::{Origin, Refusal},
 };
 
 /// Statements given to the task that checks them at once: some two milliseconds, so that a short queue of one peer does
 /// not wait behind a long one of another.
 const BATCH: usize = 32;
+
+/// At least this long between two looks at whose turn it is: strangers by the hundred who are over their budgets cost no more than
+/// some percent of the swarm's task.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Somebody's request to store something, as Kademlia's handler tells of it.
 #[derive(Debug)]
@@ -63,7 +67,11 @@ pub(super) struct Checks {
     answers: Intake<Answer>,
     /// One at a time; dropping it ends it.
     running: JoinSet<Batch>,
-    /// Until there is a budget for what waits.
+    /// When it was last seen whose turn it is.
+    looked: Instant,
+    /// There is no budget before then for anything that waits.
+    idle_until: Option<Instant>,
+    /// Until the next look.
     pause: Option<Pin<Box<Sleep>>>,
 }
 
@@ -73,44 +81,29 @@ impl Checks {
             puts: Intake::new(PUTS, now),
             answers: Intake::new(ANSWERS, now),
             running: JoinSet::new(),
+            looked: now,
+            idle_until: None,
             pause: None,
         }
     }
 
     /// Starts the next batch; if nothing may be checked yet, returns when that is so.
     fn start(&mut self, now: Instant) -> Option<Instant> {
-        let (mut puts, mut answers, mut count, mut at) = (Vec::new(), Vec::new(), 0, None);
-        let mut sooner = |next: Instant| at = Some(at.map_or(next, |at: Instant| at.min(next)));
-        let (mut more_puts, mut more_answers) = (true, true);
-        while count < BATCH && (more_puts || more_answers) {
-            if more_answers {
-                match self.answers.next(now) {
-                    Next::Job(job) => {
-                        count += job.statements.len();
-                        answers.push(job);
-                    }
-                    Next::At(next) => {
-                        sooner(next);
-                        more_answers = false;
-                    }
-                    Next::Nothing => more_answers = false,
-                }
-            }
-            if more_puts {
-                match self.puts.next(now) {
-                    Next::Job(job) => {
-                        count += job.statements.len();
-                        puts.push(job);
-                    }
-                    Next::At(next) => {
-                        sooner(next);
-                        more_puts = false;
-                    }
-                    Next::Nothing => more_puts = false,
-                }
-            }
+        if self.puts.is_empty() && self.answers.is_empty() {
+            return None;
         }
+        let not_before = self
+            .idle_until
+            .map_or(self.looked + LOOK, |idle| idle.max(self.looked + LOOK));
+        if now < not_before {
+            return Some(not_before);
+        }
+        self.looked = now;
+        let (answers, answers_at) = self.answers.take(BATCH, now);
+        let (puts, puts_at) = self.puts.take(BATCH, now);
+        let at = answers_at.into_iter().chain(puts_at).min();
         if puts.is_empty() && answers.is_empty() {
+            self.idle_until = at;
             return at;
         }
         self.running.spawn(async move {
@@ -170,6 +163,7 @@ impl Behaviour {
                     statements,
                     context: put,
                 };
+                self.checks.idle_until = None;
                 if let Some(refused) = self.checks.puts.push(job) {
                     self.reply(refused.peer, refused.context, false);
                 }
@@ -221,13 +215,14 @@ impl Behaviour {
             statements,
             context: Answer { query, counted },
         };
+        self.checks.idle_until = None;
         let Some(refused) = self.checks.answers.push(job) else {
             return true;
         };
-        if refused.peer == peer && refused.context.query == query {
+        // This one, or another of the same query in its place: it waits for as many as before.
+        if refused.context.query == query {
             return false;
         }
-        // Another has given way.
         self.answer_checked(refused.context, Vec::new());
         true
     }

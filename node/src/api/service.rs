@@ -80,6 +80,7 @@ impl node_server::Node for Service {
             models: now.models as u32,
             model_bytes: now.model_bytes,
             bootstrap: now.bootstrap.into_iter().map(bootstrap).collect(),
+            clock: self.node.clock().await.map(clock),
         }))
     }
 
@@ -187,6 +188,7 @@ impl node_server::Node for Service {
                 bytes: known.relay_use.bytes,
                 refused: known.relay_use.refused,
             }),
+            clock: self.node.clock().await.map(clock),
         }))
     }
 
@@ -290,6 +292,15 @@ impl node_server::Node for Service {
 
 /// Rules in a list: each connection is held against all of them.
 const MAX_RULES: usize = 4096;
+
+fn clock(difference: weft::ClockDifference) -> api::ClockDifference {
+    api::ClockDifference {
+        seconds: difference.seconds(),
+        peers: difference.peers as u32,
+        is_wrong: difference.is_wrong(),
+        text: difference.to_string(),
+    }
+}
 
 fn bits(set: u64) -> Vec<u32> {
     (0..u64::BITS).filter(|bit| set >> bit & 1 == 1).collect()

@@ -6,11 +6,11 @@ use serde_json::{Value, json};
 use tonic::Streaming;
 use weft_proto::api::{
     AddDone, AddEvent, AddHfCacheDone, AddHfCacheEvent, AddHfCacheRequest, AddProgress, AddRequest,
-    add_event, add_hf_cache_event,
+    StatusRequest, StatusResponse, add_event, add_hf_cache_event,
 };
 
 use super::{
-    absolute,
+    absolute, clock_json, clock_warning,
     follow::{Event, follow},
     hf_cache,
     show::model_json,
@@ -42,7 +42,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
         };
         let events = client.models().add(request).await?.into_inner();
         let done = shown(events, &mut meter, &mut stop, "nothing was added").await?;
-        print(&done, &meter, as_json);
+        print(&done, &node(client).await?, &meter, as_json);
         return Ok(());
     };
     if repo.is_empty() && !name.is_empty() {
@@ -57,7 +57,13 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
     };
     let events = client.models().add_hf_cache(request).await?.into_inner();
     let done = shown(events, &mut meter, &mut stop, "what was added stays").await?;
-    print_cache(done, &meter, as_json)
+    print_cache(done, &node(client).await?, &meter, as_json)
+}
+
+/// How the node is doing: who could have taken what was announced.
+async fn node(client: &Client) -> Result<StatusResponse, Failure> {
+    let status = client.node().status(StatusRequest {}).await?;
+    Ok(status.into_inner())
 }
 
 impl Event for AddEvent {
@@ -123,9 +129,11 @@ fn to_json(done: &AddDone) -> Value {
     })
 }
 
-fn print(done: &AddDone, meter: &Meter, as_json: bool) {
+fn print(done: &AddDone, node: &StatusResponse, meter: &Meter, as_json: bool) {
     if as_json {
-        out!("{}", to_json(done));
+        let mut json = to_json(done);
+        json["clock"] = clock_json(node.clock.as_ref());
+        out!("{json}");
         return;
     }
     let size = done.model.as_ref().map_or(0, |model| model.size);
@@ -134,10 +142,17 @@ fn print(done: &AddDone, meter: &Meter, as_json: bool) {
         output::duration(meter.elapsed()),
         output::rate(size, meter.elapsed())
     );
-    print_model(done, &how_long);
+    print_model(done, node, &how_long);
+    warn_of_clock(node);
 }
 
-fn print_model(done: &AddDone, how_long: &str) {
+fn warn_of_clock(node: &StatusResponse) {
+    if let Some(warning) = clock_warning(node.clock.as_ref()) {
+        err!("attention: {warning}");
+    }
+}
+
+fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
     for skipped in &done.skipped {
         err!("left out {skipped}");
     }
@@ -182,7 +197,7 @@ fn print_model(done: &AddDone, how_long: &str) {
     }
     out!("  ticket  {}", done.ticket);
     if done.announced_to == 0 {
-        out!("  nobody is connected yet: it is announced when this node meets others");
+        out!("  {}", not_announced(node));
     } else {
         out!(
             "  announced to {}",
@@ -191,8 +206,27 @@ fn print_model(done: &AddDone, how_long: &str) {
     }
 }
 
+/// Why no other node has taken the announcement of a model.
+fn not_announced(node: &StatusResponse) -> String {
+    if node.peers == 0 {
+        return "nobody is connected yet: it is announced when this node meets others".to_owned();
+    }
+    let peers = output::count(node.peers.into(), "connected peer");
+    match node.clock.as_ref().is_some_and(|clock| clock.is_wrong) {
+        true => format!("none of {peers} has taken the announcement: this machine's clock is off"),
+        false => format!(
+            "none of {peers} has taken the announcement yet: it is repeated as nodes are met"
+        ),
+    }
+}
+
 /// What of a cache was added, and an error if anything that should have been was not.
-fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(), Failure> {
+fn print_cache(
+    done: AddHfCacheDone,
+    node: &StatusResponse,
+    meter: &Meter,
+    as_json: bool,
+) -> Result<(), Failure> {
     let added = || {
         let added = done.added.iter();
         added.map(|one| (&one.repos, one.done.clone().unwrap_or_default()))
@@ -215,6 +249,7 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
                 "added": added.collect::<Vec<_>>(),
                 "failed": lacking.collect::<Vec<_>>(),
                 "skipped": done.skipped,
+                "clock": clock_json(node.clock.as_ref()),
             })
         );
         return result;
@@ -229,8 +264,9 @@ fn print_cache(done: AddHfCacheDone, meter: &Meter, as_json: bool) -> Result<(),
     for (repos, done) in added() {
         size += done.model.as_ref().map_or(0, |model| model.size);
         out!("{}:", repos.join(", "));
-        print_model(&done, "");
+        print_model(&done, node, "");
     }
+    warn_of_clock(node);
     if !done.failed.is_empty() {
         let problems = output::count(done.failed.len() as u64, "problem");
         err!("{problems}: not everything that the cache should hold was added");

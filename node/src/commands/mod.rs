@@ -131,6 +131,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
                 "models": status.models,
                 "model_bytes": status.model_bytes,
                 "bootstrap": status.bootstrap.iter().map(reach::bootstrap_json).collect::<Vec<_>>(),
+                "clock": clock_json(status.clock.as_ref()),
             })
         );
         return Ok(());
@@ -167,7 +168,30 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         status.models,
         output::bytes(status.model_bytes)
     );
+    if let Some(warning) = clock_warning(status.clock.as_ref()) {
+        out!("clock      {warning}");
+    }
     Ok(())
+}
+
+fn clock_json(clock: Option<&api::ClockDifference>) -> serde_json::Value {
+    clock.map_or(serde_json::Value::Null, |clock| {
+        json!({
+            "seconds": clock.seconds,
+            "peers": clock.peers,
+            "is_wrong": clock.is_wrong,
+        })
+    })
+}
+
+/// What to do about this machine's clock, if anything.
+fn clock_warning(clock: Option<&api::ClockDifference>) -> Option<String> {
+    let clock = clock.filter(|clock| clock.is_wrong)?;
+    let effect = match (clock.peers, clock.seconds < 0) {
+        (0, _) | (_, true) => "others may take its records for expired",
+        (_, false) => "it may take others' records for expired, and others refuse its own",
+    };
+    Some(format!("{}: {effect}; set the clock", clock.text))
 }
 
 async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {

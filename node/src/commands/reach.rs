@@ -7,6 +7,7 @@ use tokio::time::sleep;
 use weft::{Multiaddr, PeerId, split_peer_id};
 use weft_proto::api;
 
+use super::{clock_json, clock_warning};
 use crate::{
     cli::{Connect, Ping},
     client::Client,
@@ -222,6 +223,7 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
                     "bytes": relayed.bytes,
                     "refused": relayed.refused,
                 },
+                "clock": clock_json(known.clock.as_ref()),
                 "advice": advice,
             })
         );
@@ -299,6 +301,14 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
     } else {
         out!("is a relay   no");
     }
+    out!(
+        "clock        {}",
+        match known.clock {
+            Some(clock) if clock.is_wrong => clock.text,
+            Some(_) => "agrees with those of its peers".to_owned(),
+            None => "unknown: too few peers have told theirs".to_owned(),
+        }
+    );
     if !advice.is_empty() {
         out!();
     }
@@ -312,6 +322,9 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
 fn advice(known: &api::DoctorResponse) -> Vec<String> {
     let mut advice = Vec::new();
     let mut say = |text: &str| advice.push(text.to_owned());
+    if let Some(warning) = clock_warning(known.clock.as_ref()) {
+        say(&format!("Attention: {warning}."));
+    }
     let direct = !known.public_addresses.is_empty() || !known.mapped_addresses.is_empty();
     for one in known.bootstrap.iter().filter(|one| !one.error.is_empty()) {
         say(&format!(

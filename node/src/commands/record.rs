@@ -148,7 +148,8 @@ fn record_json(record: &api::SignedRecord) -> Value {
         "publisher": record.publisher,
         "subkey": bytes_json(&record.subkey),
         "value": bytes_json(&record.value),
-        "sequence": record.sequence,
+        // A number of JSON is one of 53 bits to many.
+        "sequence": record.sequence.to_string(),
         "remaining_millis": record.remaining_millis,
     })
 }

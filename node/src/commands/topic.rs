@@ -82,7 +82,8 @@ async fn watch(
                         "{}",
                         json!({
                             "from": message.from,
-                            "sequence": message.sequence,
+                            // A number of JSON is one of 53 bits to many.
+                            "sequence": message.sequence.to_string(),
                             "text": text,
                             "base64": BASE64.encode(&message.data),
                         })

@@ -1,0 +1,76 @@
+//! Asking peers for their clocks; see [`crate::clock`].
+
+use std::{
+    convert::Infallible,
+    time::{Duration, Instant, SystemTime},
+};
+
+use libp2p::{Multiaddr, PeerId, swarm::NetworkBehaviour};
+use tokio::{sync::oneshot, time::timeout};
+
+use super::{Driver, Outcome};
+use crate::{
+    clock::Reading,
+    ping::{self, PING_PROTOCOL},
+};
+
+/// How long a peer may take to tell its time. A slower answer says less.
+const TELL: Duration = Duration::from_secs(5);
+
+impl<E> Driver<E>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    /// Asks those peers for their clocks that are to be asked.
+    pub(super) fn compare_clocks(&mut self) {
+        let now = Instant::now();
+        self.clocks.look(SystemTime::now(), now);
+        let best = self.peers.iter().filter_map(|(id, peer)| {
+            let best = peer.best()?;
+            let named = peer.connections.iter();
+            let connection =
+                named.min_by_key(|(_, c)| (c.path.kind, c.rtt.unwrap_or(Duration::MAX)));
+            Some((*id, *connection?.0, best.path.address.clone()))
+        });
+        let due: Vec<_> = best
+            .filter(|(peer, _, address)| self.clocks.ask(*peer, address, now))
+            .collect();
+        for (peer, connection, address) in due {
+            let (reply, answer) = oneshot::channel();
+            let streams = &mut self.swarm.behaviour_mut().streams;
+            streams.open_on(peer, connection, PING_PROTOCOL, reply);
+            let outcomes = self.outcomes.clone();
+            tokio::spawn(async move {
+                let told = timeout(TELL, async {
+                    let mut stream = answer.await.ok()?.ok()?;
+                    ping::echo(&mut stream).await.ok()?.reading
+                });
+                let clock = Outcome::Clock {
+                    peer,
+                    address,
+                    // One that does not answer has no say.
+                    reading: told.await.ok().flatten(),
+                };
+                // The network may have stopped.
+                let _ = outcomes.send(clock).await;
+            });
+        }
+    }
+
+    pub(super) fn on_clock(&mut self, peer: PeerId, address: &Multiaddr, reading: Option<Reading>) {
+        let Some(reading) = reading else { return };
+        let (clock, now) = (SystemTime::now(), Instant::now());
+        let wrong = |difference: Option<crate::ClockDifference>| {
+            difference.filter(crate::ClockDifference::is_wrong)
+        };
+        let before = wrong(self.clocks.difference(clock, now));
+        self.clocks.answered(peer, address, reading);
+        if let Some(difference) =
+            wrong(self.clocks.difference(clock, now)).filter(|_| before.is_none())
+        {
+            tracing::warn!(
+                "{difference}: records of this node and of others are taken for expired; set the clock"
+            );
+        }
+    }
+}
