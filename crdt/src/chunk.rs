@@ -222,11 +222,14 @@ pub(crate) fn check(bytes: &[u8]) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The changes that a change says it builds on; none if it cannot be read so far.
+/// The changes that a plain change says it builds on; none if it cannot be read so far.
 pub(crate) fn dependencies(bytes: &[u8]) -> Vec<ChangeId> {
     let read = || {
         let mut reader = Reader(bytes);
-        reader.take(MAGIC.len() as u64 + 4 + 1)?;
+        reader.take(MAGIC.len() as u64 + 4)?;
+        if reader.byte()? != CHANGE {
+            return Err(Refusal::Malformed("a chunk is no plain change"));
+        }
         let _length = reader.unsigned()?;
         let count = reader.limited(MAX_DEPS)?;
         let hashes = reader.take(count * 32)?;

@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     mem,
+    ops::Range,
 };
 
 use automerge::{ActorId, Automerge, Change, ChangeHash, ReadDoc, transaction::CommitOptions};
@@ -25,6 +26,7 @@ use crate::{
     guard::{self, Depths},
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
     refusal::Refusal,
+    saved::{self, Figures, Save},
     signed::Identity,
     store::{Store, StoreError, key},
     value::{self, Edit, Path},
@@ -41,6 +43,8 @@ const SAVE_EVERY: usize = 512;
 #[derive(Debug, Clone)]
 struct Session {
     run: Run,
+    /// How far the epochs let it count.
+    standing: Standing,
     /// The chain after each envelope, and its change.
     entries: Vec<(Chain, ChangeId)>,
 }
@@ -102,7 +106,7 @@ impl std::convert::From<Waiter> for Sent {
 
 /// The result of a check of one envelope.
 enum Verdict {
-    Counts(Box<Change>),
+    Counts,
     Waits(On),
     Refused(Refusal),
 }
@@ -173,16 +177,13 @@ pub(crate) struct Document {
     digest: Option<Digest>,
     /// Whether somebody wants to know which paths change.
     pub(crate) watched: bool,
+    /// Changes that rebuilds have looked at.
+    #[cfg(test)]
+    pub(crate) looked_at: usize,
 }
 
 fn hash(id: &ChangeId) -> ChangeHash {
     ChangeHash(id.0)
-}
-
-fn damaged(what: &str) -> StoreError {
-    StoreError::Other(format!(
-        "{what} cannot be read: the file is damaged; move it away, and the documents are fetched again from those who have them"
-    ))
 }
 
 impl Document {
@@ -201,6 +202,8 @@ impl Document {
             unsaved: 0,
             digest: None,
             watched: false,
+            #[cfg(test)]
+            looked_at: 0,
         }
     }
 
@@ -208,79 +211,287 @@ impl Document {
         self.genesis.id
     }
 
-    /// Reads a document from disk. All in it was checked before it was written.
+    /// Reads a document from disk. All in it was checked before it was written, signatures as well. Of the log only what
+    /// came after the last save is read.
     pub(crate) fn load(store: &Store, genesis: Genesis) -> Result<Self, StoreError> {
+        if let Some(this) = Self::load_with(store, genesis.clone(), true)? {
+            return Ok(this);
+        }
+        let id = genesis.id;
+        tracing::warn!(document = %id, "a save does not fit the log; all of the log is read instead");
+        Self::load_with(store, genesis, false)?
+            .ok_or_else(|| store.damaged(id, "its changes do not follow each other"))
+    }
+
+    /// `None` if the log does not continue what is in the save.
+    fn load_with(
+        store: &Store,
+        genesis: Genesis,
+        with_save: bool,
+    ) -> Result<Option<Self>, StoreError> {
         let mut this = Self::new(genesis);
         let id = this.id();
+        let damaged = |what: &str| store.damaged(id, format!("{what} cannot be read"));
         for (_, row) in store.scan(&key::epochs(&id), &[], usize::MAX)? {
-            let epoch = wire::SignedEpoch::decode(&row[..]).map_err(|_| damaged("an epoch"))?;
-            let epoch = Epoch::read(epoch, &this.genesis).map_err(|_| damaged("an epoch"))?;
+            let epoch = wire::SignedEpoch::decode(&row[..]).map_err(|_| damaged("a decision"))?;
+            let epoch = Epoch::stored(epoch, &this.genesis).map_err(|_| damaged("a decision"))?;
+            if this.epochs.would_take(&epoch, &this.genesis).is_err() {
+                return Err(damaged("a decision"));
+            }
             this.epochs.take(epoch);
         }
         for (_, row) in store.scan(&key::proofs(&id), &[], usize::MAX)? {
             let proof = wire::Equivocation::decode(&row[..]).map_err(|_| damaged("a proof"))?;
-            let proof = Proof::read(&proof, &id).map_err(|_| damaged("a proof"))?;
+            let proof = Proof::stored(&proof, &id).map_err(|_| damaged("a proof"))?;
             this.proofs.insert(proof.session(), proof);
         }
         for (row, _) in store.scan(&key::owns(&id), &[], usize::MAX)? {
             let session = SessionId::read(&row[33..]).ok_or_else(|| damaged("a session"))?;
             this.own.insert(session);
         }
-        if let Some(save) = store.get(&key::save(&id))? {
-            match guard::contained(|| Automerge::load(&save)) {
+        let mut is_saved = false;
+        if with_save && let Some(row) = store.get(&key::save(&id))? {
+            let save = Save::unpack(&row);
+            // Saves of earlier versions are an Automerge document alone.
+            let document = save.as_ref().map_or(&row[..], |save| save.document);
+            match guard::contained(|| Automerge::load(document)) {
                 Ok(Ok(doc)) => this.doc = doc,
                 _ => {
-                    tracing::warn!(document = %id, "a save cannot be loaded; the log is read instead")
+                    tracing::warn!(document = %id, "a save cannot be loaded; the log is read instead");
                 }
+            }
+            if let Some(save) = save {
+                if !this.restore(&save) {
+                    return Ok(None);
+                }
+                is_saved = true;
             }
         }
         let mut changes = Vec::new();
-        for (_, row) in store.scan(&key::base(&id), &[], usize::MAX)? {
-            changes.push(Change::from_bytes(row).map_err(|_| damaged("a base"))?);
+        if !is_saved {
+            for (_, row) in store.scan(&key::base(&id), &[], usize::MAX)? {
+                changes.push(Change::from_bytes(row).map_err(|_| damaged("the base"))?);
+            }
         }
-        for (_, row) in store.scan(&key::log(&id), &[], usize::MAX)? {
-            this.log_bytes += row.len() as u64;
-            let envelope = wire::Envelope::decode(&row[..]).map_err(|_| damaged("an envelope"))?;
-            let header = envelope
-                .header
-                .as_ref()
-                .ok_or_else(|| damaged("an envelope"))?;
-            let header = Header::read(header, &id).map_err(|_| damaged("an envelope"))?;
-            let session = this
-                .sessions
-                .entry(header.session)
-                .or_insert_with(|| Session {
-                    run: header.run,
-                    entries: Vec::new(),
-                });
-            if session.entries.len() as u64 != header.index {
-                return Err(damaged("the log"));
-            }
-            session.entries.push((header.chain(), header.change));
-            if this
-                .doc
-                .get_change_meta_by_hash(&hash(&header.change))
-                .is_none()
-            {
-                let change = Change::from_bytes(envelope.change.to_vec());
-                changes.push(change.map_err(|_| damaged("a change"))?);
-            }
+        if !this.read_log(store, &mut changes)? {
+            return match is_saved {
+                true => Ok(None),
+                false => Err(store.damaged(id, "its changes do not follow each other")),
+            };
         }
         changes.retain(|change| this.doc.get_change_meta_by_hash(&change.hash()).is_none());
         this.unsaved = changes.len();
         let applied = guard::contained(|| this.doc.apply_changes(changes));
         match applied {
-            Ok(Ok(())) if this.doc.get_missing_deps(&[]).is_empty() => Ok(this),
-            _ => Err(damaged("the log")),
+            Ok(Ok(())) if this.doc.get_missing_deps(&[]).is_empty() => Ok(Some(this)),
+            _ => Err(damaged("a change")),
+        }
+    }
+
+    /// Takes sessions from a save. Returns false if they do not fit the document in it.
+    fn restore(&mut self, save: &Save<'_>) -> bool {
+        let mut actors: HashMap<[u8; 16], Vec<ChangeId>> = HashMap::new();
+        for meta in self.doc.get_changes_meta(&[]) {
+            if let Ok(actor) = <[u8; 16]>::try_from(meta.actor.to_bytes()) {
+                let changes = actors.entry(actor).or_default();
+                if meta.seq != changes.len() as u64 + 1 {
+                    return false;
+                }
+                changes.push(ChangeId(meta.hash.0));
+            }
+        }
+        for (run, count) in &save.sessions {
+            let id = run.session(&self.id());
+            let changes = actors.remove(&id.actor()).unwrap_or_default();
+            if changes.len() as u64 != *count {
+                return false;
+            }
+            let mut chain = id.chain();
+            let entry = |change: ChangeId| {
+                chain = chain.then(&change);
+                (chain, change)
+            };
+            let entries = changes.into_iter().map(entry).collect();
+            self.session_of(*run).entries = entries;
+        }
+        self.log_bytes = save.log_bytes;
+        true
+    }
+
+    /// Reads the envelopes that are not in a session yet; changes that Automerge lacks are added to `changes`. Returns
+    /// false if an envelope does not follow those before it.
+    fn read_log(&mut self, store: &Store, changes: &mut Vec<Change>) -> Result<bool, StoreError> {
+        /// Bytes that are read in vain, at most, where the envelopes of the next session are in the save.
+        const AT_ONCE: usize = 64 << 10;
+        let id = self.id();
+        let damaged = |what: &str| store.damaged(id, format!("{what} cannot be read"));
+        let (log, mut from, mut at_once) = (key::log(&id), Vec::new(), 0);
+        loop {
+            let rows = store.scan(&log, &from, at_once)?;
+            at_once = AT_ONCE;
+            if rows.is_empty() {
+                return Ok(true);
+            }
+            for (key, row) in rows {
+                let place = key[log.len()..].split_first_chunk();
+                let place = place.and_then(|(session, index)| {
+                    Some((
+                        SessionId(*session),
+                        u64::from_be_bytes(index.try_into().ok()?),
+                    ))
+                });
+                let (session, index) = place.ok_or_else(|| damaged("the log"))?;
+                let count = self.count(&session);
+                if index < count {
+                    // In the save: the envelopes behind them come next.
+                    from = [&session.0[..], &count.to_be_bytes()].concat();
+                    at_once = 0;
+                    break;
+                }
+                from = [&key[log.len()..], &[0]].concat();
+                self.log_bytes += row.len() as u64;
+                let read = read_envelope(&row, &id).ok();
+                let read = read.filter(|_| saved::is_sealed(&row) != Some(false));
+                let envelope = read.ok_or_else(|| damaged("a change"))?;
+                let header = &envelope.header;
+                let follows = header.session == session
+                    && header.index == index
+                    && index == count
+                    && self.chain_at(&session, count) == Some(header.previous);
+                if !follows {
+                    return Ok(false);
+                }
+                let entry = (header.chain(), header.change);
+                self.session_of(header.run).entries.push(entry);
+                let change = hash(&header.change);
+                if self.doc.get_change_meta_by_hash(&change).is_none() {
+                    let change = Change::from_bytes(envelope.change.to_vec());
+                    changes.push(change.map_err(|_| damaged("a change"))?);
+                }
+            }
+        }
+    }
+
+    /// The session of a run, made if it is not here.
+    fn session_of(&mut self, run: Run) -> &mut Session {
+        let id = run.session(&self.genesis.id);
+        let standing = || {
+            self.epochs
+                .standing(&self.genesis, &run.author, &id, &run.epoch)
+        };
+        self.sessions.entry(id).or_insert_with(|| Session {
+            run,
+            standing: standing(),
+            entries: Vec::new(),
+        })
+    }
+
+    /// How far the epochs let a session count.
+    fn standing(&self, session: &SessionId, run: &Run) -> Standing {
+        match self.sessions.get(session) {
+            Some(known) => known.standing,
+            None => self
+                .epochs
+                .standing(&self.genesis, &run.author, session, &run.epoch),
         }
     }
 
     /// Writes a save if there is much that is not in the last one, or `always` if there is anything.
     pub(crate) fn save(&mut self, store: &mut Store, always: bool) {
         if self.unsaved >= SAVE_EVERY || always && self.unsaved > 16 {
-            store.put(key::save(&self.id()), self.doc.save());
-            self.unsaved = 0;
+            self.put_save(store);
         }
+    }
+
+    fn put_save(&mut self, store: &mut Store) {
+        let sessions = self.sessions.values();
+        let save = Save {
+            sessions: sessions
+                .map(|session| (session.run, session.entries.len() as u64))
+                .collect(),
+            log_bytes: self.log_bytes,
+            document: &self.doc.save(),
+        };
+        store.put(key::save(&self.id()), save.pack());
+        self.unsaved = 0;
+    }
+
+    /// An estimate of the memory that the document takes. Automerge needs about 250 bytes for an operation, and what is
+    /// written beside; a small document has been measured with 24 KB.
+    pub(crate) fn weight(&self) -> usize {
+        let (changes, log_bytes) = self.log();
+        let bytes = log_bytes
+            .saturating_add(changes.saturating_mul(64))
+            .saturating_add(self.doc.stats().num_ops.saturating_mul(256));
+        usize::try_from(bytes)
+            .unwrap_or(usize::MAX)
+            .saturating_add((16 << 10) + self.waiting.bytes())
+    }
+
+    /// The session in which this replica writes, to go on in it when the document is loaded again.
+    pub(crate) fn writing(&self) -> Option<SessionId> {
+        self.writing
+    }
+
+    pub(crate) fn go_on_writing(&mut self, session: Option<SessionId>) {
+        self.writing = session.filter(|session| self.own.contains(session));
+    }
+
+    /// Takes sessions for this replica's own, as far as something of them is here.
+    pub(crate) fn adopt(&mut self, store: &mut Store, own: impl Iterator<Item = SessionId>) {
+        for session in own.filter(|session| self.sessions.contains_key(session)) {
+            store.put(key::own(&self.genesis.id, &session), Vec::new());
+            self.own.insert(session);
+        }
+    }
+
+    /// Whether a peer might read the document at some time because it was named, and because everybody might.
+    pub(crate) fn was_reader(&self, peer: &Key) -> (bool, bool) {
+        let genesis = &self.genesis;
+        let first = (&genesis.writers, &genesis.readers);
+        let later = self.epochs.iter();
+        let later = later.map(|epoch| (&epoch.says.writers, &epoch.says.readers));
+        let (mut as_named, mut as_everybody) = (*peer == genesis.owner, false);
+        for (writers, readers) in [first].into_iter().chain(later) {
+            as_everybody |= *readers == Readers::Everybody;
+            as_named |= writers.binary_search(peer).is_ok();
+            as_named |= match readers {
+                Readers::Everybody => false,
+                Readers::Named(keys) => keys.binary_search(peer).is_ok(),
+            };
+        }
+        (as_named, as_everybody)
+    }
+
+    /// Whether one who names these sessions and this epoch has had a part of the document: a session's id comes from a
+    /// random nonce, and an epoch's from a signature, and neither is told to those who may not read.
+    pub(crate) fn has_part(&self, heads: &Heads, epoch: Option<&EpochId>) -> bool {
+        let decision = epoch.and_then(|epoch| self.epochs.number_of(epoch, &self.genesis));
+        // Sessions of before the content began anew are known by that decision alone.
+        let was_here = |session: &SessionId| {
+            let mut beginnings = self.epochs.iter().filter(|epoch| epoch.is_beginning());
+            beginnings.any(|epoch| epoch.says.heads.contains_key(session))
+        };
+        decision.is_some_and(|number| number > 0)
+            || heads
+                .keys()
+                .any(|session| self.sessions.contains_key(session) || was_here(session))
+    }
+
+    /// Changes that the content began anew with.
+    pub(crate) fn base_changes(&self) -> u64 {
+        let beginning = self.epochs.beginning();
+        beginning.map_or(0, |epoch| epoch.says.base.len() as u64)
+    }
+
+    pub(crate) fn figures(&mut self) -> Figures {
+        let (changes, log_bytes) = self.log();
+        Figures::of(
+            self.digest(),
+            self.epochs.current(&self.genesis),
+            (&self.heads(), &self.forks()),
+            (self.epochs.count(), changes, log_bytes, self.base_changes()),
+        )
     }
 
     // What is known.
@@ -410,8 +621,9 @@ impl Document {
         index: u64,
     ) -> Result<Envelope, StoreError> {
         let row = store.get(&key::envelope(&self.id(), session, index))?;
-        let row = row.ok_or_else(|| damaged("the log"))?;
-        read_envelope(&row, &self.id()).map_err(|_| damaged("an envelope"))
+        let row = row.filter(|row| saved::is_sealed(row) != Some(false));
+        let read = row.and_then(|row| read_envelope(&row, &self.id()).ok());
+        read.ok_or_else(|| store.damaged(self.id(), "a change cannot be read"))
     }
 
     /// Envelopes of these sessions, each from its count on, in causal order. Dependencies on other sessions are
@@ -421,7 +633,11 @@ impl Document {
             let end = self.count(session);
             (head.count < end).then_some((*session, head.count..end))
         };
-        let ranges: Vec<_> = from.iter().filter_map(range).collect();
+        self.ordered(from.iter().filter_map(range).collect())
+    }
+
+    /// These ranges of sessions in causal order.
+    fn ordered(&self, ranges: Vec<(SessionId, Range<u64>)>) -> impl Iterator<Item = Place> + '_ {
         let actors: HashMap<[u8; 16], SessionId> = ranges
             .iter()
             .map(|(session, _)| (session.actor(), *session))
@@ -476,10 +692,7 @@ impl Document {
 
     /// How far a session counts, by epochs and proofs.
     fn limit(&self, session: &SessionId, run: &Run) -> u64 {
-        let standing = self
-            .epochs
-            .standing(&self.genesis, &run.author, session, &run.epoch);
-        let limit = match standing {
+        let limit = match self.standing(session, run) {
             Standing::Open => u64::MAX,
             Standing::Until(head) => head.count,
             Standing::Void => 0,
@@ -490,12 +703,7 @@ impl Document {
 
     /// Returns true if an envelope can never count, by epochs and proofs.
     pub(crate) fn is_void(&self, header: &Header) -> bool {
-        let standing = self.epochs.standing(
-            &self.genesis,
-            &header.run.author,
-            &header.session,
-            &header.run.epoch,
-        );
+        let standing = self.standing(&header.session, &header.run);
         let is_another = matches!(standing, Standing::Until(head)
             if header.index.checked_add(1) == Some(head.count) && header.chain() != head.chain);
         is_another || header.index >= self.limit(&header.session, &header.run)
@@ -515,12 +723,7 @@ impl Document {
                 }
             };
         }
-        let standing = self.epochs.standing(
-            &self.genesis,
-            &header.run.author,
-            &header.session,
-            &header.run.epoch,
-        );
+        let standing = self.standing(&header.session, &header.run);
         if header.index >= self.limit(&header.session, &header.run) {
             // Of an epoch that is not here yet.
             let later = standing == Standing::Void && !self.knows(&header.run.epoch);
@@ -549,7 +752,7 @@ impl Document {
     }
 
     pub(crate) fn knows(&self, epoch: &EpochId) -> bool {
-        *epoch == self.genesis.epoch() || self.epochs.iter().any(|known| known.id == *epoch)
+        self.epochs.number_of(epoch, &self.genesis).is_some()
     }
 
     /// Returns true if what an envelope waits for is here.
@@ -581,13 +784,12 @@ impl Document {
             source,
             verified: false,
         }));
-        let mut copy: Option<Automerge> = None;
-        let mut accepted: Vec<Change> = Vec::new();
+        let mut accepted = 0;
         // Each envelope is looked at once, and again when the one thing is here that it waits for.
         let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
         let mut failed = None;
         while let Some(sent) = queue.pop_front() {
-            let verdict = match self.consider(store, &sent, &mut copy, &accepted, &mut taken) {
+            let verdict = match self.consider(store, &sent, &mut taken) {
                 Ok(verdict) => verdict,
                 Err(error) => {
                     failed = Some(error);
@@ -596,8 +798,8 @@ impl Document {
             };
             let header = &sent.envelope.header;
             match verdict {
-                Verdict::Counts(change) => {
-                    accepted.push(*change);
+                Verdict::Counts => {
+                    accepted += 1;
                     let next = On::Place(header.session, header.index + 1);
                     for on in [On::Change(header.change), next] {
                         queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
@@ -613,15 +815,19 @@ impl Document {
                     Source::Peer { key, .. } => match refusal {
                         Refusal::Full => taken.full = true,
                         Refusal::Void => _ = taken.void.insert((key, header.session)),
+                        Refusal::Foreign => {
+                            // Not wanted again at once, and told to whoever runs this node; no fault of the peer.
+                            tracing::warn!(document = %self.id(), author = %header.run.author, "{refusal}");
+                            taken.void.insert((key, header.session));
+                        }
                         refusal if refusal.is_offence() => taken.offences.push((key, refusal)),
                         _ => {}
                     },
                 },
             }
         }
-        if let Some(copy) = copy.filter(|_| !accepted.is_empty()) {
-            self.doc = copy;
-            self.unsaved += accepted.len();
+        if accepted > 0 {
+            self.unsaved += accepted;
             if self.watched {
                 taken.paths = value::touched(&self.doc.diff(&before, &self.doc.get_heads()));
             }
@@ -656,23 +862,24 @@ impl Document {
         if self.waiting.has(&envelope) {
             return;
         }
-        if self.waiting.make_room(&envelope, &key, asked) {
-            if !verified && !envelope.header.is_signed(&self.id()) {
-                taken.offences.push((key, Refusal::Signature));
-                return;
-            }
+        // What was told unasked costs no check of a signature if there is no room for it. Room for what was asked is made
+        // at the cost of other peers, and so after the check.
+        let fits = asked || self.waiting.make_room(&envelope, &key, asked);
+        if fits && !verified && !envelope.header.is_signed(&self.id()) {
+            taken.offences.push((key, Refusal::Signature));
+            return;
+        }
+        if fits && (!asked || self.waiting.make_room(&envelope, &key, asked)) {
             self.waiting.insert(envelope, (key, asked), on);
         }
         taken.early.insert(key);
     }
 
-    /// All checks of one envelope, in their order; if it counts, its change is in `copy`.
+    /// All checks of one envelope, in their order; if it counts, the document has its change.
     fn consider(
         &mut self,
         store: &Store,
         sent: &Sent,
-        copy: &mut Option<Automerge>,
-        accepted: &[Change],
         taken: &mut Taken,
     ) -> Result<Verdict, StoreError> {
         let (envelope, document) = (&sent.envelope, self.id());
@@ -713,6 +920,12 @@ impl Document {
             }
             Err(refusal) => return Ok(Verdict::Refused(refusal)),
         }
+        // Looked at before all that costs something: what waits is decoded once, when it can be applied.
+        let dependencies = chunk::dependencies(&envelope.change);
+        let is_missing = |dep: &&ChangeId| self.doc.get_change_meta_by_hash(&hash(dep)).is_none();
+        if let Some(missing) = dependencies.iter().find(is_missing) {
+            return Ok(Verdict::Waits(On::Change(*missing)));
+        }
         if !is_signed() {
             return Ok(Verdict::Refused(Refusal::Signature));
         }
@@ -726,51 +939,37 @@ impl Document {
             }
             Err(refusal) => return Ok(Verdict::Refused(refusal)),
         };
-        let here = copy.as_ref().unwrap_or(&self.doc);
-        let is_missing = |dep: &&ChangeHash| here.get_change_meta_by_hash(dep).is_none();
-        if let Some(missing) = checked.change.deps().iter().find(is_missing) {
-            return Ok(Verdict::Waits(On::Change(ChangeId(missing.0))));
-        }
-        let copy_here = copy.get_or_insert_with(|| self.doc.clone());
         let session = self.sessions.get(&header.session);
         let previous = session
             .and_then(|session| session.entries.last())
             .map(|(_, change)| *change);
-        Ok(
-            match guard::apply(copy_here, &checked, previous, &mut self.depths) {
-                Ok(()) => Verdict::Counts(Box::new(checked.change)),
-                Err(refusal) => {
-                    // The copy may be half changed.
-                    let mut again = self.doc.clone();
-                    let repaired = guard::contained(|| again.apply_changes(accepted.to_vec()));
-                    debug_assert!(
-                        matches!(repaired, Ok(Ok(()))),
-                        "what was taken is taken again"
-                    );
-                    *copy = Some(again);
-                    Verdict::Refused(refusal)
-                }
-            },
-        )
+        let touched = match guard::check(&self.doc, &checked, previous, &mut self.depths) {
+            Ok(touched) => touched,
+            Err(refusal) => return Ok(Verdict::Refused(refusal)),
+        };
+        match guard::apply(&mut self.doc, &checked, &touched) {
+            Ok(()) => Ok(Verdict::Counts),
+            Err(refusal) => {
+                // The document may be half changed. All that counts is in the log, also what was taken just now: only a
+                // writer can make this happen, and a copy for each message would cost all of them as much.
+                self.doc = Self::load(store, self.genesis.clone())?.doc;
+                Ok(Verdict::Refused(refusal))
+            }
+        }
     }
 
     /// Writes an envelope that has been checked behind its session.
     fn push(&mut self, store: &mut Store, envelope: &Envelope) {
         let header = &envelope.header;
-        let row = envelope.to_wire().encode_to_vec();
+        let row = saved::seal(envelope.to_wire().encode_to_vec());
         self.log_bytes += row.len() as u64;
         store.put(
             key::envelope(&self.id(), &header.session, header.index),
             row,
         );
-        let session = self
-            .sessions
-            .entry(header.session)
-            .or_insert_with(|| Session {
-                run: header.run,
-                entries: Vec::new(),
-            });
-        session.entries.push((header.chain(), header.change));
+        self.session_of(header.run)
+            .entries
+            .push((header.chain(), header.change));
         self.digest = None;
     }
 
@@ -877,6 +1076,10 @@ impl Document {
         }
         self.epochs = chain;
         self.digest = None;
+        for (session, known) in &mut self.sessions {
+            let Run { author, epoch, .. } = &known.run;
+            known.standing = self.epochs.standing(&self.genesis, author, session, epoch);
+        }
         let begins = built.is_some();
         let built = match built {
             Some(built) => {
@@ -917,10 +1120,7 @@ impl Document {
 
     /// Whether what is here of a session is another branch than the one an epoch names.
     fn goes_astray(&self, session: &SessionId, known: &Session) -> bool {
-        match self
-            .epochs
-            .standing(&self.genesis, &known.run.author, session, &known.run.epoch)
-        {
+        match self.standing(session, &known.run) {
             Standing::Until(head) => known
                 .chain_before(session, head.count)
                 .is_some_and(|chain| chain != head.chain),
@@ -930,11 +1130,12 @@ impl Document {
 
     fn base(&self, store: &Store) -> Result<Automerge, StoreError> {
         let mut changes = Vec::new();
+        let damaged = || store.damaged(self.id(), "the base cannot be read");
         for (_, row) in store.scan(&key::base(&self.id()), &[], usize::MAX)? {
-            changes.push(Change::from_bytes(row).map_err(|_| damaged("a base"))?);
+            changes.push(Change::from_bytes(row).map_err(|_| damaged())?);
         }
         let mut doc = Automerge::new();
-        doc.apply_changes(changes).map_err(|_| damaged("a base"))?;
+        doc.apply_changes(changes).map_err(|_| damaged())?;
         Ok(doc)
     }
 
@@ -968,34 +1169,44 @@ impl Document {
                 )
             })
             .collect();
-        let mut kept: BTreeMap<SessionId, usize> = BTreeMap::new();
+        let mut kept: BTreeMap<SessionId, usize> =
+            limits.keys().map(|session| (*session, 0)).collect();
         let mut changes: Vec<Change> = Vec::new();
-        let mut progress = true;
-        while progress {
-            progress = false;
-            for (session, entries) in &self.sessions {
-                let count = kept.entry(*session).or_default();
-                while *count < limits[session] {
-                    let (_, change) = &entries.entries[*count];
-                    let Some(change) = self.doc.get_change_by_hash(&hash(change)) else {
-                        break;
-                    };
-                    if !change.deps().iter().all(|dep| known.contains(dep)) {
-                        break;
-                    }
-                    known.insert(change.hash());
-                    changes.push(change);
-                    *count += 1;
-                    progress = true;
-                }
+        let ranges = limits.iter();
+        let ranges = ranges.map(|(session, limit)| (*session, 0..*limit as u64));
+        // One pass: what a change builds on comes before it.
+        let mut looked_at = 0_usize;
+        for (session, index) in self.ordered(ranges.collect()) {
+            let (Some(count), Some(entries)) =
+                (kept.get_mut(&session), self.sessions.get(&session))
+            else {
+                continue;
+            };
+            // One before it does not count.
+            if *count as u64 != index {
+                continue;
+            }
+            looked_at += 1;
+            let entry = entries.entries.get(*count);
+            let change = entry.and_then(|(_, change)| self.doc.get_change_by_hash(&hash(change)));
+            if let Some(change) = change
+                && change.deps().iter().all(|dep| known.contains(dep))
+            {
+                known.insert(change.hash());
+                changes.push(change);
+                *count += 1;
             }
         }
         let mut doc = base.clone();
         let applied = guard::contained(|| doc.apply_changes(changes));
-        debug_assert!(
-            matches!(applied, Ok(Ok(()))),
-            "what was taken is taken again"
-        );
+        if !matches!(applied, Ok(Ok(()))) {
+            return Err(store.damaged(id, "its changes cannot be put together again"));
+        }
+        tracing::debug!(document = %id, changes = looked_at, "a document is built anew");
+        #[cfg(test)]
+        {
+            self.looked_at += looked_at;
+        }
         let carry = self.lost_edits(&kept, covered);
         for (session, count) in kept {
             let Some(entries) = self.sessions.get_mut(&session) else {
@@ -1024,8 +1235,7 @@ impl Document {
         self.doc = doc;
         self.depths = Depths::default();
         self.digest = None;
-        self.unsaved = 0;
-        store.put(key::save(&id), self.doc.save());
+        self.put_save(store);
         Ok(carry)
     }
 
@@ -1036,12 +1246,7 @@ impl Document {
             let Some(entries) = self.sessions.get(session) else {
                 continue;
             };
-            let standing = self.epochs.standing(
-                &self.genesis,
-                &entries.run.author,
-                session,
-                &entries.run.epoch,
-            );
+            let standing = self.standing(session, &entries.run);
             // Taken away by the owner.
             let revoked =
                 !self.may_write(&entries.run.author) || matches!(standing, Standing::Until(_));
@@ -1081,11 +1286,7 @@ impl Document {
             && let Some(known) = self.sessions.get(&session)
         {
             let run = known.run;
-            if self
-                .epochs
-                .standing(&self.genesis, &run.author, &session, &run.epoch)
-                == Standing::Open
-            {
+            if known.standing == Standing::Open {
                 return (session, run);
             }
         }
@@ -1211,14 +1412,14 @@ impl Document {
         Ok(())
     }
 
-    /// The owner's word on who may write and read from now on; with `anew`, the content begins anew, without its
-    /// history.
+    /// The owner's word on who may write and read from now on; with `anew`, the content begins anew at that time,
+    /// without its history.
     pub(crate) fn decide(
         &mut self,
         store: &mut Store,
         identity: &Identity,
         (writers, readers): (Vec<Key>, Readers),
-        anew: bool,
+        anew: Option<i64>,
     ) -> Result<(Epoch, Taken), Error> {
         let owner = self.genesis.owner;
         if identity.key() != owner {
@@ -1238,10 +1439,10 @@ impl Document {
             });
         }
         let mut base = Vec::new();
-        if anew {
+        if let Some(time) = anew {
             let actor = Epoch::base_actor(&self.id(), number, &previous);
             let mut doc = Automerge::new().with_actor(ActorId::from(actor));
-            value::copy(&self.doc, &mut doc)
+            value::copy(&self.doc, &mut doc, time)
                 .map_err(|error| StoreError::Other(error.to_string()))?;
             base = doc
                 .get_changes(&[])
@@ -1258,7 +1459,7 @@ impl Document {
             }
         }
         let mut heads = self.heads();
-        if !anew {
+        if anew.is_none() {
             // Only of those who may no longer write is it said how far they count.
             heads.retain(|session, _| {
                 let author = self.sessions[session].run.author;
@@ -1334,7 +1535,8 @@ fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
                 "a base has another change than was signed",
             ));
         }
-        guard::apply(&mut doc, &checked, previous, &mut depths)?;
+        let touched = guard::check(&doc, &checked, previous, &mut depths)?;
+        guard::apply(&mut doc, &checked, &touched)?;
         previous = Some(*id);
     }
     Ok(doc)

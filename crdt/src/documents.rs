@@ -143,11 +143,11 @@ impl Documents {
         let work: Work = Box::new(move |replica| {
             let result = work(replica);
             Box::new(move |flushed| {
-                // Whoever asked may wait no more.
-                let _ = reply.send(match flushed {
-                    Ok(()) => result,
-                    Err(error) => Err(error.into()),
-                });
+                // Whoever asked may wait no more. Of work that failed by itself nothing was done.
+                let _ = reply.send(result.and_then(|done| {
+                    flushed?;
+                    Ok(done)
+                }));
             })
         });
         self.work.send(work).await.map_err(|_| Error::Stopped)?;
@@ -215,7 +215,12 @@ async fn run(
             Err(error) => tracing::warn!(%error, "no fresh randomness for documents"),
         }
         replica.tick(began.elapsed(), wall);
-        let done: Vec<Done> = batch.drain(..).map(|work| work(&mut replica)).collect();
+        replica.take_concerns();
+        let work = |work: Work| {
+            let done = work(&mut replica);
+            (done, replica.take_concerns())
+        };
+        let done: Vec<_> = batch.drain(..).map(work).collect();
         let flushed = replica.flush();
         if let Err(error) = &flushed {
             tracing::warn!(%error, "documents");
@@ -228,8 +233,12 @@ async fn run(
                 Output::Event(event) => _ = events.send(event),
             }
         }
-        for done in done {
-            done(flushed.clone());
+        for (done, concerns) in done {
+            let undone = concerns.iter().find_map(|id| replica.undone().get(id));
+            done(match undone {
+                Some(error) => Err(error.clone()),
+                None => flushed.clone(),
+            });
         }
     }
 }

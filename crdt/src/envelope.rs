@@ -184,16 +184,28 @@ impl Proof {
     }
 
     pub(crate) fn read(wire: &wire::Equivocation, document: &DocumentId) -> Result<Self, Refusal> {
+        let proof = Self::stored(wire, document)?;
+        match proof.is_signed(document) {
+            true => Ok(proof),
+            false => Err(Refusal::Signature),
+        }
+    }
+
+    pub(crate) fn is_signed(&self, document: &DocumentId) -> bool {
+        self.one.is_signed(document) && self.other.is_signed(document)
+    }
+
+    /// Reads a proof whose signatures were checked before it was put on disk.
+    pub(crate) fn stored(
+        wire: &wire::Equivocation,
+        document: &DocumentId,
+    ) -> Result<Self, Refusal> {
         let part = |header: &Option<wire::EnvelopeHeader>| match header {
             Some(header) => Header::read(header, document),
             None => Err(Refusal::Malformed("half a proof")),
         };
-        let proof = Self::of(part(&wire.one)?, part(&wire.other)?)
-            .ok_or(Refusal::Malformed("a proof proves nothing"))?;
-        if !proof.one.is_signed(document) || !proof.other.is_signed(document) {
-            return Err(Refusal::Signature);
-        }
-        Ok(proof)
+        Self::of(part(&wire.one)?, part(&wire.other)?)
+            .ok_or(Refusal::Malformed("a proof proves nothing"))
     }
 
     pub(crate) fn to_wire(&self) -> wire::Equivocation {

@@ -1,6 +1,6 @@
 //! The owner's word on who may write, and on where the content begins anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
 use prost::Message;
@@ -117,6 +117,20 @@ impl Epoch {
     }
 
     pub(crate) fn read(wire: wire::SignedEpoch, genesis: &Genesis) -> Result<Self, Refusal> {
+        let this = Self::stored(wire, genesis)?;
+        if !signed::verify(
+            &genesis.owner,
+            DOMAIN,
+            &this.wire.epoch,
+            &this.wire.signature,
+        ) {
+            return Err(Refusal::Signature);
+        }
+        Ok(this)
+    }
+
+    /// Reads an epoch whose signature was checked before it was put on disk.
+    pub(crate) fn stored(wire: wire::SignedEpoch, genesis: &Genesis) -> Result<Self, Refusal> {
         let epoch = wire::Epoch::decode(wire.epoch.clone())
             .map_err(|_| Refusal::Malformed("an epoch cannot be decoded"))?;
         if epoch.document[..] != genesis.id.0 {
@@ -141,9 +155,6 @@ impl Epoch {
             heads: read_heads(&epoch.heads)?,
             base: base.ok_or(Refusal::Malformed("a change's hash has not 32 bytes"))?,
         };
-        if !signed::verify(&genesis.owner, DOMAIN, &wire.epoch, &wire.signature) {
-            return Err(Refusal::Signature);
-        }
         let mut hasher = blake3::Hasher::new_derive_key(NAME);
         hasher.update(&wire.epoch).update(&wire.signature);
         let id = EpochId(hasher.finalize().into());
@@ -182,7 +193,12 @@ pub(crate) fn prefix(bytes: &[u8; 32]) -> [u8; 16] {
 
 /// The chain of epochs that is in force.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Epochs(Vec<Epoch>);
+pub(crate) struct Epochs {
+    chain: Vec<Epoch>,
+    numbers: HashMap<EpochId, u64>,
+    /// The number of the last epoch at which the content began anew.
+    beginning: Option<u64>,
+}
 
 /// Whether, and how far, a session counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,19 +213,20 @@ pub(crate) enum Standing {
 
 impl Epochs {
     pub(crate) fn last(&self) -> Option<&Epoch> {
-        self.0.last()
+        self.chain.last()
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Epoch> {
-        self.0.iter()
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &Epoch> {
+        self.chain.iter()
     }
 
     pub(crate) fn count(&self) -> u64 {
-        self.0.len() as u64
+        self.chain.len() as u64
     }
 
     pub(crate) fn get(&self, number: u64) -> Option<&Epoch> {
-        self.0.get(usize::try_from(number.checked_sub(1)?).ok()?)
+        self.chain
+            .get(usize::try_from(number.checked_sub(1)?).ok()?)
     }
 
     /// The id of the epoch with this number; the genesis is number 0.
@@ -225,13 +242,11 @@ impl Epochs {
     }
 
     /// The number of an epoch of this chain.
-    fn number_of(&self, id: &EpochId, genesis: &Genesis) -> Option<u64> {
-        if *id == genesis.epoch() {
-            return Some(0);
+    pub(crate) fn number_of(&self, id: &EpochId, genesis: &Genesis) -> Option<u64> {
+        match *id == genesis.epoch() {
+            true => Some(0),
+            false => self.numbers.get(id).copied(),
         }
-        self.iter()
-            .find(|epoch| epoch.id == *id)
-            .map(|epoch| epoch.number)
     }
 
     pub(crate) fn writers<'a>(&'a self, genesis: &'a Genesis) -> &'a [Key] {
@@ -246,7 +261,7 @@ impl Epochs {
 
     /// The epoch at which the content began, if it began anew.
     pub(crate) fn beginning(&self) -> Option<&Epoch> {
-        self.0.iter().rev().find(|epoch| epoch.is_beginning())
+        self.get(self.beginning?)
     }
 
     /// How far a session of `author` that began in `epoch` counts.
@@ -280,7 +295,7 @@ impl Epochs {
             return Standing::Void;
         }
         // The first epoch after it that does not name the author says how far it counts.
-        let revoked = self.0[number as usize..]
+        let revoked = self.chain[number as usize..]
             .iter()
             .find(|later| later.says.writers.binary_search(author).is_err());
         match revoked {
@@ -313,9 +328,19 @@ impl Epochs {
     /// Puts an epoch that [`would_take`](Self::would_take) allows in its place; what followed there is dropped: how many.
     pub(crate) fn take(&mut self, epoch: Epoch) -> usize {
         let place = (epoch.number - 1) as usize;
-        let dropped = self.0.len() - place;
-        self.0.truncate(place);
-        self.0.push(epoch);
-        dropped
+        let dropped = self.chain.split_off(place);
+        for epoch in &dropped {
+            self.numbers.remove(&epoch.id);
+        }
+        self.numbers.insert(epoch.id, epoch.number);
+        let is_beginning = epoch.is_beginning();
+        self.chain.push(epoch);
+        if is_beginning {
+            self.beginning = self.last().map(|epoch| epoch.number);
+        } else if dropped.iter().any(Epoch::is_beginning) {
+            let last = self.iter().rev().find(|epoch| epoch.is_beginning());
+            self.beginning = last.map(|epoch| epoch.number);
+        }
+        dropped.len()
     }
 }

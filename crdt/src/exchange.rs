@@ -12,6 +12,10 @@
 //! session by session: a piece of it may bring nothing that can be applied. Its envelopes then wait, within bounds, and
 //! the sessions that they are of are not wanted again before something else has been applied.
 //!
+//! A peer that might read a document once and no longer may is told of the owner's decisions, and of nothing else: so it
+//! knows to whom it may still give what it has. Where everybody might read the document, a peer first has to show that it
+//! has a part of it.
+//!
 //! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its
 //! own.
 
@@ -34,7 +38,8 @@ use crate::{
     guard,
     id::{Digest, DocumentId, EpochId, Key, SessionId},
     refusal::Refusal,
-    replica::{NOTHING, Output, Replica, as_news},
+    replica::{Held, NOTHING, Output, Replica, as_news},
+    saved,
     store::{StoreError, key},
 };
 
@@ -90,11 +95,19 @@ pub(crate) struct Peer {
     told_at: Option<Duration>,
     /// A summary was asked for not long ago.
     asked: BTreeMap<DocumentId, Duration>,
+    /// Documents that the peer may read no longer, whose decisions it may have: the last one it was told of, and when.
+    shut_out: BTreeMap<DocumentId, (EpochId, Duration)>,
 }
 
 impl Peer {
     pub(crate) fn shares(&self, document: &DocumentId) -> bool {
         self.shared.contains(document)
+    }
+
+    pub(crate) fn forget_exchange(&mut self, document: &DocumentId) {
+        self.exchanges.remove(document);
+        self.later.remove(document);
+        self.asked.remove(document);
     }
 
     pub(crate) fn forget_exchanges(&mut self) {
@@ -270,10 +283,17 @@ impl Replica {
     }
 
     pub(crate) fn send(&mut self, peer: Key, kind: Kind) {
+        let of = match &kind {
+            Kind::Summary(summary) => DocumentId::read(&summary.document),
+            Kind::Want(want) => DocumentId::read(&want.document),
+            Kind::Give(give) => DocumentId::read(&give.document),
+            Kind::News(news) => DocumentId::read(&news.document),
+            Kind::Root(_) | Kind::Buckets(_) | Kind::Listing(_) | Kind::Interest(_) => None,
+        };
         let message = wire::DocumentMessage { kind: Some(kind) }
             .encode_to_vec()
             .into();
-        self.queue(Output::Send { peer, message });
+        self.queue(of, Output::Send { peer, message });
     }
 
     /// What a peer has sent.
@@ -310,10 +330,9 @@ impl Replica {
                 }
                 Ok(())
             }
-            Err(error) => {
-                self.go_back();
-                Err(error)
-            }
+            // The flush takes back what was done with the document; the peer is not told anything of it.
+            Err(StoreError::Document { .. }) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 
@@ -354,7 +373,9 @@ impl Replica {
 
     fn on_root(&mut self, peer: Key, root: &wire::Root) -> Result<(), Refusal> {
         let documents = self.readable(&peer, root.shared);
-        if documents.is_empty() {
+        // It may not know yet that it is to read no longer what it has.
+        let is_withheld = |held: &Held| held.is_decided() && !held.may_read(&peer);
+        if documents.is_empty() && !self.held.values().any(is_withheld) {
             return Ok(());
         }
         if self.root(&documents) == root.digest {
@@ -412,9 +433,11 @@ impl Replica {
             .collect();
         // An empty bucket there has nothing in common with ours.
         let nothing = |first: usize| theirs.digests[first * 8..][..8] == [0; 8];
+        // Unless the peer wrote a document, or was named for one: it may have heard of a decision that we have not.
+        let is_of = |id: &DocumentId| self.held.get(id).is_some_and(|held| held.names(&peer));
         let (listed, same): (Vec<_>, Vec<_>) = documents
             .into_iter()
-            .filter(|(id, _)| !nothing(usize::from(id.0[0])))
+            .filter(|(id, _)| !nothing(usize::from(id.0[0])) || is_of(id))
             .partition(|(id, _)| differ.contains(&usize::from(id.0[0])));
         if let Some(known) = self.peers.get_mut(&peer) {
             known.shared.extend(same.iter().map(|(id, _)| *id));
@@ -422,9 +445,6 @@ impl Replica {
         let mut equal = vec![0; 32];
         for (id, _) in &same {
             equal[usize::from(id.0[0]) / 8] |= 1 << (id.0[0] % 8);
-        }
-        if listed.is_empty() && same.is_empty() {
-            return Ok(());
         }
         let listed = &listed[..listed.len().min(MAX_LISTED)];
         self.send_listing(peer, listed, equal.into(), (true, theirs.shared));
@@ -478,13 +498,20 @@ impl Replica {
         }
         let mut common = Vec::new();
         let mut differ = Vec::new();
+        let mut withheld = Vec::new();
+        let mut listed = BTreeSet::new();
         for entry in listing.entries.chunks(ENTRY) {
             let Some(id) = DocumentId::read(&entry[..32]) else {
                 continue;
             };
-            let Some(held) = self.held.get(&id).filter(|held| held.may_read(&peer)) else {
+            let Some(held) = self.held.get(&id) else {
                 continue;
             };
+            listed.insert(id);
+            if !held.may_read(&peer) {
+                withheld.push(id);
+                continue;
+            }
             common.push((id, held.digest));
             if entry[32..] != *short(&held.digest) {
                 differ.push(id);
@@ -493,7 +520,23 @@ impl Replica {
         if let Some(known) = self.peers.get_mut(&peer) {
             known.shared.extend(common.iter().map(|(id, _)| *id));
         }
+        for id in withheld.into_iter().take(MAX_EXCHANGES) {
+            self.shut_out(peer, id, false)?;
+        }
         if listing.answer {
+            // What differs, the peer wrote or was named for, and does not list: it may not let us read it any more.
+            let is_equal = |id: &DocumentId| {
+                let bit = usize::from(id.0[0]);
+                let bits = listing.equal.get(bit / 8);
+                bits.is_none_or(|bits| bits >> (bit % 8) & 1 == 1)
+            };
+            let unlisted = self.readable(&peer, listing.shared).into_iter();
+            let unlisted = unlisted.filter(|(id, _)| {
+                let is_of = |held: &Held| held.names(&peer) && held.genesis.is_some();
+                !listed.contains(id) && !is_equal(id) && self.held.get(id).is_some_and(is_of)
+            });
+            common.extend(unlisted.collect::<Vec<_>>());
+            common.truncate(MAX_LISTED);
             if !common.is_empty() {
                 self.send_listing(peer, &common, Bytes::new(), (false, listing.shared));
             }
@@ -556,7 +599,13 @@ impl Replica {
                 known.exchanges.remove(&id);
             }
         }
+        let mut withheld = 0;
         for id in ids(&interest.holds) {
+            let may_read = |held: &Held| held.may_read(&peer);
+            if withheld < MAX_EXCHANGES && self.held.get(&id).is_some_and(|held| !may_read(held)) {
+                withheld += 1;
+                self.shut_out(peer, id, false)?;
+            }
             if self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
                 let mut now = false;
                 if let Some(known) = self.peers.get_mut(&peer) {
@@ -588,12 +637,21 @@ impl Replica {
             answer,
             ..wire::Summary::default()
         };
-        if let Some((document, _)) = self.document(&id)? {
-            summary.genesis = true;
-            summary.epochs = document.epochs.count();
-            summary.epoch = Bytes::copy_from_slice(&document.epochs.current(&document.genesis).0);
-            summary.sessions = heads_to_wire(&document.heads());
-            summary.forks = heads_to_wire(&document.forks());
+        if let Some(figures) = self.figures(&id)? {
+            let heads = match figures.heads() {
+                Some(heads) => Some(heads),
+                None => self.document(&id)?.map(|(document, _)| {
+                    let epoch = document.epochs.current(&document.genesis);
+                    (epoch, document.heads(), document.forks())
+                }),
+            };
+            if let Some((epoch, heads, forks)) = heads {
+                summary.genesis = true;
+                summary.epochs = figures.epochs;
+                summary.epoch = Bytes::copy_from_slice(&epoch.0);
+                summary.sessions = heads_to_wire(&heads);
+                summary.forks = heads_to_wire(&forks);
+            }
         }
         self.send(peer, Kind::Summary(summary));
         Ok(())
@@ -624,14 +682,20 @@ impl Replica {
         let Some(id) = DocumentId::read(&summary.document) else {
             return Ok(Err(Refusal::Malformed("a summary of no document")));
         };
-        if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
-            return Ok(Ok(()));
-        }
         let read = || Ok((read_heads(&summary.sessions)?, read_heads(&summary.forks)?));
         let (sessions, forks) = match read() {
             Ok(read) => read,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+            let epoch = EpochId::read(&summary.epoch);
+            let has_part = match self.document(&id)? {
+                Some((document, _)) => document.has_part(&sessions, epoch.as_ref()),
+                None => false,
+            };
+            self.shut_out(peer, id, has_part)?;
+            return Ok(Ok(()));
+        }
         if summary.answer {
             self.send_summary(peer, id, false)?;
         }
@@ -894,32 +958,101 @@ impl Replica {
         Ok((want != nothing).then_some(want))
     }
 
+    /// A peer may not read a document that it speaks of. If it might once, it is told how many decisions there are, so
+    /// that it asks for them. One that might as everybody did has to have a part of the document (`has_part`): it is
+    /// asked what it has, and told no more than that.
+    pub(crate) fn shut_out(
+        &mut self,
+        peer: Key,
+        id: DocumentId,
+        has_part: bool,
+    ) -> Result<(), StoreError> {
+        let now = self.now;
+        let Some((document, _)) = self.document(&id)? else {
+            return Ok(());
+        };
+        let (was_named, was_everybody) = document.was_reader(&peer);
+        let (epochs, epoch) = (
+            document.epochs.count(),
+            document.epochs.current(&document.genesis),
+        );
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return Ok(());
+        };
+        if epochs == 0 || !was_named && !was_everybody || known.shut_out.len() >= MAX_LISTED {
+            return Ok(());
+        }
+        let mut summary = wire::Summary {
+            document: Bytes::copy_from_slice(&id.0),
+            ..wire::Summary::default()
+        };
+        if was_named || has_part || known.shut_out.contains_key(&id) {
+            let told = known.shut_out.get(&id);
+            if told.is_some_and(|(of, at)| *of == epoch && *at + CHECK_SOON > now) {
+                return Ok(());
+            }
+            known.shut_out.insert(id, (epoch, now));
+            summary.genesis = true;
+            summary.epochs = epochs;
+            summary.epoch = Bytes::copy_from_slice(&epoch.0);
+        } else {
+            if known.asked.get(&id).is_some_and(|until| *until > now) {
+                return Ok(());
+            }
+            if known.asked.len() < MAX_LISTED {
+                known.asked.insert(id, now + CHECK_SOON);
+            }
+            summary.answer = true;
+        }
+        self.send(peer, Kind::Summary(summary));
+        Ok(())
+    }
+
     // Giving.
 
     fn on_want(&mut self, peer: Key, want: &wire::Want) -> Result<Result<(), Refusal>, StoreError> {
         let Some(id) = DocumentId::read(&want.document) else {
             return Ok(Err(Refusal::Malformed("a want of no document")));
         };
-        if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+        let may_read = self.held.get(&id).is_some_and(|held| held.may_read(&peer));
+        let is_shut_out = |known: &Peer| known.shut_out.contains_key(&id);
+        let may_have_decisions = self.peers.get(&peer).is_some_and(is_shut_out);
+        if !may_read && !(may_have_decisions && want.epochs > 0) {
             return Ok(Ok(()));
         }
         let sessions = match read_heads(&want.sessions) {
             Ok(sessions) => sessions,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        let give = self.give(id, want, &sessions)?;
+        let decisions = wire::Want {
+            document: want.document.clone(),
+            epochs: want.epochs,
+            ..wire::Want::default()
+        };
+        let given = match may_read {
+            true => self.give(id, want, &sessions, true),
+            false => self.give(id, &decisions, &Heads::new(), false),
+        };
+        let give = match given {
+            Ok(give) => give,
+            Err(error) => {
+                self.suspect(id, &error);
+                return Err(error);
+            }
+        };
         if let Some(give) = give {
             self.send(peer, Kind::Give(give));
         }
         Ok(Ok(()))
     }
 
-    /// A piece of what is wanted.
+    /// A piece of what is wanted; with decisions that begin the content anew, the new content only `with_base`.
     fn give(
         &mut self,
         id: DocumentId,
         want: &wire::Want,
         sessions: &Heads,
+        with_base: bool,
     ) -> Result<Option<wire::Give>, StoreError> {
         let piece = self.piece;
         #[cfg(test)]
@@ -957,7 +1090,7 @@ impl Replica {
                 }
             }
         }
-        if let Some((epoch, from)) = base.filter(|_| !give.more) {
+        if let Some((epoch, from)) = base.filter(|_| with_base && !give.more) {
             let rows = store.scan(&key::base(&id), &from.to_be_bytes(), piece)?;
             for (_, change) in rows {
                 if !spend(change.len(), &mut give.more) {
@@ -975,6 +1108,9 @@ impl Replica {
         for session in &want.forks {
             let proof = SessionId::read(session).and_then(|session| document.proof(&session));
             if let Some(proof) = proof {
+                if !proof.is_signed(&id) {
+                    return Err(store.damaged(id, "a proof cannot be read"));
+                }
                 let proof = proof.to_wire();
                 if !spend(proof.encoded_len(), &mut give.more) {
                     break;
@@ -998,11 +1134,27 @@ impl Replica {
                 break;
             }
             let row = rows.get(&key::envelope(&id, &session, index))?;
+            // A row that is not as it was is not given: the peer would take this node for a liar.
+            let sealed = row.as_ref().and_then(|row| saved::is_sealed(row));
+            let is_intact = |header: &Header, change: &[u8]| {
+                sealed.unwrap_or_else(|| {
+                    header.is_signed(&id) && guard::hash_of(change).as_ref() == Some(&header.change)
+                })
+            };
+            let is_same = |envelope: &wire::Envelope| {
+                let header = envelope.header.as_ref();
+                let header = header.and_then(|header| Header::read(header, &id).ok());
+                header.is_some_and(|header| {
+                    let is_there = Some(header.chain()) == document.chain_at(&session, index + 1);
+                    is_there && header.session == session && is_intact(&header, &envelope.change)
+                })
+            };
             let envelope = row
                 .as_ref()
                 .and_then(|row| wire::Envelope::decode(&row[..]).ok());
-            let damaged = || StoreError::Other("the log is damaged".to_owned());
-            give.envelopes.push(envelope.ok_or_else(damaged)?);
+            let damaged = || store.damaged(id, "a change cannot be read");
+            give.envelopes
+                .push(envelope.filter(is_same).ok_or_else(damaged)?);
             room = room.saturating_sub(row.map_or(0, |row| row.len()));
         }
         Ok(Some(give))
@@ -1040,7 +1192,7 @@ impl Replica {
             || !want.forks.is_empty()
             || !heads.is_empty()
         {
-            let Some(mut give) = self.give(id, &want, &heads)? else {
+            let Some(mut give) = self.give(id, &want, &heads, true)? else {
                 return Ok(pieces);
             };
             // Set below, in all but the last.
@@ -1088,7 +1240,7 @@ impl Replica {
                 && give.proofs.is_empty()
                 && give.envelopes.is_empty()
             {
-                return Err(StoreError::Other("the log is damaged".to_owned()));
+                return Err(self.store.damaged(id, "its log cannot be read"));
             }
             pieces.push(give);
         }
@@ -1217,7 +1369,7 @@ impl Replica {
                 .is_some_and(|held| held.genesis.is_none())
         {
             match Genesis::read(genesis) {
-                Ok(genesis) if genesis.id == id => self.arrived(genesis),
+                Ok(genesis) if genesis.id == id => self.arrived(genesis)?,
                 Ok(_) => return Ok(Err(Refusal::Malformed("a genesis of another document"))),
                 Err(refusal) => return Ok(Err(refusal)),
             }
@@ -1328,6 +1480,12 @@ impl Replica {
             arrival.bytes = 0;
         }
         if arrival.beginning().is_some() {
+            if let Some(last) = arrival.epochs.last() {
+                // Who may read is known from here on, whether the new content comes or not.
+                let row = last.wire.encode_to_vec();
+                let says = last.says.clone();
+                self.decided(id, &says, row);
+            }
             self.arrivals.insert(id, arrival);
             return Ok(Ok(stray));
         }
@@ -1408,6 +1566,7 @@ impl Replica {
             return Ok(Err(Refusal::Malformed("news of no document")));
         };
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
+            self.shut_out(peer, id, false)?;
             return Ok(Ok(()));
         }
         if let Some(known) = self.peers.get_mut(&peer) {

@@ -27,7 +27,8 @@ use crate::{
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
     refusal::Refusal,
     replica::Replica,
-    store::StoreError,
+    saved,
+    store::{Store, StoreError, key},
 };
 
 const EXPORT: &[u8] = b"weft document 1\n";
@@ -142,6 +143,8 @@ struct Content {
     epochs: Vec<wire::SignedEpoch>,
     /// Of the base of an epoch, changes from an index on.
     bases: BTreeMap<(Vec<u8>, u64), Vec<Bytes>>,
+    /// Of rows on disk: the base, whichever epoch it is of.
+    base: Option<Vec<Bytes>>,
     proofs: Vec<wire::Equivocation>,
     envelopes: Vec<wire::Envelope>,
     faults: Vec<&'static str>,
@@ -179,6 +182,33 @@ impl Content {
         Ok(this)
     }
 
+    /// What is on disk of a document, as far as it can be read.
+    fn rows(store: &Store, id: &DocumentId) -> Result<Self, StoreError> {
+        let mut this = Self {
+            document: Some(*id),
+            ..Self::default()
+        };
+        let rows = |key: Vec<u8>| store.scan(&key, &[], usize::MAX);
+        for (_, row) in rows(key::epochs(id))? {
+            this.epochs.extend(wire::SignedEpoch::decode(&row[..]));
+        }
+        for (_, row) in rows(key::proofs(id))? {
+            this.proofs.extend(wire::Equivocation::decode(&row[..]));
+        }
+        for (_, row) in rows(key::log(id))? {
+            let is_intact = saved::is_sealed(&row) != Some(false);
+            let envelope = wire::Envelope::decode(&row[..]).ok();
+            this.envelopes.extend(envelope.filter(|_| is_intact));
+        }
+        // A base belongs to the last epoch that is a beginning.
+        let base: Vec<Bytes> = rows(key::base(id))?
+            .into_iter()
+            .map(|(_, row)| row.into())
+            .collect();
+        this.base = Some(base).filter(|base| !base.is_empty());
+        Ok(this)
+    }
+
     fn add(&mut self, give: wire::Give) -> Result<(), Error> {
         let id = DocumentId::read(&give.document)
             .ok_or_else(|| not_a_document("a part of it has no document"))?;
@@ -198,6 +228,9 @@ impl Content {
 
     /// The base of an epoch, as far as it is there without a gap.
     fn base(&self, epoch: &EpochId) -> Vec<Bytes> {
+        if let Some(base) = &self.base {
+            return base.clone();
+        }
         let mut base: Vec<Bytes> = Vec::new();
         for ((of, from), changes) in &self.bases {
             if of[..] == epoch.0
@@ -309,10 +342,14 @@ impl Replica {
             Some(_) => return Err(not_a_document("its beginning is damaged")),
             None => None,
         };
+        if is_held {
+            // If it is damaged, what can be read of it counts first.
+            self.hold(id)?;
+        }
         if !self.has_genesis(&id) {
             let genesis = genesis.ok_or_else(|| not_a_document("its beginning is missing"))?;
             self.hold(id)?;
-            self.arrived(genesis);
+            self.arrived(genesis)?;
         }
         let imported = match self.take_content(id, content) {
             Ok(imported) => imported,
@@ -330,6 +367,34 @@ impl Replica {
             self.remove(id)?;
         }
         Err(Error::ImportIncomplete(Box::new(imported)))
+    }
+
+    /// Makes a document anew from those of its rows that can be read, each of them checked as if a peer had sent it. Peers
+    /// that share it are told what is left, and asked for the rest.
+    pub(crate) fn salvage(&mut self, id: DocumentId) -> Result<(), StoreError> {
+        let content = Content::rows(&self.store, &id)?;
+        let genesis = self.held.get(&id).and_then(|held| held.genesis.as_ref());
+        let genesis = genesis.and_then(|genesis| Genesis::read(genesis.wire.clone()).ok());
+        let Some(genesis) = genesis else {
+            // Its beginning comes from a peer; the rows wait for it.
+            self.seek_again(id);
+            return Ok(());
+        };
+        let own = self.store.scan(&key::owns(&id), &[], usize::MAX)?;
+        for part in key::PARTS {
+            self.store.delete_all(&key::part(*part, &id))?;
+        }
+        self.keep(genesis);
+        let imported = self.take_content(id, content)?;
+        if let Some((document, store)) = self.document(&id)? {
+            let own = own
+                .iter()
+                .filter_map(|(row, _)| SessionId::read(row.get(33..)?));
+            document.adopt(store, own);
+        }
+        tracing::warn!(document = %id, kept = %imported, "a damaged document was made anew from what can be read");
+        self.say_interest(&[id], &[]);
+        Ok(())
     }
 
     fn has_genesis(&self, id: &DocumentId) -> bool {
@@ -526,7 +591,7 @@ impl Replica {
                 deps.iter().any(|dep| void.contains(dep))
             };
             match refusal {
-                Some(refusal) if refusal.is_offence() => {
+                Some(refusal) if refusal.is_offence() || *refusal == Refusal::Foreign => {
                     imported.refused.damaged += 1;
                     imported.fault(refusal.to_string());
                 }

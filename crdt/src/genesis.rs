@@ -80,6 +80,15 @@ pub(crate) fn read_keys(keys: &[Bytes]) -> Result<Vec<Key>, Refusal> {
     Ok(keys)
 }
 
+/// Whether a peer may read a document with these rights.
+pub(crate) fn is_reader(owner: &Key, writers: &[Key], readers: &Readers, peer: &Key) -> bool {
+    let is_named = |keys: &[Key]| keys.binary_search(peer).is_ok();
+    match readers {
+        Readers::Everybody => true,
+        Readers::Named(keys) => peer == owner || is_named(keys) || is_named(writers),
+    }
+}
+
 /// A list of keys as it goes on the wire: sorted, none twice, without the owner.
 pub(crate) fn tidy(mut keys: Vec<Key>, owner: &Key) -> Vec<Key> {
     keys.retain(|key| key != owner);
@@ -135,6 +144,20 @@ impl Genesis {
     }
 
     pub(crate) fn read(wire: wire::SignedGenesis) -> Result<Self, Refusal> {
+        let this = Self::stored(wire)?;
+        if !signed::verify(
+            &this.owner,
+            DOMAIN,
+            &this.wire.genesis,
+            &this.wire.signature,
+        ) {
+            return Err(Refusal::Signature);
+        }
+        Ok(this)
+    }
+
+    /// Reads a genesis whose signature was checked before it was put on disk.
+    pub(crate) fn stored(wire: wire::SignedGenesis) -> Result<Self, Refusal> {
         let genesis = wire::Genesis::decode(wire.genesis.clone())
             .map_err(|_| Refusal::Malformed("the genesis cannot be decoded"))?;
         // One meaning has one encoding, or a document would have several names.
@@ -156,9 +179,6 @@ impl Genesis {
             false => Kind::MultiWriter,
         };
         let readers = Readers::read(genesis.readers.as_ref())?;
-        if !signed::verify(&owner, DOMAIN, &wire.genesis, &wire.signature) {
-            return Err(Refusal::Signature);
-        }
         let id = id_of(&wire.genesis);
         let label = genesis.label;
         Ok(Self {

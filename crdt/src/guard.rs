@@ -150,11 +150,11 @@ fn references(
         return Err(Refusal::Poisoned("its operations have wrong numbers"));
     }
     let expanded = change.decode();
-    // A second encoding of the same operations would have another hash in a save.
+    // A second encoding of the same operations would have another hash in a save. So envelopes of version 1 have one
+    // encoding, that of Automerge 0.12: an Automerge that encodes otherwise needs a version of its own, which replicas
+    // agree on before they write with it.
     if Change::from(expanded.clone()).raw_bytes() != change.raw_bytes() {
-        return Err(Refusal::Poisoned(
-            "it is encoded differently than its operations would be",
-        ));
+        return Err(Refusal::Foreign);
     }
     let ancestry = Ancestry::of(doc, change);
     // Automerge's clocks hold only if an actor's changes build on each other.
@@ -210,7 +210,7 @@ fn references(
 }
 
 /// Objects that a change touches, and of maps which keys.
-type Touched = HashMap<ObjectId, HashSet<String>>;
+pub(crate) type Touched = HashMap<ObjectId, HashSet<String>>;
 
 /// Whether the objects that were touched can still be read.
 fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
@@ -309,25 +309,37 @@ impl Depths {
     }
 }
 
-/// Puts a change into a copy of a document; `previous` is its actor's change before. When this fails, the copy is to be thrown away.
-pub(crate) fn apply(
-    copy: &mut Automerge,
+/// Checks everything of a change that can be checked before Automerge takes it; the document stays as it is. `previous`
+/// is its actor's change before. Returns the objects that the change touches.
+pub(crate) fn check(
+    doc: &Automerge,
     checked: &Checked,
     previous: Option<ChangeId>,
     depths: &mut Depths,
-) -> Result<(), Refusal> {
+) -> Result<Touched, Refusal> {
     contained(|| {
         let previous = previous.map(|id| ChangeHash(id.0));
-        let (touched, ops) = references(copy, checked, previous)?;
+        let (touched, ops) = references(doc, checked, previous)?;
         let (start, actor) = (checked.change.start_op().get(), checked.change.actor_id());
-        depths.check(copy, (&ops, start, actor), &touched)?;
-        let hash = checked.change.hash();
-        if copy.get_change_meta_by_hash(&hash).is_some() {
-            return Err(Refusal::Known);
+        depths.check(doc, (&ops, start, actor), &touched)?;
+        match doc.get_change_meta_by_hash(&checked.change.hash()) {
+            Some(_) => Err(Refusal::Known),
+            None => Ok(touched),
         }
-        copy.apply_changes([checked.change.clone()])
+    })?
+}
+
+/// Puts a change that was checked into a document. When this fails, the document is to be thrown away.
+pub(crate) fn apply(
+    doc: &mut Automerge,
+    checked: &Checked,
+    touched: &Touched,
+) -> Result<(), Refusal> {
+    contained(|| {
+        let hash = checked.change.hash();
+        doc.apply_changes([checked.change.clone()])
             .map_err(|_| Refusal::Poisoned("Automerge refuses it"))?;
-        match copy.get_change_by_hash(&hash) {
+        match doc.get_change_by_hash(&hash) {
             Some(kept) if kept.raw_bytes() == checked.change.raw_bytes() => {}
             _ => {
                 return Err(Refusal::Poisoned(
@@ -335,6 +347,6 @@ pub(crate) fn apply(
                 ));
             }
         }
-        readable(copy, &touched)
+        readable(doc, touched)
     })?
 }

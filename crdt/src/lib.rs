@@ -25,6 +25,7 @@ mod guard;
 mod id;
 mod refusal;
 mod replica;
+mod saved;
 mod signed;
 mod store;
 #[cfg(test)]

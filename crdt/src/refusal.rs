@@ -12,6 +12,10 @@ pub(crate) enum Refusal {
     /// Automerge cannot take this change, or would be broken by it.
     #[error("a change is poisoned: {0}")]
     Poisoned(&'static str),
+    /// It is encoded as another version of Automerge would. This replica cannot take it, for a save would hold it under
+    /// another hash; but its author and the peer that gave it may be honest.
+    #[error("a change is encoded as another version of Automerge encodes it; update this node")]
+    Foreign,
     /// It may be right, but something it builds on is not here.
     #[error("it builds on something that is not here")]
     Early,

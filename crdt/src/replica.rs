@@ -21,12 +21,13 @@ use crate::{
     completeness::Comparison,
     document::{Commit, Document, From, Source, Taken},
     envelope::{Envelope, Proof},
-    epoch::Epoch,
+    epoch::{Epoch, Statement},
     error::Error,
     exchange::{Arrival, PIECE, Peer},
     genesis::{self, Genesis, Kind, MAX_LABEL, Readers},
     id::{ChangeId, Digest, DocumentId, Key, SessionId},
     refusal::Refusal,
+    saved::Figures,
     signed::Identity,
     store::{Store, StoreError, key},
     value::{self, Edit, Path},
@@ -36,8 +37,13 @@ use crate::{
 /// Documents that a node holds.
 pub const MAX_DOCUMENTS: usize = 65_536;
 
-/// Documents kept in memory; the others are read when they are used.
-const MAX_LOADED: usize = 256;
+/// Bytes of documents kept in memory, by [`Document::weight`]; the others are read when they are used. Enough for 5,000
+/// small documents, and no more than one document may have in its log: the one in use is in memory whatever it weighs.
+const MAX_LOADED: usize = 128 << 20;
+
+/// A document that could not be read for a fault of the disk is tried again after this long: a fault costs all documents
+/// a look at what is on disk.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 /// Carried edits that go into one commit.
 const CARRIED: usize = 1024;
@@ -107,6 +113,21 @@ pub enum Event {
     Full(DocumentId),
     /// It is held no longer.
     Removed(DocumentId),
+}
+
+impl Event {
+    fn document(&self) -> DocumentId {
+        match self {
+            Self::Arrived(document)
+            | Self::Changed { document, .. }
+            | Self::Rights(document)
+            | Self::Compacted(document)
+            | Self::Equivocated { document, .. }
+            | Self::Carried { document, .. }
+            | Self::Full(document)
+            | Self::Removed(document) => *document,
+        }
+    }
 }
 
 /// A document that is to be made.
@@ -186,6 +207,9 @@ pub struct DocumentInfo {
     pub id: DocumentId,
     /// The rest is known once it has arrived.
     pub details: Option<DocumentDetails>,
+    /// What is wrong with it on disk. A damaged document is neither read, written nor given to peers until it is opened
+    /// again ([`Replica::hold`]).
+    pub damage: Option<String>,
 }
 
 /// What is known of a document that is here.
@@ -210,6 +234,8 @@ pub struct DocumentDetails {
     pub changes: u64,
     /// Their bytes.
     pub log_bytes: u64,
+    /// Changes that its content began anew with, if it did.
+    pub base_changes: u64,
     /// Sessions whose author has equivocated.
     pub equivocations: usize,
 }
@@ -231,17 +257,72 @@ pub(crate) struct Held {
     /// `None` until a peer has sent it.
     pub(crate) genesis: Option<Genesis>,
     pub(crate) digest: Digest,
-    /// `None`: everybody may read it.
-    pub(crate) readers: Option<BTreeSet<Key>>,
+    /// Who may write and read it, by the last decision that is known, in force here or not.
+    writers: Vec<Key>,
+    readers: Readers,
+    is_decided: bool,
+    damage: Option<Damage>,
     loaded: Option<Box<Document>>,
+    /// In which this replica writes, while the document is not in memory.
+    writing: Option<SessionId>,
+    /// Of what is in memory, when the document was last put on disk.
+    weight: usize,
     used: u64,
 }
 
+/// Why a document cannot be used.
+#[derive(Debug, Clone)]
+struct Damage {
+    what: String,
+    /// When it is tried again; `None`: when it is opened again.
+    until: Option<Duration>,
+}
+
 impl Held {
+    fn new(genesis: Option<Genesis>, digest: Digest) -> Self {
+        let (writers, readers) = match &genesis {
+            Some(genesis) => (genesis.writers.clone(), genesis.readers.clone()),
+            None => (Vec::new(), Readers::Everybody),
+        };
+        Self {
+            genesis,
+            digest,
+            writers,
+            readers,
+            is_decided: false,
+            damage: None,
+            loaded: None,
+            writing: None,
+            weight: 0,
+            used: 0,
+        }
+    }
+
+    /// Whether a peer may read it, and it can be read.
     pub(crate) fn may_read(&self, peer: &Key) -> bool {
-        self.readers
-            .as_ref()
-            .is_none_or(|readers| readers.contains(peer))
+        let owner = self.genesis.as_ref().map(|genesis| genesis.owner);
+        self.damage.is_none()
+            && owner
+                .is_none_or(|owner| genesis::is_reader(&owner, &self.writers, &self.readers, peer))
+    }
+
+    /// Whether a peer is its owner, or is named as one who may write or read it.
+    pub(crate) fn names(&self, peer: &Key) -> bool {
+        let is_named = |keys: &[Key]| keys.binary_search(peer).is_ok();
+        self.genesis.as_ref().is_some_and(|one| one.owner == *peer)
+            || is_named(&self.writers)
+            || matches!(&self.readers, Readers::Named(keys) if is_named(keys))
+    }
+
+    /// Whether its owner has decided something since it was made.
+    pub(crate) fn is_decided(&self) -> bool {
+        self.is_decided
+    }
+
+    fn decided(&mut self, says: &Statement) {
+        self.is_decided = true;
+        self.writers.clone_from(&says.writers);
+        self.readers.clone_from(&says.readers);
     }
 }
 
@@ -261,10 +342,21 @@ pub struct Replica {
     pub(crate) arrivals: BTreeMap<DocumentId, Arrival>,
     /// What peers are to be told.
     pub(crate) news: BTreeMap<DocumentId, News>,
-    /// What follows from what is not on disk yet.
-    queued: Vec<Output>,
+    /// What follows from what is not on disk yet, and of which document.
+    queued: Vec<(Option<DocumentId>, Output)>,
     outputs: VecDeque<Output>,
     dirty: BTreeSet<DocumentId>,
+    /// Documents that were changed since [`take_concerns`](Self::take_concerns).
+    concerns: BTreeSet<DocumentId>,
+    /// Documents of which the last flush took back what had been done, and why.
+    undone: BTreeMap<DocumentId, StoreError>,
+    /// Documents that were being read when the disk failed.
+    suspects: BTreeMap<DocumentId, String>,
+    /// Documents in memory by their last use, and what all of them weighed when they were last put on disk.
+    recent: BTreeMap<u64, DocumentId>,
+    weight: usize,
+    /// Bytes of documents kept in memory.
+    max_loaded: usize,
     watched: BTreeMap<DocumentId, Weak<()>>,
     /// Documents that were not taken for there were too many.
     refused: u64,
@@ -312,6 +404,12 @@ impl Replica {
             queued: Vec::new(),
             outputs: VecDeque::new(),
             dirty: BTreeSet::new(),
+            concerns: BTreeSet::new(),
+            undone: BTreeMap::new(),
+            suspects: BTreeMap::new(),
+            recent: BTreeMap::new(),
+            weight: 0,
+            max_loaded: MAX_LOADED,
             watched: BTreeMap::new(),
             refused: 0,
             now: Duration::ZERO,
@@ -329,41 +427,22 @@ impl Replica {
         Ok(this)
     }
 
+    /// Reads the list of documents. Signatures in it were checked before they were put on disk.
     fn read_all(&mut self) -> Result<(), StoreError> {
-        let damaged = || StoreError::Other("the list of documents is damaged".to_owned());
         let mut all = BTreeMap::new();
         for (row, value) in self.store.scan(key::ALL_DOCUMENTS, &[], usize::MAX)? {
-            let id = DocumentId::read(&row[1..]).ok_or_else(damaged)?;
-            let (digest, genesis) = value.split_at_checked(32).ok_or_else(damaged)?;
-            let digest = Digest::read(digest).ok_or_else(damaged)?;
-            let mut held = Held {
-                genesis: None,
-                digest,
-                readers: None,
-                loaded: None,
-                used: 0,
+            let Some(id) = row.get(1..).and_then(DocumentId::read) else {
+                return Err(StoreError::Other(
+                    "the list of documents is damaged".to_owned(),
+                ));
             };
-            if !genesis.is_empty() {
-                let genesis = wire::SignedGenesis::decode(genesis).map_err(|_| damaged())?;
-                let genesis = Genesis::read(genesis).map_err(|_| damaged())?;
-                let last = self.store.scan(&key::epochs(&id), &[], usize::MAX)?.pop();
-                let epoch = match last {
-                    None => None,
-                    Some((_, row)) => {
-                        let epoch = wire::SignedEpoch::decode(&row[..]).map_err(|_| damaged())?;
-                        Some(Epoch::read(epoch, &genesis).map_err(|_| damaged())?)
-                    }
-                };
-                let (writers, readers) = match &epoch {
-                    Some(epoch) => (&epoch.says.writers, &epoch.says.readers),
-                    None => (&genesis.writers, &genesis.readers),
-                };
-                held.readers = readers_of(&genesis, writers, readers);
-                held.genesis = Some(genesis);
-            }
-            all.insert(id, held);
+            all.insert(id, read_held(&self.store, &id, &value)?);
         }
         self.held = all;
+        self.recent.clear();
+        self.weight = 0;
+        // Damage that was found just now is a state of its document from here on.
+        self.store.take_damage();
         Ok(())
     }
 
@@ -395,32 +474,103 @@ impl Replica {
 
     // Documents in memory.
 
-    /// A document that is here, in memory; `None` if it is not held or has not arrived.
+    /// A document that is here, in memory; `None` if it is not held, has not arrived, or is damaged.
     pub(crate) fn document(
         &mut self,
         id: &DocumentId,
     ) -> Result<Option<(&mut Document, &mut Store)>, StoreError> {
         self.recover()?;
-        self.uses += 1;
+        let now = self.now;
         let Some(held) = self.held.get_mut(id) else {
             return Ok(None);
         };
         let Some(genesis) = &held.genesis else {
             return Ok(None);
         };
-        held.used = self.uses;
-        if held.loaded.is_none() {
-            let document = Document::load(&self.store, genesis.clone())?;
-            held.loaded = Some(Box::new(document));
+        if let Some(Damage { until, .. }) = held.damage {
+            if until.is_none_or(|until| until > now) {
+                return Ok(None);
+            }
+            held.damage = None;
         }
+        if held.loaded.is_none() {
+            let (genesis, digest) = (genesis.clone(), held.digest);
+            let document = match load(&self.store, genesis, digest) {
+                Ok(document) => document,
+                Err(error) => {
+                    self.suspect(*id, &error);
+                    return Err(error);
+                }
+            };
+            self.put_in_memory(*id, document);
+        }
+        self.uses += 1;
         let watched = self
             .watched
             .get(id)
             .is_some_and(|watch| watch.strong_count() > 0);
+        let Some(held) = self.held.get_mut(id) else {
+            return Ok(None);
+        };
+        self.recent.remove(&held.used);
+        held.used = self.uses;
+        self.recent.insert(self.uses, *id);
         Ok(held.loaded.as_deref_mut().map(|document| {
             document.watched = watched;
             (document, &mut self.store)
         }))
+    }
+
+    /// If the disk fails while it reads a document, that document is left alone for a while: otherwise each message of a
+    /// peer about it would make all documents be read anew.
+    pub(crate) fn suspect(&mut self, id: DocumentId, error: &StoreError) {
+        if !matches!(error, StoreError::Document { .. }) {
+            self.suspects.insert(id, error.to_string());
+        }
+    }
+
+    fn put_in_memory(&mut self, id: DocumentId, mut document: Document) {
+        self.make_room(document.weight(), Some(id));
+        if let Some(held) = self.held.get_mut(&id) {
+            document.go_on_writing(held.writing);
+            self.weight = self.weight - held.weight + document.weight();
+            held.weight = document.weight();
+            held.loaded = Some(Box::new(document));
+        }
+    }
+
+    /// Leaves documents that have not been used for longest to the disk, so that another of this weight has room; those
+    /// that are not on disk as they are in memory stay.
+    fn make_room(&mut self, weight: usize, except: Option<DocumentId>) {
+        if self.weight.saturating_add(weight) <= self.max_loaded {
+            return;
+        }
+        // So that it is not needed again for every document.
+        let enough = (self.max_loaded / 4 * 3).saturating_sub(weight);
+        let mut left = self.weight;
+        let mut leave = Vec::new();
+        for (used, id) in &self.recent {
+            let weight = self.held.get(id).map_or(0, |held| held.weight);
+            if left <= enough {
+                break;
+            }
+            let is_needed = self.dirty.contains(id) || self.inbox.contains_key(id);
+            if !is_needed && except != Some(*id) {
+                left -= weight.min(left);
+                leave.push((*used, *id));
+            }
+        }
+        for (used, id) in leave {
+            self.recent.remove(&used);
+            if let Some(held) = self.held.get_mut(&id)
+                && let Some(mut document) = held.loaded.take()
+            {
+                document.save(&mut self.store, true);
+                held.writing = document.writing();
+                held.weight = 0;
+            }
+        }
+        self.weight = left;
     }
 
     pub(crate) fn present(
@@ -428,6 +578,10 @@ impl Replica {
         id: &DocumentId,
     ) -> Result<(&mut Document, &mut Store), Error> {
         let known = self.held.contains_key(id);
+        self.document(id)?;
+        if let Some(error) = self.damage(id) {
+            return Err(error.into());
+        }
         match self.document(id)? {
             Some(document) => Ok(document),
             None if known => Err(Error::NotYet(*id)),
@@ -435,17 +589,40 @@ impl Replica {
         }
     }
 
-    pub(crate) fn queue(&mut self, output: Output) {
-        self.queued.push(output);
+    fn damage(&self, id: &DocumentId) -> Option<StoreError> {
+        let damage = self.held.get(id)?.damage.as_ref()?;
+        Some(StoreError::Document {
+            document: *id,
+            what: damage.what.clone(),
+        })
+    }
+
+    /// Lets something out at the next flush; what is of a document, only if nothing of that was taken back.
+    pub(crate) fn queue(&mut self, of: Option<DocumentId>, output: Output) {
+        self.queued.push((of, output));
     }
 
     pub(crate) fn event(&mut self, event: Event) {
-        self.queue(Output::Event(event));
+        let of = event.document();
+        self.queue(Some(of), Output::Event(event));
     }
 
     /// The document is not as it is on disk.
     pub(crate) fn touched(&mut self, id: DocumentId) {
         self.dirty.insert(id);
+        self.concerns.insert(id);
+    }
+
+    /// Returns the documents that were changed since this was called last: what was done with them is taken back if
+    /// the next flush finds them damaged ([`undone`](Self::undone)).
+    pub fn take_concerns(&mut self) -> BTreeSet<DocumentId> {
+        mem::take(&mut self.concerns)
+    }
+
+    /// Documents that the last [`flush`](Self::flush) found damaged: nothing of what was done with them since the flush
+    /// before has happened, while everything else is on disk.
+    pub fn undone(&self) -> &BTreeMap<DocumentId, StoreError> {
+        &self.undone
     }
 
     /// Digests as they are now, also of what is not on disk yet.
@@ -463,26 +640,44 @@ impl Replica {
         self.wall = self.wall.max(wall);
     }
 
-    fn keep(&mut self, genesis: Genesis) {
+    /// Holds a document with this beginning and nothing else.
+    pub(crate) fn keep(&mut self, genesis: Genesis) {
         let id = genesis.id;
-        let readers = readers_of(&genesis, &genesis.writers, &genesis.readers);
         let document = Document::new(genesis.clone());
-        let held = Held {
-            genesis: Some(genesis),
-            digest: NOTHING,
-            readers,
-            loaded: Some(Box::new(document)),
-            used: self.uses,
-        };
-        self.held.insert(id, held);
+        let mut held = Held::new(Some(genesis), NOTHING);
+        self.uses += 1;
+        held.used = self.uses;
+        if let Some(before) = self.held.insert(id, held) {
+            self.recent.remove(&before.used);
+            self.weight -= before.weight;
+        }
+        self.recent.insert(self.uses, id);
+        self.put_in_memory(id, document);
         self.touched(id);
     }
 
+    /// A document whose beginning is damaged is looked for as if it had never been here.
+    pub(crate) fn seek_again(&mut self, id: DocumentId) {
+        self.held.insert(id, Held::new(None, NOTHING));
+        self.touched(id);
+        self.say_interest(&[id], &[]);
+    }
+
     /// A genesis has come for a document that was sought.
-    pub(crate) fn arrived(&mut self, genesis: Genesis) {
+    pub(crate) fn arrived(&mut self, genesis: Genesis) -> Result<(), StoreError> {
+        self.event(Event::Arrived(genesis.id));
+        self.begin(genesis)
+    }
+
+    fn begin(&mut self, genesis: Genesis) -> Result<(), StoreError> {
         let id = genesis.id;
+        // The beginning may have been damaged, and the rest still be here.
+        let is_left = !self.store.scan(&key::log(&id), &[], 0)?.is_empty();
         self.keep(genesis);
-        self.event(Event::Arrived(id));
+        match is_left {
+            true => self.salvage(id),
+            false => Ok(()),
+        }
     }
 
     // What the application asks for.
@@ -501,7 +696,8 @@ impl Replica {
             Some(_) => self.event(Event::Arrived(id)),
             None => self.room()?,
         }
-        self.keep(Genesis::sign(&self.identity, genesis));
+        let genesis = Genesis::sign(&self.identity, genesis);
+        self.begin(genesis)?;
         self.say_interest(&[id], &[]);
         Ok(id)
     }
@@ -521,26 +717,21 @@ impl Replica {
         Ok(())
     }
 
-    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Returns true
-    /// if it was held before.
+    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Of one that is
+    /// held and damaged, what can be read is kept, and peers are asked for the rest. Returns true if it was held before.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if too many are held.
+    /// [`Error::TooLarge`] if too many are held, [`Error::Store`].
     pub fn hold(&mut self, id: DocumentId) -> Result<bool, Error> {
-        if self.held.contains_key(&id) {
+        self.recover()?;
+        if let Some(held) = self.held.get(&id) {
+            if held.damage.is_some() {
+                self.salvage(id)?;
+            }
             return Ok(true);
         }
         self.room()?;
-        self.held.insert(
-            id,
-            Held {
-                genesis: None,
-                digest: NOTHING,
-                readers: None,
-                loaded: None,
-                used: 0,
-            },
-        );
+        self.held.insert(id, Held::new(None, NOTHING));
         self.touched(id);
         self.say_interest(&[id], &[]);
         Ok(false)
@@ -552,9 +743,12 @@ impl Replica {
     /// [`Error::Store`].
     pub fn remove(&mut self, id: DocumentId) -> Result<bool, Error> {
         self.recover()?;
-        if self.held.remove(&id).is_none() {
+        let Some(held) = self.held.remove(&id) else {
             return Ok(false);
-        }
+        };
+        self.recent.remove(&held.used);
+        self.weight -= held.weight;
+        self.concerns.insert(id);
         for part in key::PARTS {
             self.store.delete_all(&key::part(*part, &id))?;
         }
@@ -568,7 +762,8 @@ impl Replica {
         Ok(true)
     }
 
-    /// The documents that are held.
+    /// The documents that are held. None of them is loaded for it, but those of a file that an earlier version has
+    /// written, once.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -583,30 +778,63 @@ impl Replica {
     /// # Errors
     /// [`Error::Unknown`], [`Error::Store`].
     pub fn info(&mut self, id: DocumentId) -> Result<DocumentInfo, Error> {
-        if !self.held.contains_key(&id) {
-            return Err(Error::Unknown(id));
-        }
-        let details = match self.document(&id)? {
-            None => None,
-            Some((document, _)) => {
-                let digest = document.digest();
-                let (changes, log_bytes) = document.log();
-                let genesis = &document.genesis;
-                Some(DocumentDetails {
-                    owner: genesis.owner,
-                    kind: genesis.kind,
-                    writers: document.epochs.writers(genesis).to_vec(),
-                    readers: document.epochs.readers(genesis).clone(),
-                    label: genesis.label.clone(),
-                    epochs: document.epochs.count(),
-                    digest,
-                    changes,
-                    log_bytes,
-                    equivocations: document.forks().len(),
-                })
+        self.recover()?;
+        let figures = match self.figures(&id) {
+            Ok(figures) => figures,
+            Err(StoreError::Document { what, .. }) => {
+                return Ok(DocumentInfo {
+                    id,
+                    details: None,
+                    damage: Some(what),
+                });
             }
+            Err(error) => return Err(error.into()),
         };
-        Ok(DocumentInfo { id, details })
+        let held = self.held.get(&id).ok_or(Error::Unknown(id))?;
+        let details = held.genesis.as_ref().zip(figures);
+        let details = details.map(|(genesis, figures)| DocumentDetails {
+            owner: genesis.owner,
+            kind: genesis.kind,
+            writers: held.writers.clone(),
+            readers: held.readers.clone(),
+            label: genesis.label.clone(),
+            epochs: figures.epochs,
+            digest: held.digest,
+            changes: figures.changes,
+            log_bytes: figures.log_bytes,
+            base_changes: figures.base_changes,
+            equivocations: usize::try_from(figures.equivocations).unwrap_or(usize::MAX),
+        });
+        let damage = held.damage.as_ref().map(|damage| damage.what.clone());
+        Ok(DocumentInfo {
+            id,
+            details,
+            damage,
+        })
+    }
+
+    /// The figures of a document: of its row if it is not in memory; `None` if it has not arrived or is damaged.
+    pub(crate) fn figures(&mut self, id: &DocumentId) -> Result<Option<Figures>, StoreError> {
+        let Some(held) = self.held.get_mut(id) else {
+            return Ok(None);
+        };
+        if let Some(document) = &mut held.loaded {
+            held.digest = document.digest();
+            return Ok(Some(document.figures()));
+        }
+        if held.genesis.is_some() && held.damage.is_none() {
+            let row = self.store.get(&key::figures(id))?;
+            let figures = row.and_then(|row| Figures::read(&row, &held.digest));
+            if figures.is_some() {
+                return Ok(figures);
+            }
+        }
+        // Of a version that kept none.
+        let figures = self.document(id)?.map(|(document, _)| document.figures());
+        if let Some(figures) = &figures {
+            self.store.put(key::figures(id), figures.encode_to_vec());
+        }
+        Ok(figures)
     }
 
     /// What is at a path; `None` if nothing is.
@@ -727,7 +955,7 @@ impl Replica {
         readers: Readers,
         anew: bool,
     ) -> Result<(), Error> {
-        let identity = self.identity.clone();
+        let (identity, anew) = (self.identity.clone(), anew.then_some(self.wall));
         let (document, store) = self.present(&id)?;
         let (epoch, taken) = document.decide(store, &identity, (writers, readers), anew)?;
         self.epochs_taken(id, vec![epoch], None, taken)?;
@@ -876,15 +1104,25 @@ impl Replica {
             .extend(epochs.into_iter().map(|epoch| (epoch, from)));
         self.touched(id);
         if let Some((document, _)) = self.document(&id)? {
-            let genesis = &document.genesis;
-            let readers = readers_of(
-                genesis,
-                document.epochs.writers(genesis),
-                document.epochs.readers(genesis),
-            );
-            if let Some(held) = self.held.get_mut(&id) {
-                held.readers = readers;
+            let last = document.epochs.last().map(|epoch| epoch.says.clone());
+            if let Some(held) = self.held.get_mut(&id)
+                && let Some(says) = last
+            {
+                held.decided(&says);
             }
+        }
+        self.store.delete(key::decided(&id));
+        let shut_out: Vec<Key> = self
+            .peers
+            .iter()
+            .filter(|(peer, known)| {
+                known.shares(&id) && self.held.get(&id).is_some_and(|held| !held.may_read(peer))
+            })
+            .map(|(peer, _)| *peer)
+            .collect();
+        for peer in shut_out {
+            // It has a part, or has said so while it might read all of it.
+            self.shut_out(peer, id, true)?;
         }
         self.event(if beginning {
             Event::Compacted(id)
@@ -897,12 +1135,18 @@ impl Replica {
         Ok(())
     }
 
+    /// A decision is known that cannot be taken before the content comes that it begins anew with.
+    pub(crate) fn decided(&mut self, id: DocumentId, says: &Statement, row: Vec<u8>) {
+        if let Some(held) = self.held.get_mut(&id) {
+            held.decided(says);
+            self.store.put(key::decided(&id), row);
+        }
+    }
+
     pub(crate) fn offend(&mut self, peer: Key, refusal: &Refusal) {
         tracing::warn!(%peer, %refusal, "a peer sent what no honest peer would");
-        self.queue(Output::Offence {
-            peer,
-            why: refusal.to_string(),
-        });
+        let why = refusal.to_string();
+        self.queue(None, Output::Offence { peer, why });
     }
 
     /// Looks at what peers have told.
@@ -914,25 +1158,40 @@ impl Replica {
                 break;
             }
             for (id, envelopes) in inbox {
-                let Some((document, store)) = self.document(&id)? else {
-                    continue;
-                };
-                let taken = document.take(store, envelopes)?;
-                self.follow(id, taken)?;
+                // One that is damaged keeps no other from being worked on.
+                match self.take_inbox(id, envelopes) {
+                    Ok(()) | Err(StoreError::Document { .. }) => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
         Ok(())
     }
 
+    fn take_inbox(
+        &mut self,
+        id: DocumentId,
+        envelopes: Vec<(Envelope, Source)>,
+    ) -> Result<(), StoreError> {
+        let Some((document, store)) = self.document(&id)? else {
+            return Ok(());
+        };
+        let taken = document.take(store, envelopes)?;
+        self.follow(id, taken)
+    }
+
     // Disk, and what comes out.
 
-    /// Puts on disk what was done since the last time, and lets out what follows from it.
+    /// Puts on disk what was done since the last time, and lets out what follows from it. A fault of the disk that any
+    /// operation met since then fails the flush, also if that operation returned no error. Damage of a document takes
+    /// back what was done with that document alone: [`undone`](Self::undone).
     ///
     /// # Errors
     /// [`StoreError`]; then nothing of what was done since the last time has happened.
     pub fn flush(&mut self) -> Result<(), StoreError> {
+        self.undone.clear();
         let flushed = self.try_flush();
-        if flushed.is_err() && !self.stale {
+        if flushed.is_err() {
             self.go_back();
         }
         flushed
@@ -941,36 +1200,93 @@ impl Replica {
     fn try_flush(&mut self) -> Result<(), StoreError> {
         self.recover()?;
         self.settle()?;
+        // Told last, for nobody is told of what is taken back. What is told is read from memory.
+        while self.put_rows()? {}
         self.tell()?;
-        for id in mem::take(&mut self.dirty) {
-            let digest = match self.document(&id)? {
-                Some((document, store)) => {
-                    document.save(store, false);
-                    document.digest()
-                }
-                None => NOTHING,
-            };
-            if let Some(held) = self.held.get_mut(&id) {
-                held.digest = digest;
-                let genesis = held
-                    .genesis
-                    .as_ref()
-                    .map(|genesis| genesis.wire.encode_to_vec());
-                let row = [&digest.0[..], &genesis.unwrap_or_default()].concat();
-                self.store.put(key::document(&id), row);
-            }
-        }
-        self.unload();
+        while self.put_rows()? {}
+        self.make_room(0, None);
         self.bound_waiting();
+        if let Some(fault) = self.store.take_fault() {
+            return Err(fault);
+        }
         if self.store.is_dirty() {
             self.store.flush()?;
         }
-        self.outputs.extend(self.queued.drain(..));
+        let queued = self.queued.drain(..);
+        self.outputs.extend(queued.map(|(_, output)| output));
+        Ok(())
+    }
+
+    /// Writes the rows of documents that have changed, and takes back what was done with those that turned out to be
+    /// damaged. Returns true if there may be more to do.
+    fn put_rows(&mut self) -> Result<bool, StoreError> {
+        for id in mem::take(&mut self.dirty) {
+            match self.put_row(id) {
+                Ok(()) | Err(StoreError::Document { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let damaged = self.store.take_damage();
+        let has_more = !damaged.is_empty();
+        for (id, what) in damaged {
+            self.undo(id, what)?;
+        }
+        Ok(has_more)
+    }
+
+    fn put_row(&mut self, id: DocumentId) -> Result<(), StoreError> {
+        let (mut digest, mut weight) = (NOTHING, 0);
+        if let Some((document, store)) = self.document(&id)? {
+            document.save(store, false);
+            (digest, weight) = (document.digest(), document.weight());
+            store.put(key::figures(&id), document.figures().encode_to_vec());
+        }
+        let Some(held) = self.held.get_mut(&id) else {
+            return Ok(());
+        };
+        self.weight = self.weight - held.weight + weight;
+        held.weight = weight;
+        held.digest = digest;
+        let genesis = held.genesis.as_ref();
+        let genesis = genesis.map(|genesis| genesis.wire.encode_to_vec());
+        let row = [&digest.0[..], &genesis.unwrap_or_default()].concat();
+        self.store.put(key::document(&id), row);
+        Ok(())
+    }
+
+    /// A document is damaged on disk: what was done with it since the last flush is taken back, and it is as it is on
+    /// disk, to be opened again. All else goes on.
+    fn undo(&mut self, id: DocumentId, what: String) -> Result<(), StoreError> {
+        tracing::error!(document = %id, what, "a document is damaged on disk");
+        self.store.forget(&id);
+        self.queued.retain(|(of, _)| *of != Some(id));
+        self.dirty.remove(&id);
+        self.inbox.remove(&id);
+        self.arrivals.remove(&id);
+        self.news.remove(&id);
+        for peer in self.peers.values_mut() {
+            peer.forget_exchange(&id);
+        }
+        if let Some(held) = self.held.remove(&id) {
+            self.recent.remove(&held.used);
+            self.weight -= held.weight;
+        }
+        if let Some(row) = self.store.get(&key::document(&id))? {
+            let mut held = read_held(&self.store, &id, &row)?;
+            let damage = Damage {
+                what: what.clone(),
+                until: None,
+            };
+            held.damage.get_or_insert(damage);
+            self.held.insert(id, held);
+        }
+        let error = StoreError::Document { document: id, what };
+        self.undone.insert(id, error);
         Ok(())
     }
 
     /// After a fault of the disk: memory is as the disk is.
-    pub(crate) fn go_back(&mut self) {
+    fn go_back(&mut self) {
         self.queued.clear();
         self.dirty.clear();
         self.inbox.clear();
@@ -982,6 +1298,15 @@ impl Replica {
         self.stale = true;
         if let Err(error) = self.recover() {
             tracing::error!(%error, "documents cannot be read");
+        }
+        let until = Some(self.now + TRY_AGAIN);
+        for (id, what) in mem::take(&mut self.suspects) {
+            if let Some(held) = self.held.get_mut(&id)
+                && !self.stale
+            {
+                tracing::error!(document = %id, what, "a document cannot be read from disk");
+                held.damage.get_or_insert(Damage { what, until });
+            }
         }
     }
 
@@ -995,45 +1320,23 @@ impl Replica {
         Ok(())
     }
 
-    /// Leaves documents that have not been used for long to the disk.
-    fn unload(&mut self) {
-        let loaded = self
-            .held
-            .values()
-            .filter(|held| held.loaded.is_some())
-            .count();
-        if loaded <= MAX_LOADED {
-            return;
-        }
-        let mut used: Vec<_> = self
-            .held
-            .values()
-            .filter(|held| held.loaded.is_some())
-            .map(|held| held.used)
-            .collect();
-        used.sort_unstable();
-        let limit = used[loaded - MAX_LOADED * 3 / 4];
-        for held in self.held.values_mut() {
-            if held.used < limit
-                && let Some(mut document) = held.loaded.take()
-            {
-                document.save(&mut self.store, true);
-            }
-        }
-    }
-
     /// Keeps what waits in all documents within [`MAX_IN_ALL`]: those that were not used for longest forget theirs.
     fn bound_waiting(&mut self) {
         let waiting = |held: &Held| held.loaded.as_ref().map_or(0, |one| one.waiting_bytes());
-        let mut bytes: usize = self.held.values().map(waiting).sum();
-        while bytes > MAX_IN_ALL {
-            let held = self.held.values_mut().filter(|held| waiting(held) > 0);
-            let Some(held) = held.min_by_key(|held| held.used) else {
+        let held = self.recent.values().filter_map(|id| self.held.get(id));
+        let mut bytes: usize = held.map(waiting).sum();
+        if bytes <= MAX_IN_ALL {
+            return;
+        }
+        for id in self.recent.values() {
+            if bytes <= MAX_IN_ALL {
                 return;
-            };
-            bytes -= waiting(held);
-            if let Some(document) = &mut held.loaded {
-                document.forget_waiting();
+            }
+            if let Some(held) = self.held.get_mut(id) {
+                bytes -= waiting(held);
+                if let Some(document) = &mut held.loaded {
+                    document.forget_waiting();
+                }
             }
         }
     }
@@ -1050,11 +1353,72 @@ impl Replica {
 
     #[cfg(test)]
     pub(crate) fn loaded(&self) -> usize {
-        self.held
-            .values()
-            .filter(|held| held.loaded.is_some())
-            .count()
+        let loaded = self.held.values().filter(|held| held.loaded.is_some());
+        let loaded = loaded.count();
+        assert_eq!(loaded, self.recent.len());
+        let weights = self.held.values().map(|held| held.weight);
+        assert_eq!(self.weight, weights.sum::<usize>());
+        loaded
     }
+
+    #[cfg(test)]
+    pub(crate) fn keep_loaded(&mut self, bytes: usize) {
+        self.max_loaded = bytes;
+    }
+
+    /// What is on disk, to be bent.
+    #[cfg(test)]
+    pub(crate) fn store(&mut self) -> &mut Store {
+        &mut self.store
+    }
+}
+
+/// Reads a document from disk. Its digest covers the chains of all sessions and decisions, so what was checked before it
+/// was put on disk need not be checked again, but for the signature of the beginning.
+fn load(store: &Store, genesis: Genesis, digest: Digest) -> Result<Document, StoreError> {
+    if Genesis::read(genesis.wire.clone()).is_err() {
+        return Err(store.damaged(genesis.id, "its beginning cannot be read"));
+    }
+    let mut document = Document::load(store, genesis)?;
+    match document.digest() == digest {
+        true => Ok(document),
+        false => Err(store.damaged(document.id(), "a part of it is missing or changed")),
+    }
+}
+
+/// Reads what the list of documents says of one.
+fn read_held(store: &Store, id: &DocumentId, row: &[u8]) -> Result<Held, StoreError> {
+    let Some((digest, genesis)) = row.split_at_checked(32) else {
+        return Ok(damaged_held(None, "its entry in the list of documents"));
+    };
+    let digest = Digest::read(digest).unwrap_or(NOTHING);
+    if genesis.is_empty() {
+        return Ok(Held::new(None, digest));
+    }
+    let genesis = wire::SignedGenesis::decode(genesis).ok();
+    let genesis = genesis.and_then(|genesis| Genesis::stored(genesis).ok());
+    let Some(genesis) = genesis.filter(|genesis| genesis.id == *id) else {
+        return Ok(damaged_held(None, "its beginning"));
+    };
+    let mut held = Held::new(Some(genesis.clone()), digest);
+    let of_chain = store.last(&key::epochs(id))?.map(|(_, row)| row);
+    let decided = store.get(&key::decided(id))?;
+    // The later one, if its base has not come yet, says who may read as well.
+    for row in [of_chain, decided].into_iter().flatten() {
+        let epoch = wire::SignedEpoch::decode(&row[..]).ok();
+        match epoch.and_then(|epoch| Epoch::stored(epoch, &genesis).ok()) {
+            Some(epoch) => held.decided(&epoch.says),
+            None => return Ok(damaged_held(Some(genesis), "a decision of its owner")),
+        }
+    }
+    Ok(held)
+}
+
+fn damaged_held(genesis: Option<Genesis>, what: &str) -> Held {
+    let mut held = Held::new(genesis, NOTHING);
+    let what = format!("{what} cannot be read");
+    held.damage = Some(Damage { what, until: None });
+    held
 }
 
 fn check_keys(what: &'static str, size: usize) -> Result<(), Error> {
@@ -1077,19 +1441,6 @@ fn tidy_readers(readers: Readers, owner: &Key) -> Result<Readers, Error> {
             check_keys("the list of readers", keys.len())?;
             Ok(Readers::Named(keys))
         }
-    }
-}
-
-fn readers_of(genesis: &Genesis, writers: &[Key], readers: &Readers) -> Option<BTreeSet<Key>> {
-    match readers {
-        Readers::Everybody => None,
-        Readers::Named(keys) => Some(
-            keys.iter()
-                .chain(writers)
-                .chain([&genesis.owner])
-                .copied()
-                .collect(),
-        ),
     }
 }
 

@@ -8,12 +8,15 @@
 //! | `l` document session index | an envelope |
 //! | `p` document session | a proof of equivocation |
 //! | `o` document session | empty: a session of this replica |
-//! | `s` document | a save: a cache, with the digest (32 bytes) of what it is of |
+//! | `s` document | a save: a cache of what the log makes, after the BLAKE3 hash (32 bytes) of all that follows it |
+//! | `i` document | figures of the document, for a listing that loads nothing; a cache |
+//! | `q` document | the last of the owner's decisions that cannot be taken yet: it says who may read |
 //!
 //! Writes gather until [`Store::flush`], which puts all of them on disk in one transaction: what was acknowledged survives a crash, and many commits share a sync.
 //! Commits are in two phases, for the content comes from strangers; repair after a crash is quick.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fmt, io,
     ops::Bound,
@@ -52,6 +55,17 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
+    /// What is on disk of one document is damaged, or cannot be read. Other documents are as they were.
+    #[error(
+        "document {document} is damaged on disk: {what}; open it again to keep what can be read of it, and to get the \
+         rest from peers that hold it"
+    )]
+    Document {
+        /// The document.
+        document: DocumentId,
+        /// What is wrong with it.
+        what: String,
+    },
     /// Something else.
     #[error("the documents on disk: {0}")]
     Other(String),
@@ -86,6 +100,15 @@ pub struct Store {
     database: Option<Database>,
     /// What is not on disk yet.
     pending: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    noted: RefCell<Noted>,
+}
+
+/// What went wrong since the last flush. It is kept here, and not only returned to the caller: an operation may drop an
+/// error, but a flush never does.
+#[derive(Debug, Default)]
+struct Noted {
+    fault: Option<StoreError>,
+    damage: BTreeMap<DocumentId, String>,
 }
 
 impl fmt::Debug for Store {
@@ -98,19 +121,19 @@ impl fmt::Debug for Store {
 
 /// Reads single rows; [`Store::reader`].
 pub(crate) struct Reader<'a> {
-    pending: &'a BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    store: &'a Store,
     table: Option<ReadOnlyTable<&'static [u8], &'static [u8]>>,
 }
 
 impl Reader<'_> {
     pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        if let Some(value) = self.pending.get(key) {
+        if let Some(value) = self.store.pending.get(key) {
             return Ok(value.clone());
         }
         let Some(table) = &self.table else {
             return Ok(None);
         };
-        let value = table.get(key).map_err(failed)?;
+        let value = self.store.note(table.get(key).map_err(failed))?;
         Ok(value.map(|value| value.value().to_vec()))
     }
 }
@@ -141,7 +164,41 @@ impl Store {
             place,
             database,
             pending: BTreeMap::new(),
+            noted: RefCell::default(),
         })
+    }
+
+    /// Keeps a fault of the disk for the next flush, which fails with it.
+    fn note<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(error) = &result {
+            self.noted.borrow_mut().fault.get_or_insert(error.clone());
+        }
+        result
+    }
+
+    /// Takes the first fault of the disk since the last flush.
+    pub(crate) fn take_fault(&mut self) -> Option<StoreError> {
+        self.noted.get_mut().fault.take()
+    }
+
+    /// Returns the error for damage to a document, and keeps it for the next flush, which takes back what was done with
+    /// that document.
+    pub(crate) fn damaged(&self, document: DocumentId, what: impl Into<String>) -> StoreError {
+        let what = what.into();
+        let mut noted = self.noted.borrow_mut();
+        noted.damage.entry(document).or_insert(what.clone());
+        StoreError::Document { document, what }
+    }
+
+    /// Takes the documents that were found damaged since the last flush.
+    pub(crate) fn take_damage(&mut self) -> BTreeMap<DocumentId, String> {
+        std::mem::take(&mut self.noted.get_mut().damage)
+    }
+
+    /// Forgets what is not on disk yet of a document.
+    pub(crate) fn forget(&mut self, document: &DocumentId) {
+        self.pending
+            .retain(|key, _| key.get(1..33) != Some(&document.0[..]));
     }
 
     pub(crate) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
@@ -161,9 +218,8 @@ impl Store {
     }
 
     fn database(&self) -> Result<&Database, StoreError> {
-        self.database
-            .as_ref()
-            .ok_or_else(|| StoreError::Other("they are closed after a fault".to_owned()))
+        let closed = || StoreError::Other("they are closed after a fault".to_owned());
+        self.note(self.database.as_ref().ok_or_else(closed))
     }
 
     pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
@@ -175,16 +231,34 @@ impl Store {
 
     /// Reads many rows, one at a time, in one transaction.
     pub(crate) fn reader(&self) -> Result<Reader<'_>, StoreError> {
-        let read = self.database()?.begin_read().map_err(failed)?;
+        let read = self.note(self.database()?.begin_read().map_err(failed))?;
         let table = match read.open_table(DOCUMENTS) {
             Ok(table) => Some(table),
             Err(redb::TableError::TableDoesNotExist(_)) => None,
-            Err(error) => return Err(failed(error)),
+            Err(error) => return self.note(Err(failed(error))),
         };
-        Ok(Reader {
-            pending: &self.pending,
-            table,
-        })
+        Ok(Reader { store: self, table })
+    }
+
+    /// The last row whose key begins with `prefix`.
+    pub(crate) fn last(&self, prefix: &[u8]) -> Result<Option<Row>, StoreError> {
+        let starts = |key: &[u8]| key.starts_with(prefix);
+        let range = (Bound::Included(prefix), Bound::Unbounded);
+        let pending = self.pending.range::<[u8], _>(range);
+        if pending.take_while(|(key, _)| starts(key)).next().is_some() {
+            return Ok(self.scan(prefix, &[], usize::MAX)?.pop());
+        }
+        let Some(table) = self.reader()?.table else {
+            return Ok(None);
+        };
+        // No key of this table is longer than a prefix and 40 bytes.
+        let end = [prefix, &[0xff; 64]].concat();
+        let last = table
+            .range::<&[u8]>((Bound::Included(prefix), Bound::Included(end.as_slice())))
+            .and_then(|mut rows| rows.next_back().transpose())
+            .map_err(failed);
+        let last = self.note(last)?;
+        Ok(last.map(|(key, value)| (key.value().to_vec(), value.value().to_vec())))
     }
 
     /// Rows whose key begins with `prefix`, from `prefix` and `from` on, until their values have more than `bytes`.
@@ -197,12 +271,13 @@ impl Store {
         let begin = [prefix, from].concat();
         let mut rows: BTreeMap<Vec<u8>, Option<Vec<u8>>> = BTreeMap::new();
         let (mut size, mut cut) = (0, None);
-        let read = self.database()?.begin_read().map_err(failed)?;
+        let read = self.note(self.database()?.begin_read().map_err(failed))?;
         match read.open_table(DOCUMENTS) {
             Ok(table) => {
                 let range = (Bound::Included(begin.as_slice()), Bound::Unbounded);
-                for row in table.range::<&[u8]>(range).map_err(failed)? {
-                    let (key, value) = row.map_err(failed)?;
+                let found = self.note(table.range::<&[u8]>(range).map_err(failed))?;
+                for row in found {
+                    let (key, value) = self.note(row.map_err(failed))?;
                     if !key.value().starts_with(prefix) {
                         break;
                     }
@@ -218,7 +293,7 @@ impl Store {
                 }
             }
             Err(redb::TableError::TableDoesNotExist(_)) => {}
-            Err(error) => return Err(failed(error)),
+            Err(error) => return self.note(Err(failed(error))),
         }
         let pending = self
             .pending
@@ -265,6 +340,7 @@ impl Store {
     /// Opens it again after a fault.
     pub(crate) fn reopen(&mut self) -> Result<(), StoreError> {
         self.pending.clear();
+        *self.noted.get_mut() = Noted::default();
         if let Place::File(path) = &self.place
             && !path.exists()
         {
@@ -340,7 +416,7 @@ pub(crate) mod key {
     pub(crate) const ALL_DOCUMENTS: &[u8] = b"d";
 
     /// Everything that belongs to a document, but for what names it.
-    pub(crate) const PARTS: &[u8] = b"eblpos";
+    pub(crate) const PARTS: &[u8] = b"eblposiq";
 
     pub(crate) fn part(kind: u8, document: &DocumentId) -> Vec<u8> {
         of(kind, document)
@@ -400,6 +476,14 @@ pub(crate) mod key {
 
     pub(crate) fn save(document: &DocumentId) -> Vec<u8> {
         of(b's', document)
+    }
+
+    pub(crate) fn figures(document: &DocumentId) -> Vec<u8> {
+        of(b'i', document)
+    }
+
+    pub(crate) fn decided(document: &DocumentId) -> Vec<u8> {
+        of(b'q', document)
     }
 }
 

@@ -3,9 +3,11 @@
 mod arrival;
 mod byzantine;
 mod convergence;
+mod damage;
 mod files;
 mod mutants;
 mod promises;
+mod readers;
 mod simulation;
 
 use std::{
@@ -36,6 +38,7 @@ struct Platter {
     /// Operations until it fails.
     fails_in: Option<u64>,
     full: bool,
+    unreadable: bool,
     operations: u64,
 }
 
@@ -69,6 +72,9 @@ impl StorageBackend for Disk {
     fn read(&self, offset: u64, out: &mut [u8]) -> Outcome<()> {
         let platter = self.0.lock().unwrap();
         let offset = offset as usize;
+        if platter.unreadable {
+            return Err(broken(std::io::ErrorKind::Other));
+        }
         match platter.bytes.get(offset..offset + out.len()) {
             Some(bytes) => out.copy_from_slice(bytes),
             None => return Err(broken(std::io::ErrorKind::UnexpectedEof)),
@@ -116,6 +122,10 @@ impl Disk {
 
     pub(crate) fn fill(&self, full: bool) {
         self.0.lock().unwrap().full = full;
+    }
+
+    pub(crate) fn fail_reads(&self, fails: bool) {
+        self.0.lock().unwrap().unreadable = fails;
     }
 
     pub(crate) fn operations(&self) -> u64 {

@@ -373,10 +373,14 @@ fn kind_of(value: &Value) -> ObjType {
 
 /// Makes an edit. After an error the transaction is to be rolled back.
 pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditError> {
-    // The document as a whole: its keys, so that what others write beside them stays.
+    // The document as a whole: its keys, for the map itself cannot be another. Keys that others write meanwhile stay.
     if let Edit::Put(path, Value::Object(map)) = edit
         && path.0.is_empty()
     {
+        let others: Vec<_> = tx.keys(ROOT).filter(|key| !map.contains_key(key)).collect();
+        for key in others {
+            tx.delete(ROOT, key).map_err(unexpected)?;
+        }
         return map
             .iter()
             .try_for_each(|(key, value)| apply(tx, &Edit::Put(path.join(key), value.clone())));
@@ -583,11 +587,15 @@ pub(crate) fn touched(patches: &[automerge::Patch]) -> Vec<Path> {
     kept
 }
 
-/// Copies all of the content into an empty document, each counter as one, in commits of a bounded size.
-pub(crate) fn copy(from: &Automerge, to: &mut Automerge) -> Result<(), automerge::AutomergeError> {
+/// Copies all of the content into an empty document, each counter as one, in commits of a bounded size and of this time.
+pub(crate) fn copy(
+    from: &Automerge,
+    to: &mut Automerge,
+    time: i64,
+) -> Result<(), automerge::AutomergeError> {
     const OPS: usize = 4096;
     const BYTES: usize = MAX_CHANGE / 4;
-    let options = || CommitOptions::default().with_time(0);
+    let options = || CommitOptions::default().with_time(time);
     // Objects that are made, and still to be filled.
     let mut open = vec![(ROOT, ROOT, ObjType::Map)];
     let (mut ops, mut bytes) = (0, 0);

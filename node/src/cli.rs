@@ -509,6 +509,11 @@ pub(crate) enum Doc {
     },
     /// The documents that this node holds
     Ls,
+    /// Show what is known of a document: its owner, writers, readers and size
+    Info {
+        /// The document's id
+        id: DocumentId,
+    },
     /// Print what is at a path, as JSON
     Get {
         /// The document's id
@@ -518,12 +523,13 @@ pub(crate) enum Doc {
         #[arg(default_value = "", hide_default_value = true)]
         path: String,
     },
-    /// Set what is at a path
+    /// Set what is at a path, whatever was there
     Put {
         /// The document's id
         id: DocumentId,
 
-        /// A JSON pointer; the map or list that holds the place must be there
+        /// A JSON pointer; the map or list that holds the place must be there. Empty for the document as a whole: keys
+        /// that are not in the new map are removed
         path: String,
 
         /// JSON; - reads it from standard input
@@ -596,6 +602,9 @@ pub(crate) enum Doc {
         revoke: Vec<PeerId>,
     },
     /// Who may read a document besides owner and writers; only its owner changes that
+    ///
+    /// A node that held the document and is shut out keeps what it has. It is told of the decision by every node that
+    /// knows of it, and from then on gives nothing of the document to nodes that may not read it.
     Readers {
         /// The document's id
         id: DocumentId,

@@ -11,7 +11,7 @@
 //! | 6 | no node is running on this home |
 //! | 7 | the target exists with other content |
 //! | 8 | the disk is full, or the quota |
-//! | 9 | what is here, or a file that was to be imported, is damaged, changed or gone |
+//! | 9 | what is here, a document, or a file that was to be imported, is damaged, changed or gone |
 //! | 10 | not all of the document is here yet |
 //! | 130 | interrupted |
 
@@ -78,6 +78,19 @@ impl Failure {
 
     pub(crate) fn interrupted(message: impl Into<String>) -> Self {
         Self::new(INTERRUPTED, "INTERRUPTED", message)
+    }
+
+    /// The node has ended a stream that goes on until the client leaves it; `left` of `count` events have not come.
+    pub(crate) fn ended(count: Option<u64>, left: u64) -> Self {
+        let text = match count {
+            Some(count) => format!(
+                "the node ended the stream after {} of {count}",
+                count - left
+            ),
+            None => "the node ended the stream".to_owned(),
+        };
+        Self::new(NOT_RUNNING, "STOPPED", text)
+            .hint("It is stopping, or has restarted: check `weft status`, and run this again.")
     }
 
     /// Nothing is left to say: the result that was printed says it.
@@ -151,6 +164,15 @@ impl From<Status> for Failure {
             "NOT_PUBLISHER" => (
                 1,
                 "`weft registry publishers ID` shows who publishes which names; its owner lets a node with --add PEER=PATTERN.",
+            ),
+            "NOT_ADMINISTRATOR" => (
+                1,
+                "`weft registry publishers ID` shows who publishes. The registry's owner makes this node an administrator\n\
+                 with `weft doc writers ID --add PEER`.",
+            ),
+            "DOCUMENT_DAMAGED" => (
+                DAMAGED,
+                "`weft doc open ID` keeps what can be read of it, and gets the rest from the nodes that hold it.",
             ),
             "NOTHING_THERE" => (NOT_FOUND, "`weft doc get ID` shows the whole document."),
             "NOT_ARRIVED" => (

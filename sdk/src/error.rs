@@ -224,6 +224,16 @@ pub enum Error {
         /// The name.
         name: ModelName,
     },
+    /// This node may not say who publishes in the registry.
+    #[error(
+        "this node may not change the publishers of registry {registry}; its owner, {owner}, and its administrators may"
+    )]
+    NotAdministrator {
+        /// The registry.
+        registry: DocumentId,
+        /// The registry's owner, who says who administers it.
+        owner: PeerId,
+    },
     /// A pattern of names is malformed.
     #[error(transparent)]
     Pattern(#[from] ParsePatternError),

@@ -175,7 +175,7 @@ impl Play {
             .collect();
         if node.replica().document(&self.id).unwrap().is_none() {
             node.replica().hold(self.id).unwrap();
-            node.replica().arrived(genesis.clone());
+            node.replica().arrived(genesis.clone()).unwrap();
         }
         let (document, store) = node.replica().document(&self.id).unwrap().unwrap();
         let known: Vec<_> = document.epochs.iter().map(|epoch| epoch.id).collect();

@@ -12,13 +12,15 @@ use prost::Message;
 use serde_json::json;
 use weft_proto::wire::{self, document_message::Kind};
 
-use super::{World, at, identity, key, put};
+use super::{World, at, identity, key, mutants, put};
 use crate::{
     ChangeId, DocumentId, Edit, Event, Identity, Key, NewDocument, Path, Rights,
     envelope::{Envelope, Header, Proof, Run},
     epoch::{Epoch, Statement},
     genesis::Readers,
+    guard::{self, Depths},
     id::{Chain, EpochId, SessionId},
+    refusal::Refusal,
     value,
 };
 
@@ -460,6 +462,39 @@ fn poisoned_changes_are_refused_by_all_alike() {
         world.assert_same(&[0, 1, 2], id),
         json!({"m": {"x": 1}, "b": 1})
     );
+}
+
+#[test]
+fn a_change_that_another_encoder_wrote_is_not_taken_and_is_no_fault_of_who_gives_it() {
+    let (mut world, id) = world(2);
+    let mut liar = Liar::knowing(&mut world, 0, id, 1);
+    let edits: Vec<_> = (0..20).map(|at| put(&format!("/{at}"), json!(1))).collect();
+    let honest = liar.change(&edits);
+    let (document, _) = world.node(0).document(&id).unwrap().unwrap();
+    let doc = document.automerge().clone();
+    // Other bytes for the same operations.
+    let mut random = fastrand::Rng::with_seed(1);
+    let is_foreign = |bytes: &[u8]| {
+        let checked = guard::decode(bytes, liar.session.actor(), 1).ok()?;
+        let refusal = guard::check(&doc, &checked, None, &mut Depths::default()).err()?;
+        let is_same = checked.change.decode().operations == honest.decode().operations;
+        (refusal == Refusal::Foreign && is_same).then_some(checked.id)
+    };
+    let foreign = (0..5_000_000).find_map(|_| {
+        let mut body = mutants::body(honest.raw_bytes()).to_vec();
+        mutants::mutate(&mut body, &mut random);
+        let bytes = mutants::chunk(&body);
+        is_foreign(&bytes).map(|id| (bytes, id))
+    });
+    let (bytes, change) = foreign.expect("one of the mutants");
+    let envelope = liar.next(&bytes, change);
+    let before = world.get(0, id);
+    world.lie(0, news(id, &[envelope]));
+    world.assert_no_offence();
+    assert_eq!(world.get(0, id), before);
+    world.edit(1, id, "/b", 1);
+    world.settle();
+    world.assert_same(&[0, 1], id);
 }
 
 /// What is refused must not depend on what else is here: a reference to an operation that is here, but not among what the change builds on.

@@ -34,13 +34,13 @@ fn leb(mut value: usize) -> Vec<u8> {
 }
 
 /// A change chunk with this body.
-fn chunk(body: &[u8]) -> Vec<u8> {
+pub(super) fn chunk(body: &[u8]) -> Vec<u8> {
     let rest = [&[1], &leb(body.len())[..], body].concat();
     let hash = Sha256::digest(&rest);
     [&[0x85, 0x6f, 0x4a, 0x83], &hash[..4], &rest].concat()
 }
 
-fn body(chunk: &[u8]) -> &[u8] {
+pub(super) fn body(chunk: &[u8]) -> &[u8] {
     let length = chunk[9..].iter().position(|byte| byte & 0x80 == 0).unwrap() + 1;
     &chunk[9 + length..]
 }
@@ -113,7 +113,7 @@ fn corpus() -> (Automerge, Automerge, Vec<Change>) {
     (doc, more, changes)
 }
 
-fn mutate(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
+pub(super) fn mutate(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
     for _ in 0..random.usize(1..5) {
         if bytes.is_empty() {
             return;
@@ -137,7 +137,8 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
 fn verdict(doc: &Automerge, bytes: &[u8]) -> Result<Automerge, Refusal> {
     let checked = guard::decode(bytes, ACTOR, 1)?;
     let mut copy = doc.clone();
-    guard::apply(&mut copy, &checked, None, &mut Depths::default())?;
+    let touched = guard::check(&copy, &checked, None, &mut Depths::default())?;
+    guard::apply(&mut copy, &checked, &touched)?;
     Ok(copy)
 }
 

@@ -109,6 +109,7 @@ fn documents_that_a_node_does_not_hold_cost_it_nothing() {
 #[test]
 fn a_thousand_unchanged_documents_cost_little_on_reconnect() {
     let mut world = World::connected(2, 1);
+    world.node(0).keep_loaded(4 << 20);
     let ids: Vec<_> = (0..1000)
         .map(|_| world.create(0, NewDocument::default()))
         .collect();
@@ -788,4 +789,98 @@ fn a_crash_at_any_write_loses_nothing_that_was_acknowledged() {
             replica.flush().unwrap();
         }
     }
+}
+
+#[test]
+fn a_document_of_many_sessions_is_built_anew_in_one_pass() {
+    let mut world = World::connected(3, 1);
+    let id = world.shared(&[0, 1]);
+    // Each start of a program begins a session, and each builds on the one before: by their ids they are in no order.
+    for start in 0..60 {
+        world.restart(0);
+        world.settle();
+        world.edit(0, id, &format!("/{start}"), start);
+        world.settle();
+    }
+    // Changes that a third node has and the owner, who revokes their author, has not.
+    world.disconnect(0, 1);
+    world.disconnect(0, 2);
+    for number in 0..5 {
+        world.edit(1, id, "/late", number);
+    }
+    world.settle();
+    let rights = Rights {
+        revoke: vec![key(1)],
+        ..Rights::default()
+    };
+    world.node(0).decide(id, rights).unwrap();
+    world.flush(0).unwrap();
+    world.connect(0, 2);
+    world.settle();
+    let content = world.assert_same(&[0, 2], id);
+    assert_eq!(content.as_object().unwrap().len(), 60);
+    let (document, _) = world.node(2).present(&id).unwrap();
+    let (looked_at, changes) = (document.looked_at, document.log().0 as usize);
+    assert!(
+        (changes..=changes + 5).contains(&looked_at),
+        "{looked_at} looks at {changes} changes"
+    );
+}
+
+#[test]
+fn the_whole_document_is_replaced_by_a_put_and_what_others_add_meanwhile_stays() {
+    let mut world = World::connected(2, 1);
+    let id = world.shared(&[0, 1]);
+    world.edit(0, id, "", json!({"a": 1, "b": 2}));
+    world.settle();
+    world.disconnect(0, 1);
+    world.edit(1, id, "/c", 3);
+    world.edit(0, id, "", json!({"only": 1}));
+    assert_eq!(world.get(0, id), json!({"only": 1}));
+    world.connect(0, 1);
+    world.settle();
+    let content = world.assert_same(&[0, 1], id);
+    assert_eq!(content, json!({"only": 1, "c": 3}));
+    world.edit(0, id, "", json!({}));
+    assert_eq!(world.get(0, id), json!({}));
+}
+
+#[test]
+fn content_that_began_anew_says_when_and_of_how_many_changes() {
+    let mut world = World::connected(1, 1);
+    let id = world.create(0, NewDocument::default());
+    world.pass(Duration::from_secs(1_000_000));
+    world.edit(0, id, "/a", 1);
+    world.pass(Duration::from_secs(10));
+    world.node(0).compact(id).unwrap();
+    world.flush(0).unwrap();
+    let details = world.node(0).info(id).unwrap().details.unwrap();
+    assert_eq!((details.changes, details.base_changes), (0, 1));
+    let history = world.node(0).history(id, 10).unwrap();
+    let times: Vec<_> = history.iter().map(|commit| commit.time).collect();
+    assert_eq!(times, [1_000_010]);
+}
+
+#[test]
+fn what_waits_is_forgotten_when_a_decision_makes_it_void() {
+    let mut world = World::connected(3, 1);
+    let id = world.shared(&[0, 1]);
+    // Node 2 hears of the second change and not of the first.
+    world.edit(1, id, "/first", 1);
+    world.flying.clear();
+    world.edit(1, id, "/second", 1);
+    world.flying.retain(|(_, to, _)| *to == 2);
+    world.deliver();
+    world.flying.clear();
+    assert_eq!(world.node(2).present(&id).unwrap().0.waiting().0, 1);
+    world.disconnect(0, 1);
+    world.disconnect(1, 2);
+    let rights = Rights {
+        revoke: vec![key(1)],
+        ..Rights::default()
+    };
+    world.node(0).decide(id, rights).unwrap();
+    world.flush(0).unwrap();
+    world.settle();
+    assert_eq!(world.node(2).present(&id).unwrap().0.waiting().0, 0);
 }

@@ -4,7 +4,10 @@ use std::{pin::Pin, time::Duration};
 
 use futures::{Stream, StreamExt, stream};
 use tonic::{Request, Response, Status, Streaming};
-use weft::{Doc, DocChange, DocCompleteness, DocHolder, DocInfo, DocumentId, NewDoc, Node, PeerId};
+use weft::{
+    Doc, DocChange, DocCompleteness, DocHolder, DocInfo, DocumentError, DocumentId, Error, NewDoc,
+    Node, PeerId,
+};
 use weft_proto::api::{
     self, DocumentEvent, document_edit::What as Edit, document_event::What,
     documents_server::Documents,
@@ -45,10 +48,11 @@ fn texts(peers: &[PeerId]) -> Vec<String> {
 }
 
 fn document(info: DocInfo) -> api::Document {
-    let id = info.id.to_string();
+    let (id, damage) = (info.id.to_string(), info.damage.unwrap_or_default());
     let Some(details) = info.details else {
         return api::Document {
             id,
+            damage,
             ..api::Document::default()
         };
     };
@@ -66,6 +70,8 @@ fn document(info: DocInfo) -> api::Document {
         changes: details.changes,
         log_bytes: details.log_bytes,
         equivocations: details.equivocations as u64,
+        base_changes: details.base_changes,
+        damage,
         ..api::Document::default()
     }
 }
@@ -168,6 +174,14 @@ impl Documents for Service {
         Ok(Response::new(api::ListDocumentsResponse { documents }))
     }
 
+    async fn info(
+        &self,
+        request: Request<api::DocumentInfoRequest>,
+    ) -> Result<Response<api::Document>, Status> {
+        let doc = self.held(&request.into_inner().id).await?;
+        self.answer(&doc).await
+    }
+
     async fn remove(
         &self,
         request: Request<api::RemoveDocumentRequest>,
@@ -246,8 +260,11 @@ impl Documents for Service {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let doc = self.held(&request.into_inner().id).await?;
         let watch = doc.watch().await.map_err(|error| status(&error))?;
-        let changes = stream::unfold(watch, async |mut watch| {
-            let what = match watch.next().await? {
+        let changes = stream::unfold(Some((watch, doc.id())), async |watching| {
+            let (mut watch, id) = watching?;
+            let change = watch.next().await?;
+            let is_removed = change == DocChange::Removed;
+            let what = match change {
                 DocChange::Arrived => What::Arrived(api::DocumentArrived {}),
                 DocChange::Changed { paths, local } => {
                     What::Changed(api::DocumentChanged { paths, local })
@@ -264,8 +281,13 @@ impl Documents for Service {
                 }),
                 _ => What::Missed(api::DocumentMissed {}),
             };
-            Some((event(what), watch))
-        });
+            // After its removal there is nothing to wait for.
+            let gone = || Err(status(&Error::Document(DocumentError::Unknown(id))));
+            let end = is_removed.then(gone);
+            let events = stream::iter([event(what)].into_iter().chain(end));
+            Some((events, (!is_removed).then_some((watch, id))))
+        })
+        .flatten();
         let first = stream::iter([event(What::Watching(api::DocumentWatched {}))]);
         Ok(Response::new(Box::pin(first.chain(changes))))
     }

@@ -73,6 +73,7 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::Followed(_) => (Code::FailedPrecondition, "FOLLOWED"),
         Error::NotFollowed(_) => (Code::NotFound, "NOT_FOLLOWED"),
         Error::NotPublisher { .. } => (Code::PermissionDenied, "NOT_PUBLISHER"),
+        Error::NotAdministrator { .. } => (Code::PermissionDenied, "NOT_ADMINISTRATOR"),
         Error::NotRegistry(_) | Error::Pattern(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Value(_) | Error::NoKey(_) => (Code::InvalidArgument, "INVALID_INPUT"),
         Error::Stopped => (Code::Unavailable, "STOPPED"),
@@ -115,6 +116,9 @@ fn of_document(error: &DocumentError) -> (Code, &'static str) {
             (Code::PermissionDenied, "NOT_ALLOWED")
         }
         DocumentError::Edit(EditError::NotFound(_)) => (Code::NotFound, "NOTHING_THERE"),
+        DocumentError::Store(DocumentStoreError::Document { .. }) => {
+            (Code::DataLoss, "DOCUMENT_DAMAGED")
+        }
         DocumentError::Store(DocumentStoreError::Full) => (Code::ResourceExhausted, "DISK_FULL"),
         DocumentError::Store(_) => (Code::Internal, "STORE"),
         DocumentError::TooLarge { .. } => (Code::ResourceExhausted, "TOO_LARGE"),

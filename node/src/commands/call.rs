@@ -326,7 +326,7 @@ async fn watch(
     let mut left = count.unwrap_or(u64::MAX);
     while left > 0 {
         let Some(event) = events.message().await? else {
-            break;
+            return Err(Failure::ended(count, left));
         };
         let (change, offer) = match event.what {
             Some(What::Joined(offer)) => ("joined", offer),

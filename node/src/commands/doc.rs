@@ -1,8 +1,8 @@
 //! `weft doc`.
 
 use std::{
-    io::{Read, Write},
-    path::Path,
+    io::{ErrorKind, Read, Write},
+    path::{Path, PathBuf},
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -14,7 +14,7 @@ use weft_proto::api::{self, document_edit::What as Edit, document_event::What};
 use crate::{
     cli::Doc,
     client::Client,
-    exit::{Failure, INCOMPLETE, NO_PROVIDER, NOT_FOUND},
+    exit::{DAMAGED, DISK_FULL, Failure, INCOMPLETE, NO_PROVIDER, NOT_FOUND, TARGET_EXISTS},
     output::{self, err, out, out_raw, table},
 };
 
@@ -47,6 +47,7 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
         }
         Doc::Open { id, wait } => open(client, id, wait, as_json).await,
         Doc::Ls => list(client, as_json).await,
+        Doc::Info { id } => say_info(&info(client, id).await?, as_json),
         Doc::Get { id, path } => get(client, id, path, as_json).await,
         Doc::Put {
             id,
@@ -91,7 +92,7 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
                 ..api::SetDocumentRightsRequest::default()
             };
             let document = match add.is_empty() && revoke.is_empty() {
-                true => find(client, id).await?,
+                true => arrived(client, id).await?,
                 false => client.documents().set_rights(request).await?.into_inner(),
             };
             writers(&document, as_json)
@@ -111,7 +112,7 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
                 ..api::SetDocumentRightsRequest::default()
             };
             let document = match only.is_empty() && !everybody {
-                true => find(client, id).await?,
+                true => arrived(client, id).await?,
                 false => client.documents().set_rights(request).await?.into_inner(),
             };
             readers_of(&document, as_json)
@@ -182,6 +183,8 @@ fn document_json(document: &api::Document) -> Value {
         "writable": document.writable,
         "changes": document.changes,
         "log_bytes": document.log_bytes,
+        "base_changes": document.base_changes,
+        "damage": (!document.damage.is_empty()).then_some(&document.damage),
         "equivocations": document.equivocations,
     });
     if let Some(completeness) = &document.completeness {
@@ -208,15 +211,81 @@ fn document_json(document: &api::Document) -> Value {
     value
 }
 
-async fn find(client: &Client, id: DocumentId) -> Result<api::Document, Failure> {
-    let listed = client
-        .documents()
-        .list(api::ListDocumentsRequest {})
-        .await?;
-    let mut documents = listed.into_inner().documents.into_iter();
-    documents
-        .find(|document| document.id == id.to_string())
-        .ok_or_else(|| no_such(id))
+async fn info(client: &Client, id: DocumentId) -> Result<api::Document, Failure> {
+    let request = api::DocumentInfoRequest { id: id.to_string() };
+    Ok(client.documents().info(request).await?.into_inner())
+}
+
+/// Returns the info of a document that can be read, so that its lists of peers are known.
+async fn arrived(client: &Client, id: DocumentId) -> Result<api::Document, Failure> {
+    let document = info(client, id).await?;
+    if !document.damage.is_empty() {
+        let text = format!("document {id} is damaged on disk: {}", document.damage);
+        return Err(Failure::new(DAMAGED, "DOCUMENT_DAMAGED", text).hint(
+            "`weft doc open ID` keeps what can be read of it, and gets the rest from the nodes that hold it.",
+        ));
+    }
+    if !document.arrived {
+        let text = format!("document {id} has not arrived yet");
+        return Err(Failure::new(1, "NOT_ARRIVED", text).hint(
+            "`weft doc open ID` waits for it. A node that holds it must be up and share a bootstrap node with this one.",
+        ));
+    }
+    Ok(document)
+}
+
+/// The changes of a document in words: those since it was compacted, and those that it was compacted to.
+fn changes(document: &api::Document) -> String {
+    match document.base_changes {
+        0 => document.changes.to_string(),
+        _ => format!("{} since compacted", document.changes),
+    }
+}
+
+fn say_info(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+    if as_json {
+        out!("{}", document_json(document));
+        return Ok(());
+    }
+    let mut rows = vec![vec!["document".to_owned(), document.id.clone()]];
+    let mut row = |name: &str, value: String| rows.push(vec![name.to_owned(), value]);
+    if !document.damage.is_empty() {
+        row("damaged", document.damage.clone());
+    } else if !document.arrived {
+        row("here", "nothing yet".to_owned());
+    }
+    if document.arrived {
+        row("label", document.label.escape_debug().to_string());
+        row("owner", document.owner.clone());
+        let writers = match (document.single_writer, &document.writers[..]) {
+            (true, _) => "the owner alone".to_owned(),
+            (false, writers) => [&["the owner".to_owned()], writers].concat().join(" "),
+        };
+        row("writers", writers);
+        let readers = match &document.readers {
+            None => "everybody in the network".to_owned(),
+            Some(readers) => {
+                let named = &readers.peers[..];
+                [&["owner and writers".to_owned()], named]
+                    .concat()
+                    .join(" ")
+            }
+        };
+        row("readers", readers);
+        row("changes", changes(document));
+        row("bytes", output::bytes(document.log_bytes));
+        if document.base_changes > 0 {
+            row(
+                "compacted to",
+                output::count(document.base_changes, "change"),
+            );
+        }
+        if document.equivocations > 0 {
+            row("void sessions", document.equivocations.to_string());
+        }
+    }
+    out_raw!("{}", table(&rows));
+    Ok(())
 }
 
 async fn open(
@@ -233,11 +302,14 @@ async fn open(
     let document = client.documents().open(request).await?.into_inner();
     let completeness = document.completeness.clone().unwrap_or_default();
     let here = match document.arrived {
-        true => format!(
-            "{}, {}",
-            output::count(document.changes, "change"),
-            output::bytes(document.log_bytes)
-        ),
+        true => {
+            let (since, bytes) = match document.base_changes {
+                0 => ("", output::bytes(document.log_bytes)),
+                _ => (" since it was compacted", output::bytes(document.log_bytes)),
+            };
+            let changes = output::count(document.changes, "change");
+            format!("{changes}{since}, {bytes}")
+        }
         false => "nothing".to_owned(),
     };
     if as_json {
@@ -319,9 +391,10 @@ async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
     rows.extend(documents.iter().map(|document| {
         let (changes, writes) = match document.arrived {
             true => (
-                document.changes.to_string(),
+                changes(document),
                 if document.writable { "yes" } else { "no" },
             ),
+            false if !document.damage.is_empty() => ("damaged".to_owned(), ""),
             false => ("not here yet".to_owned(), ""),
         };
         vec![
@@ -420,7 +493,7 @@ async fn watch(
     let mut left = count.unwrap_or(u64::MAX);
     while left > 0 {
         let Some(event) = events.message().await? else {
-            break;
+            return Err(Failure::ended(count, left));
         };
         let (as_value, text) = match event.what {
             Some(What::Watching(_)) if as_json => {
@@ -528,11 +601,13 @@ async fn history(
             .to_vec(),
     ];
     rows.extend(commits.iter().map(|commit| {
-        let at = UNIX_EPOCH + Duration::from_secs(commit.time.max(0).unsigned_abs());
+        let at = u64::try_from(commit.time).ok().filter(|time| *time > 0);
+        let at = at.and_then(|time| UNIX_EPOCH.checked_add(Duration::from_secs(time)));
+        let age = at.map(|at| output::duration(at.elapsed().unwrap_or_default()));
         vec![
             commit.id[..commit.id.len().min(12)].to_owned(),
             commit.author.clone(),
-            output::duration(at.elapsed().unwrap_or_default()),
+            age.unwrap_or_else(|| "-".to_owned()),
             commit.operations.to_string(),
             commit.message.escape_debug().to_string(),
         ]
@@ -574,25 +649,102 @@ async fn export(
     as_json: bool,
 ) -> Result<(), Failure> {
     let request = api::ExportDocumentRequest { id: id.to_string() };
-    let mut chunks = client.documents().export(request).await?.into_inner();
-    let failed = |error: std::io::Error| Failure::other(format!("{}: {error}", file.display()));
-    let mut target: Box<dyn Write> = match file.to_str() {
-        Some("-") => Box::new(std::io::stdout()),
-        _ => Box::new(std::fs::File::create_new(file).map_err(failed)?),
+    let failed = |error: std::io::Error| cannot_write(file, &error);
+    let mut target = match file.to_str() {
+        Some("-") => None,
+        _ => Some(NewFile::create(file).map_err(failed)?),
     };
+    let mut chunks = client.documents().export(request).await?.into_inner();
     let mut bytes = 0;
     while let Some(chunk) = chunks.message().await? {
         bytes += chunk.data.len();
-        target.write_all(&chunk.data).map_err(failed)?;
-    }
-    target.flush().map_err(failed)?;
-    if file.to_str() != Some("-") {
-        match as_json {
-            true => out!("{}", json!({ "bytes": bytes })),
-            false => out!("{} written", output::bytes(bytes as u64)),
+        match &mut target {
+            Some(target) => target.file.write_all(&chunk.data),
+            None => std::io::stdout().write_all(&chunk.data),
         }
+        .map_err(failed)?;
+    }
+    let Some(target) = target else {
+        return std::io::stdout().flush().map_err(failed);
+    };
+    target.finish().map_err(failed)?;
+    match as_json {
+        true => out!("{}", json!({ "bytes": bytes })),
+        false => out!("{} written", output::bytes(bytes as u64)),
     }
     Ok(())
+}
+
+fn cannot_write(file: &Path, error: &std::io::Error) -> Failure {
+    let text = format!("{}: {error}", file.display());
+    match error.kind() {
+        ErrorKind::AlreadyExists => Failure::new(TARGET_EXISTS, "TARGET_EXISTS", text)
+            .hint("Nothing was written. Move it away, or name another file."),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            Failure::new(DISK_FULL, "DISK_FULL", text)
+                .hint("Nothing was left there. Make room, or name a file on another disk.")
+        }
+        _ => Failure::other(text),
+    }
+}
+
+/// A file that is there when all of it is on disk, and not before: it is written under another name beside.
+struct NewFile {
+    file: std::fs::File,
+    beside: PathBuf,
+    name: PathBuf,
+}
+
+impl NewFile {
+    fn create(name: &Path) -> std::io::Result<Self> {
+        if name.symlink_metadata().is_ok() {
+            return Err(ErrorKind::AlreadyExists.into());
+        }
+        let mut beside = name.as_os_str().to_owned();
+        beside.push(format!(".{}.part", std::process::id()));
+        Ok(Self {
+            file: std::fs::File::create_new(&beside)?,
+            beside: beside.into(),
+            name: name.to_owned(),
+        })
+    }
+
+    /// Gives the file its name; one that has come to be there meanwhile stays.
+    fn finish(self) -> std::io::Result<()> {
+        self.file.sync_all()?;
+        match std::fs::hard_link(&self.beside, &self.name) {
+            Ok(()) => {}
+            // A file system without links.
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                if self.name.symlink_metadata().is_ok() {
+                    return Err(ErrorKind::AlreadyExists.into());
+                }
+                std::fs::rename(&self.beside, &self.name)?;
+            }
+            Err(error) => return Err(error),
+        }
+        let folder = match self.name.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        // The name is on disk as well. Only Unix opens folders as files.
+        #[cfg(unix)]
+        std::fs::File::open(folder)?.sync_all()?;
+        #[cfg(not(unix))]
+        let _ = folder;
+        Ok(())
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        match std::fs::remove_file(&self.beside) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!(%error, file = %self.beside.display(), "cannot be removed");
+            }
+            _ => {}
+        }
+    }
 }
 
 async fn import(client: &Client, file: &Path, as_json: bool) -> Result<(), Failure> {
@@ -620,4 +772,44 @@ async fn import(client: &Client, file: &Path, as_json: bool) -> Result<(), Failu
         );
     }
     say_id(&document, as_json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn an_export_that_fails_leaves_no_file_and_one_that_succeeds_overwrites_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().join("document");
+        let mut file = NewFile::create(&name).unwrap();
+        file.file.write_all(b"a part").unwrap();
+        drop(file);
+        assert!(names(folder.path()).is_empty());
+        let mut file = NewFile::create(&name).unwrap();
+        file.file.write_all(b"all").unwrap();
+        assert!(!name.exists());
+        file.finish().unwrap();
+        assert_eq!(names(folder.path()), ["document"]);
+        assert_eq!(std::fs::read(&name).unwrap(), b"all");
+        let exists = NewFile::create(&name).err().unwrap();
+        assert_eq!(exists.kind(), ErrorKind::AlreadyExists);
+        // One that comes while it is written.
+        let name = folder.path().join("other");
+        let file = NewFile::create(&name).unwrap();
+        std::fs::write(&name, b"mine").unwrap();
+        let exists = file.finish().err().unwrap();
+        assert_eq!(exists.kind(), ErrorKind::AlreadyExists);
+        assert_eq!(names(folder.path()), ["document", "other"]);
+        assert_eq!(std::fs::read(&name).unwrap(), b"mine");
+    }
 }

@@ -192,7 +192,7 @@ async fn watch(
     let mut left = count.unwrap_or(u64::MAX);
     while left > 0 {
         let Some(event) = events.message().await? else {
-            break;
+            return Err(Failure::ended(count, left));
         };
         let (how, record) = match event.what {
             Some(What::Joined(record)) => ("joined", record),

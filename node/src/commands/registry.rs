@@ -277,7 +277,17 @@ async fn models(
         return Ok(());
     }
     if models.is_empty() {
-        out!("nothing is listed under such names");
+        let registry = find(client, id).await?;
+        if registry.catalogues_here < registry.catalogues {
+            out!(
+                "no such names in what is here: {} of {} have arrived; the others come when a node that holds them is \
+                 found, and a publisher that lists nothing has none",
+                registry.catalogues_here,
+                output::count(registry.catalogues, "catalogue"),
+            );
+        } else {
+            out!("nothing is listed under such names");
+        }
         return Ok(());
     }
     let mut rows = vec![

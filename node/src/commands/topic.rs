@@ -71,7 +71,7 @@ async fn watch(
     let mut left = count.unwrap_or(u64::MAX);
     while left > 0 {
         let Some(event) = events.message().await? else {
-            break;
+            return Err(Failure::ended(count, left));
         };
         match event.what {
             Some(What::Message(message)) => {

@@ -67,6 +67,9 @@ pub struct DocInfo {
     pub id: DocumentId,
     /// The rest, once it has arrived.
     pub details: Option<DocDetails>,
+    /// What is wrong with it on disk; `None` if nothing is. A damaged document is neither read, written nor given to
+    /// peers. [`Docs::open`] keeps what can be read of it, and gets the rest from peers that hold it.
+    pub damage: Option<String>,
 }
 
 /// What is known of a document that has arrived.
@@ -89,6 +92,8 @@ pub struct DocDetails {
     pub changes: u64,
     /// Their bytes.
     pub log_bytes: u64,
+    /// Changes that its content began anew with, if its owner has compacted it.
+    pub base_changes: u64,
     /// Writers' sessions that are void because their author has signed two different changes for one place.
     pub equivocations: usize,
 }
@@ -101,7 +106,8 @@ pub struct DocCommit {
     pub id: ChangeId,
     /// Who signed it.
     pub author: PeerId,
-    /// When, by the author's clock: seconds since the Unix epoch.
+    /// When, by the author's clock: seconds since the Unix epoch. 0 if that is not known, as of the content that an
+    /// earlier version has compacted.
     pub time: i64,
     /// What the author says about it.
     pub message: Option<String>,
@@ -148,12 +154,14 @@ impl DocInfo {
                 label: details.label,
                 changes: details.changes,
                 log_bytes: details.log_bytes,
+                base_changes: details.base_changes,
                 equivocations: details.equivocations,
             })
         });
         Self {
             id: info.id,
             details,
+            damage: info.damage,
         }
     }
 }
@@ -198,7 +206,8 @@ impl Docs {
     }
 
     /// Holds a document from now on, also after a restart, and gets it from whoever holds it. Comes back at once;
-    /// [`Doc::arrived`] waits.
+    /// [`Doc::arrived`] waits. Of a document that is damaged on disk, what can be read is kept, and the rest comes from
+    /// peers that hold it.
     ///
     /// # Errors
     /// [`Error::Document`] if too many are held, [`Error::Stopped`].
@@ -390,8 +399,9 @@ impl Doc {
         Ok(value.map(serde_json::from_value).transpose()?)
     }
 
-    /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path, the
-    /// keys of the given map.
+    /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path and a
+    /// map, the document is that map: keys that are here and not in it are removed, while keys that others add at the
+    /// same time stay.
     ///
     /// # Errors
     /// [`Error::NotWriter`], [`Error::Document`] if the path does not fit, [`Error::Value`], [`Error::Stopped`].

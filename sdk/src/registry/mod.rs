@@ -697,7 +697,8 @@ impl Registry {
     /// Says who publishes which names from now on, and who no longer does: with no pattern, none at all. What a former publisher listed is listed no longer.
     ///
     /// # Errors
-    /// [`Error::NotWriter`] if this node may not, [`Error::Document`] if the registry has not arrived, [`Error::NotRegistry`], [`Error::NoKey`], [`Error::Stopped`].
+    /// [`Error::NotAdministrator`] if this node may not, [`Error::Document`] if the registry has not arrived,
+    /// [`Error::NotRegistry`], [`Error::NoKey`], [`Error::Stopped`].
     pub async fn set_publishers(
         &self,
         add: Vec<(PeerId, NamePattern)>,
@@ -732,9 +733,21 @@ impl Registry {
             replica.commit(id, &edits, None, time)?;
             Ok(true)
         };
-        match self.node.driver().documents.with(work).await? {
-            true => Ok(()),
-            false => Err(Error::NotRegistry(id)),
+        match self
+            .node
+            .driver()
+            .documents
+            .with(work)
+            .await
+            .map_err(Error::from)
+        {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::NotRegistry(id)),
+            Err(Error::NotWriter { owner, .. }) => Err(Error::NotAdministrator {
+                registry: id,
+                owner,
+            }),
+            Err(error) => Err(error),
         }
     }
 
