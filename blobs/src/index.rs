@@ -14,6 +14,7 @@ use std::{
 };
 
 use crate::{
+    files,
     Hash,
     hasher::{HashError, Hashers},
     header::{Format, HeaderError},
@@ -141,7 +142,7 @@ impl Location {
 
     /// Opens the file if it is unchanged by size and time; `None` if it is gone or changed.
     pub(crate) fn open(&self) -> Option<File> {
-        let file = File::open(&self.path).ok()?;
+        let file = files::open(&self.path).ok()?;
         let now = Self::of(&self.path, &file).ok()?;
         (now == *self).then_some(file)
     }

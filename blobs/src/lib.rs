@@ -20,6 +20,7 @@ pub mod availability;
 pub mod bitfield;
 mod elsewhere;
 pub mod extract;
+mod files;
 mod hash;
 mod hasher;
 pub mod header;

@@ -1,6 +1,6 @@
 //! The command line's way to a running node.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Duration};
 
 use tonic::{
     Request, Status,
@@ -21,6 +21,10 @@ use crate::{
 
 /// The longest answer accepted, in bytes: a manifest of its greatest size, with room for the text form of hashes.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
+
+/// How long a node may say nothing until it is asked whether it is alive, and how long that may take: one that was suspended is told from one that works
+/// for long.
+const ALIVE: Duration = Duration::from_secs(10);
 
 /// A connection to the node of a home.
 #[derive(Debug, Clone)]
@@ -53,6 +57,8 @@ impl Client {
             // A node has its socket whenever it can. Without one, whoever listens at the address is not to get the token.
             let channel = Endpoint::from_shared(format!("unix:{}", files.socket.display()))
                 .map_err(|error| Failure::other(format!("{}: {error}", files.socket.display())))?
+                .http2_keep_alive_interval(ALIVE)
+                .keep_alive_timeout(ALIVE)
                 .connect()
                 .await
                 .map_err(|_| not_running(&home))?;
@@ -70,6 +76,8 @@ impl Client {
             .map_err(|error| {
                 Failure::other(format!("{} is damaged: {error}", files.address.display()))
             })?
+            .http2_keep_alive_interval(ALIVE)
+            .keep_alive_timeout(ALIVE)
             .connect()
             .await
             .map_err(|_| not_running(&home))?;

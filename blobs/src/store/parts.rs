@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    fs::File,
     ops::Deref,
     path::{Path, PathBuf},
     sync::{
@@ -19,7 +18,7 @@ use super::{
     rows::{PartRow, decode, part_key, part_keys, path_from},
     sync_folder,
 };
-use crate::{Hash, bitfield::Bitfield, partial::Partial, source::Source, tree::Tree};
+use crate::{Hash, bitfield::Bitfield, files, partial::Partial, source::Source, tree::Tree};
 
 impl Store {
     /// Opens the part file for a blob that is to become `target`, with what an earlier run has verified. `room`: with room set aside for the whole.
@@ -156,7 +155,7 @@ impl Store {
             if let Some(have) = Bitfield::from_bytes(&row.bits, tree.groups())
                 && has_size(&part, row.size)
                 && self.has_outboard(hash, &tree)
-                && let Ok(file) = File::open(&part)
+                && let Ok(file) = files::open(&part)
             {
                 let outboard = self.open_outboard(hash, &tree)?;
                 sources.push(Source::left(*hash, tree, (part, have), file, outboard));

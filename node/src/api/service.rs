@@ -419,6 +419,7 @@ impl Models for Service {
             get = get.publisher(publisher);
         }
         get = get.limit(request.max_rate);
+        get = get.keep_trying(request.keep_trying);
         if !request.priority.is_empty() {
             let priority = request.priority.parse();
             get = get.priority(priority.map_err(|error| invalid(format!("{error}")))?);
