@@ -690,6 +690,7 @@ pub(super) fn model(info: ModelInfo) -> api::Model {
         path: info.path.display().to_string(),
         complete: info.complete,
         bytes_here: info.bytes_here,
+        not_answering: info.not_answering,
         origin: if info.fetched { "fetched" } else { "added" }.to_owned(),
         added_at: info.added_at,
         tags: info.tags,
