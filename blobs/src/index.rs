@@ -25,6 +25,7 @@ pub(crate) use self::walk::litter;
 use crate::{
     Hash,
     complete::lacking,
+    files,
     hasher::{HashError, Hashers},
     header::{Format, HeaderError},
     manifest::{self, Manifest, ManifestError, Tensor},
@@ -255,7 +256,7 @@ impl Location {
 
     /// Opens the file if it is unchanged by size and time; `None` if it is gone or changed.
     pub(crate) fn open(&self) -> Option<File> {
-        let file = File::open(&self.path).ok()?;
+        let file = files::open(&self.path).ok()?;
         let now = Self::of(&self.path, &file).ok()?;
         (now == *self).then_some(file)
     }

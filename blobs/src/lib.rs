@@ -22,6 +22,7 @@ pub mod bitfield;
 pub mod complete;
 mod elsewhere;
 pub mod extract;
+mod files;
 mod hash;
 mod hasher;
 pub mod header;

@@ -561,14 +561,17 @@ fn again(error: &io::Error) -> io::Error {
 }
 
 fn open(path: &Path) -> Result<File, StoreError> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-        .open(path)
-        .map_err(StoreError::io("cannot write", path))
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
+    let open = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .custom_flags(flags)
+            .open(path)
+    };
+    crate::files::patiently(open).map_err(StoreError::io("cannot write", path))
 }
 
 /// Makes `file` `size` bytes long with the room set aside, where the file system can, so that a full disk shows now.

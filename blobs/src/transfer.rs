@@ -30,6 +30,7 @@ use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
     elsewhere::Elsewhere,
+    files,
     manifest::MAX_MANIFEST,
     partial::{Partial, Segment},
     plan::{Plan, Progress, Want, open},
@@ -39,7 +40,10 @@ use crate::{
     tree::{Mismatch, PARENT, Step, Tree, Verifier},
 };
 
-/// Part files open at a time; each is two file descriptors.
+/// How long a transfer waits for a descriptor when none of its own files has one: other transfers may end.
+const WITHOUT: Duration = Duration::from_secs(60);
+
+/// Part files open at a time; each is two file descriptors. Fewer where the process may have few.
 const MAX_OPEN: usize = 64;
 
 /// How long a provider may send no byte at all before it counts as lost. Any byte is a sign of life: on a slow link a chunk group of 64 KiB takes minutes.
@@ -191,11 +195,15 @@ struct State {
     /// The place of the want that is being opened, and what was urged of it meanwhile.
     opening: Option<(usize, Bitfield)>,
     /// Parts of which everything that was wanted is here, by place among the blobs. Answers that are still on their way may hold the file.
-    parts: HashMap<usize, (Bitfield, Weak<Partial>)>,
+    parts: HashMap<usize, (Arc<Bitfield>, Weak<Partial>)>,
     /// Those who may still want something.
     lingering: usize,
     /// Everything is here, or nothing is wanted any more.
     ended: bool,
+    /// Part files that may be open at a time.
+    most_open: usize,
+    /// Since when no part file could be opened for want of a descriptor.
+    without: Option<Instant>,
 }
 
 /// A part file that is being written.
@@ -230,12 +238,18 @@ impl State {
             && self.open.values().all(Open::is_for_readers)
     }
 
+    /// Whether to wait for a descriptor: as long as files of this transfer are open, and else for a while.
+    fn may_wait_for_descriptors(&mut self) -> bool {
+        let since = *self.without.get_or_insert_with(Instant::now);
+        !self.open.is_empty() || since.elapsed() < WITHOUT
+    }
+
     /// How many part files may be opened: some more for what somebody waits for.
     fn is_room(&self) -> bool {
         let most = match self.wants.front() {
             None => 0,
-            Some((_, want)) if want.urgent => MAX_OPEN + MAX_OPEN / 4,
-            Some(_) => MAX_OPEN,
+            Some((_, want)) if want.urgent => self.most_open + self.most_open.div_ceil(4),
+            Some(_) => self.most_open,
         };
         self.open.len() < most
     }
@@ -425,6 +439,8 @@ impl Transfer {
                     parts: HashMap::new(),
                     lingering: 0,
                     ended: false,
+                    most_open: files::part_files(MAX_OPEN),
+                    without: None,
                 }),
                 settling: Mutex::default(),
                 settle_soon: Notify::new(),
@@ -619,6 +635,12 @@ impl Transfer {
 
     /// What is here of each blob, by the place of the first file in the manifest that it is the content of.
     pub(crate) fn coming(&self) -> Vec<(usize, Coming)> {
+        // Bitfields are copied when the state is let go of: they may be large, and many ask.
+        enum Found {
+            Is(Coming),
+            Open(Arc<Partial>),
+            Part(Arc<Bitfield>),
+        }
         let shared = &self.shared;
         let state = shared.state();
         let mut said = Bitfield::empty(shared.blobs.len() as u64);
@@ -628,14 +650,23 @@ impl Transfer {
                 continue;
             }
             let here = match (state.open.get(place), state.parts.get(place)) {
-                _ if state.whole.has(*place as u64) => Coming::Whole,
-                (Some(open), _) => Coming::Part(open.partial.have()),
-                (None, Some((part, _))) => Coming::Part(part.clone()),
-                (None, None) => Coming::Nothing,
+                _ if state.whole.has(*place as u64) => Found::Is(Coming::Whole),
+                (Some(open), _) => Found::Open(Arc::clone(&open.partial)),
+                (None, Some((part, _))) => Found::Part(Arc::clone(part)),
+                (None, None) => Found::Is(Coming::Nothing),
             };
             coming.push((file, here));
         }
-        coming
+        drop(state);
+        let coming = coming.into_iter().map(|(file, here)| {
+            let here = match here {
+                Found::Is(here) => here,
+                Found::Open(partial) => Coming::Part(partial.have()),
+                Found::Part(part) => Coming::Part((*part).clone()),
+            };
+            (file, here)
+        });
+        coming.collect()
     }
 
     /// Makes durable now what is verified.
@@ -704,6 +735,21 @@ impl Transfer {
                         state.wants.push_back((place, want));
                         return Ok(());
                     }
+                    // There are too few descriptors: when other files are done, there will be more.
+                    Err(StoreError::Io { source, .. })
+                        if files::is_out_of_descriptors(&source)
+                            && shared.state().may_wait_for_descriptors() =>
+                    {
+                        let mut state = shared.state();
+                        if let (Some((_, more)), Some(groups)) =
+                            (state.opening.take(), &mut want.groups)
+                        {
+                            groups.extend(&more);
+                        }
+                        state.most_open = state.open.len().max(1);
+                        state.wants.push_front((place, want));
+                        return Ok(());
+                    }
                     Err(error) => {
                         shared.state().opening = None;
                         return Err(error);
@@ -735,6 +781,7 @@ impl Transfer {
                     let groups = elsewhere.groups().clone();
                     state.schedule.set_elsewhere(place, groups);
                 }
+                state.without = None;
                 state.open.insert(
                     place,
                     Open {
@@ -850,7 +897,7 @@ impl Shared {
                 // What was asked for again while it was on its way to the disk, too.
                 schedule.unwant(*place);
                 let left = Arc::downgrade(&open.partial);
-                parts.insert(*place, (open.partial.have(), left));
+                parts.insert(*place, (Arc::new(open.partial.have()), left));
             }
             !over
         });
@@ -1525,7 +1572,7 @@ impl Writer<'_> {
             drop(partial);
             // Make room for more, or come to the end, before the second is over.
             let state = shared.state();
-            let full = is_full && state.open.len() >= MAX_OPEN / 2;
+            let full = is_full && state.open.len() >= state.most_open / 2;
             if full || state.schedule.needed() == 0 {
                 shared.settle_soon.notify_one();
             }

@@ -1096,6 +1096,10 @@ pub(crate) struct Get {
     #[arg(long, value_name = "PATTERN")]
     pub(crate) tensors: Vec<Pattern>,
 
+    /// Go on until Ctrl-C, however long no provider can be reached; without it, the command ends two minutes after content last came
+    #[arg(long)]
+    pub(crate) keep_trying: bool,
+
     /// low, normal or high: while content comes for one of higher priority, others wait
     #[arg(long, default_value_t)]
     pub(crate) priority: Priority,

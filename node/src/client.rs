@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use hyper_util::rt::TokioIo;
@@ -29,6 +30,10 @@ use crate::{
 
 /// The longest answer accepted, in bytes: a manifest of its greatest size, with room for the text form of hashes.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
+
+/// How long a node may say nothing until it is asked whether it is alive, and how long that may take: one that was suspended is told from one that works
+/// for long.
+const ALIVE: Duration = Duration::from_secs(10);
 
 /// A connection to the node of a home.
 #[derive(Debug, Clone)]
@@ -72,6 +77,8 @@ impl Client {
             .map_err(|_| damaged(&files.token))?;
         let channel = Endpoint::from_shared(format!("http://{}", address.trim()))
             .map_err(|_| damaged(&files.address))?
+            .http2_keep_alive_interval(ALIVE)
+            .keep_alive_timeout(ALIVE)
             .connect()
             .await
             .map_err(|error| not_connected(&home, &error))?;
@@ -87,6 +94,8 @@ impl Client {
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         });
         let channel = Endpoint::from_static("http://localhost")
+            .http2_keep_alive_interval(ALIVE)
+            .keep_alive_timeout(ALIVE)
             .connect_with_connector(connector)
             .await
             .map_err(|error| not_connected(home, &error))?;

@@ -125,13 +125,15 @@ pub(crate) fn duration(d: Duration) -> String {
 /// Bytes a second over a span.
 pub(crate) fn rate(n: u64, span: Duration) -> String {
     let seconds = span.as_secs_f64().max(1e-6);
-    format!("{:.0} MB/s", n as f64 / 1e6 / seconds)
+    per_second((n as f64 / seconds) as u64)
 }
 
 /// Bytes a second.
 pub(crate) fn per_second(rate: u64) -> String {
     match rate {
-        0..10_000_000 => format!("{:.1} MB/s", rate as f64 / 1e6),
+        0..1_000 => format!("{rate} B/s"),
+        1_000..1_000_000 => format!("{:.1} kB/s", rate as f64 / 1e3),
+        1_000_000..10_000_000 => format!("{:.1} MB/s", rate as f64 / 1e6),
         _ => format!("{:.0} MB/s", rate as f64 / 1e6),
     }
 }
@@ -206,6 +208,11 @@ impl Meter {
 
     /// Shows `text`, and how many of `total` bytes are done if the total is known.
     pub(crate) fn update(&mut self, text: &str, done: u64, total: u64) {
+        self.show(text, (done, total), false);
+    }
+
+    /// Shows as [`update`](Self::update); no rate and no time left while the work `waits`.
+    pub(crate) fn show(&mut self, text: &str, (done, total): (u64, u64), waits: bool) {
         if let Some(bar) = &self.bar {
             if total > 0 && bar.length() != Some(total) {
                 bar.set_style(style());
@@ -236,11 +243,11 @@ impl Meter {
             return;
         }
         let percent = done as f64 * 100.0 / total as f64;
-        let speed = if self.rate > 0.0 {
+        let speed = if self.rate > 0.0 && !waits {
             let left = total.saturating_sub(done) as f64 / self.rate;
             format!(
-                ", {:.0} MB/s, {} left",
-                self.rate / 1e6,
+                ", {}, {} left",
+                per_second(self.rate as u64),
                 duration(Duration::from_secs_f64(left.min(1e7)))
             )
         } else {

@@ -306,6 +306,9 @@ impl fmt::Display for Failure {
 }
 
 fn list(failures: &[Failure]) -> String {
+    if failures.is_empty() {
+        return ": no peer that could be asked says that it has it".to_owned();
+    }
     failures
         .iter()
         .map(|failure| format!("\n  {failure}"))

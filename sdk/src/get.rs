@@ -37,6 +37,9 @@ use crate::{
 /// How often the mesh is told what has come.
 const SHARING: Duration = Duration::from_secs(15);
 
+/// The first and the longest pause of a `get` that keeps trying: a minute costs the mesh nothing, and nobody watches a download overnight.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+
 /// How long a manifest may come slowly before another provider is asked for it too: several round trips over a relay, and still short for who waits.
 const MANIFEST_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -63,6 +66,7 @@ pub struct Get {
     publisher: Option<PeerId>,
     limit: u64,
     priority: Priority,
+    keep_trying: bool,
     selection: Selection,
     paths: Option<HashSet<String>>,
     hf_cache: Option<IntoCache>,
@@ -181,6 +185,7 @@ impl Get {
             publisher: None,
             limit: 0,
             priority: Priority::default(),
+            keep_trying: false,
             selection: Selection::default(),
             paths: None,
             hf_cache: None,
@@ -217,6 +222,13 @@ impl Get {
     /// Whether other transfers of this node go first.
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
+        self
+    }
+
+    /// Goes on until it is dropped, however long no provider can be reached, such as while a cable is out: with pauses that grow to a minute. Default: it
+    /// fails two minutes after content last came, or ten seconds after the start.
+    pub fn keep_trying(mut self, keep_trying: bool) -> Self {
+        self.keep_trying = keep_trying;
         self
     }
 
@@ -298,11 +310,16 @@ fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgres
     let rate = peers.iter().map(|peer| peer.rate).sum();
     let total = counts.total.load(Ordering::Relaxed);
     let done = counts.done.load(Ordering::Relaxed);
+    let mut rate = rate;
     let waiting_for = match state.phase {
         GetPhase::Fetching => reread(counts).or_else(|| shown.waiting_for()),
         GetPhase::Checking => occupied(counts),
         _ => state.waiting_for.clone(),
     };
+    if waiting_for.is_some() {
+        // What came before says nothing of what is to come.
+        rate = 0;
+    }
     GetProgress {
         phase: match (&state.phase, &waiting_for) {
             (GetPhase::Fetching | GetPhase::Checking, Some(_)) => GetPhase::Waiting,
@@ -355,7 +372,16 @@ impl Work {
         if request.hf_cache.is_some() && !request.selection.is_everything() {
             return Err(Error::HfCache(HfCacheError::Selection));
         }
-        let found = Found::new(&self.node, request.target, request.publisher).await?;
+        let mut pause = AGAIN.0;
+        let found = loop {
+            let target = request.target.clone();
+            match Found::new(&self.node, target, request.publisher).await {
+                Err(Error::NoSuchName { .. }) if request.keep_trying => {
+                    wait(&self.state, "a publisher of the name", &mut pause).await;
+                }
+                found => break found?,
+            }
+        };
         let (selection, paths) = (&request.selection, &request.paths);
         let found = found
             .choose(&self.node, |manifest| {
@@ -381,10 +407,17 @@ impl Work {
 
         self.enter(GetPhase::Connecting);
         let (started, lookup) = (self.started, &mut self.lookup);
-        let answered = || {
+        let mut answered = || {
             lookup.get_or_insert_with(|| started.elapsed());
         };
-        let (manifest, known) = found.manifest(&self.node, answered).await?;
+        let (manifest, known) = loop {
+            match found.manifest(&self.node, &mut answered).await {
+                Err(Error::NoProvider { .. }) if request.keep_trying => {
+                    wait(&self.state, "a provider", &mut pause).await;
+                }
+                manifest => break manifest?,
+            }
+        };
         let selected = match &request.paths {
             Some(paths) => Some(Selected::of_files(&manifest, |path| paths.contains(path))),
             None if request.selection.is_everything() => None,
@@ -441,7 +474,7 @@ impl Work {
         if let Some(plan) = &mut plan
             && !plan.is_complete()
         {
-            let options = (request.limit, request.priority);
+            let options = (request.limit, request.priority, request.keep_trying);
             self.fetch(id, &manifest, plan, known, options).await?;
         }
         drop(plan);
@@ -587,7 +620,7 @@ impl Work {
         manifest: &Manifest,
         plan: &mut Plan,
         known: Known,
-        (limit, priority): (u64, Priority),
+        (limit, priority, keep_trying): (u64, Priority, bool),
     ) -> Result<(), Error> {
         let counts = Arc::clone(&self.counts);
         let transfer = Transfer::new(self.node.store(), manifest, counts, fastrand::u64(..));
@@ -600,6 +633,7 @@ impl Work {
             known,
             (vec![Limit::new(limit)], priority),
         );
+        swarm.keep_trying(keep_trying);
         self.enter(GetPhase::Fetching);
         while !plan.is_complete() {
             if plan.needs_provider() {
@@ -660,6 +694,19 @@ impl Work {
             .lock()
             .expect("nothing panics while holding the lock")
     }
+}
+
+/// Waits before trying again, longer each time; what is waited for is shown.
+async fn wait(state: &Mutex<State>, what: &str, pause: &mut Duration) {
+    let show = |phase, waiting_for| {
+        let mut state = state.lock().expect("nothing panics while holding the lock");
+        state.waiting_for = waiting_for;
+        std::mem::replace(&mut state.phase, phase)
+    };
+    let phase = show(GetPhase::Waiting, Some(what.to_owned()));
+    sleep(*pause).await;
+    *pause = (*pause * 2).min(AGAIN.1);
+    show(phase, None);
 }
 
 /// While a model comes, tells the mesh which of its shard groups are whole.
@@ -844,12 +891,12 @@ impl Found {
 
     /// The manifest, from the store or from a provider, and what has become known of the providers; `answered` is called when one has answered.
     pub(crate) async fn manifest(
-        self,
+        &self,
         node: &Node,
         mut answered: impl FnMut(),
     ) -> Result<(Arc<Manifest>, Known), Error> {
         let id = self.id;
-        let mut providers = Providers::new(node.clone(), id, self.given);
+        let mut providers = Providers::new(node.clone(), id, self.given.clone());
         let store = node.store().clone();
         if let Some(manifest) = blocking(move || Ok(store.manifest(&id)?)).await? {
             return Ok((Arc::new(manifest), providers.into_known()));

@@ -58,6 +58,8 @@ pub struct ModelInfo {
     pub complete: bool,
     /// Verified bytes here.
     pub bytes_here: u64,
+    /// The disk that holds it does not answer: what is said to be here is what was last found.
+    pub not_answering: bool,
     /// The shard groups that are whole: bit `g` for group `g` ([`Manifest::shard_group`]).
     pub shards: u64,
     /// Fetched from the mesh, rather than indexed in place.
@@ -605,6 +607,7 @@ pub(crate) fn describe(
         path: model.root.clone(),
         complete: presence.is_some_and(|presence| presence.complete),
         bytes_here: presence.map_or(0, |presence| presence.bytes),
+        not_answering: presence.is_some_and(|presence| !presence.answers),
         shards: presence.map_or(0, |presence| presence.shards),
         fetched: model.fetched,
         added_at: model.added_at,

@@ -18,6 +18,7 @@ mod damage;
 mod discards;
 mod gc;
 mod holds;
+mod looks;
 mod metadata;
 mod parts;
 mod quota;
@@ -67,7 +68,7 @@ pub use self::{
     tags::{MAX_TAG, MAX_TAGS, Tag},
 };
 use crate::{
-    Hash, Manifest,
+    Hash, Manifest, files,
     hf_cache::Commit,
     index::{Indexed, IndexedFile, Location},
     lock::{Lock, LockError},
@@ -117,6 +118,7 @@ struct Inner {
     /// Groups of part files that this process has written or read, by part file.
     seen: Mutex<HashMap<PathBuf, Seen>>,
     read_through: damage::ReadThrough,
+    looks: looks::Looks,
     _lock: Lock,
 }
 
@@ -369,7 +371,7 @@ impl Model {
 }
 
 /// How much of a model is here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Presence {
     /// Verified bytes in files that are unchanged, or in part files.
     pub bytes: u64,
@@ -377,6 +379,8 @@ pub struct Presence {
     pub complete: bool,
     /// The shard groups of which all files are: bit `g` for group `g` ([`Manifest::shard_group`]).
     pub shards: u64,
+    /// Its disk answers. If it does not, the rest is what was found when it last did.
+    pub answers: bool,
 }
 
 impl Store {
@@ -435,6 +439,7 @@ impl Store {
                 epoch,
                 seen: Mutex::default(),
                 read_through: damage::ReadThrough::default(),
+                looks: looks::Looks::default(),
                 _lock: lock,
             }),
         };
@@ -691,7 +696,7 @@ impl Store {
     pub fn manifest(&self, id: &Hash) -> Result<Option<Manifest>, StoreError> {
         let path = self.manifest_path(id);
         let mut bytes = Vec::new();
-        match File::open(&path) {
+        match files::patiently(|| File::open(&path)) {
             Ok(file) => file
                 .take(MAX_MANIFEST + 1)
                 .read_to_end(&mut bytes)
@@ -742,19 +747,31 @@ impl Store {
         })
     }
 
-    /// How much of `model` is here, by looking at each of its files.
+    /// How much of `model` is here, by looking at each of its files; what was last found if its disk does not answer.
     ///
     /// # Errors
     /// [`StoreError`].
     pub fn presence(&self, model: &Model, manifest: &Manifest) -> Result<Presence, StoreError> {
+        looks::presence(self, model, manifest)
+    }
+
+    /// Looks at each file of `model`. Waits for its disk, however long that takes; `looked` grows with each file.
+    fn look(
+        &self,
+        model: &Model,
+        manifest: &Manifest,
+        looked: &AtomicU64,
+    ) -> Result<Presence, StoreError> {
         let mut presence = Presence {
             bytes: 0,
             complete: true,
             shards: 0,
+            answers: true,
         };
         let mut missing = 0_u64;
         for (index, file) in manifest.files().iter().enumerate() {
             let group = 1 << manifest.shard_group(index);
+            looked.fetch_add(1, Ordering::Relaxed);
             presence.shards |= group;
             if self.locate(&file.blake3)?.is_some() {
                 presence.bytes += file.size;
@@ -858,7 +875,7 @@ impl Store {
             return Ok(None);
         }
         let path = self.outboard_path(hash);
-        let file = File::open(&path).map_err(StoreError::io("cannot read", &path))?;
+        let file = files::open(&path).map_err(StoreError::io("cannot read", &path))?;
         Ok(Some(file))
     }
 
@@ -1098,7 +1115,7 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let temporary = path.with_extension(format!("{number}{TEMPORARY}"));
     let write = || -> io::Result<()> {
-        let mut file = File::create(&temporary)?;
+        let mut file = files::patiently(|| File::create(&temporary))?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
@@ -1131,7 +1148,7 @@ fn has_size(path: &Path, size: u64) -> bool {
 }
 
 pub(crate) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
-    File::open(folder)
+    files::patiently(|| File::open(folder))
         .and_then(|folder| folder.sync_all())
         .map_err(StoreError::io("cannot sync", folder))?;
     #[cfg(test)]

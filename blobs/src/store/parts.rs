@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    fs::File,
     ops::Deref,
     path::{Path, PathBuf},
     sync::{
@@ -23,6 +22,7 @@ use super::{
 use crate::{
     Hash,
     bitfield::Bitfield,
+    files,
     partial::{Kept, Partial},
     source::Source,
     stamp::Stamp,
@@ -287,7 +287,7 @@ impl Store {
             if let Some(have) = Bitfield::from_bytes(&row.bits, tree.groups())
                 && has_size(&part, row.size)
                 && self.has_outboard(hash, &tree)
-                && let Ok(file) = File::open(&part)
+                && let Ok(file) = files::open(&part)
             {
                 let outboard = self.open_outboard(hash, &tree)?;
                 sources.push(Source::left(*hash, tree, (part, have), file, outboard));

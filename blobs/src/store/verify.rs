@@ -25,6 +25,7 @@ use super::{
 use crate::{
     Hash,
     bitfield::Bitfield,
+    files,
     index::{self, IndexError, Location, hash_file},
     partial::rename_new,
     source::{ReadError, Source},
@@ -306,8 +307,11 @@ impl Store {
         let location = Location::from(row);
         let path = &location.path;
         let begun = progress.bytes_done.load(Ordering::Relaxed);
-        let file = match File::open(path) {
+        let file = match files::open(path) {
             Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                return Ok(Found::only(Condition::Changed));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let reopened = match repair && ours {
                     true => self.end_reopening(hash, &location)?,
@@ -392,7 +396,7 @@ impl Store {
         progress: &Progress,
     ) -> Result<Found, StoreError> {
         let tree = Tree::new(size);
-        let file = match File::open(part) {
+        let file = match files::open(part) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Ok(Found::only(Condition::Missing));
@@ -725,7 +729,11 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), before);
         let manifest = store.manifest(&id).unwrap().unwrap();
         let hash = manifest.files()[0].blake3;
-        assert!(store.sources(&hash).unwrap().is_empty());
+        // What is right of it is given on.
+        assert!(store.whole(&hash).unwrap().is_none());
+        let have = store.sources(&hash).unwrap()[0].have();
+        assert!(!have.has(3));
+        assert_eq!(have.count(), have.groups() - 1);
         // Right again, as from a backup with its times: it is used again.
         flip(&path, 3 * GROUP);
         assert_eq!(verify(&store, true)[0].condition, Condition::Good);

@@ -468,6 +468,7 @@ impl Models for Service {
             get = get.publisher(publisher);
         }
         get = get.limit(request.max_rate);
+        get = get.keep_trying(request.keep_trying);
         if !request.priority.is_empty() {
             let priority = request.priority.parse();
             get = get.priority(priority.map_err(|error| invalid(format!("{error}")))?);
@@ -758,6 +759,7 @@ pub(super) fn model(info: ModelInfo) -> api::Model {
         path: info.path.display().to_string(),
         complete: info.complete,
         bytes_here: info.bytes_here,
+        not_answering: info.not_answering,
         origin: if info.fetched { "fetched" } else { "added" }.to_owned(),
         added_at: info.added_at,
         tags: info.tags,

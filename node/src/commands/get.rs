@@ -59,6 +59,7 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
             .map(|publisher| publisher.to_string())
             .unwrap_or_default(),
         max_rate: options.max_rate,
+        keep_trying: options.keep_trying,
         files: patterns(&options.files),
         tensors: patterns(&options.tensors),
         priority: options.priority.to_string(),
@@ -69,7 +70,12 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
     let mut meter = Meter::new();
     let events = client.models().get(request).await?.into_inner();
     let show = |meter: &mut Meter, progress: &GetProgress| {
-        meter.update(&text(progress), progress.bytes_done, progress.bytes_total);
+        let waits = !progress.waiting_for.is_empty();
+        meter.show(
+            &text(progress),
+            (progress.bytes_done, progress.bytes_total),
+            waits,
+        );
         if options.verbose && shown.elapsed() >= VERBOSE_EVERY {
             shown = Instant::now();
             meter.lines(&peer_lines(progress));

@@ -227,6 +227,7 @@ pub(crate) fn model_json(model: &api::Model) -> Value {
         "path": model.path,
         "complete": model.complete,
         "bytes_here": model.bytes_here,
+        "not_answering": model.not_answering,
         "origin": model.origin,
         "added_at": model.added_at,
         "tags": model.tags,
@@ -257,6 +258,9 @@ fn file_json(file: &api::File) -> Value {
 }
 
 fn here(model: &api::Model) -> String {
+    if model.not_answering {
+        return "not answering".to_owned();
+    }
     if model.complete {
         return "all".to_owned();
     }

@@ -67,6 +67,9 @@ const GIVEN: Duration = Duration::from_millis(1500);
 /// The first and the longest pause before a provider that failed is tried again, and between look-ups while nobody delivers.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 
+/// The longest pause of a transfer that keeps trying, once it has waited for as long as others do.
+const LONGEST: Duration = Duration::from_secs(60);
+
 /// Between look-ups while somebody delivers and there is room for more.
 const LOOK_UP: Duration = Duration::from_secs(10);
 
@@ -249,6 +252,8 @@ pub(crate) struct Swarm {
     /// When there was last a sign that content comes, or the work began.
     since: Instant,
     patience: Duration,
+    /// There is no end to it, only longer pauses.
+    keep_trying: bool,
     /// From the start to the first that answered.
     pub(crate) first_answer: Option<Instant>,
 }
@@ -302,12 +307,18 @@ impl Swarm {
             held: false,
             since: now,
             patience: FIRST,
+            keep_trying: false,
             first_answer: None,
         };
         for (peer, addresses) in given {
             swarm.meet(peer, addresses, true);
         }
         swarm
+    }
+
+    /// Whether to go on however long nobody delivers.
+    pub(crate) fn keep_trying(&mut self, keep_trying: bool) {
+        self.keep_trying = keep_trying;
     }
 
     /// Fetches what `plan` misses.
@@ -602,7 +613,11 @@ impl Swarm {
                     true => self.pause,
                     false => LOOK_UP,
                 };
-                self.pause = (self.pause * 2).min(PAUSE.1);
+                let longest = match self.keep_trying && self.since.elapsed() >= LOST {
+                    true => LONGEST,
+                    false => PAUSE.1,
+                };
+                self.pause = (self.pause * 2).min(longest);
                 self.next_look_up = Instant::now() + pause;
             }
             Event::Reached(peer, Ok(stream)) => self.begin(peer, *stream),
@@ -708,7 +723,12 @@ impl Swarm {
             member.busy = false;
             member.failures += 1;
             member.reason = reason;
-            member.retry_at = Instant::now() + pause.min(PAUSE.1);
+            // Whoever goes on for ever asks less often after a while.
+            let longest = match self.keep_trying && self.since.elapsed() >= LOST {
+                true => LONGEST,
+                false => PAUSE.1,
+            };
+            member.retry_at = Instant::now() + pause.min(longest);
         }
         // Those who were given cannot be counted on: others may be known.
         self.next_look_up = self.next_look_up.min(Instant::now() + self.pause);
@@ -800,7 +820,7 @@ impl Swarm {
             false if all_lack => waited >= FIRST,
             false => waited >= self.patience.max(SILENT),
         };
-        if !over {
+        if !over || self.keep_trying {
             return Ok(());
         }
         let mut failures: BTreeMap<PeerId, String> = self.banned.clone();

@@ -1,0 +1,275 @@
+//! Opening files of which nobody knows what they are by now, on disks of which nobody knows whether they answer.
+//!
+//! A path may lead to a pipe, or to a mount whose server is gone: there, an `open` waits for ever. Pipes are opened without waiting and left. On a
+//! mount where [`STUCK`] opens wait for longer than [`PATIENCE`], no further one is begun: what lies there counts as not answering, and
+//! everything else goes on. And when the process has no descriptor left, an open waits until it has one.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, OnceLock},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::fs::OFlags;
+
+/// How long an open may take until its mount is suspected: a disk that has to spin up takes several seconds, and answers the second open all the same.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Opens that may be stuck on one mount; each costs a thread.
+const STUCK: usize = 4;
+
+/// How long the list of mounts is good.
+const MOUNTS: Duration = Duration::from_secs(10);
+
+/// How long an open waits for a descriptor.
+const DESCRIPTOR: Duration = Duration::from_secs(10);
+
+/// Between two tries to get a descriptor.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Descriptors that are left to sockets, the database and the API.
+const RESERVE: u64 = 40;
+
+/// Opens that are under way, by mount.
+static UNDER_WAY: Mutex<Option<HashMap<PathBuf, Vec<Instant>>>> = Mutex::new(None);
+
+static KNOWN_MOUNTS: Mutex<Option<(Instant, Vec<PathBuf>)>> = Mutex::new(None);
+
+/// Opens the regular file at `path` for reading; never waits for another process.
+///
+/// # Errors
+/// Those of `open`; [`io::ErrorKind::InvalidInput`] if it is no regular file; [`io::ErrorKind::TimedOut`] if its disk does not answer.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let _under_way = UnderWay::begin(path)?;
+    #[cfg(test)]
+    blocked::wait(path);
+    // Opening a device may do something: look first.
+    is_regular(&fs::metadata(path)?)?;
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
+    let file = patiently(|| OpenOptions::new().read(true).custom_flags(flags).open(path))?;
+    is_regular(&file.metadata()?)?;
+    Ok(file)
+}
+
+fn is_regular(metadata: &fs::Metadata) -> io::Result<()> {
+    match metadata.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is not a regular file",
+        )),
+    }
+}
+
+/// Does what needs a descriptor, and waits for one if there is none.
+///
+/// # Errors
+/// Those of `work`.
+pub(crate) fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let begun = Instant::now();
+    loop {
+        match work() {
+            Err(error) if is_out_of_descriptors(&error) && begun.elapsed() < DESCRIPTOR => {
+                thread::sleep(AGAIN);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether the process or the system has no descriptor left.
+pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
+    let code = error
+        .raw_os_error()
+        .map(rustix::io::Errno::from_raw_os_error);
+    matches!(
+        code,
+        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
+    )
+}
+
+/// Of `most` part files, how many may be open at a time: each is two descriptors, and half of those beyond a reserve are for them.
+pub(crate) fn part_files(most: usize) -> usize {
+    static LIMIT: OnceLock<u64> = OnceLock::new();
+    let limit = *LIMIT.get_or_init(|| {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        limit.current.unwrap_or(u64::MAX)
+    });
+    of_limit(limit, most)
+}
+
+fn of_limit(limit: u64, most: usize) -> usize {
+    let room = limit.saturating_sub(RESERVE) / 4;
+    most.min(usize::try_from(room).unwrap_or(most)).max(1)
+}
+
+/// An open that is under way.
+struct UnderWay {
+    mount: PathBuf,
+    since: Instant,
+}
+
+impl UnderWay {
+    fn begin(path: &Path) -> io::Result<Self> {
+        let mount = mount_of(path);
+        let mut all = under_way();
+        let opens = all
+            .get_or_insert_default()
+            .entry(mount.clone())
+            .or_default();
+        let stuck = opens.iter().filter(|since| since.elapsed() >= PATIENCE);
+        if stuck.count() >= STUCK {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("the disk at {} does not answer", mount.display()),
+            ));
+        }
+        let since = Instant::now();
+        opens.push(since);
+        Ok(Self { mount, since })
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut all = under_way();
+        if let Some(opens) = all.as_mut().and_then(|all| all.get_mut(&self.mount))
+            && let Some(at) = opens.iter().position(|since| *since == self.since)
+        {
+            opens.swap_remove(at);
+        }
+    }
+}
+
+fn under_way() -> MutexGuard<'static, Option<HashMap<PathBuf, Vec<Instant>>>> {
+    UNDER_WAY
+        .lock()
+        .expect("nothing panics while holding the lock")
+}
+
+/// Where the file system is mounted that holds `path`, by the longest prefix: asking the file system itself could wait for ever.
+pub(crate) fn mount_of(path: &Path) -> PathBuf {
+    #[cfg(test)]
+    if let Some(mount) = blocked::mount_of(path) {
+        return mount;
+    }
+    let mut known = KNOWN_MOUNTS
+        .lock()
+        .expect("nothing panics while holding the lock");
+    let fresh = known
+        .as_ref()
+        .is_some_and(|(since, _)| since.elapsed() < MOUNTS);
+    if !fresh {
+        *known = Some((Instant::now(), mounts()));
+    }
+    let mounts = known.iter().flat_map(|(_, mounts)| mounts);
+    let holds = mounts.filter(|mount| path.starts_with(mount));
+    let longest = holds.max_by_key(|mount| mount.as_os_str().len());
+    longest.cloned().unwrap_or_else(|| PathBuf::from("/"))
+}
+
+/// All mounts. Elsewhere than on Linux, the folders in the root stand for them.
+fn mounts() -> Vec<PathBuf> {
+    // Spaces and the like are written as octal numbers: such a mount counts to the one above it.
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mounts = text.lines().filter_map(|line| line.split(' ').nth(4));
+    mounts.map(PathBuf::from).collect()
+}
+
+/// Folders in which every open waits, as on a mount whose server is gone.
+#[cfg(test)]
+pub(crate) mod blocked {
+    use super::*;
+
+    static BLOCKED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+    fn all() -> MutexGuard<'static, Vec<PathBuf>> {
+        BLOCKED.lock().unwrap()
+    }
+
+    pub(crate) fn mount_of(path: &Path) -> Option<PathBuf> {
+        all().iter().find(|mount| path.starts_with(mount)).cloned()
+    }
+
+    pub(super) fn wait(path: &Path) {
+        while mount_of(path).is_some() {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub(crate) fn block(folder: &Path) {
+        all().push(folder.to_owned());
+    }
+
+    pub(crate) fn release(folder: &Path) {
+        all().retain(|blocked| blocked != folder);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pipe_in_the_place_of_a_file_is_no_file_and_nobody_waits_for_its_other_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let error = open(&path).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+        assert!(open(folder.path()).is_err());
+    }
+
+    #[test]
+    fn a_mount_that_does_not_answer_costs_a_few_threads_and_other_disks_go_on() {
+        let dead = tempfile::tempdir().unwrap();
+        let alive = tempfile::tempdir().unwrap();
+        for folder in [&dead, &alive] {
+            fs::write(folder.path().join("f"), "content").unwrap();
+        }
+        blocked::block(dead.path());
+        let path = dead.path().join("f");
+        let stuck: Vec<_> = (0..STUCK)
+            .map(|_| {
+                let path = path.clone();
+                thread::spawn(move || open(&path).map(drop))
+            })
+            .collect();
+        let begun = Instant::now();
+        let error = loop {
+            let path = path.clone();
+            let (sender, answer) = std::sync::mpsc::channel();
+            thread::spawn(move || sender.send(open(&path).map(drop)));
+            if let Ok(Err(error)) = answer.recv_timeout(Duration::from_millis(200)) {
+                break error;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(60));
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        assert!(open(&alive.path().join("f")).is_ok());
+        // It answers again.
+        blocked::release(dead.path());
+        for one in stuck {
+            one.join().unwrap().unwrap();
+        }
+        let begun = Instant::now();
+        while open(&path).is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    #[test]
+    fn few_descriptors_mean_few_files_at_a_time_and_never_none() {
+        assert_eq!(of_limit(30, 64), 1);
+        assert_eq!(of_limit(64, 64), 6);
+        assert_eq!(of_limit(1024, 64), 64);
+        assert_eq!(of_limit(u64::MAX, 64), 64);
+    }
+}
