@@ -373,21 +373,23 @@ impl Work {
             return Err(Error::HfCache(HfCacheError::Selection));
         }
         let mut pause = AGAIN.0;
+        let (selection, paths) = (&request.selection, &request.paths);
         let found = loop {
             let target = request.target.clone();
-            match Found::new(&self.node, target, request.publisher).await {
-                Err(Error::NoSuchName { .. }) if request.keep_trying => {
+            let found = async {
+                let found = Found::new(&self.node, target, request.publisher).await?;
+                let bytes = |manifest: &Manifest| selected_bytes(manifest, selection, paths);
+                found.choose(&self.node, bytes).await
+            };
+            match found.await {
+                Err(
+                    Error::NoSuchName { .. } | Error::Disconnected(_) | Error::NoProvider { .. },
+                ) if request.keep_trying => {
                     wait(&self.state, "a publisher of the name", &mut pause).await;
                 }
                 found => break found?,
             }
         };
-        let (selection, paths) = (&request.selection, &request.paths);
-        let found = found
-            .choose(&self.node, |manifest| {
-                selected_bytes(manifest, selection, paths)
-            })
-            .await?;
         let (id, publisher) = (found.id, found.publisher);
         let other_parts = found.parts.len().saturating_sub(1);
         let name = found.name.clone();
