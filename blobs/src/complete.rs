@@ -1,8 +1,8 @@
 //! Files that a model lacks by its own account.
 //!
-//! A model may be in several files: an index names them, or their names count them, as in `model-00001-of-00003.safetensors`. Where one
-//! is missing, whoever publishes the model, or is about to use it, wants to know. It is no reason to refuse the model: complete models
-//! with an index of an older layout are common.
+//! A model may be in several files: an index names them, or their names count them, as in
+//! `model-00001-of-00003.safetensors`. Where one is missing, whoever publishes the model, or is about to use it, wants
+//! to know. It is no reason to refuse the model: complete models with an index of an older layout are common.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -32,8 +32,8 @@ const MAX_INDICES: usize = 16;
 /// Files of a split model at most. The largest that are published have some hundreds.
 const MAX_SPLIT: u32 = 10_000;
 
-/// What `manifest` lacks, in words, one entry an index or a split file. `read` returns the content of a file, if it is here; it is asked
-/// only for indices of at most [`MAX_INDEX`] bytes.
+/// What `manifest` lacks, in words, one entry an index or a split file. `read` returns the content of a file, if it is
+/// here; it is asked only for indices of at most [`MAX_INDEX`] bytes.
 pub fn lacking(
     manifest: &Manifest,
     mut read: impl FnMut(&manifest::File) -> Option<Vec<u8>>,

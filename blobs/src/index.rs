@@ -1,8 +1,8 @@
 //! From files on disk to a manifest: walk, read headers, hash on all cores. Files stay where they are, and each is read once.
 //!
-//! Reading headers is an optimisation and never a condition: a file whose header cannot be read is published as bytes, and named in
-//! [`Indexed::opaque`]. What cannot be published, or should not be unless somebody says so, is left out and named in
-//! [`Indexed::skipped`]. So one odd file keeps no folder from being added.
+//! Reading headers is an optimisation and never a condition: a file whose header cannot be read is published as bytes,
+//! and named in [`Indexed::opaque`]. What cannot be published, or should not be unless somebody says so, is left out
+//! and named in [`Indexed::skipped`]. So one odd file keeps no folder from being added.
 
 mod walk;
 
@@ -39,8 +39,9 @@ const AT_A_TIME: usize = 4;
 /// Folders that tools keep beside a model and that are not part of it.
 pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
 
-/// Entries in each list of notes; of more, the number is said. An answer stays far below the 4 MiB that a message of gRPC may have.
-const MAX_NOTES: usize = 1000;
+/// Entries in each list of notes; of more, the number is said. A note may hold two paths, some 5 KiB: so an answer stays
+/// below the 4 MiB that a message of gRPC may have.
+const MAX_NOTES: usize = 300;
 
 /// Faults that an error message names; of more, the number is said.
 const MAX_SHOWN: usize = 20;
@@ -71,8 +72,8 @@ pub struct Progress {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Rules {
-    /// Refuse the folder, with all reasons, where a file would be published as bytes although its name says that it has a header, or
-    /// left out because it cannot be read.
+    /// Refuse the folder, with all reasons, where a file would be published as bytes although its name says that it has
+    /// a header, or left out because it cannot be read.
     pub strict: bool,
     /// Include hidden files and folders, but for `.git` and `.cache`. Without it, only files like `.gitattributes` are.
     pub hidden: bool,
@@ -95,9 +96,10 @@ pub struct Indexed {
     pub root: PathBuf,
     /// Where each file's content is and how its tree looks, by path in the manifest.
     pub files: BTreeMap<String, IndexedFile>,
-    /// What was left out, with the reason; at most a thousand entries, and the number of the rest.
+    /// What was left out, with the reason; at most 300 entries, and the number of the rest.
     pub skipped: Vec<String>,
-    /// Files that are in the manifest as bytes alone, although their names say that they hold tensors, and pointers of Git LFS.
+    /// Files that are in the manifest as bytes alone, although their names say that they hold tensors, and pointers of
+    /// Git LFS.
     pub opaque: Vec<Opaque>,
     /// Links out of the folder that were followed.
     pub followed: Vec<String>,
@@ -442,8 +444,8 @@ pub(crate) fn hash_file_with(
 /// A file's content, or why the file cannot be read.
 type Readable = Result<Content, String>;
 
-/// The files, by name, several at a time: SHA-256 keeps one core busy for each. The first error ends all of it; a file that cannot be
-/// read is none.
+/// The files, by name, several at a time: SHA-256 keeps one core busy for each. The first error ends all of it; a file
+/// that cannot be read is none.
 fn index_files(
     found: BTreeMap<String, PathBuf>,
     progress: &Progress,

@@ -284,7 +284,8 @@ impl Manifest {
     }
 }
 
-/// Leaves out lists of tensors, the longest first, until the files can be in one manifest; the paths of the files that have none now.
+/// Leaves out lists of tensors, the longest first, until the files can be in one manifest; the paths of the files that
+/// have none now.
 pub(crate) fn leave_out_tensors(files: &mut [File]) -> Vec<String> {
     leave_out(files, MAX_TENSORS, MAX_MANIFEST)
 }

@@ -157,10 +157,12 @@ pub fn check_all<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<(), Pat
     Ok(())
 }
 
-/// Finds every path that cannot be published beside those before it: as [`check_all`], and no two that a system takes for the same
-/// name when it ignores case and how characters are composed (Unicode's NFC and NFD, compatibility forms), as macOS does.
+/// Finds every path that cannot be published beside those before it: as [`check_all`], and no two that a system takes
+/// for the same name when it ignores case and how characters are composed (Unicode's NFC and NFD, compatibility forms),
+/// as macOS does.
 ///
-/// Stricter than the check of a manifest that comes from elsewhere: such names work on the system that they were made on.
+/// Stricter than the check of a manifest that comes from elsewhere: such names work on the system that they were made
+/// on.
 pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<PathError> {
     let mut beside = Beside::new(fold);
     let errors = paths.into_iter().filter_map(|path| {
@@ -174,7 +176,8 @@ pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<Pa
     errors.collect()
 }
 
-/// The form in which two names are equal if some system takes them for the same: compatibility composition, without case.
+/// The form in which two names are equal if some system takes them for the same: compatibility composition, without
+/// case.
 fn fold(text: &str) -> String {
     let normal = ComposingNormalizerBorrowed::new_nfkc();
     // By way of capitals: `ß` is `SS` there, and both sigmas are one.

@@ -1,4 +1,5 @@
-//! One odd file keeps no folder from being published: each case is one that people have met, in a folder with a good file beside it.
+//! One odd file keeps no folder from being published: each case is one that people have met, in a folder with a good
+//! file beside it.
 
 use std::{
     fs,

@@ -1044,7 +1044,8 @@ pub(crate) struct Add {
     #[arg(long)]
     pub(crate) name: Option<ModelName>,
 
-    /// Refuse the folder where a file cannot be read as its name says (default: such a file is published as bytes, and named)
+    /// Refuse the folder where a file cannot be read as its name says (default: such a file is published as bytes, and
+    /// named)
     #[arg(long)]
     pub(crate) strict: bool,
 
@@ -1186,10 +1187,12 @@ pub(crate) struct Search {
 
 #[derive(Debug, Args)]
 pub(crate) struct Rm {
-    /// An id, or the first six or more digits of one, to forget the model; or a name, to drop that name, and the model with its last one
+    /// An id, or the first six or more digits of one, to forget the model; or a name, to drop that name, and the model
+    /// with its last one
     pub(crate) model: String,
 
-    /// Also delete the files that `weft get` wrote, in whatever folders, and that are unchanged; files added in place are never deleted
+    /// Also delete the files that `weft get` wrote, in whatever folders, and that are unchanged; files added in place
+    /// are never deleted
     #[arg(long)]
     pub(crate) files: bool,
 }

@@ -6,8 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// As `println!`, but a reader that has gone away, such as `head`, is no reason to end otherwise than planned; and names that strangers
-/// chose do not steer the terminal: see [`escaped`].
+/// As `println!`, but a reader that has gone away, such as `head`, is no reason to end otherwise than planned; and
+/// names that strangers chose do not steer the terminal: see [`escaped`].
 macro_rules! out {
     () => {{
         use std::io::Write;
@@ -39,8 +39,8 @@ pub(crate) use {err, out, out_raw};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Whether a character changes how others are shown, or is one that nobody sees: controls, and those of Unicode's format characters that
-/// turn the direction of text or have no width. Those that join emoji and letters stay.
+/// Whether a character changes how others are shown, or is one that nobody sees: controls, and those of Unicode's
+/// format characters that turn the direction of text or have no width. Those that join emoji and letters stay.
 fn is_escaped(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -48,8 +48,8 @@ fn is_escaped(c: char) -> bool {
             | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// Text as it is, but for characters that would steer the terminal or hide what is there: those are written `\uXXXX`, as in JSON, which
-/// stays the same JSON. Line breaks and tabs stay.
+/// Text as it is, but for characters that would steer the terminal or hide what is there: those are written `\uXXXX`,
+/// as in JSON, which stays the same JSON. Line breaks and tabs stay.
 pub(crate) fn escaped(text: impl fmt::Display) -> impl fmt::Display {
     Escaped(text, |c| matches!(c, '\n' | '\t'))
 }

@@ -53,7 +53,8 @@ const MAX_MANIFESTS: usize = 3;
 /// Parts of one commit whose manifests are looked at: a manifest may be 64 MiB.
 const MAX_PARTS: usize = 8;
 
-/// How long the manifests of further parts of a commit are waited for when one is here: a provider that is there answers in a few round trips.
+/// How long the manifests of further parts of a commit are waited for when one is here: a provider that is there
+/// answers in a few round trips.
 const PARTS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).
@@ -149,7 +150,8 @@ pub struct Got {
     pub lookup: Duration,
     /// Who publishes the name; `None` for an id, a ticket, or a name that only this node remembers.
     pub publisher: Option<PeerId>,
-    /// Further models that are published by the name for the same commit of the Hugging Face hub: others' caches hold other parts of it.
+    /// Further models that are published by the name for the same commit of the Hugging Face hub: others' caches hold
+    /// other parts of it.
     pub other_parts: usize,
     /// Who sent content, and over which paths: one that began relayed and went on directly is there twice.
     pub sources: Vec<Source>,
@@ -821,9 +823,9 @@ impl Found {
         }
     }
 
-    /// Of the parts of a commit that a name means, takes the one that has most bytes of what is wanted, by `bytes`; of several, that with
-    /// most in all. The parts have to agree on the files that they share: if they do not, their publishers mean different models. Those that
-    /// do not agree with what this node itself publishes are passed over.
+    /// Of the parts of a commit that a name means, takes the one that has most bytes of what is wanted, by `bytes`; of
+    /// several, that with most in all. The parts have to agree on the files that they share: if they do not, their
+    /// publishers mean different models. Those that do not agree with what this node itself publishes are passed over.
     ///
     /// A publisher that cannot be reached is not waited for long, as long as another one is.
     pub(crate) async fn choose(

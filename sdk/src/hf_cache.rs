@@ -147,7 +147,8 @@ pub struct AddedHfCache {
     pub added: Vec<AddedSnapshot>,
     /// What should have been added and was not: whole snapshots, and files of those that were added without them.
     pub failed: Vec<FailedSnapshot>,
-    /// What was passed over, each with the reason: unfinished downloads, revisions of which no file is there, snapshots that no ref points to.
+    /// What was passed over, each with the reason: unfinished downloads, revisions of which no file is there, snapshots
+    /// that no ref points to.
     pub skipped: Vec<String>,
 }
 
@@ -187,8 +188,8 @@ impl AddHfCache {
         }
     }
 
-    /// Refuses a snapshot, with all reasons, of which a file is missing, damaged or outside, or would be published as bytes although its
-    /// name says that it holds tensors. Default: such files are told, and the rest is added.
+    /// Refuses a snapshot, with all reasons, of which a file is missing, damaged or outside, or would be published as
+    /// bytes although its name says that it holds tensors. Default: such files are told, and the rest is added.
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;
         self

@@ -118,7 +118,8 @@ pub struct Added {
     pub not_listed: Vec<String>,
     /// What was left out of the folder, each with the reason.
     pub skipped: Vec<String>,
-    /// Files that are published as bytes alone, although their names say that they hold tensors, and pointers of Git LFS.
+    /// Files that are published as bytes alone, although their names say that they hold tensors, and pointers of Git
+    /// LFS.
     pub opaque: Vec<Opaque>,
     /// Links out of the folder that were followed, with where they lead.
     pub followed: Vec<String>,
@@ -334,7 +335,8 @@ impl Models {
         .await
     }
 
-    /// One model with its manifest, and a ticket for it. `model` is a name, an id, or the first six or more digits of one; the manifest is `None` while
+    /// One model with its manifest, and a ticket for it. `model` is a name, an id, or the first six or more digits of
+    /// one; the manifest is `None` while
     /// it is still to be fetched.
     ///
     /// # Errors
@@ -351,7 +353,8 @@ impl Models {
         Ok((info, manifest, ticket))
     }
 
-    /// What the model `id` lacks by its own account, as far as its indices are here: files that an index names, and the rest of a split one.
+    /// What the model `id` lacks by its own account, as far as its indices are here: files that an index names, and the
+    /// rest of a split one.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -364,13 +367,13 @@ impl Models {
         .await
     }
 
-    /// Forgets a model and takes back what this node announced of it. By a name of several that the model has: drops that name alone, and
-    /// the model stays by the others. `files`: also deletes the files that [`get`](Self::get) wrote, in whatever folders, and that are
-    /// unchanged since; those that were added in place are never deleted.
+    /// Forgets a model and takes back what this node announced of it. By a name of several that the model has: drops
+    /// that name alone, and the model stays by the others. `files`: also deletes the files that [`get`](Self::get)
+    /// wrote, in whatever folders, and that are unchanged since; those that were added in place are never deleted.
     ///
     /// # Errors
-    /// [`Error::NoSuchModel`] if this node does not hold it, [`Error::Tagged`], [`Error::Busy`] while it is fetched, [`Error::OtherNames`].
-    /// Then nothing has changed.
+    /// [`Error::NoSuchModel`] if this node does not hold it, [`Error::Tagged`], [`Error::Busy`] while it is fetched,
+    /// [`Error::OtherNames`]. Then nothing has changed.
     pub async fn remove(&self, model: &str, files: bool) -> Result<Removed, Error> {
         let store = self.node.store().clone();
         let wanted = model.to_owned();
@@ -471,8 +474,8 @@ impl Add {
         self
     }
 
-    /// Refuses the folder, with all reasons, where a file would be published as bytes although its name says that it holds tensors, or
-    /// left out because it cannot be read. Default: such files are told in [`Added`].
+    /// Refuses the folder, with all reasons, where a file would be published as bytes although its name says that it
+    /// holds tensors, or left out because it cannot be read. Default: such files are told in [`Added`].
     pub fn strict(mut self, strict: bool) -> Self {
         self.rules.strict = strict;
         self

@@ -49,8 +49,8 @@ pub(crate) struct Meaning {
     pub(crate) model: Hash,
     /// The publisher that says so; `None` for a name that only this node remembers.
     pub(crate) publisher: Option<PeerId>,
-    /// All models that are claimed for one commit of the hub, each with a publisher, the one above first; empty if there is just one. Each is
-    /// what somebody's cache holds of the commit.
+    /// All models that are claimed for one commit of the hub, each with a publisher, the one above first; empty if
+    /// there is just one. Each is what somebody's cache holds of the commit.
     pub(crate) parts: Vec<(Hash, PeerId)>,
 }
 
@@ -63,7 +63,8 @@ impl Meaning {
         }
     }
 
-    /// What claims come to that contradict each other in nothing but which part of a commit they have; `None` if they do in more.
+    /// What claims come to that contradict each other in nothing but which part of a commit they have; `None` if they
+    /// do in more.
     fn of(claims: &[Claim]) -> Option<Self> {
         let first = claims.first()?;
         // Several who agree are as good as one.
@@ -212,7 +213,7 @@ pub(crate) async fn resolve(
         .map(|one| Claim {
             publisher: one.publisher,
             model: one.model,
-            commit: None,
+            commit: one.commit,
         })
         .collect();
     // A name that is reserved for a registry's publishers means what they say, unless somebody's own word is asked for.
@@ -260,8 +261,8 @@ pub(crate) async fn resolve(
     }
 }
 
-/// Returns what a name means that this node publishes: its own word, and what connected machines add to it if it is of a commit of the hub,
-/// of which this node's cache may have a part only.
+/// Returns what a name means that this node publishes: its own word, and what connected machines add to it if it is of
+/// a commit of the hub, of which this node's cache may have a part only.
 async fn with_other_parts(
     node: &Node,
     name: &ModelName,

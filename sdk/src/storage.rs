@@ -218,7 +218,8 @@ impl Models {
         blocking(move || Ok(store.set_quota(quota)?)).await
     }
 
-    /// Reads every byte that is here of a model, or of all, and checks it. `model` is a name, an id, or the first six or more digits of one.
+    /// Reads every byte that is here of a model, or of all, and checks it. `model` is a name, an id, or the first six
+    /// or more digits of one.
     pub fn verify(&self, model: Option<&str>) -> Verify {
         Verify {
             node: self.node().clone(),

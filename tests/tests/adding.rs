@@ -1,4 +1,5 @@
-//! Publishing folders and caches as people have them: odd files, odd names, parts of a model; and letting go of them again.
+//! Publishing folders and caches as people have them: odd files, odd names, parts of a model; and letting go of them
+//! again.
 
 #![allow(clippy::unwrap_used)]
 

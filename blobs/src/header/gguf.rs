@@ -256,8 +256,8 @@ impl Entry {
 /// The element type of a number, where the file is of one mind with it.
 type Known = (u32, &'static str, u64, u64);
 
-/// The types that are known here and whose lengths the offsets of this file contradict: a fork of ggml has given the numbers another
-/// meaning.
+/// The types that are known here and whose lengths the offsets of this file contradict: a fork of ggml has given the
+/// numbers another meaning.
 fn contradicted(entries: &[Entry], offsets: &[u64]) -> BTreeSet<u32> {
     let wrong = entries.iter().filter(|entry| {
         let (Some(known), Some(elements)) = (known(entry.kind), entry.elements()) else {
@@ -287,8 +287,8 @@ fn following(offsets: &[u64], offset: u64) -> Option<u64> {
     offsets.get(next).copied()
 }
 
-/// Places tensors within the file. One of a type that is not known, or whose type means something else in this file, has all up to the
-/// next one, or to the end.
+/// Places tensors within the file. One of a type that is not known, or whose type means something else in this file,
+/// has all up to the next one, or to the end.
 fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorInfo>, HeaderError> {
     let mut offsets: Vec<u64> = entries.iter().map(|entry| entry.offset).collect();
     offsets.sort_unstable();

@@ -163,7 +163,8 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-/// An element type as the file spells it. It need not be one that is known: where such tensors lie follows from the offsets.
+/// An element type as the file spells it. It need not be one that is known: where such tensors lie follows from the
+/// offsets.
 struct TypeName(String);
 
 impl TypeName {

@@ -22,7 +22,8 @@ use crate::{
     path::{self as portable, OWN_PREFIX},
 };
 
-/// Bytes of a ref that are read: the 40 digits of a commit's id, and room for the white space that tools and people leave around them.
+/// Bytes of a ref that are read: the 40 digits of a commit's id, and room for the white space that tools and people
+/// leave around them.
 const REF_SIZE: u64 = 256;
 
 /// What a name that was not found is shown beside, at most, of what there is.
@@ -356,8 +357,8 @@ impl Snapshot {
     /// Indexes the snapshot, after looking at it anew. Blocks; uses all cores.
     ///
     /// Paths in the manifest are those in the snapshot, locations those of the blobs. A blob that is named for its SHA-256
-    /// must have it. Hidden files count: they are part of the commit. Files that are missing, lead outside or are not what they
-    /// say are left out, and returned.
+    /// must have it. Hidden files count: they are part of the commit. Files that are missing, lead outside or are not
+    /// what they say are left out, and returned.
     ///
     /// # Errors
     /// [`ImportError::Damaged`] if that leaves none, or with [`Rules::strict`] if any is left out.
@@ -593,8 +594,8 @@ fn read_refs(root: &Path, folder: &Path, refs: &mut Vec<Ref>, problems: &mut Vec
     }
 }
 
-/// The commit that a ref names; `None` if it is damaged. White space around it counts for nothing, and capitals are as good: people
-/// and tools write both.
+/// The commit that a ref names; `None` if it is damaged. White space around it counts for nothing, and capitals are as
+/// good: people and tools write both.
 fn read_ref(path: &Path) -> io::Result<Option<Commit>> {
     let mut content = Vec::new();
     File::open(path)?

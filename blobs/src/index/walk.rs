@@ -152,7 +152,8 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// Where a link leads decides: into the folder, and it is what it leads to; out of it, and it is nothing unless told otherwise.
+    /// Where a link leads decides: into the folder, and it is what it leads to; out of it, and it is nothing unless
+    /// told otherwise.
     fn link(&mut self, path: &Path, relative: String) -> Result<(), IndexError> {
         let target = match path.canonicalize() {
             Ok(target) => target,
@@ -290,8 +291,8 @@ fn join(folder: &str, name: &str) -> String {
     }
 }
 
-/// The folders that the links of a snapshot in a cache of huggingface_hub lead to, if `root` is one: its repository's blobs, and those
-/// that several repositories share.
+/// The folders that the links of a snapshot in a cache of huggingface_hub lead to, if `root` is one: its repository's
+/// blobs, and those that several repositories share.
 fn of_hub_snapshot(root: &Path) -> Vec<PathBuf> {
     let is = |folder: Option<&Path>, name: &dyn Fn(&str) -> bool| {
         let folder = folder?;

@@ -637,8 +637,8 @@ impl Store {
         })
     }
 
-    /// Gives another name to the model `id`, which this node publishes it by. With `commit`: for what a Hugging Face cache holds of that
-    /// commit.
+    /// Gives another name to the model `id`, which this node publishes it by. With `commit`: for what a Hugging Face
+    /// cache holds of that commit.
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it.
@@ -1062,7 +1062,8 @@ fn put_model(
     Ok(())
 }
 
-/// Gives `name` to the model `id`, taking it from any other. `published`: this node publishes it, and for which commit, if for one.
+/// Gives `name` to the model `id`, taking it from any other. `published`: this node publishes it, and for which commit,
+/// if for one.
 fn set_name(
     txn: &WriteTransaction,
     id: Hash,

@@ -30,8 +30,9 @@ pub struct Removed {
 }
 
 impl Store {
-    /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged, in all folders that it was fetched into, with the
-    /// folders that were made for it; its part files, and what the store itself owns of it, go in any case. What other models need stays. Durable when it returns.
+    /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged, in all
+    /// folders that it was fetched into, with the folders that were made for it; its part files, and what the store
+    /// itself owns of it, go in any case. What other models need stays. Durable when it returns.
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it, [`StoreError::Tagged`], [`StoreError::Busy`] while it is worked with.
@@ -214,8 +215,9 @@ impl Forget<'_> {
         Ok(deleted)
     }
 
-    /// The folder up to which those go that deleting the file at `path` in `root` empties. The root itself goes only if it was made for
-    /// the model: a person's own folder stays, empty or not. What is evicted lies in the node's home, where all folders are its own.
+    /// The folder up to which those go that deleting the file at `path` in `root` empties. The root itself goes only if
+    /// it was made for the model: a person's own folder stays, empty or not. What is evicted lies in the node's home,
+    /// where all folders are its own.
     fn emptied(&self, model: &Model, root: &Path, path: &str) -> PathBuf {
         let is_evicted = self.files && !self.copies;
         if is_evicted || model.made.iter().any(|made| made == root) {

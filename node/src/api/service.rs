@@ -290,6 +290,9 @@ impl node_server::Node for Service {
     }
 }
 
+/// Files without tensors that an answer lists, of maybe 100,000: a message of gRPC may have 4 MiB.
+const MAX_OPAQUE: usize = 300;
+
 /// Rules in a list: each connection is held against all of them.
 const MAX_RULES: usize = 4096;
 
@@ -799,9 +802,11 @@ fn add_done(added: Added) -> api::AddDone {
         skipped: added.skipped,
         registries: added.registries.iter().map(ToString::to_string).collect(),
         not_listed: added.not_listed,
+        opaque_more: added.opaque.len().saturating_sub(MAX_OPAQUE) as u32,
         opaque: added
             .opaque
             .into_iter()
+            .take(MAX_OPAQUE)
             .map(|one| api::OpaqueFile {
                 path: one.path,
                 reason: one.reason,

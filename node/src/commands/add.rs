@@ -123,6 +123,7 @@ fn to_json(done: &AddDone) -> Value {
         "registries": done.registries,
         "not_listed": done.not_listed,
         "opaque": opaque.collect::<Vec<_>>(),
+        "opaque_more": done.opaque_more,
         "followed": done.followed,
         "incomplete": done.incomplete,
         "taken_from": taken_from,
@@ -161,6 +162,12 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
             "published as bytes, without tensors: {}: {}",
             one.path,
             one.reason
+        );
+    }
+    if done.opaque_more > 0 {
+        err!(
+            "and {} more without tensors",
+            output::count(done.opaque_more.into(), "file")
         );
     }
     for link in &done.followed {

@@ -8,7 +8,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use weft_blobs::{Hash, Manifest};
+use weft_blobs::{Hash, Manifest, hf_cache::Commit};
 use weft_crdt::{DocumentId, Key, NewDocument, Path};
 
 use crate::{ModelInfo, ModelName, announce::manifest_size};
@@ -21,6 +21,9 @@ const LABEL: &str = "catalogue ";
 
 /// Bytes of a pattern.
 const MAX_PATTERN: usize = 100;
+
+/// Bytes of a commit: its hex digits.
+const MAX_COMMIT: usize = 40;
 
 /// Files of a model that a catalogue lists, and the bytes of the list; of models with more only the number is said.
 const MAX_FILES: usize = 128;
@@ -134,10 +137,18 @@ pub(super) struct Entry {
     pub(super) files: String,
     /// Milliseconds since the Unix epoch, by the publisher's clock.
     pub(super) published: u64,
+    /// The hub's commit that the model is what a cache holds of, 40 hex digits; empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(super) commit: String,
 }
 
 impl Entry {
-    pub(super) fn of(info: &ModelInfo, manifest: &Manifest, published: u64) -> Self {
+    pub(super) fn of(
+        info: &ModelInfo,
+        manifest: &Manifest,
+        published: u64,
+        commit: Option<Commit>,
+    ) -> Self {
         let files = manifest.files();
         let line = |file: &weft_blobs::manifest::File| format!("{} {}\n", file.size, file.path);
         let list: String = files.iter().take(MAX_FILES + 1).map(line).collect();
@@ -152,13 +163,16 @@ impl Entry {
             file_count: files.len() as u64,
             files: if is_long { String::new() } else { list },
             published,
+            commit: commit.map_or_else(String::new, |commit| commit.to_string()),
         }
     }
 
     /// What stands in a catalogue. `None` if it is no entry, or longer than any of ours: its publisher may be a liar.
     pub(super) fn read(value: Value) -> Option<Self> {
         let entry: Self = serde_json::from_value(value).ok()?;
-        let is_long = entry.files.len() > MAX_LIST || entry.files.lines().count() > MAX_FILES;
+        let is_long = entry.files.len() > MAX_LIST
+            || entry.files.lines().count() > MAX_FILES
+            || entry.commit.len() > MAX_COMMIT;
         (!is_long && entry.model().is_some()).then_some(entry)
     }
 

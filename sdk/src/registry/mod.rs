@@ -16,7 +16,7 @@ use tokio::{
     sync::broadcast::error::RecvError,
     time::{Instant, timeout_at},
 };
-use weft_blobs::store;
+use weft_blobs::{hf_cache::Commit, store};
 use weft_crdt::{
     DocumentId, Edit, Error as DocumentError, Key, NewDocument, Path, Readers, Replica,
 };
@@ -118,6 +118,8 @@ pub struct ListedModel {
     pub manifest_size: u64,
     /// When, by the publisher's clock.
     pub published: SystemTime,
+    /// The hub's commit that it is what a cache holds of.
+    pub(crate) commit: Option<Commit>,
 }
 
 impl ListedModel {
@@ -136,6 +138,7 @@ impl ListedModel {
             published: UNIX_EPOCH
                 .checked_add(Duration::from_millis(entry.published))
                 .unwrap_or(UNIX_EPOCH),
+            commit: entry.commit.parse().ok(),
         })
     }
 }
@@ -359,7 +362,7 @@ impl Registries {
         if list.is_empty() {
             return Ok((registries, problems));
         }
-        let entry = self.entry(model.clone()).await?;
+        let entry = self.entry(model.clone(), name).await?;
         for id in list.into_keys() {
             match self.registry(id).put(name, &entry).await {
                 Ok(true) => registries.push(id),
@@ -371,7 +374,8 @@ impl Registries {
         Ok((registries, problems))
     }
 
-    /// Lists a model no longer, by `name`, or by whatever name this node lists it. What could not be withdrawn, each with the reason.
+    /// Lists a model no longer, by `name`, or by whatever name this node lists it. What could not be withdrawn, each
+    /// with the reason.
     pub(crate) async fn withdraw_all(
         &self,
         model: &Hash,
@@ -392,12 +396,16 @@ impl Registries {
         Ok(problems)
     }
 
-    async fn entry(&self, model: store::Model) -> Result<Entry, Error> {
+    /// What a catalogue is to say of a model by this name.
+    async fn entry(&self, model: store::Model, name: &ModelName) -> Result<Entry, Error> {
+        let name = name.to_string();
         let store = self.node.store().clone();
         blocking(move || {
             let (info, manifest) = describe(&store, &model)?;
             let manifest = manifest.ok_or_else(|| Error::NoSuchModel(model.id.to_string()))?;
-            Ok(Entry::of(&info, &manifest, now_millis()))
+            let known = model.names.iter().find(|known| known.name == name);
+            let commit = known.and_then(|known| known.commit);
+            Ok(Entry::of(&info, &manifest, now_millis(), commit))
         })
         .await
     }
@@ -751,14 +759,15 @@ impl Registry {
         }
     }
 
-    /// Lists a model that this node holds by a name; on disk when this returns. `model` is a name, an id, or the first six or more digits of one.
+    /// Lists a model that this node holds by a name; on disk when this returns. `model` is a name, an id, or the first
+    /// six or more digits of one.
     ///
     /// # Errors
     /// [`Error::NotPublisher`] if this node does not publish such names there, [`Error::NoSuchModel`], [`Error::Document`], [`Error::Stopped`].
     pub async fn publish(&self, name: &ModelName, model: &str) -> Result<(), Error> {
         let (store, wanted) = (self.node.store().clone(), model.to_owned());
         let model = blocking(move || find(&store, &wanted)).await?;
-        let entry = self.node.registries().entry(model).await?;
+        let entry = self.node.registries().entry(model, name).await?;
         match self.put(name, &entry).await? {
             true => Ok(()),
             false => Err(Error::NotPublisher {
