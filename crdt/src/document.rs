@@ -23,7 +23,7 @@ use crate::{
     epoch::{Epoch, Epochs, Head, Heads, MAX_BASE, MAX_SESSIONS, Standing, Statement},
     error::Error,
     genesis::{Genesis, Readers},
-    guard::{self, Depths},
+    guard::{self, Memory},
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
     refusal::Refusal,
     saved::{self, Figures, Save},
@@ -171,7 +171,7 @@ pub(crate) struct Document {
     /// All of this replica's sessions.
     own: BTreeSet<SessionId>,
     waiting: Waiting,
-    depths: Depths,
+    memory: Memory,
     log_bytes: u64,
     unsaved: usize,
     digest: Option<Digest>,
@@ -197,7 +197,7 @@ impl Document {
             writing: None,
             own: BTreeSet::new(),
             waiting: Waiting::default(),
-            depths: Depths::default(),
+            memory: Memory::default(),
             log_bytes: 0,
             unsaved: 0,
             digest: None,
@@ -943,7 +943,7 @@ impl Document {
         let previous = session
             .and_then(|session| session.entries.last())
             .map(|(_, change)| *change);
-        let touched = match guard::check(&self.doc, &checked, previous, &mut self.depths) {
+        let touched = match guard::check(&self.doc, &checked, previous, &mut self.memory) {
             Ok(touched) => touched,
             Err(refusal) => return Ok(Verdict::Refused(refusal)),
         };
@@ -1233,7 +1233,7 @@ impl Document {
             }
         }
         self.doc = doc;
-        self.depths = Depths::default();
+        self.memory = Memory::default();
         self.digest = None;
         self.put_save(store);
         Ok(carry)
@@ -1526,7 +1526,7 @@ fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
         return Err(Refusal::Early);
     }
     let actor = Epoch::base_actor(&epoch.document, epoch.number, &epoch.previous);
-    let (mut doc, mut depths) = (Automerge::new(), Depths::default());
+    let (mut doc, mut memory) = (Automerge::new(), Memory::default());
     let mut previous = None;
     for (index, (change, id)) in base.iter().zip(&epoch.says.base).enumerate() {
         let checked = guard::decode(change, actor, index as u64 + 1)?;
@@ -1535,7 +1535,7 @@ fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
                 "a base has another change than was signed",
             ));
         }
-        let touched = guard::check(&doc, &checked, previous, &mut depths)?;
+        let touched = guard::check(&doc, &checked, previous, &mut memory)?;
         guard::apply(&mut doc, &checked, &touched)?;
         previous = Some(*id);
     }

@@ -7,7 +7,7 @@ use std::{
     cell::Cell,
     collections::{BTreeSet, HashMap, HashSet},
     panic::{self, AssertUnwindSafe},
-    sync::Once,
+    sync::{Arc, Once},
 };
 
 use automerge::{
@@ -17,6 +17,7 @@ use automerge::{
 
 use crate::{
     chunk::{self, MAX_MAP_KEY},
+    clocks::{Clock, Clocks},
     id::ChangeId,
     refusal::Refusal,
 };
@@ -98,26 +99,23 @@ fn object(id: &OpId) -> ObjId {
 /// What of a document a change may refer to.
 struct Ancestry<'a> {
     doc: &'a Automerge,
-    /// Changes that are here, but not among the ancestors.
-    others: HashSet<ChangeHash>,
+    /// `None`: all that is here is an ancestor.
+    clock: Option<Arc<Clock>>,
     actor: &'a ActorId,
     start: u64,
 }
 
 impl<'a> Ancestry<'a> {
-    fn of(doc: &'a Automerge, change: &'a Change) -> Self {
+    fn of(doc: &'a Automerge, change: &'a Change, clocks: &mut Clocks) -> Self {
         let deps: BTreeSet<_> = change.deps().iter().collect();
         let heads = doc.get_heads();
-        let others = if heads.len() == deps.len() && heads.iter().all(|head| deps.contains(head)) {
-            HashSet::new()
-        } else {
-            let after = doc.get_changes_meta(change.deps());
-            after.into_iter().map(|meta| meta.hash).collect()
-        };
+        let builds_on_all =
+            heads.len() == deps.len() && heads.iter().all(|head| deps.contains(head));
+        let clock = (!builds_on_all).then(|| clocks.of(doc, change.deps()));
         let (actor, start) = (change.actor_id(), change.start_op().get());
         Self {
             doc,
-            others,
+            clock,
             actor,
             start,
         }
@@ -130,7 +128,13 @@ impl<'a> Ancestry<'a> {
         }
         self.doc
             .hash_for_opid(&object(id))
-            .is_some_and(|hash| !self.others.contains(&hash))
+            .is_some_and(|hash| self.has_change(&hash))
+    }
+
+    /// Whether a change that is here is an ancestor.
+    fn has_change(&self, change: &ChangeHash) -> bool {
+        let clock = self.clock.as_ref();
+        clock.is_none_or(|clock| clock.has(self.doc, change))
     }
 }
 
@@ -139,6 +143,7 @@ fn references(
     doc: &Automerge,
     checked: &Checked,
     previous: Option<ChangeHash>,
+    clocks: &mut Clocks,
 ) -> Result<(Touched, Vec<Op>), Refusal> {
     let change = &checked.change;
     let mut max_op = 0;
@@ -156,9 +161,9 @@ fn references(
     if Change::from(expanded.clone()).raw_bytes() != change.raw_bytes() {
         return Err(Refusal::Foreign);
     }
-    let ancestry = Ancestry::of(doc, change);
+    let ancestry = Ancestry::of(doc, change, clocks);
     // Automerge's clocks hold only if an actor's changes build on each other.
-    if previous.is_some_and(|previous| ancestry.others.contains(&previous)) {
+    if previous.is_some_and(|previous| !ancestry.has_change(&previous)) {
         return Err(Refusal::Poisoned(
             "it does not build on its author's change before",
         ));
@@ -243,9 +248,16 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// What the guard remembers of a document.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Memory {
+    depths: Depths,
+    clocks: Clocks,
+}
+
 /// How deep objects are, as far as that was asked for. Automerge's own walk to the top panics below an element that is deleted.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Depths(HashMap<OpId, usize>);
+struct Depths(HashMap<OpId, usize>);
 
 impl Depths {
     /// Whether none of the objects is too deep. `ops` are those of the change itself, the first with the number `start`.
@@ -315,13 +327,13 @@ pub(crate) fn check(
     doc: &Automerge,
     checked: &Checked,
     previous: Option<ChangeId>,
-    depths: &mut Depths,
+    memory: &mut Memory,
 ) -> Result<Touched, Refusal> {
     contained(|| {
         let previous = previous.map(|id| ChangeHash(id.0));
-        let (touched, ops) = references(doc, checked, previous)?;
+        let (touched, ops) = references(doc, checked, previous, &mut memory.clocks)?;
         let (start, actor) = (checked.change.start_op().get(), checked.change.actor_id());
-        depths.check(doc, (&ops, start, actor), &touched)?;
+        memory.depths.check(doc, (&ops, start, actor), &touched)?;
         match doc.get_change_meta_by_hash(&checked.change.hash()) {
             Some(_) => Err(Refusal::Known),
             None => Ok(touched),

@@ -12,6 +12,7 @@
 
 mod causal;
 mod chunk;
+mod clocks;
 mod completeness;
 mod document;
 mod documents;

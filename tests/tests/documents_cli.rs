@@ -84,6 +84,26 @@ fn documents_are_made_shared_watched_and_carried_about() {
             .len(),
         1
     );
+    // Its content is of now, and so is what is said of it.
+    let history = one.run(&["doc", "history", &id]).stdout;
+    let age = history.lines().nth(1).unwrap().split_whitespace().nth(2);
+    assert!(
+        age.is_some_and(|age| age.parse::<f64>().is_ok_and(|age| age < 1000.0)),
+        "{history}"
+    );
+    assert!(!history.contains(" h "), "{history}");
+    let listed = one.run(&["doc", "ls"]).stdout;
+    assert!(listed.contains("0 since compacted"), "{listed}");
+    let info = one.json(&["doc", "info", &id]);
+    assert_eq!(
+        (&info["changes"], &info["base_changes"], &info["damage"]),
+        (&json!(0), &json!(1), &json!(null))
+    );
+    let info = one.run(&["doc", "info", &id]).stdout;
+    assert!(
+        info.contains(up.peer_id()) && info.contains("everybody"),
+        "{info}"
+    );
     let file = one.beside("document");
     let file = file.to_str().unwrap();
     assert_eq!(one.run(&["doc", "export", &id, file]).code(), Some(0));
@@ -113,7 +133,9 @@ fn documents_are_made_shared_watched_and_carried_about() {
         (&one, &["get", &id, "/nothing"], 3, "nothing at /nothing"),
         (&one, &["get", &"0".repeat(64)], 3, "open it first"),
         (&one, &["get", "zzz"], 2, "64 hexadecimal digits"),
-        (&one, &["export", &id, file], 1, "exists"),
+        (&one, &["export", &id, file], 7, "exists"),
+        (&one, &["info", &"0".repeat(64)], 3, "open it first"),
+        (&one, &["readers", &"0".repeat(64)], 3, "open it first"),
         (
             &one,
             &["import", one.path().join("key").to_str().unwrap()],
@@ -138,7 +160,23 @@ fn documents_are_made_shared_watched_and_carried_about() {
         assert_eq!(failed.code(), Some(code), "{arguments:?}: {failed:#?}");
         assert!(failed.stderr.contains(says), "{arguments:?}: {failed:#?}");
     }
+    // A put of the whole document replaces it.
+    one.json(&["doc", "put", &id, "", r#"{"only": 1}"#]);
+    assert_eq!(one.json(&["doc", "get", &id]), json!({"only": 1}));
+    // Who is shut out learns it.
+    one.json(&["doc", "readers", &id, "--only", up.peer_id()]);
+    let begin = Instant::now();
+    while other.json(&["doc", "readers", &id]) != json!({"readers": []}) {
+        assert!(begin.elapsed() < PATIENCE);
+        std::thread::park_timeout(Duration::from_millis(50));
+    }
+    // A watch ends with its document.
+    let mut watch = other.start(&["--json", "doc", "watch", &id, "--count", "9"]);
+    watch.wait_for_line(r#""watching""#);
     assert_eq!(other.run(&["doc", "rm", &id]).code(), Some(0));
+    let watched = watch.finish();
+    assert_eq!(watched.code(), Some(3), "{watched:#?}");
+    assert!(watched.stdout.contains("removed"), "{watched:#?}");
     assert_eq!(other.json(&["doc", "ls"]), json!({"documents": []}));
 }
 

@@ -73,6 +73,15 @@ fn a_registry_is_made_followed_filled_and_left() {
     assert_eq!(got["publisher"], publisher_up.peer_id());
 
     // Mistakes say what to do.
+    let stranger = publisher.run(&["registry", "publishers", &id, "--add", &lets]);
+    assert_eq!(stranger.code(), Some(1), "{stranger:#?}");
+    for says in [
+        "publishers of registry",
+        "its administrators",
+        "weft doc writers ID --add",
+    ] {
+        assert!(stranger.stderr.contains(says), "{stranger:#?}");
+    }
     let to_list = model(&owner, "other");
     let added = owner.json(&["add", &to_list, "--name", "other/one"]);
     assert_eq!(added["registries"], json!([]));

@@ -18,7 +18,7 @@ use crate::{
     envelope::{Envelope, Header, Proof, Run},
     epoch::{Epoch, Statement},
     genesis::Readers,
-    guard::{self, Depths},
+    guard::{self, Memory},
     id::{Chain, EpochId, SessionId},
     refusal::Refusal,
     value,
@@ -476,7 +476,7 @@ fn a_change_that_another_encoder_wrote_is_not_taken_and_is_no_fault_of_who_gives
     let mut random = fastrand::Rng::with_seed(1);
     let is_foreign = |bytes: &[u8]| {
         let checked = guard::decode(bytes, liar.session.actor(), 1).ok()?;
-        let refusal = guard::check(&doc, &checked, None, &mut Depths::default()).err()?;
+        let refusal = guard::check(&doc, &checked, None, &mut Memory::default()).err()?;
         let is_same = checked.change.decode().operations == honest.decode().operations;
         (refusal == Refusal::Foreign && is_same).then_some(checked.id)
     };

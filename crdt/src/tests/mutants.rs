@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use super::{at, put};
 use crate::{
     Edit,
-    guard::{self, Depths},
+    guard::{self, Memory},
     refusal::Refusal,
     value,
 };
@@ -137,7 +137,7 @@ pub(super) fn mutate(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
 fn verdict(doc: &Automerge, bytes: &[u8]) -> Result<Automerge, Refusal> {
     let checked = guard::decode(bytes, ACTOR, 1)?;
     let mut copy = doc.clone();
-    let touched = guard::check(&copy, &checked, None, &mut Depths::default())?;
+    let touched = guard::check(&copy, &checked, None, &mut Memory::default())?;
     guard::apply(&mut copy, &checked, &touched)?;
     Ok(copy)
 }
