@@ -17,6 +17,9 @@ use crate::{
 /// How long a peer may take to tell its time. A slower answer says less.
 const TELL: Duration = Duration::from_secs(5);
 
+/// Peers asked at a time, and so in a second: their answers decide whether others are asked at all.
+const AT_A_TIME: usize = 4;
+
 impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
@@ -34,6 +37,7 @@ where
         });
         let due: Vec<_> = best
             .filter(|(peer, _, address)| self.clocks.ask(*peer, address, now))
+            .take(AT_A_TIME)
             .collect();
         for (peer, connection, address) in due {
             let (reply, answer) = oneshot::channel();
