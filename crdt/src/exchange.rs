@@ -1016,8 +1016,8 @@ impl Replica {
         };
         let may_read = self.held.get(&id).is_some_and(|held| held.may_read(&peer));
         let is_shut_out = |known: &Peer| known.shut_out.contains_key(&id);
-        let may_have_decisions = self.peers.get(&peer).is_some_and(is_shut_out);
-        if !may_read && !(may_have_decisions && want.epochs > 0) {
+        let gets_decisions = want.epochs > 0 && self.peers.get(&peer).is_some_and(is_shut_out);
+        if !may_read && !gets_decisions {
             return Ok(Ok(()));
         }
         let sessions = match read_heads(&want.sessions) {
