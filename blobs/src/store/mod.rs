@@ -66,7 +66,7 @@ pub use self::{
     tags::{MAX_TAG, MAX_TAGS, Tag},
 };
 use crate::{
-    Hash, Manifest,
+    Hash, Manifest, elsewhere,
     index::{Indexed, IndexedFile, Location},
     lock::{Lock, LockError},
     manifest::{MAX_MANIFEST, ManifestError},
@@ -110,6 +110,8 @@ struct Inner {
     uses: Mutex<Uses>,
     /// The number of the last use.
     last_use: AtomicU64,
+    /// Which models have which tensors.
+    tensors: Mutex<elsewhere::Index>,
     /// How often the store was found not to have been closed: what rows of earlier epochs say of part files is checked.
     epoch: u64,
     /// Groups of part files that this process has written or read, by part file.
@@ -415,6 +417,7 @@ impl Store {
                 next_room: AtomicU64::default(),
                 uses: Mutex::default(),
                 last_use: AtomicU64::default(),
+                tensors: Mutex::default(),
                 epoch,
                 seen: Mutex::default(),
                 _lock: lock,
@@ -801,6 +804,13 @@ impl Store {
         let path = self.outboard_path(hash);
         let file = File::open(&path).map_err(StoreError::io("cannot read", &path))?;
         Ok(Some(file))
+    }
+
+    pub(crate) fn tensors(&self) -> std::sync::MutexGuard<'_, elsewhere::Index> {
+        self.inner
+            .tensors
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
