@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    Hash, Store, StoreError,
+    Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
     manifest::File,
     source::Source,
@@ -19,6 +19,62 @@ use crate::{
 
 /// Files held open for what is taken from them.
 const MAX_SOURCES: usize = 256;
+
+/// Tensors that [`Index`] holds at most: 16 bytes each, 16 MiB in all. Models beyond are looked at each time.
+const MAX_INDEXED: usize = 1 << 20;
+
+/// Which models of a store have which tensors, as far as that was looked at: manifests do not change, and are read once.
+#[derive(Debug, Default)]
+pub(crate) struct Index {
+    models: Vec<Hash>,
+    known: HashSet<Hash>,
+    /// The beginning of a tensor's hash, and the place of a model among `models`; sorted.
+    tensors: Vec<(u64, u32)>,
+}
+
+impl Index {
+    /// Takes in the tensors of a model, if there is room.
+    fn insert(&mut self, model: Hash, manifest: &Manifest) {
+        let tensors = manifest.files().iter().flat_map(|file| &file.tensors);
+        let tensors: Vec<u64> = tensors.map(|tensor| beginning(&tensor.blake3)).collect();
+        if self.known.contains(&model) || self.tensors.len() + tensors.len() > MAX_INDEXED {
+            return;
+        }
+        let Ok(place) = u32::try_from(self.models.len()) else {
+            return;
+        };
+        self.models.push(model);
+        self.known.insert(model);
+        self.tensors
+            .extend(tensors.into_iter().map(|tensor| (tensor, place)));
+        self.tensors.sort_unstable();
+        self.tensors.dedup();
+    }
+
+    /// Whether a model may have any of these tensors.
+    fn may_have(&self, wanted: impl Iterator<Item = Hash>) -> HashSet<Hash> {
+        let mut found = HashSet::new();
+        for tensor in wanted {
+            let beginning = beginning(&tensor);
+            let first = self
+                .tensors
+                .partition_point(|(known, _)| *known < beginning);
+            let same = self.tensors[first..].iter();
+            let same = same.take_while(|(known, _)| *known == beginning);
+            found.extend(same.map(|(_, place)| self.models[*place as usize]));
+        }
+        found
+    }
+}
+
+/// Enough of a hash to pass over nearly all models that do not have it.
+fn beginning(hash: &Hash) -> u64 {
+    let (first, _) = hash
+        .as_bytes()
+        .split_first_chunk()
+        .expect("a hash has 32 bytes");
+    u64::from_be_bytes(*first)
+}
 
 /// Where the content of a blob that is to come lies in other blobs.
 #[derive(Debug)]
@@ -63,10 +119,15 @@ impl Elsewhere {
         let mut looked_at = HashSet::new();
         let mut sources = 0;
         let mut found: HashMap<Place, (Arc<Source>, u64)> = HashMap::new();
+        let likely = store.tensors().may_have(wanted.keys().copied());
         for model in store.models()? {
+            if !likely.contains(&model.id) && store.tensors().known.contains(&model.id) {
+                continue;
+            }
             let Some(manifest) = store.manifest(&model.id)? else {
                 continue;
             };
+            store.tensors().insert(model.id, &manifest);
             for file in manifest.files() {
                 if coming.contains(&file.blake3) || !looked_at.insert(file.blake3) {
                     continue;
@@ -174,5 +235,38 @@ impl Elsewhere {
             done += n;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::testing::Origin;
+
+    /// A safetensors file of one tensor of four bytes.
+    fn file(content: [u8; 4]) -> Vec<u8> {
+        let header = r#"{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.as_bytes());
+        file.extend(content);
+        file
+    }
+
+    #[test]
+    fn of_models_that_were_read_once_only_those_with_a_wanted_tensor_are_read_again() {
+        let origins =
+            [[1; 4], [2; 4]].map(|content| Origin::new(&[("m.safetensors", &file(content))]));
+        let mut index = Index::default();
+        for origin in &origins {
+            index.insert(origin.id(), &origin.manifest());
+            index.insert(origin.id(), &origin.manifest());
+        }
+        assert_eq!(index.tensors.len(), 2);
+        for origin in &origins {
+            let tensor = origin.manifest().files()[0].tensors[0].blake3;
+            let found = index.may_have([tensor].into_iter());
+            assert_eq!(found, HashSet::from([origin.id()]));
+        }
+        assert!(index.may_have([Hash::of(b"other")].into_iter()).is_empty());
     }
 }

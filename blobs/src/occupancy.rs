@@ -131,13 +131,23 @@ pub(crate) fn sweep(folder: &Path) {
 
 fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
     let path = folder.join(LOCKED);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-        .open(&path)?;
+    let open = |write: bool| {
+        OpenOptions::new()
+            .read(true)
+            .write(write)
+            .create(write)
+            .truncate(false)
+            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+            .open(&path)
+    };
+    let (file, is_ours) = match open(true) {
+        Ok(file) => (file, true),
+        // Another user's, in a folder that both may write to: it can be waited for all the same.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && path.exists() => {
+            (open(false)?, false)
+        }
+        Err(error) => return Err(error),
+    };
     match try_lock(&file) {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -168,9 +178,20 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
     {
         return Ok(Attempt::Held(Vec::new(), Some(holder)));
     }
-    file.set_len(0)?;
-    (&file).seek(SeekFrom::Start(0))?;
-    Holder::this().write(&file)?;
+    if !is_ours {
+        // Left by a process that was killed.
+        fs::remove_file(&path)?;
+        return Ok(Attempt::Again);
+    }
+    let sign = || {
+        file.set_len(0)?;
+        (&file).seek(SeekFrom::Start(0))?;
+        Holder::this().write(&file)
+    };
+    // A disk that is full says so when the content comes, and with how much is needed.
+    if let Err(error) = sign() {
+        tracing::debug!(%error, folder = %folder.display(), "a lock is not signed");
+    }
     Ok(Attempt::Taken(Occupancy {
         path,
         held: Held::Locked(file),

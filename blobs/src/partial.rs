@@ -204,7 +204,7 @@ pub(crate) struct Partial {
     content: Arc<Content>,
     _lease: PartLease,
     /// Other processes stay away from the folder as long as this one writes into it.
-    occupancy: OnceLock<Arc<Occupancy>>,
+    occupancy: Mutex<Option<Arc<Occupancy>>>,
     /// What the file whose place this one takes is known to hold.
     replaces: OnceLock<Vec<Hash>>,
     target: PathBuf,
@@ -279,7 +279,7 @@ impl Partial {
                 syncing: Mutex::default(),
             }),
             _lease: lease,
-            occupancy: OnceLock::new(),
+            occupancy: Mutex::default(),
             replaces: OnceLock::new(),
             finished: AtomicBool::new(false),
             unread: Mutex::new(Unread {
@@ -474,9 +474,15 @@ impl Partial {
         Ok(have)
     }
 
-    /// Keeps the right to fill the folder as long as this is open.
+    /// Keeps the right to fill the folder until the file has its name, or this is dropped.
     pub(crate) fn occupy(&self, occupancy: &Arc<Occupancy>) {
-        self.occupancy.get_or_init(|| Arc::clone(occupancy));
+        *self.lock_occupancy() = Some(Arc::clone(occupancy));
+    }
+
+    fn lock_occupancy(&self) -> std::sync::MutexGuard<'_, Option<Arc<Occupancy>>> {
+        self.occupancy
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 
     /// Has this file take the place of one that is known to hold any of `hashes`, if there are any.
@@ -512,6 +518,7 @@ impl Partial {
                     self.finished.store(true, Ordering::Release);
                     let file = File::open(&self.target).map_err(cannot_read())?;
                     let location = Location::of(&self.target, &file).map_err(cannot_read())?;
+                    *self.lock_occupancy() = None;
                     return Ok((location, false));
                 }
                 Err(error) => {
@@ -521,6 +528,8 @@ impl Partial {
             self.finished.store(true, Ordering::Release);
         }
         let location = Location::of(&self.target, &self.file).map_err(cannot_read())?;
+        // Nothing is written into the folder any more, however long this stays open.
+        *self.lock_occupancy() = None;
         Ok((location, true))
     }
 

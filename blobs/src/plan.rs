@@ -210,12 +210,14 @@ impl Plan {
             check_results(manifest, selected, &root)?;
         }
         let mut occupancy = None;
+        check_room(&root, &missing)?;
         if !missing.is_empty() {
             let (taken, waited) = occupy(&root, &progress)?;
             if waited {
                 // Whoever has filled it meanwhile most likely has left nothing to do.
                 progress.done.store(0, Ordering::Relaxed);
                 missing = look()?;
+                check_room(&root, &missing)?;
             }
             if !missing.is_empty() {
                 try_naming(&root)?;
@@ -231,8 +233,6 @@ impl Plan {
             root,
             progress,
         };
-        let files: Vec<_> = missing.iter().map(|(file, _)| *file).collect();
-        plan.check_room(&files)?;
         let mut wanted = HashSet::new();
         for (file, replaces) in missing {
             if wanted.contains(&file.blake3) {
@@ -271,7 +271,15 @@ impl Plan {
             }
         }
         plan.look_elsewhere(manifest)?;
+        plan.release();
         Ok(plan)
+    }
+
+    /// Lets others fill the folder when nothing is missing there any more.
+    pub(crate) fn release(&mut self) {
+        if self.is_complete() {
+            self.occupancy = None;
+        }
     }
 
     /// What is wanted may lie in other files of this machine.
@@ -362,33 +370,34 @@ impl Plan {
             }
         }
         self.copies = left;
+        self.release();
         Ok(())
     }
+}
 
-    /// Not for what goes into the store's own folder: of that only a part may come, which nobody set room aside for.
-    fn check_room(&self, missing: &[&manifest::File]) -> Result<(), StoreError> {
-        let stat = rustix::fs::statvfs(&self.root)
-            .map_err(io::Error::from)
-            .map_err(StoreError::io("cannot read", &self.root))?;
-        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        let needed: u64 = missing
-            .iter()
-            .map(|file| {
-                let allocated = fs::metadata(part_path(&self.root.join(&file.path), &file.blake3))
-                    // Blocks are of 512 bytes whatever the file system's own are (POSIX).
-                    .map_or(0, |part| part.blocks().saturating_mul(512));
-                file.size.saturating_sub(allocated)
-            })
-            .sum();
-        if needed > free {
-            return Err(StoreError::DiskFull {
-                path: self.root.clone(),
-                needed: Some(needed),
-                free: Some(free),
-            });
-        }
-        Ok(())
+/// Not for what goes into the store's own folder: of that only a part may come, which nobody set room aside for.
+fn check_room(root: &Path, missing: &[Missing<'_>]) -> Result<(), StoreError> {
+    let stat = rustix::fs::statvfs(root)
+        .map_err(io::Error::from)
+        .map_err(StoreError::io("cannot read", root))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let needed: u64 = missing
+        .iter()
+        .map(|(file, _)| {
+            let allocated = fs::metadata(part_path(&root.join(&file.path), &file.blake3))
+                // Blocks are of 512 bytes whatever the file system's own are (POSIX).
+                .map_or(0, |part| part.blocks().saturating_mul(512));
+            file.size.saturating_sub(allocated)
+        })
+        .sum();
+    if needed > free {
+        return Err(StoreError::DiskFull {
+            path: root.to_owned(),
+            needed: Some(needed),
+            free: Some(free),
+        });
     }
+    Ok(())
 }
 
 /// What of a model is to go where.
@@ -463,8 +472,8 @@ impl<'a> Chosen<'a> {
 pub struct Existing {
     /// Reads all of them, also those that nothing seems to have touched.
     pub reread: bool,
-    /// Has the model's files take the place of those that a transfer of this store wrote and that hold something else: another revision, or a file that was
-    /// changed since. Each stands until the new one is whole.
+    /// Has the model's files take the place of those that an earlier transfer of this store wrote or found there and that hold something else: another
+    /// revision, or a file that was changed since. Not of files that were added in place. Each stands until the new one is whole.
     pub replace: bool,
 }
 
@@ -498,7 +507,7 @@ fn missing_files<'a>(
             if existing.replace && metadata.is_file() {
                 let written: &HashMap<_, _> = match &mut written {
                     Some(written) => written,
-                    None => written.insert(store.written_files()?),
+                    None => written.insert(store.fetched_files()?),
                 };
                 if let Some(hashes) = written.get(&target) {
                     missing.push((file, hashes.clone()));
@@ -947,8 +956,25 @@ mod tests {
                 .unwrap()
         );
         // Nothing is left that could be told as changed.
-        let written = store.written_files().unwrap();
+        let written = store.fetched_files().unwrap();
         assert_eq!(written[&root.join("a")], [new.hash("a")]);
+        // Also where another node wrote the files, and this one found them in place.
+        let second_home = tempfile::tempdir().unwrap();
+        let second = crate::store::testing::store(&second_home);
+        old.fetch(&second, &root.join("second"));
+        let third_home = tempfile::tempdir().unwrap();
+        let third = crate::store::testing::store(&third_home);
+        let found = root.join("second");
+        assert!(self::plan(&third, &old, &found).0.is_complete());
+        old.expect(&third, &found);
+        let existing = Existing {
+            replace: true,
+            ..Existing::default()
+        };
+        let wanted = (&new.manifest(), None);
+        let plan = Plan::with(&third, wanted, &found, existing, Arc::default()).unwrap();
+        assert!(!plan.is_complete());
+        drop(plan);
         // What the user put there stays.
         fs::remove_file(root.join("b")).unwrap();
         store.collect(false).unwrap();
@@ -1037,9 +1063,8 @@ mod tests {
                 .write(&copy_range(&source, 0..groups).unwrap())
                 .unwrap();
         }
-        first.settle(&partials).unwrap();
         assert!(!other.is_finished());
-        drop(partials);
+        first.settle(&partials).unwrap();
         let plan_of_second = other.join().unwrap();
         assert!(plan_of_second.is_complete());
         assert_eq!(progress.done.load(Ordering::Relaxed), 23 * GROUP);

@@ -532,6 +532,7 @@ impl Transfer {
                     state.ended = true;
                     drop(state);
                     shared.changed.notify_waiters();
+                    plan.release();
                     return Ok(());
                 }
             }

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::unix::fs::FileExt,
     path::Path,
     sync::{
         Arc,
@@ -293,6 +294,42 @@ async fn a_dropped_download_keeps_what_is_verified_and_goes_on_from_there() {
     download.fetch(world.connect()).await.unwrap();
     assert_eq!(moved(&progress), size - had);
     world.assert_equal("to");
+}
+
+#[tokio::test]
+async fn what_was_lost_of_an_earlier_run_comes_again_before_the_file_gets_its_name() {
+    let world = World::new(&[("big", content(300 * GROUP, 3))]);
+    let path = world.path("own");
+    let plan = |store: &Store| {
+        let progress = Arc::new(Progress::default());
+        let to = world.path("to");
+        let download = Download::plan(store, &world.manifest, &to, Arc::clone(&progress));
+        (download.unwrap(), progress)
+    };
+    {
+        let (mut download, _) = plan(&Store::open(&path).unwrap());
+        fetch_some(&world, &mut download, 10 << 20).await;
+    }
+    // What was written last is still settled beside.
+    let mut store = Store::open(&path);
+    while store.is_err() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        store = Store::open(&path);
+    }
+    let (mut download, progress) = plan(&store.unwrap());
+    let had = progress.done.load(Ordering::Relaxed);
+    assert!(had > 9 << 20, "{had}");
+    // Behind the back of whoever looked at it already.
+    let mut parts = fs::read_dir(world.path("to")).unwrap();
+    let part = parts.find_map(|entry| {
+        let path = entry.unwrap().path();
+        (path.extension().is_some_and(|end| end == "part")).then_some(path)
+    });
+    let file = fs::File::options().write(true).open(part.unwrap()).unwrap();
+    file.write_all_at(b"lost", 3 * GROUP as u64).unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+    assert_eq!(moved(&progress), world.manifest.size() - had + GROUP as u64);
 }
 
 #[tokio::test]

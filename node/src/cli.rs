@@ -1105,8 +1105,8 @@ pub(crate) struct Get {
     #[arg(long, default_value_t)]
     pub(crate) priority: Priority,
 
-    /// Replace files that an earlier get of this node wrote there and that hold something else: an earlier revision, or a file that
-    /// was changed since. Each stands until the new one is whole
+    /// Replace files of an earlier get of this node that hold something else: another revision, or a file that was changed since.
+    /// Each stands until the new one is whole
     #[arg(long, conflicts_with = "hf_cache")]
     pub(crate) replace: bool,
 

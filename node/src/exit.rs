@@ -209,7 +209,7 @@ impl From<Status> for Failure {
             ),
             "TARGET_EXISTS" => (
                 TARGET_EXISTS,
-                "Nothing was written. With --replace, `weft get` replaces what it wrote there before, such as another revision. Move other files away, or\n\
+                "Nothing was written. With --replace, `weft get` replaces files of an earlier `get`, such as those of another revision. Move other files away, or\n\
                  choose another folder with --to or --cache-dir.",
             ),
             "DISK_FULL" => (

@@ -249,8 +249,8 @@ impl Get {
         self
     }
 
-    /// Whether to replace files in the folder that an earlier `get` of this node wrote and that hold something else: another revision, or a file that was
-    /// changed since. Each stands until the new one is whole. Default: no. Files that this node did not write are never replaced.
+    /// Whether to replace files of an earlier `get` of this node that hold something else: another revision, or a file that was changed since. Each stands
+    /// until the new one is whole. Default: no. Files that were added in place, or that no `get` of this node knows, are never replaced.
     pub fn replace(mut self, replace: bool) -> Self {
         self.existing.replace = replace;
         self

@@ -68,7 +68,7 @@ pub use self::{
     tags::{MAX_TAG, MAX_TAGS, Tag},
 };
 use crate::{
-    Hash, Manifest, files,
+    Hash, Manifest, elsewhere, files,
     hf_cache::Commit,
     index::{Indexed, IndexedFile, Location},
     lock::{Lock, LockError},
@@ -113,6 +113,8 @@ struct Inner {
     uses: Mutex<Uses>,
     /// The number of the last use.
     last_use: AtomicU64,
+    /// Which models have which tensors.
+    tensors: Mutex<elsewhere::Index>,
     /// How often the store was found not to have been closed: what rows of earlier epochs say of part files is checked.
     epoch: u64,
     /// Groups of part files that this process has written or read, by part file.
@@ -436,6 +438,7 @@ impl Store {
                 next_room: AtomicU64::default(),
                 uses: Mutex::default(),
                 last_use: AtomicU64::default(),
+                tensors: Mutex::default(),
                 epoch,
                 seen: Mutex::default(),
                 read_through: damage::ReadThrough::default(),
@@ -877,6 +880,13 @@ impl Store {
         let path = self.outboard_path(hash);
         let file = files::open(&path).map_err(StoreError::io("cannot read", &path))?;
         Ok(Some(file))
+    }
+
+    pub(crate) fn tensors(&self) -> std::sync::MutexGuard<'_, elsewhere::Index> {
+        self.inner
+            .tensors
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {

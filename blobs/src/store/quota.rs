@@ -523,15 +523,24 @@ impl Store {
         })
     }
 
-    /// The files that transfers wrote, with what each is known to hold.
-    pub(crate) fn written_files(&self) -> Result<HashMap<PathBuf, Vec<Hash>>, StoreError> {
-        let mut written: HashMap<PathBuf, Vec<Hash>> = HashMap::new();
+    /// The files that transfers wrote, with what each is known to hold; also those that were found in the folder of a fetched model, where another node has
+    /// written them. None that is in the folder of a model that was added in place.
+    pub(crate) fn fetched_files(&self) -> Result<HashMap<PathBuf, Vec<Hash>>, StoreError> {
+        let (fetched, added): (Vec<_>, Vec<_>) =
+            self.models()?.into_iter().partition(|model| model.fetched);
+        let is_in = |models: &[Model], path: &Path| {
+            models.iter().any(|model| path.starts_with(&model.root))
+        };
+        let mut files: HashMap<PathBuf, Vec<Hash>> = HashMap::new();
         for (hash, row) in self.blob_rows()? {
-            for row in row.locations.iter().filter(|row| row.written) {
-                written.entry(path_from(&row.path)).or_default().push(hash);
+            for row in &row.locations {
+                let path = path_from(&row.path);
+                if (row.written || is_in(&fetched, &path)) && !is_in(&added, &path) {
+                    files.entry(path).or_default().push(hash);
+                }
             }
         }
-        Ok(written)
+        Ok(files)
     }
 
     /// The part files that rows speak of.

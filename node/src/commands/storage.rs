@@ -117,10 +117,11 @@ pub(super) async fn gc(client: &Client, options: Gc, as_json: bool) -> Result<()
         out!("  {what}, {}", bytes(one.bytes));
     }
     if collected.locations > 0 {
-        out!(
-            "{forgets} {} that is gone or has changed; `weft add` takes it in again",
-            count(collected.locations, "file")
-        );
+        let what = match collected.locations {
+            1 => "that is gone or has changed; `weft add` or `weft get` takes it in again",
+            _ => "that are gone or have changed; `weft add` or `weft get` takes them in again",
+        };
+        out!("{forgets} {} {what}", count(collected.locations, "file"));
     }
     Ok(())
 }
