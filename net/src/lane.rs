@@ -30,7 +30,7 @@ use tokio::{
     io::{AsyncWriteExt, ReadBuf},
     runtime::Handle,
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{Instant, Sleep, sleep, timeout},
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 use weft_proto::{
@@ -71,12 +71,74 @@ pub(crate) type Lane = Negotiated<Raw>;
 /// How long a lane that was shut down and dropped stays, so that what was written last arrives.
 const LINGER: Duration = Duration::from_secs(5);
 
+/// A lane on which nothing moves for this long fails. Its stream takes one of few places, and opening another costs a
+/// round trip or two; a download that is paused goes on over a new one.
+const IDLE: Duration = Duration::from_secs(600);
+
+/// Tells when nothing has moved for [`IDLE`], to the reader and to the writer, which two tasks may be.
+#[derive(Debug)]
+struct Idle {
+    moved: Instant,
+    reading: Pin<Box<Sleep>>,
+    writing: Pin<Box<Sleep>>,
+}
+
+impl Idle {
+    fn new() -> Self {
+        Self {
+            moved: Instant::now(),
+            reading: Box::pin(sleep(IDLE)),
+            writing: Box::pin(sleep(IDLE)),
+        }
+    }
+
+    /// What was polled, unless it would wait and has for too long.
+    fn or<T>(
+        moved: &mut Instant,
+        timer: &mut Pin<Box<Sleep>>,
+        cx: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if polled.is_ready() {
+            *moved = Instant::now();
+            return polled;
+        }
+        while timer.as_mut().poll(cx).is_ready() {
+            if moved.elapsed() >= IDLE {
+                return Poll::Ready(Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "nothing has moved on the lane for ten minutes",
+                )));
+            }
+            timer.as_mut().reset(*moved + IDLE);
+        }
+        Poll::Pending
+    }
+
+    fn or_reading<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        Self::or(&mut self.moved, &mut self.reading, cx, polled)
+    }
+
+    fn or_writing<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        polled: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        Self::or(&mut self.moved, &mut self.writing, cx, polled)
+    }
+}
+
 /// The bytes of a lane. Shut down and dropped, it stays until the other side has closed it too, or [`LINGER`] is over: a TCP connection that is closed while
 /// something unread has arrived takes with it what was written last.
 #[derive(Debug)]
 pub(crate) struct Bytes {
     lane: Option<(Box<Compat<Lane>>, Permit)>,
     shut: bool,
+    idle: Idle,
 }
 
 impl Bytes {
@@ -84,6 +146,7 @@ impl Bytes {
         Self {
             lane: Some((Box::new(lane.compat()), permit)),
             shut: false,
+            idle: Idle::new(),
         }
     }
 
@@ -113,7 +176,8 @@ impl tokio::io::AsyncRead for Bytes {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.inner().poll_read(cx, buffer)
+        let read = self.inner().poll_read(cx, buffer);
+        self.idle.or_reading(cx, read)
     }
 }
 
@@ -123,11 +187,13 @@ impl tokio::io::AsyncWrite for Bytes {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.inner().poll_write(cx, bytes)
+        let written = self.inner().poll_write(cx, bytes);
+        self.idle.or_writing(cx, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner().poll_flush(cx)
+        let flushed = self.inner().poll_flush(cx);
+        self.idle.or_writing(cx, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -387,6 +453,28 @@ impl std::fmt::Debug for Arrival {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lane_on_which_nothing_moves_fails_after_ten_minutes_and_not_before() {
+        use futures::future::poll_fn;
+        let mut idle = Idle::new();
+        let begin = Instant::now();
+        let pending = |idle: &mut Idle, cx: &mut Context<'_>| {
+            idle.or_reading(cx, Poll::<io::Result<()>>::Pending)
+        };
+        let waited = timeout(
+            IDLE - Duration::from_secs(1),
+            poll_fn(|cx| pending(&mut idle, cx)),
+        );
+        assert!(waited.await.is_err());
+        // Something is written: the reader waits on.
+        let written = poll_fn(|cx| idle.or_writing(cx, Poll::Ready(Ok(()))));
+        written.await.unwrap();
+        let error = poll_fn(|cx| pending(&mut idle, cx)).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let after = begin.elapsed() - (IDLE - Duration::from_secs(1));
+        assert!(after >= IDLE && after < IDLE + Duration::from_secs(1));
+    }
 
     #[tokio::test]
     async fn a_call_that_is_given_up_is_forgotten() {

@@ -193,6 +193,22 @@ struct Held {
     _held: oneshot::Sender<Infallible>,
 }
 
+/// The sources that share a part of a destination's circuits.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Peer(PeerId),
+    Group(Group),
+}
+
+impl Source {
+    fn has(self, held: &Held) -> bool {
+        match self {
+            Self::Peer(peer) => held.ends[0] == peer,
+            Self::Group(group) => held.place.groups().any(|(other, _)| other == group),
+        }
+    }
+}
+
 impl Held {
     fn passed(&mut self, bytes: u64, now: Instant) {
         self.turn(now);
@@ -710,15 +726,9 @@ impl Server {
         // Its share of what leads to the destination: an idle one of its own makes room.
         let to_there = |held: &Held| held.ends[1] == destination;
         let most = self.per_source();
-        let of_peer = |held: &Held| to_there(held) && held.ends[0] == source;
-        let mut shares: Vec<(Box<dyn Fn(&Held) -> bool>, usize)> = vec![(Box::new(of_peer), most)];
-        for (group, part) in here {
-            let of_group = move |held: &Held| {
-                to_there(held) && held.place.groups().any(|(other, _)| other == group)
-            };
-            shares.push((Box::new(of_group), most.saturating_mul(part) / SITE));
-        }
-        for (in_share, most) in shares {
+        let groups = here.map(|(group, part)| (Source::Group(group), most * part / SITE));
+        for (of, most) in [(Source::Peer(source), most)].into_iter().chain(groups) {
+            let in_share = |held: &Held| to_there(held) && of.has(held);
             let held = state.circuits.values().filter(|held| in_share(held));
             if held.count() < most.min(self.limits.circuits_per_peer) {
                 continue;

@@ -224,13 +224,22 @@ async fn listen(
 
 /// A node that takes no more connections hangs up before it has said anything.
 fn hung_up(error: NegotiationError) -> io::Error {
-    match error {
-        NegotiationError::Failed => io::Error::new(
+    let failed = matches!(error, NegotiationError::Failed);
+    let error = io::Error::from(error);
+    let gone = matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::UnexpectedEof
+    );
+    match failed || gone {
+        true => io::Error::new(
             io::ErrorKind::ConnectionRefused,
-            "the peer hung up before the handshake; a node does that when a limit on connections is reached \
-             (`weft limits` there shows which one)",
+            "the peer hung up before the handshake, as a node does when a limit on connections is reached \
+             (`weft limits` there shows which)",
         ),
-        error => error.into(),
+        false => error,
     }
 }
 

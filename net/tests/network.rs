@@ -103,6 +103,45 @@ async fn a_hundred_streams_at_once_all_arrive() {
 }
 
 #[tokio::test]
+async fn a_dialler_that_a_limit_keeps_out_is_told_of_limits_and_the_limit_counts_it() {
+    for (listen, told) in [
+        ("/ip4/127.0.0.1/tcp/0", "a limit on connections is reached"),
+        ("/ip4/127.0.0.1/udp/0/quic-v1", "refused"),
+    ] {
+        let mut config = config(&[listen]);
+        // This machine has six times as many as another address.
+        config.limits.per_address = 1;
+        let full = Network::spawn(config, dummy::Behaviour).await.unwrap();
+        let mut inside = Vec::new();
+        for _ in 0..6 {
+            let one = network(&[]).await;
+            one.connect(full.local_peer(), full.addresses().all)
+                .await
+                .unwrap();
+            inside.push(one);
+        }
+        let late = network(&[]).await;
+        let refused = late.connect(full.local_peer(), full.addresses().all).await;
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains(told), "{error}");
+        let limits = full.limits().await;
+        let refused = |name| limits.iter().find(|row| row.name == name).unwrap().refused;
+        assert!(refused("connections_per_address") > 0, "{limits:?}");
+        assert_eq!(refused("connections"), 0, "{limits:?}");
+        // Nobody is shut out for good.
+        drop(inside.pop());
+        let again = async {
+            while late
+                .connect(full.local_peer(), full.addresses().all)
+                .await
+                .is_err()
+            {}
+        };
+        timeout(PATIENCE, again).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn streams_over_the_limit_are_reset_and_not_left_hanging() {
     let (one, two) = (network(&[]).await, {
         let mut config = config(&["/ip4/127.0.0.1/tcp/0"]);

@@ -1,4 +1,5 @@
-//! Strangers who open sockets and say nothing, and an honest node that wants to come in meanwhile.
+//! Strangers who hold all connections of a node, in the handshake or open, and an honest node that wants to come in
+//! meanwhile.
 
 use std::{
     io::{ErrorKind, Read},
@@ -7,9 +8,12 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
+use libp2p::swarm::dummy;
 use patchbay::{Device, Lab};
 use rustix::process::getppid;
 use serde_json::Value;
+use weft_net::{Config, Network, identity::Keypair, split_peer_id};
 
 use super::{Host, LabError, forget_neighbours, wire};
 
@@ -19,9 +23,14 @@ const SOCKETS: usize = 64;
 /// Addresses of strangers.
 const STRANGERS: usize = 2;
 
+/// Open connections that the attacked node takes from others.
+const INCOMING: usize = 16;
+
 /// The result of an attack.
 #[derive(Debug)]
 pub struct Besieged {
+    /// The honest node was among the peers of the attacked one when a stranger's identities held all open connections.
+    pub came_in: bool,
     /// Exit code and message of each attempt of the honest node, by the address that it dialled.
     pub attempts: Vec<(String, i32, String)>,
     /// The rows of the attacked node's limits, by name: what is used, and what was refused.
@@ -76,23 +85,16 @@ pub async fn besiege() -> Result<Besieged, LabError> {
         "/ip4/0.0.0.0/tcp/9338".to_owned(),
         "/ip4/0.0.0.0/udp/9338/quic-v1".to_owned(),
     ];
-    let mut arguments = vec!["--json", "up", "--no-mdns"];
+    let incoming = INCOMING.to_string();
+    let mut arguments = vec!["--json", "up", "--no-mdns", "--max-incoming", &incoming];
     for address in &listen {
         arguments.extend_from_slice(&["--listen", address]);
     }
     let server = Host::start(server, &arguments)?;
+    let to = SocketAddr::new(ip.into(), 9338).to_string();
     let mut sieges = Vec::new();
     for stranger in &strangers {
-        let to = SocketAddr::new(ip.into(), 9338);
-        let mut command = wire::this_program(&[wire::SILENT.to_owned(), to.to_string()])?;
-        command.stdout(Stdio::piped());
-        let mut siege = Running(stranger.spawn_command_sync(command)?);
-        let output = siege.0.stdout.as_mut();
-        let output = output.ok_or_else(|| LabError("no output".to_owned()))?;
-        // It says a word once it holds as many as it can get.
-        let mut word = [0];
-        output.read_exact(&mut word).map_err(anyhow::Error::from)?;
-        sieges.push(siege);
+        sieges.push(siege(stranger, &[wire::SILENT.to_owned(), to.clone()])?);
     }
     let mut attempts = Vec::new();
     let mut host = Host::start(honest, &["--json", "up", "--no-mdns"])?;
@@ -108,6 +110,14 @@ pub async fn besiege() -> Result<Besieged, LabError> {
         host.start_again()?;
     }
     let limits = server.home.json(&["limits"]);
+    drop(sieges);
+    let at = format!("/ip4/{ip}/tcp/9338/p2p/{}", server.peer_id());
+    let _identities = siege(&strangers[0], &[wire::IDENTITIES.to_owned(), at.clone()])?;
+    let output = host.home.run(&["connect", &at]);
+    let code = output.status.code().unwrap_or(-1);
+    attempts.push(("full".to_owned(), code, output.stderr));
+    let peers = server.home.json(&["peers"]).to_string();
+    let came_in = peers.contains(host.peer_id());
     let rows = limits["limits"].as_array().or_else(|| limits.as_array());
     let number = |row: &Value, name: &str| row[name].as_u64().unwrap_or_default();
     let rows = rows.into_iter().flatten().map(|row| {
@@ -115,8 +125,51 @@ pub async fn besiege() -> Result<Besieged, LabError> {
         (name, number(row, "used"), number(row, "refused"))
     });
     Ok(Besieged {
+        came_in,
         attempts,
         limits: rows.collect(),
+    })
+}
+
+/// Starts a stranger, and waits until it holds as many as it can get.
+fn siege(stranger: &Device, arguments: &[String]) -> Result<Running, LabError> {
+    let mut command = wire::this_program(arguments)?;
+    command.stdout(Stdio::piped());
+    let mut siege = Running(stranger.spawn_command_sync(command)?);
+    let output = siege.0.stdout.as_mut();
+    let output = output.ok_or_else(|| LabError("no output".to_owned()))?;
+    let mut word = [0];
+    output.read_exact(&mut word).map_err(anyhow::Error::from)?;
+    Ok(siege)
+}
+
+/// A stranger with as many identities as the attacked node takes connections.
+pub(super) fn run_identities(arguments: &[String]) -> anyhow::Result<()> {
+    let [to] = arguments else {
+        anyhow::bail!("one argument: an address");
+    };
+    let (address, peer) = split_peer_id(to.parse()?);
+    let peer = peer.context("an address with a peer")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let mut all = Vec::new();
+        for _ in 0..INCOMING {
+            let mut config = Config::new(Keypair::generate_ed25519());
+            config.mdns = false;
+            config.port_mapping = false;
+            config.listen = Some(Vec::new());
+            let network = Network::spawn(config, dummy::Behaviour).await?;
+            network.connect(peer, vec![address.clone()]).await?;
+            all.push(network);
+        }
+        wire::say("ready");
+        let parent = getppid();
+        while getppid() == parent {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        Ok(())
     })
 }
 

@@ -24,6 +24,7 @@ const MEASURE: &str = "lab-measure-packets";
 pub(super) const FLOOD: &str = "lab-flood";
 pub(super) const HEARSAY: &str = "lab-hearsay";
 pub(super) const SILENT: &str = "lab-silent-sockets";
+pub(super) const IDENTITIES: &str = "lab-identities";
 
 /// Where packets are echoed.
 const PORT: u16 = 7;
@@ -65,6 +66,7 @@ pub fn be_a_part() -> Option<ExitCode> {
         MEASURE => measure(&rest),
         HEARSAY => hearsay::run(&rest),
         SILENT => door::run(&rest),
+        IDENTITIES => door::run_identities(&rest),
         FLOOD => match &rest[..] {
             [address, seconds] => match seconds.parse() {
                 Ok(seconds) => flood::run(address, seconds),
