@@ -51,12 +51,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     // Opening a device may do something: look first.
     is_regular(&fs::metadata(path)?)?;
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
-    let file = patiently(|| {
-        OpenOptions::new()
-            .read(true)
-            .custom_flags(flags)
-            .open(path)
-    })?;
+    let file = patiently(|| OpenOptions::new().read(true).custom_flags(flags).open(path))?;
     is_regular(&file.metadata()?)?;
     Ok(file)
 }
@@ -89,7 +84,9 @@ pub(crate) fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Resul
 
 /// Whether the process or the system has no descriptor left.
 pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
-    let code = error.raw_os_error().map(rustix::io::Errno::from_raw_os_error);
+    let code = error
+        .raw_os_error()
+        .map(rustix::io::Errno::from_raw_os_error);
     matches!(
         code,
         Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)

@@ -14,8 +14,7 @@ use std::{
 };
 
 use crate::{
-    files,
-    Hash,
+    Hash, files,
     hasher::{HashError, Hashers},
     header::{Format, HeaderError},
     manifest::{self, Manifest, ManifestError, Tensor},
