@@ -76,8 +76,10 @@ const LOOK_UP: Duration = Duration::from_secs(10);
 /// How often the state is looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long no content comes before the path is suspected; of one that brings less than so many bytes a second, which may be shared by many.
+/// How long no content comes before the path is suspected; one that has brought nothing yet; one that brings less than so many bytes a second, which may be
+/// shared by many.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
+const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
 const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
 const SLOW_PATH: f64 = 32.0 * 1024.0;
 
@@ -865,9 +867,14 @@ pub(crate) async fn watch(node: &Node, peer: PeerId, progress: impl Fn() -> u64)
             since = Instant::now();
             continue;
         }
-        // On a slow link a lost packet alone costs seconds.
+        // On a slow link a lost packet alone costs seconds, and so does the first answer.
         let average = (now - first) as f64 / begun.elapsed().as_secs_f64();
-        if average >= SLOW_PATH || since.elapsed() >= SUSPICIOUS_SLOW {
+        let patience = match average {
+            0.0 => SUSPICIOUS_FIRST,
+            SLOW_PATH.. => SUSPICIOUS,
+            _ => SUSPICIOUS_SLOW,
+        };
+        if since.elapsed() >= patience {
             node.network().check(peer).await;
         }
     }
