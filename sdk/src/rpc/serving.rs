@@ -208,11 +208,9 @@ mod tests {
                 name: "test.Test/Echo".into(),
                 idempotent: false,
             };
-            let answered =
-                honest
-                    .rpc()
-                    .peer(peer)
-                    .unary(method, message(MIB + MIB / 2), Options::default());
+            let called = honest.rpc().peer(peer);
+            let sent = message(MIB + MIB / 2);
+            let answered = called.unary(method, sent, Options::default());
             let answer = timeout(PATIENCE, answered).await.unwrap().unwrap();
             assert_eq!(answer, message(MIB + MIB / 2));
         }
