@@ -414,14 +414,14 @@ async fn handshake(
 enum Interfaces {
     /// The socket is bound to one address.
     None,
-    Watched(IfWatcher),
+    Watched(Box<IfWatcher>),
     /// The watcher failed. There is another after this.
     Failed(Pin<Box<Sleep>>),
 }
 
 impl Interfaces {
     fn watch() -> Self {
-        IfWatcher::new().map_or_else(|_| Self::fail(), Self::Watched)
+        IfWatcher::new().map_or_else(|_| Self::fail(), |watcher| Self::Watched(Box::new(watcher)))
     }
 
     fn fail() -> Self {
@@ -533,10 +533,11 @@ impl Listener {
                     if let Some((unseen, _)) = &mut self.unseen {
                         unseen.remove(&net.addr());
                     }
-                    if net.addr().is_ipv4() == v4 && self.told.insert(net.addr()) {
-                        if let Poll::Ready(event) = self.up(net.addr()) {
-                            return Some(event);
-                        }
+                    if net.addr().is_ipv4() == v4
+                        && self.told.insert(net.addr())
+                        && let Poll::Ready(event) = self.up(net.addr())
+                    {
+                        return Some(event);
                     }
                     continue;
                 }
