@@ -1,6 +1,8 @@
 //! One odd file keeps no folder from being published: each case is one that people have met, in a folder with a good
 //! file beside it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{
     fs,
     os::unix::{
@@ -617,7 +619,7 @@ fn an_unreadable_file_is_left_out_and_told() {
     fs::write(folder.path().join("a.bin"), "a").unwrap();
     let closed = folder.path().join("closed.bin");
     fs::write(&closed, "b").unwrap();
-    fs::set_permissions(&closed, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o000)).unwrap();
     if fs::File::open(&closed).is_ok() {
         // The superuser reads everything.
         return;

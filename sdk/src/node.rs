@@ -694,12 +694,12 @@ pub(crate) struct TargetLease {
 
 impl Drop for TargetLease {
     fn drop(&mut self) {
-        if let Ok(mut targets) = self.node.inner.targets.lock() {
-            if let Entry::Occupied(mut target) = targets.entry(self.folder.clone()) {
-                target.get_mut().1 -= 1;
-                if target.get().1 == 0 {
-                    target.remove();
-                }
+        if let Ok(mut targets) = self.node.inner.targets.lock()
+            && let Entry::Occupied(mut target) = targets.entry(self.folder.clone())
+        {
+            target.get_mut().1 -= 1;
+            if target.get().1 == 0 {
+                target.remove();
             }
         }
     }

@@ -427,10 +427,9 @@ fn ids(cache: &Path) -> io::Result<Vec<RepoId>> {
     let mut ids = Vec::new();
     for entry in fs::read_dir(cache)? {
         let name = entry?.file_name();
-        match name.to_str().and_then(RepoId::of_folder) {
-            Some(Ok(id)) => ids.push(id),
-            // `unnamed` tells of it.
-            Some(Err(_)) | None => {}
+        // `unnamed` tells of the others.
+        if let Some(Ok(id)) = name.to_str().and_then(RepoId::of_folder) {
+            ids.push(id);
         }
     }
     ids.sort();
