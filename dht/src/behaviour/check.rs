@@ -152,7 +152,12 @@ impl Behaviour {
                 value: record.value,
                 request_id,
             },
-            refuse: Request::Reset(request_id),
+            // An answer of another kind refuses: a stream that is reset says nothing, because Kademlia's handler does
+            // not tell of one that ends without an answer, and an answer of this kind accepts.
+            refuse: Request::FindNodeRes {
+                closer_peers: Vec::new(),
+                request_id,
+            },
         };
         match considered {
             Ok(known) if known.is_empty() => self.reply(peer, put, true),

@@ -644,20 +644,6 @@ impl Behaviour {
         }
     }
 
-    /// Whether a peer has refused to store something, and so has answered.
-    fn is_refusal(&self, id: QueryId, peer: PeerId, event: &Event) -> bool {
-        let query = self.queries.get(&id);
-        let is_store = query.is_some_and(|query| matches!(query.stage, Stage::Store { .. }));
-        let text = match event {
-            Event::QueryError { error, .. } => error,
-            _ => return false,
-        };
-        // What is refused is reset; what is lost runs into Kademlia's time-out, or its connection is closed.
-        let io = std::error::Error::source(text).and_then(|e| e.downcast_ref::<std::io::Error>());
-        let silent = io.is_some_and(|error| error.kind() == std::io::ErrorKind::TimedOut);
-        is_store && !silent && self.peers.contains_key(&peer)
-    }
-
     /// Takes answers to queries of ours; gives back what is Kademlia's own.
     pub(super) fn on_answer(&mut self, peer: PeerId, event: Event) -> Option<Event> {
         let (Event::FindNodeRes { query_id, .. }
@@ -672,12 +658,9 @@ impl Behaviour {
             let at = asked.iter().position(|(asked, _)| *asked == id)?;
             Some(asked.remove(at)?.1)
         });
-        let is_refusal = self.is_refusal(id, peer, &event);
         match (&event, asked_at) {
-            (Event::QueryError { .. }, Some(asked)) if !is_refusal => {
-                self.has_failed(peer, asked, &[]);
-            }
-            (Event::QueryError { .. }, None) if !is_refusal => {}
+            (Event::QueryError { .. }, Some(asked)) => self.has_failed(peer, asked, &[]),
+            (Event::QueryError { .. }, None) => {}
             // Also of one that was not waited for any more: so it is known to be slow, and not dead.
             _ => self.is_alive(peer, asked_at.map(|asked| asked.elapsed())),
         }
@@ -685,6 +668,17 @@ impl Behaviour {
             return Some(event);
         };
         let (record, closer) = match event {
+            // An answer of another kind refuses to store.
+            Event::FindNodeRes { .. } if matches!(query.stage, Stage::Store { .. }) => {
+                if let Stage::Store { waiting, stored } = &mut query.stage
+                    && waiting.remove(&peer)
+                    && stored.refused.len() < MAX_REFUSED
+                {
+                    stored.refused.push(peer);
+                }
+                self.drive(id, query);
+                return None;
+            }
             Event::FindNodeRes { closer_peers, .. } => (None, closer_peers),
             Event::GetRecordRes {
                 record,
@@ -700,12 +694,6 @@ impl Behaviour {
             }
             _ => {
                 query.failed(peer);
-                if let Stage::Store { stored, .. } = &mut query.stage
-                    && is_refusal
-                    && stored.refused.len() < MAX_REFUSED
-                {
-                    stored.refused.push(peer);
-                }
                 self.drive(id, query);
                 return None;
             }
