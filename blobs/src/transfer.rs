@@ -49,6 +49,10 @@ const MAX_OPEN: usize = 64;
 /// How long a provider may send no byte at all before it counts as lost. Any byte is a sign of life: on a slow link a chunk group of 64 KiB takes minutes.
 const STALL: Duration = Duration::from_secs(20);
 
+/// Bytes that have to come within [`STALL`] of waiting: three a second. Any link that is of use brings more, also shared by
+/// a hundred streams; a provider that sends a byte a second keeps nobody.
+const LEAST: usize = 64;
+
 /// How long a chunk group may take, however many of its bytes come: 110 bytes a second, which is the share of one of eight streams on a link of
 /// 7 kbit/s. It bounds what a provider gains that sends a byte now and then.
 const SLOWEST: Duration = Duration::from_secs(600);
@@ -1217,6 +1221,7 @@ impl Session<'_> {
     {
         let mut filled = 0;
         let mut waited = Duration::ZERO;
+        let mut pace = Pace::default();
         let (mut uncounted, mut counted_at) = (0, Instant::now());
         while filled < buffer.len() {
             let most = match content {
@@ -1227,6 +1232,7 @@ impl Session<'_> {
             let begun = Instant::now();
             let n = read_some(reader, &mut buffer[filled..end], SLOWEST - waited).await?;
             waited = (waited + begun.elapsed()).min(SLOWEST);
+            pace.came(n, begun.elapsed())?;
             filled += n;
             self.peer.signs.fetch_add(n as u64, Ordering::Relaxed);
             self.shared.heard.fetch_add(n as u64, Ordering::Relaxed);
@@ -1719,13 +1725,38 @@ where
 {
     let slowest = Instant::now() + SLOWEST;
     let mut filled = 0;
+    let mut pace = Pace::default();
     while filled < buffer.len() {
-        let left = slowest.saturating_duration_since(Instant::now());
+        let begun = Instant::now();
+        let left = slowest.saturating_duration_since(begun);
         let n = read_some(reader, &mut buffer[filled..], left).await?;
+        pace.came(n, begun.elapsed())?;
         filled += n;
         came(n);
     }
     Ok(())
+}
+
+/// Tells a slow link from a provider that only trickles.
+#[derive(Debug, Default)]
+struct Pace {
+    bytes: usize,
+    waited: Duration,
+}
+
+impl Pace {
+    /// Counts bytes and how long was waited for them; time that this node's own limits take is not among it.
+    fn came(&mut self, bytes: usize, waited: Duration) -> Result<(), TransferError> {
+        self.bytes += bytes;
+        self.waited += waited;
+        if self.waited < STALL {
+            return Ok(());
+        }
+        match std::mem::take(self).bytes < LEAST {
+            true => Err(TransferError::Stalled),
+            false => Ok(()),
+        }
+    }
 }
 
 /// Reads at least one byte, within [`STALL`] and what is `left` of [`SLOWEST`].

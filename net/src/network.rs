@@ -1,6 +1,10 @@
 //! How to start a network, and the handle to a running one.
 
-use std::{convert::Infallible, io, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    time::{Duration, SystemTime},
+};
 
 use libp2p::{Multiaddr, PeerId, StreamProtocol, identity::Keypair, swarm::NetworkBehaviour};
 use tokio::{
@@ -123,6 +127,9 @@ pub enum SpawnError {
         /// Why.
         reason: String,
     },
+    /// This machine's clock shows a time before 1970, in which no message and no record can be numbered.
+    #[error("this machine's clock shows a year before 1970; set the clock, then start again")]
+    Clock,
     /// A bootstrap node's or a relay's address does not name its peer.
     #[error("the address {0} does not end in /p2p/<PeerId>: without it anybody could answer there")]
     Bootstrap(Multiaddr),
@@ -302,6 +309,10 @@ impl Network {
         libp2p::swarm::THandler<E>: Send,
         libp2p::swarm::THandlerInEvent<E>: Send,
     {
+        // gossipsub and records number what they say by the clock.
+        if SystemTime::now() < SystemTime::UNIX_EPOCH {
+            return Err(SpawnError::Clock);
+        }
         let (commands, requests) = mpsc::channel(COMMANDS);
         let local = config.key.public().to_peer_id();
         let protocols = Protocols::default();

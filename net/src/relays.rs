@@ -21,6 +21,9 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs
 /// A relay that was held for this long may be asked again at once when it is back.
 const PROVEN: Duration = Duration::from_secs(60);
 
+/// A relay that the user has not named is asked for a renewal no more often than this, whatever end it names.
+const RENEW: Duration = Duration::from_secs(120);
+
 /// Other addresses that a relay names have to be the same for this long before they replace those that others were
 /// told: each change is stated to the whole mesh. A renewal follows within this time.
 const SAME: Duration = Duration::from_secs(120);
@@ -168,6 +171,10 @@ impl Relays {
         let renew = match reservation.proposed {
             Some(_) => SAME.min(holds * 3 / 4),
             None => holds * 3 / 4,
+        };
+        let renew = match reservation.preferred {
+            true => renew,
+            false => renew.max(RENEW),
         };
         let before = reservation.granted.replace((addresses, now + renew));
         Some(before.map(|(addresses, _)| addresses).unwrap_or_default())

@@ -16,6 +16,7 @@ mod commands;
 mod daemon;
 mod demo;
 pub mod exit;
+mod input;
 mod log;
 mod metrics;
 mod output;
@@ -59,6 +60,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             runtime.shutdown_timeout(std::time::Duration::from_secs(5));
             result
         });
+    let result = result.and_then(|()| match output::lost() {
+        None => Ok(()),
+        Some(error) => Err(
+            Failure::other(format!("cannot write to standard output: {error}"))
+                .hint("The command itself is done; only its output is incomplete."),
+        ),
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

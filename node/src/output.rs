@@ -2,7 +2,8 @@
 
 use std::{
     fmt,
-    io::IsTerminal,
+    io::{self, IsTerminal},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -11,11 +12,11 @@ use std::{
 macro_rules! out {
     () => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stdout());
+        $crate::output::wrote(writeln!(std::io::stdout()));
     }};
     ($($argument:tt)*) => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*)));
+        $crate::output::wrote(writeln!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*))));
     }};
 }
 
@@ -23,7 +24,7 @@ macro_rules! out {
 macro_rules! out_raw {
     ($($argument:tt)*) => {{
         use std::io::Write;
-        let _ = write!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*)));
+        $crate::output::wrote(write!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*))));
     }};
 }
 
@@ -36,6 +37,26 @@ macro_rules! err {
 }
 
 pub(crate) use {err, out, out_raw};
+
+/// The first error of standard output, such as a full disk; a reader that has gone away is none.
+static LOST: OnceLock<String> = OnceLock::new();
+
+/// Takes note of the result of a write to standard output.
+pub(crate) fn wrote(result: io::Result<()>) {
+    if let Err(error) = result
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        // Only the first matters.
+        let _ = LOST.set(error.to_string());
+    }
+}
+
+/// Returns why standard output is incomplete, if it is.
+pub(crate) fn lost() -> Option<&'static str> {
+    use std::io::Write;
+    wrote(io::stdout().flush());
+    LOST.get().map(String::as_str)
+}
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -301,11 +322,11 @@ mod tests {
     #[test]
     fn numbers_read_well() {
         assert_eq!(bytes(0), "0 B");
-        assert_eq!(bytes(1023), "1023 B");
-        assert_eq!(bytes(1536), "1.5 kB");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1500), "1.5 kB");
         assert_eq!(bytes(50_000_000), "50.0 MB");
         assert_eq!(bytes(999_999), "1.0 MB");
-        assert_eq!(bytes(u64::MAX), "16777216.0 TiB");
+        assert_eq!(bytes(u64::MAX), "18446744.1 TB");
         assert_eq!(duration(Duration::from_millis(12)), "12 ms");
         assert_eq!(duration(Duration::from_millis(1500)), "1.5 s");
         assert_eq!(duration(Duration::from_secs(200)), "3 min 20 s");

@@ -373,25 +373,68 @@ fn ctrl_c_and_sigterm_end_every_command_also_when_the_node_hangs() {
     }
 }
 
+/// Returns true if a process, as `/proc` shows it, handles SIGHUP, SIGINT and SIGTERM: 1, 2 and 15.
+fn handles(status: &str) -> bool {
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigCgt:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 0x4003 == 0x4003)
+}
+
 /// Waits until a program handles signals: before that, one would end it like any program.
 fn listening_for_signals(command: &Running) {
     let begin = Instant::now();
-    let handles = |status: String| {
-        let mask = status
-            .lines()
-            .find_map(|line| line.strip_prefix("SigCgt:"))
-            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-        // SIGHUP, SIGINT and SIGTERM: 1, 2 and 15.
-        mask.is_some_and(|mask| mask & 0x4003 == 0x4003)
-    };
-    while !handles(
-        fs::read_to_string(format!("/proc/{}/status", command.pid())).unwrap_or_default(),
-    ) {
+    let status = format!("/proc/{}/status", command.pid());
+    while !fs::read_to_string(&status).is_ok_and(|status| handles(&status)) {
         assert!(
             begin.elapsed() < Duration::from_secs(60),
             "the program does not listen for signals"
         );
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_signal_ends_a_command_that_reads_standard_input() {
+    let home = Home::new();
+    let _up = home.up(&[]);
+    for arguments in [
+        &["record", "put", "k", "-"][..],
+        &["topic", "publish", "t", "-"],
+        &["doc", "import", "-"],
+    ] {
+        // Nothing comes, and it stays open.
+        let mut command = home.command(arguments);
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+        let input = child.stdin.take();
+        let begin = Instant::now();
+        let status = loop {
+            // Until it listens for signals, one would end it like any program.
+            let pid = rustix::process::Pid::from_child(&child);
+            let listens = fs::read_to_string(format!("/proc/{}/status", child.id()));
+            if listens.is_ok_and(|status| handles(&status)) {
+                // One that has ended takes no signal.
+                let _ = rustix::process::kill_process(pid, Signal::INT);
+                break child.wait().unwrap();
+            }
+            assert!(begin.elapsed() < Duration::from_secs(60), "{arguments:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(status.code(), Some(130), "{arguments:?}");
+        drop(input);
+    }
+}
+
+#[test]
+fn output_that_is_lost_is_an_error() {
+    let home = Home::new();
+    let _up = home.up(&[]);
+    for arguments in [&["ls"][..], &["--json", "status"]] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = home.command(arguments);
+        let status = command.stdout(full).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{arguments:?}");
     }
 }
 

@@ -135,7 +135,7 @@ async fn a_link_in_the_target_folder_is_not_followed() {
 }
 
 #[test]
-fn truncated_and_hostile_safetensors_files_are_not_added() {
+fn truncated_and_hostile_safetensors_files_are_bytes_and_an_error_if_strict() {
     let home = Home::new();
     let _up = home.up(&[]);
     let folder = home.beside("m");
@@ -162,15 +162,22 @@ fn truncated_and_hostile_safetensors_files_are_not_added() {
         ("ranges that do not fit", &overlap),
     ] {
         fs::write(&file, bytes).unwrap();
-        let finished = home.run(&["add", path]);
+        let finished = home.run(&["add", path, "--strict"]);
         assert_eq!(finished.code(), Some(1), "{what}: {finished:#?}");
         assert!(
             finished.stderr.contains("model.safetensors"),
             "{what}: {}",
             finished.stderr
         );
+        assert!(home.json(&["ls"])["models"].as_array().unwrap().is_empty());
+        let added = home.json(&["add", path]);
+        assert_eq!(added["model"]["tensors"], 0, "{what}: {added}");
+        assert_eq!(
+            added["opaque"][0]["path"], "model.safetensors",
+            "{what}: {added}"
+        );
+        home.json(&["rm", added["model"]["id"].as_str().unwrap()]);
     }
-    assert!(home.json(&["ls"])["models"].as_array().unwrap().is_empty());
     fs::write(&file, &good).unwrap();
     assert_eq!(home.json(&["add", path])["model"]["tensors"], 1);
 }

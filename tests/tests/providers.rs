@@ -102,5 +102,5 @@ fn parts_of_a_model_are_found_and_fetched_from_whoever_has_them() {
     let nobody = getter.run(&["providers", &"0".repeat(64)]);
     assert!(nobody.stdout.contains("no other node"), "{nobody:?}");
     let wrong = getter.run(&["providers", "x"]);
-    assert_eq!(wrong.code(), Some(1), "{wrong:?}");
+    assert_eq!(wrong.code(), Some(2), "{wrong:?}");
 }

@@ -100,7 +100,7 @@ fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist()
         &["topic", "publish", "t", "hello"],
         &["service", "a.service"],
         &["call", "a.service", "a.service/Method"],
-        &["doc", "open", &id, "--wait", "100ms"],
+        &["doc", "open", &id, "--wait", "1s"],
     ] {
         let finished = alone.run(command);
         assert_eq!(finished.code(), Some(4), "{command:?}: {finished:?}");

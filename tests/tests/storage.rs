@@ -217,5 +217,5 @@ fn what_a_crash_or_a_removed_model_leaves_is_collected_and_nothing_else() {
     same_files(&provider.beside("model"), &to);
     let text = receiver.run(&["gc"]);
     assert!(text.stdout.contains("freed 0 B"), "{text:#?}");
-    assert!(receiver.run(&["storage"]).stdout.contains("no limit"));
+    assert!(receiver.run(&["storage"]).stdout.contains("no quota"));
 }

@@ -27,6 +27,7 @@ use crate::{
     cli::{Call, Service},
     client::Client,
     exit::Failure,
+    input,
     output::{self, out, out_raw, printable},
 };
 
@@ -94,8 +95,7 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
     };
     let mut answers = match options.data.as_slice() {
         [data] if data == "-" && !method.is_client_streaming() => {
-            let text = std::io::read_to_string(std::io::stdin())
-                .map_err(|error| Failure::other(format!("standard input: {error}")))?;
+            let text = input::read_text(u64::MAX).await?;
             let messages = text.lines().filter(|line| !line.trim().is_empty());
             let messages: Vec<_> = messages.collect();
             let mut message = encode(&method, one(&method, &messages)?.unwrap_or("{}"))?;

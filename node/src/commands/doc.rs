@@ -1,7 +1,7 @@
 //! `weft doc`.
 
 use std::{
-    io::{ErrorKind, Read, Write},
+    io::{ErrorKind, Write},
     path::{Path, PathBuf},
     time::{Duration, UNIX_EPOCH},
 };
@@ -15,6 +15,7 @@ use crate::{
     cli::Doc,
     client::Client,
     exit::{DAMAGED, DISK_FULL, Failure, INCOMPLETE, NO_PROVIDER, NOT_FOUND, TARGET_EXISTS},
+    input,
     output::{self, err, out, out_raw, table},
 };
 
@@ -55,11 +56,11 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
             value,
             message,
         } => {
-            let edit = Edit::Put(read_value(value)?);
+            let edit = Edit::Put(read_value(value).await?);
             commit(client, id, (path, edit), message, as_json).await
         }
         Doc::Insert { id, path, value } => {
-            let edit = Edit::Insert(read_value(value)?);
+            let edit = Edit::Insert(read_value(value).await?);
             commit(client, id, (path, edit), String::new(), as_json).await
         }
         Doc::Increment { id, path, by } => {
@@ -430,14 +431,9 @@ async fn get(client: &Client, id: DocumentId, path: String, as_json: bool) -> Re
     Ok(())
 }
 
-fn read_value(value: String) -> Result<String, Failure> {
+async fn read_value(value: String) -> Result<String, Failure> {
     let text = match value.as_str() {
-        "-" => {
-            let mut text = String::new();
-            let read = std::io::stdin().take(MOST).read_to_string(&mut text);
-            read.map_err(|error| Failure::other(format!("standard input: {error}")))?;
-            text
-        }
+        "-" => input::read_text(MOST).await?,
         _ => value,
     };
     match serde_json::from_str::<Value>(&text) {
@@ -749,12 +745,10 @@ impl Drop for NewFile {
 
 async fn import(client: &Client, file: &Path, as_json: bool) -> Result<(), Failure> {
     let failed = |error: std::io::Error| Failure::other(format!("{}: {error}", file.display()));
-    let mut content = Vec::new();
-    match file.to_str() {
-        Some("-") => std::io::stdin().read_to_end(&mut content).map(|_| ()),
-        _ => std::fs::read(file).map(|read| content = read),
-    }
-    .map_err(failed)?;
+    let content = match file.to_str() {
+        Some("-") => input::read(u64::MAX).await?,
+        _ => std::fs::read(file).map_err(failed)?,
+    };
     let chunks: Vec<_> = content
         .chunks(CHUNK)
         .map(|data| api::DocumentChunk {

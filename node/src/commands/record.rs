@@ -1,6 +1,6 @@
 //! `weft record`.
 
-use std::{io::Read, time::Duration};
+use std::time::Duration;
 
 use data_encoding::BASE64;
 use serde_json::{Value, json};
@@ -11,6 +11,7 @@ use crate::{
     cli::Record,
     client::Client,
     exit::{Failure, NOT_FOUND},
+    input,
     output::{self, out, out_raw, table},
 };
 
@@ -39,12 +40,7 @@ async fn put(
     as_json: bool,
 ) -> Result<(), Failure> {
     let value = match value.as_str() {
-        "-" => {
-            let mut bytes = Vec::new();
-            let read = std::io::stdin().take(MOST).read_to_end(&mut bytes);
-            read.map_err(|error| Failure::other(format!("standard input: {error}")))?;
-            bytes
-        }
+        "-" => input::read(MOST).await?,
         _ => value.into_bytes(),
     };
     let request = api::PutRecordRequest {

@@ -1,7 +1,5 @@
 //! `weft topic`.
 
-use std::io::Read;
-
 use data_encoding::BASE64;
 use serde_json::json;
 use weft_proto::api::{self, topic_event::What};
@@ -10,6 +8,7 @@ use crate::{
     cli::Topic,
     client::Client,
     exit::Failure,
+    input,
     output::{self, out, out_raw, printable, table},
 };
 
@@ -37,12 +36,7 @@ async fn publish(
     as_json: bool,
 ) -> Result<(), Failure> {
     let data = match data.as_str() {
-        "-" => {
-            let mut bytes = Vec::new();
-            let read = std::io::stdin().take(MOST).read_to_end(&mut bytes);
-            read.map_err(|error| Failure::other(format!("standard input: {error}")))?;
-            bytes
-        }
+        "-" => input::read(MOST).await?,
         _ => data.into_bytes(),
     };
     let request = api::PublishRequest { topic, data };

@@ -161,7 +161,13 @@ pub(super) fn run_identities(arguments: &[String]) -> anyhow::Result<()> {
             config.port_mapping = false;
             config.listen = Some(Vec::new());
             let network = Network::spawn(config, dummy::Behaviour).await?;
-            network.connect(peer, vec![address.clone()]).await?;
+            // Handshakes of the silent sockets may not have ended yet.
+            let mut tries = 0;
+            while let Err(error) = network.connect(peer, vec![address.clone()]).await {
+                tries += 1;
+                anyhow::ensure!(tries < 40, "{error}");
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
             all.push(network);
         }
         wire::say("ready");
