@@ -19,8 +19,10 @@ struct Slow(Child);
 
 impl Slow {
     fn new(rate: &str) -> Self {
+        // With the loopback's own MTU of 64 KiB, a packet may be larger than the burst, and `tbf` drops such a packet each
+        // time that it is sent.
         let script = format!(
-            "ip link set lo up && tc qdisc add dev lo root tbf rate {rate} burst 20kb latency 400ms && echo ready && exec sleep 600"
+            "ip link set lo mtu 1500 up && tc qdisc add dev lo root tbf rate {rate} burst 20kb latency 400ms && echo ready && exec sleep 600"
         );
         let mut child = Command::new("unshare")
             .args(["--user", "--map-root-user", "--net", "sh", "-c", &script])
@@ -122,8 +124,10 @@ fn share(rate: &str, receivers: usize, size: usize) {
             let model = &model;
             scope.spawn(move || {
                 let to = home.beside("to");
-                let got = home.run(&["get", ticket, "--to", to.to_str().unwrap()]);
-                assert_eq!(got.code(), Some(0), "{got:#?}");
+                // It takes as long as it takes: nothing here counts the minutes.
+                let mut get = home.command(&["get", ticket, "--to", to.to_str().unwrap()]);
+                let got = get.output().unwrap();
+                assert!(got.status.success(), "{got:#?}");
                 same_files(model, &to);
             });
         }
@@ -143,6 +147,12 @@ fn one_receiver_at_20_kbit_a_second_gets_everything() {
 
 #[test]
 #[ignore = "takes minutes"]
+fn twelve_receivers_behind_256_kbit_a_second_all_get_500_kilobytes() {
+    share("256kbit", 12, 500_000);
+}
+
+#[test]
+#[ignore = "takes a quarter of an hour"]
 fn twelve_receivers_behind_256_kbit_a_second_all_get_2_megabytes() {
     share("256kbit", 12, 2_000_000);
 }
