@@ -25,7 +25,7 @@ use super::{
     plan::{Blob, Plan, check_way, done, look, refuse, stop_if_cancelled},
 };
 use crate::{
-    Manifest,
+    Manifest, files,
     index::{Location, Progress},
     lock::{Lock, LockError},
     store::{StoreError, discard, sync_folder},
@@ -269,7 +269,7 @@ impl Export<'_> {
             let source = &blob.source;
             let cannot_read = || StoreError::io("cannot read", &source.path);
             let cannot_write = || StoreError::io("cannot write", &temporary);
-            let from = File::open(&source.path).map_err(cannot_read())?;
+            let from = files::open(&source.path).map_err(cannot_read())?;
             // Never through a link that somebody left there.
             let to = File::create_new(&temporary).map_err(cannot_write())?;
             let mut left = source.size;
@@ -402,7 +402,7 @@ fn changed(blob: &Blob) -> ExportError {
 fn move_unshared(blob: &Blob, target: &Path) -> Result<bool, ExportError> {
     let source = &blob.source;
     let cannot_read = || StoreError::io("cannot read", &source.path);
-    let file = File::open(&source.path).map_err(cannot_read())?;
+    let file = files::open(&source.path).map_err(cannot_read())?;
     let metadata = file.metadata().map_err(cannot_read())?;
     if Location::from_metadata(&source.path, &metadata) != *source {
         return Err(changed(blob));

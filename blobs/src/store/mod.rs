@@ -1126,7 +1126,14 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let temporary = path.with_extension(format!("{number}{TEMPORARY}"));
     let write = || -> io::Result<()> {
-        let mut file = files::patiently(|| File::create(&temporary))?;
+        // Never through a link, and what has this name is a leftover.
+        let mut file = files::patiently(|| match File::create_new(&temporary) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                discard(&temporary);
+                File::create_new(&temporary)
+            }
+            made => made,
+        })?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
