@@ -22,6 +22,7 @@ use super::{
     Etag, Layout,
     layout::link,
     name::{is_temporary, temporary},
+    on_one_line,
     plan::{Blob, Plan, check_way, done, look, refuse, stop_if_cancelled},
 };
 use crate::{
@@ -105,7 +106,7 @@ pub enum ExportError {
     #[error("the content of {0:?} is not in the cache, and there is no source for it")]
     NoSource(String),
     /// A source does not hold the content it is given for.
-    #[error("{} does not hold the content of {file:?}: {reason}", .path.display())]
+    #[error("{} does not hold the content of {file:?}: {reason}", on_one_line(.path))]
     Source {
         /// The file in the manifest.
         file: String,
@@ -115,7 +116,7 @@ pub enum ExportError {
         reason: &'static str,
     },
     /// Something else is where this model's files go. It is left as it is, and so is all else.
-    #[error("{} is in the way: {reason}", .path.display())]
+    #[error("{} is in the way: {reason}", on_one_line(.path))]
     Conflict {
         /// What is there.
         path: PathBuf,
