@@ -385,6 +385,30 @@ pub struct Presence {
     pub answers: bool,
 }
 
+/// Files that are known to hold a blob whose tree is here.
+#[derive(Debug, Default)]
+pub(crate) struct KnownFiles(HashMap<PathBuf, LocationRow>);
+
+impl KnownFiles {
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether the file at `path` is known to hold the blob, and nothing at all has touched it since it was last read
+    /// or written whole: neither its inode nor the time that only the system sets. Content that is given to others is
+    /// checked anyway; content that is called complete without being read must be this.
+    pub(crate) fn has_untouched(&self, path: &Path) -> bool {
+        let Some(known) = self.0.get(path) else {
+            return false;
+        };
+        if Location::from(known).open().is_none() {
+            return false;
+        }
+        let now = fs::symlink_metadata(path).map(|file| StampRow::from(Stamp::of(&file)));
+        known.stamp.is_some() && known.stamp == now.ok()
+    }
+}
+
 impl Store {
     /// Opens the store in `folder`, making it if need be.
     ///
@@ -838,18 +862,18 @@ impl Store {
         }))
     }
 
-    /// Whether the file at `path` is known to hold the blob, and nothing at all has touched it since it was last read or written whole: neither its inode nor
-    /// the time that only the system sets. Content that is given to others is checked anyway; content that is called complete without being read must be this.
-    pub(crate) fn holds_untouched(&self, hash: &Hash, path: &Path) -> Result<bool, StoreError> {
-        if !self.holds(hash, path)? {
-            return Ok(false);
+    /// The files that are known to hold the blob, for looking at many of them.
+    pub(crate) fn known_files(&self, hash: &Hash) -> Result<KnownFiles, StoreError> {
+        let Some(row) = self.blob_row(hash)? else {
+            return Ok(KnownFiles::default());
+        };
+        if !self.has_outboard(hash, &Tree::new(row.size)) {
+            return Ok(KnownFiles::default());
         }
-        let now = fs::symlink_metadata(path).map(|file| StampRow::from(Stamp::of(&file)));
-        let row = self.blob_row(hash)?;
-        let mut rows = row.iter().flat_map(|row| &row.locations);
-        let known = rows.find(|row| path_from(&row.path) == path);
-        let known = known.and_then(|row| row.stamp.as_ref());
-        Ok(known.is_some() && known == now.ok().as_ref())
+        let good = row.locations.into_iter().filter(|row| !row.damaged);
+        Ok(KnownFiles(
+            good.map(|row| (path_from(&row.path), row)).collect(),
+        ))
     }
 
     /// Opens what is here of a blob, for reading with proofs: the whole of it, or the parts that are arriving or have been left. Empty if nothing of it is
@@ -1282,7 +1306,7 @@ mod tests {
         let row = store.blob_row(&hash).unwrap().unwrap();
         assert_eq!(row.locations.len(), FILES);
         let path = &indexed.files["777"].location.path;
-        assert!(store.holds_untouched(&hash, path).unwrap());
+        assert!(store.known_files(&hash).unwrap().has_untouched(path));
         let model = store.model(&id).unwrap();
         assert!(store.presence(&model, &indexed.manifest).unwrap().complete);
     }
