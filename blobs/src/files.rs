@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock},
     thread,
@@ -16,6 +16,13 @@ use std::{
 };
 
 use rustix::fs::OFlags;
+#[cfg(target_os = "linux")]
+use rustix::{
+    fs::{CWD, Mode, ResolveFlags},
+    io::Errno,
+};
+
+use crate::stamp::Stamp;
 
 /// How long an open may take until its mount is suspected: a disk that has to spin up takes several seconds, and answers the second open all the same.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -54,6 +61,76 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     let file = patiently(|| OpenOptions::new().read(true).custom_flags(flags).open(path))?;
     is_regular(&file.metadata()?)?;
     Ok(file)
+}
+
+/// A file as it was found, by which it is known again when it is opened.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sighting {
+    device: u64,
+    pub(crate) size: u64,
+    stamp: Stamp,
+}
+
+impl Sighting {
+    pub(crate) fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            size: metadata.len(),
+            stamp: Stamp::of(metadata),
+        }
+    }
+
+    /// Whether it is the same file, though it may have other content. File systems in user space may number their files
+    /// anew: there, the size and the times tell, of which only the system sets one.
+    fn is(&self, metadata: &fs::Metadata) -> bool {
+        let now = Self::of(metadata);
+        let is_untouched = || {
+            let inode = self.stamp.inode;
+            self.size == now.size && self.stamp == Stamp { inode, ..now.stamp }
+        };
+        metadata.is_file()
+            && self.device == now.device
+            && (self.stamp.inode == now.stamp.inode || is_untouched())
+    }
+}
+
+/// Opens the file at `path`, in which there were no links, for reading; never waits for another process. `None` if it
+/// is not the file that was seen there: another, or by a link on the way.
+///
+/// # Errors
+/// Those of `open`; [`io::ErrorKind::TimedOut`] if its disk does not answer.
+pub(crate) fn open_seen(path: &Path, seen: &Sighting) -> io::Result<Option<File>> {
+    let _under_way = UnderWay::begin(path)?;
+    #[cfg(test)]
+    blocked::wait(path);
+    if !seen.is(&fs::symlink_metadata(path)?) {
+        return Ok(None);
+    }
+    let file = match patiently(|| open_without_links(path)) {
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
+            return Ok(None);
+        }
+        file => file?,
+    };
+    let is_it = seen.is(&file.metadata()?);
+    Ok(is_it.then_some(file))
+}
+
+fn open_without_links(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+    #[cfg(target_os = "linux")]
+    {
+        let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC;
+        match rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+            // Older systems and some containers do not have it. Android ends a process that asks for it.
+            Err(Errno::NOSYS | Errno::PERM | Errno::INVAL | Errno::TOOBIG) => {}
+            opened => return Ok(File::from(opened?)),
+        }
+    }
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path)
 }
 
 fn is_regular(metadata: &fs::Metadata) -> io::Result<()> {
@@ -224,6 +301,46 @@ mod tests {
         let error = open(&path).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
         assert!(open(folder.path()).is_err());
+    }
+
+    #[test]
+    fn a_file_that_was_seen_is_opened_and_nothing_that_has_taken_its_place() {
+        use std::os::unix::fs::symlink;
+
+        let home = tempfile::tempdir().unwrap();
+        let home = home.path().canonicalize().unwrap();
+        let folder = home.join("folder");
+        let path = folder.join("f");
+        fs::create_dir(&folder).unwrap();
+        fs::write(&path, "content").unwrap();
+        let seen = Sighting::of(&fs::symlink_metadata(&path).unwrap());
+        let is_opened = || open_seen(&path, &seen).unwrap().is_some();
+        assert!(is_opened());
+        fs::write(&path, "longer content").unwrap();
+        assert!(is_opened());
+        // A link on the way, be it to the same file.
+        fs::rename(&folder, home.join("aside")).unwrap();
+        symlink(home.join("aside"), &folder).unwrap();
+        if cfg!(target_os = "linux") {
+            assert!(!is_opened());
+        }
+        fs::remove_file(&folder).unwrap();
+        fs::rename(home.join("aside"), &folder).unwrap();
+        assert!(is_opened());
+        // A link, another file, a pipe.
+        let aside = home.join("f");
+        fs::rename(&path, &aside).unwrap();
+        symlink(&aside, &path).unwrap();
+        assert!(!is_opened());
+        assert!(open_without_links(&path).is_err());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "longer content").unwrap();
+        assert!(!is_opened());
+        fs::remove_file(&path).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        assert!(!is_opened());
+        drop(open_without_links(&path).unwrap());
     }
 
     #[test]

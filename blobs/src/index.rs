@@ -20,12 +20,12 @@ use std::{
     thread,
 };
 
-use self::walk::Walker;
 pub(crate) use self::walk::litter;
+use self::walk::{Place, Walker};
 use crate::{
     Hash,
     complete::lacking,
-    files,
+    files::{self, Sighting},
     hasher::{HashError, Hashers},
     header::{Format, HeaderError},
     manifest::{self, Manifest, ManifestError, Tensor},
@@ -304,7 +304,7 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
                 reason: "it has no name",
             });
         };
-        walker.only(name, &given);
+        walker.only(name, &given)?;
         parent.to_owned()
     } else {
         walker.walk()?;
@@ -326,16 +326,14 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
         skipped.push(named(&error));
         found.remove(&error.path);
     }
-    for (name, path) in &found {
-        let metadata = fs::metadata(path);
+    for (name, place) in &found {
         progress.files_total.fetch_add(1, Ordering::Relaxed);
-        if let Ok(metadata) = metadata {
-            let total = &progress.bytes_total;
-            total.fetch_add(metadata.len(), Ordering::Relaxed);
-        }
+        progress
+            .bytes_total
+            .fetch_add(place.seen.size, Ordering::Relaxed);
         // Before hours of hashing, if it is to be refused after all.
         if rules.strict
-            && let Err(reason) = probe(name, path)
+            && let Err(reason) = probe(name, place)
         {
             faults.push(format!("{name}: {reason}"));
         }
@@ -437,7 +435,7 @@ pub(crate) fn hash_file_with(
     progress: &Progress,
 ) -> Result<(Hash, IndexedFile), IndexError> {
     let stop = [&progress.cancelled];
-    let content = index_file(path, None, hashers, (progress, &stop))?;
+    let content = index_file((path, None), None, hashers, (progress, &stop))?;
     Ok((content.blake3, content.file))
 }
 
@@ -447,7 +445,7 @@ type Readable = Result<Content, String>;
 /// The files, by name, several at a time: SHA-256 keeps one core busy for each. The first error ends all of it; a file
 /// that cannot be read is none.
 fn index_files(
-    found: BTreeMap<String, PathBuf>,
+    found: BTreeMap<String, Place>,
     progress: &Progress,
 ) -> Result<BTreeMap<String, Readable>, IndexError> {
     let hashers = Hashers::start();
@@ -459,11 +457,17 @@ fn index_files(
     let work = || {
         loop {
             let next = left.lock().expect("taking the next does not panic").next();
-            let (Some((name, path)), false) = (next, failed.load(Ordering::Relaxed)) else {
+            let (Some((name, place)), false) = (next, failed.load(Ordering::Relaxed)) else {
                 return;
             };
             let stop = [&progress.cancelled, &failed];
-            let content = index_file(&path, Format::of(&name), &hashers, (progress, &stop));
+            let Place { path, seen } = place;
+            let content = index_file(
+                (&path, Some(&seen)),
+                Format::of(&name),
+                &hashers,
+                (progress, &stop),
+            );
             let content = match content {
                 // It was found a moment ago.
                 Err(IndexError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
@@ -501,9 +505,11 @@ fn unreadable(error: &io::Error) -> String {
 }
 
 /// Reads what [`Rules::strict`] asks of a file before anything is hashed.
-fn probe(name: &str, path: &Path) -> Result<(), String> {
+fn probe(name: &str, place: &Place) -> Result<(), String> {
     let read = || {
-        let file = File::open(path)?;
+        let Some(file) = files::open_seen(&place.path, &place.seen)? else {
+            return Err(io::Error::other("another has taken its place meanwhile"));
+        };
         let size = file.metadata()?.len();
         header(&file, size, Format::of(name))
     };
@@ -551,9 +557,10 @@ fn is_lfs_pointer(file: &File, size: u64) -> io::Result<bool> {
     }
 }
 
-/// One file: what its header says, then all hashes. Each byte is read from disk once; those of the header come from memory the second time.
+/// One file, which is to be the one that was seen: what its header says, then all hashes. Each byte is read from disk
+/// once; those of the header come from memory the second time.
 fn index_file(
-    path: &Path,
+    (path, seen): (&Path, Option<&Sighting>),
     format: Option<Format>,
     hashers: &Hashers,
     (progress, stop): (&Progress, &[&AtomicBool]),
@@ -562,7 +569,12 @@ fn index_file(
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(io)?;
+    let file = match seen {
+        Some(seen) => files::open_seen(path, seen)
+            .map_err(io)?
+            .ok_or_else(|| IndexError::Changed(path.to_owned()))?,
+        None => files::open(path).map_err(io)?,
+    };
     let location = Location::of(path, &file).map_err(io)?;
     let (header, opaque) = header(&file, location.size, format).map_err(io)?;
     let ranges: Vec<_> = header.iter().map(|info| info.start..info.end).collect();
@@ -718,6 +730,46 @@ mod tests {
             index(folder.path(), &progress),
             Err(IndexError::Names(_))
         ));
+    }
+
+    #[test]
+    fn what_takes_the_place_of_a_file_that_was_found_is_not_published() {
+        use std::os::unix::fs::symlink;
+
+        let home = tempfile::tempdir().unwrap();
+        let home = home.path().canonicalize().unwrap();
+        let foreign = home.join("foreign");
+        write(&foreign.join("a"), 10);
+        for way in ["link", "folder", "pipe"] {
+            let root = home.join(way);
+            let inner = root.join("inner");
+            write(&inner.join("a"), 10);
+            let (rules, progress) = (Rules::default(), Progress::default());
+            let mut walker = Walker::new(&root, &rules, &progress);
+            walker.walk().unwrap();
+            let found = walker.found;
+            assert_eq!(found.len(), 1);
+            match way {
+                "folder" => {
+                    fs::remove_dir_all(&inner).unwrap();
+                    symlink(&foreign, &inner).unwrap();
+                }
+                "link" => {
+                    fs::remove_file(inner.join("a")).unwrap();
+                    symlink(foreign.join("a"), inner.join("a")).unwrap();
+                }
+                _ => {
+                    fs::remove_file(inner.join("a")).unwrap();
+                    let made = std::process::Command::new("mkfifo")
+                        .arg(inner.join("a"))
+                        .status();
+                    assert!(made.unwrap().success());
+                }
+            }
+            assert!(probe("inner/a", &found["inner/a"]).is_err());
+            let read = index_files(found, &progress);
+            assert!(matches!(read, Err(IndexError::Changed(_))), "{way}");
+        }
     }
 
     #[test]

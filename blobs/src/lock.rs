@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     fs::{File, OpenOptions, TryLockError},
-    io::{self, Seek},
+    io::{self, Seek, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{LazyLock, Mutex, PoisonError},
@@ -22,6 +22,8 @@ pub struct Lock {
     file: File,
     /// The last holder did not give it back: it was killed, or the power went.
     was_left: bool,
+    /// The file says that it is this process's.
+    is_signed: bool,
     /// In [`HELD`].
     number: (u64, u64),
 }
@@ -66,18 +68,29 @@ fn holder(pid: &Option<u32>) -> String {
     }
 }
 
+/// Writes over the signature of an earlier holder, which stays on a full disk: so it can still be told that it was
+/// killed.
+fn sign(mut file: &File) -> io::Result<()> {
+    let mut text = Vec::new();
+    Holder::this().write(&mut text)?;
+    file.rewind()?;
+    file.write_all(&text)?;
+    file.set_len(text.len() as u64)
+}
+
 impl Lock {
     /// Takes the lock of `folder`, in its file `lock`, and writes this process's id there.
     ///
     /// # Errors
     /// [`LockError::Held`] at once if another process, or another holder in this one, has it.
     pub fn take(folder: &Path) -> Result<Self, LockError> {
-        Self::take_with(folder, File::try_lock)
+        Self::take_with(folder, File::try_lock, sign)
     }
 
     fn take_with(
         folder: &Path,
         try_lock: impl Fn(&File) -> Result<(), TryLockError>,
+        sign: impl Fn(&File) -> io::Result<()>,
     ) -> Result<Self, LockError> {
         let path = folder.join("lock");
         let io = |source| LockError::Io {
@@ -88,7 +101,7 @@ impl Lock {
             path: folder.to_owned(),
             pid: holder.map(|holder| holder.pid).filter(|pid| *pid > 0),
         };
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
@@ -124,14 +137,15 @@ impl Lock {
             return Err(held(last));
         }
         drop(of_process);
-        let lock = Self {
+        // From here on it is given back, whatever fails.
+        let mut lock = Self {
             was_left: metadata.len() > 0,
+            is_signed: false,
             number,
-            file: file.try_clone().map_err(io)?,
+            file,
         };
-        file.set_len(0).map_err(io)?;
-        file.rewind().map_err(io)?;
-        Holder::this().write(&file).map_err(io)?;
+        sign(&lock.file).map_err(io)?;
+        lock.is_signed = true;
         Ok(lock)
     }
 
@@ -143,8 +157,11 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // An empty file tells the next holder that this one ended cleanly; one that is not is only checked more.
-        if let Err(error) = self.file.set_len(0) {
+        // An empty file tells the next holder that this one ended cleanly; one that is not is only checked more. The
+        // signature of an earlier holder stays if this one did not begin.
+        if self.is_signed
+            && let Err(error) = self.file.set_len(0)
+        {
             tracing::debug!(%error, "a lock file keeps the id of its last holder");
         }
         let mut of_process = HELD.lock().unwrap_or_else(PoisonError::into_inner);
@@ -154,6 +171,8 @@ impl Drop for Lock {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -171,12 +190,25 @@ mod tests {
     #[test]
     fn a_lock_that_the_file_system_grants_to_everybody_still_has_one_holder() {
         let folder = tempfile::tempdir().unwrap();
-        let first = Lock::take_with(folder.path(), |_| Ok(())).unwrap();
-        let second = Lock::take_with(folder.path(), |_| Ok(()));
+        let first = Lock::take_with(folder.path(), |_| Ok(()), sign).unwrap();
+        let second = Lock::take_with(folder.path(), |_| Ok(()), sign);
         assert!(matches!(second, Err(LockError::Held { pid: Some(_), .. })));
         drop(first);
-        let again = Lock::take_with(folder.path(), |_| Ok(())).unwrap();
+        let again = Lock::take_with(folder.path(), |_| Ok(()), sign).unwrap();
         assert!(!again.was_left());
+    }
+
+    #[test]
+    fn a_lock_that_cannot_be_signed_is_given_back() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("lock"), "1\n").unwrap();
+        let full = |_: &File| Err(io::ErrorKind::StorageFull.into());
+        let error = Lock::take_with(folder.path(), File::try_lock, full).unwrap_err();
+        assert!(matches!(error, LockError::Io { .. }), "{error}");
+        let lock = Lock::take(folder.path()).unwrap();
+        assert!(lock.was_left());
+        drop(lock);
+        assert!(!Lock::take(folder.path()).unwrap().was_left());
     }
 
     #[test]
@@ -185,7 +217,7 @@ mod tests {
         use rustix::io::Errno;
         for error in [Errno::NOSYS, Errno::NOLCK, Errno::OPNOTSUPP] {
             let none = |_: &File| Err(TryLockError::Error(error.into()));
-            let error = Lock::take_with(folder.path(), none).unwrap_err();
+            let error = Lock::take_with(folder.path(), none, sign).unwrap_err();
             assert!(matches!(error, LockError::Unsupported { .. }), "{error}");
             assert!(error.to_string().contains("local disk"), "{error}");
         }

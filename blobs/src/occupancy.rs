@@ -33,6 +33,9 @@ const BEAT: Duration = Duration::from_secs(5);
 /// How long a holder may be silent: many beats, for a network file system may hold writes and attributes back for up to a minute (nfs(5), acregmax).
 const STALE: Duration = Duration::from_secs(120);
 
+/// Most of a file that is compared, in bytes: several times what a process writes there.
+const MAX_SAID: u64 = 4096;
+
 /// How often whoever waits looks again.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -46,7 +49,7 @@ pub(crate) struct Occupancy {
 #[derive(Debug)]
 enum Held {
     Locked(File),
-    Made(Option<Beating>),
+    Made(File, Option<Beating>),
 }
 
 /// Shows that the holder of a file is alive, until it is dropped.
@@ -54,6 +57,33 @@ enum Held {
 struct Beating {
     ended: Arc<AtomicBool>,
     thread: JoinHandle<()>,
+}
+
+/// How the holder of a file signs it: always as many bytes, so that each signature is written over the one before,
+/// which stays on a disk that is full.
+#[derive(Debug)]
+struct Signature {
+    holder: Vec<u8>,
+    number: u64,
+}
+
+impl Signature {
+    fn new() -> io::Result<Self> {
+        let mut holder = Vec::new();
+        Holder::this().write(&mut holder)?;
+        Ok(Self {
+            holder,
+            number: fastrand::u64(..),
+        })
+    }
+
+    fn write(&self, mut file: &File, beat: u64) -> io::Result<()> {
+        let mut text = self.holder.clone();
+        writeln!(text, "beat {:016x} {beat:020}", self.number)?;
+        file.seek(SeekFrom::Start(0))?;
+        file.write_all(&text)?;
+        file.sync_data()
+    }
 }
 
 /// How a file is locked; another way in tests.
@@ -131,23 +161,37 @@ pub(crate) fn sweep(folder: &Path) {
 
 fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
     let path = folder.join(LOCKED);
+    // Opening a device may do something: look first.
+    check_plain(&path)?;
     let open = |write: bool| {
         OpenOptions::new()
             .read(true)
             .write(write)
             .create(write)
             .truncate(false)
-            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+            .custom_flags(plainly())
             .open(&path)
     };
     let (file, is_ours) = match open(true) {
         Ok(file) => (file, true),
         // Another user's, in a folder that both may write to: it can be waited for all the same.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && path.exists() => {
-            (open(false)?, false)
+        Err(error)
+            if error.kind() == io::ErrorKind::PermissionDenied
+                && fs::symlink_metadata(&path).is_ok() =>
+        {
+            match open(false) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Attempt::Again),
+                file => (file?, false),
+            }
         }
-        Err(error) => return Err(error),
+        Err(error) => {
+            check_plain(&path)?;
+            return Err(error);
+        }
     };
+    if !file.metadata()?.is_file() {
+        return Err(no_lock_file(&path));
+    }
     match try_lock(&file) {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -158,17 +202,24 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
             ));
         }
         Err(TryLockError::Error(error)) if has_no_locks(&error) => {
-            fs::remove_file(&path)?;
-            return make(&folder.join(MADE));
+            // Another process may have removed it, and another user's may stay in a folder where each removes only his
+            // own.
+            match fs::remove_file(&path) {
+                Err(error)
+                    if !matches!(
+                        error.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
+                    ) =>
+                {
+                    return Err(error);
+                }
+                _ => return make(&folder.join(MADE)),
+            }
         }
         Err(TryLockError::Error(error)) => return Err(error),
     }
     // The last holder may have removed it while it was opened here.
-    let is_named = fs::symlink_metadata(&path).is_ok_and(|named| {
-        file.metadata()
-            .is_ok_and(|file| (file.dev(), file.ino()) == (named.dev(), named.ino()))
-    });
-    if !is_named {
+    if !is_named(&path, &file) {
         return Ok(Attempt::Again);
     }
     // Some file systems grant every lock.
@@ -180,13 +231,20 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
     }
     if !is_ours {
         // Left by a process that was killed.
-        fs::remove_file(&path)?;
-        return Ok(Attempt::Again);
+        return match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io::Error::new(
+                error.kind(),
+                format!("another user left {}: {error}", path.display()),
+            )),
+            _ => Ok(Attempt::Again),
+        };
     }
     let sign = || {
-        file.set_len(0)?;
+        let mut text = Vec::new();
+        Holder::this().write(&mut text)?;
         (&file).seek(SeekFrom::Start(0))?;
-        Holder::this().write(&file)
+        (&file).write_all(&text)?;
+        file.set_len(text.len() as u64)
     };
     // A disk that is full says so when the content comes, and with how much is needed.
     if let Err(error) = sign() {
@@ -196,6 +254,50 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
         path,
         held: Held::Locked(file),
     }))
+}
+
+/// How a file is opened in a folder that others may write to: not through a link, and without waiting for a pipe.
+fn plainly() -> i32 {
+    (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32
+}
+
+/// Refuses what is at `path` if it is there and no plain file.
+fn check_plain(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(there) if !there.is_file() => Err(no_lock_file(path)),
+        _ => Ok(()),
+    }
+}
+
+fn no_lock_file(path: &Path) -> io::Error {
+    let text = format!("remove {}: it is not a lock file", path.display());
+    io::Error::new(io::ErrorKind::InvalidInput, text)
+}
+
+/// Whether `path` is the name of `file`. Not if that cannot be told.
+fn is_named(path: &Path, file: &File) -> bool {
+    let number = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let named = fs::symlink_metadata(path).map(number);
+    matches!((named, file.metadata().map(number)), (Ok(named), Ok(file)) if named == file)
+}
+
+/// Reads what a lock file says, as far as it is compared, and the signature in it.
+fn said_in(path: &Path) -> io::Result<(Vec<u8>, Option<Holder>)> {
+    check_plain(path)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(plainly())
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(no_lock_file(path));
+    }
+    let mut said = Vec::new();
+    (&file).take(MAX_SAID).read_to_end(&mut said)?;
+    // Its maker has not come to sign it yet.
+    if said.is_empty() {
+        said.push(b'\n');
+    }
+    Ok((said, Holder::read(&file)?))
 }
 
 /// Whether locks are what the file system does not know, or has no room for.
@@ -214,63 +316,67 @@ fn make(path: &Path) -> io::Result<Attempt> {
         .write(true)
         .create_new(true)
         .open(path);
-    let mut file = match made {
+    let file = match made {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let mut said = Vec::new();
-            match File::open(path) {
-                Ok(mut file) => {
-                    (&mut file).take(4096).read_to_end(&mut said)?;
-                    let holder = Holder::read(&file)?;
-                    // Its maker has not come to sign it yet.
-                    if said.is_empty() {
-                        said.push(b'\n');
-                    }
-                    return Ok(Attempt::Held(said, holder));
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    return Ok(Attempt::Again);
-                }
-                Err(error) => return Err(error),
-            }
+            return match said_in(path) {
+                Ok((said, holder)) => Ok(Attempt::Held(said, holder)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Attempt::Again),
+                Err(error) => Err(error),
+            };
         }
         Err(error) => return Err(error),
     };
-    let number = fastrand::u64(..);
-    let sign = move |file: &mut File, beat: u64| {
-        file.set_len(0)?;
-        file.seek(SeekFrom::Start(0))?;
-        let mut text = Vec::new();
-        Holder::this().write(&mut text)?;
-        writeln!(text, "beat {number:016x} {beat}")?;
-        file.write_all(&text)?;
-        file.sync_data()
-    };
-    if let Err(error) = sign(&mut file, 0) {
-        crate::store::discard(path);
-        return Err(error);
+    let begun = Signature::new().and_then(|signature| {
+        signature.write(&file, 0)?;
+        Beating::begin(path, file.try_clone()?, signature, BEAT)
+    });
+    match begun {
+        Ok(beating) => Ok(Attempt::Taken(Occupancy {
+            path: path.to_owned(),
+            held: Held::Made(file, Some(beating)),
+        })),
+        Err(error) => {
+            if is_named(path, &file) {
+                crate::store::discard(path);
+            }
+            Err(error)
+        }
     }
-    let ended = Arc::new(AtomicBool::new(false));
-    let of_thread = Arc::clone(&ended);
-    let thread = thread::Builder::new().name("weft-folder".to_owned());
-    let thread = thread.spawn(move || {
-        let mut begun = Instant::now();
-        let beats = AtomicU64::new(1);
-        while !of_thread.load(Ordering::Acquire) {
-            thread::park_timeout(BEAT);
-            if begun.elapsed() >= BEAT && !of_thread.load(Ordering::Acquire) {
+}
+
+impl Beating {
+    fn begin(path: &Path, file: File, signature: Signature, every: Duration) -> io::Result<Self> {
+        let path = path.to_owned();
+        let ended = Arc::new(AtomicBool::new(false));
+        let of_thread = Arc::clone(&ended);
+        let thread = thread::Builder::new().name("weft-folder".to_owned());
+        let thread = thread.spawn(move || {
+            let mut begun = Instant::now();
+            let mut beat = 1;
+            while !of_thread.load(Ordering::Acquire) {
+                thread::park_timeout(every);
+                if begun.elapsed() < every || of_thread.load(Ordering::Acquire) {
+                    continue;
+                }
                 begun = Instant::now();
-                let beat = beats.fetch_add(1, Ordering::Relaxed);
-                if let Err(error) = sign(&mut file, beat) {
+                // A disk that does not answer now may answer at the next beat.
+                let is_gone = match fs::symlink_metadata(&path) {
+                    Ok(_) => !is_named(&path, &file),
+                    Err(error) => error.kind() == io::ErrorKind::NotFound,
+                };
+                if is_gone {
+                    tracing::warn!(path = %path.display(), "a lock was taken away from this process");
+                    return;
+                }
+                if let Err(error) = signature.write(&file, beat) {
                     tracing::debug!(%error, "a lock file is not kept fresh");
                 }
+                beat += 1;
             }
-        }
-    })?;
-    Ok(Attempt::Taken(Occupancy {
-        path: path.to_owned(),
-        held: Held::Made(Some(Beating { ended, thread })),
-    }))
+        })?;
+        Ok(Self { ended, thread })
+    }
 }
 
 /// Takes the file of a holder that is gone away, if it is still as it was. Two that do so at once do not take the next holder's: what is not as it was is
@@ -284,7 +390,7 @@ fn take_away(folder: &Path, said: &[u8]) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         result => result?,
     }
-    if said != b"\n" && fs::read(&aside)? != said {
+    if !matches!(said_in(&aside), Ok((now, _)) if now == said) {
         return crate::partial::rename_new(&aside, &path);
     }
     tracing::warn!(folder = %folder.display(), "a lock is taken over: its holder is gone");
@@ -293,7 +399,7 @@ fn take_away(folder: &Path, said: &[u8]) -> io::Result<()> {
 
 impl Drop for Occupancy {
     fn drop(&mut self) {
-        if let Held::Made(beating) = &mut self.held
+        if let Held::Made(_, beating) = &mut self.held
             && let Some(Beating { ended, thread }) = beating.take()
         {
             ended.store(true, Ordering::Release);
@@ -303,8 +409,11 @@ impl Drop for Occupancy {
                 tracing::warn!("a thread that keeps a lock file fresh has panicked");
             }
         }
-        // While it is held: the next holder makes another one.
-        crate::store::discard(&self.path);
+        let (Held::Locked(file) | Held::Made(file, _)) = &self.held;
+        // While it is held: the next holder makes another one. One that was taken over is another's.
+        if is_named(&self.path, file) {
+            crate::store::discard(&self.path);
+        }
         if let Held::Locked(file) = &self.held
             && let Err(error) = file.unlock()
         {
@@ -357,6 +466,104 @@ mod tests {
     #[test]
     fn without_file_locks_another_kind_of_lock_is_used() {
         one_after_another(no_locks);
+    }
+
+    #[test]
+    fn what_is_no_lock_file_is_named_and_left() {
+        use std::os::unix::fs::symlink;
+
+        for (name, locks) in [(LOCKED, true), (MADE, false)] {
+            for kind in ["link", "dangling", "pipe", "folder"] {
+                let home = tempfile::tempdir().unwrap();
+                let folder = home.path().join("folder");
+                fs::create_dir(&folder).unwrap();
+                let path = folder.join(name);
+                let foreign = home.path().join("foreign");
+                match kind {
+                    "link" => {
+                        fs::write(&foreign, "mine").unwrap();
+                        symlink(&foreign, &path).unwrap();
+                    }
+                    "dangling" => symlink(&foreign, &path).unwrap(),
+                    "pipe" => {
+                        let made = Command::new("mkfifo").arg(&path).status();
+                        assert!(made.unwrap().success());
+                    }
+                    _ => fs::create_dir(&path).unwrap(),
+                }
+                let never = AtomicBool::new(false);
+                let try_lock: TryLock<'_> = if locks { &File::try_lock } else { &no_locks };
+                let taken = Occupancy::take_with(&folder, &never, &|_| (), try_lock, STALE);
+                let error = taken.unwrap_err().to_string();
+                let says = format!("remove {}: it is not a lock file", path.display());
+                assert!(error.contains(&says), "{kind}: {error}");
+                assert!(fs::symlink_metadata(&path).is_ok());
+                match kind {
+                    "link" => assert_eq!(fs::read(&foreign).unwrap(), b"mine"),
+                    _ => assert!(!foreign.exists()),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_lock_file_that_another_process_has_removed_is_no_fault() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(LOCKED);
+        let races = |_: &File| {
+            fs::remove_file(&path).unwrap();
+            no_locks(&File::open("/dev/null").unwrap())
+        };
+        let (_taken, waited) = take(folder.path(), &races, STALE);
+        assert!(!waited);
+    }
+
+    #[test]
+    fn each_beat_is_written_over_the_one_before() {
+        let file = tempfile::tempfile().unwrap();
+        let signature = Signature::new().unwrap();
+        signature.write(&file, 0).unwrap();
+        let size = file.metadata().unwrap().len();
+        assert!(size < MAX_SAID);
+        for beat in [1, 9, 10, u64::MAX] {
+            signature.write(&file, beat).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), size);
+            assert_eq!(Holder::read(&file).unwrap(), Some(Holder::this()));
+        }
+    }
+
+    #[test]
+    fn a_lock_file_that_was_taken_over_is_neither_written_nor_removed() {
+        for made in [true, false] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join(MADE);
+            let file = File::create_new(&path).unwrap();
+            let signature = Signature::new().unwrap();
+            signature.write(&file, 0).unwrap();
+            let beating = made.then(|| {
+                let file = file.try_clone().unwrap();
+                Beating::begin(&path, file, signature, Duration::from_millis(10)).unwrap()
+            });
+            fs::remove_file(&path).unwrap();
+            fs::write(&path, "another's").unwrap();
+            if let Some(beating) = &beating {
+                let begun = Instant::now();
+                while !beating.thread.is_finished() {
+                    assert!(begun.elapsed() < Duration::from_secs(60));
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+            let held = match made {
+                true => Held::Made(file, beating),
+                false => Held::Locked(file),
+            };
+            let path_of = path.clone();
+            drop(Occupancy {
+                path: path_of,
+                held,
+            });
+            assert_eq!(fs::read(&path).unwrap(), b"another's");
+        }
     }
 
     #[test]

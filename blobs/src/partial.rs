@@ -516,7 +516,7 @@ impl Partial {
                 Err(error) if self.is_there_already(&error) => {
                     crate::store::discard(self.part());
                     self.finished.store(true, Ordering::Release);
-                    let file = File::open(&self.target).map_err(cannot_read())?;
+                    let file = crate::files::open(&self.target).map_err(cannot_read())?;
                     let location = Location::of(&self.target, &file).map_err(cannot_read())?;
                     *self.lock_occupancy() = None;
                     return Ok((location, false));
@@ -668,20 +668,38 @@ fn is_unsupported(error: &io::Error) -> bool {
     ) || error == Some(Errno::NOTSUP)
 }
 
+/// Names that are tried, of which each may be taken: a process of this number may have left files there.
+const NAMES: usize = 64;
+
 /// Tries with empty files whether files can get their names in `folder`: it is better known before anything has been fetched than after.
 pub(crate) fn try_naming(folder: &Path) -> Result<(), StoreError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let named = |what| {
-        let name = format!("{OWN_PREFIX}{what}-{}-{number}", std::process::id());
-        folder.join(name)
-    };
-    let [from, to] = ["from", "to"].map(named);
-    let tried = File::create(&from).and_then(|_| rename_new(&from, &to));
-    for path in [&from, &to] {
-        crate::store::discard(path);
+    try_naming_from(folder, &NEXT)
+        .map_err(StoreError::io("cannot give files their names in", folder))
+}
+
+fn try_naming_from(folder: &Path, next: &AtomicU64) -> io::Result<()> {
+    for _ in 0..NAMES {
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        let named = |what| {
+            let name = format!("{OWN_PREFIX}{what}-{}-{number}", std::process::id());
+            folder.join(name)
+        };
+        let [from, to] = ["from", "to"].map(named);
+        // Never through a link that another user left there, and nothing that is there is removed.
+        let made = crate::files::patiently(|| File::create_new(&from));
+        let named = made.and_then(|_| {
+            let named = rename_new(&from, &to);
+            let left = if named.is_ok() { &to } else { &from };
+            crate::store::discard(left);
+            named
+        });
+        match named {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            named => return named,
+        }
     }
-    tried.map_err(StoreError::io("cannot give files their names in", folder))
+    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 #[cfg(test)]
@@ -781,6 +799,26 @@ mod tests {
         try_naming(folder.path()).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
         try_naming(&folder.path().join("missing")).unwrap_err();
+    }
+
+    #[test]
+    fn trying_to_name_files_leaves_what_has_their_names_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let foreign = folder.path().join("foreign");
+        fs::write(&foreign, "mine").unwrap();
+        let taken = |what, number| {
+            let name = format!("{OWN_PREFIX}{what}-{}-{number}", std::process::id());
+            folder.path().join(name)
+        };
+        std::os::unix::fs::symlink(&foreign, taken("from", 0)).unwrap();
+        fs::write(taken("to", 1), "left").unwrap();
+        let next = AtomicU64::new(0);
+        try_naming_from(folder.path(), &next).unwrap();
+        assert_eq!(next.into_inner(), 3);
+        assert_eq!(fs::read(&foreign).unwrap(), b"mine");
+        assert!(taken("from", 0).is_symlink());
+        assert_eq!(fs::read(taken("to", 1)).unwrap(), b"left");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3);
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::{
     selection::{Selected, Wanted},
     serve::MAX_GROUPS,
     source::{ReadError, Source},
-    store::{make_folders, part_path},
+    store::{KnownFiles, make_folders, part_path},
     tree::Tree,
 };
 
@@ -38,6 +38,10 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 /// Files that are found in place and taken in with one commit: each holds its tree in memory, a thousandth of its size, and a crash costs reading them again.
 const ADOPTED: usize = 64;
+
+/// Of a blob that is in more files, what is known of them is kept while all of a model's files are looked at: a model
+/// may have a hundred thousand files of the same content.
+const MANY: usize = 64;
 
 /// How long to wait for a part file that an earlier, cancelled transfer is still settling.
 const BUSY_WAIT: Duration = Duration::from_secs(5);
@@ -493,6 +497,7 @@ fn missing_files<'a>(
     let mut hashers = None;
     let mut written = None;
     let mut found = Vec::new();
+    let mut known: HashMap<Hash, KnownFiles> = HashMap::new();
     for &file in files {
         let target = root.join(&file.path);
         if let Some(blocking) = blocking_component(root, &file.path) {
@@ -521,7 +526,19 @@ fn missing_files<'a>(
             conflict(target)?;
             continue;
         }
-        if existing.reread || !store.holds_untouched(&file.blake3, &target)? {
+        let is_untouched = match (existing.reread, known.get(&file.blake3)) {
+            (true, _) => false,
+            (false, Some(known)) => known.has_untouched(&target),
+            (false, None) => {
+                let files = store.known_files(&file.blake3)?;
+                let is_untouched = files.has_untouched(&target);
+                if files.len() > MANY {
+                    known.insert(file.blake3, files);
+                }
+                is_untouched
+            }
+        };
+        if !is_untouched {
             let hashers = hashers.get_or_insert_with(Hashers::start);
             let (hash, indexed) = index::hash_file_with(hashers, &target, &progress.check)?;
             if hash != file.blake3 {
@@ -952,8 +969,9 @@ mod tests {
         assert_eq!(fs::read(root.join("a")).unwrap(), content(2, 21));
         assert!(
             store
-                .holds_untouched(&new.hash("a"), &root.join("a"))
+                .known_files(&new.hash("a"))
                 .unwrap()
+                .has_untouched(&root.join("a"))
         );
         // Nothing is left that could be told as changed.
         let written = store.fetched_files().unwrap();
@@ -982,6 +1000,33 @@ mod tests {
         let error = with(true).unwrap_err();
         assert!(matches!(error, PlanError::TargetExists { .. }), "{error}");
         assert_eq!(fs::read(root.join("b")).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn of_many_files_of_equal_content_each_is_known_and_one_that_changed_is_noticed() {
+        let home = tempfile::tempdir().unwrap();
+        let root = home.path().canonicalize().unwrap().join("m");
+        fs::create_dir(&root).unwrap();
+        for i in 0..3 * MANY {
+            fs::write(root.join(i.to_string()), "same").unwrap();
+        }
+        let indexed = index::index(&root, &index::Progress::default()).unwrap();
+        let store = store(&home);
+        store.add(&indexed, None).unwrap();
+        let plan = || {
+            let progress = Arc::new(Progress::default());
+            let plan = Plan::new(&store, &indexed.manifest, None, &root, progress.clone());
+            let read = progress.check.bytes_done.load(Ordering::Relaxed);
+            plan.map(|plan| (plan.is_complete(), read))
+        };
+        assert_eq!(plan().unwrap(), (true, 0));
+        // The last by name: all others are looked at before it.
+        fs::write(root.join("99"), "else").unwrap();
+        let error = plan().unwrap_err();
+        assert!(
+            matches!(error, PlanError::TargetExists { count: 1, .. }),
+            "{error}"
+        );
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::{
 use crate::{
     Hash, Manifest, Store, StoreError,
     extract::{self, ExtractError},
-    manifest,
+    files, manifest,
     partial::rename_new,
     path::OWN_PREFIX,
     selection::{Selected, Wanted},
@@ -171,7 +171,7 @@ pub(crate) fn conflicts(manifest: &Manifest, selected: &Selected, root: &Path) -
 
 /// The names of the tensors in a safetensors file; `None` if it is none.
 fn names_in(path: &Path) -> Option<BTreeSet<String>> {
-    let mut file = File::open(path).ok()?;
+    let mut file = files::open(path).ok()?;
     let mut size = [0; 8];
     file.read_exact(&mut size).ok()?;
     let size = u64::from_le_bytes(size);
@@ -258,12 +258,13 @@ fn place(
     let folder = target.parent().unwrap_or(Path::new("/"));
     make_folders(folder)?;
     let temporary = folder.join(format!("{OWN_PREFIX}{}.new", &hash.to_string()[..32]));
+    // A file that was left there goes, and so does a link that another user made: its target is not ours to write to.
+    crate::store::discard(&temporary);
     let fill = || {
         let file = File::options()
             .read(true)
             .write(true)
-            .create(true)
-            .truncate(true)
+            .create_new(true)
             .open(&temporary)?;
         fill(&file)?;
         file.sync_all()
@@ -295,7 +296,7 @@ fn place(
 fn is_same(one: &Path, other: &Path) -> bool {
     let compare = || -> io::Result<bool> {
         let metadata = fs::symlink_metadata(other)?;
-        let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+        let (mut one, mut other) = (files::open(one)?, files::open(other)?);
         let mut left = one.metadata()?.len();
         if !metadata.is_file() || metadata.len() != left {
             return Ok(false);
@@ -313,4 +314,33 @@ fn is_same(one: &Path, other: &Path) -> bool {
         Ok(true)
     };
     compare().unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_link_in_the_place_of_a_file_that_is_being_made_is_not_written_through() {
+        let folder = tempfile::tempdir().unwrap();
+        let foreign = folder.path().join("foreign");
+        fs::write(&foreign, "mine").unwrap();
+        let root = folder.path().join("model");
+        fs::create_dir(&root).unwrap();
+        let hash = Hash::of(b"x");
+        let name = format!("{OWN_PREFIX}{}.new", &hash.to_string()[..32]);
+        symlink(&foreign, root.join(&name)).unwrap();
+        let fill = |mut to: &File| io::Write::write_all(&mut to, b"result");
+        let target = root.join("result");
+        assert!(place(&target, &hash, fill, &AtomicBool::new(false)).unwrap());
+        assert_eq!(fs::read(&foreign).unwrap(), b"mine");
+        assert_eq!(fs::read(&target).unwrap(), b"result");
+        assert!(fs::symlink_metadata(&target).unwrap().is_file());
+        // A leftover of a crash is no hindrance either.
+        fs::write(root.join(&name), "longer than what is made").unwrap();
+        assert!(!place(&target, &hash, fill, &AtomicBool::new(false)).unwrap());
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 1);
+    }
 }

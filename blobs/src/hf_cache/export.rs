@@ -22,10 +22,11 @@ use super::{
     Etag, Layout,
     layout::link,
     name::{is_temporary, temporary},
+    on_one_line,
     plan::{Blob, Plan, check_way, done, look, refuse, stop_if_cancelled},
 };
 use crate::{
-    Manifest,
+    Manifest, files,
     index::{Location, Progress},
     lock::{Lock, LockError},
     store::{StoreError, discard, sync_folder},
@@ -105,7 +106,7 @@ pub enum ExportError {
     #[error("the content of {0:?} is not in the cache, and there is no source for it")]
     NoSource(String),
     /// A source does not hold the content it is given for.
-    #[error("{} does not hold the content of {file:?}: {reason}", .path.display())]
+    #[error("{} does not hold the content of {file:?}: {reason}", on_one_line(.path))]
     Source {
         /// The file in the manifest.
         file: String,
@@ -115,7 +116,7 @@ pub enum ExportError {
         reason: &'static str,
     },
     /// Something else is where this model's files go. It is left as it is, and so is all else.
-    #[error("{} is in the way: {reason}", .path.display())]
+    #[error("{} is in the way: {reason}", on_one_line(.path))]
     Conflict {
         /// What is there.
         path: PathBuf,
@@ -269,7 +270,7 @@ impl Export<'_> {
             let source = &blob.source;
             let cannot_read = || StoreError::io("cannot read", &source.path);
             let cannot_write = || StoreError::io("cannot write", &temporary);
-            let from = File::open(&source.path).map_err(cannot_read())?;
+            let from = files::open(&source.path).map_err(cannot_read())?;
             // Never through a link that somebody left there.
             let to = File::create_new(&temporary).map_err(cannot_write())?;
             let mut left = source.size;
@@ -402,7 +403,7 @@ fn changed(blob: &Blob) -> ExportError {
 fn move_unshared(blob: &Blob, target: &Path) -> Result<bool, ExportError> {
     let source = &blob.source;
     let cannot_read = || StoreError::io("cannot read", &source.path);
-    let file = File::open(&source.path).map_err(cannot_read())?;
+    let file = files::open(&source.path).map_err(cannot_read())?;
     let metadata = file.metadata().map_err(cannot_read())?;
     if Location::from_metadata(&source.path, &metadata) != *source {
         return Err(changed(blob));

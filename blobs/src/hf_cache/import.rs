@@ -16,6 +16,7 @@ use std::{
 use super::{
     Commit, NameError, RepoId, Revision,
     name::{hex, is_temporary},
+    on_one_line,
 };
 use crate::{
     index::{self, IndexError, Indexed, NOT_PART_OF_A_MODEL, Progress, Rules, litter},
@@ -132,7 +133,7 @@ impl fmt::Display for Flaw {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.path.display(), self.flaw)
+        write!(f, "{}: {}", on_one_line(&self.path), self.flaw)
     }
 }
 
@@ -155,7 +156,7 @@ pub enum FindError {
     #[error(transparent)]
     Name(#[from] NameError),
     /// The cache could not be read, or there is none.
-    #[error("cannot read the cache {}: {source}", .cache.display())]
+    #[error("cannot read the cache {}: {source}", on_one_line(.cache))]
     Cache {
         /// The cache.
         cache: PathBuf,
@@ -221,7 +222,7 @@ fn there_is<T: fmt::Display>(it: &str, there: &[T]) -> String {
 #[non_exhaustive]
 pub enum ImportError {
     /// Every file of the snapshot is missing or damaged, or one is that may not be left out.
-    #[error("{} cannot be indexed: {}", .folder.display(), there_is("of its files,", .problems))]
+    #[error("{} cannot be indexed: {}", on_one_line(.folder), there_is("of its files,", .problems))]
     Damaged {
         /// The snapshot's folder.
         folder: PathBuf,

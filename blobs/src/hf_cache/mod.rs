@@ -29,7 +29,7 @@ use std::{
     env,
     ffi::{OsStr, OsString},
     os::unix::ffi::{OsStrExt, OsStringExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 pub use self::{
@@ -111,6 +111,18 @@ fn reference(text: &[u8]) -> Option<(&str, &[u8])> {
     Some((name, after))
 }
 
+/// A path for a message: a name in it may hold line breaks, and codes that move the cursor of a terminal.
+fn on_one_line(path: &Path) -> String {
+    let mut text = String::new();
+    for char in path.to_string_lossy().chars() {
+        match char.is_control() || matches!(char, '\u{2028}' | '\u{2029}') {
+            true => text.extend(char.escape_default()),
+            false => text.push(char),
+        }
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,6 +134,22 @@ mod tests {
         };
         let cache = cache_from(variable, home.map(PathBuf::from))?;
         Some(cache.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn a_message_about_a_path_is_one_line_whatever_the_path() {
+        let path = PathBuf::from("/cache/a\nb\r\u{1b}[2J\u{2028}\u{e9}");
+        let flaw = Flaw::Dangling;
+        let shown = Problem { path, flaw }.to_string();
+        assert!(!shown.contains(char::is_control), "{shown:?}");
+        assert!(
+            shown.starts_with(
+                r"/cache/a\nb\r\u{1b}[2J\u{2028}\u{e9}: "
+                    .replace(r"\u{e9}", "\u{e9}")
+                    .as_str()
+            ),
+            "{shown}"
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
-    fs::{self, File, Metadata},
+    fs::{self, Metadata},
     io::{self, Read},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Commit, Etag, Export, ExportError, ExportedFile, How};
 use crate::{
+    files,
     index::{Location, Progress},
     manifest,
     store::StoreError,
@@ -143,7 +144,7 @@ fn source(export: &Export<'_>, file: &manifest::File) -> Result<Option<Location>
 /// The name of a small file's blob, by its content, which is checked on the way.
 fn git_blob(source: &Location, file: &manifest::File) -> Result<Etag, ExportError> {
     let mut content = Vec::new();
-    File::open(&source.path)
+    files::open(&source.path)
         .and_then(|open| open.take(file.size + 1).read_to_end(&mut content))
         .map_err(StoreError::io("cannot read", &source.path))?;
     if Sha256::digest(&content)[..] != file.sha256 {
@@ -232,7 +233,7 @@ pub(super) fn check_way(root: &Path, folder: &Path) -> Result<(), ExportError> {
 
 fn sha256(path: &Path, progress: &Progress) -> Result<[u8; 32], ExportError> {
     let cannot_read = || StoreError::io("cannot read", path);
-    let mut file = File::open(path).map_err(cannot_read())?;
+    let mut file = files::open(path).map_err(cannot_read())?;
     let mut hasher = Sha256::new();
     let mut piece = vec![0; PIECE];
     loop {

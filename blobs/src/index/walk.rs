@@ -11,6 +11,7 @@ use std::{
 
 use super::{IndexError, NOT_PART_OF_A_MODEL, Notes, Progress, Rules, unreadable};
 use crate::{
+    files::Sighting,
     manifest::{MAX_FILES, ManifestError},
     path::{MAX_PATH, OWN_PREFIX, PathError},
 };
@@ -38,6 +39,14 @@ pub(crate) fn litter(name: &str) -> Option<&'static str> {
     }
 }
 
+/// A file that was found.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// Where it is, without links.
+    pub(super) path: PathBuf,
+    pub(super) seen: Sighting,
+}
+
 /// Walks through a folder.
 pub(super) struct Walker<'a> {
     root: &'a Path,
@@ -45,8 +54,8 @@ pub(super) struct Walker<'a> {
     progress: &'a Progress,
     /// Folders that links may lead into, without links: the root, and others that go with it.
     within: Vec<PathBuf>,
-    /// The files, by path in the manifest: where they are, without links.
-    pub(super) found: BTreeMap<String, PathBuf>,
+    /// The files, by path in the manifest.
+    pub(super) found: BTreeMap<String, Place>,
     pub(super) skipped: Notes,
     pub(super) followed: Notes,
     /// Of what is left out, that which the person meant to publish.
@@ -78,9 +87,10 @@ impl<'a> Walker<'a> {
     }
 
     /// Takes one file alone.
-    pub(super) fn only(&mut self, name: &OsStr, path: &Path) {
-        if let Some(name) = self.name("", name) {
-            self.found.insert(name, path.to_owned());
+    pub(super) fn only(&mut self, name: &OsStr, path: &Path) -> Result<(), IndexError> {
+        match self.name("", name) {
+            Some(name) => self.file(path.to_owned(), name),
+            None => Ok(()),
         }
     }
 
@@ -214,7 +224,18 @@ impl<'a> Walker<'a> {
         if self.found.len() >= MAX_FILES {
             return Err(too_many("files"));
         }
-        self.found.insert(relative, path);
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_file() => {
+                let seen = Sighting::of(&metadata);
+                self.found.insert(relative, Place { path, seen });
+            }
+            // It was a file a moment ago.
+            Ok(_) => return Err(IndexError::Changed(path)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(IndexError::Changed(path));
+            }
+            Err(error) => self.fault(&relative, &unreadable(&error)),
+        }
         Ok(())
     }
 

@@ -385,6 +385,30 @@ pub struct Presence {
     pub answers: bool,
 }
 
+/// Files that are known to hold a blob whose tree is here.
+#[derive(Debug, Default)]
+pub(crate) struct KnownFiles(HashMap<PathBuf, LocationRow>);
+
+impl KnownFiles {
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether the file at `path` is known to hold the blob, and nothing at all has touched it since it was last read
+    /// or written whole: neither its inode nor the time that only the system sets. Content that is given to others is
+    /// checked anyway; content that is called complete without being read must be this.
+    pub(crate) fn has_untouched(&self, path: &Path) -> bool {
+        let Some(known) = self.0.get(path) else {
+            return false;
+        };
+        if Location::from(known).open().is_none() {
+            return false;
+        }
+        let now = fs::symlink_metadata(path).map(|file| StampRow::from(Stamp::of(&file)));
+        known.stamp.is_some() && known.stamp == now.ok()
+    }
+}
+
 impl Store {
     /// Opens the store in `folder`, making it if need be.
     ///
@@ -487,18 +511,18 @@ impl Store {
             .map(|hash| self.hold(hash))
             .collect();
         let id = self.add_manifest(&manifest)?;
+        let mut trees = HashSet::new();
         for file in indexed.manifest.files() {
-            self.write_outboard(&file.blake3, &indexed.files[&file.path].outboard)?;
+            if trees.insert(file.blake3) {
+                self.write_outboard(&file.blake3, &indexed.files[&file.path].outboard)?;
+            }
+        }
+        let mut located = Located::default();
+        for file in indexed.manifest.files() {
+            located.add(&file.blake3, &indexed.files[&file.path].location, false);
         }
         self.write(|txn| {
-            for file in indexed.manifest.files() {
-                put_location(
-                    txn,
-                    &file.blake3,
-                    &indexed.files[&file.path].location,
-                    false,
-                )?;
-            }
+            located.put(txn, false)?;
             self.put_model(txn, id, &indexed.root, false, Some(&indexed.manifest))?;
             if let Some(name) = name {
                 set_name(txn, id, name, Some(None))?;
@@ -522,15 +546,17 @@ impl Store {
                 self.write_outboard(hash, &file.outboard)?;
             }
         }
+        let mut located = Located::default();
+        for (hash, file) in files {
+            located.add(hash, &file.location, false);
+        }
         self.write(|txn| {
             for (hash, file) in files {
                 // A crash between a rename and its record leaves a row for a part file that is gone.
                 let path = &file.location.path;
                 forget_parts(txn, hash, Some(&part_path(path, hash)))?;
-                let written = was_written(txn, hash, path)?;
-                put_location(txn, hash, &file.location, written)?;
             }
-            Ok(())
+            located.put(txn, true)
         })
     }
 
@@ -557,8 +583,10 @@ impl Store {
         }
         let metadata = fs::metadata(&path).map_err(StoreError::io("cannot read", &path))?;
         let location = Location::from_metadata(&path, &metadata);
+        let mut located = Located::default();
+        located.add(&id, &location, true);
         self.write(|txn| {
-            put_location(txn, &id, &location, true)?;
+            located.put(txn, false)?;
             count_late(txn, id, bytes)
         })?;
         Ok(id)
@@ -631,11 +659,15 @@ impl Store {
         places: &[(Hash, Location)],
     ) -> Result<(), StoreError> {
         let manifest = self.manifest(id)?;
+        let mut located = Located::default();
+        for (hash, location) in places {
+            located.add(hash, location, false);
+        }
         self.write(|txn| {
-            for (hash, location) in places {
+            for hash in located.0.keys() {
                 forget_locations(txn, hash, |path| path.starts_with(left))?;
-                put_location(txn, hash, location, false)?;
             }
+            located.put(txn, false)?;
             self.put_model(txn, *id, root, true, manifest.as_ref())
         })
     }
@@ -772,11 +804,18 @@ impl Store {
             answers: true,
         };
         let mut missing = 0_u64;
+        // A row that names many files is read once for all of them.
+        let mut located = HashMap::new();
         for (index, file) in manifest.files().iter().enumerate() {
             let group = 1 << manifest.shard_group(index);
             looked.fetch_add(1, Ordering::Relaxed);
             presence.shards |= group;
-            if self.locate(&file.blake3)?.is_some() {
+            let is_here = match located.get(&file.blake3) {
+                Some(is_here) => *is_here,
+                None => self.locate(&file.blake3)?.is_some(),
+            };
+            located.insert(file.blake3, is_here);
+            if is_here {
                 presence.bytes += file.size;
                 continue;
             }
@@ -823,18 +862,18 @@ impl Store {
         }))
     }
 
-    /// Whether the file at `path` is known to hold the blob, and nothing at all has touched it since it was last read or written whole: neither its inode nor
-    /// the time that only the system sets. Content that is given to others is checked anyway; content that is called complete without being read must be this.
-    pub(crate) fn holds_untouched(&self, hash: &Hash, path: &Path) -> Result<bool, StoreError> {
-        if !self.holds(hash, path)? {
-            return Ok(false);
+    /// The files that are known to hold the blob, for looking at many of them.
+    pub(crate) fn known_files(&self, hash: &Hash) -> Result<KnownFiles, StoreError> {
+        let Some(row) = self.blob_row(hash)? else {
+            return Ok(KnownFiles::default());
+        };
+        if !self.has_outboard(hash, &Tree::new(row.size)) {
+            return Ok(KnownFiles::default());
         }
-        let now = fs::symlink_metadata(path).map(|file| StampRow::from(Stamp::of(&file)));
-        let row = self.blob_row(hash)?;
-        let mut rows = row.iter().flat_map(|row| &row.locations);
-        let known = rows.find(|row| path_from(&row.path) == path);
-        let known = known.and_then(|row| row.stamp.as_ref());
-        Ok(known.is_some() && known == now.ok().as_ref())
+        let good = row.locations.into_iter().filter(|row| !row.damaged);
+        Ok(KnownFiles(
+            good.map(|row| (path_from(&row.path), row)).collect(),
+        ))
     }
 
     /// Opens what is here of a blob, for reading with proofs: the whole of it, or the parts that are arriving or have been left. Empty if nothing of it is
@@ -989,43 +1028,53 @@ fn mark_location(
     Ok(())
 }
 
-/// Whether the file at `path` is known as one that a transfer wrote as this blob.
-fn was_written(txn: &WriteTransaction, hash: &Hash, path: &Path) -> Result<bool, StoreError> {
-    let table = txn.open_table(BLOBS).map_err(database)?;
-    let row = table.get(hash.as_bytes()).map_err(database)?;
-    let row = row.map(|row| decode::<BlobRow>("blobs", row.value()));
-    let rows = row.transpose()?.unwrap_or_default().locations;
-    let mut rows = rows.iter();
-    Ok(rows.any(|row| row.written && path_from(&row.path) == path))
-}
+/// Files that hold whole blobs, to be noted: by blob and path. The row of each blob is read and written once, however
+/// many of its files there are: a stranger's model may have a hundred thousand files of the same content.
+#[derive(Debug, Default)]
+struct Located(BTreeMap<Hash, BTreeMap<Vec<u8>, LocationRow>>);
 
-/// Notes that a whole blob is in a file; `written` if it was us who wrote it.
-fn put_location(
-    txn: &WriteTransaction,
-    hash: &Hash,
-    location: &Location,
-    written: bool,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => BlobRow::default(),
-    };
-    row.size = location.size;
-    // As the file is now: what happened to it since it was read shows in its size and time, or will not have been long.
-    let stamp = fs::symlink_metadata(&location.path).ok();
-    let stamp = stamp.filter(|file| Location::from_metadata(&location.path, file) == *location);
-    let new = LocationRow {
-        written,
-        stamp: stamp.map(|file| Stamp::of(&file).into()),
-        ..LocationRow::from(location)
-    };
-    row.locations.retain(|old| old.path != new.path);
-    row.locations.push(new);
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
+impl Located {
+    /// `written` if it was us who wrote it. Looks at the file: not within a transaction.
+    fn add(&mut self, hash: &Hash, location: &Location, written: bool) {
+        // As the file is now: a change since it was read shows in its size and time, or will not have been long.
+        let stamp = fs::symlink_metadata(&location.path).ok();
+        let stamp = stamp.filter(|file| Location::from_metadata(&location.path, file) == *location);
+        let row = LocationRow {
+            written,
+            stamp: stamp.map(|file| Stamp::of(&file).into()),
+            ..LocationRow::from(location)
+        };
+        let of_blob = self.0.entry(*hash).or_default();
+        of_blob.insert(row.path.clone(), row);
+    }
+
+    /// `keep`: a file that is known as one that a transfer wrote stays one.
+    fn put(self, txn: &WriteTransaction, keep: bool) -> Result<(), StoreError> {
+        let mut table = txn.open_table(BLOBS).map_err(database)?;
+        for (hash, mut new) in self.0 {
+            let mut row = match table.get(hash.as_bytes()).map_err(database)? {
+                Some(row) => decode::<BlobRow>("blobs", row.value())?,
+                None => BlobRow::default(),
+            };
+            #[cfg(test)]
+            tests::ROWS.set(tests::ROWS.get() + 1);
+            row.locations.retain(|old| match new.get_mut(&old.path) {
+                Some(new) => {
+                    new.written |= keep && old.written;
+                    false
+                }
+                None => true,
+            });
+            for location in new.into_values() {
+                row.size = location.size;
+                row.locations.push(location);
+            }
+            table
+                .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+                .map_err(database)?;
+        }
+        Ok(())
+    }
 }
 
 fn put_model(
@@ -1126,7 +1175,14 @@ fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let temporary = path.with_extension(format!("{number}{TEMPORARY}"));
     let write = || -> io::Result<()> {
-        let mut file = files::patiently(|| File::create(&temporary))?;
+        // Never through a link; a file of this name is a leftover.
+        let mut file = files::patiently(|| match File::create_new(&temporary) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                discard(&temporary);
+                File::create_new(&temporary)
+            }
+            made => made,
+        })?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
@@ -1218,6 +1274,59 @@ mod tests {
         index::{Progress, index},
         source::ReadError,
     };
+
+    thread_local! {
+        /// Rows of blobs that this thread has written.
+        pub(super) static ROWS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+    }
+
+    #[test]
+    fn files_of_equal_content_cost_one_row_however_many_they_are() {
+        const FILES: usize = 20_000;
+        let home = tempfile::tempdir().unwrap();
+        let root = home.path().join("m");
+        fs::create_dir(&root).unwrap();
+        for i in 0..FILES {
+            File::create(root.join(i.to_string())).unwrap();
+        }
+        let indexed = index(&root, &Progress::default()).unwrap();
+        let store = Store::open(&home.path().join("store")).unwrap();
+        let before = ROWS.get();
+        let id = store.add(&indexed, None).unwrap();
+        // The manifest's own, and that of the empty blob.
+        assert_eq!(ROWS.get() - before, 2);
+        let files = indexed.manifest.files();
+        let adopted: Vec<_> = files
+            .iter()
+            .map(|file| (file.blake3, &indexed.files[&file.path]))
+            .collect();
+        store.adopt_all(&adopted).unwrap();
+        assert_eq!(ROWS.get() - before, 3);
+        let hash = files[0].blake3;
+        let row = store.blob_row(&hash).unwrap().unwrap();
+        assert_eq!(row.locations.len(), FILES);
+        let path = &indexed.files["777"].location.path;
+        assert!(store.known_files(&hash).unwrap().has_untouched(path));
+        let model = store.model(&id).unwrap();
+        assert!(store.presence(&model, &indexed.manifest).unwrap().complete);
+    }
+
+    #[test]
+    fn a_file_that_a_transfer_wrote_stays_ours_when_it_is_found_again_and_not_when_it_is_added() {
+        let home = tempfile::tempdir().unwrap();
+        let indexed = model(&home.path().join("m"), &[1; 200_000]);
+        let store = Store::open(&home.path().join("store")).unwrap();
+        let hash = indexed.manifest.files()[0].blake3;
+        let file = &indexed.files["a.bin"];
+        let written = || store.blob_row(&hash).unwrap().unwrap().locations[0].written;
+        let mut located = Located::default();
+        located.add(&hash, &file.location, true);
+        store.write(|txn| located.put(txn, false)).unwrap();
+        store.adopt(&hash, file).unwrap();
+        assert!(written());
+        store.add(&indexed, None).unwrap();
+        assert!(!written());
+    }
 
     fn model(folder: &Path, content: &[u8]) -> Indexed {
         fs::create_dir_all(folder).unwrap();

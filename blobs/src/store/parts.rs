@@ -14,7 +14,7 @@ use prost::Message;
 use redb::{Table, WriteTransaction};
 
 use super::{
-    Hold, PARTS, Store, StoreError, database, forget_locations, has_size, put_location,
+    Hold, Located, PARTS, Store, StoreError, database, forget_locations, has_size,
     rows::{PartRow, StampRow, decode, part_key, part_keys, path_from},
     sync_folder,
     verify::{difference, read},
@@ -179,13 +179,17 @@ impl Store {
             sync_folder(folder)?;
         }
         partials.iter().for_each(|partial| partial.set_named());
+        let mut located = Located::default();
+        for (partial, (location, ours)) in &finished {
+            located.add(&partial.hash(), location, *ours);
+        }
         self.write(|txn| {
-            for (partial, (location, ours)) in &finished {
+            for (partial, (location, _)) in &finished {
                 for hash in partial.replaced() {
                     forget_locations(txn, hash, |path| path == location.path)?;
                 }
-                put_location(txn, &partial.hash(), location, *ours)?;
             }
+            located.put(txn, false)?;
             let mut table = txn.open_table(PARTS).map_err(database)?;
             for (partial, _) in &finished {
                 let key = part_key(&partial.hash(), partial.part());
