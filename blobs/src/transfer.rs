@@ -136,12 +136,6 @@ impl TransferError {
                 )
             )
     }
-
-    /// Whether the provider was reached and then lost, or fell silent: over a link that is full, another
-    /// attempt may come through.
-    pub fn is_loss(&self) -> bool {
-        matches!(self, Self::Frame(FrameError::Io(_)) | Self::Stalled)
-    }
 }
 
 impl From<io::Error> for TransferError {

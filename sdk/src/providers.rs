@@ -13,8 +13,7 @@ use weft_net::{Class, Destinations, Multiaddr, PeerId, Stream};
 use weft_proto::wire;
 
 use crate::{
-    Error, Failure, Node, Provider, announce::provider_key, node::BLOBS, swarm::SILENT,
-    whereabouts::decode,
+    Error, Failure, Node, Provider, announce::provider_key, node::BLOBS, whereabouts::decode,
 };
 
 /// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
@@ -52,8 +51,6 @@ pub(crate) struct Providers {
     /// The first in the queue has proved to be a good one.
     succeeded: bool,
     since: Instant,
-    /// How long to go on since then.
-    patience: Duration,
     pause: Duration,
     /// Rounds begun since the last progress.
     rounds: u32,
@@ -89,7 +86,6 @@ impl Providers {
             busy: HashSet::new(),
             succeeded: false,
             since: Instant::now(),
-            patience: FIRST,
             pause: PAUSE.0,
             rounds: 0,
             look_again: false,
@@ -116,7 +112,7 @@ impl Providers {
             let all_banned = !self.failures.is_empty()
                 && self.failures.keys().all(|peer| self.banned.contains(peer));
             // The ticket's own round does not count: the mesh may know more.
-            if self.rounds >= 2 && (self.since.elapsed() >= self.patience || all_banned) {
+            if self.rounds >= 2 && (self.since.elapsed() >= FIRST || all_banned) {
                 return Err(self.exhausted().await);
             }
             if self.rounds >= 2 {
@@ -153,10 +149,6 @@ impl Providers {
             self.banned.insert(peer);
         } else {
             tracing::debug!(%peer, %error, "a provider did not finish");
-            if error.is_loss() {
-                // It was there, and may be again.
-                self.patience = SILENT;
-            }
         }
         self.note(peer, error.to_string());
     }

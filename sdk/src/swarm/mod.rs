@@ -58,9 +58,8 @@ const FIRST: Duration = Duration::from_secs(10);
 /// How long to wait for a provider once content has come: a restart, a change of network.
 const LOST: Duration = Duration::from_secs(120);
 
-/// How long nothing at all may come while providers are connected, or when one that was connected is lost: on a link
-/// that is full, a connection may break before the first byte of content has come.
-pub(crate) const SILENT: Duration = Duration::from_secs(45);
+/// How long nothing at all may come while providers are connected.
+const SILENT: Duration = Duration::from_secs(45);
 
 /// How long those whom a ticket names have for themselves, before the mesh is asked.
 const GIVEN: Duration = Duration::from_millis(1500);
@@ -77,9 +76,10 @@ const LOOK_UP: Duration = Duration::from_secs(10);
 /// How often the state is looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long no content comes before the path is suspected; and one that has brought nothing yet, or brings less than so
-/// many bytes a second, which may be shared by many.
+/// How long no content comes before the path is suspected; one that has brought nothing yet; one that brings less than so many bytes a second, which may be
+/// shared by many.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
+const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
 const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
 const SLOW_PATH: f64 = 32.0 * 1024.0;
 
@@ -712,10 +712,6 @@ impl Swarm {
             }
             Err(error) => {
                 tracing::debug!(%peer, %error, "a provider did not finish");
-                if error.is_loss() {
-                    // It was there: a provider that was never reached is not worth as much time.
-                    self.patience = self.patience.max(SILENT);
-                }
                 let lacks = matches!(error, TransferError::Missing(_));
                 member.lacks = lacks || member.handle.unreadable().is_some();
                 self.failed(peer, error.to_string());
@@ -871,10 +867,10 @@ pub(crate) async fn watch(node: &Node, peer: PeerId, progress: impl Fn() -> u64)
             since = Instant::now();
             continue;
         }
-        // On a slow link a lost packet alone costs seconds, and so does the first answer: several packets in a row may be
-        // lost before it.
+        // On a slow link a lost packet alone costs seconds, and so does the first answer.
         let average = (now - first) as f64 / begun.elapsed().as_secs_f64();
         let patience = match average {
+            0.0 => SUSPICIOUS_FIRST,
             SLOW_PATH.. => SUSPICIOUS,
             _ => SUSPICIOUS_SLOW,
         };
