@@ -521,8 +521,8 @@ async fn a_link_of_2_kilobytes_a_second_delivers_however_long_a_chunk_group_take
     assert!((90..150).contains(&took), "{took} s");
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_after_ten_minutes() {
+/// Fetches from a provider that sends so many bytes each 15 s. Returns the error, and after how many seconds.
+async fn trickled(bytes: usize) -> (TransferError, u64) {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
     let (near, far) = duplex(1 << 12);
     let provider = world.connect();
@@ -535,9 +535,10 @@ async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_after_ten_minutes
             let mut answer = [0; 200];
             from_far.read_exact(&mut answer).await.unwrap();
             to_near.write_all(&answer).await.unwrap();
-            while let Ok(byte) = from_far.read_u8().await {
+            let mut part = vec![0; bytes];
+            while from_far.read_exact(&mut part).await.is_ok() {
                 tokio::time::sleep(Duration::from_secs(15)).await;
-                if to_near.write_u8(byte).await.is_err() {
+                if to_near.write_all(&part).await.is_err() {
                     return;
                 }
             }
@@ -547,8 +548,21 @@ async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_after_ten_minutes
     let (mut download, _) = world.plan("to").unwrap();
     let begun = tokio::time::Instant::now();
     let error = download.fetch(near).await.unwrap_err();
+    (error, begun.elapsed().as_secs())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_like_one_that_sends_none() {
+    let (error, seconds) = trickled(1).await;
+    assert!(matches!(error, TransferError::Stalled), "{error}");
+    assert!((20..60).contains(&seconds), "{seconds}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_provider_that_needs_more_than_ten_minutes_for_a_chunk_group_is_given_up() {
+    let (error, seconds) = trickled(100).await;
     assert!(matches!(error, TransferError::TooSlow), "{error}");
-    assert!((590..620).contains(&begun.elapsed().as_secs()));
+    assert!((590..620).contains(&seconds), "{seconds}");
 }
 
 #[tokio::test(start_paused = true)]

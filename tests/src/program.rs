@@ -171,7 +171,8 @@ impl Finished {
 }
 
 impl Running {
-    fn spawn(mut command: Command) -> Self {
+    /// Starts a command with its standard output and standard error captured.
+    pub fn spawn(mut command: Command) -> Self {
         let mut child = command.spawn().expect("the program can be started");
         let stdout = child.stdout.take().expect("standard output is captured");
         let stderr = child.stderr.take().expect("standard error is captured");
