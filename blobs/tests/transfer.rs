@@ -555,7 +555,7 @@ async fn trickled(bytes: usize) -> (TransferError, u64) {
 async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_like_one_that_sends_none() {
     let (error, seconds) = trickled(1).await;
     assert!(matches!(error, TransferError::Stalled), "{error}");
-    assert!((20..60).contains(&seconds), "{seconds}");
+    assert!((20..100).contains(&seconds), "{seconds}");
 }
 
 #[tokio::test(start_paused = true)]
