@@ -1,7 +1,7 @@
 //! The turns of streams that share one uplink.
 //!
 //! On a slow uplink all answers at once would mean that none of them ends: each gets too little to deliver a chunk group in a time that anybody waits.
-//! So as many streams send at a time as the uplink carries at [`PER_STREAM`], by what requesters say has arrived; the others wait, the peer
+//! So as many streams send at a time as the uplink carries at `PER_STREAM`, by what requesters say has arrived; the others wait, the peer
 //! that has waited longest for a turn first. A fast uplink makes nobody wait.
 
 use std::{
