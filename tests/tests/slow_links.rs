@@ -142,8 +142,9 @@ fn receivers_that_share_a_slow_link_all_get_everything() {
     share("256kbit", 4, 100_000);
 }
 
+// Not yet so, for the same reason.
 #[test]
-#[ignore = "takes minutes"]
+#[ignore = "takes minutes, and the receiver gives up while the link is full"]
 fn one_receiver_at_20_kbit_a_second_gets_everything() {
     share("20kbit", 1, 200_000);
 }
