@@ -345,13 +345,16 @@ impl Daemon {
 
     /// The port it listens on with TCP.
     pub fn port(&self) -> u16 {
-        let address = self.address();
-        let port = address
-            .split("/tcp/")
-            .nth(1)
-            .and_then(|rest| rest.split('/').next());
-        port.and_then(|port| port.parse().ok())
-            .unwrap_or_else(|| panic!("no TCP port in {address}"))
+        let addresses = self.info["addresses"].as_array();
+        let addresses = addresses.expect("up prints its addresses").iter();
+        // Addresses of all transports are in the order of their use.
+        let mut ports = addresses.filter_map(|address| {
+            let rest = address.as_str()?.split("/tcp/").nth(1)?;
+            rest.split('/').next()?.parse().ok()
+        });
+        ports
+            .next()
+            .unwrap_or_else(|| panic!("no TCP port in {}", self.info))
     }
 
     /// Its process id.
