@@ -43,7 +43,7 @@ use crate::{
     limits::Memory,
     listen,
     mappings::{Mapped, Mapping},
-    network::{Addresses, Command},
+    network::{Addresses, Command, PATH_TIMEOUT},
     own::{self, Own},
     pending::Pending,
     ping as pings,
@@ -109,9 +109,6 @@ const CONCURRENT_ADDRESSES: u8 = 16;
 
 /// How long a connection that a better one has replaced is kept for what may still be under way on it.
 const DRAIN: Duration = Duration::from_secs(5);
-
-/// How long a connection has to show that it still works, when there is reason to doubt it.
-const ALIVE: Duration = Duration::from_secs(4);
 
 /// How often a relay that holds a place for us has to show that it is there.
 const RELAY_CHECK: Duration = Duration::from_secs(5);
@@ -727,7 +724,7 @@ where
                     .collect();
                 let _ = reply.send(peers);
             }
-            Command::Check(peer) => self.doubt(peer, None),
+            Command::Check(peer, patience) => self.doubt(peer, None, patience),
             Command::Limits(reply) => drop(reply.send(self.limit_uses())),
             Command::Access(reply) => {
                 let access = self.swarm.behaviour().access.get();
@@ -943,7 +940,7 @@ where
                 // closing it to us.
                 Err(error) => {
                     tracing::debug!(peer = %event.peer, %error, "no answer to a ping");
-                    self.doubt(event.peer, None);
+                    self.doubt(event.peer, None, PATH_TIMEOUT);
                 }
             },
             BehaviourEvent::Streams(Moved {
@@ -1044,7 +1041,7 @@ where
         );
         if was_connected {
             // It may have come back another way than it went.
-            self.doubt(id, Some(connection));
+            self.doubt(id, Some(connection), PATH_TIMEOUT);
         }
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
@@ -1099,14 +1096,14 @@ where
         if now.duration_since(self.relays_checked) >= RELAY_CHECK {
             self.relays_checked = now;
             for relay in self.relays.held() {
-                self.doubt(relay, None);
+                self.doubt(relay, None, PATH_TIMEOUT);
             }
         }
     }
 
     /// Has the connections to `peer` other than `except` show that they still work, and closes those that do not: after a change of network nothing else tells
     /// for half a minute.
-    fn doubt(&mut self, peer: PeerId, except: Option<ConnectionId>) {
+    fn doubt(&mut self, peer: PeerId, except: Option<ConnectionId>, patience: Duration) {
         let connections = self.peers.get(&peer).into_iter();
         let connections = connections.flat_map(|peer| peer.connections.keys());
         let doubted: Vec<_> = connections
@@ -1114,12 +1111,12 @@ where
             .copied()
             .collect();
         for connection in doubted {
-            self.doubt_one(peer, connection);
+            self.doubt_one(peer, connection, patience);
         }
     }
 
-    /// Has one connection show that it still works.
-    fn doubt_one(&mut self, peer: PeerId, connection: ConnectionId) {
+    /// Has one connection show within `patience` that it still works.
+    fn doubt_one(&mut self, peer: PeerId, connection: ConnectionId, patience: Duration) {
         let (reply, answer) = oneshot::channel();
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open_on(peer, connection, pings::PING_PROTOCOL, reply);
@@ -1127,8 +1124,8 @@ where
         let before = streams.moved(connection).map_or(0, |moved| moved.0);
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
-            let deadline = Instant::now() + ALIVE;
-            let alive = match timeout(ALIVE, answer).await {
+            let deadline = Instant::now() + patience;
+            let alive = match timeout(patience, answer).await {
                 Ok(Ok(Ok(mut stream))) => {
                     // Any answer will do, also a refusal: what is dead gives none.
                     let answered = timeout_at(deadline.into(), pings::echo(&mut stream)).await;

@@ -59,8 +59,8 @@ pub use self::{
     gate::{Destinations, Heard},
     limits::{LimitUse, Limits},
     network::{
-        Addresses, BootstrapPeer, Config, ConnectError, Network, PathInfo, PeerInfo, Reachability,
-        RelayServer, SpawnError,
+        Addresses, BootstrapPeer, Config, ConnectError, Network, PATH_TIMEOUT, PathInfo, PeerInfo,
+        Reachability, RelayServer, SpawnError,
     },
     own::{MAX_PLACES, first_places},
     ping::PingError,

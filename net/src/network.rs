@@ -23,6 +23,10 @@ use crate::{
     topics::Topics,
 };
 
+/// How long a connection has to show that it still works, when there is reason to doubt it ([`Network::check`]): three
+/// retransmissions of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
+pub const PATH_TIMEOUT: Duration = Duration::from_secs(4);
+
 /// How long [`Network::connect`] tries.
 const CONNECT: Duration = Duration::from_secs(15);
 
@@ -288,7 +292,7 @@ pub(crate) enum Command {
         reply: oneshot::Sender<Result<Stream, OpenError>>,
     },
     Peers(oneshot::Sender<Vec<PeerInfo>>),
-    Check(PeerId),
+    Check(PeerId, Duration),
     Limits(oneshot::Sender<Vec<LimitUse>>),
     Access(oneshot::Sender<Access>),
     SetAccess(Access, oneshot::Sender<()>),
@@ -476,11 +480,12 @@ impl Network {
         timeout(PING, ping).await.map_err(|_| PingError::TimedOut)?
     }
 
-    /// Has every connection to `peer` show that it still works, and closes those that carry nothing for four seconds. For whoever waits for longer than
-    /// usual: without it, a path that was cut is noticed after half a minute.
-    pub async fn check(&self, peer: PeerId) {
+    /// Has every connection to `peer` show that it still works, and closes those that carry nothing for `patience`: some
+    /// seconds, or more on a slow link, where packets that are lost in a row keep everything back for that long. Without
+    /// a check, a path that was cut is noticed after half a minute.
+    pub async fn check(&self, peer: PeerId, patience: Duration) {
         // A network that has stopped has no connections.
-        let _ = self.commands.send(Command::Check(peer)).await;
+        let _ = self.commands.send(Command::Check(peer, patience)).await;
     }
 
     /// Closes all connections in order and stops.

@@ -269,7 +269,7 @@ where
             self.swarm.close_connection(connection);
         }
         for (peer, connection) in doubted {
-            self.doubt_one(peer, connection);
+            self.doubt_one(peer, connection, crate::network::PATH_TIMEOUT);
         }
     }
 

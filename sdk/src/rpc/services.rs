@@ -19,7 +19,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use weft_dht::{Dht, Record};
-use weft_net::{Class, Heard, Multiaddr, Network, Path, PathKind, PeerId, Place};
+use weft_net::{Class, Heard, Multiaddr, Network, PATH_TIMEOUT, Path, PathKind, PeerId, Place};
 use weft_proto::{
     rpc::{
         Caller, Code, Message, Method, Options, Receiver, Seen, Sender, Session, Status as Ended,
@@ -557,7 +557,7 @@ impl Shared {
                     (false, false) => {
                         tracing::debug!(%peer, "a provider of a service does not answer");
                         self.failed(peer);
-                        self.network.check(peer).await;
+                        self.network.check(peer, PATH_TIMEOUT).await;
                     }
                     _ => {}
                 }

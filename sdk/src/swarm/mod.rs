@@ -22,7 +22,7 @@ use weft_blobs::{
     rate::Limit,
     transfer::{Peer, QUEUED},
 };
-use weft_net::{Destinations, PathKind, PeerId, Stream, Transport, is_superseded};
+use weft_net::{Destinations, PATH_TIMEOUT, PathKind, PeerId, Stream, Transport, is_superseded};
 use weft_proto::frame::FrameError;
 
 pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
@@ -76,12 +76,21 @@ const LOOK_UP: Duration = Duration::from_secs(10);
 /// How often the state is looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long no content comes before the path is suspected; one that has brought nothing yet; one that brings less than so many bytes a second, which may be
-/// shared by many.
+/// How long no content comes before the path is suspected: on a fast path; on a path that has brought nothing yet; on one
+/// that brings less than [`SLOW_PATH`] bytes a second, which may be shared by many.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
 const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
 const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
 const SLOW_PATH: f64 = 32.0 * 1024.0;
+
+/// How long a suspected path that is slow has to carry anything. TCP doubles its pause with each packet that is lost in a row, so a full
+/// link is silent for 15 s after four of them, and a connection that is closed meanwhile has to be made again on the same
+/// link.
+const ALIVE_SLOW: Duration = Duration::from_secs(20);
+
+/// A provider that has failed so often since its last whole chunk group proves nothing by some bytes more: what it sends
+/// of a group is lost with the stream.
+const FRUITLESS: u32 = 3;
 
 /// How long a provider that sends nothing keeps a place that another waits for: nothing at all, or no whole chunk group.
 const USELESS: Duration = Duration::from_secs(5);
@@ -746,11 +755,12 @@ impl Swarm {
             self.since = Instant::now();
         }
         let heard = self.transfer.heard();
-        if heard > self.heard.0 {
-            // On a slow link a chunk group takes long: any byte of it will do.
+        let mut busy = self.members.values().filter(|member| member.busy);
+        if heard > self.heard.0 && busy.any(|member| member.failures < FRUITLESS) {
+            // On a slow link a chunk group takes long: any byte of it will do. But only a whole one is kept.
             self.heard = (heard, Instant::now());
             self.since = Instant::now();
-            self.patience = LOST;
+            self.patience = self.patience.max(SILENT);
         }
         let queued = self.transfer.queued();
         if queued > self.queued {
@@ -869,13 +879,13 @@ pub(crate) async fn watch(node: &Node, peer: PeerId, progress: impl Fn() -> u64)
         }
         // On a slow link a lost packet alone costs seconds, and so does the first answer.
         let average = (now - first) as f64 / begun.elapsed().as_secs_f64();
-        let patience = match average {
-            0.0 => SUSPICIOUS_FIRST,
-            SLOW_PATH.. => SUSPICIOUS,
-            _ => SUSPICIOUS_SLOW,
+        let (patience, alive) = match average {
+            0.0 => (SUSPICIOUS_FIRST, ALIVE_SLOW),
+            SLOW_PATH.. => (SUSPICIOUS, PATH_TIMEOUT),
+            _ => (SUSPICIOUS_SLOW, ALIVE_SLOW),
         };
         if since.elapsed() >= patience {
-            node.network().check(peer).await;
+            node.network().check(peer, alive).await;
         }
     }
 }
