@@ -1,8 +1,9 @@
 //! Files that a model lacks by its own account.
 //!
 //! A model may be in several files: an index names them, or their names count them, as in
-//! `model-00001-of-00003.safetensors`. Where one is missing, whoever publishes the model, or is about to use it, wants
-//! to know. It is no reason to refuse the model: complete models with an index of an older layout are common.
+//! `model-00001-of-00003.safetensors`. A person who publishes the model, or is about to use it, needs to know if one is
+//! missing. A missing file is no reason to refuse the model: complete models with an index of an older layout are
+//! common.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -14,7 +15,7 @@ use crate::{
     shards::{MAX_INDEX, shards},
 };
 
-/// What the names of indices end in: those of safetensors files, and of PyTorch's.
+/// Endings of the names of indices: those of safetensors files, and of PyTorch's.
 const INDEX: [&str; 2] = [".safetensors.index.json", ".bin.index.json"];
 
 /// Endings of files that are counted by their names.
@@ -32,8 +33,8 @@ const MAX_INDICES: usize = 16;
 /// Files of a split model at most. The largest that are published have some hundreds.
 const MAX_SPLIT: u32 = 10_000;
 
-/// What `manifest` lacks, in words, one entry an index or a split file. `read` returns the content of a file, if it is
-/// here; it is asked only for indices of at most [`MAX_INDEX`] bytes.
+/// Describes the files that `manifest` lacks, in words, one entry for each index or split file. `read` returns the
+/// content of a file, if the file is here; it is called only for indices of at most [`MAX_INDEX`] bytes.
 pub fn lacking(
     manifest: &Manifest,
     mut read: impl FnMut(&manifest::File) -> Option<Vec<u8>>,
@@ -114,7 +115,8 @@ pub fn lacking(
 }
 
 impl Store {
-    /// What `manifest` lacks by its own account, as far as the indices that say it are here. Blocks.
+    /// Describes the files that `manifest` lacks by its own account, as far as the indices that name them are here.
+    /// Blocks.
     pub fn lacking(&self, manifest: &Manifest) -> Vec<String> {
         lacking(manifest, |file| {
             let (_, open) = self.locate(&file.blake3).ok()??;
@@ -285,7 +287,7 @@ mod tests {
         }
         let broken = lacking(&model(&[m]), |_| Some(b"{\"weight_map\": {".to_vec()));
         assert!(broken[0].contains("malformed"), "{broken:?}");
-        // What is not here cannot be looked at.
+        // An index that is not here cannot be checked.
         assert!(lacking(&model(&[m]), |_| None).is_empty());
     }
 }

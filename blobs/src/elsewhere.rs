@@ -23,7 +23,8 @@ const MAX_SOURCES: usize = 256;
 /// Tensors that [`Index`] holds at most: 16 bytes each, 16 MiB in all. Models beyond are looked at each time.
 const MAX_INDEXED: usize = 1 << 20;
 
-/// Which models of a store have which tensors, as far as that was looked at: manifests do not change, and are read once.
+/// An index from tensors to the models of a store that have them, for the models looked at so far. Manifests do not
+/// change, and are read once.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     models: Vec<Hash>,
@@ -51,7 +52,7 @@ impl Index {
         self.tensors.dedup();
     }
 
-    /// Whether a model may have any of these tensors.
+    /// Returns the models that may have any of these tensors.
     fn may_have(&self, wanted: impl Iterator<Item = Hash>) -> HashSet<Hash> {
         let mut found = HashSet::new();
         for tensor in wanted {

@@ -1,8 +1,9 @@
 //! Opening files of which nobody knows what they are by now, on disks of which nobody knows whether they answer.
 //!
-//! A path may lead to a pipe, or to a mount whose server is gone: there, an `open` waits for ever. Pipes are opened without waiting and left. On a
-//! mount where [`STUCK`] opens wait for longer than [`PATIENCE`], no further one is begun: what lies there counts as not answering, and
-//! everything else goes on. And when the process has no descriptor left, an open waits until it has one.
+//! A path may lead to a pipe, or to a mount whose server is gone: there, an `open` waits for ever. Pipes are opened
+//! without waiting and left. On a mount where [`STUCK`] opens wait for longer than [`PATIENCE`], no further one is
+//! begun: what lies there counts as not answering, and everything else goes on. And when the process has no descriptor
+//! left, an open waits until it has one.
 
 use std::{
     collections::HashMap,
@@ -24,16 +25,17 @@ use rustix::{
 
 use crate::stamp::Stamp;
 
-/// How long an open may take until its mount is suspected: a disk that has to spin up takes several seconds, and answers the second open all the same.
+/// The longest time that an open may take before its mount is suspected: a disk that has to spin up takes several
+/// seconds, and answers the second open all the same.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Opens that may be stuck on one mount; each costs a thread.
 const STUCK: usize = 4;
 
-/// How long the list of mounts is good.
+/// The time for which the list of mounts is valid.
 const MOUNTS: Duration = Duration::from_secs(10);
 
-/// How long an open waits for a descriptor.
+/// The longest time that an open waits for a descriptor.
 const DESCRIPTOR: Duration = Duration::from_secs(10);
 
 /// Between two tries to get a descriptor.
@@ -50,7 +52,8 @@ static KNOWN_MOUNTS: Mutex<Option<(Instant, Vec<PathBuf>)>> = Mutex::new(None);
 /// Opens the regular file at `path` for reading; never waits for another process.
 ///
 /// # Errors
-/// Those of `open`; [`io::ErrorKind::InvalidInput`] if it is no regular file; [`io::ErrorKind::TimedOut`] if its disk does not answer.
+/// Those of `open`; [`io::ErrorKind::InvalidInput`] if it is no regular file; [`io::ErrorKind::TimedOut`] if its disk
+/// does not answer.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let _under_way = UnderWay::begin(path)?;
     #[cfg(test)]
@@ -80,8 +83,8 @@ impl Sighting {
         }
     }
 
-    /// Whether it is the same file, though it may have other content. File systems in user space may number their files
-    /// anew: there, the size and the times tell, of which only the system sets one.
+    /// Returns true if `metadata` is that of the same file, though the file may have other content. File systems in
+    /// user space may number their files anew: there, the size and the times tell, of which only the system sets one.
     fn is(&self, metadata: &fs::Metadata) -> bool {
         let now = Self::of(metadata);
         let is_untouched = || {
@@ -159,7 +162,7 @@ pub(crate) fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Resul
     }
 }
 
-/// Whether the process or the system has no descriptor left.
+/// Returns true if `error` means that the process or the system has no descriptor left.
 pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
     let code = error
         .raw_os_error()
@@ -170,7 +173,8 @@ pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
     )
 }
 
-/// Of `most` part files, how many may be open at a time: each is two descriptors, and half of those beyond a reserve are for them.
+/// Returns how many of `most` part files may be open at a time: each needs two descriptors, and half of the descriptors
+/// beyond a reserve are for part files.
 pub(crate) fn part_files(most: usize) -> usize {
     static LIMIT: OnceLock<u64> = OnceLock::new();
     let limit = *LIMIT.get_or_init(|| {
@@ -229,7 +233,8 @@ fn under_way() -> MutexGuard<'static, Option<HashMap<PathBuf, Vec<Instant>>>> {
         .expect("nothing panics while holding the lock")
 }
 
-/// Where the file system is mounted that holds `path`, by the longest prefix: asking the file system itself could wait for ever.
+/// Returns the mount point of the file system that holds `path`, by the longest prefix: asking the file system itself
+/// could wait for ever.
 pub(crate) fn mount_of(path: &Path) -> PathBuf {
     #[cfg(test)]
     if let Some(mount) = blocked::mount_of(path) {

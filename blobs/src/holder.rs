@@ -1,6 +1,7 @@
 //! The process that holds a lock, as it signs the lock file.
 //!
-//! A process is known by its number and by when it began, within one start of one machine and one container: only there can be told whether it still runs.
+//! A process is known by its number and by when it began, within one start of one machine and one container: only there
+//! can be told whether it still runs.
 
 use std::{
     fmt, fs,
@@ -85,7 +86,8 @@ impl Holder {
         file.write_all(text.as_bytes())
     }
 
-    /// Whether it runs now; `None` where that cannot be told from here: on another machine, in another container, or before the machine was started again.
+    /// Returns whether the process runs now; `None` if that cannot be told from here: the process is on another machine
+    /// or in another container, or signed before the machine was restarted.
     pub(crate) fn runs(&self) -> Option<bool> {
         let this = Self::this();
         if self.space.trim().is_empty() || self.space != this.space || self.since.is_empty() {
@@ -94,7 +96,7 @@ impl Holder {
         Some(began(self.pid).as_ref() == Some(&self.since))
     }
 
-    /// Whether it is this process.
+    /// Returns true if the holder is this process.
     pub(crate) fn is_this(&self) -> bool {
         *self == Self::this()
     }
@@ -110,7 +112,8 @@ impl fmt::Display for Holder {
     }
 }
 
-/// When a process began: field 22 of its `stat`, in clock ticks since the machine started (proc(5)); `None` if it does not run, or there is no /proc.
+/// Returns the time at which a process began: field 22 of its `stat`, in clock ticks since the machine started
+/// (proc(5)); `None` if the process does not run, or there is no /proc.
 fn began(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is a name in brackets, which may hold anything.

@@ -1,8 +1,9 @@
-//! From files on disk to a manifest: walk, read headers, hash on all cores. Files stay where they are, and each is read once.
+//! From files on disk to a manifest: walk, read headers, hash on all cores. Files stay where they are, and each is read
+//! once.
 //!
 //! Reading headers is an optimisation and never a condition: a file whose header cannot be read is published as bytes,
-//! and named in [`Indexed::opaque`]. What cannot be published, or should not be unless somebody says so, is left out
-//! and named in [`Indexed::skipped`]. So one odd file keeps no folder from being added.
+//! and named in [`Indexed::opaque`]. A file or folder that cannot be published, or should not be unless the user says
+//! so, is left out and named in [`Indexed::skipped`]. So one odd file keeps no folder from being added.
 
 mod walk;
 
@@ -39,14 +40,14 @@ const AT_A_TIME: usize = 4;
 /// Folders that tools keep beside a model and that are not part of it.
 pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
 
-/// Entries in each list of notes; of more, the number is said. A note may hold two paths, some 5 KiB: so an answer stays
-/// below the 4 MiB that a message of gRPC may have.
+/// Entries in each list of notes; of more, the number is said. A note may hold two paths, some 5 KiB: so an answer
+/// stays below the 4 MiB that a message of gRPC may have.
 const MAX_NOTES: usize = 300;
 
 /// Faults that an error message names; of more, the number is said.
 const MAX_SHOWN: usize = 20;
 
-/// What a pointer of Git LFS begins with, in place of the file that it stands for
+/// The beginning of a Git LFS pointer, a small file in place of the file that it stands for
 /// (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>).
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\n";
 
@@ -96,7 +97,7 @@ pub struct Indexed {
     pub root: PathBuf,
     /// Where each file's content is and how its tree looks, by path in the manifest.
     pub files: BTreeMap<String, IndexedFile>,
-    /// What was left out, with the reason; at most 300 entries, and the number of the rest.
+    /// Files and folders that were left out, each with the reason; at most 300 entries, and the number of the rest.
     pub skipped: Vec<String>,
     /// Files that are in the manifest as bytes alone, although their names say that they hold tensors, and pointers of
     /// Git LFS.
@@ -170,7 +171,7 @@ pub enum IndexError {
     NothingLeft {
         /// The folder.
         folder: PathBuf,
-        /// What was left out.
+        /// Files and folders that were left out.
         skipped: Vec<String>,
     },
     /// Faults that [`Rules::strict`] does not let pass.
@@ -384,7 +385,7 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
             skipped,
         });
     }
-    // What was read first may have gone while the rest was.
+    // A file that was read early may have changed or been deleted while the others were read.
     if let Some(gone) = files.values().find(|file| !file.location.is_there()) {
         return Err(IndexError::Changed(gone.location.path.clone()));
     }
@@ -520,7 +521,8 @@ fn probe(name: &str, place: &Place) -> Result<(), String> {
     }
 }
 
-/// What a file's header says, or that it has none and why none of it can be read.
+/// Reads a file's header. Returns its tensors, or no tensors and the reason if the header cannot be read. A file of no
+/// known format has neither tensors nor a reason.
 fn header(
     file: &File,
     size: u64,

@@ -13,7 +13,8 @@ use rustix::fs::OFlags;
 
 use crate::{holder::Holder, occupancy::has_no_locks};
 
-/// Locks that this process holds, by device and inode: a file system that grants every lock grants a second one to the same process, too.
+/// Locks that this process holds, by device and inode: a file system that grants every lock grants a second one to the
+/// same process, too.
 static HELD: LazyLock<Mutex<HashSet<(u64, u64)>>> = LazyLock::new(Mutex::default);
 
 /// An advisory lock on a file, released when dropped or when the process ends, however it ends.
@@ -48,7 +49,7 @@ pub enum LockError {
     Unsupported {
         /// The folder the lock protects.
         path: PathBuf,
-        /// What the file system says.
+        /// The error that the file system returned.
         source: io::Error,
     },
     /// The file could not be opened or locked.
@@ -149,7 +150,7 @@ impl Lock {
         Ok(lock)
     }
 
-    /// Whether the last holder ended without giving it back, and so without bringing to an end what it was at.
+    /// Returns true if the last holder ended without giving the lock back, and so without finishing its work.
     pub(crate) fn was_left(&self) -> bool {
         self.was_left
     }

@@ -1,8 +1,9 @@
 //! One process at a time fills a folder: of this machine, or of any machine and container that shares the folder.
 //!
-//! The right to fill a folder is an advisory lock (`flock`) on a file in it. File systems without such locks get another kind of lock: a file that only one
-//! process can make (`O_EXCL`). Its holder signs it and writes a new number into it every [`BEAT`]; whoever waits takes it over when the holder has ended, or,
-//! where that cannot be told, when nothing was written for [`STALE`] of its own time. Clocks of two machines are never compared.
+//! The right to fill a folder is an advisory lock (`flock`) on a file in it. File systems without such locks get
+//! another kind of lock: a file that only one process can make (`O_EXCL`). Its holder signs it and writes a new number
+//! into it every [`BEAT`]; a process that waits takes it over when the holder has ended, or, if that cannot be told,
+//! when nothing was written for [`STALE`] of its own time. Clocks of two machines are never compared.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -27,16 +28,17 @@ const LOCKED: &str = ".weft-lock";
 /// The file that only one process can make.
 const MADE: &str = ".weft-held";
 
-/// How often the holder of a file shows that it is alive.
+/// The interval at which the holder of a file shows that it is alive.
 const BEAT: Duration = Duration::from_secs(5);
 
-/// How long a holder may be silent: many beats, for a network file system may hold writes and attributes back for up to a minute (nfs(5), acregmax).
+/// The longest time that a holder may be silent: many beats, for a network file system may hold writes and attributes
+/// back for up to a minute (nfs(5), acregmax).
 const STALE: Duration = Duration::from_secs(120);
 
 /// Most of a file that is compared, in bytes: several times what a process writes there.
 const MAX_SAID: u64 = 4096;
 
-/// How often whoever waits looks again.
+/// The interval at which a process that waits looks again.
 const LOOK: Duration = Duration::from_millis(200);
 
 /// The right to fill a folder, among processes; given back when dropped.
@@ -59,8 +61,8 @@ struct Beating {
     thread: JoinHandle<()>,
 }
 
-/// How the holder of a file signs it: always as many bytes, so that each signature is written over the one before,
-/// which stays on a disk that is full.
+/// The signature of the holder of a file. It always has the same length, so that each signature is written over the one
+/// before, which stays on a disk that is full.
 #[derive(Debug)]
 struct Signature {
     holder: Vec<u8>,
@@ -86,12 +88,12 @@ impl Signature {
     }
 }
 
-/// How a file is locked; another way in tests.
+/// The function that locks a file; tests use another one.
 type TryLock<'a> = &'a dyn Fn(&File) -> Result<(), TryLockError>;
 
 enum Attempt {
     Taken(Occupancy),
-    /// What its file says now, and by whom.
+    /// The content of the lock file now, and the holder that wrote it.
     Held(Vec<u8>, Option<Holder>),
     /// It was given back meanwhile.
     Again,
@@ -195,7 +197,7 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
     match try_lock(&file) {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            // Who it is is a courtesy.
+            // The holder is named only as a courtesy.
             return Ok(Attempt::Held(
                 Vec::new(),
                 Holder::read(&file).unwrap_or(None),
@@ -256,7 +258,7 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
     }))
 }
 
-/// How a file is opened in a folder that others may write to: not through a link, and without waiting for a pipe.
+/// Flags for opening a file in a folder that others may write to: not through a link, and without waiting for a pipe.
 fn plainly() -> i32 {
     (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32
 }
@@ -274,7 +276,7 @@ fn no_lock_file(path: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
-/// Whether `path` is the name of `file`. Not if that cannot be told.
+/// Returns true if `path` is the name of `file`; false if that cannot be told.
 fn is_named(path: &Path, file: &File) -> bool {
     let number = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
     let named = fs::symlink_metadata(path).map(number);
@@ -300,7 +302,7 @@ fn said_in(path: &Path) -> io::Result<(Vec<u8>, Option<Holder>)> {
     Ok((said, Holder::read(&file)?))
 }
 
-/// Whether locks are what the file system does not know, or has no room for.
+/// Returns true if `error` means that the file system does not support locks, or has no room for them.
 pub(crate) fn has_no_locks(error: &io::Error) -> bool {
     let error = Errno::from_io_error(error);
     matches!(
@@ -379,8 +381,8 @@ impl Beating {
     }
 }
 
-/// Takes the file of a holder that is gone away, if it is still as it was. Two that do so at once do not take the next holder's: what is not as it was is
-/// put back.
+/// Takes the file of a holder that is gone away, if it is still as it was. Two that do so at once do not take the next
+/// holder's: what is not as it was is put back.
 fn take_away(folder: &Path, said: &[u8]) -> io::Result<()> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -181,7 +181,7 @@ impl Content {
     }
 }
 
-/// What an earlier run left in a part file, as a row says.
+/// The content that an earlier run left in a part file, according to a row.
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) groups: Bitfield,
@@ -205,13 +205,13 @@ pub(crate) struct Partial {
     _lease: PartLease,
     /// Other processes stay away from the folder as long as this one writes into it.
     occupancy: Mutex<Option<Arc<Occupancy>>>,
-    /// What the file whose place this one takes is known to hold.
+    /// Hashes of the content that the file to be replaced is known to hold.
     replaces: OnceLock<Vec<Hash>>,
     target: PathBuf,
     outboard: Option<(PathBuf, File)>,
     /// What is had and would survive a crash.
     durable: Mutex<Bitfield>,
-    /// What an earlier run left, and is still to be read before the file gets its name.
+    /// Groups that an earlier run left, and that are still to be read before the file gets its name.
     unread: Mutex<Unread>,
     /// Written to since it was last settled.
     dirty: AtomicBool,
@@ -226,8 +226,8 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    /// Opens the part file that `kept` vouches for, or makes a new one: with room for the whole if there is `room` to be set aside, else as large as what
-    /// is written.
+    /// Opens the part file that `kept` vouches for, or makes a new one: with room for the whole if there is `room` to
+    /// be set aside, else as large as what is written.
     pub(crate) fn open(
         lease: PartLease,
         (hash, tree): (Hash, Tree),
@@ -319,23 +319,24 @@ impl Partial {
         self.lock_unread().groups.clone()
     }
 
-    /// Whether there are groups that an earlier run left and that are still to be read.
+    /// Returns true if there are groups that an earlier run left and that are still to be read.
     pub(crate) fn is_unread(&self) -> bool {
         self.lock_unread().groups.count() > 0
     }
 
-    /// Whether all is here, and some of it is still to be read before it may be called so.
+    /// Returns true if the whole file is here, and some of it is still to be read before it may be called whole.
     pub(crate) fn is_to_be_read(&self) -> bool {
         self.is_full() && self.is_unread()
     }
 
-    /// Whether nothing has touched the file since a row was written, or all that the row spoke of was read since.
+    /// Returns true if nothing has touched the file since a row was written, or all groups in the row were read since.
     pub(crate) fn is_trusted(&self) -> bool {
         let unread = self.lock_unread();
         unread.trusted || unread.groups.count() == 0
     }
 
-    /// `groups` were read, of which `lost` are not what they should be and count as missing from now on; what is still durable.
+    /// Notes that `groups` were read, of which `lost` are not what they should be and count as missing from now on.
+    /// Returns what is still durable.
     pub(crate) fn was_read(&self, groups: &Bitfield, lost: &Bitfield) -> Bitfield {
         let mut have = self.lock();
         lost.runs().for_each(|run| have.remove_range(run));
@@ -492,13 +493,14 @@ impl Partial {
         }
     }
 
-    /// What the file was known to hold whose place this one takes.
+    /// Returns the hashes of the content that the file to be replaced was known to hold.
     pub(crate) fn replaced(&self) -> &[Hash] {
         self.replaces.get().map_or(&[], Vec::as_slice)
     }
 
-    /// Gives the whole file its name, without replacing anything that has it, unless it is [to](Self::replace); whether the file is the one that was written here, and not another of the same
-    /// content that has got the name meanwhile.
+    /// Gives the whole file its name, without replacing anything that has it, unless it is [to](Self::replace). Returns
+    /// true if the file is the one that was written here, and not another of the same content that has got the name
+    /// meanwhile.
     pub(crate) fn finish(&self) -> Result<(Location, bool), StoreError> {
         let _alone = self
             .naming
@@ -533,7 +535,8 @@ impl Partial {
         Ok((location, true))
     }
 
-    /// Whether a file could not get its name because another process, from which no lock kept it apart, has put the same content there.
+    /// Returns true if the file could not get its name because another process, from which no lock kept it apart, has
+    /// put the same content there.
     fn is_there_already(&self, error: &io::Error) -> bool {
         let by_another = matches!(
             error.kind(),
@@ -595,7 +598,7 @@ fn reserve(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
-/// What the system is asked for to give a file a new name; another in tests.
+/// The system calls that give a file a new name; tests use others.
 trait Naming {
     /// Renames, and fails if `to` exists.
     fn rename_exclusively(&self, from: &Path, to: &Path) -> io::Result<()>;
@@ -642,8 +645,8 @@ fn rename_new_with(naming: &impl Naming, from: &Path, to: &Path) -> io::Result<(
         Err(error) if is_unsupported(&error) => {}
         Err(error) => return Err(error),
     }
-    // Neither is there on FAT, on Android's shared storage, and on several file systems in user space. Weft is the only writer that is to be feared, and the
-    // lock of the folder keeps others of its kind out.
+    // Neither is there on FAT, on Android's shared storage, and on several file systems in user space. Weft is the only
+    // writer that is to be feared, and the lock of the folder keeps others of its kind out.
     match fs::symlink_metadata(to) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => naming.rename(from, to),
         Err(error) => Err(error),
@@ -651,8 +654,8 @@ fn rename_new_with(naming: &impl Naming, from: &Path, to: &Path) -> io::Result<(
     }
 }
 
-/// Whether an error may mean that the file system has no such operation: each says so in its own way (renameat2(2), link(2), renamex_np(2)). One that means
-/// something else comes again with the next way.
+/// Returns true if an error may mean that the file system has no such operation: each operation reports that in its own
+/// way (renameat2(2), link(2), renamex_np(2)). An error that means something else comes again with the next operation.
 fn is_unsupported(error: &io::Error) -> bool {
     let error = Errno::from_io_error(error);
     matches!(
@@ -671,7 +674,8 @@ fn is_unsupported(error: &io::Error) -> bool {
 /// Names that are tried, of which each may be taken: a process of this number may have left files there.
 const NAMES: usize = 64;
 
-/// Tries with empty files whether files can get their names in `folder`: it is better known before anything has been fetched than after.
+/// Tries with empty files whether files can get their names in `folder`: it is better known before anything has been
+/// fetched than after.
 pub(crate) fn try_naming(folder: &Path) -> Result<(), StoreError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     try_naming_from(folder, &NEXT)

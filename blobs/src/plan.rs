@@ -36,7 +36,8 @@ use crate::{
 /// How often what is copied is made durable: what a crash can cost.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Files that are found in place and taken in with one commit: each holds its tree in memory, a thousandth of its size, and a crash costs reading them again.
+/// Files that are found in place and taken in with one commit: each holds its tree in memory, a thousandth of its size,
+/// and a crash costs reading them again.
 const ADOPTED: usize = 64;
 
 /// Of a blob that is in more files, what is known of them is kept while all of a model's files are looked at: a model
@@ -57,7 +58,8 @@ pub struct Progress {
     pub moved: AtomicU64,
     /// Content bytes that were taken from other files of this machine, which a provider's proofs fit.
     pub reused: AtomicU64,
-    /// Bytes that earlier runs left of a file that is whole now, while they are read before it gets its name; zero when nothing is.
+    /// Bytes that earlier runs left of a file that is whole now, while they are read before it gets its name; zero when
+    /// nothing is.
     pub reread_total: AtomicU64,
     /// Bytes of these that were read.
     pub reread: AtomicU64,
@@ -104,7 +106,7 @@ pub(crate) struct Want {
     pub(crate) groups: Option<Bitfield>,
     /// Wanted bytes that were verified before, already counted as done.
     pub(crate) had: u64,
-    /// What the file that stands at the target is known to hold, if this one is to take its place.
+    /// Hashes of the content that the file at the target is known to hold, if this one is to take its place.
     pub(crate) replaces: Vec<Hash>,
     /// The right to fill the folder that the target lies in.
     pub(crate) occupancy: Option<Arc<Occupancy>>,
@@ -218,7 +220,7 @@ impl Plan {
         if !missing.is_empty() {
             let (taken, waited) = occupy(&root, &progress)?;
             if waited {
-                // Whoever has filled it meanwhile most likely has left nothing to do.
+                // The process that has filled the folder meanwhile has most likely left nothing to do.
                 progress.done.store(0, Ordering::Relaxed);
                 missing = look()?;
                 check_room(&root, &missing)?;
@@ -471,13 +473,14 @@ impl<'a> Chosen<'a> {
     }
 }
 
-/// What is done about files that stand where the model's files are to go.
+/// The treatment of files that stand where the model's files are to go.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Existing {
     /// Reads all of them, also those that nothing seems to have touched.
     pub reread: bool,
-    /// Has the model's files take the place of those that an earlier transfer of this store wrote or found there and that hold something else: another
-    /// revision, or a file that was changed since. Not of files that were added in place. Each stands until the new one is whole.
+    /// Has the model's files take the place of those that an earlier transfer of this store wrote or found there and
+    /// that hold something else: another revision, or a file that was changed since. Not of files that were added in
+    /// place. Each stands until the new one is whole.
     pub replace: bool,
 }
 
@@ -572,7 +575,8 @@ fn adopt(store: &Store, found: &mut Vec<(Hash, IndexedFile)>) -> Result<(), Stor
     Ok(())
 }
 
-/// Finds files that stand where those of selected tensors are to go and that hold other tensors, before anything is fetched.
+/// Finds files that stand where those of selected tensors are to go and that hold other tensors, before anything is
+/// fetched.
 fn check_results(manifest: &Manifest, selected: &Selected, root: &Path) -> Result<(), PlanError> {
     let conflicts = results::conflicts(manifest, selected, root);
     match conflicts.first() {
@@ -655,7 +659,8 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
     sources.retain(|source| source.part() != Some(&own) && want.wanted(source.have()).count() > 0);
     if sources.is_empty() && want.tree.size() > 0 {
         let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
-        // What a trusted row vouches for is read when the whole is here. Of a part, files are made as soon as it is.
+        // Groups that a trusted row vouches for are read when the whole blob is here. If only a part of it is wanted,
+        // files are made as soon as that part is here.
         let now = claim.as_ref().is_some_and(|claim| {
             claim.groups.count() > 0 && (!claim.trusted || want.groups.is_some())
         });
@@ -993,7 +998,7 @@ mod tests {
         let plan = Plan::with(&third, wanted, &found, existing, Arc::default()).unwrap();
         assert!(!plan.is_complete());
         drop(plan);
-        // What the user put there stays.
+        // A file that the user put there stays.
         fs::remove_file(root.join("b")).unwrap();
         store.collect(false).unwrap();
         fs::write(root.join("b"), "mine").unwrap();

@@ -101,7 +101,8 @@ impl Limit {
 /// The fewest bytes that pass a limit at a time: what a packet carries.
 const LEAST: u64 = 1024;
 
-/// Of `most` bytes, how many are to pass `limits` at a time, so that some pass several times a second even at a low rate.
+/// Returns how many of `most` bytes are to pass `limits` at a time, so that some pass several times a second even at a
+/// low rate.
 pub(crate) fn portion(limits: &[Limit], most: usize) -> usize {
     let rates = limits.iter().map(Limit::get).filter(|rate| *rate > 0);
     match rates.min() {

@@ -143,8 +143,8 @@ pub fn write(
     Ok(written)
 }
 
-/// Files that stand where those of selected tensors are to go and that hold other tensors. Those that hold the same ones are left to [`write`], which compares
-/// their content.
+/// Files that stand where those of selected tensors are to go and that hold other tensors. Those that hold the same
+/// ones are left to [`write`], which compares their content.
 pub(crate) fn conflicts(manifest: &Manifest, selected: &Selected, root: &Path) -> Vec<PathBuf> {
     let mut conflicts = Vec::new();
     for one in selected.files() {

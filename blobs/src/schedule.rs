@@ -19,7 +19,8 @@ use crate::{
 /// Groups in a piece: 1 MiB, which costs 0.2 % of proofs in a blob of 100 GB, and is soon answered, so that work can move to another peer.
 pub(crate) const PIECE: u64 = 16;
 
-/// Groups in the first runs that are asked of a peer, before its rate is known: 128 KiB, which a link of 256 kbit/s takes four seconds for.
+/// Groups in the first runs that are asked of a peer, before its rate is known: 128 KiB, which a link of 256 kbit/s
+/// takes four seconds for.
 const FIRST_RUN: u64 = 2;
 
 /// What a peer whose rate is not known yet is asked for ahead, in bytes.
@@ -46,7 +47,8 @@ const SAMPLE: usize = 24;
 /// Peers that are asked for the same groups at a time, at most.
 const COPIES: usize = 2;
 
-/// How long a peer is not asked again for a group that it could not read: a disk may come back, and a damaged file may be repaired.
+/// The time for which a peer is not asked again for a group that it could not read: a disk may come back, and a damaged
+/// file may be repaired.
 const UNREADABLE: Duration = Duration::from_secs(60);
 
 /// How often a rate is measured.
@@ -434,8 +436,8 @@ impl Schedule {
         said_all
     }
 
-    /// The peer cannot read what it was asked for: other groups are worth asking for, and others may have these. Of several groups each is asked for by
-    /// itself; one alone is left for a while.
+    /// The peer cannot read what it was asked for: other groups are worth asking for, and others may have these. Of
+    /// several groups each is asked for by itself; one alone is left for a while.
     pub(crate) fn cannot_read(&mut self, key: PeerKey, run: &Run, now: Duration) {
         let bytes = cost(&self.blobs[run.blob].tree, run);
         if let Some(peer) = self.peers.get_mut(&key) {

@@ -40,20 +40,23 @@ pub(crate) const MAX_MESSAGE: usize = 128;
 /// Requests read ahead of the answers: more than a requester's largest window of small ones.
 const MAX_QUEUE: usize = 1024;
 
-/// How long a stream may stand idle, or a peer may take none of what is sent and say nothing, before it is closed.
+/// The longest time that a stream may stand idle, or that a peer may accept no data and send nothing, before the stream
+/// is closed.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// How long a peer may take none of what is sent, however often it says that it is alive: one that limits itself to 100 bytes a second takes 22 minutes for
-/// the 128 KiB after which yamux makes room for more.
+/// The longest time that a peer may accept no data, however often it says that it is alive: a peer that limits itself
+/// to 100 bytes a second takes 22 minutes for the 128 KiB after which yamux makes room for more.
 const TAKES_NOTHING: Duration = Duration::from_secs(30 * 60);
 
-/// How often a peer is told that its request waits: four times in the twenty seconds after which it would take this node for dead.
+/// The interval at which a peer is told that its request waits: four times in the twenty seconds after which the peer
+/// would take this node for dead.
 const TELL: Duration = Duration::from_secs(5);
 
-/// How often one that waits for its turn looks what has changed.
+/// The interval at which a stream that waits for its turn looks for changes.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How long a peer waits for its turn that cannot be told so: it is answered well before the twenty seconds after which it would take this node for dead.
+/// The longest time that a peer waits for its turn if it cannot be told to wait: it is answered well before the twenty
+/// seconds after which it would take this node for dead.
 const UNTOLD: Duration = Duration::from_secs(10);
 
 /// Bytes read from disk at a time. Two such buffers a stream are all the memory a requester can make a provider spend.
@@ -211,7 +214,7 @@ impl Queue {
         self.line.arrived(bytes, true);
     }
 
-    /// Whether all that was sent has arrived, as far as is known.
+    /// Returns true if all answers that were sent have arrived, as far as is known.
     fn has_arrived(&self) -> bool {
         self.state().under_way.is_empty()
     }
@@ -240,7 +243,8 @@ impl Queue {
         }
     }
 
-    /// The next request. A peer is idle when all answers have arrived, as far as is known, and it asks for nothing more.
+    /// The next request. A peer is idle when all answers have arrived, as far as is known, and it asks for nothing
+    /// more.
     async fn pop_patiently(&self) -> Result<Option<Waiting>, ServeError> {
         let begun = Instant::now();
         loop {

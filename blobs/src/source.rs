@@ -139,12 +139,12 @@ impl Source {
         matches!(self.content, Content::Whole { .. })
     }
 
-    /// Whether it is a file of which some groups are known to be damaged.
+    /// Returns true if the source is a file of which some groups are known to be damaged.
     pub(crate) fn is_damaged(&self) -> bool {
         matches!(self.content, Content::Damaged { .. })
     }
 
-    /// What is had of it, if it is being written.
+    /// Returns the content that is here so far, if the blob is being written.
     pub(crate) fn arriving_content(&self) -> Option<&partial::Content> {
         match &self.content {
             Content::Arriving(content) => Some(content),

@@ -2,14 +2,17 @@
 
 use std::{fs::Metadata, os::unix::fs::MetadataExt};
 
-/// A file's inode and times. Two equal stamps mean that nothing has touched the file in between, as far as its file system tells; two that differ do not mean
-/// that its content differs: a file system in user space may number its files anew at each mount, and a new hard link changes the time of change.
+/// A file's inode and times. Two equal stamps mean that nothing has touched the file in between, as far as its file
+/// system tells; two that differ do not mean that its content differs: a file system in user space may number its files
+/// anew at each mount, and a new hard link changes the time of change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stamp {
     pub(crate) inode: u64,
-    /// Time of the last change of the content, nanoseconds since the Unix epoch. Whoever copies a file can set it.
+    /// Time of the last change of the content, nanoseconds since the Unix epoch. Any program that copies a file can set
+    /// it.
     pub(crate) modified: i64,
-    /// Time of the last change of content, name or mode, nanoseconds since the Unix epoch. The system sets it, and nobody else.
+    /// Time of the last change of content, name or mode, nanoseconds since the Unix epoch. The system sets it, and
+    /// nobody else.
     pub(crate) changed: i64,
 }
 

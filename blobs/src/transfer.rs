@@ -40,27 +40,30 @@ use crate::{
     tree::{Mismatch, PARENT, Step, Tree, Verifier},
 };
 
-/// How long a transfer waits for a descriptor when none of its own files has one: other transfers may end.
+/// The longest time that a transfer waits for a descriptor when none of its own files has one: other transfers may end.
 const WITHOUT: Duration = Duration::from_secs(60);
 
 /// Part files open at a time; each is two file descriptors. Fewer where the process may have few.
 const MAX_OPEN: usize = 64;
 
-/// How long a provider may send no byte at all before it counts as lost. Any byte is a sign of life: on a slow link a chunk group of 64 KiB takes minutes.
+/// The longest time that a provider may send no byte at all before it counts as lost. Any byte is a sign of life: on a
+/// slow link a chunk group of 64 KiB takes minutes.
 const STALL: Duration = Duration::from_secs(20);
 
-/// Bytes that have to come within [`STALL`] of waiting: three a second. Any link that is of use brings more, also shared by
-/// a hundred streams; a provider that sends a byte a second keeps nobody.
+/// Bytes that have to come within [`STALL`] of waiting: three a second. Any link that is of use brings more, also
+/// shared by a hundred streams; a provider that sends a byte a second keeps nobody.
 const LEAST: usize = 64;
 
-/// How long a chunk group may take, however many of its bytes come: 110 bytes a second, which is the share of one of eight streams on a link of
-/// 7 kbit/s. It bounds what a provider gains that sends a byte now and then.
+/// The longest time that a chunk group may take, however many of its bytes come: 110 bytes a second, which is the share
+/// of one of eight streams on a link of 7 kbit/s. This limit bounds what a provider gains by sending a byte now and
+/// then.
 const SLOWEST: Duration = Duration::from_secs(600);
 
-/// How long a provider may keep a request in its queue, however often it says that it is alive.
+/// The longest time that a provider may keep a request in its queue, however often it says that it is alive.
 pub const QUEUED: Duration = Duration::from_secs(600);
 
-/// How often a requester that waits for answers says that it is alive: four times in the minute after which a provider gives it up.
+/// The interval at which a requester that waits for answers says that it is alive: four times in the minute after which
+/// a provider gives it up.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// The number of no request: a cancellation of it changes nothing, and shows that the requester is alive.
@@ -69,7 +72,8 @@ const NO_REQUEST: u64 = u64::MAX;
 /// Answers in a row that a provider cannot read what it was asked for, until its stream is given up for a while.
 const MAX_UNREADABLE: u32 = 32;
 
-/// How often bytes of a chunk group that is not whole yet are counted: as often as rates are measured.
+/// The interval at which bytes of a chunk group that is not whole yet are counted: the same as that at which rates are
+/// measured.
 const COUNT: Duration = Duration::from_millis(100);
 
 /// How often verified bytes are made durable: what a crash can cost.
@@ -172,7 +176,7 @@ struct Shared {
     held: AtomicBool,
     /// Bytes that came from providers, of whole chunk groups or not.
     heard: AtomicU64,
-    /// How often a provider said that a request waits in its queue.
+    /// The number of times that a provider said that a request waits in its queue.
     queued: AtomicU64,
     /// Streams that wait for this side's own limits.
     limited: AtomicUsize,
@@ -242,7 +246,8 @@ impl State {
             && self.open.values().all(Open::is_for_readers)
     }
 
-    /// Whether to wait for a descriptor: as long as files of this transfer are open, and else for a while.
+    /// Returns true if the transfer may wait for a descriptor: as long as files of this transfer are open, and else for
+    /// a while.
     fn may_wait_for_descriptors(&mut self) -> bool {
         let since = *self.without.get_or_insert_with(Instant::now);
         !self.open.is_empty() || since.elapsed() < WITHOUT
@@ -315,7 +320,7 @@ pub struct Unreadable {
     pub path: String,
     /// The bytes of the first chunk group that it could not read.
     pub bytes: Range<u64>,
-    /// How many chunk groups more it could not read.
+    /// The number of further chunk groups that it could not read.
     pub more: u64,
 }
 
@@ -382,7 +387,7 @@ impl Peer {
         self.moved() + self.wasted() + self.proved.load(Ordering::Relaxed)
     }
 
-    /// What it could not read when it was asked for it.
+    /// Returns the content that the provider could not read when it was asked for it.
     pub fn unreadable(&self) -> Option<Unreadable> {
         self.unreadable_now().clone()
     }
@@ -398,7 +403,7 @@ impl Peer {
         self.signs.load(Ordering::Relaxed)
     }
 
-    /// Whether it said last that it has no turn for this node yet.
+    /// Returns true if the provider said last that it has no turn for this node yet.
     pub fn is_queued(&self) -> bool {
         self.queued.load(Ordering::Relaxed)
     }
@@ -481,12 +486,12 @@ impl Transfer {
         self.shared.heard.load(Ordering::Relaxed)
     }
 
-    /// How often providers have said that a request waits in their queue.
+    /// Returns the number of times that providers have said that a request waits in their queue.
     pub fn queued(&self) -> u64 {
         self.shared.queued.load(Ordering::Relaxed)
     }
 
-    /// Whether this side's own limits hold content back now.
+    /// Returns true if this side's own limits hold content back now.
     pub fn is_limited(&self) -> bool {
         self.shared.limited.load(Ordering::Relaxed) > 0
     }
@@ -865,7 +870,8 @@ impl Shared {
             .into_iter()
             .filter(|partial| partial.take_dirty())
             .collect();
-        // What an earlier run left of a file is read before the file gets its name; that may take a while, and the others do not wait for it.
+        // The content that an earlier run left of a file is read before the file gets its name. Reading it may take a
+        // while, and the other files do not wait for it.
         let stopped = self.stop.load(Ordering::Acquire);
         let (whole, rest): (Vec<_>, Vec<_>) = dirty
             .iter()
@@ -909,7 +915,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Reads what an earlier run left of a file that is whole now, and gives the file its name; what is not as it should be is wanted again. Blocks.
+    /// Reads what an earlier run left of a file that is whole now, and gives the file its name; what is not as it
+    /// should be is wanted again. Blocks.
     fn reread(&self, partial: &Arc<Partial>) -> Result<(), StoreError> {
         let (progress, tree) = (&self.progress, partial.tree());
         progress.reread.store(0, Ordering::Relaxed);
@@ -1027,7 +1034,7 @@ struct Asked {
     /// Something was asked, or nothing will be any more.
     more: Notify,
     ended: AtomicBool,
-    /// How many are answered.
+    /// The number of requests that are answered.
     answered: AtomicU64,
 }
 
@@ -1254,7 +1261,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// What a provider answers, however long the request waits in its queue.
+    /// Returns the provider's answer. The request may wait in the provider's queue, for at most [`QUEUED`].
     async fn response<S>(&self, reader: &mut ReadHalf<S>) -> Result<Answer, TransferError>
     where
         S: AsyncRead,

@@ -1,8 +1,9 @@
 //! The turns of streams that share one uplink.
 //!
-//! On a slow uplink all answers at once would mean that none of them ends: each gets too little to deliver a chunk group in a time that anybody waits.
-//! So as many streams send at a time as the uplink carries at `PER_STREAM`, by what requesters say has arrived; the others wait, the peer
-//! that has waited longest for a turn first. A fast uplink makes nobody wait.
+//! On a slow uplink all answers at once would mean that none of them ends: each gets too little to deliver a chunk
+//! group in a time that anybody waits. So as many streams send at a time as the uplink carries at `PER_STREAM`, by what
+//! requesters say has arrived; the others wait, the peer that has waited longest for a turn first. A fast uplink makes
+//! nobody wait.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,20 +16,22 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// Bytes a second that a stream is to have of the uplink: a chunk group of 64 KiB then takes eight seconds, well below the twenty without a byte after
-/// which a requester gives a provider up.
+/// Bytes a second that a stream is to have of the uplink: a chunk group of 64 KiB then takes eight seconds, well below
+/// the twenty without a byte after which a requester gives a provider up.
 const PER_STREAM: f64 = 8.0 * 1024.0;
 
-/// Streams that may send at a time, however slow the uplink is: a few whose receivers are slow do not keep all others waiting.
+/// Streams that may send at a time, however slow the uplink is: a few whose receivers are slow do not keep all others
+/// waiting.
 const FEWEST: usize = 4;
 
-/// How long a turn counts. A receiver that takes an answer more slowly than that gets it all the same, beside those who have a turn.
+/// The time for which a turn counts. A receiver that takes an answer more slowly than that gets it all the same, beside
+/// the streams that have a turn.
 const TURN: Duration = Duration::from_secs(30);
 
 /// For how long answers are under way until they make a sample of the rate.
 const SAMPLE: Duration = Duration::from_secs(1);
 
-/// How often one that waits looks whether a turn has run out.
+/// The interval at which a stream that waits checks whether a turn has run out.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// An uplink, shared by all streams over which a node serves. Cheap to clone; all clones are one.
@@ -182,7 +185,7 @@ pub struct Line {
 }
 
 impl Line {
-    /// Whether the stream may begin another answer at once: nobody waits, or a turn is free.
+    /// Returns true if the stream may begin another answer at once: no other stream waits, or a turn is free.
     fn try_turn(&self) -> bool {
         let now = Instant::now();
         let mut state = self.uplink.state();
@@ -205,7 +208,8 @@ impl Line {
         false
     }
 
-    /// Waits for a turn, for at most `patience`; whether it has come. It goes on waiting in its place when it is called again.
+    /// Waits for a turn, for at most `patience`; whether it has come. It goes on waiting in its place when it is called
+    /// again.
     pub(crate) async fn turn(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         if !self.is_waiting() && self.try_turn() {
@@ -233,7 +237,7 @@ impl Line {
         self.uplink.state().waiting.contains_key(&self.stream)
     }
 
-    /// Whether the stream has a turn that others wait for.
+    /// Returns true if the stream has a turn that other streams wait for.
     pub(crate) fn is_wanted(&self) -> bool {
         let mut state = self.uplink.state();
         state.turns_now(Instant::now());
@@ -286,8 +290,8 @@ mod tests {
 
     const GROUP: u64 = 64 * 1024;
 
-    /// Bytes that `streams` of as many peers get through an uplink in `time`, one group after another, at `rate` bytes a second in all; and the most
-    /// that had a turn at a time in the second half.
+    /// Bytes that `streams` of as many peers get through an uplink in `time`, one group after another, at `rate` bytes
+    /// a second in all; and the most that had a turn at a time in the second half.
     async fn share(
         uplink: &Uplink,
         streams: usize,

@@ -118,7 +118,7 @@ fn published(name: &str, content: &[u8]) -> Result<usize, String> {
         "{name} is published as it is"
     );
     assert_eq!(odd.blake3, weft_blobs::Hash::of(content));
-    // Whoever receives the manifest takes it.
+    // A receiver of the manifest accepts it.
     let received = Manifest::decode(&indexed.manifest.encode()).unwrap();
     assert_eq!(received, indexed.manifest);
     let strict = index_by(

@@ -310,7 +310,7 @@ async fn what_was_lost_of_an_earlier_run_comes_again_before_the_file_gets_its_na
         let (mut download, _) = plan(&Store::open(&path).unwrap());
         fetch_some(&world, &mut download, 10 << 20).await;
     }
-    // What was written last is still settled beside.
+    // A background task still settles the content that was written last.
     let mut store = Store::open(&path);
     while store.is_err() {
         tokio::time::sleep(Duration::from_millis(10)).await;

@@ -1,8 +1,9 @@
-//! Whether one change is an ancestor of another, without a walk over all that is concurrent to it.
+//! Decides whether one change is an ancestor of another, without a walk over all changes that are concurrent to it.
 //!
-//! An actor's changes build on each other (the guard sees to that), so the ancestors of a change are told by a clock: how
-//! many changes of each actor are among them. The clock of a change follows from those of the changes that it builds on.
-//! Clocks are kept for the changes that were built on last. They are functions of hashes, and never out of date.
+//! An actor's changes build on each other (the guard sees to that), so the ancestors of a change are told by a clock:
+//! how many changes of each actor are among them. The clock of a change follows from those of the changes that it
+//! builds on. Clocks are kept for the changes that were built on last. They are functions of hashes, and never out of
+//! date.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -12,7 +13,8 @@ use std::{
 use automerge::{ActorId, Automerge, ChangeHash};
 
 /// Entries of all clocks that are kept for a document: about 5 MB. Two branches of any length need a clock each; a
-/// document whose 4,096 sessions all go on at once has room for 16 clocks, and looks at its history again for the others.
+/// document whose 4,096 sessions all go on at once has room for 16 clocks, and looks at its history again for the
+/// others.
 const MAX_ENTRIES: usize = 65_536;
 
 /// Of each actor, how many of its first changes are ancestors.
@@ -33,7 +35,7 @@ impl Clock {
         }
     }
 
-    /// Whether a change of the document is an ancestor; false if it is not in the document.
+    /// Returns true if a change of the document is an ancestor; false if it is not in the document.
     pub(crate) fn has(&self, doc: &Automerge, change: &ChangeHash) -> bool {
         doc.get_change_meta_by_hash(change)
             .is_some_and(|meta| self.0.get(&meta.actor).is_some_and(|seq| *seq >= meta.seq))

@@ -43,7 +43,7 @@ const SAVE_EVERY: usize = 512;
 #[derive(Debug, Clone)]
 struct Session {
     run: Run,
-    /// How far the epochs let it count.
+    /// The extent to which the epochs let the session count.
     standing: Standing,
     /// The chain after each envelope, and its change.
     entries: Vec<(Chain, ChangeId)>,
@@ -211,8 +211,8 @@ impl Document {
         self.genesis.id
     }
 
-    /// Reads a document from disk. All in it was checked before it was written, signatures as well. Of the log only what
-    /// came after the last save is read.
+    /// Reads a document from disk. All in it was checked before it was written, signatures as well. Of the log only
+    /// what came after the last save is read.
     pub(crate) fn load(store: &Store, genesis: Genesis) -> Result<Self, StoreError> {
         if let Some(this) = Self::load_with(store, genesis.clone(), true)? {
             return Ok(this);
@@ -386,7 +386,7 @@ impl Document {
         })
     }
 
-    /// How far the epochs let a session count.
+    /// Returns the extent to which the epochs let a session count.
     fn standing(&self, session: &SessionId, run: &Run) -> Standing {
         match self.sessions.get(session) {
             Some(known) => known.standing,
@@ -445,7 +445,8 @@ impl Document {
         }
     }
 
-    /// Whether a peer might read the document at some time because it was named, and because everybody might.
+    /// Returns whether a peer might read the document at some time because it was named, and whether because everybody
+    /// might.
     pub(crate) fn was_reader(&self, peer: &Key) -> (bool, bool) {
         let genesis = &self.genesis;
         let first = (&genesis.writers, &genesis.readers);
@@ -463,8 +464,8 @@ impl Document {
         (as_named, as_everybody)
     }
 
-    /// Whether one who names these sessions and this epoch has had a part of the document: a session's id comes from a
-    /// random nonce, and an epoch's from a signature, and neither is told to those who may not read.
+    /// Returns true if a peer that names these sessions and this epoch has had a part of the document: a session's id
+    /// comes from a random nonce, and an epoch's from a signature, and neither is told to peers that may not read.
     pub(crate) fn has_part(&self, heads: &Heads, epoch: Option<&EpochId>) -> bool {
         let decision = epoch.and_then(|epoch| self.epochs.number_of(epoch, &self.genesis));
         // Sessions of before the content began anew are known by that decision alone.
@@ -862,8 +863,8 @@ impl Document {
         if self.waiting.has(&envelope) {
             return;
         }
-        // What was told unasked costs no check of a signature if there is no room for it. Room for what was asked is made
-        // at the cost of other peers, and so after the check.
+        // The signature of an envelope that nobody asked for is not checked if there is no room for the envelope. Room
+        // for a requested envelope is made at the cost of other peers, and so after the check.
         let fits = asked || self.waiting.make_room(&envelope, &key, asked);
         if fits && !verified && !envelope.header.is_signed(&self.id()) {
             taken.offences.push((key, Refusal::Signature));

@@ -143,7 +143,7 @@ impl Documents {
         let work: Work = Box::new(move |replica| {
             let result = work(replica);
             Box::new(move |flushed| {
-                // Whoever asked may wait no more. Of work that failed by itself nothing was done.
+                // The caller may wait no more. Work that failed by itself has changed nothing.
                 let _ = reply.send(result.and_then(|done| {
                     flushed?;
                     Ok(done)

@@ -12,9 +12,9 @@
 //! session by session: a piece of it may bring nothing that can be applied. Its envelopes then wait, within bounds, and
 //! the sessions that they are of are not wanted again before something else has been applied.
 //!
-//! A peer that might read a document once and no longer may is told of the owner's decisions, and of nothing else: so it
-//! knows to whom it may still give what it has. Where everybody might read the document, a peer first has to show that it
-//! has a part of it.
+//! A peer that might read a document once and no longer may is told of the owner's decisions, and of nothing else: so
+//! it knows to whom it may still give what it has. If everybody might read the document, a peer first has to show that
+//! it has a part of it.
 //!
 //! A peer makes us remember at most [`MAX_EXCHANGES`] summaries, and send at most one piece for each message of its
 //! own.
@@ -524,7 +524,8 @@ impl Replica {
             self.shut_out(peer, id, false)?;
         }
         if listing.answer {
-            // What differs, the peer wrote or was named for, and does not list: it may not let us read it any more.
+            // Documents that differ, that the peer owns or is named in, and that it does not list: the peer may not let
+            // us read them any more.
             let is_equal = |id: &DocumentId| {
                 let bit = usize::from(id.0[0]);
                 let bits = listing.equal.get(bit / 8);
@@ -1481,7 +1482,7 @@ impl Replica {
         }
         if arrival.beginning().is_some() {
             if let Some(last) = arrival.epochs.last() {
-                // Who may read is known from here on, whether the new content comes or not.
+                // The readers are known from here on, whether the new content comes or not.
                 let row = last.wire.encode_to_vec();
                 let says = last.says.clone();
                 self.decided(id, &says, row);

@@ -182,7 +182,7 @@ impl Content {
         Ok(this)
     }
 
-    /// What is on disk of a document, as far as it can be read.
+    /// Reads the rows of a document on disk, as far as they can be read.
     fn rows(store: &Store, id: &DocumentId) -> Result<Self, StoreError> {
         let mut this = Self {
             document: Some(*id),
@@ -369,8 +369,8 @@ impl Replica {
         Err(Error::ImportIncomplete(Box::new(imported)))
     }
 
-    /// Makes a document anew from those of its rows that can be read, each of them checked as if a peer had sent it. Peers
-    /// that share it are told what is left, and asked for the rest.
+    /// Makes a document anew from those of its rows that can be read, each of them checked as if a peer had sent it.
+    /// Peers that share it are told what is left, and asked for the rest.
     pub(crate) fn salvage(&mut self, id: DocumentId) -> Result<(), StoreError> {
         let content = Content::rows(&self.store, &id)?;
         let genesis = self.held.get(&id).and_then(|held| held.genesis.as_ref());

@@ -80,7 +80,7 @@ pub(crate) fn read_keys(keys: &[Bytes]) -> Result<Vec<Key>, Refusal> {
     Ok(keys)
 }
 
-/// Whether a peer may read a document with these rights.
+/// Returns true if a peer may read a document with these rights.
 pub(crate) fn is_reader(owner: &Key, writers: &[Key], readers: &Readers, peer: &Key) -> bool {
     let is_named = |keys: &[Key]| keys.binary_search(peer).is_ok();
     match readers {

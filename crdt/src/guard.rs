@@ -131,7 +131,7 @@ impl<'a> Ancestry<'a> {
             .is_some_and(|hash| self.has_change(&hash))
     }
 
-    /// Whether a change that is here is an ancestor.
+    /// Returns true if a change that is here is an ancestor.
     fn has_change(&self, change: &ChangeHash) -> bool {
         let clock = self.clock.as_ref();
         clock.is_none_or(|clock| clock.has(self.doc, change))
@@ -248,7 +248,7 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// What the guard remembers of a document.
+/// The guard's memory of a document.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Memory {
     depths: Depths,

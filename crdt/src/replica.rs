@@ -41,8 +41,8 @@ pub const MAX_DOCUMENTS: usize = 65_536;
 /// small documents, and no more than one document may have in its log: the one in use is in memory whatever it weighs.
 const MAX_LOADED: usize = 128 << 20;
 
-/// A document that could not be read for a fault of the disk is tried again after this long: a fault costs all documents
-/// a look at what is on disk.
+/// A document that could not be read for a fault of the disk is tried again after this long: a fault costs all
+/// documents a look at what is on disk.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 /// Carried edits that go into one commit.
@@ -207,8 +207,8 @@ pub struct DocumentInfo {
     pub id: DocumentId,
     /// The rest is known once it has arrived.
     pub details: Option<DocumentDetails>,
-    /// What is wrong with it on disk. A damaged document is neither read, written nor given to peers until it is opened
-    /// again ([`Replica::hold`]).
+    /// The damage to the document on disk, if any. A damaged document is neither read, written nor given to peers until
+    /// it is opened again ([`Replica::hold`]).
     pub damage: Option<String>,
 }
 
@@ -257,7 +257,8 @@ pub(crate) struct Held {
     /// `None` until a peer has sent it.
     pub(crate) genesis: Option<Genesis>,
     pub(crate) digest: Digest,
-    /// Who may write and read it, by the last decision that is known, in force here or not.
+    /// The keys that may write the document and, in `readers`, those that may read it, by the last decision that is
+    /// known, in force here or not.
     writers: Vec<Key>,
     readers: Readers,
     is_decided: bool,
@@ -298,7 +299,7 @@ impl Held {
         }
     }
 
-    /// Whether a peer may read it, and it can be read.
+    /// Returns true if a peer may read the document, and the document can be read.
     pub(crate) fn may_read(&self, peer: &Key) -> bool {
         let owner = self.genesis.as_ref().map(|genesis| genesis.owner);
         self.damage.is_none()
@@ -306,7 +307,7 @@ impl Held {
                 .is_none_or(|owner| genesis::is_reader(&owner, &self.writers, &self.readers, peer))
     }
 
-    /// Whether a peer is its owner, or is named as one who may write or read it.
+    /// Returns true if a peer is the document's owner, or is named as one of its writers or readers.
     pub(crate) fn names(&self, peer: &Key) -> bool {
         let is_named = |keys: &[Key]| keys.binary_search(peer).is_ok();
         self.genesis.as_ref().is_some_and(|one| one.owner == *peer)
@@ -314,7 +315,7 @@ impl Held {
             || matches!(&self.readers, Readers::Named(keys) if is_named(keys))
     }
 
-    /// Whether its owner has decided something since it was made.
+    /// Returns true if the document's owner has decided something since the document was made.
     pub(crate) fn is_decided(&self) -> bool {
         self.is_decided
     }
@@ -342,7 +343,7 @@ pub struct Replica {
     pub(crate) arrivals: BTreeMap<DocumentId, Arrival>,
     /// What peers are to be told.
     pub(crate) news: BTreeMap<DocumentId, News>,
-    /// What follows from what is not on disk yet, and of which document.
+    /// Outputs that follow from changes that are not on disk yet, each with its document.
     queued: Vec<(Option<DocumentId>, Output)>,
     outputs: VecDeque<Output>,
     dirty: BTreeSet<DocumentId>,
@@ -521,8 +522,8 @@ impl Replica {
         }))
     }
 
-    /// If the disk fails while it reads a document, that document is left alone for a while: otherwise each message of a
-    /// peer about it would make all documents be read anew.
+    /// If the disk fails while it reads a document, that document is left alone for a while: otherwise each message of
+    /// a peer about it would make all documents be read anew.
     pub(crate) fn suspect(&mut self, id: DocumentId, error: &StoreError) {
         if !matches!(error, StoreError::Document { .. }) {
             self.suspects.insert(id, error.to_string());
@@ -718,7 +719,8 @@ impl Replica {
     }
 
     /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Of one that is
-    /// held and damaged, what can be read is kept, and peers are asked for the rest. Returns true if it was held before.
+    /// held and damaged, what can be read is kept, and peers are asked for the rest. Returns true if it was held
+    /// before.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if too many are held, [`Error::Store`].
@@ -1200,7 +1202,7 @@ impl Replica {
     fn try_flush(&mut self) -> Result<(), StoreError> {
         self.recover()?;
         self.settle()?;
-        // Told last, for nobody is told of what is taken back. What is told is read from memory.
+        // Peers are told last, for nobody is told of a change that is taken back. The news is read from memory.
         while self.put_rows()? {}
         self.tell()?;
         while self.put_rows()? {}
@@ -1366,15 +1368,15 @@ impl Replica {
         self.max_loaded = bytes;
     }
 
-    /// What is on disk, to be bent.
+    /// Returns the store, for tests that damage the documents on disk.
     #[cfg(test)]
     pub(crate) fn store(&mut self) -> &mut Store {
         &mut self.store
     }
 }
 
-/// Reads a document from disk. Its digest covers the chains of all sessions and decisions, so what was checked before it
-/// was put on disk need not be checked again, but for the signature of the beginning.
+/// Reads a document from disk. Its digest covers the chains of all sessions and decisions, so what was checked before
+/// it was put on disk need not be checked again, but for the signature of the beginning.
 fn load(store: &Store, genesis: Genesis, digest: Digest) -> Result<Document, StoreError> {
     if Genesis::read(genesis.wire.clone()).is_err() {
         return Err(store.damaged(genesis.id, "its beginning cannot be read"));

@@ -10,8 +10,8 @@ use crate::{
     id::{Chain, Digest, EpochId, Key, SessionId},
 };
 
-/// Sessions whose heads are kept with a document's figures. A row for more would be written anew, with 72 bytes for each
-/// session, at each flush; a document of more sessions is loaded when a peer is told what is here.
+/// Sessions whose heads are kept with a document's figures. A row for more would be written anew, with 72 bytes for
+/// each session, at each flush; a document of more sessions is loaded when a peer is told what is here.
 const MAX_HEADS: usize = 64;
 
 /// A session's entry in a save.
@@ -195,7 +195,7 @@ pub(crate) fn seal(mut row: Vec<u8>) -> Vec<u8> {
     row
 }
 
-/// Whether an envelope's row is as it was written; `None` if it has no seal.
+/// Returns whether an envelope's row is as it was written; `None` if it has no seal.
 pub(crate) fn is_sealed(row: &[u8]) -> Option<bool> {
     let (row, end) = row.split_last_chunk::<10>()?;
     let seal = end.strip_prefix(&SEAL)?;

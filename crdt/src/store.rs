@@ -55,7 +55,7 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
-    /// What is on disk of one document is damaged, or cannot be read. Other documents are as they were.
+    /// The data of one document on disk is damaged, or cannot be read. Other documents are as they were.
     #[error(
         "document {document} is damaged on disk: {what}; open it again to keep what can be read of it, and to get the \
          rest from peers that hold it"
@@ -63,7 +63,7 @@ pub enum StoreError {
     Document {
         /// The document.
         document: DocumentId,
-        /// What is wrong with it.
+        /// A description of the damage.
         what: String,
     },
     /// Something else.
@@ -103,8 +103,8 @@ pub struct Store {
     noted: RefCell<Noted>,
 }
 
-/// What went wrong since the last flush. It is kept here, and not only returned to the caller: an operation may drop an
-/// error, but a flush never does.
+/// The faults and damage since the last flush. They are kept here, and not only returned to the caller: an operation
+/// may drop an error, but a flush never does.
 #[derive(Debug, Default)]
 struct Noted {
     fault: Option<StoreError>,

@@ -587,7 +587,8 @@ pub(crate) fn touched(patches: &[automerge::Patch]) -> Vec<Path> {
     kept
 }
 
-/// Copies all of the content into an empty document, each counter as one, in commits of a bounded size and of this time.
+/// Copies all of the content into an empty document, each counter as one, in commits of a bounded size and of this
+/// time.
 pub(crate) fn copy(
     from: &Automerge,
     to: &mut Automerge,

@@ -300,8 +300,9 @@ impl Export<'_> {
 
     /// Makes the entries of the snapshot; how many, and the bytes copied where a link could not be.
     ///
-    /// Where the file system has no links, a blob that this export brought becomes the entry itself, as huggingface_hub
-    /// does it: so its content lies there once. One that was there before is copied, for another snapshot may need it.
+    /// If the file system has no links, a blob that this export brought becomes the entry itself, as huggingface_hub
+    /// does it, so its content is stored there once. A blob that was there before is copied, for another snapshot may
+    /// need it.
     fn make_links(
         &self,
         plan: &mut Plan,

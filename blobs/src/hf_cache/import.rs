@@ -70,7 +70,7 @@ pub struct Snapshot {
     pub files: u64,
     /// Bytes in those files.
     pub bytes: u64,
-    /// What is wrong with files in it, which are left out when it is indexed.
+    /// Problems with files in the snapshot; these files are left out when the snapshot is indexed.
     pub problems: Vec<Problem>,
     bounds: Bounds,
 }

@@ -25,7 +25,8 @@ pub(crate) const OF_THE_SYSTEM: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.
 /// The folder that macOS adds to archives, for the attributes of the files in them.
 const MACOSX: &str = "__MACOSX";
 
-/// What macOS begins the name of a file with that holds the attributes of another, where the file system has none.
+/// The prefix that macOS gives to the name of a file that holds the attributes of another file, if the file system has
+/// no attributes.
 const APPLE_DOUBLE: &str = "._";
 
 /// Returns the reason for which a file or folder of this name is left out, whatever the rules.
@@ -42,7 +43,7 @@ pub(crate) fn litter(name: &str) -> Option<&'static str> {
 /// A file that was found.
 #[derive(Debug)]
 pub(super) struct Place {
-    /// Where it is, without links.
+    /// The path of the file, without links.
     pub(super) path: PathBuf,
     pub(super) seen: Sighting,
 }
@@ -99,7 +100,8 @@ impl<'a> Walker<'a> {
         self.folder(root, "")
     }
 
-    /// What is in the folder at `at`, without links, which is `relative` in the manifest; empty for the root.
+    /// Walks through the folder at `at`, a path without links. `relative` is the path of the folder in the manifest;
+    /// empty for the root.
     fn folder(&mut self, at: &Path, relative: &str) -> Result<(), IndexError> {
         self.folders += 1;
         if self.folders > MAX_FILES {
@@ -162,8 +164,8 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// Where a link leads decides: into the folder, and it is what it leads to; out of it, and it is nothing unless
-    /// told otherwise.
+    /// Takes in a link by its target. A link into the folder counts as its target; a link out of the folder is left out
+    /// unless the rules say otherwise.
     fn link(&mut self, path: &Path, relative: String) -> Result<(), IndexError> {
         let target = match path.canonicalize() {
             Ok(target) => target,
@@ -270,7 +272,7 @@ impl<'a> Walker<'a> {
         }
     }
 
-    /// Whether a link's target in the root would be left out by its own name.
+    /// Returns true if a link's target in the root would be left out by its own name.
     fn leads_to_left_out(&self, target: &Path) -> bool {
         let Ok(inside) = target.strip_prefix(self.root) else {
             return false;

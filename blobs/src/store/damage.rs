@@ -1,7 +1,8 @@
-//! Files of which some chunk groups are not what they were, or cannot be read: what is right of them goes on being used.
+//! Files of which some chunk groups are not what they were, or cannot be read: what is right of them goes on being
+//! used.
 //!
-//! The first read that fails marks the groups that it met. A thread then reads the rest of that file, once, at half the speed of the disk, and marks what
-//! else is damaged; a group that can be read after all is unmarked.
+//! The first read that fails marks the groups that it met. A thread then reads the rest of that file, once, at half the
+//! speed of the disk, and marks what else is damaged; a group that can be read after all is unmarked.
 
 use std::{
     ops::Range,
@@ -27,8 +28,8 @@ use crate::{
     tree::Tree,
 };
 
-/// Runs of damaged groups that are remembered of a file. A file with more is used no more until it is verified: its disk is dying, and a row of the
-/// database stays below 100 kB.
+/// Runs of damaged groups that are remembered of a file. A file with more is used no more until it is verified: its
+/// disk is dying, and a row of the database stays below 100 kB.
 const MAX_RUNS: usize = 4096;
 
 /// Files that wait to be read through. Of others the damage is found as it is met.
@@ -79,8 +80,8 @@ impl LocationRow {
 }
 
 impl Store {
-    /// Finds out which of `groups` of a file are damaged or cannot be read, and has them count as not here from now on; the others go on being used. To be
-    /// called when a read of them has failed. Blocks.
+    /// Finds out which of `groups` of a file are damaged or cannot be read, and has them count as not here from now on;
+    /// the others go on being used. To be called when a read of them has failed. Blocks.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -116,7 +117,7 @@ impl Store {
             })?;
             self.read_through(hash, location);
         } else if let Some(content) = source.arriving_content() {
-            // Whoever writes it is told by whoever reads it: the groups are missing.
+            // The reader tells the writer of the blob that the groups are missing.
             bad.iter().for_each(|bad| content.forget(*bad..*bad + 1));
         } else if let (Some(part), mut have) = (source.part(), source.have())
             && let Ok(_lease) = PartLease::take(self, hash, part)
@@ -141,7 +142,7 @@ impl Store {
         self.write(|txn| mark(txn, hash, path, |row| row.set_good(good)))
     }
 
-    /// What is right of files that are damaged, open for reading.
+    /// Returns the groups of damaged files that are right, as sources open for reading.
     pub(super) fn damaged_sources(&self, hash: &Hash) -> Result<Vec<Source>, StoreError> {
         let Some(row) = self.blob_row(hash)? else {
             return Ok(Vec::new());

@@ -86,8 +86,9 @@ impl Store {
         self.collect_with(dry_run, false)
     }
 
-    /// As [`collect`](Self::collect). `gone`: files whose folder is gone are forgotten, too, as after a copy of a model was deleted; on a disk that is only away
-    /// they would have to be read again. A model that is whole elsewhere lives there from then on.
+    /// As [`collect`](Self::collect). `gone`: files whose folder is gone are forgotten, too, as after a copy of a model
+    /// was deleted; on a disk that is only away they would have to be read again. A model that is whole elsewhere lives
+    /// there from then on.
     ///
     /// # Errors
     /// As [`collect`](Self::collect).
@@ -215,7 +216,7 @@ impl Collector<'_> {
         Ok(())
     }
 
-    /// Whether a file may come back with its folder, and is to be remembered for that.
+    /// Returns true if a file may come back with its folder, and is to be remembered for that.
     fn is_away(&self, path: &Path) -> bool {
         !self.forget_away && is_away(path)
     }

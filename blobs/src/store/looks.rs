@@ -1,7 +1,8 @@
 //! Looking at what is here of models, on disks that may not answer.
 //!
-//! One thread a mount looks. Whoever asks waits for it as long as it finds one file after another; when it gets no further, what was last found is the
-//! answer, and nobody else begins to look there until it returns.
+//! One thread a mount looks. The caller waits for the thread as long as it finds one file after another. When the
+//! thread gets no further, the caller gets the result of the last look, and no other look begins there until the thread
+//! returns.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,7 +19,8 @@ use std::{
 use super::{Model, Presence, Store, StoreError};
 use crate::{Hash, Manifest, files::mount_of};
 
-/// How long a look may find no further file: a disk that spins up takes longer, and answers the next time.
+/// The longest time for which a look may find no further file: a disk that spins up takes longer, and answers the next
+/// time.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Models of which is remembered what was found.

@@ -113,9 +113,10 @@ struct Inner {
     uses: Mutex<Uses>,
     /// The number of the last use.
     last_use: AtomicU64,
-    /// Which models have which tensors.
+    /// An index from tensors to the models that have them.
     tensors: Mutex<elsewhere::Index>,
-    /// How often the store was found not to have been closed: what rows of earlier epochs say of part files is checked.
+    /// The number of times that the store was found not to have been closed. Rows of earlier epochs about part files
+    /// are checked.
     epoch: u64,
     /// Groups of part files that this process has written or read, by part file.
     seen: Mutex<HashMap<PathBuf, Seen>>,
@@ -143,7 +144,7 @@ pub enum StoreError {
     Unopened {
         /// The database.
         path: PathBuf,
-        /// What went wrong.
+        /// The error that the database returned.
         #[source]
         source: Box<redb::Error>,
     },
@@ -394,9 +395,9 @@ impl KnownFiles {
         self.0.len()
     }
 
-    /// Whether the file at `path` is known to hold the blob, and nothing at all has touched it since it was last read
-    /// or written whole: neither its inode nor the time that only the system sets. Content that is given to others is
-    /// checked anyway; content that is called complete without being read must be this.
+    /// Returns true if the file at `path` is known to hold the blob, and nothing at all has touched it since it was
+    /// last read or written whole: neither its inode nor the time that only the system sets. Content that is given to
+    /// others is checked anyway; content that is called complete without being read must be this.
     pub(crate) fn has_untouched(&self, path: &Path) -> bool {
         let Some(known) = self.0.get(path) else {
             return false;
@@ -537,7 +538,8 @@ impl Store {
         self.adopt_all(&[(*hash, file)])
     }
 
-    /// Takes in files that were found to hold known blobs, in one transaction. One that a transfer wrote stays ours to delete. Durable when it returns.
+    /// Takes in files that were found to hold known blobs, in one transaction. One that a transfer wrote stays ours to
+    /// delete. Durable when it returns.
     pub(crate) fn adopt_all(&self, files: &[(Hash, &IndexedFile)]) -> Result<(), StoreError> {
         let _holds: Vec<Hold> = files.iter().map(|(hash, _)| self.hold(*hash)).collect();
         for (hash, file) in files {
@@ -782,7 +784,8 @@ impl Store {
         })
     }
 
-    /// How much of `model` is here, by looking at each of its files; what was last found if its disk does not answer.
+    /// Returns how much of `model` is here, by looking at each of its files; returns the result of the last look if its
+    /// disk does not answer.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -1223,7 +1226,8 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Makes a folder and all above it that are missing, so that a loss of power does not take them away again with what is reported as complete in them.
+/// Makes a folder and all above it that are missing, so that a loss of power does not take them away again with what is
+/// reported as complete in them.
 pub(crate) fn make_folders(folder: &Path) -> Result<(), StoreError> {
     // Those that are there are as certain as they ever were.
     let missing: Vec<&Path> = folder
@@ -1425,7 +1429,7 @@ mod tests {
         fs::rename(&path, folder.join("meta.damaged")).unwrap();
         let store = Store::open(&folder).unwrap();
         assert!(store.models().unwrap().is_empty());
-        // What the message promises.
+        // The message promises that adding the folder again takes in its files again.
         assert_eq!(
             store
                 .add(&index(&root, &Progress::default()).unwrap(), None)

@@ -29,7 +29,8 @@ use crate::{
     tree::Tree,
 };
 
-/// Part files of which this process remembers what it has written or read. Beyond, it forgets all, and reads again what it would not have to.
+/// Part files of which this process remembers what it has written or read. Beyond, it forgets all, and reads again what
+/// it would not have to.
 const MAX_SEEN: usize = 1024;
 
 /// Groups of a part file that this process has written or read, as long as nothing else has touched it.
@@ -39,7 +40,7 @@ pub(super) struct Seen {
     groups: Bitfield,
 }
 
-/// What a row says of a part file that is there.
+/// The claim of a row about a part file that is there.
 #[derive(Debug)]
 pub(crate) struct Claim {
     /// The groups that it holds.
@@ -112,8 +113,9 @@ impl Store {
         Ok(())
     }
 
-    /// Reads groups of a part file that an earlier run left and that this process has neither written nor read: all, or those of `only`. Those that are not
-    /// what they should be count as missing from then on, and are returned. `done` is called with the bytes of each piece. Blocks.
+    /// Reads groups of a part file that an earlier run left and that this process has neither written nor read: all, or
+    /// those of `only`. Those that are not what they should be count as missing from then on, and are returned. `done`
+    /// is called with the bytes of each piece. Blocks.
     ///
     /// # Errors
     /// [`StoreError::Cancelled`] within a piece once `cancelled` is set, and others of the disk.
@@ -152,8 +154,9 @@ impl Store {
         Ok(lost)
     }
 
-    /// Commits what the given partials have verified, after syncing their bytes. Those that are whole become files: synced,
-    /// renamed onto their target, and recorded; but not while groups of them wait for [`reread`](Self::reread). Durable when it returns.
+    /// Commits what the given partials have verified, after syncing their bytes. Those that are whole become files:
+    /// synced, renamed onto their target, and recorded; but not while groups of them wait for [`reread`](Self::reread).
+    /// Durable when it returns.
     ///
     /// # Errors
     /// [`StoreError`]; what is verified stays in the part files.
@@ -336,7 +339,7 @@ impl Store {
         Ok(had.map_or(0, |had| had.bytes(&tree)))
     }
 
-    /// What a row says of the part file of a blob that is to become `target`.
+    /// Returns the claim of a row about the part file of a blob that is to become `target`.
     pub(crate) fn committed_part(
         &self,
         target: &Path,

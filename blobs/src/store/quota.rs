@@ -130,7 +130,8 @@ enum Candidate {
 /// The setting that counts what was used, so that the order of eviction does not depend on clocks, which jump.
 const USES: &str = "uses";
 
-/// The number of the last use that was written down. A store of an earlier version has times in its rows; the count goes on from the greatest.
+/// The number of the last use that was written down. A store of an earlier version has times in its rows; the count
+/// goes on from the greatest.
 pub(super) fn last_use(txn: &WriteTransaction) -> Result<u64, StoreError> {
     let mut settings = txn.open_table(SETTINGS).map_err(database)?;
     let known = settings.get(USES).map_err(database)?;
@@ -162,7 +163,8 @@ pub(super) fn note_use(txn: &WriteTransaction, number: u64) -> Result<(), StoreE
     Ok(())
 }
 
-/// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what no row knows of.
+/// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what
+/// no row knows of.
 pub(super) fn begin_epoch(metadata: &Metadata, was_left: bool) -> Result<u64, StoreError> {
     let (generation, mut txn) = metadata.begin_write()?;
     txn.set_quick_repair(true);
@@ -523,8 +525,9 @@ impl Store {
         })
     }
 
-    /// The files that transfers wrote, with what each is known to hold; also those that were found in the folder of a fetched model, where another node has
-    /// written them. None that is in the folder of a model that was added in place.
+    /// The files that transfers wrote, with what each is known to hold; also those that were found in the folder of a
+    /// fetched model, where another node has written them. None that is in the folder of a model that was added in
+    /// place.
     pub(crate) fn fetched_files(&self) -> Result<HashMap<PathBuf, Vec<Hash>>, StoreError> {
         let (fetched, added): (Vec<_>, Vec<_>) =
             self.models()?.into_iter().partition(|model| model.fetched);

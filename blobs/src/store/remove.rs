@@ -32,10 +32,11 @@ pub struct Removed {
 impl Store {
     /// Forgets a model. With `files`, also deletes those of its files that were fetched and are unchanged, in all
     /// folders that it was fetched into, with the folders that were made for it; its part files, and what the store
-    /// itself owns of it, go in any case. What other models need stays. Durable when it returns.
+    /// itself owns of it, go in any case. Content that other models need stays. Durable when it returns.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchModel`] if the store does not hold it, [`StoreError::Tagged`], [`StoreError::Busy`] while it is worked with.
+    /// [`StoreError::NoSuchModel`] if the store does not hold it, [`StoreError::Tagged`], [`StoreError::Busy`] while it
+    /// is worked with.
     pub fn remove(&self, id: &Hash, files: bool) -> Result<Removed, StoreError> {
         let _alone = self.deleting();
         let model = self.model(id)?;
@@ -216,7 +217,7 @@ impl Forget<'_> {
     }
 
     /// The folder up to which those go that deleting the file at `path` in `root` empties. The root itself goes only if
-    /// it was made for the model: a person's own folder stays, empty or not. What is evicted lies in the node's home,
+    /// it was made for the model: a person's own folder stays, empty or not. Evicted files lie in the node's home,
     /// where all folders are its own.
     fn emptied(&self, model: &Model, root: &Path, path: &str) -> PathBuf {
         let is_evicted = self.files && !self.copies;
@@ -242,7 +243,7 @@ impl Forget<'_> {
         let written = row.locations.iter().filter(|row| row.written);
         let copies = written.filter_map(|row| {
             let location = Location::from(row);
-            // What lies in the store itself goes with the blob.
+            // Files in the store itself go with the blob.
             let is_own = location.path.starts_with(&self.store.inner.folder);
             let root = location.path.ancestors().nth(path.split('/').count())?;
             let is_copy = !is_own && location.path == root.join(path);

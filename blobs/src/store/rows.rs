@@ -18,7 +18,8 @@ pub(super) struct BlobRow {
     pub(super) size: u64,
     #[prost(message, repeated, tag = "2")]
     pub(super) locations: Vec<LocationRow>,
-    /// The number of the use when it was last read for somebody; in rows of version 0.1.0, seconds since the Unix epoch.
+    /// The number of the use when it was last read for somebody; in rows of version 0.1.0, seconds since the Unix
+    /// epoch.
     #[prost(int64, tag = "3")]
     pub(super) used_at: i64,
 }
@@ -40,7 +41,8 @@ pub(super) struct LocationRow {
     /// The file as it was when it was last read or written whole; absent if that is not known.
     #[prost(message, optional, tag = "6")]
     pub(super) stamp: Option<StampRow>,
-    /// Which chunk groups are damaged: a number of groups that are right, a number that are not, and so on. Empty while that is not known.
+    /// The damaged chunk groups: a number of groups that are right, a number that are not, and so on. Empty while the
+    /// damaged groups are not known.
     #[prost(uint64, repeated, tag = "7")]
     pub(super) bad: Vec<u64>,
 }
@@ -88,10 +90,11 @@ pub(super) struct PartRow {
     pub(super) size: u64,
     #[prost(bytes = "vec", tag = "2")]
     pub(super) bits: Vec<u8>,
-    /// The part file when this row was written; absent if not all of `bits` has been read or written since it was in doubt.
+    /// The part file when this row was written; absent if not all of `bits` has been read or written since it was in
+    /// doubt.
     #[prost(message, optional, tag = "3")]
     pub(super) stamp: Option<StampRow>,
-    /// How often the store had been stopped uncleanly by then.
+    /// The number of times that the store had been stopped uncleanly when this row was written.
     #[prost(uint64, tag = "4")]
     pub(super) epoch: u64,
 }

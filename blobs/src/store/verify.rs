@@ -461,8 +461,8 @@ impl Store {
         Ok(true)
     }
 
-    /// Writes down what a part file holds, and `more`. `read`: all of it was read just now, so that the file need not be read again as long as it is
-    /// unchanged.
+    /// Writes down what a part file holds, and `more`. `read`: all of it was read just now, so that the file need not
+    /// be read again as long as it is unchanged.
     fn note_part(
         &self,
         hash: &Hash,
@@ -515,7 +515,8 @@ fn read_for(
     read(source, have, &progress.check.cancelled, &done)
 }
 
-/// Reads the groups that should be right; those that are, or `None` if the file changed. `done` is called with the bytes of each piece.
+/// Reads the groups that should be right; those that are, or `None` if the file changed. `done` is called with the
+/// bytes of each piece.
 pub(super) fn read(
     source: &Source,
     have: &Bitfield,
@@ -730,7 +731,7 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), before);
         let manifest = store.manifest(&id).unwrap().unwrap();
         let hash = manifest.files()[0].blake3;
-        // What is right of it is given on.
+        // The groups that are right are still provided.
         assert!(store.whole(&hash).unwrap().is_none());
         let have = store.sources(&hash).unwrap()[0].have();
         assert!(!have.has(3));

@@ -1,4 +1,4 @@
-//! What is damaged on disk, or cannot be read, and what that costs everything else.
+//! Data on disk that is damaged or cannot be read, and its effect on everything else.
 
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ fn two_documents(disk: &Disk) -> (Replica, [DocumentId; 2]) {
     (replica, ids)
 }
 
-/// What a peer sends that wants all of a document.
+/// Returns the message of a peer that wants all of a document.
 fn want(replica: &mut Replica, id: DocumentId) -> Vec<u8> {
     let (document, _) = replica.present(&id).unwrap();
     let sessions = document.heads().into_keys();
@@ -305,7 +305,7 @@ fn a_load_reads_of_the_log_only_what_came_after_the_last_save() {
         world.assert_same(&[0, 1], id),
         world.node(0).info(id).unwrap(),
     );
-    // What is in the save is not looked at: damage there is not noticed before somebody wants it.
+    // Log rows that the save covers are not read: damage to them is not noticed before a peer wants them.
     bend(world.node(0), &key::log(&id), |number| number == 1);
     world.restart(0);
     assert_eq!(world.get(0, id), whole);

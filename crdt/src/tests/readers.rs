@@ -1,4 +1,4 @@
-//! Who may read a document, and what those learn who no longer may.
+//! The readers of a document, and what peers learn that may no longer read it.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use weft_proto::wire::{self, document_message::Kind};
 use super::{World, key};
 use crate::{DocumentId, NewDocument, Output, Readers, Rights};
 
-/// Owner, a node that is shut out, a node that may read from then on, and a stranger; as nodes of a world, in every order
-/// of their keys.
+/// Owner, a node that is shut out, a node that may read from then on, and a stranger; as nodes of a world, in every
+/// order of their keys.
 const CASTS: [[usize; 4]; 4] = [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]];
 
 fn only(world: &mut World, owner: usize, id: DocumentId, readers: &[usize]) {
@@ -77,7 +77,7 @@ fn a_node_that_was_away_when_it_was_shut_out_learns_it_when_it_meets_the_owner()
         for others in [0, 20] {
             let mut world = World::connected(4, 1);
             for _ in 0..others {
-                // What else the two share changes nothing.
+                // Other documents that the two share change nothing.
                 let other = world.create(owner, NewDocument::default());
                 hold(&mut world, old, other);
             }
