@@ -326,8 +326,8 @@ async fn a_byte_a_second_costs_little_beside_a_good_provider_and_ends_alone() {
             sleep(Duration::from_millis(10)).await;
         }
     };
-    // One that sends a kilobyte at once and then a byte a second, on each new stream, is not given up: any byte counts as
-    // progress of the `get`, which then ends only when it is cancelled.
+    // One that sends a kilobyte at once and then a byte a second, on each new stream, is not given up: any byte counts
+    // as progress of the `get`, which then ends only when it is cancelled.
     ends(0).await;
 }
 
