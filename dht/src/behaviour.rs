@@ -84,8 +84,8 @@ const MAX_NEAR: usize = 1024;
 /// Requests that may wait.
 const COMMANDS: usize = 256;
 
-/// How often a statement is signed anew because a newer one of this node's is known: once for one that was stated when the
-/// clock was ahead, and again for some that are stated at the same time.
+/// The number of times that a record is signed again because a newer record of this node is known: once for a record
+/// that was published while the clock was ahead, and further times for records that are published at the same moment.
 const TRIES: usize = 4;
 
 /// Why a record was not published or looked up.
@@ -284,10 +284,11 @@ impl Dht {
         self.state((key, subkey), Some(value), ttl, true).await
     }
 
-    /// Says a statement again, as it was signed, as [`publish_again`](Self::publish_again) does; how many other nodes took it, or have it.
+    /// Says a statement again, as it was signed, as [`publish_again`](Self::publish_again) does; how many other nodes
+    /// took it, or have it.
     ///
-    /// It is signed anew if it claims to live longer than any may, or if others have one of a higher number: this machine's
-    /// clock was ahead when one of them was stated.
+    /// It is signed anew if it claims to live longer than any may, or if others have one of a higher number: this
+    /// machine's clock was ahead when one of them was stated.
     ///
     /// # Errors
     /// [`DhtError`].
@@ -357,7 +358,8 @@ impl Dht {
         Ok(records)
     }
 
-    /// Returns what this node itself keeps under `key`, including statements that were taken back; no other node is asked.
+    /// Returns what this node itself keeps under `key`, including statements that were taken back; no other node is
+    /// asked.
     ///
     /// # Errors
     /// [`DhtError::Stopped`].
@@ -451,8 +453,8 @@ impl Dht {
         self.state((key, subkey), value, ttl, again).await
     }
 
-    /// Signs and stores a statement of a number above all that are known. If others turn out to know a higher one, it is
-    /// signed once more.
+    /// Signs and stores a statement of a number above all that are known. If others turn out to know a higher one, it
+    /// is signed once more.
     async fn state(
         &self,
         (key, subkey): (&[u8], &[u8]),
@@ -476,8 +478,8 @@ impl Dht {
         }
     }
 
-    /// Returns true if a node that has refused this statement has one of this node's that is newer, and this node itself
-    /// knows none: it was stated while the clock was ahead. Its number counts from now on.
+    /// Returns true if a node that has refused this statement has one of this node's that is newer, and this node
+    /// itself knows none: it was stated while the clock was ahead. Its number counts from now on.
     async fn is_behind(&self, record: &Record, stored: &Stored) -> Result<bool, DhtError> {
         let about = |other: &&Record| {
             other.key() == record.key() && other.is_about(&record.publisher(), record.subkey())
@@ -512,8 +514,8 @@ impl Dht {
         self.sequence.fetch_max(number, Ordering::AcqRel);
     }
 
-    /// Returns the clock in milliseconds, or, if that is no more than a number that was given out or seen before, the next
-    /// after that: also when the clock was ahead and has been set back.
+    /// Returns the clock in milliseconds, or, if that is no more than a number that was given out or seen before, the
+    /// next after that: also when the clock was ahead and has been set back.
     fn next_sequence(&self) -> u64 {
         let now = record::now();
         let next = |last: u64| now.max(last.saturating_add(1));

@@ -27,7 +27,7 @@ const FORGERY: f64 = 100.0;
 /// fault in memory or in another implementation.
 const MAX_OFFENCES: u32 = 3;
 
-/// How long offences are remembered, and so how long a peer is not listened to.
+/// The time for which offences are remembered, and so the time for which an offender is ignored.
 const GRUDGE: Duration = Duration::from_secs(600);
 
 /// Peers whose offences are remembered. Each takes some 150 bytes.
@@ -59,9 +59,9 @@ pub(crate) struct Limits {
 }
 
 /// For what others have this node store. A publisher says a statement again each 20 ms at most, in five loops: 250 a
-/// second in a mesh so small that this node keeps everything. A node's Kademlia sends 32 at a time over a connection, and
-/// gives up a node that is silent for a second: at 500 a second the last of 32 waits for 64 ms. All together take a fifth
-/// of a core.
+/// second in a mesh so small that this node keeps everything. A node's Kademlia sends 32 at a time over a connection,
+/// and gives up a node that is silent for a second: at 500 a second the last of 32 waits for 64 ms. All together take a
+/// fifth of a core.
 pub(crate) const PUTS: Limits = Limits {
     peer: Rate {
         per_second: 500.0,
@@ -79,8 +79,8 @@ pub(crate) const PUTS: Limits = Limits {
     waiting: 1024,
 };
 
-/// For answers to this node's own questions. An answer holds some 320 statements at most, and a look-up counts two nodes
-/// of a network: five look-ups at once of keys that many state something under are within the bursts.
+/// For answers to this node's own questions. An answer holds some 320 statements at most, and a look-up counts two
+/// nodes of a network: five look-ups at once of keys that many state something under are within the bursts.
 pub(crate) const ANSWERS: Limits = Limits {
     peer: Rate {
         per_second: 500.0,
@@ -104,7 +104,7 @@ pub(crate) struct Job<T> {
     pub(crate) peer: PeerId,
     pub(crate) network: Origin,
     pub(crate) statements: Vec<wire::SignedRecord>,
-    /// What the sender of the job needs when it is done.
+    /// The data that the sender of the job needs when the job is done.
     pub(crate) context: T,
 }
 
@@ -198,7 +198,8 @@ impl<K: Hash + Eq> Budgets<K> {
 
     fn get(&mut self, key: K, now: Instant) -> &mut Budget {
         if self.of.len() >= MAX_BUDGETS {
-            // A full one says nothing. What is not full was paid for by checks, which are limited in all.
+            // A full budget carries no information. A budget that is not full was spent on checks, and the total rate
+            // of checks is limited.
             self.of.retain(|_, budget| {
                 budget.fill(now);
                 budget.left < budget.rate.burst
@@ -238,8 +239,8 @@ impl<T> Intake<T> {
         }
     }
 
-    /// Takes in a job. Gives back what is refused: this job, or, where too many wait in all, the last of the network that
-    /// has most of them waiting.
+    /// Takes in a job. Gives back what is refused: this job, or, where too many wait in all, the last of the network
+    /// that has most of them waiting.
     pub(crate) fn push(&mut self, job: Job<T>) -> Option<Job<T>> {
         let (peer, network) = (job.peer, job.network);
         let of_peer = self.queues.get(&peer).map_or(0, VecDeque::len);
@@ -338,7 +339,7 @@ impl<T> Intake<T> {
         }
     }
 
-    /// How long it takes until all budgets have enough for this.
+    /// Returns the time until all budgets have enough for `cost`.
     fn wait(&mut self, peer: PeerId, network: Origin, cost: f64, now: Instant) -> Duration {
         self.all.fill(now);
         let mut wait = self.all.wait(cost);

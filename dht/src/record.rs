@@ -20,10 +20,11 @@ pub const MAX_VALUE: usize = 4096;
 /// The longest a record may live from now on. What is still true must be said again.
 pub const MAX_TTL: Duration = Duration::from_secs(48 * 3600);
 
-/// How far a publisher's clock may be ahead of this node's: a machine without NTP is minutes off after some weeks.
+/// The most by which a publisher's clock may be ahead of this node's: a machine without NTP is minutes off after some
+/// weeks.
 pub const MAX_SKEW: Duration = Duration::from_secs(600);
 
-/// What the protobuf encoding of an Ed25519 public key begins with; 32 bytes follow.
+/// The first bytes of the protobuf encoding of an Ed25519 public key; the 32 bytes of the key follow.
 const ED25519: [u8; 4] = [8, 1, 18, 32];
 
 /// Size of the protobuf encoding of an Ed25519 public key, in bytes.
@@ -32,8 +33,8 @@ const PUBLISHER: usize = ED25519.len() + 32;
 /// Size of an Ed25519 signature, in bytes.
 const SIGNATURE: usize = 64;
 
-/// The most bytes that one statement takes in a set. Beside the fields there are tags, lengths and numbers: 64 bytes are
-/// more than these take.
+/// The most bytes that one statement takes in a set. Beside the fields there are tags, lengths and numbers: 64 bytes
+/// are more than these take.
 pub(crate) const MAX_SIZE: usize = MAX_KEY + MAX_SUBKEY + MAX_VALUE + PUBLISHER + SIGNATURE + 64;
 
 /// What the signature covers begins with this, so that it can be taken for nothing else.
@@ -234,7 +235,7 @@ impl Record {
         self.wire.expires_at
     }
 
-    /// Whether it is about this of a publisher's subkeys under its key.
+    /// Returns true if the record belongs to `publisher` and has this subkey. The key is not compared.
     pub(crate) fn is_about(&self, publisher: &PeerId, subkey: &[u8]) -> bool {
         self.publisher == *publisher && self.wire.subkey == subkey
     }

@@ -60,8 +60,8 @@ pub(crate) const MAX_PACKET: usize = 64 * 1024;
 const MAX_PUT: usize = 4;
 const MAX_PUT_BYTES: usize = MAX_PUT * record::MAX_SIZE;
 
-/// This node's own statements that have expired are kept out of sight for so long after a start: a machine may start with
-/// a clock that is ahead, until it has asked for the time.
+/// This node's own statements that have expired are kept out of sight for so long after a start: a machine may start
+/// with a clock that is ahead, until it has asked for the time.
 const CLOCK_GRACE: Duration = Duration::from_secs(600);
 
 /// Time between two looks at which statements under a key have expired.
@@ -171,7 +171,7 @@ pub(crate) enum Refusal {
     Time,
 }
 
-/// Where a statement belongs.
+/// The position of a record in its set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     /// It is there.
@@ -348,8 +348,8 @@ impl Store {
         }
     }
 
-    /// Reads what a stranger wants stored, without a check of any signature. Returns the statements that are worth one: not
-    /// those that are there, have been superseded, or are over a quota. If all are there, there is none.
+    /// Reads what a stranger wants stored, without a check of any signature. Returns the statements that are worth one:
+    /// not those that are there, have been superseded, or are over a quota. If all are there, there is none.
     pub(crate) fn consider(
         &mut self,
         key: &RecordKey,
@@ -387,7 +387,8 @@ impl Store {
         }
     }
 
-    /// Where a statement of this publisher belongs, unless it has been superseded or is over a quota.
+    /// Returns the position of this publisher's record in its set, or an error if the record has been superseded or is
+    /// over a quota.
     fn place(
         &self,
         key: &RecordKey,
@@ -434,8 +435,8 @@ impl Store {
         Ok(place)
     }
 
-    /// Keeps a statement whose signature was checked, if it says something new and there is room. This node's own count as
-    /// from here, whoever brings them.
+    /// Keeps a statement whose signature was checked, if it says something new and there is room. This node's own count
+    /// as from here, whoever brings them.
     pub(crate) fn take(&mut self, record: Record, origin: Origin) -> Result<(), Refusal> {
         let (now, clock) = (Instant::now(), record::now());
         let is_own = record.publisher() == self.local;
@@ -520,7 +521,8 @@ impl Store {
         false
     }
 
-    /// Drops one statement of others from a set, chosen at random: the first that is not our own from a random place on.
+    /// Drops one statement of others from a set, chosen at random: the first that is not our own from a random place
+    /// on.
     fn drop_some(&mut self, at: usize) -> bool {
         let Some((_, set)) = self.sets.get_index(at) else {
             return false;
@@ -540,7 +542,7 @@ impl Store {
         true
     }
 
-    /// What an answer for this key says.
+    /// Returns the records that an answer for this key contains.
     pub(crate) fn answer(&self, key: &RecordKey) -> Vec<&Record> {
         let set = self.sets.get(key);
         set.map(|set| self.sample(&set.kept)).unwrap_or_default()
@@ -650,8 +652,8 @@ pub(crate) struct Found {
 
 impl Found {
     /// Reads an answer without a check of any signature: whether it holds statements that were found before, and those
-    /// whose signatures are to be checked. What breaks other rules is passed over: a set is the work of many. An answer
-    /// whose own form is wrong is `None`.
+    /// whose signatures are to be checked. Records that break other rules are skipped, because a set comes from many
+    /// publishers. An answer whose own form is wrong is `None`.
     pub(crate) fn sort_out(
         &mut self,
         key: &[u8],
@@ -789,7 +791,7 @@ mod tests {
         put_from(store, records[0].key(), &value, Origin::NEAR)
     }
 
-    /// What an answer says, each statement checked.
+    /// Returns the records of the store's answer, each of them checked.
     fn read(store: &Store) -> Vec<Record> {
         let key = RecordKey::new(b"k");
         let mut found = Found::default();

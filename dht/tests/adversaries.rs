@@ -293,7 +293,8 @@ fn delimited(tag: Option<u8>, bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Has a node store forged statements two hundred times a second, as Kademlia's protocol has it, by code that waits for nothing.
+/// Has a node store forged statements two hundred times a second, as Kademlia's protocol has it, by code that waits for
+/// nothing.
 async fn flood(peer: libp2p::PeerId, addresses: Vec<libp2p::Multiaddr>, reset: Arc<AtomicUsize>) {
     let mut config = Config::new(Keypair::generate_ed25519());
     config.mdns = false;

@@ -439,7 +439,7 @@ pub(crate) struct Inbound {
     pub(crate) since: Instant,
 }
 
-/// How a server has come back.
+/// The kind of dial-back that a server made, by its origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Back {
     /// From a machine that this node has sent to: a NAT or firewall may have taken it for the answer.

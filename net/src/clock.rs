@@ -5,8 +5,8 @@
 //! lie. So what counts is the median over several networks, where all peers of one public network have one voice, and a
 //! stranger alone has none.
 //!
-//! This is a state machine without I/O: both clocks, the one that is compared and the one that only counts on, come in as
-//! arguments.
+//! This is a state machine without I/O: both clocks, the one that is compared and the one that only counts on, come in
+//! as arguments.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,7 +31,7 @@ const MAX_READINGS: usize = 16;
 /// Peers of one voice that are asked.
 const MAX_OF_VOICE: usize = 2;
 
-/// How often a peer is asked again.
+/// The interval after which a peer is asked again.
 const AGAIN: Duration = Duration::from_secs(600);
 
 /// If the two clocks of this machine come apart by this much, it was suspended, or its clock was set: what was read
@@ -89,7 +89,7 @@ impl fmt::Display for ClockDifference {
     }
 }
 
-/// What a peer said of its time.
+/// The time that a peer reported, with this machine's clocks at that moment.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Reading {
     /// The peer's clock, in milliseconds since 1970.
@@ -257,8 +257,8 @@ impl Clocks {
     }
 }
 
-/// The median; of two in the middle the one that is nearer to nothing, and nothing if they are on different sides, so that
-/// half of the voices cannot make out that a clock is wrong.
+/// The median; of two in the middle the one that is nearer to nothing, and nothing if they are on different sides, so
+/// that half of the voices cannot make out that a clock is wrong.
 fn median(mut values: Vec<i128>) -> Option<i128> {
     values.sort_unstable();
     let middle = values.len() / 2;

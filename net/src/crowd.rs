@@ -149,7 +149,7 @@ impl Crowd {
         }
     }
 
-    /// Whether a connection from `place` could be opened: asked before the handshake, which costs more.
+    /// Checks that a connection from `place` could be opened. Called before the handshake, which costs more.
     pub(crate) fn admit(&self, place: Place) -> Result<(), Crowded> {
         self.memory.spare()?;
         let mut state = self.state();
@@ -177,7 +177,7 @@ impl Crowd {
         }
     }
 
-    /// Whether so many connections are open that it matters which are of use.
+    /// Returns true if so many connections are open that it matters which of them are useful.
     pub(crate) fn is_dense(&self) -> bool {
         let state = self.state();
         4 * state.incoming >= 3 * self.limits.incoming || 4 * state.all >= 3 * self.limits.all

@@ -1,5 +1,5 @@
-//! Where this node has sent lately: packets from there prove nothing about strangers, because a NAT or a firewall lets
-//! answers through.
+//! Addresses to which this node has sent packets lately. Packets from these addresses prove nothing about strangers,
+//! because a NAT or a firewall lets answers through.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -36,7 +36,7 @@ const MAX: usize = 8192;
 /// Ports remembered of one address; beyond, all of them count. A node listens on three.
 const MAX_PORTS: usize = 16;
 
-/// What was sent to one address.
+/// The time at which this node last sent to one address, and the ports to which it has sent.
 #[derive(Debug)]
 struct Sent {
     last: Instant,

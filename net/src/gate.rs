@@ -342,7 +342,7 @@ enum Place {
 
 #[derive(Debug)]
 struct State {
-    /// Where this node has sent.
+    /// Addresses to which this node has sent packets.
     dialled: Dialled,
     permits: HashMap<Socket, Permit>,
     /// The extent that the addresses given by the user show, as far as they show one.

@@ -92,7 +92,7 @@ impl Idle {
         }
     }
 
-    /// What was polled, unless it would wait and has for too long.
+    /// Returns `polled`, or an error if it is pending and nothing has moved for [`IDLE`].
     fn or<T>(
         moved: &mut Instant,
         timer: &mut Pin<Box<Sleep>>,
@@ -296,7 +296,8 @@ pub(crate) async fn open(
     opened.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins. The permit is the one that the lane took when it arrived.
+/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins. The permit is the one
+/// that the lane took when it arrived.
 pub(crate) async fn be_called(
     mut stream: Stream,
     calls: &Calls,

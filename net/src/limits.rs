@@ -13,8 +13,8 @@ use crate::AutonatLimits;
 /// What strangers can make us hold.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections in the handshake, opened by others: half of them TCP, a quarter QUIC, a quarter through relays. Of one
-    /// IPv4 address or IPv6 /64, 16 at most. When there are too many, those that have sent nothing make room.
+    /// Connections in the handshake, opened by others: half of them TCP, a quarter QUIC, a quarter through relays. Of
+    /// one IPv4 address or IPv6 /64, 16 at most. When there are too many, those that have sent nothing make room.
     pub pending_incoming: u32,
     /// Connections in the handshake, opened by this node, for whatever reason.
     pub pending_outgoing: u32,
@@ -25,9 +25,9 @@ pub struct Limits {
     pub established: u32,
     /// Connections with one peer. Above one, because both sides may dial, over several transports.
     pub per_peer: u32,
-    /// Connections opened by others from one IPv4 address or one IPv6 /64. Wide enough for a carrier's customers, who share
-    /// an address. A /56 of IPv6 has half as many more; a /24 of IPv4, a /48 of IPv6 and a relay have twice as many; a
-    /// private address and this machine have six times as many, because a whole site may stand behind one.
+    /// Connections opened by others from one IPv4 address or one IPv6 /64. Wide enough for a carrier's customers, who
+    /// share an address. A /56 of IPv6 has half as many more; a /24 of IPv4, a /48 of IPv6 and a relay have twice as
+    /// many; a private address and this machine have six times as many, because a whole site may stand behind one.
     pub per_address: u32,
     /// Streams that a peer may have open to our own protocols on one connection.
     pub streams: usize,

@@ -1,8 +1,8 @@
 //! This node's own addresses, in the order of their use to others.
 //!
 //! A machine has addresses that lead nowhere for others: bridges of containers and virtual machines, tunnels. Lists of
-//! addresses are bounded, and whoever receives one dials only the first of it. So every list of own addresses that leaves
-//! this node is sorted here ([`Own::sort`]) and cut by [`first_places`].
+//! addresses are bounded, and whoever receives one dials only the first of it. So every list of own addresses that
+//! leaves this node is sorted here ([`Own::sort`]) and cut by [`first_places`].
 
 use std::{
     collections::{HashMap, HashSet},
@@ -31,7 +31,7 @@ const INTERNET: [IpAddr; 2] = [
     IpAddr::V6(Ipv6Addr::new(0x2606, 0x4700, 0x4700, 0, 0, 0, 0, 0x1111)),
 ];
 
-/// What is known of this node's own IP addresses.
+/// The facts that are known about this node's own IP addresses.
 #[derive(Debug, Default)]
 pub(crate) struct Own {
     /// Sources of packets to the internet: the addresses on the interfaces with the default route.

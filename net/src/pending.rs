@@ -1,7 +1,7 @@
 //! Connections in the handshake that others have opened: how many, from where, and which goes when there are too many.
 //!
-//! A stranger opens sockets at no cost, so that a bound alone would let it keep everybody else out. Three rules keep the
-//! door open:
+//! A stranger opens sockets at no cost, so that a bound alone would let it keep everybody else out. Three rules keep
+//! the door open:
 //!
 //! - TCP, QUIC and relays have a share each. QUIC shows with the first packets that the sender is where it says.
 //! - One place has [`PER_PLACE`] at most. A newcomer from there replaces the oldest one from there that has sent

@@ -28,7 +28,7 @@ const PING_SIZE: usize = 32;
 /// Asks for the peer's clock, before the eight bytes for it.
 const ASKS_CLOCK: [u8; 8] = *b"weftclk?";
 
-/// Where in a ping the clock has its place.
+/// The offset of the clock in a ping.
 const CLOCK_AT: usize = PING_SIZE - 8;
 
 /// Pings that a stream may carry.
@@ -52,7 +52,7 @@ pub enum PingError {
     TimedOut,
 }
 
-/// What a ping came to.
+/// The result of a ping.
 #[derive(Debug)]
 pub(crate) struct Echo {
     pub(crate) rtt: Duration,
@@ -60,9 +60,9 @@ pub(crate) struct Echo {
     pub(crate) reading: Option<Reading>,
 }
 
-/// Sends 32 bytes and waits for them: 16 that tell this ping from others, eight that ask for the peer's clock, and eight
-/// zeros in place of which the peer may send its clock, in milliseconds since 1970, little-endian. A peer of an earlier
-/// version sends everything back as it is; one that asks for no clock gets everything back as it was.
+/// Sends 32 bytes and waits for them: 16 that tell this ping from others, eight that ask for the peer's clock, and
+/// eight zeros in place of which the peer may send its clock, in milliseconds since 1970, little-endian. A peer of an
+/// earlier version sends everything back as it is; one that asks for no clock gets everything back as it was.
 pub(crate) async fn echo(stream: &mut Stream) -> Result<Echo, PingError> {
     // Not a secret.
     let seed = SystemTime::now()

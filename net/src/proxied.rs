@@ -42,8 +42,8 @@ pub(crate) fn missing() -> io::Error {
     )
 }
 
-/// Reads the header of a PROXY protocol, and not a byte beyond. `None`: the proxy itself has made the connection, to see
-/// whether this node is up.
+/// Reads the header of a PROXY protocol, and not a byte beyond. `None`: the proxy itself has made the connection, to
+/// see whether this node is up.
 pub(crate) async fn read<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<Option<SocketAddr>> {
     let mut first = [0; SIGNATURE.len()];
     stream.read_exact(&mut first).await?;

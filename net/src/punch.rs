@@ -224,7 +224,8 @@ fn dialable(theirs: Vec<Multiaddr>, near: bool) -> Result<Vec<Multiaddr>, PunchE
         };
         let kind = (at.is_ipv4(), is_public(&at.ip()));
         let places = places.entry(kind).or_default();
-        // Of private ones the gate takes as many that can lead there: here, bridges of containers would hide the others.
+        // Of private ones the gate takes as many that can lead there: here, bridges of containers would hide the
+        // others.
         let most = match kind.1 {
             true => MAX_PLACES,
             false => MAX_ADDRESSES,

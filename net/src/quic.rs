@@ -79,8 +79,8 @@ const LINGER: Duration = Duration::from_secs(1);
 const MAX_UNVALIDATED: usize = 32;
 
 /// A connection whose packets come from another IP address for this long is closed. They prove nothing: a peer can send
-/// from an address that is not its own, and quinn believes one packet for up to three times its probe time-out, which is
-/// a second or two. A new connection proves where the peer is.
+/// from an address that is not its own, and quinn believes one packet for up to three times its probe time-out, which
+/// is a second or two. A new connection proves where the peer is.
 const ELSEWHERE: Duration = Duration::from_secs(5);
 
 /// Time after which the interfaces are watched again when that has failed, as it does for want of descriptors.
@@ -410,7 +410,7 @@ async fn handshake(
     Ok((peer, Connection::new(connection, registered)))
 }
 
-/// What tells of the addresses of this machine.
+/// The state of the watcher that reports the addresses of this machine.
 enum Interfaces {
     /// The socket is bound to one address.
     None,
@@ -510,8 +510,8 @@ impl Listener {
         }
     }
 
-    /// What has changed of the addresses of a socket that is bound to all. A watcher that fails is replaced after a pause:
-    /// without one, connections are accepted all the same.
+    /// Returns the next change in the addresses of a socket that is bound to all addresses. A watcher that fails is
+    /// replaced after a pause: without one, connections are accepted all the same.
     fn poll_interfaces(&mut self, cx: &mut Context<'_>) -> Option<Event> {
         let v4 = self.socket.local_addr().is_ok_and(|at| at.is_ipv4());
         loop {
@@ -705,7 +705,7 @@ pub(crate) struct Connection {
     inbound: Option<Opening>,
     outbound: Option<Opening>,
     closed: Option<BoxFuture<'static, ConnectionError>>,
-    /// Where the peer is, and has shown to receive, if for the port.
+    /// The peer's address. The peer has proven that it receives at this IP address, but perhaps not at this port.
     remote: SocketAddr,
     /// Its packets come from another IP address; when that is enough.
     elsewhere: Option<Pin<Box<Sleep>>>,
@@ -996,9 +996,9 @@ mod tests {
         }
     }
 
-    /// Passes packets between a client and `server`, which sees them come from the first of two sockets. Once it is told
-    /// to, it sends the client's packets from the second: from an address at which the client does not receive. Returns
-    /// the address for the client, and counts the bytes that the owner of the second address gets.
+    /// Passes packets between a client and `server`, which sees them come from the first of two sockets. Once it is
+    /// told to, it sends the client's packets from the second: from an address at which the client does not receive.
+    /// Returns the address for the client, and counts the bytes that the owner of the second address gets.
     async fn spoofer(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>, watch::Sender<bool>) {
         let bind =
             |ip: &'static str| async move { tokio::net::UdpSocket::bind((ip, 0)).await.unwrap() };

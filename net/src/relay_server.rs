@@ -52,13 +52,13 @@ const BURST: Duration = Duration::from_millis(250);
 /// A circuit through which nothing passes for this long is ended: both ends of a living one ping each other.
 const SILENT: Duration = Duration::from_secs(600);
 
-/// A circuit is idle if fewer bytes than these passed in each of its last two [`WINDOW`]s: pings on an unused connection
-/// are some 300 bytes each, four a minute.
+/// A circuit is idle if fewer bytes than these passed in each of its last two [`WINDOW`]s: pings on an unused
+/// connection are some 300 bytes each, four a minute.
 const IDLE_BYTES: u64 = 16 * 1024;
 const WINDOW: Duration = Duration::from_secs(30);
 
-/// The part of a destination's circuits that one source peer, and one source address, may hold: a quarter. Otherwise one
-/// machine would take all of them, and keep everybody else from a node that is reached through relays only.
+/// The part of a destination's circuits that one source peer, and one source address, may hold: a quarter. Otherwise
+/// one machine would take all of them, and keep everybody else from a node that is reached through relays only.
 const SOURCE_SHARE: usize = 4;
 
 /// Addresses named in a reservation.
@@ -333,8 +333,8 @@ impl State {
         }
     }
 
-    /// Of some circuits, the one that goes for another from `place`: the longest idle one; or else, if a place has more of
-    /// them than the newcomer's would, the oldest from there.
+    /// Of some circuits, the one that goes for another from `place`: the longest idle one; or else, if a place has more
+    /// of them than the newcomer's would, the oldest from there.
     fn to_replace(&self, among: impl Fn(&Held) -> bool, place: Place, now: Instant) -> Option<u64> {
         let candidates = || self.circuits.iter().filter(|(_, held)| among(held));
         let idle = candidates().filter(|(_, held)| held.is_idle(now));

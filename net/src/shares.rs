@@ -135,7 +135,7 @@ pub(crate) enum Group {
 }
 
 impl Group {
-    /// Whether it is one public address, or one IPv6 /64.
+    /// Returns true if the group is one public IPv4 address or one IPv6 /64.
     pub(crate) fn is_site(self) -> bool {
         matches!(self, Self::Network(_, 32 | 64))
     }

@@ -66,7 +66,7 @@ const MAX_VALIDATING: usize = 64;
 const MAX_PUBLISHERS: usize = 16_384;
 const REMEMBER: Duration = Duration::from_secs(24 * 3600);
 
-/// How often publishers that have been silent for too long are removed, while the memory is full.
+/// The interval at which publishers that have been silent for too long are removed, while the memory is full.
 const CLEAN: Duration = Duration::from_secs(60);
 
 /// Messages of a publisher by which one may come late.

@@ -1,18 +1,21 @@
-//! WebSocket (RFC 6455), plain and within TLS: a way in for networks that let out nothing that does not look like the web.
+//! WebSocket (RFC 6455), plain and within TLS: a way in for networks that let out nothing that does not look like the
+//! web.
 //!
-//! Every TCP listener takes it beside plain connections: the first byte tells which one comes. So a relay on port 443 needs one listener for all
-//! three. An address that ends in `/ws` or `/tls/ws` (or `/wss`, the older form) is listened on as the TCP address that it begins with, and told to others as it is.
+//! Every TCP listener takes it beside plain connections: the first byte tells which one comes. So a relay on port 443
+//! needs one listener for all three. An address that ends in `/ws` or `/tls/ws` (or `/wss`, the older form) is listened
+//! on as the TCP address that it begins with, and told to others as it is.
 //!
-//! The TLS outside proves nothing, and no certificate is checked: the libp2p handshake within proves who the peer is, as on plain TCP. A
-//! certificate can be given ([`Certificate`]) for browsers and proxies, which do check it; otherwise one is made up.
+//! The TLS outside proves nothing, and no certificate is checked: the libp2p handshake within proves who the peer is,
+//! as on plain TCP. A certificate can be given ([`Certificate`]) for browsers and proxies, which do check it; otherwise
+//! one is made up.
 //!
-//! libp2p-websocket lets whoever is dialled have us hold 256 MiB for a message; here a message is bounded on both sides,
-//! and so is the head of the request and of the response.
+//! libp2p-websocket lets whoever is dialled have us hold 256 MiB for a message; here a message is bounded on both
+//! sides, and so is the head of the request and of the response.
 //!
 //! A web page in a browser on this machine or network can open a WebSocket to it, and would be a peer from here. A
-//! browser always names the page's origin (RFC 6455, section 10.2), so that a request with an `Origin` is refused unless
-//! the operator has named it ([`Config::ws_origins`](crate::Config::ws_origins)). `Host` is not looked at: it can only
-//! mislead a browser, by a name that is made to lead here, and then the page's origin is refused.
+//! browser always names the page's origin (RFC 6455, section 10.2), so that a request with an `Origin` is refused
+//! unless the operator has named it ([`Config::ws_origins`](crate::Config::ws_origins)). `Host` is not looked at: it
+//! can only mislead a browser, by a name that is made to lead here, and then the page's origin is refused.
 
 use std::{
     collections::HashMap,
@@ -79,7 +82,8 @@ const CLOSE: Duration = Duration::from_secs(5);
 /// packet that is lost is sent again after a second.
 const FIRST_BYTE: Duration = Duration::from_secs(3);
 
-/// Time for a trusted proxy's header, the TLS outside and the request for a WebSocket: six round trips of 500 ms, twice.
+/// Time for a trusted proxy's header, the TLS outside and the request for a WebSocket: six round trips of 500 ms,
+/// twice.
 const BEGIN: Duration = Duration::from_secs(6);
 
 /// The first byte of a TLS handshake, and of an HTTP request; plain libp2p begins with the length of a protocol's name.
@@ -432,7 +436,7 @@ fn wrong(error: SokettoError) -> io::Error {
     io::Error::other(error.to_string())
 }
 
-/// What comes in, and from where: the rules for it.
+/// The rules for incoming connections, and for the origins that they may come from.
 #[derive(Debug, Clone)]
 pub(crate) struct Door {
     pub(crate) pending: Pending,
@@ -738,7 +742,7 @@ where
                         }
                     };
                     let (outside, door) = (self.outside.clone(), self.door.clone());
-                    // Which kind it is shows only when it speaks.
+                    // The kind of a connection is known only once its first bytes have arrived.
                     let upgrade = async move {
                         let (socket, begin) = upgrade.await?;
                         let (socket, arrived) = door.accept(socket, ticket, &outside).await?;
@@ -908,7 +912,7 @@ mod tests {
         }
     }
 
-    /// What a request over TCP is answered with, and what it has come to.
+    /// Sends a request over TCP. Returns the answer, and the result of accepting the connection.
     async fn ask(door: Door, request: &str) -> (String, io::Result<Begun>) {
         let mut far = transport();
         far.door = door;

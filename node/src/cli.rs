@@ -117,7 +117,8 @@ pub(crate) struct Up {
     #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) relay: Vec<Multiaddr>,
 
-    /// Whether to relay for others: auto is once strangers have reached this node, with small limits unless one is given
+    /// Relay for other peers: auto starts once strangers have reached this node, with small limits unless a limit is
+    /// given
     #[arg(long, value_enum, default_value_t = RelayServer::Auto, value_name = "WHEN")]
     pub(crate) relay_server: RelayServer,
 
@@ -299,8 +300,8 @@ pub(crate) struct Limits {
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_peer)]
     pub(crate) max_per_peer: u32,
 
-    /// Connections opened by others from one public IPv4 address or IPv6 /64; a /24, a /48 and a relay have twice as many,
-    /// a private address and this machine six times as many
+    /// Connections opened by others from one public IPv4 address or IPv6 /64; a /24, a /48 and a relay have twice as
+    /// many, a private address and this machine six times as many
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().per_address)]
     pub(crate) max_per_address: u32,
 
@@ -441,8 +442,8 @@ pub(crate) struct Web {
     #[arg(long, value_name = "ORIGIN")]
     pub(crate) ws_origin: Vec<String>,
 
-    /// Take the word of a reverse proxy at this address or network, such as 127.0.0.1, for where connections come from: by
-    /// the PROXY protocol or X-Forwarded-For, one of which it must send; may be repeated
+    /// Take the word of a reverse proxy at this address or network, such as 127.0.0.1, for where connections come from:
+    /// by the PROXY protocol or X-Forwarded-For, one of which it must send; may be repeated
     #[arg(long, value_name = "ADDRESS", value_parser = network)]
     pub(crate) trusted_proxy: Vec<Rule>,
 }
@@ -1067,8 +1068,8 @@ pub(crate) struct Get {
     /// org/name[@revision], a model id (64 hex digits), or a ticket (weft:...)
     pub(crate) target: String,
 
-    /// The folder for the files [default: ./NAME, or ./ID for an id or a ticket; with --tensors, ./NAME-tensors-HASH, with a
-    /// hash of the patterns]
+    /// The folder for the files [default: ./NAME, or ./ID for an id or a ticket; with --tensors, ./NAME-tensors-HASH,
+    /// with a hash of the patterns]
     #[arg(long, value_name = "DIR")]
     pub(crate) to: Option<PathBuf>,
 
@@ -1097,7 +1098,8 @@ pub(crate) struct Get {
     #[arg(long, value_name = "PATTERN")]
     pub(crate) tensors: Vec<Pattern>,
 
-    /// Go on until Ctrl-C, however long no provider can be reached; without it, the command ends two minutes after content last came
+    /// Go on until Ctrl-C, however long no provider can be reached; without it, the command ends two minutes after
+    /// content last came
     #[arg(long)]
     pub(crate) keep_trying: bool,
 
@@ -1105,8 +1107,8 @@ pub(crate) struct Get {
     #[arg(long, default_value_t)]
     pub(crate) priority: Priority,
 
-    /// Replace files of an earlier get of this node that hold something else: another revision, or a file that was changed since.
-    /// Each stands until the new one is whole
+    /// Replace files of an earlier get of this node that hold something else: another revision, or a file that was
+    /// changed since. Each stands until the new one is whole
     #[arg(long, conflicts_with = "hf_cache")]
     pub(crate) replace: bool,
 
@@ -1222,7 +1224,8 @@ pub(crate) struct Gc {
     #[arg(long)]
     pub(crate) dry_run: bool,
 
-    /// Also forget files whose folder is gone, such as a deleted copy of a model; not while a disk that holds models is away
+    /// Also forget files whose folder is gone, such as a deleted copy of a model; not while a disk that holds models is
+    /// away
     #[arg(long)]
     pub(crate) gone: bool,
 }

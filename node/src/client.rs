@@ -31,8 +31,8 @@ use crate::{
 /// The longest answer accepted, in bytes: a manifest of its greatest size, with room for the text form of hashes.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
 
-/// How long a node may say nothing until it is asked whether it is alive, and how long that may take: one that was suspended is told from one that works
-/// for long.
+/// The time for which a node may be silent before it is asked whether it is alive, and the time that its answer may
+/// take. This tells a suspended node from one that works for long.
 const ALIVE: Duration = Duration::from_secs(10);
 
 /// A connection to the node of a home.

@@ -36,11 +36,11 @@ fn raise_file_limit() {
     }
 }
 
-/// How long a start waits for a node that is stopping on the same home. A node takes four seconds at most to say goodbye
-/// to its peers.
+/// The longest time that a start waits for a node that is stopping on the same home. A node takes four seconds at most
+/// to say goodbye to its peers.
 const HANDOVER: Duration = Duration::from_secs(10);
 
-/// How often the home is tried meanwhile.
+/// The pause between two attempts to take the home meanwhile.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// Starts a node. If another one is just stopping on the home, it waits for its end, so that a restart needs no pause

@@ -42,7 +42,7 @@ pub const INCOMPLETE: u8 = 10;
 /// Interrupted by Ctrl-C or SIGTERM.
 pub const INTERRUPTED: u8 = 130;
 
-/// What to do when the node is connected to nobody.
+/// The hint for a node that is connected to no peer.
 const DISCONNECTED: &str = "Whether there is such a thing cannot be known: there is nobody to ask. Give `weft up` the address of a node that\n\
      is up with --bootstrap; it ends in /p2p/ and that node's PeerId (`weft status` there shows it). `weft status` here\n\
      shows what became of each bootstrap address.";

@@ -60,8 +60,9 @@ pub(crate) fn lost() -> Option<&'static str> {
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Whether a character changes how others are shown, or is one that nobody sees: controls, and those of Unicode's
-/// format characters that turn the direction of text or have no width. Those that join emoji and letters stay.
+/// Returns true for a character that changes how other characters are shown, or that is invisible: control characters,
+/// and those of Unicode's format characters that turn the direction of text or have no width. Characters that join
+/// emoji and letters stay.
 fn is_escaped(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -119,7 +120,7 @@ pub(crate) fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
     let mut value = n as f64;
     let mut unit = 0;
-    // What would be rounded to 1000.0 is 1.0 of the next unit.
+    // A value that would be rounded to 1000.0 is shown as 1.0 of the next unit.
     while value >= 999.95 && unit + 1 < UNITS.len() {
         value /= 1000.0;
         unit += 1;

@@ -1103,7 +1103,7 @@ async fn a_message_that_stops_coming_is_dropped_and_its_call_fails() {
     timeout(PATIENCE, read).await.unwrap();
     until("nothing to be held", || all.used() < 10_000).await;
     assert!(!serving.is_finished());
-    // Who sends nothing, and holds nothing, may be silent on a call for as long as he likes.
+    // A caller that sends nothing, and for which nothing is held, may be silent on a call for as long as it likes.
     sleep(Duration::from_millis(500)).await;
     assert!(!serving.is_finished());
     drop(far);

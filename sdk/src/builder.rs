@@ -74,8 +74,8 @@ impl Builder {
         self
     }
 
-    /// What relaying for others may cost. Under [`RelayServer::Auto`], the default limits stand for small ones: a node that
-    /// nobody asked to relay gives 1 MiB/s and 10 GiB a day.
+    /// Sets the limits on relaying for others. Under [`RelayServer::Auto`], the default limits stand for small ones: a
+    /// node that nobody asked to relay gives 1 MiB/s and 10 GiB a day.
     pub fn relay_limits(mut self, limits: RelayLimits) -> Self {
         self.relay_limits = limits;
         self
@@ -136,16 +136,16 @@ impl Builder {
         self
     }
 
-    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. Default: no web
-    /// page may connect, because a page in a browser on this machine would be a peer from here.
+    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. Default: no
+    /// web page may connect, because a page in a browser on this machine would be a peer from here.
     pub fn ws_origins(mut self, origins: Vec<String>) -> Self {
         self.ws_origins = origins;
         self
     }
 
-    /// Networks of reverse proxies ([`Rule::Network`]). Each connection from there has to say where it really comes from,
-    /// by the PROXY protocol or in `X-Forwarded-For`, and counts there in limits and lists; others are refused. Default:
-    /// none.
+    /// Networks of reverse proxies ([`Rule::Network`]). Each connection from there has to say where it really comes
+    /// from, by the PROXY protocol or in `X-Forwarded-For`, and counts there in limits and lists; others are refused.
+    /// Default: none.
     pub fn trusted_proxies(mut self, networks: Vec<Rule>) -> Self {
         self.trusted_proxies = networks;
         self

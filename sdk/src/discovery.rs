@@ -38,10 +38,10 @@ const DIALS_PER_WANTED: usize = 4;
 /// addresses of one host; another host is worth more patience.
 const STAGGER: Duration = Duration::from_secs(1);
 
-/// How long a connection may take.
+/// The longest time that a connection attempt may take.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// What is looked for: the place of a DHT key.
+/// The subject of a search: the position of a DHT key.
 pub(crate) type Subject = [u8; 32];
 
 /// A peer that a record names.
@@ -56,7 +56,7 @@ struct Candidate {
     is_fresh: bool,
 }
 
-/// What is remembered of a peer that did not keep what its record promised.
+/// The latest failure of a peer that did not keep what its record promised.
 #[derive(Debug, Clone, Copy)]
 struct Disappointment {
     at: Instant,

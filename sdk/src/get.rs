@@ -37,7 +37,8 @@ use crate::{
 /// How often the mesh is told what has come.
 const SHARING: Duration = Duration::from_secs(15);
 
-/// The first and the longest pause of a `get` that keeps trying: a minute costs the mesh nothing, and nobody watches a download overnight.
+/// The first and the longest pause of a `get` that keeps trying: a minute costs the mesh nothing, and nobody watches a
+/// download overnight.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// How long a manifest may come slowly before another provider is asked for it too: several round trips over a relay, and still short for who waits.
@@ -53,8 +54,8 @@ const MAX_MANIFESTS: usize = 3;
 /// Parts of one commit whose manifests are looked at: a manifest may be 64 MiB.
 const MAX_PARTS: usize = 8;
 
-/// How long the manifests of further parts of a commit are waited for when one is here: a provider that is there
-/// answers in a few round trips.
+/// The longest wait for the manifests of further parts of a commit when one is here: a provider that is there answers
+/// in a few round trips.
 const PARTS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A model to be fetched; see [`Models::get`](crate::Models::get).
@@ -227,8 +228,8 @@ impl Get {
         self
     }
 
-    /// Goes on until it is dropped, however long no provider can be reached, such as while a cable is out: with pauses that grow to a minute. Default: it
-    /// fails two minutes after content last came, or ten seconds after the start.
+    /// Goes on until it is dropped, however long no provider can be reached, such as while a cable is out: with pauses
+    /// that grow to a minute. Default: it fails two minutes after content last came, or ten seconds after the start.
     pub fn keep_trying(mut self, keep_trying: bool) -> Self {
         self.keep_trying = keep_trying;
         self
@@ -249,14 +250,16 @@ impl Get {
         self
     }
 
-    /// Whether to replace files of an earlier `get` of this node that hold something else: another revision, or a file that was changed since. Each stands
-    /// until the new one is whole. Default: no. Files that were added in place, or that no `get` of this node knows, are never replaced.
+    /// Sets whether to replace files of an earlier `get` of this node that hold something else: another revision, or a
+    /// file that was changed since. Each file stays until the new one is whole. Default: no. Files that were added in
+    /// place, or that no `get` of this node knows, are never replaced.
     pub fn replace(mut self, replace: bool) -> Self {
         self.existing.replace = replace;
         self
     }
 
-    /// Whether to read all files that are in place, also those that nothing seems to have touched. Default: no.
+    /// Sets whether to read all files that are in place, including those that nothing seems to have touched. Default:
+    /// no.
     pub fn verify(mut self, verify: bool) -> Self {
         self.existing.reread = verify;
         self
@@ -319,7 +322,7 @@ fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgres
         _ => state.waiting_for.clone(),
     };
     if waiting_for.is_some() {
-        // What came before says nothing of what is to come.
+        // The earlier rate says nothing about the rate to come.
         rate = 0;
     }
     GetProgress {
@@ -781,7 +784,7 @@ pub(crate) struct Found {
     /// Who publishes the name.
     pub(crate) publisher: Option<PeerId>,
     pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
-    /// Where the name means parts of one commit: all of them, each with a publisher.
+    /// All parts of a commit, each with a publisher, if the name means several parts of one commit; otherwise empty.
     parts: Vec<(Hash, PeerId)>,
 }
 
@@ -813,7 +816,7 @@ impl Found {
         Ok(found)
     }
 
-    /// Whoever publishes it most likely has it.
+    /// Adds the publisher to the given providers if it is connected, because it most likely has the model.
     async fn ask_publisher(&mut self, node: &Node) {
         if let Some(publisher) = self.publisher {
             let peers = node.network().peers().await;
@@ -985,7 +988,7 @@ fn selected_bytes(
     }
 }
 
-/// Whether manifests say the same of all files that they share.
+/// Returns true if the manifests agree on all files that they share.
 fn agree(manifests: &[&Manifest]) -> bool {
     let mut known: HashMap<&str, Hash> = HashMap::new();
     manifests

@@ -145,10 +145,10 @@ pub struct AddHfCache {
 pub struct AddedHfCache {
     /// Snapshots that were added.
     pub added: Vec<AddedSnapshot>,
-    /// What should have been added and was not: whole snapshots, and files of those that were added without them.
+    /// Whole snapshots that could not be added, and files that are missing from snapshots that were added.
     pub failed: Vec<FailedSnapshot>,
-    /// What was passed over, each with the reason: unfinished downloads, revisions of which no file is there, snapshots
-    /// that no ref points to.
+    /// Parts of the cache that were skipped, each with the reason: unfinished downloads, revisions of which no file is
+    /// there, snapshots that no ref points to.
     pub skipped: Vec<String>,
 }
 
@@ -257,7 +257,8 @@ impl AddHfCache {
         Ok(result)
     }
 
-    /// What was added, and what was left out of it for being damaged.
+    /// Adds a snapshot. Returns the added snapshot, and the problems of files that were left out because they are
+    /// damaged.
     async fn add(&self, job: Job, counts: &Counts) -> Result<(AddedSnapshot, Vec<Problem>), Error> {
         let mut skipped = Vec::new();
         let mut names = Vec::new();

@@ -142,7 +142,8 @@ pub struct Removed {
     pub files_deleted: u32,
     /// The folders that they were deleted from: the model's, and those of copies.
     pub folders: Vec<PathBuf>,
-    /// What could not be taken back elsewhere, each with the reason. It ends by itself, but for registries.
+    /// Withdrawals of records and registry entries that failed, each with the reason. Records expire by themselves;
+    /// registry entries do not.
     pub not_withdrawn: Vec<String>,
 }
 
@@ -353,8 +354,8 @@ impl Models {
         Ok((info, manifest, ticket))
     }
 
-    /// What the model `id` lacks by its own account, as far as its indices are here: files that an index names, and the
-    /// rest of a split one.
+    /// Lists the files that the model `id` lacks by its own account, as far as its indices are here: files that an
+    /// index names, and the rest of a split one.
     ///
     /// # Errors
     /// [`Error::Store`].

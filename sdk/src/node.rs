@@ -307,8 +307,8 @@ impl Node {
         self.inner.network.bootstrap().await
     }
 
-    /// The error for what was not found, if this node is connected to nobody: then it cannot know whether there is such a
-    /// thing. `error` otherwise.
+    /// The error for what was not found, if this node is connected to nobody: then it cannot know whether there is such
+    /// a thing. `error` otherwise.
     pub(crate) async fn not_found(&self, error: Error) -> Error {
         self.is_connected().await.err().unwrap_or(error)
     }
@@ -380,8 +380,8 @@ impl Node {
     /// Returns how this machine's clock compares with those of the connected peers: the median over several networks.
     /// `None` if there are too few of them to tell, or once the node has stopped.
     ///
-    /// Records live by the clock. If [`ClockDifference::is_wrong`] says so, others take what this node states for expired
-    /// or for too long-lived, and this node takes what others state for that.
+    /// Records live by the clock. If [`ClockDifference::is_wrong`] says so, others take what this node states for
+    /// expired or for too long-lived, and this node takes what others state for that.
     pub async fn clock(&self) -> Option<ClockDifference> {
         self.inner.network.clock().await
     }
@@ -461,7 +461,7 @@ impl Node {
             whereabouts::leave(&self.inner.dht),
             self.inner.driver.leave()
         );
-        // What answers calls may hold this node, and so its home.
+        // Handlers of calls may hold this node, and so its home.
         self.inner.offered.close();
         self.inner.network.stop().await;
         let mut tasks = std::mem::take(
@@ -641,8 +641,8 @@ impl Node {
         let _ = tokio::time::timeout_at(until, nodes.wait_for(|nodes| *nodes > 0)).await;
     }
 
-    /// Takes the right to fill `folder` with a model. Several `get`s of one model have it together: each waits for its turn, see
-    /// [`turns`](Self::turns).
+    /// Takes the right to fill `folder` with a model. Several `get`s of one model have it together: each waits for its
+    /// turn, see [`turns`](Self::turns).
     ///
     /// # Errors
     /// [`Error::Busy`] while the folder is filled with another model.

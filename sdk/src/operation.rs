@@ -18,8 +18,8 @@ use crate::Error;
 /// How often progress is reported: often enough for a smooth bar, too seldom to cost anything.
 const EVERY: Duration = Duration::from_millis(100);
 
-/// Work under way. As a [`Stream`] it yields progress until the work ends; as a future it is the result.
-/// It yields the result once: polled again after that, the stream has ended and the future stays pending. Dropping it stops the work.
+/// Work under way. As a [`Stream`] it yields progress until the work ends; as a future it is the result. It yields the
+/// result once: polled again after that, the stream has ended and the future stays pending. Dropping it stops the work.
 pub struct Operation<P, T> {
     sample: Box<dyn Fn() -> P + Send + Sync>,
     task: JoinHandle<Result<T, Error>>,

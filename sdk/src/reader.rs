@@ -396,8 +396,9 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
 /// Bytes that were read, and the whole file they come from, if it is open.
 type Read = (Vec<u8>, Option<Arc<Source>>);
 
-/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is not here, or was found to be damaged
-/// or not to be readable: it counts as missing from then on, and is fetched. Blocks.
+/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is
+/// not here, or was found to be damaged or not to be readable: it counts as missing from then on, and is fetched.
+/// Blocks.
 fn read(
     store: &Store,
     (hash, size): (Hash, u64),

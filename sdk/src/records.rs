@@ -183,10 +183,10 @@ impl Records {
         Ok(sorted(&self.node.dht().own(SPACE).await?))
     }
 
-    /// Watches what is stated under `key`, and how that changes. In a mesh of less than some twenty nodes every node keeps
-    /// every record, and a change is told as soon as it arrives. In a larger one the key is looked up every five seconds: a
-    /// value that was replaced or taken back before the next look-up is not seen. Of several values within 50 ms only the
-    /// last is told. What a node that has crashed has stated is there until it ends.
+    /// Watches what is stated under `key`, and how that changes. In a mesh of less than some twenty nodes every node
+    /// keeps every record, and a change is told as soon as it arrives. In a larger one the key is looked up every five
+    /// seconds: a value that was replaced or taken back before the next look-up is not seen. Of several values within
+    /// 50 ms only the last is told. Records of a node that has crashed stay until they expire.
     ///
     /// # Errors
     /// [`Error::Record`] if the key is too long.

@@ -43,7 +43,7 @@ struct Claim {
     commit: Option<Commit>,
 }
 
-/// What a name means.
+/// The meaning of a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Meaning {
     pub(crate) model: Hash,
@@ -63,8 +63,8 @@ impl Meaning {
         }
     }
 
-    /// What claims come to that contradict each other in nothing but which part of a commit they have; `None` if they
-    /// do in more.
+    /// Combines claims that contradict each other in nothing but which part of a commit they have. Returns `None` if
+    /// they differ in more, or if there are none.
     fn of(claims: &[Claim]) -> Option<Self> {
         let first = claims.first()?;
         // Several who agree are as good as one.

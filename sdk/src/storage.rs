@@ -176,8 +176,9 @@ impl Models {
         blocking(move || Ok(store.collect(dry_run)?)).await
     }
 
-    /// As [`gc`](Self::gc), and also forgets files whose folder is gone, as after a copy of a model was deleted: on a disk that is only away, they would have
-    /// to be read again. A model that is whole in another folder lives there from then on.
+    /// As [`gc`](Self::gc), and also forgets files whose folder is gone, as after a copy of a model was deleted: on a
+    /// disk that is only away, they would have to be read again. A model that is whole in another folder lives there
+    /// from then on.
     ///
     /// # Errors
     /// [`Error::Store`].

@@ -14,8 +14,8 @@ use weft_net::PeerId;
 
 use crate::records::{ROUND, SMALL};
 
-/// How often the key is looked up at other nodes. What this node keeps itself, which in a mesh of less than some twenty
-/// nodes is everything, is seen at once.
+/// The interval at which the key is looked up at other nodes. Changes of the records that this node keeps itself are
+/// seen at once; in a mesh of less than some twenty nodes it keeps every record.
 const WATCH: Duration = Duration::from_secs(5);
 
 /// At least this long between two looks at what this node keeps: a publisher that floods the key does not have it read
@@ -83,7 +83,7 @@ pub(crate) struct Watcher {
     /// Tells when what this node keeps under the key changes. `None` if it is not asked for yet, or cannot be told.
     kept: Option<watch::Receiver<()>>,
     asked: bool,
-    /// What this node keeps has changed, and is to be read.
+    /// The records that this node keeps have changed, and are to be read.
     changed: bool,
     /// Not before then.
     look: Instant,

@@ -248,7 +248,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
     let read = homes[2].run(&["cat", "acme/m-GGUF", "m-Q4.gguf"]);
     assert_eq!(read.stdout, "four", "{read:#?}");
 
-    // Who publishes a part gets what it lacks.
+    // A publisher of one part can get the files that it lacks.
     let to = homes[0].beside("lacking");
     homes[0].json(&["get", "acme/m-GGUF", "--files", "*Q8*", "--to", text(&to)]);
     assert_eq!(fs::read(to.join("m-Q8.gguf")).unwrap(), b"eight bits");

@@ -163,7 +163,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
     // A put of the whole document replaces it.
     one.json(&["doc", "put", &id, "", r#"{"only": 1}"#]);
     assert_eq!(one.json(&["doc", "get", &id]), json!({"only": 1}));
-    // Who is shut out learns it.
+    // A reader that is shut out learns of it.
     one.json(&["doc", "readers", &id, "--only", up.peer_id()]);
     let begin = Instant::now();
     while other.json(&["doc", "readers", &id]) != json!({"readers": []}) {

@@ -33,8 +33,8 @@ use crate::{
 /// not wait behind a long one of another.
 const BATCH: usize = 32;
 
-/// At least this long between two looks at whose turn it is: strangers by the hundred who are over their budgets cost no more than
-/// some percent of the swarm's task.
+/// At least this long between two looks at whose turn it is: strangers by the hundred who are over their budgets cost
+/// no more than some percent of the swarm's task.
 const LOOK: Duration = Duration::from_millis(2);
 
 /// Somebody's request to store something, as Kademlia's handler tells of it.
@@ -53,7 +53,7 @@ struct Answer {
     counted: bool,
 }
 
-/// What a batch of checks has come to.
+/// The result of a batch of checks.
 #[derive(Debug, Default)]
 struct Batch {
     puts: Vec<Checked<Put>>,
@@ -248,7 +248,7 @@ impl Behaviour {
                 self.on_checked(batch);
                 return true;
             }
-            // Whoever waits for an answer gives up after its own patience.
+            // A caller that waits for the answer gives up after its own timeout.
             Poll::Ready(Some(Err(error))) => {
                 tracing::error!(%error, "the check of statements has failed");
                 return true;

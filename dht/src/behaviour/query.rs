@@ -230,7 +230,7 @@ impl Behaviour {
                 // Our own are over no quota.
                 _ => record.sequence(),
             };
-            // Whoever asked may be gone; here and below.
+            // The caller may have dropped the receiver, here and below.
             let _ = reply.send(Err(DhtError::Superseded(number)));
             return;
         }
@@ -279,7 +279,7 @@ impl Behaviour {
         self.begin(key, purpose);
     }
 
-    /// What this node itself would answer.
+    /// Returns the records with which this node itself would answer a request for `key`.
     fn kept_under(&mut self, key: &[u8]) -> Vec<Record> {
         let kept = self.kad.store_mut().answer(&RecordKey::new(&key));
         kept.into_iter().cloned().collect()

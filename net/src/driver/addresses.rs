@@ -32,7 +32,8 @@ use crate::{
 /// Changes of our addresses are looked at once in this time at most.
 const GATHER: Duration = Duration::from_secs(1);
 
-/// A change and what belongs to it come within this time: the old address goes and the new one comes, for each transport.
+/// A change and what belongs to it come within this time: the old address goes and the new one comes, for each
+/// transport.
 const TOGETHER: Duration = Duration::from_millis(100);
 
 /// Addresses that libp2p's behaviours take of our own (libp2p-swarm, `MAX_LOCAL_EXTERNAL_ADDRS`).
@@ -307,7 +308,7 @@ where
     }
 }
 
-/// What becomes of a connection when our addresses have changed.
+/// The fate of a connection after our addresses have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Keep,
@@ -329,8 +330,8 @@ fn fate(
     match (before, after) {
         // Cut off, perhaps for a moment only.
         (_, None) => Fate::Keep,
-        // TCP's are dead without their address, and go on from one that is still ours, even if another is preferred now;
-        // over QUIC, which goes on from the new address, nobody would tell us where we are seen now.
+        // TCP's are dead without their address, and go on from one that is still ours, even if another is preferred
+        // now; over QUIC, which goes on from the new address, nobody would tell us where we are seen now.
         (Some(before), Some(after)) if before != after => match quic || !own.contains(&before) {
             true => Fate::Leave,
             false => Fate::Doubt,
@@ -352,8 +353,8 @@ pub(super) async fn settled(due: Option<Instant>) {
 
 /// Changes of our addresses, which come in crowds: one event a transport, and a container brings several addresses.
 ///
-/// The first is looked at almost at once, so that a change of network costs no time; those within a second after that are
-/// looked at together.
+/// The first is looked at almost at once, so that a change of network costs no time; those within a second after that
+/// are looked at together.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     changed: HashSet<IpAddr>,
@@ -395,7 +396,7 @@ fn is_local(ip: &IpAddr) -> bool {
     }
 }
 
-/// What is listened on. A listener that closes, as QUIC's does when its socket fails, is opened again.
+/// The node's listeners. A listener that closes, as QUIC's does when its socket fails, is opened again.
 #[derive(Debug)]
 pub(super) struct Listening {
     open: HashMap<ListenerId, (Multiaddr, Duration)>,
@@ -448,7 +449,7 @@ impl Listening {
         self.closed.push((address, now + pause, pause));
     }
 
-    /// Whether to try to watch the interfaces again.
+    /// Returns true if it is time to try to watch the interfaces again.
     fn may_watch(&mut self, now: Instant) -> bool {
         let due = now >= self.watch;
         if due {

@@ -260,12 +260,12 @@ where
         });
     }
 
-    /// What is asked about `address`, now.
+    /// Builds the question about `address` from this node's current addresses and port mappings.
     fn question(&self, address: &Multiaddr) -> Option<Question> {
         let (at, transport) = socket(address)?;
         let own = self.own_ips().contains(&at.ip().to_canonical());
         let mut mapped = self.mapped.iter();
-        // What a gateway forwards it forwards for everybody, and an address of our own has no NAT before it.
+        // A gateway forwards a mapped port for everybody, and an address of our own has no NAT before it.
         let open = own || mapped.any(|(t, mapped)| *t == transport && *mapped == at);
         Some(Question {
             at,
@@ -306,7 +306,8 @@ where
         if asked.server != server {
             return;
         }
-        // What the server was told in the request it can say on any connection, and on a lane: that proves nothing.
+        // The server knows the nonce from the request, so it can send it on any connection and on a lane; that alone
+        // proves nothing.
         let connections = self.peers.get(&server).map(|peer| &peer.connections);
         let connection = stream
             .connection()

@@ -16,7 +16,7 @@ use crate::{
 /// The first and the longest pause between attempts to reach a bootstrap node.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Time after which a TCP address that has not led to a connection is tried by QUIC as well. Where the path drops large
+/// Time after which a TCP address that has not led to a connection is tried by QUIC as well. If the path drops large
 /// packets and the messages that say so, TCP connects and its first TLS message never arrives; QUIC's packets are small
 /// until larger ones have been seen to arrive. Three seconds are the second retransmission of a lost SYN.
 const BY_QUIC: Duration = Duration::from_secs(3);
@@ -169,15 +169,15 @@ where
         }
     }
 
-    /// Returns true if this address of a peer is only guessed: the place of a bootstrap address by QUIC, of which the peer
-    /// has not said that it listens there. That it does not answer says nothing of UDP.
+    /// Returns true if this address of a peer is only guessed: the place of a bootstrap address by QUIC, of which the
+    /// peer has not said that it listens there. That it does not answer says nothing of UDP.
     pub(super) fn is_guess(&self, peer: PeerId, address: &Multiaddr) -> bool {
         let mut of_peer = self.bootstrap.iter().filter(|b| b.peer == peer);
         let said = self.peers.get(&peer).and_then(|peer| peer.quic.as_ref());
         said != Some(address) && of_peer.any(|b| by_quic(&b.address).as_ref() == Some(address))
     }
 
-    /// What is known of each.
+    /// Returns the state of each bootstrap peer.
     pub(super) fn bootstrap_peers(&self) -> Vec<BootstrapPeer> {
         let all = self.bootstrap.iter();
         all.map(|bootstrap| {

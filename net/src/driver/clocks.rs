@@ -14,7 +14,7 @@ use crate::{
     ping::{self, PING_PROTOCOL},
 };
 
-/// How long a peer may take to tell its time. A slower answer says less.
+/// The longest time that a peer may take to tell its time. A slower answer says less.
 const TELL: Duration = Duration::from_secs(5);
 
 /// Peers asked at a time, and so in a second: their answers decide whether others are asked at all.

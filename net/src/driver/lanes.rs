@@ -97,7 +97,7 @@ impl Lanes {
         }
     }
 
-    /// Whether lanes are used at all.
+    /// Returns true if lanes are enabled.
     fn enabled(&self) -> bool {
         self.shares.all() > 0 && self.shares.per_peer() > 0
     }

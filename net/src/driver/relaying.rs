@@ -22,8 +22,8 @@ const MAX_ADDRESSES: usize = 4;
 const WEB: u16 = 443;
 
 /// Limits of a node that relays only because strangers reach it. It may be somebody's home, whose owner has not offered
-/// anything: enough to arrange direct connections, and for some content where none comes about. A megabyte a second is a
-/// tenth of a slow line's; ten gigabytes a day are not noticed on one that is paid for by volume.
+/// anything: enough to arrange direct connections, and for some content where none comes about. A megabyte a second is
+/// a tenth of a slow line's; ten gigabytes a day are not noticed on one that is paid for by volume.
 fn modest() -> RelayLimits {
     RelayLimits {
         reservations: 64,
@@ -38,8 +38,8 @@ fn modest() -> RelayLimits {
     }
 }
 
-/// What serving as a relay may cost: what the operator says. Who says nothing, neither that this is to be a relay nor what
-/// it may cost, gives little.
+/// Returns the limits of this node as a relay: those that the operator has set. If the operator has neither turned
+/// relaying on nor set a limit, the limits are small.
 pub(super) fn limits(config: &Config) -> RelayLimits {
     let unasked = config.relay_server == RelayServer::Auto;
     match unasked && config.relay_limits == RelayLimits::default() {
@@ -383,7 +383,8 @@ mod tests {
         let mut config = Config::new(Keypair::generate_ed25519());
         assert_eq!(limits(&config), modest());
         assert!(modest().daily_bytes <= 10 << 30 && modest().rate <= 1 << 20);
-        // Who says what it may cost means it, and so does who says that it is to be a relay.
+        // Limits that the operator sets are used as they are, and so are the default limits once the operator turns
+        // relaying on.
         config.relay_limits.rate = 7;
         assert_eq!(limits(&config).rate, 7);
         assert_eq!(limits(&config).circuits, RelayLimits::default().circuits);

@@ -1,7 +1,8 @@
 //! Accepting connections to the API.
 //!
-//! The TCP port is open to every program on the machine, so a connection on which the token has not been shown counts for little: there are few of them, each
-//! has a time limit, and the oldest goes when a new one comes. The socket is the owner's, and some descriptors are kept for it.
+//! The TCP port is open to every program on the machine, so a connection on which the token has not been shown counts
+//! for little: there are few of them, each has a time limit, and the oldest goes when a new one comes. The socket is
+//! the owner's, and some descriptors are kept for it.
 
 use std::{
     collections::VecDeque,
@@ -29,7 +30,8 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
-/// Connections on which no token has been shown, at most: many programs that start at once, and a sixteenth of the descriptors if there are few.
+/// Connections on which no token has been shown, at most: many programs that start at once, and a sixteenth of the
+/// descriptors if there are few.
 const MAX_GUESTS: usize = 64;
 const GUESTS_OF_FILES: u64 = 16;
 
@@ -57,7 +59,7 @@ impl Listener for TcpListener {
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<TcpStream>> {
         let (stream, _) = ready!(self.poll_accept(cx))?;
-        // What is small is to go at once; a connection without this works as well.
+        // Small messages are to go out at once; a connection without this option works as well.
         let _ = stream.set_nodelay(true);
         Poll::Ready(Ok(stream))
     }
@@ -88,7 +90,8 @@ impl Guest {
     }
 }
 
-/// Who is at the other end, in the extensions of each request: a guest over TCP, the owner over the socket.
+/// The client at the other end, in the extensions of each request: a guest over TCP, the owner (`None`) over the
+/// socket.
 #[derive(Debug, Clone)]
 pub(super) struct Visitor(pub(super) Option<Arc<Guest>>);
 
@@ -143,7 +146,8 @@ impl Guests {
     }
 }
 
-/// Descriptors that are kept open so that they can be closed for something that matters more. Cheap to clone; all clones are one.
+/// Descriptors that are kept open so that they can be closed for something that matters more. Cheap to clone; all
+/// clones are one.
 #[derive(Debug, Clone, Default)]
 struct Kept(Arc<Mutex<Vec<File>>>);
 
@@ -246,7 +250,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     }
 }
 
-/// What accepts, and what it knows.
+/// A listener, and the state of accepting its connections.
 struct Accepting<L> {
     listener: L,
     guests: Option<Guests>,
@@ -345,7 +349,7 @@ impl<L: Listener> Accepting<L> {
     }
 }
 
-/// Whether an error says something of one connection, and not of the next.
+/// Returns true if the error concerns one connection only, and not the next.
 fn is_of_one(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
     matches!(
@@ -430,7 +434,7 @@ mod tests {
         assert_eq!(kept.lock().len(), KEPT);
         let connection = incoming.next().await.unwrap().unwrap();
         assert_eq!(attempts.load(Ordering::SeqCst), 2);
-        // What was let go is kept again when there are files.
+        // The descriptors that were released are kept again once descriptors are available.
         drop(connection);
         assert_eq!(kept.lock().len(), KEPT);
     }

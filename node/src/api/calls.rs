@@ -211,8 +211,8 @@ fn of_api(message: CallMessage) -> Message {
     }
 }
 
-/// The codes are the same; whether the call was seen is in the metadata `weft-seen`. The metadata `weft-call` tells what came of a call from errors of the
-/// connection to this node.
+/// The codes are the same; whether the call was seen is in the metadata `weft-seen`. The metadata `weft-call` tells
+/// what came of a call from errors of the connection to this node.
 fn to_tonic(status: CallStatus) -> Status {
     let code = tonic::Code::from_i32(status.code as i32);
     let mut answer = Status::with_details(code, status.message, status.details);
@@ -396,7 +396,7 @@ fn relabel(announced: &[(String, Announced)], other: api::Announcement) -> Resul
     changed.map_err(|error| invalid(error.to_string()))
 }
 
-/// What a program is told, and what is held for it.
+/// An event for a program, with the bytes that are held for it.
 type Event = (Result<ServeEvent, Status>, Option<Held>);
 
 /// A program that answers calls.
@@ -414,7 +414,7 @@ struct Answering {
     to: mpsc::UnboundedSender<(serve_answer::What, Option<Held>)>,
     /// Bytes on their way, which [`AHEAD`] limits.
     ahead: Arc<AtomicUsize>,
-    /// What may be held for the caller, over all calls: they count there as well.
+    /// The caller's budget over all its calls: bytes on their way count against it as well.
     budget: Budget,
 }
 
@@ -577,7 +577,8 @@ impl Handler for Proxy {
             let forward = async {
                 while let Some(message) = requests.next().await? {
                     let message = to_api(message);
-                    // Programs that take nothing, and their callers, are not to hold more here than they may on the way here.
+                    // Programs that take nothing, and their callers, are not to hold more here than they may on the way
+                    // here.
                     let held = budget.hold(message.encoded_len());
                     let held = held.ok_or_else(full)?;
                     let message = serve_event::What::Message(message);
@@ -664,7 +665,7 @@ mod tests {
             is_open(call)
         };
         let taken = (1..=100).filter(|call| answer(*call)).count();
-        // What leaves three shares of four to the others.
+        // Twenty answers leave three shares, of four answers each, to other callers.
         assert_eq!(taken, 20);
         assert!((0..4).all(|_| answer(1000)));
         assert!(all.used() > 23 * ANSWER);

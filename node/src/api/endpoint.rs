@@ -222,7 +222,7 @@ async fn serve_tcp(
         .await
 }
 
-/// How a server of the API treats its connections.
+/// Returns a builder of an API server, with keep-alive pings on its connections.
 fn server() -> Server {
     Server::builder()
         .http2_keepalive_interval(Some(ALIVE))

@@ -60,7 +60,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
     print_cache(done, &node(client).await?, &meter, as_json)
 }
 
-/// How the node is doing: who could have taken what was announced.
+/// Returns the node's status, which tells whether there were peers to announce the model to.
 async fn node(client: &Client) -> Result<StatusResponse, Failure> {
     let status = client.node().status(StatusRequest {}).await?;
     Ok(status.into_inner())

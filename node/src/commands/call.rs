@@ -534,7 +534,8 @@ fn lines(method: MethodDescriptor) -> ReceiverStream<CallMessage> {
     ReceiverStream::new(messages)
 }
 
-/// What came of a call of `whom`; errors of the node beside us, and of the connection to it, have their own reasons.
+/// Converts the status of a failed call of `whom`. Errors of the local node, and of the connection to it, have their
+/// own reasons.
 fn failed(status: tonic::Status, whom: &str) -> Failure {
     if !status.metadata().contains_key(OF_CALL) {
         return status.into();
@@ -579,7 +580,7 @@ mod tests {
                 .unwrap()
                 .contains(&format!("weft ping {peer}"))
         );
-        // What helps with a service is something else.
+        // The hint for a service differs from the hint for a peer.
         let unreached = failed(of_peer, "my.Service");
         assert!(unreached.hint.unwrap().contains("weft service my.Service"));
     }

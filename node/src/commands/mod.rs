@@ -184,7 +184,7 @@ fn clock_json(clock: Option<&api::ClockDifference>) -> serde_json::Value {
     })
 }
 
-/// What to do about this machine's clock, if anything.
+/// Returns a warning about this machine's clock, with what to do; `None` if the clock is not known to be wrong.
 fn clock_warning(clock: Option<&api::ClockDifference>) -> Option<String> {
     let clock = clock.filter(|clock| clock.is_wrong)?;
     let effect = match (clock.peers, clock.seconds < 0) {

@@ -400,7 +400,7 @@ pub(super) fn bootstrap_json(one: &api::BootstrapPeer) -> Value {
     })
 }
 
-/// What became of a bootstrap address, in words.
+/// Describes the state of a bootstrap address in words.
 pub(super) fn bootstrap_state(one: &api::BootstrapPeer) -> String {
     match (one.connected, one.error.as_str()) {
         (true, _) => "connected".to_owned(),

@@ -84,7 +84,8 @@ pub(super) struct Partial {
 const PACE: usize = 64;
 
 impl CallState {
-    /// Looks whether the message that is coming has gone on since the last look. If not, though the sender may send, drops it, and returns what it held.
+    /// Looks whether the message that is coming has gone on since the last look. If not, though the sender may send,
+    /// drops it, and returns what it held.
     pub(super) fn has_stalled(&mut self, window: u32) -> Option<usize> {
         let frame = frame::MAX_FRAME as u64 + u64::from(OVERHEAD);
         let may_send = self.unreturned + frame <= window.into();
@@ -293,8 +294,8 @@ impl Sender {
         within(left, self.write(message, true)).await
     }
 
-    /// Says that no more messages come. Dropping it at the calling side says so too. Waits for nothing, so that nothing is left half done if the
-    /// future is dropped.
+    /// Says that no more messages come. Dropping it at the calling side says so too. Waits for nothing, so that nothing
+    /// is left half done if the future is dropped.
     pub async fn close(&mut self) {
         if self.closed || !self.caller {
             return;

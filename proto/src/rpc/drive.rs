@@ -111,7 +111,7 @@ where
     if serving.is_some() {
         // Those that have not begun are dropped with it.
         drop(serving);
-        // Whoever counts sessions counts the handlers that go on until they next wait.
+        // A limit on sessions has to cover the handlers too: they go on until they next wait.
         shared.all_answered().await;
     }
     result

@@ -37,7 +37,8 @@ pub(super) const MAX_RANK: usize = 16;
 pub(super) const MAX_TEXT: usize = 2048;
 pub(super) const MAX_DETAILS: usize = 8192;
 
-/// A frame of 64 KiB takes so long at 1.1 KB/s, the slowest that a transfer may be too; a message of any size takes an hour at most.
+/// A frame of 64 KiB takes so long at 1.1 KB/s, the slowest that a transfer may be too; a message of any size takes an
+/// hour at most.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Callers end a session two to four minutes after its last call.
@@ -58,23 +59,26 @@ pub struct Limits {
     pub window: u32,
     /// Bytes of all calls together that are held and nobody has taken. A call that would need more fails.
     pub max_buffered: usize,
-    /// Time in which a message that has begun has to go on: a frame at least, and a 64th of what has come of it. Otherwise the call fails and what came is
-    /// dropped, after twice this time at the latest. Time in which the sender has no credit does not count. A minute by default.
+    /// Time in which a message that has begun has to go on: a frame at least, and a 64th of what has come of it.
+    /// Otherwise the call fails and what came is dropped, after twice this time at the latest. Time in which the sender
+    /// has no credit does not count. A minute by default.
     pub patience: Duration,
-    /// Time after which the called side ends a session on which no call is open and none was made. Rounded up to a multiple of `patience`. Five minutes by default.
+    /// Time after which the called side ends a session on which no call is open and none was made. Rounded up to a
+    /// multiple of `patience`. Five minutes by default.
     pub idle: Duration,
 }
 
 /// A share is this part of a [`Budget`]. It takes so many of those who are named to use it up.
 const SHARES: usize = 8;
 
-/// More than a share may be held by one while so many other shares are free: one alone may send the largest message, and three others still have theirs.
+/// More than a share may be held by one while so many other shares are free: one alone may send the largest message,
+/// and three others still have theirs.
 const SPARE_SHARES: usize = 3;
 
 /// Bytes that may be held, of one session or of several together. Cheap to clone; all clones are one.
 ///
-/// What is taken [in somebody's name](Self::of) counts against a share, an eighth of the budget, as well. More than a share is given only while three
-/// eighths of the budget are free after it.
+/// Bytes that are taken [in somebody's name](Self::of) also count against the share of that name, an eighth of the
+/// budget. More than a share is given only while three eighths of the budget are free after it.
 #[derive(Debug, Clone)]
 pub struct Budget {
     whole: Arc<Whole>,
@@ -96,7 +100,7 @@ struct Share {
     used: AtomicUsize,
 }
 
-/// How often bytes of a [`Budget`] were refused.
+/// The number of times that bytes of a [`Budget`] were refused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Refused {
     /// Because the whole was used up.
@@ -141,7 +145,8 @@ impl Budget {
         }
     }
 
-    /// The same budget, for one who is known by these names, such as a peer's and its network's. Whatever is taken in the same name, by anybody, has one share.
+    /// The same budget, for one who is known by these names, such as a peer's and its network's. Whatever is taken in
+    /// the same name, by anybody, has one share.
     #[must_use]
     pub fn of(&self, names: impl IntoIterator<Item = String>) -> Self {
         let mut known = lock(&self.whole.shares);

@@ -35,8 +35,8 @@ pub(super) const SLACK: usize = 64;
 /// Bytes that a call holds beside its request: its state and its task.
 const HELD_FOR_CALL: usize = 1024;
 
-/// Time for which a new call waits for the handlers of cancelled ones, while there are too many. One that waits for anything ends at once; this is for a
-/// machine with more to do than it can.
+/// Time for which a new call waits for the handlers of cancelled ones, while there are too many. One that waits for
+/// anything ends at once; this is for a machine with more to do than it can.
 const CUT_OFF: Duration = Duration::from_secs(1);
 
 /// What a handler is told about a call.
@@ -50,8 +50,8 @@ pub struct Context {
     pub metadata: Metadata,
     /// When the caller stops waiting.
     pub deadline: Option<Instant>,
-    /// What may be held for this caller, and all others. A handler that holds much of what the caller determines, such as answers that it does not take, has it
-    /// counted here.
+    /// The bytes that may be held for this caller, and for all callers together. A handler that holds much data whose
+    /// size the caller determines, such as answers that the caller does not take, has the data counted here.
     pub budget: Budget,
 }
 
@@ -258,7 +258,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Returns true if one more call can be answered. If not, waits for a cancelled one to be over: it is, once its handler next waits.
+    /// Returns true if one more call can be answered. If not, waits for a cancelled one to be over: it is, once its
+    /// handler next waits.
     async fn has_place(&self, server: &Server) -> bool {
         let most = self.ours.max_calls + SLACK;
         let is_free = || lock(&self.calls).living < most;

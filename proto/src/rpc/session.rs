@@ -413,10 +413,11 @@ impl Shared {
         }
     }
 
-    /// Ends calls before their time: takes them out of those that are open, ends them with what `why` says, and aborts what answers them.
+    /// Ends calls before their time: takes them out of those that are open, ends them with what `why` says, and aborts
+    /// what answers them.
     ///
-    /// A call that has not been answered leaves in no other way. So nothing goes on answering a call that is not open any more, but for what it does
-    /// before it next waits; and that is counted, see [`Calls::living`].
+    /// A call that has not been answered leaves in no other way. So nothing goes on answering a call that is not open
+    /// any more, but for what it does before it next waits; and that is counted, see [`Calls::living`].
     pub(super) fn cut_off(
         &self,
         mut calls: MutexGuard<'_, Calls>,
@@ -448,8 +449,8 @@ impl Shared {
         }
     }
 
-    /// Does what is due each [`Limits::patience`]: ends calls whose message goes on no more, and at the called side a session that is not used, which was
-    /// last used at the time given.
+    /// Does what is due each [`Limits::patience`]: ends calls whose message goes on no more, and at the called side a
+    /// session that is not used, which was last used at the time given.
     pub(super) fn tick(&self, serves: bool, used: &mut Used) {
         let mut calls = lock(&self.calls);
         let open: Vec<_> = calls.open.values().cloned().collect();

@@ -47,7 +47,7 @@ const WRITE: Duration = Duration::from_secs(60);
 /// A peer that has sent what no honest peer would is not heard for so long.
 const BAN: Duration = Duration::from_secs(3600);
 
-/// How long a peer may take to begin on a stream that it has opened.
+/// The longest time that a peer may take to begin on a stream that it has opened.
 const FIRST: Duration = Duration::from_secs(10);
 
 /// What of a node drives its documents.

@@ -67,8 +67,8 @@ pub struct DocInfo {
     pub id: DocumentId,
     /// The rest, once it has arrived.
     pub details: Option<DocDetails>,
-    /// What is wrong with it on disk; `None` if nothing is. A damaged document is neither read, written nor given to
-    /// peers. [`Docs::open`] keeps what can be read of it, and gets the rest from peers that hold it.
+    /// The damage to the document on disk; `None` if there is none. A damaged document is neither read, written nor
+    /// given to peers. [`Docs::open`] keeps what can be read of it, and gets the rest from peers that hold it.
     pub damage: Option<String>,
 }
 
@@ -399,8 +399,8 @@ impl Doc {
         Ok(value.map(serde_json::from_value).transpose()?)
     }
 
-    /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path and a
-    /// map, the document is that map: keys that are here and not in it are removed, while keys that others add at the
+    /// Sets what is at a path, whatever was there; the map or list that holds it must be there. With an empty path and
+    /// a map, the document is that map: keys that are here and not in it are removed, while keys that others add at the
     /// same time stay.
     ///
     /// # Errors

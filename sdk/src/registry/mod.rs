@@ -374,8 +374,8 @@ impl Registries {
         Ok((registries, problems))
     }
 
-    /// Lists a model no longer, by `name`, or by whatever name this node lists it. What could not be withdrawn, each
-    /// with the reason.
+    /// Withdraws this node's entries of a model from the registries: the entry called `name`, or all of them if `name`
+    /// is `None`. Returns the registries for which this failed, each with the reason.
     pub(crate) async fn withdraw_all(
         &self,
         model: &Hash,
@@ -396,7 +396,7 @@ impl Registries {
         Ok(problems)
     }
 
-    /// What a catalogue is to say of a model by this name.
+    /// Returns the catalogue entry of a model under this name.
     async fn entry(&self, model: store::Model, name: &ModelName) -> Result<Entry, Error> {
         let name = name.to_string();
         let store = self.node.store().clone();

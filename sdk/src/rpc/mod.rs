@@ -79,7 +79,8 @@ impl Rpc {
 
     /// Calls whoever offers a service of this name. Nothing is looked up before the first call.
     ///
-    /// Anybody in the mesh may say that they offer it. Unless any of them will do, say whom to call with [`Service::only`] or [`Service::trusted`].
+    /// Anybody in the mesh may say that they offer it. Unless any of them will do, say whom to call with
+    /// [`Service::only`] or [`Service::trusted`].
     ///
     /// # Errors
     /// [`ServiceError::Name`].

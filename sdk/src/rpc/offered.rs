@@ -59,7 +59,7 @@ impl Offered {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Whether it offers a service of this name.
+    /// Returns true if a service of this name is offered.
     pub(super) fn has(&self, name: &str) -> bool {
         self.read().by_name.contains_key(name)
     }

@@ -1,7 +1,8 @@
-//! How often, and when, a call that has failed is made again.
+//! Limits on repeating a call that has failed, and the pauses between attempts.
 //!
-//! A service that comes back after a restart, or is overloaded, is not to be asked by all its callers at the same moments, nor several times as often as
-//! usual: pauses are random around what they should be, and a [`Retries`] gives out so many and no more.
+//! A service that comes back after a restart, or is overloaded, is not to be asked by all its callers at the same
+//! moments, nor several times as often as usual: pauses are random around what they should be, and a [`Retries`] gives
+//! out so many and no more.
 
 use std::{
     sync::{Mutex, MutexGuard},
@@ -10,7 +11,7 @@ use std::{
 
 use tokio::time::Instant;
 
-/// How often a call is made at most.
+/// The largest number of attempts at one call, including the first.
 pub(super) const ATTEMPTS: u32 = 5;
 
 /// The pause before the second time; it doubles.

@@ -312,8 +312,8 @@ impl Candidate {
         !self.proven && self.path.is_none()
     }
 
-    /// The lowest is asked first, where so many were asked in vain in its network: those that have not failed, those that are connected or have answered
-    /// before, and of strangers those of networks that were not tried.
+    /// The lowest is asked first, where so many were asked in vain in its network: those that have not failed, those
+    /// that are connected or have answered before, and of strangers those of networks that were not tried.
     fn rank(&self, now: Instant, tried: usize) -> impl Ord + use<> {
         let stranger = self.is_stranger();
         let tried = if stranger { tried } else { 0 };
@@ -624,7 +624,7 @@ pub struct Service {
     class: Class,
 }
 
-/// Which of those that offer a service may be called.
+/// The conditions that a provider of a service has to meet to be called.
 #[derive(Debug, Clone, Default)]
 struct Wanted {
     labels: Labels,
@@ -635,7 +635,7 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// What is asked for at this moment.
+    /// Returns the conditions as they are at this moment.
     fn now(&self) -> WantedNow<'_> {
         WantedNow {
             labels: &self.labels,
@@ -699,8 +699,9 @@ impl Service {
         self
     }
 
-    /// Calls only these peers. Anybody may state that a service is at their node, and labels are their own word: this, or [`trusted`](Self::trusted), says
-    /// who may see requests and answer them. Called again, it narrows the choice to the peers that are in both.
+    /// Calls only these peers. Anybody may state that a service is at their node, and labels are their own word: this,
+    /// or [`trusted`](Self::trusted), says who may see requests and answer them. Called again, it narrows the choice to
+    /// the peers that are in both.
     #[must_use]
     pub fn only(mut self, peers: impl IntoIterator<Item = PeerId>) -> Self {
         let mut peers: BTreeSet<_> = peers.into_iter().collect();
@@ -711,7 +712,8 @@ impl Service {
         self
     }
 
-    /// Calls only peers that this node trusts ([`Node::trust`]) when the call is made. A peer has to state the service itself.
+    /// Calls only peers that this node trusts ([`Node::trust`]) when the call is made. A peer has to state the service
+    /// itself.
     #[must_use]
     pub fn trusted(mut self) -> Self {
         self.wanted.trusted = Some(self.node.clone());

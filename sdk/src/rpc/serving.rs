@@ -15,8 +15,9 @@ pub struct CallLimits {
     pub sessions: usize,
     /// Sessions that one peer may have open. A peer needs two, one for interactive calls and one for bulk, and for a moment a third when a better path opens.
     pub sessions_per_peer: usize,
-    /// Bytes held for callers, of all sessions together: requests, what has come and waits to be taken by what answers, and answers of programs behind the
-    /// gRPC API that wait for the caller. One peer, and one network, may have an eighth of it, and more only while three eighths are free.
+    /// Bytes held for callers, of all sessions together: requests, what has come and waits to be taken by what answers,
+    /// and answers of programs behind the gRPC API that wait for the caller. One peer, and one network, may have an
+    /// eighth of it, and more only while three eighths are free.
     pub held: usize,
     /// What may come on each session.
     pub session: Limits,
@@ -62,7 +63,7 @@ impl Serving {
     }
 }
 
-/// What has been used of a budget, in all and by the one that uses the most.
+/// Returns the use of a budget, in all and by the peer or network that uses the most.
 pub(super) fn usage(budget: &Budget, all: &'static str, of_one: &'static str) -> [LimitUse; 2] {
     let row = |name, used: usize, limit: usize, refused| LimitUse {
         name,

@@ -33,8 +33,8 @@ const IDLE: Duration = Duration::from_secs(120);
 /// Slots that are remembered before those without a session are forgotten.
 const REMEMBERED: usize = 256;
 
-/// Bytes of answers that have come and wait to be taken, of all sessions together. One peer may have an eighth of it, and more only while three eighths are
-/// free: an answer may be as large as 260 MiB.
+/// Bytes of answers that have come and wait to be taken, of all sessions together. One peer may have an eighth of it,
+/// and more only while three eighths are free: an answer may be as large as 260 MiB.
 const ANSWERS: usize = 512 << 20;
 
 /// The sessions of a node.
@@ -125,7 +125,7 @@ impl Sessions {
         Arc::clone(&self.slot(peer, class).retries)
     }
 
-    /// What may be held of answers, and what is.
+    /// Returns the limits on the bytes held of answers, and their use.
     pub(crate) fn limits(&self) -> [LimitUse; 2] {
         usage(
             &self.held,

@@ -43,8 +43,9 @@ const FILES_AT_A_TIME: u32 = 1000;
 /// How long the first message may take.
 const FIRST: Duration = Duration::from_secs(10);
 
-/// How long a peer may say nothing of a model that is not being fetched here, before the exchange is ended. One that fetches says what has come; one that
-/// has all of it, or waits for very long, exchanges again when it has a reason.
+/// The time for which a peer may say nothing of a model that is not being fetched here before the exchange is ended. A
+/// peer that fetches says what has come; a peer that has all of the model, or waits for very long, exchanges again when
+/// it has a reason.
 const SILENT: Duration = Duration::from_secs(600);
 
 /// Peers of one model that are introduced to each other.

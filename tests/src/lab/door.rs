@@ -38,7 +38,7 @@ pub struct Besieged {
 }
 
 impl Besieged {
-    /// What is used of a limit, and what was refused because of it.
+    /// Returns the use of a limit, and the number of refusals because of it.
     pub fn limit(&self, name: &str) -> (u64, u64) {
         let row = self.limits.iter().find(|(row, ..)| row == name);
         row.map_or((0, 0), |(_, used, refused)| (*used, *refused))

@@ -36,7 +36,7 @@ use crate::{
 const MAX: usize = 8192;
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Two addresses that count as public. What goes to one of them comes from the other.
+/// Two addresses that count as public. Packets to one of them have the other as their source.
 const ADDRESSES: &str = "ip link set lo up && ip addr add 11.0.1.1/32 dev lo && ip addr add 11.0.2.1/32 dev lo && \
      ip route replace local 11.0.1.1 dev lo table local src 11.0.2.1 && \
      ip route replace local 11.0.2.1 dev lo table local src 11.0.1.1 && exec \"$0\" \"$@\"";
@@ -74,7 +74,7 @@ struct Server {
     streams: streams::Behaviour,
 }
 
-/// How the server brings the nonce.
+/// The way in which the server delivers the nonce.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
     /// On the connection over which it was asked.
@@ -248,7 +248,7 @@ fn a_server_that_dials_makes_the_address_public() {
     });
 }
 
-/// What a container brings.
+/// Commands that create the interfaces and the address of a container.
 const CONTAINER: &str = "ip link add v0 type veth peer name v1 && ip link set v0 up && ip link set v1 up && \
      ip addr add 172.18.0.1/16 dev v0";
 
