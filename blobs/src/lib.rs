@@ -17,6 +17,7 @@
 //!
 //! It leaves out: the network (streams are any `AsyncRead + AsyncWrite`), and who has what (`weft-dht`).
 
+pub mod arrivals;
 pub mod availability;
 pub mod bitfield;
 pub mod complete;

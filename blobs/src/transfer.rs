@@ -28,6 +28,7 @@ use weft_proto::{
 
 use crate::{
     Hash, Manifest, Store, StoreError,
+    arrivals::Arrivals,
     bitfield::Bitfield,
     elsewhere::Elsewhere,
     files,
@@ -46,11 +47,7 @@ const WITHOUT: Duration = Duration::from_secs(60);
 /// Part files open at a time; each is two file descriptors. Fewer where the process may have few.
 const MAX_OPEN: usize = 64;
 
-/// The longest time that a provider may send no byte at all before it counts as lost. Any byte is a sign of life: on a
-/// slow link a chunk group of 64 KiB takes minutes.
-const STALL: Duration = Duration::from_secs(20);
-
-/// Bytes that have to come within [`STALL`] of waiting: three a second. Any link that is of use brings more, also
+/// Bytes that have to come within the time that a provider may be silent, which is 20 s or more: three a second. Any link that is of use brings more, also
 /// shared by a hundred streams; a provider that sends a byte a second keeps nobody.
 const LEAST: usize = 64;
 
@@ -95,9 +92,9 @@ pub enum TransferError {
     /// The stream failed.
     #[error("the connection failed: {0}")]
     Frame(#[from] FrameError),
-    /// Nothing came for twenty seconds.
-    #[error("it sent nothing for {} s", STALL.as_secs())]
-    Stalled,
+    /// Nothing came for so many seconds.
+    #[error("it sent nothing for {0} s")]
+    Stalled(u64),
     /// A chunk group took too long.
     #[error("it took more than {} s for 64 KiB", SLOWEST.as_secs())]
     TooSlow,
@@ -130,6 +127,10 @@ pub enum TransferError {
 }
 
 impl TransferError {
+    fn stalled(arrivals: &Arrivals) -> Self {
+        Self::Stalled(arrivals.patience().as_secs())
+    }
+
     /// Whether the provider is at fault in a way that chance does not explain.
     pub fn is_provider_wrong(&self) -> bool {
         matches!(self, Self::Corrupt { .. } | Self::Protocol(_))
@@ -306,8 +307,8 @@ pub struct Peer {
     moved: AtomicU64,
     wasted: AtomicU64,
     proved: AtomicU64,
-    /// Bytes that came, of whole chunk groups or not, and messages that it is alive.
-    signs: AtomicU64,
+    /// Bytes of whole chunk groups or not, and messages that it is alive.
+    arrivals: Arrivals,
     /// It said last that the request waits in its queue.
     queued: AtomicBool,
     unreadable: Mutex<Option<Unreadable>>,
@@ -398,9 +399,9 @@ impl Peer {
             .expect("nothing panics while holding the lock")
     }
 
-    /// Grows with every byte that it sends, and whenever it says that it is alive.
-    pub fn signs_of_life(&self) -> u64 {
-        self.signs.load(Ordering::Relaxed)
+    /// Returns what has arrived from it: every byte that it sends, and each time that it says that it is alive.
+    pub fn arrivals(&self) -> &Arrivals {
+        &self.arrivals
     }
 
     /// Returns true if the provider said last that it has no turn for this node yet.
@@ -475,7 +476,7 @@ impl Transfer {
             moved: AtomicU64::new(0),
             wasted: AtomicU64::new(0),
             proved: AtomicU64::new(0),
-            signs: AtomicU64::new(0),
+            arrivals: Arrivals::default(),
             queued: AtomicBool::new(false),
             unreadable: Mutex::default(),
         }
@@ -1100,7 +1101,12 @@ impl Session<'_> {
         // Lets the receiver end when the last answer is here, whatever becomes of the farewell.
         self.asked.ended.store(true, Ordering::Release);
         self.asked.more.notify_one();
-        if result.is_ok() && !matches!(timeout(STALL, writer.shutdown()).await, Ok(Ok(()))) {
+        if result.is_ok()
+            && !matches!(
+                self.peer.arrivals.within(writer.shutdown()).await,
+                Some(Ok(()))
+            )
+        {
             tracing::debug!("a stream did not close");
         }
         result
@@ -1158,7 +1164,7 @@ impl Session<'_> {
                     });
                     number += 1;
                     self.asked.more.notify_one();
-                    send(writer, &request).await?;
+                    send(writer, &request, &self.peer.arrivals).await?;
                     flushed = false;
                 }
                 (Next::Ask(run), None) => {
@@ -1183,7 +1189,7 @@ impl Session<'_> {
                         flushed = false;
                     }
                     if !flushed {
-                        flush(writer).await?;
+                        flush(writer, &self.peer.arrivals).await?;
                         flushed = true;
                     }
                     // A look now and then: a slower provider's work may have become worth taking over.
@@ -1203,7 +1209,7 @@ impl Session<'_> {
             answered: self.asked.answered(),
             ..Default::default()
         };
-        send(writer, &request).await?;
+        send(writer, &request, &self.peer.arrivals).await?;
         Ok(request.answered)
     }
 
@@ -1237,11 +1243,11 @@ impl Session<'_> {
             };
             let end = buffer.len().min(filled + most);
             let begun = Instant::now();
-            let n = read_some(reader, &mut buffer[filled..end], SLOWEST - waited).await?;
+            let arrivals = &self.peer.arrivals;
+            let n = read_some(reader, &mut buffer[filled..end], SLOWEST - waited, arrivals).await?;
             waited = (waited + begun.elapsed()).min(SLOWEST);
-            pace.came(n, begun.elapsed())?;
+            pace.came(n, begun.elapsed(), arrivals.patience())?;
             filled += n;
-            self.peer.signs.fetch_add(n as u64, Ordering::Relaxed);
             self.shared.heard.fetch_add(n as u64, Ordering::Relaxed);
             if !content {
                 continue;
@@ -1268,8 +1274,8 @@ impl Session<'_> {
     {
         let begun = Instant::now();
         loop {
-            let answer = response(reader).await?;
-            self.peer.signs.fetch_add(1, Ordering::Relaxed);
+            let answer = response(reader, &self.peer.arrivals).await?;
+            self.peer.arrivals.add(1);
             let queued = matches!(answer, Answer::Waits);
             self.peer.queued.store(queued, Ordering::Relaxed);
             if !queued {
@@ -1611,14 +1617,14 @@ impl Writer<'_> {
     }
 }
 
-/// Fetches a whole manifest over `stream`, checked against its id; adds to `received` what has come of it.
+/// Fetches a whole manifest over `stream`, checked against its id; adds what has come of it to `arrivals`.
 ///
 /// # Errors
 /// [`TransferError`].
 pub async fn fetch_manifest<S>(
     stream: S,
     id: Hash,
-    received: &AtomicU64,
+    arrivals: &Arrivals,
 ) -> Result<Vec<u8>, TransferError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -1628,9 +1634,9 @@ where
         hash: id.as_bytes().to_vec().into(),
         ..Default::default()
     };
-    send(&mut writer, &request).await?;
-    flush(&mut writer).await?;
-    let size = match response(&mut reader).await? {
+    send(&mut writer, &request, arrivals).await?;
+    flush(&mut writer, arrivals).await?;
+    let size = match response(&mut reader, arrivals).await? {
         Answer::Size(size) => size,
         Answer::Unreadable => return Err(TransferError::Unreadable(id)),
         _ => return Err(TransferError::Missing(id)),
@@ -1643,48 +1649,50 @@ where
     let corrupt = |source| TransferError::Corrupt { hash: id, source };
     // Grows only by what is verified, whatever size was claimed.
     let mut bytes = Vec::new();
-    let came = |n: usize| {
-        received.fetch_add(n as u64, Ordering::Relaxed);
-    };
     while let Some(step) = verifier.step() {
         match step {
             Step::Parent { .. } => {
                 let mut parent = [0; PARENT];
-                read_exact(&mut reader, &mut parent, |_| ()).await?;
+                read_exact(&mut reader, &mut parent, arrivals).await?;
                 verifier.parent(&parent).map_err(corrupt)?;
             }
             Step::Group { size, .. } => {
                 let at = bytes.len();
                 bytes.resize(at + size, 0);
-                read_exact(&mut reader, &mut bytes[at..], came).await?;
+                read_exact(&mut reader, &mut bytes[at..], arrivals).await?;
                 verifier.group(&bytes[at..]).map_err(corrupt)?;
             }
         }
     }
     // The manifest is here and checked: a provider that fails to hear the end changes nothing.
-    if !matches!(timeout(STALL, writer.shutdown()).await, Ok(Ok(()))) {
+    if !matches!(arrivals.within(writer.shutdown()).await, Some(Ok(()))) {
         tracing::debug!("a stream did not close");
     }
     Ok(bytes)
 }
 
-async fn send<S>(writer: &mut WriteHalf<S>, request: &BlobRequest) -> Result<(), TransferError>
+async fn send<S>(
+    writer: &mut WriteHalf<S>,
+    request: &BlobRequest,
+    arrivals: &Arrivals,
+) -> Result<(), TransferError>
 where
     S: AsyncWrite,
 {
-    timeout(STALL, frame::write(writer, request, MAX_MESSAGE))
-        .await
-        .map_err(|_| TransferError::Stalled)??;
+    let sent = arrivals.within(frame::write(writer, request, MAX_MESSAGE));
+    sent.await
+        .ok_or_else(|| TransferError::stalled(arrivals))??;
     Ok(())
 }
 
-async fn flush<S>(writer: &mut WriteHalf<S>) -> Result<(), TransferError>
+async fn flush<S>(writer: &mut WriteHalf<S>, arrivals: &Arrivals) -> Result<(), TransferError>
 where
     S: AsyncWrite,
 {
-    timeout(STALL, writer.flush())
+    let flushed = arrivals.within(writer.flush());
+    flushed
         .await
-        .map_err(|_| TransferError::Stalled)??;
+        .ok_or_else(|| TransferError::stalled(arrivals))??;
     Ok(())
 }
 
@@ -1699,13 +1707,13 @@ enum Answer {
     Waits,
 }
 
-async fn response<S>(reader: &mut ReadHalf<S>) -> Result<Answer, TransferError>
+async fn response<S>(reader: &mut ReadHalf<S>, arrivals: &Arrivals) -> Result<Answer, TransferError>
 where
     S: AsyncRead,
 {
-    let response: Option<BlobResponse> = timeout(STALL, frame::read(reader, MAX_MESSAGE))
-        .await
-        .map_err(|_| TransferError::Stalled)??;
+    let response = arrivals.within(frame::read(reader, MAX_MESSAGE)).await;
+    let response: Option<BlobResponse> =
+        response.ok_or_else(|| TransferError::stalled(arrivals))??;
     let Some(response) = response else {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     };
@@ -1721,11 +1729,11 @@ where
     }
 }
 
-/// Fills `buffer`; `came` hears of every byte.
+/// Fills `buffer`, and counts the bytes.
 async fn read_exact<S>(
     reader: &mut ReadHalf<S>,
     buffer: &mut [u8],
-    came: impl Fn(usize),
+    arrivals: &Arrivals,
 ) -> Result<(), TransferError>
 where
     S: AsyncRead,
@@ -1736,10 +1744,9 @@ where
     while filled < buffer.len() {
         let begun = Instant::now();
         let left = slowest.saturating_duration_since(begun);
-        let n = read_some(reader, &mut buffer[filled..], left).await?;
-        pace.came(n, begun.elapsed())?;
+        let n = read_some(reader, &mut buffer[filled..], left, arrivals).await?;
+        pace.came(n, begun.elapsed(), arrivals.patience())?;
         filled += n;
-        came(n);
     }
     Ok(())
 }
@@ -1753,34 +1760,44 @@ struct Pace {
 
 impl Pace {
     /// Counts bytes and how long was waited for them; time that this node's own limits take is not among it.
-    fn came(&mut self, bytes: usize, waited: Duration) -> Result<(), TransferError> {
+    fn came(
+        &mut self,
+        bytes: usize,
+        waited: Duration,
+        patience: Duration,
+    ) -> Result<(), TransferError> {
         self.bytes += bytes;
         self.waited += waited;
-        if self.waited < STALL {
+        if self.waited < patience {
             return Ok(());
         }
         match std::mem::take(self).bytes < LEAST {
-            true => Err(TransferError::Stalled),
+            true => Err(TransferError::Stalled(patience.as_secs())),
             false => Ok(()),
         }
     }
 }
 
-/// Reads at least one byte, within [`STALL`] and what is `left` of [`SLOWEST`].
+/// Reads at least one byte, within the time that the provider may be silent and what is `left` of [`SLOWEST`]; counts
+/// the bytes.
 async fn read_some<S>(
     reader: &mut ReadHalf<S>,
     buffer: &mut [u8],
     left: Duration,
+    arrivals: &Arrivals,
 ) -> Result<usize, TransferError>
 where
     S: AsyncRead,
 {
-    match timeout(STALL.min(left), reader.read(buffer)).await {
-        Ok(Ok(0)) => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-        Ok(Ok(n)) => Ok(n),
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) if left < STALL => Err(TransferError::TooSlow),
-        Err(_) => Err(TransferError::Stalled),
+    match timeout(left, arrivals.within(reader.read(buffer))).await {
+        Ok(Some(Ok(0))) => Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+        Ok(Some(Ok(n))) => {
+            arrivals.add(n as u64);
+            Ok(n)
+        }
+        Ok(Some(Err(error))) => Err(error.into()),
+        Ok(None) => Err(TransferError::stalled(arrivals)),
+        Err(_) => Err(TransferError::TooSlow),
     }
 }
 

@@ -6,10 +6,7 @@ use std::{
     fs,
     os::unix::fs::FileExt,
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -17,6 +14,7 @@ use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use weft_blobs::{
     Hash, Manifest, Plan, PlanError, Store, Transfer, TransferError,
+    arrivals::Arrivals,
     index::{self, index},
     plan::Progress,
     rate::Limit,
@@ -192,7 +190,7 @@ async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
         .map(|(name, size)| (name.as_str(), content(size, size as u64)))
         .collect();
     let world = World::new(&files);
-    let manifest = fetch_manifest(world.connect(), world.id, &AtomicU64::new(0))
+    let manifest = fetch_manifest(world.connect(), world.id, &Arrivals::default())
         .await
         .unwrap();
     assert_eq!(Manifest::decode(&manifest).unwrap(), world.manifest);
@@ -554,7 +552,7 @@ async fn trickled(bytes: usize) -> (TransferError, u64) {
 #[tokio::test(start_paused = true)]
 async fn a_provider_that_sends_a_byte_now_and_then_is_given_up_like_one_that_sends_none() {
     let (error, seconds) = trickled(1).await;
-    assert!(matches!(error, TransferError::Stalled), "{error}");
+    assert!(matches!(error, TransferError::Stalled(_)), "{error}");
     assert!((20..100).contains(&seconds), "{seconds}");
 }
 
@@ -765,12 +763,12 @@ async fn a_silent_provider_counts_as_lost() {
     let (near, _far) = duplex(1 << 16);
     let error = tokio::time::timeout(
         Duration::from_secs(60),
-        fetch_manifest(near, world.id, &AtomicU64::new(0)),
+        fetch_manifest(near, world.id, &Arrivals::default()),
     )
     .await
     .unwrap()
     .unwrap_err();
-    assert!(matches!(error, TransferError::Stalled));
+    assert!(matches!(error, TransferError::Stalled(_)));
 }
 
 #[tokio::test]

@@ -110,6 +110,15 @@ const CONCURRENT_ADDRESSES: u8 = 16;
 /// How long a connection that a better one has replaced is kept for what may still be under way on it.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// A connection on which never more than so many bytes came in a second is slow; and how long such a connection has to
+/// show that it still works.
+const SLOW_PATH: u64 = 32 * 1024;
+const SLOW_PATH_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The same where another connection to the peer has come up, which is used meanwhile: two round trips through a full
+/// queue of 20 kB in front of 20 kbit/s.
+const REPLACED_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// How often a relay that holds a place for us has to show that it is there.
 const RELAY_CHECK: Duration = Duration::from_secs(5);
 
@@ -207,6 +216,17 @@ struct Connection {
     last_moved: Option<Instant>,
     /// Bytes received and sent in the last second.
     rate: (u64, u64),
+    /// The most bytes received in one second.
+    peak: u64,
+}
+
+impl Connection {
+    /// Returns true if something moved on it in the last minute, and it has never received more than a slow path brings.
+    fn is_slow(&self) -> bool {
+        let moved = self.last_moved;
+        moved.is_some_and(|moved| moved.elapsed() < Duration::from_secs(60))
+            && self.peak < SLOW_PATH
+    }
 }
 
 impl Peer {
@@ -724,7 +744,7 @@ where
                     .collect();
                 let _ = reply.send(peers);
             }
-            Command::Check(peer, patience) => self.doubt(peer, None, patience),
+            Command::Check(peer, patience) => self.doubt(peer, patience),
             Command::Limits(reply) => drop(reply.send(self.limit_uses())),
             Command::Access(reply) => {
                 let access = self.swarm.behaviour().access.get();
@@ -940,7 +960,7 @@ where
                 // closing it to us.
                 Err(error) => {
                     tracing::debug!(peer = %event.peer, %error, "no answer to a ping");
-                    self.doubt(event.peer, None, PATH_TIMEOUT);
+                    self.doubt_unless_slow(event.peer, None, SLOW_PATH_TIMEOUT);
                 }
             },
             BehaviourEvent::Streams(Moved {
@@ -1033,6 +1053,7 @@ where
                 moved: (0, 0),
                 last_moved: None,
                 rate: (0, 0),
+                peak: 0,
                 from_listener: match endpoint {
                     ConnectedPoint::Dialer { port_use, .. } => *port_use == PortUse::Reuse,
                     ConnectedPoint::Listener { .. } => true,
@@ -1041,7 +1062,7 @@ where
         );
         if was_connected {
             // It may have come back another way than it went.
-            self.doubt(id, Some(connection), PATH_TIMEOUT);
+            self.doubt_unless_slow(id, Some(connection), REPLACED_TIMEOUT);
         }
         let Some(peer) = self.peers.get_mut(&id) else {
             return;
@@ -1096,21 +1117,35 @@ where
         if now.duration_since(self.relays_checked) >= RELAY_CHECK {
             self.relays_checked = now;
             for relay in self.relays.held() {
-                self.doubt(relay, None, PATH_TIMEOUT);
+                self.doubt(relay, PATH_TIMEOUT);
             }
         }
     }
 
-    /// Has the connections to `peer` other than `except` show that they still work, and closes those that do not: after a change of network nothing else tells
+    /// Has the connections to `peer` show that they still work, and closes those that do not: after a change of network nothing else tells
     /// for half a minute.
-    fn doubt(&mut self, peer: PeerId, except: Option<ConnectionId>, patience: Duration) {
+    fn doubt(&mut self, peer: PeerId, patience: Duration) {
         let connections = self.peers.get(&peer).into_iter();
         let connections = connections.flat_map(|peer| peer.connections.keys());
-        let doubted: Vec<_> = connections
-            .filter(|id| Some(**id) != except)
-            .copied()
-            .collect();
+        let doubted: Vec<_> = connections.copied().collect();
         for connection in doubted {
+            self.doubt_one(peer, connection, patience);
+        }
+    }
+
+    /// Doubts the connections to `peer` other than `except`; those that carry something, and have never carried it fast,
+    /// have the time `slow`: on a full link of 20 kbit/s, TCP sends a lost packet again after 24 s.
+    fn doubt_unless_slow(&mut self, peer: PeerId, except: Option<ConnectionId>, slow: Duration) {
+        let connections = self.peers.get(&peer).into_iter();
+        let connections = connections.flat_map(|peer| &peer.connections);
+        let doubted: Vec<_> = connections
+            .filter(|(id, _)| Some(**id) != except)
+            .map(|(id, connection)| match connection.is_slow() {
+                true => (*id, slow),
+                false => (*id, PATH_TIMEOUT),
+            })
+            .collect();
+        for (connection, patience) in doubted {
             self.doubt_one(peer, connection, patience);
         }
     }
@@ -1241,6 +1276,7 @@ where
                 let before = std::mem::replace(&mut connection.moved, moved);
                 let since = |moved: u64, before| moved.saturating_sub(before);
                 connection.rate = (since(moved.0, before.0), since(moved.1, before.1));
+                connection.peak = connection.peak.max(connection.rate.0);
                 if connection.rate != (0, 0) {
                     connection.last_moved = Some(now);
                 }

@@ -1,14 +1,16 @@
-//! yamux with large frames.
+//! yamux with large frames on fast connections.
 //!
-//! libp2p-yamux cuts what it sends into frames of 16 KiB, each with its own allocation, write and TLS record, and does not let that
-//! be changed. This speaks the same `/yamux/1.0.0` with frames of [`FRAME`] bytes, which every implementation reads.
+//! libp2p-yamux cuts what it sends into frames of 16 KiB, each with its own allocation, write and TLS record, and does not
+//! let that be changed. This speaks the same `/yamux/1.0.0`; on a connection that has proved fast, it sends frames of
+//! [`FRAME`] bytes, which every implementation reads. A receiver delivers no byte of a frame before the whole frame has
+//! arrived, so that a large frame on a slow link looks like silence: 256 KiB take 100 s at 20 kbit/s.
 
 use std::{
     collections::VecDeque,
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
@@ -21,10 +23,18 @@ use libp2p::core::{
     muxing::{StreamMuxer, StreamMuxerEvent},
     upgrade::{InboundConnectionUpgrade, OutboundConnectionUpgrade},
 };
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
-/// Bytes sent in one frame. A standard peer refuses frames over 1 MiB; beyond 256 KiB nothing was gained in measurements.
+/// Bytes sent in one frame on a fast connection. A standard peer refuses frames over 1 MiB; beyond 256 KiB nothing was gained in measurements.
 const FRAME: usize = 256 * 1024;
+
+/// Bytes sent in one frame on any other: one TLS record, 7 s at 20 kbit/s.
+const SMALL_FRAME: usize = 16 * 1024;
+
+/// A connection that takes so many bytes within a [`WINDOW`] is fast: more than a kernel buffers for a socket (4 MiB on
+/// Linux unless it is told otherwise), so that most of them must have gone out.
+const FAST: usize = 8 * 1024 * 1024;
+const WINDOW: Duration = Duration::from_secs(1);
 
 /// Streams that we open on a connection before the next one has to wait.
 const MAX_OUTBOUND: usize = 128;
@@ -101,7 +111,57 @@ pub(crate) struct Muxer<C> {
     /// Who asked for a stream when none was waiting.
     inbound: Option<Waker>,
     opened: Arc<Opened>,
+    sent: Arc<Sent>,
     closing: Option<Pin<Box<Sleep>>>,
+}
+
+/// How fast a connection takes what is sent on it.
+#[derive(Debug)]
+struct Sent(Mutex<Window>);
+
+#[derive(Debug)]
+struct Window {
+    since: Instant,
+    bytes: usize,
+    fast: bool,
+}
+
+impl Default for Sent {
+    fn default() -> Self {
+        Self(Mutex::new(Window {
+            since: Instant::now(),
+            bytes: 0,
+            fast: false,
+        }))
+    }
+}
+
+impl Sent {
+    fn window(&self) -> MutexGuard<'_, Window> {
+        self.0
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// Returns the most bytes of the next frame.
+    fn frame(&self) -> usize {
+        let mut window = self.window();
+        if window.since.elapsed() >= WINDOW {
+            window.fast = window.bytes >= FAST && window.since.elapsed() < WINDOW * 2;
+            window.bytes = 0;
+            window.since = Instant::now();
+        }
+        match window.fast {
+            true => FRAME,
+            false => SMALL_FRAME,
+        }
+    }
+
+    fn count(&self, bytes: usize) {
+        let mut window = self.window();
+        window.bytes += bytes;
+        window.fast |= window.bytes >= FAST;
+    }
 }
 
 /// The streams that we have opened. yamux ends a connection on which there are too many; waiting is better.
@@ -115,6 +175,7 @@ struct Opened {
 #[derive(Debug)]
 pub(crate) struct Stream {
     inner: yamux::Stream,
+    sent: Arc<Sent>,
     /// Those that we opened count.
     opened: Option<Arc<Opened>>,
 }
@@ -144,7 +205,10 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, bytes)
+        let most = bytes.len().min(self.sent.frame());
+        let written = ready!(Pin::new(&mut self.inner).poll_write(cx, &bytes[..most]))?;
+        self.sent.count(written);
+        Poll::Ready(Ok(written))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -166,6 +230,7 @@ where
             waiting: VecDeque::new(),
             inbound: None,
             opened: Arc::default(),
+            sent: Arc::default(),
             closing: None,
         }
     }
@@ -197,8 +262,10 @@ where
         if next.is_pending() {
             self.inbound = Some(cx.waker().clone());
         }
+        let sent = Arc::clone(&self.sent);
         next.map_ok(|inner| Stream {
             inner,
+            sent,
             opened: None,
         })
     }
@@ -216,6 +283,7 @@ where
         self.opened.streams.fetch_add(1, Ordering::AcqRel);
         Poll::Ready(Ok(Stream {
             inner,
+            sent: Arc::clone(&self.sent),
             opened: Some(Arc::clone(&self.opened)),
         }))
     }
@@ -245,5 +313,78 @@ where
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         self.connection.poll_close(cx).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{AsyncReadExt, AsyncWriteExt, future::poll_fn};
+    use tokio::io::AsyncReadExt as _;
+    use tokio_util::compat::TokioAsyncReadCompatExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_slow_link_delivers_before_a_quarter_of_a_mebibyte_has_come() {
+        // A link that carries 20 kB and then nothing for a long time.
+        let (near, mut link) = tokio::io::duplex(1024 * 1024);
+        let (mut rest, far) = tokio::io::duplex(1024 * 1024);
+        let mut client = Muxer::new(near.compat(), yamux::Mode::Client);
+        let mut server = Muxer::new(far.compat(), yamux::Mode::Server);
+
+        let sending = async move {
+            let mut stream = poll_fn(|cx| Pin::new(&mut client).poll_outbound(cx))
+                .await
+                .unwrap();
+            let driving = poll_fn(|cx| Pin::new(&mut client).poll(cx));
+            let writing = async {
+                stream.write_all(&[7; 200 * 1024]).await.unwrap();
+                std::future::pending::<()>().await;
+            };
+            tokio::join!(driving, writing);
+        };
+        let carrying = async move {
+            let mut bytes = vec![0; 20_000];
+            link.read_exact(&mut bytes).await.unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut rest, &bytes)
+                .await
+                .unwrap();
+            std::future::pending::<()>().await;
+        };
+        let receiving = async move {
+            let mut stream = poll_fn(|cx| Pin::new(&mut server).poll_inbound(cx))
+                .await
+                .unwrap();
+            let driving = poll_fn(|cx| Pin::new(&mut server).poll(cx));
+            let mut bytes = [0; SMALL_FRAME];
+            let reading = stream.read_exact(&mut bytes);
+            tokio::select! {
+                read = reading => read.unwrap(),
+                _ = driving => panic!("the connection ended"),
+            }
+            assert_eq!(bytes, [7; SMALL_FRAME]);
+        };
+        tokio::select! {
+            () = receiving => {}
+            () = sending => {}
+            () = carrying => {}
+            () = sleep(Duration::from_secs(60)) => panic!("nothing came of 20 kB"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn frames_are_large_only_while_a_connection_takes_much() {
+        let sent = Sent::default();
+        assert_eq!(sent.frame(), SMALL_FRAME);
+        sent.count(FAST);
+        assert_eq!(sent.frame(), FRAME);
+        tokio::time::advance(WINDOW).await;
+        assert_eq!(sent.frame(), FRAME);
+        sent.count(FAST - 1);
+        tokio::time::advance(WINDOW).await;
+        assert_eq!(sent.frame(), SMALL_FRAME);
+        sent.count(FAST);
+        tokio::time::advance(WINDOW * 2).await;
+        assert_eq!(sent.frame(), SMALL_FRAME);
     }
 }

@@ -3,10 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -14,6 +11,7 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::{task::JoinSet, time::sleep};
 use weft_blobs::{
     Manifest, Pattern, Plan, Selection, Transfer, TransferError,
+    arrivals::Arrivals,
     hf_cache::{Arrival, Destination},
     plan::{self, Existing, Progress},
     rate::Limit,
@@ -909,13 +907,8 @@ impl Found {
             return Ok((Arc::new(manifest), providers.into_known()));
         }
         let mut fetches = FuturesUnordered::new();
-        let mut counts: Vec<Arc<AtomicU64>> = Vec::new();
-        let sum = |counts: &[Arc<AtomicU64>]| -> u64 {
-            counts
-                .iter()
-                .map(|count| count.load(Ordering::Relaxed))
-                .sum()
-        };
+        let mut counts: Vec<Arc<Arrivals>> = Vec::new();
+        let sum = |counts: &[Arc<Arrivals>]| counts.iter().map(|count| count.signs()).sum::<u64>();
         let (mut received, mut slow, mut exhausted) = (0, true, None);
         loop {
             if fetches.is_empty()
@@ -931,7 +924,7 @@ impl Found {
                         answered();
                         slow = false;
                         received = sum(&counts);
-                        let count = Arc::new(AtomicU64::new(0));
+                        let count = Arc::new(Arrivals::default());
                         counts.push(Arc::clone(&count));
                         fetches.push(fetch_watched(node, stream, id, count));
                     }
@@ -1002,12 +995,12 @@ async fn fetch_watched(
     node: &Node,
     stream: Stream,
     id: Hash,
-    received: Arc<AtomicU64>,
+    arrivals: Arc<Arrivals>,
 ) -> (PeerId, Result<Vec<u8>, TransferError>) {
     let peer = stream.peer();
     let fetched = tokio::select! {
-        fetched = fetch_manifest(stream, id, &received) => fetched,
-        never = watch(node, peer, || received.load(Ordering::Relaxed)) => match never {},
+        fetched = fetch_manifest(stream, id, &arrivals) => fetched,
+        never = watch(node, peer, &arrivals) => match never {},
     };
     (peer, fetched)
 }

@@ -18,7 +18,9 @@ use tokio::{
     time::{Instant, interval, sleep, timeout, timeout_at},
 };
 use weft_blobs::{
-    Hash, Plan, Transfer, TransferError, availability, plan,
+    Hash, Plan, Transfer, TransferError,
+    arrivals::Arrivals,
+    availability, plan,
     rate::Limit,
     transfer::{Peer, QUEUED},
 };
@@ -83,10 +85,14 @@ const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
 const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
 const SLOW_PATH: f64 = 32.0 * 1024.0;
 
-/// How long a suspected path that is slow has to carry anything. TCP doubles its pause with each packet that is lost in a row, so a full
-/// link is silent for 15 s after four of them, and a connection that is closed meanwhile has to be made again on the same
-/// link.
-const ALIVE_SLOW: Duration = Duration::from_secs(20);
+/// How long a suspected path has to carry anything: one that has brought nothing yet, and one that is slow. In front of a
+/// link of 20 kbit/s, a queue of 20 kB takes 8 s, and TCP sends a lost packet again after up to three round trips. A
+/// connection that is closed meanwhile has to be made again on the same link.
+const ALIVE_FIRST: Duration = Duration::from_secs(45);
+const ALIVE_SLOW: Duration = Duration::from_secs(60);
+
+/// A path that takes longer for a round trip is slow: its provider gets more time.
+const QUICK: Duration = Duration::from_secs(2);
 
 /// A provider that has failed so often since its last whole chunk group proves nothing by some bytes more: what it sends
 /// of a group is lost with the stream.
@@ -579,7 +585,7 @@ impl Swarm {
                 member.moved = (moved, now);
                 member.again = AGAIN.0;
             }
-            let alive = member.handle.signs_of_life();
+            let alive = member.handle.arrivals().signs();
             if alive != member.alive.0 {
                 member.alive = (alive, now);
             }
@@ -672,7 +678,7 @@ impl Swarm {
         });
         let (node, transfer) = (self.node.clone(), self.transfer.clone());
         member.moved = (handle.delivered(), Instant::now());
-        member.alive = (handle.signs_of_life(), Instant::now());
+        member.alive = (handle.arrivals().signs(), Instant::now());
         let stop = Arc::new(Notify::new());
         member.stop = Arc::clone(&stop);
         let mut limits = self.limits.clone();
@@ -681,7 +687,7 @@ impl Swarm {
             let result = tokio::select! {
                 result = transfer.fetch(&handle, stream, &limits) => result,
                 () = stop.notified() => Err(TransferError::Replaced),
-                never = watch(&node, peer, || handle.signs_of_life()) => match never {},
+                never = watch(&node, peer, handle.arrivals()) => match never {},
             };
             Event::Ended(peer, result)
         };
@@ -810,6 +816,12 @@ impl Swarm {
         }
     }
 
+    /// Returns true if one of the paths in use takes seconds for a round trip.
+    fn is_slow(&self) -> bool {
+        let mut members = self.members.values();
+        members.any(|member| member.busy && member.handle.arrivals().is_slow())
+    }
+
     /// Gives up when nobody delivers for too long. Every provider that is known has been tried by then.
     fn check_patience(&mut self) -> Result<(), Error> {
         let waited = self.since.elapsed();
@@ -830,6 +842,7 @@ impl Swarm {
         let over = match self.sessions.is_empty() {
             true => !trying && (waited >= patience || nobody),
             false if all_lack => waited >= FIRST,
+            false if self.is_slow() => waited >= LOST,
             false => waited >= self.patience.max(SILENT),
         };
         if !over || self.keep_trying {
@@ -863,29 +876,46 @@ impl Drop for Swarm {
     }
 }
 
-/// While content comes from `peer`: when none has come for a while, has the network find out whether the path still works. If it does not, the stream
-/// fails at once, and not after the patience that a slow provider is owed.
-pub(crate) async fn watch(node: &Node, peer: PeerId, progress: impl Fn() -> u64) -> Infallible {
+/// While content comes from `peer`: when none has come for a while, finds out whether the path is slow, and has the network
+/// find out whether it still works. If it does not, the stream fails at once, and not after the patience that a slow
+/// provider is owed.
+pub(crate) async fn watch(node: &Node, peer: PeerId, arrivals: &Arrivals) -> Infallible {
     let begun = Instant::now();
-    let mut moved = progress();
+    let mut moved = arrivals.signs();
     let first = moved;
     let mut since = begun;
     loop {
         sleep(SUSPICIOUS).await;
-        let now = progress();
+        let now = arrivals.signs();
         if std::mem::replace(&mut moved, now) != now {
             since = Instant::now();
             continue;
         }
         // On a slow link a lost packet alone costs seconds, and so does the first answer.
         let average = (now - first) as f64 / begun.elapsed().as_secs_f64();
+        let was_fast = average >= SLOW_PATH;
         let (patience, alive) = match average {
-            0.0 => (SUSPICIOUS_FIRST, ALIVE_SLOW),
+            0.0 => (SUSPICIOUS_FIRST, ALIVE_FIRST),
             SLOW_PATH.. => (SUSPICIOUS, PATH_TIMEOUT),
             _ => (SUSPICIOUS_SLOW, ALIVE_SLOW),
         };
-        if since.elapsed() >= patience {
-            node.network().check(peer, alive).await;
+        if since.elapsed() < patience {
+            continue;
+        }
+        let network = node.network();
+        if was_fast {
+            network.check(peer, alive).await;
+        }
+        match timeout(QUICK, network.ping(peer)).await {
+            // The path works: it is the provider that sends nothing.
+            Ok(Ok(_)) => arrivals.set_slow(false),
+            // The connection is being closed, or the peer answers no pings.
+            Ok(Err(_)) => {}
+            Err(_) if was_fast => {}
+            Err(_) => {
+                arrivals.set_slow(true);
+                network.check(peer, alive).await;
+            }
         }
     }
 }
