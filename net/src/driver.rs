@@ -168,6 +168,8 @@ struct Dial {
     peer: PeerId,
     /// Addresses that were dialled, for another try without those that turn out to be another peer's.
     addresses: Vec<(Source, Multiaddr)>,
+    /// The name that has led to them, without the peer.
+    name: Option<Multiaddr>,
 }
 
 /// What the driver knows of a connected peer.
@@ -807,10 +809,11 @@ where
             return;
         };
         tracing::debug!(peer = %dial.peer, %error, "a dial failed");
-        self.bootstrap_dial_failed(&dial, &dial_error(dial.peer, error));
+        self.bootstrap_dial_failed(&dial, error);
         let Dial {
             peer,
             mut addresses,
+            name,
         } = dial;
         let quic = |(_, address): &(Source, Multiaddr)| {
             socket(address).is_some_and(|(at, t)| t == Transport::Quic && is_public(&at.ip()))
@@ -835,7 +838,7 @@ where
             let before = addresses.len();
             addresses.retain(|(_, address)| split_peer_id(address.clone()).0 != elsewhere);
             let fewer = !addresses.is_empty() && addresses.len() < before;
-            if fewer && self.dial(peer, addresses).is_ok() {
+            if fewer && self.dial_known(peer, addresses, name).is_ok() {
                 return;
             }
         }
@@ -991,6 +994,9 @@ where
         }
         tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "connected");
         let dial = self.dials.remove(&connection);
+        if let Some(dial) = &dial {
+            self.bootstrap_reached(dial, &path.address);
+        }
         let punched = self.punching.dialled(connection);
         self.lanes.forget(&id);
         for reply in self.waiting.remove(&id).unwrap_or_default() {
@@ -1483,12 +1489,7 @@ fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
         DialError::NoAddresses => return ConnectError::NoAddress(peer),
         DialError::Transport(attempts) => attempts
             .iter()
-            .map(|(address, error)| match error {
-                TransportError::Other(error) => format!("{address}: {}", innermost(error)),
-                TransportError::MultiaddrNotSupported(_) => {
-                    format!("{address}: not an address this node can dial")
-                }
-            })
+            .map(|(address, error)| format!("{address}: {}", attempt_error(error)))
             .collect::<Vec<_>>()
             .join("; "),
         DialError::WrongPeerId { obtained, .. } => {
@@ -1502,6 +1503,14 @@ fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
         error => error.to_string(),
     };
     ConnectError::Failed { peer, reason }
+}
+
+/// Why one address did not lead to a connection.
+fn attempt_error(error: &TransportError<io::Error>) -> String {
+    match error {
+        TransportError::Other(error) => innermost(error),
+        TransportError::MultiaddrNotSupported(_) => "not an address this node can dial".to_owned(),
+    }
 }
 
 /// The cause at the end of the chain: the layers above it only say that something below failed.
