@@ -53,6 +53,8 @@ use crate::{
     relay_server::{Need, Server},
     relays::Relays,
     resolve::Names,
+    seen::{self, Question},
+    shares::Permit,
     split_peer_id,
     streams::{self, Moved, Protocols},
     tls::Tls,
@@ -281,6 +283,12 @@ enum Outcome {
         initiator: bool,
         result: Result<Plan, PunchError>,
     },
+    /// A peer asks whether another is where it says.
+    Asked {
+        stream: Stream,
+        question: Question,
+        permit: Permit,
+    },
     /// A relay has answered.
     Reserved {
         relay: PeerId,
@@ -379,6 +387,10 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     lanes: Lanes,
     autonat: Autonat,
     pings: Incoming,
+    /// Peers that ask whether others are where they say.
+    seens: Incoming,
+    /// Such questions, shared out by peer and by place.
+    questions: Shares,
     pingers: Shares,
     /// Requests to be dialled that are being refused.
     rejections: Shares,
@@ -511,6 +523,9 @@ where
         let punches = protocols
             .accept(punch::PROTOCOL)
             .expect("nothing is accepted yet");
+        let seens = protocols
+            .accept(seen::PROTOCOL)
+            .expect("nothing is accepted yet");
         let pings = protocols
             .accept(pings::PING_PROTOCOL)
             .expect("nothing is accepted yet");
@@ -567,6 +582,8 @@ where
             lanes: Lanes::new(tls, lane_arrivals, callers, lanes),
             autonat: Autonat::new(dial_requests, dial_backs, config.limits.autonat),
             pings,
+            seens,
+            questions: Shares::new(seen::MAX_QUESTIONS.0, seen::MAX_QUESTIONS.1),
             pingers: Shares::new(MAX_PINGERS, MAX_PINGERS_PER_PEER),
             rejections: Shares::new(MAX_REJECTIONS, 1),
             clocks: Clocks::new(SystemTime::now(), Instant::now()),
@@ -664,6 +681,7 @@ where
                         });
                     }
                 }
+                Some(stream) = self.seens.next() => self.on_seen_question(stream),
                 Some(arrival) = self.lanes.arrivals.recv() => self.on_lane(arrival),
                 Some(stream) = self.lanes.callers.next() => self.on_call(stream),
                 Some(stream) = self.autonat.requests.next() => self.on_dial_request(stream),
@@ -762,6 +780,11 @@ where
                 socket,
                 address,
             } => self.on_found(peer, socket, address),
+            Outcome::Asked {
+                stream,
+                question,
+                permit,
+            } => self.on_asked(stream, &question, permit),
             Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
             Outcome::Doubted {
                 connection,
@@ -1412,6 +1435,11 @@ where
         all.extend(lanes.limits("lanes", "lanes_per_address", "lanes_per_peer"));
         let pingers = &self.pingers;
         all.extend(pingers.limits("pings", "pings_per_address", "pings_per_peer"));
+        all.extend(self.questions.limits(
+            "seen_questions",
+            "seen_questions_per_address",
+            "seen_questions_per_peer",
+        ));
         all.extend(self.server.limits());
         all.extend(self.gate.limits(Instant::now()));
         all.extend(self.names.limits(Instant::now()));

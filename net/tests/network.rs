@@ -430,6 +430,47 @@ async fn each_bootstrap_address_of_one_peer_has_its_own_result() {
 }
 
 #[tokio::test]
+async fn a_node_says_whether_it_sees_a_peer_at_an_address_and_not_where_it_sees_it() {
+    use weft_proto::{
+        frame,
+        wire::{SeenAnswer, SeenQuestion},
+    };
+    let seen = StreamProtocol::new("/weft/seen/1");
+    let witness = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    let at = witness.addresses().all;
+    let (peer, asker) = (network(&[]).await, network(&[]).await);
+    for one in [&peer, &asker] {
+        one.connect(witness.local_peer(), at.clone()).await.unwrap();
+    }
+    let stranger = libp2p::PeerId::random();
+    for (about, ips, expected) in [
+        (
+            peer.local_peer(),
+            vec![[127, 0, 0, 1]],
+            vec![[127, 0, 0, 1]],
+        ),
+        (peer.local_peer(), vec![[127, 0, 0, 2]], vec![]),
+        (peer.local_peer(), vec![], vec![]),
+        (stranger, vec![[127, 0, 0, 1]], vec![]),
+    ] {
+        let opened = asker.open(witness.local_peer(), seen.clone(), Class::Interactive);
+        let mut stream = opened.await.unwrap();
+        let question = SeenQuestion {
+            peer: about.to_bytes().into(),
+            ips: ips.iter().map(|ip: &[u8; 4]| ip.to_vec().into()).collect(),
+        };
+        frame::write(&mut stream, &question, 128).await.unwrap();
+        tokio::io::AsyncWriteExt::flush(&mut stream).await.unwrap();
+        let answer = timeout(PATIENCE, frame::read(&mut stream, 128))
+            .await
+            .unwrap();
+        let answer: SeenAnswer = answer.unwrap().unwrap();
+        let expected: Vec<_> = expected.iter().map(|ip: &[u8; 4]| ip.to_vec()).collect();
+        assert_eq!(answer.ips, expected);
+    }
+}
+
+#[tokio::test]
 async fn dropping_the_last_handle_stops_the_network() {
     let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let mut incoming = two.accept(ECHO).unwrap();
