@@ -17,6 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "weft/wire/v1/punch.proto",
         "weft/wire/v1/record.proto",
         "weft/wire/v1/rpc.proto",
+        "weft/wire/v1/seen.proto",
     ];
     let descriptors = protox::compile(files, ["schema"])?;
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);

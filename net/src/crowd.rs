@@ -157,6 +157,15 @@ impl Crowd {
         room.map(drop).inspect_err(|refused| state.count(refused))
     }
 
+    /// Returns true if [`admit`](Self::admit) would succeed now. Nothing is counted.
+    pub(crate) fn has_room(&self, place: Place) -> bool {
+        !self.memory.is_short()
+            && self
+                .state()
+                .room(&self.limits, place, Instant::now())
+                .is_ok()
+    }
+
     /// Counts a connection that `peer` has opened. Another may be closed for it.
     fn enter(
         &self,

@@ -53,6 +53,8 @@ use crate::{
     relay_server::{Need, Server},
     relays::Relays,
     resolve::Names,
+    seen::{self, Question},
+    shares::Permit,
     split_peer_id,
     streams::{self, Moved, Protocols},
     tls::Tls,
@@ -177,6 +179,8 @@ struct Dial {
     peer: PeerId,
     /// Addresses that were dialled, for another try without those that turn out to be another peer's.
     addresses: Vec<(Source, Multiaddr)>,
+    /// The name that has led to them, without the peer.
+    name: Option<Multiaddr>,
 }
 
 /// What the driver knows of a connected peer.
@@ -299,6 +303,12 @@ enum Outcome {
         initiator: bool,
         result: Result<Plan, PunchError>,
     },
+    /// A peer asks whether another is where it says.
+    Asked {
+        stream: Stream,
+        question: Question,
+        permit: Permit,
+    },
     /// A relay has answered.
     Reserved {
         relay: PeerId,
@@ -397,6 +407,10 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     lanes: Lanes,
     autonat: Autonat,
     pings: Incoming,
+    /// Peers that ask whether others are where they say.
+    seens: Incoming,
+    /// Such questions, shared out by peer and by place.
+    questions: Shares,
     pingers: Shares,
     /// Requests to be dialled that are being refused.
     rejections: Shares,
@@ -529,6 +543,9 @@ where
         let punches = protocols
             .accept(punch::PROTOCOL)
             .expect("nothing is accepted yet");
+        let seens = protocols
+            .accept(seen::PROTOCOL)
+            .expect("nothing is accepted yet");
         let pings = protocols
             .accept(pings::PING_PROTOCOL)
             .expect("nothing is accepted yet");
@@ -585,6 +602,8 @@ where
             lanes: Lanes::new(tls, lane_arrivals, callers, lanes),
             autonat: Autonat::new(dial_requests, dial_backs, config.limits.autonat),
             pings,
+            seens,
+            questions: Shares::new(seen::MAX_QUESTIONS.0, seen::MAX_QUESTIONS.1),
             pingers: Shares::new(MAX_PINGERS, MAX_PINGERS_PER_PEER),
             rejections: Shares::new(MAX_REJECTIONS, 1),
             clocks: Clocks::new(SystemTime::now(), Instant::now()),
@@ -682,6 +701,7 @@ where
                         });
                     }
                 }
+                Some(stream) = self.seens.next() => self.on_seen_question(stream),
                 Some(arrival) = self.lanes.arrivals.recv() => self.on_lane(arrival),
                 Some(stream) = self.lanes.callers.next() => self.on_call(stream),
                 Some(stream) = self.autonat.requests.next() => self.on_dial_request(stream),
@@ -780,6 +800,11 @@ where
                 socket,
                 address,
             } => self.on_found(peer, socket, address),
+            Outcome::Asked {
+                stream,
+                question,
+                permit,
+            } => self.on_asked(stream, &question, permit),
             Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
             Outcome::Doubted {
                 connection,
@@ -827,10 +852,11 @@ where
             return;
         };
         tracing::debug!(peer = %dial.peer, %error, "a dial failed");
-        self.bootstrap_dial_failed(&dial, &dial_error(dial.peer, error));
+        self.bootstrap_dial_failed(&dial, error);
         let Dial {
             peer,
             mut addresses,
+            name,
         } = dial;
         let quic = |(_, address): &(Source, Multiaddr)| {
             socket(address).is_some_and(|(at, t)| t == Transport::Quic && is_public(&at.ip()))
@@ -855,7 +881,7 @@ where
             let before = addresses.len();
             addresses.retain(|(_, address)| split_peer_id(address.clone()).0 != elsewhere);
             let fewer = !addresses.is_empty() && addresses.len() < before;
-            if fewer && self.dial(peer, addresses).is_ok() {
+            if fewer && self.dial_known(peer, addresses, name).is_ok() {
                 return;
             }
         }
@@ -1011,6 +1037,9 @@ where
         }
         tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "connected");
         let dial = self.dials.remove(&connection);
+        if let Some(dial) = &dial {
+            self.bootstrap_reached(dial, &path.address);
+        }
         let punched = self.punching.dialled(connection);
         self.lanes.forget(&id);
         for reply in self.waiting.remove(&id).unwrap_or_default() {
@@ -1442,6 +1471,11 @@ where
         all.extend(lanes.limits("lanes", "lanes_per_address", "lanes_per_peer"));
         let pingers = &self.pingers;
         all.extend(pingers.limits("pings", "pings_per_address", "pings_per_peer"));
+        all.extend(self.questions.limits(
+            "seen_questions",
+            "seen_questions_per_address",
+            "seen_questions_per_peer",
+        ));
         all.extend(self.server.limits());
         all.extend(self.gate.limits(Instant::now()));
         all.extend(self.names.limits(Instant::now()));
@@ -1519,12 +1553,7 @@ fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
         DialError::NoAddresses => return ConnectError::NoAddress(peer),
         DialError::Transport(attempts) => attempts
             .iter()
-            .map(|(address, error)| match error {
-                TransportError::Other(error) => format!("{address}: {}", innermost(error)),
-                TransportError::MultiaddrNotSupported(_) => {
-                    format!("{address}: not an address this node can dial")
-                }
-            })
+            .map(|(address, error)| format!("{address}: {}", attempt_error(error)))
             .collect::<Vec<_>>()
             .join("; "),
         DialError::WrongPeerId { obtained, .. } => {
@@ -1538,6 +1567,14 @@ fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
         error => error.to_string(),
     };
     ConnectError::Failed { peer, reason }
+}
+
+/// Why one address did not lead to a connection.
+fn attempt_error(error: &TransportError<io::Error>) -> String {
+    match error {
+        TransportError::Other(error) => innermost(error),
+        TransportError::MultiaddrNotSupported(_) => "not an address this node can dial".to_owned(),
+    }
 }
 
 /// The cause at the end of the chain: the layers above it only say that something below failed.

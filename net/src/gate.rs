@@ -36,9 +36,12 @@ use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 
 use crate::{
     LimitUse, Transport,
-    address::{is_public, is_relayed, network, site, socket, socket_within, starts_with_name},
+    address::{
+        is_public, is_relayed, network, of_socket, site, socket, socket_within, starts_with_name,
+    },
     dialled::Dialled,
     own::{self, first_places},
+    seen::Confirmed,
     split_peer_id,
 };
 
@@ -641,11 +644,11 @@ impl Gate {
     }
 
     /// Returns those of these sockets that a search may send to: public ones, each IP address once in a while.
-    pub(crate) fn admit_search(&self, at: &[SocketAddr], now: Instant) -> Vec<Target> {
+    pub(crate) fn admit_search(&self, confirmed: &Confirmed, now: Instant) -> Vec<Target> {
         let mut state = self.state();
         let mut targets = Vec::new();
         let mut chosen = HashSet::new();
-        for at in at {
+        for at in confirmed.targets() {
             let ip = site(at.ip());
             let public = state
                 .judge(Source::Heard, *at, &Evidence::default())
@@ -662,6 +665,31 @@ impl Gate {
             }
         }
         targets
+    }
+
+    /// Admits one dial to the socket from which a probe of a search came. The source of a probe can be forged, so it
+    /// proves nothing; but there is one such dial to a search, which was admitted.
+    pub(crate) fn admit_found(&self, peer: PeerId, at: SocketAddr, now: Instant) -> Admitted {
+        let mut state = self.state();
+        let address = of_socket(at, Transport::Quic);
+        let judged = state.judge(Source::Heard, at, &Evidence::default());
+        let permitted = judged.and_then(|()| state.permit(at, &address, Some(PATIENCE), now));
+        let mut admitted = Admitted {
+            peer,
+            addresses: Vec::new(),
+            tried: Vec::new(),
+        };
+        match permitted {
+            Ok(()) => {
+                admitted.tried.push((canonical(at), true));
+                admitted.addresses.push((Source::Heard, address));
+            }
+            Err(refusal) => {
+                state.refused += 1;
+                tracing::debug!(%peer, %address, ?refusal, "not dialled");
+            }
+        }
+        admitted
     }
 
     /// Returns the source of this address of a relay: `Given` if the user has given it, else `Heard`.
@@ -701,7 +729,7 @@ impl Gate {
         self.state().failed(target.0, now);
     }
 
-    /// A peer has proved with its key, or a secret that only it was told, that it is there.
+    /// A peer has proved with its key, on a connection, that it is there.
     pub(crate) fn proved(&self, at: SocketAddr, now: Instant) {
         let mut state = self.state();
         let at = canonical(at);

@@ -41,6 +41,7 @@ mod relay_server;
 mod relays;
 mod resolve;
 mod search;
+mod seen;
 mod shares;
 mod streams;
 mod tcp;

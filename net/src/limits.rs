@@ -14,7 +14,9 @@ use crate::AutonatLimits;
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Connections in the handshake, opened by others: half of them TCP, a quarter QUIC, a quarter through relays. Of
-    /// one IPv4 address or IPv6 /64, 16 at most. When there are too many, those that have sent nothing make room.
+    /// one IPv4 address or IPv6 /64, 16 at most. When there are too many, those that have sent nothing make room. At
+    /// most 32 QUIC connections have senders who have not shown that they receive at their address; they count towards
+    /// no address.
     pub pending_incoming: u32,
     /// Connections in the handshake, opened by this node, for whatever reason.
     pub pending_outgoing: u32,

@@ -213,9 +213,10 @@ pub struct BootstrapPeer {
     pub address: Multiaddr,
     /// Whether there is a connection to the peer.
     pub connected: bool,
-    /// Why the last attempt failed; `None` while the peer is connected, or the first attempt is under way.
+    /// Why the last attempt at this address failed; `None` if it has led to a connection, or was not needed yet. The
+    /// peer may be connected all the same, at another address.
     pub error: Option<String>,
-    /// Failed attempts since the last connection.
+    /// Failed attempts at this address since it last led to a connection.
     pub failures: u32,
 }
 

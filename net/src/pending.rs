@@ -3,7 +3,10 @@
 //! A stranger opens sockets at no cost, so that a bound alone would let it keep everybody else out. Three rules keep
 //! the door open:
 //!
-//! - TCP, QUIC and relays have a share each. QUIC shows with the first packets that the sender is where it says.
+//! - TCP, QUIC and relays have a share each.
+//! - The source address of a first QUIC packet can be forged. Until the sender has shown that it receives there, its
+//!   connection counts towards no place, so that forged packets do not use up what a place may have. Such connections
+//!   have a small bound of their own and make room for any other; beyond it the sender is asked to show it first.
 //! - One place has [`PER_PLACE`] at most. A newcomer from there replaces the oldest one from there that has sent
 //!   nothing.
 //! - When a share is full, the newcomer replaces the oldest one that has sent nothing, of the place that has most; if
@@ -35,6 +38,11 @@ use crate::{
 /// QUIC, a lane); a carrier's customers share an address. Wider places have more, as [`shares`] says.
 const PER_PLACE: usize = 16;
 
+/// QUIC connections in the handshake whose senders have not shown that they receive at the address they send from.
+/// Each costs a TLS handshake and ten seconds of memory, so that few are enough; a sender beyond them pays one more
+/// round trip, for the answer to a Retry packet (RFC 9000, section 8.1.2).
+const MAX_UNPROVEN: usize = 32;
+
 /// The carrier of a connection in the handshake. Each has a share of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Carrier {
@@ -47,6 +55,7 @@ pub(crate) enum Carrier {
 #[derive(Debug, Clone)]
 pub(crate) struct Pending {
     all: usize,
+    per_place: usize,
     crowd: Crowd,
     state: Arc<Mutex<State>>,
 }
@@ -59,12 +68,15 @@ struct State {
     by_group: HashMap<Group, usize>,
     refused: u64,
     refused_at_place: u64,
+    /// Senders that were asked to show that they receive at their address.
+    asked_to_prove: u64,
 }
 
 #[derive(Debug)]
 struct Entry {
     carrier: Carrier,
-    place: Place,
+    /// `None`: its address is not proven, and counts for nothing.
+    place: Option<Place>,
     spoke: bool,
     /// Dropped with the entry, which ends the connection.
     _held: oneshot::Sender<Infallible>,
@@ -88,9 +100,16 @@ impl Pending {
     pub(crate) fn new(all: u32, crowd: Crowd) -> Self {
         Self {
             all: all as usize,
+            per_place: PER_PLACE,
             crowd,
             state: Arc::default(),
         }
+    }
+
+    /// One address may hold so many.
+    #[cfg(test)]
+    pub(crate) fn with_per_place(self, per_place: usize) -> Self {
+        Self { per_place, ..self }
     }
 
     fn share(&self, carrier: Carrier) -> usize {
@@ -107,23 +126,46 @@ impl Pending {
     pub(crate) fn enter(&self, carrier: Carrier, place: Place) -> Result<Ticket, Crowded> {
         self.crowd.admit(place)?;
         let mut state = self.state();
-        state.make_room_at(place)?;
+        state.make_room_at(place, self.per_place)?;
         state.make_room(carrier, place, self.share(carrier))?;
-        Ok(self.insert(&mut state, carrier, place))
+        Ok(self.insert(&mut state, carrier, Some(place)))
     }
 
-    fn insert(&self, state: &mut State, carrier: Carrier, place: Place) -> Ticket {
+    /// Lets a QUIC connection begin its handshake although its sender, who seems to be at `place`, has not shown that
+    /// it receives there. It counts towards no place.
+    ///
+    /// Returns `None` if the sender has to show it first: there are too many such connections, or none from `place`
+    /// would be admitted now. A refusal would take the sender's word for where it is.
+    pub(crate) fn enter_unproven(&self, place: Place) -> Option<Ticket> {
+        let has_room = self.crowd.has_room(place);
+        let mut state = self.state();
+        let quic = |entry: &&Entry| entry.carrier == Carrier::Quic;
+        let full =
+            |(group, part)| shares::count(&state.by_group, &group) >= limit(self.per_place, part);
+        if !has_room
+            || place.groups().any(full)
+            || state.unproven() >= MAX_UNPROVEN
+            || state.entries.values().filter(quic).count() >= self.share(Carrier::Quic)
+        {
+            state.asked_to_prove += 1;
+            return None;
+        }
+        Some(self.insert(&mut state, Carrier::Quic, None))
+    }
+
+    fn insert(&self, state: &mut State, carrier: Carrier, place: Option<Place>) -> Ticket {
         let (held, replaced) = oneshot::channel();
         let id = state.next;
         state.next += 1;
         let entry = Entry {
             carrier,
             place,
-            spoke: carrier != Carrier::Tcp,
+            // A proven QUIC address is an answer to a packet of ours; a relay's peer has been through its relay.
+            spoke: carrier != Carrier::Tcp && place.is_some(),
             _held: held,
         };
         state.entries.insert(id, entry);
-        for (group, _) in place.groups() {
+        for (group, _) in place.into_iter().flat_map(Place::groups) {
             *state.by_group.entry(group).or_default() += 1;
         }
         Ticket {
@@ -133,8 +175,8 @@ impl Pending {
         }
     }
 
-    /// The limits: in all, and of one place.
-    pub(crate) fn limits(&self) -> [LimitUse; 2] {
+    /// The limits: in all, of one place, and of those that may be anywhere.
+    pub(crate) fn limits(&self) -> [LimitUse; 3] {
         let state = self.state();
         let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
         let row = |name, used: usize, limit: usize, refused| LimitUse {
@@ -153,8 +195,14 @@ impl Pending {
             row(
                 "connections_pending_per_address",
                 of_sites.map(|(_, used)| *used).max().unwrap_or_default(),
-                PER_PLACE,
+                self.per_place,
                 state.refused_at_place,
+            ),
+            row(
+                "connections_pending_unvalidated",
+                state.unproven(),
+                MAX_UNPROVEN,
+                state.asked_to_prove,
             ),
         ]
     }
@@ -167,17 +215,21 @@ impl Pending {
 }
 
 /// Connections that a group may have in the handshake.
-fn limit(part: usize) -> usize {
-    PER_PLACE * part / SITE
+fn limit(per_place: usize, part: usize) -> usize {
+    per_place * part / SITE
 }
 
 impl State {
     fn remove(&mut self, id: u64) {
         if let Some(entry) = self.entries.remove(&id) {
-            for (group, _) in entry.place.groups() {
+            for (group, _) in entry.place.into_iter().flat_map(Place::groups) {
                 release(&mut self.by_group, group);
             }
         }
+    }
+
+    fn unproven(&self) -> usize {
+        self.entries.values().filter(|e| e.place.is_none()).count()
     }
 
     /// The connections of a place against what it may have: the widest of its groups decides.
@@ -186,13 +238,16 @@ impl State {
         place.groups().map(of).max().unwrap_or_default()
     }
 
-    fn make_room_at(&mut self, place: Place) -> Result<(), Crowded> {
+    fn make_room_at(&mut self, place: Place, per_place: usize) -> Result<(), Crowded> {
         for (group, part) in place.groups() {
-            if shares::count(&self.by_group, &group) < limit(part) {
+            if shares::count(&self.by_group, &group) < limit(per_place, part) {
                 continue;
             }
             self.refused_at_place += 1;
-            let there = |entry: &Entry| entry.place.groups().any(|(of, _)| of == group);
+            let there = |entry: &Entry| {
+                let mut groups = entry.place.into_iter().flat_map(Place::groups);
+                groups.any(|(of, _)| of == group)
+            };
             let mut silent = self.entries.iter();
             let oldest = silent.find(|(_, entry)| !entry.spoke && there(entry));
             let oldest = *oldest.ok_or(Crowded::Handshakes(place))?.0;
@@ -210,7 +265,7 @@ impl State {
         let newcomer = self.pressure(place, 1);
         let candidates = self.entries.iter().filter(|(_, entry)| same(entry));
         let candidates = candidates.filter_map(|(id, entry)| {
-            let pressure = self.pressure(entry.place, 0);
+            let pressure = entry.place.map_or(0, |place| self.pressure(place, 0));
             let may_go = !entry.spoke || pressure > newcomer;
             // The oldest of those that are equal.
             may_go.then_some((!entry.spoke, pressure, std::cmp::Reverse(*id)))
@@ -240,8 +295,8 @@ impl Ticket {
         let pending = self.pending.clone();
         pending.crowd.admit(place)?;
         let mut state = pending.state();
-        state.make_room_at(place)?;
-        let moved = pending.insert(&mut state, Carrier::Tcp, place);
+        state.make_room_at(place, pending.per_place)?;
+        let moved = pending.insert(&mut state, Carrier::Tcp, Some(place));
         drop(state);
         moved.spoke();
         Ok(moved)
@@ -390,7 +445,7 @@ mod tests {
         silent.extend((0..64).map(|_| enter("203.0.113.1").unwrap()));
         assert!(is_open(&mut honest).await);
         assert_eq!(open(&mut silent).await, PER_PLACE - 1);
-        let [_, place] = pending.limits();
+        let [_, place, _] = pending.limits();
         assert_eq!((place.used, place.limit), (16, Some(16)));
         assert!(place.refused > 0);
     }
@@ -452,6 +507,40 @@ mod tests {
         drop((tcp, quic));
         let state = pending.state();
         assert!(state.entries.is_empty() && state.by_group.is_empty());
+    }
+
+    #[tokio::test]
+    async fn senders_that_have_not_shown_where_they_are_use_up_no_place_and_make_room_for_others() {
+        let pending = pending(64);
+        let forged: Vec<_> = (0..100)
+            .filter_map(|_| pending.enter_unproven(at("203.0.113.1")))
+            .collect();
+        // The share of QUIC is less than the bound.
+        assert_eq!(forged.len(), 16);
+        let [_, place, unproven] = pending.limits();
+        assert_eq!((place.used, unproven.used), (0, 16));
+        assert_eq!((place.refused, unproven.refused), (0, 84));
+        let mut proven: Vec<_> = (0..PER_PLACE)
+            .map(|_| pending.enter(Carrier::Quic, at("203.0.113.1")).unwrap())
+            .collect();
+        assert_eq!(open(&mut proven).await, PER_PLACE);
+        assert_eq!(pending.limits()[2].used, 0);
+        // The place is full now: nobody is refused for the address of somebody else, but asked to show its own.
+        assert!(pending.enter_unproven(at("203.0.113.1")).is_none());
+        drop((forged, proven));
+        assert!(pending.state().entries.is_empty() && pending.state().by_group.is_empty());
+    }
+
+    #[tokio::test]
+    async fn places_for_senders_that_may_lie_are_bounded() {
+        let pending = pending(1024);
+        let enter =
+            |n: u32| pending.enter_unproven(Place::of_ip(std::net::Ipv4Addr::from(n << 8).into()));
+        let held: Vec<_> = (0..100).filter_map(|n| enter(0x0b_0000 + n)).collect();
+        assert_eq!(held.len(), MAX_UNPROVEN);
+        assert!(pending.enter(Carrier::Quic, at("203.0.113.1")).is_ok());
+        drop(held);
+        assert!(enter(0x0b_0000).is_some());
     }
 
     #[tokio::test]

@@ -10,10 +10,7 @@ use std::{
     fmt, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     pin::Pin,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -41,9 +38,9 @@ use tokio::{
 };
 
 use crate::{
-    Transport,
+    Place, Transport,
     address::{any_socket, of_socket},
-    pending::{Carrier, Pending},
+    pending::{Carrier, Pending, Ticket},
     tls::{self, ConfigError, Tls},
 };
 
@@ -75,8 +72,8 @@ const SOCKET_BUFFER: usize = 4 << 20;
 /// How long a connection that is closed waits for what was sent on it to be acknowledged.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// Handshakes under way with senders who have not shown that they receive at the address they send from. Beyond, they have to show it first.
-const MAX_UNVALIDATED: usize = 32;
+/// First packets looked at before others have their turn: a flood of them must not hold up the node.
+const BURST: usize = 64;
 
 /// A connection whose packets come from another IP address for this long is closed. They prove nothing: a peer can send
 /// from an address that is not its own, and quinn believes one packet for up to three times its probe time-out, which
@@ -184,7 +181,7 @@ pub(crate) struct Quic {
     dialers: [Option<Endpoint>; 2],
     waker: Option<Waker>,
     /// Counts what comes in.
-    pending: Option<Pending>,
+    pending: Pending,
 }
 
 type Event = TransportEvent<Upgrade, io::Error>;
@@ -199,7 +196,13 @@ impl fmt::Debug for Quic {
 }
 
 impl Quic {
-    pub(crate) fn new(key: &Keypair, tls: &Tls, sockets: Sockets) -> Result<Self, ConfigError> {
+    /// `pending` counts what comes in.
+    pub(crate) fn new(
+        key: &Keypair,
+        tls: &Tls,
+        sockets: Sockets,
+        pending: Pending,
+    ) -> Result<Self, ConfigError> {
         let mut transport = TransportConfig::default();
         transport
             .max_concurrent_uni_streams(VarInt::from_u32(0))
@@ -235,16 +238,8 @@ impl Quic {
             listeners: Vec::new(),
             dialers: [None, None],
             waker: None,
-            pending: None,
+            pending,
         })
-    }
-
-    /// Counts what comes in.
-    pub(crate) fn counted_by(self, pending: Pending) -> Self {
-        Self {
-            pending: Some(pending),
-            ..self
-        }
     }
 
     fn wake(&mut self) {
@@ -328,9 +323,8 @@ impl Libp2pTransport for Quic {
         };
         let listener = bind(at).and_then(|socket| {
             let endpoint = self.serve(socket.try_clone()?, true)?;
-            let mut listener = Listener::new(id, socket, endpoint, self.sockets.clone())?;
-            listener.pending = self.pending.clone();
-            Ok(listener)
+            let (sockets, pending) = (self.sockets.clone(), self.pending.clone());
+            Listener::new(id, socket, endpoint, sockets, pending)
         });
         let listener = listener.map_err(TransportError::Other)?;
         let socket = listener.socket.try_clone().map_err(TransportError::Other)?;
@@ -371,7 +365,7 @@ impl Libp2pTransport for Quic {
             let connecting = endpoint
                 .connect_with(client, to, "l")
                 .map_err(io::Error::other)?;
-            handshake(connecting, &sockets).await
+            handshake(connecting, to, &sockets).await
         }
         .boxed())
     }
@@ -395,8 +389,11 @@ impl Libp2pTransport for Quic {
     }
 }
 
+/// Completes a handshake. What this side sends before that goes to `remote`, so that a peer that completes it has shown
+/// that it receives there. What the peer sends afterwards, from wherever, has not shown anything yet.
 async fn handshake(
     connecting: quinn::Connecting,
+    remote: SocketAddr,
     sockets: &Sockets,
 ) -> io::Result<(PeerId, Connection)> {
     let connection = timeout(HANDSHAKE, connecting)
@@ -407,7 +404,7 @@ async fn handshake(
         .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
     let peer = tls::peer_id(identity.as_deref().map(Vec::as_slice))?;
     let registered = sockets.register(peer, connection.clone());
-    Ok((peer, Connection::new(connection, registered)))
+    Ok((peer, Connection::new(connection, remote, registered)))
 }
 
 /// The state of the watcher that reports the addresses of this machine.
@@ -436,7 +433,6 @@ struct Listener {
     sockets: Sockets,
     endpoint: Endpoint,
     accept: BoxFuture<'static, Option<quinn::Incoming>>,
-    unvalidated: Arc<AtomicUsize>,
     interfaces: Interfaces,
     /// The address of a socket that is bound to one, until it is told.
     bound: Option<IpAddr>,
@@ -445,7 +441,7 @@ struct Listener {
     unseen: Option<(HashSet<IpAddr>, Pin<Box<Sleep>>)>,
     closed: bool,
     /// Counts what comes in.
-    pending: Option<Pending>,
+    pending: Pending,
 }
 
 impl Listener {
@@ -454,6 +450,7 @@ impl Listener {
         socket: UdpSocket,
         endpoint: Endpoint,
         sockets: Sockets,
+        pending: Pending,
     ) -> io::Result<Self> {
         let ip = socket.local_addr()?.ip();
         let accept = accept(endpoint.clone());
@@ -469,10 +466,9 @@ impl Listener {
             sockets,
             endpoint,
             accept,
-            unvalidated: Arc::default(),
             told: HashSet::new(),
             closed: false,
-            pending: None,
+            pending,
         })
     }
 
@@ -499,7 +495,7 @@ impl Listener {
         if let Some(event) = self.poll_interfaces(cx) {
             return Poll::Ready(event);
         }
-        loop {
+        for _ in 0..BURST {
             let Some(incoming) = ready!(self.accept.poll_unpin(cx)) else {
                 return self.end();
             };
@@ -508,6 +504,8 @@ impl Listener {
                 return Poll::Ready(event);
             }
         }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Returns the next change in the addresses of a socket that is bound to all addresses. A watcher that fails is
@@ -586,30 +584,36 @@ impl Listener {
         })
     }
 
-    /// Somebody begins a connection.
-    fn incoming(&self, incoming: quinn::Incoming) -> Option<Event> {
+    /// Lets a connection that somebody begins into the handshake, or answers that it may not begin. Only a sender that
+    /// has shown to receive at its address is counted there, or refused because of others there.
+    fn admit(&self, incoming: quinn::Incoming) -> Option<(Ticket, quinn::Incoming)> {
         let from = incoming.remote_address();
-        let place = Place::take(&self.unvalidated, incoming.remote_address_validated());
-        let Some(place) = place else {
-            // Costs us no state. An error means that it has been validated, which was looked at above.
-            if incoming.may_retry() {
-                let _ = incoming.retry();
+        let place = Place::of_ip(from.ip());
+        if !incoming.remote_address_validated() {
+            if let Some(ticket) = self.pending.enter_unproven(place) {
+                return Some((ticket, incoming));
+            }
+            // Costs no state. It fails for validated addresses only.
+            if let Err(error) = incoming.retry() {
+                tracing::debug!(%from, %error, "a QUIC connection cannot be asked to show its address");
             }
             return None;
-        };
-        let entered = self.pending.as_ref().map(|pending| {
-            let network = crate::Place::of_ip(from.ip());
-            pending.enter(Carrier::Quic, network)
-        });
-        let mut ticket = match entered.transpose() {
-            Ok(ticket) => ticket,
+        }
+        match self.pending.enter(Carrier::Quic, place) {
+            Ok(ticket) => Some((ticket, incoming)),
             Err(refused) => {
                 tracing::debug!(%from, %refused, "refused");
                 // The other side is told so.
                 incoming.refuse();
-                return None;
+                None
             }
-        };
+        }
+    }
+
+    /// Somebody begins a connection.
+    fn incoming(&self, incoming: quinn::Incoming) -> Option<Event> {
+        let from = incoming.remote_address();
+        let (mut ticket, incoming) = self.admit(incoming)?;
         let connecting = match incoming.accept() {
             Ok(connecting) => connecting,
             Err(error) => {
@@ -633,12 +637,8 @@ impl Listener {
         Some(TransportEvent::Incoming {
             listener_id: self.id,
             upgrade: async move {
-                let _place = place;
-                let handshake = handshake(connecting, &sockets);
-                match &mut ticket {
-                    Some(ticket) => ticket.guard(handshake).await,
-                    None => handshake.await,
-                }
+                let handshake = handshake(connecting, from, &sockets);
+                ticket.guard(handshake).await
             }
             .boxed(),
             local_addr,
@@ -649,29 +649,6 @@ impl Listener {
 
 fn accept(endpoint: Endpoint) -> BoxFuture<'static, Option<quinn::Incoming>> {
     async move { endpoint.accept().await }.boxed()
-}
-
-/// A place among the handshakes under way with senders that may have lied about their address.
-struct Place(Option<Arc<AtomicUsize>>);
-
-impl Place {
-    fn take(taken: &Arc<AtomicUsize>, validated: bool) -> Option<Self> {
-        if validated {
-            return Some(Self(None));
-        }
-        let place = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
-            (taken < MAX_UNVALIDATED).then_some(taken + 1)
-        });
-        place.ok().map(|_| Self(Some(Arc::clone(taken))))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Some(taken) = &self.0 {
-            taken.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
 }
 
 /// Signs stateless resets.
@@ -715,10 +692,11 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    fn new(connection: quinn::Connection, registered: Registered) -> Self {
+    /// `remote`: the address at which the handshake has shown the peer to be.
+    fn new(connection: quinn::Connection, remote: SocketAddr, registered: Registered) -> Self {
         Self {
             _registered: registered,
-            remote: connection.remote_address(),
+            remote,
             elsewhere: None,
             connection,
             inbound: None,
@@ -864,17 +842,29 @@ impl AsyncWrite for Stream {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use futures::{AsyncReadExt, AsyncWriteExt, future::poll_fn};
     use libp2p::core::Endpoint as Role;
     use tokio::sync::watch;
 
     use super::*;
+    use crate::{Limits, crowd::Crowd, limits::Memory};
+
+    fn pending(all: u32) -> Pending {
+        let crowd = Crowd::new(&Limits::default(), Memory::new(None));
+        Pending::new(all, crowd)
+    }
 
     fn transport() -> (PeerId, Sockets, Quic) {
+        counted(pending(256))
+    }
+
+    fn counted(pending: Pending) -> (PeerId, Sockets, Quic) {
         let key = Keypair::generate_ed25519();
         let sockets = Sockets::default();
         let tls = Tls::new(&key).unwrap();
-        let quic = Quic::new(&key, &tls, sockets.clone()).unwrap();
+        let quic = Quic::new(&key, &tls, sockets.clone(), pending).unwrap();
         (key.public().to_peer_id(), sockets, quic)
     }
 
@@ -1070,6 +1060,135 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_peer_is_where_it_completed_the_handshake_though_it_sends_from_elsewhere_at_once() {
+        let (_, _, mut near) = transport();
+        let (_, _, mut far) = transport();
+        let server = quic(&listen(&mut far).await).unwrap();
+        let (through, victim_got, spoof) = spoofer(server).await;
+        let dial = near.dial(of_socket(through, Transport::Quic), options(PortUse::Reuse));
+        let dial = tokio::spawn(dial.unwrap());
+        let (upgrade, from) = match next(&mut far).await {
+            TransportEvent::Incoming {
+                upgrade,
+                send_back_addr,
+                ..
+            } => (upgrade, quic(&send_back_addr).unwrap()),
+            event => panic!("{event:?}"),
+        };
+        let (_, mut here) = dial.await.unwrap().unwrap();
+        // Once this is acknowledged, the handshake is over at the other end.
+        let mut stream = outbound(&mut here).await;
+        stream.write_all(b"weft").await.unwrap();
+        stream.send.finish().unwrap();
+        stream.send.stopped().await.unwrap();
+        spoof.send(true).unwrap();
+        let mut stream = outbound(&mut here).await;
+        let attack = async {
+            loop {
+                stream.write_all(b"weft").await.unwrap();
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let watch = async {
+            // quinn believes that the peer is there before anybody here has looked at the connection.
+            while victim_got.load(Ordering::Relaxed) == 0 {
+                sleep(Duration::from_millis(5)).await;
+            }
+            upgrade.await.unwrap().1
+        };
+        let there = tokio::select! {
+            () = attack => unreachable!("it goes on for ever"),
+            there = watch => there,
+        };
+        assert_eq!(there.remote, from);
+    }
+
+    /// Passes on what clients send to the returned address, from 127.0.0.2, and nothing of what comes back: to the
+    /// server, packets whose source address is forged. Counts the bytes that come back.
+    async fn one_way(server: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>) {
+        let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let forged = tokio::net::UdpSocket::bind("127.0.0.2:0").await.unwrap();
+        let at = near.local_addr().unwrap();
+        let got = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&got);
+        tokio::spawn(async move {
+            let (mut one, mut two) = ([0; 2048], [0; 2048]);
+            loop {
+                tokio::select! {
+                    Ok((size, _)) = near.recv_from(&mut one) => {
+                        forged.send_to(&one[..size], server).await.unwrap();
+                    }
+                    Ok((size, _)) = forged.recv_from(&mut two) => {
+                        count.fetch_add(size, Ordering::Relaxed);
+                    }
+                }
+            }
+        });
+        (at, got)
+    }
+
+    #[tokio::test]
+    async fn forged_first_packets_do_not_keep_their_address_from_connecting_by_tcp_or_quic() {
+        // This machine may hold 12: six times what an address may.
+        let pending = pending(1024).with_per_place(2);
+        let at = |pending: &Pending| {
+            let place = Place::of_ip([127, 0, 0, 2].into());
+            pending.enter(Carrier::Tcp, place)
+        };
+        let (_, _, mut forger) = transport();
+        let (_, _, mut far) = counted(pending.clone());
+        let address = listen(&mut far).await;
+        let (through, answered) = one_way(quic(&address).unwrap()).await;
+        let forged: Vec<_> = (0..64)
+            .map(|_| {
+                let through = of_socket(through, Transport::Quic);
+                let dial = forger.dial(through, options(PortUse::Reuse)).unwrap();
+                tokio::spawn(dial)
+            })
+            .collect();
+        let (upgraded, mut upgrades) = mpsc::channel(256);
+        tokio::spawn(async move {
+            loop {
+                if let TransportEvent::Incoming {
+                    upgrade,
+                    send_back_addr,
+                    ..
+                } = next(&mut far).await
+                {
+                    let upgraded = upgraded.clone();
+                    tokio::spawn(async move {
+                        let came = upgrade.await.map(|(peer, _)| (peer, send_back_addr));
+                        let _ = upgraded.send(came).await;
+                    });
+                }
+            }
+        });
+        // Each of them is under way, or was answered.
+        let handled = || {
+            let limits = pending.limits();
+            limits[0].used + limits.iter().map(|row| row.refused).sum::<u64>()
+        };
+        while handled() < 64 || answered.load(Ordering::Relaxed) == 0 {
+            sleep(Duration::from_millis(5)).await;
+        }
+        // By TCP, from the address that was forged.
+        let ticket = at(&pending).unwrap();
+        ticket.spoke();
+        // By QUIC, from there as well.
+        let (honest, sockets, mut near) = transport();
+        let socket = bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        sockets.prepare(quic(&address).unwrap(), socket);
+        near.dial(address, options(PortUse::Reuse))
+            .unwrap()
+            .await
+            .unwrap();
+        let (peer, from) = upgrades.recv().await.unwrap().unwrap();
+        assert_eq!(peer, honest);
+        assert_eq!(quic(&from).unwrap().ip(), IpAddr::from([127, 0, 0, 2]));
+        forged.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+
+    #[tokio::test]
     async fn a_peer_whose_ip_address_changes_has_to_connect_anew() {
         let (_, _, mut near) = transport();
         let (_, _, mut far) = transport();
@@ -1103,17 +1222,5 @@ mod tests {
             TransportEvent::ListenerClosed { reason: Ok(()), .. }
         ));
         assert!(quic.sockets.listening([127, 0, 0, 1].into()).is_none());
-    }
-
-    #[test]
-    fn places_for_senders_that_may_lie_are_bounded() {
-        let taken = Arc::default();
-        let held: Vec<_> = (0..MAX_UNVALIDATED)
-            .map(|_| Place::take(&taken, false).unwrap())
-            .collect();
-        assert!(Place::take(&taken, false).is_none());
-        assert!(Place::take(&taken, true).is_some());
-        drop(held);
-        assert!(Place::take(&taken, false).is_some());
     }
 }

@@ -97,8 +97,12 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, SpawnError> {
     let security = Security::new(parts)?;
     let noted = (&parts.dialled, &parts.access, &parts.gate);
     let quic = Noted::new(
-        Quic::new(parts.key, &parts.tls, parts.sockets.clone())?
-            .counted_by(parts.door.pending.clone()),
+        Quic::new(
+            parts.key,
+            &parts.tls,
+            parts.sockets.clone(),
+            parts.door.pending.clone(),
+        )?,
         Kind::Quic,
         noted.0.clone(),
         noted.1.clone(),

@@ -392,6 +392,85 @@ async fn a_bootstrap_address_that_fails_is_named_with_the_reason() {
 }
 
 #[tokio::test]
+async fn each_bootstrap_address_of_one_peer_has_its_own_result() {
+    let other = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    let peer = other.local_peer();
+    let at = other.addresses().all.remove(0);
+    // Bound and not listened on: refused.
+    let refuses = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let refused = refuses.local_addr().unwrap().port();
+    drop(refuses);
+    let mut config = config(&["/ip4/127.0.0.1/tcp/0"]);
+    config.bootstrap = [
+        format!("/ip4/127.0.0.1/tcp/{refused}/p2p/{peer}"),
+        format!("/dns4/nowhere.invalid/tcp/1/p2p/{peer}"),
+        format!("{at}/p2p/{peer}"),
+    ]
+    .map(|address| address.parse().unwrap())
+    .to_vec();
+    let us = Network::spawn(config, dummy::Behaviour).await.unwrap();
+    let known = timeout(PATIENCE, async {
+        loop {
+            let known = us.bootstrap().await;
+            let failed = known[..2].iter().all(|one| one.error.is_some());
+            if known[2].connected && failed {
+                return known;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let known = known.await.unwrap();
+    let error = |n: usize| known[n].error.clone().unwrap();
+    assert!(error(0).contains("refused"), "{}", error(0));
+    assert!(error(1).contains("nowhere.invalid"), "{}", error(1));
+    assert!(!error(1).contains("refused"), "{}", error(1));
+    assert_eq!((&known[2].error, known[2].failures), (&None, 0));
+    // The peer is connected, whichever of its addresses led there.
+    assert!(known.iter().all(|one| one.connected));
+}
+
+#[tokio::test]
+async fn a_node_says_whether_it_sees_a_peer_at_an_address_and_not_where_it_sees_it() {
+    use weft_proto::{
+        frame,
+        wire::{SeenAnswer, SeenQuestion},
+    };
+    let seen = StreamProtocol::new("/weft/seen/1");
+    let witness = network(&["/ip4/127.0.0.1/tcp/0"]).await;
+    let at = witness.addresses().all;
+    let (peer, asker) = (network(&[]).await, network(&[]).await);
+    for one in [&peer, &asker] {
+        one.connect(witness.local_peer(), at.clone()).await.unwrap();
+    }
+    let stranger = libp2p::PeerId::random();
+    for (about, ips, expected) in [
+        (
+            peer.local_peer(),
+            vec![[127, 0, 0, 1]],
+            vec![[127, 0, 0, 1]],
+        ),
+        (peer.local_peer(), vec![[127, 0, 0, 2]], vec![]),
+        (peer.local_peer(), vec![], vec![]),
+        (stranger, vec![[127, 0, 0, 1]], vec![]),
+    ] {
+        let opened = asker.open(witness.local_peer(), seen.clone(), Class::Interactive);
+        let mut stream = opened.await.unwrap();
+        let question = SeenQuestion {
+            peer: about.to_bytes().into(),
+            ips: ips.iter().map(|ip: &[u8; 4]| ip.to_vec().into()).collect(),
+        };
+        frame::write(&mut stream, &question, 128).await.unwrap();
+        tokio::io::AsyncWriteExt::flush(&mut stream).await.unwrap();
+        let answer = timeout(PATIENCE, frame::read(&mut stream, 128))
+            .await
+            .unwrap();
+        let answer: SeenAnswer = answer.unwrap().unwrap();
+        let expected: Vec<_> = expected.iter().map(|ip: &[u8; 4]| ip.to_vec()).collect();
+        assert_eq!(answer.ips, expected);
+    }
+}
+
+#[tokio::test]
 async fn dropping_the_last_handle_stops_the_network() {
     let (one, two) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let mut incoming = two.accept(ECHO).unwrap();

@@ -545,7 +545,14 @@ where
         }
         if let Ok(id) = self.dial_admitted(&admitted, how) {
             let addresses = admitted.addresses().to_vec();
-            self.dials.insert(id, super::Dial { peer, addresses });
+            self.dials.insert(
+                id,
+                super::Dial {
+                    peer,
+                    addresses,
+                    name: None,
+                },
+            );
         }
     }
 }

@@ -5,13 +5,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::NetworkBehaviour};
-
-use super::{Dial, Driver};
-use crate::{
-    BootstrapPeer, ConnectError, address::starts_with_name, gate::Source, own::by_quic,
-    split_peer_id,
+use libp2p::{
+    Multiaddr, PeerId,
+    multiaddr::Protocol,
+    swarm::{DialError, NetworkBehaviour},
 };
+
+use super::{Dial, Driver, attempt_error, dial_error};
+use crate::{BootstrapPeer, ConnectError, own::by_quic, split_peer_id};
 
 /// The first and the longest pause between attempts to reach a bootstrap node.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -31,9 +32,9 @@ pub(super) struct Bootstrap {
     pause: Duration,
     /// When to try by QUIC what was given for TCP.
     quic: Option<Instant>,
-    /// Why the last attempt failed; `None` once it has succeeded.
+    /// Why the last attempt at this address failed; `None` once one has succeeded.
     error: Option<String>,
-    /// Failures since the last connection.
+    /// Failures since the address last led to a connection.
     failures: u32,
 }
 
@@ -50,12 +51,9 @@ impl Bootstrap {
         }
     }
 
-    /// Returns true if `dialled` is this address, or may be where this name leads.
-    fn leads_to(&self, dialled: &Multiaddr) -> bool {
-        let udp = |address: &Multiaddr| address.iter().any(|part| matches!(part, Protocol::Udp(_)));
-        let any = matches!(self.address.iter().next(), Some(Protocol::Dnsaddr(_)));
-        let named = starts_with_name(&self.address) && !starts_with_name(dialled);
-        *dialled == self.address || (named && (any || udp(dialled) == udp(&self.address)))
+    /// Returns true if this is the bootstrap address `address` of `peer`.
+    fn is(&self, peer: PeerId, address: &Multiaddr) -> bool {
+        self.peer == peer && self.address == *address
     }
 
     /// It is dialled at once, and soon again.
@@ -69,13 +67,14 @@ impl Bootstrap {
         self.pause = RETRY.0;
     }
 
-    fn connected(&mut self) {
-        self.quic = None;
+    /// An attempt at this address has led to a connection.
+    fn reached(&mut self) {
         self.error = None;
         self.failures = 0;
     }
 
-    /// An attempt has failed. Returns true for the first since it was last connected, which is worth a line in the log.
+    /// An attempt at this address has failed. Returns true for the first since one succeeded, which is worth a line in
+    /// the log.
     fn failed(&mut self, error: String) -> bool {
         self.error = Some(error);
         self.failures = self.failures.saturating_add(1);
@@ -116,7 +115,7 @@ where
         let mut due = Vec::new();
         for bootstrap in &mut self.bootstrap {
             if self.peers.contains_key(&bootstrap.peer) {
-                bootstrap.connected();
+                bootstrap.quic = None;
                 continue;
             }
             let also = given.iter().filter(|(peer, _)| *peer == bootstrap.peer);
@@ -125,43 +124,47 @@ where
             due.extend(address.map(|address| (bootstrap.peer, address)));
         }
         for (peer, address) in due {
-            if let Err(error) = self.dial(peer, vec![(Source::Given, address.clone())]) {
-                self.bootstrap_failed(peer, &[address], &error);
+            if let Err(reason) = self.dial_given(peer, address.clone()) {
+                self.bootstrap_failed(peer, &address, &reason);
             }
         }
     }
 
-    /// A dial has failed; notes it if it was one of a bootstrap address.
-    pub(super) fn bootstrap_dial_failed(&mut self, dial: &Dial, error: &ConnectError) {
-        let dialled: Vec<_> = dial
-            .addresses
-            .iter()
-            .map(|(_, address)| split_peer_id(address.clone()).0)
-            .collect();
-        self.bootstrap_failed(dial.peer, &dialled, error);
-    }
-
-    /// No connection to `peer` came about at these addresses, of which names are looked up.
-    pub(super) fn bootstrap_failed(
-        &mut self,
-        peer: PeerId,
-        dialled: &[Multiaddr],
-        error: &ConnectError,
-    ) {
-        if self.peers.contains_key(&peer) {
+    /// A dial has failed. Notes the reason of each bootstrap address that was dialled, and of no other.
+    pub(super) fn bootstrap_dial_failed(&mut self, dial: &Dial, error: &DialError) {
+        let failed = failed(dial, error);
+        let Some(name) = &dial.name else {
+            for (address, reason) in failed {
+                self.bootstrap_failed(dial.peer, &address, &reason);
+            }
             return;
+        };
+        // The name was given, not where it leads.
+        let each = failed
+            .iter()
+            .map(|(address, reason)| format!("{address}: {reason}"));
+        let reason = each.collect::<Vec<_>>().join("; ");
+        if !reason.is_empty() {
+            self.bootstrap_failed(dial.peer, name, &reason);
         }
-        for bootstrap in self.bootstrap.iter_mut().filter(|b| b.peer == peer) {
-            if !dialled.iter().any(|dialled| bootstrap.leads_to(dialled)) {
-                continue;
+    }
+
+    /// A dial has led to a connection at `address`.
+    pub(super) fn bootstrap_reached(&mut self, dial: &Dial, address: &Multiaddr) {
+        let given = dial.name.clone();
+        let given = given.unwrap_or_else(|| split_peer_id(address.clone()).0);
+        for bootstrap in &mut self.bootstrap {
+            if bootstrap.is(dial.peer, &given) {
+                bootstrap.reached();
             }
-            let address = bootstrap.address.clone().with(Protocol::P2p(peer));
-            let text = error_text(error);
-            // The address is named beside.
-            let own = [format!("{address}: "), format!("{}: ", bootstrap.address)];
-            let rest = own.iter().find_map(|own| text.strip_prefix(own));
-            let reason = rest.unwrap_or(&text).to_owned();
-            if bootstrap.failed(reason.clone()) {
+        }
+    }
+
+    /// An attempt to reach `peer` at `address`, as it was given, has failed.
+    pub(super) fn bootstrap_failed(&mut self, peer: PeerId, address: &Multiaddr, reason: &str) {
+        for bootstrap in &mut self.bootstrap {
+            if bootstrap.is(peer, address) && bootstrap.failed(reason.to_owned()) {
+                let address = bootstrap.address.clone().with(Protocol::P2p(peer));
                 tracing::warn!(
                     "cannot reach bootstrap address {address}: {reason}; it is tried again"
                 );
@@ -186,24 +189,50 @@ where
                 peer: bootstrap.peer,
                 address: bootstrap.address.clone(),
                 connected,
-                error: bootstrap.error.clone().filter(|_| !connected),
-                failures: if connected { 0 } else { bootstrap.failures },
+                error: bootstrap.error.clone(),
+                failures: bootstrap.failures,
             }
         })
         .collect()
     }
 }
 
-fn error_text(error: &ConnectError) -> String {
+/// The reason alone: the address is named beside.
+pub(super) fn text(error: &ConnectError) -> String {
     match error {
         ConnectError::Failed { reason, .. } => reason.clone(),
         other => other.to_string(),
     }
 }
 
+/// The addresses of a dial that have failed, without the peer, and the reason of each.
+fn failed(dial: &Dial, error: &DialError) -> Vec<(Multiaddr, String)> {
+    let short = |address: &Multiaddr| split_peer_id(address.clone()).0;
+    let whole = || text(&dial_error(dial.peer, error));
+    match error {
+        DialError::Transport(attempts) => attempts
+            .iter()
+            .map(|(address, error)| (short(address), attempt_error(error)))
+            .collect(),
+        // The rest was not tried.
+        DialError::WrongPeerId { address, .. } | DialError::LocalPeerId { address } => {
+            vec![(short(address), whole())]
+        }
+        // There was no attempt, or it was broken off here.
+        DialError::DialPeerConditionFalse(_) | DialError::Aborted => Vec::new(),
+        DialError::NoAddresses | DialError::Denied { .. } => {
+            let all = dial.addresses.iter();
+            all.map(|(_, address)| (short(address), whole())).collect()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use libp2p::TransportError;
+
     use super::*;
+    use crate::gate::Source;
 
     #[test]
     fn a_tcp_address_that_leads_nowhere_is_tried_by_quic_as_well() {
@@ -229,12 +258,43 @@ mod tests {
     }
 
     #[test]
+    fn each_address_of_a_dial_fails_for_its_own_reason_and_what_was_not_tried_does_not_fail() {
+        let at = |port: u16| -> Multiaddr { format!("/ip4/1.1.1.1/tcp/{port}").parse().unwrap() };
+        let peer = PeerId::random();
+        let dial = Dial {
+            peer,
+            addresses: vec![(Source::Given, at(1)), (Source::Given, at(2))],
+            name: None,
+        };
+        let refused = |kind: std::io::ErrorKind| TransportError::Other(kind.into());
+        let error = DialError::Transport(vec![
+            (
+                at(1).with(Protocol::P2p(peer)),
+                refused(std::io::ErrorKind::ConnectionRefused),
+            ),
+            (at(2), refused(std::io::ErrorKind::TimedOut)),
+        ]);
+        let own = failed(&dial, &error);
+        assert_eq!(own.len(), 2);
+        assert_eq!(own[0], (at(1), "connection refused".to_owned()));
+        assert_eq!(own[1], (at(2), "timed out".to_owned()));
+        let error = DialError::WrongPeerId {
+            obtained: PeerId::random(),
+            address: at(2),
+        };
+        let own = failed(&dial, &error);
+        assert_eq!(own.len(), 1);
+        assert_eq!(own[0].0, at(2));
+        assert!(failed(&dial, &DialError::Aborted).is_empty());
+    }
+
+    #[test]
     fn only_the_first_failure_is_logged_until_there_was_a_connection() {
         let address = "/ip4/1.1.1.1/tcp/5".parse().unwrap();
         let mut bootstrap = Bootstrap::new(PeerId::random(), address);
         assert!(bootstrap.failed("refused".to_owned()));
         assert!(!bootstrap.failed("refused".to_owned()));
-        bootstrap.connected();
+        bootstrap.reached();
         assert!(bootstrap.error.is_none());
         assert!(bootstrap.failed("refused".to_owned()));
     }

@@ -11,11 +11,12 @@ use libp2p::{
     },
 };
 
-use super::{Dial, Driver, Outcome, Peer, WantedDial, dial_error};
+use super::{Dial, Driver, Outcome, Peer, WantedDial, bootstrap, dial_error};
 use crate::{
     ConnectError, PathKind,
     address::{is_relayed, socket_within, starts_with_name},
     gate::{Admitted, Evidence, Extent, Source, heard, is_made_up},
+    split_peer_id,
 };
 
 /// Options of a dial.
@@ -154,7 +155,7 @@ where
             return Ok(());
         }
         let refused = admitted.is_empty() && !none;
-        match self.dial_known(admitted) {
+        match self.begin(admitted, None) {
             Ok(()) => Ok(()),
             Err(_) if resolving || self.is_dialling(&peer) => Ok(()),
             Err(_) if refused => Err(not_admitted(peer)),
@@ -162,10 +163,48 @@ where
         }
     }
 
-    fn dial_known(&mut self, admitted: Admitted) -> Result<(), DialError> {
+    /// Dials a bootstrap address. Its result is its own, whatever becomes of other addresses of the peer.
+    ///
+    /// # Errors
+    /// The reason, if the attempt has failed already.
+    pub(super) fn dial_given(&mut self, peer: PeerId, address: Multiaddr) -> Result<(), String> {
+        let given = vec![(Source::Given, address.clone())];
+        if starts_with_name(&address) && !is_relayed(&address) {
+            self.resolve(peer, given);
+            return Ok(());
+        }
+        match self.dial_known(peer, given, None) {
+            // It is connected already: there was no attempt.
+            Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => Ok(()),
+            Err(DialError::NoAddresses) => {
+                Err("not an address that can be dialled from here".to_owned())
+            }
+            Err(error) => Err(bootstrap::text(&dial_error(peer, &error))),
+        }
+    }
+
+    /// Dials addresses without names; `name`: the name that has led to them.
+    pub(super) fn dial_known(
+        &mut self,
+        peer: PeerId,
+        addresses: Vec<(Source, Multiaddr)>,
+        name: Option<Multiaddr>,
+    ) -> Result<(), DialError> {
+        let admitted = self.admit(peer, addresses, How::default());
+        if admitted.is_empty() {
+            return Err(DialError::NoAddresses);
+        }
+        self.begin(admitted, name)
+    }
+
+    fn begin(&mut self, admitted: Admitted, name: Option<Multiaddr>) -> Result<(), DialError> {
         let id = self.dial_admitted(&admitted, How::default())?;
-        let (peer, addresses) = (admitted.peer(), admitted.addresses().to_vec());
-        self.dials.insert(id, Dial { peer, addresses });
+        let dial = Dial {
+            peer: admitted.peer(),
+            addresses: admitted.addresses().to_vec(),
+            name,
+        };
+        self.dials.insert(id, dial);
         Ok(())
     }
 
@@ -228,6 +267,15 @@ where
         } else {
             addresses.retain(|address| !crate::address::first_ip(address).is_some_and(is_made_up));
         }
+        let short = split_peer_id(name.clone()).0;
+        let none = "the name leads to no address that may be dialled from here";
+        let failed = match &found {
+            Err(error) => Some(error.as_str()),
+            Ok(_) => addresses.is_empty().then_some(none),
+        };
+        if let Some(reason) = failed {
+            self.bootstrap_failed(peer, &short, reason);
+        }
         if self.peers.get(&peer).is_some_and(Peer::is_direct) {
             return;
         }
@@ -235,26 +283,23 @@ where
             .into_iter()
             .map(|address| (source, address))
             .collect();
-        let admitted = self.admit(peer, sources, How::default());
-        if !admitted.is_empty() && self.dial_known(admitted).is_ok() {
-            return;
+        match self.dial_known(peer, sources, Some(short.clone())) {
+            Ok(()) => return,
+            Err(DialError::DialPeerConditionFalse(_)) => {}
+            Err(_) if failed.is_some() => {}
+            Err(_) => self.bootstrap_failed(peer, &short, none),
         }
         if self.is_dialling(&peer) {
             return;
         }
         // The behaviours are told as well.
-        let none = self.admit(peer, Vec::new(), How::default());
-        let _ = self.dial_admitted(&none, How::default());
-        let reason = match &found {
-            Err(error) => format!("{name}: {error}"),
-            Ok(_) => format!("{name}: the name leads to no address that may be dialled from here"),
-        };
-        let error = || ConnectError::Failed {
+        let nowhere = self.admit(peer, Vec::new(), How::default());
+        let _ = self.dial_admitted(&nowhere, How::default());
+        let reason = format!("{name}: {}", failed.unwrap_or(none));
+        self.give_up(&peer, || ConnectError::Failed {
             peer,
             reason: reason.clone(),
-        };
-        self.bootstrap_failed(peer, &[crate::split_peer_id(name).0], &error());
-        self.give_up(&peer, error);
+        });
     }
 
     /// A behaviour wants a peer to be dialled.

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
     io,
-    net::{SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -22,11 +22,14 @@ use weft_proto::wire::UdpMapping;
 
 use super::{Driver, How, Outcome};
 use crate::{
-    Heard, Mapping, Stream, Transport,
-    address::{is_link_local, is_public, of_socket, socket},
+    Heard, Mapping, PathKind, Place, Stream, Transport,
+    address::{first_ip, is_link_local, is_public, of_socket, socket},
     gate::{Admitted, Extent, heard},
     punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
-    search, split_peer_id,
+    search,
+    seen::{self, Confirmed, MAX_WITNESSES, Question, Witness},
+    shares::Permit,
+    split_peer_id,
 };
 
 /// Exchanges that peers may have under way with us.
@@ -325,14 +328,19 @@ where
         }
         tracing::debug!(%peer, %address, "a search has found the way");
         self.sockets.prepare(address, socket);
-        // The token came from there, which only the peer was told.
-        self.gate.proved(address, Instant::now());
         let how = How {
             // Not ours to listen on: what others see it as says nothing of our listening port.
             new_port: true,
             ..PUNCH
         };
-        self.punch_dial(peer, vec![of_socket(address, Transport::Quic)], how);
+        if self.punching.dials.len() >= MAX_DIALS {
+            tracing::debug!(%peer, "too many are being punched to");
+            return;
+        }
+        let admitted = self.gate.admit_found(peer, address, Instant::now());
+        if !admitted.is_empty() {
+            self.punch_admitted(&admitted, how);
+        }
     }
 
     /// Dials a peer where mDNS has announced it, beside the relayed connection to it.
@@ -399,17 +407,33 @@ where
         {
             return;
         }
+        let targets = match &search {
+            Search::OpenMany { targets, .. } => targets.clone(),
+            Search::TryMany { target, .. } => vec![*target],
+        };
+        let confirmed = self.confirm(peer, targets);
+        let gate = self.gate.clone();
+        // The witnesses answer while dialling has its head start.
+        let admitted = async move {
+            let (confirmed, ()) = tokio::join!(confirmed, sleep(HEAD_START));
+            let Some(confirmed) = confirmed else {
+                tracing::debug!(%peer, "no search: nobody confirms that it is at its address");
+                return None;
+            };
+            let targets = gate.admit_search(&confirmed, Instant::now());
+            if targets.is_empty() {
+                tracing::debug!(%peer, "no search: there was one at this address lately");
+            }
+            (!targets.is_empty()).then_some((targets, confirmed.effort()))
+        };
         let task = match search {
-            Search::OpenMany { targets, token } => {
-                let targets = self.gate.admit_search(&targets, now);
-                if targets.is_empty() {
-                    tracing::debug!(%peer, "no search: there was one at this address lately");
-                    return;
-                }
+            Search::OpenMany { token, .. } => {
                 let outcomes = self.outcomes.clone();
                 tokio::spawn(async move {
-                    sleep(HEAD_START).await;
-                    match search::open_many(&targets, &token).await {
+                    let Some((targets, effort)) = admitted.await else {
+                        return;
+                    };
+                    match search::open_many(&targets, &token, effort).await {
                         Ok((socket, address)) => {
                             // The network may have stopped.
                             let _ = outcomes
@@ -428,13 +452,12 @@ where
                 let Some(socket) = self.sockets.listening(target.ip()) else {
                     return;
                 };
-                let Some(target) = self.gate.admit_search(&[target], now).pop() else {
-                    tracing::debug!(%peer, "no search: there was one at this address lately");
-                    return;
-                };
                 tokio::spawn(async move {
-                    sleep(HEAD_START).await;
-                    if let Err(error) = search::try_many(&socket, target, &token).await {
+                    let Some((mut targets, effort)) = admitted.await else {
+                        return;
+                    };
+                    let Some(target) = targets.pop() else { return };
+                    if let Err(error) = search::try_many(&socket, target, &token, effort).await {
                         tracing::debug!(%peer, %error, "a search cannot be made");
                     }
                 })
@@ -444,6 +467,91 @@ where
         self.punching.searched.insert(peer, now);
         let task = (many, task.abort_handle());
         self.punching.searches.insert(peer, task);
+    }
+
+    /// Asks whether `peer` is where it says; see [`seen`].
+    fn confirm(
+        &mut self,
+        peer: PeerId,
+        targets: Vec<SocketAddr>,
+    ) -> impl Future<Output = Option<Confirmed>> + Send + use<E> {
+        let question = seen::question(peer, &targets);
+        let between = self.peers.get(&peer).and_then(|peer| {
+            let mut relays = peer.connections.values().filter_map(|c| c.path.relay());
+            relays.next()
+        });
+        let mut chosen = 0;
+        let mut witnesses = Vec::new();
+        for (id, known) in self.peers.iter().filter(|(id, _)| **id != peer) {
+            let mut direct = known.connections.iter();
+            let direct = direct.find(|(_, c)| c.path.kind < PathKind::Relayed);
+            let Some((connection, _)) = direct else {
+                continue;
+            };
+            let ours = self.bootstrap.iter().any(|b| b.peer == *id) || self.relays.holds(id);
+            if ours && chosen < MAX_WITNESSES {
+                chosen += 1;
+                witnesses.push((Witness::Chosen, *id, *connection));
+            } else if between == Some(*id) {
+                witnesses.push((Witness::Between, *id, *connection));
+            }
+        }
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        let asked = witnesses.into_iter().map(|(witness, id, connection)| {
+            let (reply, answer) = oneshot::channel();
+            streams.open_on(id, connection, seen::PROTOCOL, reply);
+            let question = question.clone();
+            let answer = async move {
+                let stream = answer.await.ok()?.ok()?;
+                // A witness that does not answer says nothing.
+                seen::ask(stream, &question).await.ok()
+            };
+            (witness, answer)
+        });
+        let asked: Vec<_> = asked.collect();
+        async move { seen::confirm(&targets, asked).await }
+    }
+
+    /// A peer asks whether another is where it says.
+    pub(super) fn on_seen_question(&mut self, mut stream: Stream) {
+        let place = Place::of(stream.path());
+        let Ok(permit) = self.questions.take(stream.peer(), place) else {
+            // Dropped, and so reset.
+            return;
+        };
+        let outcomes = self.outcomes.clone();
+        tokio::spawn(async move {
+            // What is no question gets no answer.
+            let Ok(question) = seen::receive(&mut stream).await else {
+                return;
+            };
+            // The network may have stopped.
+            let _ = outcomes
+                .send(Outcome::Asked {
+                    stream,
+                    question,
+                    permit,
+                })
+                .await;
+        });
+    }
+
+    pub(super) fn on_asked(&mut self, mut stream: Stream, question: &Question, permit: Permit) {
+        let seen = self.peers.get(&question.peer).into_iter();
+        let seen: HashSet<_> = seen
+            .flat_map(|peer| peer.connections.values())
+            .filter(|c| c.path.kind < PathKind::Relayed)
+            .filter_map(|c| first_ip(&c.path.address))
+            .map(|ip| ip.to_canonical())
+            .collect();
+        let asked = question.ips.iter().copied();
+        let seen: Vec<_> = asked.filter(|ip| seen.contains(&IpAddr::V4(*ip))).collect();
+        tokio::spawn(async move {
+            // The asker may be gone.
+            let _ = seen::answer(&mut stream, &seen).await;
+            sleep(seen::SETTLES).await;
+            drop(permit);
+        });
     }
 }
 

@@ -285,11 +285,19 @@ fn a_search_goes_to_an_address_once_and_then_more_and_more_seldom() {
     let gate = home();
     let begin = Instant::now();
     let target = [at("11.0.2.1:7"), at("11.0.2.1:9")];
-    assert_eq!(gate.admit_search(&target, begin).len(), 2);
-    assert!(gate.admit_search(&[at("192.168.1.1:7")], begin).is_empty());
+    assert_eq!(
+        gate.admit_search(&Confirmed::in_test(&target), begin).len(),
+        2
+    );
+    assert!(
+        gate.admit_search(&Confirmed::in_test(&[at("192.168.1.1:7")]), begin)
+            .is_empty()
+    );
     let day = (0..24 * 60).filter(|minute| {
         let now = begin + Duration::from_secs(60 * minute);
-        !gate.admit_search(&target[..1], now).is_empty()
+        !gate
+            .admit_search(&Confirmed::in_test(&target[..1]), now)
+            .is_empty()
     });
     assert!(day.count() <= 7);
 }
@@ -322,7 +330,10 @@ fn what_the_gate_remembers_is_bounded() {
         admitted(&gate, Source::Heard, &[&one], now);
         gate.proved(SocketAddr::from(([12, a, b, c], 1)), now);
         gate.announced(PeerId::random(), &[], now);
-        gate.admit_search(&[SocketAddr::from(([13, a, b, c], 1))], now);
+        gate.admit_search(
+            &Confirmed::in_test(&[SocketAddr::from(([13, a, b, c], 1))]),
+            now,
+        );
     }
     let end = begin + Duration::from_secs(6000);
     for row in gate.limits(end) {
@@ -379,8 +390,28 @@ fn every_target_outside_of_the_swarm_is_noted_as_sent_to() {
     let (peer, evidence) = (PeerId::random(), Evidence::default());
     assert!(gate.admit_lane(peer, &lane, &evidence, now).is_some());
     assert!(dialled.contains_socket(at("7.7.7.7:443"), now));
-    assert_eq!(gate.admit_search(&[at("8.8.8.8:5")], now).len(), 1);
+    assert_eq!(
+        gate.admit_search(&Confirmed::in_test(&[at("8.8.8.8:5")]), now)
+            .len(),
+        1
+    );
     // A search tries all ports.
     assert!(dialled.contains_socket(at("8.8.8.8:4000"), now));
     assert!(!dialled.contains("9.9.9.9".parse().unwrap(), now));
+}
+
+#[test]
+fn a_probe_whose_source_may_be_forged_leads_to_one_dial_and_proves_nothing() {
+    let (gate, now) = (Gate::new(std::iter::empty()), Instant::now());
+    let (peer, from) = (PeerId::random(), at("8.8.8.8:5"));
+    let admitted = gate.admit_found(peer, from, now);
+    assert_eq!(admitted.addresses().len(), 1);
+    let permit = gate.take_permit(from, true, now).unwrap();
+    assert_eq!(permit.patience, Some(PATIENCE));
+    assert!(gate.take_permit(from, true, now).is_none());
+    assert!(!gate.state().is_proven(from, now));
+    // A neighbour of ours is no place to dial for a stranger's packet.
+    let private = at("192.168.1.1:7");
+    assert!(gate.admit_found(peer, private, now).is_empty());
+    assert!(gate.take_permit(private, true, now).is_none());
 }

@@ -403,11 +403,16 @@ pub(super) fn bootstrap_json(one: &api::BootstrapPeer) -> Value {
 /// Describes the state of a bootstrap address in words.
 pub(super) fn bootstrap_state(one: &api::BootstrapPeer) -> String {
     match (one.connected, one.error.as_str()) {
-        (true, _) => "connected".to_owned(),
+        (true, "") => "connected".to_owned(),
         (false, "") => "not reached yet".to_owned(),
-        (false, error) => format!(
-            "failed {}: {error}",
-            output::count(one.failures.into(), "time")
+        (connected, error) => format!(
+            "failed {}: {error}{}",
+            output::count(one.failures.into(), "time"),
+            if connected {
+                " (the peer is connected at another address)"
+            } else {
+                ""
+            }
         ),
     }
 }
