@@ -607,7 +607,7 @@ async fn a_requester_hears_that_it_waits_for_its_turn_and_does_not_give_up() {
     let mut dead = Vec::new();
     for i in 0..8 {
         let (near, far) = duplex(1 << 12);
-        let (store, line) = (world.provider.clone(), uplink.line(&[i]));
+        let (store, line) = (world.provider.clone(), uplink.line(&[i], &[i]));
         tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
         let (_reader, mut writer) = tokio::io::split(near);
         let request = BlobRequest {
@@ -623,12 +623,58 @@ async fn a_requester_hears_that_it_waits_for_its_turn_and_does_not_give_up() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(uplink.streams().1 > 0, "{uplink:?}");
     let (near, far) = duplex(256 * 1024);
-    let (store, line) = (world.provider.clone(), uplink.line(b"alive"));
+    let (store, line) = (world.provider.clone(), uplink.line(b"alive", b"alive"));
     tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
     let (mut download, _) = world.plan("to").unwrap();
     download.fetch(near).await.unwrap();
     assert!(download.transfer.queued() > 0);
     world.assert_equal("to");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_whose_file_cannot_be_read_gives_its_turn_back() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    let file = fs::File::options()
+        .write(true)
+        .open(world.path("source/a"))
+        .unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    file.write_all_at(&[0xff; 100], 7).unwrap();
+    file.set_times(fs::FileTimes::new().set_modified(modified))
+        .unwrap();
+    let uplink = Uplink::default();
+    let (near, far) = duplex(1 << 20);
+    let (store, line) = (world.provider.clone(), uplink.line(&[1], &[1]));
+    tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
+    let (mut reader, mut writer) = tokio::io::split(near);
+    let mut request = BlobRequest {
+        hash: world.manifest.files()[0].blake3.as_bytes().to_vec().into(),
+        size: Some(3 * GROUP as u64),
+        first_group: 2,
+        groups: 1,
+        waits: true,
+        ..Default::default()
+    };
+    // A group that can be read arrives, then groups of which one cannot be read.
+    frame::write(&mut writer, &request, 128).await.unwrap();
+    let response: BlobResponse = frame::read(&mut reader, 128).await.unwrap().unwrap();
+    assert_eq!(response.status(), Status::Ok);
+    let mut rest = vec![0; GROUP + 64];
+    reader.read_exact(&mut rest).await.unwrap();
+    (request.first_group, request.groups, request.answered) = (0, 3, 1);
+    frame::write(&mut writer, &request, 128).await.unwrap();
+    let response: BlobResponse = frame::read(&mut reader, 128).await.unwrap().unwrap();
+    assert_eq!(response.status(), Status::Internal);
+    // The requester has all answers.
+    (request.cancel, request.answered) = (Some(u64::MAX), 2);
+    frame::write(&mut writer, &request, 128).await.unwrap();
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if uplink.streams() == (0, 0) {
+            return;
+        }
+    }
+    panic!("{uplink:?}");
 }
 
 #[tokio::test]
