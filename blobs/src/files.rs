@@ -66,6 +66,22 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Returns what there is at `path` itself, be it a link. Waits for a disk that does not answer.
+///
+/// # Errors
+/// Those of `lstat`.
+pub(crate) fn stat(path: &Path) -> io::Result<fs::Metadata> {
+    #[cfg(test)]
+    blocked::wait(path);
+    fs::symlink_metadata(path)
+}
+
+/// Returns the bytes that a file takes on its disk.
+pub(crate) fn allocated(file: &fs::Metadata) -> u64 {
+    // Blocks are of 512 bytes whatever the file system's own are (POSIX).
+    file.blocks().saturating_mul(512)
+}
+
 /// A file as it was found, by which it is known again when it is opened.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sighting {

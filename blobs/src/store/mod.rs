@@ -489,7 +489,10 @@ impl Store {
                 false => store.recount(txn, false),
             }
         })?;
-        if let Err(error) = store.finish_discards() {
+        let mut to_see = looks::ToSee::new(&store, false);
+        store.see_discards(&mut to_see)?;
+        let sights = to_see.look(&store)?;
+        if let Err(error) = store.finish_discards(&sights) {
             tracing::warn!(%error, "a file that is no longer needed stays");
         }
         Ok(store)
