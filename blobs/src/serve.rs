@@ -539,8 +539,8 @@ where
     async fn failed(&mut self, source: &Arc<Source>, groups: Range<u64>, error: &ReadError) {
         tracing::debug!(%error, path = ?source.path(), "what was asked for cannot be read");
         self.sources = None;
-        if matches!(error, ReadError::Changed) || source.arriving_content().is_some() {
-            // Another file by now, or one whose writer would not know that it has lost something.
+        if matches!(error, ReadError::Changed) {
+            // It is another file by now.
             return;
         }
         let (store, source) = (self.store.clone(), Arc::clone(source));

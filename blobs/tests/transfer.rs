@@ -783,6 +783,50 @@ async fn what_is_still_arriving_is_served_on() {
 }
 
 #[tokio::test]
+async fn damage_that_another_get_finds_in_a_part_that_is_still_arriving_is_fetched_again() {
+    let world = World::new(&[("big", content(200 * GROUP, 3))]);
+    let progress = Arc::new(Progress::default());
+    let transfer = Transfer::new(&world.receiver, &world.manifest, Arc::clone(&progress), 1);
+    let plan = |to: &str, progress: &Arc<Progress>| {
+        let (store, manifest) = (&world.receiver, &world.manifest);
+        Plan::new(store, manifest, None, &world.path(to), Arc::clone(progress)).unwrap()
+    };
+    let mut first = plan("to", &progress);
+    let peer = transfer.join(false, None);
+    peer.has(0, 0..100);
+    let hash = world.manifest.files()[0].blake3;
+    let other_get = async {
+        while moved(&progress) < 100 * GROUP as u64 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        transfer.settle().await.unwrap();
+        let part = fs::read_dir(world.path("to")).unwrap();
+        let part = part.map(|entry| entry.unwrap().path());
+        let part = part.into_iter().find(|path| path.extension().is_some_and(|end| end == "part"));
+        let part = fs::File::options().write(true).open(part.unwrap()).unwrap();
+        part.write_all_at(&[0xff; 100], 7 * GROUP as u64).unwrap();
+        // It copies what is here, and meets the damage.
+        let _second = plan("elsewhere", &Arc::default());
+        let here = world.receiver.sources(&hash).unwrap();
+        assert!(here.iter().all(|source| !source.has(7..8)));
+        peer.has(0, 100..200);
+    };
+    let work = async {
+        let (run, fetch, ()) = tokio::join!(
+            transfer.run(&mut first),
+            transfer.fetch(&peer, world.connect(), &[]),
+            other_get,
+        );
+        run.unwrap();
+        fetch.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(60), work)
+        .await
+        .unwrap();
+    world.assert_equal("to");
+}
+
+#[tokio::test]
 async fn providers_that_lie_or_lack_are_told_apart() {
     let world = World::new(&[("a", content(3 * GROUP, 1))]);
     let (mut download, _) = world.plan("to").unwrap();

@@ -117,7 +117,7 @@ impl Store {
             })?;
             self.read_through(hash, location);
         } else if let Some(content) = source.arriving_content() {
-            // The reader tells the writer of the blob that the groups are missing.
+            // The writer finds out when it next settles, and wants them again.
             bad.iter().for_each(|bad| content.forget(*bad..*bad + 1));
         } else if let (Some(part), mut have) = (source.part(), source.have())
             && let Ok(_lease) = PartLease::take(self, hash, part)
