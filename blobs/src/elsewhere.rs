@@ -24,7 +24,7 @@ const MAX_SOURCES: usize = 256;
 const MAX_INDEXED: usize = 1 << 20;
 
 /// An index from tensors to the models of a store that have them, for the models looked at so far. Manifests do not
-/// change, and are read once.
+/// change, and are read once. Models that the store holds no longer are forgotten with the next search.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     models: Vec<Hash>,
@@ -50,6 +50,31 @@ impl Index {
             .extend(tensors.into_iter().map(|tensor| (tensor, place)));
         self.tensors.sort_unstable();
         self.tensors.dedup();
+    }
+
+    /// Forgets all models but those of `held`.
+    fn keep_only(&mut self, held: &HashSet<Hash>) {
+        if self.known.is_subset(held) {
+            return;
+        }
+        let mut models = Vec::new();
+        // The new place of each model that stays: their order is the same, and so the tensors stay sorted.
+        let places: Vec<Option<u32>> = self
+            .models
+            .iter()
+            .map(|model| {
+                let place = u32::try_from(models.len()).ok();
+                held.contains(model).then(|| models.push(*model))?;
+                place
+            })
+            .collect();
+        self.tensors.retain_mut(|(_, place)| {
+            let new = places[*place as usize];
+            *place = new.unwrap_or_default();
+            new.is_some()
+        });
+        self.known.retain(|model| held.contains(model));
+        self.models = models;
     }
 
     /// Returns the models that may have any of these tensors.
@@ -120,8 +145,13 @@ impl Elsewhere {
         let mut looked_at = HashSet::new();
         let mut sources = 0;
         let mut found: HashMap<Place, (Arc<Source>, u64)> = HashMap::new();
-        let likely = store.tensors().may_have(wanted.keys().copied());
-        for model in store.models()? {
+        let models = store.models()?;
+        let likely = {
+            let mut index = store.tensors();
+            index.keep_only(&models.iter().map(|model| model.id).collect());
+            index.may_have(wanted.keys().copied())
+        };
+        for model in models {
             if !likely.contains(&model.id) && store.tensors().known.contains(&model.id) {
                 continue;
             }
@@ -269,5 +299,31 @@ mod tests {
             assert_eq!(found, HashSet::from([origin.id()]));
         }
         assert!(index.may_have([Hash::of(b"other")].into_iter()).is_empty());
+    }
+
+    #[test]
+    fn models_that_the_store_holds_no_longer_take_no_room_in_the_index() {
+        let origins = [[1; 4], [2; 4], [3; 4]]
+            .map(|content| Origin::new(&[("m.safetensors", &file(content))]));
+        let home = tempfile::tempdir().unwrap();
+        let store = crate::store::testing::store(&home);
+        for (at, origin) in origins.iter().enumerate() {
+            origin.fetch(&store, &home.path().join(at.to_string()));
+        }
+        let wanted = origins[2].manifest();
+        let find = || {
+            Elsewhere::find(&store, &[&wanted.files()[0]]).unwrap();
+        };
+        find();
+        assert_eq!(store.tensors().tensors.len(), 3);
+        store.remove(&origins[0].id(), true).unwrap();
+        find();
+        let index = store.tensors();
+        assert_eq!((index.tensors.len(), index.models.len()), (2, 2));
+        assert_eq!(index.known.len(), 2);
+        for origin in &origins[1..] {
+            let tensor = origin.manifest().files()[0].tensors[0].blake3;
+            assert_eq!(index.may_have([tensor].into_iter()), HashSet::from([origin.id()]));
+        }
     }
 }
