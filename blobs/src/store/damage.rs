@@ -18,7 +18,7 @@ use redb::ReadableTable;
 use super::{
     BLOBS, Inner, PARTS, PartLease, Store, StoreError, database,
     rows::{BlobRow, LocationRow, decode, path_from},
-    verify::Progress,
+    verify::{Progress, Reading},
 };
 use crate::{
     Hash,
@@ -276,7 +276,8 @@ fn read_one(
         let rows = store.blob_row(&hash)?.into_iter();
         let mut rows = rows.flat_map(|row| row.locations);
         if let Some(row) = rows.find(|row| path_from(&row.path) == location.path) {
-            store.check_file(&hash, &row, true, false, &Progress::default())?;
+            let progress = Progress::default();
+            store.check_file(&hash, &row, true, false, &Reading::new(&progress))?;
         }
         return Ok(());
     }

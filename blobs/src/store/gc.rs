@@ -492,7 +492,7 @@ mod tests {
         let missing = || {
             let models = store.models().unwrap();
             let progress = crate::store::verify::Progress::default();
-            let checked = store.verify(&models, true, &progress).unwrap();
+            let checked = store.verify(Some(&models), true, &progress).unwrap();
             let bad = |one: &&crate::store::verify::Checked| {
                 one.condition != crate::store::verify::Condition::Good
             };
