@@ -508,6 +508,25 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; nothing is taken in then.
     pub fn add(&self, indexed: &Indexed, name: Option<&str>) -> Result<Hash, StoreError> {
+        self.add_while(indexed, name, &|| true)
+    }
+
+    /// As [`add`](Self::add), as long as `goes_on` returns true, which is asked before each file and before the commit.
+    /// What was written by then is deleted by the next collection.
+    ///
+    /// # Errors
+    /// [`StoreError`], of which [`StoreError::Cancelled`] if it goes on no more; nothing is taken in then.
+    pub fn add_while(
+        &self,
+        indexed: &Indexed,
+        name: Option<&str>,
+        goes_on: &dyn Fn() -> bool,
+    ) -> Result<Hash, StoreError> {
+        let go_on = || match goes_on() {
+            true => Ok(()),
+            false => Err(StoreError::Cancelled),
+        };
+        go_on()?;
         let manifest = indexed.manifest.encode();
         let files = indexed.manifest.files().iter().map(|file| file.blake3);
         let _holds: Vec<Hold> = files
@@ -518,11 +537,13 @@ impl Store {
         let mut trees = HashSet::new();
         for file in indexed.manifest.files() {
             if trees.insert(file.blake3) {
+                go_on()?;
                 self.write_outboard(&file.blake3, &indexed.files[&file.path].outboard)?;
             }
         }
         let mut located = Located::default();
         for file in indexed.manifest.files() {
+            go_on()?;
             located.add(&file.blake3, &indexed.files[&file.path].location, false);
         }
         self.write(|txn| {
@@ -531,7 +552,8 @@ impl Store {
             if let Some(name) = name {
                 set_name(txn, id, name, Some(None))?;
             }
-            Ok(())
+            // Not when it is committed: what is acknowledged stays.
+            go_on()
         })?;
         Ok(id)
     }
@@ -1314,6 +1336,38 @@ mod tests {
         assert_eq!(row.locations.len(), FILES);
         let path = &indexed.files["777"].location.path;
         assert!(store.known_files(&hash).unwrap().has_untouched(path));
+        let model = store.model(&id).unwrap();
+        assert!(store.presence(&model, &indexed.manifest).unwrap().complete);
+    }
+
+    #[test]
+    fn adding_can_be_stopped_at_any_file_and_is_whole_or_not_at_all() {
+        let home = tempfile::tempdir().unwrap();
+        let root = home.path().join("m");
+        fs::create_dir(&root).unwrap();
+        for i in 0..5_u8 {
+            fs::write(root.join(i.to_string()), vec![i; 200_000]).unwrap();
+        }
+        let indexed = index(&root, &Progress::default()).unwrap();
+        let store = Store::open(&home.path().join("store")).unwrap();
+        let mut stops = 0;
+        let id = loop {
+            let asked = std::cell::Cell::new(0);
+            let goes_on = || asked.replace(asked.get() + 1) < stops;
+            match store.add_while(&indexed, Some("a/b@main"), &goes_on) {
+                Ok(id) => break id,
+                Err(StoreError::Cancelled) => {}
+                Err(error) => panic!("{error}"),
+            }
+            assert!(store.models().unwrap().is_empty());
+            store.collect(false).unwrap();
+            for kind in ["outboards", "manifests"] {
+                let left = fs::read_dir(home.path().join("store").join(kind)).unwrap();
+                assert_eq!(left.count(), 0, "stopped at {stops}");
+            }
+            stops += 1;
+        };
+        assert!(stops >= 2 * 5, "it could be stopped {stops} times");
         let model = store.model(&id).unwrap();
         assert!(store.presence(&model, &indexed.manifest).unwrap().complete);
     }
