@@ -4,21 +4,31 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    fs::{self, File},
     io,
     ops::Range,
+    path::Path,
     sync::Arc,
+};
+
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
 };
 
 use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
-    manifest::File,
+    files, manifest,
     source::Source,
     tree::{GROUP, Tree},
 };
 
 /// Files held open for what is taken from them.
 const MAX_SOURCES: usize = 256;
+
+/// Written ranges of a part file that are told apart: each costs two system calls. What follows counts as written.
+const MAX_RANGES: usize = 4096;
 
 /// Tensors that [`Index`] holds at most: 16 bytes each, 16 MiB in all. Models beyond are looked at each time.
 const MAX_INDEXED: usize = 1 << 20;
@@ -128,7 +138,7 @@ impl Elsewhere {
     /// [`StoreError`].
     pub(crate) fn find(
         store: &Store,
-        files: &[&File],
+        files: &[&manifest::File],
     ) -> Result<HashMap<Hash, Arc<Self>>, StoreError> {
         let mut wanted: HashMap<Hash, Vec<Place>> = HashMap::new();
         for (at, file) in files.iter().enumerate() {
@@ -209,6 +219,31 @@ impl Elsewhere {
         Ok(of_files.collect())
     }
 
+    /// Takes what lies in a part file that no row of this store speaks of: another node left it in a folder that both
+    /// fill, or the store's database is lost. `None` if there is nothing. Blocks.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub(crate) fn left(hash: Hash, tree: Tree, part: &Path) -> io::Result<Option<Self>> {
+        match fs::symlink_metadata(part) {
+            Ok(metadata) if metadata.is_file() && metadata.len() == tree.size() => {}
+            Ok(_) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        let file = files::open(part)?;
+        let written = written(&file, tree.size());
+        let content = (part.to_owned(), Bitfield::empty(tree.groups()));
+        let source = Arc::new(Source::left(hash, tree, content, file, None));
+        let pieces = written.into_iter().map(|range| Piece {
+            at: range.start,
+            range,
+            source: Arc::clone(&source),
+        });
+        let left = Self::new(tree, pieces.collect());
+        Ok((left.groups.count() > 0).then_some(left))
+    }
+
     fn new(tree: Tree, mut pieces: Vec<Piece>) -> Self {
         pieces.sort_by_key(|piece| (piece.range.start, piece.range.end));
         let mut end = 0;
@@ -267,6 +302,32 @@ impl Elsewhere {
         }
         Ok(())
     }
+}
+
+/// The ranges of a file that something was written to, as far as the file system tells; else all of it. Room that was
+/// set aside and not written to is none.
+fn written(file: &File, size: u64) -> Vec<Range<u64>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while at < size {
+        if ranges.len() >= MAX_RANGES {
+            ranges.push(at..size);
+            break;
+        }
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // There is none after that.
+            Err(Errno::NXIO) => break,
+            Err(_) => at,
+        };
+        let end = seek(file, SeekFrom::Hole(start)).unwrap_or(size).min(size);
+        if start >= end {
+            break;
+        }
+        ranges.push(start..end);
+        at = end;
+    }
+    ranges
 }
 
 #[cfg(test)]

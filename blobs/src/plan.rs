@@ -299,7 +299,10 @@ impl Plan {
             .collect();
         let mut found = Elsewhere::find(&self.store, &files)?;
         for want in &mut self.wants {
-            want.elsewhere = found.remove(&want.hash);
+            want.elsewhere = match found.remove(&want.hash) {
+                Some(found) => Some(found),
+                None => left(&self.store, want)?,
+            };
         }
         Ok(())
     }
@@ -378,6 +381,23 @@ impl Plan {
         self.copies = left;
         self.release();
         Ok(())
+    }
+}
+
+/// What lies in the part file of `want` though this store has no row of it.
+fn left(store: &Store, want: &Want) -> Result<Option<Arc<Elsewhere>>, StoreError> {
+    let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
+    if claim.is_some() {
+        return Ok(None);
+    }
+    let part = part_path(&want.target, &want.hash);
+    match Elsewhere::left(want.hash, want.tree, &part) {
+        Ok(left) => Ok(left.map(Arc::new)),
+        Err(error) => {
+            // It is only worth having: all of it can be fetched.
+            tracing::debug!(%error, part = %part.display(), "what was left of a file cannot be read");
+            Ok(None)
+        }
     }
 }
 

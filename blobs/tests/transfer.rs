@@ -783,6 +783,37 @@ async fn what_is_still_arriving_is_served_on() {
 }
 
 #[tokio::test]
+async fn what_one_node_left_of_a_file_another_with_its_own_home_goes_on_from() {
+    let world = World::new(&[("big", content(300 * GROUP, 3)), ("one", content(5000, 4))]);
+    let (mut download, progress) = world.plan("to").unwrap();
+    fetch_some(&world, &mut download, 12 << 20).await;
+    drop(download);
+    let first = moved(&progress);
+    assert!(first > 100 * GROUP as u64, "{first}");
+    // Some of what was left is damaged.
+    let part = fs::read_dir(world.path("to")).unwrap();
+    let mut parts = part.map(|entry| entry.unwrap().path());
+    let part = parts
+        .find(|path| fs::metadata(path).unwrap().len() == 300 * GROUP as u64)
+        .unwrap();
+    let file = fs::File::options().write(true).open(part).unwrap();
+    file.write_all_at(&[0xff; 100], 0).unwrap();
+
+    let other = Store::open(&world.path("other")).unwrap();
+    let progress = Arc::new(Progress::default());
+    let mut download = Download::plan(&other, &world.manifest, &world.path("to"), Arc::clone(&progress)).unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+    let (again, reused) = (moved(&progress), progress.reused.load(Ordering::Relaxed));
+    let size = world.manifest.size();
+    // The small file may have come whole before.
+    assert!(again + reused + 5000 >= size, "{again} and {reused} of {size}");
+    // But for the damage, and the rest of the run that it was found in.
+    assert!(reused + 17 * GROUP as u64 >= first, "{reused} of {first}");
+    assert!(again < size - first + 34 * GROUP as u64, "{again}");
+}
+
+#[tokio::test]
 async fn damage_that_another_get_finds_in_a_part_that_is_still_arriving_is_fetched_again() {
     let world = World::new(&[("big", content(200 * GROUP, 3))]);
     let progress = Arc::new(Progress::default());
