@@ -50,7 +50,7 @@ use std::{
 use prost::Message;
 use redb::{Database, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
 
-pub(crate) use self::parts::{PartLease, part_path};
+pub(crate) use self::parts::{Copied, PartLease, part_path};
 use self::{
     discards::DISCARDS,
     metadata::Metadata,
@@ -959,10 +959,13 @@ impl Store {
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
         self.inner.database.read(|txn| {
             let table = txn.open_table(BLOBS).map_err(database)?;
-            match table.get(hash.as_bytes()).map_err(database)? {
-                Some(row) => Ok(Some(decode("blobs", row.value())?)),
-                None => Ok(None),
-            }
+            let row = match table.get(hash.as_bytes()).map_err(database)? {
+                Some(row) => decode::<BlobRow>("blobs", row.value())?,
+                None => return Ok(None),
+            };
+            #[cfg(test)]
+            tests::LOCATIONS.set(tests::LOCATIONS.get() + row.locations.len() as u64);
+            Ok(Some(row))
         })
     }
 
@@ -1085,7 +1088,10 @@ impl Located {
                 None => BlobRow::default(),
             };
             #[cfg(test)]
-            tests::ROWS.set(tests::ROWS.get() + 1);
+            {
+                tests::ROWS.set(tests::ROWS.get() + 1);
+                tests::LOCATIONS.set(tests::LOCATIONS.get() + (row.locations.len() + new.len()) as u64);
+            }
             row.locations.retain(|old| match new.get_mut(&old.path) {
                 Some(new) => {
                     new.written |= keep && old.written;
@@ -1295,7 +1301,7 @@ fn remove_empty_folders(file: &Path, root: &Path) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -1307,6 +1313,9 @@ mod tests {
     thread_local! {
         /// Rows of blobs that this thread has written.
         pub(super) static ROWS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+
+        /// Files in rows of blobs that this thread has read or written.
+        pub(crate) static LOCATIONS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
     }
 
     #[test]
