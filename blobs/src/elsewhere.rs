@@ -384,7 +384,10 @@ mod tests {
         assert_eq!(index.known.len(), 2);
         for origin in &origins[1..] {
             let tensor = origin.manifest().files()[0].tensors[0].blake3;
-            assert_eq!(index.may_have([tensor].into_iter()), HashSet::from([origin.id()]));
+            assert_eq!(
+                index.may_have([tensor].into_iter()),
+                HashSet::from([origin.id()])
+            );
         }
     }
 }

@@ -179,7 +179,7 @@ pub(crate) fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Resul
 }
 
 /// Returns true if `error` means that the process or the system has no descriptor left.
-pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
+pub fn is_out_of_descriptors(error: &io::Error) -> bool {
     let code = error
         .raw_os_error()
         .map(rustix::io::Errno::from_raw_os_error);

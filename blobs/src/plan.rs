@@ -741,11 +741,7 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
 
 /// Puts files of one content in place, as far as the content is here; those that are not in place then, of which the
 /// first may have some of it. Blocks.
-fn put_same(
-    store: &Store,
-    wants: Vec<Want>,
-    progress: &Progress,
-) -> Result<Vec<Want>, StoreError> {
+fn put_same(store: &Store, wants: Vec<Want>, progress: &Progress) -> Result<Vec<Want>, StoreError> {
     let mut wants = VecDeque::from(wants);
     // The first takes whatever there is of the content. Once it is whole, the others are copies.
     while let Some(mut want) = wants.pop_front() {
@@ -773,7 +769,9 @@ fn copy_together(
         return Ok(());
     };
     let (hash, size) = (*hash, tree.size());
-    let source = store.whole(&hash)?.filter(|source| source.tree().size() == size);
+    let source = store
+        .whole(&hash)?
+        .filter(|source| source.tree().size() == size);
     let Some(source) = source.filter(|_| size <= TOGETHER) else {
         return Ok(());
     };
@@ -904,7 +902,13 @@ mod tests {
             origin.expect(&store, &root);
             let before = LOCATIONS.get();
             let progress = Arc::new(Progress::default());
-            let plan = Plan::new(&store, &origin.manifest(), None, &root, Arc::clone(&progress));
+            let plan = Plan::new(
+                &store,
+                &origin.manifest(),
+                None,
+                &root,
+                Arc::clone(&progress),
+            );
             assert!(plan.unwrap().is_complete());
             let done = progress.done.load(Ordering::Relaxed);
             assert_eq!(done, files as u64 * 2 * GROUP);
@@ -915,7 +919,11 @@ mod tests {
             let known = store.known_files(&hash).unwrap();
             assert_eq!(known.len(), files + 1);
             let root = root.canonicalize().unwrap();
-            assert!(names.iter().all(|name| known.has_untouched(&root.join(name))));
+            assert!(
+                names
+                    .iter()
+                    .all(|name| known.has_untouched(&root.join(name)))
+            );
             cost
         };
         let (few, many) = (cost(100), cost(400));

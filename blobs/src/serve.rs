@@ -226,7 +226,6 @@ impl Queue {
         }
     }
 
-
     /// Returns true if all answers that were sent have arrived, as far as is known.
     fn has_arrived(&self) -> bool {
         self.state().under_way.is_empty()

@@ -504,7 +504,13 @@ mod tests {
         for _ in 0..10 {
             tokio::time::sleep(Duration::from_secs(1)).await;
             alive.goes_on();
-            assert!(alive.uplink.state().counted(Instant::now()).any(|one| *one.place == [1]));
+            assert!(
+                alive
+                    .uplink
+                    .state()
+                    .counted(Instant::now())
+                    .any(|one| *one.place == [1])
+            );
         }
     }
 

@@ -801,13 +801,22 @@ async fn what_one_node_left_of_a_file_another_with_its_own_home_goes_on_from() {
 
     let other = Store::open(&world.path("other")).unwrap();
     let progress = Arc::new(Progress::default());
-    let mut download = Download::plan(&other, &world.manifest, &world.path("to"), Arc::clone(&progress)).unwrap();
+    let mut download = Download::plan(
+        &other,
+        &world.manifest,
+        &world.path("to"),
+        Arc::clone(&progress),
+    )
+    .unwrap();
     download.fetch(world.connect()).await.unwrap();
     world.assert_equal("to");
     let (again, reused) = (moved(&progress), progress.reused.load(Ordering::Relaxed));
     let size = world.manifest.size();
     // The small file may have come whole before.
-    assert!(again + reused + 5000 >= size, "{again} and {reused} of {size}");
+    assert!(
+        again + reused + 5000 >= size,
+        "{again} and {reused} of {size}"
+    );
     // But for the damage, and the rest of the run that it was found in.
     assert!(reused + 17 * GROUP as u64 >= first, "{reused} of {first}");
     assert!(again < size - first + 34 * GROUP as u64, "{again}");
@@ -833,7 +842,9 @@ async fn damage_that_another_get_finds_in_a_part_that_is_still_arriving_is_fetch
         transfer.settle().await.unwrap();
         let part = fs::read_dir(world.path("to")).unwrap();
         let part = part.map(|entry| entry.unwrap().path());
-        let part = part.into_iter().find(|path| path.extension().is_some_and(|end| end == "part"));
+        let part = part
+            .into_iter()
+            .find(|path| path.extension().is_some_and(|end| end == "part"));
         let part = fs::File::options().write(true).open(part.unwrap()).unwrap();
         part.write_all_at(&[0xff; 100], 7 * GROUP as u64).unwrap();
         // It copies what is here, and meets the damage.

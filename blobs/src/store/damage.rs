@@ -12,12 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use prost::Message;
-use redb::ReadableTable;
-
 use super::{
-    BLOBS, Inner, PARTS, PartLease, Store, StoreError, database,
-    rows::{BlobRow, LocationRow, decode, path_from},
+    Inner, PARTS, PartLease, Store, StoreError, change_location, database,
+    rows::{LocationRow, path_from},
     verify::{Progress, Reading},
 };
 use crate::{
@@ -58,6 +55,12 @@ impl LocationRow {
             good.remove_range(start..at.min(tree.groups()));
         }
         (!self.bad.is_empty() && good.count() > 0).then_some(good)
+    }
+
+    /// Says that all groups are right.
+    pub(super) fn set_all_good(&mut self) {
+        self.damaged = false;
+        self.bad.clear();
     }
 
     /// Says which groups are right.
@@ -108,7 +111,7 @@ impl Store {
                 "a file is damaged on disk: these groups of 64 KiB are fetched from elsewhere; `weft verify` tells which"
             );
             self.write(|txn| {
-                mark(txn, &hash, &location.path, |row| {
+                change_location(txn, &hash, &location.path, |row| {
                     if let Some(mut good) = row.good() {
                         bad.iter().for_each(|bad| good.remove_range(*bad..*bad + 1));
                         row.set_good(&good);
@@ -139,7 +142,7 @@ impl Store {
         path: &Path,
         good: &Bitfield,
     ) -> Result<(), StoreError> {
-        self.write(|txn| mark(txn, hash, path, |row| row.set_good(good)))
+        self.write(|txn| change_location(txn, hash, path, |row| row.set_good(good)))
     }
 
     /// Returns the groups of damaged files that are right, as sources open for reading.
@@ -284,30 +287,10 @@ fn read_one(
     store.set_good(&hash, &location.path, &good)
 }
 
-/// Changes what is known of the file at `path`, if it is known.
-fn mark(
-    txn: &redb::WriteTransaction,
-    hash: &Hash,
-    path: &Path,
-    change: impl FnOnce(&mut LocationRow),
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
-    };
-    let mut locations = row.locations.iter_mut();
-    if let Some(known) = locations.find(|known| path_from(&known.path) == path) {
-        change(known);
-    }
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
 
     #[test]

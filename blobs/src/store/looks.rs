@@ -145,7 +145,10 @@ impl Looks {
             }
             // If it has ended, its result is about to come.
             if self.give_up(number) {
-                tracing::warn!(disk = %mount.display(), "a disk does not answer: what is shown of it is what was last known, and nothing there is deleted");
+                tracing::warn!(
+                    disk = %mount.display(),
+                    "a disk does not answer: what was last known is shown of it, and nothing there is deleted"
+                );
                 return Ok(None);
             }
         }
@@ -372,12 +375,7 @@ impl Store {
     }
 
     /// Adds what may be there of a model.
-    pub(super) fn see_model(
-        &self,
-        to_see: &mut ToSee,
-        model: &Model,
-        manifest: Option<&Manifest>,
-    ) {
+    pub(super) fn see_model(&self, to_see: &mut ToSee, model: &Model, manifest: Option<&Manifest>) {
         for location in &model.results {
             to_see.file(&LocationRow::from(location));
         }
@@ -459,7 +457,10 @@ mod tests {
                     bytes: before.models,
                 };
                 let room = store.make_room(vec![need], &home, &Default::default());
-                assert!(matches!(room, Err(StoreError::QuotaExceeded { .. })), "{room:?}");
+                assert!(
+                    matches!(room, Err(StoreError::QuotaExceeded { .. })),
+                    "{room:?}"
+                );
             }
         };
         let (sender, done) = channel();

@@ -659,20 +659,10 @@ impl Store {
             let metadata = fs::metadata(&path).map_err(cannot_read())?;
             locations.push(Location::from_metadata(&path, &metadata));
         }
-        self.write(|txn| {
-            let mut table = txn.open_table(MODELS).map_err(database)?;
-            let row = match table.get(id.as_bytes()).map_err(database)? {
-                Some(row) => decode::<ModelRow>("models", row.value())?,
-                None => return Err(StoreError::NoSuchModel(*id)),
-            };
-            let mut model = Model::from_row(*id, row);
+        self.change_model(id, |model| {
             let is_new = |known: &Location| locations.iter().all(|new| new.path != known.path);
             model.results.retain(is_new);
-            model.results.extend(locations.iter().cloned());
-            table
-                .insert(id.as_bytes(), model.to_row().encode_to_vec().as_slice())
-                .map_err(database)?;
-            Ok(())
+            model.results.extend(locations);
         })
     }
 
@@ -1017,46 +1007,51 @@ impl Store {
     }
 }
 
-/// Forgets that a blob is in those files.
+/// Changes the row of a blob; `None` if there is none.
+fn change_blob<T>(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    change: impl FnOnce(&mut BlobRow) -> T,
+) -> Result<Option<T>, StoreError> {
+    let mut table = txn.open_table(BLOBS).map_err(database)?;
+    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
+        Some(row) => decode::<BlobRow>("blobs", row.value())?,
+        None => return Ok(None),
+    };
+    let result = change(&mut row);
+    table
+        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+        .map_err(database)?;
+    Ok(Some(result))
+}
+
+/// Changes what is known of the file at `path`, if it is known to hold the blob.
+fn change_location(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    path: &Path,
+    change: impl FnOnce(&mut LocationRow),
+) -> Result<(), StoreError> {
+    let of_path = |row: &mut BlobRow| {
+        let mut locations = row.locations.iter_mut();
+        locations
+            .find(|known| path_from(&known.path) == path)
+            .map(change)
+    };
+    change_blob(txn, hash, of_path).map(drop)
+}
+
+/// Forgets that a blob is in those files; what was known of them.
 fn forget_locations(
     txn: &WriteTransaction,
     hash: &Hash,
     which: impl Fn(&Path) -> bool,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
+) -> Result<Vec<LocationRow>, StoreError> {
+    let forget = |row: &mut BlobRow| {
+        let which = |known: &mut LocationRow| which(&path_from(&known.path));
+        row.locations.extract_if(.., which).collect()
     };
-    row.locations
-        .retain(|known| !which(&path_from(&known.path)));
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
-}
-
-/// Notes whether the file at `path` holds what it should.
-fn mark_location(
-    txn: &WriteTransaction,
-    hash: &Hash,
-    path: &Path,
-    damaged: bool,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
-    };
-    let mut locations = row.locations.iter_mut();
-    if let Some(known) = locations.find(|known| path_from(&known.path) == path) {
-        known.damaged = damaged;
-        known.bad.clear();
-    }
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
+    Ok(change_blob(txn, hash, forget)?.unwrap_or_default())
 }
 
 /// Files that hold whole blobs, to be noted: by blob and path. The row of each blob is read and written once, however
@@ -1090,7 +1085,8 @@ impl Located {
             #[cfg(test)]
             {
                 tests::ROWS.set(tests::ROWS.get() + 1);
-                tests::LOCATIONS.set(tests::LOCATIONS.get() + (row.locations.len() + new.len()) as u64);
+                tests::LOCATIONS
+                    .set(tests::LOCATIONS.get() + (row.locations.len() + new.len()) as u64);
             }
             row.locations.retain(|old| match new.get_mut(&old.path) {
                 Some(new) => {

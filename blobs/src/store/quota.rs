@@ -17,11 +17,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use prost::Message;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
-    BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
+    BLOBS, MODELS, Model, PARTS, Store, StoreError, change_blob, database,
     discards::{Doomed, allocated},
     looks::Sights,
     metadata::Metadata,
@@ -436,11 +435,7 @@ impl Store {
     }
 
     /// Drops all of it in one transaction, and then the files; the models among it.
-    fn evict(
-        &self,
-        candidates: Vec<Candidate>,
-        sights: &Sights,
-    ) -> Result<Vec<Model>, StoreError> {
+    fn evict(&self, candidates: Vec<Candidate>, sights: &Sights) -> Result<Vec<Model>, StoreError> {
         let held = self.held()?;
         let mut doomed = Doomed::default();
         let mut gone = Vec::new();
@@ -505,21 +500,9 @@ impl Store {
         self.write(|txn| {
             let last = blobs.values().max().copied().unwrap_or_default();
             note_use(txn, u64::try_from(last).unwrap_or_default())?;
-            let mut table = txn.open_table(BLOBS).map_err(database)?;
-            for (hash, at) in blobs {
-                let row = table.get(hash.as_bytes()).map_err(database)?;
-                let Some(row) = row.map(|row| decode::<BlobRow>("blobs", row.value())) else {
-                    continue;
-                };
-                let row = BlobRow {
-                    used_at: at,
-                    ..row?
-                };
-                table
-                    .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-                    .map_err(database)?;
-            }
-            Ok(())
+            blobs.into_iter().try_for_each(|(hash, at)| {
+                change_blob(txn, &hash, |row| row.used_at = at).map(drop)
+            })
         })
     }
 
@@ -632,6 +615,8 @@ impl Default for Uses {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
     use crate::{
         store::testing::{Origin, add, content, store},

@@ -5,12 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use prost::Message;
 use redb::{ReadableTable, WriteTransaction};
 
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::Doomed,
+    forget_locations,
     looks::{IN_ROOT, Sights, ToSee},
     part_path,
     refs::{drop_refs, refs},
@@ -199,7 +199,8 @@ impl Forget<'_> {
                 let part = part_path(&path, &hash);
                 self.drop_part(&hash, &part)?;
                 doomed.part(store, &hash, part, self.sights);
-                if let Some(row) = self.drop_location(&hash, &path)?
+                let dropped = forget_locations(txn, &hash, |known| known == path)?;
+                if let Some(row) = dropped.into_iter().next()
                     && row.written
                     && self.files
                 {
@@ -300,22 +301,6 @@ impl Forget<'_> {
         let key = part_key(hash, part);
         table.remove(key.as_slice()).map_err(database)?;
         Ok(())
-    }
-
-    /// Forgets that a blob is in the file at `path`.
-    fn drop_location(&self, hash: &Hash, path: &Path) -> Result<Option<LocationRow>, StoreError> {
-        let mut table = self.txn.open_table(BLOBS).map_err(database)?;
-        let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-            Some(row) => decode::<BlobRow>("blobs", row.value())?,
-            None => return Ok(None),
-        };
-        let at = row.locations.iter();
-        let at = at.map(|row| path_from(&row.path)).position(|at| at == path);
-        let dropped = at.map(|at| row.locations.remove(at));
-        table
-            .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-            .map_err(database)?;
-        Ok(dropped)
     }
 }
 

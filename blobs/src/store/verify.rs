@@ -21,8 +21,9 @@ use std::{
 };
 
 use super::{
-    BLOBS, Hold, Model, PARTS, PartLease, Store, StoreError, database, mark_location, part_path,
-    rows::{BlobRow, LocationRow, decode, path_from},
+    Hold, Model, PARTS, PartLease, Store, StoreError, change_location, database, forget_locations,
+    part_path,
+    rows::{LocationRow, path_from},
     sync_folder,
 };
 use crate::{
@@ -35,8 +36,7 @@ use crate::{
     stamp::Stamp,
     tree::Tree,
 };
-use prost::Message;
-use redb::{ReadableTable, WriteTransaction};
+use redb::WriteTransaction;
 
 /// Files that are read at a time: a disk gains by a second reader, and hardly by more.
 const READERS: usize = 2;
@@ -433,7 +433,7 @@ impl Store {
             }
             if good.is_full() {
                 if row.damaged {
-                    self.write(|txn| mark_location(txn, hash, path, false))?;
+                    self.write(|txn| change_location(txn, hash, path, LocationRow::set_all_good))?;
                 }
                 return Ok(Found::only(Condition::Good));
             }
@@ -444,7 +444,7 @@ impl Store {
                 let mut found = Found::only(Condition::TreeMissing);
                 if repair {
                     self.write_outboard(hash, &indexed.outboard)?;
-                    self.write(|txn| mark_location(txn, hash, path, false))?;
+                    self.write(|txn| change_location(txn, hash, path, LocationRow::set_all_good))?;
                     found.action = Action::TreeRebuilt;
                 }
                 return Ok(found);
@@ -530,7 +530,7 @@ impl Store {
         }
         // Every group that the row claims has just been read.
         self.note_part(hash, (&part, good, &tree), true, |txn| {
-            forget_location(txn, hash, &location.path)
+            forget_locations(txn, hash, |path| path == location.path).map(drop)
         })?;
         Ok(true)
     }
@@ -570,7 +570,7 @@ impl Store {
             return Ok(None);
         };
         let good = claim.groups;
-        self.write(|txn| forget_location(txn, hash, &location.path))?;
+        self.write(|txn| forget_locations(txn, hash, |path| path == location.path))?;
         Ok(Some(Found {
             condition: Condition::Damaged,
             action: Action::Reopened,
@@ -656,20 +656,6 @@ pub(super) fn difference(all: &Bitfield, without: &Bitfield) -> Bitfield {
     rest
 }
 
-/// Forgets that a blob is in the file at `path`.
-fn forget_location(txn: &WriteTransaction, hash: &Hash, path: &Path) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
-    };
-    row.locations.retain(|known| path_from(&known.path) != path);
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
-}
-
 /// Has the file read from the disk: what is cached of it may be better than what is there.
 fn from_disk(file: &File) {
     #[cfg(target_os = "linux")]
@@ -752,7 +738,10 @@ mod tests {
         let found = verify(&store, true);
         assert!(found.iter().all(|one| one.condition == Condition::Good));
         let bytes = |found: &[Checked]| found.iter().map(|one| one.bytes).sum::<u64>();
-        assert_eq!((found.len(), bytes(&found)), (5, (5 + 5 + 20 + 10 + 6) * GROUP));
+        assert_eq!(
+            (found.len(), bytes(&found)),
+            (5, (5 + 5 + 20 + 10 + 6) * GROUP)
+        );
         // With a model, only that.
         let models = store.models().unwrap();
         let of_model = store.verify(Some(&models), true, &Progress::default());
@@ -765,8 +754,14 @@ mod tests {
         let found = verify(&store, true);
         let of = |hash: Hash| found.iter().find(|one| one.hash == hash).unwrap();
         let told = |one: &Checked| (one.model, one.path.clone(), one.action, one.damaged_bytes);
-        assert_eq!(told(of(b)), (read.id(), "b".to_owned(), Action::Reopened, GROUP));
-        assert_eq!(told(of(c)), (read.id(), "c".to_owned(), Action::Cleared, GROUP));
+        assert_eq!(
+            told(of(b)),
+            (read.id(), "b".to_owned(), Action::Reopened, GROUP)
+        );
+        assert_eq!(
+            told(of(c)),
+            (read.id(), "c".to_owned(), Action::Cleared, GROUP)
+        );
         assert_eq!(told(of(d)), (d, d.to_string(), Action::Reopened, GROUP));
         // What is missing is told, and not counted as read.
         assert_eq!((found.len(), bytes(&found)), (5, (5 + 20 + 10 + 6) * GROUP));
