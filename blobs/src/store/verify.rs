@@ -157,12 +157,12 @@ impl Tasks<'_> {
         for row in rows.into_iter().flat_map(|row| row.locations) {
             let at = path_from(&row.path);
             let own = Some(&*at) == target || at == owned;
-            let is_missed = match target {
-                Some(target) => own || !target.exists(),
-                None => false,
+            // A copy in a folder that the model left, or a file of no model: nothing is lacking without it.
+            let counts = match target {
+                Some(target) => own || !target.exists() || at.exists(),
+                None => Location::from(&row).open().is_some(),
             };
-            if !is_missed && !at.exists() {
-                // A copy in a folder that the model left, or of no model: nothing is lacking without it.
+            if !counts {
                 continue;
             }
             let ours = row.written && own;
@@ -775,7 +775,8 @@ mod tests {
         assert_eq!(good.count(), 4);
         // No model lacks what nobody holds.
         fs::remove_file(store.owned_path(&b)).unwrap();
-        assert_eq!(verify(&store, true).len(), 4);
+        fs::write(store.owned_path(&c), "other content").unwrap();
+        assert_eq!(verify(&store, true).len(), 3);
     }
 
     #[test]
