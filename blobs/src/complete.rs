@@ -11,7 +11,9 @@ use std::{
 };
 
 use crate::{
-    Manifest, Store, manifest,
+    Manifest, Store,
+    index::counted,
+    manifest,
     shards::{MAX_INDEX, shards},
 };
 
@@ -124,13 +126,6 @@ impl Store {
             open.read_exact_at(&mut content, 0).ok()?;
             Some(content)
         })
-    }
-}
-
-fn counted(n: usize, what: &str) -> String {
-    match n {
-        1 => format!("1 {what}"),
-        n => format!("{n} {what}s"),
     }
 }
 

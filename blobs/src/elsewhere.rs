@@ -4,15 +4,22 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    fs::{self, File},
     io,
     ops::Range,
+    path::Path,
     sync::Arc,
+};
+
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
 };
 
 use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
-    manifest::File,
+    files, manifest,
     source::Source,
     tree::{GROUP, Tree},
 };
@@ -20,11 +27,14 @@ use crate::{
 /// Files held open for what is taken from them.
 const MAX_SOURCES: usize = 256;
 
+/// Written ranges of a part file that are told apart: each costs two system calls. What follows counts as written.
+const MAX_RANGES: usize = 4096;
+
 /// Tensors that [`Index`] holds at most: 16 bytes each, 16 MiB in all. Models beyond are looked at each time.
 const MAX_INDEXED: usize = 1 << 20;
 
 /// An index from tensors to the models of a store that have them, for the models looked at so far. Manifests do not
-/// change, and are read once.
+/// change, and are read once. Models that the store holds no longer are forgotten with the next search.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     models: Vec<Hash>,
@@ -50,6 +60,31 @@ impl Index {
             .extend(tensors.into_iter().map(|tensor| (tensor, place)));
         self.tensors.sort_unstable();
         self.tensors.dedup();
+    }
+
+    /// Forgets all models but those of `held`.
+    fn keep_only(&mut self, held: &HashSet<Hash>) {
+        if self.known.is_subset(held) {
+            return;
+        }
+        let mut models = Vec::new();
+        // The new place of each model that stays: their order is the same, and so the tensors stay sorted.
+        let places: Vec<Option<u32>> = self
+            .models
+            .iter()
+            .map(|model| {
+                let place = u32::try_from(models.len()).ok();
+                held.contains(model).then(|| models.push(*model))?;
+                place
+            })
+            .collect();
+        self.tensors.retain_mut(|(_, place)| {
+            let new = places[*place as usize];
+            *place = new.unwrap_or_default();
+            new.is_some()
+        });
+        self.known.retain(|model| held.contains(model));
+        self.models = models;
     }
 
     /// Returns the models that may have any of these tensors.
@@ -103,7 +138,7 @@ impl Elsewhere {
     /// [`StoreError`].
     pub(crate) fn find(
         store: &Store,
-        files: &[&File],
+        files: &[&manifest::File],
     ) -> Result<HashMap<Hash, Arc<Self>>, StoreError> {
         let mut wanted: HashMap<Hash, Vec<Place>> = HashMap::new();
         for (at, file) in files.iter().enumerate() {
@@ -120,8 +155,13 @@ impl Elsewhere {
         let mut looked_at = HashSet::new();
         let mut sources = 0;
         let mut found: HashMap<Place, (Arc<Source>, u64)> = HashMap::new();
-        let likely = store.tensors().may_have(wanted.keys().copied());
-        for model in store.models()? {
+        let models = store.models()?;
+        let likely = {
+            let mut index = store.tensors();
+            index.keep_only(&models.iter().map(|model| model.id).collect());
+            index.may_have(wanted.keys().copied())
+        };
+        for model in models {
             if !likely.contains(&model.id) && store.tensors().known.contains(&model.id) {
                 continue;
             }
@@ -177,6 +217,31 @@ impl Elsewhere {
             (elsewhere.groups.count() > 0).then(|| (file.blake3, Arc::new(elsewhere)))
         });
         Ok(of_files.collect())
+    }
+
+    /// Takes what lies in a part file that no row of this store speaks of: another node left it in a folder that both
+    /// fill, or the store's database is lost. `None` if there is nothing. Blocks.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub(crate) fn left(hash: Hash, tree: Tree, part: &Path) -> io::Result<Option<Self>> {
+        match fs::symlink_metadata(part) {
+            Ok(metadata) if metadata.is_file() && metadata.len() == tree.size() => {}
+            Ok(_) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        let file = files::open(part)?;
+        let written = written(&file, tree.size());
+        let content = (part.to_owned(), Bitfield::empty(tree.groups()));
+        let source = Arc::new(Source::left(hash, tree, content, file, None));
+        let pieces = written.into_iter().map(|range| Piece {
+            at: range.start,
+            range,
+            source: Arc::clone(&source),
+        });
+        let left = Self::new(tree, pieces.collect());
+        Ok((left.groups.count() > 0).then_some(left))
     }
 
     fn new(tree: Tree, mut pieces: Vec<Piece>) -> Self {
@@ -239,6 +304,32 @@ impl Elsewhere {
     }
 }
 
+/// The ranges of a file that something was written to, as far as the file system tells; else all of it. Room that was
+/// set aside and not written to is none.
+fn written(file: &File, size: u64) -> Vec<Range<u64>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while at < size {
+        if ranges.len() >= MAX_RANGES {
+            ranges.push(at..size);
+            break;
+        }
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // There is none after that.
+            Err(Errno::NXIO) => break,
+            Err(_) => at,
+        };
+        let end = seek(file, SeekFrom::Hole(start)).unwrap_or(size).min(size);
+        if start >= end {
+            break;
+        }
+        ranges.push(start..end);
+        at = end;
+    }
+    ranges
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,5 +360,34 @@ mod tests {
             assert_eq!(found, HashSet::from([origin.id()]));
         }
         assert!(index.may_have([Hash::of(b"other")].into_iter()).is_empty());
+    }
+
+    #[test]
+    fn models_that_the_store_holds_no_longer_take_no_room_in_the_index() {
+        let origins = [[1; 4], [2; 4], [3; 4]]
+            .map(|content| Origin::new(&[("m.safetensors", &file(content))]));
+        let home = tempfile::tempdir().unwrap();
+        let store = crate::store::testing::store(&home);
+        for (at, origin) in origins.iter().enumerate() {
+            origin.fetch(&store, &home.path().join(at.to_string()));
+        }
+        let wanted = origins[2].manifest();
+        let find = || {
+            Elsewhere::find(&store, &[&wanted.files()[0]]).unwrap();
+        };
+        find();
+        assert_eq!(store.tensors().tensors.len(), 3);
+        store.remove(&origins[0].id(), true).unwrap();
+        find();
+        let index = store.tensors();
+        assert_eq!((index.tensors.len(), index.models.len()), (2, 2));
+        assert_eq!(index.known.len(), 2);
+        for origin in &origins[1..] {
+            let tensor = origin.manifest().files()[0].tensors[0].blake3;
+            assert_eq!(
+                index.may_have([tensor].into_iter()),
+                HashSet::from([origin.id()])
+            );
+        }
     }
 }

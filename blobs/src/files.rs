@@ -66,6 +66,22 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Returns what there is at `path` itself, be it a link. Waits for a disk that does not answer.
+///
+/// # Errors
+/// Those of `lstat`.
+pub(crate) fn stat(path: &Path) -> io::Result<fs::Metadata> {
+    #[cfg(test)]
+    blocked::wait(path);
+    fs::symlink_metadata(path)
+}
+
+/// Returns the bytes that a file takes on its disk.
+pub(crate) fn allocated(file: &fs::Metadata) -> u64 {
+    // Blocks are of 512 bytes whatever the file system's own are (POSIX).
+    file.blocks().saturating_mul(512)
+}
+
 /// A file as it was found, by which it is known again when it is opened.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sighting {
@@ -163,7 +179,7 @@ pub(crate) fn patiently<T>(mut work: impl FnMut() -> io::Result<T>) -> io::Resul
 }
 
 /// Returns true if `error` means that the process or the system has no descriptor left.
-pub(crate) fn is_out_of_descriptors(error: &io::Error) -> bool {
+pub fn is_out_of_descriptors(error: &io::Error) -> bool {
     let code = error
         .raw_os_error()
         .map(rustix::io::Errno::from_raw_os_error);

@@ -4,7 +4,8 @@
 //! can be told whether it still runs.
 
 use std::{
-    fmt, fs,
+    fmt,
+    fs::{self, File},
     io::{self, Read, Seek, SeekFrom, Write},
 };
 
@@ -84,6 +85,16 @@ impl Holder {
         // One write: nobody reads a half of it.
         let text = format!("{pid}\nhost {host}\nsince {since}\nspace {space}\n");
         file.write_all(text.as_bytes())
+    }
+
+    /// Signs a lock file as this process. Writes over the signature of an earlier holder, which stays on a full disk: so
+    /// it can still be told that it was killed.
+    pub(crate) fn sign(mut file: &File) -> io::Result<()> {
+        let mut text = Vec::new();
+        Self::this().write(&mut text)?;
+        file.rewind()?;
+        file.write_all(&text)?;
+        file.set_len(text.len() as u64)
     }
 
     /// Returns whether the process runs now; `None` if that cannot be told from here: the process is on another machine

@@ -188,7 +188,8 @@ pub enum IndexError {
     Cancelled,
 }
 
-fn counted(n: usize, what: &str) -> String {
+/// Says how many there are, as in "1 file" and "2 files".
+pub(crate) fn counted(n: usize, what: &str) -> String {
     match n {
         1 => format!("1 {what}"),
         n => format!("{n} {what}s"),

@@ -52,6 +52,8 @@ pub mod transfer;
 pub mod tree;
 pub mod uplink;
 
+#[doc(hidden)]
+pub use self::files::is_out_of_descriptors;
 pub use self::{
     hash::{Hash, ParseHashError},
     header::HeaderError,

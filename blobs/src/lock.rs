@@ -3,7 +3,7 @@
 use std::{
     collections::HashSet,
     fs::{File, OpenOptions, TryLockError},
-    io::{self, Seek, Write},
+    io,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{LazyLock, Mutex, PoisonError},
@@ -69,23 +69,13 @@ fn holder(pid: &Option<u32>) -> String {
     }
 }
 
-/// Writes over the signature of an earlier holder, which stays on a full disk: so it can still be told that it was
-/// killed.
-fn sign(mut file: &File) -> io::Result<()> {
-    let mut text = Vec::new();
-    Holder::this().write(&mut text)?;
-    file.rewind()?;
-    file.write_all(&text)?;
-    file.set_len(text.len() as u64)
-}
-
 impl Lock {
     /// Takes the lock of `folder`, in its file `lock`, and writes this process's id there.
     ///
     /// # Errors
     /// [`LockError::Held`] at once if another process, or another holder in this one, has it.
     pub fn take(folder: &Path) -> Result<Self, LockError> {
-        Self::take_with(folder, File::try_lock, sign)
+        Self::take_with(folder, File::try_lock, Holder::sign)
     }
 
     fn take_with(
@@ -191,11 +181,11 @@ mod tests {
     #[test]
     fn a_lock_that_the_file_system_grants_to_everybody_still_has_one_holder() {
         let folder = tempfile::tempdir().unwrap();
-        let first = Lock::take_with(folder.path(), |_| Ok(()), sign).unwrap();
-        let second = Lock::take_with(folder.path(), |_| Ok(()), sign);
+        let first = Lock::take_with(folder.path(), |_| Ok(()), Holder::sign).unwrap();
+        let second = Lock::take_with(folder.path(), |_| Ok(()), Holder::sign);
         assert!(matches!(second, Err(LockError::Held { pid: Some(_), .. })));
         drop(first);
-        let again = Lock::take_with(folder.path(), |_| Ok(()), sign).unwrap();
+        let again = Lock::take_with(folder.path(), |_| Ok(()), Holder::sign).unwrap();
         assert!(!again.was_left());
     }
 
@@ -218,7 +208,7 @@ mod tests {
         use rustix::io::Errno;
         for error in [Errno::NOSYS, Errno::NOLCK, Errno::OPNOTSUPP] {
             let none = |_: &File| Err(TryLockError::Error(error.into()));
-            let error = Lock::take_with(folder.path(), none, sign).unwrap_err();
+            let error = Lock::take_with(folder.path(), none, Holder::sign).unwrap_err();
             assert!(matches!(error, LockError::Unsupported { .. }), "{error}");
             assert!(error.to_string().contains("local disk"), "{error}");
         }

@@ -241,15 +241,8 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
             _ => Ok(Attempt::Again),
         };
     }
-    let sign = || {
-        let mut text = Vec::new();
-        Holder::this().write(&mut text)?;
-        (&file).seek(SeekFrom::Start(0))?;
-        (&file).write_all(&text)?;
-        file.set_len(text.len() as u64)
-    };
     // A disk that is full says so when the content comes, and with how much is needed.
-    if let Err(error) = sign() {
+    if let Err(error) = Holder::sign(&file) {
         tracing::debug!(%error, folder = %folder.display(), "a lock is not signed");
     }
     Ok(Attempt::Taken(Occupancy {

@@ -96,6 +96,8 @@ pub(crate) struct Content {
     tree: Tree,
     file: File,
     have: Mutex<Bitfield>,
+    /// Groups that a reader found to be damaged, and of which the writer does not know yet.
+    lost: Mutex<Option<Bitfield>>,
     /// Bytes written since they were last on their way to the disk.
     unsynced: AtomicU64,
     /// The file is being synced ahead of time.
@@ -164,9 +166,18 @@ impl Content {
         result
     }
 
-    /// These are damaged on disk, and missing from now on.
+    /// These are damaged on disk, and missing from now on. The writer learns it by [`Partial::take_lost`].
     pub(crate) fn forget(&self, groups: Range<u64>) {
-        self.lock().remove_range(groups);
+        self.lock().remove_range(groups.clone());
+        let mut lost = self.lost();
+        lost.get_or_insert_with(|| Bitfield::empty(self.tree.groups()))
+            .insert_range(groups);
+    }
+
+    fn lost(&self) -> std::sync::MutexGuard<'_, Option<Bitfield>> {
+        self.lost
+            .lock()
+            .expect("nothing panics while holding the lock")
     }
 
     /// Reads what is had.
@@ -274,6 +285,7 @@ impl Partial {
                 tree,
                 file,
                 have: Mutex::new(have),
+                lost: Mutex::default(),
                 unsynced: AtomicU64::new(0),
                 writing_back: AtomicBool::new(false),
                 syncing: Mutex::default(),
@@ -352,6 +364,20 @@ impl Partial {
             .expect("nothing panics while holding the lock");
         lost.runs().for_each(|run| durable.remove_range(run));
         durable.clone()
+    }
+
+    /// Takes the groups that readers have found to be damaged since the last call and that are still missing. Whoever
+    /// writes the blob wants them again.
+    pub(crate) fn take_lost(&self) -> Option<Bitfield> {
+        let mut lost = self.content.lost().take()?;
+        self.have().runs().for_each(|run| lost.remove_range(run));
+        if lost.count() == 0 {
+            return None;
+        }
+        self.was_read(&lost, &lost);
+        // The row that vouches for them is to be written anew.
+        self.set_dirty();
+        Some(lost)
     }
 
     /// By what the file is known to be untouched when it is opened again; `None` while groups are in doubt.
@@ -720,6 +746,7 @@ mod tests {
             tree,
             file,
             have: Mutex::new(Bitfield::empty(tree.groups())),
+            lost: Mutex::default(),
             unsynced: AtomicU64::new(0),
             writing_back: AtomicBool::new(false),
             syncing: Mutex::default(),

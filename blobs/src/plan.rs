@@ -1,7 +1,7 @@
 //! Before anything is fetched: what of a model is to go where, what of it is on this machine already, and whether there is room.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque, btree_map::Entry},
     fs, io,
     ops::Range,
     os::unix::fs::MetadataExt,
@@ -29,8 +29,8 @@ use crate::{
     selection::{Selected, Wanted},
     serve::MAX_GROUPS,
     source::{ReadError, Source},
-    store::{KnownFiles, make_folders, part_path},
-    tree::Tree,
+    store::{Copied, KnownFiles, make_folders, part_path},
+    tree::{GROUP, Tree},
 };
 
 /// How often what is copied is made durable: what a crash can cost.
@@ -43,6 +43,10 @@ const ADOPTED: usize = 64;
 /// Of a blob that is in more files, what is known of them is kept while all of a model's files are looked at: a model
 /// may have a hundred thousand files of the same content.
 const MANY: usize = 64;
+
+/// The largest file of which copies are made together, in bytes: 16 MiB, which take less than a second, so that a crash
+/// costs no more of one than of a larger file, which is settled once a second.
+const TOGETHER: u64 = MAX_GROUPS * GROUP;
 
 /// How long to wait for a part file that an earlier, cancelled transfer is still settling.
 const BUSY_WAIT: Duration = Duration::from_secs(5);
@@ -167,7 +171,7 @@ pub struct Plan {
     /// What only a provider has.
     wants: Vec<Want>,
     /// Files whose content arrives under another path first.
-    copies: Vec<(manifest::File, Vec<Hash>)>,
+    copies: Vec<Want>,
     /// Blobs that are whole here.
     here: HashSet<Hash>,
     progress: Arc<Progress>,
@@ -239,27 +243,13 @@ impl Plan {
             root,
             progress,
         };
-        let mut wanted = HashSet::new();
-        for (file, replaces) in missing {
-            if wanted.contains(&file.blake3) {
-                plan.copies.push((file.clone(), replaces));
-                continue;
+        for wants in plan.of_one_content(missing) {
+            let hash = wants.first().map(|want| want.hash);
+            let not_there = put_same(store, wants, &plan.progress)?;
+            if let (Some(hash), false) = (hash, not_there.is_empty()) {
+                plan.here.remove(&hash);
             }
-            let target = plan.root.join(&file.path);
-            make_folder(&target)?;
-            let mut want = Want {
-                occupancy: plan.occupancy.clone(),
-                replaces,
-                ..Want::whole(file.blake3, file.size, target)
-            };
-            let satisfied = fill(store, &mut want, &plan.progress)?;
-            plan.progress.done.fetch_add(want.had, Ordering::Relaxed);
-            // Whole in a part file, it is still to become the file.
-            if !(satisfied && store.holds(&file.blake3, &want.target)?) {
-                plan.here.remove(&file.blake3);
-                wanted.insert(file.blake3);
-                plan.wants.push(want);
-            }
+            plan.want(not_there);
         }
         for mut want in owned {
             let whole = store.whole(&want.hash)?;
@@ -281,6 +271,31 @@ impl Plan {
         Ok(plan)
     }
 
+    /// The files that are missing, as wants, those of one content together.
+    fn of_one_content(&self, missing: Vec<Missing<'_>>) -> Vec<Vec<Want>> {
+        let mut same: Vec<Vec<Want>> = Vec::new();
+        let mut places: HashMap<Hash, usize> = HashMap::new();
+        for (file, replaces) in missing {
+            let place = *places.entry(file.blake3).or_insert(same.len());
+            if place == same.len() {
+                same.push(Vec::new());
+            }
+            same[place].push(Want {
+                occupancy: self.occupancy.clone(),
+                replaces,
+                ..Want::whole(file.blake3, file.size, self.root.join(&file.path))
+            });
+        }
+        same
+    }
+
+    /// Has the first of files of one content fetched, and the others copied from it.
+    fn want(&mut self, not_there: Vec<Want>) {
+        let mut not_there = not_there.into_iter();
+        self.wants.extend(not_there.next());
+        self.copies.extend(not_there);
+    }
+
     /// Lets others fill the folder when nothing is missing there any more.
     pub(crate) fn release(&mut self) {
         if self.is_complete() {
@@ -299,7 +314,10 @@ impl Plan {
             .collect();
         let mut found = Elsewhere::find(&self.store, &files)?;
         for want in &mut self.wants {
-            want.elsewhere = found.remove(&want.hash);
+            want.elsewhere = match found.remove(&want.hash) {
+                Some(found) => Some(found),
+                None => left(&self.store, want)?,
+            };
         }
         Ok(())
     }
@@ -347,37 +365,40 @@ impl Plan {
     /// # Errors
     /// [`StoreError`].
     pub async fn finish_copies(&mut self) -> Result<(), StoreError> {
-        let mut left = Vec::new();
-        while let Some((file, replaces)) = self.copies.pop() {
-            if self.wants.iter().any(|want| want.hash == file.blake3) {
-                left.push((file, replaces));
-                continue;
-            }
-            let store = self.store.clone();
-            let progress = Arc::clone(&self.progress);
-            let target = self.root.join(&file.path);
-            let occupancy = self.occupancy.clone();
-            let (want, is_there) = spawn_blocking(move || {
-                make_folder(&target)?;
-                let mut want = Want {
-                    occupancy,
-                    replaces,
-                    ..Want::whole(file.blake3, file.size, target)
-                };
-                fill(&store, &mut want, &progress)?;
-                let is_there = store.holds(&want.hash, &want.target)?;
-                Ok::<_, StoreError>((want, is_there))
-            })
-            .await
-            .expect("copying does not panic")?;
-            self.progress.done.fetch_add(want.had, Ordering::Relaxed);
-            if !is_there {
-                self.wants.push(want);
-            }
-        }
+        let (left, now): (Vec<_>, Vec<_>) = std::mem::take(&mut self.copies)
+            .into_iter()
+            .partition(|copy| self.wants.iter().any(|want| want.hash == copy.hash));
         self.copies = left;
+        let mut same: HashMap<Hash, Vec<Want>> = HashMap::new();
+        for copy in now {
+            same.entry(copy.hash).or_default().push(copy);
+        }
+        for wants in same.into_values() {
+            let (store, progress) = (self.store.clone(), Arc::clone(&self.progress));
+            let not_there = spawn_blocking(move || put_same(&store, wants, &progress))
+                .await
+                .expect("copying does not panic")?;
+            self.want(not_there);
+        }
         self.release();
         Ok(())
+    }
+}
+
+/// What lies in the part file of `want` though this store has no row of it.
+fn left(store: &Store, want: &Want) -> Result<Option<Arc<Elsewhere>>, StoreError> {
+    let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
+    if claim.is_some() {
+        return Ok(None);
+    }
+    let part = part_path(&want.target, &want.hash);
+    match Elsewhere::left(want.hash, want.tree, &part) {
+        Ok(left) => Ok(left.map(Arc::new)),
+        Err(error) => {
+            // It is only worth having: all of it can be fetched.
+            tracing::debug!(%error, part = %part.display(), "what was left of a file cannot be read");
+            Ok(None)
+        }
     }
 }
 
@@ -718,6 +739,90 @@ fn fill(store: &Store, want: &mut Want, progress: &Progress) -> Result<bool, Sto
     Ok(satisfied)
 }
 
+/// Puts files of one content in place, as far as the content is here; those that are not in place then, of which the
+/// first may have some of it. Blocks.
+fn put_same(store: &Store, wants: Vec<Want>, progress: &Progress) -> Result<Vec<Want>, StoreError> {
+    let mut wants = VecDeque::from(wants);
+    // The first takes whatever there is of the content. Once it is whole, the others are copies.
+    while let Some(mut want) = wants.pop_front() {
+        make_folder(&want.target)?;
+        let satisfied = fill(store, &mut want, progress)?;
+        progress.done.fetch_add(want.had, Ordering::Relaxed);
+        // Whole in a part file, it is still to become the file.
+        if !(satisfied && store.holds(&want.hash, &want.target)?) {
+            wants.push_front(want);
+            break;
+        }
+        copy_together(store, &mut wants, progress)?;
+    }
+    Ok(wants.into())
+}
+
+/// Copies a small blob that is whole here to all of `wants`, and takes out those that are in place. The row of the blob
+/// names all its files: it is written each time that their number has doubled, and not for each file.
+fn copy_together(
+    store: &Store,
+    wants: &mut VecDeque<Want>,
+    progress: &Progress,
+) -> Result<(), StoreError> {
+    let Some(Want { hash, tree, .. }) = wants.front() else {
+        return Ok(());
+    };
+    let (hash, size) = (*hash, tree.size());
+    let source = store
+        .whole(&hash)?
+        .filter(|source| source.tree().size() == size);
+    let Some(source) = source.filter(|_| size <= TOGETHER) else {
+        return Ok(());
+    };
+    let mut copied = Vec::new();
+    let mut recorded = 0;
+    let mut copy_all = || {
+        while let Some(want) = wants.front() {
+            if progress.check.cancelled.load(Ordering::Relaxed) {
+                return Err(StoreError::Cancelled);
+            }
+            match copy_new(store, &source, want)? {
+                Some(copy) => copied.push(copy),
+                None => break,
+            }
+            wants.pop_front();
+            if copied.len() >= ADOPTED.max(recorded) {
+                store.record(&copied)?;
+                recorded += copied.len();
+                copied.clear();
+            }
+            progress.done.fetch_add(size, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    let result = copy_all();
+    // What came before an error is kept.
+    store.record(&copied)?;
+    result
+}
+
+/// Makes one copy; `None` if the part file is in use, or the source does not hold what it should.
+fn copy_new(store: &Store, source: &Source, want: &Want) -> Result<Option<Copied>, StoreError> {
+    make_folder(&want.target)?;
+    let partial = match store.copy_part(want.hash, want.tree, &want.target) {
+        Ok(partial) => partial,
+        Err(StoreError::Busy(_)) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let Ok(segment) = copy_range(source, 0..want.tree.groups()) else {
+        return Ok(None);
+    };
+    want.occupancy.iter().for_each(|one| partial.occupy(one));
+    partial.replace(&want.replaces);
+    // The tree is on disk already.
+    partial.write(&Segment {
+        parents: Vec::new(),
+        ..segment
+    })?;
+    Copied::finish(store, &partial).map(Some)
+}
+
 enum CopyError {
     /// The source cannot be read, or does not hold what it should.
     Source(ReadError),
@@ -778,10 +883,52 @@ mod tests {
     use std::{fs::FileTimes, os::unix::fs::FileExt};
 
     use super::*;
-    use crate::{
-        store::testing::{Origin, content, store},
-        tree::GROUP,
-    };
+    use crate::store::testing::{Origin, content, store};
+
+    #[test]
+    fn what_equal_files_cost_grows_with_their_number_and_not_with_its_square() {
+        use crate::store::tests::LOCATIONS;
+
+        let cost = |files: usize| {
+            let home = tempfile::tempdir().unwrap();
+            let names: Vec<String> = (0..files).map(|i| format!("{}/{i}", i % 7)).collect();
+            let same = content(1, 2);
+            let all: Vec<(&str, &[u8])> = names.iter().map(|name| (&**name, &*same)).collect();
+            let origin = Origin::new(&all);
+            let store = store(&home);
+            let hash = origin.hash(&names[0]);
+            origin.bring(&store, &hash, &store.owned_path(&hash), u64::MAX);
+            let root = home.path().join("to");
+            origin.expect(&store, &root);
+            let before = LOCATIONS.get();
+            let progress = Arc::new(Progress::default());
+            let plan = Plan::new(
+                &store,
+                &origin.manifest(),
+                None,
+                &root,
+                Arc::clone(&progress),
+            );
+            assert!(plan.unwrap().is_complete());
+            let done = progress.done.load(Ordering::Relaxed);
+            assert_eq!(done, files as u64 * 2 * GROUP);
+            let cost = LOCATIONS.get() - before;
+            for name in &names {
+                assert_eq!(fs::read(root.join(name)).unwrap(), same);
+            }
+            let known = store.known_files(&hash).unwrap();
+            assert_eq!(known.len(), files + 1);
+            let root = root.canonicalize().unwrap();
+            assert!(
+                names
+                    .iter()
+                    .all(|name| known.has_untouched(&root.join(name)))
+            );
+            cost
+        };
+        let (few, many) = (cost(100), cost(400));
+        assert!(many <= 6 * few, "{few} for 100 files and {many} for 400");
+    }
 
     /// Changes one byte of a file; `quietly`: with its time of modification as it was.
     fn change(path: &Path, offset: u64, quietly: bool) {

@@ -97,7 +97,7 @@ pub async fn serve<S>(store: Store, stream: S, limits: &[Limit]) -> Result<u64, 
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    serve_in_turn(store, stream, limits, Uplink::default().line(&[])).await
+    serve_in_turn(store, stream, limits, Uplink::default().line(&[], &[])).await
 }
 
 /// Answers requests as [`serve`], in turn with the other streams of an [`Uplink`].
@@ -130,6 +130,30 @@ where
     match read {
         Ok(()) => Ok(server.sent),
         Err(error) => Err(error),
+    }
+}
+
+/// An answer that is being sent. While it exists, the stream has something under way.
+#[must_use = "the answer counts as ended once it is dropped"]
+struct Sending<'a> {
+    queue: &'a Queue,
+    number: u64,
+    /// Bytes of it that were sent.
+    bytes: u64,
+}
+
+impl Drop for Sending<'_> {
+    /// The answer has been sent, or nothing of it will be: either way the turn does not wait for it.
+    fn drop(&mut self) {
+        let mut state = self.queue.state();
+        state.sending = false;
+        if state.tells && self.bytes > 0 {
+            state.under_way.push_back((self.number, self.bytes));
+            return;
+        }
+        let all = state.under_way.is_empty();
+        drop(state);
+        self.queue.line.arrived(self.bytes, all);
     }
 }
 
@@ -200,18 +224,6 @@ impl Queue {
             self.line.arrived(bytes, all);
             self.arrived.notify_one();
         }
-    }
-
-    /// An answer has been sent.
-    fn sent(&self, number: u64, bytes: u64) {
-        let mut state = self.state();
-        state.sending = false;
-        if state.tells {
-            state.under_way.push_back((number, bytes));
-            return;
-        }
-        drop(state);
-        self.line.arrived(bytes, true);
     }
 
     /// Returns true if all answers that were sent have arrived, as far as is known.
@@ -342,7 +354,7 @@ struct Part {
 
 type Reading = JoinHandle<Result<Part, ReadError>>;
 
-impl<S> Server<'_, S>
+impl<'a, S> Server<'a, S>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
@@ -378,7 +390,7 @@ where
                     }
                 }
             };
-            self.wait_for_turn(&waiting).await?;
+            let mut sending = self.wait_for_turn(&waiting).await?;
             let before = self.sent;
             let part = reading.await.expect("reading does not panic");
             let mut part = match part {
@@ -401,7 +413,8 @@ where
                     }
                     Answer::Refused(status) => {
                         self.send(&part.buffer[..part.end]).await?;
-                        queue.sent(waiting.number, self.sent - before);
+                        sending.bytes = self.sent - before;
+                        drop(sending);
                         spare.push(part.buffer);
                         self.refuse(status).await?;
                         continue;
@@ -426,13 +439,14 @@ where
                 };
             }
             self.send(&part.buffer[..part.end]).await?;
-            queue.sent(waiting.number, self.sent - before);
+            sending.bytes = self.sent - before;
+            drop(sending);
             spare.push(part.buffer);
         }
     }
 
     /// Waits until this stream may send the next answer; the peer is told now and then that it is not forgotten.
-    async fn wait_for_turn(&mut self, waiting: &Waiting) -> Result<(), ServeError> {
+    async fn wait_for_turn(&mut self, waiting: &Waiting) -> Result<Sending<'a>, ServeError> {
         let queue = self.queue;
         let tells = waiting.request.waits;
         let begun = Instant::now();
@@ -460,7 +474,11 @@ where
             }
         }
         queue.state().sending = true;
-        Ok(())
+        Ok(Sending {
+            queue,
+            number: waiting.number,
+            bytes: 0,
+        })
     }
 
     /// Opens what is asked for.
@@ -520,8 +538,8 @@ where
     async fn failed(&mut self, source: &Arc<Source>, groups: Range<u64>, error: &ReadError) {
         tracing::debug!(%error, path = ?source.path(), "what was asked for cannot be read");
         self.sources = None;
-        if matches!(error, ReadError::Changed) || source.arriving_content().is_some() {
-            // Another file by now, or one whose writer would not know that it has lost something.
+        if matches!(error, ReadError::Changed) {
+            // It is another file by now.
             return;
         }
         let (store, source) = (self.store.clone(), Arc::clone(source));
@@ -539,7 +557,11 @@ where
             let (part, more) = left.split_at(rate::portion(self.limits, left.len().min(SEND)));
             left = more;
             for limit in self.limits {
-                limit.pass(part.len() as u64).await;
+                let pass = limit.pass(part.len() as u64);
+                tokio::pin!(pass);
+                while timeout(LOOK, &mut pass).await.is_err() {
+                    self.queue.line.goes_on();
+                }
             }
             let mut rest = part;
             while !rest.is_empty() {
@@ -548,6 +570,7 @@ where
                     return Err(io::Error::from(io::ErrorKind::WriteZero).into());
                 }
                 rest = &rest[n..];
+                self.queue.line.goes_on();
             }
         }
         self.sent += bytes.len() as u64;

@@ -867,6 +867,11 @@ impl Shared {
             .lock()
             .expect("nothing panics while holding the lock");
         let open = self.open();
+        for partial in &open {
+            if let Some(lost) = partial.take_lost() {
+                self.want_again(partial, lost);
+            }
+        }
         let dirty: Vec<_> = open
             .into_iter()
             .filter(|partial| partial.take_dirty())
@@ -928,28 +933,33 @@ impl Shared {
         progress.reread_total.store(0, Ordering::Relaxed);
         let lost = lost?;
         if lost.count() > 0 {
-            let mut state = self.state();
-            let State { schedule, open, .. } = &mut *state;
-            let mut places = open
-                .iter()
-                .filter(|(_, open)| Arc::ptr_eq(&open.partial, partial));
-            if let Some((place, open)) = places.next() {
-                let wanted = match &open.wanted {
-                    Some(wanted) => {
-                        let mut wanted = wanted.clone();
-                        wanted.retain(&lost);
-                        wanted
-                    }
-                    None => lost,
-                };
-                let bytes = wanted.bytes(&tree);
-                progress.done.fetch_sub(bytes, Ordering::Relaxed);
-                wanted.runs().for_each(|run| schedule.want(*place, run));
-            }
-            drop(state);
-            self.changed.notify_waiters();
+            self.want_again(partial, lost);
         }
         self.store.settle(std::slice::from_ref(partial))
+    }
+
+    /// Has groups fetched again that were here and are damaged, as far as they are wanted.
+    fn want_again(&self, partial: &Arc<Partial>, lost: Bitfield) {
+        let mut state = self.state();
+        let State { schedule, open, .. } = &mut *state;
+        let mut places = open
+            .iter()
+            .filter(|(_, open)| Arc::ptr_eq(&open.partial, partial));
+        if let Some((place, open)) = places.next() {
+            let wanted = match &open.wanted {
+                Some(wanted) => {
+                    let mut wanted = wanted.clone();
+                    wanted.retain(&lost);
+                    wanted
+                }
+                None => lost,
+            };
+            let bytes = wanted.bytes(&partial.tree());
+            self.progress.done.fetch_sub(bytes, Ordering::Relaxed);
+            wanted.runs().for_each(|run| schedule.want(*place, run));
+        }
+        drop(state);
+        self.changed.notify_waiters();
     }
 
     /// The part file of a want; `None` if it is the store's own and whole by now. Blocks.

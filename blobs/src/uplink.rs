@@ -2,8 +2,12 @@
 //!
 //! On a slow uplink all answers at once would mean that none of them ends: each gets too little to deliver a chunk
 //! group in a time that anybody waits. So as many streams send at a time as the uplink carries at `PER_STREAM`, by what
-//! requesters say has arrived; the others wait, the peer that has waited longest for a turn first. A fast uplink makes
-//! nobody wait.
+//! requesters say has arrived; the others wait. A fast uplink makes nobody wait.
+//!
+//! Turns go round by network place, then by peer, because a peer's identity costs nothing and a network does. One place
+//! has at most half of the turns. A turn whose holder takes nothing for some seconds does not count, and another stream
+//! gets one. The rate is learnt only from streams of which something arrived, over the time that this took, so that
+//! peers that take nothing do not make a fast uplink look slow.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,6 +20,8 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+use crate::tree::GROUP;
+
 /// Bytes a second that a stream is to have of the uplink: a chunk group of 64 KiB then takes eight seconds, well below
 /// the twenty without a byte after which a requester gives a provider up.
 const PER_STREAM: f64 = 8.0 * 1024.0;
@@ -24,12 +30,23 @@ const PER_STREAM: f64 = 8.0 * 1024.0;
 /// waiting.
 const FEWEST: usize = 4;
 
-/// The time for which a turn counts. A receiver that takes an answer more slowly than that gets it all the same, beside
-/// the streams that have a turn.
+/// The longest time for which a turn counts. A receiver that takes an answer more slowly than that gets it all the
+/// same, beside the streams that have a turn.
 const TURN: Duration = Duration::from_secs(30);
 
-/// For how long answers are under way until they make a sample of the rate.
+/// The shortest time without a byte taken after which a turn counts no more: longer than a path takes to recover from
+/// lost packets. On an uplink that is known to be slow it is the time of a chunk group, and at most [`TURN`].
+const TAKES_NOTHING: Duration = Duration::from_secs(5);
+
+/// The time of answers under way that makes a sample of the rate.
 const SAMPLE: Duration = Duration::from_secs(1);
+
+/// The weight of a sample that is above the known rate: within seconds a fast uplink shows itself.
+const RISE: f64 = 0.4;
+
+/// The weight of a sample that is below the known rate. It is small because a slow sample may be due to slow receivers,
+/// and a fast one cannot be due to anything but the uplink.
+const FALL: f64 = 0.1;
 
 /// The interval at which a stream that waits checks whether a turn has run out.
 const LOOK: Duration = Duration::from_secs(1);
@@ -49,22 +66,36 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// When each turn began, by stream.
-    turns: BTreeMap<u64, Instant>,
-    /// Streams that wait for one, and when they came, as a number.
+    /// Streams that send, whether their turns still count or not.
+    turns: BTreeMap<u64, Turn>,
+    /// Streams that wait for a turn.
     waiting: BTreeMap<u64, Waiting>,
-    peers: HashMap<Arc<[u8]>, OfPeer>,
+    peers: HashMap<Arc<[u8]>, Served>,
+    places: HashMap<Arc<[u8]>, Served>,
     rate: Measured,
+}
+
+#[derive(Debug)]
+struct Turn {
+    place: Arc<[u8]>,
+    begun: Instant,
+    /// When the receiver last took something, or the turn began.
+    took: Instant,
+    /// When something of the stream last arrived, or the turn began: the time since then is what the next bytes took.
+    since: Instant,
 }
 
 #[derive(Debug)]
 struct Waiting {
     peer: Arc<[u8]>,
+    place: Arc<[u8]>,
+    /// When the stream came, as a number.
     since: u64,
 }
 
+/// The turns of a peer, or of a place.
 #[derive(Debug, Default)]
-struct OfPeer {
+struct Served {
     streams: usize,
     /// When it last had a turn, as a number.
     last: u64,
@@ -77,35 +108,50 @@ struct Measured {
     value: f64,
     bytes: u64,
     busy: Duration,
-    /// Since when answers are under way; `None` while none are.
-    since: Option<Instant>,
+    /// The time up to which `busy` is counted.
+    until: Option<Instant>,
 }
 
 impl Measured {
-    /// Counts the time until now, in which answers were under way or not; they are from now on if `busy`.
-    fn pass(&mut self, now: Instant, busy: bool) {
-        if let Some(since) = self.since {
-            self.busy += now.saturating_duration_since(since);
-        }
-        self.since = busy.then_some(now);
+    /// Counts bytes that were under way from `since` until now. Time that is counted already, for another stream, is
+    /// not counted twice.
+    fn arrived(&mut self, bytes: u64, since: Instant, now: Instant) {
+        let from = self.until.map_or(since, |until| until.max(since));
+        self.busy += now.saturating_duration_since(from);
+        self.until = Some(now);
+        self.bytes += bytes;
         if self.busy < SAMPLE {
             return;
         }
         let sample = self.bytes as f64 / self.busy.as_secs_f64();
-        self.value = match self.value {
-            0.0 => sample,
-            value => 0.6 * value + 0.4 * sample,
+        let weight = match sample > self.value {
+            _ if self.value == 0.0 => 1.0,
+            true => RISE,
+            false => FALL,
         };
+        self.value += weight * (sample - self.value);
         self.bytes = 0;
         self.busy = Duration::ZERO;
     }
 }
 
 impl State {
-    fn turns_now(&mut self, now: Instant) -> usize {
-        self.turns
-            .retain(|_, since| now.saturating_duration_since(*since) < TURN);
-        self.turns.len()
+    /// The time without a byte taken after which a turn counts no more.
+    fn patience(&self) -> Duration {
+        if self.rate.value == 0.0 {
+            return TAKES_NOTHING;
+        }
+        let seconds = GROUP as f64 * FEWEST as f64 / self.rate.value;
+        Duration::try_from_secs_f64(seconds).map_or(TURN, |time| time.clamp(TAKES_NOTHING, TURN))
+    }
+
+    /// The turns that count.
+    fn counted(&self, now: Instant) -> impl Iterator<Item = &Turn> {
+        let patience = self.patience();
+        self.turns.values().filter(move |turn| {
+            let time = |since| now.saturating_duration_since(since);
+            time(turn.begun) < TURN && time(turn.took) < patience
+        })
     }
 
     /// Streams that may send at a time.
@@ -114,25 +160,76 @@ impl State {
         ((self.rate.value / PER_STREAM) as usize).max(FEWEST)
     }
 
+    /// The stream whose turn is next, if the uplink has room for it: of a place that does not have half of the turns,
+    /// the place and then the peer that have gone without for longest.
+    fn next_in_turn(&self, now: Instant) -> Option<u64> {
+        let most = self.most();
+        let mut count = 0;
+        let mut of_places: HashMap<&[u8], usize> = HashMap::new();
+        for turn in self.counted(now) {
+            count += 1;
+            *of_places.entry(&turn.place).or_default() += 1;
+        }
+        if count >= most {
+            return None;
+        }
+        self.first(|place| of_places.get(place).is_none_or(|count| *count < most / 2))
+    }
+
+    /// The stream that is to have the next turn, of those whose place may have one.
+    fn first(&self, may: impl Fn(&[u8]) -> bool) -> Option<u64> {
+        let last = |of: &HashMap<Arc<[u8]>, Served>, one| of.get(one).map_or(0, |one| one.last);
+        let waiting = self.waiting.iter().filter(|(_, one)| may(&one.place));
+        let first = waiting.min_by_key(|(_, one)| {
+            let place = last(&self.places, &one.place);
+            (place, last(&self.peers, &one.peer), one.since)
+        });
+        first.map(|(stream, _)| *stream)
+    }
+
     /// Gives a turn to `stream`, if it is its turn.
     fn try_take(&mut self, stream: u64, now: Instant) -> bool {
-        let first = self.waiting.iter().min_by_key(|(_, one)| {
-            let last = self.peers.get(&one.peer).map_or(0, |peer| peer.last);
-            (last, one.since)
-        });
-        let is_first = first.is_some_and(|(first, _)| *first == stream);
-        if !is_first || self.turns_now(now) >= self.most() {
+        if self.next_in_turn(now) != Some(stream) {
             return false;
         }
+        let Some(waiting) = self.waiting.remove(&stream) else {
+            return false;
+        };
         self.next += 1;
-        if let Some(waiting) = self.waiting.remove(&stream)
-            && let Some(peer) = self.peers.get_mut(&waiting.peer)
-        {
+        if let Some(peer) = self.peers.get_mut(&waiting.peer) {
             peer.last = self.next;
         }
-        self.turns.insert(stream, now);
-        self.rate.pass(now, true);
+        if let Some(place) = self.places.get_mut(&waiting.place) {
+            place.last = self.next;
+        }
+        let turn = Turn {
+            place: waiting.place,
+            begun: now,
+            took: now,
+            since: now,
+        };
+        self.turns.insert(stream, turn);
         true
+    }
+
+    /// Counts a stream more of a peer or a place.
+    fn enter(of: &mut HashMap<Arc<[u8]>, Served>, one: &Arc<[u8]>, number: u64) {
+        let served = of.entry(Arc::clone(one)).or_default();
+        served.streams += 1;
+        if served.streams == 1 {
+            // One that has just come does not go before those who wait.
+            served.last = number;
+        }
+    }
+
+    /// Counts a stream less of a peer or a place.
+    fn leave(of: &mut HashMap<Arc<[u8]>, Served>, one: &Arc<[u8]>) {
+        if let Some(served) = of.get_mut(one) {
+            served.streams -= 1;
+            if served.streams == 0 {
+                of.remove(one);
+            }
+        }
     }
 }
 
@@ -144,26 +241,24 @@ impl Uplink {
 
     /// Streams that have a turn, and that wait for one.
     pub fn streams(&self) -> (usize, usize) {
-        let mut state = self.state();
-        (state.turns_now(Instant::now()), state.waiting.len())
+        let state = self.state();
+        let counted = state.counted(Instant::now()).count();
+        (counted, state.waiting.len())
     }
 
-    /// The place of one stream to `peer`.
-    pub fn line(&self, peer: &[u8]) -> Line {
-        let peer: Arc<[u8]> = peer.into();
+    /// The place of one stream to `peer`, which is in the network `place`. Turns go round by network.
+    pub fn line(&self, peer: &[u8], place: &[u8]) -> Line {
+        let (peer, place): (Arc<[u8]>, Arc<[u8]>) = (peer.into(), place.into());
         let mut state = self.state();
         state.next += 1;
         let stream = state.next;
-        let of_peer = state.peers.entry(Arc::clone(&peer)).or_default();
-        of_peer.streams += 1;
-        if of_peer.streams == 1 {
-            // A peer that has just come does not go before those who wait.
-            of_peer.last = stream;
-        }
+        State::enter(&mut state.peers, &peer, stream);
+        State::enter(&mut state.places, &place, stream);
         drop(state);
         Line {
             uplink: self.clone(),
             peer,
+            place,
             stream,
         }
     }
@@ -181,6 +276,7 @@ impl Uplink {
 pub struct Line {
     uplink: Uplink,
     peer: Arc<[u8]>,
+    place: Arc<[u8]>,
     stream: u64,
 }
 
@@ -189,20 +285,27 @@ impl Line {
     fn try_turn(&self) -> bool {
         let now = Instant::now();
         let mut state = self.uplink.state();
-        if state.turns.contains_key(&self.stream) && state.waiting.is_empty() {
-            state.turns.insert(self.stream, now);
+        let nobody_waits = state.waiting.is_empty();
+        if let Some(turn) = state.turns.get_mut(&self.stream)
+            && nobody_waits
+        {
+            (turn.begun, turn.took) = (now, now);
             return true;
         }
-        state.turns.remove(&self.stream);
+        let before = state.turns.remove(&self.stream);
         state.next += 1;
-        let since = state.next;
-        let peer = Arc::clone(&self.peer);
-        state.waiting.insert(self.stream, Waiting { peer, since });
+        let waiting = Waiting {
+            peer: Arc::clone(&self.peer),
+            place: Arc::clone(&self.place),
+            since: state.next,
+        };
+        state.waiting.insert(self.stream, waiting);
         if state.try_take(self.stream, now) {
+            if let (Some(turn), Some(before)) = (state.turns.get_mut(&self.stream), before) {
+                turn.since = before.since;
+            }
             return true;
         }
-        let busy = !state.turns.is_empty();
-        state.rate.pass(now, busy);
         drop(state);
         self.uplink.shared.changed.notify_waiters();
         false
@@ -237,11 +340,30 @@ impl Line {
         self.uplink.state().waiting.contains_key(&self.stream)
     }
 
-    /// Returns true if the stream has a turn that other streams wait for.
+    /// Returns true if the stream has a turn that another stream could have instead.
     pub(crate) fn is_wanted(&self) -> bool {
-        let mut state = self.uplink.state();
-        state.turns_now(Instant::now());
-        !state.waiting.is_empty() && state.turns.contains_key(&self.stream)
+        let state = self.uplink.state();
+        if !state.turns.contains_key(&self.stream) || state.waiting.is_empty() {
+            return false;
+        }
+        let of_place = |place: &[u8]| {
+            let turns = state.counted(Instant::now());
+            turns.filter(|turn| *turn.place == *place).count()
+        };
+        let half = state.most() / 2;
+        // What a place waits for beyond its half, it could not have.
+        state
+            .waiting
+            .values()
+            .any(|one| one.place == self.place || of_place(&one.place) < half)
+    }
+
+    /// The receiver takes what is sent, or what keeps it from coming is not the receiver's doing: the turn goes on
+    /// counting.
+    pub(crate) fn goes_on(&self) {
+        if let Some(turn) = self.uplink.state().turns.get_mut(&self.stream) {
+            turn.took = Instant::now();
+        }
     }
 
     /// Waits no more.
@@ -254,12 +376,14 @@ impl Line {
     pub(crate) fn arrived(&self, bytes: u64, all: bool) {
         let now = Instant::now();
         let mut state = self.uplink.state();
-        state.rate.bytes += bytes;
+        if let Some(turn) = state.turns.get_mut(&self.stream) {
+            let since = std::mem::replace(&mut turn.since, now);
+            turn.took = now;
+            state.rate.arrived(bytes, since, now);
+        }
         if all {
             state.turns.remove(&self.stream);
         }
-        let busy = state.turns_now(now) > 0;
-        state.rate.pass(now, busy);
         drop(state);
         self.uplink.shared.changed.notify_waiters();
     }
@@ -267,18 +391,11 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let now = Instant::now();
         let mut state = self.uplink.state();
         state.turns.remove(&self.stream);
         state.waiting.remove(&self.stream);
-        if let Some(peer) = state.peers.get_mut(&self.peer) {
-            peer.streams -= 1;
-            if peer.streams == 0 {
-                state.peers.remove(&self.peer);
-            }
-        }
-        let busy = state.turns_now(now) > 0;
-        state.rate.pass(now, busy);
+        State::leave(&mut state.peers, &self.peer);
+        State::leave(&mut state.places, &self.place);
         drop(state);
         self.uplink.shared.changed.notify_waiters();
     }
@@ -287,8 +404,6 @@ impl Drop for Line {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const GROUP: u64 = 64 * 1024;
 
     /// Bytes that `streams` of as many peers get through an uplink in `time`, one group after another, at `rate` bytes
     /// a second in all; and the most that had a turn at a time in the second half.
@@ -300,7 +415,7 @@ mod tests {
     ) -> (Vec<u64>, usize) {
         let begun = Instant::now();
         let mut lines: Vec<(Line, f64, u64, bool)> = (0..streams)
-            .map(|i| (uplink.line(&[i as u8]), 0.0, 0, false))
+            .map(|i| (uplink.line(&[i as u8], &[i as u8]), 0.0, 0, false))
             .collect();
         let mut most = 0;
         while begun.elapsed() < time {
@@ -311,6 +426,7 @@ mod tests {
             }
             for (line, sent, all, turn) in lines.iter_mut().filter(|one| one.3) {
                 *sent += rate / 10.0 / sending as f64;
+                line.goes_on();
                 if *sent >= GROUP as f64 {
                     (*sent, *turn) = (0.0, false);
                     *all += GROUP;
@@ -346,17 +462,74 @@ mod tests {
         assert!(most >= 45, "{most} at a time");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn receivers_that_take_nothing_keep_nobody_waiting_for_more_than_a_turn() {
-        let uplink = Uplink::default();
-        let dead: Vec<Line> = (0..20).map(|i| uplink.line(&[i])).collect();
-        let dead = dead.into_iter().filter(|line| line.try_turn());
-        let _dead: Vec<Line> = dead.collect();
-        let alive = uplink.line(&[99]);
-        if !alive.try_turn() {
-            let begun = Instant::now();
-            assert!(alive.turn(Duration::from_secs(120)).await);
-            assert!(begun.elapsed() <= TURN + LOOK);
+    /// `count` streams, each of a network of its own if `apart`, whose receivers ask for an answer and take nothing.
+    fn idle(uplink: &Uplink, count: u8, apart: bool) -> tokio::task::JoinSet<()> {
+        let mut idle = tokio::task::JoinSet::new();
+        for i in 0..count {
+            let place = [100 + i * u8::from(apart)];
+            let line = uplink.line(&[100 + i], &place);
+            idle.spawn(async move {
+                while !line.turn(TURN).await {}
+                std::future::pending().await
+            });
         }
+        idle
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn receivers_of_one_network_that_take_nothing_keep_no_other_network_waiting() {
+        let uplink = Uplink::default();
+        let _idle = idle(&uplink, 20, false);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(uplink.streams(), (FEWEST / 2, 20 - FEWEST / 2));
+        let alive = uplink.line(&[1], &[1]);
+        assert!(alive.turn(Duration::ZERO).await);
+        // Its answers are not drawn out by those who cannot have its turn.
+        assert!(!alive.is_wanted());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn receivers_that_take_nothing_keep_a_turn_for_some_seconds() {
+        let uplink = Uplink::default();
+        let _idle = idle(&uplink, 20, true);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(uplink.streams(), (FEWEST, 20 - FEWEST));
+        let alive = uplink.line(&[1], &[1]);
+        let begun = Instant::now();
+        assert!(alive.turn(Duration::from_secs(120)).await);
+        // All who came before have had a turn.
+        let rounds = 20 / FEWEST as u32;
+        assert!(begun.elapsed() <= rounds * (TAKES_NOTHING + LOOK));
+        // It takes what it gets, and so its turn goes on.
+        for _ in 0..10 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            alive.goes_on();
+            assert!(
+                alive
+                    .uplink
+                    .state()
+                    .counted(Instant::now())
+                    .any(|one| *one.place == [1])
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn receivers_that_take_nothing_do_not_make_a_fast_uplink_look_slow() {
+        let uplink = Uplink::default();
+        let _idle = idle(&uplink, 20, true);
+        let time = Duration::from_secs(20);
+        tokio::time::sleep(time).await;
+        // One at a time, with pauses in which only those who take nothing have turns.
+        for _ in 0..5 {
+            share(&uplink, 1, 10e6, time / 10).await;
+            let _more = idle(&uplink, 8, true);
+            tokio::time::sleep(time).await;
+        }
+        assert!(uplink.rate() > 500_000, "{uplink:?}");
+        let (got, most) = share(&uplink, 50, 10e6, time).await;
+        assert!(most >= 45, "{most} at a time");
+        let sum: u64 = got.iter().sum();
+        assert!(sum as f64 > 10e6 * time.as_secs_f64() * 0.8, "{sum}");
     }
 }

@@ -605,7 +605,7 @@ async fn a_requester_hears_that_it_waits_for_its_turn_and_does_not_give_up() {
     let mut dead = Vec::new();
     for i in 0..8 {
         let (near, far) = duplex(1 << 12);
-        let (store, line) = (world.provider.clone(), uplink.line(&[i]));
+        let (store, line) = (world.provider.clone(), uplink.line(&[i], &[i]));
         tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
         let (_reader, mut writer) = tokio::io::split(near);
         let request = BlobRequest {
@@ -621,12 +621,58 @@ async fn a_requester_hears_that_it_waits_for_its_turn_and_does_not_give_up() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(uplink.streams().1 > 0, "{uplink:?}");
     let (near, far) = duplex(256 * 1024);
-    let (store, line) = (world.provider.clone(), uplink.line(b"alive"));
+    let (store, line) = (world.provider.clone(), uplink.line(b"alive", b"alive"));
     tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
     let (mut download, _) = world.plan("to").unwrap();
     download.fetch(near).await.unwrap();
     assert!(download.transfer.queued() > 0);
     world.assert_equal("to");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_whose_file_cannot_be_read_gives_its_turn_back() {
+    let world = World::new(&[("a", content(3 * GROUP, 1))]);
+    let file = fs::File::options()
+        .write(true)
+        .open(world.path("source/a"))
+        .unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    file.write_all_at(&[0xff; 100], 7).unwrap();
+    file.set_times(fs::FileTimes::new().set_modified(modified))
+        .unwrap();
+    let uplink = Uplink::default();
+    let (near, far) = duplex(1 << 20);
+    let (store, line) = (world.provider.clone(), uplink.line(&[1], &[1]));
+    tokio::spawn(async move { serve_in_turn(store, far, &[], line).await });
+    let (mut reader, mut writer) = tokio::io::split(near);
+    let mut request = BlobRequest {
+        hash: world.manifest.files()[0].blake3.as_bytes().to_vec().into(),
+        size: Some(3 * GROUP as u64),
+        first_group: 2,
+        groups: 1,
+        waits: true,
+        ..Default::default()
+    };
+    // A group that can be read arrives, then groups of which one cannot be read.
+    frame::write(&mut writer, &request, 128).await.unwrap();
+    let response: BlobResponse = frame::read(&mut reader, 128).await.unwrap().unwrap();
+    assert_eq!(response.status(), Status::Ok);
+    let mut rest = vec![0; GROUP + 64];
+    reader.read_exact(&mut rest).await.unwrap();
+    (request.first_group, request.groups, request.answered) = (0, 3, 1);
+    frame::write(&mut writer, &request, 128).await.unwrap();
+    let response: BlobResponse = frame::read(&mut reader, 128).await.unwrap().unwrap();
+    assert_eq!(response.status(), Status::Internal);
+    // The requester has all answers.
+    (request.cancel, request.answered) = (Some(u64::MAX), 2);
+    frame::write(&mut writer, &request, 128).await.unwrap();
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if uplink.streams() == (0, 0) {
+            return;
+        }
+    }
+    panic!("{uplink:?}");
 }
 
 #[tokio::test]
@@ -732,6 +778,92 @@ async fn what_is_still_arriving_is_served_on() {
             ));
         }
     }
+}
+
+#[tokio::test]
+async fn what_one_node_left_of_a_file_another_with_its_own_home_goes_on_from() {
+    let world = World::new(&[("big", content(300 * GROUP, 3)), ("one", content(5000, 4))]);
+    let (mut download, progress) = world.plan("to").unwrap();
+    fetch_some(&world, &mut download, 12 << 20).await;
+    drop(download);
+    let first = moved(&progress);
+    assert!(first > 100 * GROUP as u64, "{first}");
+    // Some of what was left is damaged.
+    let part = fs::read_dir(world.path("to")).unwrap();
+    let mut parts = part.map(|entry| entry.unwrap().path());
+    let part = parts
+        .find(|path| fs::metadata(path).unwrap().len() == 300 * GROUP as u64)
+        .unwrap();
+    let file = fs::File::options().write(true).open(part).unwrap();
+    file.write_all_at(&[0xff; 100], 0).unwrap();
+
+    let other = Store::open(&world.path("other")).unwrap();
+    let progress = Arc::new(Progress::default());
+    let mut download = Download::plan(
+        &other,
+        &world.manifest,
+        &world.path("to"),
+        Arc::clone(&progress),
+    )
+    .unwrap();
+    download.fetch(world.connect()).await.unwrap();
+    world.assert_equal("to");
+    let (again, reused) = (moved(&progress), progress.reused.load(Ordering::Relaxed));
+    let size = world.manifest.size();
+    // The small file may have come whole before.
+    assert!(
+        again + reused + 5000 >= size,
+        "{again} and {reused} of {size}"
+    );
+    // But for the damage, and the rest of the run that it was found in.
+    assert!(reused + 17 * GROUP as u64 >= first, "{reused} of {first}");
+    assert!(again < size - first + 34 * GROUP as u64, "{again}");
+}
+
+#[tokio::test]
+async fn damage_that_another_get_finds_in_a_part_that_is_still_arriving_is_fetched_again() {
+    let world = World::new(&[("big", content(200 * GROUP, 3))]);
+    let progress = Arc::new(Progress::default());
+    let transfer = Transfer::new(&world.receiver, &world.manifest, Arc::clone(&progress), 1);
+    let plan = |to: &str, progress: &Arc<Progress>| {
+        let (store, manifest) = (&world.receiver, &world.manifest);
+        Plan::new(store, manifest, None, &world.path(to), Arc::clone(progress)).unwrap()
+    };
+    let mut first = plan("to", &progress);
+    let peer = transfer.join(false, None);
+    peer.has(0, 0..100);
+    let hash = world.manifest.files()[0].blake3;
+    let other_get = async {
+        while moved(&progress) < 100 * GROUP as u64 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        transfer.settle().await.unwrap();
+        let part = fs::read_dir(world.path("to")).unwrap();
+        let part = part.map(|entry| entry.unwrap().path());
+        let part = part
+            .into_iter()
+            .find(|path| path.extension().is_some_and(|end| end == "part"));
+        let part = fs::File::options().write(true).open(part.unwrap()).unwrap();
+        part.write_all_at(&[0xff; 100], 7 * GROUP as u64).unwrap();
+        // It copies what is here, and meets the damage.
+        let _second = plan("elsewhere", &Arc::default());
+        let here = world.receiver.sources(&hash).unwrap();
+        assert!(here.iter().all(|source| !source.has(7..8)));
+        peer.has(0, 100..200);
+    };
+    let work = async {
+        let (run, fetch, ()) = tokio::join!(
+            transfer.run(&mut first),
+            transfer.fetch(&peer, world.connect(), &[]),
+            other_get,
+        );
+        run.unwrap();
+        fetch.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(60), work)
+        .await
+        .unwrap();
+    world.assert_equal("to");
 }
 
 #[tokio::test]

@@ -81,6 +81,19 @@ impl Place {
         first_ip(address).map_or(Self(Kind::Unknown), Self::of_ip)
     }
 
+    /// Returns the name of the widest network that the place belongs to: an IPv4 /24, an IPv6 /48, a private address,
+    /// this machine, or the clients of a relay. Places of one network have the same name.
+    pub fn network(self) -> String {
+        match self.0 {
+            Kind::Machine => "this machine".to_owned(),
+            Kind::Private(ip) => ip.to_string(),
+            Kind::Public(IpAddr::V4(ip)) => format!("{}/24", prefix_v4(ip, 24)),
+            Kind::Public(IpAddr::V6(ip)) => format!("{}/48", prefix_v6(ip, 48)),
+            Kind::Relay(relay) => relay.to_string(),
+            Kind::Unknown => "unknown".to_owned(),
+        }
+    }
+
     /// The groups that the place belongs to, narrowest first, and the part of the free members that each may hold, in
     /// quarters.
     pub(crate) fn groups(self) -> impl Iterator<Item = (Group, usize)> + Clone {

@@ -1239,7 +1239,8 @@ pub(crate) struct Storage {
 
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
-    /// A name, an id, or the first six or more digits of one [default: all models]
+    /// A name, an id, or the first six or more digits of one [default: all that is here, also of models that were only
+    /// read]
     pub(crate) model: Option<String>,
 
     /// Only say what is damaged; it is not used any more in either case

@@ -282,7 +282,8 @@ impl AddHfCache {
             let commit = self.name.is_none().then_some(snapshot.commit);
             blocking(move || {
                 let (indexed, problems) = snapshot.index(strict, &progress)?;
-                let id = store.add(&indexed, None)?;
+                let goes_on = || !progress.cancelled.load(Ordering::Relaxed);
+                let id = store.add_while(&indexed, None, &goes_on)?;
                 let mut had_it = None;
                 for name in &names {
                     let before = by_name(store.models()?, name).map(|before| before.id);

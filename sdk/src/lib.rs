@@ -64,6 +64,8 @@ mod turns;
 mod watcher;
 mod whereabouts;
 
+#[doc(hidden)]
+pub use weft_blobs::is_out_of_descriptors;
 pub use weft_blobs::{
     Hash, Manifest, ParseHashError, Pattern, Selection,
     hf_cache::{ExportError, FindError, ImportError},

@@ -154,6 +154,8 @@ pub enum AddPhase {
     Walking,
     /// Reading and hashing them.
     Hashing,
+    /// Writing down what they hold. Stopped here, the model is added whole or not at all.
+    Storing,
     /// Telling the mesh.
     Publishing,
 }
@@ -508,14 +510,16 @@ impl Add {
             let (progress, publishing) = (Arc::clone(&progress), Arc::clone(&publishing));
             move || {
                 let files_total = progress.files_total.load(Ordering::Relaxed);
+                let files_done = progress.files_done.load(Ordering::Relaxed);
                 AddProgress {
                     phase: match files_total {
                         _ if publishing.load(Ordering::Relaxed) => AddPhase::Publishing,
                         0 => AddPhase::Walking,
+                        _ if files_done >= files_total => AddPhase::Storing,
                         _ => AddPhase::Hashing,
                     },
                     files_total,
-                    files_done: progress.files_done.load(Ordering::Relaxed),
+                    files_done,
                     bytes_total: progress.bytes_total.load(Ordering::Relaxed),
                     bytes_done: progress.bytes_done.load(Ordering::Relaxed),
                 }
@@ -540,7 +544,12 @@ impl Add {
                 Some(name) => by_name(store.models()?, name),
                 None => None,
             };
-            let id = store.add(&indexed, name.as_deref())?;
+            let goes_on = || !progress.cancelled.load(Ordering::Relaxed);
+            let id = store.add_while(&indexed, name.as_deref(), &goes_on)?;
+            if !goes_on() {
+                // It is added, and nobody waits for what is to be said of it.
+                return Err(Error::Stopped);
+            }
             let model = store.model(&id)?;
             let (info, _) = describe(&store, &model)?;
             check_unchanged(&info, &indexed)?;

@@ -751,7 +751,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
 async fn serve_transfer(store: Store, bandwidth: Arc<Bandwidth>, stream: NetStream) {
     let peer = stream.peer();
     let limits = bandwidth.upload_of(peer);
-    let line = bandwidth.uplink().line(&peer.to_bytes());
+    let place = Place::of(stream.path()).network();
+    let line = bandwidth.uplink().line(&peer.to_bytes(), place.as_bytes());
     match serve_in_turn(store, stream, &limits, line).await {
         Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
         Err(error) => tracing::debug!(%peer, %error, "serving ended early"),

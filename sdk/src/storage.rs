@@ -96,15 +96,30 @@ pub struct VerifyProgress {
 /// What verifying came to.
 #[derive(Debug, Clone)]
 pub struct Verified {
-    /// Every file that was read.
+    /// Every file that should be here, each once, and every manifest that is not here.
     pub files: Vec<VerifiedFile>,
-    /// Bytes read.
+    /// Bytes that were read and checked: of part files those that should be right, and none of files that are missing
+    /// or changed.
     pub bytes: u64,
     /// Models of which not all that was damaged could be fetched, each with the reason.
     pub failed: Vec<(Hash, String)>,
 }
 
 impl Verified {
+    /// The files that were read and checked: all but those that are missing or changed.
+    pub fn read(&self) -> impl Iterator<Item = &VerifiedFile> {
+        let is_read = |condition| !matches!(condition, Condition::Missing | Condition::Changed);
+        self.files
+            .iter()
+            .filter(move |file| is_read(file.condition))
+    }
+
+    /// The files in which bytes were damaged, repaired or not.
+    pub fn damaged(&self) -> impl Iterator<Item = &VerifiedFile> {
+        let is_damaged = |file: &&VerifiedFile| file.condition == Condition::Damaged;
+        self.files.iter().filter(is_damaged)
+    }
+
     /// The files that are not as they should be, and were not repaired.
     pub fn problems(&self) -> impl Iterator<Item = &VerifiedFile> {
         let is_problem = |file: &&VerifiedFile| file.condition != Condition::Good && !file.repaired;
@@ -115,9 +130,9 @@ impl Verified {
 /// A file that was verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedFile {
-    /// The model that lists it.
+    /// The model that lists it; of content that no model lists, its hash.
     pub model: Hash,
-    /// Its path in the model; empty for the model's manifest.
+    /// Its path in the model; empty for the model's manifest; of content that no model lists, its hash.
     pub path: String,
     /// Where it is, or was.
     pub file: PathBuf,
@@ -219,7 +234,8 @@ impl Models {
         blocking(move || Ok(store.set_quota(quota)?)).await
     }
 
-    /// Reads every byte that is here of a model, or of all, and checks it. `model` is a name, an id, or the first six
+    /// Reads every byte that is here of a model, and checks it; or with `None` every byte that is here of any content, also
+    /// of models that were only read. `model` is a name, an id, or the first six
     /// or more digits of one.
     pub fn verify(&self, model: Option<&str>) -> Verify {
         Verify {
@@ -268,9 +284,9 @@ impl Verify {
         let wanted = self.model.clone();
         let of_work = Arc::clone(&progress);
         let (models, without, checked) = blocking(move || {
-            let models = match wanted {
-                Some(wanted) => vec![find(&store, &wanted)?],
-                None => store.models()?,
+            let (models, all) = match wanted {
+                Some(wanted) => (vec![find(&store, &wanted)?], false),
+                None => (store.models()?, true),
             };
             let mut without = Vec::new();
             for model in &models {
@@ -278,12 +294,13 @@ impl Verify {
                     without.push(model.id);
                 }
             }
-            let checked = store.verify(&models, repair, &of_work)?;
+            let only = (!all).then_some(models.as_slice());
+            let checked = store.verify(only, repair, &of_work)?;
             Ok((models, without, checked))
         })
         .await?;
         let mut verified = Verified {
-            bytes: progress.bytes_done.load(Ordering::Relaxed),
+            bytes: checked.iter().map(|one| one.bytes).sum(),
             files: without.iter().map(|id| no_manifest(*id)).collect(),
             failed: Vec::new(),
         };

@@ -42,6 +42,38 @@ fn flip(path: &Path, offset: u64) {
 }
 
 #[test]
+fn verify_without_a_model_reads_what_cat_left_and_the_next_cat_repairs_it() {
+    let (provider, reader) = (Home::new(), Home::new());
+    let first = provider.up(&[]);
+    let _second = reader.up(&["--bootstrap", first.address()]);
+    let ticket = publish(&provider, "model", 1, 3 << 20);
+    let cat = ["cat", &ticket, "weights.bin"];
+    let read = reader.run(&cat);
+    assert_eq!(read.code(), Some(0), "{read:#?}");
+    let sound = reader.json(&["verify"]);
+    assert_eq!(sound["files_read"], 1, "{sound}");
+    assert_eq!(sound["bytes"], 3 << 20);
+    let kept = fs::read_dir(reader.path().join("store/blobs")).unwrap();
+    let kept = kept.into_iter().next().unwrap().unwrap().path();
+    flip(&kept, 1_000_000);
+    let verified = reader.json(&["verify"]);
+    assert_eq!(verified["files_damaged"], 1, "{verified}");
+    assert_eq!(verified["bytes_damaged"], 64 << 10);
+    assert_eq!(
+        verified["problems"], 0,
+        "what is damaged no longer counts as here"
+    );
+    let again = reader.run(&cat);
+    assert_eq!(again.code(), Some(0), "{again:#?}");
+    assert!(again.stdout == read.stdout);
+    let verified = reader.json(&["verify"]);
+    assert_eq!(
+        (&verified["files_damaged"], &verified["bytes"]),
+        (&0.into(), &(3 << 20).into())
+    );
+}
+
+#[test]
 fn a_flipped_bit_is_found_never_served_and_repaired() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);

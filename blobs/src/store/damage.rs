@@ -12,13 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use prost::Message;
-use redb::ReadableTable;
-
 use super::{
-    BLOBS, Inner, PARTS, PartLease, Store, StoreError, database,
-    rows::{BlobRow, LocationRow, decode, path_from},
-    verify::Progress,
+    Inner, PARTS, PartLease, Store, StoreError, change_location, database,
+    rows::{LocationRow, path_from},
+    verify::{Progress, Reading},
 };
 use crate::{
     Hash,
@@ -58,6 +55,12 @@ impl LocationRow {
             good.remove_range(start..at.min(tree.groups()));
         }
         (!self.bad.is_empty() && good.count() > 0).then_some(good)
+    }
+
+    /// Says that all groups are right.
+    pub(super) fn set_all_good(&mut self) {
+        self.damaged = false;
+        self.bad.clear();
     }
 
     /// Says which groups are right.
@@ -108,7 +111,7 @@ impl Store {
                 "a file is damaged on disk: these groups of 64 KiB are fetched from elsewhere; `weft verify` tells which"
             );
             self.write(|txn| {
-                mark(txn, &hash, &location.path, |row| {
+                change_location(txn, &hash, &location.path, |row| {
                     if let Some(mut good) = row.good() {
                         bad.iter().for_each(|bad| good.remove_range(*bad..*bad + 1));
                         row.set_good(&good);
@@ -117,7 +120,7 @@ impl Store {
             })?;
             self.read_through(hash, location);
         } else if let Some(content) = source.arriving_content() {
-            // The reader tells the writer of the blob that the groups are missing.
+            // The writer finds out when it next settles, and wants them again.
             bad.iter().for_each(|bad| content.forget(*bad..*bad + 1));
         } else if let (Some(part), mut have) = (source.part(), source.have())
             && let Ok(_lease) = PartLease::take(self, hash, part)
@@ -139,7 +142,7 @@ impl Store {
         path: &Path,
         good: &Bitfield,
     ) -> Result<(), StoreError> {
-        self.write(|txn| mark(txn, hash, path, |row| row.set_good(good)))
+        self.write(|txn| change_location(txn, hash, path, |row| row.set_good(good)))
     }
 
     /// Returns the groups of damaged files that are right, as sources open for reading.
@@ -276,37 +279,18 @@ fn read_one(
         let rows = store.blob_row(&hash)?.into_iter();
         let mut rows = rows.flat_map(|row| row.locations);
         if let Some(row) = rows.find(|row| path_from(&row.path) == location.path) {
-            store.check_file(&hash, &row, true, false, &Progress::default())?;
+            let progress = Progress::default();
+            store.check_file(&hash, &row, true, false, &Reading::new(&progress))?;
         }
         return Ok(());
     }
     store.set_good(&hash, &location.path, &good)
 }
 
-/// Changes what is known of the file at `path`, if it is known.
-fn mark(
-    txn: &redb::WriteTransaction,
-    hash: &Hash,
-    path: &Path,
-    change: impl FnOnce(&mut LocationRow),
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
-    };
-    let mut locations = row.locations.iter_mut();
-    if let Some(known) = locations.find(|known| path_from(&known.path) == path) {
-        change(known);
-    }
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
 
     #[test]

@@ -4,7 +4,7 @@
 
 use std::{
     fs, io,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
@@ -12,10 +12,12 @@ use prost::Message;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
-    PARTS, Store, StoreError, database, discard, remove_empty_folders,
+    PARTS, Store, StoreError, database, discard,
+    looks::{Sights, ToSee},
+    remove_empty_folders,
     rows::{DiscardRow, LocationRow, decode, part_key, path_from},
 };
-use crate::{Hash, index::Location};
+use crate::{Hash, files, index::Location};
 
 pub(super) const DISCARDS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("discards");
 
@@ -34,12 +36,12 @@ impl Doomed {
         self.own.push(path);
     }
 
-    /// A part file, if it is there.
-    pub(super) fn part(&mut self, store: &Store, hash: &Hash, path: PathBuf) {
+    /// A part file, if it is there, or may be.
+    pub(super) fn part(&mut self, store: &Store, hash: &Hash, path: PathBuf, sights: &Sights) {
         if path.starts_with(&store.inner.folder) {
             return self.own(path);
         }
-        if fs::symlink_metadata(&path).is_err() {
+        if sights.is_there(&path) == Some(false) {
             return;
         }
         let row = DiscardRow {
@@ -75,16 +77,28 @@ impl Doomed {
 
 impl Store {
     /// Deletes what [`Doomed::note`] was committed for.
-    pub(super) fn delete(&self, doomed: Doomed) -> Result<(), StoreError> {
+    pub(super) fn delete(&self, doomed: Doomed, sights: &Sights) -> Result<(), StoreError> {
         doomed.own.iter().for_each(|path| discard(path));
-        self.finish_discards()
+        self.finish_discards(sights)
     }
 
-    /// Deletes what is still to be deleted, but for what rows speak of again.
-    pub(super) fn finish_discards(&self) -> Result<(), StoreError> {
+    /// Adds the files that are still to be deleted.
+    pub(super) fn see_discards(&self, to_see: &mut ToSee) -> Result<(), StoreError> {
+        for (path, _) in self.discards()? {
+            to_see.path(&path);
+        }
+        Ok(())
+    }
+
+    /// Deletes what is still to be deleted, but for what rows speak of again, and for what lies on a disk that does not
+    /// answer.
+    pub(super) fn finish_discards(&self, sights: &Sights) -> Result<(), StoreError> {
         let mut done = Vec::new();
         let mut result = Ok(());
         for (path, row) in self.discards()? {
+            if sights.is_there(&path).is_none() {
+                continue;
+            }
             match self.finish_discard(&path, &row) {
                 Ok(()) => done.push(path),
                 Err(error) => result = Err(error),
@@ -153,8 +167,7 @@ impl Store {
     }
 }
 
-/// Bytes that a file takes on the disk: of a part file, those that are set aside.
+/// Bytes that a file in the store's folder takes on the disk: of a part file, those that are set aside.
 pub(super) fn allocated(path: &Path) -> u64 {
-    // Blocks are of 512 bytes whatever the file system's own are (POSIX).
-    fs::symlink_metadata(path).map_or(0, |file| file.blocks().saturating_mul(512))
+    files::stat(path).map_or(0, |file| files::allocated(&file))
 }

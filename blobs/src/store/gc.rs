@@ -16,6 +16,7 @@ use redb::{ReadableTable, WriteTransaction};
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::{Doomed, allocated},
+    looks::{IN_ROOT, Sights},
     part_path,
     refs::refs,
     remove::models,
@@ -93,13 +94,14 @@ impl Store {
     /// # Errors
     /// As [`collect`](Self::collect).
     pub fn collect_with(&self, dry_run: bool, gone: bool) -> Result<Collected, StoreError> {
+        let sights = self.see_all(true)?;
         let _alone = self.deleting();
         if !dry_run {
-            self.finish_discards()?;
+            self.finish_discards(&sights)?;
         }
         let held = self.held()?;
         let (generation, txn) = self.inner.database.begin_write()?;
-        let collected = self.collect_in(txn, (dry_run, gone), &held);
+        let collected = self.collect_in(txn, (dry_run, gone), &held, &sights);
         collected.inspect_err(|error| self.inner.database.failed(generation, error))
     }
 
@@ -108,6 +110,7 @@ impl Store {
         mut txn: WriteTransaction,
         (dry_run, gone): (bool, bool),
         held: &HashSet<Hash>,
+        sights: &Sights,
     ) -> Result<Collected, StoreError> {
         txn.set_quick_repair(true);
         self.recount(&txn, true)?;
@@ -116,6 +119,7 @@ impl Store {
             txn: &txn,
             models: models(&txn)?,
             held,
+            sights,
             forget_away: gone,
             whole: HashSet::new(),
             kept: HashSet::new(),
@@ -140,7 +144,7 @@ impl Store {
         }
         doomed.note(&txn)?;
         txn.commit().map_err(database)?;
-        self.delete(doomed)?;
+        self.delete(doomed, sights)?;
         Ok(collected)
     }
 }
@@ -150,6 +154,7 @@ struct Collector<'a> {
     txn: &'a WriteTransaction,
     models: Vec<Model>,
     held: &'a HashSet<Hash>,
+    sights: &'a Sights,
     /// Also forget files whose folder is gone.
     forget_away: bool,
     /// Blobs that are whole here.
@@ -185,14 +190,25 @@ impl Collector<'_> {
                 continue;
             }
             if refs(self.txn, &hash)? == 0 {
-                for location in &row.locations {
+                // What a transfer wrote to a disk that does not answer goes when it does.
+                let (silent, known): (Vec<_>, Vec<_>) = row
+                    .locations
+                    .into_iter()
+                    .partition(|row| row.written && self.sights.is_here(row).is_none());
+                for location in &known {
                     self.drop_file(&hash, location);
                 }
-                self.put(&hash, None)?;
+                row.locations = silent;
+                if row.locations.is_empty() {
+                    self.put(&hash, None)?;
+                } else if !known.is_empty() {
+                    self.put(&hash, Some(&row))?;
+                }
                 continue;
             }
-            row.locations
-                .retain(|row| is_here(row) || self.is_away(&path_from(&row.path)));
+            row.locations.retain(|row| {
+                self.sights.is_here(row) != Some(false) || self.is_away(&path_from(&row.path))
+            });
             self.collected.locations += (before - row.locations.len()) as u64;
             self.drop_second_copy(&hash, &mut row);
             if row.locations.is_empty() {
@@ -205,7 +221,7 @@ impl Collector<'_> {
             }
             let tree = Tree::new(row.size);
             let mut locations = row.locations.iter();
-            let usable = locations.any(|row| !row.damaged && is_here(row));
+            let usable = locations.any(|row| !row.damaged && self.is_here(row));
             if usable && self.store.has_outboard(&hash, &tree) {
                 self.whole.insert(hash);
             }
@@ -218,13 +234,21 @@ impl Collector<'_> {
 
     /// Returns true if a file may come back with its folder, and is to be remembered for that.
     fn is_away(&self, path: &Path) -> bool {
-        !self.forget_away && is_away(path)
+        !self.forget_away && self.sights.has_folder(path) == Some(false)
+    }
+
+    /// Returns true if it is known that the file is what it was.
+    fn is_here(&self, row: &LocationRow) -> bool {
+        self.sights.is_here(row) == Some(true)
     }
 
     /// Models whose folder is gone live in another one that holds all their files, if there is one.
     fn rehouse(&mut self) -> Result<(), StoreError> {
         let mut models = std::mem::take(&mut self.models);
-        for model in models.iter_mut().filter(|model| !model.root.exists()) {
+        for model in &mut models {
+            if self.sights.has_folder(&model.root.join(IN_ROOT)) != Some(false) {
+                continue;
+            }
             let Some(manifest) = self.store.manifest(&model.id)? else {
                 continue;
             };
@@ -274,7 +298,7 @@ impl Collector<'_> {
         let owned = self.store.owned_path(hash);
         let is_owned = |location: &LocationRow| path_from(&location.path) == owned;
         let in_a_model =
-            |row: &LocationRow| row.written && !row.damaged && !is_owned(row) && is_here(row);
+            |row: &LocationRow| row.written && !row.damaged && !is_owned(row) && self.is_here(row);
         if row.locations.iter().any(in_a_model) {
             for location in row.locations.iter().filter(|row| is_owned(row)) {
                 self.drop_file(hash, location);
@@ -308,7 +332,7 @@ impl Collector<'_> {
         if in_store || !row.written || self.models.iter().any(in_a_model) {
             return;
         }
-        if location.open().is_some() {
+        if self.is_here(row) {
             self.collected.files.add(location.size);
             // Only the folder that the file lies in is known to be of no use.
             let folder = location.path.parent().unwrap_or(&location.path).to_owned();
@@ -332,14 +356,15 @@ impl Collector<'_> {
             };
             let (hash, path) = (Hash::from(*hash), path_from(path));
             let is_used = self.held.contains(&hash) || self.store.is_arriving(&path);
-            let is_there = fs::symlink_metadata(&path).is_ok();
+            let is_there = self.sights.is_there(&path);
             let is_needed = refs(self.txn, &hash)? > 0 && !self.whole.contains(&hash);
-            if is_used || (is_needed && (is_there || self.is_away(&path))) {
+            let stays = is_there != Some(false) || self.is_away(&path);
+            if is_used || is_there.is_none() || (is_needed && stays) {
                 self.with_tree.insert(hash);
                 self.kept.insert(path);
                 continue;
             }
-            if is_there {
+            if is_there == Some(true) {
                 self.drop_part(&hash, path);
             }
             self.collected.rows += 1;
@@ -361,7 +386,7 @@ impl Collector<'_> {
                 let part = part_path(&model.root.join(&file.path), &file.blake3);
                 let is_used = self.held.contains(&file.blake3) || self.store.is_arriving(&part);
                 let is_known = self.kept.contains(&part) || self.gone.contains(&part);
-                if !is_used && !is_known && fs::symlink_metadata(&part).is_ok() {
+                if !is_used && !is_known && self.sights.is_there(&part) == Some(true) {
                     self.drop_part(&file.blake3, part);
                 }
             }
@@ -371,9 +396,10 @@ impl Collector<'_> {
     }
 
     fn drop_part(&mut self, hash: &Hash, path: PathBuf) {
-        self.collected.parts.add(allocated(&path));
+        let bytes = self.sights.allocated(&path).unwrap_or(0);
+        self.collected.parts.add(bytes);
         self.gone.insert(path.clone());
-        self.doomed.part(self.store, hash, path);
+        self.doomed.part(self.store, hash, path, self.sights);
     }
 
     /// Files in the store's folder that no row speaks of.
@@ -430,16 +456,6 @@ impl Collector<'_> {
     }
 }
 
-/// Whether the file is what it was.
-fn is_here(row: &LocationRow) -> bool {
-    Location::from(row).open().is_some()
-}
-
-/// Whether the folder of a file is gone as well: its disk may not be mounted, and what was hashed or fetched there is there again when it is.
-fn is_away(path: &Path) -> bool {
-    !path.parent().is_some_and(Path::exists)
-}
-
 fn name(path: &Path) -> &str {
     let name = path.file_name().and_then(|name| name.to_str());
     name.unwrap_or_default()
@@ -476,7 +492,7 @@ mod tests {
         let missing = || {
             let models = store.models().unwrap();
             let progress = crate::store::verify::Progress::default();
-            let checked = store.verify(&models, true, &progress).unwrap();
+            let checked = store.verify(Some(&models), true, &progress).unwrap();
             let bad = |one: &&crate::store::verify::Checked| {
                 one.condition != crate::store::verify::Condition::Good
             };
@@ -677,7 +693,7 @@ mod tests {
                     doomed.written(hash, &location.into(), &root);
                 }
                 let part = part_path(&root.join(name), hash);
-                doomed.part(&store, hash, part);
+                doomed.part(&store, hash, part, &store.see_all(true).unwrap());
                 txn.open_table(BLOBS)
                     .unwrap()
                     .remove(hash.as_bytes())

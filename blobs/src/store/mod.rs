@@ -50,7 +50,7 @@ use std::{
 use prost::Message;
 use redb::{Database, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
 
-pub(crate) use self::parts::{PartLease, part_path};
+pub(crate) use self::parts::{Copied, PartLease, part_path};
 use self::{
     discards::DISCARDS,
     metadata::Metadata,
@@ -489,7 +489,10 @@ impl Store {
                 false => store.recount(txn, false),
             }
         })?;
-        if let Err(error) = store.finish_discards() {
+        let mut to_see = looks::ToSee::new(&store, false);
+        store.see_discards(&mut to_see)?;
+        let sights = to_see.look(&store)?;
+        if let Err(error) = store.finish_discards(&sights) {
             tracing::warn!(%error, "a file that is no longer needed stays");
         }
         Ok(store)
@@ -505,6 +508,25 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; nothing is taken in then.
     pub fn add(&self, indexed: &Indexed, name: Option<&str>) -> Result<Hash, StoreError> {
+        self.add_while(indexed, name, &|| true)
+    }
+
+    /// As [`add`](Self::add), as long as `goes_on` returns true, which is asked before each file and before the commit.
+    /// What was written by then is deleted by the next collection.
+    ///
+    /// # Errors
+    /// [`StoreError`], of which [`StoreError::Cancelled`] if it goes on no more; nothing is taken in then.
+    pub fn add_while(
+        &self,
+        indexed: &Indexed,
+        name: Option<&str>,
+        goes_on: &dyn Fn() -> bool,
+    ) -> Result<Hash, StoreError> {
+        let go_on = || match goes_on() {
+            true => Ok(()),
+            false => Err(StoreError::Cancelled),
+        };
+        go_on()?;
         let manifest = indexed.manifest.encode();
         let files = indexed.manifest.files().iter().map(|file| file.blake3);
         let _holds: Vec<Hold> = files
@@ -515,11 +537,13 @@ impl Store {
         let mut trees = HashSet::new();
         for file in indexed.manifest.files() {
             if trees.insert(file.blake3) {
+                go_on()?;
                 self.write_outboard(&file.blake3, &indexed.files[&file.path].outboard)?;
             }
         }
         let mut located = Located::default();
         for file in indexed.manifest.files() {
+            go_on()?;
             located.add(&file.blake3, &indexed.files[&file.path].location, false);
         }
         self.write(|txn| {
@@ -528,7 +552,8 @@ impl Store {
             if let Some(name) = name {
                 set_name(txn, id, name, Some(None))?;
             }
-            Ok(())
+            // Not when it is committed: what is acknowledged stays.
+            go_on()
         })?;
         Ok(id)
     }
@@ -634,20 +659,10 @@ impl Store {
             let metadata = fs::metadata(&path).map_err(cannot_read())?;
             locations.push(Location::from_metadata(&path, &metadata));
         }
-        self.write(|txn| {
-            let mut table = txn.open_table(MODELS).map_err(database)?;
-            let row = match table.get(id.as_bytes()).map_err(database)? {
-                Some(row) => decode::<ModelRow>("models", row.value())?,
-                None => return Err(StoreError::NoSuchModel(*id)),
-            };
-            let mut model = Model::from_row(*id, row);
+        self.change_model(id, |model| {
             let is_new = |known: &Location| locations.iter().all(|new| new.path != known.path);
             model.results.retain(is_new);
-            model.results.extend(locations.iter().cloned());
-            table
-                .insert(id.as_bytes(), model.to_row().encode_to_vec().as_slice())
-                .map_err(database)?;
-            Ok(())
+            model.results.extend(locations);
         })
     }
 
@@ -934,10 +949,13 @@ impl Store {
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
         self.inner.database.read(|txn| {
             let table = txn.open_table(BLOBS).map_err(database)?;
-            match table.get(hash.as_bytes()).map_err(database)? {
-                Some(row) => Ok(Some(decode("blobs", row.value())?)),
-                None => Ok(None),
-            }
+            let row = match table.get(hash.as_bytes()).map_err(database)? {
+                Some(row) => decode::<BlobRow>("blobs", row.value())?,
+                None => return Ok(None),
+            };
+            #[cfg(test)]
+            tests::LOCATIONS.set(tests::LOCATIONS.get() + row.locations.len() as u64);
+            Ok(Some(row))
         })
     }
 
@@ -989,46 +1007,51 @@ impl Store {
     }
 }
 
-/// Forgets that a blob is in those files.
+/// Changes the row of a blob; `None` if there is none.
+fn change_blob<T>(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    change: impl FnOnce(&mut BlobRow) -> T,
+) -> Result<Option<T>, StoreError> {
+    let mut table = txn.open_table(BLOBS).map_err(database)?;
+    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
+        Some(row) => decode::<BlobRow>("blobs", row.value())?,
+        None => return Ok(None),
+    };
+    let result = change(&mut row);
+    table
+        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
+        .map_err(database)?;
+    Ok(Some(result))
+}
+
+/// Changes what is known of the file at `path`, if it is known to hold the blob.
+fn change_location(
+    txn: &WriteTransaction,
+    hash: &Hash,
+    path: &Path,
+    change: impl FnOnce(&mut LocationRow),
+) -> Result<(), StoreError> {
+    let of_path = |row: &mut BlobRow| {
+        let mut locations = row.locations.iter_mut();
+        locations
+            .find(|known| path_from(&known.path) == path)
+            .map(change)
+    };
+    change_blob(txn, hash, of_path).map(drop)
+}
+
+/// Forgets that a blob is in those files; what was known of them.
 fn forget_locations(
     txn: &WriteTransaction,
     hash: &Hash,
     which: impl Fn(&Path) -> bool,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
+) -> Result<Vec<LocationRow>, StoreError> {
+    let forget = |row: &mut BlobRow| {
+        let which = |known: &mut LocationRow| which(&path_from(&known.path));
+        row.locations.extract_if(.., which).collect()
     };
-    row.locations
-        .retain(|known| !which(&path_from(&known.path)));
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
-}
-
-/// Notes whether the file at `path` holds what it should.
-fn mark_location(
-    txn: &WriteTransaction,
-    hash: &Hash,
-    path: &Path,
-    damaged: bool,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
-    };
-    let mut locations = row.locations.iter_mut();
-    if let Some(known) = locations.find(|known| path_from(&known.path) == path) {
-        known.damaged = damaged;
-        known.bad.clear();
-    }
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
+    Ok(change_blob(txn, hash, forget)?.unwrap_or_default())
 }
 
 /// Files that hold whole blobs, to be noted: by blob and path. The row of each blob is read and written once, however
@@ -1060,7 +1083,11 @@ impl Located {
                 None => BlobRow::default(),
             };
             #[cfg(test)]
-            tests::ROWS.set(tests::ROWS.get() + 1);
+            {
+                tests::ROWS.set(tests::ROWS.get() + 1);
+                tests::LOCATIONS
+                    .set(tests::LOCATIONS.get() + (row.locations.len() + new.len()) as u64);
+            }
             row.locations.retain(|old| match new.get_mut(&old.path) {
                 Some(new) => {
                     new.written |= keep && old.written;
@@ -1270,7 +1297,7 @@ fn remove_empty_folders(file: &Path, root: &Path) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -1282,6 +1309,9 @@ mod tests {
     thread_local! {
         /// Rows of blobs that this thread has written.
         pub(super) static ROWS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+
+        /// Files in rows of blobs that this thread has read or written.
+        pub(crate) static LOCATIONS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
     }
 
     #[test]
@@ -1311,6 +1341,38 @@ mod tests {
         assert_eq!(row.locations.len(), FILES);
         let path = &indexed.files["777"].location.path;
         assert!(store.known_files(&hash).unwrap().has_untouched(path));
+        let model = store.model(&id).unwrap();
+        assert!(store.presence(&model, &indexed.manifest).unwrap().complete);
+    }
+
+    #[test]
+    fn adding_can_be_stopped_at_any_file_and_is_whole_or_not_at_all() {
+        let home = tempfile::tempdir().unwrap();
+        let root = home.path().join("m");
+        fs::create_dir(&root).unwrap();
+        for i in 0..5_u8 {
+            fs::write(root.join(i.to_string()), vec![i; 200_000]).unwrap();
+        }
+        let indexed = index(&root, &Progress::default()).unwrap();
+        let store = Store::open(&home.path().join("store")).unwrap();
+        let mut stops = 0;
+        let id = loop {
+            let asked = std::cell::Cell::new(0);
+            let goes_on = || asked.replace(asked.get() + 1) < stops;
+            match store.add_while(&indexed, Some("a/b@main"), &goes_on) {
+                Ok(id) => break id,
+                Err(StoreError::Cancelled) => {}
+                Err(error) => panic!("{error}"),
+            }
+            assert!(store.models().unwrap().is_empty());
+            store.collect(false).unwrap();
+            for kind in ["outboards", "manifests"] {
+                let left = fs::read_dir(home.path().join("store").join(kind)).unwrap();
+                assert_eq!(left.count(), 0, "stopped at {stops}");
+            }
+            stops += 1;
+        };
+        assert!(stops >= 2 * 5, "it could be stopped {stops} times");
         let model = store.model(&id).unwrap();
         assert!(store.presence(&model, &indexed.manifest).unwrap().complete);
     }

@@ -17,19 +17,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use prost::Message;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
-    BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
+    BLOBS, MODELS, Model, PARTS, Store, StoreError, change_blob, database,
     discards::{Doomed, allocated},
+    looks::Sights,
     metadata::Metadata,
     part_path,
     refs::REFS,
     remove::Forget,
-    rows::{BlobRow, ModelRow, decode, path_from},
+    rows::{BlobRow, ModelRow, PartRow, decode, path_from},
 };
-use crate::{Hash, Manifest, index::Location};
+use crate::{Hash, Manifest, bitfield::Bitfield, index::Location, tree::Tree};
 
 pub(super) const SETTINGS: TableDefinition<'_, &str, u64> = TableDefinition::new("settings");
 
@@ -213,11 +213,16 @@ impl Store {
         })
     }
 
-    /// What takes how many bytes, by looking at each file. `home` is the folder below which the quota counts.
+    /// What takes how many bytes, by looking at each file; what is on a disk that does not answer, by what is known of
+    /// it. `home` is the folder below which the quota counts.
     ///
     /// # Errors
     /// [`StoreError`].
     pub fn usage(&self, home: &Path) -> Result<Usage, StoreError> {
+        self.usage_by(home, &self.see_all(false)?)
+    }
+
+    fn usage_by(&self, home: &Path, sights: &Sights) -> Result<Usage, StoreError> {
         let mut usage = Usage {
             expected: self.expected(),
             ..Usage::default()
@@ -227,7 +232,7 @@ impl Store {
         for (_, row) in self.blob_rows()? {
             for row in &row.locations {
                 let location = Location::from(row);
-                let bytes = fs::symlink_metadata(&location.path).map_or(0, |file| file.len());
+                let bytes = sights.size(&location.path).unwrap_or(location.size);
                 match () {
                     () if location.path.starts_with(&owned) => usage.owned += bytes,
                     () if location.path.starts_with(folder) => {}
@@ -238,18 +243,20 @@ impl Store {
             }
         }
         for location in self.models()?.iter().flat_map(|model| &model.results) {
-            let bytes = fs::symlink_metadata(&location.path).map_or(0, |file| file.len());
+            let bytes = sights.size(&location.path).unwrap_or(location.size);
             match location.path.starts_with(home) {
                 true => usage.models += bytes,
                 false => usage.elsewhere += bytes,
             }
         }
-        let mut parts: HashSet<PathBuf> = self.open_parts().clone();
+        let open = self.open_parts().clone().into_iter();
+        let mut parts: HashMap<PathBuf, u64> = open.map(|part| (part, 0)).collect();
         parts.extend(self.all_parts()?.into_values().flatten());
-        for part in parts {
+        for (part, had) in parts {
+            let bytes = sights.allocated(&part).unwrap_or(had);
             match part.starts_with(home) {
-                true => usage.parts += allocated(&part),
-                false => usage.elsewhere += allocated(&part),
+                true => usage.parts += bytes,
+                false => usage.elsewhere += bytes,
             }
         }
         for kind in ["outboards", "manifests"] {
@@ -288,13 +295,16 @@ impl Store {
     ) -> Result<(Room, Vec<Model>), StoreError> {
         needs.retain(|need| need.target.starts_with(home));
         let needed: u64 = needs.iter().map(Need::rest).sum();
+        let quota = match needed {
+            0 => None,
+            _ => self.quota()?,
+        };
+        let sights = quota.map(|_| self.see_all(true)).transpose()?;
         let _alone = self.deleting();
         let mut gone = Vec::new();
-        if needed > 0
-            && let Some(quota) = self.quota()?
-        {
+        if let (Some(quota), Some(sights)) = (quota, &sights) {
             self.note_used(true)?;
-            let used = self.usage(home)?.counted();
+            let used = self.usage_by(home, sights)?.counted();
             let too_much = used.saturating_add(needed).saturating_sub(quota);
             if too_much > 0 {
                 let exceeded = StoreError::QuotaExceeded {
@@ -302,8 +312,8 @@ impl Store {
                     quota,
                     used,
                 };
-                let candidates = self.candidates(too_much, home, published)?;
-                gone = self.evict(candidates.ok_or(exceeded)?)?;
+                let candidates = self.candidates(too_much, (home, sights), published)?;
+                gone = self.evict(candidates.ok_or(exceeded)?, sights)?;
             }
         }
         let number = self.inner.next_room.fetch_add(1, Ordering::Relaxed);
@@ -319,7 +329,7 @@ impl Store {
     fn candidates(
         &self,
         bytes: u64,
-        home: &Path,
+        (home, sights): (&Path, &Sights),
         published: &HashSet<Hash>,
     ) -> Result<Option<Vec<Candidate>>, StoreError> {
         let held = self.held()?;
@@ -343,8 +353,8 @@ impl Store {
 
         let of_parts = |hash: &Hash| -> u64 {
             let parts = parts.get(hash).into_iter().flatten();
-            let below = parts.filter(|part| part.starts_with(home));
-            below.map(|part| allocated(part)).sum()
+            let below = parts.filter(|(part, _)| part.starts_with(home));
+            below.filter_map(|(part, _)| sights.allocated(part)).sum()
         };
         let orphans: HashSet<Hash> = blobs
             .keys()
@@ -380,7 +390,7 @@ impl Store {
         for (_, _, manifest) in &models {
             for file in manifest.files() {
                 let hash = file.blake3;
-                for part in parts.get(&hash).into_iter().flatten() {
+                for (part, _) in parts.get(&hash).into_iter().flatten() {
                     let stays = guarded.contains(&hash)
                         || self.is_arriving(part)
                         || !part.starts_with(home)
@@ -389,7 +399,8 @@ impl Store {
                         continue;
                     }
                     gone.insert(part.clone());
-                    if take(Candidate::Part(hash, part.clone()), allocated(part)) {
+                    let bytes = sights.allocated(part).unwrap_or(0);
+                    if take(Candidate::Part(hash, part.clone()), bytes) {
                         return Ok(Some(chosen));
                     }
                 }
@@ -408,10 +419,9 @@ impl Store {
                 let rows = blobs.get(&file.blake3).into_iter();
                 let rows = rows.flat_map(|row| &row.locations);
                 let here = rows.filter(|row| row.written && path_from(&row.path) == path);
-                let here = here.map(Location::from);
-                let mut here = here.filter(|location| location.open().is_some());
-                if let (true, Some(location)) = (path.starts_with(home), here.next()) {
-                    size += location.size;
+                let mut here = here.filter(|row| sights.is_here(row) == Some(true));
+                if let (true, Some(row)) = (path.starts_with(home), here.next()) {
+                    size += row.size;
                 }
                 if counts.get(&file.blake3).is_none_or(|count| *count <= 1) {
                     size += owned_size(&file.blake3);
@@ -425,7 +435,7 @@ impl Store {
     }
 
     /// Drops all of it in one transaction, and then the files; the models among it.
-    fn evict(&self, candidates: Vec<Candidate>) -> Result<Vec<Model>, StoreError> {
+    fn evict(&self, candidates: Vec<Candidate>, sights: &Sights) -> Result<Vec<Model>, StoreError> {
         let held = self.held()?;
         let mut doomed = Doomed::default();
         let mut gone = Vec::new();
@@ -434,6 +444,7 @@ impl Store {
                 store: self,
                 txn,
                 held: &held,
+                sights,
                 files: true,
                 copies: false,
             };
@@ -446,7 +457,7 @@ impl Store {
                     Candidate::Part(hash, part) => {
                         tracing::info!(part = %part.display(), "evicted");
                         forget.drop_part(&hash, &part)?;
-                        doomed.part(self, &hash, part);
+                        doomed.part(self, &hash, part, sights);
                     }
                     Candidate::Model(model, manifest) => {
                         tracing::info!(model = %model.id, "evicted: it was used longest ago");
@@ -457,7 +468,7 @@ impl Store {
             }
             doomed.note(txn)
         })?;
-        self.delete(doomed)?;
+        self.delete(doomed, sights)?;
         Ok(gone)
     }
 
@@ -489,21 +500,9 @@ impl Store {
         self.write(|txn| {
             let last = blobs.values().max().copied().unwrap_or_default();
             note_use(txn, u64::try_from(last).unwrap_or_default())?;
-            let mut table = txn.open_table(BLOBS).map_err(database)?;
-            for (hash, at) in blobs {
-                let row = table.get(hash.as_bytes()).map_err(database)?;
-                let Some(row) = row.map(|row| decode::<BlobRow>("blobs", row.value())) else {
-                    continue;
-                };
-                let row = BlobRow {
-                    used_at: at,
-                    ..row?
-                };
-                table
-                    .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-                    .map_err(database)?;
-            }
-            Ok(())
+            blobs.into_iter().try_for_each(|(hash, at)| {
+                change_blob(txn, &hash, |row| row.used_at = at).map(drop)
+            })
         })
     }
 
@@ -513,7 +512,7 @@ impl Store {
         needs.iter().map(Need::rest).sum()
     }
 
-    fn blob_rows(&self) -> Result<HashMap<Hash, BlobRow>, StoreError> {
+    pub(super) fn blob_rows(&self) -> Result<HashMap<Hash, BlobRow>, StoreError> {
         self.inner.database.read(|txn| {
             let table = txn.open_table(BLOBS).map_err(database)?;
             let mut rows = HashMap::new();
@@ -546,16 +545,20 @@ impl Store {
         Ok(files)
     }
 
-    /// The part files that rows speak of.
-    fn all_parts(&self) -> Result<HashMap<Hash, Vec<PathBuf>>, StoreError> {
+    /// The part files that rows speak of, each with the bytes that it holds.
+    pub(super) fn all_parts(&self) -> Result<HashMap<Hash, Vec<(PathBuf, u64)>>, StoreError> {
         self.inner.database.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
-            let mut parts: HashMap<Hash, Vec<PathBuf>> = HashMap::new();
+            let mut parts: HashMap<Hash, Vec<(PathBuf, u64)>> = HashMap::new();
             for row in table.iter().map_err(database)? {
-                let (key, _) = row.map_err(database)?;
+                let (key, row) = row.map_err(database)?;
                 if let Some((hash, path)) = key.value().split_first_chunk::<32>() {
+                    let row: PartRow = decode("parts", row.value())?;
+                    let tree = Tree::new(row.size);
+                    let had = Bitfield::from_bytes(&row.bits, tree.groups());
+                    let had = had.map_or(0, |had| had.bytes(&tree));
                     let of_blob = parts.entry((*hash).into()).or_default();
-                    of_blob.push(path_from(path));
+                    of_blob.push((path_from(path), had));
                 }
             }
             Ok(parts)
@@ -612,6 +615,8 @@ impl Default for Uses {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
     use crate::{
         store::testing::{Origin, add, content, store},

@@ -5,12 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use prost::Message;
 use redb::{ReadableTable, WriteTransaction};
 
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::Doomed,
+    forget_locations,
+    looks::{IN_ROOT, Sights, ToSee},
     part_path,
     refs::{drop_refs, refs},
     rows::{BlobRow, LocationRow, ModelRow, decode, part_key, part_keys, path_from},
@@ -38,6 +39,21 @@ impl Store {
     /// [`StoreError::NoSuchModel`] if the store does not hold it, [`StoreError::Tagged`], [`StoreError::Busy`] while it
     /// is worked with.
     pub fn remove(&self, id: &Hash, files: bool) -> Result<Removed, StoreError> {
+        let sights = {
+            let mut to_see = ToSee::new(self, true);
+            let (model, manifest) = (self.model(id)?, self.manifest(id)?);
+            self.see_model(&mut to_see, &model, manifest.as_ref());
+            for file in manifest.iter().flat_map(Manifest::files) {
+                let row = self.blob_row(&file.blake3)?;
+                let rows = row.iter().flat_map(|row| &row.locations);
+                rows.for_each(|row| to_see.file(row));
+                for (part, _) in self.part_rows(&file.blake3)? {
+                    to_see.path(&part);
+                }
+            }
+            self.see_discards(&mut to_see)?;
+            to_see.look(self)?
+        };
         let _alone = self.deleting();
         let model = self.model(id)?;
         let manifest = self.manifest(id)?;
@@ -63,6 +79,7 @@ impl Store {
                 store: self,
                 txn,
                 held: &held,
+                sights: &sights,
                 files: files && model.fetched,
                 copies: files,
             };
@@ -72,11 +89,11 @@ impl Store {
             Ok((deleted, folders))
         })?;
         let (files_deleted, folders) = files_deleted;
-        if files {
+        if files && sights.has_folder(&model.root.join(IN_ROOT)).is_some() {
             crate::occupancy::sweep(&model.root);
         }
         // Committed: what follows only frees room.
-        self.delete(doomed)?;
+        self.delete(doomed, &sights)?;
         Ok(Removed {
             model,
             files_deleted,
@@ -126,6 +143,8 @@ pub(super) struct Forget<'a> {
     pub(super) txn: &'a WriteTransaction,
     /// Blobs that somebody works with.
     pub(super) held: &'a HashSet<Hash>,
+    /// What there was on other disks before the transaction.
+    pub(super) sights: &'a Sights,
     /// Also delete files that a transfer wrote.
     pub(super) files: bool,
     /// Also those that it wrote into other folders than the model's.
@@ -168,7 +187,7 @@ impl Forget<'_> {
         let mut deleted = 0;
         for row in was.results.iter().filter(|_| self.files) {
             let location = Location::from(row);
-            deleted += u32::from(location.open().is_some());
+            deleted += self.is_here(row);
             let folder = location.path.parent().unwrap_or(&model.root);
             doomed.written(&model.id, &location, folder);
         }
@@ -179,13 +198,14 @@ impl Forget<'_> {
             if !shared.contains(&path) {
                 let part = part_path(&path, &hash);
                 self.drop_part(&hash, &part)?;
-                doomed.part(store, &hash, part);
-                if let Some(location) = self.drop_location(&hash, &path)?
-                    && location.written
+                doomed.part(store, &hash, part, self.sights);
+                let dropped = forget_locations(txn, &hash, |known| known == path)?;
+                if let Some(row) = dropped.into_iter().next()
+                    && row.written
                     && self.files
                 {
-                    let location = Location::from(&location);
-                    deleted += u32::from(location.open().is_some());
+                    let location = Location::from(&row);
+                    deleted += self.is_here(&row);
                     doomed.written(
                         &hash,
                         &location,
@@ -196,7 +216,7 @@ impl Forget<'_> {
             }
             if refs(txn, &hash)? == 0 && !self.held.contains(&hash) {
                 for (location, root) in self.copies(&hash, &file.path)? {
-                    deleted += u32::from(location.open().is_some());
+                    deleted += self.is_here(&LocationRow::from(&location));
                     doomed.written(&hash, &location, &self.emptied(model, &root, &file.path));
                     folders.insert(root);
                 }
@@ -214,6 +234,11 @@ impl Forget<'_> {
             doomed.own(store.manifest_path(&model.id));
         }
         Ok(deleted)
+    }
+
+    /// 1 if it is known that the file is what it was, and so is deleted now.
+    fn is_here(&self, row: &LocationRow) -> u32 {
+        u32::from(self.sights.is_here(row) == Some(true))
     }
 
     /// The folder up to which those go that deleting the file at `path` in `root` empties. The root itself goes only if
@@ -262,7 +287,7 @@ impl Forget<'_> {
         for row in rows {
             let (key, _) = row.map_err(database)?;
             let part = path_from(&key.value()[hash.as_bytes().len()..]);
-            doomed.part(self.store, hash, part);
+            doomed.part(self.store, hash, part, self.sights);
         }
         let mut table = self.txn.open_table(BLOBS).map_err(database)?;
         table.remove(hash.as_bytes()).map_err(database)?;
@@ -276,22 +301,6 @@ impl Forget<'_> {
         let key = part_key(hash, part);
         table.remove(key.as_slice()).map_err(database)?;
         Ok(())
-    }
-
-    /// Forgets that a blob is in the file at `path`.
-    fn drop_location(&self, hash: &Hash, path: &Path) -> Result<Option<LocationRow>, StoreError> {
-        let mut table = self.txn.open_table(BLOBS).map_err(database)?;
-        let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-            Some(row) => decode::<BlobRow>("blobs", row.value())?,
-            None => return Ok(None),
-        };
-        let at = row.locations.iter();
-        let at = at.map(|row| path_from(&row.path)).position(|at| at == path);
-        let dropped = at.map(|at| row.locations.remove(at));
-        table
-            .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-            .map_err(database)?;
-        Ok(dropped)
     }
 }
 

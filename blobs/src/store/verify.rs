@@ -1,11 +1,14 @@
 //! Reading everything again: is what is on the disk still what it was?
 //!
+//! Everything that is held is read: files and part files of models, and what the store itself keeps of models that were
+//! only read. Manifests are checked by their hash whenever they are used; they are not counted.
+//!
 //! Each file is read in pieces and checked against its tree, as it is when it is served. Where that fails, the file's own hash tells whether the content is
 //! damaged or the tree. A damaged file that a transfer wrote becomes a part file again, with the groups that are right: what is damaged is fetched like
 //! anything that is missing. A file that was added in place is the user's, and is never touched; it is not used any more.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet, hash_map::Entry},
     fs::{self, File},
     io,
     ops::Range,
@@ -18,12 +21,13 @@ use std::{
 };
 
 use super::{
-    BLOBS, Hold, Model, PARTS, PartLease, Store, StoreError, database, mark_location, part_path,
-    rows::{BlobRow, LocationRow, decode, path_from},
+    Hold, Model, PARTS, PartLease, Store, StoreError, change_location, database, forget_locations,
+    part_path,
+    rows::{LocationRow, path_from},
     sync_folder,
 };
 use crate::{
-    Hash,
+    Hash, Manifest,
     bitfield::Bitfield,
     files,
     index::{self, IndexError, Location, hash_file},
@@ -32,8 +36,7 @@ use crate::{
     stamp::Stamp,
     tree::Tree,
 };
-use prost::Message;
-use redb::{ReadableTable, WriteTransaction};
+use redb::WriteTransaction;
 
 /// Files that are read at a time: a disk gains by a second reader, and hardly by more.
 const READERS: usize = 2;
@@ -90,14 +93,16 @@ pub enum Action {
 /// A file that was verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checked {
-    /// The model that lists it.
+    /// The model that lists it; of content that no model lists, its hash.
     pub model: Hash,
-    /// Its path in the model.
+    /// Its path in the model; of content that no model lists, its hash.
     pub path: String,
     /// Where it is, or was.
     pub file: PathBuf,
     /// Its content's hash.
     pub hash: Hash,
+    /// Bytes that were read and checked: all that should be here of it, but none of a file that is missing or changed.
+    pub bytes: u64,
     /// What it was found to be.
     pub condition: Condition,
     /// What was done about that.
@@ -129,7 +134,86 @@ enum Kind {
     },
 }
 
+/// What is to be verified, each file once.
+struct Tasks<'a> {
+    store: &'a Store,
+    tasks: Vec<Task>,
+    /// The place of each among `tasks`.
+    known: HashMap<(Hash, PathBuf), usize>,
+}
+
+impl Tasks<'_> {
+    /// Adds the files and part files of a blob, which is at `path` in a model. `target`: where the model has it; `None`
+    /// for a model that is not held, which lacks nothing.
+    fn add(
+        &mut self,
+        (model, path): (Hash, &str),
+        hash: Hash,
+        target: Option<&Path>,
+    ) -> Result<(), StoreError> {
+        let store = self.store;
+        let owned = store.owned_path(&hash);
+        let rows = store.blob_row(&hash)?;
+        for row in rows.into_iter().flat_map(|row| row.locations) {
+            let at = path_from(&row.path);
+            let own = Some(&*at) == target || at == owned;
+            // A copy in a folder that the model left, or a file of no model: nothing is lacking without it.
+            let counts = match target {
+                Some(target) => own || !target.exists() || at.exists(),
+                None => Location::from(&row).open().is_some(),
+            };
+            if !counts {
+                continue;
+            }
+            let ours = row.written && own;
+            self.put((model, path), hash, (at, own), Kind::File { row, ours });
+        }
+        for (part, row) in store.part_rows(&hash)? {
+            let tree = Tree::new(row.size);
+            if let Some(bits) = Bitfield::from_bytes(&row.bits, tree.groups())
+                && !store.is_arriving(&part)
+                && part.exists()
+            {
+                let size = row.size;
+                let at = (part.clone(), false);
+                self.put((model, path), hash, at, Kind::Part { part, size, bits });
+            }
+        }
+        Ok(())
+    }
+
+    fn put(
+        &mut self,
+        (model, path): (Hash, &str),
+        hash: Hash,
+        (at, own): (PathBuf, bool),
+        kind: Kind,
+    ) {
+        let task = Task {
+            model,
+            path: path.to_owned(),
+            hash,
+            kind,
+            _hold: self.store.hold(hash),
+        };
+        match self.known.entry((hash, at)) {
+            Entry::Occupied(known) if own && !self.tasks[*known.get()].is_ours() => {
+                self.tasks[*known.get()] = task;
+            }
+            Entry::Occupied(_) => {}
+            Entry::Vacant(new) => {
+                new.insert(self.tasks.len());
+                self.tasks.push(task);
+            }
+        }
+    }
+}
+
 impl Task {
+    fn is_ours(&self) -> bool {
+        matches!(self.kind, Kind::File { ours: true, .. })
+    }
+
     fn file(&self) -> PathBuf {
         match &self.kind {
             Kind::File { row, .. } => path_from(&row.path),
@@ -164,14 +248,16 @@ impl Found {
 }
 
 impl Store {
-    /// Reads every byte that is here of the given models again; part files that a transfer is writing are left out, for what it writes is verified. `repair`:
-    /// damaged files that a transfer wrote become part files again, damaged trees are rebuilt. Blocks.
+    /// Reads every byte that is here of the given models again, or with `None` every byte that is here at all. Part files
+    /// that a transfer is writing are left out, for what it writes is verified. `repair`: damaged files that a transfer
+    /// wrote become part files again, damaged trees are rebuilt. Each file is one entry of the result, however many
+    /// models list it. Blocks.
     ///
     /// # Errors
     /// [`StoreError::Cancelled`], and others of the disk; what was repaired by then stays so.
     pub fn verify(
         &self,
-        models: &[Model],
+        models: Option<&[Model]>,
         repair: bool,
         progress: &Progress,
     ) -> Result<Vec<Checked>, StoreError> {
@@ -206,73 +292,69 @@ impl Store {
     }
 
     /// Each file and part file once, at the model in whose folder it lies, if there is one.
-    fn tasks(&self, models: &[Model]) -> Result<Vec<Task>, StoreError> {
-        let mut tasks: Vec<Task> = Vec::new();
-        let mut known: HashMap<(Hash, PathBuf), usize> = HashMap::new();
-        for model in models {
-            let Some(manifest) = self.manifest(&model.id)? else {
-                continue;
-            };
-            for file in manifest.files() {
-                let hash = file.blake3;
+    fn tasks(&self, models: Option<&[Model]>) -> Result<Vec<Task>, StoreError> {
+        let mut tasks = Tasks {
+            store: self,
+            tasks: Vec::new(),
+            known: HashMap::new(),
+        };
+        let all = match models {
+            Some(_) => Vec::new(),
+            None => self.models()?,
+        };
+        for model in models.unwrap_or(&all) {
+            for file in self.manifest(&model.id)?.iter().flat_map(Manifest::files) {
                 let target = model.root.join(&file.path);
-                let targets = [&target, &self.owned_path(&hash)];
-                let hold = || self.hold(hash);
-                let mut put = |at: PathBuf, own: bool, kind: Kind| {
-                    let task = Task {
-                        model: model.id,
-                        path: file.path.clone(),
-                        hash,
-                        kind,
-                        _hold: hold(),
-                    };
-                    match known.get(&(hash, at.clone())) {
-                        Some(&known) if own => tasks[known] = task,
-                        Some(_) => {}
-                        None => {
-                            known.insert((hash, at), tasks.len());
-                            tasks.push(task);
-                        }
-                    }
-                };
-                let rows = self
-                    .blob_row(&hash)?
-                    .map_or(Vec::new(), |row| row.locations);
-                let is_there = |row: &LocationRow| path_from(&row.path).exists();
-                for row in rows {
-                    let at = path_from(&row.path);
-                    let own = targets.iter().any(|target| **target == at);
-                    if !own && !is_there(&row) && target.exists() {
-                        // A copy in a folder that the model left: it lacks nothing without.
-                        continue;
-                    }
-                    let ours = row.written && own;
-                    put(at, own, Kind::File { row, ours });
-                }
-                for (part, row) in self.part_rows(&hash)? {
-                    let tree = Tree::new(row.size);
-                    if let Some(bits) = Bitfield::from_bytes(&row.bits, tree.groups())
-                        && !self.is_arriving(&part)
-                        && part.exists()
-                    {
-                        let size = row.size;
-                        put(part.clone(), false, Kind::Part { part, size, bits });
-                    }
-                }
+                tasks.add((model.id, &file.path), file.blake3, Some(&target))?;
             }
         }
-        Ok(tasks)
+        if models.is_none() {
+            self.add_rest(&mut tasks, &all)?;
+        }
+        Ok(tasks.tasks)
+    }
+
+    /// Adds what is here of no model that is held: what was read of one, or left of it.
+    fn add_rest(&self, tasks: &mut Tasks<'_>, models: &[Model]) -> Result<(), StoreError> {
+        let models: HashSet<Hash> = models.iter().map(|model| model.id).collect();
+        let rows = self.blob_rows()?;
+        let (manifests, contents): (Vec<_>, Vec<_>) = rows.iter().partition(|(hash, row)| {
+            let path = self.manifest_path(hash);
+            let mut locations = row.locations.iter();
+            locations.any(|row| path_from(&row.path) == path)
+        });
+        for (id, _) in manifests {
+            if models.contains(id) {
+                continue;
+            }
+            for file in self.manifest(id)?.iter().flat_map(Manifest::files) {
+                tasks.add((*id, &file.path), file.blake3, None)?;
+            }
+        }
+        let mut rest: Vec<Hash> = contents.into_iter().map(|(hash, _)| *hash).collect();
+        rest.extend(self.all_parts()?.keys());
+        rest.sort_unstable();
+        for hash in rest {
+            tasks.add((hash, &hash.to_string()), hash, None)?;
+        }
+        Ok(())
     }
 
     fn check(&self, task: Task, repair: bool, progress: &Progress) -> Result<Checked, StoreError> {
         let file = task.file();
+        let reading = Reading::new(progress);
         let found = match &task.kind {
             Kind::File { row, ours } => {
-                self.check_file(&task.hash, row, repair, *ours, progress)?
+                self.check_file(&task.hash, row, repair, *ours, &reading)?
             }
             Kind::Part { part, size, bits } => {
-                self.check_part(&task.hash, (part, *size, bits), repair, progress)?
+                self.check_part(&task.hash, (part, *size, bits), repair, &reading)?
             }
+        };
+        reading.end(task.bytes());
+        let bytes = match found.condition {
+            Condition::Missing | Condition::Changed => 0,
+            Condition::Good | Condition::Damaged | Condition::TreeMissing => task.bytes(),
         };
         let (damaged, damaged_bytes) = match &found.bad {
             Some((bad, tree)) => {
@@ -289,6 +371,7 @@ impl Store {
             path: task.path,
             file,
             hash: task.hash,
+            bytes,
             condition: found.condition,
             action: found.action,
             damaged,
@@ -302,11 +385,10 @@ impl Store {
         row: &LocationRow,
         repair: bool,
         ours: bool,
-        progress: &Progress,
+        reading: &Reading<'_>,
     ) -> Result<Found, StoreError> {
         let location = Location::from(row);
         let path = &location.path;
-        let begun = progress.bytes_done.load(Ordering::Relaxed);
         let file = match files::open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
@@ -327,11 +409,7 @@ impl Store {
                 return Ok(Found::only(Condition::Changed));
             }
             // Touched, or copied back: its content tells.
-            let hashed = hash_file(path, &progress.check);
-            progress
-                .bytes_done
-                .fetch_max(begun + location.size, Ordering::Relaxed);
-            return match hashed {
+            return match hash_file(path, &reading.progress.check) {
                 Ok((actual, indexed)) if actual == *hash => {
                     self.adopt(&actual, &indexed)?;
                     Ok(Found::only(Condition::Good))
@@ -349,28 +427,24 @@ impl Store {
         if self.has_outboard(hash, &tree) {
             let outboard = self.open_outboard(hash, &tree)?;
             let source = Source::whole(*hash, tree, location.clone(), file, outboard);
-            match read_for(&source, &all, progress)? {
+            match reading.read(&source, &all)? {
                 Some(read) => good = read,
                 None => return Ok(Found::only(Condition::Changed)),
             }
             if good.is_full() {
                 if row.damaged {
-                    self.write(|txn| mark_location(txn, hash, path, false))?;
+                    self.write(|txn| change_location(txn, hash, path, LocationRow::set_all_good))?;
                 }
                 return Ok(Found::only(Condition::Good));
             }
         }
         // Either the content is damaged, or its tree: the hash of the whole tells.
-        let hashed = hash_file(path, &progress.check);
-        progress
-            .bytes_done
-            .fetch_max(begun + location.size, Ordering::Relaxed);
-        match hashed {
+        match hash_file(path, &reading.progress.check) {
             Ok((actual, indexed)) if actual == *hash => {
                 let mut found = Found::only(Condition::TreeMissing);
                 if repair {
                     self.write_outboard(hash, &indexed.outboard)?;
-                    self.write(|txn| mark_location(txn, hash, path, false))?;
+                    self.write(|txn| change_location(txn, hash, path, LocationRow::set_all_good))?;
                     found.action = Action::TreeRebuilt;
                 }
                 return Ok(found);
@@ -393,7 +467,7 @@ impl Store {
         hash: &Hash,
         (part, size, bits): (&Path, u64, &Bitfield),
         repair: bool,
-        progress: &Progress,
+        reading: &Reading<'_>,
     ) -> Result<Found, StoreError> {
         let tree = Tree::new(size);
         let file = match files::open(part) {
@@ -412,7 +486,7 @@ impl Store {
             let outboard = self.open_outboard(hash, &tree)?;
             let content = (part.to_owned(), bits.clone());
             let source = Source::left(*hash, tree, content, file, outboard);
-            good = read_for(&source, bits, progress)?.unwrap_or(good);
+            good = reading.read(&source, bits)?.unwrap_or(good);
         }
         let bad = difference(bits, &good);
         if bad.count() == 0 {
@@ -456,7 +530,7 @@ impl Store {
         }
         // Every group that the row claims has just been read.
         self.note_part(hash, (&part, good, &tree), true, |txn| {
-            forget_location(txn, hash, &location.path)
+            forget_locations(txn, hash, |path| path == location.path).map(drop)
         })?;
         Ok(true)
     }
@@ -496,7 +570,7 @@ impl Store {
             return Ok(None);
         };
         let good = claim.groups;
-        self.write(|txn| forget_location(txn, hash, &location.path))?;
+        self.write(|txn| forget_locations(txn, hash, |path| path == location.path))?;
         Ok(Some(Found {
             condition: Condition::Damaged,
             action: Action::Reopened,
@@ -505,14 +579,33 @@ impl Store {
     }
 }
 
-/// As [`read`], counted in `progress`.
-fn read_for(
-    source: &Source,
-    have: &Bitfield,
-    progress: &Progress,
-) -> Result<Option<Bitfield>, StoreError> {
-    let done = |bytes| _ = progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
-    read(source, have, &progress.check.cancelled, &done)
+/// The reading of one file, counted in the progress of all.
+pub(super) struct Reading<'a> {
+    progress: &'a Progress,
+    /// Bytes of this file that are counted.
+    done: AtomicU64,
+}
+
+impl<'a> Reading<'a> {
+    pub(super) fn new(progress: &'a Progress) -> Self {
+        let done = AtomicU64::new(0);
+        Self { progress, done }
+    }
+
+    /// As [`read`].
+    fn read(&self, source: &Source, have: &Bitfield) -> Result<Option<Bitfield>, StoreError> {
+        let done = |bytes| {
+            self.done.fetch_add(bytes, Ordering::Relaxed);
+            self.progress.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+        };
+        read(source, have, &self.progress.check.cancelled, &done)
+    }
+
+    /// Counts what was not read of `bytes`, or only by hashing the file: nothing more is to come.
+    fn end(self, bytes: u64) {
+        let rest = bytes.saturating_sub(self.done.into_inner());
+        self.progress.bytes_done.fetch_add(rest, Ordering::Relaxed);
+    }
 }
 
 /// Reads the groups that should be right; those that are, or `None` if the file changed. `done` is called with the
@@ -563,20 +656,6 @@ pub(super) fn difference(all: &Bitfield, without: &Bitfield) -> Bitfield {
     rest
 }
 
-/// Forgets that a blob is in the file at `path`.
-fn forget_location(txn: &WriteTransaction, hash: &Hash, path: &Path) -> Result<(), StoreError> {
-    let mut table = txn.open_table(BLOBS).map_err(database)?;
-    let mut row = match table.get(hash.as_bytes()).map_err(database)? {
-        Some(row) => decode::<BlobRow>("blobs", row.value())?,
-        None => return Ok(()),
-    };
-    row.locations.retain(|known| path_from(&known.path) != path);
-    table
-        .insert(hash.as_bytes(), row.encode_to_vec().as_slice())
-        .map_err(database)?;
-    Ok(())
-}
-
 /// Has the file read from the disk: what is cached of it may be better than what is there.
 fn from_disk(file: &File) {
     #[cfg(target_os = "linux")]
@@ -609,11 +688,12 @@ mod tests {
     }
 
     fn verify(store: &Store, repair: bool) -> Vec<Checked> {
-        let models = store.models().unwrap();
         let progress = Progress::default();
-        let checked = store.verify(&models, repair, &progress).unwrap();
+        let checked = store.verify(None, repair, &progress).unwrap();
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         assert_eq!(of(&progress.files_done), of(&progress.files_total));
+        assert_eq!(of(&progress.files_done), checked.len() as u64);
+        assert_eq!(of(&progress.bytes_done), of(&progress.bytes_total));
         checked
     }
 
@@ -638,6 +718,65 @@ mod tests {
         origin.fetch(&store, &left);
         origin.expect(&store, &now);
         assert!(conditions().contains(&Condition::Missing));
+    }
+
+    #[test]
+    fn all_that_is_held_is_verified_also_what_was_only_read_of_a_model() {
+        let home = tempfile::tempdir().unwrap();
+        let store = store(&home);
+        // One model is held; of two others something was read, and of one of these the manifest is not known.
+        let held = Origin::new(&[("a", &content(1, 5)), ("again", &content(1, 5))]);
+        let read = Origin::new(&[("b", &content(2, 20)), ("c", &content(3, 20))]);
+        let other = Origin::new(&[("d", &content(4, 6))]);
+        let root = home.path().join("to");
+        held.fetch(&store, &root);
+        store.add_manifest(&read.manifest().encode()).unwrap();
+        let [b, c, d] = [read.hash("b"), read.hash("c"), other.hash("d")];
+        for (origin, hash, groups) in [(&read, b, 20), (&read, c, 10), (&other, d, 6)] {
+            origin.bring(&store, &hash, &store.owned_path(&hash), groups);
+        }
+        let found = verify(&store, true);
+        assert!(found.iter().all(|one| one.condition == Condition::Good));
+        let bytes = |found: &[Checked]| found.iter().map(|one| one.bytes).sum::<u64>();
+        assert_eq!(
+            (found.len(), bytes(&found)),
+            (5, (5 + 5 + 20 + 10 + 6) * GROUP)
+        );
+        // With a model, only that.
+        let models = store.models().unwrap();
+        let of_model = store.verify(Some(&models), true, &Progress::default());
+        assert_eq!(of_model.unwrap().len(), 2);
+
+        flip(&store.owned_path(&b), 7 * GROUP);
+        flip(&part_path(&store.owned_path(&c), &c), 2 * GROUP);
+        flip(&store.owned_path(&d), 5 * GROUP);
+        fs::remove_file(root.join("again")).unwrap();
+        let found = verify(&store, true);
+        let of = |hash: Hash| found.iter().find(|one| one.hash == hash).unwrap();
+        let told = |one: &Checked| (one.model, one.path.clone(), one.action, one.damaged_bytes);
+        assert_eq!(
+            told(of(b)),
+            (read.id(), "b".to_owned(), Action::Reopened, GROUP)
+        );
+        assert_eq!(
+            told(of(c)),
+            (read.id(), "c".to_owned(), Action::Cleared, GROUP)
+        );
+        assert_eq!(told(of(d)), (d, d.to_string(), Action::Reopened, GROUP));
+        // What is missing is told, and not counted as read.
+        assert_eq!((found.len(), bytes(&found)), (5, (5 + 20 + 10 + 6) * GROUP));
+        // Whoever reads on fetches what is damaged.
+        for (origin, hash) in [(&read, b), (&read, c), (&other, d)] {
+            origin.bring(&store, &hash, &store.owned_path(&hash), u64::MAX);
+            assert!(store.whole(&hash).unwrap().is_some());
+        }
+        let found = verify(&store, true);
+        let good = found.iter().filter(|one| one.condition == Condition::Good);
+        assert_eq!(good.count(), 4);
+        // No model lacks what nobody holds.
+        fs::remove_file(store.owned_path(&b)).unwrap();
+        fs::write(store.owned_path(&c), "other content").unwrap();
+        assert_eq!(verify(&store, true).len(), 3);
     }
 
     #[test]
@@ -873,8 +1012,7 @@ mod tests {
         add(&store, &home.path().join("mine"), &content(1, 9));
         let progress = Progress::default();
         progress.check.cancelled.store(true, Ordering::Relaxed);
-        let models = store.models().unwrap();
-        let error = store.verify(&models, true, &progress).unwrap_err();
+        let error = store.verify(None, true, &progress).unwrap_err();
         assert!(matches!(error, StoreError::Cancelled), "{error}");
     }
 }

@@ -331,7 +331,7 @@ impl<L: Listener> Accepting<L> {
             if is_of_one(&error) {
                 continue;
             }
-            if is_out_of_files(&error) && self.kept.as_ref().is_some_and(Kept::let_go) {
+            if weft::is_out_of_descriptors(&error) && self.kept.as_ref().is_some_and(Kept::let_go) {
                 // Before somebody else has it.
                 let mut cx = Context::from_waker(noop_waker_ref());
                 if let Poll::Ready(Ok(stream)) = self.listener.poll_accept(&mut cx) {
@@ -356,14 +356,6 @@ fn is_of_one(error: &io::Error) -> bool {
         error.kind(),
         ConnectionAborted | ConnectionReset | Interrupted
     )
-}
-
-fn is_out_of_files(error: &io::Error) -> bool {
-    let lacking = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
-    let lacking = lacking.map(rustix::io::Errno::raw_os_error);
-    error
-        .raw_os_error()
-        .is_some_and(|error| lacking.contains(&error))
 }
 
 #[cfg(test)]

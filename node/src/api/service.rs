@@ -784,6 +784,7 @@ fn add_progress(progress: AddProgress) -> api::AddProgress {
         phase: match progress.phase {
             AddPhase::Walking => "walking",
             AddPhase::Hashing => "hashing",
+            AddPhase::Storing => "storing",
             AddPhase::Publishing => "publishing",
         }
         .to_owned(),

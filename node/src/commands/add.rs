@@ -101,10 +101,15 @@ async fn shown<E: Event<Progress = AddProgress>>(
         meter.update(&progress.phase, progress.bytes_done, progress.bytes_total);
     };
     let stopped = |last: &AddProgress| {
-        Failure::interrupted(match last.phase == "publishing" {
-            true => "stopped; the model is added, and is announced when this node meets others"
-                .to_owned(),
-            false => format!("stopped; {stopped}"),
+        Failure::interrupted(match last.phase.as_str() {
+            "publishing" => {
+                "stopped; the model is added, and is announced when this node meets others"
+                    .to_owned()
+            }
+            "storing" => format!(
+                "stopped; {stopped}, unless it was just being written down: `weft ls` tells"
+            ),
+            _ => format!("stopped; {stopped}"),
         })
     };
     follow(events, (meter, stop), show, stopped).await

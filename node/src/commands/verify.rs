@@ -99,6 +99,9 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
             json!({
                 "files": files,
                 "bytes": done.bytes,
+                "files_read": done.files_read,
+                "files_damaged": done.files_damaged,
+                "bytes_damaged": done.bytes_damaged,
                 "problems": done.problems,
                 "failed": failed.collect::<Vec<_>>(),
             })
@@ -111,9 +114,18 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
     for one in &done.failed {
         err!("{} was not fetched again: {}", one.model, one.reason);
     }
+    let not_read = done.files.len() as u64 - done.files_read.min(done.files.len() as u64);
+    let mut found = String::new();
+    if done.files_damaged > 0 {
+        let bytes = output::bytes(done.bytes_damaged);
+        found.push_str(&format!(", {} damaged ({bytes})", done.files_damaged));
+    }
+    if not_read > 0 {
+        found.push_str(&format!(", {not_read} more missing or changed"));
+    }
     out!(
-        "verified {}, {} in {} ({})",
-        output::count(done.files.len() as u64, "file"),
+        "verified {}, {} in {} ({}){found}",
+        output::count(done.files_read, "file"),
         output::bytes(done.bytes),
         output::duration(meter.elapsed()),
         output::rate(done.bytes, meter.elapsed()),
