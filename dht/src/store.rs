@@ -88,11 +88,12 @@ impl Origin {
 
     /// From a peer that is seen at this address.
     pub(crate) fn of(seen_at: &Multiaddr) -> Self {
+        // First: the address begins with the relay's, which says nothing of the peer behind it.
+        if weft_net::is_relayed(seen_at) {
+            return Self::RELAYED;
+        }
         if !weft_net::is_outside(seen_at) {
             return Self::NEAR;
-        }
-        if seen_at.iter().any(|part| part == Protocol::P2pCircuit) {
-            return Self::RELAYED;
         }
         let ip = seen_at.iter().find_map(|part| match part {
             Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
@@ -1007,6 +1008,27 @@ mod tests {
         let set = &store.sets[&RecordKey::new(b"k")];
         assert!(set.kept.iter().any(|kept| kept.record == old));
         check(&store);
+    }
+
+    #[test]
+    fn a_peer_behind_a_relay_counts_as_relayed_wherever_the_relay_is() {
+        let relay = PeerId::random();
+        for at in [
+            "/ip4/8.8.8.8/tcp/1",
+            "/ip4/192.168.1.1/tcp/1",
+            "/ip4/127.0.0.1/udp/1/quic-v1",
+            "/ip6/fd00::1/tcp/1",
+            "/dns4/relay.example/tcp/1",
+        ] {
+            let relayed = format!("{at}/p2p/{relay}/p2p-circuit");
+            for relayed in [format!("{relayed}/p2p/{}", PeerId::random()), relayed] {
+                let origin = Origin::of(&relayed.parse().unwrap());
+                assert_eq!(origin, Origin::RELAYED, "{relayed}");
+                assert!(origin.is_public());
+            }
+        }
+        let near = Origin::of(&"/ip4/192.168.1.1/tcp/1".parse().unwrap());
+        assert_eq!(near, Origin::NEAR);
     }
 
     #[test]
