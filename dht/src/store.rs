@@ -661,14 +661,14 @@ pub(crate) fn encode<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<u
 pub(crate) struct Found {
     records: HashMap<(Vec<u8>, Vec<u8>), Record>,
     bytes: usize,
-    /// Signatures that were to be checked.
+    /// Signatures that were checked, or wait for it: [`MAX_FOUND`] at most.
     checks: usize,
 }
 
 impl Found {
     /// Reads an answer without a check of any signature: whether it holds statements that were found before, and those
-    /// whose signatures are to be checked. Records that break other rules are skipped, because a set comes from many
-    /// publishers. An answer whose own form is wrong is `None`.
+    /// whose signatures are to be checked, which is counted as done until [`Self::unchecked`]. Records that break other
+    /// rules are skipped, because a set comes from many publishers. An answer whose own form is wrong is `None`.
     pub(crate) fn sort_out(
         &mut self,
         key: &[u8],
@@ -695,6 +695,11 @@ impl Found {
             }
         }
         Some((any_known, unknown))
+    }
+
+    /// Gives back the budget for so many statements of [`Self::sort_out`] whose signatures are not checked after all.
+    pub(crate) fn unchecked(&mut self, statements: usize) {
+        self.checks = self.checks.saturating_sub(statements);
     }
 
     fn is_full(&self) -> bool {
