@@ -37,7 +37,7 @@ const MAX_OFFENDERS: usize = 4096;
 const MAX_BUDGETS: usize = 4096;
 
 /// Statements checked before the task that checks them lets others run: some 400 us.
-const BEFORE_YIELD: usize = 8;
+pub(crate) const BEFORE_YIELD: usize = 8;
 
 /// Checks a second, and checks at once after a pause.
 #[derive(Debug, Clone, Copy)]

@@ -87,6 +87,11 @@ impl Checks {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_running(&self) -> bool {
+        !self.running.is_empty()
+    }
+
     /// Starts the next batch; if nothing may be checked yet, returns when that is so.
     fn start(&mut self, now: Instant) -> Option<Instant> {
         if self.puts.is_empty() && self.answers.is_empty() {

@@ -746,7 +746,14 @@ fn answer_put(
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, task::Poll};
+    use std::{
+        future::poll_fn,
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+        task::Poll,
+    };
 
     use libp2p::identity::Keypair;
     use prost::Message;
@@ -760,16 +767,41 @@ mod tests {
 
     const TTL: Duration = Duration::from_secs(3600);
 
-    fn forged(keys: &Keypair) -> Vec<u8> {
-        let forged = |n: u16| wire::SignedRecord {
-            signature: vec![1; 64].into(),
-            ..Record::sign(keys, b"k", &n.to_be_bytes(), Some(b"v"), 1, TTL)
-                .unwrap()
-                .as_wire()
-                .clone()
-        };
-        let records = (0..MANY).map(forged).collect();
+    fn many() -> Vec<wire::SignedRecord> {
+        let keys = Keypair::generate_ed25519();
+        let one = |n: u16| Record::sign(&keys, b"k", &n.to_be_bytes(), Some(b"v"), 1, TTL);
+        let all = (0..MANY).map(|n| one(n).unwrap().as_wire().clone());
+        all.collect()
+    }
+
+    fn forged() -> Vec<u8> {
+        let mut records = many();
+        for record in &mut records {
+            record.signature = vec![1; 64].into();
+        }
         wire::RecordSet { records }.encode_to_vec()
+    }
+
+    /// Begins a query that ends with no answer, so that what it has gathered can be looked at.
+    fn endless(behaviour: &mut Behaviour) -> (QueryId, oneshot::Receiver<Vec<Record>>) {
+        let id = behaviour.number(b"k");
+        let (reply, result) = oneshot::channel();
+        let purpose = Purpose::Get {
+            enough: Enough::All,
+            answers: 0,
+            found: Found::default(),
+            reply,
+        };
+        let query = Query::new(b"k".to_vec(), purpose);
+        behaviour.queries.insert(id, query);
+        (id, result)
+    }
+
+    fn gathered(behaviour: &Behaviour, id: QueryId) -> Vec<&Record> {
+        let Purpose::Get { found, .. } = &behaviour.queries[&id].purpose else {
+            unreachable!("it was made so");
+        };
+        found.records().collect()
     }
 
     fn answer(behaviour: &mut Behaviour, id: QueryId, value: Vec<u8>) {
@@ -800,20 +832,9 @@ mod tests {
     #[tokio::test]
     async fn answers_of_liars_do_not_use_up_the_checks_of_a_look_up() {
         let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
-        let id = behaviour.number(b"k");
-        let (reply, _result) = oneshot::channel();
-        let purpose = Purpose::Get {
-            enough: Enough::All,
-            answers: 0,
-            found: Found::default(),
-            reply,
-        };
-        // It ends with no answer, so that what it has gathered can be looked at.
-        behaviour
-            .queries
-            .insert(id, Query::new(b"k".to_vec(), purpose));
+        let (id, _result) = endless(&mut behaviour);
         // The first statement of each answer is forged, and nobody looks at those after it.
-        let bad = forged(&Keypair::generate_ed25519());
+        let bad = forged();
         for _ in 0..20 {
             answer(&mut behaviour, id, bad.clone());
             check_all(&mut behaviour, id).await;
@@ -831,10 +852,43 @@ mod tests {
         let good = Record::sign(&honest, b"k", b"", Some(b"v"), 1, TTL).unwrap();
         answer(&mut behaviour, id, crate::store::encode([&good]));
         check_all(&mut behaviour, id).await;
-        let Purpose::Get { found, answers, .. } = &behaviour.queries[&id].purpose else {
-            unreachable!("it was made so");
-        };
-        assert_eq!(found.records().collect::<Vec<_>>(), [&good]);
-        assert_eq!(*answers, 1);
+        assert_eq!(gathered(&behaviour, id), [&good]);
+    }
+
+    /// On one thread, so that it is known who has a turn before whom.
+    #[tokio::test]
+    async fn others_have_their_turns_while_a_long_answer_is_checked() {
+        let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
+        let (id, _result) = endless(&mut behaviour);
+        let turns = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&turns);
+        let others = tokio::spawn(async move {
+            loop {
+                counted.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        });
+        let records = many();
+        let value = wire::RecordSet { records }.encode_to_vec();
+        answer(&mut behaviour, id, value);
+        // Nothing is checked by whoever reads the answer.
+        assert_eq!(behaviour.queries[&id].checking, 1);
+        assert_eq!(gathered(&behaviour, id).len(), 0);
+        // Until its check has begun, there is time for any number of turns.
+        poll_fn(|cx| {
+            while behaviour.poll_checks(cx) {}
+            match behaviour.checks.is_running() {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        })
+        .await;
+        let before = turns.load(Ordering::Relaxed);
+        check_all(&mut behaviour, id).await;
+        let during = turns.load(Ordering::Relaxed) - before;
+        assert_eq!(gathered(&behaviour, id).len(), usize::from(MANY));
+        let least = usize::from(MANY) / crate::intake::BEFORE_YIELD;
+        assert!(during >= least, "{during} turns, not {least}");
+        others.abort();
     }
 }
