@@ -205,6 +205,11 @@ pub(crate) struct Decoded {
 }
 
 impl Decoded {
+    /// An estimate of the memory that is taken, in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.count.saturating_mul(256)
+    }
+
     fn get(&mut self, change: &ChangeHash) -> Option<Arc<Operations>> {
         let (turn, operations) = self.kept.get_mut(change)?;
         self.turns.remove(turn);

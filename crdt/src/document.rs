@@ -429,7 +429,7 @@ impl Document {
             .saturating_add(self.doc.stats().num_ops.saturating_mul(256));
         usize::try_from(bytes)
             .unwrap_or(usize::MAX)
-            .saturating_add((16 << 10) + self.waiting.bytes())
+            .saturating_add((16 << 10) + self.waiting.bytes() + self.memory.bytes())
     }
 
     /// The session in which this replica writes, to go on in it when the document is loaded again.

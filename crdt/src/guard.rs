@@ -328,6 +328,13 @@ pub(crate) struct Memory {
     decoded: Decoded,
 }
 
+impl Memory {
+    /// An estimate of the memory that decoded operations take, in bytes; clocks are few.
+    pub(crate) fn bytes(&self) -> usize {
+        self.decoded.bytes()
+    }
+}
+
 /// How deep objects are, as far as that was asked for. Automerge's own walk to the top panics below an element that is deleted.
 #[derive(Debug, Clone, Default)]
 struct Depths(HashMap<OpId, usize>);
