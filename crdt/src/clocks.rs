@@ -10,7 +10,9 @@ use std::{
     sync::Arc,
 };
 
-use automerge::{ActorId, Automerge, ChangeHash};
+use automerge::{ActorId, ChangeHash};
+
+use crate::batch::View;
 
 /// Entries of all clocks that are kept for a document: about 5 MB. Two branches of any length need a clock each; a
 /// document whose 4,096 sessions all go on at once has room for 16 clocks, and looks at its history again for the
@@ -36,9 +38,9 @@ impl Clock {
     }
 
     /// Returns true if a change of the document is an ancestor; false if it is not in the document.
-    pub(crate) fn has(&self, doc: &Automerge, change: &ChangeHash) -> bool {
-        doc.get_change_meta_by_hash(change)
-            .is_some_and(|meta| self.0.get(&meta.actor).is_some_and(|seq| *seq >= meta.seq))
+    pub(crate) fn has(&self, view: &View<'_>, change: &ChangeHash) -> bool {
+        view.node(change)
+            .is_some_and(|node| self.0.get(&node.actor).is_some_and(|seq| *seq >= node.seq))
     }
 }
 
@@ -65,13 +67,13 @@ impl Default for Clocks {
 
 impl Clocks {
     /// The clock of a change that builds on these, without the change itself.
-    pub(crate) fn of(&mut self, doc: &Automerge, deps: &[ChangeHash]) -> Arc<Clock> {
+    pub(crate) fn of(&mut self, view: &View<'_>, deps: &[ChangeHash]) -> Arc<Clock> {
         match deps {
-            [one] => self.with(doc, one),
+            [one] => self.with(view, one),
             deps => {
                 let mut clock = Clock::default();
                 for dep in deps {
-                    clock.merge(&self.with(doc, dep));
+                    clock.merge(&self.with(view, dep));
                 }
                 Arc::new(clock)
             }
@@ -79,7 +81,7 @@ impl Clocks {
     }
 
     /// The clock of a change of the document, with the change itself.
-    fn with(&mut self, doc: &Automerge, change: &ChangeHash) -> Arc<Clock> {
+    fn with(&mut self, view: &View<'_>, change: &ChangeHash) -> Arc<Clock> {
         if let Some(clock) = self.kept.get(change) {
             return Arc::clone(clock);
         }
@@ -90,10 +92,10 @@ impl Clocks {
             if let Some(known) = self.kept.get(&change) {
                 clock.merge(known);
             } else if seen.insert(change)
-                && let Some(meta) = doc.get_change_meta_by_hash(&change)
+                && let Some(node) = view.node(&change)
             {
-                clock.add(&meta.actor, meta.seq);
-                open.extend(meta.deps);
+                clock.add(&node.actor, node.seq);
+                open.extend(node.deps);
             }
         }
         let clock = Arc::new(clock);
@@ -118,9 +120,10 @@ impl Clocks {
 mod tests {
     use std::collections::BTreeSet;
 
-    use automerge::{ROOT, transaction::Transactable};
+    use automerge::{Automerge, ROOT, transaction::Transactable};
 
     use super::*;
+    use crate::batch::Batch;
 
     #[test]
     fn a_clock_tells_the_same_ancestors_as_a_walk_over_the_graph() {
@@ -150,6 +153,10 @@ mod tests {
                 .iter()
                 .map(|meta| meta.hash)
                 .collect();
+            let view = View {
+                doc: &all,
+                batch: &Batch::default(),
+            };
             let mut clocks = Clocks {
                 max_entries: [0, 8, 40, MAX_ENTRIES][seed as usize % 4],
                 ..Clocks::default()
@@ -160,9 +167,9 @@ mod tests {
                     .iter()
                     .map(|meta| meta.hash)
                     .collect();
-                let clock = clocks.of(&all, &deps);
+                let clock = clocks.of(&view, &deps);
                 for change in &changes {
-                    assert_eq!(clock.has(&all, change), !others.contains(change), "{seed}");
+                    assert_eq!(clock.has(&view, change), !others.contains(change), "{seed}");
                 }
                 assert!(clocks.entries <= clocks.max_entries);
                 assert_eq!(clocks.kept.len(), clocks.turns.len());

@@ -17,6 +17,7 @@ use prost::Message;
 use weft_proto::wire;
 
 use crate::{
+    batch::{self, Batch, Pending, View},
     causal::{CausalOrder, Place},
     chunk::{self, MAX_CHANGE},
     envelope::{Envelope, Header, Proof, Run},
@@ -106,7 +107,7 @@ impl std::convert::From<Waiter> for Sent {
 
 /// The result of a check of one envelope.
 enum Verdict {
-    Counts,
+    Counts(Box<Pending>),
     Waits(On),
     Refused(Refusal),
 }
@@ -172,6 +173,8 @@ pub(crate) struct Document {
     own: BTreeSet<SessionId>,
     waiting: Waiting,
     memory: Memory,
+    /// Changes that are applied at once, at most.
+    together: usize,
     log_bytes: u64,
     unsaved: usize,
     digest: Option<Digest>,
@@ -198,6 +201,7 @@ impl Document {
             own: BTreeSet::new(),
             waiting: Waiting::default(),
             memory: Memory::default(),
+            together: batch::MAX_CHANGES,
             log_bytes: 0,
             unsaved: 0,
             digest: None,
@@ -425,7 +429,7 @@ impl Document {
             .saturating_add(self.doc.stats().num_ops.saturating_mul(256));
         usize::try_from(bytes)
             .unwrap_or(usize::MAX)
-            .saturating_add((16 << 10) + self.waiting.bytes())
+            .saturating_add((16 << 10) + self.waiting.bytes() + self.memory.bytes())
     }
 
     /// The session in which this replica writes, to go on in it when the document is loaded again.
@@ -785,12 +789,38 @@ impl Document {
             source,
             verified: false,
         }));
-        let mut accepted = 0;
         // Each envelope is looked at once, and again when the one thing is here that it waits for.
         let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
+        // What counts, and its changes, which are applied together. So many are applied alone, because Automerge has
+        // failed on one of them.
+        let (mut counting, mut batch, mut alone) = (Vec::new(), Batch::default(), 0_usize);
         let mut failed = None;
-        while let Some(sent) = queue.pop_front() {
-            let verdict = match self.consider(store, &sent, &mut taken) {
+        loop {
+            let next = match alone > 0 || batch.len() >= self.together || batch.is_full() {
+                true if !batch.is_empty() => None,
+                _ => queue.pop_front(),
+            };
+            let Some(sent) = next else {
+                if batch.is_empty() {
+                    break;
+                }
+                let (sent, batch) = (mem::take(&mut counting), mem::take(&mut batch));
+                match self.settle(store, batch, sent, &mut taken) {
+                    Ok(again) => {
+                        alone += again.len();
+                        for sent in again.into_iter().rev() {
+                            queue.push_front(sent);
+                        }
+                        continue;
+                    }
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+            };
+            alone = alone.saturating_sub(1);
+            let verdict = match self.consider(store, &sent, &batch, &mut taken) {
                 Ok(verdict) => verdict,
                 Err(error) => {
                     failed = Some(error);
@@ -799,42 +829,27 @@ impl Document {
             };
             let header = &sent.envelope.header;
             match verdict {
-                Verdict::Counts => {
-                    accepted += 1;
+                Verdict::Counts(pending) => {
                     let next = On::Place(header.session, header.index + 1);
                     for on in [On::Change(header.change), next] {
                         queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
                         queue.extend(stalled.remove(&on).unwrap_or_default());
                     }
                     self.push(store, &sent.envelope);
-                    taken.new.push((sent.envelope, sent.source.peer()));
+                    batch.add(&self.doc, *pending);
+                    counting.push(sent);
                 }
                 Verdict::Waits(on) => stalled.entry(on).or_default().push(sent),
-                Verdict::Refused(refusal) => match sent.source {
-                    Source::File if refusal == Refusal::Known => {}
-                    Source::File => taken.refused.push((sent.envelope.header, refusal)),
-                    Source::Peer { key, .. } => match refusal {
-                        Refusal::Full => taken.full = true,
-                        Refusal::Void => _ = taken.void.insert((key, header.session)),
-                        Refusal::Foreign => {
-                            // Not wanted again at once, and told to whoever runs this node; no fault of the peer.
-                            tracing::warn!(document = %self.id(), author = %header.run.author, "{refusal}");
-                            taken.void.insert((key, header.session));
-                        }
-                        refusal if refusal.is_offence() => taken.offences.push((key, refusal)),
-                        _ => {}
-                    },
-                },
-            }
-        }
-        if accepted > 0 {
-            self.unsaved += accepted;
-            if self.watched {
-                taken.paths = value::touched(&self.doc.diff(&before, &self.doc.get_heads()));
+                Verdict::Refused(refusal) => self.refuse(sent, refusal, &mut taken),
             }
         }
         if let Some(error) = failed {
+            // What counts is in the log, and so it has to be in the document. If it cannot be, the first error is told.
+            let _ = self.settle(store, batch, counting, &mut taken);
             return Err(error);
+        }
+        if self.watched && !taken.new.is_empty() {
+            taken.paths = value::touched(&self.doc.diff(&before, &self.doc.get_heads()));
         }
         for (on, sent) in stalled {
             sent.into_iter()
@@ -847,6 +862,68 @@ impl Document {
             taken.proofs.extend(also.proofs);
         }
         Ok(taken)
+    }
+
+    /// Puts a batch into the document, whose envelopes are in the log. Where Automerge fails on it, they leave the log,
+    /// and are returned to be taken one by one: each other one counts all the same. One that is alone is refused.
+    fn settle(
+        &mut self,
+        store: &mut Store,
+        batch: Batch,
+        sent: Vec<Sent>,
+        taken: &mut Taken,
+    ) -> Result<Vec<Sent>, StoreError> {
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Err(refusal) = guard::apply(&mut self.doc, &batch, &mut self.memory) else {
+            self.unsaved += sent.len();
+            let new = sent.into_iter();
+            taken
+                .new
+                .extend(new.map(|sent| (sent.envelope, sent.source.peer())));
+            return Ok(Vec::new());
+        };
+        for sent in sent.iter().rev() {
+            self.pop(store, &sent.envelope.header)?;
+        }
+        // The document may be half changed. All that counts is in the log: only a writer can make this happen, and a
+        // copy for each batch would cost all of them as much.
+        self.doc = Self::load(store, self.genesis.clone())?.doc;
+        self.memory = Memory::default();
+        let mut again: Vec<_> = sent
+            .into_iter()
+            .map(|sent| Sent {
+                verified: true,
+                ..sent
+            })
+            .collect();
+        if again.len() == 1
+            && let Some(one) = again.pop()
+        {
+            self.refuse(one, refusal, taken);
+        }
+        Ok(again)
+    }
+
+    /// Notes why an envelope does not count.
+    fn refuse(&self, sent: Sent, refusal: Refusal, taken: &mut Taken) {
+        let header = sent.envelope.header;
+        match sent.source {
+            Source::File if refusal == Refusal::Known => {}
+            Source::File => taken.refused.push((header, refusal)),
+            Source::Peer { key, .. } => match refusal {
+                Refusal::Full => taken.full = true,
+                Refusal::Void => _ = taken.void.insert((key, header.session)),
+                Refusal::Foreign => {
+                    // Not wanted again at once, and told to whoever runs this node; no fault of the peer.
+                    tracing::warn!(document = %self.id(), author = %header.run.author, "{refusal}");
+                    taken.void.insert((key, header.session));
+                }
+                refusal if refusal.is_offence() => taken.offences.push((key, refusal)),
+                _ => {}
+            },
+        }
     }
 
     /// Keeps an envelope for when what it builds on is here, if there is room.
@@ -876,11 +953,12 @@ impl Document {
         taken.early.insert(key);
     }
 
-    /// All checks of one envelope, in their order; if it counts, the document has its change.
+    /// All checks of one envelope, in their order, against the document and what is to be applied to it before.
     fn consider(
         &mut self,
         store: &Store,
         sent: &Sent,
+        batch: &Batch,
         taken: &mut Taken,
     ) -> Result<Verdict, StoreError> {
         let (envelope, document) = (&sent.envelope, self.id());
@@ -923,7 +1001,11 @@ impl Document {
         }
         // Looked at before all that costs something: what waits is decoded once, when it can be applied.
         let dependencies = chunk::dependencies(&envelope.change);
-        let is_missing = |dep: &&ChangeId| self.doc.get_change_meta_by_hash(&hash(dep)).is_none();
+        let view = View {
+            doc: &self.doc,
+            batch,
+        };
+        let is_missing = |dep: &&ChangeId| !view.has(&hash(dep));
         if let Some(missing) = dependencies.iter().find(is_missing) {
             return Ok(Verdict::Waits(On::Change(*missing)));
         }
@@ -944,19 +1026,29 @@ impl Document {
         let previous = session
             .and_then(|session| session.entries.last())
             .map(|(_, change)| *change);
-        let touched = match guard::check(&self.doc, &checked, previous, &mut self.memory) {
-            Ok(touched) => touched,
-            Err(refusal) => return Ok(Verdict::Refused(refusal)),
-        };
-        match guard::apply(&mut self.doc, &checked, &touched) {
-            Ok(()) => Ok(Verdict::Counts),
-            Err(refusal) => {
-                // The document may be half changed. All that counts is in the log, also what was taken just now: only a
-                // writer can make this happen, and a copy for each message would cost all of them as much.
-                self.doc = Self::load(store, self.genesis.clone())?.doc;
-                Ok(Verdict::Refused(refusal))
+        Ok(
+            match guard::check(view, checked, previous, &mut self.memory) {
+                Ok(pending) => Verdict::Counts(Box::new(pending)),
+                Err(refusal) => Verdict::Refused(refusal),
+            },
+        )
+    }
+
+    /// Takes the last envelope of a session out of the log again.
+    fn pop(&mut self, store: &mut Store, header: &Header) -> Result<(), StoreError> {
+        let row = key::envelope(&self.id(), &header.session, header.index);
+        if let Some(row) = store.get(&row)? {
+            self.log_bytes = self.log_bytes.saturating_sub(row.len() as u64);
+        }
+        store.delete(row);
+        if let Some(session) = self.sessions.get_mut(&header.session) {
+            session.entries.pop();
+            if session.entries.is_empty() && !self.own.contains(&header.session) {
+                self.sessions.remove(&header.session);
             }
         }
+        self.digest = None;
+        Ok(())
     }
 
     /// Writes an envelope that has been checked behind its session.
@@ -1494,6 +1586,12 @@ impl Document {
         (self.waiting.len(), self.waiting.bytes())
     }
 
+    /// Has so many changes applied at once, at most.
+    #[cfg(test)]
+    pub(crate) fn apply_together(&mut self, changes: usize) {
+        self.together = changes;
+    }
+
     #[cfg(test)]
     pub(crate) fn assert_loads(&self) {
         let saved = self.doc.save();
@@ -1536,8 +1634,14 @@ fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
                 "a base has another change than was signed",
             ));
         }
-        let touched = guard::check(&doc, &checked, previous, &mut memory)?;
-        guard::apply(&mut doc, &checked, &touched)?;
+        let mut batch = Batch::default();
+        let view = View {
+            doc: &doc,
+            batch: &batch,
+        };
+        let pending = guard::check(view, checked, previous, &mut memory)?;
+        batch.add(&doc, pending);
+        guard::apply(&mut doc, &batch, &mut memory)?;
         previous = Some(*id);
     }
     Ok(doc)

@@ -1,7 +1,12 @@
-//! A change meets Automerge: on a copy, with every panic caught, and only if all that it refers to is among what it builds on.
+//! A change meets Automerge: with every panic caught, and only if all that it refers to is among what it builds on.
 //!
-//! The verdict depends on nothing but the change and its ancestors, so that every replica comes to the same: a change that one replica refuses and another takes
-//! would keep them apart for good. Hence an operation may refer only to operations of ancestors, even where others happen to be here.
+//! The verdict depends on nothing but the change and its ancestors, so that every replica comes to the same: a change
+//! that one replica refuses and another takes would keep them apart for good. Hence an operation may refer only to
+//! operations of ancestors, even where others happen to be here; and the objects, keys and elements that it refers to
+//! are checked against these ancestors, and not against a document, in which concurrent changes are as well.
+//!
+//! Changes that passed [`check`] are applied together ([`Batch`]). Automerge has no reason to fail on them; if it
+//! does, the caller throws the document away and applies them one by one.
 
 use std::{
     cell::Cell,
@@ -16,6 +21,7 @@ use automerge::{
 };
 
 use crate::{
+    batch::{Batch, Decoded, Operations, Pending, View},
     chunk::{self, MAX_MAP_KEY},
     clocks::{Clock, Clocks},
     id::ChangeId,
@@ -27,6 +33,17 @@ pub const MAX_DEPTH: usize = 32;
 
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+#[cfg(test)]
+thread_local! {
+    static FAILS: std::cell::RefCell<BTreeSet<ChangeId>> = const { std::cell::RefCell::new(BTreeSet::new()) };
+}
+
+/// Has Automerge panic on these changes, on this thread.
+#[cfg(test)]
+pub(crate) fn fail_on(changes: BTreeSet<ChangeId>) {
+    FAILS.set(changes);
 }
 
 static HOOK: Once = Once::new();
@@ -91,65 +108,118 @@ pub(crate) fn hash_of(bytes: &[u8]) -> Option<ChangeId> {
     Some(ChangeId(change.hash().0))
 }
 
-fn object(id: &OpId) -> ObjId {
+pub(crate) fn object(id: &OpId) -> ObjId {
     // The last number is only a hint.
     ObjId::Id(id.counter(), id.actor().clone(), 0)
 }
 
 /// What of a document a change may refer to.
 struct Ancestry<'a> {
-    doc: &'a Automerge,
+    view: View<'a>,
     /// `None`: all that is here is an ancestor.
     clock: Option<Arc<Clock>>,
     actor: &'a ActorId,
+    own: &'a Operations,
     start: u64,
 }
 
 impl<'a> Ancestry<'a> {
-    fn of(doc: &'a Automerge, change: &'a Change, clocks: &mut Clocks) -> Self {
-        let deps: BTreeSet<_> = change.deps().iter().collect();
-        let heads = doc.get_heads();
-        let builds_on_all =
-            heads.len() == deps.len() && heads.iter().all(|head| deps.contains(head));
-        let clock = (!builds_on_all).then(|| clocks.of(doc, change.deps()));
-        let (actor, start) = (change.actor_id(), change.start_op().get());
+    fn of(view: View<'a>, change: &'a Change, own: &'a Operations, clocks: &mut Clocks) -> Self {
+        let deps: BTreeSet<_> = change.deps().iter().copied().collect();
+        let clock = (!view.are_heads(&deps)).then(|| clocks.of(&view, change.deps()));
         Self {
-            doc,
+            view,
             clock,
-            actor,
-            start,
+            actor: change.actor_id(),
+            own,
+            start: change.start_op().get(),
         }
+    }
+
+    /// Whether an operation is of this change.
+    fn is_own(&self, id: &OpId) -> bool {
+        id.actor() == self.actor && id.counter() >= self.start
     }
 
     /// Whether an operation is an ancestor, or of this change and before its operation number `place`.
     fn has(&self, id: &OpId, place: usize) -> bool {
-        if id.actor() == self.actor && id.counter() >= self.start {
+        if self.is_own(id) {
             return id.counter() < self.start + place as u64;
         }
-        self.doc
-            .hash_for_opid(&object(id))
+        self.view
+            .change_of(id)
             .is_some_and(|hash| self.has_change(&hash))
     }
 
     /// Returns true if a change that is here is an ancestor.
     fn has_change(&self, change: &ChangeHash) -> bool {
         let clock = self.clock.as_ref();
-        clock.is_none_or(|clock| clock.has(self.doc, change))
+        clock.is_none_or(|clock| clock.has(&self.view, change))
+    }
+
+    /// Looks at an operation of this change or of another that is here.
+    fn look<T>(&self, id: &OpId, decoded: &mut Decoded, look: impl FnOnce(&Op) -> T) -> Option<T> {
+        if self.is_own(id) {
+            return self.own.get(id).map(look);
+        }
+        let operations = self.view.operations_with(id, decoded)?;
+        operations.get(id).map(look)
+    }
+
+    /// Checks that an operation is of the kind that its object is, and that the element that it names and what it
+    /// replaces are at its own place: Automerge looks nowhere else for them, and a document in which it found them
+    /// elsewhere would depend on which changes are applied together.
+    fn check_place(&self, op: &Op, decoded: &mut Decoded) -> Result<(), Refusal> {
+        let is_list = match &op.obj {
+            ObjectId::Root => false,
+            ObjectId::Id(id) => match self.look(id, decoded, |made| made.action.clone()) {
+                Some(OpType::Make(ObjType::List)) => true,
+                Some(OpType::Make(ObjType::Map)) => false,
+                _ => return Err(Refusal::Poisoned("it changes neither a map nor a list")),
+            },
+        };
+        if is_list != matches!(op.key, OpKey::Seq(_)) {
+            return Err(Refusal::Poisoned(
+                "it takes a map for a list, or a list for a map",
+            ));
+        }
+        if let OpKey::Seq(ElementId::Id(id)) = &op.key {
+            let is_element = |made: &Op| made.insert && made.obj == op.obj;
+            if self.look(id, decoded, is_element) != Some(true) {
+                return Err(Refusal::Poisoned(
+                    "it changes an element that is not in its list",
+                ));
+            }
+        }
+        for id in op.pred.iter() {
+            let is_here = |before: &Op| {
+                let at_key = match (&op.key, before.insert) {
+                    (OpKey::Seq(ElementId::Id(element)), true) => element == id,
+                    (key, false) => before.key == *key,
+                    _ => false,
+                };
+                at_key && before.obj == op.obj && !matches!(before.action, OpType::Delete)
+            };
+            if self.look(id, decoded, is_here) != Some(true) {
+                return Err(Refusal::Poisoned("it replaces what is at another place"));
+            }
+        }
+        Ok(())
     }
 }
 
 /// Checks what a change refers to; what it touches.
 fn references(
-    doc: &Automerge,
+    view: View<'_>,
     checked: &Checked,
     previous: Option<ChangeHash>,
-    clocks: &mut Clocks,
-) -> Result<(Touched, Vec<Op>), Refusal> {
+    (clocks, decoded): (&mut Clocks, &mut Decoded),
+) -> Result<(Touched, Operations), Refusal> {
     let change = &checked.change;
     let mut max_op = 0;
     for dep in change.deps() {
-        let meta = doc.get_change_meta_by_hash(dep).ok_or(Refusal::Early)?;
-        max_op = max_op.max(meta.max_op);
+        let node = view.node(dep).ok_or(Refusal::Early)?;
+        max_op = max_op.max(node.max_op);
     }
     if change.start_op().get() != max_op + 1 {
         return Err(Refusal::Poisoned("its operations have wrong numbers"));
@@ -161,7 +231,8 @@ fn references(
     if Change::from(expanded.clone()).raw_bytes() != change.raw_bytes() {
         return Err(Refusal::Foreign);
     }
-    let ancestry = Ancestry::of(doc, change, clocks);
+    let own = Operations::new(change.start_op().get(), expanded.operations);
+    let ancestry = Ancestry::of(view, change, &own, clocks);
     // Automerge's clocks hold only if an actor's changes build on each other.
     if previous.is_some_and(|previous| !ancestry.has_change(&previous)) {
         return Err(Refusal::Poisoned(
@@ -169,7 +240,7 @@ fn references(
         ));
     }
     let mut touched = Touched::default();
-    for (place, op) in expanded.operations.iter().enumerate() {
+    for (place, op) in own.all().iter().enumerate() {
         let known = |id: &OpId| ancestry.has(id, place);
         match &op.obj {
             ObjectId::Root => {}
@@ -210,8 +281,9 @@ fn references(
                 ));
             }
         }
+        ancestry.check_place(op, decoded)?;
     }
-    Ok((touched, expanded.operations))
+    Ok((touched, own))
 }
 
 /// Objects that a change touches, and of maps which keys.
@@ -253,6 +325,14 @@ fn readable(doc: &Automerge, touched: &Touched) -> Result<(), Refusal> {
 pub(crate) struct Memory {
     depths: Depths,
     clocks: Clocks,
+    decoded: Decoded,
+}
+
+impl Memory {
+    /// An estimate of the memory that decoded operations take, in bytes; clocks are few.
+    pub(crate) fn bytes(&self) -> usize {
+        self.decoded.bytes()
+    }
 }
 
 /// How deep objects are, as far as that was asked for. Automerge's own walk to the top panics below an element that is deleted.
@@ -263,9 +343,10 @@ impl Depths {
     /// Whether none of the objects is too deep. `ops` are those of the change itself, the first with the number `start`.
     fn check(
         &mut self,
-        doc: &Automerge,
-        (ops, start, actor): (&[Op], u64, &ActorId),
+        view: View<'_>,
+        (ops, start, actor): (&Operations, u64, &ActorId),
         touched: &Touched,
+        decoded: &mut Decoded,
     ) -> Result<(), Refusal> {
         let missing = || Refusal::Poisoned("it changes an object that is nowhere");
         let mut own: HashMap<OpId, usize> = HashMap::new();
@@ -283,25 +364,14 @@ impl Depths {
                     return Err(Refusal::Poisoned("it is nested too deeply"));
                 }
                 let made_here = id.actor() == actor && id.counter() >= start;
-                let parent = if made_here {
-                    let op = ops
-                        .get((id.counter() - start) as usize)
-                        .ok_or_else(missing)?;
-                    op.obj.clone()
-                } else {
-                    let hash = doc.hash_for_opid(&self::object(id)).ok_or_else(missing)?;
-                    let change = doc.get_change_by_hash(&hash).ok_or_else(missing)?.decode();
-                    let place = id
-                        .counter()
-                        .checked_sub(change.start_op.get())
-                        .ok_or_else(missing)?;
-                    change
-                        .operations
-                        .get(place as usize)
-                        .ok_or_else(missing)?
-                        .obj
-                        .clone()
+                let parent = |op: &Op| op.obj.clone();
+                let parent = match made_here {
+                    true => ops.get(id).map(parent),
+                    false => view
+                        .operations_with(id, decoded)
+                        .and_then(|operations| operations.get(id).map(parent)),
                 };
+                let parent = parent.ok_or_else(missing)?;
                 above.push((id.clone(), made_here));
                 at = parent;
             };
@@ -321,44 +391,72 @@ impl Depths {
     }
 }
 
-/// Checks everything of a change that can be checked before Automerge takes it; the document stays as it is. `previous`
-/// is its actor's change before. Returns the objects that the change touches.
+/// Checks everything of a change that can be checked before Automerge takes it; nothing is changed. `previous` is its
+/// actor's change before.
 pub(crate) fn check(
-    doc: &Automerge,
-    checked: &Checked,
+    view: View<'_>,
+    checked: Checked,
     previous: Option<ChangeId>,
     memory: &mut Memory,
-) -> Result<Touched, Refusal> {
+) -> Result<Pending, Refusal> {
     contained(|| {
         let previous = previous.map(|id| ChangeHash(id.0));
-        let (touched, ops) = references(doc, checked, previous, &mut memory.clocks)?;
+        let Memory {
+            depths,
+            clocks,
+            decoded,
+        } = memory;
+        let (touched, operations) = references(view, &checked, previous, (clocks, decoded))?;
         let (start, actor) = (checked.change.start_op().get(), checked.change.actor_id());
-        memory.depths.check(doc, (&ops, start, actor), &touched)?;
-        match doc.get_change_meta_by_hash(&checked.change.hash()) {
-            Some(_) => Err(Refusal::Known),
-            None => Ok(touched),
+        depths.check(view, (&operations, start, actor), &touched, decoded)?;
+        if view.has(&checked.change.hash()) {
+            return Err(Refusal::Known);
         }
+        Ok(Pending {
+            checked,
+            touched,
+            operations: Arc::new(operations),
+        })
     })?
 }
 
-/// Puts a change that was checked into a document. When this fails, the document is to be thrown away.
+/// Puts the changes of a batch into a document. When this fails, the document is to be thrown away.
 pub(crate) fn apply(
     doc: &mut Automerge,
-    checked: &Checked,
-    touched: &Touched,
+    batch: &Batch,
+    memory: &mut Memory,
 ) -> Result<(), Refusal> {
     contained(|| {
-        let hash = checked.change.hash();
-        doc.apply_changes([checked.change.clone()])
-            .map_err(|_| Refusal::Poisoned("Automerge refuses it"))?;
-        match doc.get_change_by_hash(&hash) {
-            Some(kept) if kept.raw_bytes() == checked.change.raw_bytes() => {}
-            _ => {
-                return Err(Refusal::Poisoned(
-                    "Automerge does not give back what it took",
-                ));
-            }
+        let changes = batch.changes();
+        #[cfg(test)]
+        for one in changes {
+            let fails = FAILS.with_borrow(|fails| fails.contains(&one.checked.id));
+            assert!(!fails, "as the test has it");
         }
-        readable(doc, touched)
+        let bare: Vec<Change> = changes
+            .iter()
+            .map(|one| one.checked.change.clone())
+            .collect();
+        doc.apply_changes(bare)
+            .map_err(|_| Refusal::Poisoned("Automerge refuses it"))?;
+        let mut touched = Touched::new();
+        for one in changes {
+            let change = &one.checked.change;
+            match doc.get_change_by_hash(&change.hash()) {
+                Some(kept) if kept.raw_bytes() == change.raw_bytes() => {}
+                _ => {
+                    return Err(Refusal::Poisoned(
+                        "Automerge does not give back what it took",
+                    ));
+                }
+            }
+            for (object, keys) in &one.touched {
+                let all = touched.entry(object.clone()).or_default();
+                all.extend(keys.iter().cloned());
+            }
+            let operations = Arc::clone(&one.operations);
+            memory.decoded.keep(change.hash(), operations);
+        }
+        readable(doc, &touched)
     })?
 }

@@ -10,6 +10,7 @@
 //! all alike; an author that signs two different changes for one place is found out, and all drop the same; what a stranger can make a replica store, compute
 //! or send is bounded. It leaves out: transport (`weft-net`), finding who holds a document, and short-lived facts, which are records (`weft-dht`).
 
+mod batch;
 mod causal;
 mod chunk;
 mod clocks;

@@ -1,6 +1,7 @@
 //! Replicas in a world of their own: links that drop, repeat and reorder, disks that can be copied and put back, crashes. Every run follows from a seed.
 
 mod arrival;
+mod batches;
 mod byzantine;
 mod convergence;
 mod damage;

@@ -37,7 +37,7 @@ const MAX_OFFENDERS: usize = 4096;
 const MAX_BUDGETS: usize = 4096;
 
 /// Statements checked before the task that checks them lets others run: some 400 us.
-const BEFORE_YIELD: usize = 8;
+pub(crate) const BEFORE_YIELD: usize = 8;
 
 /// Checks a second, and checks at once after a pause.
 #[derive(Debug, Clone, Copy)]
@@ -117,13 +117,16 @@ pub(crate) struct Checked<T> {
     pub(crate) records: Vec<Record>,
     /// One was forged.
     pub(crate) forged: bool,
+    /// The statements after the forged one, which nobody has checked.
+    pub(crate) unchecked: usize,
     pub(crate) context: T,
 }
 
 impl<T> Job<T> {
     /// Checks the signatures, one after the other, until one is wrong.
     pub(crate) async fn check(self) -> Checked<T> {
-        let mut records = Vec::with_capacity(self.statements.len());
+        let count = self.statements.len();
+        let mut records = Vec::with_capacity(count);
         let mut forged = false;
         for (at, wire) in self.statements.into_iter().enumerate() {
             if at % BEFORE_YIELD == BEFORE_YIELD - 1 {
@@ -140,6 +143,7 @@ impl<T> Job<T> {
         Checked {
             peer: self.peer,
             network: self.network,
+            unchecked: count - records.len() - usize::from(forged),
             records,
             forged,
             context: self.context,

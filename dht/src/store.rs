@@ -88,11 +88,12 @@ impl Origin {
 
     /// From a peer that is seen at this address.
     pub(crate) fn of(seen_at: &Multiaddr) -> Self {
+        // First: the address begins with the relay's, which says nothing of the peer behind it.
+        if weft_net::is_relayed(seen_at) {
+            return Self::RELAYED;
+        }
         if !weft_net::is_outside(seen_at) {
             return Self::NEAR;
-        }
-        if seen_at.iter().any(|part| part == Protocol::P2pCircuit) {
-            return Self::RELAYED;
         }
         let ip = seen_at.iter().find_map(|part| match part {
             Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
@@ -420,14 +421,18 @@ impl Store {
         if *publisher == self.local {
             return Ok(place);
         }
-        let (size, before) = (record::size_of(wire), known.map_or(0, |at| set[at].size));
+        // The record that is replaced makes room wherever it is counted: with its publisher, and with its network.
+        let (size, before) = (record::size_of(wire), known.map(|at| &set[at]));
+        let freed = before.map_or(0, |before| before.size);
+        let freed_of_network = before.filter(|before| before.origin == origin);
+        let freed_of_network = freed_of_network.map_or(0, |before| before.size);
         let of_publisher = self.by_publisher.get(publisher).copied().unwrap_or(0);
         let of_network = self.by_network.get(&origin).copied().unwrap_or(0);
         let is_new = known.is_none();
-        if bytes - before + size > MAX_PUBLISHER_BYTES
+        if bytes - freed + size > MAX_PUBLISHER_BYTES
             || (is_new && count >= MAX_PER_PUBLISHER)
-            || of_publisher - before.min(of_publisher) + size > MAX_OF_PUBLISHER
-            || of_network + size > MAX_OF_NETWORK
+            || of_publisher.saturating_sub(freed) + size > MAX_OF_PUBLISHER
+            || of_network.saturating_sub(freed_of_network) + size > MAX_OF_NETWORK
             || (is_new && origin.is_public() && of_network_here >= MAX_OF_NETWORK_IN_SET)
         {
             return Err(Refusal::Quota);
@@ -448,26 +453,30 @@ impl Store {
         let place = self
             .place(&key, &record.publisher(), record.as_wire(), origin)
             .inspect_err(|refusal| self.refused += u64::from(*refusal == Refusal::Quota))?;
-        match place {
+        let replaced = match place {
             Place::Same => return Ok(()),
             Place::Of(at) => {
                 let set = self.sets.get_mut(&key).expect("it was found there");
                 let old = set.kept.swap_remove(at);
                 set.bytes -= old.size;
                 self.forget(&old);
+                Some(old)
             }
-            Place::New => {}
-        }
+            Place::New => None,
+        };
         let size = record.size();
         if !is_own && !self.make_room(&key, size) {
             self.refused += 1;
+            // The older record still holds, and there was room for it.
+            if let Some(old) = replaced {
+                self.keep(key, old);
+            }
             return Err(Refusal::Quota);
         }
         if is_own {
             self.newest_own = self.newest_own.max(record.sequence());
         }
         self.arrivals += 1;
-        self.remember(&record, size, origin);
         let mut remaining = Duration::from_millis(record.expires_at().saturating_sub(clock));
         if is_own {
             remaining = remaining.max(CLOCK_GRACE);
@@ -483,15 +492,21 @@ impl Store {
         if let Some(changed) = self.watched.get(&key) {
             changed.send_replace(());
         }
+        self.keep(key, kept);
+        Ok(())
+    }
+
+    /// Puts a record into its set and counts it.
+    fn keep(&mut self, key: RecordKey, kept: Kept) {
+        self.remember(&kept.record, kept.size, kept.origin);
         let set = self.sets.entry(key).or_insert_with(|| Set {
             kept: Vec::new(),
             bytes: 0,
-            look: until,
+            look: kept.until,
         });
-        set.bytes += size;
-        set.look = set.look.min(until);
+        set.bytes += kept.size;
+        set.look = set.look.min(kept.until);
         set.kept.push(kept);
-        Ok(())
     }
 
     /// Drops others' statements, chosen at random, until this fits.
@@ -646,14 +661,14 @@ pub(crate) fn encode<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<u
 pub(crate) struct Found {
     records: HashMap<(Vec<u8>, Vec<u8>), Record>,
     bytes: usize,
-    /// Signatures that were to be checked.
+    /// Signatures that were checked, or wait for it: [`MAX_FOUND`] at most.
     checks: usize,
 }
 
 impl Found {
     /// Reads an answer without a check of any signature: whether it holds statements that were found before, and those
-    /// whose signatures are to be checked. Records that break other rules are skipped, because a set comes from many
-    /// publishers. An answer whose own form is wrong is `None`.
+    /// whose signatures are to be checked, which is counted as done until [`Self::unchecked`]. Records that break other
+    /// rules are skipped, because a set comes from many publishers. An answer whose own form is wrong is `None`.
     pub(crate) fn sort_out(
         &mut self,
         key: &[u8],
@@ -680,6 +695,11 @@ impl Found {
             }
         }
         Some((any_known, unknown))
+    }
+
+    /// Gives back the budget for so many statements of [`Self::sort_out`] whose signatures are not checked after all.
+    pub(crate) fn unchecked(&mut self, statements: usize) {
+        self.checks = self.checks.saturating_sub(statements);
     }
 
     fn is_full(&self) -> bool {
@@ -943,6 +963,77 @@ mod tests {
         put_at(&mut store, &honest, network(2)).unwrap();
         assert!(read(&store).contains(&honest));
         check(&store);
+    }
+
+    #[test]
+    fn a_record_can_be_replaced_while_the_quota_of_its_network_is_full() {
+        let mut store = store();
+        let keys = Keypair::generate_ed25519();
+        let put_at = |store: &mut Store, record: &Record, from| {
+            put_from(store, b"k", &encode([record]), from)
+        };
+        put_at(&mut store, &record(&keys, b"", &[1; 100], 1), network(1)).unwrap();
+        // As if others of the network had filled it.
+        store.by_network.insert(network(1), MAX_OF_NETWORK);
+        store.by_network.insert(network(2), MAX_OF_NETWORK);
+        let new = record(&keys, b"", &[2; 100], 2);
+        put_at(&mut store, &new, network(1)).unwrap();
+        assert_eq!(read(&store), [new]);
+        assert_eq!(store.by_network[&network(1)], MAX_OF_NETWORK);
+        // Neither does one that is larger fit, nor one that comes from another network that is full.
+        let larger = record(&keys, b"", &[3; 101], 3);
+        assert_eq!(put_at(&mut store, &larger, network(1)), Err(Refusal::Quota));
+        let elsewhere = record(&keys, b"", &[3; 100], 3);
+        assert_eq!(
+            put_at(&mut store, &elsewhere, network(2)),
+            Err(Refusal::Quota)
+        );
+        // In a network with room it leaves the old one.
+        put_at(&mut store, &elsewhere, network(3)).unwrap();
+        assert!(store.by_network[&network(1)] < MAX_OF_NETWORK - 100);
+        assert_eq!(store.by_network[&network(3)], elsewhere.size());
+    }
+
+    #[test]
+    fn a_replacement_for_which_there_is_no_room_leaves_the_older_record() {
+        let own = Keypair::generate_ed25519();
+        let mut store = Store::new(own.public().to_peer_id(), None);
+        let other = Keypair::generate_ed25519();
+        let old = record(&other, b"", b"v", 1);
+        put(&mut store, std::slice::from_ref(&old)).unwrap();
+        // Our own records make room for nobody.
+        let mut n = 0_u16;
+        while store.bytes + 4000 <= MAX_SET {
+            let ours = record(&own, &n.to_be_bytes(), &[0; 3000], 1);
+            store.take(ours, Origin::NEAR).unwrap();
+            n += 1;
+        }
+        let larger = record(&other, b"", &[0; 4000], 2);
+        assert_eq!(put(&mut store, &[larger]), Err(Refusal::Quota));
+        let set = &store.sets[&RecordKey::new(b"k")];
+        assert!(set.kept.iter().any(|kept| kept.record == old));
+        check(&store);
+    }
+
+    #[test]
+    fn a_peer_behind_a_relay_counts_as_relayed_wherever_the_relay_is() {
+        let relay = PeerId::random();
+        for at in [
+            "/ip4/8.8.8.8/tcp/1",
+            "/ip4/192.168.1.1/tcp/1",
+            "/ip4/127.0.0.1/udp/1/quic-v1",
+            "/ip6/fd00::1/tcp/1",
+            "/dns4/relay.example/tcp/1",
+        ] {
+            let relayed = format!("{at}/p2p/{relay}/p2p-circuit");
+            for relayed in [format!("{relayed}/p2p/{}", PeerId::random()), relayed] {
+                let origin = Origin::of(&relayed.parse().unwrap());
+                assert_eq!(origin, Origin::RELAYED, "{relayed}");
+                assert!(origin.is_public());
+            }
+        }
+        let near = Origin::of(&"/ip4/192.168.1.1/tcp/1".parse().unwrap());
+        assert_eq!(near, Origin::NEAR);
     }
 
     #[test]

@@ -92,7 +92,8 @@ impl Path {
     }
 }
 
-pub(crate) fn is_relayed(address: &Multiaddr) -> bool {
+/// Whether an address leads through a relay. Its IP address is the relay's then.
+pub fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
 }
 
@@ -274,17 +275,23 @@ fn kind(address: &Multiaddr) -> PathKind {
 
 /// Whether `candidate`, which a peer seen at `seen_at` claims as its own, can lead to it from here: a loopback address only
 /// from the same machine, a private one only from a private network. Others would be dialled in vain, or reach somebody else.
+/// A peer seen through a relay may be anywhere, however near the relay is; only its relayed addresses count from the relay.
 pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
     let unspecified = first_ip(candidate).is_some_and(|ip| ip.is_unspecified());
+    let seen = match is_relayed(seen_at) && !is_relayed(candidate) {
+        true => PathKind::Relayed,
+        false => kind(seen_at),
+    };
     !unspecified
         && match kind(candidate) {
-            PathKind::Loopback => kind(seen_at) == PathKind::Loopback,
-            PathKind::Lan => kind(seen_at) <= PathKind::Lan,
+            PathKind::Loopback => seen == PathKind::Loopback,
+            PathKind::Lan => seen <= PathKind::Lan,
             PathKind::Direct | PathKind::Relayed => true,
         }
 }
 
-/// Whether an address leads beyond our own networks, as far as it tells: a name may.
+/// Whether packets for an address leave our own networks, as far as it tells: a name may lead out. Of the place of a peer
+/// that is seen at this address it tells nothing if the address [is relayed](is_relayed).
 pub fn is_outside(address: &Multiaddr) -> bool {
     // Of a path through a relay, the relay's: that is the first machine on the way.
     first_ip(address).is_none_or(|ip| is_public(&ip))
@@ -339,6 +346,14 @@ mod tests {
         assert!(!check("/ip4/203.0.113.1/tcp/1", "/ip4/192.168.0.2/tcp/2"));
         assert!(check("/ip4/203.0.113.1/tcp/1", "/ip4/198.51.100.1/tcp/2"));
         assert!(!check("/ip4/127.0.0.1/tcp/1", "/ip4/0.0.0.0/tcp/2"));
+        // Behind a relay that is near, a peer may be anywhere.
+        let relay = PeerId::random();
+        let relayed = |at: &str| format!("{at}/p2p/{relay}/p2p-circuit");
+        for near in ["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.2/tcp/1"] {
+            assert!(!check(&relayed(near), near));
+            assert!(check(&relayed(near), &relayed(near)));
+            assert!(check(&relayed(near), "/ip4/203.0.113.1/tcp/2"));
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ use libp2p::{
 use crate::{
     LimitUse, Limits, Path, Place,
     limits::{Memory, Short},
-    shares::{Group, SITE, count, release},
+    shares::{ByGroup, SITE, count, release},
 };
 
 /// Connections being closed to make room. They end within three seconds (`muxer.rs`), so that a flood of newcomers
@@ -109,7 +109,7 @@ struct Bounds {
 struct State {
     open: HashMap<ConnectionId, Open>,
     dialling: HashSet<ConnectionId>,
-    by_group: HashMap<Group, usize>,
+    by_group: ByGroup,
     by_peer: HashMap<PeerId, usize>,
     incoming: usize,
     /// Open ones that count.
@@ -210,38 +210,31 @@ impl Crowd {
     pub(crate) fn limits(&self) -> Vec<LimitUse> {
         let state = self.state();
         let refused = &state.refused;
-        let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
         let of_peers = state.by_peer.values().copied();
-        let row = |name, used: usize, limit: usize, refused| LimitUse {
-            name,
-            used: used as u64,
-            limit: Some(limit as u64),
-            refused,
-        };
         let limits = &self.limits;
         vec![
-            row("connections", state.all, limits.all, refused.all),
-            row(
+            LimitUse::of("connections", state.all, limits.all, refused.all),
+            LimitUse::of(
                 "connections_incoming",
                 state.incoming,
                 limits.incoming,
                 refused.incoming,
             ),
-            row(
+            LimitUse::of(
                 "connections_pending_outgoing",
                 state.dialling.len(),
                 limits.outgoing_pending,
                 refused.outgoing,
             ),
-            row(
+            LimitUse::of(
                 "connections_per_peer",
                 of_peers.max().unwrap_or_default(),
                 limits.per_peer,
                 refused.peer,
             ),
-            row(
+            LimitUse::of(
                 "connections_per_address",
-                of_sites.map(|(_, used)| *used).max().unwrap_or_default(),
+                state.by_group.most_of_site(),
                 limits.per_place,
                 refused.place,
             ),
@@ -268,6 +261,12 @@ impl State {
         } += 1;
     }
 
+    /// Returns true if the place, or a network around it, has all connections that it may have.
+    fn is_full_at(&self, limits: &Bounds, place: Place) -> bool {
+        let mut groups = place.groups();
+        groups.any(|(group, part)| self.by_group.of(group) >= limits.at(part))
+    }
+
     /// The connection that would have to go for one from `place`, if any.
     fn room(
         &self,
@@ -275,8 +274,7 @@ impl State {
         place: Place,
         now: Instant,
     ) -> Result<Option<ConnectionId>, Crowded> {
-        let full = |(group, part)| count(&self.by_group, &group) >= limits.at(part);
-        if place.groups().any(full) {
+        if self.is_full_at(limits, place) {
             return Err(Crowded::Place(place));
         }
         let refused = match () {
@@ -289,7 +287,7 @@ impl State {
         }
         let newcomer = place
             .groups()
-            .map(|(group, part)| (count(&self.by_group, &group) + 1) * NORMAL / part)
+            .map(|(group, part)| (self.by_group.of(group) + 1) * NORMAL / part)
             .max()
             .unwrap_or_default();
         let crowded = self.costliest(|_| 1, |open| !open.worth.needed);
@@ -330,9 +328,7 @@ impl State {
     fn insert(&mut self, id: ConnectionId, peer: PeerId, place: Option<Place>, now: Instant) {
         if let Some(place) = place {
             self.incoming += 1;
-            for (group, _) in place.groups() {
-                *self.by_group.entry(group).or_default() += 1;
-            }
+            self.by_group.add(place);
         }
         self.all += 1;
         *self.by_peer.entry(peer).or_default() += 1;
@@ -351,9 +347,7 @@ impl State {
         release(&mut self.by_peer, peer);
         if let Some(place) = place {
             self.incoming -= 1;
-            for (group, _) in place.groups() {
-                release(&mut self.by_group, group);
-            }
+            self.by_group.remove(place);
         }
     }
 
@@ -394,14 +388,12 @@ impl State {
         cost: impl Fn(&Open) -> usize,
         may_go: impl Fn(&Open) -> bool,
     ) -> Option<(usize, ConnectionId)> {
-        let mut costs: HashMap<Group, usize> = HashMap::new();
+        let mut costs = ByGroup::default();
         for (_, place, open) in self.candidates() {
-            for (group, _) in place.groups() {
-                *costs.entry(group).or_default() += cost(open);
-            }
+            costs.add_many(place, cost(open));
         }
         let pressure = |place: Place| {
-            let of = |(group, part): (Group, usize)| costs[&group] * NORMAL / part;
+            let of = |(group, part)| costs.of(group) * NORMAL / part;
             place.groups().map(of).max().unwrap_or_default()
         };
         let usefulness = |open: &Open| {
@@ -533,8 +525,7 @@ impl State {
         if before == place {
             return;
         }
-        let full = |(group, part)| count(&self.by_group, &group) >= limits.at(part);
-        if place.groups().any(full) {
+        if self.is_full_at(limits, place) {
             self.count(&Crowded::Place(place));
             return self.close(id);
         }
@@ -542,9 +533,7 @@ impl State {
         self.all += 1;
         self.incoming += 1;
         *self.by_peer.entry(peer).or_default() += 1;
-        for (group, _) in place.groups() {
-            *self.by_group.entry(group).or_default() += 1;
-        }
+        self.by_group.add(place);
         if let Some(open) = self.open.get_mut(&id) {
             open.place = Some(place);
         }

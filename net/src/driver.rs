@@ -1427,12 +1427,6 @@ where
 
     fn limit_uses(&mut self) -> Vec<LimitUse> {
         let behaviour = self.swarm.behaviour();
-        let limit = |name, used: u64, limit: u64, refused: u64| LimitUse {
-            name,
-            used,
-            limit: Some(limit),
-            refused,
-        };
         let limits = &self.limits;
         let connections = self.peers.values().flat_map(|peer| peer.connections.keys());
         let streams = connections.map(|id| behaviour.streams.streams_on(*id));
@@ -1441,31 +1435,21 @@ where
         let mut all = self.crowd.limits();
         all.extend(self.pending.limits());
         all.extend([
-            limit(
+            LimitUse::of(
                 "streams_per_connection",
-                streams.max().unwrap_or_default() as u64,
-                limits.streams as u64,
+                streams.max().unwrap_or_default(),
+                limits.streams,
                 behaviour.streams.refused(),
             ),
             self.memory.usage(),
-            limit(
+            LimitUse::of(
                 "autonat_per_minute",
-                probes as u64,
-                autonat.per_minute as u64,
+                probes,
+                autonat.per_minute,
                 probes_refused,
             ),
-            limit(
-                "autonat_concurrent",
-                probing as u64,
-                autonat.concurrent as u64,
-                0,
-            ),
-            LimitUse {
-                name: "access",
-                used: 0,
-                limit: None,
-                refused: self.refusals.access,
-            },
+            LimitUse::of("autonat_concurrent", probing, autonat.concurrent, 0),
+            LimitUse::refusals("access", self.refusals.access),
         ]);
         let lanes = &self.lanes.shares;
         all.extend(lanes.limits("lanes", "lanes_per_address", "lanes_per_peer"));

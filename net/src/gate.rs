@@ -788,59 +788,48 @@ impl Gate {
             .max()
             .unwrap_or(0);
         let of_network = state.by_network.values().map(lately).max().unwrap_or(0);
-        let row = |name, used: usize, limit: usize, refused| LimitUse {
-            name,
-            used: used as u64,
-            limit: Some(limit as u64),
-            refused,
-        };
         vec![
-            LimitUse {
-                name: "hearsay",
-                used: 0,
-                limit: None,
-                refused: state.refused,
-            },
-            row(
+            LimitUse::refusals("hearsay", state.refused),
+            LimitUse::of(
                 "unproven_dials_per_minute",
                 state.in_all.len(),
                 IN_ALL,
                 state.refused_often,
             ),
-            row("unproven_dials_per_address", of_one, PER_PLACE, 0),
-            row("unproven_dials_per_network", of_network, PER_NETWORK, 0),
-            row(
+            LimitUse::of("unproven_dials_per_address", of_one, PER_PLACE, 0),
+            LimitUse::of("unproven_dials_per_network", of_network, PER_NETWORK, 0),
+            LimitUse::of(
                 "unproven_dials_nearby",
                 state.near_in_all.len(),
                 NEAR_IN_ALL,
                 0,
             ),
-            row("dial_destinations_tried", state.tried.len(), MAX_TRIED, 0),
-            row(
+            LimitUse::of("dial_destinations_tried", state.tried.len(), MAX_TRIED, 0),
+            LimitUse::of(
                 "dial_destinations_proven",
                 state.proven.len(),
                 MAX_PROVEN,
                 0,
             ),
-            row(
+            LimitUse::of(
                 "dial_permits",
                 state.permits.len(),
                 MAX_PERMITS,
                 state.refused_permits,
             ),
-            row(
+            LimitUse::of(
                 "port_searches_remembered",
                 state.searched.len(),
                 MAX_SEARCHED,
                 0,
             ),
-            row(
+            LimitUse::of(
                 "mdns_peers_remembered",
                 state.neighbours.len(),
                 MAX_NEIGHBOURS,
                 0,
             ),
-            row(
+            LimitUse::of(
                 "given_relays_remembered",
                 state.circuits.len(),
                 MAX_CIRCUITS,

@@ -54,7 +54,7 @@ pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 
 pub use self::{
     access::{Access, ParseRuleError, Rule},
-    address::{Path, PathKind, Transport, dialable_from, is_outside, split_peer_id},
+    address::{Path, PathKind, Transport, dialable_from, is_outside, is_relayed, split_peer_id},
     autonat::{AutonatLimits, Verdict},
     clock::ClockDifference,
     gate::{Destinations, Heard},

@@ -75,6 +75,28 @@ pub struct LimitUse {
     pub refused: u64,
 }
 
+impl LimitUse {
+    /// Returns a limit with its use. Numbers of members and bytes in memory are at most [`usize::MAX`].
+    pub fn of(name: &'static str, used: usize, limit: usize, refused: u64) -> Self {
+        Self {
+            name,
+            used: used as u64,
+            limit: Some(limit as u64),
+            refused,
+        }
+    }
+
+    /// Returns a row for what is refused or replaced by a rule that has no number.
+    pub fn refusals(name: &'static str, refused: u64) -> Self {
+        Self {
+            name,
+            used: 0,
+            limit: None,
+            refused,
+        }
+    }
+}
+
 /// How long a measurement of memory is good for.
 const FRESH: Duration = Duration::from_millis(100);
 

@@ -33,7 +33,7 @@ use weft_proto::{
 use crate::{
     LimitUse, OpenError, PathKind, Permit, Place, Shares, Stream,
     circuit::{self, CircuitError, MAX_MESSAGE},
-    shares::{Group, SITE, count, release},
+    shares::{ByGroup, Group, SITE, count},
 };
 
 /// Requests being answered at a time, and of one peer.
@@ -166,7 +166,7 @@ struct State {
     reservations: HashMap<PeerId, Reservation>,
     peers: HashMap<PeerId, Counted>,
     /// Those that were asked for from a network.
-    networks: HashMap<Group, usize>,
+    networks: ByGroup,
     circuits: HashMap<u64, Held>,
     next: u64,
     all: Day,
@@ -323,9 +323,7 @@ impl State {
             return;
         };
         self.used.circuits -= 1;
-        for (group, _) in held.place.groups() {
-            release(&mut self.networks, group);
-        }
+        self.networks.remove(held.place);
         for end in held.ends {
             if let Some(counted) = self.peers.get_mut(&end) {
                 counted.circuits -= 1;
@@ -377,8 +375,6 @@ impl Server {
         let per_peer = circuits.max().unwrap_or_default();
         let bytes = state.peers.values().map(|counted| counted.day.bytes);
         let bytes_per_peer = bytes.max().unwrap_or_default();
-        let of_sites = state.networks.iter().filter(|(group, _)| group.is_site());
-        let per_network = of_sites.map(|(_, used)| *used).max().unwrap_or_default();
         let mut pairs: HashMap<(Place, PeerId), usize> = HashMap::new();
         for held in state.circuits.values() {
             *pairs.entry((held.place, held.ends[1])).or_default() += 1;
@@ -387,67 +383,66 @@ impl Server {
         let [_, of_address, _] = self.reserved.limits("", "", "");
         let requests = self.requests.limits("", "", "");
         let some = |limit: u64| (limit != 0).then_some(limit);
-        let limit = |name, used, limit, refused| LimitUse {
+        // Bytes of a day are more than memory holds.
+        let of_day = |name, used, limit, refused| LimitUse {
             name,
             used,
-            limit,
+            limit: some(limit),
             refused,
         };
         let refused = &state.refused;
         vec![
-            limit(
+            LimitUse::of(
                 "relay_reservations",
-                state.reservations.len() as u64,
-                Some(self.limits.reservations as u64),
+                state.reservations.len(),
+                self.limits.reservations,
                 refused.reservations,
             ),
-            limit(
-                "relay_reservations_per_address",
-                of_address.used,
-                of_address.limit,
-                of_address.refused,
-            ),
-            limit(
+            LimitUse {
+                name: "relay_reservations_per_address",
+                ..of_address
+            },
+            LimitUse::of(
                 "relay_requests",
-                self.requests.used() as u64,
-                Some(self.requests.all() as u64),
+                self.requests.used(),
+                self.requests.all(),
                 requests.iter().map(|row| row.refused).sum(),
             ),
-            limit("relay_circuits_replaced", 0, None, refused.replaced),
-            limit(
+            LimitUse::refusals("relay_circuits_replaced", refused.replaced),
+            LimitUse::of(
                 "relay_circuits_per_source",
-                per_source as u64,
-                Some(self.per_source() as u64),
+                per_source,
+                self.per_source(),
                 refused.circuits_per_source,
             ),
-            limit(
+            LimitUse::of(
                 "relay_circuits",
-                state.used.circuits as u64,
-                Some(self.limits.circuits as u64),
+                state.used.circuits,
+                self.limits.circuits,
                 refused.circuits,
             ),
-            limit(
+            LimitUse::of(
                 "relay_circuits_per_network",
-                per_network as u64,
-                Some(self.per_network() as u64),
+                state.networks.most_of_site(),
+                self.per_network(),
                 refused.circuits_per_network,
             ),
-            limit(
+            LimitUse::of(
                 "relay_circuits_per_peer",
-                per_peer as u64,
-                Some(self.limits.circuits_per_peer as u64),
+                per_peer,
+                self.limits.circuits_per_peer,
                 refused.circuits_per_peer,
             ),
-            limit(
+            of_day(
                 "relay_bytes_today",
                 state.all.bytes,
-                some(self.limits.daily_bytes),
+                self.limits.daily_bytes,
                 refused.bytes,
             ),
-            limit(
+            of_day(
                 "relay_bytes_today_per_peer",
                 bytes_per_peer,
-                some(self.limits.daily_bytes_per_peer),
+                self.limits.daily_bytes_per_peer,
                 refused.bytes_per_peer,
             ),
         ]
@@ -710,7 +705,7 @@ impl Server {
         let here = place.groups();
         let full_there = here.clone().find(|(group, part)| {
             let most = self.per_network().saturating_mul(*part) / SITE;
-            count(&state.networks, group) >= most
+            state.networks.of(*group) >= most
         });
         if full_there.is_some() {
             state.refused.circuits_per_network += 1;
@@ -765,9 +760,7 @@ impl Server {
             let counted = self.counted(state, end).ok_or(full)?;
             counted.circuits += 1;
         }
-        for (group, _) in place.groups() {
-            *state.networks.entry(group).or_default() += 1;
-        }
+        state.networks.add(place);
         state.used.circuits += 1;
         let (held, replaced) = oneshot::channel();
         let id = state.next;
@@ -982,7 +975,7 @@ mod tests {
         drop(attacker);
         assert_eq!(server.used().circuits, 2);
         // One that was replaced counts nothing any more.
-        assert!(lock(&server.state).networks.values().all(|used| *used == 1));
+        assert!(lock(&server.state).networks.counts().all(|used| used == 1));
     }
 
     #[tokio::test]

@@ -181,18 +181,13 @@ impl Names {
             self.lately.pop_front();
         }
         [
-            LimitUse {
-                name: "names_per_minute",
-                used: self.lately.len() as u64,
-                limit: Some(PER_MINUTE as u64),
-                refused: self.refused,
-            },
-            LimitUse {
-                name: "names_failed",
-                used: self.failed.len() as u64,
-                limit: Some(MAX_FAILED as u64),
-                refused: 0,
-            },
+            LimitUse::of(
+                "names_per_minute",
+                self.lately.len(),
+                PER_MINUTE,
+                self.refused,
+            ),
+            LimitUse::of("names_failed", self.failed.len(), MAX_FAILED, 0),
         ]
     }
 }

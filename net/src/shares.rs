@@ -204,7 +204,7 @@ pub struct Shares {
 struct State {
     used: usize,
     by_peer: HashMap<PeerId, usize>,
-    by_group: HashMap<Group, usize>,
+    by_group: ByGroup,
     refused: Refused,
 }
 
@@ -250,9 +250,7 @@ impl Shares {
         }
         state.used += 1;
         *state.by_peer.entry(peer).or_default() += 1;
-        for (group, _) in place.groups() {
-            *state.by_group.entry(group).or_default() += 1;
-        }
+        state.by_group.add(place);
         drop(state);
         Ok(Permit {
             shares: self.clone(),
@@ -275,7 +273,7 @@ impl Shares {
             return Err(Full::All);
         }
         let within =
-            |(group, part)| count(&state.by_group, &group) < (free.saturating_mul(part) / 4).max(1);
+            |(group, part)| state.by_group.of(group) < (free.saturating_mul(part) / 4).max(1);
         match place.groups().all(within) {
             true => Ok(()),
             false => Err(Full::Place(place)),
@@ -306,26 +304,18 @@ impl Shares {
         per_peer: &'static str,
     ) -> [LimitUse; 3] {
         let state = self.lock();
-        let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
-        let of_sites = of_sites.map(|(_, used)| *used).max();
         let of_peers = state.by_peer.values().copied().max();
-        let row = |name, used: usize, limit: usize, refused| LimitUse {
-            name,
-            used: used as u64,
-            limit: Some(limit as u64),
-            refused,
-        };
         let site = (self.all.saturating_mul(SITE) / (SITE + 4)).max(1);
         let refused = &state.refused;
         [
-            row(all, state.used, self.all, refused.all),
-            row(
+            LimitUse::of(all, state.used, self.all, refused.all),
+            LimitUse::of(
                 per_place,
-                of_sites.unwrap_or_default(),
+                state.by_group.most_of_site(),
                 site.min(self.all),
                 refused.place,
             ),
-            row(
+            LimitUse::of(
                 per_peer,
                 of_peers.unwrap_or_default(),
                 self.per_peer,
@@ -353,9 +343,49 @@ impl Drop for Permit {
         let mut state = self.shares.lock();
         state.used -= 1;
         release(&mut state.by_peer, self.peer);
-        for (group, _) in self.place.groups() {
-            release(&mut state.by_group, group);
+        state.by_group.remove(self.place);
+    }
+}
+
+/// Counts by group of places: one at a place counts in every group that the place belongs to.
+#[derive(Debug, Default)]
+pub(crate) struct ByGroup(HashMap<Group, usize>);
+
+impl ByGroup {
+    pub(crate) fn add(&mut self, place: Place) {
+        self.add_many(place, 1);
+    }
+
+    pub(crate) fn add_many(&mut self, place: Place, many: usize) {
+        for (group, _) in place.groups() {
+            *self.0.entry(group).or_default() += many;
         }
+    }
+
+    pub(crate) fn remove(&mut self, place: Place) {
+        for (group, _) in place.groups() {
+            release(&mut self.0, group);
+        }
+    }
+
+    pub(crate) fn of(&self, group: Group) -> usize {
+        count(&self.0, &group)
+    }
+
+    /// The most that one public IPv4 address or one IPv6 /64 has.
+    pub(crate) fn most_of_site(&self) -> usize {
+        let of_sites = self.0.iter().filter(|(group, _)| group.is_site());
+        of_sites.map(|(_, used)| *used).max().unwrap_or_default()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn counts(&self) -> impl Iterator<Item = usize> + '_ {
+        self.0.values().copied()
     }
 }
 

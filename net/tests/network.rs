@@ -554,7 +554,8 @@ async fn closing_a_connection_ends_its_streams_on_both_sides() {
             tokio::join!(reading, writing, close)
         });
         let (read, wrote, ()) = ended.await.unwrap_or_else(|_| panic!("{listen}: waits on"));
-        assert!(read.is_err() || read.is_ok_and(|n| n == 0), "{listen}");
+        // Not as if the other side had said all it had to say.
+        assert!(read.is_err(), "{listen}: {read:?}");
         wrote.unwrap_err();
         let mut rest = Vec::new();
         let read = timeout(PATIENCE, far.read_to_end(&mut rest)).await;

@@ -10,8 +10,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use weft_net::{
-    Class, Config, Multiaddr, Network, PathKind, PeerId, PeerInfo, RelayServer, is_superseded,
-    multiaddr::Protocol,
+    Class, Config, LimitUse, Multiaddr, Network, PathKind, PeerId, PeerInfo, RelayServer,
+    is_superseded, multiaddr::Protocol,
 };
 
 const ECHO: StreamProtocol = StreamProtocol::new("/weft/test/echo");
@@ -240,7 +240,14 @@ async fn a_relay_keeps_to_its_limits() {
         peer(&three, relay.local_peer()).await
     })
     .await;
-    sleep(Duration::from_secs(1)).await;
+    until("its reservation to be refused", || async {
+        let limits = relay.limits().await;
+        let mut rows = limits.iter();
+        let refused =
+            |row: &&LimitUse| row.name.starts_with("relay_reservations") && row.refused > 0;
+        rows.any(|row| refused(&row)).then_some(())
+    })
+    .await;
     assert!(three.reachability().await.unwrap().relays.is_empty());
 
     echo(&two);

@@ -860,7 +860,8 @@ async fn a_handler_that_panics_ends_its_call() {
     echo(&pair.session, message(1)).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
+/// The clock goes on only when nothing else can: what has been sent by then is all that there is room for.
+#[tokio::test(start_paused = true)]
 async fn a_message_that_is_dropped_on_its_way_gives_the_call_up() {
     let pair = usual();
     let call = pair.session.call("test.Test/Sleep", Options::default());
@@ -884,7 +885,8 @@ async fn a_message_that_is_dropped_on_its_way_gives_the_call_up() {
     echo(&pair.session, message(1)).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
+/// The clock goes on only when nothing else can: the caller has said all that it can without an answer.
+#[tokio::test(start_paused = true)]
 async fn the_first_message_may_be_as_large_as_any() {
     // The other side says what it takes only after a while.
     let (near, far) = duplex(64 * 1024);
@@ -999,10 +1001,16 @@ async fn a_session_is_over_only_when_its_handlers_are() {
     let (working, begun) = (Arc::clone(&service.working), Arc::clone(&service.begun));
     let release = block(&service).await;
     let (mut far, session) = raw_few(service);
-    let frames = [hello(), request(1, "test.Test/Block")].concat();
-    far.write_all(&frames).await.unwrap();
-    until("the handler", || begun.load(Ordering::SeqCst) == 1).await;
+    let frames = [
+        hello(),
+        request(1, "test.Test/Sleep"),
+        request(2, "test.Test/Block"),
+    ];
+    far.write_all(&frames.concat()).await.unwrap();
+    until("the handlers", || begun.load(Ordering::SeqCst) == 2).await;
     drop(far);
+    // It has seen the end: it has dropped the handler that waits, and cannot drop the one that runs.
+    until("the end", || working.load(Ordering::SeqCst) == 1).await;
     sleep(Duration::from_millis(300)).await;
     assert!(!session.is_finished(), "its handler runs");
     drop(release);
@@ -1111,7 +1119,8 @@ async fn a_message_that_stops_coming_is_dropped_and_its_call_fails() {
     assert_eq!(all.used(), 0);
 }
 
-#[tokio::test(flavor = "multi_thread")]
+/// The clock goes on only when nothing else can: a second of it is ten times the patience with a message.
+#[tokio::test(start_paused = true)]
 async fn an_answer_that_stops_coming_fails_and_a_sender_without_credit_is_waited_for() {
     let (near, mut far) = duplex(1 << 20);
     let all = Budget::new(8 << 20);
@@ -1225,7 +1234,8 @@ async fn requests_count_among_what_is_held() {
     assert_eq!((all.used(), working.load(Ordering::SeqCst)), (0, 0));
 }
 
-#[tokio::test(flavor = "multi_thread")]
+/// The clock goes on only when nothing else can: a timeout means that the session is full, however slow the machine.
+#[tokio::test(start_paused = true)]
 async fn a_close_that_is_dropped_is_said_all_the_same() {
     // The other side reads nothing yet, and so all that may wait to be written does.
     let (near, far) = duplex(1024);

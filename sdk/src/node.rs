@@ -411,23 +411,18 @@ impl Node {
         ));
         let count = |replica: &mut weft_crdt::Replica| Ok(replica.count());
         let (held, refused) = self.inner.driver.documents.with(count).await?;
-        limits.push(LimitUse {
-            name: "documents",
-            used: held as u64,
-            limit: Some(weft_crdt::MAX_DOCUMENTS as u64),
+        limits.push(LimitUse::of(
+            "documents",
+            held,
+            weft_crdt::MAX_DOCUMENTS,
             refused,
-        });
+        ));
         let kept = self.inner.dht.status().await?.kept;
         for (name, (used, limit), refused) in [
             ("record_keys", kept.keys, 0),
             ("record_bytes", kept.bytes, kept.refused),
         ] {
-            limits.push(LimitUse {
-                name,
-                used: used as u64,
-                limit: Some(limit as u64),
-                refused,
-            });
+            limits.push(LimitUse::of(name, used, limit, refused));
         }
         Ok(limits)
     }

@@ -129,6 +129,11 @@ fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist()
     }
     let finished = alone.run(&["get", "me/x", "--to", to.to_str().unwrap()]);
     assert_eq!(finished.code(), Some(3), "{finished:?}");
+    let said = &finished.stderr;
+    assert!(said.contains("nobody publishes the name me/x"), "{said}");
+    assert!(!said.contains("connected to nobody"), "{said}");
+    let finished = alone.run(&["--json", "get", "me/x", "--to", to.to_str().unwrap()]);
+    assert_eq!(finished.json()["error"]["reason"], "NO_SUCH_NAME");
 }
 
 #[test]

@@ -15,6 +15,7 @@ use weft_proto::wire::{self, document_message::Kind};
 use super::{World, at, identity, key, mutants, put};
 use crate::{
     ChangeId, DocumentId, Edit, Event, Identity, Key, NewDocument, Path, Rights,
+    batch::{Batch, View},
     envelope::{Envelope, Header, Proof, Run},
     epoch::{Epoch, Statement},
     genesis::Readers,
@@ -27,8 +28,13 @@ use crate::{
 /// The number of the liar's key. It is no node of the world.
 const LIAR: u8 = 50;
 
+/// The key of the liar, who is to be among the writers.
+pub(super) fn liar() -> Key {
+    key(LIAR)
+}
+
 /// Somebody who may write, and signs what it likes.
-struct Liar {
+pub(super) struct Liar {
     identity: Identity,
     document: DocumentId,
     run: Run,
@@ -60,7 +66,7 @@ impl Liar {
     }
 
     /// Knows what a node knows.
-    fn knowing(world: &mut World, at: usize, document: DocumentId, nonce: u8) -> Self {
+    pub(super) fn knowing(world: &mut World, at: usize, document: DocumentId, nonce: u8) -> Self {
         let mut this = Self::new(document, nonce);
         let (known, _) = world.node(at).document(&document).unwrap().unwrap();
         this.doc = known.automerge().clone();
@@ -68,7 +74,7 @@ impl Liar {
         this
     }
 
-    fn change(&mut self, edits: &[Edit]) -> Change {
+    pub(super) fn change(&mut self, edits: &[Edit]) -> Change {
         let mut tx = self.doc.transaction();
         edits
             .iter()
@@ -105,7 +111,7 @@ impl Liar {
     }
 
     /// A change whose operations are bent before it is encoded again.
-    fn bent(&mut self, edits: &[Edit], bend: impl Fn(&mut ExpandedChange)) -> Envelope {
+    pub(super) fn bent(&mut self, edits: &[Edit], bend: impl Fn(&mut ExpandedChange)) -> Envelope {
         let mut expanded = self.change(edits).decode();
         bend(&mut expanded);
         let change = Change::from(expanded);
@@ -476,7 +482,12 @@ fn a_change_that_another_encoder_wrote_is_not_taken_and_is_no_fault_of_who_gives
     let mut random = fastrand::Rng::with_seed(1);
     let is_foreign = |bytes: &[u8]| {
         let checked = guard::decode(bytes, liar.session.actor(), 1).ok()?;
-        let refusal = guard::check(&doc, &checked, None, &mut Memory::default()).err()?;
+        let batch = Batch::default();
+        let view = View {
+            doc: &doc,
+            batch: &batch,
+        };
+        let refusal = guard::check(view, checked.clone(), None, &mut Memory::default()).err()?;
         let is_same = checked.change.decode().operations == honest.decode().operations;
         (refusal == Refusal::Foreign && is_same).then_some(checked.id)
     };

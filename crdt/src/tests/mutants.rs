@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::{at, put};
 use crate::{
     Edit,
+    batch::{Batch, View},
     guard::{self, Memory},
     refusal::Refusal,
     value,
@@ -137,8 +138,12 @@ pub(super) fn mutate(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
 fn verdict(doc: &Automerge, bytes: &[u8]) -> Result<Automerge, Refusal> {
     let checked = guard::decode(bytes, ACTOR, 1)?;
     let mut copy = doc.clone();
-    let touched = guard::check(&copy, &checked, None, &mut Memory::default())?;
-    guard::apply(&mut copy, &checked, &touched)?;
+    let mut batch = Batch::default();
+    let (mut memory, doc) = (Memory::default(), &copy);
+    let view = View { doc, batch: &batch };
+    let pending = guard::check(view, checked, None, &mut memory)?;
+    batch.add(doc, pending);
+    guard::apply(&mut copy, &batch, &mut memory)?;
     Ok(copy)
 }
 

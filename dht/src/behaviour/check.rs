@@ -87,6 +87,11 @@ impl Checks {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_running(&self) -> bool {
+        !self.running.is_empty()
+    }
+
     /// Starts the next batch; if nothing may be checked yet, returns when that is so.
     fn start(&mut self, now: Instant) -> Option<Instant> {
         if self.puts.is_empty() && self.answers.is_empty() {
@@ -202,17 +207,18 @@ impl Behaviour {
         }
     }
 
-    /// Has the statements of an answer checked. `counted`: the answer counts already.
+    /// Has the statements of an answer checked. `counted`: the answer counts already. Otherwise the query waits for no
+    /// more answers than before, and the error is the number of its statements that are not checked.
     pub(super) fn check_answer(
         &mut self,
         peer: PeerId,
         query: QueryId,
         statements: Vec<wire::SignedRecord>,
         counted: bool,
-    ) -> bool {
+    ) -> Result<(), usize> {
         let now = Instant::now();
         if statements.is_empty() || self.offenders.contains(&peer, now) {
-            return false;
+            return Err(statements.len());
         }
         let job = Job {
             peer,
@@ -222,22 +228,23 @@ impl Behaviour {
         };
         self.checks.idle_until = None;
         let Some(refused) = self.checks.answers.push(job) else {
-            return true;
+            return Ok(());
         };
+        let unchecked = refused.statements.len();
         // This one, or another of the same query in its place: it waits for as many as before.
         if refused.context.query == query {
-            return false;
+            return Err(unchecked);
         }
-        self.answer_checked(refused.context, Vec::new());
-        true
+        self.answer_checked(refused.context, Vec::new(), unchecked);
+        Ok(())
     }
 
-    fn answer_checked(&mut self, answer: Answer, records: Vec<Record>) {
+    fn answer_checked(&mut self, answer: Answer, records: Vec<Record>, unchecked: usize) {
         // It may have ended.
         let Some(mut query) = self.queries.remove(&answer.query) else {
             return;
         };
-        query.checked(records, answer.counted);
+        query.checked(records, answer.counted, unchecked);
         self.drive(answer.query, query);
     }
 
@@ -290,7 +297,7 @@ impl Behaviour {
         }
         for checked in batch.answers {
             self.judge(&checked, now, false);
-            self.answer_checked(checked.context, checked.records);
+            self.answer_checked(checked.context, checked.records, checked.unchecked);
         }
     }
 

@@ -199,10 +199,11 @@ impl Query {
         }
     }
 
-    /// Statements of an answer were checked; `counted`: the answer counts already.
-    pub(super) fn checked(&mut self, records: Vec<Record>, counted: bool) {
+    /// Statements of an answer were checked, but for so many; `counted`: the answer counts already.
+    pub(super) fn checked(&mut self, records: Vec<Record>, counted: bool, unchecked: usize) {
         self.checking = self.checking.saturating_sub(1);
         if let Purpose::Get { found, answers, .. } = &mut self.purpose {
+            found.unchecked(unchecked);
             *answers += usize::from(!counted && !records.is_empty());
             found.add(records);
         }
@@ -706,8 +707,10 @@ impl Behaviour {
             && let Some((any_known, unknown)) = found.sort_out(&query.key, &record.value)
         {
             *answers += usize::from(any_known);
-            let is_checking = self.check_answer(peer, id, unknown, any_known);
-            query.checking += usize::from(is_checking);
+            match self.check_answer(peer, id, unknown, any_known) {
+                Ok(()) => query.checking += 1,
+                Err(unchecked) => found.unchecked(unchecked),
+            }
         }
         if let Stage::LookUp(lookup) = &mut query.stage {
             let network = self.peers.get(&peer).map(|peer| Origin::of(&peer.seen_at));
@@ -739,4 +742,153 @@ fn answer_put(
         };
         let _ = reply.send(written.map(|()| stored));
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::poll_fn,
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+        task::Poll,
+    };
+
+    use libp2p::identity::Keypair;
+    use prost::Message;
+    use weft_proto::wire;
+
+    use super::*;
+    use crate::Dht;
+
+    /// Statements of an answer: as many as 64 KiB hold.
+    const MANY: u16 = 300;
+
+    const TTL: Duration = Duration::from_secs(3600);
+
+    fn many() -> Vec<wire::SignedRecord> {
+        let keys = Keypair::generate_ed25519();
+        let one = |n: u16| Record::sign(&keys, b"k", &n.to_be_bytes(), Some(b"v"), 1, TTL);
+        let all = (0..MANY).map(|n| one(n).unwrap().as_wire().clone());
+        all.collect()
+    }
+
+    fn forged() -> Vec<u8> {
+        let mut records = many();
+        for record in &mut records {
+            record.signature = vec![1; 64].into();
+        }
+        wire::RecordSet { records }.encode_to_vec()
+    }
+
+    /// Begins a query that ends with no answer, so that what it has gathered can be looked at.
+    fn endless(behaviour: &mut Behaviour) -> (QueryId, oneshot::Receiver<Vec<Record>>) {
+        let id = behaviour.number(b"k");
+        let (reply, result) = oneshot::channel();
+        let purpose = Purpose::Get {
+            enough: Enough::All,
+            answers: 0,
+            found: Found::default(),
+            reply,
+        };
+        let query = Query::new(b"k".to_vec(), purpose);
+        behaviour.queries.insert(id, query);
+        (id, result)
+    }
+
+    fn gathered(behaviour: &Behaviour, id: QueryId) -> Vec<&Record> {
+        let Purpose::Get { found, .. } = &behaviour.queries[&id].purpose else {
+            unreachable!("it was made so");
+        };
+        found.records().collect()
+    }
+
+    fn answer(behaviour: &mut Behaviour, id: QueryId, value: Vec<u8>) {
+        answer_of(behaviour, PeerId::random(), id, value);
+    }
+
+    fn answer_of(behaviour: &mut Behaviour, peer: PeerId, id: QueryId, value: Vec<u8>) {
+        let event = Event::GetRecordRes {
+            record: Some(KadRecord::new(b"k".to_vec(), value)),
+            closer_peers: Vec::new(),
+            query_id: id,
+        };
+        assert!(behaviour.on_answer(peer, event).is_none());
+    }
+
+    /// Has the behaviour check what waits, until nothing waits.
+    async fn check_all(behaviour: &mut Behaviour, id: QueryId) {
+        poll_fn(|cx| {
+            while behaviour.poll_checks(cx) {}
+            match behaviour.queries[&id].checking {
+                0 => Poll::Ready(()),
+                _ => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn answers_of_liars_do_not_use_up_the_checks_of_a_look_up() {
+        let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
+        let (id, _result) = endless(&mut behaviour);
+        // The first statement of each answer is forged, and nobody looks at those after it.
+        let bad = forged();
+        for _ in 0..20 {
+            answer(&mut behaviour, id, bad.clone());
+            check_all(&mut behaviour, id).await;
+        }
+        // Nor at those of a peer that is not listened to any more.
+        let offender = PeerId::random();
+        let now = Instant::now();
+        while !behaviour.offenders.contains(&offender, now) {
+            behaviour.offenders.add(offender, now);
+        }
+        for _ in 0..20 {
+            answer_of(&mut behaviour, offender, id, bad.clone());
+        }
+        let honest = Keypair::generate_ed25519();
+        let good = Record::sign(&honest, b"k", b"", Some(b"v"), 1, TTL).unwrap();
+        answer(&mut behaviour, id, crate::store::encode([&good]));
+        check_all(&mut behaviour, id).await;
+        assert_eq!(gathered(&behaviour, id), [&good]);
+    }
+
+    /// On one thread, so that it is known who has a turn before whom.
+    #[tokio::test]
+    async fn others_have_their_turns_while_a_long_answer_is_checked() {
+        let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
+        let (id, _result) = endless(&mut behaviour);
+        let turns = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&turns);
+        let others = tokio::spawn(async move {
+            loop {
+                counted.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        });
+        let records = many();
+        let value = wire::RecordSet { records }.encode_to_vec();
+        answer(&mut behaviour, id, value);
+        // Nothing is checked by whoever reads the answer.
+        assert_eq!(behaviour.queries[&id].checking, 1);
+        assert_eq!(gathered(&behaviour, id).len(), 0);
+        // Until its check has begun, there is time for any number of turns.
+        poll_fn(|cx| {
+            while behaviour.poll_checks(cx) {}
+            match behaviour.checks.is_running() {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        })
+        .await;
+        let before = turns.load(Ordering::Relaxed);
+        check_all(&mut behaviour, id).await;
+        let during = turns.load(Ordering::Relaxed) - before;
+        assert_eq!(gathered(&behaviour, id).len(), usize::from(MANY));
+        let least = usize::from(MANY) / crate::intake::BEFORE_YIELD;
+        assert!(during >= least, "{during} turns, not {least}");
+        others.abort();
+    }
 }

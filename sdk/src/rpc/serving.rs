@@ -65,16 +65,10 @@ impl Serving {
 
 /// Returns the use of a budget, in all and by the peer or network that uses the most.
 pub(super) fn usage(budget: &Budget, all: &'static str, of_one: &'static str) -> [LimitUse; 2] {
-    let row = |name, used: usize, limit: usize, refused| LimitUse {
-        name,
-        used: used as u64,
-        limit: Some(limit as u64),
-        refused,
-    };
     let refused = budget.refused();
     [
-        row(all, budget.used(), budget.size(), refused.whole),
-        row(of_one, budget.used_by_one(), budget.share(), refused.share),
+        LimitUse::of(all, budget.used(), budget.size(), refused.whole),
+        LimitUse::of(of_one, budget.used_by_one(), budget.share(), refused.share),
     ]
 }
 
