@@ -1,9 +1,9 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use crate::commands::{Former, Publisher};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use weft::{DocumentId, ModelName, Multiaddr, Pattern, PeerId, Priority, Rule, rpc::CallLimits};
 
 /// Machines that find each other and move models, with no server between them.
@@ -96,6 +96,24 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Run three nodes in this process and move a model between them
     Demo(Demo),
+}
+
+/// Returns true for a command whose standard output is content, with which no error may be mixed; also if the rest of
+/// the command line makes no sense.
+pub(crate) fn writes_content(arguments: &[OsString]) -> bool {
+    let lenient = Cli::command().ignore_errors(true);
+    let matches = lenient.try_get_matches_from(arguments);
+    let Ok(matches) = matches else {
+        return false;
+    };
+    match matches.subcommand() {
+        Some(("cat", _)) => true,
+        Some(("doc", doc)) => doc.subcommand_matches("export").is_some_and(|export| {
+            let file = export.try_get_one::<PathBuf>("file");
+            matches!(file, Ok(Some(file)) if file.as_os_str() == "-")
+        }),
+        _ => false,
+    }
 }
 
 #[derive(Debug, Args)]
@@ -1255,9 +1273,24 @@ pub(crate) struct Demo {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
+
+    #[test]
+    fn standard_output_of_cat_is_content_however_the_command_line_looks() {
+        let arguments = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        for (line, content) in [
+            ("weft cat a/b file", true),
+            ("weft --json --home /tmp cat", true),
+            ("weft cat --json a/b file --offset x", true),
+            ("weft --json add cat", false),
+            ("weft --home cat status", false),
+            ("weft tag add cat a/b", false),
+            (&format!("weft doc export {} -", "0".repeat(64)), true),
+            (&format!("weft doc export {} file", "0".repeat(64)), false),
+        ] {
+            assert_eq!(writes_content(&arguments(line)), content, "{line}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -103,21 +103,27 @@ impl Failure {
         self
     }
 
-    /// Says it: for people on standard error, with `--json` as an object on standard output.
-    pub(crate) fn print(&self, json: bool) {
+    fn json(&self) -> serde_json::Value {
+        json!({ "error": {
+            "reason": self.reason,
+            "message": self.message,
+            "hint": self.hint.as_deref().map(one_line),
+            "code": self.code,
+        }})
+    }
+
+    /// Prints the failure: for people on standard error, with `--json` as an object on standard output, or on standard
+    /// error if standard output `is_content`, such as the bytes of a file.
+    pub(crate) fn print(&self, json: bool, is_content: bool) {
         if self.message.is_empty() {
             return;
         }
         if json {
-            out!(
-                "{}",
-                json!({ "error": {
-                    "reason": self.reason,
-                    "message": self.message,
-                    "hint": self.hint,
-                    "code": self.code,
-                }})
-            );
+            let error = self.json();
+            match is_content {
+                true => err!("{error}"),
+                false => out!("{error}"),
+            }
             return;
         }
         // It may quote a peer, whose text does not start a line; `err!` escapes the rest.
@@ -127,6 +133,11 @@ impl Failure {
             err!("  {}", indented(hint));
         }
     }
+}
+
+/// Joins the lines of a text that is wrapped for people: a program that shows it wraps it as it likes.
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
 }
 
 impl From<weft::Error> for Failure {

@@ -554,3 +554,34 @@ fn mistakes_are_json_too_and_empty_variables_are_none() {
         .unwrap();
     assert_eq!(status.status.code(), Some(6), "{status:?}");
 }
+
+#[test]
+fn cat_writes_content_alone_to_standard_output_and_shows_progress_while_no_provider_answers() {
+    let (provider, receiver) = (Home::new(), Home::new());
+    let first = provider.up(&[]);
+    let _second = receiver.up(&["--bootstrap", first.address()]);
+    let path = folder(&provider, "m", b"content");
+    let added = provider.json(&["add", &path, "--name", "acme/llama"]);
+    let ticket = added["ticket"].as_str().unwrap();
+    let read = receiver.run(&["--json", "cat", ticket, "sub/config.json"]);
+    assert_eq!((read.code(), read.stdout.as_str()), (Some(0), "{}"));
+    for (arguments, code, reason) in [
+        (&["--json", "cat", ticket, "none"][..], 3, "NO_SUCH_FILE"),
+        (&["cat", ticket, "--offset", "x", "--json"], 2, "USAGE"),
+        (&["cat", "--json", "not a target", "file"], 2, "USAGE"),
+    ] {
+        let failed = receiver.run(arguments);
+        assert_eq!(failed.code(), Some(code), "{failed:#?}");
+        assert_eq!(failed.stdout, "", "{failed:#?}");
+        let error: Value = serde_json::from_str(&failed.stderr).unwrap();
+        assert_eq!(error["error"]["reason"], reason, "{error}");
+        let hint = error["error"]["hint"].as_str().unwrap_or_default();
+        assert!(!hint.contains('\n'), "{hint}");
+    }
+    drop(first);
+    let mut read = receiver.start(&["cat", ticket, "weights.bin"]);
+    read.wait_for_error("waiting for a provider");
+    read.signal(Signal::INT);
+    let stopped = read.finish();
+    assert_eq!((stopped.code(), stopped.stdout.as_str()), (Some(130), ""));
+}

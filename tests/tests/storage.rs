@@ -174,6 +174,8 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
     // Nor does a reader take more than there is room for.
     let read = receiver.run(&["--json", "cat", &tickets[3], "weights.bin"]);
     assert_eq!(read.code(), Some(8), "{read:#?}");
+    assert_eq!(read.stdout, "", "content alone belongs there");
+    assert!(read.stderr.contains("QUOTA_EXCEEDED"), "{read:#?}");
     let storage = receiver.json(&["storage"]);
     assert_eq!(storage["counted"], 2_400_000, "{storage}");
     // A folder that was chosen elsewhere does not count.
