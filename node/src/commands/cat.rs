@@ -47,7 +47,10 @@ pub(crate) async fn run(client: &Client, options: Cat) -> Result<(), Failure> {
             shown.total = options.length.unwrap_or(u64::MAX).min(rest);
         }
         shown.arrived(piece.content.len());
-        match output.write_all(&piece.content).and_then(|()| output.flush()) {
+        match output
+            .write_all(&piece.content)
+            .and_then(|()| output.flush())
+        {
             Ok(()) => {}
             // The reader has enough.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(()),
