@@ -167,7 +167,7 @@ pub enum IndexError {
     #[error("{} cannot be part of a model: {}", counted(.0.len(), "name"), first(.0.iter().map(named)))]
     Names(Vec<PathError>),
     /// Nothing is left to publish, and why.
-    #[error("{} has no file that can be published; left out: {}", .folder.display(), first(.skipped.iter().cloned()))]
+    #[error("{} has no file that can be published{}", .folder.display(), left_out(.skipped))]
     NothingLeft {
         /// The folder.
         folder: PathBuf,
@@ -175,7 +175,7 @@ pub enum IndexError {
         skipped: Vec<String>,
     },
     /// Faults that [`Rules::strict`] does not let pass.
-    #[error("{} cannot be published as told (strict): {}", counted(.0.len(), "file"), first(.0.iter().cloned()))]
+    #[error("{} cannot be published with --strict: {}", counted(.0.len(), "file"), first(.0.iter().cloned()))]
     Strict(Vec<String>),
     /// A file changed, or was deleted, while it was read.
     #[error("{} changed or was deleted while the folder was read; add it again when nothing writes to it", .0.display())]
@@ -213,6 +213,14 @@ fn first(list: impl ExactSizeIterator<Item = String>) -> String {
         let _ = write!(text, "; and {more} more");
     }
     text
+}
+
+/// Says which files and folders were left out, if any were.
+fn left_out(skipped: &[String]) -> String {
+    match skipped {
+        [] => String::new(),
+        skipped => format!("; left out: {}", first(skipped.iter().cloned())),
+    }
 }
 
 /// Notes for a person, of which there may be as many as files.
@@ -380,7 +388,7 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
         return Err(IndexError::Strict(faults));
     }
     let skipped = skipped.list();
-    if entries.is_empty() && !skipped.is_empty() {
+    if entries.is_empty() {
         return Err(IndexError::NothingLeft {
             folder: root,
             skipped,

@@ -39,7 +39,7 @@ def main():
     channel = grpc.insecure_channel(socket, options=[("grpc.default_authority", "localhost")])
 
     status = services.NodeStub(channel).Status(api.StatusRequest())
-    print(f"node {status.peer_id} with {status.peers} peers")
+    print(f"node {status.peer_id} with {status.peer_count} peers")
 
     models = services.ModelsStub(channel)
     request = api.GetRequest(target=name, to=os.path.abspath(folder))
@@ -49,7 +49,7 @@ def main():
                 progress = event.progress
                 print(f"{progress.phase}: {progress.bytes_done} of {progress.bytes_total} bytes")
             else:
-                print(f"done: {event.done.bytes_moved} bytes moved into {event.done.directory}")
+                print(f"done: {event.done.bytes_moved} bytes moved into {event.done.folder}")
     except grpc.RpcError as error:
         info = error_details_pb2.ErrorInfo()
         for detail in rpc_status.from_call(error).details:

@@ -1,9 +1,9 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use crate::commands::{Former, Publisher};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use weft::{DocumentId, ModelName, Multiaddr, Pattern, PeerId, Priority, Rule, rpc::CallLimits};
 
 /// Machines that find each other and move models, with no server between them.
@@ -32,9 +32,9 @@ const EXAMPLES: &str = "Examples:
 pub(crate) enum Command {
     /// Run a node until Ctrl-C
     Up(Up),
-    /// What the node is and what it is doing
+    /// Show the node's identity, addresses and activity
     Status,
-    /// Whom the node is connected to
+    /// List the connected peers, each with the path in use
     Peers,
     /// Connect to a peer, by its id or at an address ending in /p2p/<PeerId>
     Connect(Connect),
@@ -42,29 +42,29 @@ pub(crate) enum Command {
     Ping(Ping),
     /// Call a method of a service at another node, with JSON
     Call(Call),
-    /// Who offers a service, in the order in which they would be asked
+    /// List the peers that offer a service, in the order in which they would be asked
     Service(Service),
     /// Publish messages to topics, and watch them
     #[command(subcommand)]
     Topic(Topic),
-    /// State something under a key for a time, and read or watch what anybody states
+    /// Publish, read and watch records: signed values under a key that expire
     #[command(subcommand)]
     Record(Record),
-    /// Replicated documents: content like JSON that several nodes read and write, connected or not
+    /// Read and write replicated documents: content like JSON that several nodes share, connected or not
     #[command(subcommand)]
     Doc(Doc),
-    /// Registries of models: who may publish which names, and what they publish
+    /// Make and follow registries of models, which say which peers may publish which names
     #[command(subcommand)]
     Registry(Registry),
-    /// How others reach this node: the NAT before it, its addresses from outside, relays, and what to change
+    /// Check how others reach this node (NAT, addresses from outside, relays), and say what to change
     Doctor,
-    /// Every limit on what others can make this node hold and do, and what it comes to
+    /// List the limits on what peers can make this node hold and do, with their use
     Limits,
-    /// How fast content may come and go; shows it, and changes it until the node stops
+    /// Show or change the rate limits of content (not kept across restarts)
     Rates(RatesChange),
-    /// Whom this node has to do with at all; shows the lists, and changes them until the node stops
+    /// Show or change the allow and block lists (not kept across restarts)
     Access(AccessChange),
-    /// Whose names win over those of others; shows the list, and changes it
+    /// Show or change the list of publishers whose names win over those of others
     #[command(subcommand)]
     Trust(Trust),
     /// Run a node that relays for others from the start
@@ -75,27 +75,46 @@ pub(crate) enum Command {
     Get(Get),
     /// Write a file of a model, or a part of it, to standard output, fetching what is not here
     Cat(Cat),
-    /// Who says that it has a model, or a part of it
+    /// List the peers that provide a model or part of it
     Providers(Providers),
-    /// Names that this node has seen, by what they begin with
+    /// Search known model names by prefix
     Search(Search),
-    /// The models this node holds
+    /// List the models this node holds
     Ls,
-    /// One model with its files and tensors, and a ticket for it
+    /// Show one model with its files and tensors, and a ticket for it
     Show(Show),
     /// Forget a model, or drop one of its names; files stay unless told otherwise
     Rm(Rm),
-    /// Keep models here whatever room is needed; adds, shows and removes tags
+    /// Add, list or remove tags; a tagged model is never evicted or removed
     #[command(subcommand)]
     Tag(Tag),
-    /// Delete what no model needs, and forget files that are gone or have changed; files added in place are never deleted
+    /// Delete content that no model needs, and forget files that are gone or have changed; files added in place are never
+    /// deleted
     Gc(Gc),
-    /// What takes room on the disk; shows it, and changes how much fetched content may take
+    /// Show disk usage, or change the quota of fetched content
     Storage(Storage),
-    /// Read everything that is here again, and repair what is damaged
+    /// Read all content that is here again, and repair damage
     Verify(Verify),
     /// Run three nodes in this process and move a model between them
     Demo(Demo),
+}
+
+/// Returns true for a command whose standard output is content, with which no error may be mixed; also if the rest of
+/// the command line makes no sense.
+pub(crate) fn writes_content(arguments: &[OsString]) -> bool {
+    let lenient = Cli::command().ignore_errors(true);
+    let matches = lenient.try_get_matches_from(arguments);
+    let Ok(matches) = matches else {
+        return false;
+    };
+    match matches.subcommand() {
+        Some(("cat", _)) => true,
+        Some(("doc", doc)) => doc.subcommand_matches("export").is_some_and(|export| {
+            let file = export.try_get_one::<PathBuf>("file");
+            matches!(file, Ok(Some(file)) if file.as_os_str() == "-")
+        }),
+        _ => false,
+    }
 }
 
 #[derive(Debug, Args)]
@@ -104,7 +123,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
-    /// Where to listen, as in /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws; may be repeated
+    /// An address to listen on, as in /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws; may be repeated
     /// [default: TCP and QUIC on all interfaces, port 9338, or a free one if that is taken]
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) listen: Vec<Multiaddr>,
@@ -153,12 +172,12 @@ pub(crate) struct Up {
     #[arg(long)]
     pub(crate) no_mdns: bool,
 
-    /// Where the API listens on TCP; loopback only
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    /// The TCP address of the API; loopback only
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = socket)]
     pub(crate) api: SocketAddr,
 
     /// Serve metrics for Prometheus at http://IP:PORT/metrics
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = socket)]
     pub(crate) metrics: Option<SocketAddr>,
 }
 
@@ -229,7 +248,6 @@ fn rate(text: &str) -> Result<u64, String> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Quota(pub(crate) Option<u64>);
 
-/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024; or `none`.
 /// Reads an address as the command line takes it.
 fn address(text: &str) -> Result<Multiaddr, String> {
     text.parse().map_err(|error| {
@@ -237,6 +255,20 @@ fn address(text: &str) -> Result<Multiaddr, String> {
             "{error}; addresses look like /ip4/192.0.2.7/tcp/9338 or /ip4/192.0.2.7/udp/9338/quic-v1"
         )
     })
+}
+
+/// Reads a PeerId.
+fn peer_id(text: &str) -> Result<PeerId, String> {
+    text.parse().map_err(|_| {
+        "it is no PeerId, which looks like 12D3KooW...; `weft status` on that node shows its own"
+            .to_owned()
+    })
+}
+
+/// Reads an IP address with a port.
+fn socket(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| "give an IP address and a port, as in 127.0.0.1:9339".to_owned())
 }
 
 /// Reads the address of a peer, which ends in its id.
@@ -251,6 +283,7 @@ fn peer_address(text: &str) -> Result<Multiaddr, String> {
     }
 }
 
+/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024; or `none`.
 fn quota(text: &str) -> Result<Quota, String> {
     if text.eq_ignore_ascii_case("none") {
         return Ok(Quota(None));
@@ -313,7 +346,7 @@ pub(crate) struct Limits {
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().lanes)]
     pub(crate) max_lanes: usize,
 
-    /// The same with one peer
+    /// TCP connections with one peer that carry one bulk stream each
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().lanes_per_peer)]
     pub(crate) max_lanes_per_peer: usize,
 
@@ -325,7 +358,7 @@ pub(crate) struct Limits {
     #[arg(long, value_name = "N", default_value_t = CallLimits::default().sessions)]
     pub(crate) max_call_sessions: usize,
 
-    /// The same for one peer
+    /// Streams for calls that one peer may have open
     #[arg(long, value_name = "N", default_value_t = CallLimits::default().sessions_per_peer)]
     pub(crate) max_call_sessions_per_peer: usize,
 
@@ -345,19 +378,19 @@ pub(crate) struct Limits {
     #[arg(long, value_name = "BYTES", default_value_t = CallLimits::default().session.max_attachments)]
     pub(crate) max_call_attachments: usize,
 
-    /// Dials a minute by which this node tells others whether they can be reached; 0: none
+    /// Reachability probes a minute: dials by which this node tells peers whether they can be reached; 0: none
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute)]
     pub(crate) autonat_per_minute: usize,
 
-    /// The same for one peer
+    /// Reachability probes a minute for one peer
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_peer)]
     pub(crate) autonat_per_minute_per_peer: usize,
 
-    /// The same for one IPv4 network of 24 bits or IPv6 network of 48
+    /// Reachability probes a minute for one IPv4 network of 24 bits or IPv6 network of 48
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().per_minute_per_network)]
     pub(crate) autonat_per_minute_per_network: usize,
 
-    /// Such dials at a time
+    /// Reachability probes at a time
     #[arg(long, value_name = "N", default_value_t = weft::AutonatLimits::default().concurrent)]
     pub(crate) autonat_concurrent: usize,
 }
@@ -407,11 +440,11 @@ impl Limits {
 /// Whom to have to do with.
 #[derive(Debug, Args)]
 pub(crate) struct Access {
-    /// Have to do with nobody but these: a PeerId, or a network such as 192.0.2.0/24; may be repeated
+    /// Connect with nobody but this PeerId, or network such as 192.0.2.0/24; may be repeated
     #[arg(long, value_name = "RULE")]
     pub(crate) allow: Vec<Rule>,
 
-    /// Have nothing to do with these: a PeerId, or a network; may be repeated
+    /// Never connect with this PeerId, or network such as 192.0.2.0/24; may be repeated
     #[arg(long, value_name = "RULE")]
     pub(crate) block: Vec<Rule>,
 }
@@ -433,7 +466,7 @@ pub(crate) struct Web {
     #[arg(long, value_name = "FILE", requires = "ws_key")]
     pub(crate) ws_certificate: Option<PathBuf>,
 
-    /// Its private key (PEM)
+    /// The private key of --ws-certificate (PEM)
     #[arg(long, value_name = "FILE", requires = "ws_certificate")]
     pub(crate) ws_key: Option<PathBuf>,
 
@@ -464,14 +497,14 @@ pub(crate) enum Topic {
         topic: String,
 
         /// Only what this peer publishes; may be repeated
-        #[arg(long, value_name = "PEER")]
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         from: Vec<PeerId>,
 
         /// End after so many messages
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
-    /// The topics that this node takes part in
+    /// List the topics that this node takes part in
     Ls,
 }
 
@@ -479,7 +512,7 @@ pub(crate) enum Topic {
 pub(crate) enum Doc {
     /// Make a document, whose owner is this node, and print its id
     Create {
-        /// What people call it, at most 256 bytes
+        /// A label for people, at most 256 bytes
         #[arg(long, default_value = "", hide_default_value = true)]
         label: String,
 
@@ -487,12 +520,12 @@ pub(crate) enum Doc {
         #[arg(long, conflicts_with = "writer")]
         single_writer: bool,
 
-        /// Who else may write it; may be repeated
-        #[arg(long, value_name = "PEER")]
+        /// Another node that may write it; may be repeated
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         writer: Vec<PeerId>,
 
         /// Only owner, writers and this peer may read it; may be repeated. Without it everybody in the network may
-        #[arg(long, value_name = "PEER")]
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         reader: Vec<PeerId>,
     },
     /// Hold a document from now on, and get all of it from the nodes that hold it
@@ -508,7 +541,7 @@ pub(crate) enum Doc {
         #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
         wait: Duration,
     },
-    /// The documents that this node holds
+    /// List the documents that this node holds
     Ls,
     /// Show what is known of a document: its owner, writers, readers and size
     Info {
@@ -536,7 +569,7 @@ pub(crate) enum Doc {
         /// JSON; - reads it from standard input
         value: String,
 
-        /// What the change is for
+        /// A note on the change
         #[arg(long, default_value = "", hide_default_value = true)]
         message: String,
     },
@@ -559,7 +592,7 @@ pub(crate) enum Doc {
         /// A JSON pointer
         path: String,
 
-        /// How much
+        /// The amount to add
         #[arg(default_value = "1", allow_negative_numbers = true)]
         by: i64,
     },
@@ -589,20 +622,20 @@ pub(crate) enum Doc {
         #[arg(long, value_name = "N", default_value_t = 100)]
         limit: u32,
     },
-    /// Who may write a document; only its owner changes that
+    /// Show or change the writers of a document; only its owner changes them
     Writers {
         /// The document's id
         id: DocumentId,
 
-        /// Who may write it from now on; may be repeated
-        #[arg(long, value_name = "PEER")]
+        /// Let this peer write it from now on; may be repeated
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         add: Vec<PeerId>,
 
-        /// Who no longer may; may be repeated
-        #[arg(long, value_name = "PEER")]
+        /// Let this writer write it no longer; may be repeated
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         revoke: Vec<PeerId>,
     },
-    /// Who may read a document besides owner and writers; only its owner changes that
+    /// Show or change the readers of a document besides owner and writers; only its owner changes them
     ///
     /// A node that held the document and is shut out keeps what it has. It is told of the decision by every node that
     /// knows of it, and from then on gives nothing of the document to nodes that may not read it.
@@ -610,11 +643,11 @@ pub(crate) enum Doc {
         /// The document's id
         id: DocumentId,
 
-        /// Only these; may be repeated
-        #[arg(long, value_name = "PEER", conflicts_with = "everybody")]
+        /// Let only owner, writers and this peer read it; may be repeated
+        #[arg(long, value_name = "PEER", value_parser = peer_id, conflicts_with = "everybody")]
         only: Vec<PeerId>,
 
-        /// Everybody in the network
+        /// Let everybody in the network read it
         #[arg(long)]
         everybody: bool,
     },
@@ -650,20 +683,20 @@ pub(crate) enum Doc {
 pub(crate) enum Registry {
     /// Make a registry, whose owner is this node, follow it, and print its id
     Create {
-        /// What people call it, at most 256 bytes
+        /// A label for people, at most 256 bytes
         #[arg(long, default_value = "", hide_default_value = true)]
         label: String,
 
-        /// Who publishes which names, as in PEER=acme/*; without a pattern all; may be repeated. Without any this node publishes all
+        /// A peer and the names that it publishes, as in PEER=acme/*; without a pattern all; may be repeated. Without any this node publishes all
         #[arg(long, value_name = "PEER[=PATTERN]")]
         publisher: Vec<Publisher>,
 
-        /// Who else may say who publishes; may be repeated
-        #[arg(long, value_name = "PEER")]
+        /// Another node that may change the publishers; may be repeated
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         administrator: Vec<PeerId>,
 
         /// Only owner, administrators and this peer may read it; may be repeated, and publishers are to be among them. Without it everybody in the network may
-        #[arg(long, value_name = "PEER")]
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         reader: Vec<PeerId>,
     },
     /// Follow a registry from now on: hold what it lists, and take its word for what names mean
@@ -680,7 +713,7 @@ pub(crate) enum Registry {
         )]
         prefix: String,
 
-        /// How long to wait for it
+        /// The time to wait for it, as in 30s or 5m
         #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
         wait: Duration,
     },
@@ -689,7 +722,7 @@ pub(crate) enum Registry {
         /// The registry's id
         id: DocumentId,
     },
-    /// The registries that this node follows, or what one of them lists
+    /// List the registries that this node follows, or the models that one of them lists
     Ls {
         /// The registry's id
         id: Option<DocumentId>,
@@ -698,16 +731,16 @@ pub(crate) enum Registry {
         #[arg(default_value = "", hide_default_value = true)]
         prefix: String,
     },
-    /// Who publishes which names in a registry; only its owner and administrators change that
+    /// Show or change the publishers of a registry and their names; only its owner and administrators change them
     Publishers {
         /// The registry's id
         id: DocumentId,
 
-        /// Who publishes from now on, as in PEER=acme/*; without a pattern all names; may be repeated
+        /// Let a peer publish names from now on, as in PEER=acme/*; without a pattern all names; may be repeated
         #[arg(long, value_name = "PEER[=PATTERN]")]
         add: Vec<Publisher>,
 
-        /// Who no longer does; without a pattern no names at all; may be repeated
+        /// Let a peer publish such names no longer; without a pattern no names at all; may be repeated
         #[arg(long, value_name = "PEER[=PATTERN]")]
         remove: Vec<Former>,
     },
@@ -742,7 +775,7 @@ pub(crate) enum Record {
         /// The value, at most 4,096 bytes; - reads it from standard input
         value: String,
 
-        /// Which of this node's statements under the key
+        /// The part of the key, of this node's records under it
         #[arg(
             long,
             value_name = "SUBKEY",
@@ -751,17 +784,17 @@ pub(crate) enum Record {
         )]
         subkey: String,
 
-        /// How long it holds, as in 90s, 10m, 1h or 2d; at most 48h
+        /// The time until it expires, as in 90s, 10m, 1h or 2d; at most 48h
         #[arg(long, value_name = "TIME", default_value = "1h", value_parser = time)]
         ttl: Duration,
     },
-    /// What anybody states under a key
+    /// Show the records of all publishers under a key
     Get {
         /// The key
         key: String,
 
         /// Only what this peer states; may be repeated
-        #[arg(long, value_name = "PEER")]
+        #[arg(long, value_name = "PEER", value_parser = peer_id)]
         publisher: Vec<PeerId>,
     },
     /// Print what is stated under a key, and how that changes, until Ctrl-C
@@ -781,7 +814,7 @@ pub(crate) enum Record {
         /// The key
         key: String,
 
-        /// Which of this node's statements under the key
+        /// The part of the key, of this node's records under it
         #[arg(
             long,
             value_name = "SUBKEY",
@@ -790,7 +823,7 @@ pub(crate) enum Record {
         )]
         subkey: String,
     },
-    /// What this node states
+    /// List the records that this node publishes
     Ls,
 }
 
@@ -813,7 +846,7 @@ fn time(text: &str) -> Result<Duration, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct Call {
-    /// Whom: a PeerId, an address ending in /p2p/<PeerId>, or a service's name, for whoever offers it
+    /// A PeerId, an address ending in /p2p/<PeerId>, or a service's name, for whoever offers it
     #[arg(value_name = "PEER|SERVICE")]
     pub(crate) peer: String,
 
@@ -826,7 +859,7 @@ pub(crate) struct Call {
     #[arg(long, value_name = "JSON")]
     pub(crate) data: Vec<String>,
 
-    /// How long the call may take
+    /// The time that the call may take, in seconds
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<f64>,
 
@@ -839,7 +872,7 @@ pub(crate) struct Call {
     pub(crate) label: Vec<String>,
 
     /// Call only this peer of those that offer the service; may be repeated
-    #[arg(long, value_name = "PEER")]
+    #[arg(long, value_name = "PEER", value_parser = peer_id)]
     pub(crate) only: Vec<PeerId>,
 
     /// Call only peers that this node trusts (`weft trust`) of those that offer the service
@@ -870,14 +903,14 @@ pub(crate) struct Service {
     pub(crate) label: Vec<String>,
 
     /// Show only this peer; may be repeated
-    #[arg(long, value_name = "PEER")]
+    #[arg(long, value_name = "PEER", value_parser = peer_id)]
     pub(crate) only: Vec<PeerId>,
 
     /// Show only peers that this node trusts (`weft trust`)
     #[arg(long)]
     pub(crate) trusted: bool,
 
-    /// Show who begins and ends to offer it, and changed labels, until Ctrl-C
+    /// Show peers as they begin and end to offer it, and changed labels, until Ctrl-C
     #[arg(long)]
     pub(crate) watch: bool,
 
@@ -953,7 +986,7 @@ pub(crate) struct Relay {
     #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
-    /// Where to listen; may be repeated [default: as for weft up]
+    /// An address to listen on; may be repeated [default: as for weft up]
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) listen: Vec<Multiaddr>,
 
@@ -973,12 +1006,12 @@ pub(crate) struct Relay {
     #[command(flatten)]
     pub(crate) web: Web,
 
-    /// Where the API listens on TCP; loopback only
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    /// The TCP address of the API; loopback only
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = socket)]
     pub(crate) api: SocketAddr,
 
     /// Serve metrics for Prometheus at http://IP:PORT/metrics
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = socket)]
     pub(crate) metrics: Option<SocketAddr>,
 }
 
@@ -1021,7 +1054,7 @@ pub(crate) struct Ping {
     /// A PeerId, or an address ending in /p2p/<PeerId>
     pub(crate) peer: String,
 
-    /// How many times
+    /// The number of pings
     #[arg(long, short = 'n', default_value_t = 4)]
     pub(crate) count: u32,
 }
@@ -1032,12 +1065,13 @@ pub(crate) struct Add {
     #[arg(required_unless_present = "hf_cache")]
     pub(crate) path: Option<PathBuf>,
 
-    /// What a Hugging Face cache holds, where it is: one repository (org/name or org/name@revision), or all that refs point
-    /// to, each as org/name@ref
-    #[arg(long, value_name = "REPO", num_args = 0..=1, default_missing_value = "", conflicts_with = "path")]
+    /// Publish from a Hugging Face cache, in place: one repository, as in --hf-cache=org/name or
+    /// --hf-cache=org/name@revision, or with no value all that refs point to, each as org/name@ref
+    #[arg(long, value_name = "REPO", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with = "path")]
     pub(crate) hf_cache: Option<String>,
 
-    /// That cache [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub]
+    /// The Hugging Face cache directory [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub,
+    /// ~/.cache/huggingface/hub]
     #[arg(long, value_name = "DIR", requires = "hf_cache")]
     pub(crate) cache_dir: Option<PathBuf>,
 
@@ -1073,17 +1107,18 @@ pub(crate) struct Get {
     #[arg(long, value_name = "DIR")]
     pub(crate) to: Option<PathBuf>,
 
-    /// Into a Hugging Face cache, where huggingface_hub finds it: as the repository and revision of the name, or as REPO
-    /// (org/name or org/name@revision), which an id or a ticket needs
+    /// Into a Hugging Face cache, where huggingface_hub finds it: as the repository and revision of the name, or as
+    /// another, which an id or a ticket needs, as in --hf-cache=org/name or --hf-cache=org/name@revision
     #[arg(long, value_name = "REPO", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with_all = ["to", "files", "tensors"])]
     pub(crate) hf_cache: Option<String>,
 
-    /// That cache [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub, ~/.cache/huggingface/hub]
+    /// The Hugging Face cache directory [default: as huggingface_hub: $HF_HUB_CACHE, $HF_HOME/hub,
+    /// ~/.cache/huggingface/hub]
     #[arg(long, value_name = "DIR", requires = "hf_cache")]
     pub(crate) cache_dir: Option<PathBuf>,
 
     /// Accept the name only from this publisher
-    #[arg(long, value_name = "PEERID")]
+    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
     pub(crate) publisher: Option<PeerId>,
 
     /// At most so many bytes of content a second, such as 40M
@@ -1133,12 +1168,12 @@ pub(crate) struct Cat {
     #[arg(long, value_name = "BYTE", default_value_t = 0)]
     pub(crate) offset: u64,
 
-    /// How many bytes [default: to the end of the file]
+    /// The number of bytes [default: to the end of the file]
     #[arg(long, value_name = "BYTES")]
     pub(crate) length: Option<u64>,
 
     /// Accept the name only from this publisher
-    #[arg(long, value_name = "PEERID")]
+    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
     pub(crate) publisher: Option<PeerId>,
 }
 
@@ -1154,19 +1189,19 @@ pub(crate) struct Show {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Trust {
-    /// Take these publishers' word for names
+    /// Trust publishers: their names win over those of others
     Add {
         /// PeerIds
-        #[arg(value_name = "PEER", required = true)]
+        #[arg(value_name = "PEER", required = true, value_parser = peer_id)]
         peers: Vec<PeerId>,
     },
-    /// Take it no more
+    /// Stop trusting publishers
     Rm {
         /// PeerIds
-        #[arg(value_name = "PEER", required = true)]
+        #[arg(value_name = "PEER", required = true, value_parser = peer_id)]
         peers: Vec<PeerId>,
     },
-    /// Who is trusted
+    /// List the trusted publishers
     Ls,
 }
 
@@ -1176,13 +1211,13 @@ pub(crate) struct Providers {
     pub(crate) target: String,
 
     /// Accept the name only from this publisher
-    #[arg(long, value_name = "PEERID")]
+    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
     pub(crate) publisher: Option<PeerId>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Search {
-    /// What the names begin with [default: any]
+    /// The beginning of the names [default: any]
     #[arg(value_name = "PREFIX", default_value = "", hide_default_value = true)]
     pub(crate) prefix: String,
 }
@@ -1209,7 +1244,7 @@ pub(crate) enum Tag {
         /// A name, an id, or the first six or more digits of one
         model: String,
     },
-    /// The tags, and what they keep
+    /// List the tags and their models
     Ls,
     /// Remove a tag
     Rm {
@@ -1256,9 +1291,85 @@ pub(crate) struct Demo {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
+
+    /// Calls `look` with each command and its name, subcommands included.
+    fn each_command(command: &clap::Command, look: &impl Fn(&clap::Command)) {
+        look(command);
+        for inner in command.get_subcommands() {
+            each_command(inner, look);
+        }
+    }
+
+    #[test]
+    fn help_says_what_a_command_or_option_is_and_stands_alone() {
+        let free = [
+            "Who", "Whom", "What", "Where", "Which", "How", "Whether", "That", "Such", "Its",
+        ];
+        let check = |name: &str, help: Option<&clap::builder::StyledStr>| {
+            let help = help.map(ToString::to_string).unwrap_or_default();
+            assert!(!help.is_empty(), "{name} has no help");
+            let first = help.split([' ', ':', ',']).next().unwrap_or_default();
+            assert!(!free.contains(&first), "{name}: {help}");
+            assert!(!help.starts_with("The same"), "{name}: {help}");
+        };
+        each_command(&Cli::command(), &|command| {
+            check(command.get_name(), command.get_about());
+            for argument in command.get_arguments() {
+                let name = format!("{} {}", command.get_name(), argument.get_id());
+                check(&name, argument.get_help());
+            }
+        });
+    }
+
+    #[test]
+    fn a_malformed_peer_or_socket_says_what_it_looks_like() {
+        for (line, says) in [
+            ("weft trust add nobody", "12D3KooW"),
+            ("weft get a/b --publisher x", "weft status"),
+            ("weft up --metrics 1", "127.0.0.1:9339"),
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
+            assert!(error.to_string().contains(says), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn both_commands_take_the_repository_of_a_cache_in_the_same_way() {
+        for (line, repo) in [
+            ("weft add --hf-cache", Some("")),
+            ("weft add --hf-cache=a/b@v", Some("a/b@v")),
+            ("weft add --hf-cache a/b", None),
+            ("weft get a/c --hf-cache", Some("")),
+            ("weft get a/c --hf-cache=a/b@v", Some("a/b@v")),
+            ("weft get a/c --hf-cache a/b", None),
+        ] {
+            let parsed = Cli::try_parse_from(line.split(' ')).map(|cli| cli.command);
+            let given = match parsed {
+                Ok(Command::Add(add)) => add.hf_cache,
+                Ok(Command::Get(get)) => get.hf_cache,
+                _ => None,
+            };
+            assert_eq!(given.as_deref(), repo, "{line}");
+        }
+    }
+
+    #[test]
+    fn standard_output_of_cat_is_content_however_the_command_line_looks() {
+        let arguments = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        for (line, content) in [
+            ("weft cat a/b file", true),
+            ("weft --json --home /tmp cat", true),
+            ("weft cat --json a/b file --offset x", true),
+            ("weft --json add cat", false),
+            ("weft --home cat status", false),
+            ("weft tag add cat a/b", false),
+            (&format!("weft doc export {} -", "0".repeat(64)), true),
+            (&format!("weft doc export {} file", "0".repeat(64)), false),
+        ] {
+            assert_eq!(writes_content(&arguments(line)), content, "{line}");
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -159,7 +159,7 @@ fn not_connected(home: &Path, error: &tonic::transport::Error) -> Failure {
         "NOT_RUNNING",
         format!("cannot connect to the node on {}: {error}", home.display()),
     )
-    .hint("Is it a node of this version? Stop it and start it again with `weft up`.")
+    .hint("It may be a node of another version: stop it and start it again with `weft up`.")
 }
 
 /// Explains an error that a file of the home or its socket gave.

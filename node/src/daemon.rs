@@ -13,6 +13,7 @@ use crate::{
     api::Endpoint,
     cli::{Quota, RelayServer, Up},
     client::Client,
+    commands::DISK_FULL,
     exit::Failure,
     metrics::Metrics,
     stop::Stop,
@@ -142,7 +143,7 @@ pub(crate) async fn up(
                 "peer_id": node.peer_id().to_string(),
                 "addresses": addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
                 "api": endpoint.names(),
-                "token": endpoint.files().token.display().to_string(),
+                "token_file": endpoint.files().token.display().to_string(),
                 "home": node.home().display().to_string(),
                 "metrics": metrics.as_ref().map(Metrics::url),
                 "pid": std::process::id(),
@@ -165,6 +166,9 @@ pub(crate) async fn up(
             out!("  metrics  {}", metrics.url());
         }
         out!("Ctrl-C stops it.");
+    }
+    if node.is_disk_full() {
+        err!("attention: the disk of the home is {DISK_FULL}");
     }
     stop.wait().await;
     if !as_json {

@@ -128,7 +128,7 @@ async fn play(
     let added = add.await?;
     err!(
         "added {}, {}, in {}: {NAME} is {}",
-        output::count(added.model.files as u64, "file"),
+        output::count(added.model.file_count as u64, "file"),
         output::bytes(added.model.size),
         output::duration(meter.elapsed()),
         added.model.id
@@ -188,7 +188,7 @@ async fn met(node: &Node) -> Result<(), Failure> {
         .await
         .map_err(|_| {
             Failure::other("the nodes did not meet on 127.0.0.1 within 15 s")
-                .hint("Does a firewall stop programs from talking to themselves? Run again with WEFT_LOG=weft=debug to see.")
+                .hint("A firewall may stop programs from connecting on this machine; run it again with WEFT_LOG=weft=debug to see.")
         })?
 }
 
@@ -229,7 +229,6 @@ fn write_model(folder: &Path) -> io::Result<()> {
 
 fn print(outcome: &Outcome, as_json: bool) {
     let got = &outcome.got;
-    let seconds = got.elapsed.as_secs_f64();
     let paths: Vec<String> = got
         .sources
         .iter()
@@ -241,15 +240,15 @@ fn print(outcome: &Outcome, as_json: bool) {
             json!({
                 "verified": outcome.verified,
                 "bytes": got.bytes_moved,
-                "seconds": seconds,
+                "elapsed_micros": got.elapsed.as_micros() as u64,
                 "paths": paths,
-                "mb_per_second": got.bytes_moved as f64 / 1e6 / seconds.max(1e-6),
-                "lookup_seconds": got.lookup.as_secs_f64(),
-                "peers": outcome.peers.len(),
+                "rate": (got.bytes_moved as f64 / got.elapsed.as_secs_f64().max(1e-6)) as u64,
+                "lookup_micros": got.lookup.as_micros() as u64,
+                "peer_count": outcome.peers.len(),
                 "announced_to": outcome.announced_to,
-                "files": got.model.files,
-                "tensors": got.model.tensors,
-                "model": got.model.id.to_string(),
+                "file_count": got.model.file_count,
+                "tensor_count": got.model.tensor_count,
+                "model_id": got.model.id.to_string(),
             })
         );
         return;

@@ -43,9 +43,9 @@ pub const INCOMPLETE: u8 = 10;
 pub const INTERRUPTED: u8 = 130;
 
 /// The hint for a node that is connected to no peer.
-const DISCONNECTED: &str = "Whether there is such a thing cannot be known: there is nobody to ask. Give `weft up` the address of a node that\n\
-     is up with --bootstrap; it ends in /p2p/ and that node's PeerId (`weft status` there shows it). `weft status` here\n\
-     shows what became of each bootstrap address.";
+const DISCONNECTED: &str = "The node has nobody to ask, so it may exist all the same. Start the node with `weft up --bootstrap ADDR`, where\n\
+     ADDR is an address of a node that is up, and ends in /p2p/ and its PeerId (`weft status` there shows it).\n\
+     `weft status` here shows what became of each bootstrap address.";
 
 /// What the program says when it fails, and the code it ends with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,21 +103,27 @@ impl Failure {
         self
     }
 
-    /// Says it: for people on standard error, with `--json` as an object on standard output.
-    pub(crate) fn print(&self, json: bool) {
+    fn json(&self) -> serde_json::Value {
+        json!({ "error": {
+            "reason": self.reason,
+            "message": self.message,
+            "hint": self.hint.as_deref().map(one_line),
+            "code": self.code,
+        }})
+    }
+
+    /// Prints the failure: for people on standard error, with `--json` as an object on standard output, or on standard
+    /// error if standard output `is_content`, such as the bytes of a file.
+    pub(crate) fn print(&self, json: bool, is_content: bool) {
         if self.message.is_empty() {
             return;
         }
         if json {
-            out!(
-                "{}",
-                json!({ "error": {
-                    "reason": self.reason,
-                    "message": self.message,
-                    "hint": self.hint,
-                    "code": self.code,
-                }})
-            );
+            let error = self.json();
+            match is_content {
+                true => err!("{error}"),
+                false => out!("{error}"),
+            }
             return;
         }
         // It may quote a peer, whose text does not start a line; `err!` escapes the rest.
@@ -127,6 +133,11 @@ impl Failure {
             err!("  {}", indented(hint));
         }
     }
+}
+
+/// Joins the lines of a text that is wrapped for people: a program that shows it wraps it as it likes.
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
 }
 
 impl From<weft::Error> for Failure {
@@ -147,23 +158,27 @@ impl From<Status> for Failure {
                 "Check the spelling, that `weft status` shows peers, and that the publisher's node is up:\n\
                  names are announced by `weft add PATH --name ORG/NAME`.",
             ),
-            "NO_SUCH_MODEL" => (NOT_FOUND, "`weft ls` shows what is here."),
+            "NO_SUCH_MODEL" => (
+                NOT_FOUND,
+                "`weft ls` shows the models that are here; `weft get MODEL` fetches one.",
+            ),
             "NO_SUCH_DOCUMENT" => (
                 NOT_FOUND,
                 "`weft doc open ID` gets it from whoever holds it; `weft doc ls` shows what is here.",
             ),
             "NOT_FOLLOWED" => (
                 NOT_FOUND,
-                "`weft registry follow ID` does; `weft registry ls` shows which it follows.",
+                "`weft registry follow ID` follows it; `weft registry ls` shows the registries that are followed.",
             ),
             "NOT_LISTED" => (
                 NOT_FOUND,
-                "`weft registry ls` shows how many of its catalogues are here. --publisher and a PeerId takes that peer's own word.",
+                "`weft registry ls` shows how many of its catalogues are here. --publisher PEERID takes that peer's own word.",
             ),
             "FOLLOWED" => (1, "`weft registry unfollow ID` deletes what is here of it."),
             "NOT_PUBLISHER" => (
                 1,
-                "`weft registry publishers ID` shows who publishes which names; its owner lets a node with --add PEER=PATTERN.",
+                "`weft registry publishers ID` shows who publishes which names; its owner lets a node publish with\n\
+                 `weft registry publishers ID --add PEER=PATTERN`.",
             ),
             "NOT_ADMINISTRATOR" => (
                 1,
@@ -177,14 +192,17 @@ impl From<Status> for Failure {
             "NOTHING_THERE" => (NOT_FOUND, "`weft doc get ID` shows the whole document."),
             "NOT_ARRIVED" => (
                 1,
-                "Somebody who holds it must be up and share a bootstrap node with this one; if it is private, its owner must have named this node.",
+                "`weft doc open ID` waits for it. A node that holds it must be up and share a bootstrap node with this one; if it is private, its owner must have named this node.",
             ),
             "IMPORT_INCOMPLETE" => (
                 DAMAGED,
-                "What counts of the file is kept, and so is everything that was here before. Import another copy of\n\
+                "The part of the file that counts is kept, and so is everything that was here before. Import another copy of\n\
                  the file, or get the rest from the nodes that hold the document: `weft doc open ID`.",
             ),
-            "NOT_ALLOWED" => (1, "`weft doc writers ID` shows who may."),
+            "NOT_ALLOWED" => (
+                1,
+                "`weft doc writers ID` shows the writers; the owner adds one with `weft doc writers ID --add PEER`.",
+            ),
             "UNREACHABLE" => (
                 NO_PROVIDER,
                 "Check that the peer's node is up and shares a bootstrap node or relay with this one (`weft peers`), or give an\n\
@@ -193,11 +211,11 @@ impl From<Status> for Failure {
             "DISCONNECTED" => (NO_PROVIDER, DISCONNECTED),
             "NO_PROVIDER" => (
                 NO_PROVIDER,
-                "What is verified is kept. Start a node that has the model, check `weft peers`, and run the same command again.",
+                "The verified part is kept. Start a node that has the model, check `weft peers`, and run the same command again.",
             ),
             "SEVERAL_PUBLISHERS" => (
                 SEVERAL_PUBLISHERS,
-                "Trust one of them with `weft trust add PEER`, run it again with --publisher and the PeerId, or get the model by its id.",
+                "Trust one of them with `weft trust add PEER`, run it again with --publisher PEERID, or get the model by its id.",
             ),
             "NOT_IN_CACHE" => (
                 NOT_FOUND,
@@ -214,7 +232,8 @@ impl From<Status> for Failure {
             ),
             "DISK_FULL" => (
                 DISK_FULL,
-                "What is verified is kept. Make room there and run the same command again. What is fetched may also go elsewhere, with --to or --cache-dir.",
+                "The verified part is kept. Make room there and run the same command again. `weft gc` and `weft rm` make room in the home.\n\
+                 Fetched files may also go elsewhere, with --to or --cache-dir.",
             ),
             "QUOTA_EXCEEDED" => (
                 DISK_FULL,
@@ -241,7 +260,10 @@ impl From<Status> for Failure {
                 1,
                 "`weft rm NAME` drops that name alone; `weft rm ID --files` removes the model with all its names.",
             ),
-            "TAGGED" => (1, "`weft tag rm TAG` removes a tag."),
+            "TAGGED" => (
+                1,
+                "`weft tag rm TAG` removes a tag; then run the same command again.",
+            ),
             "NO_SUCH_TAG" => (NOT_FOUND, "`weft tag ls` shows what there is."),
             "NO_SUCH_FILE" => (
                 NOT_FOUND,
@@ -262,7 +284,8 @@ impl From<Status> for Failure {
             ),
             "INVALID_CONTENT" => (
                 1,
-                "Nothing was written. No honest program makes such a manifest: do not trust who gave you this name or ticket.",
+                "Nothing was written. No honest program makes such a manifest: choose another publisher with --publisher PEERID,\n\
+                 or another name or ticket.",
             ),
             "STORE" => (
                 1,
@@ -275,6 +298,11 @@ impl From<Status> for Failure {
             "NETWORK" => (
                 1,
                 "Choose other addresses with --listen, or end what uses them; if it names mDNS, start with --no-mdns.",
+            ),
+            "PERMISSION" => (
+                1,
+                "The node reads and writes as the user who runs it. Give that user the rights with chown or chmod, or choose another\n\
+                 folder (--to, --cache-dir) or another home (--home DIR).",
             ),
             // The message says what to do.
             "HOME" => (1, ""),
@@ -309,6 +337,56 @@ impl From<Status> for Failure {
             reason: reason.to_owned(),
             message: status.message().to_owned(),
             hint: (!hint.is_empty()).then(|| hint.to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeSet, HashMap};
+
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    /// The reasons that the conversion from a status knows, read from this file.
+    fn reasons() -> BTreeSet<String> {
+        let lines = include_str!("exit.rs").lines().map(str::trim);
+        let arms = lines.filter(|line| line.contains("=> ("));
+        let names = arms.filter_map(|line| line.strip_prefix('"')?.split('"').next());
+        let is_reason = |name: &&str| name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_');
+        names.filter(is_reason).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn each_hint_says_what_to_do_next_and_is_one_line_in_json() {
+        let reasons = reasons();
+        assert!(reasons.len() > 30, "{reasons:?}");
+        for reason in reasons {
+            let details = ErrorDetails::with_error_info(&reason, "weft", HashMap::new());
+            let status = Status::with_error_details(Code::Internal, "it failed", details);
+            let failure = Failure::from(status);
+            let Some(hint) = &failure.hint else {
+                // Each of the messages says it.
+                assert_eq!(reason, "HOME");
+                continue;
+            };
+            let first = hint.split(' ').next().unwrap_or_default();
+            let relatives = [
+                "Who", "Whom", "What", "Where", "Which", "How", "Whether", "That", "Somebody",
+            ];
+            assert!(!relatives.contains(&first), "{reason}: {hint}");
+            let does = ["`weft ", "--", " again", "chmod", "Wait "];
+            assert!(
+                does.iter().any(|one| hint.contains(one)),
+                "{reason}: {hint}"
+            );
+            let json = failure.json();
+            let hint = json["error"]["hint"].as_str().unwrap_or_default();
+            assert!(
+                !hint.contains('\n') && !hint.contains("  "),
+                "{reason}: {hint}"
+            );
         }
     }
 }

@@ -33,13 +33,14 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     // Asked for although the rest makes no sense.
     let json = arguments.iter().any(|argument| argument == "--json");
+    let is_content = cli::writes_content(&arguments);
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
             if json && error.use_stderr() {
                 let text = error.render().to_string();
                 let (message, hint) = usage(&text);
-                Failure::usage(message).hint(hint).print(true);
+                Failure::usage(message).hint(hint).print(true, is_content);
                 return ExitCode::from(exit::USAGE);
             }
             // Help goes to standard output, mistakes to standard error; a closed one is no reason to fail differently.
@@ -70,7 +71,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            failure.print(json);
+            failure.print(json, is_content);
             ExitCode::from(failure.code)
         }
     }

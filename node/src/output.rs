@@ -365,6 +365,43 @@ mod tests {
         assert_eq!(table(&[cell("a\nb"), cell("c")]), "a\\u000ab\nc\n");
     }
 
+    /// The keys of JSON objects in a source file: those in quotation marks before a colon.
+    fn keys(source: &str) -> impl Iterator<Item = &str> {
+        let code = source.split("#[cfg(test)]").next().unwrap_or_default();
+        code.match_indices("\":").filter_map(move |(end, _)| {
+            let key = &code[code[..end].rfind('"')? + 1..end];
+            let is_key = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+            (!key.is_empty() && key.bytes().all(is_key)).then_some(key)
+        })
+    }
+
+    #[test]
+    fn each_key_of_json_is_documented_and_names_its_thing_as_the_others_do() {
+        let operations = include_str!("../../docs/operations.md");
+        let section = operations.split("\n## JSON\n").nth(1).unwrap();
+        let section = section.split("\n## ").next().unwrap();
+        let mut sources = vec![
+            include_str!("daemon.rs").to_owned(),
+            include_str!("exit.rs").to_owned(),
+        ];
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/commands");
+        for file in std::fs::read_dir(folder).unwrap() {
+            sources.push(std::fs::read_to_string(file.unwrap().path()).unwrap());
+        }
+        let mut count = 0;
+        for key in sources.iter().flat_map(|source| keys(source)) {
+            assert!(
+                section.contains(&format!("`{key}`")),
+                "{key} is not documented"
+            );
+            // Each of these had another name beside it.
+            let others = ["peer", "directory", "seconds", "time", "token", "added_at"];
+            assert!(!others.contains(&key), "{key}");
+            count += 1;
+        }
+        assert!(count > 200, "{count}");
+    }
+
     #[test]
     fn tables_align() {
         let row = |a: &str, b: &str| vec![a.to_owned(), b.to_owned()];

@@ -52,7 +52,7 @@ pub enum Error {
         publisher: Option<PeerId>,
     },
     /// Several peers publish the name, and none of them is trusted.
-    #[error("{name} is published by {} peers, and as different models; say whose you want", .publishers.len())]
+    #[error("{name} is published by {} peers, and as different models; choose one with --publisher PEERID", .publishers.len())]
     SeveralPublishers {
         /// The name.
         name: ModelName,
@@ -104,7 +104,7 @@ pub enum Error {
         used: u64,
     },
     /// Tags keep the model.
-    #[error("the model {model} is kept by its tags: {}; remove them first", .tags.join(", "))]
+    #[error("the model {model} is kept by its tags: {}; remove each with `weft tag rm TAG` first", .tags.join(", "))]
     Tagged {
         /// The model.
         model: Hash,
@@ -126,7 +126,7 @@ pub enum Error {
     #[error(transparent)]
     Tag(StoreError),
     /// The same folder is being filled by another `get`.
-    #[error("another get is writing to {}", .0.display())]
+    #[error("another `weft get` is writing to {}", .0.display())]
     Busy(PathBuf),
     /// What a provider sent as a manifest is none that this node accepts.
     #[error("the model {model} is refused: {reason}")]
@@ -174,7 +174,9 @@ pub enum Error {
     #[error(transparent)]
     Document(DocumentError),
     /// This node may not write the document.
-    #[error("this node may not write document {document}; its owner, {owner}, says who may")]
+    #[error(
+        "this node may not write document {document}; its owner, {owner}, can add it to the writers"
+    )]
     NotWriter {
         /// Which document.
         document: DocumentId,
@@ -182,7 +184,9 @@ pub enum Error {
         owner: PeerId,
     },
     /// Only the document's owner may do that.
-    #[error("only the owner of document {document}, {owner}, may do that")]
+    #[error(
+        "only the owner of document {document}, {owner}, may do that; run the command on the owner's node"
+    )]
     NotOwner {
         /// Which document.
         document: DocumentId,
@@ -196,10 +200,12 @@ pub enum Error {
     #[error("{0} has no Ed25519 key, and so can neither own, write nor read documents by name")]
     NoKey(PeerId),
     /// The registry is not followed.
-    #[error("this node does not follow registry {0}; follow it first")]
+    #[error("this node does not follow registry {0}; follow it with `weft registry follow ID`")]
     NotFollowed(DocumentId),
     /// The document is a registry that is followed.
-    #[error("document {0} is a registry that this node follows; unfollow it first")]
+    #[error(
+        "document {0} is a registry that this node follows; unfollow it with `weft registry unfollow ID`"
+    )]
     Followed(DocumentId),
     /// Only certain publishers may say what the name means, and what they say is not here.
     #[error(
@@ -217,7 +223,9 @@ pub enum Error {
     )]
     NotRegistry(DocumentId),
     /// Others publish such names.
-    #[error("registry {registry} does not let this node publish {name}; its owner can")]
+    #[error(
+        "registry {registry} does not let this node publish {name}; its owner can with `weft registry publishers ID --add PEER=PATTERN`"
+    )]
     NotPublisher {
         /// Where.
         registry: DocumentId,

@@ -131,8 +131,8 @@ pub struct PeerProgress {
 pub struct Got {
     /// The model.
     pub model: ModelInfo,
-    /// Where it is.
-    pub directory: PathBuf,
+    /// The folder that it is in now.
+    pub folder: PathBuf,
     /// Bytes in all that was asked for.
     pub bytes_total: u64,
     /// Files that were made of the selected tensors.
@@ -504,7 +504,7 @@ impl Work {
         self.announce(model, &info, &manifest);
         Ok(Got {
             model: info,
-            directory,
+            folder: directory,
             bytes_total: self.counts.total.load(Ordering::Relaxed),
             results,
             bytes_moved: self.counts.moved.load(Ordering::Relaxed),

@@ -82,7 +82,9 @@ impl FromStr for HfRepo {
 #[non_exhaustive]
 pub enum HfCacheError {
     /// No folder was given, and there is no home folder to look in.
-    #[error("where the Hugging Face cache is cannot be told: there is no home folder")]
+    #[error(
+        "cannot locate the Hugging Face cache: no home directory is set; choose it with --cache-dir DIR"
+    )]
     NoHome,
     /// A repository or revision is malformed.
     #[error(transparent)]
@@ -97,7 +99,9 @@ pub enum HfCacheError {
     #[error(transparent)]
     Export(ExportError),
     /// A model that is asked for by id or ticket goes into a repository that must be named.
-    #[error("an id or a ticket does not say which repository of the cache the model goes into")]
+    #[error(
+        "an id or a ticket names no repository of the cache; name it as in --hf-cache=org/name"
+    )]
     NoRepo,
     /// A cache takes whole models.
     #[error(
@@ -380,7 +384,7 @@ fn all(cache: &Path) -> Result<Jobs, Error> {
             match repos.is_empty() {
                 false => jobs.push(Job { repos, snapshot }),
                 true => skipped.push(format!(
-                    "{}@{commit}: no ref points to it; add it by --hf-cache {}@{commit}",
+                    "{}@{commit}: no ref points to it; add it with `weft add --hf-cache={}@{commit}`",
                     repo.id,
                     repo.id,
                     commit = snapshot.commit,

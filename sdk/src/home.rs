@@ -10,6 +10,8 @@ use std::{
 use weft_blobs::lock::{Lock, LockError};
 use weft_net::identity::Keypair;
 
+use crate::reserve::{Reserve, is_full};
+
 /// Why a home folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -18,10 +20,10 @@ pub enum HomeError {
     #[error("a node is running on this home already: {0}")]
     InUse(#[source] LockError),
     /// Its file system has no locks, without which two nodes could use it at once.
-    #[error("{0}: choose another home with --home FOLDER, or set WEFT_HOME")]
+    #[error("{0}: choose another home with --home DIR, or set WEFT_HOME")]
     NoLocks(#[source] LockError),
     /// A file or folder in it cannot be made, read or written.
-    #[error("{action} {}: {source}", .path.display())]
+    #[error("{action} {}: {source}{}", .path.display(), advice(.source))]
     Io {
         /// What was tried, as in "cannot read".
         action: &'static str,
@@ -50,7 +52,7 @@ pub enum HomeError {
         line: String,
     },
     /// The list of trusted publishers would be too long.
-    #[error("at most {0} publishers can be trusted")]
+    #[error("at most {0} publishers can be trusted; stop trusting one with `weft trust rm PEER`")]
     TooManyTrusted(usize),
     /// The list of followed registries has a line that is none.
     #[error("{} has a line that is no registry's id and a prefix: {line:?}; correct it, or remove the file and follow none", .path.display())]
@@ -61,11 +63,26 @@ pub enum HomeError {
         line: String,
     },
     /// The list of followed registries would be too long.
-    #[error("at most {0} registries can be followed; unfollow one")]
+    #[error(
+        "at most {0} registries can be followed; unfollow one with `weft registry unfollow ID`"
+    )]
     TooManyRegistries(usize),
     /// There is no place for a home by default.
-    #[error("neither WEFT_HOME nor HOME is set: say where the node is to live")]
+    #[error("neither WEFT_HOME nor HOME is set: choose the node's home with --home DIR")]
     Unknown,
+}
+
+/// Says what to do about an error of the system on a home.
+fn advice(error: &io::Error) -> &'static str {
+    use io::ErrorKind::{NotADirectory, PermissionDenied, ReadOnlyFilesystem};
+    match error.kind() {
+        PermissionDenied => {
+            "; give it to the user who runs the node with chown and chmod, or choose another home with --home DIR"
+        }
+        ReadOnlyFilesystem | NotADirectory => "; choose another home with --home DIR",
+        _ if is_full(error) => "; make room on that disk, or choose another home with --home DIR",
+        _ => "",
+    }
 }
 
 /// Where a node lives when it is not told: `$WEFT_HOME`, else the platform's folder for application data.
@@ -93,6 +110,7 @@ pub fn default_home() -> Result<PathBuf, HomeError> {
 pub(crate) struct Home {
     path: PathBuf,
     key: Keypair,
+    reserve: Reserve,
     _lock: Lock,
 }
 
@@ -105,6 +123,9 @@ impl Home {
             .create(path)
             .map_err(io_error("cannot make", path))?;
         let path = path.canonicalize().map_err(io_error("cannot read", path))?;
+        // Before anything else is written.
+        let reserve = Reserve::of(&path);
+        reserve.make_room();
         let lock = Lock::take(&path).map_err(|error| match error {
             LockError::Io { path, source } => HomeError::Io {
                 action: "cannot lock",
@@ -115,11 +136,19 @@ impl Home {
             held => HomeError::InUse(held),
         })?;
         let key = load_or_make_key(&path.join("key"))?;
+        if !reserve.is_full() {
+            reserve.keep();
+        }
         Ok(Self {
             path,
             key,
+            reserve,
             _lock: lock,
         })
+    }
+
+    pub(crate) fn reserve(&self) -> &Reserve {
+        &self.reserve
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -242,6 +271,18 @@ mod tests {
         }
         drop(first);
         assert_eq!(Home::open(&path).unwrap().key().public().to_peer_id(), id);
+    }
+
+    #[test]
+    fn an_error_of_the_home_says_what_to_do() {
+        for (kind, says) in [
+            (io::ErrorKind::PermissionDenied, "chown"),
+            (io::ErrorKind::StorageFull, "make room"),
+            (io::ErrorKind::ReadOnlyFilesystem, "--home DIR"),
+        ] {
+            let error = io_error("cannot make", Path::new("/x"))(kind.into());
+            assert!(error.to_string().contains(says), "{error}");
+        }
     }
 
     #[test]

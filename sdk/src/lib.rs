@@ -23,7 +23,7 @@
 //! while let Some(progress) = get.next().await {
 //!     println!("{} of {} bytes", progress.bytes_done, progress.bytes_total);
 //! }
-//! println!("it is in {}", get.await?.directory.display());
+//! println!("it is in {}", get.await?.folder.display());
 //! # Ok(())
 //! # }
 //! ```
@@ -53,6 +53,7 @@ mod reader;
 mod records;
 mod registry;
 mod remembered;
+mod reserve;
 mod resolve;
 pub mod rpc;
 mod storage;
@@ -106,7 +107,8 @@ pub use self::{
     },
     home::{HomeError, default_home},
     models::{
-        Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, Provider, Removed,
+        Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, NotDeleted,
+        Provider, Removed,
     },
     name::{ModelName, ParseNameError},
     node::{Node, Status},

@@ -1,7 +1,7 @@
 //! Publishing and listing models.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     path::PathBuf,
     sync::{
         Arc,
@@ -47,13 +47,13 @@ pub struct ModelInfo {
     /// The sum of its files' sizes in bytes.
     pub size: u64,
     /// The number of its files.
-    pub files: usize,
+    pub file_count: usize,
     /// The tags that keep it here.
     pub tags: Vec<String>,
     /// The number of tensors in its safetensors and GGUF files.
-    pub tensors: usize,
-    /// The folder on this machine.
-    pub path: PathBuf,
+    pub tensor_count: usize,
+    /// The folder, or the file, on this machine.
+    pub folder: PathBuf,
     /// Every byte is here, in files that are unchanged since they were checked.
     pub complete: bool,
     /// Verified bytes here.
@@ -142,9 +142,20 @@ pub struct Removed {
     pub files_deleted: u32,
     /// The folders that they were deleted from: the model's, and those of copies.
     pub folders: Vec<PathBuf>,
+    /// Files of the model that are in its folder still, although they were to be deleted, each with the reason.
+    pub not_deleted: Vec<NotDeleted>,
     /// Withdrawals of records and registry entries that failed, each with the reason. Records expire by themselves;
     /// registry entries do not.
     pub not_withdrawn: Vec<String>,
+}
+
+/// A file that [`Models::remove`] left where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotDeleted {
+    /// The file on this machine.
+    pub file: PathBuf,
+    /// Why it stays.
+    pub reason: &'static str,
 }
 
 /// What adding is at.
@@ -382,9 +393,10 @@ impl Models {
         let wanted = model.to_owned();
         let node = self.node.clone();
         let of_node = node.clone();
-        let (info, only) = blocking(move || {
+        let (info, manifest, only) = blocking(move || {
+            of_node.make_room_to_remove();
             let model = find(&store, &wanted)?;
-            let (info, _) = describe(&store, &model)?;
+            let (info, manifest) = describe(&store, &model)?;
             if let Ok(name) = wanted.parse::<ModelName>()
                 && info.names.len() > 1
             {
@@ -396,7 +408,7 @@ impl Models {
                         names: others.collect(),
                     });
                 }
-                return Ok((info, Some(name)));
+                return Ok((info, None, Some(name)));
             }
             if let Some(folder) = of_node.is_fetching(&model.id) {
                 return Err(Error::Busy(folder));
@@ -407,7 +419,7 @@ impl Models {
                     tags: info.tags,
                 });
             }
-            Ok((info, None))
+            Ok((info, manifest, None))
         })
         .await?;
         let (store, id) = (node.store().clone(), info.id);
@@ -421,15 +433,21 @@ impl Models {
                 kept: true,
                 files_deleted: 0,
                 folders: Vec::new(),
+                not_deleted: Vec::new(),
                 not_withdrawn: self.withdraw(&id, Some(&name), withdrawn).await?,
             });
         }
         let of_node = node.clone();
-        let removed = blocking(move || {
+        let (removed, not_deleted) = blocking(move || {
             if let Some(folder) = of_node.is_fetching(&id) {
                 return Err(Error::Busy(folder));
             }
-            Ok(store.remove(&id, files)?)
+            let removed = store.remove(&id, files)?;
+            let left = match (files, &manifest) {
+                (true, Some(manifest)) => not_deleted(&store, &removed.model, manifest)?,
+                _ => Vec::new(),
+            };
+            Ok((removed, left))
         })
         .await?;
         // Only now: a removal that fails leaves the model as it was, here and elsewhere.
@@ -440,6 +458,7 @@ impl Models {
             kept: false,
             files_deleted: removed.files_deleted,
             folders: removed.folders,
+            not_deleted,
             not_withdrawn: self.withdraw(&id, None, withdrawn).await?,
         })
     }
@@ -600,6 +619,39 @@ impl Drop for StopOnDrop {
     }
 }
 
+/// Files of a model that has just been removed that are in its folder still. Blocks.
+fn not_deleted(
+    store: &Store,
+    model: &store::Model,
+    manifest: &Manifest,
+) -> Result<Vec<NotDeleted>, Error> {
+    let mut left: Vec<PathBuf> = Vec::new();
+    for file in manifest.files() {
+        let file = model.root.join(&file.path);
+        if file.symlink_metadata().is_ok() {
+            left.push(file);
+        }
+    }
+    if left.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut of_others = HashSet::new();
+    for other in store.models()? {
+        let manifest = store.manifest(&other.id)?;
+        let files = manifest.iter().flat_map(Manifest::files);
+        of_others.extend(files.map(|file| other.root.join(&file.path)));
+    }
+    let kept = left.into_iter().map(|file| NotDeleted {
+        reason: match (model.fetched, of_others.contains(&file)) {
+            (_, true) => "another model that is here has it",
+            (false, false) => "it was added in place, and is not weft's to delete",
+            (true, false) => "it was changed since weft wrote it, or weft found it there",
+        },
+        file,
+    });
+    Ok(kept.collect())
+}
+
 /// What is to be said of a model. Blocks.
 pub(crate) fn describe(
     store: &Store,
@@ -614,10 +666,10 @@ pub(crate) fn describe(
         id: model.id,
         names: model.names.iter().map(|name| name.name.clone()).collect(),
         size: manifest.as_ref().map_or(0, Manifest::size),
-        files: manifest.as_ref().map_or(0, |m| m.files().len()),
+        file_count: manifest.as_ref().map_or(0, |m| m.files().len()),
         tags: store.tags_of(&model.id)?,
-        tensors: manifest.as_ref().map_or(0, Manifest::tensors),
-        path: model.root.clone(),
+        tensor_count: manifest.as_ref().map_or(0, Manifest::tensors),
+        folder: model.root.clone(),
         complete: presence.is_some_and(|presence| presence.complete),
         bytes_here: presence.map_or(0, |presence| presence.bytes),
         not_answering: presence.is_some_and(|presence| !presence.answers),

@@ -147,6 +147,9 @@ pub struct Status {
     pub models: usize,
     /// The sum of their sizes in bytes.
     pub model_bytes: u64,
+    /// The disk of the home is full: the node serves what it has, and takes little or nothing in. Looked at every 30
+    /// seconds while it is so.
+    pub disk_full: bool,
 }
 
 impl Node {
@@ -215,6 +218,7 @@ impl Node {
             Arc::clone(&driver),
         ));
         tasks.spawn(announcer.clone().run());
+        tasks.spawn(home.reserve().clone().keep_up());
         tasks.spawn(records::keep_up(dht.clone()));
         let known = remembered::read(&home.peers());
         let expects_peers = expects_peers || !known.is_empty();
@@ -271,6 +275,17 @@ impl Node {
         self.inner.home.path()
     }
 
+    /// Returns true if the disk of the home was full when the node last looked: at its start, and when something was to
+    /// be removed.
+    pub fn is_disk_full(&self) -> bool {
+        self.inner.home.reserve().is_full()
+    }
+
+    /// Sees to it that what makes room on the disk can itself be written. Blocks.
+    pub(crate) fn make_room_to_remove(&self) {
+        self.inner.home.reserve().make_room();
+    }
+
     /// What it is doing.
     ///
     /// # Errors
@@ -289,6 +304,7 @@ impl Node {
             dht_records: dht.kept.records,
             models: models.len(),
             model_bytes: models.iter().map(|model| model.size).sum(),
+            disk_full: self.is_disk_full(),
         })
     }
 

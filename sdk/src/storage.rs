@@ -187,8 +187,12 @@ impl Models {
     /// # Errors
     /// [`Error::Store`].
     pub async fn gc(&self, dry_run: bool) -> Result<Collected, Error> {
-        let store = self.node().store().clone();
-        blocking(move || Ok(store.collect(dry_run)?)).await
+        let (node, store) = (self.node().clone(), self.node().store().clone());
+        blocking(move || {
+            node.make_room_to_remove();
+            Ok(store.collect(dry_run)?)
+        })
+        .await
     }
 
     /// As [`gc`](Self::gc), and also forgets files whose folder is gone, as after a copy of a model was deleted: on a
@@ -198,8 +202,12 @@ impl Models {
     /// # Errors
     /// [`Error::Store`].
     pub async fn gc_gone(&self, dry_run: bool) -> Result<Collected, Error> {
-        let store = self.node().store().clone();
-        blocking(move || Ok(store.collect_with(dry_run, true)?)).await
+        let (node, store) = (self.node().clone(), self.node().store().clone());
+        blocking(move || {
+            node.make_room_to_remove();
+            Ok(store.collect_with(dry_run, true)?)
+        })
+        .await
     }
 
     /// What takes how many bytes of the disk, by looking at each file.

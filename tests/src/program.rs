@@ -201,6 +201,14 @@ impl Running {
         self.stdout.wait_for_line(part);
     }
 
+    /// Waits for a line of its standard error that contains this, as [`wait_for_line`](Self::wait_for_line) does.
+    ///
+    /// # Panics
+    /// If it ends without one, or none comes within a minute.
+    pub fn wait_for_error(&mut self, part: &str) {
+        self.stderr.wait_for_line(part);
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Finished {
         let status = wait(&mut self.child);

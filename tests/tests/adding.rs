@@ -61,7 +61,7 @@ fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them(
     assert_eq!(home.json(&["ls"])["models"], Value::Array(vec![]));
 
     let added = home.json(&["add", text(&odd), "--name", "me/odd"]);
-    assert_eq!(added["model"]["files"], 4, "{added}");
+    assert_eq!(added["model"]["file_count"], 4, "{added}");
     let opaque = added["opaque"].as_array().unwrap();
     assert_eq!(opaque.len(), 2, "{added}");
     assert_eq!(opaque[0]["path"], "model.safetensors");
@@ -114,7 +114,7 @@ fn names_that_some_systems_cannot_hold_are_listed_and_an_option_leaves_them_out(
         "--name",
         "me/names",
     ]);
-    assert_eq!(added["model"]["files"], 2, "{added}");
+    assert_eq!(added["model"]["file_count"], 2, "{added}");
     let shown = home.run(&["show", "me/names"]);
     assert!(shown.stdout.contains("\\u202egpj.exe"), "{shown:#?}");
     assert!(!shown.stdout.contains('\u{202e}'), "{shown:#?}");
@@ -234,7 +234,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
     let (got, to) = get(&[], "all");
     assert_eq!(
         (
-            got["model"]["files"].as_u64(),
+            got["model"]["file_count"].as_u64(),
             to.join("m-Q8.gguf").exists()
         ),
         (Some(2), true)
@@ -277,7 +277,7 @@ fn a_cache_with_damage_is_published_without_what_is_damaged() {
     let added = home.run(&["--json", "add", "--hf-cache", "--cache-dir", text(&cache)]);
     assert_eq!(added.code(), Some(1), "{added:#?}");
     let added = added.json();
-    assert_eq!(added["added"][0]["model"]["files"], 1, "{added}");
+    assert_eq!(added["added"][0]["model"]["file_count"], 1, "{added}");
     let reason = added["failed"][0]["reason"].as_str().unwrap();
     assert!(
         reason.contains("b.bin: it links to a file that is not there"),
@@ -292,8 +292,7 @@ fn a_cache_with_damage_is_published_without_what_is_damaged() {
     let strict = home.run(&[
         "add",
         "--strict",
-        "--hf-cache",
-        "acme/m-GGUF",
+        "--hf-cache=acme/m-GGUF",
         "--cache-dir",
         text(&cache),
     ]);

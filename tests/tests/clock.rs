@@ -162,10 +162,10 @@ fn a_clock_that_is_off_is_named_by_add_status_and_doctor_and_only_where_it_is_of
     let second = homes[1].up(&["--bootstrap", first.address()]);
     let _off = up_at(&homes[2], 200_000, &[first.address(), second.address()]);
     let told = until("the clocks are compared", || {
-        clock(&homes[2]).filter(|clock| clock["peers"] == 2)
+        clock(&homes[2]).filter(|clock| clock["peer_count"] == 2)
     });
     assert_eq!(told["is_wrong"], true, "{told}");
-    let seconds = told["seconds"].as_i64().unwrap();
+    let seconds = told["difference_seconds"].as_i64().unwrap();
     assert!((199_900..200_100).contains(&seconds), "{told}");
     let text = "ahead of the clocks of 2 peers";
     let status = homes[2].run(&["status"]);
@@ -179,7 +179,7 @@ fn a_clock_that_is_off_is_named_by_add_status_and_doctor_and_only_where_it_is_of
     assert!(!added.stdout.contains("nobody is connected"), "{added:?}");
     // The others have one peer that is off and one that is not.
     let right = until("the others have compared clocks", || {
-        clock(&homes[0]).filter(|clock| clock["peers"] == 2)
+        clock(&homes[0]).filter(|clock| clock["peer_count"] == 2)
     });
     assert_eq!(right["is_wrong"], false, "{right}");
     let doctor = homes[0].run(&["doctor"]);

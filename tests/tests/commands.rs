@@ -226,7 +226,7 @@ fn the_demo_moves_a_model_and_leaves_nothing_behind() {
         let result: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
         assert_eq!(result["verified"], true);
         assert!(result["bytes"].as_u64().unwrap() >= bytes, "{result}");
-        assert!(result["seconds"].as_f64().unwrap() > 0.0);
+        assert!(result["elapsed_micros"].as_u64().unwrap() > 0);
         assert_eq!(
             result["paths"][0].as_str().unwrap().split('/').next(),
             Some("loopback")
@@ -553,4 +553,90 @@ fn mistakes_are_json_too_and_empty_variables_are_none() {
         .output()
         .unwrap();
     assert_eq!(status.status.code(), Some(6), "{status:?}");
+}
+
+#[test]
+fn cat_writes_content_alone_to_standard_output_and_shows_progress_while_no_provider_answers() {
+    let (provider, receiver) = (Home::new(), Home::new());
+    let first = provider.up(&[]);
+    let _second = receiver.up(&["--bootstrap", first.address()]);
+    let path = folder(&provider, "m", b"content");
+    let added = provider.json(&["add", &path, "--name", "acme/llama"]);
+    let ticket = added["ticket"].as_str().unwrap();
+    let read = receiver.run(&["--json", "cat", ticket, "sub/config.json"]);
+    assert_eq!((read.code(), read.stdout.as_str()), (Some(0), "{}"));
+    for (arguments, code, reason) in [
+        (&["--json", "cat", ticket, "none"][..], 3, "NO_SUCH_FILE"),
+        (&["cat", ticket, "--offset", "x", "--json"], 2, "USAGE"),
+        (&["cat", "--json", "not a target", "file"], 2, "USAGE"),
+    ] {
+        let failed = receiver.run(arguments);
+        assert_eq!(failed.code(), Some(code), "{failed:#?}");
+        assert_eq!(failed.stdout, "", "{failed:#?}");
+        let error: Value = serde_json::from_str(&failed.stderr).unwrap();
+        assert_eq!(error["error"]["reason"], reason, "{error}");
+        let hint = error["error"]["hint"].as_str().unwrap_or_default();
+        assert!(!hint.contains('\n'), "{hint}");
+    }
+    drop(first);
+    let mut read = receiver.start(&["cat", ticket, "weights.bin"]);
+    read.wait_for_error("waiting for a provider");
+    read.signal(Signal::INT);
+    let stopped = read.finish();
+    assert_eq!((stopped.code(), stopped.stdout.as_str()), (Some(130), ""));
+}
+
+#[test]
+fn removing_what_is_not_there_says_so_and_ends_with_three() {
+    let home = Home::new();
+    let up = home.up(&["--block", "192.0.2.0/24"]);
+    let peer = up.peer_id();
+    for (arguments, says) in [
+        (&["trust", "rm", peer][..], "weft trust ls"),
+        (&["access", "--remove", "198.51.100.0/24"], "weft access"),
+        (&["tag", "rm", "none"], "weft tag ls"),
+        (&["rm", "no/such"], "weft ls"),
+        (&["record", "rm", "none"], "weft record ls"),
+    ] {
+        let finished = home.run(arguments);
+        assert_eq!(finished.code(), Some(3), "{arguments:?}: {finished:#?}");
+        assert!(finished.stderr.contains(says), "{finished:#?}");
+    }
+    let both = ["--remove", "198.51.100.0/24", "--remove", "192.0.2.0/24"];
+    let finished = home.run(&[&["access"], &both[..]].concat());
+    assert_eq!(finished.code(), Some(3), "{finished:#?}");
+    assert!(finished.stderr.contains("198.51.100.0/24"), "{finished:#?}");
+    let left = home.json(&["access"]);
+    assert_eq!(left["block"], Value::Array(vec![]), "the rest is done");
+}
+
+#[test]
+fn files_that_stay_when_a_model_is_removed_with_its_files_are_named_with_the_reason() {
+    let (provider, receiver) = (Home::new(), Home::new());
+    let first = provider.up(&[]);
+    let _second = receiver.up(&["--bootstrap", first.address()]);
+    let path = folder(&provider, "m", b"content");
+    let added = provider.json(&["add", &path, "--name", "acme/llama"]);
+    let to = receiver.beside("to");
+    let ticket = added["ticket"].as_str().unwrap();
+    receiver.json(&["get", ticket, "--to", to.to_str().unwrap()]);
+    let id = added["model"]["id"].as_str().unwrap();
+    fs::write(to.join("weights.bin"), "changed").unwrap();
+    let removed = receiver.json(&["rm", id, "--files"]);
+    assert_eq!(removed["files_deleted"], 1, "{removed}");
+    let left = removed["not_deleted"].as_array().unwrap();
+    assert_eq!(left.len(), 1, "{removed}");
+    assert!(left[0]["file"].as_str().unwrap().ends_with("weights.bin"));
+    assert!(left[0]["reason"].as_str().unwrap().contains("changed"));
+    let removed = provider.run(&["rm", id, "--files"]);
+    assert!(removed.stdout.contains("added in place"), "{removed:#?}");
+    assert!(provider.run(&["gc"]).stdout.contains("--gone"));
+}
+
+#[test]
+fn an_error_of_the_system_on_a_file_says_what_to_do() {
+    // Nobody makes folders there, not even root.
+    let finished = Home::new().run(&["--home", "/sys/weft", "up"]);
+    assert_eq!(finished.code(), Some(1), "{finished:#?}");
+    assert!(finished.stderr.contains("--home DIR"), "{finished:#?}");
 }

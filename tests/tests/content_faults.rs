@@ -193,6 +193,42 @@ fn a_disk_that_fills_up_at_any_point_costs_nothing_that_was_verified() {
 }
 
 #[test]
+fn a_node_starts_on_a_full_disk_says_so_serves_what_it_has_and_lets_a_person_make_room() {
+    let source = Home::new();
+    let folder = model(&source.beside("m"), 3_000_000);
+    let script = r#"
+        start || exit 91
+        weft add "$1" --name me/kept >/dev/null 2>&1 || exit 92
+        for how in TERM KILL; do
+            head -c 3000 "$1/0.safetensors" >"$disk/$how"
+            weft add "$disk/$how" --name "me/$how" >/dev/null 2>&1 || exit 93
+            kill -$how $pid; wait $pid 2>/dev/null
+            dd if=/dev/zero of="$disk/fill" bs=1k 2>/dev/null
+            start; echo "$how: start $?"
+            weft --json status | tail -n 1
+            weft cat me/kept 0.safetensors | cmp - "$1/0.safetensors"; echo "cat $?"
+            weft rm "me/$how" >/dev/null; echo "rm $?"
+            weft gc >/dev/null; echo "gc $?"
+            stop
+            rm "$disk/fill"
+            start || exit 94
+            weft --json status | tail -n 1
+        done
+        stop
+    "#;
+    let arguments = [folder.to_str().unwrap()];
+    let said = with_disk(&Home::new(), "16m", script, &arguments);
+    let mut full = Vec::new();
+    for line in said.lines() {
+        match serde_json::from_str::<Value>(line) {
+            Ok(status) => full.push(status["disk_full"] == true),
+            Err(_) => assert!(line.ends_with(" 0"), "{said}"),
+        }
+    }
+    assert_eq!(full, [true, false, true, false], "{said}");
+}
+
+#[test]
 fn a_target_that_takes_nothing_is_named() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = model(&provider.beside("m"), 3_000_000);

@@ -184,7 +184,7 @@ fn a_deleted_copy_can_be_forgotten() {
     let models = receiver.json(&["ls"]);
     let folder = stays.canonicalize().unwrap();
     assert_eq!(
-        models["models"][0]["path"],
+        models["models"][0]["folder"],
         folder.to_str().unwrap(),
         "{models}"
     );

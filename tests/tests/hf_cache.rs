@@ -145,12 +145,13 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
         ("acme/broken", 1, "links to a file that is not there"),
         ("a/b/c", 2, "name of a repository"),
     ] {
-        let one = provider.run(&["add", "--hf-cache", repo, "--cache-dir", text(&from)]);
+        let repo = format!("--hf-cache={repo}");
+        let one = provider.run(&["add", &repo, "--cache-dir", text(&from)]);
         assert_eq!(one.code(), Some(code), "{repo}: {one:#?}");
         assert!(one.stderr.contains(says), "{repo}: {one:#?}");
     }
     let named = ["--name", "me/gpt2", "--cache-dir", text(&from)];
-    let named = provider.json(&[&["add", "--hf-cache", "gpt2"], &named[..]].concat());
+    let named = provider.json(&[&["add", "--hf-cache=gpt2"], &named[..]].concat());
     assert_eq!(list(&named["added"][0]["model"]["names"]), ["me/gpt2"]);
 
     let _second = receiver.up(&["--bootstrap", first.address()]);
@@ -164,7 +165,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     let model = got["model"]["id"].as_str().unwrap();
     let commit = &model[..40];
     let snapshot = to.join("models--acme--m/snapshots").join(commit);
-    assert_eq!(got["directory"], text(&snapshot.canonicalize().unwrap()));
+    assert_eq!(got["folder"], text(&snapshot.canonicalize().unwrap()));
     assert_eq!(got["bytes_moved"], 300_008);
     let shown = receiver.json(&["show", model]);
     let weights = shown["files"][3]["sha256"].as_str().unwrap();
@@ -194,7 +195,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     let listed = receiver.json(&["ls"]);
     assert_eq!(listed["models"][0]["complete"], true, "{listed}");
     assert_eq!(listed["models"][0]["origin"], "fetched", "{listed}");
-    assert_eq!(listed["models"][0]["path"], got["directory"], "{listed}");
+    assert_eq!(listed["models"][0]["folder"], got["folder"], "{listed}");
 
     // Again, and by its other name: nothing moves but a ref.
     let again = receiver.run(&["get", "acme/m@v1", "--hf-cache", "--cache-dir", text(&to)]);
@@ -384,12 +385,12 @@ fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came
     assert_eq!(leftovers(&repo), Vec::<PathBuf>::new());
     let taken = on_disk(&cache);
     assert!(taken < size + size / 10, "{taken} bytes on disk for {size}");
-    let snapshot = PathBuf::from(got["directory"].as_str().unwrap());
+    let snapshot = PathBuf::from(got["folder"].as_str().unwrap());
     same_files(&real_model(), &snapshot);
 
     let loaded = load_offline(&cache, "sbert/minilm", "v1");
     assert_eq!(loaded["warnings"], serde_json::json!([]));
-    assert_eq!(loaded["folder"], got["directory"]);
+    assert_eq!(loaded["folder"], got["folder"]);
     let shown = receiver.json(&["show", added["model"]["id"].as_str().unwrap()]);
     let files = shown["files"].as_array().unwrap();
     assert_eq!(loaded["files"].as_object().unwrap().len(), files.len());
@@ -424,10 +425,7 @@ fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came
     let got = third.json(&[&["get", &ticket], &into[..]].concat());
     assert_eq!(got["bytes_moved"], 0, "{got}");
     assert_eq!(layout(&repo), before);
-    assert!(
-        got["directory"].as_str().unwrap().ends_with(COMMIT),
-        "{got}"
-    );
+    assert!(got["folder"].as_str().unwrap().ends_with(COMMIT), "{got}");
     // Without its weights, they alone are fetched.
     let fourth = Home::new();
     let _fourth = fourth.up(&[]);
@@ -442,6 +440,6 @@ fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came
     let got = fourth.json(&[&["get", &ticket], &into[..]].concat());
     assert_eq!(got["bytes_moved"], weights_size, "{got}");
     let loaded = load_offline(&hub, "sbert/minilm", "main");
-    assert_eq!(loaded["folder"], got["directory"]);
+    assert_eq!(loaded["folder"], got["folder"]);
     assert_eq!(loaded["files"].as_object().unwrap().len(), files.len());
 }

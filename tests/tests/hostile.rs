@@ -171,7 +171,7 @@ fn truncated_and_hostile_safetensors_files_are_bytes_and_an_error_if_strict() {
         );
         assert!(home.json(&["ls"])["models"].as_array().unwrap().is_empty());
         let added = home.json(&["add", path]);
-        assert_eq!(added["model"]["tensors"], 0, "{what}: {added}");
+        assert_eq!(added["model"]["tensor_count"], 0, "{what}: {added}");
         assert_eq!(
             added["opaque"][0]["path"], "model.safetensors",
             "{what}: {added}"
@@ -179,5 +179,5 @@ fn truncated_and_hostile_safetensors_files_are_bytes_and_an_error_if_strict() {
         home.json(&["rm", added["model"]["id"].as_str().unwrap()]);
     }
     fs::write(&file, &good).unwrap();
-    assert_eq!(home.json(&["add", path])["model"]["tensors"], 1);
+    assert_eq!(home.json(&["add", path])["model"]["tensor_count"], 1);
 }

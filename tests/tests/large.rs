@@ -61,7 +61,7 @@ fn ten_thousand_files_and_a_hundred_thousand_tensors() {
     let begin = Instant::now();
     let added = provider.json(&["add", source.to_str().unwrap()]);
     let adding = begin.elapsed();
-    assert_eq!(added["model"]["tensors"], 100_000, "{added}");
+    assert_eq!(added["model"]["tensor_count"], 100_000, "{added}");
     let receiving = receiver.up(&[]);
     let to = receiver.beside("got");
     let begin = Instant::now();

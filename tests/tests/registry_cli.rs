@@ -61,7 +61,7 @@ fn a_registry_is_made_followed_filled_and_left() {
     lists(&owner, &id, &["acme/tiny"]);
     let listed = &owner.json(&["registry", "ls", &id, "acme/"])["models"][0];
     assert_eq!(
-        (&listed["model"], &listed["publisher"], &listed["files"]),
+        (&listed["model_id"], &listed["publisher"], &listed["files"]),
         (
             &added["model"]["id"],
             &json!(publisher_up.peer_id()),

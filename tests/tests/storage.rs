@@ -122,7 +122,7 @@ fn a_flipped_bit_is_found_never_served_and_repaired() {
     assert_eq!(finished.code(), Some(9), "{finished:#?}");
     let result = finished.json();
     assert_eq!(result["problems"], 1);
-    assert_eq!(result["failed"][0]["model"], id.as_str());
+    assert_eq!(result["failed"][0]["model_id"], id.as_str());
     let first = provider.up(&[]);
     receiver.json(&["connect", first.address()]);
     receiver.json(&["get", &id, "--to", to.to_str().unwrap()]);
@@ -156,7 +156,7 @@ fn a_tag_keeps_a_model_until_it_is_removed() {
     drop(up);
     let _up = home.up(&[]);
     let tags = home.json(&["tag", "ls"]);
-    assert_eq!(tags["tags"][0]["model"], id.as_str());
+    assert_eq!(tags["tags"][0]["model_id"], id.as_str());
     let shown = home.run(&["show", &id]);
     assert!(shown.stdout.contains("tag     prod"), "{shown:#?}");
     let bad = home.run(&["tag", "add", "no spaces", &id]);
@@ -185,8 +185,8 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
     receiver.json(&["tag", "add", "keep", &tagged]);
     let oldest = id(&get(1, "b").json());
     let storage = receiver.json(&["storage"]);
-    assert_eq!(storage["quota"], 3_000_000);
-    assert_eq!(storage["counted"], 2_400_000);
+    assert_eq!(storage["quota_bytes"], 3_000_000);
+    assert_eq!(storage["counted_bytes"], 2_400_000);
     let third = get(2, "c");
     assert_eq!(third.code(), Some(0), "{third:#?}");
     let gone = receiver.run(&["show", &oldest]);
@@ -206,15 +206,17 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
     // Nor does a reader take more than there is room for.
     let read = receiver.run(&["--json", "cat", &tickets[3], "weights.bin"]);
     assert_eq!(read.code(), Some(8), "{read:#?}");
+    assert_eq!(read.stdout, "", "content alone belongs there");
+    assert!(read.stderr.contains("QUOTA_EXCEEDED"), "{read:#?}");
     let storage = receiver.json(&["storage"]);
-    assert_eq!(storage["counted"], 2_400_000, "{storage}");
+    assert_eq!(storage["counted_bytes"], 2_400_000, "{storage}");
     // A folder that was chosen elsewhere does not count.
     let elsewhere = receiver.beside("d");
     receiver.json(&["get", &tickets[3], "--to", elsewhere.to_str().unwrap()]);
     let storage = receiver.json(&["storage"]);
-    assert_eq!(storage["elsewhere"], 1_200_000, "{storage}");
+    assert_eq!(storage["elsewhere_bytes"], 1_200_000, "{storage}");
     let storage = receiver.json(&["storage", "--quota", "none"]);
-    assert_eq!(storage["quota"], Value::Null);
+    assert_eq!(storage["quota_bytes"], Value::Null);
     assert_eq!(get(3, "d").code(), Some(0));
     drop(first);
 }

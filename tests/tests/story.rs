@@ -81,13 +81,13 @@ fn a_real_model_moves_by_name_between_nodes_that_know_only_a_third() {
     assert_eq!(listed["models"][0]["origin"], "fetched");
     let status = receiver.json(&["status"]);
     assert_eq!(status["peer_id"], second.peer_id());
-    assert_eq!(status["models"], 1);
+    assert_eq!(status["model_count"], 1);
 
     // What `rm --files` deletes is what `get` wrote, and never what was added.
     let target = receiver.beside("minilm");
     fs::write(target.join("mine.txt"), "notes").unwrap();
     let removed = receiver.json(&["rm", "sbert/minilm", "--files"]);
-    assert_eq!(removed["files_deleted"], got["model"]["files"]);
+    assert_eq!(removed["files_deleted"], got["model"]["file_count"]);
     assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
     assert!(
         receiver.json(&["ls"])["models"]

@@ -376,7 +376,7 @@ fn topics_at_the_command_line() {
         std::thread::park_timeout(Duration::from_millis(20));
     }
     let published = one.json(&["topic", "publish", "news", "hello\u{1b}[2J"]);
-    assert_eq!(published["peers"], 1);
+    assert_eq!(published["peer_count"], 1);
     let watched = watch.finish();
     assert_eq!(watched.code(), Some(0), "{watched:#?}");
     let message = watched.json();

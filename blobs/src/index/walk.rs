@@ -186,14 +186,14 @@ impl<'a> Walker<'a> {
         let outside = !self.within.iter().any(|folder| target.starts_with(folder));
         if outside && !follow {
             let reason = format!(
-                "a link out of the folder, to {}; the option follow-links includes it",
+                "a link out of the folder, to {}; --follow-links includes it",
                 target.display()
             );
             self.skip(&relative, &reason);
             return Ok(());
         }
         if !follow && self.leads_to_left_out(&target) {
-            let reason = "a link to what is left out; the option follow-links includes it";
+            let reason = "a link to what is left out; --follow-links includes it";
             self.skip(&relative, reason);
             return Ok(());
         }
@@ -203,7 +203,7 @@ impl<'a> Walker<'a> {
                 return Ok(());
             }
             if !follow {
-                let reason = "a link to a folder; the option follow-links includes it";
+                let reason = "a link to a folder; --follow-links includes it";
                 self.skip(&relative, reason);
                 return Ok(());
             }
@@ -266,7 +266,7 @@ impl<'a> Walker<'a> {
         } else if let Some(reason) = litter(name) {
             Some(reason)
         } else if name.starts_with('.') && !self.rules.hidden && !KNOWN_HIDDEN.contains(&name) {
-            Some("hidden; the option hidden includes it")
+            Some("hidden; --hidden includes it")
         } else {
             None
         }

@@ -78,7 +78,7 @@ fn document(info: DocInfo) -> api::Document {
 
 fn completeness(completeness: &DocCompleteness) -> api::DocumentCompleteness {
     let holder = |holder: &DocHolder| api::DocumentHolder {
-        peer: holder.peer.to_string(),
+        peer_id: holder.peer.to_string(),
         answered: holder.answered,
         changes: holder.changes,
         missing: holder.missing,
@@ -245,7 +245,7 @@ impl Documents for Service {
         let commits = commits.map(|commit| api::DocumentCommit {
             id: commit.id.to_string(),
             author: commit.author.to_string(),
-            time: commit.time,
+            written_at_seconds: commit.time,
             message: commit.message.unwrap_or_default(),
             operations: commit.operations,
         });

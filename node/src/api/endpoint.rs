@@ -99,7 +99,12 @@ impl Endpoint {
         let files = Files::of(node.home());
         let failed = |what: &Path| {
             let what = what.display().to_string();
-            move |error: io::Error| Failure::other(format!("cannot serve the API: {what}: {error}"))
+            move |error: io::Error| {
+                Failure::other(format!("cannot serve the API: {what}: {error}")).hint(
+                    "The home must be on a disk with room, and be this user's to write: make room, use chown or chmod, or\n\
+                     choose another home with --home DIR.",
+                )
+            }
         };
         fs::DirBuilder::new()
             .recursive(true)

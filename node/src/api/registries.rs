@@ -37,7 +37,8 @@ fn name(text: &str) -> Result<ModelName, Status> {
 }
 
 fn publishers(publishers: &[api::RegistryPublisher]) -> Result<Vec<(PeerId, NamePattern)>, Status> {
-    let publisher = |one: &api::RegistryPublisher| Ok((peer(&one.peer)?, pattern(&one.pattern)?));
+    let publisher =
+        |one: &api::RegistryPublisher| Ok((peer(&one.peer_id)?, pattern(&one.pattern)?));
     publishers.iter().map(publisher).collect()
 }
 
@@ -49,7 +50,7 @@ fn registry(info: RegistryInfo) -> api::Registry {
     };
     if let Some(details) = info.details {
         let publisher = |(peer, pattern): (PeerId, NamePattern)| api::RegistryPublisher {
-            peer: peer.to_string(),
+            peer_id: peer.to_string(),
             pattern: pattern.to_string(),
         };
         answer.arrived = true;
@@ -58,7 +59,7 @@ fn registry(info: RegistryInfo) -> api::Registry {
         answer.publishers = details.publishers.into_iter().map(publisher).collect();
         answer.catalogues = details.catalogues as u64;
         answer.catalogues_here = details.catalogues_here as u64;
-        answer.names = details.names as u64;
+        answer.name_count = details.names as u64;
         answer.administered = details.administered;
         answer.published = details.published;
     }
@@ -70,15 +71,15 @@ fn listed(model: ListedModel) -> api::ListedModel {
     let file = |(path, size)| api::ListedFile { path, size };
     api::ListedModel {
         name: model.name.to_string(),
-        model: model.model.to_string(),
+        model_id: model.model.to_string(),
         publisher: model.publisher.to_string(),
         size: model.size,
-        tensors: model.tensors,
+        tensor_count: model.tensors,
         shard_groups: model.shard_groups,
         file_count: model.file_count,
         files: model.files.into_iter().map(file).collect(),
         manifest_size: model.manifest_size,
-        published_millis: since.map_or(0, |since| since.as_millis() as u64),
+        published_at_millis: since.map_or(0, |since| since.as_millis() as u64),
     }
 }
 
@@ -180,7 +181,7 @@ impl Registries for Service {
                 "" => None,
                 text => Some(pattern(text)?),
             };
-            Ok::<_, Status>((peer(&one.peer)?, what))
+            Ok::<_, Status>((peer(&one.peer_id)?, what))
         };
         let remove = request
             .remove

@@ -74,13 +74,14 @@ impl node_server::Node for Service {
             addresses: now.addresses.iter().map(ToString::to_string).collect(),
             api: self.endpoints.clone(),
             uptime_seconds: now.uptime.as_secs(),
-            peers: now.peers as u32,
+            peer_count: now.peers as u32,
             dht_nodes: now.dht_nodes as u32,
             dht_records: now.dht_records as u64,
-            models: now.models as u32,
+            model_count: now.models as u32,
             model_bytes: now.model_bytes,
             bootstrap: now.bootstrap.into_iter().map(bootstrap).collect(),
             clock: self.node.clock().await.map(clock),
+            disk_full: now.disk_full,
         }))
     }
 
@@ -223,10 +224,12 @@ impl node_server::Node for Service {
         let _one = self.changing.lock().await;
         let now = self.node.rates();
         self.node.set_rates(Rates {
-            download: request.download.unwrap_or(now.download),
-            upload: request.upload.unwrap_or(now.upload),
-            download_per_peer: request.download_per_peer.unwrap_or(now.download_per_peer),
-            upload_per_peer: request.upload_per_peer.unwrap_or(now.upload_per_peer),
+            download: request.download_rate.unwrap_or(now.download),
+            upload: request.upload_rate.unwrap_or(now.upload),
+            download_per_peer: request
+                .download_rate_per_peer
+                .unwrap_or(now.download_per_peer),
+            upload_per_peer: request.upload_rate_per_peer.unwrap_or(now.upload_per_peer),
         });
         Ok(Response::new(rates_response(self.node.rates())))
     }
@@ -290,16 +293,16 @@ impl node_server::Node for Service {
     }
 }
 
-/// Files without tensors that an answer lists, of maybe 100,000: a message of gRPC may have 4 MiB.
-const MAX_OPAQUE: usize = 300;
+/// Files that an answer lists one by one, of maybe 100,000: a message of gRPC may have 4 MiB.
+const MAX_TOLD: usize = 300;
 
 /// Rules in a list: each connection is held against all of them.
 const MAX_RULES: usize = 4096;
 
 fn clock(difference: weft::ClockDifference) -> api::ClockDifference {
     api::ClockDifference {
-        seconds: difference.seconds(),
-        peers: difference.peers as u32,
+        difference_seconds: difference.seconds(),
+        peer_count: difference.peers as u32,
         is_wrong: difference.is_wrong(),
         text: difference.to_string(),
     }
@@ -543,7 +546,7 @@ impl Models for Service {
                 .iter()
                 .map(|claim| api::NameClaim {
                     publisher: claim.publisher.to_string(),
-                    model: claim.model.to_string(),
+                    model_id: claim.model.to_string(),
                     trusted: claim.trusted,
                 })
                 .collect(),
@@ -629,6 +632,16 @@ impl Models for Service {
                 .map(|folder| folder.display().to_string())
                 .collect(),
             not_withdrawn: removed.not_withdrawn,
+            not_deleted_more: removed.not_deleted.len().saturating_sub(MAX_TOLD) as u32,
+            not_deleted: removed
+                .not_deleted
+                .into_iter()
+                .take(MAX_TOLD)
+                .map(|one| api::NotDeleted {
+                    file: one.file.display().to_string(),
+                    reason: one.reason.to_owned(),
+                })
+                .collect(),
         }))
     }
 
@@ -757,14 +770,14 @@ pub(super) fn model(info: ModelInfo) -> api::Model {
         id: info.id.to_string(),
         names: info.names,
         size: info.size,
-        files: info.files as u32,
-        tensors: info.tensors as u32,
-        path: info.path.display().to_string(),
+        file_count: info.file_count as u32,
+        tensor_count: info.tensor_count as u32,
+        folder: info.folder.display().to_string(),
         complete: info.complete,
         bytes_here: info.bytes_here,
         not_answering: info.not_answering,
         origin: if info.fetched { "fetched" } else { "added" }.to_owned(),
-        added_at: info.added_at,
+        added_at_seconds: info.added_at,
         tags: info.tags,
     }
 }
@@ -803,11 +816,11 @@ fn add_done(added: Added) -> api::AddDone {
         skipped: added.skipped,
         registries: added.registries.iter().map(ToString::to_string).collect(),
         not_listed: added.not_listed,
-        opaque_more: added.opaque.len().saturating_sub(MAX_OPAQUE) as u32,
+        opaque_more: added.opaque.len().saturating_sub(MAX_TOLD) as u32,
         opaque: added
             .opaque
             .into_iter()
-            .take(MAX_OPAQUE)
+            .take(MAX_TOLD)
             .map(|one| api::OpaqueFile {
                 path: one.path,
                 reason: one.reason,
@@ -840,10 +853,10 @@ fn add_hf_cache_done(added: AddedHfCache) -> api::AddHfCacheDone {
 
 fn rates_response(rates: Rates) -> api::RatesResponse {
     api::RatesResponse {
-        download: rates.download,
-        upload: rates.upload,
-        download_per_peer: rates.download_per_peer,
-        upload_per_peer: rates.upload_per_peer,
+        download_rate: rates.download,
+        upload_rate: rates.upload,
+        download_rate_per_peer: rates.download_per_peer,
+        upload_rate_per_peer: rates.upload_per_peer,
     }
 }
 
@@ -886,7 +899,7 @@ fn get_progress(progress: GetProgress) -> api::GetProgress {
 fn get_done(got: Got) -> api::GetDone {
     api::GetDone {
         model: Some(model(got.model)),
-        directory: got.directory.display().to_string(),
+        folder: got.folder.display().to_string(),
         bytes_moved: got.bytes_moved,
         bytes_wasted: got.bytes_wasted,
         bytes_total: got.bytes_total,

@@ -79,6 +79,7 @@ pub(crate) fn status(error: &Error) -> Status {
         Error::Stopped => (Code::Unavailable, "STOPPED"),
         _ => (Code::Internal, "STORE"),
     };
+    let (code, reason) = of_system(error).unwrap_or((code, reason));
     let mut message = error.to_string();
     if let Error::SeveralPublishers { publishers, .. } = error {
         for (peer, model) in publishers {
@@ -87,6 +88,32 @@ pub(crate) fn status(error: &Error) -> Status {
     }
     let details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
     Status::with_error_details(code, message, details)
+}
+
+/// The reason for an error of the system on a file, wherever it was met: what to do about it is the same everywhere.
+fn of_system(error: &Error) -> Option<(Code, &'static str)> {
+    use std::io::ErrorKind;
+
+    let places = matches!(
+        error,
+        Error::Home(HomeError::Io { .. }) | Error::Store(_) | Error::Index(_) | Error::HfCache(_)
+    );
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = places.then_some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            return match error.kind() {
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                    Some((Code::FailedPrecondition, "PERMISSION"))
+                }
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+                    Some((Code::ResourceExhausted, "DISK_FULL"))
+                }
+                _ => None,
+            };
+        }
+        cause = error.source();
+    }
+    None
 }
 
 fn of_hf_cache(error: &HfCacheError) -> (Code, &'static str) {
@@ -138,4 +165,30 @@ pub(crate) fn failed(message: impl Into<String>) -> Status {
 pub(crate) fn invalid(message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info("INVALID_INPUT", DOMAIN, HashMap::new());
     Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_system_has_a_reason_of_its_own_wherever_it_was_met() {
+        for (kind, reason) in [
+            (io::ErrorKind::PermissionDenied, "PERMISSION"),
+            (io::ErrorKind::ReadOnlyFilesystem, "PERMISSION"),
+            (io::ErrorKind::StorageFull, "DISK_FULL"),
+            (io::ErrorKind::QuotaExceeded, "DISK_FULL"),
+            (io::ErrorKind::InvalidData, "HOME"),
+        ] {
+            let error = Error::Home(HomeError::Io {
+                action: "cannot write",
+                path: "/home/x".into(),
+                source: kind.into(),
+            });
+            let details = status(&error).get_details_error_info();
+            assert_eq!(details.unwrap().reason, reason);
+        }
+    }
 }

@@ -28,7 +28,7 @@ pub(super) async fn untag(
 ) -> Result<Response<api::UntagResponse>, Status> {
     let model = node.models().untag(&request.tag).await;
     Ok(Response::new(api::UntagResponse {
-        model: model.map_err(|error| status(&error))?.to_string(),
+        model_id: model.map_err(|error| status(&error))?.to_string(),
     }))
 }
 
@@ -36,8 +36,8 @@ pub(super) async fn tags(node: &Node) -> Result<Response<api::TagsResponse>, Sta
     let tags = node.models().tags().await;
     let tags = tags.map_err(|error| status(&error))?.into_iter();
     let tags = tags.map(|tag| api::Tag {
-        name: tag.name,
-        model: tag.model.to_string(),
+        tag: tag.name,
+        model_id: tag.model.to_string(),
     });
     Ok(Response::new(api::TagsResponse {
         tags: tags.collect(),
@@ -76,23 +76,23 @@ pub(super) async fn change_quota(
     node: &Node,
     request: api::ChangeQuotaRequest,
 ) -> Result<Response<api::StorageResponse>, Status> {
-    let changed = node.models().set_quota(request.quota).await;
+    let changed = node.models().set_quota(request.quota_bytes).await;
     changed.map_err(|error| status(&error))?;
     storage(node).await
 }
 
 fn storage_response(now: &Storage) -> api::StorageResponse {
     api::StorageResponse {
-        models: now.models,
-        parts: now.parts,
-        owned: now.owned,
-        expected: now.expected,
-        metadata: now.metadata,
-        elsewhere: now.elsewhere,
-        in_place: now.in_place,
-        counted: now.counted(),
-        quota: now.quota,
-        free: now.free,
+        models_bytes: now.models,
+        parts_bytes: now.parts,
+        owned_bytes: now.owned,
+        expected_bytes: now.expected,
+        metadata_bytes: now.metadata,
+        elsewhere_bytes: now.elsewhere,
+        in_place_bytes: now.in_place,
+        counted_bytes: now.counted(),
+        quota_bytes: now.quota,
+        free_bytes: now.free,
     }
 }
 
@@ -126,8 +126,8 @@ fn verify_progress(progress: VerifyProgress) -> api::VerifyProgress {
 
 fn verify_done(verified: Verified) -> api::VerifyDone {
     let failed = verified.failed.iter().map(|(model, reason)| {
-        let (model, reason) = (model.to_string(), reason.clone());
-        api::VerifyFailure { model, reason }
+        let (model_id, reason) = (model.to_string(), reason.clone());
+        api::VerifyFailure { model_id, reason }
     });
     api::VerifyDone {
         bytes: verified.bytes,
@@ -146,7 +146,7 @@ fn verified_file(file: VerifiedFile) -> api::VerifiedFile {
         end: range.end,
     });
     api::VerifiedFile {
-        model: file.model.to_string(),
+        model_id: file.model.to_string(),
         path: file.path,
         file: file.file.display().to_string(),
         state: match file.condition {

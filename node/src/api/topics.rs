@@ -40,7 +40,7 @@ impl Topics for Service {
         let peers = topics.publish(&request.topic, request.data).await;
         let peers = peers.map_err(|error| status(&error))?;
         Ok(Response::new(api::PublishResponse {
-            peers: peers as u32,
+            peer_count: peers as u32,
         }))
     }
 

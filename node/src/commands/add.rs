@@ -47,7 +47,7 @@ pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<
     };
     if repo.is_empty() && !name.is_empty() {
         return Err(Failure::usage(
-            "--name is for one model: say which repository, as in --hf-cache org/name",
+            "--name is for one model: say which repository, as in --hf-cache=org/name",
         ));
     }
     let request = AddHfCacheRequest {
@@ -195,8 +195,8 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
     let model = done.model.clone().unwrap_or_default();
     let counted = format!(
         "added {}, {}, {}",
-        output::count(model.files.into(), "file"),
-        output::count(model.tensors.into(), "tensor"),
+        output::count(model.file_count.into(), "file"),
+        output::count(model.tensor_count.into(), "tensor"),
         output::bytes(model.size),
     );
     out!("{}", format!("{counted} {how_long}").trim_end());
@@ -220,10 +220,10 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
 
 /// Why no other node has taken the announcement of a model.
 fn not_announced(node: &StatusResponse) -> String {
-    if node.peers == 0 {
+    if node.peer_count == 0 {
         return "nobody is connected yet: it is announced when this node meets others".to_owned();
     }
-    let peers = output::count(node.peers.into(), "connected peer");
+    let peers = output::count(node.peer_count.into(), "connected peer");
     match node.clock.as_ref().is_some_and(|clock| clock.is_wrong) {
         true => format!("none of {peers} has taken the announcement: this machine's clock is off"),
         false => format!(

@@ -525,7 +525,7 @@ fn lines(method: MethodDescriptor) -> ReceiverStream<CallMessage> {
                     Err(_) => return,
                 },
                 Err(failure) => {
-                    failure.print(false);
+                    failure.print(false, false);
                     return;
                 }
             }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use weft::{DocumentId, PeerId};
 use weft_proto::api::{self, document_edit::What as Edit, document_event::What};
 
+use super::all_were_there;
 use crate::{
     cli::Doc,
     client::Client,
@@ -92,10 +93,17 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
                 revoke_writers: texts(&revoke),
                 ..api::SetDocumentRightsRequest::default()
             };
+            let mut absent = texts(&revoke);
+            if !absent.is_empty() {
+                let writers = arrived(client, id).await?.writers;
+                absent.retain(|peer| !writers.contains(peer));
+            }
             let document = match add.is_empty() && revoke.is_empty() {
                 true => arrived(client, id).await?,
                 false => client.documents().set_rights(request).await?.into_inner(),
             };
+            let hint = "`weft doc writers ID` shows the writers; the owner stays one.";
+            all_were_there(&absent, "no writer before", hint)?;
             writers(&document, as_json)
         }
         Doc::Readers {
@@ -191,7 +199,7 @@ fn document_json(document: &api::Document) -> Value {
     if let Some(completeness) = &document.completeness {
         let holder = |holder: &api::DocumentHolder| {
             json!({
-                "peer": holder.peer,
+                "peer_id": holder.peer_id,
                 "answered": holder.answered,
                 "changes": holder.changes,
                 "missing": holder.missing,
@@ -578,7 +586,7 @@ async fn history(
             json!({
                 "id": commit.id,
                 "author": commit.author,
-                "time": commit.time,
+                "written_at_seconds": commit.written_at_seconds,
                 "message": commit.message,
                 "operations": commit.operations,
             })
@@ -597,7 +605,9 @@ async fn history(
             .to_vec(),
     ];
     rows.extend(commits.iter().map(|commit| {
-        let at = u64::try_from(commit.time).ok().filter(|time| *time > 0);
+        let at = u64::try_from(commit.written_at_seconds)
+            .ok()
+            .filter(|time| *time > 0);
         let at = at.and_then(|time| UNIX_EPOCH.checked_add(Duration::from_secs(time)));
         let age = at.map(|at| output::duration(at.elapsed().unwrap_or_default()));
         vec![
@@ -674,8 +684,12 @@ async fn export(
 fn cannot_write(file: &Path, error: &std::io::Error) -> Failure {
     let text = format!("{}: {error}", file.display());
     match error.kind() {
-        ErrorKind::AlreadyExists => Failure::new(TARGET_EXISTS, "TARGET_EXISTS", text)
-            .hint("Nothing was written. Move it away, or name another file."),
+        ErrorKind::AlreadyExists => Failure::new(
+            TARGET_EXISTS,
+            "TARGET_EXISTS",
+            format!("{} exists already", file.display()),
+        )
+        .hint("Nothing was written. Move it away, or name another file."),
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
             Failure::new(DISK_FULL, "DISK_FULL", text)
                 .hint("Nothing was left there. Make room, or name a file on another disk.")

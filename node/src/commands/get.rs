@@ -37,7 +37,7 @@ pub(crate) async fn run(client: &Client, options: Get, as_json: bool) -> Result<
     let hf_cache = match options.hf_cache {
         Some(repo) if repo.is_empty() && !matches!(target, Target::Name(_)) => {
             return Err(Failure::usage(
-                "an id or a ticket does not say which repository of the cache it goes into: say it, as in --hf-cache=org/name",
+                "an id or a ticket names no repository of the cache: name it, as in --hf-cache=org/name",
             ));
         }
         Some(repo) => Some(hf_cache(repo, options.cache_dir)?),
@@ -172,13 +172,13 @@ fn print(done: GetDone, as_json: bool) {
             "{}",
             json!({
                 "model": model_json(&model),
-                "directory": done.directory,
+                "folder": done.folder,
                 "bytes_total": done.bytes_total,
                 "bytes_moved": done.bytes_moved,
                 "bytes_reused": done.bytes_reused,
                 "bytes_wasted": done.bytes_wasted,
-                "seconds": elapsed.as_secs_f64(),
-                "lookup_seconds": done.lookup_micros as f64 / 1e6,
+                "elapsed_micros": done.elapsed_micros,
+                "lookup_micros": done.lookup_micros,
                 "publisher": (!done.publisher.is_empty()).then_some(done.publisher),
                 "sources": sources,
                 "results": done.results,
@@ -191,7 +191,7 @@ fn print(done: GetDone, as_json: bool) {
         out!(
             "{} is complete in {}; all of it was on this machine",
             output::bytes(done.bytes_total),
-            done.directory
+            done.folder
         );
     } else {
         out!(
@@ -207,7 +207,7 @@ fn print(done: GetDone, as_json: bool) {
                 output::bytes(done.bytes_reused)
             );
         }
-        out!("  folder     {}", done.directory);
+        out!("  folder     {}", done.folder);
     }
     for path in &done.results {
         out!("  made       {path}");

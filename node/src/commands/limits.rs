@@ -3,6 +3,7 @@
 use serde_json::json;
 use weft_proto::api;
 
+use super::all_were_there;
 use crate::{
     cli::{AccessChange, RatesChange},
     client::Client,
@@ -46,10 +47,10 @@ pub(super) async fn rates(
     as_json: bool,
 ) -> Result<(), Failure> {
     let change = api::ChangeRatesRequest {
-        download: options.download,
-        upload: options.upload,
-        download_per_peer: options.download_per_peer,
-        upload_per_peer: options.upload_per_peer,
+        download_rate: options.download,
+        upload_rate: options.upload,
+        download_rate_per_peer: options.download_per_peer,
+        upload_rate_per_peer: options.upload_per_peer,
     };
     let unchanged = change == api::ChangeRatesRequest::default();
     let rates = match unchanged {
@@ -61,19 +62,19 @@ pub(super) async fn rates(
         out!(
             "{}",
             json!({
-                "download": rates.download,
-                "upload": rates.upload,
-                "download_per_peer": rates.download_per_peer,
-                "upload_per_peer": rates.upload_per_peer,
+                "download_rate": rates.download_rate,
+                "upload_rate": rates.upload_rate,
+                "download_rate_per_peer": rates.download_rate_per_peer,
+                "upload_rate_per_peer": rates.upload_rate_per_peer,
             })
         );
         return Ok(());
     }
     for (name, rate) in [
-        ("download           ", rates.download),
-        ("upload             ", rates.upload),
-        ("download per peer  ", rates.download_per_peer),
-        ("upload per peer    ", rates.upload_per_peer),
+        ("download           ", rates.download_rate),
+        ("upload             ", rates.upload_rate),
+        ("download per peer  ", rates.download_rate_per_peer),
+        ("upload per peer    ", rates.upload_rate_per_peer),
     ] {
         match rate {
             0 => out!("{name}no limit"),
@@ -82,7 +83,7 @@ pub(super) async fn rates(
     }
     if !unchanged {
         out!(
-            "This holds until the node stops; give --max-download and the like to `weft up` to keep it."
+            "This holds until the node stops; give `weft up` the options --max-download, --max-upload, --max-download-per-peer and --max-upload-per-peer to keep it."
         );
     }
     Ok(())
@@ -100,11 +101,22 @@ pub(super) async fn access(
         remove: text(&options.remove),
     };
     let unchanged = change == api::ChangeAccessRequest::default();
+    let mut absent = change.remove.clone();
+    if !absent.is_empty() {
+        let access = client.node().access(api::AccessRequest {}).await?;
+        let access = access.into_inner();
+        absent.retain(|rule| !access.allow.contains(rule) && !access.block.contains(rule));
+    }
     let access = match unchanged {
         true => client.node().access(api::AccessRequest {}).await?,
         false => client.node().change_access(change).await?,
     };
     let access = access.into_inner();
+    all_were_there(
+        &absent,
+        "no such rule in either list",
+        "`weft access` shows both lists; a rule is removed as it is written there.",
+    )?;
     if as_json {
         out!(
             "{}",

@@ -30,7 +30,7 @@ use crate::{
     cli::{Cli, Command},
     client::Client,
     daemon, demo,
-    exit::Failure,
+    exit::{Failure, NOT_FOUND},
     output,
 };
 
@@ -125,13 +125,14 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
                 "addresses": status.addresses,
                 "api": status.api,
                 "uptime_seconds": status.uptime_seconds,
-                "peers": status.peers,
+                "peer_count": status.peer_count,
                 "dht_nodes": status.dht_nodes,
                 "dht_records": status.dht_records,
-                "models": status.models,
+                "model_count": status.model_count,
                 "model_bytes": status.model_bytes,
                 "bootstrap": status.bootstrap.iter().map(reach::bootstrap_json).collect::<Vec<_>>(),
                 "clock": clock_json(status.clock.as_ref()),
+                "disk_full": status.disk_full,
             })
         );
         return Ok(());
@@ -157,7 +158,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         let name = if i == 0 { "bootstrap" } else { "         " };
         out!("{name}  {}: {}", one.address, reach::bootstrap_state(one));
     }
-    out!("peers      {}", status.peers);
+    out!("peers      {}", status.peer_count);
     out!(
         "dht        {}, {}",
         output::count(status.dht_nodes.into(), "node"),
@@ -165,20 +166,35 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
     );
     out!(
         "models     {}, {}",
-        status.models,
+        status.model_count,
         output::bytes(status.model_bytes)
     );
     if let Some(warning) = clock_warning(status.clock.as_ref()) {
         out!("clock      {warning}");
     }
+    if status.disk_full {
+        out!("disk       {DISK_FULL}");
+    }
     Ok(())
 }
+
+/// Fails if `absent` of a change's entries to be removed were not there. The rest of the change is done.
+fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failure> {
+    if absent.is_empty() {
+        return Ok(());
+    }
+    let text = format!("{what}: {}", absent.join(", "));
+    Err(Failure::new(NOT_FOUND, "NO_SUCH_ENTRY", text).hint(hint))
+}
+
+/// Says that the disk of the home is full, and what to do.
+pub(crate) const DISK_FULL: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
 
 fn clock_json(clock: Option<&api::ClockDifference>) -> serde_json::Value {
     clock.map_or(serde_json::Value::Null, |clock| {
         json!({
-            "seconds": clock.seconds,
-            "peers": clock.peers,
+            "difference_seconds": clock.difference_seconds,
+            "peer_count": clock.peer_count,
             "is_wrong": clock.is_wrong,
         })
     })
@@ -187,7 +203,7 @@ fn clock_json(clock: Option<&api::ClockDifference>) -> serde_json::Value {
 /// Returns a warning about this machine's clock, with what to do; `None` if the clock is not known to be wrong.
 fn clock_warning(clock: Option<&api::ClockDifference>) -> Option<String> {
     let clock = clock.filter(|clock| clock.is_wrong)?;
-    let effect = match (clock.peers, clock.seconds < 0) {
+    let effect = match (clock.peer_count, clock.difference_seconds < 0) {
         (0, _) | (_, true) => "others may take its records for expired",
         (_, false) => "it may take others' records for expired, and others refuse its own",
     };
@@ -207,7 +223,7 @@ async fn peers(client: &Client, as_json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     if peers.is_empty() {
-        out!("connected to nobody");
+        out!("connected to nobody; `weft status` shows what became of each bootstrap address");
         return Ok(());
     }
     let heading = [

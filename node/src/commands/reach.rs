@@ -57,9 +57,11 @@ fn path_json(path: &api::PeerPath) -> Value {
 /// One peer, by any of its addresses.
 fn any_of(peers: &[String]) -> Result<api::ConnectRequest, Failure> {
     let mut all = peers.iter().map(|peer| request(peer));
-    let mut first = all
-        .next()
-        .unwrap_or_else(|| Err(Failure::usage("which peer?")))?;
+    let mut first = all.next().unwrap_or_else(|| {
+        Err(Failure::usage(
+            "no peer is given: give a PeerId, or an address that ends in /p2p/<PeerId>",
+        ))
+    })?;
     for other in all {
         let other = other?;
         if other.peer_id != first.peer_id {
@@ -85,6 +87,7 @@ pub(super) fn request(peer: &str) -> Result<api::ConnectRequest, Failure> {
         Failure::usage(format!(
             "{peer} is neither a PeerId nor an address that ends in /p2p/<PeerId>"
         ))
+        .hint("`weft status` on that node shows its PeerId and its addresses.")
     };
     let address: Multiaddr = peer.parse().map_err(|_| malformed())?;
     let (address, id) = split_peer_id(address);
@@ -372,7 +375,7 @@ fn advice(known: &api::DoctorResponse) -> Vec<String> {
     }
     if known.quic_mapping == "unknown" && known.tcp_mapping == "unknown" && !known.ipv6 {
         say(
-            "What kind of NAT there is shows once two peers in different places have seen this node: bootstrap nodes or relays outside this network.",
+            "The kind of NAT shows once two peers in different places have seen this node: give it bootstrap nodes or relays outside this network with --bootstrap or --relay.",
         );
     }
     advice
@@ -424,7 +427,7 @@ pub(super) async fn is_connected(client: &Client) -> Result<(), Failure> {
         .status(api::StatusRequest {})
         .await?
         .into_inner();
-    if status.peers > 0 {
+    if status.peer_count > 0 {
         return Ok(());
     }
     let given = status.bootstrap.iter().filter_map(|one| {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use weft::{DocumentId, ModelName, NamePattern, PeerId};
 use weft_proto::api;
 
+use super::all_were_there;
 use crate::{
     cli::Registry,
     client::Client,
@@ -50,6 +51,15 @@ pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Re
                 add: add.iter().map(Publisher::to_api).collect(),
                 remove: remove.iter().map(Former::to_api).collect(),
             };
+            let mut absent = request.remove.clone();
+            if !absent.is_empty() {
+                let now = find(client, id).await?.publishers;
+                let is = |gone: &api::RegistryPublisher, one: &api::RegistryPublisher| {
+                    gone.peer_id == one.peer_id
+                        && (gone.pattern.is_empty() || gone.pattern == one.pattern)
+                };
+                absent.retain(|gone| !now.iter().any(|one| is(gone, one)));
+            }
             let registry = match add.is_empty() && remove.is_empty() {
                 true => find(client, id).await?,
                 false => client
@@ -58,6 +68,15 @@ pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Re
                     .await?
                     .into_inner(),
             };
+            let absent = absent.iter().map(|gone| match gone.pattern.as_str() {
+                "" => gone.peer_id.clone(),
+                pattern => format!("{}={pattern}", gone.peer_id),
+            });
+            all_were_there(
+                &absent.collect::<Vec<_>>(),
+                "no such publisher before",
+                "`weft registry publishers ID` shows the publishers and their names.",
+            )?;
             publishers(&registry, as_json)
         }
         Registry::Publish { id, name, model } => publish(client, id, name, model, as_json).await,
@@ -87,9 +106,9 @@ impl std::str::FromStr for Former {
             Some((peer, pattern)) => (peer, Some(pattern)),
             None => (text, None),
         };
-        let peer = peer
-            .parse()
-            .map_err(|_| format!("{peer:?} is no peer id"))?;
+        let peer = peer.parse().map_err(|_| {
+            format!("{peer:?} is no PeerId, which looks like 12D3KooW...: give PEER=PATTERN")
+        })?;
         let pattern = pattern.map(str::parse).transpose();
         let pattern = pattern.map_err(|error: weft::ParsePatternError| error.to_string())?;
         Ok(Self { peer, pattern })
@@ -109,7 +128,7 @@ impl std::str::FromStr for Publisher {
 impl Publisher {
     fn to_api(&self) -> api::RegistryPublisher {
         api::RegistryPublisher {
-            peer: self.peer.to_string(),
+            peer_id: self.peer.to_string(),
             pattern: self.pattern.to_string(),
         }
     }
@@ -118,7 +137,7 @@ impl Publisher {
 impl Former {
     fn to_api(&self) -> api::RegistryPublisher {
         api::RegistryPublisher {
-            peer: self.peer.to_string(),
+            peer_id: self.peer.to_string(),
             pattern: self
                 .pattern
                 .as_ref()
@@ -130,7 +149,7 @@ impl Former {
 
 fn registry_json(registry: &api::Registry) -> Value {
     let publisher =
-        |one: &api::RegistryPublisher| json!({ "peer": one.peer, "pattern": one.pattern });
+        |one: &api::RegistryPublisher| json!({ "peer_id": one.peer_id, "pattern": one.pattern });
     let publishers: Vec<_> = registry.publishers.iter().map(publisher).collect();
     json!({
         "id": registry.id,
@@ -141,7 +160,7 @@ fn registry_json(registry: &api::Registry) -> Value {
         "publishers": publishers,
         "catalogues": registry.catalogues,
         "catalogues_here": registry.catalogues_here,
-        "names": registry.names,
+        "name_count": registry.name_count,
         "administered": registry.administered,
         "published": registry.published,
     })
@@ -238,7 +257,7 @@ async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
     rows.extend(registries.iter().map(|registry| {
         let (names, catalogues) = match registry.arrived {
             true => (
-                registry.names.to_string(),
+                registry.name_count.to_string(),
                 format!("{} of {}", registry.catalogues_here, registry.catalogues),
             ),
             false => ("not here yet".to_owned(), String::new()),
@@ -304,13 +323,13 @@ async fn models(
         .to_vec(),
     ];
     rows.extend(models.iter().map(|model| {
-        let at = UNIX_EPOCH.checked_add(Duration::from_millis(model.published_millis));
+        let at = UNIX_EPOCH.checked_add(Duration::from_millis(model.published_at_millis));
         vec![
             model.name.clone(),
-            model.model[..model.model.len().min(12)].to_owned(),
+            model.model_id[..model.model_id.len().min(12)].to_owned(),
             output::bytes(model.size),
             model.file_count.to_string(),
-            model.tensors.to_string(),
+            model.tensor_count.to_string(),
             output::duration(at.and_then(|at| at.elapsed().ok()).unwrap_or_default()),
             model.publisher.clone(),
         ]
@@ -324,15 +343,15 @@ fn model_json(model: &api::ListedModel) -> Value {
     let files: Vec<_> = model.files.iter().map(file).collect();
     json!({
         "name": model.name,
-        "model": model.model,
+        "model_id": model.model_id,
         "publisher": model.publisher,
         "size": model.size,
-        "tensors": model.tensors,
+        "tensor_count": model.tensor_count,
         "shard_groups": model.shard_groups,
         "file_count": model.file_count,
         "files": files,
         "manifest_size": model.manifest_size,
-        "published_millis": model.published_millis,
+        "published_at_millis": model.published_at_millis,
     })
 }
 
@@ -350,7 +369,7 @@ fn publishers(registry: &api::Registry, as_json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     let mut rows = vec![["PUBLISHER", "NAMES"].map(str::to_owned).to_vec()];
-    let row = |one: &api::RegistryPublisher| vec![one.peer.clone(), one.pattern.clone()];
+    let row = |one: &api::RegistryPublisher| vec![one.peer_id.clone(), one.pattern.clone()];
     rows.extend(registry.publishers.iter().map(row));
     out_raw!("{}", table(&rows));
     Ok(())

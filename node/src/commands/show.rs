@@ -40,10 +40,10 @@ pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> 
             },
             model.id.chars().take(10).collect(),
             output::bytes(model.size),
-            model.files.to_string(),
+            model.file_count.to_string(),
             here(&model),
             model.tags.join(", "),
-            model.path,
+            model.folder,
         ]);
     }
     out_raw!("{}", output::table(&rows));
@@ -129,7 +129,7 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
     for tag in &model.tags {
         out!("tag     {tag}");
     }
-    out!("folder  {} ({})", model.path, model.origin);
+    out!("folder  {} ({})", model.folder, model.origin);
     out!("here    {} of {}", here(&model), output::bytes(model.size));
     out!("ticket  {}", shown.ticket);
     for lacks in &shown.incomplete {
@@ -168,6 +168,7 @@ pub(crate) async fn show(client: &Client, options: Show, as_json: bool) -> Resul
 }
 
 pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Result<(), Failure> {
+    let with_files = options.files;
     let request = api::RemoveRequest {
         model: options.model,
         files: options.files,
@@ -175,6 +176,8 @@ pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Resul
     let removed = client.models().remove(request).await?.into_inner();
     let model = removed.model.unwrap_or_default();
     if as_json {
+        let not_deleted = removed.not_deleted.iter();
+        let not_deleted = not_deleted.map(|one| json!({ "file": one.file, "reason": one.reason }));
         out!(
             "{}",
             json!({
@@ -184,6 +187,8 @@ pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Resul
                 "kept": removed.kept,
                 "folders": removed.folders,
                 "not_withdrawn": removed.not_withdrawn,
+                "not_deleted": not_deleted.collect::<Vec<_>>(),
+                "not_deleted_more": removed.not_deleted_more,
             })
         );
         return Ok(());
@@ -207,8 +212,18 @@ pub(crate) async fn remove(client: &Client, options: Rm, as_json: bool) -> Resul
                 output::count(removed.files_deleted.into(), "file"),
                 removed.folders.join(", ")
             );
-        } else {
-            out!("  its files stay in {}", model.path);
+        } else if !with_files {
+            out!("  its files stay in {}", model.folder);
+        }
+        for one in &removed.not_deleted {
+            out!("  stays    {}: {}", one.file, one.reason);
+        }
+        if removed.not_deleted_more > 0 {
+            let more = output::count(removed.not_deleted_more.into(), "file");
+            out!("  and {more} more");
+        }
+        if with_files && removed.files_deleted == 0 && removed.not_deleted.is_empty() {
+            out!("  there was no file of it to delete");
         }
     }
     for problem in &removed.not_withdrawn {
@@ -222,14 +237,14 @@ pub(crate) fn model_json(model: &api::Model) -> Value {
         "id": model.id,
         "names": model.names,
         "size": model.size,
-        "files": model.files,
-        "tensors": model.tensors,
-        "path": model.path,
+        "file_count": model.file_count,
+        "tensor_count": model.tensor_count,
+        "folder": model.folder,
         "complete": model.complete,
         "bytes_here": model.bytes_here,
         "not_answering": model.not_answering,
         "origin": model.origin,
-        "added_at": model.added_at,
+        "added_at_seconds": model.added_at_seconds,
         "tags": model.tags,
     })
 }

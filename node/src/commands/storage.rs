@@ -18,7 +18,7 @@ pub(super) async fn storage(
     let now = match options.quota {
         None => client.models().storage(api::StorageRequest {}).await?,
         Some(Quota(quota)) => {
-            let change = api::ChangeQuotaRequest { quota };
+            let change = api::ChangeQuotaRequest { quota_bytes: quota };
             client.models().change_quota(change).await?
         }
     };
@@ -27,42 +27,45 @@ pub(super) async fn storage(
         out!(
             "{}",
             json!({
-                "models": now.models,
-                "parts": now.parts,
-                "owned": now.owned,
-                "expected": now.expected,
-                "metadata": now.metadata,
-                "elsewhere": now.elsewhere,
-                "in_place": now.in_place,
-                "counted": now.counted,
-                "quota": now.quota,
-                "free": now.free,
+                "models_bytes": now.models_bytes,
+                "parts_bytes": now.parts_bytes,
+                "owned_bytes": now.owned_bytes,
+                "expected_bytes": now.expected_bytes,
+                "metadata_bytes": now.metadata_bytes,
+                "elsewhere_bytes": now.elsewhere_bytes,
+                "in_place_bytes": now.in_place_bytes,
+                "counted_bytes": now.counted_bytes,
+                "quota_bytes": now.quota_bytes,
+                "free_bytes": now.free_bytes,
             })
         );
         return Ok(());
     }
     for (name, size) in [
-        ("fetched models      ", now.models),
-        ("part files          ", now.parts),
-        ("read by `weft cat`  ", now.owned),
-        ("reserved            ", now.expected),
+        ("fetched models      ", now.models_bytes),
+        ("part files          ", now.parts_bytes),
+        ("read by `weft cat`  ", now.owned_bytes),
+        ("reserved            ", now.expected_bytes),
     ] {
         out!("{name}{}", bytes(size));
     }
-    match now.quota {
+    match now.quota_bytes {
         Some(quota) => out!(
             "of the quota        {} of {}",
-            bytes(now.counted),
+            bytes(now.counted_bytes),
             bytes(quota)
         ),
-        None => out!("together            {}, no quota", bytes(now.counted)),
+        None => out!("together            {}, no quota", bytes(now.counted_bytes)),
     }
     out!("Outside the quota:");
-    out!("fetched elsewhere   {}", bytes(now.elsewhere));
-    out!("added in place      {}", bytes(now.in_place));
-    out!("metadata            {}", bytes(now.metadata));
-    out!("free on the disk    {}", bytes(now.free));
-    if now.quota.is_some_and(|quota| quota < now.counted) {
+    out!("fetched elsewhere   {}", bytes(now.elsewhere_bytes));
+    out!("added in place      {}", bytes(now.in_place_bytes));
+    out!("metadata            {}", bytes(now.metadata_bytes));
+    out!("free on the disk    {}", bytes(now.free_bytes));
+    if now
+        .quota_bytes
+        .is_some_and(|quota| quota < now.counted_bytes)
+    {
         out!("Content beyond the quota is evicted when a `weft get` needs room.");
     }
     Ok(())
@@ -122,6 +125,11 @@ pub(super) async fn gc(client: &Client, options: Gc, as_json: bool) -> Result<()
             _ => "that are gone or have changed; `weft add` or `weft get` takes them in again",
         };
         out!("{forgets} {} {what}", count(collected.locations, "file"));
+    }
+    if !options.gone {
+        out!(
+            "A copy whose folder was deleted is known still, as its disk may only be away: `weft gc --gone` forgets it."
+        );
     }
     Ok(())
 }

@@ -29,8 +29,8 @@ pub(super) async fn run(client: &Client, command: Tag, as_json: bool) -> Result<
             let request = api::UntagRequest { tag: tag.clone() };
             let untagged = client.models().untag(request).await?.into_inner();
             match as_json {
-                true => out!("{}", json!({ "tag": tag, "model": untagged.model })),
-                false => out!("{tag} no longer keeps {}", untagged.model),
+                true => out!("{}", json!({ "tag": tag, "model_id": untagged.model_id })),
+                false => out!("{tag} no longer keeps {}", untagged.model_id),
             }
         }
         Tag::Ls => {
@@ -45,7 +45,7 @@ fn list(tags: &[api::Tag], as_json: bool) {
     if as_json {
         let tags = tags
             .iter()
-            .map(|tag| json!({ "tag": tag.name, "model": tag.model }));
+            .map(|tag| json!({ "tag": tag.tag, "model_id": tag.model_id }));
         out!("{}", json!({ "tags": tags.collect::<Vec<_>>() }));
         return;
     }
@@ -56,7 +56,7 @@ fn list(tags: &[api::Tag], as_json: bool) {
     let mut rows = vec![["TAG", "MODEL"].map(str::to_owned).to_vec()];
     rows.extend(
         tags.iter()
-            .map(|tag| vec![tag.name.clone(), tag.model.clone()]),
+            .map(|tag| vec![tag.tag.clone(), tag.model_id.clone()]),
     );
     out_raw!("{}", table(&rows));
 }

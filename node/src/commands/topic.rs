@@ -40,12 +40,13 @@ async fn publish(
         _ => data.into_bytes(),
     };
     let request = api::PublishRequest { topic, data };
-    let peers = client.topics().publish(request).await?.into_inner().peers;
+    let published = client.topics().publish(request).await?;
+    let peers = published.into_inner().peer_count;
     if peers == 0 {
         super::reach::is_connected(client).await?;
     }
     if as_json {
-        out!("{}", json!({ "peers": peers }));
+        out!("{}", json!({ "peer_count": peers }));
         return Ok(());
     }
     match peers {

@@ -3,6 +3,7 @@
 use serde_json::json;
 use weft_proto::api;
 
+use super::all_were_there;
 use crate::{
     cli::{Search, Trust},
     client::Client,
@@ -12,6 +13,16 @@ use crate::{
 
 pub(super) async fn run(client: &Client, change: Trust, as_json: bool) -> Result<(), Failure> {
     let text = |peers: &[weft::PeerId]| peers.iter().map(ToString::to_string).collect();
+    let absent = match &change {
+        Trust::Rm { peers } => {
+            let trusted = client.node().trust(api::TrustRequest {}).await?;
+            let trusted = trusted.into_inner().peers;
+            let mut absent: Vec<String> = text(peers);
+            absent.retain(|peer| !trusted.contains(peer));
+            absent
+        }
+        _ => Vec::new(),
+    };
     let change = match &change {
         Trust::Add { peers } => Some(api::ChangeTrustRequest {
             add: text(peers),
@@ -28,6 +39,11 @@ pub(super) async fn run(client: &Client, change: Trust, as_json: bool) -> Result
         None => client.node().trust(api::TrustRequest {}).await?,
     };
     let peers = trusted.into_inner().peers;
+    all_were_there(
+        &absent,
+        "not trusted before",
+        "`weft trust ls` shows the trusted publishers.",
+    )?;
     if as_json {
         out!("{}", json!({ "trusted": peers }));
         return Ok(());
@@ -51,7 +67,7 @@ pub(super) async fn search(client: &Client, options: Search, as_json: bool) -> R
             let claims = claims.iter().map(|claim| {
                 json!({
                     "publisher": claim.publisher,
-                    "model": claim.model,
+                    "model_id": claim.model_id,
                     "trusted": claim.trusted,
                 })
             });
@@ -76,7 +92,7 @@ pub(super) async fn search(client: &Client, options: Search, as_json: bool) -> R
         for claim in &found.claims {
             rows.push(vec![
                 found.name.clone(),
-                claim.model.chars().take(10).collect(),
+                claim.model_id.chars().take(10).collect(),
                 claim.publisher.clone(),
                 if claim.trusted { "yes" } else { "" }.to_owned(),
             ]);

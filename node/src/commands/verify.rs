@@ -43,13 +43,15 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
         format!(
             "{} not as it should be",
             match done.problems {
-                1 => "1 file is".to_owned(),
-                problems => format!("{problems} files are"),
+                1 => "1 file of a model, or its manifest, is".to_owned(),
+                problems => format!("{problems} files, manifests included, are"),
             }
         ),
     );
     let hint = match options.no_repair {
-        true => "Run it without --no-repair to repair what was fetched.",
+        true => {
+            "`weft verify` without --no-repair gets the damaged parts of fetched files from other nodes, and makes hash trees again."
+        }
         false => {
             "A fetched file that is missing or changed comes again with `weft get ID --to FOLDER --replace`, from a node that has it; one that was\n\
              added in place is to be restored from a backup, or added again. `weft gc --gone` forgets a copy whose folder was deleted."
@@ -82,7 +84,7 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
             .map(|file| {
                 let damaged = file.damaged.iter().map(|range| [range.start, range.end]);
                 json!({
-                    "model": file.model,
+                    "model_id": file.model_id,
                     "path": file.path,
                     "file": file.file,
                     "state": file.state,
@@ -93,7 +95,7 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
             })
             .collect();
         let failed = done.failed.iter();
-        let failed = failed.map(|one| json!({ "model": one.model, "reason": one.reason }));
+        let failed = failed.map(|one| json!({ "model_id": one.model_id, "reason": one.reason }));
         out!(
             "{}",
             json!({
@@ -112,7 +114,7 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
         out!("{}", line(file));
     }
     for one in &done.failed {
-        err!("{} was not fetched again: {}", one.model, one.reason);
+        err!("{} was not fetched again: {}", one.model_id, one.reason);
     }
     let not_read = done.files.len() as u64 - done.files_read.min(done.files.len() as u64);
     let mut found = String::new();
@@ -134,7 +136,7 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
 
 fn line(file: &VerifiedFile) -> String {
     let name = match file.path.is_empty() {
-        true => format!("the manifest of {}", file.model),
+        true => format!("the manifest of {}", file.model_id),
         false => printable(&file.file),
     };
     let mut line = format!("{}: {name}", file.state);

@@ -158,7 +158,7 @@ impl Entry {
             manifest: info.id.to_string(),
             manifest_size: manifest_size(manifest),
             size: info.size,
-            tensors: info.tensors as u64,
+            tensors: info.tensor_count as u64,
             shard_groups: groups.map_or(0, |last| manifest.shard_group(last) as u32 + 1),
             file_count: files.len() as u64,
             files: if is_long { String::new() } else { list },
