@@ -341,7 +341,8 @@ mod tests {
                 stream.write_all(&[7; 200 * 1024]).await.unwrap();
                 std::future::pending::<()>().await;
             };
-            tokio::join!(driving, writing);
+            let (ended, ()) = tokio::join!(driving, writing);
+            ended.unwrap();
         };
         let carrying = async move {
             let mut bytes = vec![0; 20_000];
