@@ -20,6 +20,7 @@ mod autonat;
 mod circuit;
 mod clock;
 mod crowd;
+mod descriptors;
 mod dialled;
 mod driver;
 mod gate;
@@ -57,6 +58,7 @@ pub use self::{
     address::{Path, PathKind, Transport, dialable_from, is_outside, split_peer_id},
     autonat::{AutonatLimits, Verdict},
     clock::ClockDifference,
+    descriptors::LoweredLimits,
     gate::{Destinations, Heard},
     limits::{LimitUse, Limits},
     network::{

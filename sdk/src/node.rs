@@ -19,9 +19,9 @@ use weft_blobs::{
 use weft_crdt::Documents;
 use weft_dht::Dht;
 use weft_net::{
-    Access, BootstrapPeer, ClockDifference, ConnectError, Incoming, LimitUse, Multiaddr, Network,
-    Path as NetPath, PeerId, PeerInfo, Place, Reachability, Shares, Stream as NetStream,
-    StreamProtocol,
+    Access, BootstrapPeer, ClockDifference, ConnectError, Incoming, LimitUse, LoweredLimits,
+    Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Place, Reachability, Shares,
+    Stream as NetStream, StreamProtocol,
 };
 
 use crate::{
@@ -147,6 +147,8 @@ pub struct Status {
     pub models: usize,
     /// The sum of their sizes in bytes.
     pub model_bytes: u64,
+    /// Limits that are lower than asked for, because this process may open too few files.
+    pub lowered_limits: Option<LoweredLimits>,
 }
 
 impl Node {
@@ -289,6 +291,7 @@ impl Node {
             dht_records: dht.kept.records,
             models: models.len(),
             model_bytes: models.iter().map(|model| model.size).sum(),
+            lowered_limits: self.inner.network.lowered_limits().cloned(),
         })
     }
 

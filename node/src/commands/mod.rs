@@ -132,6 +132,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
                 "model_bytes": status.model_bytes,
                 "bootstrap": status.bootstrap.iter().map(reach::bootstrap_json).collect::<Vec<_>>(),
                 "clock": clock_json(status.clock.as_ref()),
+                "lowered_limits": status.lowered_limits.as_ref().map(lowered_json),
             })
         );
         return Ok(());
@@ -157,6 +158,9 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         let name = if i == 0 { "bootstrap" } else { "         " };
         out!("{name}  {}: {}", one.address, reach::bootstrap_state(one));
     }
+    if let Some(lowered) = &status.lowered_limits {
+        out!("limits     {}", lowered.text);
+    }
     out!("peers      {}", status.peers);
     out!(
         "dht        {}, {}",
@@ -172,6 +176,16 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         out!("clock      {warning}");
     }
     Ok(())
+}
+
+fn lowered_json(one: &api::LoweredLimits) -> serde_json::Value {
+    json!({
+        "open_files": one.open_files,
+        "needed": one.needed,
+        "connections": one.connections,
+        "incoming": one.incoming,
+        "lanes": one.lanes,
+    })
 }
 
 fn clock_json(clock: Option<&api::ClockDifference>) -> serde_json::Value {
