@@ -23,6 +23,9 @@ mod crowd;
 mod descriptors;
 mod dialled;
 mod driver;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod head;
 mod lane;
