@@ -13,6 +13,9 @@
 
 mod behaviour;
 mod disk;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod intake;
 mod liveness;
 mod lookup;

@@ -28,8 +28,9 @@ use tokio::{
 };
 
 use crate::{
-    Access, Config, ConnectError, Incoming, LimitUse, Limits, Path, PathInfo, PathKind, PeerInfo,
-    Place, Reachability, RelayServer, Shares, SpawnError, Stream, Transport, access,
+    Access, Config, ConnectError, Incoming, LimitUse, Limits, LoweredLimits, Path, PathInfo,
+    PathKind, PeerInfo, Place, Reachability, RelayServer, Shares, SpawnError, Stream, Transport,
+    access,
     address::{
         dialable_from, is_outside, is_public, of_socket, socket, socket_within, starts_with_name,
     },
@@ -37,6 +38,7 @@ use crate::{
     circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
     clock::{Clocks, Reading},
     crowd::{self, Crowd, Worth},
+    descriptors::{self, Fitted},
     dialled::Dialled,
     gate::{Gate, Source},
     lane,
@@ -407,6 +409,10 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     lanes: Lanes,
     autonat: Autonat,
     pings: Incoming,
+    /// Sockets that one search for a port may open.
+    search_sockets: usize,
+    /// Limits that were lowered for want of descriptors.
+    lowered: Option<LoweredLimits>,
     /// Peers that ask whether others are where they say.
     seens: Incoming,
     /// Such questions, shared out by peer and by place.
@@ -443,12 +449,21 @@ where
 {
     /// Makes the swarm and listens; nothing happens before [`Driver::start`].
     pub(crate) fn new(
-        config: Config,
+        mut config: Config,
         extension: E,
         protocols: Protocols,
         requests: mpsc::Receiver<Command>,
         topics: topics::Behaviour,
     ) -> Result<Self, SpawnError> {
+        let Fitted {
+            limits,
+            search_sockets,
+            lowered,
+        } = descriptors::fit(config.limits);
+        config.limits = limits;
+        if let Some(lowered) = &lowered {
+            tracing::warn!("the limits are lowered: {lowered}");
+        }
         let local = config.key.public().to_peer_id();
         let bootstrap = config
             .bootstrap
@@ -602,6 +617,8 @@ where
             lanes: Lanes::new(tls, lane_arrivals, callers, lanes),
             autonat: Autonat::new(dial_requests, dial_backs, config.limits.autonat),
             pings,
+            search_sockets,
+            lowered,
             seens,
             questions: Shares::new(seen::MAX_QUESTIONS.0, seen::MAX_QUESTIONS.1),
             pingers: Shares::new(MAX_PINGERS, MAX_PINGERS_PER_PEER),
@@ -622,6 +639,11 @@ where
             refusals: Refusals::default(),
             told: watch::Sender::default(),
         })
+    }
+
+    /// The limits that were lowered for want of descriptors.
+    pub(crate) fn lowered(&self) -> Option<LoweredLimits> {
+        self.lowered.clone()
     }
 
     /// Waits until it listens; our addresses, to be watched.
@@ -1442,6 +1464,7 @@ where
                 behaviour.streams.refused(),
             ),
             self.memory.usage(),
+            descriptors::usage(),
             LimitUse::of(
                 "autonat_per_minute",
                 probes,

@@ -20,8 +20,12 @@ mod autonat;
 mod circuit;
 mod clock;
 mod crowd;
+mod descriptors;
 mod dialled;
 mod driver;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod head;
 mod lane;
@@ -57,6 +61,7 @@ pub use self::{
     address::{Path, PathKind, Transport, dialable_from, is_outside, is_relayed, split_peer_id},
     autonat::{AutonatLimits, Verdict},
     clock::ClockDifference,
+    descriptors::LoweredLimits,
     gate::{Destinations, Heard},
     limits::{LimitUse, Limits},
     network::{

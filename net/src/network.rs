@@ -14,8 +14,8 @@ use tokio::{
 
 use crate::{
     AcceptError, Access, Certificate, Class, ClockDifference, Destinations, Filtering, Incoming,
-    LimitUse, Limits, Mapping, OpenError, Path, PingError, RelayLimits, RelayUse, Rule, Stream,
-    Verdict,
+    LimitUse, Limits, LoweredLimits, Mapping, OpenError, Path, PingError, RelayLimits, RelayUse,
+    Rule, Stream, Verdict,
     driver::Driver,
     ping::{self, PING},
     streams::Protocols,
@@ -266,6 +266,7 @@ pub struct Network {
     commands: mpsc::Sender<Command>,
     topics: Topics,
     addresses: watch::Receiver<Addresses>,
+    lowered: Option<LoweredLimits>,
 }
 
 /// A node's own addresses, without `/p2p`.
@@ -324,6 +325,7 @@ impl Network {
         let (topics, gossip) = Topics::new(&config.key);
         let mut driver = Driver::new(config, extension, protocols.clone(), requests, gossip)?;
         let addresses = driver.start().await?;
+        let lowered = driver.lowered();
         tokio::spawn(driver.run());
         Ok(Self {
             local,
@@ -331,7 +333,14 @@ impl Network {
             commands,
             topics,
             addresses,
+            lowered,
         })
+    }
+
+    /// Returns the limits that were lowered at the start because this process may open too few files; `None`: the
+    /// limits of [`Config::limits`] hold.
+    pub fn lowered_limits(&self) -> Option<&LoweredLimits> {
+        self.lowered.as_ref()
     }
 
     /// Our own id.

@@ -70,27 +70,39 @@ pub(crate) async fn echo(stream: &mut Stream) -> Result<Echo, PingError> {
         .unwrap_or_default()
         .as_nanos()
         .to_le_bytes();
-    let mut sent = [0; PING_SIZE];
-    sent[..16].copy_from_slice(&seed);
-    sent[CLOCK_AT - ASKS_CLOCK.len()..CLOCK_AT].copy_from_slice(&ASKS_CLOCK);
+    let sent = question(seed);
     let (begin, clock) = (Instant::now(), SystemTime::now());
     stream.write_all(&sent).await?;
     stream.flush().await?;
     let mut back = [0; PING_SIZE];
     stream.read_exact(&mut back).await?;
     let rtt = begin.elapsed();
-    if back[..CLOCK_AT] != sent[..CLOCK_AT] {
-        return Err(PingError::Mismatch);
-    }
-    let theirs = back[CLOCK_AT..]
-        .first_chunk()
-        .map_or(0, |bytes| u64::from_le_bytes(*bytes));
-    let reading = (theirs != 0).then(|| Reading {
+    let reading = told(&sent, &back)?.map(|theirs| Reading {
         theirs,
         ours: clock + rtt / 2,
         at: begin + rtt / 2,
     });
     Ok(Echo { rtt, reading })
+}
+
+/// A ping that asks for the clock.
+pub(crate) fn question(seed: [u8; 16]) -> [u8; PING_SIZE] {
+    let mut ping = [0; PING_SIZE];
+    ping[..16].copy_from_slice(&seed);
+    ping[CLOCK_AT - ASKS_CLOCK.len()..CLOCK_AT].copy_from_slice(&ASKS_CLOCK);
+    ping
+}
+
+/// The peer's clock in an answer to a ping, in milliseconds since 1970, if it says so.
+pub(crate) fn told(
+    sent: &[u8; PING_SIZE],
+    back: &[u8; PING_SIZE],
+) -> Result<Option<u64>, PingError> {
+    if back[..CLOCK_AT] != sent[..CLOCK_AT] {
+        return Err(PingError::Mismatch);
+    }
+    let theirs = back[CLOCK_AT..].first_chunk().copied();
+    Ok(theirs.map(u64::from_le_bytes).filter(|millis| *millis != 0))
 }
 
 /// Sends everything back, with this machine's clock if that is asked for, until the peer ends or falls silent.
@@ -106,7 +118,7 @@ pub(crate) async fn answer_pings(mut stream: Stream) -> io::Result<()> {
 }
 
 /// Puts the clock into an answer if the ping asks for it.
-fn add_clock(ping: &mut [u8; PING_SIZE], millis: u64) {
+pub(crate) fn add_clock(ping: &mut [u8; PING_SIZE], millis: u64) {
     if ping[CLOCK_AT - ASKS_CLOCK.len()..CLOCK_AT] == ASKS_CLOCK && ping[CLOCK_AT..] == [0; 8] {
         ping[CLOCK_AT..].copy_from_slice(&millis.to_le_bytes());
     }

@@ -18,8 +18,11 @@ use tokio::time::{sleep, timeout};
 
 use crate::gate::Target;
 
-/// Sockets that the side with many mappings opens.
-const SOCKETS: usize = 256;
+/// Sockets that the side with many mappings opens, if it may open so many files.
+pub(crate) const SOCKETS: usize = 256;
+
+/// Searches that open many sockets, under way at a time.
+pub(crate) const MAX_OPEN_MANY: usize = 2;
 
 /// Ports that the other side tries.
 const PORTS: usize = 2048;
@@ -74,7 +77,7 @@ fn probe(token: &Token) -> [u8; 17] {
 }
 
 /// The side whose NAT has a mapping for every destination: opens many ports towards `targets` and waits for a packet to come in on one. Returns
-/// that socket and where the packet came from.
+/// that socket and where the packet came from. It opens `most_sockets` at most.
 ///
 /// # Errors
 /// If nothing came in time, or no sockets could be opened.
@@ -82,6 +85,7 @@ pub(crate) async fn open_many(
     targets: &[Target],
     token: &Token,
     effort: Effort,
+    most_sockets: usize,
 ) -> io::Result<(UdpSocket, SocketAddr)> {
     let probe = probe(token);
     let (most, rounds) = match effort {
@@ -90,7 +94,7 @@ pub(crate) async fn open_many(
     };
     let targets: Vec<_> = targets.iter().map(Target::at).take(most).collect();
     let mut sockets = Vec::new();
-    for _ in 0..SOCKETS {
+    for _ in 0..most_sockets.min(SOCKETS) {
         match tokio::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await {
             Ok(socket) => sockets.push(socket),
             // Fewer make it slower, not impossible.
@@ -232,7 +236,8 @@ mod tests {
             second
         };
         let targets = [Target::in_test(at)];
-        let (found, mapped) = tokio::join!(open_many(&targets, &token, Effort::Full), answer);
+        let (found, mapped) =
+            tokio::join!(open_many(&targets, &token, Effort::Full, SOCKETS), answer);
         let (socket, from) = found.unwrap();
         assert_eq!(from, at);
         assert_eq!(socket.local_addr().unwrap().port(), mapped.port());

@@ -86,10 +86,10 @@ pub use weft_dht::{
 };
 pub use weft_net::{
     Access, AutonatLimits, BootstrapPeer, Certificate, CertificateError, ClockDifference,
-    ConnectError, Filtering, Heard, LimitUse, Limits, Mapping, Missed, Multiaddr, OpenError,
-    ParseRuleError, Path, PathInfo, PathKind, PeerId, PeerInfo, PingError, Published, Reachability,
-    RelayLimits, RelayServer, RelayUse, Rule, SpawnError, TopicError, TopicInfo, Transport,
-    Validity, Verdict, split_peer_id,
+    ConnectError, Filtering, Heard, LimitUse, Limits, LoweredLimits, Mapping, Missed, Multiaddr,
+    OpenError, ParseRuleError, Path, PathInfo, PathKind, PeerId, PeerInfo, PingError, Published,
+    Reachability, RelayLimits, RelayServer, RelayUse, Rule, SpawnError, TopicError, TopicInfo,
+    Transport, Validity, Verdict, split_peer_id,
 };
 
 pub use self::{

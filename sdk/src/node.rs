@@ -19,9 +19,9 @@ use weft_blobs::{
 use weft_crdt::Documents;
 use weft_dht::Dht;
 use weft_net::{
-    Access, BootstrapPeer, ClockDifference, ConnectError, Incoming, LimitUse, Multiaddr, Network,
-    Path as NetPath, PeerId, PeerInfo, Place, Reachability, Shares, Stream as NetStream,
-    StreamProtocol,
+    Access, BootstrapPeer, ClockDifference, ConnectError, Incoming, LimitUse, LoweredLimits,
+    Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Place, Reachability, Shares,
+    Stream as NetStream, StreamProtocol,
 };
 
 use crate::{
@@ -150,6 +150,8 @@ pub struct Status {
     /// The disk of the home is full: the node serves what it has, and takes little or nothing in. Looked at every 30
     /// seconds while it is so.
     pub disk_full: bool,
+    /// Limits that are lower than asked for, because this process may open too few files.
+    pub lowered_limits: Option<LoweredLimits>,
 }
 
 impl Node {
@@ -305,6 +307,7 @@ impl Node {
             models: models.len(),
             model_bytes: models.iter().map(|model| model.size).sum(),
             disk_full: self.is_disk_full(),
+            lowered_limits: self.inner.network.lowered_limits().cloned(),
         })
     }
 

@@ -50,9 +50,6 @@ const EXCHANGE: Duration = Duration::from_secs(15);
 /// Searches under way at a time, which bounds what they send: 500 packets of 17 bytes a second each.
 const MAX_SEARCHES: usize = 4;
 
-/// Of these, such as open many sockets.
-const MAX_OPEN_MANY: usize = 2;
-
 /// The least time between two searches with one peer: from one attempt that searches to the next.
 const SEARCH_AGAIN: Duration = HEAD_START.saturating_add(search::LIMIT);
 
@@ -401,7 +398,7 @@ where
         let searched = &mut punching.searched;
         searched.retain(|_, at| now.duration_since(*at) < SEARCH_AGAIN);
         if punching.searches.len() >= MAX_SEARCHES
-            || (many && open_many >= MAX_OPEN_MANY)
+            || (many && open_many >= search::MAX_OPEN_MANY)
             || punching.searched.len() >= MAX_SEARCHED
             || punching.searched.contains_key(&peer)
         {
@@ -428,12 +425,12 @@ where
         };
         let task = match search {
             Search::OpenMany { token, .. } => {
-                let outcomes = self.outcomes.clone();
+                let (outcomes, sockets) = (self.outcomes.clone(), self.search_sockets);
                 tokio::spawn(async move {
                     let Some((targets, effort)) = admitted.await else {
                         return;
                     };
-                    match search::open_many(&targets, &token, effort).await {
+                    match search::open_many(&targets, &token, effort, sockets).await {
                         Ok((socket, address)) => {
                             // The network may have stopped.
                             let _ = outcomes

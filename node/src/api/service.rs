@@ -12,8 +12,8 @@ use tokio::sync::Mutex;
 use tonic::{Request, Response, Status};
 use weft::{
     Access, AddPhase, AddProgress, Added, AddedHfCache, BootstrapPeer, GetPhase, GetProgress, Got,
-    HfRepo, ModelInfo, Node, Operation, ParseRuleError, PathInfo, PeerInfo, Rates, Rule,
-    split_peer_id,
+    HfRepo, LoweredLimits, ModelInfo, Node, Operation, ParseRuleError, PathInfo, PeerInfo, Rates,
+    Rule, split_peer_id,
 };
 use weft_proto::api::{
     self, add_event, add_hf_cache_event, get_event, models_server::Models, node_server,
@@ -59,6 +59,17 @@ fn bootstrap(one: BootstrapPeer) -> api::BootstrapPeer {
     }
 }
 
+fn lowered(one: LoweredLimits) -> api::LoweredLimits {
+    api::LoweredLimits {
+        open_files: one.open_files,
+        needed: one.needed,
+        connections: one.connections,
+        incoming: one.incoming,
+        lanes: one.lanes as u64,
+        text: one.to_string(),
+    }
+}
+
 #[tonic::async_trait]
 impl node_server::Node for Service {
     async fn status(
@@ -82,6 +93,7 @@ impl node_server::Node for Service {
             bootstrap: now.bootstrap.into_iter().map(bootstrap).collect(),
             clock: self.node.clock().await.map(clock),
             disk_full: now.disk_full,
+            lowered_limits: now.lowered_limits.map(lowered),
         }))
     }
 

@@ -133,6 +133,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
                 "bootstrap": status.bootstrap.iter().map(reach::bootstrap_json).collect::<Vec<_>>(),
                 "clock": clock_json(status.clock.as_ref()),
                 "disk_full": status.disk_full,
+                "lowered_limits": status.lowered_limits.as_ref().map(lowered_json),
             })
         );
         return Ok(());
@@ -157,6 +158,9 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
     for (i, one) in status.bootstrap.iter().enumerate() {
         let name = if i == 0 { "bootstrap" } else { "         " };
         out!("{name}  {}: {}", one.address, reach::bootstrap_state(one));
+    }
+    if let Some(lowered) = &status.lowered_limits {
+        out!("limits     {}", lowered.text);
     }
     out!("peers      {}", status.peer_count);
     out!(
@@ -189,6 +193,16 @@ fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failu
 
 /// Says that the disk of the home is full, and what to do.
 pub(crate) const DISK_FULL: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
+
+fn lowered_json(one: &api::LoweredLimits) -> serde_json::Value {
+    json!({
+        "open_files": one.open_files,
+        "needed": one.needed,
+        "connections": one.connections,
+        "incoming": one.incoming,
+        "lanes": one.lanes,
+    })
+}
 
 fn clock_json(clock: Option<&api::ClockDifference>) -> serde_json::Value {
     clock.map_or(serde_json::Value::Null, |clock| {

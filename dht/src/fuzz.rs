@@ -1,0 +1,146 @@
+//! Entrances for the fuzzers in `tests/fuzz`, which are built with the feature `fuzz`: parsers of strangers' bytes are
+//! private otherwise. The unit tests run each entrance on its first inputs, so that a parser cannot change without them.
+//!
+//! Each function panics if a parser breaks its promise; that is what a fuzzer looks for.
+
+use std::{
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
+
+use libp2p::{PeerId, identity::Keypair, kad::RecordKey};
+use tokio::runtime::Runtime;
+use weft_proto::wire;
+
+use crate::{
+    Record,
+    intake::{Intake, Job, Offenders, PUTS},
+    store::{Found, Origin, Store, encode},
+};
+
+/// The key under which everything is sent.
+const KEY: &[u8] = b"name/fuzz";
+
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    runtime.expect("a runtime")
+});
+
+/// First inputs for [`records`]: sets of statements that are right, but for the last.
+pub fn sets() -> Vec<Vec<u8>> {
+    let keys = [1, 2].map(|seed| Keypair::ed25519_from_bytes([seed; 32]).expect("a key"));
+    let sign = |of: usize, subkey: &[u8], value: Option<&[u8]>| {
+        Record::sign(&keys[of], KEY, subkey, value, 1, Duration::from_secs(3600)).expect("a record")
+    };
+    let (one, two) = (sign(0, b"", Some(b"value")), sign(1, b"sub", None));
+    let mut forged = encode([&one]);
+    if let Some(last) = forged.last_mut() {
+        *last ^= 1;
+    }
+    vec![encode([&one]), encode([&one, &two]), forged]
+}
+
+/// A set of statements, as what somebody wants stored and as an answer to a question.
+pub fn records(bytes: &[u8]) {
+    let key = RecordKey::new(&KEY);
+    let mut store = Store::new(PeerId::random(), None);
+    let check = |statements: Vec<wire::SignedRecord>| {
+        let sent = statements.len();
+        let job = Job {
+            peer: PeerId::random(),
+            network: Origin::RELAYED,
+            statements,
+            context: (),
+        };
+        let checked = RUNTIME.block_on(job.check());
+        assert_eq!(checked.forged, checked.records.len() < sent);
+        checked.records
+    };
+    if let Ok(statements) = store.consider(&key, bytes, Origin::RELAYED) {
+        assert!(statements.len() <= 4);
+        for record in check(statements) {
+            assert_eq!(record.key(), KEY);
+            Record::verify(record.as_wire().clone(), KEY).expect("it was checked");
+            // A quota may refuse it.
+            let _ = store.take(record, Origin::RELAYED);
+        }
+    }
+    assert!(store.answer(&key).len() <= 4);
+    let mut found = Found::default();
+    if let Some((known, statements)) = found.sort_out(KEY, bytes) {
+        assert!(!known);
+        let right = check(statements);
+        found.add(right.clone());
+        assert!(found.records().count() <= right.len());
+        let again = found.sort_out(KEY, bytes);
+        let (known, _) = again.expect("it was sorted out before");
+        assert_eq!(known, !right.is_empty());
+    }
+}
+
+/// First inputs for [`intake`].
+pub fn arrivals() -> Vec<Vec<u8>> {
+    vec![
+        vec![0x00, 0x04, 0x41, 0x04, 0xff, 0x20, 0xfe, 0x01, 0xfd, 0x00],
+        (0..=u8::MAX).collect(),
+    ]
+}
+
+/// Sets of statements that arrive from several peers, checks, forgeries, and time that passes: two bytes each.
+pub fn intake(bytes: &[u8]) {
+    let mut now = Instant::now();
+    let (mut intake, mut offenders) = (Intake::new(PUTS, now), Offenders::default());
+    let peers: Vec<_> = (0..8).map(|_| PeerId::random()).collect();
+    let networks = [Origin::NEAR, Origin::RELAYED];
+    let mut waiting = 0;
+    for step in bytes.chunks_exact(2) {
+        let (which, many) = (step[0], usize::from(step[1]));
+        let (peer, network) = (
+            peers[usize::from(which % 8)],
+            networks[usize::from(which % 2)],
+        );
+        match which {
+            0xff => {
+                let (jobs, at) = intake.take(many, now);
+                assert!(at.is_none_or(|at| at >= now));
+                assert!(jobs.len() <= waiting);
+                waiting -= jobs.len();
+            }
+            0xfe => now += Duration::from_millis(step[1].into()) * 100,
+            0xfd => {
+                intake.forged(peer, network, now);
+                if offenders.add(peer, now) {
+                    assert!(offenders.contains(&peer, now));
+                }
+            }
+            _ => {
+                let job = Job {
+                    peer,
+                    network,
+                    statements: vec![wire::SignedRecord::default(); 1 + many % 4],
+                    context: (),
+                };
+                // One that is refused comes back; it may be an older one of the same peer.
+                waiting += usize::from(intake.push(job).is_none());
+            }
+        }
+        assert!(waiting <= PUTS.waiting);
+        assert_eq!(intake.is_empty(), waiting == 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parsers_of_strangers_bytes_keep_their_promises_on_the_first_inputs() {
+        sets().iter().for_each(|bytes| records(bytes));
+        arrivals().iter().for_each(|bytes| intake(bytes));
+        for parser in [records, intake] {
+            parser(&[]);
+            parser(&[0; 3000]);
+            parser(&[0xff; 64]);
+        }
+    }
+}

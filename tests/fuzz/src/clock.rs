@@ -1,0 +1,13 @@
+//! What peers say of the time: it is read as it was sent, and one stranger alone has no voice.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use weft_fuzz::seed;
+use weft_net::fuzz::{clock_answers, clocks};
+
+fn begin() {
+    let first = clock_answers();
+    seed(&first.iter().map(Vec::as_slice).collect::<Vec<_>>());
+}
+
+fuzz_target!(init: begin(), |bytes: &[u8]| clocks(bytes));
