@@ -863,7 +863,7 @@ pub(crate) struct Call {
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<f64>,
 
-    /// What to say beside the call; may be repeated
+    /// A name and value to send with the call; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) metadata: Vec<String>,
 

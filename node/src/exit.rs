@@ -272,7 +272,8 @@ impl From<Status> for Failure {
             "NO_MATCH" => (
                 NOT_FOUND,
                 "A pattern matches a whole name. For files, `*` stops at `/`, `**` does not, and a pattern without `/` looks in every\n\
-                 folder; for tensors, as in 'model.layers.{0..11}.*', `*` matches anything.",
+                 folder; for tensors, as in 'model.layers.{0..11}.*', `*` matches anything. `weft show MODEL --tensors` lists the\n\
+                 names of a model that is here.",
             ),
             "BUSY" => (
                 1,
@@ -289,7 +290,7 @@ impl From<Status> for Failure {
             ),
             "STORE" => (
                 1,
-                "Run the node with WEFT_LOG=weft=debug,info to see more; its store lies in the home's folder `store`.",
+                "Run `weft up` with WEFT_LOG=weft=debug,info to see more; its store lies in the home's folder `store`.",
             ),
             "STOPPED" => (
                 NOT_RUNNING,

@@ -103,7 +103,7 @@ fn a_registry_is_made_followed_filled_and_left() {
         (
             vec!["registry", "publishers", &id, "--add", "nobody"],
             2,
-            "no peer id",
+            "no PeerId",
         ),
         (
             vec![

@@ -23,7 +23,7 @@ pub(crate) struct Service {
 
 fn peer(text: &str) -> Result<PeerId, Status> {
     text.parse()
-        .map_err(|_| invalid(format!("{text:?} is no peer id")))
+        .map_err(|_| invalid(format!("{text:?} is no PeerId")))
 }
 
 fn pattern(text: &str) -> Result<NamePattern, Status> {
