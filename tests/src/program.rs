@@ -201,6 +201,14 @@ impl Running {
         self.stdout.wait_for_line(part);
     }
 
+    /// Waits for a line of its standard error that contains this, as [`wait_for_line`](Self::wait_for_line) does.
+    ///
+    /// # Panics
+    /// As [`wait_for_line`](Self::wait_for_line).
+    pub fn wait_for_stderr(&mut self, part: &str) {
+        self.stderr.wait_for_line(part);
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Finished {
         let status = wait(&mut self.child);
