@@ -60,9 +60,9 @@ const COMMANDS: usize = 256;
 /// Messages that are being looked at by subscribers' validators. What comes beyond is not passed on.
 const MAX_VALIDATING: usize = 64;
 
-/// Publishers whose messages are remembered, for so long after the last: some 250 bytes each. Within that time nobody
-/// can publish an old message again. A day is more than a publisher of daily results is silent; longer, and a publisher
-/// whose clock went back would not be heard for longer.
+/// Publishers whose messages are remembered, for so long after the last: some 250 bytes each, and 150 for each time that
+/// the publisher's clock went back. Within that time nobody can publish an old message again. A day is more than a
+/// publisher of daily results is silent.
 const MAX_PUBLISHERS: usize = 16_384;
 const REMEMBER: Duration = Duration::from_secs(24 * 3600);
 
@@ -71,6 +71,11 @@ const CLEAN: Duration = Duration::from_secs(60);
 
 /// Messages of a publisher by which one may come late.
 const LATE: u64 = 1024;
+
+/// Runs of numbers of a publisher that are remembered. gossipsub numbers a node's messages from the clock at its start,
+/// and lets nobody choose another number: a node that starts again with its clock set back begins a new run below the
+/// others. Three times a day is more than a clock is mended; a run takes 150 bytes.
+const MAX_RUNS: usize = 4;
 
 type Gossip =
     gossipsub::Behaviour<gossipsub::IdentityTransform, MaxCountSubscriptionFilter<NameFilter>>;
@@ -103,7 +108,8 @@ pub struct Published {
     pub topic: String,
     /// Who published it; the signature is checked.
     pub from: PeerId,
-    /// Grows from message to message of one publisher, also over restarts.
+    /// Grows from message to message of one publisher, also over restarts, unless the publisher's clock was set back
+    /// before it started again. No two messages of a publisher have the same.
     pub sequence: u64,
     /// What was published.
     pub data: Bytes,
@@ -392,23 +398,62 @@ impl Via {
 /// publishers replaces its own, and a publisher that was heard before stays known.
 #[derive(Debug, Default)]
 struct Seen {
-    windows: HashMap<PeerId, Window>,
+    publishers: HashMap<PeerId, Known>,
     /// Publishers by the network that their first message came through, the oldest first.
     by_network: HashMap<Via, Vec<PeerId>>,
     /// When publishers that have been silent for long were last removed.
     cleaned: Option<Instant>,
 }
 
+/// What is known of a publisher.
 #[derive(Debug)]
-struct Window {
-    highest: u64,
-    /// Of the [`LATE`] up to the highest: a bit each, by the number modulo [`LATE`].
-    bits: [u64; (LATE / 64) as usize],
+struct Known {
+    /// The lowest first. Their numbers do not overlap: each number is of one of them, and goes into its window alone.
+    runs: Vec<Window>,
     at: Instant,
     via: Via,
 }
 
+impl Known {
+    /// Takes note of a number. Returns true if it is new; false if it is not, or cannot be told from one that was here.
+    ///
+    /// A number belongs to the highest run that begins at most [`LATE`] after it: the first that came of a run need not
+    /// be its first. One below all runs begins another.
+    fn take(&mut self, n: u64) -> bool {
+        let reaches = |run: &Window| run.first <= n.saturating_add(LATE - 1);
+        let after = self.runs.partition_point(reaches);
+        if let Some(run) = after.checked_sub(1).and_then(|at| self.runs.get_mut(at)) {
+            return run.take(n);
+        }
+        if self.runs.len() >= MAX_RUNS {
+            return false;
+        }
+        self.runs.insert(0, Window::new(n));
+        true
+    }
+}
+
+/// Numbers from one start of a publisher on.
+#[derive(Debug)]
+struct Window {
+    /// The number that came first.
+    first: u64,
+    highest: u64,
+    /// Of the [`LATE`] up to the highest: a bit each, by the number modulo [`LATE`].
+    bits: [u64; (LATE / 64) as usize],
+}
+
 impl Window {
+    fn new(first: u64) -> Self {
+        let mut this = Self {
+            first,
+            highest: first,
+            bits: Default::default(),
+        };
+        this.set(first);
+        this
+    }
+
     fn bit(&mut self, n: u64) -> (&mut u64, u64) {
         let n = n % LATE;
         (&mut self.bits[(n / 64) as usize], 1 << (n % 64))
@@ -442,24 +487,22 @@ impl Window {
 impl Seen {
     /// Takes note of a message. Returns true if it is new.
     fn take(&mut self, from: PeerId, sequence: u64, via: Via, now: Instant) -> bool {
-        if let Some(window) = self.windows.get_mut(&from) {
-            if now.saturating_duration_since(window.at) < REMEMBER {
-                window.at = now;
-                return window.take(sequence);
+        if let Some(known) = self.publishers.get_mut(&from) {
+            if now.saturating_duration_since(known.at) < REMEMBER {
+                known.at = now;
+                return known.take(sequence);
             }
             self.forget(&from);
         }
-        if self.windows.len() >= MAX_PUBLISHERS {
+        if self.publishers.len() >= MAX_PUBLISHERS {
             self.make_room(now);
         }
-        let mut window = Window {
-            highest: sequence,
-            bits: Default::default(),
+        let known = Known {
+            runs: vec![Window::new(sequence)],
             at: now,
             via,
         };
-        window.set(sequence);
-        self.windows.insert(from, window);
+        self.publishers.insert(from, known);
         self.by_network.entry(via).or_default().push(from);
         true
     }
@@ -470,26 +513,26 @@ impl Seen {
             .is_none_or(|at| now.saturating_duration_since(at) >= CLEAN)
         {
             self.cleaned = Some(now);
-            let silent = |window: &Window| now.saturating_duration_since(window.at) >= REMEMBER;
-            self.windows.retain(|_, window| !silent(window));
-            let windows = &self.windows;
+            let silent = |known: &Known| now.saturating_duration_since(known.at) >= REMEMBER;
+            self.publishers.retain(|_, known| !silent(known));
+            let known = &self.publishers;
             self.by_network.retain(|_, publishers| {
-                publishers.retain(|publisher| windows.contains_key(publisher));
+                publishers.retain(|publisher| known.contains_key(publisher));
                 !publishers.is_empty()
             });
         }
-        if self.windows.len() < MAX_PUBLISHERS {
+        if self.publishers.len() < MAX_PUBLISHERS {
             return;
         }
         let largest = self.by_network.values_mut().max_by_key(|all| all.len());
         if let Some(newest) = largest.and_then(Vec::pop) {
-            self.windows.remove(&newest);
+            self.publishers.remove(&newest);
         }
     }
 
     fn forget(&mut self, publisher: &PeerId) {
-        if let Some(window) = self.windows.remove(publisher)
-            && let Some(publishers) = self.by_network.get_mut(&window.via)
+        if let Some(known) = self.publishers.remove(publisher)
+            && let Some(publishers) = self.by_network.get_mut(&known.via)
         {
             publishers.retain(|other| other != publisher);
         }
@@ -838,9 +881,65 @@ mod tests {
         assert!(!seen.take(peer, 5_004 + LATE * 2, via, now));
         // The numbers of one publisher say nothing of another's.
         assert!(seen.take(PeerId::random(), 1, via, now));
-        // After a day of silence the publisher may have lost its clock.
-        assert!(seen.take(peer, 1, via, now + REMEMBER));
-        assert!(!seen.take(peer, 1, via, now + REMEMBER));
+        // After a day of silence the publisher is forgotten.
+        assert!(seen.take(peer, 5_003, via, now + REMEMBER));
+        assert!(!seen.take(peer, 5_003, via, now + REMEMBER));
+    }
+
+    #[test]
+    fn a_publisher_whose_clock_was_set_back_is_heard_and_nothing_is_taken_twice() {
+        let (peer, now, via) = (PeerId::random(), Instant::now(), Via::default());
+        let mut seen = Seen::default();
+        let day = 86_400_000_000_000;
+        let mut take = |n| seen.take(peer, n, via, now);
+        let start = 20_000 * day;
+        for n in 0..2000 {
+            assert!(take(start + n));
+        }
+        // It starts again with its clock a day back, and once more with the clock put right in part.
+        for run in [start - day, start - day / 2] {
+            for n in [1, 0, 3, 2, 4] {
+                assert!(take(run + n), "{run} {n}");
+            }
+            for n in 0..5 {
+                assert!(!take(run + n), "{run} {n}");
+            }
+        }
+        for n in 0..2000 {
+            assert!(!take(start + n), "{n}");
+        }
+        assert!(take(start + 2000));
+        // What it published with the clock that was a day back comes no more.
+        assert!(!take(start - day + 4));
+        // How often it may be set back has a bound.
+        for times in 2..6 {
+            assert_eq!(take(start - times * day), times < 4, "{times}");
+        }
+    }
+
+    #[test]
+    fn no_number_of_a_publisher_is_taken_twice_in_whatever_order_they_come() {
+        for seed in 0..200_u64 {
+            let mut state = seed + 1;
+            let mut random = |below: u64| {
+                // Xorshift (Marsaglia 2003).
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state % below
+            };
+            let (peer, now, via) = (PeerId::random(), Instant::now(), Via::default());
+            let (mut seen, mut taken) = (Seen::default(), std::collections::HashSet::new());
+            let starts: Vec<_> = (0..6).map(|_| random(20 * LATE)).collect();
+            for _ in 0..3000 {
+                let n = starts[random(6) as usize] + random(3 * LATE);
+                if seen.take(peer, n, via, now) {
+                    assert!(taken.insert(n), "{seed}: {n}");
+                }
+            }
+            assert!(taken.len() > 100, "{seed}");
+            assert!(seen.publishers[&peer].runs.len() <= MAX_RUNS);
+        }
     }
 
     #[test]
@@ -865,7 +964,7 @@ mod tests {
             let later = now + Duration::from_micros(n + 1);
             assert!(seen.take(PeerId::random(), 1, via(0), later));
         }
-        assert_eq!(seen.windows.len(), MAX_PUBLISHERS);
+        assert_eq!(seen.publishers.len(), MAX_PUBLISHERS);
         let listed: usize = seen.by_network.values().map(Vec::len).sum();
         assert_eq!(listed, MAX_PUBLISHERS);
         let after = now + Duration::from_secs(60);

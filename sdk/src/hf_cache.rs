@@ -304,8 +304,10 @@ impl AddHfCache {
         skipped.extend(indexed.skipped);
         counts.publishing.store(true, Ordering::Relaxed);
         let (mut registries, mut not_listed) = (Vec::new(), Vec::new());
+        let (mut reserved, known) = (Vec::new(), self.node.registries());
         for name in &names {
-            let (listed, problems) = self.node.registries().publish_all(name, &model).await?;
+            reserved.extend(known.reserved_for_others(name).await?);
+            let (listed, problems) = known.publish_all(name, &model).await?;
             registries.extend(listed);
             not_listed.extend(problems);
         }
@@ -322,6 +324,7 @@ impl AddHfCache {
             announced_to,
             registries,
             not_listed,
+            reserved,
             skipped,
             opaque: indexed.opaque,
             followed: indexed.followed,

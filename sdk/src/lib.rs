@@ -117,7 +117,7 @@ pub use self::{
     records::{MAX_RECORD_KEY, RecordChange, RecordInfo, RecordWatch, Records},
     registry::{
         ListedModel, NamePattern, NewRegistry, ParsePatternError, Registries, Registry,
-        RegistryDetails, RegistryInfo,
+        RegistryDetails, RegistryInfo, ReservedName,
     },
     storage::{
         Collected, Condition, Freed, MAX_TAG, MAX_TAGS, Storage, Tag, Verified, VerifiedFile,

@@ -21,7 +21,7 @@ use weft_net::{Heard, PeerId};
 use weft_proto::wire;
 
 use crate::{
-    AddHfCache, Error, Get, Hash, ModelName, Node, Operation, Reader, Target, Ticket,
+    AddHfCache, Error, Get, Hash, ModelName, Node, Operation, Reader, ReservedName, Target, Ticket,
     announce::manifest_size, node::blocking, providers::find_providers, resolve::resolve,
 };
 
@@ -116,6 +116,8 @@ pub struct Added {
     pub registries: Vec<DocumentId>,
     /// Registries that should, and do not: each with the reason.
     pub not_listed: Vec<String>,
+    /// Registries that reserve a name of the model for others: nodes that follow them do not take it for this model.
+    pub reserved: Vec<ReservedName>,
     /// What was left out of the folder, each with the reason.
     pub skipped: Vec<String>,
     /// Files that are published as bytes alone, although their names say that they hold tensors, and pointers of Git
@@ -577,8 +579,12 @@ impl Add {
         .await?;
         let taken_from = had_it.map(|before| before.id).filter(|id| *id != model.id);
         publishing.store(true, Ordering::Relaxed);
+        let (mut reserved, known) = (Vec::new(), self.node.registries());
         let (registries, not_listed) = match &published {
-            Some(name) => self.node.registries().publish_all(name, &model).await?,
+            Some(name) => {
+                reserved = known.reserved_for_others(name).await?;
+                known.publish_all(name, &model).await?
+            }
             None => Default::default(),
         };
         self.node.meet().await;
@@ -593,6 +599,7 @@ impl Add {
             announced_to,
             registries,
             not_listed,
+            reserved,
             skipped: indexed.skipped,
             opaque: indexed.opaque,
             followed: indexed.followed,

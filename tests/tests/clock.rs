@@ -202,3 +202,27 @@ fn a_clock_before_1970_is_named_and_nothing_panics() {
     assert!(errors.contains("set the clock"), "{errors}");
     assert!(!errors.contains("panicked"), "{errors}");
 }
+
+#[test]
+fn a_node_that_starts_again_with_its_clock_set_back_is_heard_on_its_topics() {
+    let (listener, publisher) = (Home::new(), Home::new());
+    let listening = listener.up(&[]);
+    let mut watch = listener.start(&["--json", "topic", "watch", "news"]);
+    until("the topic is watched", || {
+        let listed = listener.json(&["topic", "ls"]);
+        (listed["topics"][0]["topic"] == "news").then_some(())
+    });
+    let bootstrap = [listening.address()];
+    // Right, two days back, one day back, and right again.
+    for (turn, seconds) in [0, -2 * 86_400, -86_400, 0].into_iter().enumerate() {
+        let up = up_at(&publisher, seconds, &bootstrap);
+        let text = format!("turn {turn}");
+        until("it is published", || {
+            let published = publisher.json(&["topic", "publish", "news", &text]);
+            // Before they have met, nobody hears it.
+            (published["peers"] == 1).then_some(())
+        });
+        watch.wait_for_line(&text);
+        up.kill();
+    }
+}

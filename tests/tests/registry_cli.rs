@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use weft_tests::Home;
 
@@ -57,7 +58,10 @@ fn a_registry_is_made_followed_filled_and_left() {
         (&json!(true), &json!("models"))
     );
     let added = publisher.json(&["add", &model(&publisher, "tiny"), "--name", "acme/tiny"]);
-    assert_eq!(added["registries"], json!([id]));
+    assert_eq!(
+        (&added["registries"], &added["reserved"]),
+        (&json!([id]), &json!([]))
+    );
     lists(&owner, &id, &["acme/tiny"]);
     let listed = &owner.json(&["registry", "ls", &id, "acme/"])["models"][0];
     assert_eq!(
@@ -84,7 +88,10 @@ fn a_registry_is_made_followed_filled_and_left() {
     }
     let to_list = model(&owner, "other");
     let added = owner.json(&["add", &to_list, "--name", "other/one"]);
-    assert_eq!(added["registries"], json!([]));
+    assert_eq!(
+        (&added["registries"], &added["reserved"]),
+        (&json!([]), &json!([]))
+    );
     let other = "ab".repeat(32);
     for (arguments, code, says) in [
         (
@@ -153,5 +160,68 @@ fn a_registry_is_made_followed_filled_and_left() {
     assert_eq!(
         publisher.json(&["registry", "ls"]),
         json!({"registries": []})
+    );
+}
+
+#[test]
+fn a_name_that_a_registry_reserves_for_another_is_warned_of_when_it_is_added() {
+    let (owner, publisher) = (Home::new(), Home::new());
+    let (_up, publisher_up) = (owner.up(&[]), publisher.up(&[]));
+    let lets = format!("{}=acme/*", publisher_up.peer_id());
+    let made = owner.json(&["registry", "create", "--publisher", &lets]);
+    let id = made["id"].as_str().unwrap();
+    let folder = model(&owner, "mine");
+    let added = owner.json(&["add", &folder, "--name", "acme/mine"]);
+    let reserved = json!([{
+        "name": "acme/mine",
+        "registry": id,
+        "publishers": [publisher_up.peer_id()],
+    }]);
+    assert_eq!(
+        (&added["registries"], &added["reserved"]),
+        (&json!([]), &reserved)
+    );
+    let shown = owner.run(&["add", &folder, "--name", "acme/mine"]);
+    assert_eq!(shown.code(), Some(0), "{shown:#?}");
+    for says in [id, "reserves the name acme/mine", publisher_up.peer_id()] {
+        assert!(shown.stderr.contains(says), "{shown:#?}");
+    }
+    // Another name is nobody's.
+    let shown = owner.run(&["add", &folder, "--name", "mine/mine"]);
+    assert!(!shown.stderr.contains("reserves"), "{shown:#?}");
+}
+
+#[test]
+fn following_a_registry_that_nobody_has_says_so_at_once_and_what_to_do_at_the_end() {
+    let (one, other) = (Home::new(), Home::new());
+    let (_up, other_up) = (one.up(&[]), other.up(&[]));
+    let unknown = "ab".repeat(32);
+    let alone = one.run(&["registry", "follow", &unknown, "--wait", "0"]);
+    assert_eq!(alone.code(), Some(0), "{alone:#?}");
+    assert!(alone.stderr.contains("connected to nobody"), "{alone:#?}");
+    one.json(&["connect", other_up.address()]);
+    // Nothing but what is said at once tells that it is waited for: it is stopped long before the wait is over.
+    let mut follow = one.start(&["registry", "follow", &unknown, "--wait", "1h"]);
+    follow.wait_for_error("looking for a node that has the registry");
+    follow.signal(Signal::INT);
+    follow.finish();
+    let followed = one.run(&["registry", "follow", &unknown, "--wait", "1s"]);
+    assert_eq!(followed.code(), Some(0), "{followed:#?}");
+    assert!(
+        followed.stdout.contains("nothing is here yet"),
+        "{followed:#?}"
+    );
+    for says in ["weft registry ls", "weft registry unfollow", &unknown] {
+        assert!(followed.stderr.contains(says), "{followed:#?}");
+    }
+    assert!(
+        !followed.stderr.contains("connected to nobody"),
+        "{followed:#?}"
+    );
+    // It is followed for good.
+    let followed = &one.json(&["registry", "ls"])["registries"][0];
+    assert_eq!(
+        (&followed["id"], &followed["arrived"]),
+        (&json!(unknown), &json!(false))
     );
 }

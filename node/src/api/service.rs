@@ -828,6 +828,15 @@ fn add_done(added: Added) -> api::AddDone {
         skipped: added.skipped,
         registries: added.registries.iter().map(ToString::to_string).collect(),
         not_listed: added.not_listed,
+        reserved: added
+            .reserved
+            .iter()
+            .map(|one| api::ReservedName {
+                name: one.name.to_string(),
+                registry: one.registry.to_string(),
+                publishers: one.publishers.iter().map(ToString::to_string).collect(),
+            })
+            .collect(),
         opaque_more: added.opaque.len().saturating_sub(MAX_TOLD) as u32,
         opaque: added
             .opaque

@@ -118,6 +118,9 @@ async fn shown<E: Event<Progress = AddProgress>>(
 fn to_json(done: &AddDone) -> Value {
     let opaque = done.opaque.iter();
     let opaque = opaque.map(|one| json!({ "path": one.path, "reason": one.reason }));
+    let reserved = done.reserved.iter().map(
+        |one| json!({ "name": one.name, "registry": one.registry, "publishers": one.publishers }),
+    );
     let taken_from = Some(&done.taken_from).filter(|id| !id.is_empty());
     let model = done.model.clone().unwrap_or_default();
     json!({
@@ -127,6 +130,7 @@ fn to_json(done: &AddDone) -> Value {
         "skipped": done.skipped,
         "registries": done.registries,
         "not_listed": done.not_listed,
+        "reserved": reserved.collect::<Vec<_>>(),
         "opaque": opaque.collect::<Vec<_>>(),
         "opaque_more": done.opaque_more,
         "followed": done.followed,
@@ -191,6 +195,15 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
     }
     for problem in &done.not_listed {
         err!("not listed in registry {problem}");
+    }
+    for one in &done.reserved {
+        let (name, registry) = (&one.name, &one.registry);
+        err!(
+            "attention: registry {registry} reserves the name {name} for {}: other nodes that follow it do not take \
+             the name for this model; use another name, or have its owner run `weft registry publishers {registry} \
+             --add` with this node's peer id",
+            one.publishers.join(", ")
+        );
     }
     let model = done.model.clone().unwrap_or_default();
     let counted = format!(

@@ -11,7 +11,7 @@ use crate::{
     cli::Registry,
     client::Client,
     exit::{Failure, NOT_FOUND},
-    output::{self, out, out_raw, table},
+    output::{self, err, out, out_raw, table},
 };
 
 pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Result<(), Failure> {
@@ -193,12 +193,26 @@ async fn follow(
     wait: Duration,
     as_json: bool,
 ) -> Result<(), Failure> {
-    let request = api::FollowRegistryRequest {
+    let request = |wait: Duration| api::FollowRegistryRequest {
         id: id.to_string(),
-        prefix,
+        prefix: prefix.clone(),
         wait_millis: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
     };
-    let registry = client.registries().follow(request).await?.into_inner();
+    // Without a wait first: the registry is followed from then on, and what is here already is shown at once.
+    let mut registries = client.registries();
+    let mut registry = registries
+        .follow(request(Duration::ZERO))
+        .await?
+        .into_inner();
+    if !registry.arrived && !wait.is_zero() {
+        if !as_json {
+            err!(
+                "followed; looking for a node that has the registry, for {} at most",
+                output::duration(wait)
+            );
+        }
+        registry = registries.follow(request(wait)).await?.into_inner();
+    }
     if as_json {
         out!("{}", registry_json(&registry));
     } else if registry.arrived {
@@ -208,7 +222,15 @@ async fn follow(
         );
     } else {
         out!(
-            "followed from now on; nobody who has it, and lets this node read it, has been found yet, and it is looked for further"
+            "followed, and nothing is here yet: no node that has the registry and lets this node read it has been found"
+        );
+        let status = client.node().status(api::StatusRequest {}).await?;
+        if status.into_inner().peers == 0 {
+            err!("this node is connected to nobody: `weft connect ADDRESS` connects it");
+        }
+        err!(
+            "this node goes on looking, also after a restart; `weft registry ls` shows whether the registry has come; if \
+             the id is wrong, run `weft registry unfollow {id}`"
         );
     }
     Ok(())

@@ -122,6 +122,18 @@ pub struct ListedModel {
     pub(crate) commit: Option<Commit>,
 }
 
+/// A name that a registry reserves for other publishers than this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReservedName {
+    /// The name.
+    pub name: ModelName,
+    /// The registry, which this node follows.
+    pub registry: DocumentId,
+    /// Those who may publish the name there.
+    pub publishers: Vec<PeerId>,
+}
+
 impl ListedModel {
     fn of(name: ModelName, entry: &Entry, publisher: &Key) -> Option<Self> {
         Some(Self {
@@ -372,6 +384,43 @@ impl Registries {
             }
         }
         Ok((registries, problems))
+    }
+
+    /// Returns the followed registries that reserve a name for others than this node: their followers take the word of
+    /// those for what the name means, and not this node's.
+    pub(crate) async fn reserved_for_others(
+        &self,
+        name: &ModelName,
+    ) -> Result<Vec<ReservedName>, Error> {
+        let mut all = Vec::new();
+        for id in self.node.followed().all().into_keys() {
+            let documents = &self.node.driver().documents;
+            let find = move |replica: &mut Replica| Ok((Root::find(replica, id)?, replica.key()));
+            let (Some(root), own) = documents.with(find).await? else {
+                continue;
+            };
+            let may = root
+                .catalogues
+                .iter()
+                .filter(|one| one.pattern.matches(name));
+            let may: Vec<_> = may.collect();
+            let is_reserved = may.iter().any(|one| !one.pattern.prefix().is_empty());
+            if !is_reserved || may.iter().any(|one| one.publisher == own) {
+                continue;
+            }
+            let mut publishers: Vec<_> = may
+                .iter()
+                .filter_map(|one| peer_of(&one.publisher))
+                .collect();
+            publishers.sort_unstable();
+            publishers.dedup();
+            all.push(ReservedName {
+                name: name.clone(),
+                registry: id,
+                publishers,
+            });
+        }
+        Ok(all)
     }
 
     /// Withdraws this node's entries of a model from the registries: the entry called `name`, or all of them if `name`
