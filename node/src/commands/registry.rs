@@ -225,7 +225,7 @@ async fn follow(
             "followed, and nothing is here yet: no node that has the registry and lets this node read it has been found"
         );
         let status = client.node().status(api::StatusRequest {}).await?;
-        if status.into_inner().peers == 0 {
+        if status.into_inner().peer_count == 0 {
             err!("this node is connected to nobody: `weft connect ADDRESS` connects it");
         }
         err!(
