@@ -733,7 +733,7 @@ mod tests {
         ));
         assert!(matches!(
             index(folder.path(), &progress),
-            Err(IndexError::Manifest(ManifestError::Empty))
+            Err(IndexError::NothingLeft { .. })
         ));
         write(&folder.path().join("a"), 1);
         write(&folder.path().join("A"), 1);

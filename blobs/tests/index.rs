@@ -456,7 +456,7 @@ fn hidden_files_are_published_only_if_told_to() {
     );
     assert_eq!(indexed.skipped.len(), 7, "{:?}", indexed.skipped);
     let env = indexed.skipped.iter().find(|note| note.starts_with(".env"));
-    assert!(env.unwrap().contains("option hidden"), "{env:?}");
+    assert!(env.unwrap().contains("--hidden"), "{env:?}");
     let all = by(|rules| rules.hidden = true);
     let indexed = index_by(folder.path(), &all, &Progress::default()).unwrap();
     assert!(names(&indexed).contains(&".ssh/id_ed25519"));
@@ -574,8 +574,8 @@ fn links_are_followed_within_the_folder_and_out_of_it_only_if_told_to() {
         let mut notes = indexed.skipped.iter();
         notes.find(|note| note.starts_with(name)).unwrap().clone()
     };
-    assert!(note("outside.bin: ").contains("option follow-links"));
-    assert!(note("folder: ").contains("option follow-links"));
+    assert!(note("outside.bin: ").contains("--follow-links"));
+    assert!(note("folder: ").contains("--follow-links"));
     assert!(note("dangling.bin: ").contains("gone.bin, which is not there"));
     let follow = by(|rules| rules.follow_links = true);
     let indexed = index_by(&root, &follow, &Progress::default()).unwrap();

@@ -102,7 +102,9 @@ fn look_ups_stay_fast_while_nodes_come_and_go() {
             "{name}: {} times, median {typical:?}, at most {worst:?}",
             times.len()
         );
-        assert!(typical < Duration::from_secs(1), "{name}: {times:?}");
+        // A new node may begin with a provider that is gone, and asks another after a second.
+        let usual = Duration::from_millis(if name == "first get" { 1500 } else { 1000 });
+        assert!(typical < usual, "{name}: {times:?}");
         assert!(worst < most, "{name}: {times:?}");
     }
 }

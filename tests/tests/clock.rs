@@ -220,7 +220,7 @@ fn a_node_that_starts_again_with_its_clock_set_back_is_heard_on_its_topics() {
         until("it is published", || {
             let published = publisher.json(&["topic", "publish", "news", &text]);
             // Before they have met, nobody hears it.
-            (published["peers"] == 1).then_some(())
+            (published["peer_count"] == 1).then_some(())
         });
         watch.wait_for_line(&text);
         up.kill();

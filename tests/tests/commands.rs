@@ -636,7 +636,12 @@ fn files_that_stay_when_a_model_is_removed_with_its_files_are_named_with_the_rea
 #[test]
 fn an_error_of_the_system_on_a_file_says_what_to_do() {
     // Nobody makes folders there, not even root.
-    let finished = Home::new().run(&["--home", "/sys/weft", "up"]);
-    assert_eq!(finished.code(), Some(1), "{finished:#?}");
-    assert!(finished.stderr.contains("--home DIR"), "{finished:#?}");
+    let home = Home::new();
+    let finished = Command::new(home.command(&[]).get_program())
+        .args(["--home", "/sys/weft", "up"])
+        .output()
+        .unwrap();
+    assert_eq!(finished.status.code(), Some(1), "{finished:#?}");
+    let error = String::from_utf8_lossy(&finished.stderr);
+    assert!(error.contains("--home DIR"), "{finished:#?}");
 }

@@ -293,7 +293,7 @@ fn a_cache_that_cannot_be_written_is_named() {
     let finished = receiver.run(&[&["--json", "get", ticket], &into[..]].concat());
     assert_eq!(finished.code(), Some(1), "{finished:#?}");
     let error = &finished.json()["error"];
-    assert_eq!(error["reason"], "HF_CACHE");
+    assert_eq!(error["reason"], "PERMISSION");
     let message = error["message"].as_str().unwrap();
     assert!(message.contains(text(&cache)), "{message}");
     assert!(message.contains("Read-only"), "{message}");

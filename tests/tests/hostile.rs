@@ -100,7 +100,10 @@ async fn hostile_manifests_are_refused_and_write_nothing() {
         let error = &finished.json()["error"];
         assert_eq!(error["reason"], "INVALID_CONTENT", "{what}: {error}");
         assert!(
-            error["hint"].as_str().unwrap().contains("do not trust"),
+            error["hint"]
+                .as_str()
+                .unwrap()
+                .contains("choose another publisher"),
             "{error}"
         );
         assert!(!target.exists(), "{what}");

@@ -74,7 +74,7 @@ fn verify_without_a_model_reads_what_cat_left_and_the_next_cat_repairs_it() {
     flip(&kept, 1_000_000);
     let verified = reader.json(&["verify"]);
     assert_eq!(verified["files_damaged"], 1, "{verified}");
-    assert_eq!(verified["bytes_damaged"], 64 << 10);
+    assert_eq!(verified["damaged_bytes"], 64 << 10);
     assert_eq!(
         verified["problems"], 0,
         "what is damaged no longer counts as here"

@@ -134,7 +134,7 @@ fn verify_done(verified: Verified) -> api::VerifyDone {
         problems: verified.problems().count() as u64,
         files_read: verified.read().count() as u64,
         files_damaged: verified.damaged().count() as u64,
-        bytes_damaged: verified.damaged().map(|file| file.damaged_bytes).sum(),
+        damaged_bytes: verified.damaged().map(|file| file.damaged_bytes).sum(),
         failed: failed.collect(),
         files: verified.files.into_iter().map(verified_file).collect(),
     }

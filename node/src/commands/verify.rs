@@ -103,7 +103,7 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
                 "bytes": done.bytes,
                 "files_read": done.files_read,
                 "files_damaged": done.files_damaged,
-                "bytes_damaged": done.bytes_damaged,
+                "damaged_bytes": done.damaged_bytes,
                 "problems": done.problems,
                 "failed": failed.collect::<Vec<_>>(),
             })
@@ -119,7 +119,7 @@ fn print(done: &VerifyDone, meter: &Meter, as_json: bool) {
     let not_read = done.files.len() as u64 - done.files_read.min(done.files.len() as u64);
     let mut found = String::new();
     if done.files_damaged > 0 {
-        let bytes = output::bytes(done.bytes_damaged);
+        let bytes = output::bytes(done.damaged_bytes);
         found.push_str(&format!(", {} damaged ({bytes})", done.files_damaged));
     }
     if not_read > 0 {
