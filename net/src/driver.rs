@@ -307,8 +307,8 @@ enum Outcome {
     },
     /// A peer asks whether another is where it says.
     Asked {
-        stream: Stream,
-        question: Question,
+        stream: Box<Stream>,
+        question: Box<Question>,
         permit: Permit,
     },
     /// A relay has answered.
@@ -826,7 +826,7 @@ where
                 stream,
                 question,
                 permit,
-            } => self.on_asked(stream, &question, permit),
+            } => self.on_asked(*stream, &question, permit),
             Outcome::Reserved { relay, result } => self.on_reserved(relay, result),
             Outcome::Doubted {
                 connection,

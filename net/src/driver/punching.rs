@@ -525,8 +525,8 @@ where
             // The network may have stopped.
             let _ = outcomes
                 .send(Outcome::Asked {
-                    stream,
-                    question,
+                    stream: Box::new(stream),
+                    question: Box::new(question),
                     permit,
                 })
                 .await;
