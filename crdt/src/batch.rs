@@ -24,9 +24,16 @@ use crate::guard::{Checked, Touched, object};
 pub(crate) const MAX_CHANGES: usize = 4096;
 const MAX_BYTES: usize = 1 << 20;
 
-/// Operations that are kept decoded for a document, beside those of the change that was looked at last: about 4 MB.
-/// Most references lead to changes that others have just referred to.
-const MAX_KEPT: usize = 16_384;
+/// Operations that are kept decoded for a document, beside those of the change that was looked at last: two changes of
+/// the largest size, about 32 MB, which count as the document's memory. Most references lead to changes that others have
+/// just referred to.
+const MAX_KEPT: usize = if cfg!(test) { 1000 } else { 131_072 };
+
+#[cfg(test)]
+thread_local! {
+    /// The number of changes of documents that were decoded on this thread.
+    pub(crate) static DECODED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
 
 /// The operations of a change, the first with the number `start`.
 #[derive(Debug)]
@@ -187,6 +194,8 @@ impl View<'_> {
         if let Some(operations) = kept.get(&hash) {
             return Some(operations);
         }
+        #[cfg(test)]
+        DECODED.set(DECODED.get() + 1);
         let change = self.doc.get_change_by_hash(&hash)?.decode();
         let operations = Operations::new(change.start_op.get(), change.operations);
         let operations = Arc::new(operations);

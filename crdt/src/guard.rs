@@ -157,54 +157,105 @@ impl<'a> Ancestry<'a> {
         clock.is_none_or(|clock| clock.has(&self.view, change))
     }
 
-    /// Looks at an operation of this change or of another that is here.
-    fn look<T>(&self, id: &OpId, decoded: &mut Decoded, look: impl FnOnce(&Op) -> T) -> Option<T> {
-        if self.is_own(id) {
-            return self.own.get(id).map(look);
-        }
-        let operations = self.view.operations_with(id, decoded)?;
-        operations.get(id).map(look)
-    }
-
-    /// Checks that an operation is of the kind that its object is, and that the element that it names and what it
+    /// Checks that each operation is of the kind that its object is, and that the element that it names and what it
     /// replaces are at its own place: Automerge looks nowhere else for them, and a document in which it found them
     /// elsewhere would depend on which changes are applied together.
-    fn check_place(&self, op: &Op, decoded: &mut Decoded) -> Result<(), Refusal> {
-        let is_list = match &op.obj {
-            ObjectId::Root => false,
-            ObjectId::Id(id) => match self.look(id, decoded, |made| made.action.clone()) {
-                Some(OpType::Make(ObjType::List)) => true,
-                Some(OpType::Make(ObjType::Map)) => false,
-                _ => return Err(Refusal::Poisoned("it changes neither a map nor a list")),
-            },
-        };
-        if is_list != matches!(op.key, OpKey::Seq(_)) {
-            return Err(Refusal::Poisoned(
-                "it takes a map for a list, or a list for a map",
-            ));
-        }
-        if let OpKey::Seq(ElementId::Id(id)) = &op.key {
-            let is_element = |made: &Op| made.insert && made.obj == op.obj;
-            if self.look(id, decoded, is_element) != Some(true) {
-                return Err(Refusal::Poisoned(
-                    "it changes an element that is not in its list",
-                ));
+    ///
+    /// The references are sorted by the change that they lead to, so that each of these changes is decoded at most
+    /// once, however many there are and in whatever order they are referred to.
+    fn check_places(&self, decoded: &mut Decoded) -> Result<(), Refusal> {
+        let mut elsewhere: Vec<(ChangeHash, &Op, Role, &OpId)> = Vec::new();
+        for op in self.own.all() {
+            if matches!(op.obj, ObjectId::Root) && matches!(op.key, OpKey::Seq(_)) {
+                return Err(Refusal::Poisoned(TAKES_FOR));
+            }
+            for (role, id) in Role::all_of(op) {
+                if self.is_own(id) {
+                    role.check(op, id, self.own.get(id))?;
+                    continue;
+                }
+                match self.view.change_of(id) {
+                    Some(change) => elsewhere.push((change, op, role, id)),
+                    None => role.check(op, id, None)?,
+                }
             }
         }
-        for id in op.pred.iter() {
-            let is_here = |before: &Op| {
-                let at_key = match (&op.key, before.insert) {
-                    (OpKey::Seq(ElementId::Id(element)), true) => element == id,
-                    (key, false) => before.key == *key,
-                    _ => false,
-                };
-                at_key && before.obj == op.obj && !matches!(before.action, OpType::Delete)
-            };
-            if self.look(id, decoded, is_here) != Some(true) {
-                return Err(Refusal::Poisoned("it replaces what is at another place"));
+        elsewhere.sort_by_key(|(change, ..)| *change);
+        for of_change in elsewhere.chunk_by(|(one, ..), (other, ..)| one == other) {
+            let (_, _, _, any) = of_change[0];
+            let operations = self.view.operations_with(any, decoded);
+            for (_, op, role, id) in of_change {
+                let other = operations.as_ref().and_then(|all| all.get(id));
+                role.check(op, id, other)?;
             }
         }
         Ok(())
+    }
+}
+
+const TAKES_FOR: &str = "it takes a map for a list, or a list for a map";
+
+/// What an operation refers to another for.
+#[derive(Debug, Clone, Copy)]
+enum Role {
+    /// The operation that made its object.
+    Object,
+    /// The operation that inserted the element that it is at, or after.
+    Element,
+    /// An operation that it replaces.
+    Before,
+}
+
+impl Role {
+    /// Returns all that an operation refers to.
+    fn all_of(op: &Op) -> impl Iterator<Item = (Self, &OpId)> {
+        let object = match &op.obj {
+            ObjectId::Root => None,
+            ObjectId::Id(id) => Some((Self::Object, id)),
+        };
+        let element = match &op.key {
+            OpKey::Seq(ElementId::Id(id)) => Some((Self::Element, id)),
+            _ => None,
+        };
+        let before = op.pred.iter().map(|id| (Self::Before, id));
+        object.into_iter().chain(element).chain(before)
+    }
+
+    /// Checks `other`, which has the number `id`, against the operation that refers to it.
+    fn check(self, op: &Op, id: &OpId, other: Option<&Op>) -> Result<(), Refusal> {
+        match self {
+            Self::Object => {
+                let is_list = match other.map(|made| &made.action) {
+                    Some(OpType::Make(ObjType::List)) => true,
+                    Some(OpType::Make(ObjType::Map)) => false,
+                    _ => return Err(Refusal::Poisoned("it changes neither a map nor a list")),
+                };
+                match is_list == matches!(op.key, OpKey::Seq(_)) {
+                    true => Ok(()),
+                    false => Err(Refusal::Poisoned(TAKES_FOR)),
+                }
+            }
+            Self::Element => match other.is_some_and(|made| made.insert && made.obj == op.obj) {
+                true => Ok(()),
+                false => Err(Refusal::Poisoned(
+                    "it changes an element that is not in its list",
+                )),
+            },
+            Self::Before => {
+                let is_here = |before: &Op| {
+                    let at_key = match (&op.key, before.insert) {
+                        (OpKey::Seq(ElementId::Id(element)), true) => element == id,
+                        (key, false) => before.key == *key,
+                        _ => false,
+                    };
+                    at_key && before.obj == op.obj && !matches!(before.action, OpType::Delete)
+                };
+                match other.is_some_and(is_here) {
+                    true => Ok(()),
+                    false => Err(Refusal::Poisoned("it replaces what is at another place")),
+                }
+            }
+        }
     }
 }
 
@@ -281,8 +332,8 @@ fn references(
                 ));
             }
         }
-        ancestry.check_place(op, decoded)?;
     }
+    ancestry.check_places(decoded)?;
     Ok((touched, own))
 }
 
@@ -350,7 +401,13 @@ impl Depths {
     ) -> Result<(), Refusal> {
         let missing = || Refusal::Poisoned("it changes an object that is nowhere");
         let mut own: HashMap<OpId, usize> = HashMap::new();
-        for object in touched.keys() {
+        // By the change that made them, so that none is decoded over and over.
+        let mut objects: Vec<_> = touched.keys().collect();
+        objects.sort_by_cached_key(|object| match object {
+            ObjectId::Root => None,
+            ObjectId::Id(id) => view.change_of(id),
+        });
+        for object in objects {
             let mut above = Vec::new();
             let mut at = object.clone();
             let mut depth = loop {

@@ -157,13 +157,14 @@ impl Crowd {
         room.map(drop).inspect_err(|refused| state.count(refused))
     }
 
-    /// Returns true if [`admit`](Self::admit) would succeed now. Nothing is counted.
-    pub(crate) fn has_room(&self, place: Place) -> bool {
+    /// Returns true if [`admit`](Self::admit) would succeed now and no other connection would have to go. Nothing is
+    /// counted, and no connection is looked at: this is asked for each packet of anybody.
+    pub(crate) fn has_free_room(&self, place: Place) -> bool {
+        let state = self.state();
         !self.memory.is_short()
-            && self
-                .state()
-                .room(&self.limits, place, Instant::now())
-                .is_ok()
+            && state.incoming < self.limits.incoming
+            && state.all < self.limits.all
+            && !state.is_full_at(&self.limits, place)
     }
 
     /// Counts a connection that `peer` has opened. Another may be closed for it.

@@ -114,9 +114,9 @@ const CONCURRENT_ADDRESSES: u8 = 16;
 /// How long a connection that a better one has replaced is kept for what may still be under way on it.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// A connection on which never more than so many bytes came in a second is slow; and how long such a connection has to
-/// show that it still works.
-const SLOW_PATH: u64 = 32 * 1024;
+/// A connection whose last ping took longer is slow: a queue of 1 kB in front of 20 kbit/s. And how long such a
+/// connection has to show that it still works.
+const SLOW_RTT: Duration = Duration::from_millis(400);
 const SLOW_PATH_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The same where another connection to the peer has come up, which is used meanwhile: two round trips through a full
@@ -222,16 +222,15 @@ struct Connection {
     last_moved: Option<Instant>,
     /// Bytes received and sent in the last second.
     rate: (u64, u64),
-    /// The most bytes received in one second.
-    peak: u64,
 }
 
 impl Connection {
-    /// Returns true if something moved on it in the last minute, and it has never received more than a slow path brings.
+    /// Returns true if the last ping took long, or the connection is young and has answered none yet.
     fn is_slow(&self) -> bool {
-        let moved = self.last_moved;
-        moved.is_some_and(|moved| moved.elapsed() < Duration::from_secs(60))
-            && self.peak < SLOW_PATH
+        match self.rtt {
+            Some(rtt) => rtt >= SLOW_RTT,
+            None => self.since.elapsed() < REPLACED_TIMEOUT,
+        }
     }
 }
 
@@ -1104,7 +1103,6 @@ where
                 moved: (0, 0),
                 last_moved: None,
                 rate: (0, 0),
-                peak: 0,
                 from_listener: match endpoint {
                     ConnectedPoint::Dialer { port_use, .. } => *port_use == PortUse::Reuse,
                     ConnectedPoint::Listener { .. } => true,
@@ -1184,8 +1182,7 @@ where
         }
     }
 
-    /// Doubts the connections to `peer` other than `except`; those that carry something, and have never carried it fast,
-    /// have the time `slow`: on a full link of 20 kbit/s, TCP sends a lost packet again after 24 s.
+    /// Doubts the connections to `peer` other than `except`; those that are slow have the time `slow`: on a full link of 20 kbit/s, TCP sends a lost packet again after 24 s.
     fn doubt_unless_slow(&mut self, peer: PeerId, except: Option<ConnectionId>, slow: Duration) {
         let connections = self.peers.get(&peer).into_iter();
         let connections = connections.flat_map(|peer| &peer.connections);
@@ -1327,7 +1324,6 @@ where
                 let before = std::mem::replace(&mut connection.moved, moved);
                 let since = |moved: u64, before| moved.saturating_sub(before);
                 connection.rate = (since(moved.0, before.0), since(moved.1, before.1));
-                connection.peak = connection.peak.max(connection.rate.0);
                 if connection.rate != (0, 0) {
                     connection.last_moved = Some(now);
                 }

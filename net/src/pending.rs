@@ -135,17 +135,16 @@ impl Pending {
     /// it receives there. It counts towards no place.
     ///
     /// Returns `None` if the sender has to show it first: there are too many such connections, or none from `place`
-    /// would be admitted now. A refusal would take the sender's word for where it is.
+    /// would be admitted now without ending another. A refusal would take the sender's word for where it is.
     pub(crate) fn enter_unproven(&self, place: Place) -> Option<Ticket> {
-        let has_room = self.crowd.has_room(place);
         let mut state = self.state();
         let quic = |entry: &&Entry| entry.carrier == Carrier::Quic;
         let full =
             |(group, part)| shares::count(&state.by_group, &group) >= limit(self.per_place, part);
-        if !has_room
-            || place.groups().any(full)
-            || state.unproven() >= MAX_UNPROVEN
+        if state.unproven() >= MAX_UNPROVEN
             || state.entries.values().filter(quic).count() >= self.share(Carrier::Quic)
+            || place.groups().any(full)
+            || !self.crowd.has_free_room(place)
         {
             state.asked_to_prove += 1;
             return None;

@@ -1276,11 +1276,23 @@ pub(crate) struct Storage {
 pub(crate) struct Verify {
     /// A name, an id, or the first six or more digits of one [default: all that is here, also of models that were only
     /// read]
+    #[arg(value_parser = model)]
     pub(crate) model: Option<String>,
 
     /// Only say what is damaged; it is not used any more in either case
     #[arg(long)]
     pub(crate) no_repair: bool,
+}
+
+/// A model that need not be given. An empty one, as of a variable that is not set, is not taken for none.
+fn model(text: &str) -> Result<String, String> {
+    match text.is_empty() {
+        true => Err(
+            "it is empty: give a name, an id, or the first six or more digits of one, or leave it out to verify all that is here"
+                .to_owned(),
+        ),
+        false => Ok(text.to_owned()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -1331,6 +1343,15 @@ mod tests {
         ] {
             let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
             assert!(error.to_string().contains(says), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_empty_model_is_not_taken_for_all_of_them() {
+        let error = Cli::try_parse_from(["weft", "verify", ""]).unwrap_err();
+        assert!(error.to_string().contains("it is empty"), "{error}");
+        for line in ["weft verify", "weft verify a/b"] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
     }
 

@@ -232,8 +232,9 @@ impl From<Status> for Failure {
             ),
             "DISK_FULL" => (
                 DISK_FULL,
-                "The verified part is kept. Make room there and run the same command again. `weft gc` and `weft rm` make room in the home.\n\
-                 Fetched files may also go elsewhere, with --to or --cache-dir.",
+                "Make room there and run the same command again; a transfer keeps what was verified of it. `weft storage` shows what\n\
+                 takes room in the home, and `weft gc` and `weft rm MODEL --files` make room there. `weft get` can also write its\n\
+                 files elsewhere, with --to or --cache-dir.",
             ),
             "QUOTA_EXCEEDED" => (
                 DISK_FULL,

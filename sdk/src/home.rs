@@ -123,10 +123,8 @@ impl Home {
             .create(path)
             .map_err(io_error("cannot make", path))?;
         let path = path.canonicalize().map_err(io_error("cannot read", path))?;
-        // Before anything else is written.
         let reserve = Reserve::of(&path);
-        reserve.make_room();
-        let lock = Lock::take(&path).map_err(|error| match error {
+        let lock = take_lock(&path, &reserve, Lock::take).map_err(|error| match error {
             LockError::Io { path, source } => HomeError::Io {
                 action: "cannot lock",
                 path,
@@ -135,6 +133,9 @@ impl Home {
             error @ LockError::Unsupported { .. } => HomeError::NoLocks(error),
             held => HomeError::InUse(held),
         })?;
+        // With the lock, since the reserve belongs to the node that runs, and before anything else is written.
+        reserve.delete_left_behind();
+        reserve.make_room();
         let key = load_or_make_key(&path.join("key"))?;
         if !reserve.is_full() {
             reserve.keep();
@@ -190,6 +191,22 @@ impl Home {
     /// Where models go that are fetched to no particular folder.
     pub(crate) fn models(&self) -> PathBuf {
         self.path.join("models")
+    }
+}
+
+/// Takes the lock of a home with `take`, on a full disk with the room of the reserve. A home that another node holds keeps
+/// its reserve, which that node needs.
+fn take_lock<L>(
+    path: &Path,
+    reserve: &Reserve,
+    take: impl Fn(&Path) -> Result<L, LockError>,
+) -> Result<L, LockError> {
+    match take(path) {
+        Err(LockError::Io { source, .. }) if is_full(&source) => {
+            reserve.give_up();
+            take(path)
+        }
+        taken => taken,
     }
 }
 
@@ -271,6 +288,58 @@ mod tests {
         }
         drop(first);
         assert_eq!(Home::open(&path).unwrap().key().public().to_peer_id(), id);
+    }
+
+    #[test]
+    fn only_a_lock_that_fails_for_want_of_room_takes_the_reserve() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        let reserve = Reserve::of(path);
+        let file = path.join("reserve");
+        reserve.keep();
+        let fails = |kind: io::ErrorKind| LockError::Io {
+            path: path.join("lock"),
+            source: kind.into(),
+        };
+        let held = |_: &Path| -> Result<(), _> {
+            Err(LockError::Held {
+                path: path.to_owned(),
+                pid: None,
+            })
+        };
+        let denied = |_: &Path| -> Result<(), _> { Err(fails(io::ErrorKind::PermissionDenied)) };
+        assert!(take_lock(path, &reserve, held).is_err());
+        assert!(take_lock(path, &reserve, denied).is_err());
+        assert!(file.exists() && !reserve.is_full());
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            reserve.keep();
+            let full = |_: &Path| match file.exists() {
+                true => Err(fails(kind)),
+                false => Ok(()),
+            };
+            take_lock(path, &reserve, full).unwrap();
+            assert!(!file.exists() && reserve.is_full());
+        }
+    }
+
+    #[test]
+    fn a_start_on_a_home_in_use_leaves_the_reserve_and_one_on_a_free_home_tidies_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        let first = Home::open(path).unwrap();
+        for name in ["reserve.new", "room.new"] {
+            fs::write(path.join(name), "unfinished").unwrap();
+        }
+        assert!(matches!(Home::open(path), Err(HomeError::InUse(_))));
+        for name in ["reserve", "reserve.new", "room.new"] {
+            assert!(path.join(name).exists(), "{name}");
+        }
+        drop(first);
+        let _second = Home::open(path).unwrap();
+        assert!(path.join("reserve").exists());
+        for name in ["reserve.new", "room.new"] {
+            assert!(!path.join(name).exists(), "{name}");
+        }
     }
 
     #[test]

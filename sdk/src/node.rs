@@ -220,7 +220,9 @@ impl Node {
             Arc::clone(&driver),
         ));
         tasks.spawn(announcer.clone().run());
-        tasks.spawn(home.reserve().clone().keep_up());
+        let of_disk = store.clone();
+        let free = move || of_disk.free().ok();
+        tasks.spawn(home.reserve().clone().keep_up(free));
         tasks.spawn(records::keep_up(dht.clone()));
         let known = remembered::read(&home.peers());
         let expects_peers = expects_peers || !known.is_empty();

@@ -10,13 +10,17 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use tokio::{task::spawn_blocking, time::sleep};
+use tokio::{
+    sync::Notify,
+    task::spawn_blocking,
+    time::{sleep, timeout},
+};
 
 /// Bytes of the reserve. A commit writes some dozens of pages of 4 KiB; a start makes one or two in each of three
 /// databases, and writes two locks and three small files.
@@ -25,15 +29,23 @@ const SIZE: usize = 1 << 20;
 /// Bytes that must be writable for a disk not to count as full: what a start writes.
 const LEAST: usize = SIZE / 4;
 
-/// How often a reserve that was given up is tried to be made again. It costs one write where there is room, and a
-/// failed one where there is none.
+/// How often the node checks that the reserve is there, and makes it again if it is not. A check costs one look at a
+/// file; a reserve that is not there costs one write, which fails where there is no room.
 const EVERY: Duration = Duration::from_secs(30);
+
+/// How often the node asks for the free bytes of a disk on which the reserve was given up. A `gc` or `rm` that makes room
+/// has its reserve back before the disk fills again; asking writes nothing.
+const SOON: Duration = Duration::from_millis(500);
 
 /// The reserve of a home.
 #[derive(Debug, Clone)]
 pub(crate) struct Reserve {
     home: PathBuf,
     is_full: Arc<AtomicBool>,
+    given_up: Arc<Notify>,
+    /// Held while files of the reserve are written or deleted: a reserve that is being made would take the room that
+    /// is looked for, and its unfinished file would be deleted under it.
+    turn: Arc<Mutex<()>>,
 }
 
 impl Reserve {
@@ -41,11 +53,27 @@ impl Reserve {
         Self {
             home: home.to_owned(),
             is_full: Arc::default(),
+            given_up: Arc::default(),
+            turn: Arc::default(),
         }
     }
 
     fn file(&self) -> PathBuf {
         self.home.join("reserve")
+    }
+
+    /// The reserve while it is written.
+    fn unfinished(&self) -> PathBuf {
+        self.home.join("reserve.new")
+    }
+
+    /// What is written to see whether there is room.
+    fn probe(&self) -> PathBuf {
+        self.home.join("room.new")
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns true if the disk had no room for the reserve when it was last tried.
@@ -55,22 +83,46 @@ impl Reserve {
 
     /// Gives the reserve up if the disk is full, or this user's quota there. Blocks.
     pub(crate) fn make_room(&self) {
-        let probe = self.home.join("room.new");
+        let _turn = self.turn();
+        let probe = self.probe();
         // Only a write tells of a quota.
         let written = write_noise(&probe, LEAST);
         // It may not even have been made.
         let _ = fs::remove_file(&probe);
-        if !written.is_err_and(|error| is_full(&error)) {
-            return;
+        if written.is_err_and(|error| is_full(&error)) {
+            self.delete();
         }
-        self.is_full.store(true, Ordering::Relaxed);
-        self.give_up();
     }
 
-    fn give_up(&self) {
-        match fs::remove_file(self.file()) {
+    /// Gives the reserve up: the disk was full when something else was written. Blocks.
+    pub(crate) fn give_up(&self) {
+        let _turn = self.turn();
+        self.delete();
+    }
+
+    fn delete(&self) {
+        self.is_full.store(true, Ordering::Relaxed);
+        self.delete_file(&self.file());
+        self.delete_unfinished();
+        self.given_up.notify_one();
+    }
+
+    /// Deletes what a process left behind that was killed while it wrote. Only for the process that holds the home.
+    /// Blocks.
+    pub(crate) fn delete_left_behind(&self) {
+        let _turn = self.turn();
+        self.delete_unfinished();
+    }
+
+    fn delete_unfinished(&self) {
+        self.delete_file(&self.unfinished());
+        self.delete_file(&self.probe());
+    }
+
+    fn delete_file(&self, path: &Path) {
+        match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(%error, "the reserve of the home cannot be given up");
+                tracing::warn!(path = %path.display(), %error, "a file of the home's reserve cannot be deleted");
             }
             _ => {}
         }
@@ -78,8 +130,9 @@ impl Reserve {
 
     /// Makes the reserve, unless it is there. Blocks.
     pub(crate) fn keep(&self) {
+        let _turn = self.turn();
         let is_there = fs::metadata(self.file()).is_ok_and(|file| file.len() == SIZE as u64);
-        let unfinished = self.home.join("reserve.new");
+        let unfinished = self.unfinished();
         let made = match is_there {
             true => Ok(()),
             // First twice as much, so that the reserve never takes the last of the disk.
@@ -98,15 +151,38 @@ impl Reserve {
         }
     }
 
-    /// Makes the reserve again whenever it was given up and there is room.
-    pub(crate) async fn keep_up(self) {
+    /// Makes the reserve again whenever it is not there and there is room. After it was given up it is made as soon as
+    /// `free`, which returns the bytes that are free on the disk and may block, tells of enough.
+    pub(crate) async fn keep_up(self, free: impl Fn() -> Option<u64> + Clone + Send + 'static) {
         loop {
-            sleep(EVERY).await;
-            if self.is_full() {
-                let reserve = self.clone();
-                // An error would be a panic, which has been printed.
-                let _ = spawn_blocking(move || reserve.keep()).await;
+            let has_room = if self.is_full() {
+                timeout(EVERY, has_room(&free)).await.is_ok()
+            } else {
+                let turn = timeout(EVERY, self.given_up.notified());
+                if turn.await.is_ok() && self.is_full() {
+                    continue;
+                }
+                false
+            };
+            let reserve = self.clone();
+            // An error would be a panic, which has been printed.
+            let _ = spawn_blocking(move || reserve.keep()).await;
+            if has_room && self.is_full() {
+                // The disk has room that this user may not take, as under a quota: only a write tells when that ends.
+                sleep(EVERY).await;
             }
+        }
+    }
+}
+
+/// Returns when the disk has room for a reserve. Only asks: a write that fails would take the last of a full disk from
+/// the `gc` or `rm` that the reserve was given up for.
+async fn has_room(free: &(impl Fn() -> Option<u64> + Clone + Send + 'static)) {
+    loop {
+        sleep(SOON).await;
+        let free = spawn_blocking(free.clone()).await;
+        if matches!(free, Ok(Some(bytes)) if bytes >= 2 * SIZE as u64) {
+            return;
         }
     }
 }
@@ -151,5 +227,58 @@ mod tests {
         assert!(reserve.file().exists() && !reserve.is_full());
         let names = fs::read_dir(folder.path()).unwrap().count();
         assert_eq!(names, 1, "nothing else is left");
+    }
+
+    #[test]
+    fn giving_up_and_a_start_delete_what_a_killed_process_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let reserve = Reserve::of(folder.path());
+        let leave = || {
+            for path in [reserve.unfinished(), reserve.probe()] {
+                fs::write(path, "left").unwrap();
+            }
+        };
+        let names = || fs::read_dir(folder.path()).unwrap().count();
+        reserve.keep();
+        leave();
+        reserve.delete_left_behind();
+        assert!(reserve.file().exists() && names() == 1);
+        leave();
+        reserve.give_up();
+        assert!(reserve.is_full() && names() == 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reserve_that_somebody_deleted_or_cut_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let reserve = Reserve::of(folder.path());
+        reserve.keep();
+        let size = || fs::metadata(reserve.file()).map_or(0, |file| file.len());
+        tokio::spawn(reserve.clone().keep_up(|| None));
+        fs::remove_file(reserve.file()).unwrap();
+        sleep(EVERY + SOON).await;
+        assert_eq!(size(), SIZE as u64);
+        fs::write(reserve.file(), "cut").unwrap();
+        sleep(EVERY + SOON).await;
+        assert_eq!(size(), SIZE as u64);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reserve_that_was_given_up_is_back_as_soon_as_there_is_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let reserve = Reserve::of(folder.path());
+        reserve.keep();
+        let has_room = Arc::new(AtomicBool::new(false));
+        let of_disk = Arc::clone(&has_room);
+        let free = move || of_disk.load(Ordering::Relaxed).then_some(2 * SIZE as u64);
+        tokio::spawn(reserve.clone().keep_up(free));
+        // It waits for its turn.
+        sleep(SOON).await;
+        reserve.give_up();
+        sleep(4 * SOON).await;
+        assert!(!reserve.file().exists() && reserve.is_full());
+        has_room.store(true, Ordering::Relaxed);
+        sleep(2 * SOON).await;
+        assert!(reserve.file().exists() && !reserve.is_full());
     }
 }

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     ChangeId, DocumentId, Edit, Key, NewDocument, Path,
+    batch::DECODED,
     document::{Document, Source},
     envelope::Envelope,
     epoch::{Head, Heads},
@@ -253,4 +254,30 @@ fn many_changes_at_once_cost_a_part_of_what_they_cost_one_by_one() {
         "{CHANGES} changes: {alone:?} one by one, {together:?} in batches of 200; ratio {ratio:.1}"
     );
     assert!(together < alone, "{together:?}, {alone:?}");
+}
+
+#[test]
+fn a_change_that_refers_to_others_by_turns_has_each_decoded_once() {
+    const KEYS: usize = 900;
+    let mut world = World::new(1, 1);
+    let id = world.create(0, NewDocument::default());
+    let set = |keys: &mut dyn Iterator<Item = usize>| -> Vec<Edit> {
+        keys.map(|key| put(&format!("/m/{key:04}"), json!(key)))
+            .collect()
+    };
+    world.edit(0, id, "/m", json!({}));
+    let even = set(&mut (0..KEYS).map(|key| 2 * key));
+    let odd = set(&mut (0..KEYS).map(|key| 2 * key + 1));
+    let all = set(&mut (0..2 * KEYS));
+    for edits in [even, odd, all] {
+        world.node(0).commit(id, &edits, None, 0).unwrap();
+    }
+    world.flush(0).unwrap();
+    let all = envelopes(&mut world, 0, id);
+    let (document, _) = world.node(0).document(&id).unwrap().unwrap();
+    let empty = Document::new(document.genesis.clone());
+    DECODED.set(0);
+    let _ = taken(&empty, &all, 1, || 200);
+    // Of the last change: what made the map, and the two that it replaces; of those before it, what made the map.
+    assert!(DECODED.get() <= 8, "{} changes were decoded", DECODED.get());
 }
