@@ -63,6 +63,12 @@ impl FromStr for Rule {
         if prefix > bits {
             return Err(wrong());
         }
+        // The rest of the address says nothing, and one network is to be one rule.
+        let rest = u128::MAX.checked_shr(prefix.into()).unwrap_or_default();
+        let ip = match ip {
+            IpAddr::V4(_) => IpAddr::V4((((number(&ip) & !rest) >> 96) as u32).into()),
+            IpAddr::V6(_) => IpAddr::V6((number(&ip) & !rest).into()),
+        };
         Ok(Self::Network { ip, prefix })
     }
 }
@@ -360,6 +366,9 @@ mod tests {
         assert_eq!(rule(&peer.to_string()), Rule::Peer(peer));
         for (text, written) in [
             ("192.0.2.0/24", "192.0.2.0/24"),
+            ("192.0.2.7/24", "192.0.2.0/24"),
+            ("192.0.2.7/0", "0.0.0.0/0"),
+            ("2001:db8::7/33", "2001:db8::/33"),
             ("192.0.2.7", "192.0.2.7/32"),
             ("2001:db8::/32", "2001:db8::/32"),
             ("::1", "::1/128"),

@@ -172,7 +172,8 @@ impl From<Status> for Failure {
             ),
             "NOT_LISTED" => (
                 NOT_FOUND,
-                "`weft registry ls` shows how many of its catalogues are here. --publisher PEERID takes that peer's own word.",
+                "`weft registry ls` shows how many of its catalogues are here. `weft search NAME` shows who else publishes the name, and\n\
+                 --publisher PEERID takes that peer's own word.",
             ),
             "FOLLOWED" => (1, "`weft registry unfollow ID` deletes what is here of it."),
             "NOT_PUBLISHER" => (

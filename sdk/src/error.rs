@@ -209,7 +209,7 @@ pub enum Error {
     Followed(DocumentId),
     /// Only certain publishers may say what the name means, and what they say is not here.
     #[error(
-        "{name} is for a publisher of registry {registry} to say, and what they list is not here: they list nothing yet, or nobody who holds it is connected"
+        "{name} is for a publisher of registry {registry} to say, and no list of theirs that is here has it: it is withdrawn or not published yet, or nobody who holds the newest list is connected"
     )]
     NotListed {
         /// The name.

@@ -652,6 +652,10 @@ fn not_deleted(
         reason: match (model.fetched, of_others.contains(&file)) {
             (_, true) => "another model that is here has it",
             (false, false) => "it was added in place, and is not weft's to delete",
+            // `get` writes links nowhere else.
+            (true, false) if file.is_symlink() => {
+                "it is in a Hugging Face cache; `hf cache rm` deletes what is there"
+            }
             (true, false) => "it was changed since weft wrote it, or weft found it there",
         },
         file,

@@ -217,7 +217,11 @@ pub(crate) async fn resolve(
         })
         .collect();
     // A name that is reserved for a registry's publishers means what they say, unless somebody's own word is asked for.
-    if let (true, None, Some(registry)) = (claims.is_empty(), publisher, listed.missing) {
+    if let (true, None, Some(registry)) = (
+        claims.is_empty(),
+        publisher,
+        listed.missing.or(listed.reserved),
+    ) {
         return Err(Error::NotListed {
             name: name.clone(),
             registry,
@@ -226,7 +230,7 @@ pub(crate) async fn resolve(
     // No other publisher states a name that a registry lists: so the name is known at once, and also while cut off from
     // all others.
     let trusted = node.trusted().peers();
-    if claims.is_empty() && (publisher.is_some() || !listed.reserved) {
+    if claims.is_empty() && (publisher.is_some() || listed.reserved.is_none()) {
         node.meet().await;
         claims = in_mesh(node, name, publisher, &trusted).await?;
     }
@@ -243,9 +247,7 @@ pub(crate) async fn resolve(
     match Meaning::of(&claims) {
         Some(meaning) => Ok(meaning),
         None if claims.is_empty() => match local {
-            Some(model) if publisher.is_none() && !listed.reserved => {
-                Ok(Meaning::one(model.id, None))
-            }
+            Some(model) if publisher.is_none() => Ok(Meaning::one(model.id, None)),
             _ => {
                 let name = name.clone();
                 Err(node.not_found(Error::NoSuchName { name, publisher }).await)

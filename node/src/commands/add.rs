@@ -186,12 +186,8 @@ fn print_model(done: &AddDone, node: &StatusResponse, how_long: &str) {
         err!("incomplete: {lacks}");
     }
     if !done.taken_from.is_empty() {
-        let (names, id) = (
-            done.model.as_ref().map(|model| model.names.join(", ")),
-            &done.taken_from,
-        );
-        let names = names.unwrap_or_default();
-        err!("the name was taken from the model {id}, which stays here without it: {names}");
+        let id = &done.taken_from;
+        err!("the name that you gave was taken from the model {id}, which stays here without it");
     }
     for problem in &done.not_listed {
         err!("not listed in registry {problem}");

@@ -187,7 +187,7 @@ fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failu
     if absent.is_empty() {
         return Ok(());
     }
-    let text = format!("{what}: {}", absent.join(", "));
+    let text = format!("{what}: {}; all else was done as asked", absent.join(", "));
     Err(Failure::new(NOT_FOUND, "NO_SUCH_ENTRY", text).hint(hint))
 }
 

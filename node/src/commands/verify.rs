@@ -53,8 +53,9 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
             "`weft verify` without --no-repair gets the damaged parts of fetched files from other nodes, and makes hash trees again."
         }
         false => {
-            "A fetched file that is missing or changed comes again with `weft get ID --to FOLDER --replace`, from a node that has it; one that was\n\
-             added in place is to be restored from a backup, or added again. `weft gc --gone` forgets a copy whose folder was deleted."
+            "A fetched file that is missing or changed comes again with `weft get ID --to FOLDER --replace`, from a node that has it; in a Hugging\n\
+             Face cache, delete its blob and run `weft get` again. Restore one that was added in place from a backup; `weft add` would publish\n\
+             its new content as another model. `weft gc --gone` forgets a copy whose folder was deleted."
         }
     };
     match as_json {

@@ -313,7 +313,7 @@ impl Registries {
                 let here = documents.with(get).await?;
                 if !one.pattern.prefix().is_empty() {
                     let missing = here.is_none().then_some(id);
-                    listed.reserved = true;
+                    listed.reserved = listed.reserved.or(Some(id));
                     listed.missing = listed.missing.or(missing);
                 }
                 if let Some(entry) = here.flatten().and_then(Entry::read) {
@@ -465,8 +465,8 @@ impl Registries {
 pub(crate) struct Listed {
     /// Each publisher's latest word.
     pub(crate) models: Vec<ListedModel>,
-    /// A registry names publishers for names like this one, and not for all: nobody else has a say.
-    pub(crate) reserved: bool,
+    /// A registry that names publishers for names like this one, and not for all: nobody else has a say.
+    pub(crate) reserved: Option<DocumentId>,
     /// A registry for which this is so, and of which one of their catalogues is not here.
     pub(crate) missing: Option<DocumentId>,
 }
