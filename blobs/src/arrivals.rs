@@ -16,7 +16,7 @@ pub(crate) const STALL: Duration = Duration::from_secs(20);
 /// takes 8 s, TCP sends a lost packet again after up to three round trips, and doubles that once it is lost again.
 const STALL_SLOW: Duration = Duration::from_secs(90);
 
-/// What has arrived from a provider over its streams.
+/// Bytes and messages that have arrived from a provider over its streams.
 #[derive(Debug, Default)]
 pub struct Arrivals {
     signs: AtomicU64,

@@ -223,7 +223,7 @@ impl Elsewhere {
     /// fill, or the store's database is lost. `None` if there is nothing. Blocks.
     ///
     /// # Errors
-    /// What the disk says.
+    /// The error of the disk.
     pub(crate) fn left(hash: Hash, tree: Tree, part: &Path) -> io::Result<Option<Self>> {
         match fs::symlink_metadata(part) {
             Ok(metadata) if metadata.is_file() && metadata.len() == tree.size() => {}

@@ -385,7 +385,7 @@ impl Plan {
     }
 }
 
-/// What lies in the part file of `want` though this store has no row of it.
+/// Returns content that lies in the part file of `want` although this store has no row of it.
 fn left(store: &Store, want: &Want) -> Result<Option<Arc<Elsewhere>>, StoreError> {
     let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
     if claim.is_some() {
@@ -797,7 +797,7 @@ fn copy_together(
         Ok(())
     };
     let result = copy_all();
-    // What came before an error is kept.
+    // Copies made before an error are kept.
     store.record(&copied)?;
     result
 }

@@ -351,7 +351,7 @@ impl Line {
             turns.filter(|turn| *turn.place == *place).count()
         };
         let half = state.most() / 2;
-        // What a place waits for beyond its half, it could not have.
+        // A place could not have more than its half, however long it waits.
         state
             .waiting
             .values()

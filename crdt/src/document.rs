@@ -791,8 +791,8 @@ impl Document {
         }));
         // Each envelope is looked at once, and again when the one thing is here that it waits for.
         let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
-        // What counts, and its changes, which are applied together. So many are applied alone, because Automerge has
-        // failed on one of them.
+        // Envelopes that count, and their changes, which are applied together. `alone` changes are applied one by one,
+        // because Automerge has failed on one of them.
         let (mut counting, mut batch, mut alone) = (Vec::new(), Batch::default(), 0_usize);
         let mut failed = None;
         loop {
@@ -844,7 +844,7 @@ impl Document {
             }
         }
         if let Some(error) = failed {
-            // What counts is in the log, and so it has to be in the document. If it cannot be, the first error is told.
+            // Envelopes that count are in the log, so they have to be in the document. If that fails, the first error is told.
             let _ = self.settle(store, batch, counting, &mut taken);
             return Err(error);
         }

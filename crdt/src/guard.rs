@@ -136,7 +136,7 @@ impl<'a> Ancestry<'a> {
         }
     }
 
-    /// Whether an operation is of this change.
+    /// Returns true if an operation is of this change.
     fn is_own(&self, id: &OpId) -> bool {
         id.actor() == self.actor && id.counter() >= self.start
     }
@@ -195,7 +195,7 @@ impl<'a> Ancestry<'a> {
 
 const TAKES_FOR: &str = "it takes a map for a list, or a list for a map";
 
-/// What an operation refers to another for.
+/// The purpose for which an operation refers to another.
 #[derive(Debug, Clone, Copy)]
 enum Role {
     /// The operation that made its object.

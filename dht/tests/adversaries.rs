@@ -272,7 +272,7 @@ async fn what_breaks_the_rules_is_not_kept_and_not_said_to_be() {
     assert_eq!(found[0].value(), Some(&b"v"[..]));
 }
 
-/// What a stranger has a node store, again and again.
+/// The records that a stranger has a node store, again and again.
 #[derive(Clone, Copy)]
 enum Junk {
     /// Statements with wrong signatures: the stranger is soon not listened to.

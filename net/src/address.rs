@@ -92,7 +92,7 @@ impl Path {
     }
 }
 
-/// Whether an address leads through a relay. Its IP address is the relay's then.
+/// Returns true if an address leads through a relay. Its IP address is the relay's then.
 pub fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
 }
@@ -290,8 +290,8 @@ pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
         }
 }
 
-/// Whether packets for an address leave our own networks, as far as it tells: a name may lead out. Of the place of a peer
-/// that is seen at this address it tells nothing if the address [is relayed](is_relayed).
+/// Returns true if packets for an address leave our own networks, as far as the address tells: a name may lead out. If the
+/// address [is relayed](is_relayed), this says nothing of the network of the peer behind the relay.
 pub fn is_outside(address: &Multiaddr) -> bool {
     // Of a path through a relay, the relay's: that is the first machine on the way.
     first_ip(address).is_none_or(|ip| is_public(&ip))

@@ -95,7 +95,7 @@ fn fit_to(limits: Limits, files: Option<u64>) -> Fitted {
         let part = (u128::from(wanted) * u128::from(share) / u128::from(needs)) as u64;
         part.max(LEAST.min(wanted))
     };
-    // What is lowered is below what was given: it fits.
+    // A lowered limit is below the given one: it fits.
     let lower_u32 = |wanted: u32| lower(wanted.into()) as u32;
     let lower_usize = |wanted: usize| lower(wanted as u64) as usize;
     limits.established = lower_u32(limits.established);
@@ -143,7 +143,7 @@ mod tests {
             assert_eq!(lowered.connections, fitted.limits.established);
             assert!(fitted.limits.established_incoming < fitted.limits.established);
             assert!(fitted.limits.established > 4 * fitted.limits.lanes as u32 - 4);
-            // What it says to do helps.
+            // The advice helps.
             let raised = fit_to(Limits::default(), Some(lowered.needed));
             assert_eq!(raised.lowered, None);
         }

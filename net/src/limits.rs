@@ -10,7 +10,7 @@ use std::{
 
 use crate::AutonatLimits;
 
-/// What strangers can make us hold. If this process may open too few files for them, the numbers of connections and
+/// Limits on the resources that strangers can make this node hold. If this process may open too few files for them, the numbers of connections and
 /// lanes are lowered at the start ([`Network::lowered_limits`](crate::Network::lowered_limits)).
 #[derive(Debug, Clone)]
 pub struct Limits {

@@ -115,7 +115,7 @@ pub(crate) struct Muxer<C> {
     closing: Option<Pin<Box<Sleep>>>,
 }
 
-/// How fast a connection takes what is sent on it.
+/// The speed at which a connection takes what is sent on it.
 #[derive(Debug)]
 struct Sent(Mutex<Window>);
 

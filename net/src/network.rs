@@ -23,8 +23,8 @@ use crate::{
     topics::Topics,
 };
 
-/// How long a connection has to show that it still works, when there is reason to doubt it ([`Network::check`]): three
-/// retransmissions of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
+/// The time in which a doubted connection has to show that it still works ([`Network::check`]): three retransmissions of
+/// TCP, or eight round trips of half a second. A transfer over a slow link gives more.
 pub const PATH_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// How long [`Network::connect`] tries.

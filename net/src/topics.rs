@@ -405,7 +405,7 @@ struct Seen {
     cleaned: Option<Instant>,
 }
 
-/// What is known of a publisher.
+/// The sequence numbers seen of a publisher.
 #[derive(Debug)]
 struct Known {
     /// The lowest first. Their numbers do not overlap: each number is of one of them, and goes into its window alone.
@@ -909,9 +909,9 @@ mod tests {
             assert!(!take(start + n), "{n}");
         }
         assert!(take(start + 2000));
-        // What it published with the clock that was a day back comes no more.
+        // Messages published with the clock a day back are not taken again.
         assert!(!take(start - day + 4));
-        // How often it may be set back has a bound.
+        // The number of times that the clock may be set back has a bound.
         for times in 2..6 {
             assert_eq!(take(start - times * day), times < 4, "{times}");
         }

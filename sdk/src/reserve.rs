@@ -29,11 +29,11 @@ const SIZE: usize = 1 << 20;
 /// Bytes that must be writable for a disk not to count as full: what a start writes.
 const LEAST: usize = SIZE / 4;
 
-/// How often the node checks that the reserve is there, and makes it again if it is not. A check costs one look at a
+/// The interval at which the node checks that the reserve is there, and makes it again if it is not. A check costs one look at a
 /// file; a reserve that is not there costs one write, which fails where there is no room.
 const EVERY: Duration = Duration::from_secs(30);
 
-/// How often the node asks for the free bytes of a disk on which the reserve was given up. A `gc` or `rm` that makes room
+/// The interval at which the node asks for the free bytes of a disk on which the reserve was given up. A `gc` or `rm` that makes room
 /// has its reserve back before the disk fills again; asking writes nothing.
 const SOON: Duration = Duration::from_millis(500);
 
@@ -67,7 +67,7 @@ impl Reserve {
         self.home.join("reserve.new")
     }
 
-    /// What is written to see whether there is room.
+    /// The file that is written to see whether there is room.
     fn probe(&self) -> PathBuf {
         self.home.join("room.new")
     }

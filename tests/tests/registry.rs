@@ -284,7 +284,7 @@ async fn a_private_registry_and_what_it_lists_are_read_by_its_readers_alone() {
     let held = publisher.docs().list().await.unwrap();
     let catalogue = held.iter().find(|one| one.id != of_owner.id()).unwrap();
     let opened = stranger.docs().open(catalogue.id).await.unwrap();
-    // What is no secret arrives from both holders, and so what is would have.
+    // A public document arrives from both holders, so a private one would have arrived too.
     for holder in [&owner, &publisher] {
         let public = holder.docs().create(weft::NewDoc::default()).await.unwrap();
         public.put("/a", 1).await.unwrap();

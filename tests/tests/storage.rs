@@ -52,7 +52,7 @@ fn verify_without_a_model_reads_what_cat_left_and_the_next_cat_repairs_it() {
     let cat = ["cat", &ticket, "weights.bin"];
     let read = reader.run(&cat);
     assert_eq!(read.code(), Some(0), "{read:#?}");
-    // What `cat` has read gets its name within a moment.
+    // The file of what `cat` has read gets its name within a moment.
     let verify_one = || {
         let begun = Instant::now();
         loop {

@@ -190,7 +190,7 @@ impl Collector<'_> {
                 continue;
             }
             if refs(self.txn, &hash)? == 0 {
-                // What a transfer wrote to a disk that does not answer goes when it does.
+                // A file that a transfer wrote to a disk that does not answer is deleted once the disk answers.
                 let (silent, known): (Vec<_>, Vec<_>) = row
                     .locations
                     .into_iter()

@@ -4,8 +4,8 @@
 //! thread gets no further, the caller gets the result of the last look, and no other look begins there until the thread
 //! returns.
 //!
-//! Whatever holds a lock of the store, or a transaction, looks at other disks than the store's own beforehand, and uses
-//! what was seen ([`Sights`]): a disk that does not answer keeps nobody else waiting.
+//! Code that holds a lock of the store, or a transaction, has looked at other disks than the store's own beforehand, and
+//! uses the result ([`Sights`]): a disk that does not answer keeps nobody else waiting.
 
 use std::{
     collections::HashMap,
@@ -191,7 +191,7 @@ pub(super) fn presence(
     }
 }
 
-/// What there is at a path.
+/// The result of a look at a path.
 #[derive(Debug)]
 struct Sight {
     /// Bytes, and those that the file takes on its disk; `None` if there is nothing.
@@ -294,8 +294,8 @@ impl ToSee {
     }
 }
 
-/// What was seen on other disks than the store's own. On that one, each question is answered by looking now: without it
-/// nothing works.
+/// The results of looks at other disks than the store's own. On the store's own disk, each question is answered by looking
+/// now: without that disk nothing works.
 ///
 /// `None` is the answer about what is not known, because its disk does not answer or nobody looked. It is then to be
 /// left as it is.
@@ -313,7 +313,7 @@ impl Sights {
         }
     }
 
-    /// Whether the file is what the row says. Not known if the row has become another since the look.
+    /// Returns whether the file is as the row says. Not known if the row has become another since the look.
     pub(super) fn is_here(&self, row: &LocationRow) -> Option<bool> {
         let known = Location::from(row);
         if mount_of(&known.path) == self.own {
@@ -325,12 +325,12 @@ impl Sights {
         (is_here || was_asked).then_some(is_here)
     }
 
-    /// Whether there is anything at the path.
+    /// Returns whether there is anything at the path.
     pub(super) fn is_there(&self, path: &Path) -> Option<bool> {
         self.ask(path, false, |sight| Some(sight.file.is_some()))
     }
 
-    /// Whether the folder is there that the path is in.
+    /// Returns whether the folder of the path is there.
     pub(super) fn has_folder(&self, path: &Path) -> Option<bool> {
         self.ask(path, false, |sight| Some(sight.has_folder))
     }

@@ -512,7 +512,7 @@ impl Store {
     }
 
     /// As [`add`](Self::add), as long as `goes_on` returns true, which is asked before each file and before the commit.
-    /// What was written by then is deleted by the next collection.
+    /// The next collection deletes files that were written by then.
     ///
     /// # Errors
     /// [`StoreError`], of which [`StoreError::Cancelled`] if it goes on no more; nothing is taken in then.

@@ -213,8 +213,8 @@ impl Store {
         })
     }
 
-    /// What takes how many bytes, by looking at each file; what is on a disk that does not answer, by what is known of
-    /// it. `home` is the folder below which the quota counts.
+    /// Returns the bytes that each kind of content takes, by looking at each file; for a disk that does not answer, by the
+    /// rows of its files. `home` is the folder below which the quota counts.
     ///
     /// # Errors
     /// [`StoreError`].

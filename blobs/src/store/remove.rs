@@ -143,7 +143,7 @@ pub(super) struct Forget<'a> {
     pub(super) txn: &'a WriteTransaction,
     /// Blobs that somebody works with.
     pub(super) held: &'a HashSet<Hash>,
-    /// What there was on other disks before the transaction.
+    /// The looks at other disks, made before the transaction.
     pub(super) sights: &'a Sights,
     /// Also delete files that a transfer wrote.
     pub(super) files: bool,

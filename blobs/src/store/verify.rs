@@ -134,7 +134,7 @@ enum Kind {
     },
 }
 
-/// What is to be verified, each file once.
+/// The files to be verified, each once.
 struct Tasks<'a> {
     store: &'a Store,
     tasks: Vec<Task>,
@@ -763,9 +763,9 @@ mod tests {
             (read.id(), "c".to_owned(), Action::Cleared, GROUP)
         );
         assert_eq!(told(of(d)), (d, d.to_string(), Action::Reopened, GROUP));
-        // What is missing is told, and not counted as read.
+        // Missing files are told, and not counted as read.
         assert_eq!((found.len(), bytes(&found)), (5, (5 + 20 + 10 + 6) * GROUP));
-        // Whoever reads on fetches what is damaged.
+        // A reader that goes on fetches the damaged groups.
         for (origin, hash) in [(&read, b), (&read, c), (&other, d)] {
             origin.bring(&store, &hash, &store.owned_path(&hash), u64::MAX);
             assert!(store.whole(&hash).unwrap().is_some());

@@ -22,7 +22,7 @@ use crate::{
     value,
 };
 
-/// What became of envelopes: the heads, the content, and which changes were an offence.
+/// The result of taking envelopes: the heads, the content, and which changes were an offence.
 #[derive(Debug, PartialEq)]
 struct Outcome {
     heads: Heads,
@@ -42,7 +42,7 @@ fn envelopes(world: &mut World, at: usize, id: DocumentId) -> Vec<Envelope> {
     places.into_iter().map(read).collect()
 }
 
-/// What becomes of envelopes at a new replica that takes them in messages of such lengths.
+/// Has a new replica take envelopes in messages of such lengths.
 fn taken(
     empty: &Document,
     envelopes: &[Envelope],
@@ -95,7 +95,7 @@ fn edit(random: &mut fastrand::Rng, step: usize) -> Edit {
 /// Changes whose parts are right one by one, and lead to another place than their own.
 fn lies(world: &mut World, at_node: usize, id: DocumentId, nonce: u8) -> Vec<Envelope> {
     let mut all = Vec::new();
-    // What it replaces is under another key.
+    // It replaces a value under another key.
     let mut one = Liar::knowing(world, at_node, id, nonce);
     all.push(
         one.bent(&[put("/a", json!(1)), put("/b", json!(2))], |change| {
@@ -213,7 +213,7 @@ fn the_result_does_not_depend_on_the_order_of_changes_or_on_what_is_applied_toge
             let lengths = [1, 5, 40, usize::MAX][random.usize(..4)];
             let mut outcome = taken(&empty, &all, together, || random.usize(..lengths));
             if !fails.is_empty() {
-                // Whoever lies about what does not count in the end may be blamed for it before that shows.
+                // The author of a false envelope that does not count in the end may be blamed before that shows.
                 outcome.offences.clone_from(&first.offences);
             }
             assert_eq!(outcome, first, "{seed}, {run}: {together} together");

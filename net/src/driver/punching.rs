@@ -518,7 +518,7 @@ where
         };
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
-            // What is no question gets no answer.
+            // A malformed question gets no answer.
             let Ok(question) = seen::receive(&mut stream).await else {
                 return;
             };

@@ -78,14 +78,14 @@ const LOOK_UP: Duration = Duration::from_secs(10);
 /// How often the state is looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
-/// How long no content comes before the path is suspected: on a fast path; on a path that has brought nothing yet; on one
+/// The time without content after which the path is suspected: on a fast path; on a path that has brought nothing yet; on one
 /// that brings less than [`SLOW_PATH`] bytes a second, which may be shared by many.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
 const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
 const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
 const SLOW_PATH: f64 = 32.0 * 1024.0;
 
-/// How long a suspected path has to carry anything: one that has brought nothing yet, and one that is slow. In front of a
+/// The time in which a suspected path has to carry anything: one that has brought nothing yet, and one that is slow. In front of a
 /// link of 20 kbit/s, a queue of 20 kB takes 8 s, and TCP sends a lost packet again after up to three round trips. A
 /// connection that is closed meanwhile has to be made again on the same link.
 const ALIVE_FIRST: Duration = Duration::from_secs(45);

@@ -1,4 +1,4 @@
-//! What peers say of the time: it is read as it was sent, and one stranger alone has no voice.
+//! Peers' statements of the time: each is read as it was sent, and one stranger alone has no voice.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
