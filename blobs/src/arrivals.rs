@@ -34,7 +34,8 @@ impl Arrivals {
         self.signs.load(Ordering::Relaxed)
     }
 
-    /// Says whether the path takes seconds for a round trip: if so, the provider may be silent for 90 s instead of 20 s.
+    /// Says whether the path takes seconds for a round trip: if so, the provider may be silent for 90 s instead of 20
+    /// s.
     pub fn set_slow(&self, slow: bool) {
         self.slow.store(slow, Ordering::Relaxed);
     }

@@ -87,8 +87,8 @@ impl Holder {
         file.write_all(text.as_bytes())
     }
 
-    /// Signs a lock file as this process. Writes over the signature of an earlier holder, which stays on a full disk: so
-    /// it can still be told that it was killed.
+    /// Signs a lock file as this process. Writes over the signature of an earlier holder, which stays on a full disk:
+    /// so it can still be told that it was killed.
     pub(crate) fn sign(mut file: &File) -> io::Result<()> {
         let mut text = Vec::new();
         Self::this().write(&mut text)?;

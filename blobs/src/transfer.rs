@@ -47,8 +47,9 @@ const WITHOUT: Duration = Duration::from_secs(60);
 /// Part files open at a time; each is two file descriptors. Fewer where the process may have few.
 const MAX_OPEN: usize = 64;
 
-/// Bytes that have to come within the time that a provider may be silent, which is 20 s or more: three a second. Any link that is of use brings more, also
-/// shared by a hundred streams; a provider that sends a byte a second keeps nobody.
+/// Bytes that have to come within the time that a provider may be silent, which is 20 s or more: three a second. Any
+/// link that is of use brings more, also shared by a hundred streams; a provider that sends a byte a second keeps
+/// nobody.
 const LEAST: usize = 64;
 
 /// The longest time that a chunk group may take, however many of its bytes come: 110 bytes a second, which is the share

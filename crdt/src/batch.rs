@@ -1,8 +1,8 @@
 //! Changes that were checked and wait to be applied together, and what they and the document tell of operations.
 //!
 //! Automerge walks every list that a call to `apply_changes` touches, and so does the guard when it looks whether the
-//! list can still be read. Both cost as much for one change as for a thousand. So changes that come together are checked
-//! one by one, each against the document and the changes of the batch before it, and then applied in one call.
+//! list can still be read. Both cost as much for one change as for a thousand. So changes that come together are
+//! checked one by one, each against the document and the changes of the batch before it, and then applied in one call.
 //!
 //! The checks look at nothing but a change and its ancestors, wherever these are, and so a verdict does not depend on
 //! which changes share a batch.
@@ -25,8 +25,8 @@ pub(crate) const MAX_CHANGES: usize = 4096;
 const MAX_BYTES: usize = 1 << 20;
 
 /// Operations that are kept decoded for a document, beside those of the change that was looked at last: two changes of
-/// the largest size, about 32 MB, which count as the document's memory. Most references lead to changes that others have
-/// just referred to.
+/// the largest size, about 32 MB, which count as the document's memory. Most references lead to changes that others
+/// have just referred to.
 const MAX_KEPT: usize = if cfg!(test) { 1000 } else { 131_072 };
 
 #[cfg(test)]

@@ -844,7 +844,8 @@ impl Document {
             }
         }
         if let Some(error) = failed {
-            // Envelopes that count are in the log, so they have to be in the document. If that fails, the first error is told.
+            // Envelopes that count are in the log, so they have to be in the document. If that fails, the first error
+            // is told.
             let _ = self.settle(store, batch, counting, &mut taken);
             return Err(error);
         }

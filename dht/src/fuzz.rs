@@ -1,5 +1,6 @@
 //! Entrances for the fuzzers in `tests/fuzz`, which are built with the feature `fuzz`: parsers of strangers' bytes are
-//! private otherwise. The unit tests run each entrance on its first inputs, so that a parser cannot change without them.
+//! private otherwise. The unit tests run each entrance on its first inputs, so that a parser cannot change without
+//! them.
 //!
 //! Each function panics if a parser breaks its promise; that is what a fuzzer looks for.
 

@@ -273,9 +273,10 @@ fn kind(address: &Multiaddr) -> PathKind {
     }
 }
 
-/// Whether `candidate`, which a peer seen at `seen_at` claims as its own, can lead to it from here: a loopback address only
-/// from the same machine, a private one only from a private network. Others would be dialled in vain, or reach somebody else.
-/// A peer seen through a relay may be anywhere, however near the relay is; only its relayed addresses count from the relay.
+/// Whether `candidate`, which a peer seen at `seen_at` claims as its own, can lead to it from here: a loopback address
+/// only from the same machine, a private one only from a private network. Others would be dialled in vain, or reach
+/// somebody else. A peer seen through a relay may be anywhere, however near the relay is; only its relayed addresses
+/// count from the relay.
 pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
     let unspecified = first_ip(candidate).is_some_and(|ip| ip.is_unspecified());
     let seen = match is_relayed(seen_at) && !is_relayed(candidate) {
@@ -290,8 +291,8 @@ pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {
         }
 }
 
-/// Returns true if packets for an address leave our own networks, as far as the address tells: a name may lead out. If the
-/// address [is relayed](is_relayed), this says nothing of the network of the peer behind the relay.
+/// Returns true if packets for an address leave our own networks, as far as the address tells: a name may lead out. If
+/// the address [is relayed](is_relayed), this says nothing of the network of the peer behind the relay.
 pub fn is_outside(address: &Multiaddr) -> bool {
     // Of a path through a relay, the relay's: that is the first machine on the way.
     first_ip(address).is_none_or(|ip| is_public(&ip))

@@ -1171,8 +1171,8 @@ where
         }
     }
 
-    /// Has the connections to `peer` show that they still work, and closes those that do not: after a change of network nothing else tells
-    /// for half a minute.
+    /// Has the connections to `peer` show that they still work, and closes those that do not: after a change of network
+    /// nothing else tells for half a minute.
     fn doubt(&mut self, peer: PeerId, patience: Duration) {
         let connections = self.peers.get(&peer).into_iter();
         let connections = connections.flat_map(|peer| peer.connections.keys());
@@ -1182,7 +1182,8 @@ where
         }
     }
 
-    /// Doubts the connections to `peer` other than `except`; those that are slow have the time `slow`: on a full link of 20 kbit/s, TCP sends a lost packet again after 24 s.
+    /// Doubts the connections to `peer` other than `except`; those that are slow have the time `slow`: on a full link
+    /// of 20 kbit/s, TCP sends a lost packet again after 24 s.
     fn doubt_unless_slow(&mut self, peer: PeerId, except: Option<ConnectionId>, slow: Duration) {
         let connections = self.peers.get(&peer).into_iter();
         let connections = connections.flat_map(|peer| &peer.connections);

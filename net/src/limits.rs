@@ -10,8 +10,9 @@ use std::{
 
 use crate::AutonatLimits;
 
-/// Limits on the resources that strangers can make this node hold. If this process may open too few files for them, the numbers of connections and
-/// lanes are lowered at the start ([`Network::lowered_limits`](crate::Network::lowered_limits)).
+/// Limits on the resources that strangers can make this node hold. If this process may open too few files for them, the
+/// numbers of connections and lanes are lowered at the start
+/// ([`Network::lowered_limits`](crate::Network::lowered_limits)).
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Connections in the handshake, opened by others: half of them TCP, a quarter QUIC, a quarter through relays. Of

@@ -1,9 +1,9 @@
 //! yamux with large frames on fast connections.
 //!
-//! libp2p-yamux cuts what it sends into frames of 16 KiB, each with its own allocation, write and TLS record, and does not
-//! let that be changed. This speaks the same `/yamux/1.0.0`; on a connection that has proved fast, it sends frames of
-//! [`FRAME`] bytes, which every implementation reads. A receiver delivers no byte of a frame before the whole frame has
-//! arrived, so that a large frame on a slow link looks like silence: 256 KiB take 100 s at 20 kbit/s.
+//! libp2p-yamux cuts what it sends into frames of 16 KiB, each with its own allocation, write and TLS record, and does
+//! not let that be changed. This speaks the same `/yamux/1.0.0`; on a connection that has proved fast, it sends frames
+//! of [`FRAME`] bytes, which every implementation reads. A receiver delivers no byte of a frame before the whole frame
+//! has arrived, so that a large frame on a slow link looks like silence: 256 KiB take 100 s at 20 kbit/s.
 
 use std::{
     collections::VecDeque,
@@ -25,7 +25,8 @@ use libp2p::core::{
 };
 use tokio::time::{Instant, Sleep, sleep};
 
-/// Bytes sent in one frame on a fast connection. A standard peer refuses frames over 1 MiB; beyond 256 KiB nothing was gained in measurements.
+/// Bytes sent in one frame on a fast connection. A standard peer refuses frames over 1 MiB; beyond 256 KiB nothing was
+/// gained in measurements.
 const FRAME: usize = 256 * 1024;
 
 /// Bytes sent in one frame on any other: one TLS record, 7 s at 20 kbit/s.

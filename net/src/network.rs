@@ -23,8 +23,8 @@ use crate::{
     topics::Topics,
 };
 
-/// The time in which a doubted connection has to show that it still works ([`Network::check`]): three retransmissions of
-/// TCP, or eight round trips of half a second. A transfer over a slow link gives more.
+/// The time in which a doubted connection has to show that it still works ([`Network::check`]): three retransmissions
+/// of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
 pub const PATH_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// How long [`Network::connect`] tries.
@@ -490,9 +490,9 @@ impl Network {
         timeout(PING, ping).await.map_err(|_| PingError::TimedOut)?
     }
 
-    /// Has every connection to `peer` show that it still works, and closes those that carry nothing for `patience`: some
-    /// seconds, or more on a slow link, where packets that are lost in a row keep everything back for that long. Without
-    /// a check, a path that was cut is noticed after half a minute.
+    /// Has every connection to `peer` show that it still works, and closes those that carry nothing for `patience`:
+    /// some seconds, or more on a slow link, where packets that are lost in a row keep everything back for that long.
+    /// Without a check, a path that was cut is noticed after half a minute.
     pub async fn check(&self, peer: PeerId, patience: Duration) {
         // A network that has stopped has no connections.
         let _ = self.commands.send(Command::Check(peer, patience)).await;

@@ -60,8 +60,8 @@ const COMMANDS: usize = 256;
 /// Messages that are being looked at by subscribers' validators. What comes beyond is not passed on.
 const MAX_VALIDATING: usize = 64;
 
-/// Publishers whose messages are remembered, for so long after the last: some 250 bytes each, and 150 for each time that
-/// the publisher's clock went back. Within that time nobody can publish an old message again. A day is more than a
+/// Publishers whose messages are remembered, for so long after the last: some 250 bytes each, and 150 for each time
+/// that the publisher's clock went back. Within that time nobody can publish an old message again. A day is more than a
 /// publisher of daily results is silent.
 const MAX_PUBLISHERS: usize = 16_384;
 const REMEMBER: Duration = Duration::from_secs(24 * 3600);

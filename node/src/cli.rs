@@ -88,8 +88,8 @@ pub(crate) enum Command {
     /// Add, list or remove tags; a tagged model is never evicted or removed
     #[command(subcommand)]
     Tag(Tag),
-    /// Delete content that no model needs, and forget files that are gone or have changed; files added in place are never
-    /// deleted
+    /// Delete content that no model needs, and forget files that are gone or have changed; files added in place are
+    /// never deleted
     Gc(Gc),
     /// Show disk usage, or change the quota of fetched content
     Storage(Storage),
@@ -123,8 +123,8 @@ pub(crate) struct Up {
     #[arg(long, value_name = "ADDR", value_parser = peer_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
 
-    /// An address to listen on, as in /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws; may be repeated
-    /// [default: TCP and QUIC on all interfaces, port 9338, or a free one if that is taken]
+    /// An address to listen on, as in /ip4/0.0.0.0/tcp/9338, /ip6/::/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/443/tls/ws;
+    /// may be repeated [default: TCP and QUIC on all interfaces, port 9338, or a free one if that is taken]
     #[arg(long, value_name = "ADDR", value_parser = address)]
     pub(crate) listen: Vec<Multiaddr>,
 
@@ -283,7 +283,8 @@ fn peer_address(text: &str) -> Result<Multiaddr, String> {
     }
 }
 
-/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024; or `none`.
+/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024; or
+/// `none`.
 fn quota(text: &str) -> Result<Quota, String> {
     if text.eq_ignore_ascii_case("none") {
         return Ok(Quota(None));
@@ -687,7 +688,8 @@ pub(crate) enum Registry {
         #[arg(long, default_value = "", hide_default_value = true)]
         label: String,
 
-        /// A peer and the names that it publishes, as in PEER=acme/*; without a pattern all; may be repeated. Without any this node publishes all
+        /// A peer and the names that it publishes, as in PEER=acme/*; without a pattern all; may be repeated. Without
+        /// any this node publishes all
         #[arg(long, value_name = "PEER[=PATTERN]")]
         publisher: Vec<Publisher>,
 

@@ -194,8 +194,8 @@ impl Home {
     }
 }
 
-/// Takes the lock of a home with `take`, on a full disk with the room of the reserve. A home that another node holds keeps
-/// its reserve, which that node needs.
+/// Takes the lock of a home with `take`, on a full disk with the room of the reserve. A home that another node holds
+/// keeps its reserve, which that node needs.
 fn take_lock<L>(
     path: &Path,
     reserve: &Reserve,

@@ -1,8 +1,8 @@
 //! Room on the home's disk that a node gives up when the disk is full.
 //!
-//! A start writes to databases, locks and the API's files, and so do `rm` and `gc`, with which a person makes room. On a
-//! full disk all of them would fail, and the node could not even say so. The reserve is a file that is deleted then, and
-//! made again when there is room.
+//! A start writes to databases, locks and the API's files, and so do `rm` and `gc`, with which a person makes room. On
+//! a full disk all of them would fail, and the node could not even say so. The reserve is a file that is deleted then,
+//! and made again when there is room.
 
 use std::{
     fs, io,
@@ -29,12 +29,12 @@ const SIZE: usize = 1 << 20;
 /// Bytes that must be writable for a disk not to count as full: what a start writes.
 const LEAST: usize = SIZE / 4;
 
-/// The interval at which the node checks that the reserve is there, and makes it again if it is not. A check costs one look at a
-/// file; a reserve that is not there costs one write, which fails where there is no room.
+/// The interval at which the node checks that the reserve is there, and makes it again if it is not. A check costs one
+/// look at a file; a reserve that is not there costs one write, which fails where there is no room.
 const EVERY: Duration = Duration::from_secs(30);
 
-/// The interval at which the node asks for the free bytes of a disk on which the reserve was given up. A `gc` or `rm` that makes room
-/// has its reserve back before the disk fills again; asking writes nothing.
+/// The interval at which the node asks for the free bytes of a disk on which the reserve was given up. A `gc` or `rm`
+/// that makes room has its reserve back before the disk fills again; asking writes nothing.
 const SOON: Duration = Duration::from_millis(500);
 
 /// The reserve of a home.

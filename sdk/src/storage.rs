@@ -242,9 +242,8 @@ impl Models {
         blocking(move || Ok(store.set_quota(quota)?)).await
     }
 
-    /// Reads every byte that is here of a model, and checks it; or with `None` every byte that is here of any content, also
-    /// of models that were only read. `model` is a name, an id, or the first six
-    /// or more digits of one.
+    /// Reads every byte that is here of a model, and checks it; or with `None` every byte that is here of any content,
+    /// also of models that were only read. `model` is a name, an id, or the first six or more digits of one.
     pub fn verify(&self, model: Option<&str>) -> Verify {
         Verify {
             node: self.node().clone(),

@@ -4,8 +4,8 @@
 //! thread gets no further, the caller gets the result of the last look, and no other look begins there until the thread
 //! returns.
 //!
-//! Code that holds a lock of the store, or a transaction, has looked at other disks than the store's own beforehand, and
-//! uses the result ([`Sights`]): a disk that does not answer keeps nobody else waiting.
+//! Code that holds a lock of the store, or a transaction, has looked at other disks than the store's own beforehand,
+//! and uses the result ([`Sights`]): a disk that does not answer keeps nobody else waiting.
 
 use std::{
     collections::HashMap,
@@ -294,8 +294,8 @@ impl ToSee {
     }
 }
 
-/// The results of looks at other disks than the store's own. On the store's own disk, each question is answered by looking
-/// now: without that disk nothing works.
+/// The results of looks at other disks than the store's own. On the store's own disk, each question is answered by
+/// looking now: without that disk nothing works.
 ///
 /// `None` is the answer about what is not known, because its disk does not answer or nobody looked. It is then to be
 /// left as it is.

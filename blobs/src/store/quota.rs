@@ -213,8 +213,8 @@ impl Store {
         })
     }
 
-    /// Returns the bytes that each kind of content takes, by looking at each file; for a disk that does not answer, by the
-    /// rows of its files. `home` is the folder below which the quota counts.
+    /// Returns the bytes that each kind of content takes, by looking at each file; for a disk that does not answer, by
+    /// the rows of its files. `home` is the folder below which the quota counts.
     ///
     /// # Errors
     /// [`StoreError`].

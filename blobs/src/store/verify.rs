@@ -248,10 +248,10 @@ impl Found {
 }
 
 impl Store {
-    /// Reads every byte that is here of the given models again, or with `None` every byte that is here at all. Part files
-    /// that a transfer is writing are left out, for what it writes is verified. `repair`: damaged files that a transfer
-    /// wrote become part files again, damaged trees are rebuilt. Each file is one entry of the result, however many
-    /// models list it. Blocks.
+    /// Reads every byte that is here of the given models again, or with `None` every byte that is here at all. Part
+    /// files that a transfer is writing are left out, for what it writes is verified. `repair`: damaged files that a
+    /// transfer wrote become part files again, damaged trees are rebuilt. Each file is one entry of the result, however
+    /// many models list it. Blocks.
     ///
     /// # Errors
     /// [`StoreError::Cancelled`], and others of the disk; what was repaired by then stays so.

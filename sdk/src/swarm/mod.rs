@@ -78,24 +78,24 @@ const LOOK_UP: Duration = Duration::from_secs(10);
 /// How often the state is looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
-/// The time without content after which the path is suspected: on a fast path; on a path that has brought nothing yet; on one
-/// that brings less than [`SLOW_PATH`] bytes a second, which may be shared by many.
+/// The time without content after which the path is suspected: on a fast path; on a path that has brought nothing yet;
+/// on one that brings less than [`SLOW_PATH`] bytes a second, which may be shared by many.
 const SUSPICIOUS: Duration = Duration::from_secs(3);
 const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
 const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
 const SLOW_PATH: f64 = 32.0 * 1024.0;
 
-/// The time in which a suspected path has to carry anything: one that has brought nothing yet, and one that is slow. In front of a
-/// link of 20 kbit/s, a queue of 20 kB takes 8 s, and TCP sends a lost packet again after up to three round trips. A
-/// connection that is closed meanwhile has to be made again on the same link.
+/// The time in which a suspected path has to carry anything: one that has brought nothing yet, and one that is slow. In
+/// front of a link of 20 kbit/s, a queue of 20 kB takes 8 s, and TCP sends a lost packet again after up to three round
+/// trips. A connection that is closed meanwhile has to be made again on the same link.
 const ALIVE_FIRST: Duration = Duration::from_secs(45);
 const ALIVE_SLOW: Duration = Duration::from_secs(60);
 
 /// A path that takes longer for a round trip is slow: its provider gets more time.
 const QUICK: Duration = Duration::from_secs(2);
 
-/// A provider that has failed so often since its last whole chunk group proves nothing by some bytes more: what it sends
-/// of a group is lost with the stream.
+/// A provider that has failed so often since its last whole chunk group proves nothing by some bytes more: what it
+/// sends of a group is lost with the stream.
 const FRUITLESS: u32 = 3;
 
 /// How long a provider that sends nothing keeps a place that another waits for: nothing at all, or no whole chunk group.
@@ -876,9 +876,9 @@ impl Drop for Swarm {
     }
 }
 
-/// While content comes from `peer`: when none has come for a while, finds out whether the path is slow, and has the network
-/// find out whether it still works. If it does not, the stream fails at once, and not after the patience that a slow
-/// provider is owed.
+/// While content comes from `peer`: when none has come for a while, finds out whether the path is slow, and has the
+/// network find out whether it still works. If it does not, the stream fails at once, and not after the patience that a
+/// slow provider is owed.
 pub(crate) async fn watch(node: &Node, peer: PeerId, arrivals: &Arrivals) -> Infallible {
     let begun = Instant::now();
     let mut moved = arrivals.signs();

@@ -1,4 +1,5 @@
-//! Messages of hole punching, relays, AutoNAT and questions where a peer is seen: what comes of them is within its bounds.
+//! Messages of hole punching, relays, AutoNAT and questions where a peer is seen: what comes of them is within its
+//! bounds.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
