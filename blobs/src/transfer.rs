@@ -182,6 +182,8 @@ struct Shared {
     queued: AtomicU64,
     /// Streams that wait for this side's own limits.
     limited: AtomicUsize,
+    /// Segments that are on their way to the disk.
+    writing: AtomicUsize,
     progress: Arc<Progress>,
     stop: Arc<AtomicBool>,
     begun: Instant,
@@ -455,6 +457,7 @@ impl Transfer {
                 }),
                 settling: Mutex::default(),
                 settle_soon: Notify::new(),
+                writing: AtomicUsize::new(0),
                 changed: Notify::new(),
                 open_soon: Notify::new(),
                 written: Notify::new(),
@@ -1365,6 +1368,11 @@ impl Session<'_> {
                         }
                     }
                 }
+                // The segment may have been written before its groups counted as here.
+                if state.schedule.needed() == 0 && self.shared.writing.load(Ordering::Acquire) == 0
+                {
+                    self.shared.settle_soon.notify_one();
+                }
             }
             self.shared.changed.notify_waiters();
             if let Err(error) = result {
@@ -1590,8 +1598,11 @@ impl Writer<'_> {
 
     fn write(&mut self, partial: &Arc<Partial>, segment: Segment) {
         let (partial, shared) = (Arc::clone(partial), Arc::clone(self.shared));
+        shared.writing.fetch_add(1, Ordering::AcqRel);
         self.writes.push_back(spawn_blocking(move || {
-            let new = partial.write(&segment)?;
+            let written = partial.write(&segment);
+            shared.writing.fetch_sub(1, Ordering::AcqRel);
+            let new = written?;
             shared.progress.done.fetch_add(new, Ordering::Relaxed);
             shared.written.notify_waiters();
             if partial.is_write_back_due() {

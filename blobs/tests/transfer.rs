@@ -226,6 +226,24 @@ async fn every_shape_of_file_arrives_whole_and_a_second_plan_moves_nothing() {
     world.assert_equal("to3");
 }
 
+/// The clock stands still while anything is being done, so that time passes only where something is waited for.
+#[tokio::test(start_paused = true)]
+async fn a_transfer_ends_when_the_last_byte_is_written_and_not_with_the_next_second() {
+    let world = World::new(&[("f", content(3 * GROUP, 1))]);
+    for round in 0..40 {
+        let receiver = Store::open(&world.path(&format!("receiver-{round}"))).unwrap();
+        let to = world.path(&format!("to-{round}"));
+        let progress = Arc::new(Progress::default());
+        let download = Download::plan(&receiver, &world.manifest, &to, progress);
+        let begin = tokio::time::Instant::now();
+        download.unwrap().fetch(world.connect()).await.unwrap();
+        assert!(
+            begin.elapsed() < Duration::from_millis(500),
+            "round {round}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn hundreds_of_small_files_pass_through_few_descriptors() {
     let names: Vec<String> = (0..300).map(|i| format!("f{i:03}")).collect();

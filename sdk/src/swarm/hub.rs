@@ -385,7 +385,9 @@ impl Exchanger {
 
     async fn heard(&self, peer: PeerId, model: &Hash, message: wire::SwarmMessage) {
         let mut news = Vec::new();
-        if message.unknown {
+        let has_nothing = message.unknown;
+        let own = self.network.local_peer();
+        if has_nothing {
             news.push(News::Nothing(peer));
         }
         if let Some(have) = message.have {
@@ -399,7 +401,7 @@ impl Exchanger {
             if id == peer {
                 self.hub.is_at(model, peer, addresses.clone());
             }
-            if id != self.network.local_peer() {
+            if is_to_be_met(id, own, peer, has_nothing) {
                 news.push(News::Peer(id, addresses));
             }
         }
@@ -448,6 +450,12 @@ where
     }
 }
 
+/// Returns whether `id`, which `peer` names, is to be asked. A peer that has nothing names itself too: taken for a new
+/// one, it would be asked again at once, and again after its answer.
+fn is_to_be_met(id: PeerId, own: PeerId, peer: PeerId, has_nothing: bool) -> bool {
+    id != own && !(has_nothing && id == peer)
+}
+
 async fn send<W>(writer: &mut W, message: &wire::SwarmMessage) -> Result<(), Error>
 where
     W: AsyncWrite + Unpin,
@@ -465,6 +473,15 @@ mod tests {
     use tokio::io::duplex;
 
     use super::*;
+
+    #[test]
+    fn a_peer_that_has_nothing_is_not_asked_again_because_it_names_itself() {
+        let [own, peer, third] = [PeerId::random(), PeerId::random(), PeerId::random()];
+        assert!(!is_to_be_met(peer, own, peer, true));
+        assert!(is_to_be_met(peer, own, peer, false));
+        assert!(is_to_be_met(third, own, peer, true));
+        assert!(!is_to_be_met(own, own, peer, false));
+    }
 
     #[tokio::test]
     async fn an_exchange_on_which_nothing_is_said_ends_unless_the_model_is_fetched() {
