@@ -20,7 +20,10 @@ use libp2p::{
     },
 };
 
-use crate::address::{first_ip, is_relayed, starts_with_name};
+use crate::{
+    Path,
+    address::{first_ip, is_relayed, starts_with_name},
+};
 
 /// A peer, or the peers on a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -302,7 +305,7 @@ impl NetworkBehaviour for Behaviour {
                 endpoint,
                 ..
             }) => {
-                let ip = ip(&crate::driver::path(endpoint).address);
+                let ip = ip(&Path::of_endpoint(endpoint).address);
                 self.open.push((peer_id, connection_id, ip));
             }
             FromSwarm::ConnectionClosed(ConnectionClosed { connection_id, .. }) => {
@@ -314,7 +317,7 @@ impl NetworkBehaviour for Behaviour {
                 new,
                 ..
             }) => {
-                let ip = ip(&crate::driver::path(new).address);
+                let ip = ip(&Path::of_endpoint(new).address);
                 for (_, id, known) in &mut self.open {
                     if *id == connection_id {
                         *known = ip;

@@ -5,9 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
-
-use crate::websocket::split_web;
+use libp2p::{Multiaddr, PeerId, core::ConnectedPoint, multiaddr::Protocol};
 
 /// How near a peer is, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,6 +71,17 @@ impl Path {
             Self::of(local)
         } else {
             Self::of(remote)
+        }
+    }
+
+    /// Returns the path that a connection is.
+    pub(crate) fn of_endpoint(endpoint: &ConnectedPoint) -> Self {
+        match endpoint {
+            ConnectedPoint::Dialer { address, .. } => Self::of(address),
+            ConnectedPoint::Listener {
+                local_addr,
+                send_back_addr,
+            } => Self::inbound(local_addr, send_back_addr),
         }
     }
 
@@ -199,6 +208,68 @@ pub(crate) fn any_socket(address: &Multiaddr) -> Option<(SocketAddr, Transport)>
 pub(crate) fn socket_within(address: &Multiaddr) -> Option<SocketAddr> {
     let tcp = split_web(address).map(|(tcp, _)| tcp);
     socket(tcp.as_ref().unwrap_or(address)).map(|(at, _)| at)
+}
+
+/// What the end of an address says about the WebSocket that it leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Web {
+    /// Within TLS.
+    pub(crate) secure: bool,
+    /// The name to ask for, if the address has one.
+    pub(crate) name: Option<String>,
+}
+
+/// What is asked for by HTTP. Strangers' addresses name nothing else: what they name is sent before we know who is there.
+pub(crate) const RESOURCE: &str = "/";
+
+/// Takes the WebSocket off the end of an address; `None` if there is none, or one that asks for anything but [`RESOURCE`]. What is left is a TCP address.
+pub(crate) fn split_web(address: &Multiaddr) -> Option<(Multiaddr, Web)> {
+    let mut tcp = address.clone();
+    let mut last = tcp.pop()?;
+    if let Protocol::P2p(_) = last {
+        last = tcp.pop()?;
+    }
+    let secure = match last {
+        Protocol::Wss(path) if path == RESOURCE => true,
+        Protocol::Ws(path) if path == RESOURCE => false,
+        _ => return None,
+    };
+    let mut web = Web { secure, name: None };
+    match tcp.pop()? {
+        Protocol::Tls if !secure => web.secure = true,
+        Protocol::Sni(name) if !secure => {
+            web.name = Some(name.into_owned());
+            web.secure = matches!(tcp.pop()?, Protocol::Tls);
+            if !web.secure {
+                return None;
+            }
+        }
+        other => tcp.push(other),
+    }
+    Some((tcp, web))
+}
+
+/// Puts the name of a secure WebSocket's address where it outlasts the look-up: the certificate that a browser or a proxy looks for is chosen by it.
+pub(crate) fn keep_name(address: Multiaddr) -> Multiaddr {
+    let name = match address.iter().next() {
+        Some(Protocol::Dns(name) | Protocol::Dns4(name) | Protocol::Dns6(name)) => {
+            name.into_owned()
+        }
+        _ => return address,
+    };
+    match split_web(&address) {
+        Some((tcp, web)) if web.secure && web.name.is_none() => {
+            let kept = tcp
+                .with(Protocol::Tls)
+                .with(Protocol::Sni(name.into()))
+                .with(Protocol::Ws(RESOURCE.into()));
+            match split_peer_id(address).1 {
+                Some(peer) => kept.with(Protocol::P2p(peer)),
+                None => kept,
+            }
+        }
+        _ => address,
+    }
 }
 
 /// What one site has at least: an IPv4 address, or an IPv6 network of 64 bits.
@@ -449,5 +520,54 @@ mod tests {
         let without: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
         assert_eq!(split_peer_id(with), (without.clone(), Some(peer)));
         assert_eq!(split_peer_id(without.clone()), (without, None));
+    }
+
+    #[test]
+    fn a_web_socket_is_taken_off_its_address() {
+        let check = |address: &str, tcp: &str, secure: bool, name: Option<&str>| {
+            let (at, web) = split_web(&address.parse().unwrap()).unwrap();
+            assert_eq!(at, tcp.parse().unwrap(), "{address}");
+            assert_eq!(
+                (web.secure, web.name.as_deref()),
+                (secure, name),
+                "{address}"
+            );
+        };
+        check(
+            "/ip4/1.2.3.4/tcp/443/ws",
+            "/ip4/1.2.3.4/tcp/443",
+            false,
+            None,
+        );
+        check(
+            "/ip4/1.2.3.4/tcp/443/tls/ws",
+            "/ip4/1.2.3.4/tcp/443",
+            true,
+            None,
+        );
+        check(
+            "/ip4/1.2.3.4/tcp/443/wss",
+            "/ip4/1.2.3.4/tcp/443",
+            true,
+            None,
+        );
+        check(
+            "/ip4/1.2.3.4/tcp/443/tls/sni/a.example/ws",
+            "/ip4/1.2.3.4/tcp/443",
+            true,
+            Some("a.example"),
+        );
+        for other in ["/ip4/1.2.3.4/tcp/443", "/ip4/1.2.3.4/udp/443/quic-v1"] {
+            assert!(split_web(&other.parse().unwrap()).is_none());
+        }
+        let peer = PeerId::random();
+        let keep = |address: String| keep_name(address.parse().unwrap()).to_string();
+        assert_eq!(
+            keep(format!("/dns4/a.example/tcp/443/wss/p2p/{peer}")),
+            format!("/dns4/a.example/tcp/443/tls/sni/a.example/ws/p2p/{peer}")
+        );
+        for same in ["/dns4/a.example/tcp/443/ws", "/ip4/1.2.3.4/tcp/443/tls/ws"] {
+            assert_eq!(keep(same.to_owned()), same);
+        }
     }
 }

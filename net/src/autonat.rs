@@ -29,7 +29,7 @@ use weft_proto::{
 };
 
 use crate::{
-    Transport,
+    AutonatLimits, Transport,
     address::{is_public, network, socket},
     dialled::Dialled,
 };
@@ -335,30 +335,6 @@ pub(crate) struct Bounds {
     served: VecDeque<(PeerId, IpAddr, Instant)>,
     under_way: usize,
     refused: u64,
-}
-
-/// How often this node dials for others to tell them whether they can be reached. 0: not at all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AutonatLimits {
-    /// In a minute, in all.
-    pub per_minute: usize,
-    /// In a minute, for one peer.
-    pub per_minute_per_peer: usize,
-    /// In a minute, for one IPv4 network of 24 bits or IPv6 network of 48.
-    pub per_minute_per_network: usize,
-    /// At a time.
-    pub concurrent: usize,
-}
-
-impl Default for AutonatLimits {
-    fn default() -> Self {
-        Self {
-            per_minute: 60,
-            per_minute_per_peer: 6,
-            per_minute_per_network: 20,
-            concurrent: 16,
-        }
-    }
 }
 
 const MINUTE: Duration = Duration::from_secs(60);

@@ -12,12 +12,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     net::IpAddr,
-    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
-use rustls::{pki_types::UnixTime, time_provider::TimeProvider};
 
 use crate::is_outside;
 
@@ -272,22 +270,6 @@ fn median(mut values: Vec<i128>) -> Option<i128> {
         (false, _) => low,
         (true, true) => high,
     })
-}
-
-/// The time for TLS. rustls's own panics if the clock shows a time before 1970.
-#[derive(Debug)]
-struct TlsTime;
-
-impl TimeProvider for TlsTime {
-    fn current_time(&self) -> Option<UnixTime> {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        Some(UnixTime::since_unix_epoch(since.unwrap_or_default()))
-    }
-}
-
-/// Returns the time for TLS, whatever the clock shows.
-pub(crate) fn for_tls() -> Arc<dyn TimeProvider> {
-    Arc::new(TlsTime)
 }
 
 #[cfg(test)]

@@ -493,7 +493,7 @@ impl NetworkBehaviour for Behaviour {
             FromSwarm::DialFailure(failure) => state.remove(failure.connection_id),
             FromSwarm::AddressChange(AddressChange {
                 connection_id, new, ..
-            }) => state.moved(&self.0.limits, connection_id, &crate::driver::path(new)),
+            }) => state.moved(&self.0.limits, connection_id, &Path::of_endpoint(new)),
             _ => {}
         }
     }

@@ -28,9 +28,8 @@ use tokio::{
 };
 
 use crate::{
-    Access, Config, ConnectError, Incoming, LimitUse, Limits, LoweredLimits, Path, PathInfo,
-    PathKind, PeerInfo, Place, Reachability, RelayServer, Shares, SpawnError, Stream, Transport,
-    access,
+    Access, Incoming, LimitUse, Limits, LoweredLimits, Path, PathKind, Place, Shares, Stream,
+    Transport, access,
     address::{
         dialable_from, is_outside, is_public, of_socket, socket, socket_within, starts_with_name,
     },
@@ -42,10 +41,10 @@ use crate::{
     dialled::Dialled,
     gate::{Gate, Source},
     lane,
+    lane_call::CALL,
     limits::Memory,
     listen,
     mappings::{Mapped, Mapping},
-    network::{Addresses, Command, PATH_TIMEOUT},
     own::{self, Own},
     pending::Pending,
     ping as pings,
@@ -68,18 +67,25 @@ mod addresses;
 mod autonat;
 mod bootstrap;
 mod clocks;
+mod command;
+mod config;
 mod dialling;
 mod guarded;
+mod info;
 mod lanes;
 mod punching;
 mod relaying;
+
+pub use command::ConnectError;
+pub(crate) use command::{CONNECT, Command};
+pub use config::{Config, RelayServer, SpawnError};
+pub use info::{Addresses, BootstrapPeer, PathInfo, PeerInfo, Reachability};
 
 use addresses::{Changes, Listening};
 use autonat::{Autonat, Told};
 use bootstrap::Bootstrap;
 use dialling::{How, Resolved};
-pub(crate) use guarded::Guarded;
-use guarded::{GuardedEvent, Wanted as WantedDial};
+use guarded::{Guarded, GuardedEvent, Wanted as WantedDial};
 use lanes::{Lanes, NoLane};
 use punching::Punching;
 
@@ -123,6 +129,10 @@ const SLOW_PATH_TIMEOUT: Duration = Duration::from_secs(60);
 /// queue of 20 kB in front of 20 kbit/s.
 const REPLACED_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// The time in which a doubted connection has to show that it still works ([`Network::check`]): three retransmissions
+/// of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
+pub const PATH_TIMEOUT: Duration = Duration::from_secs(4);
+
 /// How often a relay that holds a place for us has to show that it is there.
 const RELAY_CHECK: Duration = Duration::from_secs(5);
 
@@ -149,17 +159,6 @@ fn source(to: SocketAddr) -> Option<IpAddr> {
     let socket = UdpSocket::bind((any, 0)).ok()?;
     socket.connect(to).ok()?;
     Some(socket.local_addr().ok()?.ip())
-}
-
-/// The path that a connection is.
-pub(crate) fn path(endpoint: &ConnectedPoint) -> Path {
-    match endpoint {
-        ConnectedPoint::Dialer { address, .. } => Path::of(address),
-        ConnectedPoint::Listener {
-            local_addr,
-            send_back_addr,
-        } => Path::inbound(local_addr, send_back_addr),
-    }
 }
 
 #[derive(NetworkBehaviour)]
@@ -563,9 +562,7 @@ where
         let pings = protocols
             .accept(pings::PING_PROTOCOL)
             .expect("nothing is accepted yet");
-        let callers = protocols
-            .accept(lane::CALL)
-            .expect("nothing is accepted yet");
+        let callers = protocols.accept(CALL).expect("nothing is accepted yet");
         let dial_requests = protocols
             .accept(DIAL_REQUEST)
             .expect("nothing is accepted yet");
@@ -1045,7 +1042,7 @@ where
 
     fn on_connected(&mut self, id: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
         let now = Instant::now();
-        let path = path(endpoint);
+        let path = Path::of_endpoint(endpoint);
         self.gate.connected(connection);
         if let Some(at) = socket_within(&path.address).filter(|_| path.kind < PathKind::Relayed) {
             self.gate.proved(at, now);

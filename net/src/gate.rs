@@ -7,7 +7,7 @@
 //!
 //! [`Gate`] is a state machine without I/O. Its types make a forgotten check a compile error: hearsay does not turn
 //! into a [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialled. Behind them, the
-//! transport ([`Noted`](crate::dialled::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination
+//! transport ([`Noted`](crate::noted::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination
 //! that has none.
 //!
 //! Rules for hearsay, in order:
@@ -300,6 +300,15 @@ impl Target {
     pub(crate) fn in_test(at: SocketAddr) -> Self {
         Self(at)
     }
+}
+
+/// The size of a search.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// 2,048 packets at most.
+    Full,
+    /// An eighth of that.
+    Small,
 }
 
 /// A permit for the transport to open a socket.

@@ -4,14 +4,12 @@
 //! same port, same handshake, same proof of who the peer is as for every libp2p connection over TCP and TLS, but where a multiplexer would be agreed on
 //! stands [`LANE`], and then the bytes of one stream follow.
 //!
-//! Whoever can reach the other dials, whoever wants the stream: one that cannot asks to be called ([`CALL`]). Only peers that are connected anyway get lanes,
+//! Whoever can reach the other dials, whoever wants the stream: one that cannot asks to be called (`lane_call`). Only peers that are connected anyway get lanes,
 //! and only so many.
 
 use std::{
-    collections::HashMap,
     io,
     pin::Pin,
-    sync::{Arc, Mutex},
     task::{Context, Poll},
     time::Duration,
 };
@@ -29,25 +27,28 @@ use multistream_select::{Negotiated, dialer_select_proto, listener_select_proto}
 use tokio::{
     io::{AsyncWriteExt, ReadBuf},
     runtime::Handle,
-    sync::{mpsc, oneshot},
+    sync::mpsc,
     time::{Instant, Sleep, sleep, timeout},
 };
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 use weft_proto::{
     frame::{self, FrameError},
-    wire::{LaneCall, LaneHello, LaneRefusal},
+    wire::LaneHello,
 };
 
-use crate::{Permit, Stream, gate::Target, tcp::Tcp, tls::Tls, websocket::Socket};
+use crate::{
+    Permit,
+    gate::Target,
+    tcp::Tcp,
+    tls::{TLS, Tls},
+    websocket::Socket,
+};
 
 /// What stands in the place of a multiplexer.
 pub(crate) const LANE: &str = "/weft/lane/1";
 
-/// To be called back.
-pub(crate) const CALL: StreamProtocol = StreamProtocol::new("/weft/lane-call/1");
-
 /// Bytes in a message.
-const MAX_MESSAGE: usize = 64;
+pub(crate) const MAX_MESSAGE: usize = 64;
 
 /// How long a lane may take from the first packet to its protocol. Whoever waits for one goes on without it then.
 pub(crate) const SETUP: Duration = Duration::from_secs(5);
@@ -251,7 +252,7 @@ async fn dial(target: Target, tls: Tls, peer: PeerId) -> Result<Raw, LaneError> 
     let tcp = tcp.await.map_err(|_| LaneError::TimedOut)??;
     tcp.set_nodelay(true)?;
     let tcp = Socket::Plain(Tcp::new(TcpStream(tcp)));
-    let protocols = [crate::transport::TLS].into_iter();
+    let protocols = [TLS].into_iter();
     let (info, tcp) = dialer_select_proto(tcp, protocols, Version::V1Lazy).await?;
     let (found, secured) = tls.upgrade_outbound(tcp, info).await?;
     if found != peer {
@@ -272,7 +273,7 @@ async fn hello(raw: &mut Raw, token: &[u8]) -> Result<(), LaneError> {
     Ok(())
 }
 
-async fn choose<S>(raw: S, protocol: &StreamProtocol) -> Result<Negotiated<S>, LaneError>
+pub(crate) async fn choose<S>(raw: S, protocol: &StreamProtocol) -> Result<Negotiated<S>, LaneError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -296,43 +297,6 @@ pub(crate) async fn open(
     opened.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-/// Has the peer at the other end of `stream` dial a lane, on which a stream of `protocol` begins. The permit is the one
-/// that the lane took when it arrived.
-pub(crate) async fn be_called(
-    mut stream: Stream,
-    calls: &Calls,
-    protocol: &StreamProtocol,
-) -> Result<(Lane, Multiaddr, Permit), LaneError> {
-    let called = timeout(SETUP, async {
-        let mut token = Token::default();
-        getrandom::fill(&mut token).map_err(io::Error::other)?;
-        let call = calls.expect(stream.peer(), token);
-        let message = LaneCall {
-            token: Shared::copy_from_slice(&token),
-        };
-        frame::write(&mut stream, &message, MAX_MESSAGE).await?;
-        stream.flush().await?;
-        let refusal = frame::read::<LaneRefusal, _>(&mut stream, MAX_MESSAGE);
-        tokio::select! {
-            arrival = call.arrives() => {
-                let (arrival, permit) = arrival.ok_or(LaneError::Refused)?;
-                Ok((choose(arrival.raw, protocol).await?, arrival.from, permit))
-            }
-            // Also if it hangs up.
-            _ = refusal => Err(LaneError::Refused),
-        }
-    });
-    called.await.unwrap_or(Err(LaneError::TimedOut))
-}
-
-/// The other side of [`be_called`]: what is asked for.
-pub(crate) async fn called(stream: &mut Stream) -> Result<Token, LaneError> {
-    let read = timeout(SETUP, frame::read::<LaneCall, _>(stream, MAX_MESSAGE));
-    let call = read.await.map_err(|_| LaneError::TimedOut)??;
-    let call = call.ok_or(LaneError::Refused)?;
-    Token::try_from(call.token.as_ref()).map_err(|_| LaneError::Refused)
-}
-
 /// Dials a lane that a peer has asked for, and learns which of `protocols` begins on it.
 pub(crate) async fn call(
     target: Target,
@@ -348,98 +312,6 @@ pub(crate) async fn call(
         Ok((lane, protocol))
     });
     opened.await.unwrap_or(Err(LaneError::TimedOut))
-}
-
-/// Says that no lane comes.
-pub(crate) async fn refuse(mut stream: Stream) -> Result<(), LaneError> {
-    let said = timeout(SETUP, async {
-        frame::write(&mut stream, &LaneRefusal {}, MAX_MESSAGE).await?;
-        stream.shutdown().await?;
-        Ok(())
-    });
-    said.await.unwrap_or(Err(LaneError::TimedOut))
-}
-
-/// A lane that has arrived: `None` if it was called for, and has gone to whoever did; else the lane and which of `protocols` begins on it.
-pub(crate) async fn accept(
-    mut arrival: Arrival,
-    permit: Permit,
-    calls: &Calls,
-    protocols: Vec<StreamProtocol>,
-) -> Result<Option<(Lane, StreamProtocol, Permit)>, LaneError> {
-    let accepted = timeout(SETUP, async {
-        let mut raw = (&mut arrival.raw).compat();
-        let hello: Option<LaneHello> = frame::read(&mut raw, MAX_MESSAGE).await?;
-        let token = hello
-            .ok_or(io::Error::from(io::ErrorKind::UnexpectedEof))?
-            .token;
-        if !token.is_empty() {
-            let token = Token::try_from(token.as_ref()).map_err(|_| LaneError::Refused)?;
-            calls.arrived(token, arrival, permit);
-            return Ok(None);
-        }
-        let (protocol, lane) = listener_select_proto(arrival.raw, protocols).await?;
-        Ok(Some((lane, protocol, permit)))
-    });
-    accepted.await.unwrap_or(Err(LaneError::TimedOut))
-}
-
-/// Calls that peers have been asked for.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Calls(Arc<Mutex<Waiting>>);
-
-/// Whom a call was made to, and who waits for it.
-type Waiting = HashMap<Token, (PeerId, oneshot::Sender<(Arrival, Permit)>)>;
-
-impl Calls {
-    fn expect(&self, peer: PeerId, token: Token) -> Call {
-        let (sender, arrival) = oneshot::channel();
-        self.lock().insert(token, (peer, sender));
-        Call {
-            calls: self.clone(),
-            token,
-            arrival,
-        }
-    }
-
-    /// Dropped, and so closed, if nobody waits for it.
-    fn arrived(&self, token: Token, arrival: Arrival, permit: Permit) {
-        let mut calls = self.lock();
-        if calls
-            .get(&token)
-            .is_some_and(|(peer, _)| *peer == arrival.peer)
-            && let Some((_, sender)) = calls.remove(&token)
-        {
-            // Whoever waited may be gone.
-            let _ = sender.send((arrival, permit));
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Waiting> {
-        self.0
-            .lock()
-            .expect("nothing panics while holding the lock")
-    }
-}
-
-/// A call that is waited for; forgotten when dropped.
-#[derive(Debug)]
-struct Call {
-    calls: Calls,
-    token: Token,
-    arrival: oneshot::Receiver<(Arrival, Permit)>,
-}
-
-impl Call {
-    async fn arrives(mut self) -> Option<(Arrival, Permit)> {
-        (&mut self.arrival).await.ok()
-    }
-}
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        self.calls.lock().remove(&self.token);
-    }
 }
 
 impl std::fmt::Debug for Arrival {
@@ -475,14 +347,5 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         let after = begin.elapsed() - (IDLE - Duration::from_secs(1));
         assert!(after >= IDLE && after < IDLE + Duration::from_secs(1));
-    }
-
-    #[tokio::test]
-    async fn a_call_that_is_given_up_is_forgotten() {
-        let calls = Calls::default();
-        let call = calls.expect(PeerId::random(), [7; 16]);
-        assert_eq!(calls.lock().len(), 1);
-        drop(call);
-        assert_eq!(calls.lock().len(), 0);
     }
 }

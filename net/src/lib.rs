@@ -29,11 +29,13 @@ pub mod fuzz;
 mod gate;
 mod head;
 mod lane;
+mod lane_call;
 mod limits;
 mod listen;
 mod mappings;
 mod muxer;
 mod network;
+mod noted;
 mod own;
 mod pending;
 mod ping;
@@ -59,15 +61,16 @@ pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 pub use self::{
     access::{Access, ParseRuleError, Rule},
     address::{Path, PathKind, Transport, dialable_from, is_outside, is_relayed, split_peer_id},
-    autonat::{AutonatLimits, Verdict},
+    autonat::Verdict,
     clock::ClockDifference,
     descriptors::LoweredLimits,
-    gate::{Destinations, Heard},
-    limits::{LimitUse, Limits},
-    network::{
-        Addresses, BootstrapPeer, Config, ConnectError, Network, PATH_TIMEOUT, PathInfo, PeerInfo,
+    driver::{
+        Addresses, BootstrapPeer, Config, ConnectError, PATH_TIMEOUT, PathInfo, PeerInfo,
         Reachability, RelayServer, SpawnError,
     },
+    gate::{Destinations, Heard},
+    limits::{AutonatLimits, LimitUse, Limits},
+    network::Network,
     own::{MAX_PLACES, first_places},
     ping::PingError,
     reach::{Filtering, Mapping},

@@ -8,8 +8,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::AutonatLimits;
-
 /// Limits on the resources that strangers can make this node hold. If this process may open too few files for them, the
 /// numbers of connections and lanes are lowered at the start
 /// ([`Network::lowered_limits`](crate::Network::lowered_limits)).
@@ -60,6 +58,30 @@ impl Default for Limits {
             lanes_per_peer: 16,
             memory: None,
             autonat: AutonatLimits::default(),
+        }
+    }
+}
+
+/// How often this node dials for others to tell them whether they can be reached. 0: not at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AutonatLimits {
+    /// In a minute, in all.
+    pub per_minute: usize,
+    /// In a minute, for one peer.
+    pub per_minute_per_peer: usize,
+    /// In a minute, for one IPv4 network of 24 bits or IPv6 network of 48.
+    pub per_minute_per_network: usize,
+    /// At a time.
+    pub concurrent: usize,
+}
+
+impl Default for AutonatLimits {
+    fn default() -> Self {
+        Self {
+            per_minute: 60,
+            per_minute_per_peer: 6,
+            per_minute_per_network: 20,
+            concurrent: 16,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Where a node listens.
 
-use std::{convert::Infallible, io};
+use std::io;
 
 use libp2p::{
     Multiaddr, Swarm, TransportError, core::transport::ListenerId, swarm::NetworkBehaviour,
@@ -8,21 +8,19 @@ use libp2p::{
 use socket2::{Domain, Socket, Type};
 
 use crate::{
-    SpawnError, Transport, address::any_socket, driver::Guarded, split_peer_id,
-    websocket::split_web,
+    SpawnError, Transport,
+    address::{any_socket, split_web},
+    split_peer_id,
 };
 
 /// Where a node listens when it is not told: a fixed port, so that a firewall rule or a port forward can name it.
 const DEFAULT_PORT: u16 = 9338;
 
 /// Listens on what was asked for, or on the defaults.
-pub(crate) fn listen<E>(
-    swarm: &mut Swarm<Guarded<E>>,
+pub(crate) fn listen<B: NetworkBehaviour>(
+    swarm: &mut Swarm<B>,
     addresses: Option<&[Multiaddr]>,
-) -> Result<Vec<(ListenerId, Multiaddr)>, SpawnError>
-where
-    E: NetworkBehaviour<ToSwarm = Infallible>,
-{
+) -> Result<Vec<(ListenerId, Multiaddr)>, SpawnError> {
     let mut listeners = Vec::new();
     if let Some(addresses) = addresses {
         let addresses: Vec<_> = addresses.iter().cloned().map(split_peer_id).collect();
@@ -61,13 +59,10 @@ where
     }
 }
 
-fn listen_on<E>(
-    swarm: &mut Swarm<Guarded<E>>,
+fn listen_on<B: NetworkBehaviour>(
+    swarm: &mut Swarm<B>,
     address: &Multiaddr,
-) -> Result<ListenerId, SpawnError>
-where
-    E: NetworkBehaviour<ToSwarm = Infallible>,
-{
+) -> Result<ListenerId, SpawnError> {
     swarm
         .listen_on(address.clone())
         .map_err(|error| match error {

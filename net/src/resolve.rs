@@ -14,7 +14,10 @@ use hickory_resolver::{TokioResolver, net::NetError, proto::rr::RData};
 use libp2p::{Multiaddr, multiaddr::Protocol};
 use tokio::time::timeout;
 
-use crate::{LimitUse, address::starts_with_name, websocket};
+use crate::{
+    LimitUse,
+    address::{keep_name, starts_with_name},
+};
 
 /// Names of hearsay that are resolved in a minute. A mesh has few of them: relays behind reverse proxies.
 const PER_MINUTE: usize = 30;
@@ -231,7 +234,7 @@ fn expand<'a>(
         }
         *left -= 1;
         // The certificate of a secure WebSocket is chosen by the name.
-        let address = websocket::keep_name(address);
+        let address = keep_name(address);
         let mut parts = address.iter();
         let first = parts.next();
         let rest: Multiaddr = parts.collect();

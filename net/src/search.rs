@@ -16,7 +16,7 @@ use std::{
 use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time::{sleep, timeout};
 
-use crate::gate::Target;
+use crate::gate::{Effort, Target};
 
 /// Sockets that the side with many mappings opens, if it may open so many files.
 pub(crate) const SOCKETS: usize = 256;
@@ -49,15 +49,6 @@ const FIRST_PORT: u16 = 1024;
 
 /// Ports that each side uses in a [`Small`](Effort::Small) search: two in three such searches succeed.
 const SMALL: usize = 256;
-
-/// The size of a search.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Effort {
-    /// 2,048 packets at most.
-    Full,
-    /// An eighth of that.
-    Small,
-}
 
 /// What tells the packets of one search from others.
 pub(crate) type Token = [u8; 16];

@@ -28,7 +28,7 @@ use weft_proto::{
     wire::{SeenAnswer, SeenQuestion},
 };
 
-use crate::search::Effort;
+use crate::gate::Effort;
 
 /// The protocol's name.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/seen/1");

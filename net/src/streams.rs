@@ -745,7 +745,7 @@ impl NetworkBehaviour for Behaviour {
                 if self.set_aside.contains(&connection_id) {
                     return;
                 }
-                let path = crate::driver::path(endpoint);
+                let path = Path::of_endpoint(endpoint);
                 self.connections
                     .entry(peer_id)
                     .or_default()
@@ -776,7 +776,7 @@ impl NetworkBehaviour for Behaviour {
                 new,
                 ..
             }) => {
-                let path = crate::driver::path(new);
+                let path = Path::of_endpoint(new);
                 let all = self.connections.get_mut(&peer_id).into_iter().flatten();
                 for (_, known) in all.filter(|(id, _)| *id == connection_id) {
                     *known = path.clone();

@@ -9,6 +9,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use futures::{AsyncRead, AsyncWrite, FutureExt, future::BoxFuture};
@@ -30,12 +31,14 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
     sign::{CertifiedKey, SingleCertAndKey},
+    time_provider::TimeProvider,
 };
-
-use crate::clock;
 
 /// Bytes that are encrypted before they are handed to the socket, all at once.
 const BUFFER: usize = 256 * 1024;
+
+/// The name under which TLS is agreed on.
+pub(crate) const TLS: &str = "/tls/1.0.0";
 
 /// Why a TLS configuration could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -80,12 +83,11 @@ impl Tls {
             vec![certificate],
             aws_lc_rs::sign::any_ecdsa_type(&private)?,
         )));
-        let mut server =
-            ServerConfig::builder_with_details(Arc::clone(&provider), clock::for_tls())
-                .with_protocol_versions(versions)?
-                .with_client_cert_verifier(verifier.clone())
-                .with_cert_resolver(certified.clone());
-        let mut client = ClientConfig::builder_with_details(provider, clock::for_tls())
+        let mut server = ServerConfig::builder_with_details(Arc::clone(&provider), time())
+            .with_protocol_versions(versions)?
+            .with_client_cert_verifier(verifier.clone())
+            .with_cert_resolver(certified.clone());
+        let mut client = ClientConfig::builder_with_details(provider, time())
             .with_protocol_versions(versions)?
             .dangerous()
             .with_custom_certificate_verifier(verifier)
@@ -112,7 +114,7 @@ impl UpgradeInfo for Tls {
     type InfoIter = std::iter::Once<Self::Info>;
 
     fn protocol_info(&self) -> Self::InfoIter {
-        std::iter::once("/tls/1.0.0")
+        std::iter::once(TLS)
     }
 }
 
@@ -292,6 +294,22 @@ impl ClientCertVerifier for Verifier {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         Self::schemes()
     }
+}
+
+/// The time for TLS. rustls's own panics if the clock shows a time before 1970.
+#[derive(Debug)]
+struct TlsTime;
+
+impl TimeProvider for TlsTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        Some(UnixTime::since_unix_epoch(since.unwrap_or_default()))
+    }
+}
+
+/// Returns the time for TLS, whatever the clock shows.
+pub(crate) fn time() -> Arc<dyn TimeProvider> {
+    Arc::new(TlsTime)
 }
 
 #[cfg(test)]

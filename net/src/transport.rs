@@ -32,16 +32,15 @@ use crate::{
     Transport as Kind,
     access::Shared,
     address::of_socket,
-    circuit::Circuits,
-    dialled::{Dialled, Noted},
+    dialled::Dialled,
     gate::Gate,
     lane::{Arrivals, LANE},
     muxer::Yamux,
-    network::SpawnError,
+    noted::Noted,
     pending::Counted,
     quic::{Quic, Sockets},
     tcp::Tcp,
-    tls::Tls,
+    tls::{ConfigError, TLS, Tls},
     websocket::{Arrived, Begun, Certificate, Door, Outside, Socket, WebOrPlain},
 };
 
@@ -76,11 +75,23 @@ pub(crate) struct Parts<'a> {
     pub(crate) door: Door,
 }
 
-/// Makes the transport of a node; `relayed` carries connections through relays.
-pub(crate) fn build(
-    parts: &Parts<'_>,
-    relayed: Circuits,
-) -> Result<Boxed<(PeerId, StreamMuxerBox)>, SpawnError> {
+/// Why no transport could be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    #[error(transparent)]
+    Tls(#[from] ConfigError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Makes the transport of a node; `relayed` carries connections through relays, which are still to be secured.
+pub(crate) fn build<T>(parts: &Parts<'_>, relayed: T) -> Result<Boxed<Connection>, BuildError>
+where
+    T: libp2p::Transport<Error = io::Error> + Send + Unpin + 'static,
+    T::Output: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    T::Dial: Send,
+    T::ListenerUpgrade: Send,
+{
     let direct = direct(parts)?;
     let relayed = relayed
         .upgrade(Version::V1Lazy)
@@ -93,7 +104,7 @@ pub(crate) fn build(
 }
 
 /// TCP, with or without WebSocket, and QUIC. The gate has replaced names before anything comes here.
-fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, SpawnError> {
+fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, BuildError> {
     let security = Security::new(parts)?;
     let noted = (&parts.dialled, &parts.access, &parts.gate);
     let quic = Noted::new(
@@ -315,7 +326,7 @@ struct Security {
 }
 
 impl Security {
-    fn new(parts: &Parts<'_>) -> Result<Self, SpawnError> {
+    fn new(parts: &Parts<'_>) -> Result<Self, BuildError> {
         Ok(Self {
             tls: parts.tls.clone(),
             noise: noise::Config::new(parts.key).map_err(io::Error::other)?,
@@ -323,8 +334,6 @@ impl Security {
     }
 }
 
-/// The name under which TLS is agreed on.
-pub(crate) const TLS: &str = "/tls/1.0.0";
 const NOISE: &str = "/noise";
 
 type Secured<C> = (PeerId, Either<TlsStream<C>, noise::Output<C>>);

@@ -33,7 +33,6 @@ use futures_rustls::{TlsAcceptor, TlsConnector};
 use libp2p::{
     Multiaddr, Transport, TransportError,
     core::transport::{DialOpts, ListenerId, TransportEvent},
-    multiaddr::Protocol,
     tcp::tokio::TcpStream,
 };
 use rustls::{
@@ -58,12 +57,12 @@ use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 use crate::{
     Place, Rule,
     access::{KeptOut, Shared},
-    clock,
+    address::{RESOURCE, Web, split_web},
     head::{Headed, header},
     pending::{Carrier, Pending, Ticket},
     proxied,
     tcp::Tcp,
-    tls::ConfigError,
+    tls::{self, ConfigError},
 };
 
 /// Bytes of a message. Ours are smaller; other implementations put at most one yamux frame of 1 MiB and what secures it into one.
@@ -152,7 +151,7 @@ impl Certificate {
 
     fn server(&self) -> Result<ServerConfig, RustlsError> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut config = ServerConfig::builder_with_details(provider, clock::for_tls())
+        let mut config = ServerConfig::builder_with_details(provider, tls::time())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
             .with_single_cert(self.chain.clone(), self.key.clone_key())?;
@@ -175,7 +174,7 @@ impl Outside {
             None => Certificate::made_up()?.server()?,
         };
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut client = ClientConfig::builder_with_details(provider, clock::for_tls())
+        let mut client = ClientConfig::builder_with_details(provider, tls::time())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(Unchecked))
@@ -226,68 +225,6 @@ impl ServerCertVerifier for Unchecked {
         aws_lc_rs::default_provider()
             .signature_verification_algorithms
             .supported_schemes()
-    }
-}
-
-/// What the end of an address says about the WebSocket that it leads to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Web {
-    /// Within TLS.
-    secure: bool,
-    /// The name to ask for, if the address has one.
-    name: Option<String>,
-}
-
-/// What is asked for by HTTP. Strangers' addresses name nothing else: what they name is sent before we know who is there.
-const RESOURCE: &str = "/";
-
-/// Takes the WebSocket off the end of an address; `None` if there is none, or one that asks for anything but [`RESOURCE`]. What is left is a TCP address.
-pub(crate) fn split_web(address: &Multiaddr) -> Option<(Multiaddr, Web)> {
-    let mut tcp = address.clone();
-    let mut last = tcp.pop()?;
-    if let Protocol::P2p(_) = last {
-        last = tcp.pop()?;
-    }
-    let secure = match last {
-        Protocol::Wss(path) if path == RESOURCE => true,
-        Protocol::Ws(path) if path == RESOURCE => false,
-        _ => return None,
-    };
-    let mut web = Web { secure, name: None };
-    match tcp.pop()? {
-        Protocol::Tls if !secure => web.secure = true,
-        Protocol::Sni(name) if !secure => {
-            web.name = Some(name.into_owned());
-            web.secure = matches!(tcp.pop()?, Protocol::Tls);
-            if !web.secure {
-                return None;
-            }
-        }
-        other => tcp.push(other),
-    }
-    Some((tcp, web))
-}
-
-/// Puts the name of a secure WebSocket's address where it outlasts the look-up: the certificate that a browser or a proxy looks for is chosen by it.
-pub(crate) fn keep_name(address: Multiaddr) -> Multiaddr {
-    let name = match address.iter().next() {
-        Some(Protocol::Dns(name) | Protocol::Dns4(name) | Protocol::Dns6(name)) => {
-            name.into_owned()
-        }
-        _ => return address,
-    };
-    match split_web(&address) {
-        Some((tcp, web)) if web.secure && web.name.is_none() => {
-            let kept = tcp
-                .with(Protocol::Tls)
-                .with(Protocol::Sni(name.into()))
-                .with(Protocol::Ws(RESOURCE.into()));
-            match crate::split_peer_id(address).1 {
-                Some(peer) => kept.with(Protocol::P2p(peer)),
-                None => kept,
-            }
-        }
-        _ => address,
     }
 }
 
@@ -772,16 +709,14 @@ mod tests {
     use futures::{AsyncReadExt, AsyncWriteExt, future::poll_fn};
     use libp2p::{
         core::{Endpoint, transport::PortUse},
+        multiaddr::Protocol,
         tcp,
     };
 
     use super::*;
     use crate::{
-        Limits, Transport as Kind,
-        crowd::Crowd,
-        dialled::{Dialled, Noted},
-        gate::Gate,
-        limits::Memory,
+        Limits, Transport as Kind, crowd::Crowd, dialled::Dialled, gate::Gate, limits::Memory,
+        noted::Noted,
     };
 
     type Web = WebOrPlain<Noted<tcp::tokio::Transport>>;
@@ -1079,54 +1014,5 @@ mod tests {
         .await
         .unwrap()
         .unwrap();
-    }
-
-    #[test]
-    fn addresses_are_taken_apart() {
-        let check = |address: &str, tcp: &str, secure: bool, name: Option<&str>| {
-            let (at, web) = split_web(&address.parse().unwrap()).unwrap();
-            assert_eq!(at, tcp.parse().unwrap(), "{address}");
-            assert_eq!(
-                (web.secure, web.name.as_deref()),
-                (secure, name),
-                "{address}"
-            );
-        };
-        check(
-            "/ip4/1.2.3.4/tcp/443/ws",
-            "/ip4/1.2.3.4/tcp/443",
-            false,
-            None,
-        );
-        check(
-            "/ip4/1.2.3.4/tcp/443/tls/ws",
-            "/ip4/1.2.3.4/tcp/443",
-            true,
-            None,
-        );
-        check(
-            "/ip4/1.2.3.4/tcp/443/wss",
-            "/ip4/1.2.3.4/tcp/443",
-            true,
-            None,
-        );
-        check(
-            "/ip4/1.2.3.4/tcp/443/tls/sni/a.example/ws",
-            "/ip4/1.2.3.4/tcp/443",
-            true,
-            Some("a.example"),
-        );
-        for other in ["/ip4/1.2.3.4/tcp/443", "/ip4/1.2.3.4/udp/443/quic-v1"] {
-            assert!(split_web(&other.parse().unwrap()).is_none());
-        }
-        let peer = libp2p::PeerId::random();
-        let keep = |address: String| keep_name(address.parse().unwrap()).to_string();
-        assert_eq!(
-            keep(format!("/dns4/a.example/tcp/443/wss/p2p/{peer}")),
-            format!("/dns4/a.example/tcp/443/tls/sni/a.example/ws/p2p/{peer}")
-        );
-        for same in ["/dns4/a.example/tcp/443/ws", "/ip4/1.2.3.4/tcp/443/tls/ws"] {
-            assert_eq!(keep(same.to_owned()), same);
-        }
     }
 }

@@ -16,7 +16,7 @@ use libp2p::{
     swarm::NetworkBehaviour,
 };
 
-use super::{Driver, source};
+use super::{Addresses, Driver, source};
 use crate::{
     Path, PathKind, Transport,
     address::{
@@ -25,7 +25,6 @@ use crate::{
     },
     autonat::Verdict,
     mappings::{Mapped, Mapping},
-    network::Addresses,
     split_peer_id,
 };
 
@@ -270,7 +269,7 @@ where
             self.swarm.close_connection(connection);
         }
         for (peer, connection) in doubted {
-            self.doubt_one(peer, connection, crate::network::PATH_TIMEOUT);
+            self.doubt_one(peer, connection, super::PATH_TIMEOUT);
         }
     }
 

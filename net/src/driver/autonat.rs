@@ -16,11 +16,11 @@ use tokio::{sync::oneshot, time::timeout};
 
 use super::{Driver, How, Outcome};
 use crate::{
-    Class, Filtering, Heard, Incoming, PathKind, Place, Stream, Transport,
+    AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Stream, Transport,
     address::{is_public, of_socket, socket},
     autonat::{
-        self, AutonatError, AutonatLimits, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Inbound,
-        Question, Verdict, Verdicts, Wanted,
+        self, AutonatError, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Inbound, Question,
+        Verdict, Verdicts, Wanted,
     },
     gate::heard,
 };

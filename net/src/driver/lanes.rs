@@ -19,7 +19,8 @@ use crate::{
     Class, Incoming, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, socket},
     gate::{Gate, Target},
-    lane::{self, Arrival, CALL, Calls, LaneError},
+    lane::{self, Arrival, LaneError},
+    lane_call::{self, CALL, Calls},
     tls::Tls,
 };
 
@@ -167,7 +168,7 @@ where
                     (Way::Call(_), _, Some(answer)) => {
                         let stream = answer.await.map_err(|_| LaneError::Refused)?;
                         let stream = stream.map_err(io::Error::other)?;
-                        lane::be_called(stream, &calls, &protocol).await
+                        lane_call::be_called(stream, &calls, &protocol).await
                     }
                     _ => Err(LaneError::Refused),
                 }
@@ -280,7 +281,7 @@ where
         let calls = self.lanes.calls.clone();
         let protocols = self.protocols.clone();
         tokio::spawn(async move {
-            match lane::accept(arrival, permit, &calls, protocols.names()).await {
+            match lane_call::accept(arrival, permit, &calls, protocols.names()).await {
                 Ok(Some((lane, protocol, permit))) => {
                     protocols.deliver(beside.stream(protocol, lane, path, permit));
                 }
@@ -309,7 +310,7 @@ where
         let protocols = self.protocols.clone();
         tokio::spawn(async move {
             let called = async {
-                let token = lane::called(&mut stream).await?;
+                let token = lane_call::called(&mut stream).await?;
                 let lane = lane::call(target, tls, peer, token, protocols.names()).await;
                 note(&gate, target, lane.is_ok());
                 lane
@@ -322,7 +323,7 @@ where
                 Err(error) => {
                     tracing::debug!(%peer, %error, "a lane that was asked for cannot be opened");
                     // How it takes it is its affair.
-                    let _ = lane::refuse(stream).await;
+                    let _ = lane_call::refuse(stream).await;
                 }
             }
         });
