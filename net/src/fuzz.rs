@@ -22,10 +22,17 @@ use tokio::runtime::Runtime;
 use weft_proto::wire::{PunchAnswer, PunchGo, PunchOffer, SeenQuestion, UdpMapping};
 
 use crate::{
-    autonat, circuit,
-    clock::{Clocks, Reading},
-    head::{Headed, MAX_HEAD, header},
-    ping, proxied, punch, seen,
+    nat::{autonat, punch},
+    ping::{
+        self,
+        clock::{Clocks, Reading},
+    },
+    policy::gate::seen,
+    relay::circuit,
+    transport::{
+        head::{Headed, MAX_HEAD, header},
+        proxied,
+    },
 };
 
 /// A peer that sends these bytes, so many at a time, and takes whatever it is sent.

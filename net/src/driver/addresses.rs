@@ -23,8 +23,10 @@ use crate::{
         any_socket, first_ip, is_link_local, is_outside, is_public, of_socket, socket,
         socket_within,
     },
-    autonat::Verdict,
-    mappings::{Mapped, Mapping},
+    nat::{
+        autonat::Verdict,
+        port_mapping::{Mapped, Mapping},
+    },
     split_peer_id,
 };
 

@@ -18,11 +18,11 @@ use super::{Driver, How, Outcome};
 use crate::{
     AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Stream, Transport,
     address::{is_public, of_socket, socket},
-    autonat::{
+    nat::autonat::{
         self, AutonatError, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Inbound, Question,
         Verdict, Verdicts, Wanted,
     },
-    gate::heard,
+    policy::gate::heard,
 };
 
 /// An address at which a stranger has come in is not given up for this long, whatever servers say: two of them may lie.

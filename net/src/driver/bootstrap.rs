@@ -12,7 +12,7 @@ use libp2p::{
 };
 
 use super::{Dial, Driver, attempt_error, dial_error};
-use crate::{BootstrapPeer, ConnectError, own::by_quic, split_peer_id};
+use crate::{BootstrapPeer, ConnectError, address::own::by_quic, split_peer_id};
 
 /// The first and the longest pause between attempts to reach a bootstrap node.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -232,7 +232,7 @@ mod tests {
     use libp2p::TransportError;
 
     use super::*;
-    use crate::gate::Source;
+    use crate::policy::gate::Source;
 
     #[test]
     fn a_tcp_address_that_leads_nowhere_is_tried_by_quic_as_well() {

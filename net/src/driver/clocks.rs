@@ -1,4 +1,4 @@
-//! Asking peers for their clocks; see [`crate::clock`].
+//! Asking peers for their clocks; see [`crate::ping::clock`].
 
 use std::{
     convert::Infallible,
@@ -9,10 +9,7 @@ use libp2p::{Multiaddr, PeerId, swarm::NetworkBehaviour};
 use tokio::{sync::oneshot, time::timeout};
 
 use super::{Driver, Outcome};
-use crate::{
-    clock::Reading,
-    ping::{self, PING_PROTOCOL},
-};
+use crate::ping::{self, PING_PROTOCOL, clock::Reading};
 
 /// The longest time that a peer may take to tell its time. A slower answer says less.
 const TELL: Duration = Duration::from_secs(5);

@@ -4,7 +4,10 @@ use std::io;
 
 use libp2p::{Multiaddr, identity::Keypair};
 
-use crate::{Access, Certificate, Limits, RelayLimits, Rule, tls, transport::BuildError};
+use crate::{
+    Access, Certificate, Limits, RelayLimits, Rule,
+    transport::{BuildError, tls},
+};
 
 /// Whether to relay others' connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -15,7 +15,7 @@ use super::{Dial, Driver, Outcome, Peer, WantedDial, bootstrap, dial_error};
 use crate::{
     ConnectError, PathKind,
     address::{is_relayed, socket_within, starts_with_name},
-    gate::{Admitted, Evidence, Extent, Source, heard, is_made_up},
+    policy::gate::{Admitted, Evidence, Extent, Source, heard, is_made_up},
     split_peer_id,
 };
 

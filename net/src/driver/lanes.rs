@@ -18,10 +18,12 @@ use super::{Driver, Outcome};
 use crate::{
     Class, Incoming, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, socket},
-    gate::{Gate, Target},
-    lane::{self, Arrival, LaneError},
-    lane_call::{self, CALL, Calls},
-    tls::Tls,
+    policy::gate::{Gate, Target},
+    streams::lane_call::{self, CALL, Calls},
+    transport::{
+        lane::{self, Arrival, LaneError},
+        tls::Tls,
+    },
 };
 
 /// How long a peer to which no lane could be opened gets none, unless there is a new connection to it.

@@ -24,11 +24,17 @@ use super::{Driver, How, Outcome};
 use crate::{
     Heard, Mapping, PathKind, Place, Stream, Transport,
     address::{first_ip, is_link_local, is_public, of_socket, socket},
-    gate::{Admitted, Extent, heard},
-    punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
-    search,
-    seen::{self, Confirmed, MAX_WITNESSES, Question, Witness},
-    shares::Permit,
+    nat::{
+        punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
+        search,
+    },
+    policy::{
+        gate::{
+            Admitted, Extent, heard,
+            seen::{self, Confirmed, MAX_WITNESSES, Question, Witness},
+        },
+        shares::Permit,
+    },
     split_peer_id,
 };
 

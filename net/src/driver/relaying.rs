@@ -9,9 +9,11 @@ use super::{Driver, Outcome};
 use crate::{
     Class, Config, Incoming, OpenError, PathKind, RelayLimits, RelayServer, Stream, Transport,
     address::{dialable_from, first_ip, is_public, is_relayed, socket, starts_with_name},
-    circuit::{self, Arrival, CircuitError, DialRequest, Grant, HOP, STOP},
-    relay_server::Need,
-    relays::Candidate,
+    relay::{
+        circuit::{self, Arrival, CircuitError, DialRequest, Grant, HOP, STOP},
+        reservations::Candidate,
+        server::Need,
+    },
     split_peer_id,
 };
 

@@ -38,10 +38,12 @@ use weft_proto::{
 
 use crate::{
     Permit,
-    gate::Target,
-    tcp::Tcp,
-    tls::{TLS, Tls},
-    websocket::Socket,
+    policy::gate::Target,
+    transport::{
+        tcp::Tcp,
+        tls::{TLS, Tls},
+        websocket::Socket,
+    },
 };
 
 /// What stands in the place of a multiplexer.

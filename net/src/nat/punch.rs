@@ -1,7 +1,7 @@
 //! Opening a direct connection where both sides are behind NATs: the exchange over the relayed one, and when to try again.
 //!
 //! The idea is DCUtR's: over the relayed connection both sides learn where the other may be reached, agree on an instant, and dial at once, so
-//! that each one's packets open its own NAT for the other's. It differs in what is dialled: the raw observations of [`Reach`](crate::reach),
+//! that each one's packets open its own NAT for the other's. It differs in what is dialled: the raw observations of [`Reach`](crate::nat::reach),
 //! the addresses of our interfaces if they are public, and the private ones only while no peer from outside our own
 //! networks has been met; TCP and QUIC
 //! together; an ordinary dial is part of every attempt, so that a side that is reachable is reached whichever side began.
@@ -27,7 +27,7 @@ use weft_proto::{
 use crate::{
     Transport,
     address::{is_public, socket},
-    search::{self, Token},
+    nat::search::{self, Token},
 };
 
 /// The protocol's name.

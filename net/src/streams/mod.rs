@@ -3,6 +3,8 @@
 //! libp2p-stream opens on any connection of a peer, negotiates one stream at a time and drops what its queue cannot hold. This
 //! behaviour picks the connection by class, lets negotiations overlap, and resets what it refuses.
 
+pub(crate) mod lane_call;
+
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     convert::Infallible,
@@ -43,8 +45,8 @@ use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt};
 
 use crate::{
     Path, PathKind, Permit, Transport,
-    lane::{self, Lane},
-    limits::Memory,
+    policy::limits::Memory,
+    transport::lane::{self, Lane},
 };
 
 /// How long opening a stream on an open connection may take.

@@ -28,7 +28,7 @@ use weft_proto::{
     wire::{SeenAnswer, SeenQuestion},
 };
 
-use crate::gate::Effort;
+use crate::policy::gate::Effort;
 
 /// The protocol's name.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/seen/1");

@@ -30,8 +30,10 @@ use tokio::sync::oneshot;
 
 use crate::{
     LimitUse, Path, Place,
-    crowd::{Crowd, Crowded},
-    shares::{self, Group, SITE, release},
+    policy::{
+        crowd::{Crowd, Crowded},
+        shares::{self, Group, SITE, release},
+    },
 };
 
 /// Connections in the handshake from one public IPv4 address or one IPv6 /64. A node opens two or three at a time (TCP,
@@ -408,7 +410,7 @@ impl Drop for Ticket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Limits, limits::Memory};
+    use crate::{Limits, policy::limits::Memory};
 
     fn pending(all: u32) -> Pending {
         let crowd = Crowd::new(&Limits::default(), Memory::new(None));

@@ -6,7 +6,7 @@
 //! from elsewhere, the least useful connection of the place that has most.
 //!
 //! [`Crowd`] keeps the counts and decides; it has neither sockets nor a clock of its own. [`Behaviour`] tells it what
-//! the swarm does. Connections in the handshake are counted in [`pending`](crate::pending).
+//! the swarm does. Connections in the handshake are counted in [`pending`](crate::policy::pending).
 //!
 //! Nobody comes in while the node is short of memory.
 
@@ -31,8 +31,10 @@ use libp2p::{
 
 use crate::{
     LimitUse, Limits, Path, Place,
-    limits::{Memory, Short},
-    shares::{ByGroup, SITE, count, release},
+    policy::{
+        limits::{Memory, Short},
+        shares::{ByGroup, SITE, count, release},
+    },
 };
 
 /// Connections being closed to make room. They end within three seconds (`muxer.rs`), so that a flood of newcomers

@@ -1,5 +1,7 @@
 //! What an address says about the path it leads over.
 
+pub(crate) mod own;
+
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

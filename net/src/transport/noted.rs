@@ -17,10 +17,11 @@ use tokio::time::timeout;
 
 use crate::{
     Transport as Kind,
-    access::{KeptOut, Shared},
     address::any_socket,
-    dialled::Dialled,
-    gate::Gate,
+    policy::{
+        access::{KeptOut, Shared},
+        gate::{Gate, dialled::Dialled},
+    },
 };
 
 /// Nothing has asked the gate whether this socket may be dialled.

@@ -40,8 +40,8 @@ use tokio::{
 use crate::{
     Place, Transport,
     address::{any_socket, of_socket},
-    pending::{Carrier, Pending, Ticket},
-    tls::{self, ConfigError, Tls},
+    policy::pending::{Carrier, Pending, Ticket},
+    transport::tls::{self, ConfigError, Tls},
 };
 
 /// How long a handshake may take.
@@ -849,7 +849,10 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
-    use crate::{Limits, crowd::Crowd, limits::Memory};
+    use crate::{
+        Limits,
+        policy::{crowd::Crowd, limits::Memory},
+    };
 
     fn pending(all: u32) -> Pending {
         let crowd = Crowd::new(&Limits::default(), Memory::new(None));

@@ -7,7 +7,7 @@
 //!
 //! [`Gate`] is a state machine without I/O. Its types make a forgotten check a compile error: hearsay does not turn
 //! into a [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialled. Behind them, the
-//! transport ([`Noted`](crate::noted::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination
+//! transport ([`Noted`](crate::transport::noted::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination
 //! that has none.
 //!
 //! Rules for hearsay, in order:
@@ -23,6 +23,10 @@
 //! 6. A destination that has not proved itself, by an authenticated connection, is dialled at the rates below, whoever
 //!    named it.
 
+pub(crate) mod dialled;
+pub(crate) mod resolve;
+pub(crate) mod seen;
+
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     fmt,
@@ -37,11 +41,11 @@ use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 use crate::{
     LimitUse, Transport,
     address::{
-        is_public, is_relayed, network, of_socket, site, socket, socket_within, starts_with_name,
+        is_public, is_relayed, network, of_socket,
+        own::{self, first_places},
+        site, socket, socket_within, starts_with_name,
     },
-    dialled::Dialled,
-    own::{self, first_places},
-    seen::Confirmed,
+    policy::gate::{dialled::Dialled, seen::Confirmed},
     split_peer_id,
 };
 

@@ -31,7 +31,7 @@ use weft_proto::{
 use crate::{
     AutonatLimits, Transport,
     address::{is_public, network, socket},
-    dialled::Dialled,
+    policy::gate::dialled::Dialled,
 };
 
 /// From a client to a server.

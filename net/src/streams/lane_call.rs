@@ -19,7 +19,7 @@ use weft_proto::{
 
 use crate::{
     Permit, Stream,
-    lane::{Arrival, Lane, LaneError, MAX_MESSAGE, SETUP, Token, choose},
+    transport::lane::{Arrival, Lane, LaneError, MAX_MESSAGE, SETUP, Token, choose},
 };
 
 /// To be called back.

@@ -7,7 +7,7 @@ use std::fmt;
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::{LimitUse, Limits, search};
+use crate::{LimitUse, Limits, nat::search};
 
 /// Descriptors that are left to listeners, the store, the API, DNS and the log.
 const RESERVE: u64 = 64;

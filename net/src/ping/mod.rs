@@ -1,5 +1,7 @@
 //! Round trips, measured over a stream of our own.
 
+pub(crate) mod clock;
+
 use std::{
     io,
     time::{Duration, Instant, SystemTime},
@@ -13,7 +15,7 @@ use tokio::{
 
 use crate::{
     OpenError, Stream,
-    clock::{Reading, now_millis},
+    ping::clock::{Reading, now_millis},
 };
 
 /// How long a ping may take.

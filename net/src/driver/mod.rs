@@ -28,39 +28,42 @@ use tokio::{
 };
 
 use crate::{
-    Access, Incoming, LimitUse, Limits, LoweredLimits, Path, PathKind, Place, Shares, Stream,
-    Transport, access,
+    Access, Incoming, LimitUse, Limits, Path, PathKind, Place, Shares, Stream, Transport,
     address::{
-        dialable_from, is_outside, is_public, of_socket, socket, socket_within, starts_with_name,
+        dialable_from, is_outside, is_public, of_socket,
+        own::{self, Own},
+        socket, socket_within, starts_with_name,
     },
-    autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
-    circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
-    clock::{Clocks, Reading},
-    crowd::{self, Crowd, Worth},
-    descriptors::{self, Fitted},
-    dialled::Dialled,
-    gate::{Gate, Source},
-    lane,
-    lane_call::CALL,
-    limits::Memory,
-    listen,
-    mappings::{Mapped, Mapping},
-    own::{self, Own},
-    pending::Pending,
+    nat::{
+        autonat::{DIAL_BACK, DIAL_REQUEST, Wanted},
+        port_mapping::{Mapped, Mapping},
+        punch::{self, Plan, PunchError},
+        reach::Reach,
+    },
     ping as pings,
-    punch::{self, Plan, PunchError},
-    quic::Sockets,
-    reach::Reach,
-    relay_server::{Need, Server},
-    relays::Relays,
-    resolve::Names,
-    seen::{self, Question},
-    shares::Permit,
+    ping::clock::{Clocks, Reading},
+    policy::{
+        access,
+        crowd::{self, Crowd, Worth},
+        gate::{
+            Gate, Source,
+            dialled::Dialled,
+            resolve::Names,
+            seen::{self, Question},
+        },
+        limits::Memory,
+        pending::Pending,
+        shares::Permit,
+    },
+    relay::{
+        circuit::{Arrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
+        reservations::Relays,
+        server::{Need, Server},
+    },
     split_peer_id,
-    streams::{self, Moved, Protocols},
-    tls::Tls,
-    topics, transport,
-    websocket::Door,
+    streams::{self, Moved, Protocols, lane_call::CALL},
+    topics,
+    transport::{self, lane, quic::Sockets, tls::Tls, websocket::Door},
 };
 
 mod addresses;
@@ -69,21 +72,25 @@ mod bootstrap;
 mod clocks;
 mod command;
 mod config;
+mod descriptors;
 mod dialling;
 mod guarded;
 mod info;
 mod lanes;
+mod listen;
 mod punching;
 mod relaying;
 
 pub use command::ConnectError;
 pub(crate) use command::{CONNECT, Command};
 pub use config::{Config, RelayServer, SpawnError};
+pub use descriptors::LoweredLimits;
 pub use info::{Addresses, BootstrapPeer, PathInfo, PeerInfo, Reachability};
 
 use addresses::{Changes, Listening};
 use autonat::{Autonat, Told};
 use bootstrap::Bootstrap;
+use descriptors::Fitted;
 use dialling::{How, Resolved};
 use guarded::{Guarded, GuardedEvent, Wanted as WantedDial};
 use lanes::{Lanes, NoLane};

@@ -32,8 +32,8 @@ use weft_proto::{
 
 use crate::{
     LimitUse, OpenError, PathKind, Permit, Place, Shares, Stream,
-    circuit::{self, CircuitError, MAX_MESSAGE},
-    shares::{ByGroup, Group, SITE, count},
+    policy::shares::{ByGroup, Group, SITE, count},
+    relay::circuit::{self, CircuitError, MAX_MESSAGE},
 };
 
 /// Requests being answered at a time, and of one peer.

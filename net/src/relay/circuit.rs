@@ -47,7 +47,7 @@ pub(crate) const MAX_MESSAGE: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A relay may name any end for a reservation, by its own clock. The least keeps a relay that names the past from being
-/// asked without end; one that the user has not named is asked no more often than each two minutes (`relays.rs`). The
+/// asked without end; one that the user has not named is asked no more often than each two minutes (`reservations.rs`). The
 /// most is what libp2p's relays grant by default: if this machine's clock is behind, an end seems farther off than it
 /// is, and a renewal that comes too soon costs one request an hour.
 const HOLDS: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3600));

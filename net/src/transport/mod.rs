@@ -1,5 +1,15 @@
 //! The transports, in one: TCP and WebSocket with TLS or Noise and yamux, QUIC, both through relays.
 
+pub(crate) mod head;
+pub(crate) mod lane;
+mod muxer;
+mod noted;
+pub(crate) mod proxied;
+pub(crate) mod quic;
+pub(crate) mod tcp;
+pub(crate) mod tls;
+pub(crate) mod websocket;
+
 use std::{
     io,
     net::SocketAddr,
@@ -23,25 +33,28 @@ use libp2p::{
     },
     identity::Keypair,
     multiaddr::Protocol,
-    noise, tcp,
+    noise, tcp as libp2p_tcp,
 };
 use multistream_select::{NegotiationError, dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
 
 use crate::{
     Transport as Kind,
-    access::Shared,
     address::of_socket,
-    dialled::Dialled,
-    gate::Gate,
-    lane::{Arrivals, LANE},
-    muxer::Yamux,
-    noted::Noted,
-    pending::Counted,
-    quic::{Quic, Sockets},
-    tcp::Tcp,
-    tls::{ConfigError, TLS, Tls},
-    websocket::{Arrived, Begun, Certificate, Door, Outside, Socket, WebOrPlain},
+    policy::{
+        access::Shared,
+        gate::{Gate, dialled::Dialled},
+        pending::Counted,
+    },
+    transport::{
+        lane::{Arrivals, LANE},
+        muxer::Yamux,
+        noted::Noted,
+        quic::{Quic, Sockets},
+        tcp::Tcp,
+        tls::{ConfigError, TLS, Tls},
+        websocket::{Arrived, Begun, Certificate, Door, Outside, Socket, WebOrPlain},
+    },
 };
 
 /// How long a connection may take from the first packet to the multiplexer.
@@ -120,7 +133,7 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, BuildError> {
         noted.2.clone(),
     )
     .map(|((peer, connection), _), _| (peer, StreamMuxerBox::new(connection)));
-    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
+    let tcp = libp2p_tcp::tokio::Transport::new(libp2p_tcp::Config::default().nodelay(true));
     let tcp = Noted::new(
         tcp,
         Kind::Tcp,

@@ -16,7 +16,7 @@ use std::{
 use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time::{sleep, timeout};
 
-use crate::gate::{Effort, Target};
+use crate::policy::gate::{Effort, Target};
 
 /// Sockets that the side with many mappings opens, if it may open so many files.
 pub(crate) const SOCKETS: usize = 256;

@@ -56,13 +56,17 @@ use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
 
 use crate::{
     Place, Rule,
-    access::{KeptOut, Shared},
     address::{RESOURCE, Web, split_web},
-    head::{Headed, header},
-    pending::{Carrier, Pending, Ticket},
-    proxied,
-    tcp::Tcp,
-    tls::{self, ConfigError},
+    policy::{
+        access::{KeptOut, Shared},
+        pending::{Carrier, Pending, Ticket},
+    },
+    transport::{
+        head::{Headed, header},
+        proxied,
+        tcp::Tcp,
+        tls::{self, ConfigError},
+    },
 };
 
 /// Bytes of a message. Ours are smaller; other implementations put at most one yamux frame of 1 MiB and what secures it into one.
@@ -715,8 +719,13 @@ mod tests {
 
     use super::*;
     use crate::{
-        Limits, Transport as Kind, crowd::Crowd, dialled::Dialled, gate::Gate, limits::Memory,
-        noted::Noted,
+        Limits, Transport as Kind,
+        policy::{
+            crowd::Crowd,
+            gate::{Gate, dialled::Dialled},
+            limits::Memory,
+        },
+        transport::noted::Noted,
     };
 
     type Web = WebOrPlain<Noted<tcp::tokio::Transport>>;
