@@ -14,15 +14,16 @@ use libp2p::{
 };
 use tokio::{sync::oneshot, time::timeout};
 
-use super::{Driver, How, Outcome};
+use super::{Driver, How, Outcome, accept, dialling::Dial};
 use crate::{
-    AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Stream, Transport,
+    AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Shares, Stream, Transport,
     address::{is_public, of_socket, socket},
     nat::autonat::{
         self, AutonatError, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Inbound, Question,
         Verdict, Verdicts, Wanted,
     },
     policy::gate::heard,
+    streams::Protocols,
 };
 
 /// An address at which a stranger has come in is not given up for this long, whatever servers say: two of them may lie.
@@ -36,6 +37,9 @@ const UDP_AGAIN: Duration = Duration::from_secs(60);
 
 /// How long a request may take until the address in it is dialled, with all that is sent in advance.
 const REQUEST: Duration = Duration::from_secs(30);
+
+/// Requests to be dialled that are refused with a message at a time; what is beyond is reset.
+const MAX_REJECTIONS: usize = 64;
 
 /// What the driver remembers of it.
 pub(super) struct Autonat {
@@ -53,6 +57,8 @@ pub(super) struct Autonat {
     udp_through: Option<Instant>,
     udp_tried: Option<Instant>,
     udp_blocked: bool,
+    /// Requests to be dialled that are being refused.
+    rejections: Shares,
 }
 
 /// What a server was asked.
@@ -80,10 +86,10 @@ pub(super) struct Told {
 }
 
 impl Autonat {
-    pub(super) fn new(requests: Incoming, backs: Incoming, limits: AutonatLimits) -> Self {
+    pub(super) fn new(protocols: &Protocols, limits: AutonatLimits) -> Self {
         Self {
-            requests,
-            backs,
+            requests: accept(protocols, DIAL_REQUEST),
+            backs: accept(protocols, DIAL_BACK),
             verdicts: Verdicts::default(),
             asked: HashMap::new(),
             bounds: Bounds::new(limits),
@@ -92,6 +98,7 @@ impl Autonat {
             udp_through: None,
             udp_tried: None,
             udp_blocked: false,
+            rejections: Shares::new(MAX_REJECTIONS, 1),
         }
     }
 
@@ -146,7 +153,7 @@ where
         let shown = [Transport::Tcp, Transport::Quic]
             .into_iter()
             .filter_map(|t| {
-                let seen = self.reach.candidates(t).into_iter();
+                let seen = self.addressing.reach.candidates(t).into_iter();
                 let mut seen = seen.filter(|at| is_public(&at.ip()) && !own.contains(&at.ip()));
                 Some(of_socket(seen.next()?, t))
             });
@@ -177,11 +184,11 @@ where
     /// Asks about the addresses that are due.
     pub(super) fn verify_addresses(&mut self) {
         let now = Instant::now();
-        let mut candidates: Vec<_> = self.configured.iter().cloned().collect();
+        let mut candidates: Vec<_> = self.addressing.configured.iter().cloned().collect();
         candidates.sort_by_key(Multiaddr::to_vec);
         candidates.retain(|address| socket(address).is_some());
         candidates.extend(self.own_public());
-        candidates.extend(self.mapped.iter().map(|(t, at)| of_socket(*at, *t)));
+        candidates.extend(self.ports.forwarded().map(|(t, at)| of_socket(at, t)));
         candidates.extend(self.shown_by_nat());
         let due = self.autonat.verdicts.due(&candidates, now);
         if due.is_empty() {
@@ -199,7 +206,8 @@ where
                 // One that is reached by IPv4 may have no IPv6, and the reverse.
                 .filter(|(_, place)| place.is_ipv4() == v4 && !tried.covers(place));
             // Best one that we have never sent to: what it finds, any stranger would.
-            let best = fitting.min_by_key(|(_, place)| self.dialled.contains(*place, now));
+            let best =
+                fitting.min_by_key(|(_, place)| self.addressing.dialled.contains(*place, now));
             match best {
                 Some((server, place)) => self.ask_server(*server, *place, address),
                 None => self.autonat.verdicts.put_off(&address, now),
@@ -209,7 +217,7 @@ where
 
     /// Peers in other places that answer, and where they are. Another order each time.
     fn autonat_servers(&self) -> Vec<(PeerId, IpAddr)> {
-        let (own, seen) = (self.own_ips(), self.reach.seen_at());
+        let (own, seen) = (self.own_ips(), self.addressing.reach.seen_at());
         let servers = self.peers.iter().filter(|(_, peer)| peer.autonat);
         // A map's order is no order.
         servers
@@ -264,9 +272,9 @@ where
     fn question(&self, address: &Multiaddr) -> Option<Question> {
         let (at, transport) = socket(address)?;
         let own = self.own_ips().contains(&at.ip().to_canonical());
-        let mut mapped = self.mapped.iter();
+        let mut mapped = self.ports.forwarded();
         // A gateway forwards a mapped port for everybody, and an address of our own has no NAT before it.
-        let open = own || mapped.any(|(t, mapped)| *t == transport && *mapped == at);
+        let open = own || mapped.any(|(t, mapped)| t == transport && mapped == at);
         Some(Question {
             at,
             transport,
@@ -325,7 +333,7 @@ where
         let chosen = self.bootstrap.iter().any(|b| b.peer == server);
         let back = connection.as_ref().and_then(|connection| {
             let question = &asked.question;
-            let back = question.answered_by(connection, &self.dialled, chosen, now)?;
+            let back = question.answered_by(connection, &self.addressing.dialled, chosen, now)?;
             Some((back, connection.from.ip()))
         });
         if back.is_none() {
@@ -369,12 +377,12 @@ where
         if own {
             match verdict {
                 Some(Verdict::Reached) => {
-                    self.public.entry(address).or_insert(now);
+                    self.addressing.public.entry(address).or_insert(now);
                 }
                 Some(Verdict::Unreachable) => {
                     let lately = |at: &Instant| now.duration_since(*at) < PROVEN;
-                    if !self.public.get(&address).is_some_and(lately) {
-                        self.public.remove(&address);
+                    if !self.addressing.public.get(&address).is_some_and(lately) {
+                        self.addressing.public.remove(&address);
                     }
                 }
                 Some(Verdict::ByContacts) | None => {}
@@ -395,7 +403,7 @@ where
         let Some(from) = from.filter(|from| self.autonat.bounds.begin(peer, *from, now)) else {
             // Dropped, and so reset, if too many are being refused.
             let place = Place::of(stream.path());
-            if let Ok(permit) = self.rejections.take(peer, place) {
+            if let Ok(permit) = self.autonat.rejections.take(peer, place) {
                 tokio::spawn(async move {
                     let _permit = permit;
                     // The peer may take it or not, but not for ever.
@@ -404,7 +412,7 @@ where
             }
             return;
         };
-        let mut mine = self.reach.seen_at();
+        let mut mine = self.addressing.reach.seen_at();
         mine.extend(self.own_ips());
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
@@ -545,9 +553,9 @@ where
         }
         if let Ok(id) = self.dial_admitted(&admitted, how) {
             let addresses = admitted.addresses().to_vec();
-            self.dials.insert(
+            self.dialling.dials.insert(
                 id,
-                super::Dial {
+                Dial {
                     peer,
                     addresses,
                     name: None,

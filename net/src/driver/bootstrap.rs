@@ -11,7 +11,11 @@ use libp2p::{
     swarm::{DialError, NetworkBehaviour},
 };
 
-use super::{Dial, Driver, attempt_error, dial_error};
+use super::{
+    Config, Driver, SpawnError,
+    dial_error::{attempt_error, dial_error},
+    dialling::Dial,
+};
 use crate::{BootstrapPeer, ConnectError, address::own::by_quic, split_peer_id};
 
 /// The first and the longest pause between attempts to reach a bootstrap node.
@@ -49,6 +53,20 @@ impl Bootstrap {
             error: None,
             failures: 0,
         }
+    }
+
+    /// The peers that the configuration names.
+    ///
+    /// # Errors
+    /// [`SpawnError::Bootstrap`] for an address that does not name its peer.
+    pub(super) fn all(config: &Config) -> Result<Vec<Self>, SpawnError> {
+        let named = config.bootstrap.iter().chain(&config.relays);
+        named
+            .map(|address| match split_peer_id(address.clone()) {
+                (address, Some(peer)) => Ok(Self::new(peer, address)),
+                (address, None) => Err(SpawnError::Bootstrap(address)),
+            })
+            .collect()
     }
 
     /// Returns true if this is the bootstrap address `address` of `peer`.

@@ -17,7 +17,7 @@ use libp2p::{
     },
 };
 
-use super::{Behaviour, BehaviourEvent};
+use super::swarm::{Behaviour, BehaviourEvent};
 use crate::policy::gate::Heard;
 
 /// Dials of behaviours that wait for the driver. It takes them at once; Kademlia alone has some hundreds of queries at

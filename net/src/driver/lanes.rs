@@ -14,14 +14,20 @@ use libp2p::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Driver, Outcome};
+use super::{
+    Driver, Outcome, accept,
+    peers::{Connection, Peer},
+};
 use crate::{
-    Class, Incoming, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
+    Class, Incoming, Limits, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, socket},
     policy::gate::{Gate, Target},
-    streams::lane_call::{self, CALL, Calls},
+    streams::{
+        Protocols,
+        lane_call::{self, CALL, Calls},
+    },
     transport::{
-        lane::{self, Arrival, LaneError},
+        lane::{self, Arrivals, LaneArrival, LaneError},
         tls::Tls,
     },
 };
@@ -35,7 +41,7 @@ const MAX_TARGETS: usize = 4;
 /// What the driver remembers of them.
 pub(super) struct Lanes {
     tls: Tls,
-    pub(super) arrivals: mpsc::Receiver<Arrival>,
+    pub(super) arrivals: mpsc::Receiver<LaneArrival>,
     /// Peers that ask to be called.
     pub(super) callers: Incoming,
     /// Lanes open, shared out by peer and by place.
@@ -84,20 +90,22 @@ fn note(gate: &Gate, target: Target, opened: bool) {
 }
 
 impl Lanes {
+    /// With the sender for the transport; `None` if lanes are disabled.
     pub(super) fn new(
         tls: Tls,
-        arrivals: mpsc::Receiver<Arrival>,
-        callers: Incoming,
-        shares: Shares,
-    ) -> Self {
-        Self {
+        limits: &Limits,
+        protocols: &Protocols,
+    ) -> (Option<Arrivals>, Self) {
+        let (arrive, arrivals) = Arrivals::new();
+        let lanes = Self {
             tls,
             arrivals,
-            callers,
-            shares,
+            callers: accept(protocols, CALL),
+            shares: Shares::new(limits.lanes, limits.lanes_per_peer),
             calls: Calls::default(),
             paused: HashMap::new(),
-        }
+        };
+        (lanes.enabled().then_some(arrive), lanes)
     }
 
     /// Returns true if lanes are enabled.
@@ -142,7 +150,7 @@ where
             Way::Call(connection) => {
                 let known = self.peers.get(&peer);
                 let known = known.and_then(|peer| peer.connections.get(connection));
-                let room = |c: &super::Connection| self.lanes.shares.has(&peer, Place::of(&c.path));
+                let room = |c: &Connection| self.lanes.shares.has(&peer, Place::of(&c.path));
                 (None, known.is_some_and(room))
             }
         };
@@ -205,7 +213,7 @@ where
         } = without;
         tracing::debug!(%peer, %error, "no lane");
         // For want of a place here, the peer is not to blame.
-        let best = self.peers.get(&peer).and_then(super::Peer::best);
+        let best = self.peers.get(&peer).and_then(Peer::best);
         if best.is_some_and(|best| self.lanes.shares.has(&peer, Place::of(&best.path))) {
             self.lanes.paused.insert(peer, Instant::now() + PAUSE);
         }
@@ -263,10 +271,10 @@ where
     }
 
     /// Somebody has dialled a lane.
-    pub(super) fn on_lane(&mut self, arrival: Arrival) {
+    pub(super) fn on_lane(&mut self, arrival: LaneArrival) {
         let peer = arrival.peer;
-        let direct = self.peers.get(&peer).is_some_and(super::Peer::is_direct)
-            && self.admits(&peer, &arrival.from);
+        let direct =
+            self.peers.get(&peer).is_some_and(Peer::is_direct) && self.admits(&peer, &arrival.from);
         let beside = self.swarm.behaviour().streams.beside(peer);
         let (true, Some(beside)) = (direct && self.lanes.enabled(), beside) else {
             tracing::debug!(%peer, "refused: a lane from a peer that is not connected");

@@ -29,13 +29,13 @@ pub(crate) type Mapped = (Transport, Option<SocketAddr>);
 
 /// Keeps one port mapped, until dropped or [released](Self::release).
 #[derive(Debug)]
-pub(crate) struct Mapping {
+pub(crate) struct PortMapping {
     /// Changes with our network; its end is that of the mapping.
     changes: watch::Sender<()>,
     task: JoinHandle<()>,
 }
 
-impl Mapping {
+impl PortMapping {
     /// Keeps `port` of `transport` mapped, and says to `told` what becomes of it.
     pub(crate) fn start(
         transport: Transport,

@@ -245,7 +245,7 @@ pub(crate) struct DialRequest {
 
 /// A circuit that leads to us.
 #[derive(Debug)]
-pub(crate) struct Arrival {
+pub(crate) struct CircuitArrival {
     pub(crate) source: PeerId,
     /// The relay's address, with its peer.
     pub(crate) relay: Multiaddr,
@@ -256,13 +256,17 @@ pub(crate) struct Arrival {
 #[derive(Debug)]
 pub(crate) struct Circuits {
     requests: mpsc::Sender<DialRequest>,
-    arrivals: mpsc::Receiver<Arrival>,
+    arrivals: mpsc::Receiver<CircuitArrival>,
     listener: Option<ListenerId>,
 }
 
 impl Circuits {
     /// With what the driver needs of it.
-    pub(crate) fn new() -> (Self, mpsc::Receiver<DialRequest>, mpsc::Sender<Arrival>) {
+    pub(crate) fn new() -> (
+        Self,
+        mpsc::Receiver<DialRequest>,
+        mpsc::Sender<CircuitArrival>,
+    ) {
         let (requests, asked) = mpsc::channel(REQUESTS);
         let (arrived, arrivals) = mpsc::channel(ARRIVALS);
         let circuits = Self {

@@ -19,7 +19,7 @@ use weft_proto::{
 
 use crate::{
     Permit, Stream,
-    transport::lane::{Arrival, Lane, LaneError, MAX_MESSAGE, SETUP, Token, choose},
+    transport::lane::{Lane, LaneArrival, LaneError, MAX_MESSAGE, SETUP, Token, choose},
 };
 
 /// To be called back.
@@ -74,7 +74,7 @@ pub(crate) async fn refuse(mut stream: Stream) -> Result<(), LaneError> {
 
 /// A lane that has arrived: `None` if it was called for, and has gone to whoever did; else the lane and which of `protocols` begins on it.
 pub(crate) async fn accept(
-    mut arrival: Arrival,
+    mut arrival: LaneArrival,
     permit: Permit,
     calls: &Calls,
     protocols: Vec<StreamProtocol>,
@@ -101,7 +101,7 @@ pub(crate) async fn accept(
 pub(crate) struct Calls(Arc<Mutex<Waiting>>);
 
 /// Whom a call was made to, and who waits for it.
-type Waiting = HashMap<Token, (PeerId, oneshot::Sender<(Arrival, Permit)>)>;
+type Waiting = HashMap<Token, (PeerId, oneshot::Sender<(LaneArrival, Permit)>)>;
 
 impl Calls {
     fn expect(&self, peer: PeerId, token: Token) -> Call {
@@ -115,7 +115,7 @@ impl Calls {
     }
 
     /// Dropped, and so closed, if nobody waits for it.
-    fn arrived(&self, token: Token, arrival: Arrival, permit: Permit) {
+    fn arrived(&self, token: Token, arrival: LaneArrival, permit: Permit) {
         let mut calls = self.lock();
         if calls
             .get(&token)
@@ -139,11 +139,11 @@ impl Calls {
 struct Call {
     calls: Calls,
     token: Token,
-    arrival: oneshot::Receiver<(Arrival, Permit)>,
+    arrival: oneshot::Receiver<(LaneArrival, Permit)>,
 }
 
 impl Call {
-    async fn arrives(mut self) -> Option<(Arrival, Permit)> {
+    async fn arrives(mut self) -> Option<(LaneArrival, Permit)> {
         (&mut self.arrival).await.ok()
     }
 }

@@ -206,7 +206,7 @@ impl tokio::io::AsyncWrite for Bytes {
 }
 
 /// A lane that somebody has dialled to us.
-pub(crate) struct Arrival {
+pub(crate) struct LaneArrival {
     pub(crate) peer: PeerId,
     /// Where it came from.
     pub(crate) from: Multiaddr,
@@ -215,17 +215,17 @@ pub(crate) struct Arrival {
 
 /// Hands lanes over from the transport, which makes them like all connections, to the driver.
 #[derive(Debug, Clone)]
-pub(crate) struct Arrivals(mpsc::Sender<Arrival>);
+pub(crate) struct Arrivals(mpsc::Sender<LaneArrival>);
 
 impl Arrivals {
-    pub(crate) fn new() -> (Self, mpsc::Receiver<Arrival>) {
+    pub(crate) fn new() -> (Self, mpsc::Receiver<LaneArrival>) {
         let (sender, arrivals) = mpsc::channel(ARRIVALS);
         (Self(sender), arrivals)
     }
 
     /// Takes a connection out of the transport. What comes back is how the transport is told that there is none for the swarm.
     pub(crate) fn take(&self, peer: PeerId, from: Multiaddr, raw: Raw) -> io::Error {
-        match self.0.try_send(Arrival { peer, from, raw }) {
+        match self.0.try_send(LaneArrival { peer, from, raw }) {
             Ok(()) => io::Error::other("a lane, and no connection"),
             Err(_) => io::Error::other("too many lanes arrive"),
         }
@@ -316,9 +316,9 @@ pub(crate) async fn call(
     opened.await.unwrap_or(Err(LaneError::TimedOut))
 }
 
-impl std::fmt::Debug for Arrival {
+impl std::fmt::Debug for LaneArrival {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Arrival")
+        f.debug_struct("LaneArrival")
             .field("peer", &self.peer)
             .field("from", &self.from)
             .finish_non_exhaustive()
