@@ -36,12 +36,12 @@ use crate::{
 };
 
 /// A peer that sends these bytes, so many at a time, and takes whatever it is sent.
-struct Peer<'a> {
+struct ScriptedPeer<'a> {
     bytes: &'a [u8],
     chunk: usize,
 }
 
-impl AsyncRead for Peer<'_> {
+impl AsyncRead for ScriptedPeer<'_> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
@@ -55,7 +55,7 @@ impl AsyncRead for Peer<'_> {
     }
 }
 
-impl AsyncWrite for Peer<'_> {
+impl AsyncWrite for ScriptedPeer<'_> {
     fn poll_write(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
@@ -95,7 +95,7 @@ pub fn head(bytes: &[u8]) {
         return;
     };
     let chunk = usize::from(*chunk).max(1);
-    let peer = || Headed::new(Peer { bytes, chunk });
+    let peer = || Headed::new(ScriptedPeer { bytes, chunk });
     let mut stream = peer();
     let within = &bytes[..bytes.len().min(MAX_HEAD)];
     let complete = within.windows(4).position(|end| end == b"\r\n\r\n");

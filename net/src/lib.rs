@@ -14,12 +14,13 @@
 //!
 //! It leaves out: closed networks by a shared key, for which there are lists of peers ([`Access`]) so far, and anything that knows what the bytes on a stream mean.
 //!
-//! The modules are groups, and each group imports only groups named before it: `address`; `policy` (who and how much)
+//! The modules are groups, and each group imports only groups named before it: `address` and `exchange`; `policy` (who and how much)
 //! and `topics`; `nat` and `transport`; `streams`; `ping` and `relay`; `driver`, the one task that owns the swarm;
 //! `network`, the handle to it.
 
 mod address;
 mod driver;
+mod exchange;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
 pub mod fuzz;

@@ -293,6 +293,21 @@ pub(crate) fn network(ip: IpAddr) -> IpAddr {
     }
 }
 
+/// The network that a peer is seen in: a /24 of IPv4, a /48 of IPv6. Peers behind relays are in one, and so are peers
+/// without an IP address: any stranger can be there as often as it likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub(crate) struct PeerNetwork(Option<IpAddr>);
+
+impl PeerNetwork {
+    /// Returns the network of a peer that is connected at this address.
+    pub(crate) fn of(remote: &Multiaddr) -> Self {
+        match is_relayed(remote) {
+            true => Self::default(),
+            false => Self(first_ip(remote).map(network)),
+        }
+    }
+}
+
 /// The reverse of [`socket`].
 pub(crate) fn of_socket(address: SocketAddr, transport: Transport) -> Multiaddr {
     let host = Multiaddr::from(address.ip());

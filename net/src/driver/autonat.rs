@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
-    io,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -14,12 +13,13 @@ use libp2p::{
 };
 use tokio::{sync::oneshot, time::timeout};
 
-use super::{Driver, How, Outcome, accept, dialling::Dial};
+use super::{Driver, How, Outcome, accept, dialling::Dial, opened};
 use crate::{
     AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Shares, Stream, Transport,
     address::{is_public, of_socket, socket},
+    exchange::within,
     nat::autonat::{
-        self, AutonatError, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Inbound, Question,
+        self, AutonatError, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, DialQuestion, Inbound,
         Verdict, Verdicts, Wanted,
     },
     policy::gate::heard,
@@ -64,7 +64,7 @@ pub(super) struct Autonat {
 /// What a server was asked.
 struct Asked {
     server: PeerId,
-    question: Question,
+    question: DialQuestion,
     /// Its dial has come: how, and from which IP address.
     came: Option<(Back, IpAddr)>,
 }
@@ -252,10 +252,9 @@ where
         streams.open(server, DIAL_REQUEST, Class::Control, reply);
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
-            let result = match answer.await {
-                Ok(Ok(stream)) => autonat::ask(stream, &address, nonce).await,
-                Ok(Err(error)) => Err(io::Error::other(error).into()),
-                Err(_) => Err(AutonatError::Ended),
+            let result = match opened(answer).await {
+                Ok(stream) => autonat::ask(stream, &address, nonce).await,
+                Err(error) => Err(error.into()),
             };
             let told = Told {
                 address,
@@ -269,13 +268,13 @@ where
     }
 
     /// Builds the question about `address` from this node's current addresses and port mappings.
-    fn question(&self, address: &Multiaddr) -> Option<Question> {
+    fn question(&self, address: &Multiaddr) -> Option<DialQuestion> {
         let (at, transport) = socket(address)?;
         let own = self.own_ips().contains(&at.ip().to_canonical());
         let mut mapped = self.ports.forwarded();
         // A gateway forwards a mapped port for everybody, and an address of our own has no NAT before it.
         let open = own || mapped.any(|(t, mapped)| t == transport && mapped == at);
-        Some(Question {
+        Some(DialQuestion {
             at,
             transport,
             own,
@@ -416,8 +415,8 @@ where
         mine.extend(self.own_ips());
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
-            let received = timeout(REQUEST, autonat::receive(&mut stream, from, &mine)).await;
-            let wanted = match received.unwrap_or(Err(AutonatError::TimedOut)) {
+            let received = within(REQUEST, autonat::receive(&mut stream, from, &mine));
+            let wanted = match received.await {
                 Ok(wanted) => wanted,
                 Err(error) => {
                     tracing::debug!(%peer, %error, "a request to be dialled came to nothing");

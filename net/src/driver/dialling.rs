@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use super::{
     Driver, Outcome, bootstrap,
     dial_error::dial_error,
-    guarded::Wanted,
+    guarded::WantedDial,
     peers::{Connection, Peer},
 };
 use crate::{
@@ -397,8 +397,8 @@ where
     }
 
     /// A behaviour wants a peer to be dialled.
-    pub(super) fn on_wanted(&mut self, wanted: Wanted) {
-        let Wanted { peer, heard: known } = wanted;
+    pub(super) fn on_wanted(&mut self, wanted: WantedDial) {
+        let WantedDial { peer, heard: known } = wanted;
         if self.peers.contains_key(&peer) {
             return;
         }

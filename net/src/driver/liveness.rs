@@ -306,9 +306,9 @@ where
                 let after = *sources.entry(at.ip()).or_insert_with(|| source(at));
                 let quic = c.path.transport == Transport::Quic;
                 match fate(c.source, after, quic, changed, own) {
-                    Fate::Keep => {}
-                    Fate::Doubt => doubted.push((*id, *connection)),
-                    Fate::Leave => old.push(*connection),
+                    ConnectionFate::Keep => {}
+                    ConnectionFate::Doubt => doubted.push((*id, *connection)),
+                    ConnectionFate::Leave => old.push(*connection),
                 }
             }
         }
@@ -330,7 +330,7 @@ where
 
 /// The fate of a connection after our addresses have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+enum ConnectionFate {
     Keep,
     /// It has to show that it works.
     Doubt,
@@ -346,20 +346,20 @@ fn fate(
     quic: bool,
     changed: &HashSet<IpAddr>,
     own: &HashSet<IpAddr>,
-) -> Fate {
+) -> ConnectionFate {
     match (before, after) {
         // Cut off, perhaps for a moment only.
-        (_, None) => Fate::Keep,
+        (_, None) => ConnectionFate::Keep,
         // TCP's are dead without their address, and go on from one that is still ours, even if another is preferred
         // now; over QUIC, which goes on from the new address, nobody would tell us where we are seen now.
         (Some(before), Some(after)) if before != after => match quic || !own.contains(&before) {
-            true => Fate::Leave,
-            false => Fate::Doubt,
+            true => ConnectionFate::Leave,
+            false => ConnectionFate::Doubt,
         },
         // The same address on another network, as behind another router.
-        (Some(before), Some(_)) if changed.contains(&before) => Fate::Doubt,
-        (None, Some(_)) => Fate::Doubt,
-        (Some(_), Some(_)) => Fate::Keep,
+        (Some(before), Some(_)) if changed.contains(&before) => ConnectionFate::Doubt,
+        (None, Some(_)) => ConnectionFate::Doubt,
+        (Some(_), Some(_)) => ConnectionFate::Keep,
     }
 }
 
@@ -379,35 +379,41 @@ mod tests {
         // A container starts.
         assert_eq!(
             fate(ip(wifi), ip(wifi), true, &ips(&[bridge]), &own),
-            Fate::Keep
+            ConnectionFate::Keep
         );
         assert_eq!(
             fate(ip(wifi), ip(wifi), false, &ips(&[bridge]), &own),
-            Fate::Keep
+            ConnectionFate::Keep
         );
         // The same address came back, maybe on another network.
         assert_eq!(
             fate(ip(wifi), ip(wifi), false, &ips(&[wifi]), &own),
-            Fate::Doubt
+            ConnectionFate::Doubt
         );
         // Cut off.
-        assert_eq!(fate(ip(wifi), None, true, &ips(&[wifi]), &own), Fate::Keep);
-        assert_eq!(fate(None, ip(wifi), true, &ips(&[wifi]), &own), Fate::Doubt);
+        assert_eq!(
+            fate(ip(wifi), None, true, &ips(&[wifi]), &own),
+            ConnectionFate::Keep
+        );
+        assert_eq!(
+            fate(None, ip(wifi), true, &ips(&[wifi]), &own),
+            ConnectionFate::Doubt
+        );
         // A VPN takes over: TCP goes on where it was, if it can.
         let own = ips(&[wifi, new]);
         assert_eq!(
             fate(ip(wifi), ip(new), false, &ips(&[new]), &own),
-            Fate::Doubt
+            ConnectionFate::Doubt
         );
         assert_eq!(
             fate(ip(wifi), ip(new), true, &ips(&[new]), &own),
-            Fate::Leave
+            ConnectionFate::Leave
         );
         // The address is gone.
         let own = ips(&[new]);
         assert_eq!(
             fate(ip(wifi), ip(new), false, &ips(&[wifi, new]), &own),
-            Fate::Leave
+            ConnectionFate::Leave
         );
     }
 }

@@ -32,6 +32,7 @@ mod swarm;
 use std::{
     collections::HashMap,
     convert::Infallible,
+    io,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -43,7 +44,7 @@ use libp2p::{
     swarm::{NetworkBehaviour, SwarmEvent},
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::{MissedTickBehavior, interval, timeout},
 };
 
@@ -71,7 +72,8 @@ pub use self::{
     info::{Addresses, BootstrapPeer, PathInfo, PeerInfo, Reachability},
 };
 use crate::{
-    Access, Incoming,
+    Access, Incoming, OpenError, Stream,
+    exchange::ExchangeError,
     ping::clock::Clocks,
     policy::{access, gate::Gate},
     streams::Protocols,
@@ -103,6 +105,17 @@ const OUTCOMES: usize = 256;
 fn accept(protocols: &Protocols, protocol: StreamProtocol) -> Incoming {
     let incoming = protocols.accept(protocol);
     incoming.expect("the driver accepts each of its protocols once, before anybody else")
+}
+
+/// Waits for a stream that was asked for.
+async fn opened(
+    answer: oneshot::Receiver<Result<Stream, OpenError>>,
+) -> Result<Stream, ExchangeError> {
+    match answer.await {
+        Ok(stream) => Ok(stream.map_err(io::Error::other)?),
+        // The connection closed on the way.
+        Err(_) => Err(ExchangeError::Ended),
+    }
 }
 
 /// Owns the swarm; ends when the last handle is dropped.
@@ -160,7 +173,7 @@ where
             topics,
             extension,
         )?;
-        let shared = swarm::Shared {
+        let shared = swarm::SharedParts {
             tls,
             sockets: sockets.clone(),
             access,

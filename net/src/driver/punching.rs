@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
-    io,
     net::{IpAddr, SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
@@ -13,17 +12,14 @@ use libp2p::{
     core::Endpoint,
     swarm::{ConnectionId, NetworkBehaviour},
 };
-use tokio::{
-    sync::oneshot,
-    task::AbortHandle,
-    time::{sleep, timeout},
-};
+use tokio::{sync::oneshot, task::AbortHandle, time::sleep};
 use weft_proto::wire::UdpMapping;
 
-use super::{Driver, How, Outcome, accept, peers::Peer};
+use super::{Driver, How, Outcome, accept, opened, peers::Peer};
 use crate::{
     Heard, Incoming, Mapping, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, is_link_local, is_public, of_socket, socket},
+    exchange::within,
     nat::{
         punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
         search,
@@ -258,21 +254,17 @@ where
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
             let exchange = async {
-                let plan = match answer.await {
-                    Ok(Ok(stream)) => punch::initiate(stream, &mine).await?,
-                    Ok(Err(error)) => return Err(io::Error::other(error).into()),
-                    Err(_) => return Err(PunchError::Ended),
-                };
+                let plan = punch::initiate(opened(answer).await?, &mine).await?;
                 sleep(plan.wait).await;
                 Ok(plan)
             };
-            let result = timeout(EXCHANGE, exchange).await;
+            let result = within(EXCHANGE, exchange).await;
             // The network may have stopped.
             let _ = outcomes
                 .send(Outcome::Exchanged {
                     peer: id,
                     initiator: true,
-                    result: result.unwrap_or(Err(PunchError::TimedOut)),
+                    result,
                 })
                 .await;
         });

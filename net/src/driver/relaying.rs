@@ -11,7 +11,7 @@ use std::{
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::NetworkBehaviour};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Driver, Outcome, accept, peers::Peer};
+use super::{Driver, Outcome, accept, opened, peers::Peer};
 use crate::{
     Class, Config, Incoming, OpenError, PathKind, RelayLimits, RelayServer, Stream, Transport,
     address::{dialable_from, first_ip, is_public, is_relayed, socket, starts_with_name},
@@ -174,10 +174,9 @@ where
         streams.open(relay, HOP, Class::Control, reply);
         let outcomes = self.outcomes.clone();
         tokio::spawn(async move {
-            let result = match answer.await {
-                Ok(Ok(stream)) => circuit::reserve(stream, relay).await,
-                Ok(Err(error)) => Err(io::Error::other(error).into()),
-                Err(_) => Err(CircuitError::Ended),
+            let result = match opened(answer).await {
+                Ok(stream) => circuit::reserve(stream, relay).await,
+                Err(error) => Err(error.into()),
             };
             // The network may have stopped.
             let _ = outcomes.send(Outcome::Reserved { relay, result }).await;

@@ -83,7 +83,7 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> Behaviour<E> {
 }
 
 /// What the transport shares with the driver.
-pub(super) struct Shared {
+pub(super) struct SharedParts {
     pub(super) tls: Tls,
     pub(super) sockets: Sockets,
     pub(super) access: access::Shared,
@@ -97,7 +97,7 @@ pub(super) struct Shared {
 pub(super) fn build<E: NetworkBehaviour<ToSwarm = Infallible>>(
     config: &Config,
     budget: &Budget,
-    shared: Shared,
+    shared: SharedParts,
     behaviour: Behaviour<E>,
 ) -> Result<Swarm<Guarded<E>>, SpawnError> {
     let parts = transport::Parts {

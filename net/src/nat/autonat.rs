@@ -15,22 +15,17 @@ use std::{
 
 use bytes::Bytes;
 use libp2p::{Multiaddr, PeerId, StreamProtocol};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    time::timeout,
-};
-use weft_proto::{
-    frame::{self, FrameError},
-    wire::{
-        AutonatDataRequest, AutonatDataResponse, AutonatDialBack, AutonatDialBackResponse,
-        AutonatDialRequest, AutonatDialResponse, AutonatDialStatus, AutonatMessage,
-        autonat_dial_response::Status, autonat_message::Msg,
-    },
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use weft_proto::wire::{
+    AutonatDataRequest, AutonatDataResponse, AutonatDialBack, AutonatDialBackResponse,
+    AutonatDialRequest, AutonatDialResponse, AutonatDialStatus, AutonatMessage,
+    autonat_dial_response::Status, autonat_message::Msg,
 };
 
 use crate::{
     AutonatLimits, Transport,
     address::{is_public, network, socket},
+    exchange::{self, ExchangeError, within},
     policy::gate::dialled::Dialled,
 };
 
@@ -70,13 +65,7 @@ const DATA_CHUNK: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AutonatError {
     #[error(transparent)]
-    Frame(#[from] FrameError),
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    #[error("no answer in time")]
-    TimedOut,
-    #[error("the other side hung up")]
-    Ended,
+    Exchange(#[from] ExchangeError),
     #[error("the server refused")]
     Refused,
     #[error("it broke the protocol")]
@@ -87,15 +76,8 @@ async fn next<S>(stream: &mut S) -> Result<Msg, AutonatError>
 where
     S: AsyncRead + Unpin,
 {
-    let read = timeout(
-        PATIENCE,
-        frame::read::<AutonatMessage, _>(stream, MAX_MESSAGE),
-    );
-    let message = read.await.map_err(|_| AutonatError::TimedOut)??;
-    message
-        .ok_or(AutonatError::Ended)?
-        .msg
-        .ok_or(AutonatError::Malformed)
+    let message: AutonatMessage = within(PATIENCE, exchange::receive(stream, MAX_MESSAGE)).await?;
+    message.msg.ok_or(AutonatError::Malformed)
 }
 
 async fn say<S>(stream: &mut S, msg: Msg) -> Result<(), AutonatError>
@@ -103,12 +85,7 @@ where
     S: AsyncWrite + Unpin,
 {
     let message = AutonatMessage { msg: Some(msg) };
-    let written = timeout(PATIENCE, async {
-        frame::write(stream, &message, MAX_MESSAGE).await?;
-        stream.flush().await?;
-        Ok(())
-    });
-    written.await.map_err(|_| AutonatError::TimedOut)?
+    Ok(within(PATIENCE, exchange::send(stream, &message, MAX_MESSAGE)).await?)
 }
 
 /// Asks a server whether it reaches `address`. `true`: it says so, which counts only if its dial has come ([`answer`]).
@@ -128,12 +105,8 @@ where
         say(&mut stream, Msg::DialRequest(request)).await?;
         let mut asked = false;
         loop {
-            let message = timeout(
-                PATIENCE + DIAL,
-                frame::read::<AutonatMessage, _>(&mut stream, MAX_MESSAGE),
-            );
-            let message = message.await.map_err(|_| AutonatError::TimedOut)??;
-            match message.ok_or(AutonatError::Ended)?.msg {
+            let message = exchange::receive::<AutonatMessage, _>(&mut stream, MAX_MESSAGE);
+            match within(PATIENCE + DIAL, message).await?.msg {
                 Some(Msg::DataRequest(wanted)) if !asked && wanted.num_bytes <= MAX_DATA => {
                     asked = true;
                     send_data(&mut stream, wanted.num_bytes).await?;
@@ -153,8 +126,7 @@ where
             }
         }
     };
-    let result = timeout(EXCHANGE, exchange).await;
-    result.unwrap_or(Err(AutonatError::TimedOut))
+    within(EXCHANGE, exchange).await
 }
 
 async fn send_data<S>(stream: &mut S, bytes: u64) -> Result<(), AutonatError>
@@ -204,7 +176,8 @@ where
     };
     if wanted.elsewhere {
         let mut random = [0; 8];
-        getrandom::fill(&mut random).map_err(io::Error::other)?;
+        let filled = getrandom::fill(&mut random).map_err(io::Error::other);
+        filled.map_err(ExchangeError::from)?;
         let num_bytes = DATA.0 + u64::from_le_bytes(random) % (DATA.1 - DATA.0);
         let request = AutonatDataRequest {
             addr_idx: wanted.index,
@@ -265,7 +238,7 @@ where
         dial_status: status.into(),
     };
     say(stream, Msg::DialResponse(response)).await?;
-    stream.shutdown().await?;
+    stream.shutdown().await.map_err(ExchangeError::from)?;
     Ok(())
 }
 
@@ -279,7 +252,7 @@ where
         ..AutonatDialResponse::default()
     };
     say(stream, Msg::DialResponse(response)).await?;
-    stream.shutdown().await?;
+    stream.shutdown().await.map_err(ExchangeError::from)?;
     Ok(())
 }
 
@@ -289,13 +262,11 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let exchange = async {
-        frame::write(&mut stream, &AutonatDialBack { nonce }, MAX_MESSAGE).await?;
-        stream.flush().await?;
-        let answer: Option<AutonatDialBackResponse> = frame::read(&mut stream, MAX_MESSAGE).await?;
-        answer.map(drop).ok_or(AutonatError::Ended)
+        exchange::send(&mut stream, &AutonatDialBack { nonce }, MAX_MESSAGE).await?;
+        let answer = exchange::receive::<AutonatDialBackResponse, _>(&mut stream, MAX_MESSAGE);
+        answer.await.map(drop)
     };
-    let result = timeout(PATIENCE, exchange).await;
-    result.unwrap_or(Err(AutonatError::TimedOut))
+    Ok(within(PATIENCE, exchange).await?)
 }
 
 /// At the client: the nonce that a server's dial brings. The answer follows when it is one of ours ([`acknowledge`]).
@@ -303,12 +274,8 @@ pub(crate) async fn answer<S>(stream: &mut S) -> Result<u64, AutonatError>
 where
     S: AsyncRead + Unpin,
 {
-    let read = timeout(
-        PATIENCE,
-        frame::read::<AutonatDialBack, _>(stream, MAX_MESSAGE),
-    );
-    let message = read.await.map_err(|_| AutonatError::TimedOut)??;
-    Ok(message.ok_or(AutonatError::Ended)?.nonce)
+    let message: AutonatDialBack = within(PATIENCE, exchange::receive(stream, MAX_MESSAGE)).await?;
+    Ok(message.nonce)
 }
 
 /// The nonce was ours.
@@ -318,13 +285,11 @@ where
 {
     let exchange = async {
         let answer = AutonatDialBackResponse::default();
-        frame::write(&mut stream, &answer, MAX_MESSAGE).await?;
-        stream.flush().await?;
+        exchange::send(&mut stream, &answer, MAX_MESSAGE).await?;
         stream.shutdown().await?;
-        Ok(())
+        Ok::<_, ExchangeError>(())
     };
-    let result = timeout(PATIENCE, exchange).await;
-    result.unwrap_or(Err(AutonatError::TimedOut))
+    Ok(within(PATIENCE, exchange).await?)
 }
 
 /// What serving others may come to.
@@ -394,7 +359,7 @@ impl Bounds {
 
 /// A question to a server: whether it reaches this node at an address.
 #[derive(Debug, Clone)]
-pub(crate) struct Question {
+pub(crate) struct DialQuestion {
     pub(crate) at: SocketAddr,
     pub(crate) transport: Transport,
     /// The address is one of our interfaces'.
@@ -427,7 +392,7 @@ pub(crate) enum Back {
     Proven,
 }
 
-impl Question {
+impl DialQuestion {
     /// Returns how the server came back if it did so on this connection. `None`: the connection proves nothing. The
     /// server knows the nonce from the request, so it can say it on any stream. `chosen`: the user named the server.
     pub(crate) fn answered_by(
@@ -798,7 +763,7 @@ mod tests {
     fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
         let (begin, dialled) = (Instant::now(), Dialled::default());
         let later = begin + Duration::from_secs(1);
-        let own = Question {
+        let own = DialQuestion {
             at: at("1.1.1.1:9338"),
             transport: Transport::Tcp,
             own: true,
@@ -811,7 +776,7 @@ mod tests {
             transport: Transport::Tcp,
             since: later,
         };
-        let check = |question: &Question, connection: &Inbound| {
+        let check = |question: &DialQuestion, connection: &Inbound| {
             question.answered_by(connection, &dialled, false, later)
         };
         assert_eq!(check(&own, &good), Some(Back::Proven));
@@ -831,7 +796,7 @@ mod tests {
             assert_eq!(check(&own, &bad), None, "{bad:?}");
         }
         // A NAT's address is reached at a private one of ours.
-        let nat = Question {
+        let nat = DialQuestion {
             own: false,
             open: false,
             at: at("9.9.9.9:7"),

@@ -8,26 +8,20 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use libp2p::{Multiaddr, StreamProtocol, core::Endpoint};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    time::timeout,
-};
-use weft_proto::{
-    frame::{self, FrameError},
-    wire::{PunchAnswer, PunchGo, PunchOffer, UdpMapping},
-};
+use tokio::io::{AsyncRead, AsyncWrite};
+use weft_proto::wire::{PunchAnswer, PunchGo, PunchOffer, UdpMapping};
 
 use crate::{
     Transport,
     address::{is_public, socket},
-    nat::search::{self, Token},
+    exchange::{self, ExchangeError, within},
+    nat::search::{self, SearchToken},
 };
 
 /// The protocol's name.
@@ -90,13 +84,13 @@ pub(crate) enum Search {
     /// By opening many ports, because ours are never the same.
     OpenMany {
         targets: Vec<SocketAddr>,
-        token: Token,
+        token: SearchToken,
     },
     /// By trying many of the other side's.
     TryMany {
         /// Address at which the other side was last seen.
         target: SocketAddr,
-        token: Token,
+        token: SearchToken,
     },
 }
 
@@ -114,13 +108,7 @@ pub(crate) struct Plan {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PunchError {
     #[error(transparent)]
-    Frame(#[from] FrameError),
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    #[error("no answer in time")]
-    TimedOut,
-    #[error("the other side hung up")]
-    Ended,
+    Exchange(#[from] ExchangeError),
     #[error("the other side names no address that can be dialled from here")]
     NoAddress,
 }
@@ -132,22 +120,19 @@ where
 {
     let exchange = async {
         let begin = Instant::now();
-        let token = search::token()?;
+        let token = search::token().map_err(ExchangeError::from)?;
         let offer = PunchOffer {
             addresses: encode(&mine.addresses),
             udp_mapping: mine.udp.into(),
             token: Bytes::copy_from_slice(&token),
         };
-        frame::write(&mut stream, &offer, MAX_MESSAGE).await?;
-        stream.flush().await?;
-        let answer: Option<PunchAnswer> = frame::read(&mut stream, MAX_MESSAGE).await?;
+        exchange::send(&mut stream, &offer, MAX_MESSAGE).await?;
+        let answer: PunchAnswer = exchange::receive(&mut stream, MAX_MESSAGE).await?;
         let round_trip = begin.elapsed();
-        let answer = answer.ok_or(PunchError::Ended)?;
         let theirs = decode(&answer.addresses);
         // All that is told was told at once.
         let go = PunchGo::default();
-        frame::write(&mut stream, &go, MAX_MESSAGE).await?;
-        stream.flush().await?;
+        exchange::send(&mut stream, &go, MAX_MESSAGE).await?;
         let addresses = dialable(theirs, mine.near)?;
         Ok(Plan {
             search: search_for(mine.udp, answer.udp_mapping(), &addresses, token),
@@ -156,9 +141,7 @@ where
             wait: round_trip / 2,
         })
     };
-    timeout(PATIENCE, exchange)
-        .await
-        .map_err(|_| PunchError::TimedOut)?
+    within(PATIENCE, exchange).await
 }
 
 /// The other side.
@@ -167,20 +150,18 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let exchange = async {
-        let offer: Option<PunchOffer> = frame::read(&mut stream, MAX_MESSAGE).await?;
-        let offer = offer.ok_or(PunchError::Ended)?;
+        let offer: PunchOffer = exchange::receive(&mut stream, MAX_MESSAGE).await?;
         let mut theirs = decode(&offer.addresses);
         let answer = PunchAnswer {
             addresses: encode(&mine.addresses),
             udp_mapping: mine.udp.into(),
         };
-        frame::write(&mut stream, &answer, MAX_MESSAGE).await?;
-        stream.flush().await?;
-        let go: Option<PunchGo> = frame::read(&mut stream, MAX_MESSAGE).await?;
-        theirs.extend(decode(&go.ok_or(PunchError::Ended)?.addresses));
+        exchange::send(&mut stream, &answer, MAX_MESSAGE).await?;
+        let go: PunchGo = exchange::receive(&mut stream, MAX_MESSAGE).await?;
+        theirs.extend(decode(&go.addresses));
         let addresses = dialable(theirs, mine.near)?;
         // Without a token there is nothing to search with.
-        let token = Token::try_from(offer.token.as_ref()).ok();
+        let token = SearchToken::try_from(offer.token.as_ref()).ok();
         Ok(Plan {
             search: token
                 .and_then(|token| search_for(mine.udp, offer.udp_mapping(), &addresses, token)),
@@ -189,9 +170,7 @@ where
             wait: Duration::ZERO,
         })
     };
-    timeout(PATIENCE, exchange)
-        .await
-        .map_err(|_| PunchError::TimedOut)?
+    within(PATIENCE, exchange).await
 }
 
 fn encode(addresses: &[Multiaddr]) -> Vec<Bytes> {
@@ -256,7 +235,7 @@ fn search_for(
     mine: UdpMapping,
     theirs: UdpMapping,
     addresses: &[Multiaddr],
-    token: Token,
+    token: SearchToken,
 ) -> Option<Search> {
     let targets = addresses
         .iter()

@@ -51,17 +51,17 @@ const FIRST_PORT: u16 = 1024;
 const SMALL: usize = 256;
 
 /// What tells the packets of one search from others.
-pub(crate) type Token = [u8; 16];
+pub(crate) type SearchToken = [u8; 16];
 
 /// Random bytes for a new search.
-pub(crate) fn token() -> io::Result<Token> {
+pub(crate) fn token() -> io::Result<SearchToken> {
     let mut token = [0; 16];
     getrandom::fill(&mut token).map_err(io::Error::other)?;
     Ok(token)
 }
 
 /// A packet that QUIC ignores: its fixed bit is not set, and it is too short to be answered with a reset.
-fn probe(token: &Token) -> [u8; 17] {
+fn probe(token: &SearchToken) -> [u8; 17] {
     let mut probe = [0; 17];
     probe[1..].copy_from_slice(token);
     probe
@@ -74,7 +74,7 @@ fn probe(token: &Token) -> [u8; 17] {
 /// If nothing came in time, or no sockets could be opened.
 pub(crate) async fn open_many(
     targets: &[Target],
-    token: &Token,
+    token: &SearchToken,
     effort: Effort,
     most_sockets: usize,
 ) -> io::Result<(UdpSocket, SocketAddr)> {
@@ -154,7 +154,7 @@ async fn receive(
 pub(crate) async fn try_many(
     socket: &UdpSocket,
     target: Target,
-    token: &Token,
+    token: &SearchToken,
     effort: Effort,
 ) -> io::Result<()> {
     let most = match effort {

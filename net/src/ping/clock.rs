@@ -11,13 +11,12 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
-    net::IpAddr,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use libp2p::{Multiaddr, PeerId, multiaddr::Protocol};
+use libp2p::{Multiaddr, PeerId};
 
-use crate::is_outside;
+use crate::{address::PeerNetwork, is_outside, is_relayed};
 
 /// The least difference that is told. Clocks that are set over the network agree within a second; records tolerate ten
 /// minutes.
@@ -124,38 +123,17 @@ pub(crate) fn now_millis() -> u64 {
 /// Peers that speak with one voice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Voice {
-    /// An IPv4 network of 24 bits, or an IPv6 network of 48.
-    V4([u8; 3]),
-    V6([u8; 6]),
-    /// All that are behind relays, or at no IP address: any stranger can be there as often as it likes.
-    Elsewhere,
+    /// All of one network of strangers.
+    Network(PeerNetwork),
     /// One in a network of our own is no stranger.
     Near(PeerId),
 }
 
 impl Voice {
     fn of(peer: PeerId, at: &Multiaddr) -> Self {
-        if at.iter().any(|part| part == Protocol::P2pCircuit) {
-            return Self::Elsewhere;
-        }
-        if !is_outside(at) {
-            return Self::Near(peer);
-        }
-        let ip = at.iter().find_map(|part| match part {
-            Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
-            Protocol::Ip6(ip) => Some(IpAddr::V6(ip)),
-            _ => None,
-        });
-        match ip {
-            Some(IpAddr::V4(ip)) => {
-                let [a, b, c, _] = ip.octets();
-                Self::V4([a, b, c])
-            }
-            Some(IpAddr::V6(ip)) => {
-                let [a, b, c, d, e, g, ..] = ip.octets();
-                Self::V6([a, b, c, d, e, g])
-            }
-            None => Self::Elsewhere,
+        match is_relayed(at) || is_outside(at) {
+            true => Self::Network(PeerNetwork::of(at)),
+            false => Self::Near(peer),
         }
     }
 }

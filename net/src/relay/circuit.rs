@@ -19,20 +19,19 @@ use libp2p::{
     multiaddr::Protocol,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite},
     sync::{mpsc, oneshot},
-    time::timeout,
 };
 use tokio_util::compat::{Compat, TokioAsyncReadCompatExt};
-use weft_proto::{
-    frame::{self, FrameError},
-    wire::{
-        CircuitLimit, CircuitPeer, CircuitStatus, HopMessage, StopMessage,
-        hop_message::Type as Hop, stop_message::Type as Stop,
-    },
+use weft_proto::wire::{
+    CircuitLimit, CircuitPeer, CircuitStatus, HopMessage, StopMessage, hop_message::Type as Hop,
+    stop_message::Type as Stop,
 };
 
-use crate::Stream;
+use crate::{
+    Stream,
+    exchange::{self, ExchangeError, within},
+};
 
 /// From a client to its relay.
 pub(crate) const HOP: StreamProtocol = StreamProtocol::new("/libp2p/circuit/relay/0.2.0/hop");
@@ -65,13 +64,7 @@ const REQUESTS: usize = 256;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CircuitError {
     #[error(transparent)]
-    Frame(#[from] FrameError),
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    #[error("no answer in time")]
-    TimedOut,
-    #[error("the other side hung up")]
-    Ended,
+    Exchange(#[from] ExchangeError),
     #[error("the relay refused: {}", reason(*.0))]
     Refused(CircuitStatus),
     #[error("the answer is not one to what was asked")]
@@ -101,13 +94,6 @@ pub(crate) struct Grant {
     pub(crate) addresses: Vec<Multiaddr>,
 }
 
-async fn within<T>(
-    exchange: impl Future<Output = Result<T, CircuitError>>,
-) -> Result<T, CircuitError> {
-    let result = timeout(PATIENCE, exchange).await;
-    result.unwrap_or(Err(CircuitError::TimedOut))
-}
-
 /// Asks a relay for a reservation.
 pub(crate) async fn reserve<S>(mut stream: S, relay: PeerId) -> Result<Grant, CircuitError>
 where
@@ -117,7 +103,7 @@ where
         r#type: Some(Hop::Reserve.into()),
         ..HopMessage::default()
     };
-    let answer = within(hop(&mut stream, &request)).await?;
+    let answer = within(PATIENCE, hop(&mut stream, &request)).await?;
     let reservation = answer.reservation.ok_or(CircuitError::Malformed)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.unwrap_or_default().as_secs();
@@ -143,18 +129,15 @@ where
         peer: Some(peer(destination)),
         ..HopMessage::default()
     };
-    within(hop(stream, &request)).await.map(drop)
+    within(PATIENCE, hop(stream, &request)).await.map(drop)
 }
 
 async fn hop<S>(stream: &mut S, request: &HopMessage) -> Result<HopMessage, CircuitError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    frame::write(stream, request, MAX_MESSAGE).await?;
-    stream.flush().await?;
-    let answer: HopMessage = frame::read(stream, MAX_MESSAGE)
-        .await?
-        .ok_or(CircuitError::Ended)?;
+    exchange::send(stream, request, MAX_MESSAGE).await?;
+    let answer: HopMessage = exchange::receive(stream, MAX_MESSAGE).await?;
     match (answer.r#type(), answer.status()) {
         (Hop::Status, CircuitStatus::Ok) => Ok(answer),
         (Hop::Status, status) => Err(CircuitError::Refused(status)),
@@ -177,12 +160,9 @@ where
         limit,
         status: None,
     };
-    within(async {
-        frame::write(stream, &request, MAX_MESSAGE).await?;
-        stream.flush().await?;
-        let answer: StopMessage = frame::read(stream, MAX_MESSAGE)
-            .await?
-            .ok_or(CircuitError::Ended)?;
+    within(PATIENCE, async {
+        exchange::send(stream, &request, MAX_MESSAGE).await?;
+        let answer: StopMessage = exchange::receive(stream, MAX_MESSAGE).await?;
         match (answer.r#type(), answer.status()) {
             (Stop::Status, CircuitStatus::Ok) => Ok(()),
             (Stop::Status, status) => Err(CircuitError::Refused(status)),
@@ -197,10 +177,8 @@ pub(crate) async fn accept<S>(stream: &mut S) -> Result<PeerId, CircuitError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    within(async {
-        let request: StopMessage = frame::read(stream, MAX_MESSAGE)
-            .await?
-            .ok_or(CircuitError::Ended)?;
+    within(PATIENCE, async {
+        let request: StopMessage = exchange::receive(stream, MAX_MESSAGE).await?;
         let source = request.peer.as_ref().and_then(peer_id);
         let (status, result) = match (request.r#type(), source) {
             (Stop::Connect, Some(source)) => (CircuitStatus::Ok, Ok(source)),
@@ -214,8 +192,7 @@ where
             status: Some(status.into()),
             ..StopMessage::default()
         };
-        frame::write(stream, &answer, MAX_MESSAGE).await?;
-        stream.flush().await?;
+        exchange::send(stream, &answer, MAX_MESSAGE).await?;
         result
     })
     .await
@@ -371,7 +348,8 @@ impl Transport for Circuits {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use weft_proto::frame;
     use weft_proto::wire::CircuitReservation;
 
     use super::*;

@@ -22,16 +22,14 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep, sleep_until, timeout},
 };
-use weft_proto::{
-    frame,
-    wire::{
-        CircuitLimit, CircuitReservation, CircuitStatus, HopMessage, ReservationVoucher,
-        hop_message::Type as Hop,
-    },
+use weft_proto::wire::{
+    CircuitLimit, CircuitReservation, CircuitStatus, HopMessage, ReservationVoucher,
+    hop_message::Type as Hop,
 };
 
 use crate::{
     LimitUse, OpenError, PathKind, Permit, Place, Shares, Stream,
+    exchange::{self, ExchangeError, within},
     policy::shares::{ByGroup, Group, SITE, count},
     relay::circuit::{self, CircuitError, MAX_MESSAGE},
 };
@@ -195,12 +193,12 @@ struct Held {
 
 /// The sources that share a part of a destination's circuits.
 #[derive(Debug, Clone, Copy)]
-enum Source {
+enum CircuitSource {
     Peer(PeerId),
     Group(Group),
 }
 
-impl Source {
+impl CircuitSource {
     fn has(self, held: &Held) -> bool {
         match self {
             Self::Peer(peer) => held.ends[0] == peer,
@@ -536,10 +534,9 @@ impl Server {
     ) -> Result<Option<(Stream, Stream, Circuit)>, CircuitError> {
         let client = stream.peer();
         let place = Place::of(stream.path());
-        let answered = timeout(3 * PATIENCE, async {
-            let request = timeout(PATIENCE, frame::read(&mut stream, MAX_MESSAGE)).await;
-            let request: Option<HopMessage> = request.map_err(|_| CircuitError::TimedOut)??;
-            let request = request.ok_or(CircuitError::Ended)?;
+        let answered = within(3 * PATIENCE, async {
+            let request = exchange::receive(&mut stream, MAX_MESSAGE);
+            let request: HopMessage = within(PATIENCE, request).await?;
             match request.r#type {
                 Some(kind) if kind == Hop::Reserve as i32 => {
                     let answer = match self.reserve(client, place, addresses).await {
@@ -579,14 +576,13 @@ impl Server {
         })
         .await;
         match answered {
-            Ok(Ok(Some((other, circuit)))) => Ok(Some((stream, other, circuit))),
-            Ok(Ok(None)) => {
+            Ok(Some((other, circuit))) => Ok(Some((stream, other, circuit))),
+            Ok(None) => {
                 // Whether it still listens makes no difference.
                 let _ = stream.shutdown().await;
                 Ok(None)
             }
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(CircuitError::TimedOut),
+            Err(error) => Err(error),
         }
     }
 
@@ -721,8 +717,11 @@ impl Server {
         // Its share of what leads to the destination: an idle one of its own makes room.
         let to_there = |held: &Held| held.ends[1] == destination;
         let most = self.per_source();
-        let groups = here.map(|(group, part)| (Source::Group(group), most * part / SITE));
-        for (of, most) in [(Source::Peer(source), most)].into_iter().chain(groups) {
+        let groups = here.map(|(group, part)| (CircuitSource::Group(group), most * part / SITE));
+        for (of, most) in [(CircuitSource::Peer(source), most)]
+            .into_iter()
+            .chain(groups)
+        {
             let in_share = |held: &Held| to_there(held) && of.has(held);
             let held = state.circuits.values().filter(|held| in_share(held));
             if held.count() < most.min(self.limits.circuits_per_peer) {
@@ -899,15 +898,8 @@ fn status(status: CircuitStatus) -> HopMessage {
     }
 }
 
-async fn reply(stream: &mut Stream, message: &HopMessage) -> Result<(), CircuitError> {
-    let write = async {
-        frame::write(stream, message, MAX_MESSAGE).await?;
-        stream.flush().await?;
-        Ok(())
-    };
-    timeout(PATIENCE, write)
-        .await
-        .unwrap_or(Err(CircuitError::TimedOut))
+async fn reply(stream: &mut Stream, message: &HopMessage) -> Result<(), ExchangeError> {
+    within(PATIENCE, exchange::send(stream, message, MAX_MESSAGE)).await
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use weft_proto::{
 
 use crate::{
     Permit, Stream,
-    transport::lane::{Lane, LaneArrival, LaneError, MAX_MESSAGE, SETUP, Token, choose},
+    transport::lane::{Lane, LaneArrival, LaneError, LaneToken, MAX_MESSAGE, SETUP, choose},
 };
 
 /// To be called back.
@@ -33,7 +33,7 @@ pub(crate) async fn be_called(
     protocol: &StreamProtocol,
 ) -> Result<(Lane, Multiaddr, Permit), LaneError> {
     let called = timeout(SETUP, async {
-        let mut token = Token::default();
+        let mut token = LaneToken::default();
         getrandom::fill(&mut token).map_err(io::Error::other)?;
         let call = calls.expect(stream.peer(), token);
         let message = LaneCall {
@@ -55,11 +55,11 @@ pub(crate) async fn be_called(
 }
 
 /// The other side of [`be_called`]: what is asked for.
-pub(crate) async fn called(stream: &mut Stream) -> Result<Token, LaneError> {
+pub(crate) async fn called(stream: &mut Stream) -> Result<LaneToken, LaneError> {
     let read = timeout(SETUP, frame::read::<LaneCall, _>(stream, MAX_MESSAGE));
     let call = read.await.map_err(|_| LaneError::TimedOut)??;
     let call = call.ok_or(LaneError::Refused)?;
-    Token::try_from(call.token.as_ref()).map_err(|_| LaneError::Refused)
+    LaneToken::try_from(call.token.as_ref()).map_err(|_| LaneError::Refused)
 }
 
 /// Says that no lane comes.
@@ -86,7 +86,7 @@ pub(crate) async fn accept(
             .ok_or(io::Error::from(io::ErrorKind::UnexpectedEof))?
             .token;
         if !token.is_empty() {
-            let token = Token::try_from(token.as_ref()).map_err(|_| LaneError::Refused)?;
+            let token = LaneToken::try_from(token.as_ref()).map_err(|_| LaneError::Refused)?;
             calls.arrived(token, arrival, permit);
             return Ok(None);
         }
@@ -101,10 +101,10 @@ pub(crate) async fn accept(
 pub(crate) struct Calls(Arc<Mutex<Waiting>>);
 
 /// Whom a call was made to, and who waits for it.
-type Waiting = HashMap<Token, (PeerId, oneshot::Sender<(LaneArrival, Permit)>)>;
+type Waiting = HashMap<LaneToken, (PeerId, oneshot::Sender<(LaneArrival, Permit)>)>;
 
 impl Calls {
-    fn expect(&self, peer: PeerId, token: Token) -> Call {
+    fn expect(&self, peer: PeerId, token: LaneToken) -> Call {
         let (sender, arrival) = oneshot::channel();
         self.lock().insert(token, (peer, sender));
         Call {
@@ -115,7 +115,7 @@ impl Calls {
     }
 
     /// Dropped, and so closed, if nobody waits for it.
-    fn arrived(&self, token: Token, arrival: LaneArrival, permit: Permit) {
+    fn arrived(&self, token: LaneToken, arrival: LaneArrival, permit: Permit) {
         let mut calls = self.lock();
         if calls
             .get(&token)
@@ -138,7 +138,7 @@ impl Calls {
 #[derive(Debug)]
 struct Call {
     calls: Calls,
-    token: Token,
+    token: LaneToken,
     arrival: oneshot::Receiver<(LaneArrival, Permit)>,
 }
 

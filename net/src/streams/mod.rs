@@ -99,7 +99,7 @@ pub struct Stream {
     better: Option<Ending>,
     gone: Gone,
     /// The place it takes among the streams or lanes that the peer may have open.
-    _place: Place,
+    _place: StreamSlot,
     /// Counts what it moves, and says that its connection is in use. A lane's is that of the connection beside it.
     traffic: Arc<Traffic>,
     best: watch::Receiver<PathKind>,
@@ -115,7 +115,7 @@ enum Inner {
 
 /// A place among those that a peer may take.
 #[derive(Debug)]
-enum Place {
+enum StreamSlot {
     /// We opened it on a shared connection.
     Ours,
     Stream(#[expect(dead_code, reason = "held")] OwnedSemaphorePermit),
@@ -147,7 +147,7 @@ impl Beside {
             path,
             gone: Gone::new(Fate::Peer(self.best.clone())),
             better: None,
-            _place: Place::Lane,
+            _place: StreamSlot::Lane,
             traffic: Arc::clone(&self.traffic),
             best: self.best.clone(),
         }
@@ -844,7 +844,7 @@ pub(crate) struct Handler {
 }
 
 impl Handler {
-    fn stream(&self, inner: libp2p::Stream, protocol: StreamProtocol, place: Place) -> Stream {
+    fn stream(&self, inner: libp2p::Stream, protocol: StreamProtocol, place: StreamSlot) -> Stream {
         Stream {
             inner: Inner::Shared(inner.compat()),
             peer: self.peer,
@@ -870,7 +870,7 @@ impl Handler {
             tracing::debug!(peer = %self.peer, %protocol, %error, "refused");
             return;
         }
-        let stream = self.stream(inner, protocol.clone(), Place::Stream(place));
+        let stream = self.stream(inner, protocol.clone(), StreamSlot::Stream(place));
         self.protocols.deliver(stream);
     }
 }
@@ -926,7 +926,7 @@ impl ConnectionHandler for Handler {
                 // Whoever asked may be gone.
                 let _ = info
                     .reply
-                    .send(Ok(self.stream(stream, info.protocol, Place::Ours)));
+                    .send(Ok(self.stream(stream, info.protocol, StreamSlot::Ours)));
             }
             ConnectionEvent::AddressChange(change) => {
                 self.path = Path::of(change.new_address);

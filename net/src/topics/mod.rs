@@ -10,7 +10,6 @@ use std::{
     collections::{HashMap, VecDeque},
     convert::Infallible,
     fmt,
-    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -29,7 +28,6 @@ use libp2p::{
         TopicHash, TopicScoreParams, TopicSubscriptionFilter, ValidationMode,
     },
     identity::Keypair,
-    multiaddr::Protocol,
     swarm::{
         CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler,
         THandlerInEvent, THandlerOutEvent, ToSwarm,
@@ -37,7 +35,7 @@ use libp2p::{
 };
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
-use crate::address;
+use crate::address::PeerNetwork;
 
 /// Bytes of a message's data.
 pub const MAX_DATA: usize = 64 * 1024;
@@ -377,20 +375,6 @@ fn score() -> TopicScoreParams {
     }
 }
 
-/// The network that a message came from: a /24 of IPv4, a /48 of IPv6. Peers behind relays are one, and so are peers
-/// without an IP address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-struct Via(Option<IpAddr>);
-
-impl Via {
-    fn of(remote: &Multiaddr) -> Self {
-        match remote.iter().any(|part| part == Protocol::P2pCircuit) {
-            true => Self::default(),
-            false => Self(address::first_ip(remote).map(address::network)),
-        }
-    }
-}
-
 /// The messages that have been here, by publisher: gossipsub itself forgets after a minute, and takes what is published
 /// again then.
 ///
@@ -400,7 +384,7 @@ impl Via {
 struct Seen {
     publishers: HashMap<PeerId, Known>,
     /// Publishers by the network that their first message came through, the oldest first.
-    by_network: HashMap<Via, Vec<PeerId>>,
+    by_network: HashMap<PeerNetwork, Vec<PeerId>>,
     /// When publishers that have been silent for long were last removed.
     cleaned: Option<Instant>,
 }
@@ -411,7 +395,7 @@ struct Known {
     /// The lowest first. Their numbers do not overlap: each number is of one of them, and goes into its window alone.
     runs: Vec<Window>,
     at: Instant,
-    via: Via,
+    via: PeerNetwork,
 }
 
 impl Known {
@@ -486,7 +470,7 @@ impl Window {
 
 impl Seen {
     /// Takes note of a message. Returns true if it is new.
-    fn take(&mut self, from: PeerId, sequence: u64, via: Via, now: Instant) -> bool {
+    fn take(&mut self, from: PeerId, sequence: u64, via: PeerNetwork, now: Instant) -> bool {
         if let Some(known) = self.publishers.get_mut(&from) {
             if now.saturating_duration_since(known.at) < REMEMBER {
                 known.at = now;
@@ -554,7 +538,7 @@ pub(crate) struct Behaviour {
     /// Peers that are to be disconnected because of it.
     offenders: VecDeque<PeerId>,
     /// The network of each connected peer, as its latest connection shows it.
-    networks: HashMap<PeerId, Via>,
+    networks: HashMap<PeerId, PeerNetwork>,
     own: PeerId,
     topics: HashMap<String, Topic>,
     requests: mpsc::Receiver<Command>,
@@ -797,7 +781,8 @@ impl NetworkBehaviour for Behaviour {
         match &event {
             FromSwarm::ConnectionEstablished(opened) => {
                 let remote = opened.endpoint.get_remote_address();
-                self.networks.insert(opened.peer_id, Via::of(remote));
+                self.networks
+                    .insert(opened.peer_id, PeerNetwork::of(remote));
             }
             FromSwarm::ConnectionClosed(closed) if closed.remaining_established == 0 => {
                 self.networks.remove(&closed.peer_id);
@@ -860,15 +845,17 @@ impl NetworkBehaviour for Behaviour {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
-    fn via(network: u8) -> Via {
-        Via(Some(IpAddr::from([11, 0, network, 0])))
+    fn via(network: u8) -> PeerNetwork {
+        PeerNetwork::of(&Multiaddr::from(IpAddr::from([11, 0, network, 0])))
     }
 
     #[test]
     fn what_has_been_here_is_known_and_what_comes_late_is_not() {
-        let (peer, now, via) = (PeerId::random(), Instant::now(), Via::default());
+        let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
         let mut seen = Seen::default();
         assert!(seen.take(peer, 5_000, via, now));
         assert!(!seen.take(peer, 5_000, via, now));
@@ -888,7 +875,7 @@ mod tests {
 
     #[test]
     fn a_publisher_whose_clock_was_set_back_is_heard_and_nothing_is_taken_twice() {
-        let (peer, now, via) = (PeerId::random(), Instant::now(), Via::default());
+        let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
         let mut seen = Seen::default();
         let day = 86_400_000_000_000;
         let mut take = |n| seen.take(peer, n, via, now);
@@ -928,7 +915,7 @@ mod tests {
                 state ^= state << 17;
                 state % below
             };
-            let (peer, now, via) = (PeerId::random(), Instant::now(), Via::default());
+            let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
             let (mut seen, mut taken) = (Seen::default(), std::collections::HashSet::new());
             let starts: Vec<_> = (0..6).map(|_| random(20 * LATE)).collect();
             for _ in 0..3000 {

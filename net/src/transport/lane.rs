@@ -62,7 +62,7 @@ pub(crate) const CONNECT: Duration = Duration::from_millis(1500);
 const ARRIVALS: usize = 64;
 
 /// What tells a call from others.
-pub(crate) type Token = [u8; 16];
+pub(crate) type LaneToken = [u8; 16];
 
 /// A secured connection on which [`LANE`] was agreed.
 pub(crate) type Raw =
@@ -304,7 +304,7 @@ pub(crate) async fn call(
     target: Target,
     tls: Tls,
     peer: PeerId,
-    token: Token,
+    token: LaneToken,
     protocols: Vec<StreamProtocol>,
 ) -> Result<(Lane, StreamProtocol), LaneError> {
     let opened = timeout(SETUP, async {

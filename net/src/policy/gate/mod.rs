@@ -349,7 +349,7 @@ struct Tried {
 
 /// A destination whose attempts are counted together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Place {
+enum DialTarget {
     /// An IPv4 address, or a /64 of IPv6.
     Site(IpAddr),
     /// On this machine or our own network.
@@ -374,7 +374,7 @@ struct State {
     listening: HashSet<SocketAddr>,
     networks: Vec<IpNet>,
     neighbours: HashMap<PeerId, (Vec<Multiaddr>, Instant)>,
-    tried: HashMap<Place, Tried>,
+    tried: HashMap<DialTarget, Tried>,
     by_network: HashMap<IpAddr, VecDeque<Instant>>,
     in_all: VecDeque<Instant>,
     near_in_all: VecDeque<Instant>,
@@ -759,7 +759,7 @@ impl Gate {
             }
         }
         state.proven.insert(at, now);
-        state.tried.remove(&Place::of(at));
+        state.tried.remove(&DialTarget::of(at));
     }
 
     /// The permit for one socket, which is used up by this.
@@ -795,7 +795,7 @@ impl Gate {
         let sites = state
             .tried
             .iter()
-            .filter(|(place, _)| matches!(place, Place::Site(_)));
+            .filter(|(place, _)| matches!(place, DialTarget::Site(_)));
         let of_one = sites
             .map(|(_, tried)| lately(&tried.lately))
             .max()
@@ -852,7 +852,7 @@ impl Gate {
     }
 }
 
-impl Place {
+impl DialTarget {
     fn of(at: SocketAddr) -> Self {
         let at = canonical(at);
         match is_public(&at.ip()) {
@@ -1009,8 +1009,8 @@ impl State {
         if self.is_proven(at, now) {
             return Ok(());
         }
-        let place = Place::of(at);
-        let public = matches!(place, Place::Site(_));
+        let place = DialTarget::of(at);
+        let public = matches!(place, DialTarget::Site(_));
         let (most, in_all, all) = match public {
             true => (PER_PLACE, IN_ALL, &mut self.in_all),
             false => (PER_SOCKET, NEAR_IN_ALL, &mut self.near_in_all),
@@ -1059,7 +1059,7 @@ impl State {
         Ok(())
     }
 
-    fn make_room(&mut self, place: &Place, now: Instant) {
+    fn make_room(&mut self, place: &DialTarget, now: Instant) {
         if self.tried.len() < MAX_TRIED || self.tried.contains_key(place) {
             return;
         }
@@ -1076,9 +1076,9 @@ impl State {
     fn failed(&mut self, at: SocketAddr, now: Instant) {
         // One that was there and is no more has to prove itself again.
         self.proven.remove(&canonical(at));
-        let place = Place::of(at);
+        let place = DialTarget::of(at);
         // A node on our own network that restarts is to be found at once.
-        let Place::Site(_) = place else {
+        let DialTarget::Site(_) = place else {
             return;
         };
         let Some(tried) = self.tried.get_mut(&place) else {

@@ -11,7 +11,6 @@
 //! has from the peer itself; it tells nobody where a peer is.
 
 use std::{
-    io,
     net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -23,12 +22,12 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     time::timeout,
 };
-use weft_proto::{
-    frame::{self, FrameError},
-    wire::{SeenAnswer, SeenQuestion},
-};
+use weft_proto::wire::{SeenAnswer, SeenQuestion};
 
-use crate::policy::gate::Effort;
+use crate::{
+    exchange::{self, ExchangeError, within},
+    policy::gate::Effort,
+};
 
 /// The protocol's name.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/seen/1");
@@ -55,13 +54,7 @@ pub(crate) const MAX_QUESTIONS: (usize, usize) = (128, 4);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SeenError {
     #[error(transparent)]
-    Frame(#[from] FrameError),
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    #[error("no answer in time")]
-    TimedOut,
-    #[error("the other side hung up")]
-    Ended,
+    Exchange(#[from] ExchangeError),
     #[error("the question names no peer")]
     NoPeer,
 }
@@ -174,10 +167,9 @@ where
         peer: question.peer.to_bytes().into(),
         ips: encode(&question.ips),
     };
-    frame::write(&mut stream, &asked, MAX_MESSAGE).await?;
-    stream.flush().await?;
-    let answer: Option<SeenAnswer> = frame::read(&mut stream, MAX_MESSAGE).await?;
-    let mut seen = decode(&answer.ok_or(SeenError::Ended)?.ips);
+    exchange::send(&mut stream, &asked, MAX_MESSAGE).await?;
+    let answer: SeenAnswer = exchange::receive(&mut stream, MAX_MESSAGE).await?;
+    let mut seen = decode(&answer.ips);
     seen.retain(|ip| question.ips.contains(ip));
     Ok(seen)
 }
@@ -187,9 +179,7 @@ pub(crate) async fn receive<S>(stream: &mut S) -> Result<Question, SeenError>
 where
     S: AsyncRead + Unpin,
 {
-    let question = timeout(PATIENCE, frame::read(stream, MAX_MESSAGE)).await;
-    let question: Option<SeenQuestion> = question.map_err(|_| SeenError::TimedOut)??;
-    let question = question.ok_or(SeenError::Ended)?;
+    let question: SeenQuestion = within(PATIENCE, exchange::receive(stream, MAX_MESSAGE)).await?;
     Ok(Question {
         peer: PeerId::from_bytes(&question.peer).map_err(|_| SeenError::NoPeer)?,
         ips: decode(&question.ips),
@@ -202,13 +192,12 @@ where
     S: AsyncWrite + Unpin,
 {
     let answer = SeenAnswer { ips: encode(seen) };
-    let sent = timeout(PATIENCE, async {
-        frame::write(stream, &answer, MAX_MESSAGE).await?;
-        stream.flush().await?;
+    let sent = within(PATIENCE, async {
+        exchange::send(stream, &answer, MAX_MESSAGE).await?;
         stream.shutdown().await?;
-        Ok(())
+        Ok::<_, ExchangeError>(())
     });
-    sent.await.unwrap_or(Err(SeenError::TimedOut))
+    Ok(sent.await?)
 }
 
 fn encode(ips: &[Ipv4Addr]) -> Vec<Bytes> {
