@@ -14,7 +14,7 @@
 //!
 //! It leaves out: closed networks by a shared key, for which there are lists of peers ([`Access`]) so far, and anything that knows what the bytes on a stream mean.
 //!
-//! The modules are groups, and each group imports only groups named before it: `address` and `exchange`; `policy` (who and how much)
+//! The modules are groups, and each group imports only groups named before it: `address`, `exchange` and `span`; `policy` (who and how much)
 //! and `topics`; `nat` and `transport`; `streams`; `ping` and `relay`; `driver`, the one task that owns the swarm;
 //! `network`, the handle to it.
 
@@ -29,6 +29,7 @@ mod network;
 mod ping;
 mod policy;
 mod relay;
+mod span;
 mod streams;
 mod topics;
 mod transport;
@@ -57,7 +58,7 @@ pub use self::{
         limits::{AutonatLimits, LimitUse, Limits},
         shares::{Full, Permit, Place, Shares},
     },
-    relay::server::{RelayLimits, RelayUse},
+    relay::{RelayLimits, RelayUse},
     streams::{AcceptError, BestPath, Class, Incoming, OpenError, Stream, is_superseded},
     topics::{
         MAX_DATA, MAX_TOPIC, Missed, Published, Subscription, TopicError, TopicInfo, Topics,

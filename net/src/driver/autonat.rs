@@ -23,6 +23,7 @@ use crate::{
         Verdict, Verdicts, Wanted,
     },
     policy::gate::heard,
+    span,
     streams::Protocols,
 };
 
@@ -251,7 +252,7 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open(server, DIAL_REQUEST, Class::Control, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(server, async move {
             let result = match opened(answer).await {
                 Ok(stream) => autonat::ask(stream, &address, nonce).await,
                 Err(error) => Err(error.into()),
@@ -296,7 +297,7 @@ where
             return;
         }
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(server, async move {
             if let Ok(nonce) = autonat::answer(&mut stream).await {
                 // The network may have stopped.
                 let _ = outcomes.send(Outcome::CalledBack { stream, nonce }).await;
@@ -341,7 +342,7 @@ where
         }
         asked.came = back;
         // How it takes it is its affair.
-        tokio::spawn(autonat::acknowledge(stream));
+        span::spawn(server, autonat::acknowledge(stream));
     }
 
     pub(super) fn on_told(&mut self, told: Told) {
@@ -403,7 +404,7 @@ where
             // Dropped, and so reset, if too many are being refused.
             let place = Place::of(stream.path());
             if let Ok(permit) = self.autonat.rejections.take(peer, place) {
-                tokio::spawn(async move {
+                span::spawn(peer, async move {
                     let _permit = permit;
                     // The peer may take it or not, but not for ever.
                     let _ = timeout(REQUEST, autonat::reject(&mut stream)).await;
@@ -414,7 +415,7 @@ where
         let mut mine = self.addressing.reach.seen_at();
         mine.extend(self.own_ips());
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(peer, async move {
             let received = within(REQUEST, autonat::receive(&mut stream, from, &mine));
             let wanted = match received.await {
                 Ok(wanted) => wanted,
@@ -446,7 +447,10 @@ where
             self.autonat.bounds.ended();
             let mut stream = stream;
             // The peer may ignore the rejection.
-            tokio::spawn(async move { autonat::reject(&mut stream).await });
+            span::spawn(
+                stream.peer(),
+                async move { autonat::reject(&mut stream).await },
+            );
             return;
         }
         let probe = Probe {
@@ -482,7 +486,7 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open_on(probe.stream.peer(), id, DIAL_BACK, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn_on(probe.stream.peer(), id, async move {
             let told = match answer.await {
                 Ok(Ok(back)) => autonat::call(back, probe.wanted.nonce).await.is_ok(),
                 _ => false,
@@ -497,7 +501,7 @@ where
 
     fn probe_failed(&mut self, mut probe: Probe) {
         self.autonat.bounds.ended();
-        tokio::spawn(async move {
+        span::spawn(probe.stream.peer(), async move {
             // How it takes it is its affair.
             let _ = autonat::respond(&mut probe.stream, &probe.wanted, false, false).await;
         });

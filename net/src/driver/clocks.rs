@@ -9,7 +9,10 @@ use libp2p::{Multiaddr, PeerId, swarm::NetworkBehaviour};
 use tokio::{sync::oneshot, time::timeout};
 
 use super::{Driver, Outcome};
-use crate::ping::{self, PING_PROTOCOL, clock::Reading};
+use crate::{
+    ping::{self, PING_PROTOCOL, clock::Reading},
+    span,
+};
 
 /// The longest time that a peer may take to tell its time. A slower answer says less.
 const TELL: Duration = Duration::from_secs(5);
@@ -41,7 +44,7 @@ where
             let streams = &mut self.swarm.behaviour_mut().streams;
             streams.open_on(peer, connection, PING_PROTOCOL, reply);
             let outcomes = self.outcomes.clone();
-            tokio::spawn(async move {
+            span::spawn_on(peer, connection, async move {
                 let told = timeout(TELL, async {
                     let mut stream = answer.await.ok()?.ok()?;
                     ping::echo(&mut stream).await.ok()?.reading

@@ -22,7 +22,7 @@ use crate::{
     ConnectError, Path, PathKind, Transport,
     address::{first_ip, is_public, is_relayed, socket, socket_within, starts_with_name},
     policy::gate::{Admitted, Evidence, Extent, Source, heard, is_made_up, resolve::Names},
-    split_peer_id,
+    span, split_peer_id,
 };
 
 /// A dial under way.
@@ -325,7 +325,7 @@ where
             any = true;
             *self.dialling.resolving.entry(peer).or_default() += 1;
             let outcomes = self.outcomes.clone();
-            tokio::spawn(async move {
+            span::spawn(peer, async move {
                 let resolved = Resolved {
                     peer,
                     source,

@@ -27,7 +27,7 @@ use crate::{
     address::{dialable_from, is_outside, is_public, own, socket, socket_within, starts_with_name},
     nat::autonat::DIAL_REQUEST,
     relay::circuit::HOP,
-    split_peer_id,
+    span, split_peer_id,
     streams::Moved,
 };
 
@@ -51,7 +51,8 @@ where
                 endpoint,
                 ..
             } => {
-                self.on_connected(peer_id, connection_id, &endpoint);
+                let span = span::connection(peer_id, connection_id);
+                span.in_scope(|| self.on_connected(peer_id, connection_id, &endpoint));
             }
             SwarmEvent::ConnectionClosed {
                 peer_id,
@@ -59,8 +60,10 @@ where
                 cause,
                 ..
             } => {
-                tracing::debug!(peer = %peer_id, ?cause, "a connection closed");
-                self.on_closed(peer_id, connection_id);
+                span::connection(peer_id, connection_id).in_scope(|| {
+                    tracing::debug!(peer = %peer_id, ?cause, "a connection closed");
+                    self.on_closed(peer_id, connection_id);
+                });
             }
             SwarmEvent::OutgoingConnectionError {
                 connection_id,
@@ -120,14 +123,21 @@ where
                 connection_id,
                 peer_id,
                 info,
-            }) => self.on_identified(peer_id, connection_id, info),
-            BehaviourEvent::Ping(event) => self.on_ping(event),
+            }) => {
+                let span = span::connection(peer_id, connection_id);
+                span.in_scope(|| self.on_identified(peer_id, connection_id, info));
+            }
+            BehaviourEvent::Ping(event) => {
+                let span = span::connection(event.peer, event.connection);
+                span.in_scope(|| self.on_ping(event));
+            }
             BehaviourEvent::Streams(Moved {
                 peer,
                 connection,
                 path,
             }) => {
-                self.on_moved(peer, connection, path);
+                let span = span::connection(peer, connection);
+                span.in_scope(|| self.on_moved(peer, connection, path));
             }
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => self.on_discovered(found),
             _ => {}

@@ -22,6 +22,7 @@ use crate::{
     Class, Incoming, Limits, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, socket},
     policy::gate::{Gate, Target},
+    span,
     streams::{
         Protocols,
         lane_call::{self, CALL, Calls},
@@ -167,7 +168,7 @@ where
         };
         let (tls, calls) = (self.lanes.tls.clone(), self.lanes.calls.clone());
         let (outcomes, gate) = (self.outcomes.clone(), self.gate.clone());
-        tokio::spawn(async move {
+        span::spawn(peer, async move {
             let opened = async {
                 match (way, permit, called) {
                     (Way::Dial(address, target), Some(permit), _) => {
@@ -290,7 +291,7 @@ where
         };
         let calls = self.lanes.calls.clone();
         let protocols = self.protocols.clone();
-        tokio::spawn(async move {
+        span::spawn(peer, async move {
             match lane_call::accept(arrival, permit, &calls, protocols.names()).await {
                 Ok(Some((lane, protocol, permit))) => {
                     protocols.deliver(beside.stream(protocol, lane, path, permit));
@@ -318,7 +319,7 @@ where
         };
         let (tls, gate) = (self.lanes.tls.clone(), self.gate.clone());
         let protocols = self.protocols.clone();
-        tokio::spawn(async move {
+        span::spawn(peer, async move {
             let called = async {
                 let token = lane_call::called(&mut stream).await?;
                 let lane = lane::call(target, tls, peer, token, protocols.names()).await;

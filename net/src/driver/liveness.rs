@@ -23,6 +23,7 @@ use crate::{
     address::socket_within,
     ping::{self, PING_PROTOCOL},
     policy::crowd::Worth,
+    span,
     streams::Protocols,
 };
 
@@ -75,7 +76,7 @@ where
         // Dropped, and so reset, if there are too many.
         let place = Place::of(stream.path());
         if let Ok(permit) = self.liveness.pingers.take(stream.peer(), place) {
-            tokio::spawn(async move {
+            span::spawn(stream.peer(), async move {
                 let _permit = permit;
                 // How it ends is the peer's affair.
                 let _ = ping::answer_pings(stream).await;
@@ -157,7 +158,7 @@ where
         streams.doubt(connection, true);
         let before = streams.moved(connection).map_or(0, |moved| moved.0);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn_on(peer, connection, async move {
             let deadline = Instant::now() + patience;
             let alive = match timeout(patience, answer).await {
                 Ok(Ok(Ok(mut stream))) => {

@@ -31,7 +31,7 @@ use crate::{
         },
         shares::Permit,
     },
-    split_peer_id,
+    span, split_peer_id,
     streams::Protocols,
 };
 
@@ -252,7 +252,7 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open_on(id, connection, punch::PROTOCOL, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn_on(id, connection, async move {
             let exchange = async {
                 let plan = punch::initiate(opened(answer).await?, &mine).await?;
                 sleep(plan.wait).await;
@@ -293,7 +293,7 @@ where
         punching.responded.insert(id, now);
         let mine = self.candidates();
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(id, async move {
             let result = punch::respond(stream, &mine).await;
             // The network may have stopped.
             let _ = outcomes
@@ -440,7 +440,7 @@ where
         let task = match search {
             Search::OpenMany { token, .. } => {
                 let (outcomes, sockets) = (self.outcomes.clone(), self.punching.search_sockets);
-                tokio::spawn(async move {
+                span::spawn(peer, async move {
                     let Some((targets, effort)) = admitted.await else {
                         return;
                     };
@@ -463,7 +463,7 @@ where
                 let Some(socket) = self.sockets.listening(target.ip()) else {
                     return;
                 };
-                tokio::spawn(async move {
+                span::spawn(peer, async move {
                     let Some((mut targets, effort)) = admitted.await else {
                         return;
                     };
@@ -532,7 +532,7 @@ where
             return;
         };
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(stream.peer(), async move {
             // A malformed question gets no answer.
             let Ok(question) = seen::receive(&mut stream).await else {
                 return;
@@ -558,7 +558,7 @@ where
             .collect();
         let asked = question.ips.iter().copied();
         let seen: Vec<_> = asked.filter(|ip| seen.contains(&IpAddr::V4(*ip))).collect();
-        tokio::spawn(async move {
+        span::spawn(stream.peer(), async move {
             // The asker may be gone.
             let _ = seen::answer(&mut stream, &seen).await;
             sleep(seen::SETTLES).await;

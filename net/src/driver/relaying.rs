@@ -20,7 +20,7 @@ use crate::{
         reservations::{Candidate, Relays},
         server::{Need, Server},
     },
-    split_peer_id,
+    span, split_peer_id,
     streams::Protocols,
 };
 
@@ -173,7 +173,7 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open(relay, HOP, Class::Control, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(relay, async move {
             let result = match opened(answer).await {
                 Ok(stream) => circuit::reserve(stream, relay).await,
                 Err(error) => Err(error.into()),
@@ -316,7 +316,7 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         // Models may pass through it.
         streams.open(request.relay, HOP, Class::Bulk, reply);
-        tokio::spawn(async move {
+        span::spawn(request.relay, async move {
             let result = async {
                 let mut stream = answer
                     .await
@@ -342,7 +342,7 @@ where
         }
         let address = split_peer_id(stream.path().address.clone()).0;
         let arrivals = self.relaying.arrivals.clone();
-        tokio::spawn(async move {
+        span::spawn(relay, async move {
             match circuit::accept(&mut stream).await {
                 Ok(source) => {
                     let arrival = CircuitArrival {

@@ -6,6 +6,8 @@
 //!
 //! It leaves out: which nodes have subscribed beyond those that we are connected to.
 
+mod seen;
+
 use std::{
     collections::{HashMap, VecDeque},
     convert::Infallible,
@@ -15,7 +17,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
@@ -35,6 +37,7 @@ use libp2p::{
 };
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
+use self::seen::Seen;
 use crate::address::PeerNetwork;
 
 /// Bytes of a message's data.
@@ -57,23 +60,6 @@ const COMMANDS: usize = 256;
 
 /// Messages that are being looked at by subscribers' validators. What comes beyond is not passed on.
 const MAX_VALIDATING: usize = 64;
-
-/// Publishers whose messages are remembered, for so long after the last: some 250 bytes each, and 150 for each time
-/// that the publisher's clock went back. Within that time nobody can publish an old message again. A day is more than a
-/// publisher of daily results is silent.
-const MAX_PUBLISHERS: usize = 16_384;
-const REMEMBER: Duration = Duration::from_secs(24 * 3600);
-
-/// The interval at which publishers that have been silent for too long are removed, while the memory is full.
-const CLEAN: Duration = Duration::from_secs(60);
-
-/// Messages of a publisher by which one may come late.
-const LATE: u64 = 1024;
-
-/// Runs of numbers of a publisher that are remembered. gossipsub numbers a node's messages from the clock at its start,
-/// and lets nobody choose another number: a node that starts again with its clock set back begins a new run below the
-/// others. Three times a day is more than a clock is mended; a run takes 150 bytes.
-const MAX_RUNS: usize = 4;
 
 type Gossip =
     gossipsub::Behaviour<gossipsub::IdentityTransform, MaxCountSubscriptionFilter<NameFilter>>;
@@ -372,154 +358,6 @@ fn score() -> TopicScoreParams {
         invalid_message_deliveries_weight: -10.0,
         invalid_message_deliveries_decay: 0.9,
         ..TopicScoreParams::default()
-    }
-}
-
-/// The messages that have been here, by publisher: gossipsub itself forgets after a minute, and takes what is published
-/// again then.
-///
-/// When the memory is full, the newest publisher goes that came through the network with the most. So a flood of new
-/// publishers replaces its own, and a publisher that was heard before stays known.
-#[derive(Debug, Default)]
-struct Seen {
-    publishers: HashMap<PeerId, Known>,
-    /// Publishers by the network that their first message came through, the oldest first.
-    by_network: HashMap<PeerNetwork, Vec<PeerId>>,
-    /// When publishers that have been silent for long were last removed.
-    cleaned: Option<Instant>,
-}
-
-/// The sequence numbers seen of a publisher.
-#[derive(Debug)]
-struct Known {
-    /// The lowest first. Their numbers do not overlap: each number is of one of them, and goes into its window alone.
-    runs: Vec<Window>,
-    at: Instant,
-    via: PeerNetwork,
-}
-
-impl Known {
-    /// Takes note of a number. Returns true if it is new; false if it is not, or cannot be told from one that was here.
-    ///
-    /// A number belongs to the highest run that begins at most [`LATE`] after it: the first that came of a run need not
-    /// be its first. One below all runs begins another.
-    fn take(&mut self, n: u64) -> bool {
-        let reaches = |run: &Window| run.first <= n.saturating_add(LATE - 1);
-        let after = self.runs.partition_point(reaches);
-        if let Some(run) = after.checked_sub(1).and_then(|at| self.runs.get_mut(at)) {
-            return run.take(n);
-        }
-        if self.runs.len() >= MAX_RUNS {
-            return false;
-        }
-        self.runs.insert(0, Window::new(n));
-        true
-    }
-}
-
-/// Numbers from one start of a publisher on.
-#[derive(Debug)]
-struct Window {
-    /// The number that came first.
-    first: u64,
-    highest: u64,
-    /// Of the [`LATE`] up to the highest: a bit each, by the number modulo [`LATE`].
-    bits: [u64; (LATE / 64) as usize],
-}
-
-impl Window {
-    fn new(first: u64) -> Self {
-        let mut this = Self {
-            first,
-            highest: first,
-            bits: Default::default(),
-        };
-        this.set(first);
-        this
-    }
-
-    fn bit(&mut self, n: u64) -> (&mut u64, u64) {
-        let n = n % LATE;
-        (&mut self.bits[(n / 64) as usize], 1 << (n % 64))
-    }
-
-    fn set(&mut self, n: u64) -> bool {
-        let (word, bit) = self.bit(n);
-        let new = *word & bit == 0;
-        *word |= bit;
-        new
-    }
-
-    fn take(&mut self, n: u64) -> bool {
-        if n > self.highest {
-            match n - self.highest >= LATE {
-                true => self.bits = Default::default(),
-                false => {
-                    for skipped in self.highest + 1..=n {
-                        let (word, bit) = self.bit(skipped);
-                        *word &= !bit;
-                    }
-                }
-            }
-            self.highest = n;
-            return self.set(n);
-        }
-        self.highest - n < LATE && self.set(n)
-    }
-}
-
-impl Seen {
-    /// Takes note of a message. Returns true if it is new.
-    fn take(&mut self, from: PeerId, sequence: u64, via: PeerNetwork, now: Instant) -> bool {
-        if let Some(known) = self.publishers.get_mut(&from) {
-            if now.saturating_duration_since(known.at) < REMEMBER {
-                known.at = now;
-                return known.take(sequence);
-            }
-            self.forget(&from);
-        }
-        if self.publishers.len() >= MAX_PUBLISHERS {
-            self.make_room(now);
-        }
-        let known = Known {
-            runs: vec![Window::new(sequence)],
-            at: now,
-            via,
-        };
-        self.publishers.insert(from, known);
-        self.by_network.entry(via).or_default().push(from);
-        true
-    }
-
-    fn make_room(&mut self, now: Instant) {
-        if self
-            .cleaned
-            .is_none_or(|at| now.saturating_duration_since(at) >= CLEAN)
-        {
-            self.cleaned = Some(now);
-            let silent = |known: &Known| now.saturating_duration_since(known.at) >= REMEMBER;
-            self.publishers.retain(|_, known| !silent(known));
-            let known = &self.publishers;
-            self.by_network.retain(|_, publishers| {
-                publishers.retain(|publisher| known.contains_key(publisher));
-                !publishers.is_empty()
-            });
-        }
-        if self.publishers.len() < MAX_PUBLISHERS {
-            return;
-        }
-        let largest = self.by_network.values_mut().max_by_key(|all| all.len());
-        if let Some(newest) = largest.and_then(Vec::pop) {
-            self.publishers.remove(&newest);
-        }
-    }
-
-    fn forget(&mut self, publisher: &PeerId) {
-        if let Some(known) = self.publishers.remove(publisher)
-            && let Some(publishers) = self.by_network.get_mut(&known.via)
-        {
-            publishers.retain(|other| other != publisher);
-        }
     }
 }
 
@@ -845,120 +683,7 @@ impl NetworkBehaviour for Behaviour {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use super::*;
-
-    fn via(network: u8) -> PeerNetwork {
-        PeerNetwork::of(&Multiaddr::from(IpAddr::from([11, 0, network, 0])))
-    }
-
-    #[test]
-    fn what_has_been_here_is_known_and_what_comes_late_is_not() {
-        let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
-        let mut seen = Seen::default();
-        assert!(seen.take(peer, 5_000, via, now));
-        assert!(!seen.take(peer, 5_000, via, now));
-        assert!(seen.take(peer, 5_002, via, now));
-        assert!(seen.take(peer, 5_001, via, now));
-        assert!(!seen.take(peer, 5_001, via, now));
-        assert!(seen.take(peer, 5_003 + LATE * 3, via, now));
-        assert!(!seen.take(peer, 5_003, via, now));
-        assert!(seen.take(peer, 5_004 + LATE * 2, via, now));
-        assert!(!seen.take(peer, 5_004 + LATE * 2, via, now));
-        // The numbers of one publisher say nothing of another's.
-        assert!(seen.take(PeerId::random(), 1, via, now));
-        // After a day of silence the publisher is forgotten.
-        assert!(seen.take(peer, 5_003, via, now + REMEMBER));
-        assert!(!seen.take(peer, 5_003, via, now + REMEMBER));
-    }
-
-    #[test]
-    fn a_publisher_whose_clock_was_set_back_is_heard_and_nothing_is_taken_twice() {
-        let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
-        let mut seen = Seen::default();
-        let day = 86_400_000_000_000;
-        let mut take = |n| seen.take(peer, n, via, now);
-        let start = 20_000 * day;
-        for n in 0..2000 {
-            assert!(take(start + n));
-        }
-        // It starts again with its clock a day back, and once more with the clock put right in part.
-        for run in [start - day, start - day / 2] {
-            for n in [1, 0, 3, 2, 4] {
-                assert!(take(run + n), "{run} {n}");
-            }
-            for n in 0..5 {
-                assert!(!take(run + n), "{run} {n}");
-            }
-        }
-        for n in 0..2000 {
-            assert!(!take(start + n), "{n}");
-        }
-        assert!(take(start + 2000));
-        // Messages published with the clock a day back are not taken again.
-        assert!(!take(start - day + 4));
-        // The number of times that the clock may be set back has a bound.
-        for times in 2..6 {
-            assert_eq!(take(start - times * day), times < 4, "{times}");
-        }
-    }
-
-    #[test]
-    fn no_number_of_a_publisher_is_taken_twice_in_whatever_order_they_come() {
-        for seed in 0..200_u64 {
-            let mut state = seed + 1;
-            let mut random = |below: u64| {
-                // Xorshift (Marsaglia 2003).
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                state % below
-            };
-            let (peer, now, via) = (PeerId::random(), Instant::now(), PeerNetwork::default());
-            let (mut seen, mut taken) = (Seen::default(), std::collections::HashSet::new());
-            let starts: Vec<_> = (0..6).map(|_| random(20 * LATE)).collect();
-            for _ in 0..3000 {
-                let n = starts[random(6) as usize] + random(3 * LATE);
-                if seen.take(peer, n, via, now) {
-                    assert!(taken.insert(n), "{seed}: {n}");
-                }
-            }
-            assert!(taken.len() > 100, "{seed}");
-            assert!(seen.publishers[&peer].runs.len() <= MAX_RUNS);
-        }
-    }
-
-    #[test]
-    fn an_old_message_is_not_taken_again_after_an_hour_of_silence() {
-        let (peer, now) = (PeerId::random(), Instant::now());
-        let mut seen = Seen::default();
-        assert!(seen.take(peer, 7, via(1), now));
-        let later = now + Duration::from_secs(3600);
-        assert!(!seen.take(peer, 7, via(2), later));
-        assert!(seen.take(peer, 8, via(2), later));
-    }
-
-    #[test]
-    fn a_flood_of_new_publishers_makes_no_old_message_new() {
-        let (mut seen, now) = (Seen::default(), Instant::now());
-        let honest: Vec<_> = (0..100).map(|_| PeerId::random()).collect();
-        for (n, publisher) in honest.iter().enumerate() {
-            // Some of them through the network that the flood comes through.
-            assert!(seen.take(*publisher, 7, via((n % 4) as u8), now));
-        }
-        for n in 0..2 * MAX_PUBLISHERS as u64 {
-            let later = now + Duration::from_micros(n + 1);
-            assert!(seen.take(PeerId::random(), 1, via(0), later));
-        }
-        assert_eq!(seen.publishers.len(), MAX_PUBLISHERS);
-        let listed: usize = seen.by_network.values().map(Vec::len).sum();
-        assert_eq!(listed, MAX_PUBLISHERS);
-        let after = now + Duration::from_secs(60);
-        for publisher in honest {
-            assert!(!seen.take(publisher, 7, via(1), after));
-        }
-    }
 
     #[test]
     fn names_of_any_length_are_not_kept_for_a_peer() {

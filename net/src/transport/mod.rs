@@ -37,6 +37,7 @@ use libp2p::{
 };
 use multistream_select::{NegotiationError, dialer_select_proto, listener_select_proto};
 use tokio::time::timeout;
+use tracing::Instrument;
 
 use crate::{
     Transport as Kind,
@@ -46,6 +47,7 @@ use crate::{
         gate::{Gate, dialled::Dialled},
         pending::Counted,
     },
+    span,
     transport::{
         lane::{Arrivals, LANE},
         muxer::Yamux,
@@ -144,7 +146,8 @@ fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, BuildError> {
     let lanes = parts.lanes.clone();
     let outside = Outside::new(parts.certificate)?;
     let tcp = WebOrPlain::new(tcp, outside, parts.door.clone()).and_then(move |begun, endpoint| {
-        upgrade_tcp(begun, endpoint, security.clone(), lanes.clone())
+        let span = span::handshake(endpoint.get_remote_address());
+        upgrade_tcp(begun, endpoint, security.clone(), lanes.clone()).instrument(span)
     });
     Ok(either(OrTransport::new(
         quic,

@@ -1,6 +1,9 @@
 //! The rules of the gate, one by one.
 
-use super::*;
+use super::{
+    state::{MAX_NETWORKS, MAX_PLACES, MAX_PORTS, PER_SOCKET, PERMIT},
+    *,
+};
 
 fn address(text: &str) -> Multiaddr {
     text.parse().unwrap()
