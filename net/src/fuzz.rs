@@ -22,19 +22,26 @@ use tokio::runtime::Runtime;
 use weft_proto::wire::{PunchAnswer, PunchGo, PunchOffer, SeenQuestion, UdpMapping};
 
 use crate::{
-    autonat, circuit,
-    clock::{Clocks, Reading},
-    head::{Headed, MAX_HEAD, header},
-    ping, proxied, punch, seen,
+    nat::{autonat, punch},
+    ping::{
+        self,
+        clock::{Clocks, Reading},
+    },
+    policy::gate::seen,
+    relay::circuit,
+    transport::{
+        head::{Headed, MAX_HEAD, header},
+        proxied,
+    },
 };
 
 /// A peer that sends these bytes, so many at a time, and takes whatever it is sent.
-struct Peer<'a> {
+struct ScriptedPeer<'a> {
     bytes: &'a [u8],
     chunk: usize,
 }
 
-impl AsyncRead for Peer<'_> {
+impl AsyncRead for ScriptedPeer<'_> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         _: &mut Context<'_>,
@@ -48,7 +55,7 @@ impl AsyncRead for Peer<'_> {
     }
 }
 
-impl AsyncWrite for Peer<'_> {
+impl AsyncWrite for ScriptedPeer<'_> {
     fn poll_write(
         self: Pin<&mut Self>,
         _: &mut Context<'_>,
@@ -88,7 +95,7 @@ pub fn head(bytes: &[u8]) {
         return;
     };
     let chunk = usize::from(*chunk).max(1);
-    let peer = || Headed::new(Peer { bytes, chunk });
+    let peer = || Headed::new(ScriptedPeer { bytes, chunk });
     let mut stream = peer();
     let within = &bytes[..bytes.len().min(MAX_HEAD)];
     let complete = within.windows(4).position(|end| end == b"\r\n\r\n");

@@ -13,70 +13,56 @@
 //! [yield](Stream::yield_to_better_path) to the better path. Bulk between peers that reach each other by TCP gets a connection of its own, a *lane*.
 //!
 //! It leaves out: closed networks by a shared key, for which there are lists of peers ([`Access`]) so far, and anything that knows what the bytes on a stream mean.
+//!
+//! The modules are groups, and each group imports only groups named before it: `address`, `exchange` and `span`; `policy` (who and how much)
+//! and `topics`; `nat` and `transport`; `streams`; `ping` and `relay`; `driver`, the one task that owns the swarm;
+//! `network`, the handle to it.
 
-mod access;
 mod address;
-mod autonat;
-mod circuit;
-mod clock;
-mod crowd;
-mod descriptors;
-mod dialled;
 mod driver;
+mod exchange;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
 pub mod fuzz;
-mod gate;
-mod head;
-mod lane;
-mod limits;
-mod listen;
-mod mappings;
-mod muxer;
+mod nat;
 mod network;
-mod own;
-mod pending;
 mod ping;
-mod proxied;
-mod punch;
-mod quic;
-mod reach;
-mod relay_server;
-mod relays;
-mod resolve;
-mod search;
-mod seen;
-mod shares;
+mod policy;
+mod relay;
+mod span;
 mod streams;
-mod tcp;
-mod tls;
 mod topics;
 mod transport;
-mod websocket;
 
 pub use libp2p::{Multiaddr, PeerId, StreamProtocol, identity, multiaddr};
 
 pub use self::{
-    access::{Access, ParseRuleError, Rule},
-    address::{Path, PathKind, Transport, dialable_from, is_outside, is_relayed, split_peer_id},
-    autonat::{AutonatLimits, Verdict},
-    clock::ClockDifference,
-    descriptors::LoweredLimits,
-    gate::{Destinations, Heard},
-    limits::{LimitUse, Limits},
-    network::{
-        Addresses, BootstrapPeer, Config, ConnectError, Network, PATH_TIMEOUT, PathInfo, PeerInfo,
-        Reachability, RelayServer, SpawnError,
+    address::{
+        Path, PathKind, Transport, dialable_from, is_outside, is_relayed,
+        own::{MAX_PLACES, first_places},
+        split_peer_id,
     },
-    own::{MAX_PLACES, first_places},
-    ping::PingError,
-    reach::{Filtering, Mapping},
-    relay_server::{RelayLimits, RelayUse},
-    shares::{Full, Permit, Place, Shares},
+    driver::{
+        Addresses, BootstrapPeer, Config, ConnectError, LoweredLimits, PATH_TIMEOUT, PathInfo,
+        PeerInfo, Reachability, RelayServer, SpawnError,
+    },
+    nat::{
+        autonat::Verdict,
+        reach::{Filtering, Mapping},
+    },
+    network::Network,
+    ping::{PingError, clock::ClockDifference},
+    policy::{
+        access::{Access, ParseRuleError, Rule},
+        gate::{Destinations, Heard},
+        limits::{AutonatLimits, LimitUse, Limits},
+        shares::{Full, Permit, Place, Shares},
+    },
+    relay::{RelayLimits, RelayUse},
     streams::{AcceptError, BestPath, Class, Incoming, OpenError, Stream, is_superseded},
     topics::{
         MAX_DATA, MAX_TOPIC, Missed, Published, Subscription, TopicError, TopicInfo, Topics,
         Validator, Validity,
     },
-    websocket::{Certificate, CertificateError},
+    transport::websocket::{Certificate, CertificateError},
 };

@@ -1,262 +1,28 @@
-//! How to start a network, and the handle to a running one.
+//! The handle to a running network.
 
 use std::{
     convert::Infallible,
-    io,
     time::{Duration, SystemTime},
 };
 
-use libp2p::{Multiaddr, PeerId, StreamProtocol, identity::Keypair, swarm::NetworkBehaviour};
+use libp2p::{PeerId, StreamProtocol, swarm::NetworkBehaviour};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 
 use crate::{
-    AcceptError, Access, Certificate, Class, ClockDifference, Destinations, Filtering, Incoming,
-    LimitUse, Limits, LoweredLimits, Mapping, OpenError, Path, PingError, RelayLimits, RelayUse,
-    Rule, Stream, Verdict,
-    driver::Driver,
+    AcceptError, Access, Addresses, BootstrapPeer, Class, ClockDifference, Config, ConnectError,
+    Destinations, Incoming, LimitUse, LoweredLimits, OpenError, Path, PeerInfo, PingError,
+    Reachability, SpawnError, Stream,
+    driver::{CONNECT, Command, Driver},
     ping::{self, PING},
     streams::Protocols,
-    tls,
     topics::Topics,
 };
 
-/// The time in which a doubted connection has to show that it still works ([`Network::check`]): three retransmissions
-/// of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
-pub const PATH_TIMEOUT: Duration = Duration::from_secs(4);
-
-/// How long [`Network::connect`] tries.
-const CONNECT: Duration = Duration::from_secs(15);
-
 /// Requests to the swarm that may wait.
 const COMMANDS: usize = 256;
-
-/// Whether to relay others' connections.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum RelayServer {
-    /// Once it is known that others can reach this node.
-    #[default]
-    Auto,
-    /// From the start, at all addresses that it listens on.
-    Always,
-    /// Not at all.
-    Never,
-}
-
-/// How to start.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// The node's identity.
-    pub key: Keypair,
-    /// Where to listen. `None`: TCP and QUIC on all interfaces, IPv4 and IPv6, on port 9338, or on a free one if that is taken.
-    pub listen: Option<Vec<Multiaddr>>,
-    /// Addresses that lead here from outside, such as a forwarded port's.
-    pub external: Vec<Multiaddr>,
-    /// Peers to stay connected to; each ends in `/p2p/<PeerId>`.
-    pub bootstrap: Vec<Multiaddr>,
-    /// Relays to stay connected to and to hold reservations on, before others; each address ends in `/p2p/<PeerId>`.
-    pub relays: Vec<Multiaddr>,
-    /// Whether to be a relay for others.
-    pub relay_server: RelayServer,
-    /// What being a relay may cost. Under [`RelayServer::Auto`], the default limits stand for small ones: a node that
-    /// nobody asked to relay gives 1 MiB/s and 10 GiB a day.
-    pub relay_limits: RelayLimits,
-    /// Open direct connections beside relayed ones (hole punching). Without it, all connections through relays stay there.
-    pub hole_punching: bool,
-    /// Ask the gateway of our network to forward our ports (PCP, NAT-PMP, UPnP). Not asked if we listen on no private IPv4 address.
-    pub port_mapping: bool,
-    /// Find peers on the local network by multicast DNS.
-    pub mdns: bool,
-    /// For secure WebSocket; `None`: one is made up, which other nodes take, and browsers and proxies do not.
-    pub certificate: Option<Certificate>,
-    /// Origins of web pages that may connect by WebSocket, such as `https://example.org`; `*` allows any. A browser names
-    /// the origin of the page. Empty: no web page may.
-    pub ws_origins: Vec<String>,
-    /// Networks of reverse proxies that forward connections to this node. From there, each connection has to say where
-    /// it really comes from, by the PROXY protocol or in `X-Forwarded-For`; others are refused. Rules for peers have no
-    /// effect here.
-    pub trusted_proxies: Vec<Rule>,
-    /// What we tell peers that we are.
-    pub agent: String,
-    /// What strangers can make us hold.
-    pub limits: Limits,
-    /// Whom to have to do with at all.
-    pub access: Access,
-}
-
-impl Config {
-    /// The defaults for a node with this identity: default listeners, mDNS on, no bootstrap peers.
-    pub fn new(key: Keypair) -> Self {
-        Self {
-            key,
-            listen: None,
-            external: Vec::new(),
-            bootstrap: Vec::new(),
-            relays: Vec::new(),
-            relay_server: RelayServer::default(),
-            relay_limits: RelayLimits::default(),
-            hole_punching: true,
-            port_mapping: true,
-            mdns: true,
-            certificate: None,
-            ws_origins: Vec::new(),
-            trusted_proxies: Vec::new(),
-            agent: concat!("weft/", env!("CARGO_PKG_VERSION")).to_owned(),
-            limits: Limits::default(),
-            access: Access::default(),
-        }
-    }
-}
-
-/// Why the network did not start.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SpawnError {
-    /// TLS could not be configured.
-    #[error(transparent)]
-    Tls(#[from] tls::ConfigError),
-    /// The operating system refused something.
-    #[error("cannot start the network: {0}")]
-    Io(#[from] io::Error),
-    /// mDNS cannot watch the interfaces.
-    #[error("cannot find peers on the local network by mDNS: {0}")]
-    Mdns(io::Error),
-    /// An address cannot be listened on.
-    #[error("cannot listen on {address}: {reason}")]
-    Listen {
-        /// The address.
-        address: Multiaddr,
-        /// Why.
-        reason: String,
-    },
-    /// This machine's clock shows a time before 1970, in which no message and no record can be numbered.
-    #[error("this machine's clock shows a year before 1970; set the clock, then start again")]
-    Clock,
-    /// A bootstrap node's or a relay's address does not name its peer.
-    #[error("the address {0} does not end in /p2p/<PeerId>: without it anybody could answer there")]
-    Bootstrap(Multiaddr),
-}
-
-/// Why a peer could not be reached.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConnectError {
-    /// No address is known.
-    #[error("no address of {0} is known")]
-    NoAddress(PeerId),
-    /// Every address failed.
-    #[error("cannot reach {peer}: {reason}")]
-    Failed {
-        /// The peer.
-        peer: PeerId,
-        /// What each address returned.
-        reason: String,
-    },
-    /// Nothing answered in time.
-    #[error("{peer} did not answer within {} s", CONNECT.as_secs())]
-    TimedOut {
-        /// The peer.
-        peer: PeerId,
-    },
-    /// The network has stopped.
-    #[error("the network has stopped")]
-    Stopped,
-}
-
-/// What is known of how others reach this node.
-#[derive(Debug, Clone)]
-pub struct Reachability {
-    /// Addresses at which strangers have reached this node, or that were given as external.
-    pub public: Vec<Multiaddr>,
-    /// What others found who were asked whether they reach this node at an address.
-    pub verified: Vec<(Multiaddr, Verdict)>,
-    /// Whether the gateway is asked to forward ports ([`Config::port_mapping`]).
-    pub port_mapping: bool,
-    /// The TCP port on which this node listens for other machines.
-    pub tcp_port: Option<u16>,
-    /// The UDP port on which this node listens for other machines.
-    pub quic_port: Option<u16>,
-    /// Where the gateway says that it forwards to this node; without addresses where others have tried in vain.
-    pub mapped: Vec<Multiaddr>,
-    /// Where others see this node.
-    pub observed: Vec<Multiaddr>,
-    /// How the NAT maps the TCP port.
-    pub tcp_mapping: Mapping,
-    /// How the NAT maps the QUIC port.
-    pub quic_mapping: Mapping,
-    /// What the NAT or firewall lets in to the TCP port.
-    pub tcp_filtering: Filtering,
-    /// What the NAT or firewall lets in to the QUIC port.
-    pub quic_filtering: Filtering,
-    /// Whether UDP gets out; `None`: there was no peer to try it with.
-    pub udp: Option<bool>,
-    /// Whether this node has a public IPv6 address.
-    pub ipv6: bool,
-    /// Relays that hold a reservation for this node.
-    pub relays: Vec<PeerId>,
-    /// Whether it should have more of them.
-    pub lacks_relays: bool,
-    /// Whether this node relays for others.
-    pub is_relay: bool,
-    /// What that comes to.
-    pub relay_use: RelayUse,
-}
-
-/// A peer to stay connected to, given by [`Config::bootstrap`] or [`Config::relays`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BootstrapPeer {
-    /// The peer that has to answer there.
-    pub peer: PeerId,
-    /// The address that was given, without `/p2p`.
-    pub address: Multiaddr,
-    /// Whether there is a connection to the peer.
-    pub connected: bool,
-    /// Why the last attempt at this address failed; `None` if it has led to a connection, or was not needed yet. The
-    /// peer may be connected all the same, at another address.
-    pub error: Option<String>,
-    /// Failed attempts at this address since it last led to a connection.
-    pub failures: u32,
-}
-
-/// A connected peer.
-#[derive(Debug, Clone)]
-pub struct PeerInfo {
-    /// Who.
-    pub peer: PeerId,
-    /// The best path to it.
-    pub path: Path,
-    /// Round-trip time over that path, once measured.
-    pub rtt: Option<Duration>,
-    /// What the peer says it is; empty until it has said.
-    pub agent: String,
-    /// Open connections.
-    pub connections: usize,
-    /// Each of them, best first.
-    pub paths: Vec<PathInfo>,
-    /// From the first connection to the first that is not relayed, if the first one was.
-    pub direct_after: Option<Duration>,
-}
-
-/// One connection to a peer.
-#[derive(Debug, Clone)]
-pub struct PathInfo {
-    /// The path that it is.
-    pub path: Path,
-    /// Round-trip time, once measured.
-    pub rtt: Option<Duration>,
-    /// The share of packets sent that were lost, from 0 to 1; `None` where the transport does not tell, as TCP.
-    pub loss: Option<f64>,
-    /// Streams of our own protocols open on it, and lanes beside it.
-    pub streams: usize,
-    /// Bytes that these have received and sent since it was opened.
-    pub moved: (u64, u64),
-    /// Bytes that they have received and sent in the last second.
-    pub rate: (u64, u64),
-    /// How long it has been open.
-    pub age: Duration,
-}
 
 /// A running network. Cheap to clone; dropping the last clone stops it.
 #[derive(Debug, Clone)]
@@ -267,41 +33,6 @@ pub struct Network {
     topics: Topics,
     addresses: watch::Receiver<Addresses>,
     lowered: Option<LoweredLimits>,
-}
-
-/// A node's own addresses, without `/p2p`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Addresses {
-    /// Those given as external, those of our interfaces, and those through relays; loopback only if there is nothing else.
-    pub all: Vec<Multiaddr>,
-    /// Without the private ones, if there are others.
-    pub for_strangers: Vec<Multiaddr>,
-    /// Whether this node relays for others.
-    pub is_relay: bool,
-}
-
-#[derive(Debug)]
-pub(crate) enum Command {
-    Connect {
-        peer: PeerId,
-        destinations: Destinations,
-        reply: oneshot::Sender<Result<Path, ConnectError>>,
-    },
-    Open {
-        peer: PeerId,
-        protocol: StreamProtocol,
-        class: Class,
-        reply: oneshot::Sender<Result<Stream, OpenError>>,
-    },
-    Peers(oneshot::Sender<Vec<PeerInfo>>),
-    Check(PeerId, Duration),
-    Limits(oneshot::Sender<Vec<LimitUse>>),
-    Access(oneshot::Sender<Access>),
-    SetAccess(Access, oneshot::Sender<()>),
-    Reachability(oneshot::Sender<Reachability>),
-    Bootstrap(oneshot::Sender<Vec<BootstrapPeer>>),
-    Clock(oneshot::Sender<Option<ClockDifference>>),
-    Stop(oneshot::Sender<()>),
 }
 
 impl Network {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Failed, Trial};
 use weft_tests::lab;
 
-/// Connections in the handshake from one address (`net/src/pending.rs`).
+/// Connections in the handshake from one address (`net/src/policy/pending.rs`).
 const PER_ADDRESS: u64 = 16;
 
 fn main() -> ExitCode {

@@ -10,7 +10,7 @@ use weft_tests::lab::{self, Sent};
 const SECONDS: u64 = 60;
 
 /// Most packets that a node sends in a minute to one IP address that has not proved itself: twelve attempts of eight
-/// packets (`net/src/gate.rs`).
+/// packets (`net/src/policy/gate/mod.rs`).
 const PER_MINUTE: u64 = 12 * 8;
 
 /// Packets that one search for a port sends; there is one search in ten minutes.

@@ -3,8 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
-    net::{IpAddr, SocketAddr},
-    num::NonZeroU16,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -15,17 +14,16 @@ use libp2p::{
     multiaddr::Protocol,
     swarm::NetworkBehaviour,
 };
+use tokio::sync::watch;
 
-use super::{Driver, source};
+use super::{Addresses, Config, Driver};
 use crate::{
     Path, PathKind, Transport,
     address::{
-        any_socket, first_ip, is_link_local, is_outside, is_public, of_socket, socket,
-        socket_within,
+        any_socket, first_ip, is_link_local, is_outside, is_public, of_socket, own::Own, socket,
     },
-    autonat::Verdict,
-    mappings::{Mapped, Mapping},
-    network::Addresses,
+    nat::reach::Reach,
+    policy::gate::dialled::Dialled,
     split_peer_id,
 };
 
@@ -45,6 +43,17 @@ const MAX_CHANGED: usize = 256;
 /// The first and the longest pause before a listener that has closed is opened again.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
+/// The address of ours from which packets would go to `to` now; nothing is sent. `None`: there is no way there.
+pub(super) fn source(to: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = match to.is_ipv4() {
+        true => Ipv4Addr::UNSPECIFIED.into(),
+        false => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
 /// What of an address leads to the first machine on the way: all of it, or what stands before the relay.
 fn place(address: &Multiaddr) -> Multiaddr {
     address
@@ -63,6 +72,60 @@ fn for_strangers(all: &[Multiaddr], outside: bool) -> Vec<Multiaddr> {
     }
 }
 
+/// Our own addresses: where we listen, where others have reached us, and what others are told.
+pub(super) struct Addressing {
+    /// Listeners that have not reported an address yet.
+    pub(super) unreported: Vec<ListenerId>,
+    /// What is listened on, and what is to be again.
+    pub(super) listening: Listening,
+    /// Tells of our networks.
+    pub(super) interfaces: Option<IfWatcher>,
+    /// Our addresses by their use.
+    pub(super) own: Own,
+    /// Changes of our addresses that were not looked at yet.
+    pub(super) changes: Changes,
+    /// What was given as external.
+    pub(super) configured: HashSet<Multiaddr>,
+    /// Where strangers have reached us, and when last.
+    pub(super) public: HashMap<Multiaddr, Instant>,
+    /// Where peers see us.
+    pub(super) reach: Reach,
+    /// Where we have dialled: a packet from there proves nothing about strangers.
+    pub(super) dialled: Dialled,
+    /// We are part of a mesh beyond our own networks, or are about to be: it is told no private addresses.
+    pub(super) outside: bool,
+    /// Our addresses, for those who want to know of changes.
+    pub(super) told: watch::Sender<Addresses>,
+}
+
+impl Addressing {
+    /// `open`: the listeners, and what each was told to listen on.
+    pub(super) fn new(
+        config: &Config,
+        open: Vec<(ListenerId, Multiaddr)>,
+        dialled: Dialled,
+    ) -> Self {
+        let interfaces = IfWatcher::new().inspect_err(|error| {
+            tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialled");
+        });
+        let external = config.external.iter().cloned().map(split_peer_id);
+        let mut named = config.bootstrap.iter().chain(&config.relays);
+        Self {
+            unreported: open.iter().map(|(id, _)| *id).collect(),
+            listening: Listening::new(open),
+            interfaces: interfaces.ok(),
+            own: Own::default(),
+            changes: Changes::default(),
+            configured: external.map(|(address, _)| address).collect(),
+            public: HashMap::new(),
+            reach: Reach::default(),
+            dialled,
+            outside: named.any(is_outside),
+            told: watch::Sender::default(),
+        }
+    }
+}
+
 impl<E> Driver<E>
 where
     E: NetworkBehaviour<ToSwarm = Infallible>,
@@ -71,7 +134,7 @@ where
     pub(super) fn tell_addresses(&mut self) {
         let all = self.addresses();
         let now = Addresses {
-            for_strangers: for_strangers(&all, self.outside),
+            for_strangers: for_strangers(&all, self.addressing.outside),
             all,
             is_relay: self.is_relay(),
         };
@@ -84,7 +147,7 @@ where
         for address in tell.iter().rev().filter(|new| !told.contains(new)) {
             self.swarm.add_external_address(address.clone());
         }
-        self.told.send_if_modified(|told| {
+        self.addressing.told.send_if_modified(|told| {
             let changed = *told != now;
             *told = now;
             changed
@@ -99,7 +162,7 @@ where
             .iter()
             .cloned()
             .chain(listeners)
-            .chain(self.relays.addresses())
+            .chain(self.relaying.relays.addresses())
             .map(|address| split_peer_id(address).0)
             // A link-local address means something only together with the interface.
             .filter(|address| !is_link_local(address))
@@ -108,14 +171,14 @@ where
         if all.iter().any(|address| !local(address)) {
             all.retain(|address| !local(address));
         }
-        self.own.sort(&mut all, &outside);
+        self.addressing.own.sort(&mut all, &outside);
         all.dedup();
         all
     }
 
     /// We do not listen there any more.
     pub(super) fn on_address_gone(&mut self, address: &Multiaddr) {
-        self.public.remove(address);
+        self.addressing.public.remove(address);
         self.update_relay_server();
         self.tell_addresses();
     }
@@ -127,12 +190,14 @@ where
             return;
         };
         // Where we have dialled, a NAT or a firewall lets the answer through: that proves nothing about strangers.
-        let stranger = is_public(&from.ip()) && !self.dialled.contains(from.ip(), Instant::now());
+        let stranger =
+            is_public(&from.ip()) && !self.addressing.dialled.contains(from.ip(), Instant::now());
         if !stranger || !is_public(&at.ip()) {
             return;
         }
         let address = of_socket(at, transport);
         if self
+            .addressing
             .public
             .insert(address.clone(), Instant::now())
             .is_none()
@@ -145,45 +210,14 @@ where
 
     /// Where strangers reach us, as far as is known, what was configured, and what the gateway forwards.
     pub(super) fn reachable_at(&self) -> HashSet<Multiaddr> {
-        let known = self.configured.iter().chain(self.public.keys()).cloned();
+        let known = self
+            .addressing
+            .configured
+            .iter()
+            .chain(self.addressing.public.keys())
+            .cloned();
         let known = known.chain(self.mapped_addresses());
         known.chain(self.open_at_nat()).collect()
-    }
-
-    /// What the gateway forwards to us, if it has a public address; that of one behind another NAT leads nowhere. Without what servers have tried in
-    /// vain.
-    pub(super) fn mapped_addresses(&self) -> impl Iterator<Item = Multiaddr> {
-        let public = self.mapped.iter().filter(|(_, at)| is_public(&at.ip()));
-        let all = public.map(|(transport, at)| of_socket(*at, *transport));
-        let verdicts = &self.autonat.verdicts;
-        all.filter(|address| verdicts.of(address) != Some(Verdict::Unreachable))
-    }
-
-    /// Asks the gateway to forward the ports on which we listen for IPv4, if we are on a private network.
-    pub(super) fn map_ports(&mut self) {
-        if !self.port_mapping {
-            return;
-        }
-        for (at, transport) in self.swarm.listeners().filter_map(socket) {
-            let private = at.is_ipv4() && !at.ip().is_loopback() && !is_public(&at.ip());
-            if let (true, Some(port)) = (private, NonZeroU16::new(at.port())) {
-                self.mappings
-                    .entry(transport)
-                    .or_insert_with(|| Mapping::start(transport, port, self.maps.clone()));
-            }
-        }
-    }
-
-    /// The gateway forwards a port, or does not any more.
-    pub(super) fn on_mapped(&mut self, (transport, external): Mapped) {
-        match external {
-            Some(at) => {
-                tracing::info!(%transport, external = %at, "the gateway forwards to this node");
-                self.mapped.insert(transport, at);
-            }
-            None => drop(self.mapped.remove(&transport)),
-        }
-        self.tell_addresses();
     }
 
     /// A connection shows which of our addresses others can use.
@@ -205,23 +239,21 @@ where
         };
         // From this machine to itself, every address can be used.
         if let Some(local) = local.filter(|local| Some(*local) != remote) {
-            self.own.used(local);
+            self.addressing.own.used(local);
         }
     }
 
     /// Our addresses have changed, and have been the same for a while now, or for the first time since.
     pub(super) fn on_networks_changed(&mut self) {
         let now = Instant::now();
-        let changed = self.changes.take(now);
+        let changed = self.addressing.changes.take(now);
         let own: HashSet<IpAddr> = self.swarm.listeners().filter_map(first_ip).collect();
-        self.own.keep(&own);
-        let routes =
-            self.own.look_up_routes(source) || changed.iter().any(|ip| self.own.is_default(*ip));
+        self.addressing.own.keep(&own);
+        let routes = self.addressing.own.look_up_routes(source)
+            || changed.iter().any(|ip| self.addressing.own.is_default(*ip));
         let public = changed.iter().any(is_public);
         if routes {
-            for mapping in self.mappings.values() {
-                mapping.network_changed();
-            }
+            self.ports.network_changed();
             for bootstrap in &mut self.bootstrap {
                 bootstrap.begin_anew(now);
             }
@@ -232,46 +264,6 @@ where
         }
         self.leave_old_addresses(&changed, &own);
         self.tell_addresses();
-    }
-
-    /// Closes the connections that were opened from an address that is ours no more, and has those show that they work
-    /// whose packets may go another way now. The others are left in peace: the address of a container that starts
-    /// concerns nobody.
-    fn leave_old_addresses(&mut self, changed: &HashSet<IpAddr>, own: &HashSet<IpAddr>) {
-        let mut doubted = Vec::new();
-        let mut old = Vec::new();
-        // Many connections lead to one address.
-        let mut sources: HashMap<IpAddr, Option<IpAddr>> = HashMap::new();
-        for (id, peer) in &self.peers {
-            for (connection, c) in &peer.connections {
-                let Some(at) = socket_within(&c.path.address) else {
-                    continue;
-                };
-                if c.path.kind == PathKind::Loopback {
-                    continue;
-                }
-                let after = *sources.entry(at.ip()).or_insert_with(|| source(at));
-                let quic = c.path.transport == Transport::Quic;
-                match fate(c.source, after, quic, changed, own) {
-                    Fate::Keep => {}
-                    Fate::Doubt => doubted.push((*id, *connection)),
-                    Fate::Leave => old.push(*connection),
-                }
-            }
-        }
-        if !old.is_empty() {
-            let now = Instant::now();
-            for bootstrap in &mut self.bootstrap {
-                bootstrap.begin_anew(now);
-            }
-        }
-        for connection in old {
-            tracing::debug!(%connection, "opened from an address that is ours no more");
-            self.swarm.close_connection(connection);
-        }
-        for (peer, connection) in doubted {
-            self.doubt_one(peer, connection, crate::network::PATH_TIMEOUT);
-        }
     }
 
     /// The port of this transport on which other machines can reach this one.
@@ -286,60 +278,25 @@ where
     /// Opens again what was closed, and watches the interfaces again.
     pub(super) fn listen_again(&mut self) {
         let now = Instant::now();
-        for (address, pause) in self.listening.due(now) {
+        for (address, pause) in self.addressing.listening.due(now) {
             match self.swarm.listen_on(address.clone()) {
                 Ok(id) => {
                     tracing::info!(%address, "listening again");
-                    self.listening.opened(id, address);
+                    self.addressing.listening.opened(id, address);
                 }
                 Err(error) => {
                     tracing::debug!(%address, %error, "cannot listen again yet");
-                    self.listening.failed(address, pause, now);
+                    self.addressing.listening.failed(address, pause, now);
                 }
             }
         }
-        if self.interfaces.is_none() && self.listening.may_watch(now) {
-            self.interfaces = IfWatcher::new().ok();
-            if self.interfaces.is_some() {
+        if self.addressing.interfaces.is_none() && self.addressing.listening.may_watch(now) {
+            self.addressing.interfaces = IfWatcher::new().ok();
+            if self.addressing.interfaces.is_some() {
                 // It tells of all that there are now.
                 self.gate.forget_networks();
             }
         }
-    }
-}
-
-/// The fate of a connection after our addresses have changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    Keep,
-    /// It has to show that it works.
-    Doubt,
-    /// It is closed.
-    Leave,
-}
-
-/// Decides on a connection whose packets went out from `before` and would go out from `after` now. `own` are our
-/// addresses; those in `changed` have come or gone.
-fn fate(
-    before: Option<IpAddr>,
-    after: Option<IpAddr>,
-    quic: bool,
-    changed: &HashSet<IpAddr>,
-    own: &HashSet<IpAddr>,
-) -> Fate {
-    match (before, after) {
-        // Cut off, perhaps for a moment only.
-        (_, None) => Fate::Keep,
-        // TCP's are dead without their address, and go on from one that is still ours, even if another is preferred
-        // now; over QUIC, which goes on from the new address, nobody would tell us where we are seen now.
-        (Some(before), Some(after)) if before != after => match quic || !own.contains(&before) {
-            true => Fate::Leave,
-            false => Fate::Doubt,
-        },
-        // The same address on another network, as behind another router.
-        (Some(before), Some(_)) if changed.contains(&before) => Fate::Doubt,
-        (None, Some(_)) => Fate::Doubt,
-        (Some(_), Some(_)) => Fate::Keep,
     }
 }
 
@@ -494,46 +451,6 @@ mod tests {
 
     fn ips(all: &[&str]) -> HashSet<IpAddr> {
         all.iter().map(|ip| ip.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn only_connections_whose_way_may_have_changed_are_doubted() {
-        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
-        let (wifi, bridge, new) = ("192.168.1.7", "172.17.0.1", "10.0.0.5");
-        let own = ips(&[wifi, bridge]);
-        // A container starts.
-        assert_eq!(
-            fate(ip(wifi), ip(wifi), true, &ips(&[bridge]), &own),
-            Fate::Keep
-        );
-        assert_eq!(
-            fate(ip(wifi), ip(wifi), false, &ips(&[bridge]), &own),
-            Fate::Keep
-        );
-        // The same address came back, maybe on another network.
-        assert_eq!(
-            fate(ip(wifi), ip(wifi), false, &ips(&[wifi]), &own),
-            Fate::Doubt
-        );
-        // Cut off.
-        assert_eq!(fate(ip(wifi), None, true, &ips(&[wifi]), &own), Fate::Keep);
-        assert_eq!(fate(None, ip(wifi), true, &ips(&[wifi]), &own), Fate::Doubt);
-        // A VPN takes over: TCP goes on where it was, if it can.
-        let own = ips(&[wifi, new]);
-        assert_eq!(
-            fate(ip(wifi), ip(new), false, &ips(&[new]), &own),
-            Fate::Doubt
-        );
-        assert_eq!(
-            fate(ip(wifi), ip(new), true, &ips(&[new]), &own),
-            Fate::Leave
-        );
-        // The address is gone.
-        let own = ips(&[new]);
-        assert_eq!(
-            fate(ip(wifi), ip(new), false, &ips(&[wifi, new]), &own),
-            Fate::Leave
-        );
     }
 
     #[test]

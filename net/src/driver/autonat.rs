@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
-    io,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -14,15 +13,18 @@ use libp2p::{
 };
 use tokio::{sync::oneshot, time::timeout};
 
-use super::{Driver, How, Outcome};
+use super::{Driver, How, Outcome, accept, dialling::Dial, opened};
 use crate::{
-    Class, Filtering, Heard, Incoming, PathKind, Place, Stream, Transport,
+    AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Shares, Stream, Transport,
     address::{is_public, of_socket, socket},
-    autonat::{
-        self, AutonatError, AutonatLimits, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, Inbound,
-        Question, Verdict, Verdicts, Wanted,
+    exchange::within,
+    nat::autonat::{
+        self, AutonatError, Back, Bounds, DIAL, DIAL_BACK, DIAL_REQUEST, DialQuestion, Inbound,
+        Verdict, Verdicts, Wanted,
     },
-    gate::heard,
+    policy::gate::heard,
+    span,
+    streams::Protocols,
 };
 
 /// An address at which a stranger has come in is not given up for this long, whatever servers say: two of them may lie.
@@ -36,6 +38,9 @@ const UDP_AGAIN: Duration = Duration::from_secs(60);
 
 /// How long a request may take until the address in it is dialled, with all that is sent in advance.
 const REQUEST: Duration = Duration::from_secs(30);
+
+/// Requests to be dialled that are refused with a message at a time; what is beyond is reset.
+const MAX_REJECTIONS: usize = 64;
 
 /// What the driver remembers of it.
 pub(super) struct Autonat {
@@ -53,12 +58,14 @@ pub(super) struct Autonat {
     udp_through: Option<Instant>,
     udp_tried: Option<Instant>,
     udp_blocked: bool,
+    /// Requests to be dialled that are being refused.
+    rejections: Shares,
 }
 
 /// What a server was asked.
 struct Asked {
     server: PeerId,
-    question: Question,
+    question: DialQuestion,
     /// Its dial has come: how, and from which IP address.
     came: Option<(Back, IpAddr)>,
 }
@@ -80,10 +87,10 @@ pub(super) struct Told {
 }
 
 impl Autonat {
-    pub(super) fn new(requests: Incoming, backs: Incoming, limits: AutonatLimits) -> Self {
+    pub(super) fn new(protocols: &Protocols, limits: AutonatLimits) -> Self {
         Self {
-            requests,
-            backs,
+            requests: accept(protocols, DIAL_REQUEST),
+            backs: accept(protocols, DIAL_BACK),
             verdicts: Verdicts::default(),
             asked: HashMap::new(),
             bounds: Bounds::new(limits),
@@ -92,6 +99,7 @@ impl Autonat {
             udp_through: None,
             udp_tried: None,
             udp_blocked: false,
+            rejections: Shares::new(MAX_REJECTIONS, 1),
         }
     }
 
@@ -146,7 +154,7 @@ where
         let shown = [Transport::Tcp, Transport::Quic]
             .into_iter()
             .filter_map(|t| {
-                let seen = self.reach.candidates(t).into_iter();
+                let seen = self.addressing.reach.candidates(t).into_iter();
                 let mut seen = seen.filter(|at| is_public(&at.ip()) && !own.contains(&at.ip()));
                 Some(of_socket(seen.next()?, t))
             });
@@ -177,11 +185,11 @@ where
     /// Asks about the addresses that are due.
     pub(super) fn verify_addresses(&mut self) {
         let now = Instant::now();
-        let mut candidates: Vec<_> = self.configured.iter().cloned().collect();
+        let mut candidates: Vec<_> = self.addressing.configured.iter().cloned().collect();
         candidates.sort_by_key(Multiaddr::to_vec);
         candidates.retain(|address| socket(address).is_some());
         candidates.extend(self.own_public());
-        candidates.extend(self.mapped.iter().map(|(t, at)| of_socket(*at, *t)));
+        candidates.extend(self.ports.forwarded().map(|(t, at)| of_socket(at, t)));
         candidates.extend(self.shown_by_nat());
         let due = self.autonat.verdicts.due(&candidates, now);
         if due.is_empty() {
@@ -199,7 +207,8 @@ where
                 // One that is reached by IPv4 may have no IPv6, and the reverse.
                 .filter(|(_, place)| place.is_ipv4() == v4 && !tried.covers(place));
             // Best one that we have never sent to: what it finds, any stranger would.
-            let best = fitting.min_by_key(|(_, place)| self.dialled.contains(*place, now));
+            let best =
+                fitting.min_by_key(|(_, place)| self.addressing.dialled.contains(*place, now));
             match best {
                 Some((server, place)) => self.ask_server(*server, *place, address),
                 None => self.autonat.verdicts.put_off(&address, now),
@@ -209,7 +218,7 @@ where
 
     /// Peers in other places that answer, and where they are. Another order each time.
     fn autonat_servers(&self) -> Vec<(PeerId, IpAddr)> {
-        let (own, seen) = (self.own_ips(), self.reach.seen_at());
+        let (own, seen) = (self.own_ips(), self.addressing.reach.seen_at());
         let servers = self.peers.iter().filter(|(_, peer)| peer.autonat);
         // A map's order is no order.
         servers
@@ -243,11 +252,10 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open(server, DIAL_REQUEST, Class::Control, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
-            let result = match answer.await {
-                Ok(Ok(stream)) => autonat::ask(stream, &address, nonce).await,
-                Ok(Err(error)) => Err(io::Error::other(error).into()),
-                Err(_) => Err(AutonatError::Ended),
+        span::spawn(server, async move {
+            let result = match opened(answer).await {
+                Ok(stream) => autonat::ask(stream, &address, nonce).await,
+                Err(error) => Err(error.into()),
             };
             let told = Told {
                 address,
@@ -261,13 +269,13 @@ where
     }
 
     /// Builds the question about `address` from this node's current addresses and port mappings.
-    fn question(&self, address: &Multiaddr) -> Option<Question> {
+    fn question(&self, address: &Multiaddr) -> Option<DialQuestion> {
         let (at, transport) = socket(address)?;
         let own = self.own_ips().contains(&at.ip().to_canonical());
-        let mut mapped = self.mapped.iter();
+        let mut mapped = self.ports.forwarded();
         // A gateway forwards a mapped port for everybody, and an address of our own has no NAT before it.
-        let open = own || mapped.any(|(t, mapped)| *t == transport && *mapped == at);
-        Some(Question {
+        let open = own || mapped.any(|(t, mapped)| t == transport && mapped == at);
+        Some(DialQuestion {
             at,
             transport,
             own,
@@ -289,7 +297,7 @@ where
             return;
         }
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(server, async move {
             if let Ok(nonce) = autonat::answer(&mut stream).await {
                 // The network may have stopped.
                 let _ = outcomes.send(Outcome::CalledBack { stream, nonce }).await;
@@ -325,7 +333,7 @@ where
         let chosen = self.bootstrap.iter().any(|b| b.peer == server);
         let back = connection.as_ref().and_then(|connection| {
             let question = &asked.question;
-            let back = question.answered_by(connection, &self.dialled, chosen, now)?;
+            let back = question.answered_by(connection, &self.addressing.dialled, chosen, now)?;
             Some((back, connection.from.ip()))
         });
         if back.is_none() {
@@ -334,7 +342,7 @@ where
         }
         asked.came = back;
         // How it takes it is its affair.
-        tokio::spawn(autonat::acknowledge(stream));
+        span::spawn(server, autonat::acknowledge(stream));
     }
 
     pub(super) fn on_told(&mut self, told: Told) {
@@ -369,12 +377,12 @@ where
         if own {
             match verdict {
                 Some(Verdict::Reached) => {
-                    self.public.entry(address).or_insert(now);
+                    self.addressing.public.entry(address).or_insert(now);
                 }
                 Some(Verdict::Unreachable) => {
                     let lately = |at: &Instant| now.duration_since(*at) < PROVEN;
-                    if !self.public.get(&address).is_some_and(lately) {
-                        self.public.remove(&address);
+                    if !self.addressing.public.get(&address).is_some_and(lately) {
+                        self.addressing.public.remove(&address);
                     }
                 }
                 Some(Verdict::ByContacts) | None => {}
@@ -395,8 +403,8 @@ where
         let Some(from) = from.filter(|from| self.autonat.bounds.begin(peer, *from, now)) else {
             // Dropped, and so reset, if too many are being refused.
             let place = Place::of(stream.path());
-            if let Ok(permit) = self.rejections.take(peer, place) {
-                tokio::spawn(async move {
+            if let Ok(permit) = self.autonat.rejections.take(peer, place) {
+                span::spawn(peer, async move {
                     let _permit = permit;
                     // The peer may take it or not, but not for ever.
                     let _ = timeout(REQUEST, autonat::reject(&mut stream)).await;
@@ -404,12 +412,12 @@ where
             }
             return;
         };
-        let mut mine = self.reach.seen_at();
+        let mut mine = self.addressing.reach.seen_at();
         mine.extend(self.own_ips());
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
-            let received = timeout(REQUEST, autonat::receive(&mut stream, from, &mine)).await;
-            let wanted = match received.unwrap_or(Err(AutonatError::TimedOut)) {
+        span::spawn(peer, async move {
+            let received = within(REQUEST, autonat::receive(&mut stream, from, &mine));
+            let wanted = match received.await {
                 Ok(wanted) => wanted,
                 Err(error) => {
                     tracing::debug!(%peer, %error, "a request to be dialled came to nothing");
@@ -439,7 +447,10 @@ where
             self.autonat.bounds.ended();
             let mut stream = stream;
             // The peer may ignore the rejection.
-            tokio::spawn(async move { autonat::reject(&mut stream).await });
+            span::spawn(
+                stream.peer(),
+                async move { autonat::reject(&mut stream).await },
+            );
             return;
         }
         let probe = Probe {
@@ -475,7 +486,7 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open_on(probe.stream.peer(), id, DIAL_BACK, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn_on(probe.stream.peer(), id, async move {
             let told = match answer.await {
                 Ok(Ok(back)) => autonat::call(back, probe.wanted.nonce).await.is_ok(),
                 _ => false,
@@ -490,7 +501,7 @@ where
 
     fn probe_failed(&mut self, mut probe: Probe) {
         self.autonat.bounds.ended();
-        tokio::spawn(async move {
+        span::spawn(probe.stream.peer(), async move {
             // How it takes it is its affair.
             let _ = autonat::respond(&mut probe.stream, &probe.wanted, false, false).await;
         });
@@ -545,9 +556,9 @@ where
         }
         if let Ok(id) = self.dial_admitted(&admitted, how) {
             let addresses = admitted.addresses().to_vec();
-            self.dials.insert(
+            self.dialling.dials.insert(
                 id,
-                super::Dial {
+                Dial {
                     peer,
                     addresses,
                     name: None,

@@ -11,8 +11,12 @@ use libp2p::{
     swarm::{DialError, NetworkBehaviour},
 };
 
-use super::{Dial, Driver, attempt_error, dial_error};
-use crate::{BootstrapPeer, ConnectError, own::by_quic, split_peer_id};
+use super::{
+    Config, Driver, SpawnError,
+    dial_error::{attempt_error, dial_error},
+    dialling::Dial,
+};
+use crate::{BootstrapPeer, ConnectError, address::own::by_quic, split_peer_id};
 
 /// The first and the longest pause between attempts to reach a bootstrap node.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -49,6 +53,20 @@ impl Bootstrap {
             error: None,
             failures: 0,
         }
+    }
+
+    /// The peers that the configuration names.
+    ///
+    /// # Errors
+    /// [`SpawnError::Bootstrap`] for an address that does not name its peer.
+    pub(super) fn all(config: &Config) -> Result<Vec<Self>, SpawnError> {
+        let named = config.bootstrap.iter().chain(&config.relays);
+        named
+            .map(|address| match split_peer_id(address.clone()) {
+                (address, Some(peer)) => Ok(Self::new(peer, address)),
+                (address, None) => Err(SpawnError::Bootstrap(address)),
+            })
+            .collect()
     }
 
     /// Returns true if this is the bootstrap address `address` of `peer`.
@@ -232,7 +250,7 @@ mod tests {
     use libp2p::TransportError;
 
     use super::*;
-    use crate::gate::Source;
+    use crate::policy::gate::Source;
 
     #[test]
     fn a_tcp_address_that_leads_nowhere_is_tried_by_quic_as_well() {

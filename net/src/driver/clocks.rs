@@ -1,4 +1,4 @@
-//! Asking peers for their clocks; see [`crate::clock`].
+//! Asking peers for their clocks; see [`crate::ping::clock`].
 
 use std::{
     convert::Infallible,
@@ -10,8 +10,8 @@ use tokio::{sync::oneshot, time::timeout};
 
 use super::{Driver, Outcome};
 use crate::{
-    clock::Reading,
-    ping::{self, PING_PROTOCOL},
+    ping::{self, PING_PROTOCOL, clock::Reading},
+    span,
 };
 
 /// The longest time that a peer may take to tell its time. A slower answer says less.
@@ -44,7 +44,7 @@ where
             let streams = &mut self.swarm.behaviour_mut().streams;
             streams.open_on(peer, connection, PING_PROTOCOL, reply);
             let outcomes = self.outcomes.clone();
-            tokio::spawn(async move {
+            span::spawn_on(peer, connection, async move {
                 let told = timeout(TELL, async {
                     let mut stream = answer.await.ok()?.ok()?;
                     ping::echo(&mut stream).await.ok()?.reading

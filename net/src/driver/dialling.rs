@@ -1,6 +1,6 @@
 //! Dialling: the one place where the driver has the swarm dial, and only what the gate has admitted.
 
-use std::{convert::Infallible, time::Instant};
+use std::{collections::HashMap, convert::Infallible, time::Instant};
 
 use if_watch::{IfEvent, tokio::IfWatcher};
 use libp2p::{
@@ -10,14 +10,51 @@ use libp2p::{
         dial_opts::{DialOpts, PeerCondition},
     },
 };
+use tokio::sync::oneshot;
 
-use super::{Dial, Driver, Outcome, Peer, WantedDial, bootstrap, dial_error};
-use crate::{
-    ConnectError, PathKind,
-    address::{is_relayed, socket_within, starts_with_name},
-    gate::{Admitted, Evidence, Extent, Source, heard, is_made_up},
-    split_peer_id,
+use super::{
+    Driver, Outcome, bootstrap,
+    dial_error::dial_error,
+    guarded::WantedDial,
+    peers::{Connection, Peer},
 };
+use crate::{
+    ConnectError, Path, PathKind, Transport,
+    address::{first_ip, is_public, is_relayed, socket, socket_within, starts_with_name},
+    policy::gate::{Admitted, Evidence, Extent, Source, heard, is_made_up, resolve::Names},
+    span, split_peer_id,
+};
+
+/// A dial under way.
+#[derive(Debug)]
+pub(super) struct Dial {
+    pub(super) peer: PeerId,
+    /// Addresses that were dialled, for another try without those that turn out to be another peer's.
+    pub(super) addresses: Vec<(Source, Multiaddr)>,
+    /// The name that has led to them, without the peer.
+    pub(super) name: Option<Multiaddr>,
+}
+
+/// The dials under way, and those that wait for them.
+pub(super) struct Dialling {
+    pub(super) dials: HashMap<ConnectionId, Dial>,
+    /// Requests that wait for a connection to a peer.
+    pub(super) waiting: HashMap<PeerId, Vec<oneshot::Sender<Result<Path, ConnectError>>>>,
+    pub(super) names: Names,
+    /// The number of names that are being looked up for each peer that is to be dialled.
+    pub(super) resolving: HashMap<PeerId, usize>,
+}
+
+impl Dialling {
+    pub(super) fn new() -> Self {
+        Self {
+            dials: HashMap::new(),
+            waiting: HashMap::new(),
+            names: Names::new(),
+            resolving: HashMap::new(),
+        }
+    }
+}
 
 /// Options of a dial.
 #[derive(Debug, Clone, Copy, Default)]
@@ -64,7 +101,7 @@ where
 {
     /// Returns the evidence for the addresses of `peer`.
     pub(super) fn evidence(&self, peer: &PeerId) -> Evidence {
-        let direct = |c: &&super::Connection| c.path.kind < PathKind::Relayed;
+        let direct = |c: &&Connection| c.path.kind < PathKind::Relayed;
         let connections = self.peers.get(peer).into_iter();
         let dialled = connections
             .flat_map(|peer| peer.connections.values())
@@ -132,6 +169,62 @@ where
         self.swarm.dial(options)?;
         self.gate.began(id, admitted);
         Ok(id)
+    }
+
+    pub(super) fn on_dial_failed(&mut self, id: ConnectionId, error: &DialError) {
+        match error {
+            // Another peer has answered there, or this node itself: the destination is none that does not answer.
+            DialError::WrongPeerId { .. } | DialError::LocalPeerId { .. } => {
+                self.gate.connected(id);
+            }
+            _ => self.gate.failed(id, Instant::now()),
+        }
+        self.punching.dialled(id);
+        if self.on_probe(id, false) {
+            return;
+        }
+        let Some(dial) = self.dialling.dials.remove(&id) else {
+            return;
+        };
+        tracing::debug!(peer = %dial.peer, %error, "a dial failed");
+        self.bootstrap_dial_failed(&dial, error);
+        let Dial {
+            peer,
+            mut addresses,
+            name,
+        } = dial;
+        let quic = |(_, address): &(Source, Multiaddr)| {
+            socket(address).is_some_and(|(at, t)| t == Transport::Quic && is_public(&at.ip()))
+        };
+        // It answers over TCP, and not over UDP at the same time.
+        let answers = self.peers.get(&peer).is_some_and(Peer::is_direct);
+        let guessed = addresses
+            .iter()
+            .any(|(_, address)| self.is_guess(peer, address));
+        if answers && !guessed && !addresses.is_empty() && addresses.iter().all(quic) {
+            self.autonat.udp_got_lost(Instant::now());
+        }
+        // The first to answer ends a dial, and it was another node, as happens with private addresses from another
+        // network: the rest have not been tried.
+        let elsewhere = match error {
+            DialError::WrongPeerId { address, .. } | DialError::LocalPeerId { address } => {
+                Some(split_peer_id(address.clone()).0)
+            }
+            _ => None,
+        };
+        if let Some(elsewhere) = elsewhere {
+            let before = addresses.len();
+            addresses.retain(|(_, address)| split_peer_id(address.clone()).0 != elsewhere);
+            let fewer = !addresses.is_empty() && addresses.len() < before;
+            if fewer && self.dial_known(peer, addresses, name).is_ok() {
+                return;
+            }
+        }
+        // Another dial to the same peer may still succeed.
+        if self.is_dialling(&peer) {
+            return;
+        }
+        self.give_up(&peer, || dial_error(peer, error));
     }
 
     /// Dials a peer that is not connected. An address with a name is dialled once the name is resolved.
@@ -204,12 +297,13 @@ where
             addresses: admitted.addresses().to_vec(),
             name,
         };
-        self.dials.insert(id, dial);
+        self.dialling.dials.insert(id, dial);
         Ok(())
     }
 
     pub(super) fn is_dialling(&self, peer: &PeerId) -> bool {
-        self.dials.values().any(|dial| dial.peer == *peer) || self.resolving.contains_key(peer)
+        self.dialling.dials.values().any(|dial| dial.peer == *peer)
+            || self.dialling.resolving.contains_key(peer)
     }
 
     /// Begins to look up names; whether any is.
@@ -220,18 +314,18 @@ where
             .partition(|(source, _)| *source == Source::Given);
         let stated = stated.into_iter().map(|(_, address)| address);
         let mut all = given;
-        let few = self.names.few(stated, near, now).into_iter();
+        let few = self.dialling.names.few(stated, near, now).into_iter();
         all.extend(few.map(|address| (Source::Heard, address)));
         let mut any = false;
         for (source, name) in all {
             let given = source == Source::Given;
-            let Some(resolution) = self.names.resolve(name.clone(), given, near) else {
+            let Some(resolution) = self.dialling.names.resolve(name.clone(), given, near) else {
                 continue;
             };
             any = true;
-            *self.resolving.entry(peer).or_default() += 1;
+            *self.dialling.resolving.entry(peer).or_default() += 1;
             let outcomes = self.outcomes.clone();
-            tokio::spawn(async move {
+            span::spawn(peer, async move {
                 let resolved = Resolved {
                     peer,
                     source,
@@ -254,18 +348,18 @@ where
             found,
         } = resolved;
         let now = Instant::now();
-        if let Some(left) = self.resolving.get_mut(&peer) {
+        if let Some(left) = self.dialling.resolving.get_mut(&peer) {
             *left -= 1;
             if *left == 0 {
-                self.resolving.remove(&peer);
+                self.dialling.resolving.remove(&peer);
             }
         }
         let mut addresses = found.as_ref().cloned().unwrap_or_default();
-        self.names.done(&name, !addresses.is_empty(), now);
+        self.dialling.names.done(&name, !addresses.is_empty(), now);
         if source == Source::Given {
             self.gate.resolved(&name, &addresses);
         } else {
-            addresses.retain(|address| !crate::address::first_ip(address).is_some_and(is_made_up));
+            addresses.retain(|address| !first_ip(address).is_some_and(is_made_up));
         }
         let short = split_peer_id(name.clone()).0;
         let none = "the name leads to no address that may be dialled from here";
@@ -319,7 +413,7 @@ where
     /// No dial to `peer` is under way any more: whoever waits for one is told.
     pub(super) fn give_up(&mut self, peer: &PeerId, error: impl Fn() -> ConnectError) {
         self.refuse_circuits(peer, &error().to_string());
-        for reply in self.waiting.remove(peer).unwrap_or_default() {
+        for reply in self.dialling.waiting.remove(peer).unwrap_or_default() {
             // The caller may be gone.
             let _ = reply.send(Err(error()));
         }

@@ -17,8 +17,8 @@ use libp2p::{
     },
 };
 
-use super::{Behaviour, BehaviourEvent};
-use crate::gate::Heard;
+use super::swarm::{Behaviour, BehaviourEvent};
+use crate::policy::gate::Heard;
 
 /// Dials of behaviours that wait for the driver. It takes them at once; Kademlia alone has some hundreds of queries at
 /// most.
@@ -26,7 +26,7 @@ const MAX_WANTED: usize = 256;
 
 /// A dial that a behaviour wants.
 #[derive(Debug)]
-pub(crate) struct Wanted {
+pub(crate) struct WantedDial {
     pub(crate) peer: PeerId,
     pub(crate) heard: Heard,
 }
@@ -37,7 +37,7 @@ pub(crate) enum GuardedEvent<E: NetworkBehaviour<ToSwarm = Infallible>> {
     /// An event of one of them.
     Inner(Box<BehaviourEvent<E>>),
     /// One of them wants a peer to be dialled.
-    Wanted(Wanted),
+    Wanted(WantedDial),
 }
 
 /// The dial goes through the gate first.
@@ -51,7 +51,7 @@ pub(crate) struct Guarded<E: NetworkBehaviour<ToSwarm = Infallible>> {
     expected: HashSet<ConnectionId>,
     /// Refused, and not yet told so.
     deferred: HashSet<ConnectionId>,
-    wanted: VecDeque<Wanted>,
+    wanted: VecDeque<WantedDial>,
 }
 
 impl<E: NetworkBehaviour<ToSwarm = Infallible>> Guarded<E> {
@@ -135,7 +135,7 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> NetworkBehaviour for Guarded<E> 
         if let Some(peer) = peer.filter(|_| self.wanted.len() < MAX_WANTED) {
             let mut heard = Heard::new(addresses.iter().cloned());
             heard.extend(self.heard_of(peer));
-            self.wanted.push_back(Wanted { peer, heard });
+            self.wanted.push_back(WantedDial { peer, heard });
             self.deferred.insert(id);
         }
         Err(ConnectionDenied::new(Deferred))

@@ -14,13 +14,23 @@ use libp2p::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Driver, Outcome};
+use super::{
+    Driver, Outcome, accept,
+    peers::{Connection, Peer},
+};
 use crate::{
-    Class, Incoming, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
+    Class, Incoming, Limits, OpenError, Path, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, socket},
-    gate::{Gate, Target},
-    lane::{self, Arrival, CALL, Calls, LaneError},
-    tls::Tls,
+    policy::gate::{Gate, Target},
+    span,
+    streams::{
+        Protocols,
+        lane_call::{self, CALL, Calls},
+    },
+    transport::{
+        lane::{self, Arrivals, LaneArrival, LaneError},
+        tls::Tls,
+    },
 };
 
 /// How long a peer to which no lane could be opened gets none, unless there is a new connection to it.
@@ -32,7 +42,7 @@ const MAX_TARGETS: usize = 4;
 /// What the driver remembers of them.
 pub(super) struct Lanes {
     tls: Tls,
-    pub(super) arrivals: mpsc::Receiver<Arrival>,
+    pub(super) arrivals: mpsc::Receiver<LaneArrival>,
     /// Peers that ask to be called.
     pub(super) callers: Incoming,
     /// Lanes open, shared out by peer and by place.
@@ -81,20 +91,22 @@ fn note(gate: &Gate, target: Target, opened: bool) {
 }
 
 impl Lanes {
+    /// With the sender for the transport; `None` if lanes are disabled.
     pub(super) fn new(
         tls: Tls,
-        arrivals: mpsc::Receiver<Arrival>,
-        callers: Incoming,
-        shares: Shares,
-    ) -> Self {
-        Self {
+        limits: &Limits,
+        protocols: &Protocols,
+    ) -> (Option<Arrivals>, Self) {
+        let (arrive, arrivals) = Arrivals::new();
+        let lanes = Self {
             tls,
             arrivals,
-            callers,
-            shares,
+            callers: accept(protocols, CALL),
+            shares: Shares::new(limits.lanes, limits.lanes_per_peer),
             calls: Calls::default(),
             paused: HashMap::new(),
-        }
+        };
+        (lanes.enabled().then_some(arrive), lanes)
     }
 
     /// Returns true if lanes are enabled.
@@ -139,7 +151,7 @@ where
             Way::Call(connection) => {
                 let known = self.peers.get(&peer);
                 let known = known.and_then(|peer| peer.connections.get(connection));
-                let room = |c: &super::Connection| self.lanes.shares.has(&peer, Place::of(&c.path));
+                let room = |c: &Connection| self.lanes.shares.has(&peer, Place::of(&c.path));
                 (None, known.is_some_and(room))
             }
         };
@@ -156,7 +168,7 @@ where
         };
         let (tls, calls) = (self.lanes.tls.clone(), self.lanes.calls.clone());
         let (outcomes, gate) = (self.outcomes.clone(), self.gate.clone());
-        tokio::spawn(async move {
+        span::spawn(peer, async move {
             let opened = async {
                 match (way, permit, called) {
                     (Way::Dial(address, target), Some(permit), _) => {
@@ -167,7 +179,7 @@ where
                     (Way::Call(_), _, Some(answer)) => {
                         let stream = answer.await.map_err(|_| LaneError::Refused)?;
                         let stream = stream.map_err(io::Error::other)?;
-                        lane::be_called(stream, &calls, &protocol).await
+                        lane_call::be_called(stream, &calls, &protocol).await
                     }
                     _ => Err(LaneError::Refused),
                 }
@@ -202,7 +214,7 @@ where
         } = without;
         tracing::debug!(%peer, %error, "no lane");
         // For want of a place here, the peer is not to blame.
-        let best = self.peers.get(&peer).and_then(super::Peer::best);
+        let best = self.peers.get(&peer).and_then(Peer::best);
         if best.is_some_and(|best| self.lanes.shares.has(&peer, Place::of(&best.path))) {
             self.lanes.paused.insert(peer, Instant::now() + PAUSE);
         }
@@ -260,10 +272,10 @@ where
     }
 
     /// Somebody has dialled a lane.
-    pub(super) fn on_lane(&mut self, arrival: Arrival) {
+    pub(super) fn on_lane(&mut self, arrival: LaneArrival) {
         let peer = arrival.peer;
-        let direct = self.peers.get(&peer).is_some_and(super::Peer::is_direct)
-            && self.admits(&peer, &arrival.from);
+        let direct =
+            self.peers.get(&peer).is_some_and(Peer::is_direct) && self.admits(&peer, &arrival.from);
         let beside = self.swarm.behaviour().streams.beside(peer);
         let (true, Some(beside)) = (direct && self.lanes.enabled(), beside) else {
             tracing::debug!(%peer, "refused: a lane from a peer that is not connected");
@@ -279,8 +291,8 @@ where
         };
         let calls = self.lanes.calls.clone();
         let protocols = self.protocols.clone();
-        tokio::spawn(async move {
-            match lane::accept(arrival, permit, &calls, protocols.names()).await {
+        span::spawn(peer, async move {
+            match lane_call::accept(arrival, permit, &calls, protocols.names()).await {
                 Ok(Some((lane, protocol, permit))) => {
                     protocols.deliver(beside.stream(protocol, lane, path, permit));
                 }
@@ -307,9 +319,9 @@ where
         };
         let (tls, gate) = (self.lanes.tls.clone(), self.gate.clone());
         let protocols = self.protocols.clone();
-        tokio::spawn(async move {
+        span::spawn(peer, async move {
             let called = async {
-                let token = lane::called(&mut stream).await?;
+                let token = lane_call::called(&mut stream).await?;
                 let lane = lane::call(target, tls, peer, token, protocols.names()).await;
                 note(&gate, target, lane.is_ok());
                 lane
@@ -322,7 +334,7 @@ where
                 Err(error) => {
                     tracing::debug!(%peer, %error, "a lane that was asked for cannot be opened");
                     // How it takes it is its affair.
-                    let _ = lane::refuse(stream).await;
+                    let _ = lane_call::refuse(stream).await;
                 }
             }
         });

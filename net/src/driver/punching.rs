@@ -3,7 +3,6 @@
 use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
-    io,
     net::{IpAddr, SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
@@ -13,23 +12,27 @@ use libp2p::{
     core::Endpoint,
     swarm::{ConnectionId, NetworkBehaviour},
 };
-use tokio::{
-    sync::oneshot,
-    task::AbortHandle,
-    time::{sleep, timeout},
-};
+use tokio::{sync::oneshot, task::AbortHandle, time::sleep};
 use weft_proto::wire::UdpMapping;
 
-use super::{Driver, How, Outcome};
+use super::{Driver, How, Outcome, accept, opened, peers::Peer};
 use crate::{
-    Heard, Mapping, PathKind, Place, Stream, Transport,
+    Heard, Incoming, Mapping, PathKind, Place, Shares, Stream, Transport,
     address::{first_ip, is_link_local, is_public, of_socket, socket},
-    gate::{Admitted, Extent, heard},
-    punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
-    search,
-    seen::{self, Confirmed, MAX_WITNESSES, Question, Witness},
-    shares::Permit,
-    split_peer_id,
+    exchange::within,
+    nat::{
+        punch::{self, ATTEMPT, Candidates, HEAD_START, Plan, PunchError, Schedule, Search},
+        search,
+    },
+    policy::{
+        gate::{
+            Admitted, Extent, heard,
+            seen::{self, Confirmed, MAX_WITNESSES, Question, Witness},
+        },
+        shares::Permit,
+    },
+    span, split_peer_id,
+    streams::Protocols,
 };
 
 /// Exchanges that peers may have under way with us.
@@ -66,7 +69,6 @@ const PUNCH: How = How {
 };
 
 /// What the driver remembers of it.
-#[derive(Debug)]
 pub(super) struct Punching {
     enabled: bool,
     /// When to punch to those that we reach through a relay.
@@ -79,10 +81,18 @@ pub(super) struct Punching {
     /// Those that open many sockets are marked.
     searches: HashMap<PeerId, (bool, AbortHandle)>,
     searched: HashMap<PeerId, Instant>,
+    /// Sockets that one search for a port may open.
+    search_sockets: usize,
+    /// Peers that begin to punch to us.
+    pub(super) exchanges: Incoming,
+    /// Peers that ask whether others are where they say.
+    pub(super) witnessed: Incoming,
+    /// Such questions, shared out by peer and by place.
+    pub(super) questions: Shares,
 }
 
 impl Punching {
-    pub(super) fn new(enabled: bool) -> Self {
+    pub(super) fn new(enabled: bool, search_sockets: usize, protocols: &Protocols) -> Self {
         Self {
             enabled,
             schedules: HashMap::new(),
@@ -91,6 +101,10 @@ impl Punching {
             dials: HashMap::new(),
             searches: HashMap::new(),
             searched: HashMap::new(),
+            search_sockets,
+            exchanges: accept(protocols, punch::PROTOCOL),
+            witnessed: accept(protocols, seen::PROTOCOL),
+            questions: Shares::new(seen::MAX_QUESTIONS.0, seen::MAX_QUESTIONS.1),
         }
     }
 
@@ -142,7 +156,7 @@ where
         let seen = [Transport::Quic, Transport::Tcp]
             .into_iter()
             .flat_map(|transport| {
-                let seen = self.reach.candidates(transport).into_iter();
+                let seen = self.addressing.reach.candidates(transport).into_iter();
                 seen.map(move |at| (at, transport))
             });
         // Addresses that a neighbour sees are for a mesh on a network of its own.
@@ -155,7 +169,7 @@ where
         let own = outside.iter().chain(self.swarm.listeners());
         let own = own.map(|address| split_peer_id(address.clone()).0);
         let mut own: Vec<_> = own.filter(|address| socket(address).is_some()).collect();
-        self.own.sort(&mut own, &outside);
+        self.addressing.own.sort(&mut own, &outside);
         let mut private = Vec::new();
         for address in own {
             let Some((at, _)) = socket(&address) else {
@@ -172,7 +186,7 @@ where
             let mut seen = HashSet::new();
             list.retain(|address| seen.insert(address.clone()));
             // The other side dials the first few.
-            self.own.order(&mut list, &outside);
+            self.addressing.own.order(&mut list, &outside);
             list.truncate(punch::MAX_ADDRESSES / 2);
             mine.addresses.extend(list);
         }
@@ -184,14 +198,18 @@ where
     fn udp_mapping(&self) -> UdpMapping {
         let own: Vec<_> = self.swarm.listeners().filter_map(socket).collect();
         let ips: Vec<_> = own.iter().map(|(at, _)| at.ip()).collect();
-        let mut seen = self.reach.candidates(Transport::Quic).into_iter();
+        let mut seen = self
+            .addressing
+            .reach
+            .candidates(Transport::Quic)
+            .into_iter();
         let Some(seen) = seen.find(|at| at.is_ipv4()) else {
             return UdpMapping::Unspecified;
         };
         let preserved = own
             .iter()
             .any(|(at, transport)| *transport == Transport::Quic && at.port() == seen.port());
-        match self.reach.mapping(Transport::Quic, &ips) {
+        match self.addressing.reach.mapping(Transport::Quic, &ips) {
             Mapping::EndpointDependent => UdpMapping::EndpointDependent,
             Mapping::Unknown if !preserved => UdpMapping::EndpointDependent,
             _ => UdpMapping::EndpointIndependent,
@@ -200,7 +218,7 @@ where
 
     /// Begins to punch to all that are reached through a relay, where that is due.
     pub(super) fn punch_all(&mut self) {
-        let relayed = |(id, peer): (&PeerId, &super::Peer)| peer.to_punch().map(|_| *id);
+        let relayed = |(id, peer): (&PeerId, &Peer)| peer.to_punch().map(|_| *id);
         let peers: Vec<_> = self.peers.iter().filter_map(relayed).collect();
         if !peers.is_empty() {
             let mine = self.candidates();
@@ -221,7 +239,7 @@ where
         if !punching.enabled || !punching.may_begin(&id) || !punching.may_dial(&id, now) {
             return;
         }
-        let Some(connection) = self.peers.get(&id).and_then(super::Peer::to_punch) else {
+        let Some(connection) = self.peers.get(&id).and_then(Peer::to_punch) else {
             return;
         };
         let schedules = &mut self.punching.schedules;
@@ -234,23 +252,19 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open_on(id, connection, punch::PROTOCOL, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn_on(id, connection, async move {
             let exchange = async {
-                let plan = match answer.await {
-                    Ok(Ok(stream)) => punch::initiate(stream, &mine).await?,
-                    Ok(Err(error)) => return Err(io::Error::other(error).into()),
-                    Err(_) => return Err(PunchError::Ended),
-                };
+                let plan = punch::initiate(opened(answer).await?, &mine).await?;
                 sleep(plan.wait).await;
                 Ok(plan)
             };
-            let result = timeout(EXCHANGE, exchange).await;
+            let result = within(EXCHANGE, exchange).await;
             // The network may have stopped.
             let _ = outcomes
                 .send(Outcome::Exchanged {
                     peer: id,
                     initiator: true,
-                    result: result.unwrap_or(Err(PunchError::TimedOut)),
+                    result,
                 })
                 .await;
         });
@@ -260,7 +274,7 @@ where
     pub(super) fn respond(&mut self, stream: Stream) {
         let id = stream.peer();
         let now = Instant::now();
-        let direct = self.peers.get(&id).is_none_or(super::Peer::is_direct);
+        let direct = self.peers.get(&id).is_none_or(Peer::is_direct);
         let punching = &mut self.punching;
         let responded = &mut punching.responded;
         responded.retain(|_, at| now.duration_since(*at) < RESPOND_AGAIN);
@@ -279,7 +293,7 @@ where
         punching.responded.insert(id, now);
         let mine = self.candidates();
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(id, async move {
             let result = punch::respond(stream, &mine).await;
             // The network may have stopped.
             let _ = outcomes
@@ -308,7 +322,7 @@ where
             };
             schedule.exchanged(attempt, Instant::now());
         }
-        if self.peers.get(&peer).is_none_or(super::Peer::is_direct) {
+        if self.peers.get(&peer).is_none_or(Peer::is_direct) {
             return;
         }
         match result {
@@ -320,7 +334,7 @@ where
     /// A search has shown from which socket `peer` can be reached, and where.
     pub(super) fn on_found(&mut self, peer: PeerId, socket: UdpSocket, address: SocketAddr) {
         self.punching.searches.remove(&peer);
-        if self.peers.get(&peer).is_none_or(super::Peer::is_direct) {
+        if self.peers.get(&peer).is_none_or(Peer::is_direct) {
             return;
         }
         tracing::debug!(%peer, %address, "a search has found the way");
@@ -425,8 +439,8 @@ where
         };
         let task = match search {
             Search::OpenMany { token, .. } => {
-                let (outcomes, sockets) = (self.outcomes.clone(), self.search_sockets);
-                tokio::spawn(async move {
+                let (outcomes, sockets) = (self.outcomes.clone(), self.punching.search_sockets);
+                span::spawn(peer, async move {
                     let Some((targets, effort)) = admitted.await else {
                         return;
                     };
@@ -449,7 +463,7 @@ where
                 let Some(socket) = self.sockets.listening(target.ip()) else {
                     return;
                 };
-                tokio::spawn(async move {
+                span::spawn(peer, async move {
                     let Some((mut targets, effort)) = admitted.await else {
                         return;
                     };
@@ -485,7 +499,8 @@ where
             let Some((connection, _)) = direct else {
                 continue;
             };
-            let ours = self.bootstrap.iter().any(|b| b.peer == *id) || self.relays.holds(id);
+            let ours =
+                self.bootstrap.iter().any(|b| b.peer == *id) || self.relaying.relays.holds(id);
             if ours && chosen < MAX_WITNESSES {
                 chosen += 1;
                 witnesses.push((Witness::Chosen, *id, *connection));
@@ -512,12 +527,12 @@ where
     /// A peer asks whether another is where it says.
     pub(super) fn on_seen_question(&mut self, mut stream: Stream) {
         let place = Place::of(stream.path());
-        let Ok(permit) = self.questions.take(stream.peer(), place) else {
+        let Ok(permit) = self.punching.questions.take(stream.peer(), place) else {
             // Dropped, and so reset.
             return;
         };
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
+        span::spawn(stream.peer(), async move {
             // A malformed question gets no answer.
             let Ok(question) = seen::receive(&mut stream).await else {
                 return;
@@ -543,7 +558,7 @@ where
             .collect();
         let asked = question.ips.iter().copied();
         let seen: Vec<_> = asked.filter(|ip| seen.contains(&IpAddr::V4(*ip))).collect();
-        tokio::spawn(async move {
+        span::spawn(stream.peer(), async move {
             // The asker may be gone.
             let _ = seen::answer(&mut stream, &seen).await;
             sleep(seen::SETTLES).await;
@@ -556,6 +571,10 @@ where
 mod tests {
     use super::*;
 
+    fn idle() -> Punching {
+        Punching::new(true, search::SOCKETS, &Protocols::default())
+    }
+
     #[test]
     fn of_two_exchanges_that_cross_one_goes_on() {
         let mut ids = [PeerId::random(), PeerId::random()];
@@ -563,7 +582,7 @@ mod tests {
         let [low, high] = ids;
         let now = Instant::now();
         let begun = |peer| {
-            let mut punching = Punching::new(true);
+            let mut punching = idle();
             let mut schedule = Schedule::new(now);
             schedule.begin();
             punching.schedules.insert(peer, schedule);
@@ -578,13 +597,13 @@ mod tests {
         assert!(!at_high.may_begin(&low));
         assert!(!at_high.may_answer(&high, &low));
         // One that has not begun answers whoever asks.
-        let idle = Punching::new(true);
+        let idle = idle();
         assert!(idle.may_begin(&high) && idle.may_answer(&low, &high));
     }
 
     #[test]
     fn dials_of_exchanges_are_bounded_and_do_not_hold_up_the_next_attempt() {
-        let mut punching = Punching::new(true);
+        let mut punching = idle();
         let (peer, now) = (PeerId::random(), Instant::now());
         let mut next = 0;
         let mut dial = |punching: &mut Punching, peer, at| {

@@ -1,18 +1,27 @@
 //! Relays as the driver deals with them: those that serve us, and being one.
 
-use std::{collections::HashSet, convert::Infallible, io, net::IpAddr, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    convert::Infallible,
+    io,
+    net::IpAddr,
+    time::Instant,
+};
 
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::NetworkBehaviour};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
-use super::{Driver, Outcome};
+use super::{Driver, Outcome, accept, opened, peers::Peer};
 use crate::{
     Class, Config, Incoming, OpenError, PathKind, RelayLimits, RelayServer, Stream, Transport,
     address::{dialable_from, first_ip, is_public, is_relayed, socket, starts_with_name},
-    circuit::{self, Arrival, CircuitError, DialRequest, Grant, HOP, STOP},
-    relay_server::Need,
-    relays::Candidate,
-    split_peer_id,
+    relay::{
+        circuit::{self, CircuitArrival, CircuitError, Circuits, DialRequest, Grant, HOP, STOP},
+        reservations::{Candidate, Relays},
+        server::{Need, Server},
+    },
+    span, split_peer_id,
+    streams::Protocols,
 };
 
 /// Addresses through one relay that are given to others.
@@ -40,11 +49,62 @@ fn modest() -> RelayLimits {
 
 /// Returns the limits of this node as a relay: those that the operator has set. If the operator has neither turned
 /// relaying on nor set a limit, the limits are small.
-pub(super) fn limits(config: &Config) -> RelayLimits {
+fn limits(config: &Config) -> RelayLimits {
     let unasked = config.relay_server == RelayServer::Auto;
     match unasked && config.relay_limits == RelayLimits::default() {
         true => modest(),
         false => config.relay_limits.clone(),
+    }
+}
+
+/// Relaying: the relays that serve this node, circuits, and this node as a relay for others.
+pub(super) struct Relaying {
+    pub(super) relays: Relays,
+    /// When those that hold a reservation for us last had to show that they are there.
+    pub(super) checked: Instant,
+    /// Relays that the configuration names.
+    preferred: HashSet<PeerId>,
+    /// Whether to be a relay for others.
+    mode: RelayServer,
+    /// Dials through relays.
+    pub(super) dials: mpsc::Receiver<DialRequest>,
+    /// Those that wait for a connection to their relay.
+    waiting: HashMap<PeerId, Vec<DialRequest>>,
+    /// Circuits that lead here, to the transport.
+    arrivals: mpsc::Sender<CircuitArrival>,
+    pub(super) stops: Incoming,
+    /// This node as a relay.
+    pub(super) server: Server,
+    pub(super) needs: mpsc::Receiver<Need>,
+    /// Requests to it, while it is one.
+    pub(super) hops: Option<Incoming>,
+}
+
+impl Relaying {
+    /// With the transport that carries circuits.
+    pub(super) fn new(config: &Config, protocols: &Protocols) -> (Circuits, Self) {
+        let (circuits, dials, arrivals) = Circuits::new();
+        let (server, needs) = Server::new(config.key.clone(), limits(config));
+        let preferred = config.relays.iter().cloned().map(split_peer_id);
+        let relaying = Self {
+            relays: Relays::default(),
+            checked: Instant::now(),
+            preferred: preferred.filter_map(|(_, peer)| peer).collect(),
+            mode: config.relay_server,
+            dials,
+            waiting: HashMap::new(),
+            arrivals,
+            stops: accept(protocols, STOP),
+            server,
+            needs,
+            hops: None,
+        };
+        (circuits, relaying)
+    }
+
+    /// Returns true while either side holds a reservation on the other.
+    fn ties(&self, peer: &PeerId) -> bool {
+        self.relays.holds(peer) || self.server.holds(peer)
     }
 }
 
@@ -81,14 +141,14 @@ where
             };
             Some(Candidate {
                 peer: *id,
-                preferred: self.preferred_relays.contains(id),
+                preferred: self.relaying.preferred.contains(id),
                 rtt: connection.rtt,
                 address: split_peer_id(address).0,
             })
         });
         let now = Instant::now();
-        for candidate in self.relays.wanted(candidates.collect(), now) {
-            self.relays.asked(&candidate, now);
+        for candidate in self.relaying.relays.wanted(candidates.collect(), now) {
+            self.relaying.relays.asked(&candidate, now);
             self.ask_relay(candidate.peer);
         }
     }
@@ -100,12 +160,12 @@ where
             socket(address)
                 .is_some_and(|(at, t)| t == Transport::Tcp && at.port() == WEB && at.is_ipv4())
         };
-        self.relay_server != RelayServer::Always && !self.reachable_at().iter().any(for_all)
+        self.relaying.mode != RelayServer::Always && !self.reachable_at().iter().any(for_all)
     }
 
     /// Whether more relays should be found than are known.
     pub(super) fn lacks_relays(&self) -> bool {
-        self.needs_relays() && self.relays.lacks()
+        self.needs_relays() && self.relaying.relays.lacks()
     }
 
     fn ask_relay(&mut self, relay: PeerId) {
@@ -113,11 +173,10 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         streams.open(relay, HOP, Class::Control, reply);
         let outcomes = self.outcomes.clone();
-        tokio::spawn(async move {
-            let result = match answer.await {
-                Ok(Ok(stream)) => circuit::reserve(stream, relay).await,
-                Ok(Err(error)) => Err(io::Error::other(error).into()),
-                Err(_) => Err(CircuitError::Ended),
+        span::spawn(relay, async move {
+            let result = match opened(answer).await {
+                Ok(stream) => circuit::reserve(stream, relay).await,
+                Err(error) => Err(error.into()),
             };
             // The network may have stopped.
             let _ = outcomes.send(Outcome::Reserved { relay, result }).await;
@@ -138,7 +197,10 @@ where
             return self.lose_relay(&relay);
         }
         let now = Instant::now();
-        let granted = self.relays.granted(relay, addresses, grant.holds, now);
+        let granted = self
+            .relaying
+            .relays
+            .granted(relay, addresses, grant.holds, now);
         let Some(before) = granted else {
             return;
         };
@@ -183,7 +245,7 @@ where
 
     /// The reservation is gone, or was not granted.
     pub(super) fn lose_relay(&mut self, relay: &PeerId) {
-        let Some(addresses) = self.relays.lost(relay, Instant::now()) else {
+        let Some(addresses) = self.relaying.relays.lost(relay, Instant::now()) else {
             return;
         };
         self.update_kept(*relay);
@@ -195,7 +257,7 @@ where
     }
 
     pub(super) fn renew_relays(&mut self) {
-        for relay in self.relays.due(Instant::now()) {
+        for relay in self.relaying.relays.due(Instant::now()) {
             self.ask_relay(relay);
         }
     }
@@ -203,7 +265,7 @@ where
     /// Somebody here dials through a relay.
     pub(super) fn on_circuit_wanted(&mut self, request: DialRequest) {
         let relay = request.relay;
-        if self.peers.get(&relay).is_some_and(super::Peer::is_direct) {
+        if self.peers.get(&relay).is_some_and(Peer::is_direct) {
             return self.open_circuit(request);
         }
         let dialled = match request.address.is_empty() {
@@ -220,7 +282,12 @@ where
                 .map_err(|error| error.to_string()),
         };
         match dialled {
-            Ok(()) => self.circuits_wanted.entry(relay).or_default().push(request),
+            Ok(()) => self
+                .relaying
+                .waiting
+                .entry(relay)
+                .or_default()
+                .push(request),
             Err(error) => {
                 // Whoever asked may be gone.
                 let _ = request.reply.send(Err(io::Error::other(error)));
@@ -230,14 +297,14 @@ where
 
     /// There is a direct connection to `relay` now.
     pub(super) fn open_circuits(&mut self, relay: &PeerId) {
-        for request in self.circuits_wanted.remove(relay).unwrap_or_default() {
+        for request in self.relaying.waiting.remove(relay).unwrap_or_default() {
             self.open_circuit(request);
         }
     }
 
     /// No connection to `relay` came about.
     pub(super) fn refuse_circuits(&mut self, relay: &PeerId, error: &str) {
-        for request in self.circuits_wanted.remove(relay).unwrap_or_default() {
+        for request in self.relaying.waiting.remove(relay).unwrap_or_default() {
             let error = io::Error::other(format!("cannot reach the relay: {error}"));
             // Whoever asked may be gone.
             let _ = request.reply.send(Err(error));
@@ -249,7 +316,7 @@ where
         let streams = &mut self.swarm.behaviour_mut().streams;
         // Models may pass through it.
         streams.open(request.relay, HOP, Class::Bulk, reply);
-        tokio::spawn(async move {
+        span::spawn(request.relay, async move {
             let result = async {
                 let mut stream = answer
                     .await
@@ -269,16 +336,16 @@ where
     /// A relay offers a circuit that somebody has asked for.
     pub(super) fn on_circuit_offered(&mut self, mut stream: Stream) {
         let relay = stream.peer();
-        if stream.path().kind == PathKind::Relayed || !self.relays.knows(&relay) {
+        if stream.path().kind == PathKind::Relayed || !self.relaying.relays.knows(&relay) {
             // Dropped, and so reset: it is not one of ours.
             return;
         }
         let address = split_peer_id(stream.path().address.clone()).0;
-        let arrivals = self.arrivals.clone();
-        tokio::spawn(async move {
+        let arrivals = self.relaying.arrivals.clone();
+        span::spawn(relay, async move {
             match circuit::accept(&mut stream).await {
                 Ok(source) => {
-                    let arrival = Arrival {
+                    let arrival = CircuitArrival {
                         source,
                         relay: address.with(Protocol::P2p(relay)),
                         stream,
@@ -295,11 +362,11 @@ where
     /// Serves as a relay if told to, or if strangers reach us; stops if they do not any more.
     pub(super) fn update_relay_server(&mut self) {
         let serve = self.is_relay();
-        if serve == self.hops.is_some() {
+        if serve == self.relaying.hops.is_some() {
             return;
         }
         // What is not accepted is not advertised either.
-        self.hops = match serve {
+        self.relaying.hops = match serve {
             true => self.protocols.accept(HOP).ok(),
             false => None,
         };
@@ -307,25 +374,27 @@ where
     }
 
     pub(super) fn is_relay(&self) -> bool {
-        match self.relay_server {
+        match self.relaying.mode {
             RelayServer::Always => true,
             RelayServer::Never => false,
             // A forwarded port is somebody's home: that alone is no offer to relay.
-            RelayServer::Auto => !self.public.is_empty() || !self.configured.is_empty(),
+            RelayServer::Auto => {
+                !self.addressing.public.is_empty() || !self.addressing.configured.is_empty()
+            }
         }
     }
 
     /// A request to this node as a relay.
     pub(super) fn on_hop(&mut self, stream: Stream) {
         let addresses = self.relay_addresses();
-        self.server.serve(stream, addresses);
+        self.relaying.server.serve(stream, addresses);
     }
 
     /// What reservations here name. One that strangers reach at one port is taken to be reached at the others.
     fn relay_addresses(&self) -> Vec<Multiaddr> {
         let reachable = self.reachable_at();
         let reached: HashSet<IpAddr> = reachable.iter().filter_map(first_ip).collect();
-        let all = self.relay_server == RelayServer::Always;
+        let all = self.relaying.mode == RelayServer::Always;
         let own = self.addresses().into_iter();
         own.filter(|address| {
             !is_relayed(address) && first_ip(address).is_none_or(|ip| all || reached.contains(&ip))
@@ -334,11 +403,11 @@ where
     }
 
     pub(super) fn on_need(&mut self, need: Need) {
-        let direct = |peer| self.peers.get(peer).is_some_and(super::Peer::is_direct);
+        let direct = |peer| self.peers.get(peer).is_some_and(Peer::is_direct);
         match need {
             Need::Keep(peer) if direct(&peer) => self.update_kept(peer),
             // It went away in the meantime.
-            Need::Keep(peer) => self.server.disconnected(&peer),
+            Need::Keep(peer) => self.relaying.server.disconnected(&peer),
             Need::Open(peer, reply) => {
                 if direct(&peer) {
                     let streams = &mut self.swarm.behaviour_mut().streams;
@@ -353,20 +422,20 @@ where
 
     /// There is no direct connection to `peer` any more.
     pub(super) fn on_direct_lost(&mut self, peer: &PeerId) {
-        self.server.disconnected(peer);
+        self.relaying.server.disconnected(peer);
         self.update_kept(*peer);
         self.lose_relay(peer);
     }
 
     /// A connection is kept while either side holds a reservation on the other.
     fn update_kept(&mut self, peer: PeerId) {
-        let kept = self.relays.holds(&peer) || self.server.holds(&peer);
+        let kept = self.relaying.ties(&peer);
         self.swarm.behaviour_mut().streams.keep(peer, kept);
     }
 
     /// Reservations here that were not renewed.
     pub(super) fn expire_reservations(&mut self) {
-        for peer in self.server.expire() {
+        for peer in self.relaying.server.expire() {
             self.update_kept(peer);
         }
     }

@@ -29,7 +29,7 @@ use weft_proto::{
 use super::*;
 use crate::{
     Config, Network, Reachability,
-    limits::Memory,
+    policy::limits::Memory,
     streams::{self, Protocols},
 };
 

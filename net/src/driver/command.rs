@@ -1,0 +1,63 @@
+//! The requests that a handle to the network sends to the driver.
+
+use std::time::Duration;
+
+use libp2p::{PeerId, StreamProtocol};
+use tokio::sync::oneshot;
+
+use super::info::{BootstrapPeer, PeerInfo, Reachability};
+use crate::{Access, Class, ClockDifference, Destinations, LimitUse, OpenError, Path, Stream};
+
+/// How long [`Network::connect`](crate::Network::connect) tries.
+pub(crate) const CONNECT: Duration = Duration::from_secs(15);
+
+/// Why a peer could not be reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// No address is known.
+    #[error("no address of {0} is known")]
+    NoAddress(PeerId),
+    /// Every address failed.
+    #[error("cannot reach {peer}: {reason}")]
+    Failed {
+        /// The peer.
+        peer: PeerId,
+        /// What each address returned.
+        reason: String,
+    },
+    /// Nothing answered in time.
+    #[error("{peer} did not answer within {} s", CONNECT.as_secs())]
+    TimedOut {
+        /// The peer.
+        peer: PeerId,
+    },
+    /// The network has stopped.
+    #[error("the network has stopped")]
+    Stopped,
+}
+
+/// A request; its answer goes to `reply`, or to the sender that it carries.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Connect {
+        peer: PeerId,
+        destinations: Destinations,
+        reply: oneshot::Sender<Result<Path, ConnectError>>,
+    },
+    Open {
+        peer: PeerId,
+        protocol: StreamProtocol,
+        class: Class,
+        reply: oneshot::Sender<Result<Stream, OpenError>>,
+    },
+    Peers(oneshot::Sender<Vec<PeerInfo>>),
+    Check(PeerId, Duration),
+    Limits(oneshot::Sender<Vec<LimitUse>>),
+    Access(oneshot::Sender<Access>),
+    SetAccess(Access, oneshot::Sender<()>),
+    Reachability(oneshot::Sender<Reachability>),
+    Bootstrap(oneshot::Sender<Vec<BootstrapPeer>>),
+    Clock(oneshot::Sender<Option<ClockDifference>>),
+    Stop(oneshot::Sender<()>),
+}

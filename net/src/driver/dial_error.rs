@@ -1,0 +1,71 @@
+//! The errors of dials in words that a person can make use of.
+
+use std::io;
+
+use libp2p::{PeerId, TransportError, swarm::DialError};
+
+use super::ConnectError;
+
+/// What a person can make use of.
+pub(super) fn dial_error(peer: PeerId, error: &DialError) -> ConnectError {
+    let reason = match error {
+        DialError::NoAddresses => return ConnectError::NoAddress(peer),
+        DialError::Transport(attempts) => attempts
+            .iter()
+            .map(|(address, error)| format!("{address}: {}", attempt_error(error)))
+            .collect::<Vec<_>>()
+            .join("; "),
+        DialError::WrongPeerId { obtained, .. } => {
+            format!("another node ({obtained}) answers there")
+        }
+        DialError::LocalPeerId { .. } => "that is this node itself".to_owned(),
+        DialError::Denied { cause } => match std::error::Error::source(cause) {
+            Some(source) => source.to_string(),
+            None => cause.to_string(),
+        },
+        error => error.to_string(),
+    };
+    ConnectError::Failed { peer, reason }
+}
+
+/// Why one address did not lead to a connection.
+pub(super) fn attempt_error(error: &TransportError<io::Error>) -> String {
+    match error {
+        TransportError::Other(error) => innermost(error),
+        TransportError::MultiaddrNotSupported(_) => "not an address this node can dial".to_owned(),
+    }
+}
+
+/// The cause at the end of the chain: the layers above it only say that something below failed.
+fn innermost(error: &io::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    loop {
+        let below = match cause.downcast_ref::<io::Error>() {
+            Some(io) => io.get_ref().map(|inner| inner as &dyn std::error::Error),
+            None => cause.source(),
+        };
+        match below {
+            Some(below) => cause = below,
+            None => return plain(&cause.to_string()),
+        }
+    }
+}
+
+/// A library's text for a connection that the other side closed early, in words that help.
+fn plain(text: &str) -> String {
+    let closed = [
+        "close_notify",
+        "Protocol negotiation failed",
+        "unexpected end of file",
+    ];
+    if closed.iter().any(|part| text.contains(part)) {
+        return "the other side closed the connection before the handshake was over; it may be full, block this \
+                node, or be no Weft node"
+            .to_owned();
+    }
+    // Links into a library's documentation say nothing to its users' users.
+    match text.split_once(": https://") {
+        Some((text, _)) => text.to_owned(),
+        None => text.to_owned(),
+    }
+}

@@ -1,0 +1,420 @@
+//! Whether connections still work and are of use: pings, doubts, and closing what a better connection has replaced, what
+//! an old address has left behind, and what memory does not suffice for.
+
+use std::{
+    collections::{HashMap, HashSet},
+    convert::Infallible,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    PeerId,
+    swarm::{ConnectionId, NetworkBehaviour},
+};
+use tokio::{
+    sync::oneshot,
+    time::{timeout, timeout_at},
+};
+
+use super::{Driver, Outcome, PATH_TIMEOUT, accept, addresses::source, peers::Connection};
+use crate::{
+    Incoming, PathKind, Place, Shares, Stream, Transport,
+    address::socket_within,
+    ping::{self, PING_PROTOCOL},
+    policy::crowd::Worth,
+    span,
+    streams::Protocols,
+};
+
+/// How long a connection that a better one has replaced is kept for what may still be under way on it.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// A connection whose last ping took longer is slow: a queue of 1 kB in front of 20 kbit/s. And how long such a
+/// connection has to show that it still works.
+pub(super) const SLOW_RTT: Duration = Duration::from_millis(400);
+const SLOW_PATH_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The same where another connection to the peer has come up, which is used meanwhile: two round trips through a full
+/// queue of 20 kB in front of 20 kbit/s.
+pub(super) const REPLACED_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How often a relay that holds a place for us has to show that it is there.
+const RELAY_CHECK: Duration = Duration::from_secs(5);
+
+/// Connections closed in a second while the node is short of memory.
+const SHED: usize = 8;
+
+/// Streams of pings answered at a time, in all and of one peer. A peer in doubt about all its connections opens one on
+/// each, eight at most. A stream on which nothing comes for 10 s ends.
+const MAX_PINGERS: usize = 256;
+const MAX_PINGERS_PER_PEER: usize = 12;
+
+/// The peers that check whether their connections to this node work.
+pub(super) struct Liveness {
+    /// Streams of pings that peers open.
+    pub(super) pings: Incoming,
+    /// Those that are answered, shared out by peer and by place.
+    pub(super) pingers: Shares,
+}
+
+impl Liveness {
+    pub(super) fn new(protocols: &Protocols) -> Self {
+        Self {
+            pings: accept(protocols, PING_PROTOCOL),
+            pingers: Shares::new(MAX_PINGERS, MAX_PINGERS_PER_PEER),
+        }
+    }
+}
+
+impl<E> Driver<E>
+where
+    E: NetworkBehaviour<ToSwarm = Infallible>,
+{
+    /// A peer opens a stream of pings.
+    pub(super) fn on_pings(&self, stream: Stream) {
+        // Dropped, and so reset, if there are too many.
+        let place = Place::of(stream.path());
+        if let Ok(permit) = self.liveness.pingers.take(stream.peer(), place) {
+            span::spawn(stream.peer(), async move {
+                let _permit = permit;
+                // How it ends is the peer's affair.
+                let _ = ping::answer_pings(stream).await;
+            });
+        }
+    }
+
+    /// A ping has measured the round trip of a connection, or was not answered.
+    pub(super) fn on_ping(&mut self, event: libp2p::ping::Event) {
+        match event.result {
+            Ok(rtt) => {
+                if let Some(connection) = self
+                    .peers
+                    .get_mut(&event.peer)
+                    .and_then(|peer| peer.connections.get_mut(&event.connection))
+                {
+                    connection.rtt = Some(rtt);
+                }
+            }
+            Err(libp2p::ping::Failure::Unsupported) => {}
+            // On a slow link a ping may wait behind content for longer than its patience: a path that carries anything
+            // else is kept. libp2p leaves closing it to us.
+            Err(error) => {
+                tracing::debug!(peer = %event.peer, %error, "no answer to a ping");
+                self.doubt_unless_slow(event.peer, None, SLOW_PATH_TIMEOUT);
+            }
+        }
+    }
+
+    /// Has the relays that hold places for us show that they are there: the loss of one is to be noticed within seconds.
+    pub(super) fn check_relays(&mut self) {
+        let now = Instant::now();
+        if now.duration_since(self.relaying.checked) >= RELAY_CHECK {
+            self.relaying.checked = now;
+            for relay in self.relaying.relays.held() {
+                self.doubt(relay, PATH_TIMEOUT);
+            }
+        }
+    }
+
+    /// Has the connections to `peer` show that they still work, and closes those that do not: after a change of network
+    /// nothing else tells for half a minute.
+    pub(super) fn doubt(&mut self, peer: PeerId, patience: Duration) {
+        let connections = self.peers.get(&peer).into_iter();
+        let connections = connections.flat_map(|peer| peer.connections.keys());
+        let doubted: Vec<_> = connections.copied().collect();
+        for connection in doubted {
+            self.doubt_one(peer, connection, patience);
+        }
+    }
+
+    /// Doubts the connections to `peer` other than `except`; those that are slow have the time `slow`: on a full link
+    /// of 20 kbit/s, TCP sends a lost packet again after 24 s.
+    pub(super) fn doubt_unless_slow(
+        &mut self,
+        peer: PeerId,
+        except: Option<ConnectionId>,
+        slow: Duration,
+    ) {
+        let connections = self.peers.get(&peer).into_iter();
+        let connections = connections.flat_map(|peer| &peer.connections);
+        let doubted: Vec<_> = connections
+            .filter(|(id, _)| Some(**id) != except)
+            .map(|(id, connection)| match connection.is_slow() {
+                true => (*id, slow),
+                false => (*id, PATH_TIMEOUT),
+            })
+            .collect();
+        for (connection, patience) in doubted {
+            self.doubt_one(peer, connection, patience);
+        }
+    }
+
+    /// Has one connection show within `patience` that it still works.
+    pub(super) fn doubt_one(&mut self, peer: PeerId, connection: ConnectionId, patience: Duration) {
+        let (reply, answer) = oneshot::channel();
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        streams.open_on(peer, connection, PING_PROTOCOL, reply);
+        streams.doubt(connection, true);
+        let before = streams.moved(connection).map_or(0, |moved| moved.0);
+        let outcomes = self.outcomes.clone();
+        span::spawn_on(peer, connection, async move {
+            let deadline = Instant::now() + patience;
+            let alive = match timeout(patience, answer).await {
+                Ok(Ok(Ok(mut stream))) => {
+                    // Any answer will do, also a refusal: what is dead gives none.
+                    let answered = timeout_at(deadline.into(), ping::echo(&mut stream)).await;
+                    answered.is_ok().then_some(true)
+                }
+                Ok(Ok(Err(_))) => Some(true),
+                // It is being closed.
+                Ok(Err(_)) => Some(false),
+                Err(_) => None,
+            };
+            let doubted = Outcome::Doubted {
+                connection,
+                alive,
+                before,
+            };
+            // The network may have stopped.
+            let _ = outcomes.send(doubted).await;
+        });
+    }
+
+    /// A connection that was in doubt has shown that it works, or has not.
+    pub(super) fn on_doubted(
+        &mut self,
+        connection: ConnectionId,
+        alive: Option<bool>,
+        before: u64,
+    ) {
+        let streams = &mut self.swarm.behaviour_mut().streams;
+        let received = streams.moved(connection).map_or(0, |moved| moved.0);
+        // One on which something has come is only slow, or has no room for another stream.
+        if alive.unwrap_or(received > before) {
+            streams.doubt(connection, false);
+        } else {
+            // Doubted until it has closed.
+            tracing::debug!(%connection, "it carries nothing any more");
+            self.swarm.close_connection(connection);
+        }
+    }
+
+    /// Once a second: how much moved in it.
+    pub(super) fn count(&mut self) {
+        let now = Instant::now();
+        let streams = &self.swarm.behaviour().streams;
+        for peer in self.peers.values_mut() {
+            for (id, connection) in &mut peer.connections {
+                // One that is closing counts nothing any more.
+                let moved = streams.moved(*id).unwrap_or(connection.moved);
+                let before = std::mem::replace(&mut connection.moved, moved);
+                let since = |moved: u64, before| moved.saturating_sub(before);
+                connection.rate = (since(moved.0, before.0), since(moved.1, before.1));
+                if connection.rate != (0, 0) {
+                    connection.last_moved = Some(now);
+                }
+            }
+        }
+    }
+
+    /// While the node is short of memory, closes connections that others have opened: those of the place that costs most.
+    pub(super) fn shed(&mut self) {
+        if !self.budget.memory.is_short() {
+            return;
+        }
+        let closed = self.budget.crowd.shed(SHED);
+        tracing::debug!(closed, "connections closed for want of memory");
+    }
+
+    /// Tells the crowd which connections are of use: it closes the least useful one when it has to close one.
+    pub(super) fn rate_connections(&mut self) {
+        if !self.budget.crowd.is_dense() && !self.budget.memory.is_short() {
+            return;
+        }
+        let behaviour = self.swarm.behaviour_mut();
+        for (id, peer) in &self.peers {
+            let needed = self.bootstrap.iter().any(|known| known.peer == *id)
+                || self.relaying.relays.holds(id)
+                || !behaviour.heard_of(*id).is_empty();
+            let kept = behaviour.streams.is_kept(id);
+            for (connection, c) in &peer.connections {
+                let worth = Worth {
+                    needed,
+                    kept,
+                    moved: c.last_moved,
+                    streams: behaviour.streams.streams_on(*connection),
+                };
+                self.budget.crowd.rate(*connection, worth);
+            }
+        }
+    }
+
+    /// Closes connections that a better one has replaced, once nothing is under way on them.
+    pub(super) fn drain(&mut self) {
+        let now = Instant::now();
+        let local = *self.swarm.local_peer_id();
+        let mut surplus = Vec::new();
+        for (id, peer) in &self.peers {
+            let old = |c: &Connection| now.duration_since(c.since) >= DRAIN;
+            let settled = |c: &Connection| c.path.kind < PathKind::Relayed && old(c);
+            if peer.connections.values().any(settled) {
+                let relayed = peer
+                    .connections
+                    .iter()
+                    .filter(|(_, c)| c.path.kind == PathKind::Relayed && old(c));
+                surplus.extend(relayed.map(|(connection, _)| *connection));
+            }
+            // Where both sides punched at once: one of the two sides decides, so that not both close the other's. Only there: elsewhere, a
+            // second connection may carry what others relay through us, which does not show here.
+            if local < *id && peer.direct_after.is_some() {
+                let mut kept = HashMap::new();
+                for (connection, c) in &peer.connections {
+                    let class = (c.path.kind, c.path.transport);
+                    let first = kept.entry(class).or_insert((c.since, *connection));
+                    *first = (*first).min((c.since, *connection));
+                }
+                let doubles = peer.connections.iter().filter(|(connection, c)| {
+                    kept[&(c.path.kind, c.path.transport)].1 != **connection && old(c)
+                });
+                surplus.extend(doubles.map(|(connection, _)| *connection));
+            }
+        }
+        for connection in surplus {
+            if !self.swarm.behaviour().streams.in_use(connection) {
+                tracing::debug!(%connection, "a better connection has replaced it");
+                self.swarm.close_connection(connection);
+            }
+        }
+    }
+
+    /// Closes the connections that were opened from an address that is ours no more, and has those show that they work
+    /// whose packets may go another way now. The others are left in peace: the address of a container that starts
+    /// concerns nobody.
+    pub(super) fn leave_old_addresses(&mut self, changed: &HashSet<IpAddr>, own: &HashSet<IpAddr>) {
+        let mut doubted = Vec::new();
+        let mut old = Vec::new();
+        // Many connections lead to one address.
+        let mut sources: HashMap<IpAddr, Option<IpAddr>> = HashMap::new();
+        for (id, peer) in &self.peers {
+            for (connection, c) in &peer.connections {
+                let Some(at) = socket_within(&c.path.address) else {
+                    continue;
+                };
+                if c.path.kind == PathKind::Loopback {
+                    continue;
+                }
+                let after = *sources.entry(at.ip()).or_insert_with(|| source(at));
+                let quic = c.path.transport == Transport::Quic;
+                match fate(c.source, after, quic, changed, own) {
+                    ConnectionFate::Keep => {}
+                    ConnectionFate::Doubt => doubted.push((*id, *connection)),
+                    ConnectionFate::Leave => old.push(*connection),
+                }
+            }
+        }
+        if !old.is_empty() {
+            let now = Instant::now();
+            for bootstrap in &mut self.bootstrap {
+                bootstrap.begin_anew(now);
+            }
+        }
+        for connection in old {
+            tracing::debug!(%connection, "opened from an address that is ours no more");
+            self.swarm.close_connection(connection);
+        }
+        for (peer, connection) in doubted {
+            self.doubt_one(peer, connection, PATH_TIMEOUT);
+        }
+    }
+}
+
+/// The fate of a connection after our addresses have changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ConnectionFate {
+    Keep,
+    /// It has to show that it works.
+    Doubt,
+    /// It is closed.
+    Leave,
+}
+
+/// Decides on a connection whose packets went out from `before` and would go out from `after` now. `own` are our
+/// addresses; those in `changed` have come or gone.
+fn fate(
+    before: Option<IpAddr>,
+    after: Option<IpAddr>,
+    quic: bool,
+    changed: &HashSet<IpAddr>,
+    own: &HashSet<IpAddr>,
+) -> ConnectionFate {
+    match (before, after) {
+        // Cut off, perhaps for a moment only.
+        (_, None) => ConnectionFate::Keep,
+        // TCP's are dead without their address, and go on from one that is still ours, even if another is preferred
+        // now; over QUIC, which goes on from the new address, nobody would tell us where we are seen now.
+        (Some(before), Some(after)) if before != after => match quic || !own.contains(&before) {
+            true => ConnectionFate::Leave,
+            false => ConnectionFate::Doubt,
+        },
+        // The same address on another network, as behind another router.
+        (Some(before), Some(_)) if changed.contains(&before) => ConnectionFate::Doubt,
+        (None, Some(_)) => ConnectionFate::Doubt,
+        (Some(_), Some(_)) => ConnectionFate::Keep,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ips(all: &[&str]) -> HashSet<IpAddr> {
+        all.iter().map(|ip| ip.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn only_connections_whose_way_may_have_changed_are_doubted() {
+        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        let (wifi, bridge, new) = ("192.168.1.7", "172.17.0.1", "10.0.0.5");
+        let own = ips(&[wifi, bridge]);
+        // A container starts.
+        assert_eq!(
+            fate(ip(wifi), ip(wifi), true, &ips(&[bridge]), &own),
+            ConnectionFate::Keep
+        );
+        assert_eq!(
+            fate(ip(wifi), ip(wifi), false, &ips(&[bridge]), &own),
+            ConnectionFate::Keep
+        );
+        // The same address came back, maybe on another network.
+        assert_eq!(
+            fate(ip(wifi), ip(wifi), false, &ips(&[wifi]), &own),
+            ConnectionFate::Doubt
+        );
+        // Cut off.
+        assert_eq!(
+            fate(ip(wifi), None, true, &ips(&[wifi]), &own),
+            ConnectionFate::Keep
+        );
+        assert_eq!(
+            fate(None, ip(wifi), true, &ips(&[wifi]), &own),
+            ConnectionFate::Doubt
+        );
+        // A VPN takes over: TCP goes on where it was, if it can.
+        let own = ips(&[wifi, new]);
+        assert_eq!(
+            fate(ip(wifi), ip(new), false, &ips(&[new]), &own),
+            ConnectionFate::Doubt
+        );
+        assert_eq!(
+            fate(ip(wifi), ip(new), true, &ips(&[new]), &own),
+            ConnectionFate::Leave
+        );
+        // The address is gone.
+        let own = ips(&[new]);
+        assert_eq!(
+            fate(ip(wifi), ip(new), false, &ips(&[wifi, new]), &own),
+            ConnectionFate::Leave
+        );
+    }
+}

@@ -1,0 +1,135 @@
+//! The swarm as the driver builds it: its behaviours and its transport.
+
+use std::{convert::Infallible, num::NonZeroU8, time::Duration};
+
+use libp2p::{
+    Multiaddr, Swarm,
+    core::upgrade::Version,
+    identify, mdns,
+    multiaddr::Protocol,
+    ping,
+    swarm::{NetworkBehaviour, behaviour::toggle::Toggle},
+};
+
+use super::{Config, SpawnError, budget::Budget, guarded::Guarded};
+use crate::{
+    policy::{access, crowd, gate::Gate},
+    relay::circuit::Circuits,
+    streams::{self, Protocols},
+    topics,
+    transport::{self, lane, quic::Sockets, tls::Tls, websocket::Door},
+};
+
+/// A connection that nothing uses is closed after this. Long enough that a mesh of a few nodes stays connected between look-ups.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// Streams that a peer may be negotiating on a connection.
+const MAX_NEGOTIATING: usize = 64;
+
+/// Addresses of a peer dialled at a time: a dead one does not hold up those after it.
+const CONCURRENT_ADDRESSES: u8 = 16;
+
+/// The behaviours of a node.
+#[derive(NetworkBehaviour)]
+#[behaviour(prelude = "libp2p::swarm::derive_prelude")]
+pub(crate) struct Behaviour<E: NetworkBehaviour<ToSwarm = Infallible>> {
+    pub(super) access: access::Behaviour,
+    pub(super) crowd: crowd::Behaviour,
+    pub(super) identify: identify::Behaviour,
+    pub(super) ping: ping::Behaviour,
+    pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
+    pub(super) streams: streams::Behaviour,
+    pub(super) topics: topics::Behaviour,
+    pub(super) extension: E,
+}
+
+impl<E: NetworkBehaviour<ToSwarm = Infallible>> Behaviour<E> {
+    pub(super) fn new(
+        config: &Config,
+        budget: &Budget,
+        access: access::Shared,
+        protocols: Protocols,
+        topics: topics::Behaviour,
+        extension: E,
+    ) -> Result<Self, SpawnError> {
+        let local = config.key.public().to_peer_id();
+        let mdns = match config.mdns {
+            true => {
+                let mdns = mdns::tokio::Behaviour::new(mdns::Config::default(), local);
+                Some(mdns.map_err(SpawnError::Mdns)?)
+            }
+            false => None,
+        };
+        let identify = identify::Config::new("/weft/1".to_owned(), config.key.public())
+            .with_agent_version(config.agent.clone())
+            .with_push_listen_addr_updates(true)
+            // What strangers are told is among the external addresses.
+            .with_hide_listen_addrs(true)
+            // Its cache would tell the other behaviours of an address only once, however often the peer comes back.
+            .with_cache_size(0);
+        let streams =
+            streams::Behaviour::new(protocols, budget.limits.streams, budget.memory.clone());
+        Ok(Self {
+            access: access::Behaviour::new(access),
+            crowd: crowd::Behaviour::new(budget.crowd.clone()),
+            identify: identify::Behaviour::new(identify),
+            ping: ping::Behaviour::default(),
+            mdns: mdns.into(),
+            streams,
+            topics,
+            extension,
+        })
+    }
+}
+
+/// What the transport shares with the driver.
+pub(super) struct SharedParts {
+    pub(super) tls: Tls,
+    pub(super) sockets: Sockets,
+    pub(super) access: access::Shared,
+    pub(super) gate: Gate,
+    pub(super) circuits: Circuits,
+    /// Where lanes go that arrive; `None`: none are taken.
+    pub(super) lanes: Option<lane::Arrivals>,
+}
+
+/// Makes the swarm; it listens on circuits only.
+pub(super) fn build<E: NetworkBehaviour<ToSwarm = Infallible>>(
+    config: &Config,
+    budget: &Budget,
+    shared: SharedParts,
+    behaviour: Behaviour<E>,
+) -> Result<Swarm<Guarded<E>>, SpawnError> {
+    let parts = transport::Parts {
+        key: &config.key,
+        tls: shared.tls,
+        certificate: config.certificate.as_ref(),
+        sockets: shared.sockets,
+        dialled: shared.gate.dialled(),
+        access: shared.access.clone(),
+        gate: shared.gate,
+        door: Door {
+            pending: budget.pending.clone(),
+            access: shared.access,
+            origins: config.ws_origins.clone().into(),
+            proxies: config.trusted_proxies.clone().into(),
+        },
+        lanes: shared.lanes,
+    };
+    let swarm_config = libp2p::swarm::Config::with_tokio_executor()
+        .with_idle_connection_timeout(IDLE)
+        .with_dial_concurrency_factor(NonZeroU8::new(CONCURRENT_ADDRESSES).expect("not zero"))
+        // One protocol is asked for at a time: no need to wait for the answer before using the stream.
+        .with_substream_upgrade_protocol_override(Version::V1Lazy)
+        .with_max_negotiating_inbound_streams(MAX_NEGOTIATING);
+    let mut swarm = Swarm::new(
+        transport::build(&parts, shared.circuits)?,
+        Guarded::new(behaviour),
+        config.key.public().to_peer_id(),
+        swarm_config,
+    );
+    let on_circuits = Multiaddr::empty().with(Protocol::P2pCircuit);
+    let circuits = swarm.listen_on(on_circuits);
+    circuits.expect("the transport for circuits listens on them");
+    Ok(swarm)
+}

@@ -1,0 +1,621 @@
+//! AutoNAT v2 (<https://github.com/libp2p/specs/blob/master/autonat/autonat-v2.md>): asking others whether they reach us at an address, and
+//! answering that for others.
+//!
+//! libp2p's own server dials whatever it is told, private addresses among them, as often as it is asked; its client never asks again. Here the server
+//! dials public addresses only, within rates in all, of one peer and of one network; and what the client has learnt is asked again ([`Verdicts`]).
+//!
+//! The exchanges and the bookkeeping are here, without dialling: that is the driver's.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use libp2p::{Multiaddr, PeerId, StreamProtocol};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use weft_proto::wire::{
+    AutonatDataRequest, AutonatDataResponse, AutonatDialBack, AutonatDialBackResponse,
+    AutonatDialRequest, AutonatDialResponse, AutonatDialStatus, AutonatMessage,
+    autonat_dial_response::Status, autonat_message::Msg,
+};
+
+use crate::{
+    AutonatLimits, Transport,
+    address::{is_public, network, socket},
+    exchange::{self, ExchangeError, within},
+    policy::gate::dialled::Dialled,
+};
+
+/// From a client to a server.
+pub(crate) const DIAL_REQUEST: StreamProtocol =
+    StreamProtocol::new("/libp2p/autonat/2/dial-request");
+
+/// From a server to a client, on the connection that it has dialled.
+pub(crate) const DIAL_BACK: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-back");
+
+/// Bytes in a message.
+const MAX_MESSAGE: usize = 8 * 1024;
+
+/// How long the other side may take for a message.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the whole of an exchange may take at the client: the server's dial is part of it.
+const EXCHANGE: Duration = Duration::from_secs(30);
+
+/// How long a server may take to dial.
+pub(crate) const DIAL: Duration = Duration::from_secs(10);
+
+/// Addresses read from a request.
+const MAX_ADDRESSES: usize = 16;
+
+/// What a client has to send before an address is dialled where it is not seen itself: more than the dial sends there, so that nobody has us
+/// multiply what he sends to a third party. The least and the most, between which the amount is drawn.
+const DATA: (u64, u64) = (30_000, 100_000);
+
+/// The most that a client sends on demand. A little more than a server may ask for.
+const MAX_DATA: u64 = 120_000;
+
+/// Bytes of it in a message.
+const DATA_CHUNK: usize = 4096;
+
+/// Why nothing is known.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AutonatError {
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    #[error("the server refused")]
+    Refused,
+    #[error("it broke the protocol")]
+    Malformed,
+}
+
+async fn next<S>(stream: &mut S) -> Result<Msg, AutonatError>
+where
+    S: AsyncRead + Unpin,
+{
+    let message: AutonatMessage = within(PATIENCE, exchange::receive(stream, MAX_MESSAGE)).await?;
+    message.msg.ok_or(AutonatError::Malformed)
+}
+
+async fn say<S>(stream: &mut S, msg: Msg) -> Result<(), AutonatError>
+where
+    S: AsyncWrite + Unpin,
+{
+    let message = AutonatMessage { msg: Some(msg) };
+    Ok(within(PATIENCE, exchange::send(stream, &message, MAX_MESSAGE)).await?)
+}
+
+/// Asks a server whether it reaches `address`. `true`: it says so, which counts only if its dial has come ([`answer`]).
+pub(crate) async fn ask<S>(
+    mut stream: S,
+    address: &Multiaddr,
+    nonce: u64,
+) -> Result<bool, AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let exchange = async {
+        let request = AutonatDialRequest {
+            addrs: vec![Bytes::from(address.to_vec())],
+            nonce,
+        };
+        say(&mut stream, Msg::DialRequest(request)).await?;
+        let mut asked = false;
+        loop {
+            let message = exchange::receive::<AutonatMessage, _>(&mut stream, MAX_MESSAGE);
+            match within(PATIENCE + DIAL, message).await?.msg {
+                Some(Msg::DataRequest(wanted)) if !asked && wanted.num_bytes <= MAX_DATA => {
+                    asked = true;
+                    send_data(&mut stream, wanted.num_bytes).await?;
+                }
+                Some(Msg::DialResponse(response)) => {
+                    return match (response.status(), response.dial_status()) {
+                        (Status::Ok, AutonatDialStatus::Ok) => Ok(true),
+                        (
+                            Status::Ok,
+                            AutonatDialStatus::DialError | AutonatDialStatus::DialBackError,
+                        ) => Ok(false),
+                        (Status::Ok, AutonatDialStatus::Unused) => Err(AutonatError::Malformed),
+                        _ => Err(AutonatError::Refused),
+                    };
+                }
+                _ => return Err(AutonatError::Malformed),
+            }
+        }
+    };
+    within(EXCHANGE, exchange).await
+}
+
+async fn send_data<S>(stream: &mut S, bytes: u64) -> Result<(), AutonatError>
+where
+    S: AsyncWrite + Unpin,
+{
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(DATA_CHUNK as u64);
+        let data = Bytes::from(vec![0; n as usize]);
+        say(stream, Msg::DataResponse(AutonatDataResponse { data })).await?;
+        left -= n;
+    }
+    Ok(())
+}
+
+/// What a client wants to have dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) address: Multiaddr,
+    index: u32,
+    pub(crate) nonce: u64,
+    /// The client is not seen there.
+    elsewhere: bool,
+}
+
+/// The server's part until it dials: reads the request, and takes what it is sent in advance. `from`: where the client is seen; `mine`: where we are, to ourselves and to
+/// others. `Ok(None)`: refused, and said so.
+pub(crate) async fn receive<S>(
+    stream: &mut S,
+    from: IpAddr,
+    mine: &HashSet<IpAddr>,
+) -> Result<Option<Wanted>, AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let Msg::DialRequest(request) = next(stream).await? else {
+        return Err(AutonatError::Malformed);
+    };
+    let Some(wanted) = choose(&request, from, mine) else {
+        let refusal = AutonatDialResponse {
+            status: Status::DialRefused.into(),
+            ..AutonatDialResponse::default()
+        };
+        say(stream, Msg::DialResponse(refusal)).await?;
+        return Ok(None);
+    };
+    if wanted.elsewhere {
+        let mut random = [0; 8];
+        let filled = getrandom::fill(&mut random).map_err(io::Error::other);
+        filled.map_err(ExchangeError::from)?;
+        let num_bytes = DATA.0 + u64::from_le_bytes(random) % (DATA.1 - DATA.0);
+        let request = AutonatDataRequest {
+            addr_idx: wanted.index,
+            num_bytes,
+        };
+        say(stream, Msg::DataRequest(request)).await?;
+        let mut left = num_bytes;
+        while left > 0 {
+            let Msg::DataResponse(response) = next(stream).await? else {
+                return Err(AutonatError::Malformed);
+            };
+            // An empty one would have us wait without end.
+            if response.data.is_empty() || response.data.len() > DATA_CHUNK {
+                return Err(AutonatError::Malformed);
+            }
+            left = left.saturating_sub(response.data.len() as u64);
+        }
+    }
+    Ok(Some(wanted))
+}
+
+/// The first address that may be dialled: public, and not where we are ourselves, because what is tried within a network says nothing about it from outside.
+fn choose(request: &AutonatDialRequest, from: IpAddr, mine: &HashSet<IpAddr>) -> Option<Wanted> {
+    let addresses = request.addrs.iter().take(MAX_ADDRESSES).enumerate();
+    addresses
+        .filter_map(|(index, bytes)| {
+            let address = Multiaddr::try_from(bytes.to_vec()).ok()?;
+            let address = crate::split_peer_id(address).0;
+            let ip = socket(&address)?.0.ip().to_canonical();
+            (is_public(&ip) && !mine.contains(&ip)).then_some(Wanted {
+                address,
+                index: index as u32,
+                nonce: request.nonce,
+                elsewhere: ip != from.to_canonical(),
+            })
+        })
+        .next()
+}
+
+/// The server's answer, once it has dialled. `dialled`: a connection came about; `told`: the nonce went through as well.
+pub(crate) async fn respond<S>(
+    stream: &mut S,
+    wanted: &Wanted,
+    dialled: bool,
+    told: bool,
+) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let status = match (dialled, told) {
+        (true, true) => AutonatDialStatus::Ok,
+        (true, false) => AutonatDialStatus::DialBackError,
+        (false, _) => AutonatDialStatus::DialError,
+    };
+    let response = AutonatDialResponse {
+        status: Status::Ok.into(),
+        addr_idx: wanted.index,
+        dial_status: status.into(),
+    };
+    say(stream, Msg::DialResponse(response)).await?;
+    stream.shutdown().await.map_err(ExchangeError::from)?;
+    Ok(())
+}
+
+/// At the server: refuses a request that is over a limit.
+pub(crate) async fn reject<S>(stream: &mut S) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let response = AutonatDialResponse {
+        status: Status::RequestRejected.into(),
+        ..AutonatDialResponse::default()
+    };
+    say(stream, Msg::DialResponse(response)).await?;
+    stream.shutdown().await.map_err(ExchangeError::from)?;
+    Ok(())
+}
+
+/// At the server, on the connection that it has dialled: proves that it came from us.
+pub(crate) async fn call<S>(mut stream: S, nonce: u64) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let exchange = async {
+        exchange::send(&mut stream, &AutonatDialBack { nonce }, MAX_MESSAGE).await?;
+        let answer = exchange::receive::<AutonatDialBackResponse, _>(&mut stream, MAX_MESSAGE);
+        answer.await.map(drop)
+    };
+    Ok(within(PATIENCE, exchange).await?)
+}
+
+/// At the client: the nonce that a server's dial brings. The answer follows when it is one of ours ([`acknowledge`]).
+pub(crate) async fn answer<S>(stream: &mut S) -> Result<u64, AutonatError>
+where
+    S: AsyncRead + Unpin,
+{
+    let message: AutonatDialBack = within(PATIENCE, exchange::receive(stream, MAX_MESSAGE)).await?;
+    Ok(message.nonce)
+}
+
+/// The nonce was ours.
+pub(crate) async fn acknowledge<S>(mut stream: S) -> Result<(), AutonatError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let exchange = async {
+        let answer = AutonatDialBackResponse::default();
+        exchange::send(&mut stream, &answer, MAX_MESSAGE).await?;
+        stream.shutdown().await?;
+        Ok::<_, ExchangeError>(())
+    };
+    Ok(within(PATIENCE, exchange).await?)
+}
+
+/// What serving others may come to.
+#[derive(Debug)]
+pub(crate) struct Bounds {
+    limits: AutonatLimits,
+    /// Who was served in the last minute, from which network, and when.
+    served: VecDeque<(PeerId, IpAddr, Instant)>,
+    under_way: usize,
+    refused: u64,
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+impl Bounds {
+    pub(crate) fn new(limits: AutonatLimits) -> Self {
+        Self {
+            limits,
+            served: VecDeque::new(),
+            under_way: 0,
+            refused: 0,
+        }
+    }
+
+    /// Whether to serve `peer`, which is at `from`; [`ended`](Self::ended) must follow if so.
+    pub(crate) fn begin(&mut self, peer: PeerId, from: IpAddr, now: Instant) -> bool {
+        while self
+            .served
+            .front()
+            .is_some_and(|(.., at)| now.duration_since(*at) >= MINUTE)
+        {
+            self.served.pop_front();
+        }
+        let from = network(from);
+        let of_peer = self.served.iter().filter(|(other, ..)| *other == peer);
+        let of_network = self.served.iter().filter(|(_, other, _)| *other == from);
+        let allowed = self.under_way < self.limits.concurrent
+            && self.served.len() < self.limits.per_minute
+            && of_peer.count() < self.limits.per_minute_per_peer
+            && of_network.count() < self.limits.per_minute_per_network;
+        if allowed {
+            self.served.push_back((peer, from, now));
+            self.under_way += 1;
+        } else {
+            self.refused += 1;
+        }
+        allowed
+    }
+
+    /// Served in the last minute, under way now, and refused since the start.
+    pub(crate) fn used(&self, now: Instant) -> (usize, usize, u64) {
+        let lately = self
+            .served
+            .iter()
+            .filter(|(.., at)| now.duration_since(*at) < MINUTE);
+        (lately.count(), self.under_way, self.refused)
+    }
+
+    pub(crate) fn limits(&self) -> AutonatLimits {
+        self.limits
+    }
+
+    pub(crate) fn ended(&mut self) {
+        self.under_way -= 1;
+    }
+}
+
+/// A question to a server: whether it reaches this node at an address.
+#[derive(Debug, Clone)]
+pub(crate) struct DialQuestion {
+    pub(crate) at: SocketAddr,
+    pub(crate) transport: Transport,
+    /// The address is one of our interfaces'.
+    pub(crate) own: bool,
+    /// No NAT is before it, or a gateway forwards it for everybody.
+    pub(crate) open: bool,
+    /// Time of the question.
+    pub(crate) since: Instant,
+}
+
+/// A connection that a peer has opened to this node.
+#[derive(Debug, Clone)]
+pub(crate) struct Inbound {
+    pub(crate) local: SocketAddr,
+    pub(crate) from: SocketAddr,
+    pub(crate) transport: Transport,
+    /// Time at which it was opened.
+    pub(crate) since: Instant,
+}
+
+/// The kind of dial-back that a server made, by its origin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Back {
+    /// From a machine that this node has sent to: a NAT or firewall may have taken it for the answer.
+    Contact,
+    /// From such a machine, but from a port to which nothing was sent, and to an address with no NAT before it.
+    Open,
+    /// From a machine to which this node has sent nothing: any stranger gets in. Or openly, from a server that the user
+    /// chose.
+    Proven,
+}
+
+impl DialQuestion {
+    /// Returns how the server came back if it did so on this connection. `None`: the connection proves nothing. The
+    /// server knows the nonce from the request, so it can say it on any stream. `chosen`: the user named the server.
+    pub(crate) fn answered_by(
+        &self,
+        connection: &Inbound,
+        dialled: &Dialled,
+        chosen: bool,
+        now: Instant,
+    ) -> Option<Back> {
+        let (local, from) = (canonical(connection.local), canonical(connection.from));
+        let at = canonical(self.at);
+        let there = match self.own {
+            true => local == at,
+            // Through a NAT, the port may be another. It does not lead to a public address of ours.
+            false => local.is_ipv4() == at.is_ipv4() && !is_public(&local.ip()),
+        };
+        let after = connection.since >= self.since;
+        if !there || !after || connection.transport != self.transport || !is_public(&from.ip()) {
+            return None;
+        }
+        Some(if !dialled.contains(from.ip(), now) {
+            Back::Proven
+        } else if self.open && !dialled.contains_socket(from, now) {
+            match chosen {
+                true => Back::Proven,
+                false => Back::Open,
+            }
+        } else {
+            Back::Contact
+        })
+    }
+}
+
+/// Without an IPv4 address that an IPv6 address may be hiding.
+fn canonical(at: SocketAddr) -> SocketAddr {
+    SocketAddr::new(at.ip().to_canonical(), at.port())
+}
+
+/// How well an address of ours is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// A stranger has reached it; or, with no NAT before it, a server that the user chose, or two servers in different
+    /// networks, each from a port to which nothing was sent.
+    Reached,
+    /// Only peers that we have sent to reach it: a NAT or firewall lets their answers in.
+    ByContacts,
+    /// Two servers in different places have tried in vain.
+    Unreachable,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reached => "reached",
+            Self::ByContacts => "by-contacts",
+            Self::Unreachable => "unreachable",
+        })
+    }
+}
+
+/// When an address that was reached is tried again.
+const AGAIN: Duration = Duration::from_secs(600);
+
+/// The first and the longest pause before another try of one that was not.
+const RETRY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(1800));
+
+/// Places that have to have tried in vain.
+const IN_VAIN: usize = 2;
+
+/// Networks of servers that must have come back where each of them alone may have got in as a contact.
+const OPEN: usize = 2;
+
+/// Addresses whose verdicts are kept.
+const MAX_KNOWN: usize = 32;
+
+#[derive(Debug)]
+struct Known {
+    verdict: Option<Verdict>,
+    /// Servers' places that have tried in vain since the last time that one did not.
+    in_vain: HashSet<IpAddr>,
+    /// Networks from which contacts came back as no firewall that counts ports lets in.
+    open: HashSet<IpAddr>,
+    next: Instant,
+    pause: Duration,
+    asking: bool,
+}
+
+/// Servers that need not be asked about an address again now.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tried {
+    in_vain: HashSet<IpAddr>,
+    open: HashSet<IpAddr>,
+}
+
+impl Tried {
+    /// Returns true if a server at this IP address is among them.
+    pub(crate) fn covers(&self, place: &IpAddr) -> bool {
+        self.in_vain.contains(place) || self.open.contains(&network(*place))
+    }
+}
+
+/// What is known of each address of ours, and when to ask again. A state machine without I/O.
+#[derive(Debug, Default)]
+pub(crate) struct Verdicts {
+    known: HashMap<Multiaddr, Known>,
+}
+
+impl Verdicts {
+    /// The addresses among `candidates` to ask about now, and forgets all that are not among them.
+    pub(crate) fn due(&mut self, candidates: &[Multiaddr], now: Instant) -> Vec<Multiaddr> {
+        self.known
+            .retain(|address, known| known.asking || candidates.contains(address));
+        for address in candidates.iter().take(MAX_KNOWN) {
+            self.known.entry(address.clone()).or_insert_with(|| Known {
+                verdict: None,
+                in_vain: HashSet::new(),
+                open: HashSet::new(),
+                next: now,
+                pause: RETRY.0,
+                asking: false,
+            });
+        }
+        let due = self
+            .known
+            .iter()
+            .filter(|(_, k)| !k.asking && k.next <= now);
+        due.map(|(address, _)| address.clone()).collect()
+    }
+
+    /// Returns the servers that need not be asked about `address` again now.
+    pub(crate) fn tried(&self, address: &Multiaddr) -> Tried {
+        let known = self.known.get(address);
+        let known = known.map(|known| Tried {
+            in_vain: known.in_vain.clone(),
+            open: known.open.clone(),
+        });
+        known.unwrap_or_default()
+    }
+
+    /// A server is being asked about `address`; [`told`](Self::told) must follow.
+    pub(crate) fn ask(&mut self, address: &Multiaddr) {
+        if let Some(known) = self.known.get_mut(address) {
+            known.asking = true;
+        }
+    }
+
+    /// Records what the server at `place` found: how it came back, and from which IP address, or `None` if it tried in
+    /// vain. Returns true if the verdict has changed.
+    pub(crate) fn told(
+        &mut self,
+        address: &Multiaddr,
+        place: IpAddr,
+        reached: Option<(Back, IpAddr)>,
+        now: Instant,
+    ) -> bool {
+        let Some(known) = self.known.get_mut(address) else {
+            return false;
+        };
+        known.asking = false;
+        let verdict = match reached {
+            Some((back, from)) => {
+                known.in_vain.clear();
+                known.pause = RETRY.0;
+                known.next = now + AGAIN;
+                if back == Back::Open && known.verdict != Some(Verdict::Reached) {
+                    known.open.insert(network(from));
+                }
+                // A contact says nothing against a stranger that got in.
+                let before = known.verdict == Some(Verdict::Reached);
+                if before || back == Back::Proven || known.open.len() >= OPEN {
+                    known.open.clear();
+                    Some(Verdict::Reached)
+                } else {
+                    if back == Back::Open {
+                        // A server in another network is asked soon.
+                        known.next = now;
+                    }
+                    Some(Verdict::ByContacts)
+                }
+            }
+            None => {
+                known.in_vain.insert(place);
+                if known.in_vain.len() < IN_VAIN {
+                    // Somebody else is asked soon.
+                    known.next = now;
+                    known.verdict
+                } else {
+                    known.in_vain.clear();
+                    known.open.clear();
+                    known.next = now + known.pause;
+                    known.pause = (known.pause * 2).min(RETRY.1);
+                    Some(Verdict::Unreachable)
+                }
+            }
+        };
+        std::mem::replace(&mut known.verdict, verdict) != verdict
+    }
+
+    /// Nobody could be asked, or the one asked did not answer.
+    pub(crate) fn put_off(&mut self, address: &Multiaddr, now: Instant) {
+        if let Some(known) = self.known.get_mut(address) {
+            known.asking = false;
+            known.next = now + RETRY.0;
+        }
+    }
+
+    /// The network is another one: what was known may not hold any more.
+    pub(crate) fn ask_again(&mut self, now: Instant) {
+        for known in self.known.values_mut() {
+            known.next = known.next.min(now);
+            known.pause = RETRY.0;
+        }
+    }
+
+    pub(crate) fn of(&self, address: &Multiaddr) -> Option<Verdict> {
+        self.known.get(address).and_then(|known| known.verdict)
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&Multiaddr, Verdict)> {
+        let known = self.known.iter();
+        known.filter_map(|(address, known)| Some((address, known.verdict?)))
+    }
+}
+
+#[cfg(test)]
+mod tests;

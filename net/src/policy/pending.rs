@@ -1,0 +1,568 @@
+//! Connections in the handshake that others have opened: how many, from where, and which goes when there are too many.
+//!
+//! A stranger opens sockets at no cost, so that a bound alone would let it keep everybody else out. Three rules keep
+//! the door open:
+//!
+//! - TCP, QUIC and relays have a share each.
+//! - The source address of a first QUIC packet can be forged. Until the sender has shown that it receives there, its
+//!   connection counts towards no place, so that forged packets do not use up what a place may have. Such connections
+//!   have a small bound of their own and make room for any other; beyond it the sender is asked to show it first.
+//! - One place has [`PER_PLACE`] at most. A newcomer from there replaces the oldest one from there that has sent
+//!   nothing.
+//! - When a share is full, the newcomer replaces the oldest one that has sent nothing, of the place that has most; if
+//!   all have sent something, the oldest of a place that has more than the newcomer's.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    convert::Infallible,
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard},
+    task::{Context, Poll, ready},
+};
+
+use futures::{FutureExt, future::BoxFuture};
+use libp2p::{
+    Multiaddr, Transport, TransportError,
+    core::transport::{DialOpts, ListenerId, TransportEvent},
+};
+use tokio::sync::oneshot;
+
+use crate::{
+    LimitUse, Path, Place,
+    policy::{
+        crowd::{Crowd, Crowded},
+        shares::{self, Group, SITE, release},
+    },
+};
+
+/// Connections in the handshake from one public IPv4 address or one IPv6 /64. A node opens two or three at a time (TCP,
+/// QUIC, a lane); a carrier's customers share an address. Wider places have more, as [`shares`] says.
+const PER_PLACE: usize = 16;
+
+/// QUIC connections in the handshake whose senders have not shown that they receive at the address they send from.
+/// Each costs a TLS handshake and ten seconds of memory, so that few are enough; a sender beyond them pays one more
+/// round trip, for the answer to a Retry packet (RFC 9000, section 8.1.2).
+const MAX_UNPROVEN: usize = 32;
+
+/// The carrier of a connection in the handshake. Each has a share of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    Tcp,
+    Quic,
+    Relay,
+}
+
+/// Counts connections in the handshake. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub(crate) struct Pending {
+    all: usize,
+    per_place: usize,
+    crowd: Crowd,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next: u64,
+    /// In the order in which they came.
+    entries: BTreeMap<u64, Entry>,
+    by_group: HashMap<Group, usize>,
+    refused: u64,
+    refused_at_place: u64,
+    /// Senders that were asked to show that they receive at their address.
+    asked_to_prove: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    carrier: Carrier,
+    /// `None`: its address is not proven, and counts for nothing.
+    place: Option<Place>,
+    spoke: bool,
+    /// Dropped with the entry, which ends the connection.
+    _held: oneshot::Sender<Infallible>,
+}
+
+/// A connection in the handshake. It counts until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pending: Pending,
+    id: u64,
+    replaced: oneshot::Receiver<Infallible>,
+}
+
+/// The connection had to make room for another.
+#[derive(Debug, thiserror::Error)]
+#[error("replaced by a newer connection: too many are in the handshake")]
+pub(crate) struct Replaced;
+
+impl Pending {
+    /// At most `all`: half of them TCP, a quarter QUIC, a quarter through relays. `crowd` knows the open ones.
+    pub(crate) fn new(all: u32, crowd: Crowd) -> Self {
+        Self {
+            all: all as usize,
+            per_place: PER_PLACE,
+            crowd,
+            state: Arc::default(),
+        }
+    }
+
+    /// One address may hold so many.
+    #[cfg(test)]
+    pub(crate) fn with_per_place(self, per_place: usize) -> Self {
+        Self { per_place, ..self }
+    }
+
+    fn share(&self, carrier: Carrier) -> usize {
+        match carrier {
+            Carrier::Tcp => self.all.div_ceil(2),
+            Carrier::Quic | Carrier::Relay => self.all.div_ceil(4),
+        }
+    }
+
+    /// Lets a connection begin its handshake. Another one may have to end for it.
+    ///
+    /// # Errors
+    /// [`Crowded`] if it is refused; that is counted.
+    pub(crate) fn enter(&self, carrier: Carrier, place: Place) -> Result<Ticket, Crowded> {
+        self.crowd.admit(place)?;
+        let mut state = self.state();
+        state.make_room_at(place, self.per_place)?;
+        state.make_room(carrier, place, self.share(carrier))?;
+        Ok(self.insert(&mut state, carrier, Some(place)))
+    }
+
+    /// Lets a QUIC connection begin its handshake although its sender, who seems to be at `place`, has not shown that
+    /// it receives there. It counts towards no place.
+    ///
+    /// Returns `None` if the sender has to show it first: there are too many such connections, or none from `place`
+    /// would be admitted now without ending another. A refusal would take the sender's word for where it is.
+    pub(crate) fn enter_unproven(&self, place: Place) -> Option<Ticket> {
+        let mut state = self.state();
+        let quic = |entry: &&Entry| entry.carrier == Carrier::Quic;
+        let full =
+            |(group, part)| shares::count(&state.by_group, &group) >= limit(self.per_place, part);
+        if state.unproven() >= MAX_UNPROVEN
+            || state.entries.values().filter(quic).count() >= self.share(Carrier::Quic)
+            || place.groups().any(full)
+            || !self.crowd.has_free_room(place)
+        {
+            state.asked_to_prove += 1;
+            return None;
+        }
+        Some(self.insert(&mut state, Carrier::Quic, None))
+    }
+
+    fn insert(&self, state: &mut State, carrier: Carrier, place: Option<Place>) -> Ticket {
+        let (held, replaced) = oneshot::channel();
+        let id = state.next;
+        state.next += 1;
+        let entry = Entry {
+            carrier,
+            place,
+            // A proven QUIC address is an answer to a packet of ours; a relay's peer has been through its relay.
+            spoke: carrier != Carrier::Tcp && place.is_some(),
+            _held: held,
+        };
+        state.entries.insert(id, entry);
+        for (group, _) in place.into_iter().flat_map(Place::groups) {
+            *state.by_group.entry(group).or_default() += 1;
+        }
+        Ticket {
+            pending: self.clone(),
+            id,
+            replaced,
+        }
+    }
+
+    /// The limits: in all, of one place, and of those that may be anywhere.
+    pub(crate) fn limits(&self) -> [LimitUse; 3] {
+        let state = self.state();
+        let of_sites = state.by_group.iter().filter(|(group, _)| group.is_site());
+        let row = |name, used: usize, limit: usize, refused| LimitUse {
+            name,
+            used: used as u64,
+            limit: Some(limit as u64),
+            refused,
+        };
+        [
+            row(
+                "connections_pending_incoming",
+                state.entries.len(),
+                self.all,
+                state.refused,
+            ),
+            row(
+                "connections_pending_per_address",
+                of_sites.map(|(_, used)| *used).max().unwrap_or_default(),
+                self.per_place,
+                state.refused_at_place,
+            ),
+            row(
+                "connections_pending_unvalidated",
+                state.unproven(),
+                MAX_UNPROVEN,
+                state.asked_to_prove,
+            ),
+        ]
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// Connections that a group may have in the handshake.
+fn limit(per_place: usize, part: usize) -> usize {
+    per_place * part / SITE
+}
+
+impl State {
+    fn remove(&mut self, id: u64) {
+        if let Some(entry) = self.entries.remove(&id) {
+            for (group, _) in entry.place.into_iter().flat_map(Place::groups) {
+                release(&mut self.by_group, group);
+            }
+        }
+    }
+
+    fn unproven(&self) -> usize {
+        self.entries.values().filter(|e| e.place.is_none()).count()
+    }
+
+    /// The connections of a place against what it may have: the widest of its groups decides.
+    fn pressure(&self, place: Place, more: usize) -> usize {
+        let of = |(group, part)| (shares::count(&self.by_group, &group) + more) * NORMAL / part;
+        place.groups().map(of).max().unwrap_or_default()
+    }
+
+    fn make_room_at(&mut self, place: Place, per_place: usize) -> Result<(), Crowded> {
+        for (group, part) in place.groups() {
+            if shares::count(&self.by_group, &group) < limit(per_place, part) {
+                continue;
+            }
+            self.refused_at_place += 1;
+            let there = |entry: &Entry| {
+                let mut groups = entry.place.into_iter().flat_map(Place::groups);
+                groups.any(|(of, _)| of == group)
+            };
+            let mut silent = self.entries.iter();
+            let oldest = silent.find(|(_, entry)| !entry.spoke && there(entry));
+            let oldest = *oldest.ok_or(Crowded::Handshakes(place))?.0;
+            self.remove(oldest);
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self, carrier: Carrier, place: Place, share: usize) -> Result<(), Crowded> {
+        let same = |entry: &Entry| entry.carrier == carrier;
+        if self.entries.values().filter(|entry| same(entry)).count() < share {
+            return Ok(());
+        }
+        self.refused += 1;
+        let newcomer = self.pressure(place, 1);
+        let candidates = self.entries.iter().filter(|(_, entry)| same(entry));
+        let candidates = candidates.filter_map(|(id, entry)| {
+            let pressure = entry.place.map_or(0, |place| self.pressure(place, 0));
+            let may_go = !entry.spoke || pressure > newcomer;
+            // The oldest of those that are equal.
+            may_go.then_some((!entry.spoke, pressure, std::cmp::Reverse(*id)))
+        });
+        let (.., std::cmp::Reverse(id)) = candidates.max().ok_or(Crowded::AllHandshakes)?;
+        self.remove(id);
+        Ok(())
+    }
+}
+
+/// Makes parts comparable: divisible by each of them.
+const NORMAL: usize = 12;
+
+impl Ticket {
+    /// The other end has sent something.
+    pub(crate) fn spoke(&self) {
+        if let Some(entry) = self.pending.state().entries.get_mut(&self.id) {
+            entry.spoke = true;
+        }
+    }
+
+    /// The connection comes from elsewhere than it seemed: through a proxy.
+    ///
+    /// # Errors
+    /// [`Crowded`] if there is no room for it there.
+    pub(crate) fn came_from(self, place: Place) -> Result<Self, Crowded> {
+        let pending = self.pending.clone();
+        pending.crowd.admit(place)?;
+        let mut state = pending.state();
+        state.make_room_at(place, pending.per_place)?;
+        let moved = pending.insert(&mut state, Carrier::Tcp, Some(place));
+        drop(state);
+        moved.spoke();
+        Ok(moved)
+    }
+
+    /// Does a part of the handshake, unless the connection has to make room for another.
+    ///
+    /// # Errors
+    /// That of `work`, or [`Replaced`].
+    pub(crate) async fn guard<T>(
+        &mut self,
+        work: impl Future<Output = io::Result<T>>,
+    ) -> io::Result<T> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            _ = &mut self.replaced => Err(io::Error::other(Replaced)),
+        }
+    }
+}
+
+/// A transport for relayed connections. Those that come in are counted while they are in the handshake.
+#[derive(Debug)]
+pub(crate) struct Counted<T> {
+    inner: T,
+    pending: Pending,
+}
+
+impl<T> Counted<T> {
+    pub(crate) fn new(inner: T, pending: Pending) -> Self {
+        Self { inner, pending }
+    }
+}
+
+impl<T> Transport for Counted<T>
+where
+    T: Transport + Unpin,
+    T::Error: From<io::Error>,
+    T::Output: Send + 'static,
+    T::ListenerUpgrade: Send + 'static,
+{
+    type Output = T::Output;
+    type Error = T::Error;
+    type ListenerUpgrade = BoxFuture<'static, Result<T::Output, T::Error>>;
+    type Dial = T::Dial;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<T::Error>> {
+        self.inner.listen_on(id, address)
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) -> bool {
+        self.inner.remove_listener(id)
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        options: DialOpts,
+    ) -> Result<T::Dial, TransportError<T::Error>> {
+        self.inner.dial(address, options)
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<TransportEvent<Self::ListenerUpgrade, T::Error>> {
+        loop {
+            return Poll::Ready(match ready!(Pin::new(&mut self.inner).poll(cx)) {
+                TransportEvent::Incoming {
+                    listener_id,
+                    upgrade,
+                    local_addr,
+                    send_back_addr,
+                } => {
+                    let place = Place::of(&Path::inbound(&local_addr, &send_back_addr));
+                    let mut ticket = match self.pending.enter(Carrier::Relay, place) {
+                        Ok(ticket) => ticket,
+                        Err(refused) => {
+                            tracing::debug!(from = %send_back_addr, %refused, "refused");
+                            continue;
+                        }
+                    };
+                    let upgrade = async move {
+                        let replaced = ticket.guard(async { Ok(upgrade.await) }).await;
+                        replaced?
+                    };
+                    TransportEvent::Incoming {
+                        listener_id,
+                        upgrade: upgrade.boxed(),
+                        local_addr,
+                        send_back_addr,
+                    }
+                }
+                event => event.map_upgrade(|_| unreachable!("only what comes in is upgraded")),
+            });
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.pending.state().remove(self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Limits, policy::limits::Memory};
+
+    fn pending(all: u32) -> Pending {
+        let crowd = Crowd::new(&Limits::default(), Memory::new(None));
+        Pending::new(all, crowd)
+    }
+
+    fn at(ip: &str) -> Place {
+        Place::of_ip(ip.parse().unwrap())
+    }
+
+    async fn is_open(ticket: &mut Ticket) -> bool {
+        ticket.guard(async { Ok(()) }).await.is_ok()
+            && ticket.replaced.try_recv() == Err(oneshot::error::TryRecvError::Empty)
+    }
+
+    async fn open(tickets: &mut [Ticket]) -> usize {
+        let mut open = 0;
+        for ticket in tickets {
+            open += usize::from(is_open(ticket).await);
+        }
+        open
+    }
+
+    #[tokio::test]
+    async fn one_address_holds_sixteen_handshakes_and_its_silent_ones_make_room() {
+        let pending = pending(256);
+        let enter = |ip| pending.enter(Carrier::Tcp, at(ip));
+        let mut silent: Vec<_> = (0..64).map(|_| enter("203.0.113.1").unwrap()).collect();
+        assert_eq!(open(&mut silent).await, PER_PLACE);
+        // An honest node behind the same address gets its turn, and keeps it.
+        let mut honest = enter("203.0.113.1").unwrap();
+        honest.spoke();
+        silent.extend((0..64).map(|_| enter("203.0.113.1").unwrap()));
+        assert!(is_open(&mut honest).await);
+        assert_eq!(open(&mut silent).await, PER_PLACE - 1);
+        let [_, place, _] = pending.limits();
+        assert_eq!((place.used, place.limit), (16, Some(16)));
+        assert!(place.refused > 0);
+    }
+
+    #[tokio::test]
+    async fn sockets_from_everywhere_that_send_nothing_do_not_keep_a_node_out() {
+        let pending = pending(64);
+        let from_everywhere =
+            |n: u32| at(&std::net::Ipv4Addr::from(0x0b00_0001 + n * 256).to_string());
+        let mut silent: Vec<_> = (0..1000)
+            .map(|n| pending.enter(Carrier::Tcp, from_everywhere(n)).unwrap())
+            .collect();
+        assert_eq!(open(&mut silent).await, 32);
+        let mut honest = pending.enter(Carrier::Tcp, at("198.51.100.1")).unwrap();
+        honest.spoke();
+        silent.extend((0..1000).map(|n| pending.enter(Carrier::Tcp, from_everywhere(n)).unwrap()));
+        assert!(is_open(&mut honest).await);
+        assert_eq!(open(&mut silent).await, 31);
+    }
+
+    #[tokio::test]
+    async fn of_those_that_have_sent_something_the_crowded_place_makes_room() {
+        let pending = pending(32);
+        let enter = |ip: &str| {
+            let ticket = pending.enter(Carrier::Tcp, at(ip)).unwrap();
+            ticket.spoke();
+            ticket
+        };
+        let mut attacker: Vec<_> = (0..15).map(|_| enter("203.0.113.1")).collect();
+        let mut first = enter("198.51.100.1");
+        let mut second = enter("192.0.2.1");
+        assert!(is_open(&mut first).await && is_open(&mut second).await);
+        assert_eq!(open(&mut attacker).await, 14);
+        // Nobody has more than a newcomer would: the door is full of different people.
+        drop(attacker);
+        let _all: Vec<_> = (1..15).map(|n| enter(&format!("11.0.{n}.1"))).collect();
+        let refused = pending.enter(Carrier::Tcp, at("11.0.99.1")).unwrap_err();
+        assert!(matches!(refused, Crowded::AllHandshakes), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn tcp_leaves_quic_its_share() {
+        let pending = pending(64);
+        let tcp: Vec<_> = (0..64)
+            .map(|n| {
+                pending
+                    .enter(Carrier::Tcp, at(&format!("11.0.{n}.1")))
+                    .unwrap()
+            })
+            .collect();
+        let mut quic: Vec<_> = (0..16)
+            .map(|n| {
+                pending
+                    .enter(Carrier::Quic, at(&format!("11.1.{n}.1")))
+                    .unwrap()
+            })
+            .collect();
+        assert_eq!(open(&mut quic).await, 16);
+        drop((tcp, quic));
+        let state = pending.state();
+        assert!(state.entries.is_empty() && state.by_group.is_empty());
+    }
+
+    #[tokio::test]
+    async fn senders_that_have_not_shown_where_they_are_use_up_no_place_and_make_room_for_others() {
+        let pending = pending(64);
+        let forged: Vec<_> = (0..100)
+            .filter_map(|_| pending.enter_unproven(at("203.0.113.1")))
+            .collect();
+        // The share of QUIC is less than the bound.
+        assert_eq!(forged.len(), 16);
+        let [_, place, unproven] = pending.limits();
+        assert_eq!((place.used, unproven.used), (0, 16));
+        assert_eq!((place.refused, unproven.refused), (0, 84));
+        let mut proven: Vec<_> = (0..PER_PLACE)
+            .map(|_| pending.enter(Carrier::Quic, at("203.0.113.1")).unwrap())
+            .collect();
+        assert_eq!(open(&mut proven).await, PER_PLACE);
+        assert_eq!(pending.limits()[2].used, 0);
+        // The place is full now: nobody is refused for the address of somebody else, but asked to show its own.
+        assert!(pending.enter_unproven(at("203.0.113.1")).is_none());
+        drop((forged, proven));
+        assert!(pending.state().entries.is_empty() && pending.state().by_group.is_empty());
+    }
+
+    #[tokio::test]
+    async fn places_for_senders_that_may_lie_are_bounded() {
+        let pending = pending(1024);
+        let enter =
+            |n: u32| pending.enter_unproven(Place::of_ip(std::net::Ipv4Addr::from(n << 8).into()));
+        let held: Vec<_> = (0..100).filter_map(|n| enter(0x0b_0000 + n)).collect();
+        assert_eq!(held.len(), MAX_UNPROVEN);
+        assert!(pending.enter(Carrier::Quic, at("203.0.113.1")).is_ok());
+        drop(held);
+        assert!(enter(0x0b_0000).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_network_holds_twice_what_an_address_does() {
+        let pending = pending(256);
+        let mut tickets: Vec<_> = (0..100)
+            .map(|n| {
+                pending
+                    .enter(Carrier::Tcp, at(&format!("203.0.113.{n}")))
+                    .unwrap()
+            })
+            .collect();
+        assert_eq!(open(&mut tickets).await, 2 * PER_PLACE);
+        drop(tickets);
+        let mut tickets: Vec<_> = (0..100)
+            .map(|n| {
+                pending
+                    .enter(Carrier::Tcp, at(&format!("2001:db8:0:{n:x}::1")))
+                    .unwrap()
+            })
+            .collect();
+        assert_eq!(open(&mut tickets).await, 3 * PER_PLACE / 2);
+    }
+}

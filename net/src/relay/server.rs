@@ -1,0 +1,785 @@
+//! Relaying others' connections, within stated limits (circuit relay v2).
+//!
+//! libp2p's relay limits the number of circuits and the bytes of each. What a machine on the internet has to bound is what all of them take
+//! together and what one peer takes: rates and bytes a day are limited as well.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use libp2p::{Multiaddr, PeerId, core::SignedEnvelope, identity::Keypair, multiaddr::Protocol};
+use prost::Message;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
+    sync::{mpsc, oneshot},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use weft_proto::wire::{
+    CircuitLimit, CircuitReservation, CircuitStatus, HopMessage, ReservationVoucher,
+    hop_message::Type as Hop,
+};
+
+use crate::{
+    LimitUse, OpenError, PathKind, Permit, Place, RelayLimits, RelayUse, Shares, Stream,
+    exchange::{self, ExchangeError, within},
+    policy::shares::{ByGroup, Group, SITE, count},
+    relay::accounts::{Counted, DAY, Day, Rate, lock},
+    relay::circuit::{self, CircuitError, MAX_MESSAGE},
+    span,
+};
+
+/// Requests being answered at a time, and of one peer.
+const MAX_REQUESTS: usize = 256;
+const MAX_REQUESTS_PER_PEER: usize = 8;
+
+/// How long a client may take to say what it wants, and a destination to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Bytes copied at a time.
+const CHUNK: usize = 64 * 1024;
+
+/// A circuit through which nothing passes for this long is ended: both ends of a living one ping each other.
+const SILENT: Duration = Duration::from_secs(600);
+
+/// A circuit is idle if fewer bytes than these passed in each of its last two [`WINDOW`]s: pings on an unused
+/// connection are some 300 bytes each, four a minute.
+const IDLE_BYTES: u64 = 16 * 1024;
+const WINDOW: Duration = Duration::from_secs(30);
+
+/// The part of a destination's circuits that one source peer, and one source address, may hold: a quarter. Otherwise
+/// one machine would take all of them, and keep everybody else from a node that is reached through relays only.
+const SOURCE_SHARE: usize = 4;
+
+/// Addresses named in a reservation.
+const MAX_ADDRESSES: usize = 16;
+
+/// Peers whose bytes are counted.
+const MAX_COUNTED: usize = 16_384;
+
+/// What was refused because of a limit.
+#[derive(Debug, Default)]
+struct Refused {
+    reservations: u64,
+    circuits: u64,
+    circuits_per_network: u64,
+    circuits_per_peer: u64,
+    circuits_per_source: u64,
+    replaced: u64,
+    bytes: u64,
+    bytes_per_peer: u64,
+}
+
+/// What the server needs of the driver.
+#[derive(Debug)]
+pub(crate) enum Need {
+    /// The connection to this peer is to be kept: it holds a reservation.
+    Keep(PeerId),
+    /// A stream of the stop protocol over a direct connection.
+    Open(PeerId, oneshot::Sender<Result<Stream, OpenError>>),
+}
+
+/// The server. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Server {
+    key: Keypair,
+    limits: Arc<RelayLimits>,
+    state: Arc<Mutex<State>>,
+    requests: Shares,
+    /// Reservations, by the network of the peer that holds one.
+    reserved: Shares,
+    needs: mpsc::Sender<Need>,
+    /// Of all circuits together.
+    rate: Arc<Rate>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    reservations: HashMap<PeerId, Reservation>,
+    peers: HashMap<PeerId, Counted>,
+    /// Those that were asked for from a network.
+    networks: ByGroup,
+    circuits: HashMap<u64, Held>,
+    next: u64,
+    all: Day,
+    used: RelayUse,
+    refused: Refused,
+}
+
+#[derive(Debug)]
+struct Reservation {
+    until: Instant,
+    _permit: Permit,
+}
+
+/// A circuit, as the server sees it.
+#[derive(Debug)]
+struct Held {
+    ends: [PeerId; 2],
+    /// The place of the source.
+    place: Place,
+    since: Instant,
+    /// The beginning of the current window, the bytes that passed in it, and in the one before.
+    window: (Instant, u64, u64),
+    /// Dropped with it, which ends the circuit.
+    _held: oneshot::Sender<Infallible>,
+}
+
+/// The sources that share a part of a destination's circuits.
+#[derive(Debug, Clone, Copy)]
+enum CircuitSource {
+    Peer(PeerId),
+    Group(Group),
+}
+
+impl CircuitSource {
+    fn has(self, held: &Held) -> bool {
+        match self {
+            Self::Peer(peer) => held.ends[0] == peer,
+            Self::Group(group) => held.place.groups().any(|(other, _)| other == group),
+        }
+    }
+}
+
+impl Held {
+    fn passed(&mut self, bytes: u64, now: Instant) {
+        self.turn(now);
+        self.window.1 += bytes;
+    }
+
+    fn turn(&mut self, now: Instant) {
+        let (began, bytes, _) = self.window;
+        let age = now.duration_since(began);
+        if age >= 2 * WINDOW {
+            self.window = (now, 0, 0);
+        } else if age >= WINDOW {
+            self.window = (began + WINDOW, 0, bytes);
+        }
+    }
+
+    fn is_idle(&self, now: Instant) -> bool {
+        let (began, bytes, before) = self.window;
+        let recent = match now.duration_since(began) {
+            age if age >= 2 * WINDOW => 0,
+            age if age >= WINDOW => bytes,
+            _ => bytes.max(before),
+        };
+        now.duration_since(self.since) >= 2 * WINDOW && recent < IDLE_BYTES
+    }
+}
+
+/// A place among the circuits.
+#[derive(Debug)]
+struct Circuit {
+    server: Server,
+    id: u64,
+    ends: [PeerId; 2],
+    /// Resolves when another takes its place.
+    replaced: oneshot::Receiver<Infallible>,
+    /// Bytes that have passed.
+    moved: AtomicU64,
+}
+
+impl Drop for Circuit {
+    fn drop(&mut self) {
+        lock(&self.server.state).end(self.id);
+    }
+}
+
+impl State {
+    /// Ends a circuit, and gives back what it holds.
+    fn end(&mut self, id: u64) {
+        let Some(held) = self.circuits.remove(&id) else {
+            return;
+        };
+        self.used.circuits -= 1;
+        self.networks.remove(held.place);
+        for end in held.ends {
+            if let Some(counted) = self.peers.get_mut(&end) {
+                counted.circuits -= 1;
+            }
+        }
+    }
+
+    /// Of some circuits, the one that goes for another from `place`: the longest idle one; or else, if a place has more
+    /// of them than the newcomer's would, the oldest from there.
+    fn to_replace(&self, among: impl Fn(&Held) -> bool, place: Place, now: Instant) -> Option<u64> {
+        let candidates = || self.circuits.iter().filter(|(_, held)| among(held));
+        let idle = candidates().filter(|(_, held)| held.is_idle(now));
+        if let Some((id, _)) = idle.min_by_key(|(_, held)| (held.window.0, held.since)) {
+            return Some(*id);
+        }
+        let mut of_place: HashMap<Place, usize> = HashMap::new();
+        for (_, held) in candidates() {
+            *of_place.entry(held.place).or_default() += 1;
+        }
+        let newcomer = count(&of_place, &place) + 1;
+        candidates()
+            .map(|(id, held)| (of_place[&held.place], std::cmp::Reverse(held.since), *id))
+            .filter(|(of_place, ..)| *of_place > newcomer)
+            .max()
+            .map(|(.., id)| id)
+    }
+}
+
+impl Server {
+    /// With what it needs of the driver.
+    pub(crate) fn new(key: Keypair, limits: RelayLimits) -> (Self, mpsc::Receiver<Need>) {
+        let (needs, needed) = mpsc::channel(MAX_REQUESTS);
+        let server = Self {
+            key,
+            state: Arc::default(),
+            requests: Shares::new(MAX_REQUESTS, MAX_REQUESTS_PER_PEER),
+            reserved: Shares::new(limits.reservations, 1),
+            needs,
+            rate: Arc::new(Rate::new(limits.rate)),
+            limits: Arc::new(limits),
+        };
+        (server, needed)
+    }
+
+    /// Every limit, and what it comes to.
+    pub(crate) fn limits(&self) -> Vec<LimitUse> {
+        let state = lock(&self.state);
+        let circuits = state.peers.values().map(|counted| counted.circuits);
+        let per_peer = circuits.max().unwrap_or_default();
+        let bytes = state.peers.values().map(|counted| counted.day.bytes);
+        let bytes_per_peer = bytes.max().unwrap_or_default();
+        let mut pairs: HashMap<(Place, PeerId), usize> = HashMap::new();
+        for held in state.circuits.values() {
+            *pairs.entry((held.place, held.ends[1])).or_default() += 1;
+        }
+        let per_source = pairs.values().copied().max().unwrap_or_default();
+        let [_, of_address, _] = self.reserved.limits("", "", "");
+        let requests = self.requests.limits("", "", "");
+        let some = |limit: u64| (limit != 0).then_some(limit);
+        // Bytes of a day are more than memory holds.
+        let of_day = |name, used, limit, refused| LimitUse {
+            name,
+            used,
+            limit: some(limit),
+            refused,
+        };
+        let refused = &state.refused;
+        vec![
+            LimitUse::of(
+                "relay_reservations",
+                state.reservations.len(),
+                self.limits.reservations,
+                refused.reservations,
+            ),
+            LimitUse {
+                name: "relay_reservations_per_address",
+                ..of_address
+            },
+            LimitUse::of(
+                "relay_requests",
+                self.requests.used(),
+                self.requests.all(),
+                requests.iter().map(|row| row.refused).sum(),
+            ),
+            LimitUse::refusals("relay_circuits_replaced", refused.replaced),
+            LimitUse::of(
+                "relay_circuits_per_source",
+                per_source,
+                self.per_source(),
+                refused.circuits_per_source,
+            ),
+            LimitUse::of(
+                "relay_circuits",
+                state.used.circuits,
+                self.limits.circuits,
+                refused.circuits,
+            ),
+            LimitUse::of(
+                "relay_circuits_per_network",
+                state.networks.most_of_site(),
+                self.per_network(),
+                refused.circuits_per_network,
+            ),
+            LimitUse::of(
+                "relay_circuits_per_peer",
+                per_peer,
+                self.limits.circuits_per_peer,
+                refused.circuits_per_peer,
+            ),
+            of_day(
+                "relay_bytes_today",
+                state.all.bytes,
+                self.limits.daily_bytes,
+                refused.bytes,
+            ),
+            of_day(
+                "relay_bytes_today_per_peer",
+                bytes_per_peer,
+                self.limits.daily_bytes_per_peer,
+                refused.bytes_per_peer,
+            ),
+        ]
+    }
+
+    pub(crate) fn used(&self) -> RelayUse {
+        let state = lock(&self.state);
+        RelayUse {
+            reservations: state.reservations.len(),
+            ..state.used
+        }
+    }
+
+    /// Whether `peer` holds a reservation.
+    pub(crate) fn holds(&self, peer: &PeerId) -> bool {
+        lock(&self.state).reservations.contains_key(peer)
+    }
+
+    /// There is no direct connection to the peer any more.
+    pub(crate) fn disconnected(&self, peer: &PeerId) {
+        lock(&self.state).reservations.remove(peer);
+    }
+
+    /// Reservations that were not renewed end; whose.
+    pub(crate) fn expire(&self) -> Vec<PeerId> {
+        let now = Instant::now();
+        let mut state = lock(&self.state);
+        let reservations = &mut state.reservations;
+        let expired = reservations.extract_if(|_, held| held.until <= now);
+        let expired: Vec<_> = expired.map(|(peer, _)| peer).collect();
+        // Who has used up nothing worth remembering.
+        state.peers.retain(|_, counted| {
+            counted.circuits > 0 || counted.day.began.is_some_and(|began| now < began + DAY)
+        });
+        expired
+    }
+
+    /// Answers a request. `addresses`: where others reach us.
+    pub(crate) fn serve(&self, stream: Stream, addresses: Vec<Multiaddr>) {
+        let (server, client) = (self.clone(), stream.peer());
+        let place = Place::of(stream.path());
+        if stream.path().kind == PathKind::Relayed {
+            return;
+        }
+        // Dropped, and so reset, if there are too many.
+        let Ok(permit) = self.requests.take(client, place) else {
+            return;
+        };
+        span::spawn(client, async move {
+            let result = server.answer(stream, addresses).await;
+            drop(permit);
+            match result {
+                Ok(None) => {}
+                Ok(Some((one, other, circuit))) => server.relay(one, other, circuit).await,
+                Err(error) => {
+                    tracing::debug!(%client, %error, "a request to relay came to nothing");
+                }
+            }
+        });
+    }
+
+    fn counted<'a>(&self, state: &'a mut State, peer: PeerId) -> Option<&'a mut Counted> {
+        if state.peers.len() >= MAX_COUNTED && !state.peers.contains_key(&peer) {
+            // Whoever comes with many identities must not lock out the rest: the one that has moved least is forgotten.
+            let idle = state.peers.iter();
+            let idle = idle.filter(|(_, counted)| counted.circuits == 0);
+            let least = *idle.min_by_key(|(_, counted)| counted.day.bytes)?.0;
+            state.peers.remove(&least);
+        }
+        Some(state.peers.entry(peer).or_insert_with(|| Counted {
+            circuits: 0,
+            day: Day::default(),
+            rate: Arc::new(Rate::new(self.limits.rate_per_peer)),
+        }))
+    }
+
+    /// One site is not to have all circuits, however many peers it is.
+    fn per_network(&self) -> usize {
+        (self.limits.circuits / 4).max(self.limits.circuits_per_peer)
+    }
+
+    /// Circuits to one destination that one source peer, and one source address, may hold.
+    fn per_source(&self) -> usize {
+        (self.limits.circuits_per_peer / SOURCE_SHARE).max(1)
+    }
+
+    async fn answer(
+        &self,
+        mut stream: Stream,
+        addresses: Vec<Multiaddr>,
+    ) -> Result<Option<(Stream, Stream, Circuit)>, CircuitError> {
+        let client = stream.peer();
+        let place = Place::of(stream.path());
+        let answered = within(3 * PATIENCE, async {
+            let request = exchange::receive(&mut stream, MAX_MESSAGE);
+            let request: HopMessage = within(PATIENCE, request).await?;
+            match request.r#type {
+                Some(kind) if kind == Hop::Reserve as i32 => {
+                    let answer = match self.reserve(client, place, addresses).await {
+                        Ok(answer) => answer,
+                        Err(status) => self.refusal(status),
+                    };
+                    reply(&mut stream, &answer).await?;
+                    Ok(None)
+                }
+                Some(kind) if kind == Hop::Connect as i32 => {
+                    let destination = request.peer.as_ref().and_then(circuit::peer_id);
+                    let connected = match destination {
+                        Some(destination) => self.connect(client, place, destination).await,
+                        None => Err(CircuitStatus::MalformedMessage),
+                    };
+                    match connected {
+                        Ok((other, circuit)) => {
+                            let answer = HopMessage {
+                                limit: self.limit(),
+                                ..status(CircuitStatus::Ok)
+                            };
+                            reply(&mut stream, &answer).await?;
+                            Ok(Some((other, circuit)))
+                        }
+                        Err(status) => {
+                            reply(&mut stream, &self.refusal(status)).await?;
+                            Ok(None)
+                        }
+                    }
+                }
+                _ => {
+                    let refusal = self.refusal(CircuitStatus::UnexpectedMessage);
+                    reply(&mut stream, &refusal).await?;
+                    Ok(None)
+                }
+            }
+        })
+        .await;
+        match answered {
+            Ok(Some((other, circuit))) => Ok(Some((stream, other, circuit))),
+            Ok(None) => {
+                // Whether it still listens makes no difference.
+                let _ = stream.shutdown().await;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn refusal(&self, reason: CircuitStatus) -> HopMessage {
+        lock(&self.state).used.refused += 1;
+        status(reason)
+    }
+
+    /// What a circuit is limited to, as clients are told.
+    fn limit(&self) -> Option<CircuitLimit> {
+        Some(CircuitLimit {
+            duration: u32::try_from(self.limits.circuit_duration.as_secs()).ok(),
+            data: (self.limits.circuit_bytes != 0).then_some(self.limits.circuit_bytes),
+        })
+    }
+
+    async fn reserve(
+        &self,
+        client: PeerId,
+        place: Place,
+        addresses: Vec<Multiaddr>,
+    ) -> Result<HopMessage, CircuitStatus> {
+        let holds = self.limits.reservation_duration;
+        {
+            let mut state = lock(&self.state);
+            let until = Instant::now() + holds;
+            match state.reservations.get_mut(&client) {
+                Some(held) => held.until = until,
+                None => match self.reserved.take(client, place) {
+                    Ok(permit) => {
+                        let held = Reservation {
+                            until,
+                            _permit: permit,
+                        };
+                        state.reservations.insert(client, held);
+                    }
+                    Err(full) => {
+                        tracing::debug!(%client, %full, "a reservation is refused");
+                        state.refused.reservations += 1;
+                        return Err(CircuitStatus::ReservationRefused);
+                    }
+                },
+            }
+        }
+        // The network may have stopped.
+        let _ = self.needs.send(Need::Keep(client)).await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let expire = (now.unwrap_or_default() + holds).as_secs();
+        let relay = self.key.public().to_peer_id();
+        let voucher = ReservationVoucher {
+            relay: relay.to_bytes().into(),
+            peer: client.to_bytes().into(),
+            expiration: expire,
+        };
+        let voucher = SignedEnvelope::new(
+            &self.key,
+            "libp2p-relay-rsvp".to_owned(),
+            vec![0x03, 0x02],
+            voucher.encode_to_vec(),
+        );
+        let voucher = voucher.ok().map(|v| v.into_protobuf_encoding().into());
+        let addresses = addresses.into_iter().take(MAX_ADDRESSES);
+        Ok(HopMessage {
+            reservation: Some(CircuitReservation {
+                expire: Some(expire),
+                addrs: addresses
+                    .map(|address| Bytes::from(address.with(Protocol::P2p(relay)).to_vec()))
+                    .collect(),
+                voucher,
+            }),
+            limit: self.limit(),
+            ..status(CircuitStatus::Ok)
+        })
+    }
+
+    async fn connect(
+        &self,
+        source: PeerId,
+        place: Place,
+        destination: PeerId,
+    ) -> Result<(Stream, Circuit), CircuitStatus> {
+        let circuit = self.circuit(source, place, destination)?;
+        let (reply, answer) = oneshot::channel();
+        let need = Need::Open(destination, reply);
+        let asked = self.needs.send(need).await;
+        asked.map_err(|_| CircuitStatus::ConnectionFailed)?;
+        let Ok(Ok(mut stream)) = answer.await else {
+            return Err(CircuitStatus::ConnectionFailed);
+        };
+        match circuit::offer(&mut stream, source, self.limit()).await {
+            Ok(()) => Ok((stream, circuit)),
+            Err(error) => {
+                tracing::debug!(%source, %destination, %error, "a circuit did not come about");
+                Err(CircuitStatus::ConnectionFailed)
+            }
+        }
+    }
+
+    /// Counts a circuit. Another one may have to end for it.
+    fn circuit(
+        &self,
+        source: PeerId,
+        place: Place,
+        destination: PeerId,
+    ) -> Result<Circuit, CircuitStatus> {
+        let now = Instant::now();
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        if !state.reservations.contains_key(&destination) {
+            return Err(CircuitStatus::NoReservation);
+        }
+        if source == destination {
+            return Err(CircuitStatus::PermissionDenied);
+        }
+        let full = CircuitStatus::ResourceLimitExceeded;
+        let here = place.groups();
+        let full_there = here.clone().find(|(group, part)| {
+            let most = self.per_network().saturating_mul(*part) / SITE;
+            state.networks.of(*group) >= most
+        });
+        if full_there.is_some() {
+            state.refused.circuits_per_network += 1;
+            return Err(full);
+        }
+        if self
+            .counted(state, source)
+            .is_none_or(|c| c.circuits >= self.limits.circuits_per_peer)
+        {
+            state.refused.circuits_per_peer += 1;
+            return Err(full);
+        }
+        // Its share of what leads to the destination: an idle one of its own makes room.
+        let to_there = |held: &Held| held.ends[1] == destination;
+        let most = self.per_source();
+        let groups = here.map(|(group, part)| (CircuitSource::Group(group), most * part / SITE));
+        for (of, most) in [(CircuitSource::Peer(source), most)]
+            .into_iter()
+            .chain(groups)
+        {
+            let in_share = |held: &Held| to_there(held) && of.has(held);
+            let held = state.circuits.values().filter(|held| in_share(held));
+            if held.count() < most.min(self.limits.circuits_per_peer) {
+                continue;
+            }
+            let idle = |held: &Held| in_share(held) && held.is_idle(now);
+            let Some(oldest) = state.to_replace(idle, place, now) else {
+                state.refused.circuits_per_source += 1;
+                return Err(full);
+            };
+            state.refused.replaced += 1;
+            state.end(oldest);
+        }
+        let of_destination = state.circuits.values().filter(|held| {
+            let [one, other] = held.ends;
+            one == destination || other == destination
+        });
+        if of_destination.count() >= self.limits.circuits_per_peer {
+            let Some(other) = state.to_replace(to_there, place, now) else {
+                state.refused.circuits_per_peer += 1;
+                return Err(full);
+            };
+            state.refused.replaced += 1;
+            state.end(other);
+        }
+        if state.used.circuits >= self.limits.circuits {
+            let Some(other) = state.to_replace(|_| true, place, now) else {
+                state.refused.circuits += 1;
+                return Err(full);
+            };
+            state.refused.replaced += 1;
+            state.end(other);
+        }
+        for end in [source, destination] {
+            let counted = self.counted(state, end).ok_or(full)?;
+            counted.circuits += 1;
+        }
+        state.networks.add(place);
+        state.used.circuits += 1;
+        let (held, replaced) = oneshot::channel();
+        let id = state.next;
+        state.next += 1;
+        let ends = [source, destination];
+        let held = Held {
+            ends,
+            place,
+            since: now,
+            window: (now, 0, 0),
+            _held: held,
+        };
+        state.circuits.insert(id, held);
+        Ok(Circuit {
+            server: self.clone(),
+            id,
+            ends,
+            replaced,
+            moved: AtomicU64::new(0),
+        })
+    }
+
+    /// Passes bytes both ways, until both sides have ended, one fails, or a limit is reached.
+    async fn relay(&self, one: Stream, other: Stream, mut circuit: Circuit) {
+        let (_never, unused) = oneshot::channel();
+        let replaced = std::mem::replace(&mut circuit.replaced, unused);
+        let rates: Vec<_> = {
+            let state = lock(&self.state);
+            let counted = circuit.ends.iter().filter_map(|end| state.peers.get(end));
+            let rates = counted.map(|counted| Arc::clone(&counted.rate));
+            rates.chain([Arc::clone(&self.rate)]).collect()
+        };
+        let (read_one, write_one) = split(one);
+        let (read_other, write_other) = split(other);
+        let both = async {
+            tokio::try_join!(
+                self.pump(read_one, write_other, &circuit, &rates),
+                self.pump(read_other, write_one, &circuit, &rates),
+            )
+        };
+        let [source, destination] = circuit.ends;
+        tokio::select! {
+            ended = timeout(self.limits.circuit_duration, both) => match ended {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::debug!(%source, %destination, %error, "a circuit failed"),
+                Err(_) => tracing::debug!(%source, %destination, "a circuit's time is over"),
+            },
+            _ = replaced => {
+                tracing::debug!(%source, %destination, "a circuit made room for another");
+            }
+            () = falls_silent(&circuit.moved) => {
+                tracing::debug!(%source, %destination, "nothing has passed through a circuit for long");
+            }
+        }
+    }
+
+    async fn pump<R, W>(
+        &self,
+        mut from: R,
+        mut to: W,
+        circuit: &Circuit,
+        rates: &[Arc<Rate>],
+    ) -> io::Result<()>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let mut buffer = vec![0; CHUNK];
+        let mut moved = 0u64;
+        loop {
+            let size = from.read(&mut buffer).await?;
+            if size == 0 {
+                return to.shutdown().await;
+            }
+            moved += size as u64;
+            circuit.moved.fetch_add(size as u64, Ordering::Relaxed);
+            let over = self.limits.circuit_bytes != 0 && moved > self.limits.circuit_bytes;
+            if over || !self.count(circuit, size as u64) {
+                return Err(io::Error::other("the limit of bytes is reached"));
+            }
+            let now = Instant::now();
+            let free = rates.iter().map(|rate| rate.take(size, now)).max();
+            if let Some(free) = free.filter(|free| *free > now) {
+                sleep_until(free).await;
+            }
+            to.write_all(&buffer[..size]).await?;
+            to.flush().await?;
+        }
+    }
+
+    /// Counts bytes against the limits of the day.
+    fn count(&self, circuit: &Circuit, bytes: u64) -> bool {
+        let now = Instant::now();
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        state.used.bytes += bytes;
+        match state.circuits.get_mut(&circuit.id) {
+            Some(held) => held.passed(bytes, now),
+            // Another has taken its place.
+            None => return false,
+        }
+        let mut within = state.all.count(bytes, self.limits.daily_bytes, now);
+        if !within {
+            state.refused.bytes += 1;
+        }
+        for end in circuit.ends {
+            if let Some(counted) = state.peers.get_mut(&end) {
+                let limit = self.limits.daily_bytes_per_peer;
+                if !counted.day.count(bytes, limit, now) {
+                    state.refused.bytes_per_peer += 1;
+                    within = false;
+                }
+            }
+        }
+        within
+    }
+}
+
+/// Returns when the count has not changed for [`SILENT`].
+async fn falls_silent(moved: &AtomicU64) {
+    let mut before = moved.load(Ordering::Relaxed);
+    loop {
+        sleep(SILENT).await;
+        let now = moved.load(Ordering::Relaxed);
+        if std::mem::replace(&mut before, now) == now {
+            return;
+        }
+    }
+}
+
+fn status(status: CircuitStatus) -> HopMessage {
+    HopMessage {
+        r#type: Some(Hop::Status.into()),
+        status: Some(status.into()),
+        ..HopMessage::default()
+    }
+}
+
+async fn reply(stream: &mut Stream, message: &HopMessage) -> Result<(), ExchangeError> {
+    within(PATIENCE, exchange::send(stream, message, MAX_MESSAGE)).await
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,41 @@
+//! Spans that group log lines: one for each peer, one for each connection, and one for each handshake.
+//!
+//! The name and the fields of a span stand before each line that is logged within it, so that the lines of one peer or
+//! one connection can be found among the others.
+
+use std::{fmt::Display, future::Future};
+
+use libp2p::{PeerId, swarm::ConnectionId};
+use tokio::task::JoinHandle;
+use tracing::{Instrument, Span, info_span};
+
+/// Work for one peer, on no connection in particular.
+pub(crate) fn peer(peer: PeerId) -> Span {
+    info_span!("peer", %peer)
+}
+
+/// Work on one connection to a peer.
+pub(crate) fn connection(peer: PeerId, id: ConnectionId) -> Span {
+    info_span!("connection", %peer, %id)
+}
+
+/// A connection that is being secured; the peer is not proven yet.
+pub(crate) fn handshake(address: &dyn Display) -> Span {
+    info_span!("handshake", %address)
+}
+
+/// Spawns a task that works for one peer.
+pub(crate) fn spawn<F>(id: PeerId, task: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send + 'static> + Send + 'static,
+{
+    tokio::spawn(task.instrument(peer(id)))
+}
+
+/// Spawns a task that works on one connection to a peer.
+pub(crate) fn spawn_on<F>(peer: PeerId, id: ConnectionId, task: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send + 'static> + Send + 'static,
+{
+    tokio::spawn(task.instrument(connection(peer, id)))
+}

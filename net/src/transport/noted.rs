@@ -1,0 +1,170 @@
+//! The layer of the transport below everything that takes addresses apart: a socket opens only where the gate has given
+//! a permit, and each destination is noted.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Instant,
+};
+
+use futures::{FutureExt, TryFutureExt, future::BoxFuture};
+use libp2p::{
+    Multiaddr, Transport, TransportError,
+    core::transport::{DialOpts, ListenerId, TransportEvent},
+};
+use tokio::time::timeout;
+
+use crate::{
+    Transport as Kind,
+    address::any_socket,
+    policy::{
+        access::{KeptOut, Shared},
+        gate::{Gate, dialled::Dialled},
+    },
+};
+
+/// Nothing has asked the gate whether this socket may be dialled.
+#[derive(Debug, thiserror::Error)]
+#[error("the gate holds no permit for this destination")]
+pub(crate) struct NoPermit;
+
+/// A transport that notes what it dials, and tells when each connection began. Below everything that takes addresses
+/// apart, it sees where packets really go. It holds to the access lists, and refuses a destination for which the
+/// [`Gate`] holds no permit: a dial that went around the gate ends here.
+#[derive(Debug)]
+pub(crate) struct Noted<T> {
+    inner: T,
+    dialled: Dialled,
+    access: Shared,
+    gate: Gate,
+    /// The transport that it carries: a permit for TCP is not used up by QUIC, nor the reverse.
+    kind: Kind,
+}
+
+impl<T> Noted<T> {
+    /// `kind`: TCP or QUIC, whichever `inner` is.
+    pub(crate) fn new(inner: T, kind: Kind, dialled: Dialled, access: Shared, gate: Gate) -> Self {
+        Self {
+            kind,
+            inner,
+            dialled,
+            access,
+            gate,
+        }
+    }
+}
+
+impl<T> Transport for Noted<T>
+where
+    T: Transport<Error = io::Error> + Unpin,
+    T::Output: Send + 'static,
+    T::Dial: Send + 'static,
+    T::ListenerUpgrade: Send + 'static,
+{
+    type Output = (T::Output, Instant);
+    type Error = io::Error;
+    type ListenerUpgrade = BoxFuture<'static, Result<Self::Output, io::Error>>;
+    type Dial = BoxFuture<'static, Result<Self::Output, io::Error>>;
+
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<io::Error>> {
+        self.inner.listen_on(id, address)
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) -> bool {
+        self.inner.remove_listener(id)
+    }
+
+    fn dial(
+        &mut self,
+        address: Multiaddr,
+        options: DialOpts,
+    ) -> Result<Self::Dial, TransportError<io::Error>> {
+        // What has more parts than these may lead elsewhere than where it seems to.
+        let Some((at, _)) = any_socket(&address).filter(|(_, kind)| *kind == self.kind) else {
+            return Err(TransportError::MultiaddrNotSupported(address));
+        };
+        let ip = at.ip().to_canonical();
+        if !self.access.get().admits(None, Some(&ip)) {
+            return Err(TransportError::Other(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                KeptOut,
+            )));
+        }
+        let begin = Instant::now();
+        let udp = self.kind == Kind::Quic;
+        let Some(permit) = self.gate.take_permit(at, udp, begin) else {
+            tracing::warn!(%address, "refused: a dial that has not passed the gate");
+            return Err(TransportError::Other(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                NoPermit,
+            )));
+        };
+        let dial = self.inner.dial(address, options)?;
+        self.dialled.note(at, begin);
+        let dial = dial.map_ok(move |output| (output, begin));
+        Ok(match permit.patience {
+            None => dial.boxed(),
+            // Nobody has shown to be there: not many packets into the void.
+            Some(patience) => timeout(patience, dial)
+                .map(|dialled| dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())))
+                .boxed(),
+        })
+    }
+
+    fn poll(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<TransportEvent<Self::ListenerUpgrade, io::Error>> {
+        Pin::new(&mut self.inner).poll(cx).map(|event| {
+            event.map_upgrade(|upgrade| upgrade.map_ok(|output| (output, Instant::now())).boxed())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use libp2p::{
+        core::{Endpoint, transport::PortUse},
+        tcp,
+    };
+
+    use super::*;
+
+    /// Any future caller of the transport reaches nothing without the gate.
+    #[tokio::test]
+    async fn a_dial_that_goes_around_the_gate_reaches_nothing() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{}", at.port()).parse().unwrap();
+        let gate = Gate::new(std::iter::empty());
+        let tcp = tcp::tokio::Transport::new(tcp::Config::default());
+        let mut noted = Noted::new(
+            tcp,
+            Kind::Tcp,
+            Dialled::default(),
+            Shared::default(),
+            gate.clone(),
+        );
+        let options = DialOpts {
+            role: Endpoint::Dialer,
+            port_use: PortUse::New,
+        };
+        let Err(TransportError::Other(error)) = noted.dial(address.clone(), options) else {
+            panic!("dialled without a permit");
+        };
+        assert!(error.get_ref().unwrap().is::<NoPermit>());
+        let came = timeout(Duration::from_millis(50), listener.accept()).await;
+        assert!(came.is_err());
+        gate.give(address.clone());
+        noted.dial(address.clone(), options).unwrap().await.unwrap();
+        // Each permit once.
+        assert!(noted.dial(address, options).is_err());
+    }
+}
