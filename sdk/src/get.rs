@@ -501,7 +501,7 @@ impl Work {
             })
             .await?
         };
-        self.announce(model, &info, &manifest);
+        self.announce(model);
         Ok(Got {
             model: info,
             folder: directory,
@@ -519,12 +519,10 @@ impl Work {
     }
 
     /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
-    fn announce(&self, model: store::Model, info: &ModelInfo, manifest: &Manifest) {
+    fn announce(&self, model: store::Model) {
         let announcer = self.node.announcer().clone();
-        let size = crate::announce::manifest_size(manifest);
-        let info = info.clone();
         self.node.spawn(async move {
-            if let Err(error) = announcer.announce(&model, &info, size).await {
+            if let Err(error) = announcer.announce(&model).await {
                 tracing::debug!(%error, "a fetched model is not announced yet");
             }
         });
@@ -723,16 +721,15 @@ async fn share(node: Node, id: Hash) {
         let described = blocking(move || {
             let model = store.model(&id)?;
             let (info, manifest) = describe(&store, &model)?;
-            Ok((model, info, manifest))
+            Ok((model, info, manifest.is_some()))
         });
-        let Ok((model, info, Some(manifest))) = described.await else {
+        let Ok((model, info, true)) = described.await else {
             continue;
         };
         if info.complete || info.shards == said {
             continue;
         }
-        let size = crate::announce::manifest_size(&manifest);
-        match node.announcer().announce(&model, &info, size).await {
+        match node.announcer().announce(&model).await {
             Ok(_) => said = info.shards,
             Err(error) => tracing::debug!(%error, "a part of a model is not announced yet"),
         }

@@ -20,7 +20,6 @@ use weft_blobs::{
 
 use crate::{
     AddPhase, AddProgress, Added, Error, ModelName, Node, Operation, ParseNameError,
-    announce::manifest_size,
     models::{StopOnDrop, by_name, check_unchanged, describe},
     node::blocking,
 };
@@ -315,9 +314,7 @@ impl AddHfCache {
         registries.dedup();
         self.node.meet().await;
         let announcer = self.node.announcer();
-        let announced_to = announcer
-            .announce(&model, &info, manifest_size(&indexed.manifest))
-            .await?;
+        let announced_to = announcer.announce(&model).await?;
         let added = Added {
             model: info,
             ticket: self.node.models().ticket(model.id).await,

@@ -33,6 +33,8 @@
 //!
 //! It leaves out: the command line and the gRPC API, which the `weft` program builds on exactly this.
 
+mod addresses;
+mod advertise;
 mod announce;
 mod bandwidth;
 mod builder;
@@ -47,11 +49,11 @@ mod models;
 mod name;
 mod node;
 mod operation;
-mod presence;
 mod providers;
 mod reader;
 mod records;
 mod registry;
+mod relays;
 mod remembered;
 mod reserve;
 mod resolve;

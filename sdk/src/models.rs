@@ -22,7 +22,7 @@ use weft_proto::wire;
 
 use crate::{
     AddHfCache, Error, Get, Hash, ModelName, Node, Operation, Reader, ReservedName, Target, Ticket,
-    announce::manifest_size, node::blocking, providers::find_providers, resolve::resolve,
+    node::blocking, providers::find_providers, resolve::resolve,
 };
 
 /// Claims that a search looks at.
@@ -588,11 +588,7 @@ impl Add {
             None => Default::default(),
         };
         self.node.meet().await;
-        let announced_to = self
-            .node
-            .announcer()
-            .announce(&model, &info, manifest_size(&indexed.manifest))
-            .await?;
+        let announced_to = self.node.announcer().announce(&model).await?;
         Ok(Added {
             model: info,
             ticket: self.node.models().ticket(model.id).await,
@@ -689,6 +685,11 @@ pub(crate) fn describe(
         added_at: model.added_at,
     };
     Ok((info, manifest))
+}
+
+/// The size of a manifest as it is sent.
+pub(crate) fn manifest_size(manifest: &Manifest) -> u64 {
+    manifest.encode().len() as u64
 }
 
 /// The model that `text` names: by name, id, or the first digits of an id. Blocks.

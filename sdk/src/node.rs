@@ -3,11 +3,10 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use futures::future::join_all;
 use tokio::{
     runtime::Handle,
     task::{JoinSet, spawn_blocking},
@@ -26,16 +25,16 @@ use weft_net::{
 
 use crate::{
     Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
+    advertise::Advertiser,
     announce::Announcer,
     bandwidth::{Bandwidth, Rates},
     discovery::Discovery,
     docs::{self, Driver},
     home::Home,
-    presence::{self, Presence},
     reader::Reading,
     records,
     registry::{self, Followed},
-    remembered,
+    relays, remembered,
     resolve::Resolved,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
     swarm::{self, Exchanger, Hub},
@@ -77,6 +76,7 @@ struct Inner {
     network: Network,
     dht: Dht,
     store: Store,
+    advertiser: Advertiser,
     announcer: Announcer,
     /// For calls to others.
     sessions: Sessions,
@@ -87,7 +87,6 @@ struct Inner {
     topics: Mutex<topics::Known>,
     services: services::Known,
     resolved: Resolved,
-    presences: Mutex<Presences>,
     /// Where what the node does by itself runs.
     runtime: Handle,
     /// Streams on which models are served.
@@ -114,14 +113,6 @@ struct Inner {
     tasks: Mutex<JoinSet<()>>,
     /// Last, so that the home is free only when all else is gone.
     home: Home,
-}
-
-/// Under what this node is found while it lasts.
-#[derive(Debug, Default)]
-struct Presences {
-    all: Vec<Weak<Presence>>,
-    /// Those that last as long as the node.
-    kept: Vec<Arc<Presence>>,
 }
 
 /// What a node is doing.
@@ -172,11 +163,13 @@ impl Node {
         expects_peers: bool,
         (calls, rates): (CallLimits, Rates),
     ) -> Result<Self, Error> {
-        let announcer = Announcer::new(dht.clone(), network.clone(), store.clone());
+        let (advertiser, keep) = Advertiser::new(dht.clone(), network.clone());
+        let announcer = Announcer::new(advertiser.clone(), store.clone());
         let incoming = network
             .accept(BLOBS)
             .expect("a new network accepts nothing yet");
         let mut tasks = JoinSet::new();
+        tasks.spawn(keep);
         let of_store = store.clone();
         let bandwidth = Arc::new(Bandwidth::new(rates));
         let of_node = Arc::clone(&bandwidth);
@@ -208,22 +201,23 @@ impl Node {
             .expect("a new network accepts nothing yet");
         let documents_served = Shares::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
         let discovery = Discovery::new(dht.clone(), network.clone());
-        let (driver, (listener, called), keep_found) = Driver::new(documents, discovery.clone());
+        let (driver, (listener, called), find_holders) =
+            Driver::new(documents, discovery.clone(), advertiser.clone());
         let listen = move |stream| listener.clone().listen(stream);
         tasks.spawn(serve_all(incoming, documents_served.clone(), listen));
         tasks.spawn(docs::drive(Arc::clone(&driver), outgoing, called));
         tasks.spawn(docs::hold_again(Arc::clone(&driver)));
-        tasks.spawn(keep_found);
+        tasks.spawn(find_holders);
         let followed = Arc::new(followed);
         tasks.spawn(registry::keep_up(
             Arc::clone(&followed),
             Arc::clone(&driver),
         ));
-        tasks.spawn(announcer.clone().run());
+        tasks.spawn(announcer.clone().announce_all());
         let of_disk = store.clone();
         let free = move || of_disk.free().ok();
         tasks.spawn(home.reserve().clone().keep_up(free));
-        tasks.spawn(records::keep_up(dht.clone()));
+        tasks.spawn(records::say_again(dht.clone(), advertiser.clone()));
         let known = remembered::read(&home.peers());
         let expects_peers = expects_peers || !known.is_empty();
         tasks.spawn(remembered::remember(dht.clone(), home.peers()));
@@ -232,13 +226,14 @@ impl Node {
             dht.clone(),
             network.clone(),
         ));
-        tasks.spawn(whereabouts::tell(dht.clone(), network.clone()));
-        tasks.spawn(whereabouts::find_relays(discovery.clone()));
+        tasks.spawn(whereabouts::tell(advertiser.clone(), network.clone()));
+        tasks.spawn(relays::find_relays(discovery.clone()));
         Ok(Self {
             inner: Arc::new(Inner {
                 network,
                 dht,
                 store,
+                advertiser,
                 announcer,
                 sessions: Sessions::default(),
                 offered,
@@ -247,7 +242,6 @@ impl Node {
                 topics: Mutex::default(),
                 services: services::Known::default(),
                 resolved: Resolved::default(),
-                presences: Mutex::default(),
                 runtime: Handle::current(),
                 transfers: served,
                 exchanges,
@@ -468,15 +462,7 @@ impl Node {
 
     /// Closes connections in order and ends what runs beside. The home is free for another node when the last handle is gone.
     pub async fn shutdown(&self) {
-        let Presences { all, kept } = std::mem::take(&mut *self.presences());
-        let present: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
-        drop(kept);
-        let present = join_all(present.iter().map(|presence| presence.leave()));
-        tokio::join!(
-            present,
-            whereabouts::leave(&self.inner.dht),
-            self.inner.driver.leave()
-        );
+        self.inner.advertiser.leave().await;
         // Handlers of calls may hold this node, and so its home.
         self.inner.offered.close();
         self.inner.network.stop().await;
@@ -544,27 +530,9 @@ impl Node {
         &self.inner.topics
     }
 
-    /// Makes this node be found under a key for as long as what this returns is held, or the node runs.
-    pub(crate) fn be_present(&self, key: Vec<u8>, value: presence::Value) -> Arc<Presence> {
-        let _runtime = self.inner.runtime.enter();
-        let presence = Presence::new(&self.inner.dht, &self.inner.network, key, value);
-        let presence = Arc::new(presence);
-        let mut presences = self.presences();
-        presences.all.retain(|known| known.strong_count() > 0);
-        presences.all.push(Arc::downgrade(&presence));
-        presence
-    }
-
-    /// Holds it for as long as the node runs.
-    pub(crate) fn keep_present(&self, presence: Arc<Presence>) {
-        self.presences().kept.push(presence);
-    }
-
-    fn presences(&self) -> std::sync::MutexGuard<'_, Presences> {
-        self.inner
-            .presences
-            .lock()
-            .expect("nothing panics while holding the lock")
+    /// Registers what this node advertises in the DHT.
+    pub(crate) fn advertiser(&self) -> &Advertiser {
+        &self.inner.advertiser
     }
 
     pub(crate) fn resolved(&self) -> &Resolved {

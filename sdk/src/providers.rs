@@ -13,7 +13,7 @@ use weft_net::{Class, Destinations, Multiaddr, PeerId, Stream};
 use weft_proto::wire;
 
 use crate::{
-    Error, Failure, Node, Provider, announce::provider_key, node::BLOBS, whereabouts::decode,
+    Error, Failure, Node, Provider, addresses::decode, announce::provider_key, node::BLOBS,
 };
 
 /// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.

@@ -9,7 +9,7 @@ use weft_proto::wire;
 
 use crate::{
     Hash, ModelName, ParseNameError,
-    whereabouts::{decode_given, encode},
+    addresses::{decode_given, encode},
 };
 
 /// What a ticket begins with.

@@ -12,11 +12,14 @@ use tokio::{
 use weft_dht::{Dht, Record};
 use weft_net::PeerId;
 
-use crate::records::{ROUND, SMALL};
+use crate::advertise::SMALL_MESH;
 
 /// The interval at which the key is looked up at other nodes. Changes of the records that this node keeps itself are
 /// seen at once; in a mesh of less than some twenty nodes it keeps every record.
 const WATCH: Duration = Duration::from_secs(5);
+
+/// After this long, a node that was just met has stated what it states.
+const TOLD: Duration = Duration::from_secs(2);
 
 /// At least this long between two looks at what this node keeps: a publisher that floods the key does not have it read
 /// more often. Of several values within this time the last is told.
@@ -127,7 +130,7 @@ impl Watcher {
                 self.next = self.next.min(self.soonest_end().unwrap_or(self.next));
                 continue;
             }
-            let small = *self.dht.nodes().borrow() < SMALL;
+            let small = *self.dht.nodes().borrow() < SMALL_MESH;
             tokio::select! {
                 () = sleep_until(self.next) => {}
                 () = changed(&mut self.kept) => {
@@ -137,7 +140,7 @@ impl Watcher {
                 met = self.meetings.changed(), if small => {
                     met.ok()?;
                     // It has to be told first.
-                    self.next = self.next.min(Instant::now() + ROUND);
+                    self.next = self.next.min(Instant::now() + TOLD);
                     continue;
                 }
             }

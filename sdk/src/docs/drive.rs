@@ -18,10 +18,10 @@ use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
 use weft_proto::frame;
 
 use super::{
-    holders::{Wish, keep_found},
+    holders::{self, Wish, find_holders},
     key_of, peer_of,
 };
-use crate::discovery::Discovery;
+use crate::{advertise::Advertiser, discovery::Discovery};
 
 /// The protocol's name on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");
@@ -56,6 +56,7 @@ pub(crate) struct Driver {
     pub(crate) documents: Documents,
     network: Network,
     wishes: mpsc::UnboundedSender<Wish>,
+    advertiser: Advertiser,
     run: Run,
     /// A document is held from now on, or holders of one have been connected to.
     changed: Arc<Notify>,
@@ -83,6 +84,7 @@ impl Driver {
     pub(crate) fn new(
         documents: Documents,
         discovery: Discovery,
+        advertiser: Advertiser,
     ) -> (Arc<Self>, Hearing, impl Future<Output = ()> + use<>) {
         let (opened, called) = mpsc::channel(64);
         let listener = Listener {
@@ -97,35 +99,31 @@ impl Driver {
             tracing::warn!(%error, "no randomness: peers notice late when this node restarts");
         }
         let network = discovery.network().clone();
-        let keep = keep_found(discovery, documents.clone(), Arc::clone(&changed), wished);
+        let find = find_holders(discovery, documents.clone(), Arc::clone(&changed), wished);
         let driver = Arc::new(Self {
             documents,
             network,
             wishes,
+            advertiser,
             run,
             changed,
         });
-        (driver, (listener, called), keep)
+        (driver, (listener, called), find)
     }
 
     /// A document is held from now on: others find this node, and it finds them.
     pub(crate) fn holds(&self, id: DocumentId) {
-        // Once the node has stopped there is nobody to be found by.
-        let _ = self.wishes.send(Wish::Hold(id));
+        self.advertiser
+            .register(holders::record(&id), holders::value(), holders::HOLDER);
+        // Once the node has stopped there is nobody to be found.
+        let _ = self.wishes.send(Wish::Find(id));
         self.changed.notify_one();
     }
 
+    /// A document is held no longer.
     pub(crate) fn drops(&self, id: DocumentId) {
-        let _ = self.wishes.send(Wish::Drop(id));
-    }
-
-    /// Takes back that this node holds anything; for when it stops.
-    pub(crate) async fn leave(&self) {
-        let (left, is_left) = oneshot::channel();
-        if self.wishes.send(Wish::Leave(left)).is_ok() {
-            // It has ended if it does not answer.
-            let _ = is_left.await;
-        }
+        self.advertiser.remove(holders::record(&id));
+        let _ = self.wishes.send(Wish::Forget(id));
     }
 }
 

@@ -60,9 +60,8 @@ impl Rpc {
         let offer = self.offer(names.clone(), schemas, Arc::new(router))?;
         offer.keep();
         for name in names {
-            match self.announce(&name, Labels::new()) {
-                Ok(announced) => self.node.keep_present(announced.presence),
-                Err(error) => tracing::warn!(service = name, %error, "not announced"),
+            if let Err(error) = services::announce_always(&self.node, &name) {
+                tracing::warn!(service = name, %error, "not announced");
             }
         }
         Ok(())

@@ -32,10 +32,9 @@ use super::{
     retries::{ATTEMPTS, Pauses, Retries},
 };
 use crate::{
-    Node,
-    presence::Presence,
+    Node, addresses,
+    advertise::{Presence, RecordId, Terms, Value},
     watcher::{Change, Watcher},
-    whereabouts,
 };
 
 /// Bytes of a service's name.
@@ -147,12 +146,34 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("nothing panics while holding the lock")
 }
 
+/// The record of a service that this node offers.
+fn record(name: &str, labels: Arc<Mutex<Labels>>) -> (RecordId, Value) {
+    let value = move |addresses: Vec<Bytes>| {
+        let labels = lock(&labels);
+        let labels = labels.iter().map(|(name, value)| wire::Label {
+            name: name.clone(),
+            value: value.clone(),
+        });
+        let labels = labels.collect();
+        wire::ServiceClaim { addresses, labels }.encode_to_vec()
+    };
+    (RecordId::of(key(name)), Value::of(value))
+}
+
+/// Makes this node be found as one that offers a service, without labels, for as long as it runs.
+pub(super) fn announce_always(node: &Node, name: &str) -> Result<(), ServiceError> {
+    check(name)?;
+    let (id, value) = record(name, Arc::default());
+    node.advertiser().register(id, value, Terms::PRESENCE);
+    Ok(())
+}
+
 /// This node is found as one that offers a service, for as long as this is held.
 #[derive(Debug, Clone)]
 #[must_use = "what is dropped is announced no more"]
 pub struct Announced {
     labels: Arc<Mutex<Labels>>,
-    pub(super) presence: Arc<Presence>,
+    presence: Arc<Presence>,
 }
 
 impl Announced {
@@ -160,19 +181,11 @@ impl Announced {
         check(name)?;
         check_labels(&labels)?;
         let labels = Arc::new(Mutex::new(labels));
-        let stated = Arc::clone(&labels);
-        let value = move |addresses: Vec<Bytes>| {
-            let labels = lock(&stated);
-            let labels = labels.iter().map(|(name, value)| wire::Label {
-                name: name.clone(),
-                value: value.clone(),
-            });
-            let labels = labels.collect();
-            wire::ServiceClaim { addresses, labels }.encode_to_vec()
-        };
+        let (id, value) = record(name, Arc::clone(&labels));
+        let presence = node.advertiser().be_present(id, value, Terms::PRESENCE);
         Ok(Self {
             labels,
-            presence: node.be_present(key(name), Arc::new(value)),
+            presence: Arc::new(presence),
         })
     }
 
@@ -371,7 +384,7 @@ fn offer(value: &[u8]) -> Option<(Labels, Heard)> {
     let labels = claim.labels.into_iter().take(MAX_LABELS);
     let labels: Labels = labels.map(|l| (l.name, l.value)).collect();
     check_labels(&labels).ok()?;
-    Some((labels, whereabouts::decode(&claim.addresses)))
+    Some((labels, addresses::decode(&claim.addresses)))
 }
 
 impl State {

@@ -24,8 +24,8 @@ use weft_proto::{
 
 use crate::{
     Error,
+    addresses::{decode, encode},
     node::blocking,
-    whereabouts::{decode, encode},
 };
 
 /// The protocol's name on the network.
