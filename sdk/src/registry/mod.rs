@@ -30,9 +30,9 @@ use self::{
 };
 use crate::{
     Error, Hash, ModelName, Node,
-    docs::{key_of, peer_of},
-    models::{describe, find},
-    node::blocking,
+    documents::{key_of, peer_of},
+    models::{ReservedName, describe, find},
+    operation::blocking,
 };
 
 /// How long a catalogue that may be on its way is waited for.
@@ -120,18 +120,6 @@ pub struct ListedModel {
     pub published: SystemTime,
     /// The hub's commit that it is what a cache holds of.
     pub(crate) commit: Option<Commit>,
-}
-
-/// A name that a registry reserves for other publishers than this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ReservedName {
-    /// The name.
-    pub name: ModelName,
-    /// The registry, which this node follows.
-    pub registry: DocumentId,
-    /// Those who may publish the name there.
-    pub publishers: Vec<PeerId>,
 }
 
 impl ListedModel {

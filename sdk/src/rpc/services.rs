@@ -32,9 +32,10 @@ use super::{
     retries::{ATTEMPTS, Pauses, Retries},
 };
 use crate::{
-    Node, addresses,
-    advertise::{Presence, RecordId, Terms, Value},
-    watcher::{Change, Watcher},
+    Node,
+    discovery::addresses,
+    discovery::advertise::{Presence, RecordId, Terms, Value},
+    discovery::watch::{Change, Watcher},
 };
 
 /// Bytes of a service's name.

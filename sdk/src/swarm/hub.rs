@@ -24,8 +24,8 @@ use weft_proto::{
 
 use crate::{
     Error,
-    addresses::{decode, encode},
-    node::blocking,
+    discovery::addresses::{decode, encode},
+    operation::blocking,
 };
 
 /// The protocol's name on the network.

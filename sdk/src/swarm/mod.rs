@@ -3,7 +3,10 @@
 //! Providers come from a ticket, the DHT, the local network and each other. Those that are known to have something are connected to, a few at a time, near
 //! ones first; what each is asked for is [`Transfer`]'s affair. One that fails is tried again later, one that sends wrong bytes never.
 
+pub(crate) mod bandwidth;
 mod hub;
+pub(crate) mod providers;
+pub(crate) mod turns;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -31,8 +34,8 @@ pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
 use self::hub::{Link, Linked, News};
 use crate::{
     Error, Failure, Node, Priority, Provider,
-    providers::{Known, find_providers, reach},
-    turns::Rank,
+    swarm::providers::{Known, find_providers, reach},
+    swarm::turns::Rank,
 };
 
 /// Providers that are fetched from at a time.

@@ -1,5 +1,7 @@
 //! The node: what the parts make together.
 
+pub(crate) mod builder;
+
 use std::{
     collections::{HashMap, hash_map::Entry},
     path::{Path, PathBuf},
@@ -7,45 +9,37 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    runtime::Handle,
-    task::{JoinSet, spawn_blocking},
-};
-use weft_blobs::{
-    Hash, Store,
-    serve::{self, serve_in_turn},
-};
+use tokio::{runtime::Handle, task::JoinSet};
+use weft_blobs::{Hash, Store, serve::serve_in_turn};
 use weft_crdt::Documents;
 use weft_dht::Dht;
 use weft_net::{
     Access, BootstrapPeer, ClockDifference, ConnectError, Incoming, LimitUse, LoweredLimits,
     Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Place, Reachability, Shares,
-    Stream as NetStream, StreamProtocol,
+    Stream as NetStream,
 };
 
 use crate::{
     Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
-    advertise::Advertiser,
-    announce::Announcer,
-    bandwidth::{Bandwidth, Rates},
-    discovery::Discovery,
-    docs::{self, Driver},
+    discovery::advertise::Advertiser,
+    discovery::find::Discovery,
+    discovery::relays,
+    discovery::remembered,
+    discovery::whereabouts,
+    documents::{self, Driver},
     home::Home,
-    reader::Reading,
+    models::announce::Announcer,
+    models::reader::Reading,
+    models::resolve::Resolved,
+    models::trust::Trusted,
     records,
     registry::{self, Followed},
-    relays, remembered,
-    resolve::Resolved,
     rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
-    swarm::{self, Exchanger, Hub},
+    swarm::bandwidth::{Bandwidth, Rates},
+    swarm::turns::{Ranks, Turns},
+    swarm::{self, Exchanger, Hub, providers::BLOBS},
     topics,
-    trust::Trusted,
-    turns::{Ranks, Turns},
-    whereabouts,
 };
-
-/// The transfer protocol's name on the network.
-pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(serve::PROTOCOL);
 
 /// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
 const MAX_SERVED: usize = 128;
@@ -156,7 +150,7 @@ impl Node {
             Home,
             Store,
             (Trusted, Followed),
-            (Documents, docs::Outgoing),
+            (Documents, documents::Outgoing),
         ),
         network: Network,
         dht: Dht,
@@ -197,7 +191,7 @@ impl Node {
         tasks.spawn(rpc::serve_calls(calls, offered.clone(), serving.clone()));
         let (documents, outgoing) = documents;
         let incoming = network
-            .accept(docs::PROTOCOL)
+            .accept(documents::PROTOCOL)
             .expect("a new network accepts nothing yet");
         let documents_served = Shares::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
         let discovery = Discovery::new(dht.clone(), network.clone());
@@ -205,8 +199,8 @@ impl Node {
             Driver::new(documents, discovery.clone(), advertiser.clone());
         let listen = move |stream| listener.clone().listen(stream);
         tasks.spawn(serve_all(incoming, documents_served.clone(), listen));
-        tasks.spawn(docs::drive(Arc::clone(&driver), outgoing, called));
-        tasks.spawn(docs::hold_again(Arc::clone(&driver)));
+        tasks.spawn(documents::drive(Arc::clone(&driver), outgoing, called));
+        tasks.spawn(documents::hold_again(Arc::clone(&driver)));
         tasks.spawn(find_holders);
         let followed = Arc::new(followed);
         tasks.spawn(registry::keep_up(
@@ -718,17 +712,6 @@ where
             // How they ended is their affair.
             Some(_) = streams.join_next() => {}
         }
-    }
-}
-
-/// Runs what blocks on a thread for that.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    match spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) if error.is_cancelled() => Err(Error::Stopped),
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
 

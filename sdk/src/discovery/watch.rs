@@ -12,7 +12,7 @@ use tokio::{
 use weft_dht::{Dht, Record};
 use weft_net::PeerId;
 
-use crate::advertise::SMALL_MESH;
+use crate::discovery::advertise::SMALL_MESH;
 
 /// The interval at which the key is looked up at other nodes. Changes of the records that this node keeps itself are
 /// seen at once; in a mesh of less than some twenty nodes it keeps every record.

@@ -25,9 +25,9 @@ use weft_net::{Multiaddr, PeerId};
 
 use crate::{
     Error, File, Hash, Node, Priority, Target,
-    get::Found,
-    node::blocking,
-    providers::Known,
+    models::get::Found,
+    operation::blocking,
+    swarm::providers::Known,
     swarm::{Shown, Swarm},
 };
 

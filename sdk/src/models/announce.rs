@@ -8,9 +8,10 @@ use weft_proto::wire;
 
 use crate::{
     Error, ModelInfo, ModelName,
-    advertise::{Advertiser, AtStop, Rank, RecordId, Terms, Value},
+    discovery::advertise::{Advertiser, AtStop, Rank, RecordId, Terms, Value},
     models::{describe, manifest_size},
-    node::blocking,
+    operation::blocking,
+    swarm::providers::provider_key,
 };
 
 /// The terms of a provider's record. A provider that is gone is tried in vain for two hours at most.
@@ -28,11 +29,6 @@ const NAME: Terms = Terms {
     at_stop: AtStop::Keep,
     ..PROVIDER
 };
-
-/// The key under which providers of a model state where they are.
-pub(crate) fn provider_key(id: &Hash) -> Vec<u8> {
-    format!("provider/{id}").into_bytes()
-}
 
 /// States and withdraws models and names.
 #[derive(Debug, Clone)]

@@ -9,8 +9,8 @@ use weft_net::{
 };
 
 use crate::{
-    Error, HomeError, Node, Rates, default_home, docs, home::Home, node::blocking,
-    registry::Followed, rpc::CallLimits, trust::Trusted,
+    Error, HomeError, Node, Rates, default_home, documents, home::Home, models::trust::Trusted,
+    operation::blocking, registry::Followed, rpc::CallLimits,
 };
 
 /// What a node is to be; see [`Node::builder`].
@@ -177,7 +177,7 @@ impl Builder {
                 .as_ref()
                 .try_into()
                 .expect("an Ed25519 secret has 32 bytes");
-            let documents = docs::start(&home.documents(), secret)?;
+            let documents = documents::start(&home.documents(), secret)?;
             Ok((home, store, disk, (trusted, followed), documents))
         })
         .await?;

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 use weft_dht::{Dht, DhtError, Record};
 use weft_net::{Network, PeerId};
 
-use crate::addresses::addresses_of;
+use crate::discovery::addresses::addresses_of;
 
 /// The pause after a peer did not keep what its record promised, doubled each time up to the second. The first is as
 /// long as a node takes to start again; the second is a quarter of the life of a document's record.

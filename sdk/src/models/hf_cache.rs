@@ -21,7 +21,7 @@ use weft_blobs::{
 use crate::{
     AddPhase, AddProgress, Added, Error, ModelName, Node, Operation, ParseNameError,
     models::{StopOnDrop, by_name, check_unchanged, describe},
-    node::blocking,
+    operation::blocking,
 };
 
 /// The cache of the user whose process this is, by the rules of huggingface_hub: `$HF_HUB_CACHE`, `$HF_HOME/hub` and others,

@@ -9,12 +9,33 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use prost::Message;
 use tokio::time::sleep;
 use weft_blobs::{Hash, TransferError};
-use weft_net::{Class, Destinations, Multiaddr, PeerId, Stream};
+use weft_net::{Class, Destinations, Heard, Multiaddr, PeerId, Stream, StreamProtocol};
 use weft_proto::wire;
 
-use crate::{
-    Error, Failure, Node, Provider, addresses::decode, announce::provider_key, node::BLOBS,
-};
+use crate::{Error, Failure, Node, discovery::addresses::decode};
+
+/// The transfer protocol's name on the network.
+pub(crate) const BLOBS: StreamProtocol = StreamProtocol::new(weft_blobs::serve::PROTOCOL);
+
+/// The key under which providers of a model state where they are.
+pub(crate) fn provider_key(id: &Hash) -> Vec<u8> {
+    format!("provider/{id}").into_bytes()
+}
+
+/// A peer that says it has a model, or a part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Provider {
+    /// Who.
+    pub peer: PeerId,
+    /// Where it says that it is.
+    pub addresses: Heard,
+    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`]).
+    pub shards: Option<u64>,
+    /// There is a connection to it.
+    pub connected: bool,
+    /// How long its word holds.
+    pub remaining: Duration,
+}
 
 /// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
 const FIRST: Duration = Duration::from_secs(10);

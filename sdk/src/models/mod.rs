@@ -1,5 +1,15 @@
 //! Publishing and listing models.
 
+pub(crate) mod announce;
+pub(crate) mod get;
+pub(crate) mod hf_cache;
+pub(crate) mod name;
+pub(crate) mod reader;
+pub(crate) mod resolve;
+pub(crate) mod storage;
+pub(crate) mod target;
+pub(crate) mod trust;
+
 use std::{
     collections::{BTreeMap, HashSet},
     path::PathBuf,
@@ -7,7 +17,6 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use prost::Message;
@@ -17,12 +26,14 @@ use weft_blobs::{
     store,
 };
 use weft_crdt::DocumentId;
-use weft_net::{Heard, PeerId};
+use weft_net::PeerId;
 use weft_proto::wire;
 
 use crate::{
-    AddHfCache, Error, Get, Hash, ModelName, Node, Operation, Reader, ReservedName, Target, Ticket,
-    node::blocking, providers::find_providers, resolve::resolve,
+    AddHfCache, Error, Get, Hash, ModelName, Node, Operation, Reader, Target, Ticket,
+    models::resolve::resolve,
+    operation::blocking,
+    swarm::providers::{Provider, find_providers},
 };
 
 /// Claims that a search looks at.
@@ -88,21 +99,6 @@ pub struct Claim {
     pub trusted: bool,
 }
 
-/// A peer that says it has a model, or a part of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Provider {
-    /// Who.
-    pub peer: PeerId,
-    /// Where it says that it is.
-    pub addresses: Heard,
-    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`]).
-    pub shards: Option<u64>,
-    /// There is a connection to it.
-    pub connected: bool,
-    /// How long its word holds.
-    pub remaining: Duration,
-}
-
 /// What adding came to.
 #[derive(Debug, Clone)]
 pub struct Added {
@@ -129,6 +125,18 @@ pub struct Added {
     pub incomplete: Vec<String>,
     /// The model that had the name before, if another had.
     pub taken_from: Option<Hash>,
+}
+
+/// A name that a registry reserves for other publishers than this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReservedName {
+    /// The name.
+    pub name: ModelName,
+    /// The registry, which this node follows.
+    pub registry: DocumentId,
+    /// Those who may publish the name there.
+    pub publishers: Vec<PeerId>,
 }
 
 /// What removing came to.

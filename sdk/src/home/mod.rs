@@ -1,5 +1,8 @@
 //! The node's home folder: its identity, and that one process at a time uses it.
 
+pub(crate) mod lines;
+pub(crate) mod reserve;
+
 use std::{
     env, fs, io,
     io::Write,
@@ -10,7 +13,7 @@ use std::{
 use weft_blobs::lock::{Lock, LockError};
 use weft_net::identity::Keypair;
 
-use crate::reserve::{Reserve, is_full};
+use crate::home::reserve::{Reserve, is_full};
 
 /// Why a home folder cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -22,7 +22,7 @@ use weft_dht::{Progress, Record};
 use weft_net::PeerId;
 use weft_proto::wire;
 
-use crate::{Error, ModelName, Node, models::by_name, node::blocking};
+use crate::{Error, ModelName, Node, models::by_name, operation::blocking};
 
 /// Names that are remembered; beyond, the one that was not used for longest is forgotten.
 const MAX_NAMES: usize = 1024;

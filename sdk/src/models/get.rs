@@ -24,11 +24,12 @@ use weft_net::{Multiaddr, PathKind, PeerId, Stream, Transport};
 
 use crate::{
     Error, Hash, HfRepo, ModelInfo, ModelName, Node, Operation, Priority, Target,
-    hf_cache::{HfCacheError, IntoCache},
     models::describe,
-    node::{TargetLease, blocking},
-    providers::{Known, Providers},
-    resolve::resolve,
+    models::hf_cache::{HfCacheError, IntoCache},
+    models::resolve::resolve,
+    node::TargetLease,
+    operation::blocking,
+    swarm::providers::{Known, Providers},
     swarm::{Shown, Swarm, watch},
 };
 

@@ -25,9 +25,9 @@ pub use weft_blobs::store::{Collected, Freed, MAX_TAG, MAX_TAGS, Tag, verify::Co
 
 use crate::{
     Error, File, Hash, ModelInfo, Models, Node, Operation, Target,
-    get::Found,
+    models::get::Found,
     models::{describe, find},
-    node::blocking,
+    operation::blocking,
 };
 
 /// What takes how many bytes of the disk.

@@ -30,7 +30,7 @@ use weft_net::Network;
 
 use self::book::{Book, Deed, Outcome, Token, Work};
 pub(crate) use self::{pace::Pace, presence::Presence};
-use crate::{Error, addresses::encode};
+use crate::{Error, discovery::addresses::encode};
 
 /// A change is waited for this long: several often come together. It is short, as somebody may be waiting to be found.
 pub(crate) const SETTLE: Duration = Duration::from_millis(200);

@@ -19,8 +19,8 @@ use weft_proto::wire;
 
 use super::peer_of;
 use crate::{
-    advertise::{AtStop, Pace, Rank, RecordId, SMALL_MESH, Terms, Value},
-    discovery::{Discovery, Round},
+    discovery::advertise::{AtStop, Pace, Rank, RecordId, SMALL_MESH, Terms, Value},
+    discovery::find::{Discovery, Round},
 };
 
 /// The terms of a record that says who holds a document. A holder that is gone is tried in vain for two hours at most.

@@ -7,9 +7,9 @@ use weft_dht::DhtError;
 use weft_net::PeerId;
 
 use crate::{
-    advertise::SMALL_MESH,
-    discovery::{Discovery, Round},
-    whereabouts::HERE,
+    discovery::advertise::SMALL_MESH,
+    discovery::find::{Discovery, Round},
+    discovery::whereabouts::HERE,
 };
 
 /// Relays state themselves under one of this many keys, so that no node holds all of them.

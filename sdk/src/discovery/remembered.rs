@@ -12,7 +12,7 @@ use tokio::{
 use weft_dht::Dht;
 use weft_net::{Heard, Multiaddr, Network, PeerId, split_peer_id};
 
-use crate::lines;
+use crate::home::lines;
 
 /// Addresses that are remembered.
 const MOST: usize = 128;

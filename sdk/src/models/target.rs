@@ -9,7 +9,7 @@ use weft_proto::wire;
 
 use crate::{
     Hash, ModelName, ParseNameError,
-    addresses::{decode_given, encode},
+    discovery::addresses::{decode_given, encode},
 };
 
 /// What a ticket begins with.
