@@ -65,8 +65,15 @@ pub(crate) struct Driver {
 /// A run of a program: drawn anew at every start. Each stream begins with its writer's.
 pub(crate) type Run = [u8; 16];
 
-/// What reads peers' streams, and what is heard of these.
-pub(crate) type Hearing = (Listener, mpsc::Receiver<Opened>);
+/// What drives documents beside the [`Driver`], until the node stops.
+pub(crate) struct Driving<F> {
+    /// Reads peers' streams.
+    pub(crate) listener: Listener,
+    /// What is heard of these, for [`drive`].
+    pub(crate) called: mpsc::Receiver<Opened>,
+    /// Finds holders of documents.
+    pub(crate) find_holders: F,
+}
 
 /// A peer has opened a stream, in this run of its program; whether it is listened to.
 #[derive(Debug)]
@@ -80,12 +87,12 @@ pub(crate) struct Listener {
 }
 
 impl Driver {
-    /// With what hears peers, and what finds and is found, to be run until the node stops.
+    /// Returns what drives it as well.
     pub(crate) fn new(
         documents: Documents,
         discovery: Discovery,
         advertiser: Advertiser,
-    ) -> (Arc<Self>, Hearing, impl Future<Output = ()> + use<>) {
+    ) -> (Arc<Self>, Driving<impl Future<Output = ()> + use<>>) {
         let (opened, called) = mpsc::channel(64);
         let listener = Listener {
             documents: documents.clone(),
@@ -108,7 +115,12 @@ impl Driver {
             run,
             changed,
         });
-        (driver, (listener, called), find)
+        let driving = Driving {
+            listener,
+            called,
+            find_holders: find,
+        };
+        (driver, driving)
     }
 
     /// A document is held from now on: others find this node, and it finds them.

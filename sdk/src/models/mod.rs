@@ -1,11 +1,14 @@
 //! Publishing and listing models.
 
 pub(crate) mod announce;
+pub(crate) mod found;
 pub(crate) mod get;
 pub(crate) mod hf_cache;
+pub(crate) mod leases;
 pub(crate) mod name;
 pub(crate) mod reader;
 pub(crate) mod resolve;
+mod room;
 pub(crate) mod storage;
 pub(crate) mod target;
 pub(crate) mod trust;
@@ -420,7 +423,7 @@ impl Models {
                 }
                 return Ok((info, None, Some(name)));
             }
-            if let Some(folder) = of_node.is_fetching(&model.id) {
+            if let Some(folder) = of_node.leases().folder_of(&model.id) {
                 return Err(Error::Busy(folder));
             }
             if !info.tags.is_empty() {
@@ -449,7 +452,7 @@ impl Models {
         }
         let of_node = node.clone();
         let (removed, not_deleted) = blocking(move || {
-            if let Some(folder) = of_node.is_fetching(&id) {
+            if let Some(folder) = of_node.leases().folder_of(&id) {
                 return Err(Error::Busy(folder));
             }
             let removed = store.remove(&id, files)?;

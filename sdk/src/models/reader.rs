@@ -25,10 +25,10 @@ use weft_net::{Multiaddr, PeerId};
 
 use crate::{
     Error, File, Hash, Node, Priority, Target,
-    models::get::Found,
+    models::found::Found,
     operation::blocking,
     swarm::providers::Known,
-    swarm::{Shown, Swarm},
+    swarm::{Job, Shown, Swarm},
 };
 
 /// Chunk groups read from the disk at a time: 1 MiB.
@@ -302,9 +302,7 @@ impl Shared {
             ahead
         };
         let file = self.file();
-        let room = self
-            .node
-            .make_more_room(self.model, (file.blake3, file.size), ROOM * ahead);
+        let room = self.node.make_more_room(self.model, file, ROOM * ahead);
         let room = room.await.map_err(io::Error::other)?;
         self.state().room = Some(Aside {
             _room: room,
@@ -343,7 +341,7 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
         let store = shared.node.store().clone();
         let (hash, size) = (shared.file().blake3, shared.file().size);
         let wanted = groups.clone();
-        let read = blocking(move || Ok(read(&store, (hash, size), whole, wanted)?)).await;
+        let read = blocking(move || Ok(read(&store, hash, size, whole, wanted)?)).await;
         match read.map_err(other)? {
             Some((bytes, source)) => {
                 let next = {
@@ -401,7 +399,8 @@ type Read = (Vec<u8>, Option<Arc<Source>>);
 /// Blocks.
 fn read(
     store: &Store,
-    (hash, size): (Hash, u64),
+    hash: Hash,
+    size: u64,
     whole: Option<Arc<Source>>,
     groups: Range<u64>,
 ) -> Result<Option<Read>, StoreError> {
@@ -541,15 +540,17 @@ async fn fetch(
         ..Known::default()
     };
     let mut plan = Plan::of_nothing(node.store(), Arc::clone(&progress));
-    let mut swarm = Swarm::new(
-        node,
+    let job = Job {
         model,
-        transfer.clone(),
+        transfer: transfer.clone(),
         progress,
-        Shown::default(),
+        shown: Shown::default(),
         known,
-        (Vec::new(), Priority::High),
-    );
+        limits: Vec::new(),
+        priority: Priority::High,
+        keep_trying: false,
+    };
+    let mut swarm = Swarm::new(node, job);
     let idle = async {
         let mut looks = 0;
         while looks < IDLE.as_millis() / LOOK.as_millis() {

@@ -8,6 +8,7 @@ use weft_net::{
     Access, Certificate, Config, Limits, Multiaddr, Network, RelayLimits, RelayServer, Rule,
 };
 
+use super::start::{Opened, Parts};
 use crate::{
     Error, HomeError, Node, Rates, default_home, documents, home::Home, models::trust::Trusted,
     operation::blocking, registry::Followed, rpc::CallLimits,
@@ -162,7 +163,7 @@ impl Builder {
             None => default_home()?,
         };
         let quota = self.quota;
-        let (home, store, disk, trusted, documents) = blocking(move || {
+        let (opened, disk) = blocking(move || {
             let home = Home::open(&path)?;
             let store = Store::open(&home.store())?;
             if let Some(quota) = quota {
@@ -177,12 +178,20 @@ impl Builder {
                 .as_ref()
                 .try_into()
                 .expect("an Ed25519 secret has 32 bytes");
-            let documents = documents::start(&home.documents(), secret)?;
-            Ok((home, store, disk, (trusted, followed), documents))
+            let (documents, outgoing) = documents::start(&home.documents(), secret)?;
+            let opened = Opened {
+                home,
+                store,
+                trusted,
+                followed,
+                documents,
+                outgoing,
+            };
+            Ok((opened, disk))
         })
         .await?;
-        let (dht, behaviour) = Dht::on_disk(home.key(), disk);
-        let mut config = Config::new(home.key().clone());
+        let (dht, behaviour) = Dht::on_disk(opened.home.key(), disk);
+        let mut config = Config::new(opened.home.key().clone());
         config.listen = self.listen;
         config.external = self.external;
         config.bootstrap = self.bootstrap;
@@ -201,13 +210,13 @@ impl Builder {
         let expects_peers =
             config.mdns || !config.bootstrap.is_empty() || !config.relays.is_empty();
         let network = Network::spawn(config, behaviour).await?;
-        let kept = (home, store, trusted, documents);
-        Node::start(
-            kept,
+        Ok(Node::start(Parts {
+            opened,
             network,
             dht,
             expects_peers,
-            (self.call_limits, self.rates),
-        )
+            calls: self.call_limits,
+            rates: self.rates,
+        }))
     }
 }

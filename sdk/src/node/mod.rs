@@ -1,60 +1,41 @@
 //! The node: what the parts make together.
 
+mod admission;
 pub(crate) mod builder;
+mod start;
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use tokio::{runtime::Handle, task::JoinSet};
-use weft_blobs::{Hash, Store, serve::serve_in_turn};
-use weft_crdt::Documents;
+use weft_blobs::Store;
 use weft_dht::Dht;
 use weft_net::{
-    Access, BootstrapPeer, ClockDifference, ConnectError, Incoming, LimitUse, LoweredLimits,
-    Multiaddr, Network, Path as NetPath, PeerId, PeerInfo, Place, Reachability, Shares,
-    Stream as NetStream,
+    Access, BootstrapPeer, ClockDifference, ConnectError, LimitUse, LoweredLimits, Multiaddr,
+    Network, Path as NetPath, PeerId, PeerInfo, Reachability,
 };
 
+use self::admission::Admission;
 use crate::{
     Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
-    discovery::advertise::Advertiser,
-    discovery::find::Discovery,
-    discovery::relays,
-    discovery::remembered,
-    discovery::whereabouts,
-    documents::{self, Driver},
+    discovery::{advertise::Advertiser, find::Discovery, whereabouts},
+    documents::Driver,
     home::Home,
-    models::announce::Announcer,
-    models::reader::Reading,
-    models::resolve::Resolved,
-    models::trust::Trusted,
-    records,
-    registry::{self, Followed},
-    rpc::{self, CallLimits, Offered, Rpc, Serving, Sessions, services},
-    swarm::bandwidth::{Bandwidth, Rates},
-    swarm::turns::{Ranks, Turns},
-    swarm::{self, Exchanger, Hub, providers::BLOBS},
+    models::{
+        announce::Announcer, leases::Leases, reader::Reading, resolve::Resolved, trust::Trusted,
+    },
+    registry::Followed,
+    rpc::{Offered, Rpc, Serving, Sessions, services},
+    swarm::{
+        Exchanger, Hub,
+        bandwidth::{Bandwidth, Rates},
+        turns::{Ranks, Turns},
+    },
     topics,
 };
-
-/// Streams served at a time, of all peers. Each holds two buffers of 1 MiB.
-const MAX_SERVED: usize = 128;
-/// Streams served at a time to one peer.
-const MAX_SERVED_PER_PEER: usize = 8;
-
-/// Streams on which peers say what they have of a model at a time. Each holds one message, at most 256 KiB.
-const MAX_EXCHANGES: usize = 512;
-/// One for each model that both fetch or have.
-const MAX_EXCHANGES_PER_PEER: usize = 16;
-
-/// Streams on which peers speak of documents at a time. Each holds one message, at most 2 MiB.
-const MAX_DOCUMENT_STREAMS: usize = 128;
-/// One, one more on a better path, and those of a run that has crashed.
-const MAX_DOCUMENT_STREAMS_PER_PEER: usize = 4;
 
 /// How long after its start a node waits to meet the mesh.
 const MEET: Duration = Duration::from_secs(5);
@@ -83,26 +64,19 @@ struct Inner {
     resolved: Resolved,
     /// Where what the node does by itself runs.
     runtime: Handle,
-    /// Streams on which models are served.
-    transfers: Shares,
-    /// Streams on which peers say what they have of a model.
-    exchanges: Shares,
+    admission: Admission,
     hub: Hub,
     bandwidth: Arc<Bandwidth>,
     turns: Turns,
     ranks: Ranks,
     reading: Reading,
     driver: Arc<Driver>,
-    /// Streams on which peers speak of documents.
-    documents_served: Shares,
     trusted: Trusted,
     followed: Arc<Followed>,
     started: Instant,
     /// There are bootstrap nodes, or such as were known before, or mDNS may find some.
     expects_peers: bool,
-    /// Folders that a `get` is filling, and with what.
-    /// Folders that are being filled: with which model, and by how many `get`s, which take turns.
-    targets: Mutex<HashMap<PathBuf, (Hash, usize)>>,
+    leases: Leases,
     /// What runs beside: ends when this is dropped.
     tasks: Mutex<JoinSet<()>>,
     /// Last, so that the home is free only when all else is gone.
@@ -143,118 +117,6 @@ impl Node {
     /// How a node is started.
     pub fn builder() -> Builder {
         Builder::default()
-    }
-
-    pub(crate) fn start(
-        (home, store, (trusted, followed), documents): (
-            Home,
-            Store,
-            (Trusted, Followed),
-            (Documents, documents::Outgoing),
-        ),
-        network: Network,
-        dht: Dht,
-        expects_peers: bool,
-        (calls, rates): (CallLimits, Rates),
-    ) -> Result<Self, Error> {
-        let (advertiser, keep) = Advertiser::new(dht.clone(), network.clone());
-        let announcer = Announcer::new(advertiser.clone(), store.clone());
-        let incoming = network
-            .accept(BLOBS)
-            .expect("a new network accepts nothing yet");
-        let mut tasks = JoinSet::new();
-        tasks.spawn(keep);
-        let of_store = store.clone();
-        let bandwidth = Arc::new(Bandwidth::new(rates));
-        let of_node = Arc::clone(&bandwidth);
-        let transfers =
-            move |stream| serve_transfer(of_store.clone(), Arc::clone(&of_node), stream);
-        let served = Shares::new(MAX_SERVED, MAX_SERVED_PER_PEER);
-        tasks.spawn(serve_all(incoming, served.clone(), transfers));
-        let incoming = network
-            .accept(swarm::PROTOCOL)
-            .expect("a new network accepts nothing yet");
-        let exchanges = Shares::new(MAX_EXCHANGES, MAX_EXCHANGES_PER_PEER);
-        let hub = Hub::default();
-        let exchanger = Exchanger {
-            hub: hub.clone(),
-            network: network.clone(),
-            store: store.clone(),
-        };
-        let accept = move |stream| exchanger.clone().accept(stream);
-        tasks.spawn(serve_all(incoming, exchanges.clone(), accept));
-        let serving = Serving::new(calls);
-        let calls = network
-            .accept(rpc::PROTOCOL)
-            .expect("a new network accepts nothing yet");
-        let offered = Offered::default();
-        tasks.spawn(rpc::serve_calls(calls, offered.clone(), serving.clone()));
-        let (documents, outgoing) = documents;
-        let incoming = network
-            .accept(documents::PROTOCOL)
-            .expect("a new network accepts nothing yet");
-        let documents_served = Shares::new(MAX_DOCUMENT_STREAMS, MAX_DOCUMENT_STREAMS_PER_PEER);
-        let discovery = Discovery::new(dht.clone(), network.clone());
-        let (driver, (listener, called), find_holders) =
-            Driver::new(documents, discovery.clone(), advertiser.clone());
-        let listen = move |stream| listener.clone().listen(stream);
-        tasks.spawn(serve_all(incoming, documents_served.clone(), listen));
-        tasks.spawn(documents::drive(Arc::clone(&driver), outgoing, called));
-        tasks.spawn(documents::hold_again(Arc::clone(&driver)));
-        tasks.spawn(find_holders);
-        let followed = Arc::new(followed);
-        tasks.spawn(registry::keep_up(
-            Arc::clone(&followed),
-            Arc::clone(&driver),
-        ));
-        tasks.spawn(announcer.clone().announce_all());
-        let of_disk = store.clone();
-        let free = move || of_disk.free().ok();
-        tasks.spawn(home.reserve().clone().keep_up(free));
-        tasks.spawn(records::say_again(dht.clone(), advertiser.clone()));
-        let known = remembered::read(&home.peers());
-        let expects_peers = expects_peers || !known.is_empty();
-        tasks.spawn(remembered::remember(dht.clone(), home.peers()));
-        tasks.spawn(remembered::find_back(dht.clone(), network.clone(), known));
-        tasks.spawn(whereabouts::say_whether_reached(
-            dht.clone(),
-            network.clone(),
-        ));
-        tasks.spawn(whereabouts::tell(advertiser.clone(), network.clone()));
-        tasks.spawn(relays::find_relays(discovery.clone()));
-        Ok(Self {
-            inner: Arc::new(Inner {
-                network,
-                dht,
-                store,
-                advertiser,
-                announcer,
-                sessions: Sessions::default(),
-                offered,
-                serving,
-                discovery,
-                topics: Mutex::default(),
-                services: services::Known::default(),
-                resolved: Resolved::default(),
-                runtime: Handle::current(),
-                transfers: served,
-                exchanges,
-                hub,
-                bandwidth,
-                turns: Turns::default(),
-                ranks: Ranks::default(),
-                reading: Reading::default(),
-                driver,
-                documents_served,
-                trusted,
-                followed,
-                started: Instant::now(),
-                expects_peers,
-                targets: Mutex::default(),
-                tasks: Mutex::new(tasks),
-                home,
-            }),
-        })
     }
 
     /// The node's id.
@@ -406,18 +268,7 @@ impl Node {
         }
         limits.extend(self.inner.serving.limits());
         limits.extend(self.inner.sessions.limits());
-        let transfers = &self.inner.transfers;
-        let names = ("transfers", "transfers_per_place", "transfers_per_peer");
-        limits.extend(transfers.limits(names.0, names.1, names.2));
-        let exchanges = &self.inner.exchanges;
-        let names = ("exchanges", "exchanges_per_place", "exchanges_per_peer");
-        limits.extend(exchanges.limits(names.0, names.1, names.2));
-        let documents = &self.inner.documents_served;
-        limits.extend(documents.limits(
-            "document_streams",
-            "document_streams_per_place",
-            "document_streams_per_peer",
-        ));
+        limits.extend(self.inner.admission.limits());
         let count = |replica: &mut weft_crdt::Replica| Ok(replica.count());
         let (held, refused) = self.inner.driver.documents.with(count).await?;
         limits.push(LimitUse::of(
@@ -619,28 +470,9 @@ impl Node {
         let _ = tokio::time::timeout_at(until, nodes.wait_for(|nodes| *nodes > 0)).await;
     }
 
-    /// Takes the right to fill `folder` with a model. Several `get`s of one model have it together: each waits for its
-    /// turn, see [`turns`](Self::turns).
-    ///
-    /// # Errors
-    /// [`Error::Busy`] while the folder is filled with another model.
-    pub(crate) fn lease(&self, folder: &Path, model: Hash) -> Result<TargetLease, Error> {
-        match self.targets().entry(folder.to_owned()) {
-            Entry::Occupied(mut entry) if entry.get().0 == model => entry.get_mut().1 += 1,
-            Entry::Occupied(_) => return Err(Error::Busy(folder.to_owned())),
-            Entry::Vacant(entry) => _ = entry.insert((model, 1)),
-        }
-        Ok(TargetLease {
-            node: self.clone(),
-            folder: folder.to_owned(),
-        })
-    }
-
-    /// The folder that a `get` of `model` is filling, if there is one.
-    pub(crate) fn is_fetching(&self, model: &Hash) -> Option<PathBuf> {
-        let targets = self.targets();
-        let found = targets.iter().find(|(_, (fetched, _))| fetched == model);
-        found.map(|(folder, _)| folder.clone())
+    /// The folders that are being filled.
+    pub(crate) fn leases(&self) -> &Leases {
+        &self.inner.leases
     }
 
     /// Runs `work` beside, until it ends or the node does.
@@ -653,75 +485,5 @@ impl Node {
         // Those that have ended need not be kept.
         while tasks.try_join_next().is_some() {}
         tasks.spawn(work);
-    }
-
-    fn targets(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, (Hash, usize)>> {
-        self.inner
-            .targets
-            .lock()
-            .expect("nothing panics while holding the lock")
-    }
-}
-
-/// The right to fill a folder, given back when dropped.
-#[derive(Debug)]
-pub(crate) struct TargetLease {
-    node: Node,
-    folder: PathBuf,
-}
-
-impl Drop for TargetLease {
-    fn drop(&mut self) {
-        if let Ok(mut targets) = self.node.inner.targets.lock()
-            && let Entry::Occupied(mut target) = targets.entry(self.folder.clone())
-        {
-            target.get_mut().1 -= 1;
-            if target.get().1 == 0 {
-                target.remove();
-            }
-        }
-    }
-}
-
-/// Answers every stream that peers open, as many as may be open.
-pub(crate) async fn serve_all<F, Fut>(mut incoming: Incoming, served: Shares, serve: F)
-where
-    F: Fn(NetStream) -> Fut,
-    Fut: Future<Output = ()> + Send + 'static,
-{
-    let mut streams = JoinSet::new();
-    loop {
-        tokio::select! {
-            stream = incoming.next() => {
-                let Some(stream) = stream else { return };
-                let peer = stream.peer();
-                let permit = match served.take(peer, Place::of(stream.path())) {
-                    Ok(permit) => permit,
-                    Err(full) => {
-                        // Dropped, and so reset: the peer asks another provider.
-                        tracing::debug!(%peer, protocol = %stream.protocol(), %full, "a stream is refused");
-                        continue;
-                    }
-                };
-                let serving = serve(stream);
-                streams.spawn(async move {
-                    let _permit = permit;
-                    serving.await;
-                });
-            }
-            // How they ended is their affair.
-            Some(_) = streams.join_next() => {}
-        }
-    }
-}
-
-async fn serve_transfer(store: Store, bandwidth: Arc<Bandwidth>, stream: NetStream) {
-    let peer = stream.peer();
-    let limits = bandwidth.upload_of(peer);
-    let place = Place::of(stream.path()).network();
-    let line = bandwidth.uplink().line(&peer.to_bytes(), place.as_bytes());
-    match serve_in_turn(store, stream, &limits, line).await {
-        Ok(bytes) => tracing::debug!(%peer, bytes, "served"),
-        Err(error) => tracing::debug!(%peer, %error, "serving ended early"),
     }
 }

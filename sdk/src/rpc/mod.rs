@@ -24,7 +24,7 @@ use crate::Node;
 
 pub(crate) use self::{
     offered::Offered,
-    serving::{Serving, serve_calls},
+    serving::{Serving, answering},
     sessions::Sessions,
 };
 pub use self::{

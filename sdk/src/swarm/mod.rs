@@ -278,17 +278,33 @@ pub(crate) struct Swarm {
     pub(crate) first_answer: Option<Instant>,
 }
 
+/// What is to be fetched for one caller, and how.
+pub(crate) struct Job {
+    pub(crate) model: Hash,
+    pub(crate) transfer: Transfer,
+    pub(crate) progress: Arc<plan::Progress>,
+    pub(crate) shown: Shown,
+    /// Providers that are known to have all of the model, and peers that are never asked.
+    pub(crate) known: Known,
+    pub(crate) limits: Vec<Limit>,
+    pub(crate) priority: Priority,
+    /// Go on however long nobody delivers.
+    pub(crate) keep_trying: bool,
+}
+
 impl Swarm {
-    /// Those who are given are known to have all of it; those who are banned are never asked.
-    pub(crate) fn new(
-        node: &Node,
-        model: Hash,
-        transfer: Transfer,
-        progress: Arc<plan::Progress>,
-        shown: Shown,
-        Known { given, banned }: Known,
-        (limits, priority): (Vec<Limit>, Priority),
-    ) -> Self {
+    /// Begins with the providers that the job names; nothing is fetched yet.
+    pub(crate) fn new(node: &Node, job: Job) -> Self {
+        let Job {
+            model,
+            transfer,
+            progress,
+            shown,
+            known: Known { given, banned },
+            limits,
+            priority,
+            keep_trying,
+        } = job;
         let (sender, news) = mpsc::channel(MAX_NEWS);
         let exchanger = node.exchanger();
         let link = Link {
@@ -327,18 +343,13 @@ impl Swarm {
             held: false,
             since: now,
             patience: FIRST,
-            keep_trying: false,
+            keep_trying,
             first_answer: None,
         };
         for (peer, addresses) in given {
             swarm.meet(peer, addresses, true);
         }
         swarm
-    }
-
-    /// Whether to go on however long nobody delivers.
-    pub(crate) fn keep_trying(&mut self, keep_trying: bool) {
-        self.keep_trying = keep_trying;
     }
 
     /// Fetches what `plan` misses.
