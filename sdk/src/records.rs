@@ -10,8 +10,10 @@ use weft_net::PeerId;
 
 use crate::{
     Error, Node,
-    discovery::advertise::{Advertiser, AtStop, Rank, RecordId, Terms, Value},
-    discovery::watch::{Change, Watcher},
+    discovery::{
+        advertise::{Advertiser, AtStop, Rank, RecordId, Terms, Value},
+        watch::{Change, Watcher},
+    },
 };
 
 /// What keys of records begin with in the DHT: they are apart from those of names, providers and the rest.

@@ -20,8 +20,10 @@ use weft_proto::wire;
 
 use crate::{
     Error, Node,
-    discovery::advertise::{Presence, RecordId, Terms, Value},
-    discovery::find::Discovery,
+    discovery::{
+        advertise::{Presence, RecordId, Terms, Value},
+        find::Discovery,
+    },
 };
 
 /// Subscribers that a node is connected to, if there are so many. As many as gossipsub passes a message on to.

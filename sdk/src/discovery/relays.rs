@@ -6,10 +6,10 @@ use tokio::time::{Instant, sleep_until};
 use weft_dht::DhtError;
 use weft_net::PeerId;
 
-use crate::{
-    discovery::advertise::SMALL_MESH,
-    discovery::find::{Discovery, Round},
-    discovery::whereabouts::HERE,
+use crate::discovery::{
+    advertise::SMALL_MESH,
+    find::{Discovery, Round},
+    whereabouts::HERE,
 };
 
 /// Relays state themselves under one of this many keys, so that no node holds all of them.

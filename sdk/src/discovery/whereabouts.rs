@@ -8,10 +8,10 @@ use weft_dht::{Dht, DhtError};
 use weft_net::{Heard, Network, PeerId};
 use weft_proto::wire;
 
-use crate::{
-    discovery::addresses::addresses_of,
-    discovery::advertise::{Advertiser, AtStop, Rank, RecordId, SETTLE, Terms, Value},
-    discovery::relays::relay_key,
+use crate::discovery::{
+    addresses::addresses_of,
+    advertise::{Advertiser, AtStop, Rank, RecordId, SETTLE, Terms, Value},
+    relays::relay_key,
 };
 
 /// The terms of a node's record of where it is, and of a relay's.

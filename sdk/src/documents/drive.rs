@@ -21,7 +21,7 @@ use super::{
     holders::{self, Wish, find_holders},
     key_of, peer_of,
 };
-use crate::{discovery::advertise::Advertiser, discovery::find::Discovery};
+use crate::discovery::{advertise::Advertiser, find::Discovery};
 
 /// The protocol's name on the network.
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");

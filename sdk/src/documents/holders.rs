@@ -18,9 +18,9 @@ use weft_dht::place;
 use weft_proto::wire;
 
 use super::peer_of;
-use crate::{
-    discovery::advertise::{AtStop, Pace, Rank, RecordId, SMALL_MESH, Terms, Value},
-    discovery::find::{Discovery, Round},
+use crate::discovery::{
+    advertise::{AtStop, Pace, Rank, RecordId, SMALL_MESH, Terms, Value},
+    find::{Discovery, Round},
 };
 
 /// The terms of a record that says who holds a document. A holder that is gone is tried in vain for two hours at most.

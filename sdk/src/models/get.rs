@@ -21,10 +21,12 @@ use weft_net::{PathKind, PeerId, Transport};
 
 use crate::{
     Error, Hash, HfRepo, ModelInfo, ModelName, Node, Operation, Priority, Target,
-    models::describe,
-    models::found::{Found, selected_bytes},
-    models::hf_cache::{HfCacheError, IntoCache},
-    models::leases::Lease,
+    models::{
+        describe,
+        found::{Found, selected_bytes},
+        hf_cache::{HfCacheError, IntoCache},
+        leases::Lease,
+    },
     operation::blocking,
     swarm::{Job, Shown, Swarm},
 };

@@ -27,8 +27,7 @@ use crate::{
     Error, File, Hash, Node, Priority, Target,
     models::found::Found,
     operation::blocking,
-    swarm::providers::Known,
-    swarm::{Job, Shown, Swarm},
+    swarm::{Job, Shown, Swarm, providers::Known},
 };
 
 /// Chunk groups read from the disk at a time: 1 MiB.

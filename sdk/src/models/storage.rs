@@ -17,8 +17,7 @@ pub use weft_blobs::store::{Collected, Freed, MAX_TAG, MAX_TAGS, Tag, verify::Co
 
 use crate::{
     Error, Hash, ModelInfo, Models, Node, Operation, Target,
-    models::found::Found,
-    models::{describe, find},
+    models::{describe, find, found::Found},
     operation::blocking,
 };
 

@@ -8,7 +8,11 @@ use std::{
 
 use weft_net::PeerId;
 
-use crate::{Error, HomeError, Node, home::io_error, home::lines, operation::blocking};
+use crate::{
+    Error, HomeError, Node,
+    home::{io_error, lines},
+    operation::blocking,
+};
 
 /// Publishers that may be trusted.
 const MAX_TRUSTED: usize = 4096;

@@ -28,8 +28,7 @@ use super::catalogue::{self, NamePattern, TYPE};
 use crate::{
     HomeError,
     documents::{Driver, key_of},
-    home::io_error,
-    home::lines,
+    home::{io_error, lines},
 };
 
 /// After something could not be held, how long until it is tried again.

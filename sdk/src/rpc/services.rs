@@ -33,9 +33,11 @@ use super::{
 };
 use crate::{
     Node,
-    discovery::addresses,
-    discovery::advertise::{Presence, RecordId, Terms, Value},
-    discovery::watch::{Change, Watcher},
+    discovery::{
+        addresses,
+        advertise::{Presence, RecordId, Terms, Value},
+        watch::{Change, Watcher},
+    },
 };
 
 /// Bytes of a service's name.

@@ -34,8 +34,10 @@ pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
 use self::hub::{Link, Linked, News};
 use crate::{
     Error, Failure, Node, Priority, Provider,
-    swarm::providers::{Known, find_providers, reach},
-    swarm::turns::Rank,
+    swarm::{
+        providers::{Known, find_providers, reach},
+        turns::Rank,
+    },
 };
 
 /// Providers that are fetched from at a time.
