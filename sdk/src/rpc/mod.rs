@@ -3,8 +3,11 @@
 //! A session is one stream for each peer and class, opened with the first call and again when it is lost or a better path is open. A call that had not
 //! been seen when its session was lost is made again; one that perhaps was, only if its schema says that it may be (`option idempotency_level`).
 
+mod announced;
+mod choice;
 mod offered;
 mod retries;
+mod service_watch;
 pub(crate) mod services;
 mod serving;
 mod sessions;
@@ -22,18 +25,17 @@ use weft_proto::rpc::{
 use self::retries::{ATTEMPTS, Pauses};
 use crate::Node;
 
+pub use self::{
+    announced::{Announced, Labels, MAX_LABELS, MAX_NAME, ServiceError},
+    offered::{AlreadyOffered, Offer},
+    service_watch::{ServiceChange, ServiceWatch},
+    services::{Service, ServicePeer},
+    serving::CallLimits,
+};
 pub(crate) use self::{
     offered::Offered,
     serving::{Serving, answering},
     sessions::Sessions,
-};
-pub use self::{
-    offered::{AlreadyOffered, Offer},
-    services::{
-        Announced, Labels, MAX_LABELS, MAX_NAME, Service, ServiceChange, ServiceError, ServicePeer,
-        ServiceWatch,
-    },
-    serving::CallLimits,
 };
 
 /// The protocol's name on the network.
@@ -60,7 +62,7 @@ impl Rpc {
         let offer = self.offer(names.clone(), schemas, Arc::new(router))?;
         offer.keep();
         for name in names {
-            if let Err(error) = services::announce_always(&self.node, &name) {
+            if let Err(error) = announced::announce_always(&self.node, &name) {
                 tracing::warn!(service = name, %error, "not announced");
             }
         }
