@@ -12,6 +12,7 @@ use weft_blobs::{Hash, TransferError};
 use weft_net::{Class, Destinations, Heard, Multiaddr, PeerId, Stream, StreamProtocol};
 use weft_proto::wire;
 
+use super::failures::{Backoff, Banned, FIRST};
 use crate::{Error, Failure, Node, discovery::addresses::decode};
 
 /// The transfer protocol's name on the network.
@@ -37,12 +38,6 @@ pub struct Provider {
     pub remaining: Duration,
 }
 
-/// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
-const FIRST: Duration = Duration::from_secs(10);
-
-/// The first and the longest pause between rounds over the known providers.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
-
 /// Providers tried in a round.
 const MAX_PROVIDERS: usize = 32;
 
@@ -66,13 +61,13 @@ pub(crate) struct Providers {
     racing: Vec<(PeerId, Destinations)>,
     failures: BTreeMap<PeerId, Failed>,
     /// Sent wrong bytes: never asked again.
-    banned: HashSet<PeerId>,
+    banned: Banned,
     /// Asked, and has neither failed nor finished.
     busy: HashSet<PeerId>,
     /// The first in the queue has proved to be a good one.
     succeeded: bool,
     since: Instant,
-    pause: Duration,
+    pause: Backoff,
     /// Rounds begun since the last progress.
     rounds: u32,
     /// Those who were not tried yet are looked for, whatever patience says.
@@ -84,8 +79,8 @@ pub(crate) struct Providers {
 pub(crate) struct Known {
     /// Who has it, and where they are.
     pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
-    /// Who sent wrong bytes, and what was wrong.
-    pub(crate) banned: BTreeMap<PeerId, String>,
+    /// Those that are never asked.
+    pub(crate) banned: Banned,
 }
 
 #[derive(Debug, Default)]
@@ -103,11 +98,11 @@ impl Providers {
             queue: VecDeque::new(),
             racing: Vec::new(),
             failures: BTreeMap::new(),
-            banned: HashSet::new(),
+            banned: Banned::default(),
             busy: HashSet::new(),
             succeeded: false,
             since: Instant::now(),
-            pause: PAUSE.0,
+            pause: Backoff::default(),
             rounds: 0,
             look_again: false,
         }
@@ -137,8 +132,8 @@ impl Providers {
                 return Err(self.exhausted().await);
             }
             if self.rounds >= 2 {
-                sleep(self.pause).await;
-                self.pause = (self.pause * 2).min(PAUSE.1);
+                sleep(self.pause.current()).await;
+                self.pause.take(Backoff::LONGEST);
             }
             self.queue = match self.rounds {
                 0 => self.given(),
@@ -165,20 +160,12 @@ impl Providers {
     /// Notes why `peer` did not finish the work.
     pub(crate) fn failed(&mut self, peer: PeerId, error: &TransferError) {
         self.busy.remove(&peer);
-        if error.is_provider_wrong() {
-            tracing::warn!(%peer, %error, "a provider is not asked again");
-            self.banned.insert(peer);
-        } else {
-            tracing::debug!(%peer, %error, "a provider did not finish");
-        }
+        self.banned.judge(peer, error);
         self.note(peer, error.to_string());
     }
 
     /// Whom it has found to answer, and who sent wrong bytes, each with what it did.
     pub(crate) fn into_known(self) -> Known {
-        let banned = self.failures.into_iter();
-        let banned = banned.filter(|(peer, _)| self.banned.contains(peer));
-        let banned = banned.map(|(peer, failed)| (peer, failed.reason)).collect();
         let mut good = self.given;
         // It is connected: what was heard of where it is need not be told.
         let answered = self.queue.into_iter().take(1).filter(|_| self.succeeded);
@@ -186,7 +173,7 @@ impl Providers {
         good.retain(|(peer, _)| !self.banned.contains(peer));
         Known {
             given: good,
-            banned,
+            banned: self.banned,
         }
     }
 
