@@ -13,6 +13,7 @@ use tokio::{
     task::{AbortHandle, JoinSet},
     time::{Instant, timeout},
 };
+use tracing::Instrument;
 use weft_crdt::{DocumentId, Documents, Key, MAX_MESSAGE_BYTES, Outgoing};
 use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
 use weft_proto::frame;
@@ -326,12 +327,14 @@ fn open_outbox(network: &Network, peer: PeerId, run: Run, writers: &mut JoinSet<
     let (messages, waiting) = mpsc::unbounded_channel();
     let room = Arc::new(Semaphore::new(MAX_WAITING));
     let (network, of_writer) = (network.clone(), Arc::clone(&room));
-    let writing = writers.spawn(async move {
+    let span = tracing::info_span!("documents", %peer);
+    let writing = async move {
         if let Err(error) = write_all(&network, peer, run, waiting, &of_writer).await {
             tracing::debug!(%peer, %error, "a stream of documents has ended");
         }
         peer
-    });
+    };
+    let writing = writers.spawn(writing.instrument(span));
     Outbox {
         messages,
         room,
@@ -427,8 +430,13 @@ async fn end(stream: &mut Option<Stream>) {
 impl Listener {
     /// Reads what a peer says about documents on one stream. The next message is read when the one before has been dealt with: a peer cannot fill our memory. When
     /// the stream ends, it is for the peer to see what of it has not arrived.
-    pub(crate) async fn listen(self, mut stream: Stream) {
+    pub(crate) async fn listen(self, stream: Stream) {
         let peer = stream.peer();
+        let span = tracing::info_span!("documents", %peer);
+        self.listen_to(peer, stream).instrument(span).await;
+    }
+
+    async fn listen_to(self, peer: PeerId, mut stream: Stream) {
         let Some(key) = key_of(&peer) else {
             return;
         };

@@ -13,6 +13,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until},
 };
+use tracing::Instrument;
 use weft_crdt::{DocumentId, Documents};
 use weft_dht::place;
 use weft_proto::wire;
@@ -228,7 +229,8 @@ impl Finding {
         self.pace.take(now);
         let discovery = self.discovery.clone();
         let documents = self.documents.clone();
-        Some(async move {
+        let span = tracing::info_span!("documents", document = %id);
+        let search = async move {
             // Only a peer that shares the document counts as a holder; to be connected and to say so is nothing.
             let sharing = documents.with(move |replica| Ok(replica.sharing(&id)));
             let Ok(sharing) = sharing.await else {
@@ -255,7 +257,8 @@ impl Finding {
                 reached: round.reached,
                 sharing: sharing.len(),
             }
-        })
+        };
+        Some(search.instrument(span))
     }
 
     /// The longest pause between two looks for holders of one document.

@@ -8,6 +8,7 @@ use std::{
 };
 
 use tokio::{task::JoinSet, time::sleep};
+use tracing::Instrument;
 use weft_blobs::{
     Manifest, Pattern, Plan, Selection, Transfer,
     hf_cache::{Arrival, Destination},
@@ -28,7 +29,7 @@ use crate::{
         leases::Lease,
     },
     operation::blocking,
-    swarm::{Job, Shown, Swarm},
+    swarm::{self, Job, Shown, Swarm},
 };
 
 /// How often the mesh is told what has come.
@@ -398,7 +399,8 @@ impl Work {
             lookup.get_or_insert_with(|| started.elapsed());
         };
         let (manifest, known) = loop {
-            match found.manifest(&self.node, &mut answered).await {
+            let manifest = found.manifest(&self.node, &mut answered);
+            match manifest.instrument(swarm::span(&found.id)).await {
                 Err(Error::NoProvider { .. }) if request.keep_trying => {
                     wait(&self.state, "a provider", &mut pause).await;
                 }
@@ -457,7 +459,7 @@ impl Work {
         }
 
         let mut sharing = JoinSet::new();
-        sharing.spawn(share(self.node.clone(), id));
+        sharing.spawn(share(self.node.clone(), id).instrument(swarm::span(&id)));
         if let Some(plan) = &mut plan
             && !plan.is_complete()
         {
@@ -476,7 +478,7 @@ impl Work {
                 priority: request.priority,
                 keep_trying: request.keep_trying,
             };
-            self.fetch(job, plan).await?;
+            self.fetch(job, plan).instrument(swarm::span(&id)).await?;
         }
         drop(plan);
         let results = match &selected {

@@ -17,6 +17,7 @@ use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
+use tracing::Instrument;
 use weft_blobs::{
     Manifest, Plan, Store, StoreError, Transfer, plan, source::Source, store, transfer::Urged,
     tree::GROUP,
@@ -27,7 +28,7 @@ use crate::{
     Error, File, Hash, Node, Priority, Target,
     models::found::Found,
     operation::blocking,
-    swarm::{Job, Shown, Swarm, providers::Known},
+    swarm::{self, Job, Shown, Swarm, providers::Known},
 };
 
 /// Chunk groups read from the disk at a time: 1 MiB.
@@ -558,7 +559,7 @@ async fn fetch(
         }
     };
     let fetched = tokio::select! {
-        fetched = swarm.fetch(&mut plan) => fetched,
+        fetched = swarm.fetch(&mut plan).instrument(swarm::span(&model)) => fetched,
         () = idle => Ok(()),
         () = turn.is_wanted() => Ok(()),
     };

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
+use tracing::Instrument;
 use weft_blobs::{Store, serve::serve_in_turn};
 use weft_net::{Incoming, LimitUse, Place, Shares, Stream as NetStream};
 
@@ -83,11 +84,13 @@ where
                         continue;
                     }
                 };
+                let span = tracing::debug_span!("answer", %peer, protocol = %stream.protocol());
                 let serving = serve(stream);
-                streams.spawn(async move {
+                let serving = async move {
                     let _permit = permit;
                     serving.await;
-                });
+                };
+                streams.spawn(serving.instrument(span));
             }
             // How they ended is their affair.
             Some(_) = streams.join_next() => {}

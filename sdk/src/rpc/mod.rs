@@ -16,6 +16,7 @@ use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout_at};
+use tracing::Instrument;
 use weft_net::{Class, PeerId, StreamProtocol};
 use weft_proto::rpc::{
     Caller, Code, Context, Handler, Message, Method, Options, Receiver, Router, Seen, Sender,
@@ -162,6 +163,7 @@ impl Peer {
     where
         F: Future<Output = Result<T, Status>>,
     {
+        let method_name = method.name.clone();
         let deadline = options
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
@@ -189,6 +191,10 @@ impl Peer {
             }
             unreachable!("the last attempt returns")
         };
+        let (service, name) = names(&method_name);
+        let peer = self.peer;
+        let span = tracing::debug_span!("call", service, method = name, %peer);
+        let attempts = attempts.instrument(span);
         match deadline {
             None => attempts.await,
             Some(deadline) => timeout_at(deadline, attempts).await.unwrap_or_else(|_| {
@@ -199,6 +205,11 @@ impl Peer {
             }),
         }
     }
+}
+
+/// The service and the method in a method's full name, `package.Service/Method`.
+fn names(method: &str) -> (&str, &str) {
+    method.split_once('/').unwrap_or((method, ""))
 }
 
 /// Whether a call that has failed can be made again without doing twice what is to be done once.

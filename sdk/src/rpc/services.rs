@@ -17,6 +17,7 @@ use std::{
 };
 
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::Instrument;
 use weft_dht::Dht;
 use weft_net::{Class, Heard, Network, PATH_TIMEOUT, Path, PeerId};
 use weft_proto::rpc::{
@@ -26,7 +27,7 @@ use weft_proto::rpc::{
 use super::{
     announced::{Labels, ServiceError, check, key},
     choice::{Offers, WantedNow, in_turns},
-    may_repeat,
+    may_repeat, names,
     retries::{ATTEMPTS, Pauses, Retries},
     service_watch::ServiceWatch,
 };
@@ -526,6 +527,7 @@ impl Service {
     where
         F: Future<Output = Result<T, Ended>>,
     {
+        let method_name = method.name.clone();
         let deadline = options
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
@@ -550,6 +552,7 @@ impl Service {
                 };
                 let peer = outstanding.peer;
                 tried.insert(peer);
+                tracing::Span::current().record("peer", tracing::field::display(peer));
                 let session = timeout(reach, self.session(peer, addresses)).await;
                 let was_reached = matches!(session, Ok(Ok(_)));
                 let failed = match session {
@@ -588,6 +591,13 @@ impl Service {
                 None => self.nobody().await,
             })
         };
+        let (_, name) = names(&method_name);
+        let attempts = attempts.instrument(tracing::debug_span!(
+            "call",
+            service = self.name,
+            method = name,
+            peer = tracing::field::Empty
+        ));
         match deadline {
             None => attempts.await,
             Some(deadline) => timeout_at(deadline, attempts).await.unwrap_or_else(|_| {

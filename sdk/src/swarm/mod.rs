@@ -49,6 +49,11 @@ use crate::{
     },
 };
 
+/// The span of everything that is done to fetch a model: log lines are grouped by it.
+pub(crate) fn span(model: &Hash) -> tracing::Span {
+    tracing::info_span!("transfer", %model)
+}
+
 /// Providers that are fetched from at a time.
 const MAX_ACTIVE: usize = 8;
 
