@@ -29,7 +29,7 @@ use crate::{
         leases::Lease,
     },
     operation::blocking,
-    swarm::{self, Job, Shown, Swarm},
+    swarm::{self, Job, Shown, Swarm, providers::Known, turns::Turn},
 };
 
 /// How often the mesh is told what has come.
@@ -359,23 +359,7 @@ impl Work {
             return Err(Error::HfCache(HfCacheError::Selection));
         }
         let mut pause = AGAIN.0;
-        let (selection, paths) = (&request.selection, &request.paths);
-        let found = loop {
-            let target = request.target.clone();
-            let found = async {
-                let found = Found::new(&self.node, target, request.publisher).await?;
-                let bytes = |manifest: &Manifest| selected_bytes(manifest, selection, paths);
-                found.choose(&self.node, bytes).await
-            };
-            match found.await {
-                Err(
-                    Error::NoSuchName { .. } | Error::Disconnected(_) | Error::NoProvider { .. },
-                ) if request.keep_trying => {
-                    wait(&self.state, "a publisher of the name", &mut pause).await;
-                }
-                found => break found?,
-            }
-        };
+        let found = self.find(&request, &mut pause).await?;
         let (id, publisher) = (found.id, found.publisher);
         let other_parts = found.parts.len().saturating_sub(1);
         let name = found.name.clone();
@@ -393,35 +377,12 @@ impl Work {
         let lease = self.node.leases().take(&folder, id)?;
         let _hold = self.node.hold(id).await?;
 
-        self.enter(GetPhase::Connecting);
-        let (started, lookup) = (self.started, &mut self.lookup);
-        let mut answered = || {
-            lookup.get_or_insert_with(|| started.elapsed());
-        };
-        let (manifest, known) = loop {
-            let manifest = found.manifest(&self.node, &mut answered);
-            match manifest.instrument(swarm::span(&found.id)).await {
-                Err(Error::NoProvider { .. }) if request.keep_trying => {
-                    wait(&self.state, "a provider", &mut pause).await;
-                }
-                manifest => break manifest?,
-            }
-        };
-        let selected = match &request.paths {
-            Some(paths) => Some(Selected::of_files(&manifest, |path| paths.contains(path))),
-            None if request.selection.is_everything() => None,
-            None => Some(request.selection.select(&manifest)?),
-        };
+        let keep_trying = request.keep_trying;
+        let (manifest, known) = self.manifest(&found, keep_trying, &mut pause).await?;
+        let selected = select(&manifest, &request.selection, &request.paths)?;
         let selected = selected.map(Arc::new);
 
-        // Two of the same model at once: the second finds what the first has fetched.
-        let _turn = match self.node.turns().try_take(id) {
-            Some(turn) => turn,
-            None => {
-                self.wait_for("another get of the same model");
-                self.node.turns().take(id, true).await
-            }
-        };
+        let _turn = self.turn(id).await;
         self.enter(GetPhase::Checking);
         let arrival = match into_cache {
             Some(destination) => Some(self.arrival(destination, id, &manifest).await?),
@@ -442,21 +403,15 @@ impl Work {
         };
         let reused = self.counts.done.load(Ordering::Relaxed);
         self.state().reused = reused;
-        {
-            let (store, root) = (self.node.store().clone(), directory.clone());
-            let name = name.map(|name| name.to_string());
-            let whole = selected.is_none();
-            let is_made = is_made && arrival.is_none();
-            blocking(move || {
-                store.expect_model(id, &root, name.as_deref(), whole)?;
-                // A person's own folder is not ours to remove with the files.
-                if is_made {
-                    store.note_made(&id, &root)?;
-                }
-                Ok(())
-            })
-            .await?;
-        }
+        let expected = Expected {
+            id,
+            root: directory.clone(),
+            name: name.map(|name| name.to_string()),
+            whole: selected.is_none(),
+            // A person's own folder is not ours to remove with the files.
+            is_made: is_made && arrival.is_none(),
+        };
+        self.expect(expected).await?;
 
         let mut sharing = JoinSet::new();
         sharing.spawn(share(self.node.clone(), id).instrument(swarm::span(&id)));
@@ -464,19 +419,10 @@ impl Work {
             && !plan.is_complete()
         {
             let job = Job {
-                model: id,
-                transfer: Transfer::new(
-                    self.node.store(),
-                    &manifest,
-                    Arc::clone(&self.counts),
-                    fastrand::u64(..),
-                ),
-                progress: Arc::clone(&self.counts),
-                shown: self.shown.clone(),
-                known,
                 limits: vec![Limit::new(request.limit)],
                 priority: request.priority,
-                keep_trying: request.keep_trying,
+                keep_trying,
+                ..self.job(id, &manifest, known)
             };
             self.fetch(job, plan).instrument(swarm::span(&id)).await?;
         }
@@ -490,15 +436,7 @@ impl Work {
             Some(arrival) => self.finish_arrival(arrival).await?,
             None => directory,
         };
-        let (model, info) = {
-            let store = self.node.store().clone();
-            blocking(move || {
-                let model = store.model(&id)?;
-                let (info, _) = describe(&store, &model)?;
-                Ok((model, info))
-            })
-            .await?
-        };
+        let (model, info) = self.described(id).await?;
         self.announce(model);
         Ok(Got {
             model: info,
@@ -514,6 +452,107 @@ impl Work {
             bytes_wasted: self.wasted(),
             sources: self.sources(),
         })
+    }
+
+    /// Finds the model that the target means.
+    async fn find(&self, request: &Get, pause: &mut Duration) -> Result<Found, Error> {
+        let (selection, paths) = (&request.selection, &request.paths);
+        loop {
+            let target = request.target.clone();
+            let found = async {
+                let found = Found::new(&self.node, target, request.publisher).await?;
+                let bytes = |manifest: &Manifest| selected_bytes(manifest, selection, paths);
+                found.choose(&self.node, bytes).await
+            };
+            match found.await {
+                Err(
+                    Error::NoSuchName { .. } | Error::Disconnected(_) | Error::NoProvider { .. },
+                ) if request.keep_trying => {
+                    wait(&self.state, "a publisher of the name", pause).await;
+                }
+                found => return found,
+            }
+        }
+    }
+
+    /// Fetches the manifest, if it is not here.
+    async fn manifest(
+        &mut self,
+        found: &Found,
+        keep_trying: bool,
+        pause: &mut Duration,
+    ) -> Result<(Arc<Manifest>, Known), Error> {
+        self.enter(GetPhase::Connecting);
+        let (started, lookup) = (self.started, &mut self.lookup);
+        let mut answered = || {
+            lookup.get_or_insert_with(|| started.elapsed());
+        };
+        loop {
+            let manifest = found.manifest(&self.node, &mut answered);
+            match manifest.instrument(swarm::span(&found.id)).await {
+                Err(Error::NoProvider { .. }) if keep_trying => {
+                    wait(&self.state, "a provider", pause).await;
+                }
+                manifest => return manifest,
+            }
+        }
+    }
+
+    /// The job of fetching a model, without limits.
+    fn job(&self, id: Hash, manifest: &Manifest, known: Known) -> Job {
+        let counts = Arc::clone(&self.counts);
+        Job {
+            model: id,
+            transfer: Transfer::new(self.node.store(), manifest, counts, fastrand::u64(..)),
+            progress: Arc::clone(&self.counts),
+            shown: self.shown.clone(),
+            known,
+            limits: Vec::new(),
+            priority: Priority::default(),
+            keep_trying: false,
+        }
+    }
+
+    /// What has come.
+    async fn described(&self, id: Hash) -> Result<(store::Model, ModelInfo), Error> {
+        let store = self.node.store().clone();
+        blocking(move || {
+            let model = store.model(&id)?;
+            let (info, _) = describe(&store, &model)?;
+            Ok((model, info))
+        })
+        .await
+    }
+
+    /// Waits for the turn to fetch a model. Two of the same model at once: the second finds what the first has fetched.
+    async fn turn(&self, id: Hash) -> Turn {
+        match self.node.turns().try_take(id) {
+            Some(turn) => turn,
+            None => {
+                self.wait_for("another get of the same model");
+                self.node.turns().take(id, true).await
+            }
+        }
+    }
+
+    /// Tells the store what is about to come.
+    async fn expect(&self, expected: Expected) -> Result<(), Error> {
+        let store = self.node.store().clone();
+        blocking(move || {
+            let Expected {
+                id,
+                root,
+                name,
+                whole,
+                is_made,
+            } = expected;
+            store.expect_model(id, &root, name.as_deref(), whole)?;
+            if is_made {
+                store.note_made(&id, &root)?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
@@ -718,6 +757,30 @@ async fn share(node: Node, id: Hash) {
             Err(error) => tracing::debug!(%error, "a part of a model is not announced yet"),
         }
     }
+}
+
+/// What of a model is to come; `None` if all of it is.
+fn select(
+    manifest: &Manifest,
+    selection: &Selection,
+    paths: &Option<HashSet<String>>,
+) -> Result<Option<Selected>, Error> {
+    Ok(match paths {
+        Some(paths) => Some(Selected::of_files(manifest, |path| paths.contains(path))),
+        None if selection.is_everything() => None,
+        None => Some(selection.select(manifest)?),
+    })
+}
+
+/// What the store is told of a model before content comes.
+struct Expected {
+    id: Hash,
+    root: PathBuf,
+    name: Option<String>,
+    /// Not only a selection of it.
+    whole: bool,
+    /// The node has made the folder, and may remove it.
+    is_made: bool,
 }
 
 /// A plan for what is missing, if anything is; the folder that it fills, and the right to fill it.
