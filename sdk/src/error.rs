@@ -12,7 +12,7 @@ use weft_net::{BootstrapPeer, ConnectError, PeerId, PingError, SpawnError, Topic
 
 use crate::{
     Hash, HfCacheError, HomeError, ModelName, ParseNameError, ParsePatternError, ParseTargetError,
-    docs::peer_of,
+    documents::peer_of,
 };
 
 /// Why an operation of the node failed.

@@ -33,37 +33,18 @@
 //!
 //! It leaves out: the command line and the gRPC API, which the `weft` program builds on exactly this.
 
-mod announce;
-mod bandwidth;
-mod builder;
 mod discovery;
-mod docs;
+mod documents;
 mod error;
-mod get;
-mod hf_cache;
 mod home;
-mod lines;
 mod models;
-mod name;
 mod node;
 mod operation;
-mod presence;
-mod providers;
-mod reader;
 mod records;
 mod registry;
-mod remembered;
-mod reserve;
-mod resolve;
 pub mod rpc;
-mod storage;
 mod swarm;
-mod target;
 mod topics;
-mod trust;
-mod turns;
-mod watcher;
-mod whereabouts;
 
 #[doc(hidden)]
 pub use weft_blobs::is_out_of_descriptors;
@@ -93,40 +74,42 @@ pub use weft_net::{
 };
 
 pub use self::{
-    bandwidth::Rates,
-    builder::Builder,
-    docs::{
+    documents::{
         Doc, DocChange, DocCommit, DocCompleteness, DocDetails, DocHolder, DocImport, DocInfo,
         DocWatch, Docs, NewDoc, Transaction, Writers,
     },
     error::{Error, Failure},
-    get::{Get, GetPhase, GetProgress, Got, PeerProgress, Source},
-    hf_cache::{
-        AddHfCache, AddedHfCache, AddedSnapshot, FailedSnapshot, HfCacheError, HfRepo,
-        default_hf_cache,
-    },
     home::{HomeError, default_home},
     models::{
         Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, NotDeleted,
-        Provider, Removed,
+        Removed, ReservedName,
+        get::{Get, GetPhase, GetProgress, Got, PeerProgress, Source},
+        hf_cache::{
+            AddHfCache, AddedHfCache, AddedSnapshot, FailedSnapshot, HfCacheError, HfRepo,
+            default_hf_cache,
+        },
+        name::{ModelName, ParseNameError},
+        reader::Reader,
+        storage::{
+            Collected, Condition, Freed, MAX_TAG, MAX_TAGS, Storage, Tag, Verified, VerifiedFile,
+            Verify, VerifyPhase, VerifyProgress,
+        },
+        target::{ParseTargetError, Target, Ticket},
+        trust::Trust,
     },
-    name::{ModelName, ParseNameError},
-    node::{Node, Status},
+    node::{Node, Status, builder::Builder},
     operation::Operation,
-    reader::Reader,
     records::{MAX_RECORD_KEY, RecordChange, RecordInfo, RecordWatch, Records},
     registry::{
         ListedModel, NamePattern, NewRegistry, ParsePatternError, Registries, Registry,
-        RegistryDetails, RegistryInfo, ReservedName,
+        RegistryDetails, RegistryInfo,
     },
-    storage::{
-        Collected, Condition, Freed, MAX_TAG, MAX_TAGS, Storage, Tag, Verified, VerifiedFile,
-        Verify, VerifyPhase, VerifyProgress,
+    swarm::{
+        bandwidth::Rates,
+        providers::Provider,
+        turns::{ParsePriorityError, Priority},
     },
-    target::{ParseTargetError, Target, Ticket},
     topics::{Subscription, Topics},
-    trust::Trust,
-    turns::{ParsePriorityError, Priority},
 };
 
 /// For [`tokio::runtime::Builder::event_interval`]: how many times a thread may run tasks before it looks for what has come in from outside. What moves weights

@@ -5,13 +5,15 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until};
-use weft_dht::{Dht, Record, RecordError};
+use weft_dht::{Dht, MAX_TTL, Record, RecordError};
 use weft_net::PeerId;
 
 use crate::{
     Error, Node,
-    watcher::{Change, Watcher},
+    discovery::{
+        advertise::{Advertiser, AtStop, Rank, RecordId, Terms, Value},
+        watch::{Change, Watcher},
+    },
 };
 
 /// What keys of records begin with in the DHT: they are apart from those of names, providers and the rest.
@@ -20,18 +22,13 @@ const SPACE: &[u8] = b"record/";
 /// Bytes of a record's key.
 pub const MAX_RECORD_KEY: usize = 500;
 
-/// How often a node says again what it has stated: who should keep it changes as nodes come and go.
-const REFRESH: Duration = Duration::from_secs(30 * 60);
-
-/// Between two of them, so that many do not flood the mesh.
-const PACE: Duration = Duration::from_millis(20);
-
-/// A growing mesh is waited for this long, so that several new nodes cause one round; and this long between two rounds.
-const SETTLE: Duration = Duration::from_millis(300);
-pub(crate) const ROUND: Duration = Duration::from_secs(2);
-
-/// In a mesh smaller than this, every node that comes is told: those that were there before may have kept nothing.
-pub(crate) const SMALL: usize = 20;
+/// The terms of records of applications. Each holds for as long as its publisher says, whether or not its node runs.
+const TERMS: Terms = Terms {
+    ttl: MAX_TTL,
+    rank: Rank::Content,
+    has_addresses: false,
+    at_stop: AtStop::Keep,
+};
 
 /// What somebody states.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,10 +129,12 @@ impl Records {
             return Err(Error::Record(RecordError::TooBrief));
         }
         self.node.meet().await;
+        let subkey = subkey.as_ref().to_vec();
         let dht = self.node.dht();
-        Ok(dht
-            .publish(&key, subkey.as_ref(), value.as_ref(), ttl)
-            .await?)
+        let took = dht.publish(&key, &subkey, value.as_ref(), ttl).await?;
+        let id = RecordId { key, subkey };
+        self.node.advertiser().keep_stated(id, TERMS, took);
+        Ok(took)
     }
 
     /// What anybody states under `key`, each statement checked, by publisher and subkey. Asks every node that should know: 30 s at most.
@@ -170,9 +169,14 @@ impl Records {
             .iter()
             .find(|r| r.key() == key && r.subkey() == subkey && r.value().is_some());
         // Without it here, others may still have it.
-        let ttl = known.map_or(weft_dht::MAX_TTL, Record::remaining);
+        let ttl = known.map_or(MAX_TTL, Record::remaining);
+        let is_known = known.is_some();
         let heard = dht.withdraw(&key, subkey, ttl).await?;
-        Ok((known.is_some(), heard))
+        // Nodes that have not heard it are told later.
+        let subkey = subkey.to_vec();
+        let id = RecordId { key, subkey };
+        self.node.advertiser().keep_stated(id, TERMS, heard);
+        Ok((is_known, heard))
     }
 
     /// What this node states, and keeps up.
@@ -220,40 +224,14 @@ impl RecordWatch {
     }
 }
 
-/// Says again what this node has stated: from time to time, and when nodes are met while the mesh is small. Ends with the network.
-pub(crate) async fn keep_up(dht: Dht) {
-    let nodes = dht.nodes();
-    let mut meetings = dht.meetings();
-    let mut refresh = Instant::now() + REFRESH;
-    loop {
-        tokio::select! {
-            () = sleep_until(refresh) => {}
-            met = meetings.changed() => {
-                if met.is_err() {
-                    return;
-                }
-                if *nodes.borrow() >= SMALL {
-                    continue;
-                }
-                sleep(SETTLE).await;
-            }
-        }
-        meetings.mark_unchanged();
-        refresh = Instant::now() + REFRESH;
-        let Ok(mut own) = dht.own(SPACE).await else {
-            return;
-        };
-        // Neighbours in the key space, one after the other, are stored at the same nodes.
-        own.sort_by_key(|record| weft_dht::place(record.key()));
-        for record in own {
-            if record.remaining().is_zero() {
-                continue;
-            }
-            if let Err(error) = dht.say_again(record).await {
-                tracing::debug!(%error, "a record is not said again");
-            }
-            sleep(PACE).await;
-        }
-        sleep(ROUND).await;
-    }
+/// Says again what an earlier run of this node has stated.
+pub(crate) async fn say_again(dht: Dht, advertiser: Advertiser) {
+    // Once the DHT has stopped, nothing is said.
+    let own = dht.own(SPACE).await.unwrap_or_default();
+    let ids = own.iter().map(|record| RecordId {
+        key: record.key().to_vec(),
+        subkey: record.subkey().to_vec(),
+    });
+    let records = ids.map(|id| (id, Value::Signed)).collect();
+    advertiser.register_all(records, TERMS);
 }

@@ -20,8 +20,10 @@ use weft_proto::wire;
 
 use crate::{
     Error, Node,
-    discovery::Discovery,
-    presence::{self, Presence},
+    discovery::{
+        advertise::{Presence, RecordId, Terms, Value},
+        find::Discovery,
+    },
 };
 
 /// Subscribers that a node is connected to, if there are so many. As many as gossipsub passes a message on to.
@@ -57,7 +59,7 @@ pub(crate) struct Known {
 /// This node takes part in a topic.
 #[derive(Debug)]
 struct Member {
-    _presence: Arc<Presence>,
+    _presence: Presence,
     looking: AbortHandle,
 }
 
@@ -163,8 +165,9 @@ impl Topics {
     }
 
     fn join(&self, topic: &str) -> Member {
-        let value = |addresses| wire::PeerClaim { addresses }.encode_to_vec();
-        let presence = self.node.be_present(key(topic), Arc::new(value));
+        let value = Value::of(|addresses| wire::PeerClaim { addresses }.encode_to_vec());
+        let advertiser = self.node.advertiser();
+        let presence = advertiser.be_present(RecordId::of(key(topic)), value, Terms::PRESENCE);
         let (finder, topic) = (Finder::new(&self.node), topic.to_owned());
         let looking = tokio::spawn(async move { finder.keep_looking(&topic).await });
         Member {
@@ -259,7 +262,7 @@ impl Finder {
         let topics = self.0.network().topics();
         let subscribed = topics.peers(topic).await.map_or(0, |peers| peers.len());
         let wanted = ENOUGH.saturating_sub(subscribed);
-        let round = self.0.find(&key(topic), presence::TTL, wanted).await;
+        let round = self.0.find(&key(topic), Terms::PRESENCE.ttl, wanted).await;
         let reached = round.unwrap_or_default().reached;
         // Until they have said what they have subscribed to.
         for _ in 0..50 {

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use weft_blobs::{Hash, Manifest, hf_cache::Commit};
 use weft_crdt::{DocumentId, Key, NewDocument, Path};
 
-use crate::{ModelInfo, ModelName, announce::manifest_size};
+use crate::{ModelInfo, ModelName, models::manifest_size};
 
 /// What a registry's key `type` says.
 pub(super) const TYPE: &str = "weft registry 1";

@@ -27,9 +27,8 @@ use weft_net::PeerId;
 use super::catalogue::{self, NamePattern, TYPE};
 use crate::{
     HomeError,
-    docs::{Driver, key_of},
-    home::io_error,
-    lines,
+    documents::{Driver, key_of},
+    home::{io_error, lines},
 };
 
 /// After something could not be held, how long until it is tried again.

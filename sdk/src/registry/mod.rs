@@ -5,13 +5,14 @@
 
 mod catalogue;
 mod follow;
+mod handle;
 
 use std::{
     collections::BTreeMap,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::{
     sync::broadcast::error::RecvError,
     time::{Instant, timeout_at},
@@ -22,24 +23,24 @@ use weft_crdt::{
 };
 use weft_net::PeerId;
 
-pub use self::catalogue::{NamePattern, ParsePatternError};
 pub(crate) use self::follow::{Followed, keep_up};
 use self::{
-    catalogue::{Entry, TYPE, entries},
-    follow::{Catalogue, Root},
+    catalogue::{Entry, TYPE},
+    follow::Root,
+};
+pub use self::{
+    catalogue::{NamePattern, ParsePatternError},
+    handle::Registry,
 };
 use crate::{
     Error, Hash, ModelName, Node,
-    docs::{key_of, peer_of},
-    models::{describe, find},
-    node::blocking,
+    documents::{key_of, peer_of},
+    models::{ReservedName, describe},
+    operation::blocking,
 };
 
 /// How long a catalogue that may be on its way is waited for.
 const ARRIVAL: Duration = Duration::from_secs(3);
-
-/// Bytes of changes of a catalogue after which its publisher begins it anew.
-const MAX_HISTORY: u64 = 8 << 20;
 
 /// Making, following and listing registries; [`Node::registries`].
 #[derive(Debug, Clone)]
@@ -120,18 +121,6 @@ pub struct ListedModel {
     pub published: SystemTime,
     /// The hub's commit that it is what a cache holds of.
     pub(crate) commit: Option<Commit>,
-}
-
-/// A name that a registry reserves for other publishers than this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ReservedName {
-    /// The name.
-    pub name: ModelName,
-    /// The registry, which this node follows.
-    pub registry: DocumentId,
-    /// Those who may publish the name there.
-    pub publishers: Vec<PeerId>,
 }
 
 impl ListedModel {
@@ -475,363 +464,5 @@ fn newest(found: &mut BTreeMap<Key, Entry>, publisher: Key, entry: Entry) {
     match found.get(&publisher) {
         Some(known) if known.published >= entry.published => {}
         _ => _ = found.insert(publisher, entry),
-    }
-}
-
-/// This node's catalogues in a registry that is here.
-fn own(
-    replica: &mut Replica,
-    id: DocumentId,
-) -> Result<Option<(Root, Vec<Catalogue>)>, DocumentError> {
-    let Some(root) = Root::find(replica, id)? else {
-        return Ok(None);
-    };
-    let key = replica.key();
-    let own = root.catalogues.iter().filter(|one| one.publisher == key);
-    let mut own: Vec<_> = own.cloned().collect();
-    // The narrowest first: what can be written there need not be held by who is interested in others.
-    own.sort_by_key(|one| std::cmp::Reverse(one.pattern.prefix().len()));
-    Ok(Some((root, own)))
-}
-
-/// Lists a name, in this one of this node's catalogues, and nowhere else in the registry; what is there already is older.
-fn list(
-    replica: &mut Replica,
-    registry: DocumentId,
-    name: &ModelName,
-    mut entry: Entry,
-) -> Result<bool, DocumentError> {
-    let Some((root, own)) = own(replica, registry)? else {
-        return Ok(false);
-    };
-    let Some(one) = own.iter().find(|one| one.pattern.matches(name)) else {
-        return Ok(false);
-    };
-    follow::make(replica, &registry, &root, one)?;
-    let path = catalogue::path(name);
-    for other in &own {
-        if replica.owner(&other.id).is_none() {
-            continue;
-        }
-        if let Some(known) = replica.get(other.id, &path)?.and_then(Entry::read) {
-            // Also where this node's clock was ahead.
-            entry.published = entry.published.max(known.published.saturating_add(1));
-            if other.id != one.id {
-                write(replica, other.id, vec![Edit::Delete(path.clone())])?;
-            }
-        }
-    }
-    let value = serde_json::to_value(entry).expect("text and numbers");
-    write(replica, one.id, vec![Edit::Put(path, value)])?;
-    Ok(true)
-}
-
-/// Changes a catalogue of this node; what it was no longer counts once there is much of that.
-fn write(replica: &mut Replica, id: DocumentId, edits: Vec<Edit>) -> Result<(), DocumentError> {
-    let time = (now_millis() / 1000) as i64;
-    let details = replica.info(id)?.details;
-    if details.is_some_and(|details| details.log_bytes > MAX_HISTORY) {
-        replica.compact(id)?;
-    }
-    match replica.commit(id, &edits, None, time) {
-        // Many short runs of this node have written, or a few much.
-        Err(DocumentError::TooLarge { .. }) => {
-            replica.compact(id)?;
-            replica.commit(id, &edits, None, time)?;
-        }
-        committed => _ = committed?,
-    }
-    Ok(())
-}
-
-/// A registry that is followed. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Registry {
-    node: Node,
-    id: DocumentId,
-}
-
-impl Registry {
-    /// Its id, by which other nodes follow it.
-    pub fn id(&self) -> DocumentId {
-        self.id
-    }
-
-    fn prefix(&self) -> Result<String, Error> {
-        let prefix = self.node.followed().prefix(&self.id);
-        prefix.ok_or(Error::NotFollowed(self.id))
-    }
-
-    /// Lists a name; whether this node may.
-    async fn put(&self, name: &ModelName, entry: &Entry) -> Result<bool, Error> {
-        self.wait_for_own(name).await?;
-        let (id, name, entry) = (self.id, name.clone(), entry.clone());
-        let put = move |replica: &mut Replica| list(replica, id, &name, entry);
-        Ok(self.node.driver().documents.with(put).await?)
-    }
-
-    /// Where this node's catalogue for a name is not here, and somebody shares the registry, who may have it from an earlier life of this node, waits a little for
-    /// it: what is written before it comes may lose against what is in it.
-    async fn wait_for_own(&self, name: &ModelName) -> Result<(), Error> {
-        let documents = &self.node.driver().documents;
-        let mut events = documents.events();
-        let until = Instant::now() + ARRIVAL;
-        loop {
-            let (id, name) = (self.id, name.clone());
-            let is_awaited = move |replica: &mut Replica| {
-                let own = own(replica, id)?.map(|(_, own)| own).unwrap_or_default();
-                let one = own.iter().find(|one| one.pattern.matches(&name));
-                let is_missing = one.is_some_and(|one| replica.owner(&one.id).is_none());
-                Ok(is_missing && !replica.sharing(&id).is_empty())
-            };
-            if !documents.with(is_awaited).await? {
-                return Ok(());
-            }
-            match timeout_at(until, events.recv()).await {
-                Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
-                Ok(_) => {}
-                Err(_) => return Ok(()),
-            }
-        }
-    }
-
-    /// Takes entries out of this node's catalogues; how many.
-    async fn delete(
-        &self,
-        is_meant: impl Fn(&ModelName, &Entry) -> bool + Send + 'static,
-    ) -> Result<usize, Error> {
-        let id = self.id;
-        let delete = move |replica: &mut Replica| {
-            let own = own(replica, id)?.map(|(_, own)| own).unwrap_or_default();
-            let mut count = 0;
-            for one in own {
-                if replica.owner(&one.id).is_none() {
-                    continue;
-                }
-                let Some(Value::Object(content)) = replica.get(one.id, &Path::default())? else {
-                    continue;
-                };
-                let edits: Vec<_> = entries(content, &one.pattern, "")
-                    .iter()
-                    .filter(|(name, entry)| is_meant(name, entry))
-                    .map(|(name, _)| Edit::Delete(catalogue::path(name)))
-                    .collect();
-                count += edits.len();
-                if !edits.is_empty() {
-                    write(replica, one.id, edits)?;
-                }
-            }
-            Ok(count)
-        };
-        Ok(self.node.driver().documents.with(delete).await?)
-    }
-
-    /// Waits until it is here, at most for `patience`: whether it is. Catalogues may come later.
-    ///
-    /// # Errors
-    /// [`Error::NotFollowed`], [`Error::NotRegistry`] if what has come is none, [`Error::Document`], [`Error::Stopped`].
-    pub async fn arrived(&self, patience: Duration) -> Result<bool, Error> {
-        let until = Instant::now() + patience;
-        self.prefix()?;
-        // After a loss of the documents, it may not be held yet.
-        let mut watch = self.node.docs().open(self.id).await?.watch().await?;
-        loop {
-            let id = self.id;
-            let read = self
-                .node
-                .driver()
-                .documents
-                .with(move |replica| Root::read(replica, id));
-            match read.await {
-                Ok(Some(_)) => return Ok(true),
-                Ok(None) => return Err(Error::NotRegistry(id)),
-                Err(DocumentError::NotYet(_)) => {}
-                Err(error) => return Err(error.into()),
-            }
-            match timeout_at(until, watch.next()).await {
-                Ok(Some(_)) => {}
-                Ok(None) => return Err(Error::Stopped),
-                Err(_) => return Ok(false),
-            }
-        }
-    }
-
-    /// What is known of it.
-    ///
-    /// # Errors
-    /// [`Error::NotFollowed`], [`Error::Document`], [`Error::Stopped`].
-    pub async fn info(&self) -> Result<RegistryInfo, Error> {
-        let (id, prefix) = (self.id, self.prefix()?);
-        let documents = &self.node.driver().documents;
-        let root = documents.with(move |replica| Root::find(replica, id));
-        let Some(root) = root.await? else {
-            return Ok(RegistryInfo {
-                id,
-                prefix,
-                details: None,
-            });
-        };
-        let (mut catalogues, mut here, mut names) = (0, 0, 0);
-        for one in root.of_interest(&prefix) {
-            catalogues += 1;
-            if let Some(entries) = self.entries(one, &prefix).await? {
-                here += 1;
-                names += entries.len();
-            }
-        }
-        let key = documents.key();
-        let publisher = |one: &Catalogue| Some((peer_of(&one.publisher)?, one.pattern.clone()));
-        let details = &root.details;
-        let details = peer_of(&details.owner).map(|owner| RegistryDetails {
-            label: details.label.clone(),
-            owner,
-            publishers: root.catalogues.iter().filter_map(publisher).collect(),
-            catalogues,
-            catalogues_here: here,
-            names,
-            administered: key == details.owner || details.writers.contains(&key),
-            published: root.catalogues.iter().any(|one| one.publisher == key),
-        });
-        Ok(RegistryInfo {
-            id,
-            prefix,
-            details,
-        })
-    }
-
-    /// What is in a catalogue under names that begin with `prefix`; `None` if it is not here.
-    async fn entries(
-        &self,
-        one: &Catalogue,
-        prefix: &str,
-    ) -> Result<Option<Vec<(ModelName, Entry)>>, Error> {
-        let (one, prefix) = (one.clone(), prefix.to_owned());
-        let read = move |replica: &mut Replica| {
-            if replica.owner(&one.id).is_none() {
-                return Ok(None);
-            }
-            Ok(match replica.get(one.id, &Path::default())? {
-                Some(Value::Object(content)) => Some(entries(content, &one.pattern, &prefix)),
-                _ => None,
-            })
-        };
-        Ok(self.node.driver().documents.with(read).await?)
-    }
-
-    /// What it lists under names that begin with `prefix`, in their order: each publisher's latest word.
-    ///
-    /// # Errors
-    /// [`Error::NotFollowed`], [`Error::NotRegistry`], [`Error::Document`] also if it has not arrived, [`Error::Stopped`].
-    pub async fn models(&self, prefix: &str) -> Result<Vec<ListedModel>, Error> {
-        let (id, of_interest) = (self.id, self.prefix()?);
-        let root = self
-            .node
-            .driver()
-            .documents
-            .with(move |replica| Root::read(replica, id));
-        let root = root.await?.ok_or(Error::NotRegistry(id))?;
-        let mut found: BTreeMap<ModelName, BTreeMap<Key, Entry>> = BTreeMap::new();
-        for one in root.of_interest(&of_interest) {
-            if !one.pattern.overlaps(prefix) {
-                continue;
-            }
-            let entries = self.entries(one, prefix).await?.into_iter().flatten();
-            for (name, entry) in
-                entries.filter(|(name, _)| catalogue::key(name).starts_with(&of_interest))
-            {
-                newest(found.entry(name).or_default(), one.publisher, entry);
-            }
-        }
-        let listed = found.into_iter().flat_map(|(name, of_publishers)| {
-            let listed = move |(publisher, entry): (Key, Entry)| {
-                ListedModel::of(name.clone(), &entry, &publisher)
-            };
-            of_publishers.into_iter().filter_map(listed)
-        });
-        Ok(listed.collect())
-    }
-
-    /// Says who publishes which names from now on, and who no longer does: with no pattern, none at all. What a former publisher listed is listed no longer.
-    ///
-    /// # Errors
-    /// [`Error::NotAdministrator`] if this node may not, [`Error::Document`] if the registry has not arrived,
-    /// [`Error::NotRegistry`], [`Error::NoKey`], [`Error::Stopped`].
-    pub async fn set_publishers(
-        &self,
-        add: Vec<(PeerId, NamePattern)>,
-        remove: Vec<(PeerId, Option<NamePattern>)>,
-    ) -> Result<(), Error> {
-        for (peer, _) in &add {
-            key_of(peer).ok_or(Error::NoKey(*peer))?;
-        }
-        let id = self.id;
-        let time = (now_millis() / 1000) as i64;
-        let work = move |replica: &mut Replica| {
-            let Some(root) = Root::read(replica, id)? else {
-                return Ok(false);
-            };
-            let known = root.catalogues.iter().filter_map(|one| {
-                let peer = peer_of(&one.publisher)?;
-                Some((peer, one.pattern.clone()))
-            });
-            let is_removed = |(peer, pattern): &(PeerId, NamePattern)| {
-                remove.iter().any(|(who, what)| {
-                    who == peer && what.as_ref().is_none_or(|what| what == pattern)
-                })
-            };
-            let mut edits: Vec<_> = known
-                .filter(is_removed)
-                .map(|(peer, pattern)| Edit::Delete(publisher_path(&peer, &pattern)))
-                .collect();
-            edits.extend(
-                add.iter()
-                    .map(|(peer, pattern)| Edit::Put(publisher_path(peer, pattern), json!(true))),
-            );
-            replica.commit(id, &edits, None, time)?;
-            Ok(true)
-        };
-        match self
-            .node
-            .driver()
-            .documents
-            .with(work)
-            .await
-            .map_err(Error::from)
-        {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Error::NotRegistry(id)),
-            Err(Error::NotWriter { owner, .. }) => Err(Error::NotAdministrator {
-                registry: id,
-                owner,
-            }),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Lists a model that this node holds by a name; on disk when this returns. `model` is a name, an id, or the first
-    /// six or more digits of one.
-    ///
-    /// # Errors
-    /// [`Error::NotPublisher`] if this node does not publish such names there, [`Error::NoSuchModel`], [`Error::Document`], [`Error::Stopped`].
-    pub async fn publish(&self, name: &ModelName, model: &str) -> Result<(), Error> {
-        let (store, wanted) = (self.node.store().clone(), model.to_owned());
-        let model = blocking(move || find(&store, &wanted)).await?;
-        let entry = self.node.registries().entry(model, name).await?;
-        match self.put(name, &entry).await? {
-            true => Ok(()),
-            false => Err(Error::NotPublisher {
-                registry: self.id,
-                name: name.clone(),
-            }),
-        }
-    }
-
-    /// Lists a name no longer. Whether this node listed it.
-    ///
-    /// # Errors
-    /// [`Error::Document`], [`Error::Stopped`].
-    pub async fn withdraw(&self, name: &ModelName) -> Result<bool, Error> {
-        let withdrawn = name.clone();
-        Ok(self.delete(move |name, _| *name == withdrawn).await? > 0)
     }
 }

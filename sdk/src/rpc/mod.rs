@@ -3,8 +3,11 @@
 //! A session is one stream for each peer and class, opened with the first call and again when it is lost or a better path is open. A call that had not
 //! been seen when its session was lost is made again; one that perhaps was, only if its schema says that it may be (`option idempotency_level`).
 
+mod announced;
+mod choice;
 mod offered;
 mod retries;
+mod service_watch;
 pub(crate) mod services;
 mod serving;
 mod sessions;
@@ -13,6 +16,7 @@ use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout_at};
+use tracing::Instrument;
 use weft_net::{Class, PeerId, StreamProtocol};
 use weft_proto::rpc::{
     Caller, Code, Context, Handler, Message, Method, Options, Receiver, Router, Seen, Sender,
@@ -22,18 +26,17 @@ use weft_proto::rpc::{
 use self::retries::{ATTEMPTS, Pauses};
 use crate::Node;
 
+pub use self::{
+    announced::{Announced, Labels, MAX_LABELS, MAX_NAME, ServiceError},
+    offered::{AlreadyOffered, Offer},
+    service_watch::{ServiceChange, ServiceWatch},
+    services::{Service, ServicePeer},
+    serving::CallLimits,
+};
 pub(crate) use self::{
     offered::Offered,
-    serving::{Serving, serve_calls},
+    serving::{Serving, answering},
     sessions::Sessions,
-};
-pub use self::{
-    offered::{AlreadyOffered, Offer},
-    services::{
-        Announced, Labels, MAX_LABELS, MAX_NAME, Service, ServiceChange, ServiceError, ServicePeer,
-        ServiceWatch,
-    },
-    serving::CallLimits,
 };
 
 /// The protocol's name on the network.
@@ -60,9 +63,8 @@ impl Rpc {
         let offer = self.offer(names.clone(), schemas, Arc::new(router))?;
         offer.keep();
         for name in names {
-            match self.announce(&name, Labels::new()) {
-                Ok(announced) => self.node.keep_present(announced.presence),
-                Err(error) => tracing::warn!(service = name, %error, "not announced"),
+            if let Err(error) = announced::announce_always(&self.node, &name) {
+                tracing::warn!(service = name, %error, "not announced");
             }
         }
         Ok(())
@@ -161,6 +163,7 @@ impl Peer {
     where
         F: Future<Output = Result<T, Status>>,
     {
+        let method_name = method.name.clone();
         let deadline = options
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
@@ -188,6 +191,10 @@ impl Peer {
             }
             unreachable!("the last attempt returns")
         };
+        let (service, name) = names(&method_name);
+        let peer = self.peer;
+        let span = tracing::debug_span!("call", service, method = name, %peer);
+        let attempts = attempts.instrument(span);
         match deadline {
             None => attempts.await,
             Some(deadline) => timeout_at(deadline, attempts).await.unwrap_or_else(|_| {
@@ -198,6 +205,11 @@ impl Peer {
             }),
         }
     }
+}
+
+/// The service and the method in a method's full name, `package.Service/Method`.
+fn names(method: &str) -> (&str, &str) {
+    method.split_once('/').unwrap_or((method, ""))
 }
 
 /// Whether a call that has failed can be made again without doing twice what is to be done once.

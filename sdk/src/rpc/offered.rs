@@ -7,7 +7,10 @@ use std::{
 };
 
 use bytes::Bytes;
+use tracing::Instrument;
 use weft_proto::rpc::{Code, Context, Ended, Handler, Receiver, SCHEMAS, Sender, Status};
+
+use super::names;
 
 /// This node offers a service of this name already.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -120,10 +123,19 @@ impl Handler for Offered {
             let schemas = self.read().schemas.clone();
             return Box::pin(async move { responses.send_last(schemas.into()).await });
         }
-        let service = context.method.split('/').next().unwrap_or_default();
+        let (service, _) = names(&context.method);
         let entry = self.read().by_name.get(service).cloned();
         match entry {
-            Some(entry) => entry.handler.call(context, requests, responses),
+            Some(entry) => {
+                let (service, method) = names(&context.method);
+                let peer = &context.peer;
+                let span = tracing::debug_span!("answer", service, method, %peer);
+                let called = entry.handler.call(context, requests, responses);
+                match span.is_disabled() {
+                    true => called,
+                    false => Box::pin(called.instrument(span)),
+                }
+            }
             None => {
                 let text = format!("there is no service {service} here");
                 Box::pin(std::future::ready(Err(Status::new(

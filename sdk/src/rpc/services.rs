@@ -1,4 +1,5 @@
-//! Services by name: announcing them, and calling whoever offers one.
+//! Services by name: calling peers that offer one. `announced.rs` is the other side, and `choice.rs` says which peer
+//! is called.
 //!
 //! Who offers a service says so in the DHT, with labels, for as long as it does. A [`Service`] knows who does, and sends each call where it expects it to be
 //! answered soonest: to near peers and over direct paths, and not to where many of its calls are open already. A peer that fails is left alone for a while that
@@ -9,45 +10,28 @@
 //! attempt at most.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     fmt,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
-use bytes::Bytes;
-use prost::Message as _;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
-use weft_dht::{Dht, Record};
-use weft_net::{Class, Heard, Multiaddr, Network, PATH_TIMEOUT, Path, PathKind, PeerId, Place};
-use weft_proto::{
-    rpc::{
-        Caller, Code, Message, Method, Options, Receiver, Seen, Sender, Session, Status as Ended,
-    },
-    wire,
+use tracing::Instrument;
+use weft_dht::Dht;
+use weft_net::{Class, Heard, Network, PATH_TIMEOUT, Path, PeerId};
+use weft_proto::rpc::{
+    Caller, Code, Message, Method, Options, Receiver, Seen, Sender, Session, Status as Ended,
 };
 
 use super::{
-    may_repeat,
+    announced::{Labels, ServiceError, check, key},
+    choice::{Offers, WantedNow, in_turns},
+    may_repeat, names,
     retries::{ATTEMPTS, Pauses, Retries},
+    service_watch::ServiceWatch,
 };
-use crate::{
-    Node,
-    presence::Presence,
-    watcher::{Change, Watcher},
-    whereabouts,
-};
-
-/// Bytes of a service's name.
-pub const MAX_NAME: usize = 256;
-
-/// Labels of one announcement, and bytes of a label's name and of its value.
-pub const MAX_LABELS: usize = 16;
-const MAX_LABEL: usize = 64;
-const MAX_LABEL_VALUE: usize = 256;
-
-/// Peers that are remembered of one service.
-const MAX_OFFERS: usize = 256;
+use crate::{Node, discovery::watch::Watcher};
 
 /// How old what is known of who offers a service may be before it is looked up again, beside the calls.
 const FRESH: Duration = Duration::from_secs(15);
@@ -79,115 +63,9 @@ const ALIVE_TRIPS: u32 = 8;
 const REMEMBER: Duration = Duration::from_secs(600);
 const MAX_SERVICES: usize = 256;
 
-/// Longest time for which an offer is believed, whatever its publisher states: the protocol's ten minutes, and some for
-/// clocks.
-const BELIEVED: Duration = Duration::from_secs(11 * 60);
-
-/// The first and the longest time for which a peer that failed is left alone.
-const AVOID: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
-
-/// A round trip that has not been measured counts as this one, to a peer that is connected and to one that is not.
-const UNKNOWN: Duration = Duration::from_millis(5);
-const FAR: Duration = Duration::from_millis(50);
-
-/// Round trips under this one are all the same.
-const NEXT_DOOR: Duration = Duration::from_millis(2);
-
-/// What tells a service's offer from others of the same name: a model, its layers, the load.
-pub type Labels = BTreeMap<String, String>;
-
-/// A service that cannot be announced or looked for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ServiceError {
-    /// Its name is empty or too long.
-    #[error("a service's name has 1 to {MAX_NAME} bytes, and this has {0}")]
-    Name(usize),
-    /// There are too many labels.
-    #[error("a service has at most {MAX_LABELS} labels, and these are {0}")]
-    TooManyLabels(usize),
-    /// A label is too long, or has no name.
-    #[error(
-        "a label's name has 1 to {MAX_LABEL} bytes and its value at most {MAX_LABEL_VALUE}, and {0:?} is another"
-    )]
-    Label(String),
-}
-
-fn check(name: &str) -> Result<(), ServiceError> {
-    match name.len() {
-        1..=MAX_NAME => Ok(()),
-        length => Err(ServiceError::Name(length)),
-    }
-}
-
-fn check_labels(labels: &Labels) -> Result<(), ServiceError> {
-    if labels.len() > MAX_LABELS {
-        return Err(ServiceError::TooManyLabels(labels.len()));
-    }
-    let fits = |(name, value): &(&String, &String)| {
-        (1..=MAX_LABEL).contains(&name.len()) && value.len() <= MAX_LABEL_VALUE
-    };
-    match labels.iter().find(|label| !fits(label)) {
-        Some((name, _)) => {
-            let shown = name.chars().take(MAX_LABEL).collect();
-            Err(ServiceError::Label(shown))
-        }
-        None => Ok(()),
-    }
-}
-
-fn key(name: &str) -> Vec<u8> {
-    // A name may be longer than a key.
-    let mut hasher = blake3::Hasher::new_derive_key("weft service v1");
-    hasher.update(name.as_bytes());
-    format!("service/{}", hasher.finalize()).into_bytes()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks what no holder of the lock panics over.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("nothing panics while holding the lock")
-}
-
-/// This node is found as one that offers a service, for as long as this is held.
-#[derive(Debug, Clone)]
-#[must_use = "what is dropped is announced no more"]
-pub struct Announced {
-    labels: Arc<Mutex<Labels>>,
-    pub(super) presence: Arc<Presence>,
-}
-
-impl Announced {
-    pub(super) fn new(node: &Node, name: &str, labels: Labels) -> Result<Self, ServiceError> {
-        check(name)?;
-        check_labels(&labels)?;
-        let labels = Arc::new(Mutex::new(labels));
-        let stated = Arc::clone(&labels);
-        let value = move |addresses: Vec<Bytes>| {
-            let labels = lock(&stated);
-            let labels = labels.iter().map(|(name, value)| wire::Label {
-                name: name.clone(),
-                value: value.clone(),
-            });
-            let labels = labels.collect();
-            wire::ServiceClaim { addresses, labels }.encode_to_vec()
-        };
-        Ok(Self {
-            labels,
-            presence: node.be_present(key(name), Arc::new(value)),
-        })
-    }
-
-    /// States other labels from now on. Others know within twenty seconds.
-    ///
-    /// # Errors
-    /// [`ServiceError`], and the labels stay as they are.
-    pub fn set_labels(&self, labels: Labels) -> Result<(), ServiceError> {
-        check_labels(&labels)?;
-        let before = std::mem::replace(&mut *lock(&self.labels), labels);
-        if before != *lock(&self.labels) {
-            self.presence.renew();
-        }
-        Ok(())
-    }
 }
 
 /// One that offers a service.
@@ -237,7 +115,7 @@ impl Known {
                 key: key(name),
                 dht: node.dht().clone(),
                 network: node.network().clone(),
-                state: Mutex::default(),
+                offers: Mutex::default(),
                 looking: tokio::sync::Mutex::default(),
                 retries: Retries::default(),
             }),
@@ -253,207 +131,10 @@ struct Shared {
     key: Vec<u8>,
     dht: Dht,
     network: Network,
-    state: Mutex<State>,
+    offers: Mutex<Offers>,
     /// Held by whoever looks it up.
     looking: tokio::sync::Mutex<()>,
     retries: Retries,
-}
-
-#[derive(Default)]
-struct State {
-    offers: HashMap<PeerId, Candidate>,
-    looked: Option<Instant>,
-    /// The last look of any kind.
-    looked_some: Option<Instant>,
-    looked_at_paths: Option<Instant>,
-    /// When it was called last.
-    used: Option<Instant>,
-    /// Its providers are being watched.
-    watched: bool,
-    /// Counts calls, so that of equals the one that was not asked for longest is.
-    calls: u64,
-}
-
-#[derive(Default)]
-struct Candidate {
-    addresses: Heard,
-    labels: Labels,
-    sequence: u64,
-    /// When its statement ends.
-    until: Option<Instant>,
-    path: Option<(Path, Option<Duration>)>,
-    outstanding: usize,
-    /// Times that it failed since it last answered.
-    failures: u32,
-    avoid_until: Option<Instant>,
-    /// It failed to answer the last ping, and not a call.
-    silent: bool,
-    /// It has answered a call.
-    proven: bool,
-    /// The network that its first public address is in, or the relay.
-    network: Option<String>,
-    last: u64,
-}
-
-impl Candidate {
-    /// How long a call is expected to take, in arbitrary units.
-    fn cost(&self) -> u128 {
-        let (relayed, rtt) = match &self.path {
-            Some((path, rtt)) => (path.kind == PathKind::Relayed, rtt.unwrap_or(UNKNOWN)),
-            None => (false, FAR),
-        };
-        // What a relay forwards is slower than its round trip says, and is another's to pay for.
-        let rtt = rtt.max(NEXT_DOOR) * if relayed { 2 } else { 1 };
-        rtt.as_micros() * (self.outstanding as u128 + 1)
-    }
-
-    /// Nothing shows that it is there at all.
-    fn is_stranger(&self) -> bool {
-        !self.proven && self.path.is_none()
-    }
-
-    /// The lowest is asked first, where so many were asked in vain in its network: those that have not failed, those
-    /// that are connected or have answered before, and of strangers those of networks that were not tried.
-    fn rank(&self, now: Instant, tried: usize) -> impl Ord + use<> {
-        let stranger = self.is_stranger();
-        let tried = if stranger { tried } else { 0 };
-        (
-            self.avoided(now),
-            self.is_suspect(),
-            stranger,
-            tried,
-            self.cost(),
-        )
-    }
-
-    /// It failed, and nothing has been heard of it since.
-    fn is_suspect(&self) -> bool {
-        self.silent || self.failures > 0 && self.path.is_none()
-    }
-
-    fn avoided(&self, now: Instant) -> Option<Duration> {
-        let until = self.avoid_until?;
-        (until > now).then(|| until.duration_since(now))
-    }
-}
-
-/// The widest network around the first public address, or the relay; `None` if there is neither.
-fn network(addresses: &Heard) -> Option<String> {
-    let addresses = addresses.to_wire().into_iter();
-    let addresses = addresses.filter_map(|address| Multiaddr::try_from(address).ok());
-    let places = addresses.map(|address| Place::of(&Path::of(&address)));
-    places.filter_map(|place| place.networks().last()).next()
-}
-
-/// One of each network, in random order, then a second of each, and so on.
-fn in_turns<T>(all: impl Iterator<Item = (Option<String>, T)>) -> Vec<T> {
-    let mut all: Vec<_> = all.collect();
-    fastrand::shuffle(&mut all);
-    let mut seen = HashMap::<Option<String>, usize>::new();
-    let turns = all.into_iter().map(|(network, one)| {
-        let turn = seen.entry(network).or_default();
-        *turn += 1;
-        (*turn, one)
-    });
-    let mut turns: Vec<_> = turns.collect();
-    turns.sort_by_key(|(turn, _)| *turn);
-    turns.into_iter().map(|(_, one)| one).collect()
-}
-
-fn has(labels: &Labels, wanted: &Labels) -> bool {
-    let mut wanted = wanted.iter();
-    wanted.all(|(name, value)| labels.get(name) == Some(value))
-}
-
-/// What a statement says, if it is one of an offer: labels, and where to reach it.
-fn offer(value: &[u8]) -> Option<(Labels, Heard)> {
-    let claim = wire::ServiceClaim::decode(value).ok()?;
-    let labels = claim.labels.into_iter().take(MAX_LABELS);
-    let labels: Labels = labels.map(|l| (l.name, l.value)).collect();
-    check_labels(&labels).ok()?;
-    Some((labels, whereabouts::decode(&claim.addresses)))
-}
-
-impl State {
-    /// Whom to ask: the cheapest of those that have not failed, or of all if they have.
-    fn choose(
-        &mut self,
-        wanted: &WantedNow<'_>,
-        tried: &HashSet<PeerId>,
-        now: Instant,
-    ) -> Option<(PeerId, Heard)> {
-        let mut tried_in = HashMap::<_, usize>::new();
-        for tried in tried.iter().filter_map(|peer| self.offers.get(peer)) {
-            *tried_in.entry(tried.network.clone()).or_default() += 1;
-        }
-        let candidates = self.offers.iter_mut();
-        let (peer, chosen) = candidates
-            .filter(|(peer, c)| !tried.contains(peer) && wanted.fits(peer, &c.labels))
-            .min_by_key(|(_, c)| {
-                let tried = tried_in.get(&c.network).copied().unwrap_or_default();
-                (c.rank(now, tried), c.last)
-            })?;
-        self.calls += 1;
-        chosen.last = self.calls;
-        chosen.outstanding += 1;
-        Some((*peer, chosen.addresses.clone()))
-    }
-
-    /// Takes in what publishers state. Who is silent is remembered until its last statement ends: a look-up may miss some.
-    fn learn(&mut self, own: PeerId, records: &[Record], now: Instant) {
-        for record in records {
-            let peer = record.publisher();
-            if !record.subkey().is_empty() || peer == own {
-                continue;
-            }
-            if let Some(known) = self.offers.get(&peer)
-                && known.sequence >= record.sequence()
-            {
-                continue;
-            }
-            let Some((labels, addresses)) = record.value().and_then(offer) else {
-                self.offers.remove(&peer);
-                continue;
-            };
-            if self.offers.len() >= MAX_OFFERS
-                && !self.offers.contains_key(&peer)
-                && !self.make_room()
-            {
-                continue;
-            }
-            let candidate = self.offers.entry(peer).or_default();
-            candidate.network = network(&addresses);
-            candidate.addresses = addresses;
-            candidate.labels = labels;
-            candidate.sequence = record.sequence();
-            candidate.until = Some(now + record.remaining().min(BELIEVED));
-        }
-        self.offers
-            .retain(|_, c| c.outstanding > 0 || c.until.is_some_and(|until| until > now));
-    }
-}
-
-impl State {
-    /// Forgets an offer that leads nowhere as far as is known: of a peer that never answered, in the network that has
-    /// the most of those, the one that has failed most, or else is the oldest. Offers of connected peers stay.
-    fn make_room(&mut self) -> bool {
-        let mut of_network = HashMap::<_, usize>::new();
-        for candidate in self.offers.values().filter(|c| c.is_stranger()) {
-            *of_network.entry(candidate.network.clone()).or_default() += 1;
-        }
-        let offers = self.offers.iter();
-        let idle = offers.filter(|(_, c)| c.outstanding == 0 && c.path.is_none());
-        let worst = idle.max_by_key(|(_, c)| {
-            let neighbours = of_network.get(&c.network).copied().unwrap_or_default();
-            let until = std::cmp::Reverse(c.until);
-            (c.is_stranger(), neighbours, c.failures, until)
-        });
-        let Some(worst) = worst.map(|(peer, _)| *peer) else {
-            return false;
-        };
-        self.offers.remove(&worst);
-        true
-    }
 }
 
 impl fmt::Debug for Shared {
@@ -472,7 +153,7 @@ impl Shared {
         let Ok(records) = records else { return };
         let (own, now) = (self.network.local_peer(), Instant::now());
         {
-            let mut state = lock(&self.state);
+            let mut state = lock(&self.offers);
             state.learn(own, &records, now);
             state.looked_some = Some(now);
             // After a few, all, with the next call.
@@ -491,9 +172,9 @@ impl Shared {
     /// Connects to some, so that the nearest is known.
     async fn meet(&self) {
         let strangers: Vec<_> = {
-            let (state, now) = (lock(&self.state), Instant::now());
-            let met = state.offers.values().filter(|c| c.path.is_some()).count();
-            let strangers = state.offers.iter();
+            let (state, now) = (lock(&self.offers), Instant::now());
+            let met = state.of.values().filter(|c| c.path.is_some()).count();
+            let strangers = state.of.iter();
             let strangers = strangers.filter(|(_, c)| c.path.is_none() && c.avoided(now).is_none());
             let strangers = in_turns(strangers.map(|(peer, c)| (c.network.clone(), (*peer, c))));
             strangers
@@ -519,7 +200,7 @@ impl Shared {
         loop {
             sleep(WATCH).await;
             {
-                let mut state = lock(&self.state);
+                let mut state = lock(&self.offers);
                 let idle = state.used.is_none_or(|used| used.elapsed() > WATCH_FOR);
                 if idle {
                     state.watched = false;
@@ -528,8 +209,8 @@ impl Shared {
             }
             self.look_at_paths().await;
             let connected: Vec<_> = {
-                let state = lock(&self.state);
-                let connected = state.offers.iter();
+                let state = lock(&self.offers);
+                let connected = state.of.iter();
                 let connected = connected.filter_map(|(peer, c)| {
                     let (_, rtt) = c.path.as_ref()?;
                     let patience = rtt.unwrap_or_default() * ALIVE_TRIPS;
@@ -548,8 +229,8 @@ impl Shared {
             });
             for (peer, alive) in futures::future::join_all(pings).await {
                 let was_silent = {
-                    let mut state = lock(&self.state);
-                    let candidate = state.offers.get_mut(&peer);
+                    let mut state = lock(&self.offers);
+                    let candidate = state.of.get_mut(&peer);
                     candidate.is_some_and(|c| std::mem::replace(&mut c.silent, !alive))
                 };
                 match (alive, was_silent) {
@@ -567,36 +248,32 @@ impl Shared {
 
     async fn look_at_paths(&self) {
         let peers = self.network.peers().await;
-        let mut state = lock(&self.state);
+        let mut state = lock(&self.offers);
         state.looked_at_paths = Some(Instant::now());
-        for (peer, candidate) in &mut state.offers {
+        for (peer, candidate) in &mut state.of {
             let info = peers.iter().find(|info| info.peer == *peer);
             candidate.path = info.map(|info| (info.path.clone(), info.rtt));
         }
     }
 
     fn failed(&self, peer: PeerId) {
-        if let Some(candidate) = lock(&self.state).offers.get_mut(&peer) {
-            let times = candidate.failures.min(16);
-            let pause = (AVOID.0 * (1 << times)).min(AVOID.1);
-            candidate.failures += 1;
-            candidate.avoid_until = Some(Instant::now() + pause);
+        if let Some(candidate) = lock(&self.offers).of.get_mut(&peer) {
+            candidate.failed(Instant::now());
         }
     }
 
     fn answered(&self, peer: PeerId) {
-        if let Some(candidate) = lock(&self.state).offers.get_mut(&peer) {
-            candidate.failures = 0;
-            candidate.avoid_until = None;
+        if let Some(candidate) = lock(&self.offers).of.get_mut(&peer) {
+            candidate.answered();
         }
     }
 
     /// It has answered a call, whatever it said.
     fn called(&self, peer: PeerId) {
-        if let Some(candidate) = lock(&self.state).offers.get_mut(&peer) {
+        if let Some(candidate) = lock(&self.offers).of.get_mut(&peer) {
             candidate.proven = true;
+            candidate.answered();
         }
-        self.answered(peer);
     }
 }
 
@@ -608,7 +285,7 @@ struct Outstanding {
 
 impl Drop for Outstanding {
     fn drop(&mut self) {
-        if let Some(candidate) = lock(&self.shared.state).offers.get_mut(&self.peer) {
+        if let Some(candidate) = lock(&self.shared.offers).of.get_mut(&self.peer) {
             candidate.outstanding = candidate.outstanding.saturating_sub(1);
         }
     }
@@ -660,22 +337,6 @@ impl Wanted {
             words.push_str(" among the trusted publishers");
         }
         words
-    }
-}
-
-/// [`Wanted`], with the list of trusted peers as it is.
-#[derive(Debug)]
-struct WantedNow<'a> {
-    labels: &'a Labels,
-    only: Option<&'a BTreeSet<PeerId>>,
-    trusted: Option<BTreeSet<PeerId>>,
-}
-
-impl WantedNow<'_> {
-    fn fits(&self, peer: &PeerId, labels: &Labels) -> bool {
-        has(labels, self.labels)
-            && self.only.is_none_or(|only| only.contains(peer))
-            && self.trusted.as_ref().is_none_or(|all| all.contains(peer))
     }
 }
 
@@ -740,9 +401,9 @@ impl Service {
             self.shared.look(false).await;
         }
         let wanted = self.wanted.now();
-        let (state, now) = (lock(&self.shared.state), Instant::now());
+        let (state, now) = (lock(&self.shared.offers), Instant::now());
         let mut offers: Vec<_> = state
-            .offers
+            .of
             .iter()
             .filter(|(peer, c)| wanted.fits(peer, &c.labels))
             .collect();
@@ -804,9 +465,9 @@ impl Service {
     /// for a second.
     fn is_doubtful(&self, tried: &HashSet<PeerId>) -> bool {
         let wanted = self.wanted.now();
-        let (state, now) = (lock(&self.shared.state), Instant::now());
+        let (state, now) = (lock(&self.shared.offers), Instant::now());
         let lately = |at: Instant| now.duration_since(at) < LOOK_AGAIN;
-        let known = state.offers.iter();
+        let known = state.of.iter();
         let mut known = known
             .filter(|(peer, c)| !tried.contains(peer) && wanted.fits(peer, &c.labels))
             .peekable();
@@ -817,7 +478,7 @@ impl Service {
 
     fn choose_known(&self, tried: &HashSet<PeerId>) -> Option<(Outstanding, Heard)> {
         let wanted = self.wanted.now();
-        let mut state = lock(&self.shared.state);
+        let mut state = lock(&self.shared.offers);
         let (peer, addresses) = state.choose(&wanted, tried, Instant::now())?;
         let shared = Arc::clone(&self.shared);
         Some((Outstanding { shared, peer }, addresses))
@@ -827,7 +488,7 @@ impl Service {
     async fn keep_fresh(&self) {
         let now = Instant::now();
         let (all, paths, watch) = {
-            let mut state = lock(&self.shared.state);
+            let mut state = lock(&self.shared.offers);
             let old =
                 |at: Option<Instant>, than| at.is_some_and(|at| now.duration_since(at) > than);
             let all = old(state.looked, FRESH);
@@ -866,6 +527,7 @@ impl Service {
     where
         F: Future<Output = Result<T, Ended>>,
     {
+        let method_name = method.name.clone();
         let deadline = options
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
@@ -890,6 +552,7 @@ impl Service {
                 };
                 let peer = outstanding.peer;
                 tried.insert(peer);
+                tracing::Span::current().record("peer", tracing::field::display(peer));
                 let session = timeout(reach, self.session(peer, addresses)).await;
                 let was_reached = matches!(session, Ok(Ok(_)));
                 let failed = match session {
@@ -928,6 +591,13 @@ impl Service {
                 None => self.nobody().await,
             })
         };
+        let (_, name) = names(&method_name);
+        let attempts = attempts.instrument(tracing::debug_span!(
+            "call",
+            service = self.name,
+            method = name,
+            peer = tracing::field::Empty
+        ));
         match deadline {
             None => attempts.await,
             Some(deadline) => timeout_at(deadline, attempts).await.unwrap_or_else(|_| {
@@ -959,87 +629,6 @@ impl Service {
             false => "",
         };
         unreached(format!("nobody offers {:?}{wanted}{own}", self.name))
-    }
-}
-
-/// What has changed of who offers a service.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ServiceChange {
-    /// Offers it now, or did so when the watch began.
-    Joined {
-        /// Who.
-        peer: PeerId,
-        /// What it says of its offer.
-        labels: Labels,
-    },
-    /// Says something else of its offer.
-    Changed {
-        /// Who.
-        peer: PeerId,
-        /// What it says now.
-        labels: Labels,
-    },
-    /// Offers it no more, or states other labels than those that are wanted.
-    Left {
-        /// Who.
-        peer: PeerId,
-    },
-}
-
-/// The changes of who offers a service; [`Service::watch`]. Keeps no node from stopping.
-#[derive(Debug)]
-pub struct ServiceWatch {
-    watcher: Watcher,
-    own: PeerId,
-    wanted: Labels,
-    only: Option<Arc<BTreeSet<PeerId>>>,
-    trusted: Option<BTreeSet<PeerId>>,
-    known: HashMap<PeerId, Labels>,
-}
-
-impl ServiceWatch {
-    /// The next change; `None` once the node has stopped. May be dropped and called again.
-    pub async fn next(&mut self) -> Option<ServiceChange> {
-        loop {
-            let change = self.watcher.next().await?;
-            if let Some(change) = self.learn(change) {
-                return Some(change);
-            }
-        }
-    }
-
-    fn learn(&mut self, change: Change) -> Option<ServiceChange> {
-        let (peer, labels) = match change {
-            Change::Joined(record) | Change::Changed(record) => {
-                if !record.subkey().is_empty() {
-                    return None;
-                }
-                let offer = record.value().and_then(offer);
-                (record.publisher(), offer.map(|(labels, _)| labels))
-            }
-            Change::Left { publisher, subkey } if subkey.is_empty() => (publisher, None),
-            Change::Left { .. } => return None,
-        };
-        let wanted = WantedNow {
-            labels: &self.wanted,
-            only: self.only.as_deref(),
-            trusted: None,
-        };
-        let is_trusted = self.trusted.as_ref().is_none_or(|all| all.contains(&peer));
-        let labels = labels.filter(|labels| is_trusted && wanted.fits(&peer, labels));
-        if peer == self.own {
-            return None;
-        }
-        let Some(labels) = labels else {
-            self.known.remove(&peer)?;
-            return Some(ServiceChange::Left { peer });
-        };
-        match self.known.insert(peer, labels.clone()) {
-            None => Some(ServiceChange::Joined { peer, labels }),
-            Some(before) if before != labels => Some(ServiceChange::Changed { peer, labels }),
-            Some(_) => None,
-        }
     }
 }
 
@@ -1097,220 +686,7 @@ impl Caller for Service {
 
 #[cfg(test)]
 mod tests {
-    use weft_net::identity::Keypair;
-
     use super::*;
-
-    fn candidate(rtt: Duration, address: &str) -> Candidate {
-        let path = Path::of(&address.parse().unwrap());
-        Candidate {
-            path: Some((path, Some(rtt))),
-            until: Some(Instant::now() + Duration::from_secs(60)),
-            ..Candidate::default()
-        }
-    }
-
-    fn state(candidates: Vec<Candidate>) -> (State, Vec<PeerId>) {
-        let mut state = State::default();
-        let peers = candidates.into_iter().map(|candidate| {
-            let peer = PeerId::random();
-            state.offers.insert(peer, candidate);
-            peer
-        });
-        let peers = peers.collect();
-        (state, peers)
-    }
-
-    fn choose(state: &mut State) -> PeerId {
-        let labels = Labels::new();
-        let chosen = state.choose(&any(&labels), &HashSet::new(), Instant::now());
-        chosen.unwrap().0
-    }
-
-    fn any(labels: &Labels) -> WantedNow<'_> {
-        WantedNow {
-            labels,
-            only: None,
-            trusted: None,
-        }
-    }
-
-    const DIRECT: &str = "/ip4/192.0.2.1/tcp/1";
-
-    #[test]
-    fn near_ones_come_first_and_busy_ones_later() {
-        let ms = Duration::from_millis;
-        let relayed = format!("{DIRECT}/p2p/{}/p2p-circuit", PeerId::random());
-        let (mut state, peers) = state(vec![
-            candidate(ms(10), DIRECT),
-            candidate(ms(25), DIRECT),
-            candidate(ms(11), &relayed),
-        ]);
-        let order: Vec<_> = (0..5).map(|_| choose(&mut state)).collect();
-        // Costs are 10, 25 and 22 a call that is open.
-        assert_eq!(order[..2], [peers[0], peers[0]][..]);
-        assert_eq!(state.offers[&peers[0]].outstanding, 3);
-        assert_eq!(state.offers[&peers[1]].outstanding, 1);
-        assert_eq!(state.offers[&peers[2]].outstanding, 1);
-    }
-
-    #[test]
-    fn equals_take_turns() {
-        let micros = Duration::from_micros;
-        let (mut state, peers) = state(vec![
-            candidate(micros(90), DIRECT),
-            candidate(micros(400), DIRECT),
-        ]);
-        for _ in 0..10 {
-            let both = [choose(&mut state), choose(&mut state)];
-            assert!(peers.iter().all(|peer| both.contains(peer)));
-            state.offers.values_mut().for_each(|c| c.outstanding = 0);
-        }
-    }
-
-    #[test]
-    fn one_that_fails_is_left_alone_unless_there_is_no_other() {
-        let ms = Duration::from_millis;
-        let (mut state, peers) = state(vec![candidate(ms(1), DIRECT), candidate(ms(90), DIRECT)]);
-        let until = Instant::now() + Duration::from_secs(9);
-        state.offers.get_mut(&peers[0]).unwrap().avoid_until = Some(until);
-        for _ in 0..20 {
-            assert_eq!(choose(&mut state), peers[1]);
-        }
-        state.offers.remove(&peers[1]);
-        assert_eq!(choose(&mut state), peers[0]);
-    }
-
-    #[test]
-    fn labels_are_matched_and_statements_replaced_and_taken_back() {
-        let keys = Keypair::generate_ed25519();
-        let claim = |model: &str| {
-            let label = |name: &str, value: &str| wire::Label {
-                name: name.to_owned(),
-                value: value.to_owned(),
-            };
-            let labels = vec![label("model", model), label("load", "3")];
-            wire::ServiceClaim {
-                addresses: Vec::new(),
-                labels,
-            }
-            .encode_to_vec()
-        };
-        let ttl = Duration::from_secs(60);
-        let record = |value: Option<Vec<u8>>, sequence| {
-            Record::sign(&keys, b"k", b"", value.as_deref(), sequence, ttl).unwrap()
-        };
-        let wanted = |model: &str| Labels::from([("model".to_owned(), model.to_owned())]);
-        let (mut state, now) = (State::default(), Instant::now());
-        let own = PeerId::random();
-        let mut has = |records: &[Record], model: &str| {
-            state.learn(own, records, now);
-            let wanted = wanted(model);
-            state.choose(&any(&wanted), &HashSet::new(), now).is_some()
-        };
-        assert!(has(&[record(Some(claim("a")), 1)], "a"));
-        assert!(has(&[record(Some(claim("b")), 2)], "b"));
-        // An older one changes nothing, and a look-up that misses it neither.
-        assert!(!has(&[record(Some(claim("a")), 1)], "a"));
-        assert!(has(&[], "b"));
-        assert!(!has(&[record(None, 3)], "b"));
-        // What cannot be read, has too many labels or is our own is nobody's offer.
-        assert!(!has(&[record(Some(vec![0xff; 9]), 4)], "b"));
-        let label = |n| wire::Label {
-            name: "x".repeat(n),
-            value: String::new(),
-        };
-        let odd = wire::ServiceClaim {
-            addresses: Vec::new(),
-            labels: vec![label(MAX_LABEL + 1)],
-        };
-        assert!(!has(&[record(Some(odd.encode_to_vec()), 5)], ""));
-        state.learn(
-            keys.public().to_peer_id(),
-            &[record(Some(claim("b")), 6)],
-            now,
-        );
-        assert!(state.offers.is_empty());
-        state.learn(own, &[record(Some(claim("b")), 6)], now + 2 * ttl);
-        assert!(state.offers.is_empty() || state.offers.values().all(|c| c.until > Some(now)));
-    }
-
-    /// An offer that nothing is known of but where it is said to be.
-    fn stated(keys: &Keypair, address: &str, sequence: u64) -> Record {
-        let address: Multiaddr = address.parse().unwrap();
-        let claim = wire::ServiceClaim {
-            addresses: vec![address.to_vec().into()],
-            labels: Vec::new(),
-        };
-        let claim = claim.encode_to_vec();
-        let ttl = Duration::from_secs(600);
-        Record::sign(keys, b"k", b"", Some(&claim), sequence, ttl).unwrap()
-    }
-
-    #[test]
-    fn false_offers_push_out_no_peer_that_answers_nor_one_of_another_network() {
-        let (mut state, now) = (State::default(), Instant::now());
-        let own = PeerId::random();
-        let keys = Keypair::generate_ed25519;
-        let [proven, connected, honest] = [keys(), keys(), keys()];
-        let ids = [&proven, &connected, &honest].map(|keys| keys.public().to_peer_id());
-        let at = |n: usize| format!("/ip4/203.0.{}.{}/tcp/1", 113 + n % 2, n % 250 + 1);
-        // In the same network as the liars, which tells nothing against those that answer.
-        let first = [(&proven, at(1)), (&connected, at(2))];
-        let first = first.map(|(keys, address)| stated(keys, &address, 1));
-        state.learn(own, &first, now);
-        state.offers.get_mut(&ids[0]).unwrap().proven = true;
-        let path = Path::of(&DIRECT.parse().unwrap());
-        state.offers.get_mut(&ids[1]).unwrap().path = Some((path, None));
-        let liars: Vec<_> = (0..2 * MAX_OFFERS)
-            .map(|n| stated(&keys(), &at(n), 1))
-            .collect();
-        state.learn(own, &liars[..MAX_OFFERS], now);
-        assert_eq!(state.offers.len(), MAX_OFFERS);
-        state.learn(own, &[stated(&honest, "/ip4/198.51.100.1/tcp/1", 1)], now);
-        state.learn(own, &liars[MAX_OFFERS..], now);
-        assert_eq!(state.offers.len(), MAX_OFFERS);
-        assert!(ids.iter().all(|id| state.offers.contains_key(id)));
-        // Those that are known to be there come first, and then one of each network.
-        let (labels, mut tried) = (Labels::new(), HashSet::new());
-        let mut next = || {
-            let (peer, _) = state.choose(&any(&labels), &tried, now).unwrap();
-            tried.insert(peer);
-            peer
-        };
-        let asked: HashSet<_> = (0..5).map(|_| next()).collect();
-        assert!(ids.iter().all(|id| asked.contains(id)));
-    }
-
-    #[test]
-    fn only_peers_that_are_named_or_trusted_are_asked() {
-        let ms = Duration::from_millis;
-        let (mut state, peers) = state(vec![candidate(ms(1), DIRECT), candidate(ms(90), DIRECT)]);
-        let labels = Labels::new();
-        let far = BTreeSet::from([peers[1]]);
-        let asked = |state: &mut State, wanted: &WantedNow<'_>| {
-            let asked = state.choose(wanted, &HashSet::new(), Instant::now());
-            asked.map(|(peer, _)| peer)
-        };
-        let only = WantedNow {
-            only: Some(&far),
-            ..any(&labels)
-        };
-        let trusted = WantedNow {
-            trusted: Some(far.clone()),
-            ..any(&labels)
-        };
-        for wanted in [&only, &trusted] {
-            assert_eq!(asked(&mut state, wanted), Some(peers[1]));
-        }
-        let nobody = WantedNow {
-            only: Some(&far),
-            trusted: Some(BTreeSet::from([peers[0]])),
-            ..any(&labels)
-        };
-        assert_eq!(asked(&mut state, &nobody), None);
-        assert_eq!(asked(&mut state, &any(&labels)), Some(peers[0]));
-    }
 
     #[test]
     fn what_may_be_asked_of_another() {

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use weft_net::{Incoming, LimitUse, Place, Shares, Stream};
+use futures::{FutureExt, future::BoxFuture};
+use weft_net::{LimitUse, Place, Shares, Stream};
 use weft_proto::rpc::{Budget, Handler, Limits, Session};
 
 use super::Offered;
-use crate::node::serve_all;
 
 /// What calls from others can make a node hold and do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,11 @@ impl Serving {
         }
     }
 
+    /// The sessions that others have open.
+    pub(crate) fn sessions(&self) -> &Shares {
+        &self.served
+    }
+
     /// Every limit on calls from others, and what it comes to.
     pub(crate) fn limits(&self) -> Vec<LimitUse> {
         let sessions = self.served.limits(
@@ -78,22 +83,25 @@ pub(super) fn of_stream(budget: &Budget, stream: &Stream) -> Budget {
     budget.of(networks.chain([stream.peer().to_string()]))
 }
 
-/// Answers calls until the network stops.
-pub(crate) async fn serve_calls(incoming: Incoming, offered: Offered, serving: Serving) {
+/// Returns what answers the calls of one session: a stream that a peer has opened.
+pub(crate) fn answering(
+    offered: Offered,
+    serving: &Serving,
+) -> impl Fn(Stream) -> BoxFuture<'static, ()> + use<> {
     let offered: Arc<dyn Handler> = Arc::new(offered);
     let (held, limits) = (serving.held.clone(), serving.limits.session);
-    let serve = move |stream: Stream| {
+    move |stream: Stream| {
         let peer = stream.peer();
         let (held, offered) = (of_stream(&held, &stream), Arc::clone(&offered));
-        async move {
+        let answer = async move {
             let name = peer.to_string().into();
             let served = Session::serve_within(held, stream, limits, name, offered);
             if let Err(error) = served.await {
                 tracing::debug!(%peer, %error, "a session of calls has ended");
             }
-        }
-    };
-    serve_all(incoming, serving.served, serve).await;
+        };
+        answer.boxed()
+    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use tokio::{
     sync::{Semaphore, mpsc},
     time::{interval, sleep, timeout},
 };
+use tracing::Instrument;
 use weft_blobs::{
     Hash, Store, Transfer,
     availability::{self, MAX_MESSAGE, MAX_PEERS, Told},
@@ -24,8 +25,8 @@ use weft_proto::{
 
 use crate::{
     Error,
-    node::blocking,
-    whereabouts::{decode, encode},
+    discovery::addresses::{decode, encode},
+    operation::blocking,
 };
 
 /// The protocol's name on the network.
@@ -235,7 +236,10 @@ impl Exchanger {
     /// Exchanges with `peer` what both have of `model`, until either side ends it.
     pub(crate) async fn dial(self, peer: PeerId, model: Hash) {
         let result = match self.network.open(peer, PROTOCOL, Class::Interactive).await {
-            Ok(stream) => self.exchange(stream, model, None).await,
+            Ok(stream) => {
+                let span = tracing::info_span!("exchange", %model, %peer);
+                self.exchange(stream, model, None).instrument(span).await
+            }
             Err(error) => {
                 tracing::debug!(%peer, %error, "no exchange");
                 return;
@@ -257,7 +261,9 @@ impl Exchanger {
             tracing::debug!(%peer, "an exchange began with no model");
             return;
         };
-        let result = self.exchange(stream, model, Some(first)).await;
+        let span = tracing::info_span!("exchange", %model, %peer);
+        let exchange = self.exchange(stream, model, Some(first));
+        let result = exchange.instrument(span).await;
         tracing::debug!(%peer, ?result, "an exchange ended");
     }
 

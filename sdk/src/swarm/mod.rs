@@ -3,37 +3,56 @@
 //! Providers come from a ticket, the DHT, the local network and each other. Those that are known to have something are connected to, a few at a time, near
 //! ones first; what each is asked for is [`Transfer`]'s affair. One that fails is tried again later, one that sends wrong bytes never.
 
+pub(crate) mod bandwidth;
+mod failures;
 mod hub;
+mod path_watch;
+pub(crate) mod providers;
+mod shown;
+pub(crate) mod turns;
 
 use std::{
     collections::{BTreeMap, HashSet},
-    convert::Infallible,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::{Notify, Semaphore, mpsc},
-    time::{Instant, interval, sleep, timeout, timeout_at},
+    time::{Instant, interval, timeout, timeout_at},
 };
 use weft_blobs::{
-    Hash, Plan, Transfer, TransferError,
-    arrivals::Arrivals,
-    availability, plan,
+    Hash, Plan, Transfer, TransferError, availability, plan,
     rate::Limit,
     transfer::{Peer, QUEUED},
 };
-use weft_net::{Destinations, PATH_TIMEOUT, PathKind, PeerId, Stream, Transport, is_superseded};
+use weft_net::{Destinations, PathKind, PeerId, Stream, is_superseded};
 use weft_proto::frame::FrameError;
 
-pub(crate) use self::hub::{Exchanger, Hub, PROTOCOL};
-use self::hub::{Link, Linked, News};
+use self::{
+    failures::{Backoff, Banned, FIRST},
+    hub::{Link, Linked, News},
+    path_watch::SUSPICIOUS,
+    shown::{Came, PathUse},
+};
+pub(crate) use self::{
+    hub::{Exchanger, Hub, PROTOCOL},
+    path_watch::watch,
+    shown::Shown,
+};
 use crate::{
     Error, Failure, Node, Priority, Provider,
-    providers::{Known, find_providers, reach},
-    turns::Rank,
+    swarm::{
+        providers::{Known, find_providers, reach},
+        turns::Rank,
+    },
 };
+
+/// The span of everything that is done to fetch a model: log lines are grouped by it.
+pub(crate) fn span(model: &Hash) -> tracing::Span {
+    tracing::info_span!("transfer", %model)
+}
 
 /// Providers that are fetched from at a time.
 const MAX_ACTIVE: usize = 8;
@@ -54,9 +73,6 @@ const REACH: Duration = Duration::from_secs(5);
 /// Peers on the local network that are asked whether they have the model.
 const MAX_NEIGHBOURS: usize = 16;
 
-/// How long to look for a first provider that answers: long enough for one that is just starting, short for a person who waits.
-const FIRST: Duration = Duration::from_secs(10);
-
 /// How long to wait for a provider once content has come: a restart, a change of network.
 const LOST: Duration = Duration::from_secs(120);
 
@@ -66,9 +82,6 @@ const SILENT: Duration = Duration::from_secs(45);
 /// How long those whom a ticket names have for themselves, before the mesh is asked.
 const GIVEN: Duration = Duration::from_millis(1500);
 
-/// The first and the longest pause before a provider that failed is tried again, and between look-ups while nobody delivers.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
-
 /// The longest pause of a transfer that keeps trying, once it has waited for as long as others do.
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -77,22 +90,6 @@ const LOOK_UP: Duration = Duration::from_secs(10);
 
 /// How often the state is looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
-
-/// The time without content after which the path is suspected: on a fast path; on a path that has brought nothing yet;
-/// on one that brings less than [`SLOW_PATH`] bytes a second, which may be shared by many.
-const SUSPICIOUS: Duration = Duration::from_secs(3);
-const SUSPICIOUS_FIRST: Duration = Duration::from_secs(6);
-const SUSPICIOUS_SLOW: Duration = Duration::from_secs(12);
-const SLOW_PATH: f64 = 32.0 * 1024.0;
-
-/// The time in which a suspected path has to carry anything: one that has brought nothing yet, and one that is slow. In
-/// front of a link of 20 kbit/s, a queue of 20 kB takes 8 s, and TCP sends a lost packet again after up to three round
-/// trips. A connection that is closed meanwhile has to be made again on the same link.
-const ALIVE_FIRST: Duration = Duration::from_secs(45);
-const ALIVE_SLOW: Duration = Duration::from_secs(60);
-
-/// A path that takes longer for a round trip is slow: its provider gets more time.
-const QUICK: Duration = Duration::from_secs(2);
 
 /// A provider that has failed so often since its last whole chunk group proves nothing by some bytes more: what it
 /// sends of a group is lost with the stream.
@@ -114,93 +111,6 @@ const MAX_CHANGES: u32 = 3;
 
 /// News of peers that wait to be looked at.
 const MAX_NEWS: usize = 64;
-
-/// A provider that is or was fetched from, as shown to people.
-#[derive(Debug, Clone)]
-pub(crate) struct Source {
-    pub(crate) peer: PeerId,
-    pub(crate) path: PathKind,
-    pub(crate) transport: Transport,
-    came: Came,
-}
-
-/// What comes over one path.
-#[derive(Debug, Clone)]
-enum Came {
-    /// It still does; `before` is what the handle had counted until then.
-    Now { handle: Arc<Peer>, before: u64 },
-    /// It is over, and nothing of the transfer is held on to.
-    Over { bytes: u64, wasted: u64 },
-}
-
-impl Source {
-    pub(crate) fn is_active(&self) -> bool {
-        matches!(self.came, Came::Now { .. })
-    }
-
-    /// Content bytes that it sent over this path.
-    pub(crate) fn bytes(&self) -> u64 {
-        match &self.came {
-            Came::Now { handle, before } => handle.moved().saturating_sub(*before),
-            Came::Over { bytes, .. } => *bytes,
-        }
-    }
-
-    /// Content bytes that it sent until now, over all its paths, and that others had sent before.
-    pub(crate) fn wasted(&self) -> u64 {
-        match &self.came {
-            Came::Now { handle, .. } => handle.wasted(),
-            Came::Over { wasted, .. } => *wasted,
-        }
-    }
-
-    pub(crate) fn rate(&self) -> u64 {
-        match &self.came {
-            Came::Now { handle, .. } => handle.rate(),
-            Came::Over { .. } => 0,
-        }
-    }
-
-    fn is_queued(&self) -> bool {
-        match &self.came {
-            Came::Now { handle, .. } => handle.is_queued(),
-            Came::Over { .. } => false,
-        }
-    }
-
-    fn end(&mut self) {
-        let (bytes, wasted) = (self.bytes(), self.wasted());
-        self.came = Came::Over { bytes, wasted };
-    }
-}
-
-/// What is shown while a swarm works.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Shown {
-    state: Arc<Mutex<ShownState>>,
-}
-
-#[derive(Debug, Default)]
-struct ShownState {
-    sources: Vec<Source>,
-    waiting_for: Option<String>,
-}
-
-impl Shown {
-    fn state(&self) -> std::sync::MutexGuard<'_, ShownState> {
-        self.state
-            .lock()
-            .expect("nothing panics while holding the lock")
-    }
-
-    pub(crate) fn sources(&self) -> Vec<Source> {
-        self.state().sources.clone()
-    }
-
-    pub(crate) fn waiting_for(&self) -> Option<String> {
-        self.state().waiting_for.clone()
-    }
-}
 
 #[derive(Debug)]
 struct Member {
@@ -245,7 +155,7 @@ pub(crate) struct Swarm {
     progress: Arc<plan::Progress>,
     shown: Shown,
     members: BTreeMap<PeerId, Member>,
-    banned: BTreeMap<PeerId, String>,
+    banned: Banned,
     asked_neighbours: HashSet<PeerId>,
     introduced: u32,
     /// Room for those who are being reached to be asked.
@@ -258,7 +168,7 @@ pub(crate) struct Swarm {
     looking_up: bool,
     look_ups: u32,
     next_look_up: Instant,
-    pause: Duration,
+    pause: Backoff,
     moved: u64,
     /// Bytes that came, of whole chunk groups or not, and since when no more.
     heard: (u64, Instant),
@@ -275,17 +185,33 @@ pub(crate) struct Swarm {
     pub(crate) first_answer: Option<Instant>,
 }
 
+/// What is to be fetched for one caller, and how.
+pub(crate) struct Job {
+    pub(crate) model: Hash,
+    pub(crate) transfer: Transfer,
+    pub(crate) progress: Arc<plan::Progress>,
+    pub(crate) shown: Shown,
+    /// Providers that are known to have all of the model, and peers that are never asked.
+    pub(crate) known: Known,
+    pub(crate) limits: Vec<Limit>,
+    pub(crate) priority: Priority,
+    /// Go on however long nobody delivers.
+    pub(crate) keep_trying: bool,
+}
+
 impl Swarm {
-    /// Those who are given are known to have all of it; those who are banned are never asked.
-    pub(crate) fn new(
-        node: &Node,
-        model: Hash,
-        transfer: Transfer,
-        progress: Arc<plan::Progress>,
-        shown: Shown,
-        Known { given, banned }: Known,
-        (limits, priority): (Vec<Limit>, Priority),
-    ) -> Self {
+    /// Begins with the providers that the job names; nothing is fetched yet.
+    pub(crate) fn new(node: &Node, job: Job) -> Self {
+        let Job {
+            model,
+            transfer,
+            progress,
+            shown,
+            known: Known { given, banned },
+            limits,
+            priority,
+            keep_trying,
+        } = job;
         let (sender, news) = mpsc::channel(MAX_NEWS);
         let exchanger = node.exchanger();
         let link = Link {
@@ -317,25 +243,20 @@ impl Swarm {
                 true => now,
                 false => now + GIVEN,
             },
-            pause: PAUSE.0,
+            pause: Backoff::default(),
             moved: 0,
             heard: (0, now),
             queued: 0,
             held: false,
             since: now,
             patience: FIRST,
-            keep_trying: false,
+            keep_trying,
             first_answer: None,
         };
         for (peer, addresses) in given {
             swarm.meet(peer, addresses, true);
         }
         swarm
-    }
-
-    /// Whether to go on however long nobody delivers.
-    pub(crate) fn keep_trying(&mut self, keep_trying: bool) {
-        self.keep_trying = keep_trying;
     }
 
     /// Fetches what `plan` misses.
@@ -387,12 +308,12 @@ impl Swarm {
     }
 
     fn end_sources(&self) {
-        self.shown.state().sources.iter_mut().for_each(Source::end);
+        self.shown.state().sources.iter_mut().for_each(PathUse::end);
     }
 
     /// A peer that has the model, or may have.
     fn meet(&mut self, peer: PeerId, addresses: impl Into<Destinations>, complete: bool) {
-        if peer == self.node.peer_id() || self.banned.contains_key(&peer) {
+        if peer == self.node.peer_id() || self.banned.contains(&peer) {
             return;
         }
         if !self.members.contains_key(&peer) && self.members.len() >= MAX_MEMBERS {
@@ -523,7 +444,7 @@ impl Swarm {
         for info in self.node.network().peers().await {
             if info.path.kind <= PathKind::Lan
                 && self.asked_neighbours.len() < MAX_NEIGHBOURS
-                && !self.banned.contains_key(&info.peer)
+                && !self.banned.contains(&info.peer)
                 && self.asked_neighbours.insert(info.peer)
             {
                 self.meet(info.peer, Destinations::default(), false);
@@ -626,15 +547,15 @@ impl Swarm {
                         self.exchange_with(provider.peer);
                     }
                 }
-                let pause = match self.sessions.is_empty() {
-                    true => self.pause,
-                    false => LOOK_UP,
-                };
                 let longest = match self.keep_trying && self.since.elapsed() >= LOST {
                     true => LONGEST,
-                    false => PAUSE.1,
+                    false => Backoff::LONGEST,
                 };
-                self.pause = (self.pause * 2).min(longest);
+                let pause = self.pause.take(longest);
+                let pause = match self.sessions.is_empty() {
+                    true => pause,
+                    false => LOOK_UP,
+                };
                 self.next_look_up = Instant::now() + pause;
             }
             Event::Reached(peer, Ok(stream)) => self.begin(peer, *stream),
@@ -667,7 +588,7 @@ impl Swarm {
         let path = stream.path().clone();
         let handle = Arc::clone(&member.handle);
         handle.set_path(path.kind == PathKind::Relayed, None);
-        self.shown.state().sources.push(Source {
+        self.shown.state().sources.push(PathUse {
             peer,
             path: path.kind,
             transport: path.transport,
@@ -720,13 +641,8 @@ impl Swarm {
                 member.busy = false;
                 member.retry_at = Instant::now();
             }
-            Err(error) if error.is_provider_wrong() => {
-                tracing::warn!(%peer, %error, "a provider is not asked again");
-                self.members.remove(&peer);
-                self.banned.insert(peer, error.to_string());
-            }
+            Err(error) if self.banned.judge(peer, &error) => _ = self.members.remove(&peer),
             Err(error) => {
-                tracing::debug!(%peer, %error, "a provider did not finish");
                 let lacks = matches!(error, TransferError::Missing(_));
                 member.lacks = lacks || member.handle.unreadable().is_some();
                 self.failed(peer, error.to_string());
@@ -736,19 +652,18 @@ impl Swarm {
 
     fn failed(&mut self, peer: PeerId, reason: String) {
         if let Some(member) = self.members.get_mut(&peer) {
-            let pause = PAUSE.0 * 2_u32.saturating_pow(member.failures.min(8));
             member.busy = false;
             member.failures += 1;
             member.reason = reason;
             // Whoever goes on for ever asks less often after a while.
             let longest = match self.keep_trying && self.since.elapsed() >= LOST {
                 true => LONGEST,
-                false => PAUSE.1,
+                false => Backoff::LONGEST,
             };
-            member.retry_at = Instant::now() + pause.min(longest);
+            member.retry_at = Instant::now() + Backoff::after(member.failures, longest);
         }
         // Those who were given cannot be counted on: others may be known.
-        self.next_look_up = self.next_look_up.min(Instant::now() + self.pause);
+        self.next_look_up = self.next_look_up.min(Instant::now() + self.pause.current());
     }
 
     fn note_progress(&mut self) {
@@ -782,7 +697,7 @@ impl Swarm {
             self.rank.note();
             self.since = Instant::now();
             self.patience = LOST;
-            self.pause = PAUSE.0;
+            self.pause = Backoff::default();
         }
         let waiting_for = match self.sessions.is_empty() {
             _ if self.held => Some("a transfer of higher priority".to_owned()),
@@ -848,7 +763,7 @@ impl Swarm {
         if !over || self.keep_trying {
             return Ok(());
         }
-        let mut failures: BTreeMap<PeerId, String> = self.banned.clone();
+        let mut failures: BTreeMap<PeerId, String> = self.banned.reasons();
         for (peer, one) in &self.members {
             let reason = match (one.reason.is_empty(), one.busy) {
                 (false, _) => one.reason.clone(),
@@ -873,49 +788,5 @@ impl Swarm {
 impl Drop for Swarm {
     fn drop(&mut self) {
         self.end_sources();
-    }
-}
-
-/// While content comes from `peer`: when none has come for a while, finds out whether the path is slow, and has the
-/// network find out whether it still works. If it does not, the stream fails at once, and not after the patience that a
-/// slow provider is owed.
-pub(crate) async fn watch(node: &Node, peer: PeerId, arrivals: &Arrivals) -> Infallible {
-    let begun = Instant::now();
-    let mut moved = arrivals.signs();
-    let first = moved;
-    let mut since = begun;
-    loop {
-        sleep(SUSPICIOUS).await;
-        let now = arrivals.signs();
-        if std::mem::replace(&mut moved, now) != now {
-            since = Instant::now();
-            continue;
-        }
-        // On a slow link a lost packet alone costs seconds, and so does the first answer.
-        let average = (now - first) as f64 / begun.elapsed().as_secs_f64();
-        let was_fast = average >= SLOW_PATH;
-        let (patience, alive) = match average {
-            0.0 => (SUSPICIOUS_FIRST, ALIVE_FIRST),
-            SLOW_PATH.. => (SUSPICIOUS, PATH_TIMEOUT),
-            _ => (SUSPICIOUS_SLOW, ALIVE_SLOW),
-        };
-        if since.elapsed() < patience {
-            continue;
-        }
-        let network = node.network();
-        if was_fast {
-            network.check(peer, alive).await;
-        }
-        match timeout(QUICK, network.ping(peer)).await {
-            // The path works: it is the provider that sends nothing.
-            Ok(Ok(_)) => arrivals.set_slow(false),
-            // The connection is being closed, or the peer answers no pings.
-            Ok(Err(_)) => {}
-            Err(_) if was_fast => {}
-            Err(_) => {
-                arrivals.set_slow(true);
-                network.check(peer, alive).await;
-            }
-        }
     }
 }

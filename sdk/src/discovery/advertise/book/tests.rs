@@ -1,0 +1,376 @@
+//! The promises of the book of advertised records, with a clock that the tests move.
+
+use super::*;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+const CONTENT: Terms = Terms {
+    ttl: Duration::from_secs(2 * 3600),
+    rank: Rank::Content,
+    has_addresses: true,
+    at_stop: AtStop::Withdraw,
+};
+
+const PRESENCE: Terms = Terms {
+    ttl: Duration::from_secs(600),
+    rank: Rank::Presence,
+    ..CONTENT
+};
+
+fn id(name: impl ToString) -> RecordId {
+    RecordId::of(name.to_string().into_bytes())
+}
+
+/// A book, its clock, and a DHT in which `takers` nodes take each record.
+struct World {
+    book: Book<u32>,
+    start: Instant,
+    now: Instant,
+    takers: usize,
+}
+
+impl World {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            book: Book::new(now),
+            start: now,
+            now,
+            takers: 20,
+        }
+    }
+
+    fn register(&mut self, name: impl ToString, terms: Terms) {
+        self.book
+            .register([(id(name), 0)], 0, terms, false, self.now);
+    }
+
+    fn register_many(&mut self, count: usize) {
+        let records = (0..count).map(|n| (id(n), 0));
+        self.book.register(records, 0, CONTENT, true, self.now);
+    }
+
+    /// Does what is due first, at its time, if that comes before `until`.
+    fn step(&mut self, until: Instant) -> Option<Work<u32>> {
+        let next = self.book.next().filter(|next| *next <= until)?;
+        self.now = self.now.max(next);
+        let work = self.book.poll(self.now).expect("it said so");
+        self.done(&work);
+        Some(work)
+    }
+
+    fn done(&mut self, work: &Work<u32>) {
+        let outcome = Outcome::Took(self.takers);
+        self.book.done(&work.id, outcome, false, self.now);
+    }
+
+    /// Everything that is done within this time, with when.
+    fn run(&mut self, time: Duration) -> Vec<(Duration, Work<u32>)> {
+        let until = self.now + time;
+        let mut done = Vec::new();
+        while let Some(work) = self.step(until) {
+            done.push((self.now - self.start, work));
+        }
+        self.now = until;
+        done
+    }
+}
+
+fn is_statement(work: &Work<u32>) -> bool {
+    matches!(work.deed, Deed::State { .. })
+}
+
+fn seconds(done: &[(Duration, Work<u32>)]) -> Vec<u64> {
+    done.iter().map(|(at, _)| at.as_secs()).collect()
+}
+
+#[test]
+fn one_pace_holds_for_records_of_all_kinds() {
+    let mut world = World::new();
+    world.register_many(200);
+    for n in 0..200 {
+        world.register(format!("topic/{n}"), PRESENCE);
+    }
+    let done = world.run(Duration::from_secs(60));
+    assert_eq!(done.len(), 51 + 5 * 60);
+    for (n, (at, _)) in done.iter().enumerate().skip(51) {
+        assert_eq!(*at, Duration::from_millis(200) * (n as u32 - 50));
+    }
+}
+
+#[test]
+fn ten_thousand_records_are_stated_again_within_34_minutes() {
+    let mut world = World::new();
+    world.register_many(10_000);
+    let done = world.run(34 * HOUR / 60);
+    let ids: std::collections::HashSet<_> = done.iter().map(|(_, work)| &work.id).collect();
+    assert_eq!((done.len(), ids.len()), (10_000, 10_000));
+}
+
+#[test]
+fn many_are_stated_in_the_order_of_their_places() {
+    let mut world = World::new();
+    world.register_many(1000);
+    let done = world.run(HOUR / 2);
+    let places: Vec<_> = done
+        .iter()
+        .map(|(_, work)| weft_dht::place(&work.id.key))
+        .collect();
+    assert_eq!(places.len(), 1000);
+    assert!(places.is_sorted());
+    let again = |work: &Work<u32>| matches!(work.deed, Deed::State { again: true, .. });
+    assert!(done.iter().all(|(_, work)| again(work)));
+}
+
+#[test]
+fn a_topic_waits_for_no_model_and_what_is_new_for_nothing_old() {
+    let mut world = World::new();
+    world.register_many(1000);
+    world.run(Duration::from_secs(20));
+    world.register("old", CONTENT);
+    world.register("new", CONTENT);
+    world.register("topic", PRESENCE);
+    let done = world.run(Duration::from_secs(1));
+    let first: Vec<_> = done
+        .iter()
+        .take(3)
+        .map(|(_, work)| work.id.clone())
+        .collect();
+    assert_eq!(first, [id("topic"), id("new"), id("old")]);
+}
+
+#[test]
+fn a_presence_is_stated_in_time_however_much_else_is_due() {
+    let mut world = World::new();
+    world.register("topic", PRESENCE);
+    world.register_many(30_000);
+    let done = world.run(HOUR);
+    let topic: Vec<_> = done
+        .into_iter()
+        .filter(|(_, work)| work.id == id("topic"))
+        .collect();
+    assert_eq!(topic.len(), 19);
+    assert!(
+        topic
+            .windows(2)
+            .all(|two| two[1].0 - two[0].0 < Duration::from_secs(202))
+    );
+}
+
+#[test]
+fn a_record_is_stated_again_three_times_within_its_life() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    world.register("topic", PRESENCE);
+    let done = world.run(2 * HOUR + Duration::from_secs(1));
+    let count = |name: &str| done.iter().filter(|(_, work)| work.id == id(name)).count();
+    assert_eq!((count("model"), count("topic")), (4, 37));
+    // The first statement has a look-up of its own.
+    let again: Vec<_> = done
+        .iter()
+        .filter(|(_, work)| work.id == id("model"))
+        .map(|(_, work)| matches!(work.deed, Deed::State { again: true, .. }))
+        .collect();
+    assert_eq!(again, [false, true, true, true]);
+}
+
+#[test]
+fn a_record_that_nobody_takes_is_stated_again_after_longer_and_longer() {
+    let mut world = World::new();
+    world.takers = 0;
+    world.register("model", CONTENT);
+    let done = world.run(Duration::from_secs(190));
+    assert_eq!(seconds(&done), [0, 2, 6, 14, 30, 62, 122, 182]);
+    world.takers = 1;
+    let done = world.run(HOUR);
+    assert_eq!(seconds(&done), [242, 242 + 2400]);
+}
+
+#[test]
+fn a_node_without_others_tries_again_when_it_meets_one() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    let work = world.book.poll(world.now).expect("it is due");
+    world.book.done(&work.id, Outcome::Took(0), true, world.now);
+    assert_eq!(world.run(HOUR / 2).len(), 0);
+    world.book.met(false, world.now);
+    let met = world.now - world.start;
+    let done = world.run(Duration::from_secs(10));
+    assert_eq!(done.len(), 1);
+    assert_eq!(done[0].0 - met, SETTLE);
+}
+
+#[test]
+fn nodes_of_a_small_mesh_are_told_as_they_come_and_not_more_often_than_every_two_seconds() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    world.run(Duration::from_secs(10));
+    world.book.met(true, world.now);
+    world.book.met(true, world.now);
+    assert_eq!(world.run(SETTLE).len(), 1);
+    world.book.met(true, world.now);
+    assert_eq!(world.run(PAUSE - Duration::from_millis(1)).len(), 0);
+    assert_eq!(world.run(Duration::from_secs(60)).len(), 1);
+    // In a large one, the twenty nodes that keep the record know it.
+    world.book.met(false, world.now);
+    assert_eq!(world.run(Duration::from_secs(60)).len(), 0);
+}
+
+#[test]
+fn changed_addresses_are_stated_in_every_record_that_has_some() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    let without = Terms {
+        has_addresses: false,
+        ..CONTENT
+    };
+    world.register("name", without);
+    world.run(Duration::from_secs(10));
+    world.book.addresses_changed(world.now);
+    let done = world.run(Duration::from_secs(10));
+    let ids: Vec<_> = done.iter().map(|(_, work)| work.id.clone()).collect();
+    assert_eq!(ids, [id("model")]);
+}
+
+#[test]
+fn addresses_that_change_all_the_time_do_not_keep_later_records_from_being_stated() {
+    let mut world = World::new();
+    world.register_many(1000);
+    let mut stated = std::collections::HashSet::new();
+    while stated.len() < 1000 {
+        for _ in 0..70 {
+            let work = world.step(world.now + HOUR).expect("some are due");
+            // None is stated twice before all are stated once.
+            assert!(stated.insert(work.id) || stated.len() >= 1000);
+        }
+        world.book.addresses_changed(world.now);
+    }
+}
+
+#[test]
+fn a_caller_does_not_wait_for_the_pace_and_the_others_make_up_for_it() {
+    let mut world = World::new();
+    world.register_many(1000);
+    world.run(Duration::from_secs(10));
+    for n in 0..10 {
+        world.register(format!("mine {n}"), CONTENT);
+        let work = world.book.begin(&id(format!("mine {n}")), world.now);
+        world.done(&work.expect("nothing else is done with it"));
+    }
+    assert_eq!(world.run(Duration::from_secs(2)).len(), 0);
+    assert_eq!(world.run(Duration::from_secs(2)).len(), 10);
+}
+
+#[test]
+fn a_removed_record_is_withdrawn_once() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    world.run(Duration::from_secs(10));
+    world.book.remove(&id("model"), 0, world.now);
+    let done = world.run(12 * HOUR);
+    let deeds: Vec<_> = done.into_iter().map(|(_, work)| work.deed).collect();
+    assert_eq!(deeds, [Deed::Withdraw]);
+}
+
+#[test]
+fn a_record_removed_while_it_is_stated_is_withdrawn_after_that() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    let work = world.book.poll(world.now).expect("it is due");
+    world.book.remove(&id("model"), 0, world.now);
+    assert_eq!(world.book.next(), None);
+    assert_eq!(world.book.begin(&id("model"), world.now), None);
+    world.done(&work);
+    let next = world.step(world.now + HOUR).expect("a withdrawal is due");
+    assert_eq!(next.deed, Deed::Withdraw);
+    assert_eq!(world.book.next(), None);
+}
+
+#[test]
+fn a_record_registered_while_it_is_withdrawn_is_stated_after_that() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    world.run(Duration::from_secs(10));
+    world.book.remove(&id("model"), 0, world.now);
+    let work = world.book.poll(world.now).expect("a withdrawal is due");
+    assert_eq!(work.deed, Deed::Withdraw);
+    world.register("model", CONTENT);
+    world.done(&work);
+    let next = world.step(world.now + HOUR).expect("it is due");
+    assert!(is_statement(&next));
+}
+
+#[test]
+fn a_record_that_two_have_registered_is_withdrawn_with_the_second() {
+    let mut world = World::new();
+    let mut register = |token, value| {
+        let record = [(id("service"), value)];
+        world
+            .book
+            .register(record, token, PRESENCE, false, world.now);
+    };
+    register(1, 10);
+    register(2, 20);
+    world.run(Duration::from_secs(10));
+    world.book.remove(&id("service"), 2, world.now);
+    let next = world.step(world.now + HOUR).expect("the first is due");
+    assert!(matches!(next.deed, Deed::State { value: 10, .. }));
+    world.book.remove(&id("service"), 1, world.now);
+    let next = world.step(world.now + HOUR).expect("a withdrawal is due");
+    assert_eq!(next.deed, Deed::Withdraw);
+}
+
+#[test]
+fn registering_a_record_again_states_nothing() {
+    let mut world = World::new();
+    world.register("document", CONTENT);
+    world.run(Duration::from_secs(10));
+    world.register("document", CONTENT);
+    assert_eq!(world.run(Duration::from_secs(60)).len(), 0);
+}
+
+#[test]
+fn a_withdrawal_is_told_for_a_record_that_is_not_known_here() {
+    let mut world = World::new();
+    world.book.withdraw(&id("name"), CONTENT);
+    let work = world
+        .book
+        .begin(&id("name"), world.now)
+        .expect("nothing else is done with it");
+    assert_eq!(work.deed, Deed::Withdraw);
+}
+
+#[test]
+fn records_that_hold_while_the_node_runs_are_withdrawn_when_it_stops_and_those_of_few_first() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    world.register("topic", PRESENCE);
+    let name = Terms {
+        at_stop: AtStop::Keep,
+        ..CONTENT
+    };
+    world.register("name", name);
+    assert_eq!(world.book.leaving(), [id("topic"), id("model")]);
+}
+
+#[test]
+fn a_signed_record_is_said_again_until_it_ends_also_if_it_is_put_anew_at_that_moment() {
+    let mut world = World::new();
+    let record = || id("record");
+    world
+        .book
+        .register_stated(record(), 0, CONTENT, 1, world.now);
+    assert_eq!(world.run(HOUR / 2).len(), 0);
+    let work = world.step(world.now + HOUR).expect("it is due");
+    assert!(is_statement(&work));
+    world.now += HOUR;
+    let work = world.book.poll(world.now).expect("it is due");
+    world
+        .book
+        .register_stated(record(), 0, CONTENT, 1, world.now);
+    world.book.done(&work.id, Outcome::Over, false, world.now);
+    world.now += HOUR;
+    let work = world.book.poll(world.now).expect("it is due again");
+    world.book.done(&work.id, Outcome::Over, false, world.now);
+    assert_eq!(world.book.next(), None);
+}

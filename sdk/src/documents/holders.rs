@@ -1,0 +1,288 @@
+//! The holders of the documents that this node has: this node advertises that it is one, and finds others, for all
+//! documents in one queue, at a pace that does not grow with their number.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use prost::Message;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+use tracing::Instrument;
+use weft_crdt::{DocumentId, Documents};
+use weft_dht::place;
+use weft_proto::wire;
+
+use super::peer_of;
+use crate::discovery::{
+    advertise::{AtStop, Pace, Rank, RecordId, SMALL_MESH, Terms, Value},
+    find::{Discovery, Round},
+};
+
+/// The terms of a record that says who holds a document. A holder that is gone is tried in vain for two hours at most.
+pub(super) const HOLDER: Terms = Terms {
+    ttl: Duration::from_secs(2 * 3600),
+    rank: Rank::Content,
+    has_addresses: true,
+    at_stop: AtStop::Withdraw,
+};
+
+/// A document that nobody connected holds is looked for at least this often for a while, as long as its holders may be
+/// just starting.
+const STARTING: (Duration, Duration) = (Duration::from_secs(4), Duration::from_secs(60));
+
+/// Searches under way.
+const AT_A_TIME: usize = 8;
+
+/// Holders of a document that a node is connected to, if there are so many.
+const ENOUGH: usize = 6;
+
+/// The first and the longest pause between two looks for holders of a document; with many documents, the longest is
+/// what one round of them takes.
+const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+
+fn key(id: &DocumentId) -> Vec<u8> {
+    format!("document/{id}").into_bytes()
+}
+
+/// The record that this node holds a document.
+pub(super) fn record(id: &DocumentId) -> RecordId {
+    RecordId::of(key(id))
+}
+
+/// Its value.
+pub(super) fn value() -> Value {
+    Value::of(|addresses| wire::PeerClaim { addresses }.encode_to_vec())
+}
+
+/// What is asked of [`find_holders`].
+#[derive(Debug)]
+pub(super) enum Wish {
+    /// Holders of it are to be found from now on.
+    Find(DocumentId),
+    /// No longer.
+    Forget(DocumentId),
+}
+
+/// What is known of a document whose holders are to be found.
+#[derive(Debug)]
+struct Known {
+    place: [u8; 32],
+    seek_at: Instant,
+    pause: Duration,
+    /// Since when it is held.
+    since: Instant,
+    /// A connected peer holds it as well.
+    found: bool,
+    /// Where it stands in the queue; `None` while it is looked for.
+    queued: Option<Instant>,
+}
+
+/// The outcome of a search: holders reached now, and connected peers that share the document.
+struct Sought {
+    id: DocumentId,
+    reached: usize,
+    sharing: usize,
+}
+
+struct Finding {
+    discovery: Discovery,
+    documents: Documents,
+    /// New holders are connected.
+    changed: Arc<Notify>,
+    known: HashMap<DocumentId, Known>,
+    /// The searches that are due next. Neighbours in the key space follow each other where they are due at once.
+    queue: BTreeSet<(Instant, [u8; 32], DocumentId)>,
+    /// What has never been looked for goes first, and of that what is held since last.
+    unseen: Instant,
+    pace: Pace,
+}
+
+/// Connects to peers that hold the documents which this node holds, until the network stops or nobody wishes anything
+/// any more.
+pub(super) async fn find_holders(
+    discovery: Discovery,
+    documents: Documents,
+    changed: Arc<Notify>,
+    mut wishes: mpsc::UnboundedReceiver<Wish>,
+) {
+    let now = Instant::now();
+    let mut meetings = discovery.dht().meetings();
+    let mut nodes = discovery.dht().nodes();
+    let mut finding = Finding {
+        discovery,
+        documents,
+        changed,
+        known: HashMap::new(),
+        queue: BTreeSet::new(),
+        unseen: now,
+        pace: Pace::new(now),
+    };
+    let mut searches: JoinSet<Sought> = JoinSet::new();
+    loop {
+        let alone = *nodes.borrow_and_update() == 0;
+        let next = finding
+            .next()
+            .filter(|_| !alone && searches.len() < AT_A_TIME);
+        tokio::select! {
+            changed = nodes.changed(), if alone => if changed.is_err() {
+                return;
+            },
+            wish = wishes.recv() => match wish {
+                None => return,
+                Some(Wish::Find(id)) => finding.find(id),
+                Some(Wish::Forget(id)) => finding.forget(&id),
+            },
+            Some(sought) = searches.join_next() => if let Ok(sought) = sought {
+                finding.sought(&sought);
+            },
+            met = meetings.changed() => match met {
+                Ok(()) => finding.met(*nodes.borrow() < SMALL_MESH),
+                Err(_) => return,
+            },
+            () = sleep_until(next.unwrap_or(now)), if next.is_some() => {
+                if let Some(search) = finding.seek() {
+                    searches.spawn(search);
+                }
+            }
+        }
+    }
+}
+
+impl Finding {
+    /// When something is to be looked for next.
+    fn next(&self) -> Option<Instant> {
+        let (due, ..) = self.queue.first()?;
+        Some(self.pace.next(*due))
+    }
+
+    /// Puts a document where it belongs in the queue.
+    fn queue(&mut self, id: DocumentId) {
+        if let Some(known) = self.known.get_mut(&id) {
+            let at = known.seek_at;
+            if let Some(before) = known.queued.replace(at) {
+                self.queue.remove(&(before, known.place, id));
+            }
+            self.queue.insert((at, known.place, id));
+        }
+    }
+
+    fn find(&mut self, id: DocumentId) {
+        if self.known.contains_key(&id) {
+            return;
+        }
+        let earlier = self.unseen.checked_sub(Duration::from_micros(1));
+        self.unseen = earlier.unwrap_or(self.unseen);
+        let known = Known {
+            place: place(&key(&id)),
+            seek_at: self.unseen,
+            pause: SEEK.0,
+            since: Instant::now(),
+            found: false,
+            queued: None,
+        };
+        self.known.insert(id, known);
+        self.queue(id);
+    }
+
+    fn forget(&mut self, id: &DocumentId) {
+        if let Some(known) = self.known.remove(id)
+            && let Some(at) = known.queued
+        {
+            self.queue.remove(&(at, known.place, *id));
+        }
+    }
+
+    /// A node was met: it may know more.
+    fn met(&mut self, small: bool) {
+        let soon = Instant::now() + SEEK.0;
+        let mut sooner = Vec::new();
+        for (id, known) in &mut self.known {
+            // What is looked for often is looked for again in any case.
+            if (small || !known.found) && known.pause > SEEK.0 * 8 && known.seek_at > soon {
+                known.seek_at = soon;
+                // What is looked for now is queued after that.
+                if known.queued.is_some() {
+                    sooner.push(*id);
+                }
+            }
+        }
+        for id in sooner {
+            self.queue(id);
+        }
+    }
+
+    /// Looks for what is due first.
+    fn seek(&mut self) -> Option<impl Future<Output = Sought> + use<>> {
+        let now = Instant::now();
+        let longest = self.longest();
+        let (_, _, id) = self.queue.pop_first()?;
+        let known = self.known.get_mut(&id)?;
+        known.queued = None;
+        // Sooner, if something happens meanwhile.
+        known.seek_at = now + longest;
+        self.pace.take(now);
+        let discovery = self.discovery.clone();
+        let documents = self.documents.clone();
+        let span = tracing::info_span!("documents", document = %id);
+        let search = async move {
+            // Only a peer that shares the document counts as a holder; to be connected and to say so is nothing.
+            let sharing = documents.with(move |replica| Ok(replica.sharing(&id)));
+            let Ok(sharing) = sharing.await else {
+                // Once documents have stopped nobody is looked for.
+                return Sought {
+                    id,
+                    reached: 0,
+                    sharing: ENOUGH,
+                };
+            };
+            let key = key(&id);
+            discovery.proved(&place(&key), sharing.iter().filter_map(peer_of));
+            let wanted = ENOUGH.saturating_sub(sharing.len());
+            let round = match wanted {
+                0 => Round::default(),
+                // Once the DHT has stopped nobody is found.
+                _ => discovery
+                    .find(&key, HOLDER.ttl, wanted)
+                    .await
+                    .unwrap_or_default(),
+            };
+            Sought {
+                id,
+                reached: round.reached,
+                sharing: sharing.len(),
+            }
+        };
+        Some(search.instrument(span))
+    }
+
+    /// The longest pause between two looks for holders of one document.
+    fn longest(&self) -> Duration {
+        SEEK.1.max(Pace::round_of(self.known.len()))
+    }
+
+    fn sought(&mut self, sought: &Sought) {
+        let now = Instant::now();
+        let longest = self.longest();
+        let Some(known) = self.known.get_mut(&sought.id) else {
+            return;
+        };
+        known.found = sought.reached + sought.sharing > 0;
+        known.pause = match (sought.reached, sought.sharing) {
+            (0, ENOUGH..) => longest,
+            (0, 0) if known.since.elapsed() < STARTING.1 => (known.pause * 2).min(STARTING.0),
+            (0, _) => (known.pause * 2).min(longest),
+            _ => SEEK.0,
+        };
+        known.seek_at = known.seek_at.min(now + known.pause);
+        if sought.reached > 0 {
+            self.changed.notify_one();
+        }
+        self.queue(sought.id);
+    }
+}

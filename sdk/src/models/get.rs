@@ -1,0 +1,827 @@
+//! Fetching a model.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use tokio::{task::JoinSet, time::sleep};
+use tracing::Instrument;
+use weft_blobs::{
+    Manifest, Pattern, Plan, Selection, Transfer,
+    hf_cache::{Arrival, Destination},
+    plan::{self, Existing, Progress},
+    rate::Limit,
+    results,
+    selection::Selected,
+    store,
+};
+use weft_net::{PathKind, PeerId, Transport};
+
+use crate::{
+    Error, Hash, HfRepo, ModelInfo, ModelName, Node, Operation, Priority, Target,
+    models::{
+        describe,
+        found::{Found, selected_bytes},
+        hf_cache::{HfCacheError, IntoCache},
+        leases::Lease,
+    },
+    operation::blocking,
+    swarm::{self, Job, Shown, Swarm, providers::Known, turns::Turn},
+};
+
+/// How often the mesh is told what has come.
+const SHARING: Duration = Duration::from_secs(15);
+
+/// The first and the longest pause of a `get` that keeps trying: a minute costs the mesh nothing, and nobody watches a
+/// download overnight.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+
+/// A model to be fetched; see [`Models::get`](crate::Models::get).
+#[derive(Debug, Clone)]
+#[must_use = "nothing happens before start()"]
+pub struct Get {
+    node: Node,
+    target: Target,
+    to: Option<PathBuf>,
+    publisher: Option<PeerId>,
+    limit: u64,
+    priority: Priority,
+    keep_trying: bool,
+    selection: Selection,
+    paths: Option<HashSet<String>>,
+    hf_cache: Option<IntoCache>,
+    existing: Existing,
+}
+
+/// What fetching is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GetPhase {
+    /// Finding out which model the name means.
+    Resolving,
+    /// Finding and reaching a provider.
+    Connecting,
+    /// Looking at what is here already.
+    Checking,
+    /// Receiving.
+    Fetching,
+    /// Nothing comes; what is waited for is said.
+    Waiting,
+}
+
+/// How far fetching is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GetProgress {
+    /// What it is at.
+    pub phase: GetPhase,
+    /// Bytes in all files; zero until the manifest is here.
+    pub bytes_total: u64,
+    /// Bytes verified and in place.
+    pub bytes_done: u64,
+    /// Content bytes received in this run.
+    pub bytes_moved: u64,
+    /// Bytes a second that come now, from all providers.
+    pub rate: u64,
+    /// Until everything is here, if the rate stays as it is; `None` while that cannot be said.
+    pub time_left: Option<Duration>,
+    /// Bytes that were here already.
+    pub bytes_reused: u64,
+    /// Those who send, and over which paths.
+    pub peers: Vec<PeerProgress>,
+    /// What is waited for, in words.
+    pub waiting_for: Option<String>,
+}
+
+/// What comes from one provider.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerProgress {
+    /// Who.
+    pub peer: PeerId,
+    /// How near it is.
+    pub path: PathKind,
+    /// Over what.
+    pub transport: Transport,
+    /// Content bytes that it sent over this path.
+    pub bytes: u64,
+    /// Bytes a second that it sends now.
+    pub rate: u64,
+}
+
+/// What fetching came to.
+#[derive(Debug, Clone)]
+pub struct Got {
+    /// The model.
+    pub model: ModelInfo,
+    /// The folder that it is in now.
+    pub folder: PathBuf,
+    /// Bytes in all that was asked for.
+    pub bytes_total: u64,
+    /// Files that were made of the selected tensors.
+    pub results: Vec<PathBuf>,
+    /// Content bytes received in this run; zero when everything was here.
+    pub bytes_moved: u64,
+    /// Content bytes that several providers sent, beyond the first time: a slow one's work that another took over, and that came all the same.
+    pub bytes_wasted: u64,
+    /// Bytes that were here already.
+    pub bytes_reused: u64,
+    /// From the start to the last file in place.
+    pub elapsed: Duration,
+    /// From the start to the first provider's answer; zero when none was needed.
+    pub lookup: Duration,
+    /// Who publishes the name; `None` for an id, a ticket, or a name that only this node remembers.
+    pub publisher: Option<PeerId>,
+    /// Further models that are published by the name for the same commit of the Hugging Face hub: others' caches hold
+    /// other parts of it.
+    pub other_parts: usize,
+    /// Who sent content, and over which paths: one that began relayed and went on directly is there twice.
+    pub sources: Vec<Source>,
+}
+
+/// A provider that sent content, over one path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Who.
+    pub peer: PeerId,
+    /// How near it is.
+    pub path: PathKind,
+    /// Over what.
+    pub transport: Transport,
+    /// Content bytes it sent.
+    pub bytes: u64,
+}
+
+/// The part of the progress that is not counted.
+#[derive(Debug)]
+struct State {
+    phase: GetPhase,
+    waiting_for: Option<String>,
+    reused: u64,
+}
+
+impl Get {
+    pub(crate) fn new(node: Node, target: Target) -> Self {
+        Self {
+            node,
+            target,
+            to: None,
+            publisher: None,
+            limit: 0,
+            priority: Priority::default(),
+            keep_trying: false,
+            selection: Selection::default(),
+            paths: None,
+            hf_cache: None,
+            existing: Existing::default(),
+        }
+    }
+
+    /// The folder the files go to. Default: a folder of the model in the node's home.
+    pub fn to(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.to = Some(folder.into());
+        self
+    }
+
+    /// Instead of a folder: puts the files into a cache of huggingface_hub, which finds them there from then on, as `repo`. Default:
+    /// the repository and revision that the name says; for an id or a ticket there is none. What the cache has is not fetched.
+    pub fn hf_cache(mut self, cache: impl Into<PathBuf>, repo: Option<HfRepo>) -> Self {
+        let cache = cache.into();
+        self.hf_cache = Some(IntoCache { cache, repo });
+        self
+    }
+
+    /// Takes only this peer's word for what the name means.
+    pub fn publisher(mut self, peer: PeerId) -> Self {
+        self.publisher = Some(peer);
+        self
+    }
+
+    /// At most this many bytes of content a second, beside the limits of the node; zero is no limit.
+    pub fn limit(mut self, bytes_per_second: u64) -> Self {
+        self.limit = bytes_per_second;
+        self
+    }
+
+    /// Whether other transfers of this node go first.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Goes on until it is dropped, however long no provider can be reached, such as while a cable is out: with pauses
+    /// that grow to a minute. Default: it fails two minutes after content last came, or ten seconds after the start.
+    pub fn keep_trying(mut self, keep_trying: bool) -> Self {
+        self.keep_trying = keep_trying;
+        self
+    }
+
+    /// Only files whose path matches, and what else is selected. May be called several times.
+    pub fn files(mut self, pattern: Pattern) -> Self {
+        self.selection.files.push(pattern);
+        self
+    }
+
+    /// Only tensors whose name matches, and what else is selected. May be called several times.
+    ///
+    /// For each file of which some tensors are wanted, a safetensors file of these is made at the same path (`x.safetensors` for `x.gguf`), and the index
+    /// of a sharded model says where they are. Only their bytes are fetched, and kept in the node's store.
+    pub fn tensors(mut self, pattern: Pattern) -> Self {
+        self.selection.tensors.push(pattern);
+        self
+    }
+
+    /// Sets whether to replace files of an earlier `get` of this node that hold something else: another revision, or a
+    /// file that was changed since. Each file stays until the new one is whole. Default: no. Files that were added in
+    /// place, or that no `get` of this node knows, are never replaced.
+    pub fn replace(mut self, replace: bool) -> Self {
+        self.existing.replace = replace;
+        self
+    }
+
+    /// Sets whether to read all files that are in place, including those that nothing seems to have touched. Default:
+    /// no.
+    pub fn verify(mut self, verify: bool) -> Self {
+        self.existing.reread = verify;
+        self
+    }
+
+    /// Only files at these paths.
+    pub(crate) fn only(mut self, paths: HashSet<String>) -> Self {
+        self.paths = Some(paths);
+        self
+    }
+
+    /// Begins. Dropping the operation keeps what is verified; another `get` of the same to the same folder goes on from there.
+    pub fn start(self) -> Operation<GetProgress, Got> {
+        let counts = Arc::new(plan::Progress::default());
+        let state = Arc::new(Mutex::new(State {
+            phase: GetPhase::Resolving,
+            waiting_for: None,
+            reused: 0,
+        }));
+        let shown = Shown::default();
+        let sample = {
+            let (counts, state, shown) = (Arc::clone(&counts), Arc::clone(&state), shown.clone());
+            move || {
+                let state = state.lock().expect("nothing panics while holding the lock");
+                progress(&counts, &state, &shown)
+            }
+        };
+        let work = Work {
+            node: self.node.clone(),
+            counts,
+            state,
+            shown,
+            started: Instant::now(),
+            lookup: None,
+            existing: self.existing,
+        };
+        Operation::spawn(sample, work.run(self))
+    }
+}
+
+fn progress(counts: &plan::Progress, state: &State, shown: &Shown) -> GetProgress {
+    let sources = shown.sources();
+    let active = sources.iter().filter(|source| source.is_active());
+    let peers: Vec<_> = active
+        .map(|source| PeerProgress {
+            peer: source.peer,
+            path: source.path,
+            transport: source.transport,
+            bytes: source.bytes(),
+            rate: source.rate(),
+        })
+        .collect();
+    let rate = peers.iter().map(|peer| peer.rate).sum();
+    let total = counts.total.load(Ordering::Relaxed);
+    let done = counts.done.load(Ordering::Relaxed);
+    let mut rate = rate;
+    let waiting_for = match state.phase {
+        GetPhase::Fetching => reread(counts).or_else(|| shown.waiting_for()),
+        GetPhase::Checking => occupied(counts),
+        _ => state.waiting_for.clone(),
+    };
+    if waiting_for.is_some() {
+        // The earlier rate says nothing about the rate to come.
+        rate = 0;
+    }
+    GetProgress {
+        phase: match (&state.phase, &waiting_for) {
+            (GetPhase::Fetching | GetPhase::Checking, Some(_)) => GetPhase::Waiting,
+            (phase, _) => *phase,
+        },
+        bytes_total: total,
+        // A reader may have had more fetched.
+        bytes_done: done.min(total),
+        bytes_moved: counts.moved.load(Ordering::Relaxed),
+        rate,
+        time_left: (rate > 0)
+            .then(|| Duration::from_secs_f64(total.saturating_sub(done) as f64 / rate as f64)),
+        bytes_reused: state.reused + counts.reused.load(Ordering::Relaxed),
+        peers,
+        waiting_for,
+    }
+}
+
+/// In words, that the disk is waited for: what an earlier run left of a file is read before the file counts as whole.
+fn reread(counts: &plan::Progress) -> Option<String> {
+    let total = counts.reread_total.load(Ordering::Relaxed);
+    let read = counts.reread.load(Ordering::Relaxed).min(total);
+    let percent = (read * 100).checked_div(total)?;
+    Some(format!(
+        "what was here before to be read again ({percent} %)"
+    ))
+}
+
+/// In words, that another node fills the folder now.
+fn occupied(counts: &plan::Progress) -> Option<String> {
+    let occupied = counts.occupied.lock();
+    let occupied = occupied.unwrap_or_else(PoisonError::into_inner);
+    let holder = occupied.as_ref()?;
+    Some(format!("{holder}, which is writing to the folder"))
+}
+
+struct Work {
+    node: Node,
+    counts: Arc<plan::Progress>,
+    state: Arc<Mutex<State>>,
+    shown: Shown,
+    started: Instant,
+    lookup: Option<Duration>,
+    existing: Existing,
+}
+
+impl Work {
+    async fn run(mut self, request: Get) -> Result<Got, Error> {
+        let _stop = StopOnDrop(Arc::clone(&self.counts));
+        if request.hf_cache.is_some() && !request.selection.is_everything() {
+            return Err(Error::HfCache(HfCacheError::Selection));
+        }
+        let mut pause = AGAIN.0;
+        let found = self.find(&request, &mut pause).await?;
+        let (id, publisher) = (found.id, found.publisher);
+        let other_parts = found.parts.len().saturating_sub(1);
+        let name = found.name.clone();
+        let into_cache = request.hf_cache;
+        let into_cache = into_cache.map(|into| into.destination(name.as_ref()));
+        let into_cache = into_cache.transpose()?;
+        let folder = match &into_cache {
+            Some(destination) => destination.arrivals(&id),
+            None => request.to.unwrap_or_else(|| {
+                default_folder(&self.node, name.as_ref(), &id, &request.selection)
+            }),
+        };
+        let folder = std::path::absolute(&folder).unwrap_or(folder);
+        let is_made = !tokio::fs::try_exists(&folder).await.unwrap_or(true);
+        let lease = self.node.leases().take(&folder, id)?;
+        let _hold = self.node.hold(id).await?;
+
+        let keep_trying = request.keep_trying;
+        let (manifest, known) = self.manifest(&found, keep_trying, &mut pause).await?;
+        let selected = select(&manifest, &request.selection, &request.paths)?;
+        let selected = selected.map(Arc::new);
+
+        let _turn = self.turn(id).await;
+        self.enter(GetPhase::Checking);
+        let arrival = match into_cache {
+            Some(destination) => Some(self.arrival(destination, id, &manifest).await?),
+            None => None,
+        };
+        let _room = match &arrival {
+            // A cache is not the node's own.
+            Some(_) => None,
+            None => Some(self.node.make_room(&manifest, &selected, &folder).await?),
+        };
+        let Planned {
+            mut plan,
+            root: directory,
+            lease: _lease,
+        } = match &arrival {
+            Some(arrival) => self.plan_arrival(arrival, &folder, lease).await?,
+            None => self.plan(&manifest, &selected, &folder, lease).await?,
+        };
+        let reused = self.counts.done.load(Ordering::Relaxed);
+        self.state().reused = reused;
+        let expected = Expected {
+            id,
+            root: directory.clone(),
+            name: name.map(|name| name.to_string()),
+            whole: selected.is_none(),
+            // A person's own folder is not ours to remove with the files.
+            is_made: is_made && arrival.is_none(),
+        };
+        self.expect(expected).await?;
+
+        let mut sharing = JoinSet::new();
+        sharing.spawn(share(self.node.clone(), id).instrument(swarm::span(&id)));
+        if let Some(plan) = &mut plan
+            && !plan.is_complete()
+        {
+            let job = Job {
+                limits: vec![Limit::new(request.limit)],
+                priority: request.priority,
+                keep_trying,
+                ..self.job(id, &manifest, known)
+            };
+            self.fetch(job, plan).instrument(swarm::span(&id)).await?;
+        }
+        drop(plan);
+        let results = match &selected {
+            Some(selected) => self.results(id, &manifest, selected, &directory).await?,
+            None => Vec::new(),
+        };
+        drop(sharing);
+        let directory = match arrival {
+            Some(arrival) => self.finish_arrival(arrival).await?,
+            None => directory,
+        };
+        let (model, info) = self.described(id).await?;
+        self.announce(model);
+        Ok(Got {
+            model: info,
+            folder: directory,
+            bytes_total: self.counts.total.load(Ordering::Relaxed),
+            results,
+            bytes_moved: self.counts.moved.load(Ordering::Relaxed),
+            bytes_reused: reused + self.counts.reused.load(Ordering::Relaxed),
+            elapsed: self.started.elapsed(),
+            lookup: self.lookup.unwrap_or_default(),
+            publisher,
+            other_parts,
+            bytes_wasted: self.wasted(),
+            sources: self.sources(),
+        })
+    }
+
+    /// Finds the model that the target means.
+    async fn find(&self, request: &Get, pause: &mut Duration) -> Result<Found, Error> {
+        let (selection, paths) = (&request.selection, &request.paths);
+        loop {
+            let target = request.target.clone();
+            let found = async {
+                let found = Found::new(&self.node, target, request.publisher).await?;
+                let bytes = |manifest: &Manifest| selected_bytes(manifest, selection, paths);
+                found.choose(&self.node, bytes).await
+            };
+            match found.await {
+                Err(
+                    Error::NoSuchName { .. } | Error::Disconnected(_) | Error::NoProvider { .. },
+                ) if request.keep_trying => {
+                    wait(&self.state, "a publisher of the name", pause).await;
+                }
+                found => return found,
+            }
+        }
+    }
+
+    /// Fetches the manifest, if it is not here.
+    async fn manifest(
+        &mut self,
+        found: &Found,
+        keep_trying: bool,
+        pause: &mut Duration,
+    ) -> Result<(Arc<Manifest>, Known), Error> {
+        self.enter(GetPhase::Connecting);
+        let (started, lookup) = (self.started, &mut self.lookup);
+        let mut answered = || {
+            lookup.get_or_insert_with(|| started.elapsed());
+        };
+        loop {
+            let manifest = found.manifest(&self.node, &mut answered);
+            match manifest.instrument(swarm::span(&found.id)).await {
+                Err(Error::NoProvider { .. }) if keep_trying => {
+                    wait(&self.state, "a provider", pause).await;
+                }
+                manifest => return manifest,
+            }
+        }
+    }
+
+    /// The job of fetching a model, without limits.
+    fn job(&self, id: Hash, manifest: &Manifest, known: Known) -> Job {
+        let counts = Arc::clone(&self.counts);
+        Job {
+            model: id,
+            transfer: Transfer::new(self.node.store(), manifest, counts, fastrand::u64(..)),
+            progress: Arc::clone(&self.counts),
+            shown: self.shown.clone(),
+            known,
+            limits: Vec::new(),
+            priority: Priority::default(),
+            keep_trying: false,
+        }
+    }
+
+    /// What has come.
+    async fn described(&self, id: Hash) -> Result<(store::Model, ModelInfo), Error> {
+        let store = self.node.store().clone();
+        blocking(move || {
+            let model = store.model(&id)?;
+            let (info, _) = describe(&store, &model)?;
+            Ok((model, info))
+        })
+        .await
+    }
+
+    /// Waits for the turn to fetch a model. Two of the same model at once: the second finds what the first has fetched.
+    async fn turn(&self, id: Hash) -> Turn {
+        match self.node.turns().try_take(id) {
+            Some(turn) => turn,
+            None => {
+                self.wait_for("another get of the same model");
+                self.node.turns().take(id, true).await
+            }
+        }
+    }
+
+    /// Tells the store what is about to come.
+    async fn expect(&self, expected: Expected) -> Result<(), Error> {
+        let store = self.node.store().clone();
+        blocking(move || {
+            let Expected {
+                id,
+                root,
+                name,
+                whole,
+                is_made,
+            } = expected;
+            store.expect_model(id, &root, name.as_deref(), whole)?;
+            if is_made {
+                store.note_made(&id, &root)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Tells the mesh that we have it too. Nobody waits for that: the announcer says it again in any case.
+    fn announce(&self, model: store::Model) {
+        let announcer = self.node.announcer().clone();
+        self.node.spawn(async move {
+            if let Err(error) = announcer.announce(&model).await {
+                tracing::debug!(%error, "a fetched model is not announced yet");
+            }
+        });
+    }
+
+    /// Holds on to the lease until the work is really over, also when nobody waits for it any more.
+    async fn plan(
+        &self,
+        manifest: &Arc<Manifest>,
+        selected: &Option<Arc<Selected>>,
+        folder: &std::path::Path,
+        lease: Lease,
+    ) -> Result<Planned, Error> {
+        let store = self.node.store().clone();
+        let folder = folder.to_owned();
+        let counts = Arc::clone(&self.counts);
+        let (manifest, selected) = (Arc::clone(manifest), selected.clone());
+        let existing = self.existing;
+        blocking(move || {
+            let wanted = (&*manifest, selected.as_deref());
+            let plan = Plan::with(&store, wanted, &folder, existing, counts)?;
+            let root = plan.root().to_owned();
+            let plan = Some(plan);
+            Ok(Planned { plan, root, lease })
+        })
+        .await
+    }
+
+    /// Makes the files of the selected tensors.
+    async fn results(
+        &self,
+        id: Hash,
+        manifest: &Arc<Manifest>,
+        selected: &Arc<Selected>,
+        folder: &std::path::Path,
+    ) -> Result<Vec<PathBuf>, Error> {
+        let store = self.node.store().clone();
+        let folder = folder.to_owned();
+        let counts = Arc::clone(&self.counts);
+        let (manifest, selected) = (Arc::clone(manifest), Arc::clone(selected));
+        blocking(move || {
+            let cancelled = &counts.check.cancelled;
+            let made = results::write(&store, &manifest, &selected, &folder, cancelled)?;
+            let new = made.iter().filter(|made| made.new);
+            let new: Vec<_> = new.map(|made| made.path.clone()).collect();
+            store.note_results(&id, &new)?;
+            Ok(made.into_iter().map(|made| made.path).collect())
+        })
+        .await
+    }
+
+    /// Finds out what a cache has of a model.
+    async fn arrival(
+        &self,
+        destination: Destination,
+        id: Hash,
+        manifest: &Manifest,
+    ) -> Result<Arrival, Error> {
+        let model = (id, manifest.clone());
+        let (store, counts) = (self.node.store().clone(), Arc::clone(&self.counts));
+        blocking(move || Ok(destination.begin(&store, model, &counts.check)?)).await
+    }
+
+    /// The plan for what the cache lacks, if it lacks anything, and the model's folder until it is whole.
+    async fn plan_arrival(
+        &self,
+        arrival: &Arrival,
+        folder: &std::path::Path,
+        lease: Lease,
+    ) -> Result<Planned, Error> {
+        let planned = match arrival.missing() {
+            Some(missing) => {
+                let missing = Arc::new(missing.clone());
+                self.plan(&missing, &None, folder, lease).await?
+            }
+            None => Planned {
+                plan: None,
+                root: arrival.snapshot(),
+                lease,
+            },
+        };
+        let Progress { total, done, .. } = &*self.counts;
+        total.store(arrival.size(), Ordering::Relaxed);
+        done.fetch_add(arrival.bytes_here(), Ordering::Relaxed);
+        Ok(planned)
+    }
+
+    /// Puts what has arrived where huggingface_hub finds it; the model's folder.
+    async fn finish_arrival(&self, arrival: Arrival) -> Result<PathBuf, Error> {
+        let counts = Arc::clone(&self.counts);
+        let size = arrival.size();
+        let exported = blocking(move || Ok(arrival.finish(&counts.check)?)).await?;
+        // Files of the same content arrived as one.
+        self.counts.done.store(size, Ordering::Relaxed);
+        Ok(exported.snapshot)
+    }
+
+    /// Fetches what the plan misses from all who have it.
+    async fn fetch(&mut self, job: Job, plan: &mut Plan) -> Result<(), Error> {
+        let mut swarm = Swarm::new(&self.node, job);
+        self.enter(GetPhase::Fetching);
+        while !plan.is_complete() {
+            if plan.needs_provider() {
+                let fetched = swarm.fetch(plan).await;
+                if let Some(answered) = swarm.first_answer {
+                    let since = answered.into_std().duration_since(self.started);
+                    self.lookup.get_or_insert(since);
+                }
+                fetched?;
+            }
+            plan.finish_copies().await?;
+        }
+        Ok(())
+    }
+
+    /// Who sent content, once for each path.
+    fn sources(&self) -> Vec<Source> {
+        let mut sources: BTreeMap<(PeerId, PathKind, Transport), u64> = BTreeMap::new();
+        for one in self.shown.sources() {
+            *sources
+                .entry((one.peer, one.path, one.transport))
+                .or_default() += one.bytes();
+        }
+        let sources = sources.into_iter().filter(|(_, bytes)| *bytes > 0);
+        let sources = sources.map(|((peer, path, transport), bytes)| Source {
+            peer,
+            path,
+            transport,
+            bytes,
+        });
+        sources.collect()
+    }
+
+    fn wasted(&self) -> u64 {
+        let of_peers: BTreeMap<PeerId, u64> = self
+            .shown
+            .sources()
+            .iter()
+            .map(|one| (one.peer, one.wasted()))
+            .collect();
+        of_peers.values().sum()
+    }
+
+    fn wait_for(&self, what: &str) {
+        let mut state = self.state();
+        state.phase = GetPhase::Waiting;
+        state.waiting_for = Some(what.to_owned());
+    }
+
+    fn enter(&self, phase: GetPhase) {
+        let mut state = self.state();
+        state.phase = phase;
+        state.waiting_for = None;
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+}
+
+/// Waits before trying again, longer each time; what is waited for is shown.
+async fn wait(state: &Mutex<State>, what: &str, pause: &mut Duration) {
+    let show = |phase, waiting_for| {
+        let mut state = state.lock().expect("nothing panics while holding the lock");
+        state.waiting_for = waiting_for;
+        std::mem::replace(&mut state.phase, phase)
+    };
+    let phase = show(GetPhase::Waiting, Some(what.to_owned()));
+    sleep(*pause).await;
+    *pause = (*pause * 2).min(AGAIN.1);
+    show(phase, None);
+}
+
+/// While a model comes, tells the mesh which of its shard groups are whole.
+async fn share(node: Node, id: Hash) {
+    let mut said = 0;
+    loop {
+        sleep(SHARING).await;
+        let store = node.store().clone();
+        let described = blocking(move || {
+            let model = store.model(&id)?;
+            let (info, manifest) = describe(&store, &model)?;
+            Ok((model, info, manifest.is_some()))
+        });
+        let Ok((model, info, true)) = described.await else {
+            continue;
+        };
+        if info.complete || info.shards == said {
+            continue;
+        }
+        match node.announcer().announce(&model).await {
+            Ok(_) => said = info.shards,
+            Err(error) => tracing::debug!(%error, "a part of a model is not announced yet"),
+        }
+    }
+}
+
+/// What of a model is to come; `None` if all of it is.
+fn select(
+    manifest: &Manifest,
+    selection: &Selection,
+    paths: &Option<HashSet<String>>,
+) -> Result<Option<Selected>, Error> {
+    Ok(match paths {
+        Some(paths) => Some(Selected::of_files(manifest, |path| paths.contains(path))),
+        None if selection.is_everything() => None,
+        None => Some(selection.select(manifest)?),
+    })
+}
+
+/// What the store is told of a model before content comes.
+struct Expected {
+    id: Hash,
+    root: PathBuf,
+    name: Option<String>,
+    /// Not only a selection of it.
+    whole: bool,
+    /// The node has made the folder, and may remove it.
+    is_made: bool,
+}
+
+/// A plan for what is missing, if anything is; the folder that it fills, and the right to fill it.
+struct Planned {
+    plan: Option<Plan>,
+    root: PathBuf,
+    lease: Lease,
+}
+
+/// Stops the hashing and copying of what is there when the `get` that waits for it is dropped.
+struct StopOnDrop(Arc<plan::Progress>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.check.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+/// With the id: a name may come to mean another model. What is made of tensors has a folder of its own.
+fn default_folder(
+    node: &Node,
+    name: Option<&ModelName>,
+    id: &Hash,
+    selection: &Selection,
+) -> PathBuf {
+    let models = node.models_folder();
+    let mut folder = match name {
+        Some(name) => models.join(name.org()).join(format!(
+            "{}@{}-{}",
+            name.name(),
+            name.revision(),
+            id.short()
+        )),
+        None => models.join(id.to_string()),
+    };
+    if !selection.tensors.is_empty() {
+        let patterns = selection.files.iter().chain(&selection.tensors);
+        let patterns: Vec<_> = patterns.map(Pattern::as_str).collect();
+        let patterns = Hash::of(patterns.join("\n").as_bytes());
+        folder.as_mut_os_string().push("-");
+        folder.as_mut_os_string().push(patterns.short());
+    }
+    folder
+}

@@ -1,0 +1,569 @@
+//! Reading a file of a model that is here, that is arriving, or that comes only as it is read.
+
+use std::{
+    collections::HashMap,
+    fmt, io,
+    ops::Range,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, Weak},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture};
+use tokio::{
+    io::{AsyncRead, AsyncSeek, ReadBuf},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use tracing::Instrument;
+use weft_blobs::{
+    Manifest, Plan, Store, StoreError, Transfer, plan, source::Source, store, transfer::Urged,
+    tree::GROUP,
+};
+use weft_net::{Multiaddr, PeerId};
+
+use crate::{
+    Error, File, Hash, Node, Priority, Target,
+    models::found::Found,
+    operation::blocking,
+    swarm::{self, Job, Shown, Swarm, providers::Known},
+};
+
+/// Chunk groups read from the disk at a time: 1 MiB.
+const PIECE: u64 = 16;
+
+/// Chunk groups that come ahead of a reader, at first and at most: twice as many with each piece that is read in order, up to 32 MiB.
+const AHEAD: (u64, u64) = (PIECE, 32 * PIECE);
+
+/// Room is set aside for so many times what is asked for ahead: making it looks at every file of the store.
+const ROOM: u64 = 4;
+
+/// How often a reader that waits looks whether something has changed that nobody tells it.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// How long what readers began goes on when they want nothing.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// A file of a model, open for reading, wherever its bytes are now. What is here is read from the disk; what is not comes first among all that this node
+/// fetches. Every byte is checked.
+///
+/// A read waits for its bytes. It fails with an [`Error`] inside when no provider delivers them for too long, or the quota has no room for them; the next
+/// read tries again.
+/// What comes for readers alone is kept in the node's store.
+pub struct Reader {
+    shared: Arc<Shared>,
+    position: u64,
+    /// Checked bytes, from this place on.
+    buffer: (u64, Bytes),
+    loading: Option<BoxFuture<'static, io::Result<(u64, Bytes)>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    node: Node,
+    model: Hash,
+    manifest: Arc<Manifest>,
+    file: usize,
+    /// Whom the target names.
+    given: Vec<(PeerId, Vec<Multiaddr>)>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The whole file, once it is here.
+    whole: Option<Arc<Source>>,
+    urged: Option<(Range<u64>, Urged)>,
+    /// Where a read in order would go on, and how far ahead of it to ask.
+    next: u64,
+    ahead: u64,
+    task: Option<Arc<Task>>,
+    /// While the file comes for readers alone.
+    room: Option<Aside>,
+}
+
+/// Room on the disk that is set aside.
+#[derive(Debug)]
+struct Aside {
+    _room: store::Room,
+    /// For how many bytes more that are asked for.
+    left: u64,
+    /// The groups that were asked for last.
+    last: Range<u64>,
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader")
+            .field("model", &self.shared.model)
+            .field("file", &self.file().path)
+            .field("position", &self.position)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Reader {
+    /// Opens the file at `path` of the model that `target` means.
+    pub(crate) async fn open(
+        node: &Node,
+        target: Target,
+        publisher: Option<PeerId>,
+        path: &str,
+    ) -> Result<Self, Error> {
+        let found = Found::new(node, target, publisher).await?;
+        let has = |manifest: &Manifest| {
+            let files = manifest.files();
+            let found = files.binary_search_by(|file| file.path.as_str().cmp(path));
+            u64::from(found.is_ok())
+        };
+        let found = found.choose(node, has).await?;
+        let (model, given) = (found.id, found.given.clone());
+        let (manifest, _) = found.manifest(node, || ()).await?;
+        let files = manifest.files();
+        let file = files
+            .binary_search_by(|file| file.path.as_str().cmp(path))
+            .map_err(|_| Error::NoSuchFile {
+                model,
+                path: path.chars().take(200).collect(),
+                files: files
+                    .iter()
+                    .take(10)
+                    .map(|file| file.path.clone())
+                    .collect(),
+            })?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                node: node.clone(),
+                model,
+                manifest,
+                file,
+                given,
+                state: Mutex::default(),
+            }),
+            position: 0,
+            buffer: (0, Bytes::new()),
+            loading: None,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> Hash {
+        self.shared.model
+    }
+
+    /// All that is known of the model.
+    pub fn manifest(&self) -> &Manifest {
+        &self.shared.manifest
+    }
+
+    /// What is known of the file: its size, its hash, and where its tensors are.
+    pub fn file(&self) -> &File {
+        self.shared.file()
+    }
+
+    /// Reads bytes of the file; the position for reading in order stays as it is. `range` is cut off at the end of the file.
+    ///
+    /// # Errors
+    /// As for reading.
+    pub async fn read_range(&self, range: Range<u64>) -> io::Result<Vec<u8>> {
+        let end = range.end.min(self.file().size);
+        let mut bytes = Vec::new();
+        let mut at = range.start;
+        while at < end {
+            let (start, piece) = load(Arc::clone(&self.shared), at, end).await?;
+            let piece = piece.slice((at - start) as usize..);
+            let n = piece.len().min((end - at) as usize);
+            bytes.extend_from_slice(&piece[..n]);
+            at += n as u64;
+        }
+        Ok(bytes)
+    }
+}
+
+impl AsyncRead for Reader {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let size = self.file().size;
+        loop {
+            if self.position >= size || into.remaining() == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            let (start, bytes) = &self.buffer;
+            if let Some(skip) = self.position.checked_sub(*start)
+                && skip < bytes.len() as u64
+            {
+                let rest = &bytes[skip as usize..];
+                let n = rest.len().min(into.remaining());
+                into.put_slice(&rest[..n]);
+                self.position += n as u64;
+                return Poll::Ready(Ok(()));
+            }
+            let position = self.position;
+            let shared = Arc::clone(&self.shared);
+            let loading = self
+                .loading
+                .get_or_insert_with(|| load(shared, position, size).boxed());
+            let loaded = std::task::ready!(loading.as_mut().poll(cx));
+            self.loading = None;
+            self.buffer = loaded?;
+        }
+    }
+}
+
+impl AsyncSeek for Reader {
+    fn start_seek(mut self: Pin<&mut Self>, to: io::SeekFrom) -> io::Result<()> {
+        let position = match to {
+            io::SeekFrom::Start(to) => Some(to),
+            io::SeekFrom::End(by) => self.file().size.checked_add_signed(by),
+            io::SeekFrom::Current(by) => self.position.checked_add_signed(by),
+        };
+        let Some(position) = position else {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the position is before the beginning, or too large",
+            ));
+        };
+        self.position = position;
+        // What is being loaded is for another place.
+        self.loading = None;
+        Ok(())
+    }
+
+    fn poll_complete(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<u64>> {
+        Poll::Ready(Ok(self.position))
+    }
+}
+
+impl Shared {
+    fn file(&self) -> &File {
+        &self.manifest.files()[self.file]
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// Sees to it that what comes next is on its way, if a transfer is under way that can bring it.
+    fn urge(&self, transfer: &Transfer, group: u64) {
+        let mut state = self.state();
+        let far = match &state.urged {
+            // Half of it is still ahead.
+            Some((range, _)) => range.contains(&group) && (range.end - group) * 2 > state.ahead,
+            None => false,
+        };
+        if far {
+            return;
+        }
+        let range = group..group + state.ahead;
+        if let Some(Aside { left, last, .. }) = &mut state.room {
+            // What was asked for before is not asked for twice.
+            let known = last
+                .end
+                .min(range.end)
+                .saturating_sub(last.start.max(range.start));
+            *left = left.saturating_sub((range.end - range.start - known) * GROUP);
+            *last = range.clone();
+        }
+        // The new one before the old one ends.
+        let urged = transfer.urge(self.file, range.clone());
+        state.urged = urged.map(|urged| (range, urged));
+    }
+
+    /// Whether what it asks for comes for readers alone.
+    fn is_alone(&self) -> bool {
+        let mut state = self.state();
+        let alone = state
+            .task
+            .as_ref()
+            .is_some_and(|task| !task.0.is_finished());
+        if !alone {
+            state.room = None;
+        }
+        alone
+    }
+
+    /// Sees to it that there is room for what is asked for next.
+    async fn make_room(&self) -> io::Result<()> {
+        let ahead = {
+            let mut state = self.state();
+            let ahead = state.ahead * GROUP;
+            match &state.room {
+                Some(aside) if aside.left >= ahead => return Ok(()),
+                // What of it was not used is not counted twice.
+                _ => state.room = None,
+            }
+            ahead
+        };
+        let file = self.file();
+        let room = self.node.make_more_room(self.model, file, ROOM * ahead);
+        let room = room.await.map_err(io::Error::other)?;
+        self.state().room = Some(Aside {
+            _room: room,
+            left: ROOM * ahead,
+            last: 0..0,
+        });
+        Ok(())
+    }
+
+    /// A read in order asks for more and more, one that jumps about for little.
+    fn note(&self, group: u64) {
+        let mut state = self.state();
+        state.ahead = match group == state.next && state.ahead > 0 {
+            true => (state.ahead * 2).min(AHEAD.1),
+            false => AHEAD.0,
+        };
+    }
+}
+
+/// Bytes of the file that begin at or before `from`, up to `end` at most, and where they begin; waits until there are some.
+async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Bytes)> {
+    let group = from / GROUP;
+    let groups = group..end.div_ceil(GROUP).min(group + PIECE);
+    shared.note(group);
+    let mut begun = None;
+    loop {
+        let transfer = shared.node.hub().transfer(&shared.model);
+        let written = transfer.as_ref().map(Transfer::written);
+        tokio::pin!(written);
+        // From here on nothing is missed.
+        if let Some(written) = written.as_mut().as_pin_mut() {
+            written.enable();
+        }
+        let whole = shared.state().whole.clone();
+        let is_whole = whole.is_some();
+        let store = shared.node.store().clone();
+        let (hash, size) = (shared.file().blake3, shared.file().size);
+        let wanted = groups.clone();
+        let read = blocking(move || Ok(read(&store, hash, size, whole, wanted)?)).await;
+        match read.map_err(other)? {
+            Some((bytes, source)) => {
+                let next = {
+                    let mut state = shared.state();
+                    state.next = group + (bytes.len() as u64).div_ceil(GROUP);
+                    state.whole = source.or_else(|| state.whole.take());
+                    if state.whole.is_some() {
+                        state.room = None;
+                    }
+                    state.next
+                };
+                if let (Some(transfer), false) = (&transfer, is_whole)
+                    // Where there is no room for more, a later read says so.
+                    && (!shared.is_alone() || shared.make_room().await.is_ok())
+                {
+                    shared.urge(transfer, next.min(end.div_ceil(GROUP)));
+                }
+                return Ok((group * GROUP, bytes.into()));
+            }
+            None => shared.state().whole = None,
+        }
+        match &transfer {
+            Some(transfer) => {
+                if shared.is_alone() {
+                    shared.make_room().await?;
+                }
+                // Also when it was asked for before: another transfer may have taken the place of the one that was asked.
+                shared.state().urged = None;
+                shared.urge(transfer, group);
+                let _ = match written.as_pin_mut() {
+                    Some(written) => timeout(LOOK, written).await,
+                    None => Ok(()),
+                };
+                if let Some(begun) = begun {
+                    shared.node.reading().check(&shared.model, begun)?;
+                }
+            }
+            None => {
+                shared.make_room().await?;
+                // It may have ended, for a `get` that has come and gone.
+                let failures = begin(&shared);
+                let begun = *begun.get_or_insert(failures);
+                shared.node.reading().check(&shared.model, begun)?;
+                sleep(LOOK / 10).await;
+            }
+        }
+    }
+}
+
+/// Bytes that were read, and the whole file they come from, if it is open.
+type Read = (Vec<u8>, Option<Arc<Source>>);
+
+/// Reads the first of `groups`, and those after it that are here; the whole file, if it is open. `None` if the first is
+/// not here, or was found to be damaged or not to be readable: it counts as missing from then on, and is fetched.
+/// Blocks.
+fn read(
+    store: &Store,
+    hash: Hash,
+    size: u64,
+    whole: Option<Arc<Source>>,
+    groups: Range<u64>,
+) -> Result<Option<Read>, StoreError> {
+    if groups.is_empty() {
+        return Ok(Some((Vec::new(), whole)));
+    }
+    let sources = match whole {
+        Some(whole) => vec![whole],
+        None => {
+            let sources = store.sources_of(&hash, size)?;
+            sources.into_iter().map(Arc::new).collect()
+        }
+    };
+    for source in sources {
+        let have = (groups.start..groups.end).find(|group| !source.has(*group..*group + 1));
+        let here = groups.start..have.unwrap_or(groups.end);
+        if here.is_empty() {
+            continue;
+        }
+        match source.read_groups(here.clone()) {
+            Ok(bytes) => {
+                let whole = source.is_whole().then_some(source);
+                return Ok(Some((bytes, whole)));
+            }
+            Err(error) => {
+                tracing::debug!(%hash, %error, "what is here cannot be read");
+                store.note_damage(&source, here)?;
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn other(error: Error) -> io::Error {
+    io::Error::other(error)
+}
+
+/// What comes for readers, where no `get` brings it.
+#[derive(Debug, Default)]
+pub(crate) struct Reading(Mutex<HashMap<Hash, OfModel>>);
+
+#[derive(Debug, Default)]
+struct OfModel {
+    task: Weak<Task>,
+    /// How often it has failed, and with what the last time.
+    failures: u64,
+    error: Option<Arc<Error>>,
+}
+
+/// Fetching for readers; it ends with the last of them.
+#[derive(Debug)]
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Models of which a failure is remembered for those who wait.
+const MAX_REMEMBERED: usize = 1024;
+
+impl OfModel {
+    fn task(&self) -> Option<Arc<Task>> {
+        self.task.upgrade().filter(|task| !task.0.is_finished())
+    }
+}
+
+impl Reading {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Hash, OfModel>> {
+        self.0
+            .lock()
+            .expect("nothing panics while holding the lock")
+    }
+
+    /// Fails if it failed since.
+    fn check(&self, model: &Hash, failures: u64) -> io::Result<()> {
+        match self.lock().get(model) {
+            Some(one) if one.failures > failures => {
+                let error = one.error.clone().map(io::Error::other);
+                Err(error.unwrap_or_else(|| io::ErrorKind::Other.into()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Begins to fetch what readers of the model ask for, unless that is done already; how often it has failed until now.
+fn begin(shared: &Shared) -> u64 {
+    let node = shared.node.clone();
+    let mut models = shared.node.reading().lock();
+    if models.len() >= MAX_REMEMBERED {
+        models.retain(|_, one| one.task().is_some());
+    }
+    let one = models.entry(shared.model).or_default();
+    let task = one.task().unwrap_or_else(|| {
+        let (model, manifest) = (shared.model, Arc::clone(&shared.manifest));
+        let given = shared.given.clone();
+        let work = async move {
+            if let Err(error) = fetch(&node, model, &manifest, given).await {
+                tracing::debug!(%model, %error, "nothing comes for its readers");
+                let mut models = node.reading().lock();
+                let one = models.entry(model).or_default();
+                one.failures += 1;
+                one.error = Some(Arc::new(error));
+            }
+        };
+        let task = Arc::new(Task(shared.node.runtime().spawn(work)));
+        one.task = Arc::downgrade(&task);
+        task
+    });
+    let failures = one.failures;
+    drop(models);
+    shared.state().task = Some(task);
+    failures
+}
+
+/// Fetches what readers ask for, until they ask for nothing, or a `get` of the model waits.
+async fn fetch(
+    node: &Node,
+    model: Hash,
+    manifest: &Manifest,
+    given: Vec<(PeerId, Vec<Multiaddr>)>,
+) -> Result<(), Error> {
+    let turn = node.turns().take(model, false).await;
+    let _hold = node.hold(model).await?;
+    let progress = Arc::new(plan::Progress::default());
+    let transfer = Transfer::new(
+        node.store(),
+        manifest,
+        Arc::clone(&progress),
+        fastrand::u64(..),
+    );
+    let _lingering = transfer.linger();
+    let known = Known {
+        given,
+        ..Known::default()
+    };
+    let mut plan = Plan::of_nothing(node.store(), Arc::clone(&progress));
+    let job = Job {
+        model,
+        transfer: transfer.clone(),
+        progress,
+        shown: Shown::default(),
+        known,
+        limits: Vec::new(),
+        priority: Priority::High,
+        keep_trying: false,
+    };
+    let mut swarm = Swarm::new(node, job);
+    let idle = async {
+        let mut looks = 0;
+        while looks < IDLE.as_millis() / LOOK.as_millis() {
+            sleep(LOOK).await;
+            looks = if transfer.is_idle() { looks + 1 } else { 0 };
+        }
+    };
+    let fetched = tokio::select! {
+        fetched = swarm.fetch(&mut plan).instrument(swarm::span(&model)) => fetched,
+        () = idle => Ok(()),
+        () = turn.is_wanted() => Ok(()),
+    };
+    drop(swarm);
+    transfer.settle().await?;
+    fetched
+}

@@ -1,0 +1,263 @@
+//! The choice of a provider for a call by name: a state machine without I/O.
+//!
+//! It remembers the offers that records state, and how each provider did. Of those that fit, it names the one with the
+//! smallest product of round trip and open calls; a provider that failed is left alone for a while, longer each time.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    time::Duration,
+};
+
+use prost::Message as _;
+use tokio::time::Instant;
+use weft_dht::Record;
+use weft_net::{Heard, Multiaddr, Path, PathKind, PeerId, Place};
+use weft_proto::wire;
+
+use super::announced::{Labels, MAX_LABELS, check_labels};
+use crate::discovery::addresses;
+
+/// Peers that are remembered of one service.
+const MAX_OFFERS: usize = 256;
+
+/// Longest time for which an offer is believed, whatever its publisher states: the protocol's ten minutes, and some for
+/// clocks.
+const BELIEVED: Duration = Duration::from_secs(11 * 60);
+
+/// The first and the longest time for which a peer that failed is left alone.
+const AVOID: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
+
+/// A round trip that has not been measured counts as this one, to a peer that is connected and to one that is not.
+const UNKNOWN: Duration = Duration::from_millis(5);
+
+const FAR: Duration = Duration::from_millis(50);
+
+/// Round trips under this one are all the same.
+const NEXT_DOOR: Duration = Duration::from_millis(2);
+
+/// The offers of one service that are known.
+#[derive(Default)]
+pub(super) struct Offers {
+    pub(super) of: HashMap<PeerId, Candidate>,
+    pub(super) looked: Option<Instant>,
+    /// The last look of any kind.
+    pub(super) looked_some: Option<Instant>,
+    pub(super) looked_at_paths: Option<Instant>,
+    /// When it was called last.
+    pub(super) used: Option<Instant>,
+    /// Its providers are being watched.
+    pub(super) watched: bool,
+    /// Counts calls, so that of equals the one that was not asked for longest is.
+    calls: u64,
+}
+
+/// A provider of a service, and what is known of it.
+#[derive(Default)]
+pub(super) struct Candidate {
+    pub(super) addresses: Heard,
+    pub(super) labels: Labels,
+    sequence: u64,
+    /// When its statement ends.
+    until: Option<Instant>,
+    pub(super) path: Option<(Path, Option<Duration>)>,
+    pub(super) outstanding: usize,
+    /// Times that it failed since it last answered.
+    failures: u32,
+    avoid_until: Option<Instant>,
+    /// It failed to answer the last ping, and not a call.
+    pub(super) silent: bool,
+    /// It has answered a call.
+    pub(super) proven: bool,
+    /// The network that its first public address is in, or the relay.
+    pub(super) network: Option<String>,
+    pub(super) last: u64,
+}
+
+impl Candidate {
+    /// How long a call is expected to take, in arbitrary units.
+    fn cost(&self) -> u128 {
+        let (relayed, rtt) = match &self.path {
+            Some((path, rtt)) => (path.kind == PathKind::Relayed, rtt.unwrap_or(UNKNOWN)),
+            None => (false, FAR),
+        };
+        // What a relay forwards is slower than its round trip says, and is another's to pay for.
+        let rtt = rtt.max(NEXT_DOOR) * if relayed { 2 } else { 1 };
+        rtt.as_micros() * (self.outstanding as u128 + 1)
+    }
+
+    /// Nothing shows that it is there at all.
+    fn is_stranger(&self) -> bool {
+        !self.proven && self.path.is_none()
+    }
+
+    /// The lowest is asked first, where so many were asked in vain in its network: those that have not failed, those
+    /// that are connected or have answered before, and of strangers those of networks that were not tried.
+    pub(super) fn rank(&self, now: Instant, tried: usize) -> impl Ord + use<> {
+        let stranger = self.is_stranger();
+        let tried = if stranger { tried } else { 0 };
+        (
+            self.avoided(now),
+            self.is_suspect(),
+            stranger,
+            tried,
+            self.cost(),
+        )
+    }
+
+    /// It failed, and nothing has been heard of it since.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.silent || self.failures > 0 && self.path.is_none()
+    }
+
+    /// Leaves it alone for a while, longer each time.
+    pub(super) fn failed(&mut self, now: Instant) {
+        let times = self.failures.min(16);
+        let pause = (AVOID.0 * (1 << times)).min(AVOID.1);
+        self.failures += 1;
+        self.avoid_until = Some(now + pause);
+    }
+
+    pub(super) fn answered(&mut self) {
+        self.failures = 0;
+        self.avoid_until = None;
+    }
+
+    /// The time for which it is left alone.
+    pub(super) fn avoided(&self, now: Instant) -> Option<Duration> {
+        let until = self.avoid_until?;
+        (until > now).then(|| until.duration_since(now))
+    }
+}
+
+/// The widest network around the first public address, or the relay; `None` if there is neither.
+fn network(addresses: &Heard) -> Option<String> {
+    let addresses = addresses.to_wire().into_iter();
+    let addresses = addresses.filter_map(|address| Multiaddr::try_from(address).ok());
+    let places = addresses.map(|address| Place::of(&Path::of(&address)));
+    places.filter_map(|place| place.networks().last()).next()
+}
+
+/// One of each network, in random order, then a second of each, and so on.
+pub(super) fn in_turns<T>(all: impl Iterator<Item = (Option<String>, T)>) -> Vec<T> {
+    let mut all: Vec<_> = all.collect();
+    fastrand::shuffle(&mut all);
+    let mut seen = HashMap::<Option<String>, usize>::new();
+    let turns = all.into_iter().map(|(network, one)| {
+        let turn = seen.entry(network).or_default();
+        *turn += 1;
+        (*turn, one)
+    });
+    let mut turns: Vec<_> = turns.collect();
+    turns.sort_by_key(|(turn, _)| *turn);
+    turns.into_iter().map(|(_, one)| one).collect()
+}
+
+fn has(labels: &Labels, wanted: &Labels) -> bool {
+    let mut wanted = wanted.iter();
+    wanted.all(|(name, value)| labels.get(name) == Some(value))
+}
+
+/// What a statement says, if it is one of an offer: labels, and where to reach it.
+pub(super) fn offer(value: &[u8]) -> Option<(Labels, Heard)> {
+    let claim = wire::ServiceClaim::decode(value).ok()?;
+    let labels = claim.labels.into_iter().take(MAX_LABELS);
+    let labels: Labels = labels.map(|l| (l.name, l.value)).collect();
+    check_labels(&labels).ok()?;
+    Some((labels, addresses::decode(&claim.addresses)))
+}
+
+impl Offers {
+    /// Whom to ask: the cheapest of those that have not failed, or of all if they have.
+    pub(super) fn choose(
+        &mut self,
+        wanted: &WantedNow<'_>,
+        tried: &HashSet<PeerId>,
+        now: Instant,
+    ) -> Option<(PeerId, Heard)> {
+        let mut tried_in = HashMap::<_, usize>::new();
+        for tried in tried.iter().filter_map(|peer| self.of.get(peer)) {
+            *tried_in.entry(tried.network.clone()).or_default() += 1;
+        }
+        let candidates = self.of.iter_mut();
+        let (peer, chosen) = candidates
+            .filter(|(peer, c)| !tried.contains(peer) && wanted.fits(peer, &c.labels))
+            .min_by_key(|(_, c)| {
+                let tried = tried_in.get(&c.network).copied().unwrap_or_default();
+                (c.rank(now, tried), c.last)
+            })?;
+        self.calls += 1;
+        chosen.last = self.calls;
+        chosen.outstanding += 1;
+        Some((*peer, chosen.addresses.clone()))
+    }
+
+    /// Takes in what publishers state. Who is silent is remembered until its last statement ends: a look-up may miss some.
+    pub(super) fn learn(&mut self, own: PeerId, records: &[Record], now: Instant) {
+        for record in records {
+            let peer = record.publisher();
+            if !record.subkey().is_empty() || peer == own {
+                continue;
+            }
+            if let Some(known) = self.of.get(&peer)
+                && known.sequence >= record.sequence()
+            {
+                continue;
+            }
+            let Some((labels, addresses)) = record.value().and_then(offer) else {
+                self.of.remove(&peer);
+                continue;
+            };
+            if self.of.len() >= MAX_OFFERS && !self.of.contains_key(&peer) && !self.make_room() {
+                continue;
+            }
+            let candidate = self.of.entry(peer).or_default();
+            candidate.network = network(&addresses);
+            candidate.addresses = addresses;
+            candidate.labels = labels;
+            candidate.sequence = record.sequence();
+            candidate.until = Some(now + record.remaining().min(BELIEVED));
+        }
+        self.of
+            .retain(|_, c| c.outstanding > 0 || c.until.is_some_and(|until| until > now));
+    }
+
+    /// Forgets an offer that leads nowhere as far as is known: of a peer that never answered, in the network that has
+    /// the most of those, the one that has failed most, or else is the oldest. Offers of connected peers stay.
+    fn make_room(&mut self) -> bool {
+        let mut of_network = HashMap::<_, usize>::new();
+        for candidate in self.of.values().filter(|c| c.is_stranger()) {
+            *of_network.entry(candidate.network.clone()).or_default() += 1;
+        }
+        let offers = self.of.iter();
+        let idle = offers.filter(|(_, c)| c.outstanding == 0 && c.path.is_none());
+        let worst = idle.max_by_key(|(_, c)| {
+            let neighbours = of_network.get(&c.network).copied().unwrap_or_default();
+            let until = std::cmp::Reverse(c.until);
+            (c.is_stranger(), neighbours, c.failures, until)
+        });
+        let Some(worst) = worst.map(|(peer, _)| *peer) else {
+            return false;
+        };
+        self.of.remove(&worst);
+        true
+    }
+}
+
+/// The conditions that a provider has to meet, with the list of trusted peers as it is.
+#[derive(Debug)]
+pub(super) struct WantedNow<'a> {
+    pub(super) labels: &'a Labels,
+    pub(super) only: Option<&'a BTreeSet<PeerId>>,
+    pub(super) trusted: Option<BTreeSet<PeerId>>,
+}
+
+impl WantedNow<'_> {
+    pub(super) fn fits(&self, peer: &PeerId, labels: &Labels) -> bool {
+        has(labels, self.labels)
+            && self.only.is_none_or(|only| only.contains(peer))
+            && self.trusted.as_ref().is_none_or(|all| all.contains(peer))
+    }
+}
+
+#[cfg(test)]
+mod tests;
