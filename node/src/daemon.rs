@@ -16,6 +16,7 @@ use crate::{
     commands::DISK_FULL,
     exit::Failure,
     metrics::Metrics,
+    reason::Reason,
     stop::Stop,
 };
 
@@ -55,7 +56,7 @@ async fn spawn(builder: weft::Builder, home: &Path) -> Result<Node, Failure> {
             Err(error) => error.into(),
         };
         // A node that serves its API is not stopping.
-        if failure.reason != "HOME_IN_USE"
+        if failure.reason != Reason::HomeInUse.name()
             || begin.elapsed() >= HANDOVER
             || Client::connect(home).await.is_ok()
         {

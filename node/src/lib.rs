@@ -5,7 +5,7 @@
 //! - `demo` runs three nodes in this process and moves a model between them.
 //!
 //! It promises: whatever the program does, an embedding process can do through the SDK, and any language through the API; every command
-//! takes `--json`; errors say what happened and what to do next, and end with the exit codes of [`exit`].
+//! takes `--json`; errors say what happened and what to do next, and end with the exit codes of [`reason`].
 //!
 //! It leaves out: everything a node does by itself, which is in the SDK and below.
 
@@ -15,11 +15,12 @@ mod client;
 mod commands;
 mod daemon;
 mod demo;
-pub mod exit;
+mod exit;
 mod input;
 mod log;
 mod metrics;
 mod output;
+pub mod reason;
 mod stop;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -41,11 +42,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 let text = error.render().to_string();
                 let (message, hint) = usage(&text);
                 Failure::usage(message).hint(hint).print(true, is_content);
-                return ExitCode::from(exit::USAGE);
+                return ExitCode::from(reason::USAGE);
             }
             // Help goes to standard output, mistakes to standard error; a closed one is no reason to fail differently.
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { exit::USAGE } else { 0 });
+            return ExitCode::from(if error.use_stderr() { reason::USAGE } else { 0 });
         }
     };
     log::init();

@@ -31,6 +31,7 @@ use weft_proto::{
 };
 
 use super::status::{failed, invalid};
+use crate::reason::Reason;
 
 /// Events that wait for a program.
 const WAITING: usize = 16;
@@ -379,7 +380,7 @@ impl Calls for Service {
                 ServiceChange::Joined { peer, labels } => What::Joined(offer(peer, labels)),
                 ServiceChange::Changed { peer, labels } => What::Changed(offer(peer, labels)),
                 ServiceChange::Left { peer } => What::Left(peer.to_string()),
-                other => return Some((Err(failed(format!("{other:?}"))), watch)),
+                other => return Some((Err(failed(Reason::Other, format!("{other:?}"))), watch)),
             };
             Some((Ok(api::ServiceEvent { what: Some(what) }), watch))
         });

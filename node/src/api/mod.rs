@@ -15,5 +15,5 @@ mod topics;
 pub(crate) use self::{
     calls::OF_CALL,
     endpoint::{Endpoint, Files},
-    status::status,
+    status::message,
 };

@@ -10,6 +10,7 @@ use weft_proto::api::{
 };
 
 use super::status::{failed, status};
+use crate::reason::Reason;
 
 /// Implements the service.
 #[derive(Debug, Clone)]
@@ -103,7 +104,7 @@ impl Records for Service {
                     publisher: publisher.to_string(),
                     subkey,
                 }),
-                other => return Some((Err(failed(format!("{other:?}"))), watch)),
+                other => return Some((Err(failed(Reason::Other, format!("{other:?}"))), watch)),
             };
             Some((Ok(event(what)), watch))
         });

@@ -20,6 +20,7 @@ use crate::{
     client::Client,
     exit::Failure,
     output::{self, Meter},
+    reason::Reason,
     stop::Stop,
 };
 
@@ -254,7 +255,7 @@ fn print_cache(
     };
     let result = match done.failed.is_empty() {
         true => Ok(()),
-        false => Err(Failure::silent(1, "HF_CACHE")),
+        false => Err(Failure::silent(Reason::HfCache)),
     };
     if as_json {
         let added = added().map(|(repos, done)| {

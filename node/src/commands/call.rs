@@ -29,6 +29,7 @@ use crate::{
     exit::Failure,
     input,
     output::{self, out, out_raw, printable},
+    reason::Reason,
 };
 
 /// Lines of standard input that wait to be sent.
@@ -408,7 +409,7 @@ enum Found {
 }
 
 fn find(pool: &DescriptorPool, name: &str, whom: &str) -> Result<Found, Failure> {
-    let no_such = |text: String| Failure::new(3, "NO_SUCH_METHOD", text);
+    let no_such = |text: String| Failure::new(Reason::NoSuchMethod, text);
     if !name.contains(['/', '.']) {
         let methods = pool
             .services()
@@ -551,9 +552,9 @@ fn failed(status: tonic::Status, whom: &str) -> Failure {
                     "Check that a node that offers it is up and that both share a bootstrap node; `weft service {whom}` shows who offers it."
                 ),
             };
-            Failure::new(4, "UNREACHABLE", status.message()).hint(hint)
+            Failure::new(Reason::Unreachable, status.message()).hint(hint)
         }
-        code => Failure::new(1, code.name(), format!("{code}: {}", status.message())),
+        code => Failure::answered(code, status.message()),
     }
 }
 

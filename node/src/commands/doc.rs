@@ -15,9 +15,10 @@ use super::all_were_there;
 use crate::{
     cli::Doc,
     client::Client,
-    exit::{DAMAGED, DISK_FULL, Failure, INCOMPLETE, NO_PROVIDER, NOT_FOUND, TARGET_EXISTS},
+    exit::Failure,
     input,
     output::{self, err, out, out_raw, table},
+    reason::Reason,
 };
 
 /// Bytes of an exported document in one message.
@@ -165,11 +166,9 @@ fn texts(peers: &[PeerId]) -> Vec<String> {
 
 fn no_such(id: DocumentId) -> Failure {
     Failure::new(
-        NOT_FOUND,
-        "NO_SUCH_DOCUMENT",
+        Reason::NoSuchDocument,
         format!("this node does not hold document {id}"),
     )
-    .hint("`weft doc open ID` gets it from whoever holds it; `weft doc ls` shows what is here.")
 }
 
 fn say_id(document: &api::Document, as_json: bool) -> Result<(), Failure> {
@@ -230,15 +229,11 @@ async fn arrived(client: &Client, id: DocumentId) -> Result<api::Document, Failu
     let document = info(client, id).await?;
     if !document.damage.is_empty() {
         let text = format!("document {id} is damaged on disk: {}", document.damage);
-        return Err(Failure::new(DAMAGED, "DOCUMENT_DAMAGED", text).hint(
-            "`weft doc open ID` keeps what can be read of it, and gets the rest from the nodes that hold it.",
-        ));
+        return Err(Failure::new(Reason::DocumentDamaged, text));
     }
     if !document.arrived {
         let text = format!("document {id} has not arrived yet");
-        return Err(Failure::new(1, "NOT_ARRIVED", text).hint(
-            "`weft doc open ID` waits for it. A node that holds it must be up and share a bootstrap node with this one.",
-        ));
+        return Err(Failure::new(Reason::NotArrived, text));
     }
     Ok(document)
 }
@@ -345,22 +340,19 @@ fn incomplete(
     here: &str,
     as_json: bool,
 ) -> Failure {
-    let code = match completeness.holders.is_empty() {
-        true => NO_PROVIDER,
-        false => INCOMPLETE,
+    let reason = match completeness.holders.is_empty() {
+        true => Reason::NoHolder,
+        false => Reason::Incomplete,
     };
     if as_json {
-        return Failure::silent(code, "INCOMPLETE");
+        return Failure::silent(reason);
     }
     let waited = output::duration(wait);
     if completeness.holders.is_empty() {
         let text = format!(
             "document {id}: no peer that holds it is connected after {waited}; here: {here}"
         );
-        return Failure::new(code, "INCOMPLETE", text).hint(
-            "It is held from now on, and looked for further. A node that holds it must be up and share a bootstrap\n\
-             node with this one; if the document is private, its owner must have named this node.",
-        );
+        return Failure::new(reason, text);
     }
     let lacking = completeness
         .holders
@@ -371,10 +363,7 @@ fn incomplete(
         "document {id} is not whole after {waited}: {}",
         lacking.join("; ")
     );
-    Failure::new(code, "INCOMPLETE", text).hint(
-        "It is held from now on, and the rest comes by itself. Run this again to wait for it, with a longer --wait\n\
-         if the document is large.",
-    )
+    Failure::new(reason, text)
 }
 
 async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
@@ -425,8 +414,7 @@ async fn get(client: &Client, id: DocumentId, path: String, as_json: bool) -> Re
     let got = client.documents().get(request).await?.into_inner().json;
     let Some(value) = got else {
         let text = format!("there is nothing at {path} in document {id}");
-        return Err(Failure::new(NOT_FOUND, "NOTHING_THERE", text)
-            .hint("`weft doc get ID` shows the whole document."));
+        return Err(Failure::new(Reason::NothingThere, text));
     };
     if as_json {
         out!("{value}");
@@ -685,15 +673,12 @@ fn cannot_write(file: &Path, error: &std::io::Error) -> Failure {
     let text = format!("{}: {error}", file.display());
     match error.kind() {
         ErrorKind::AlreadyExists => Failure::new(
-            TARGET_EXISTS,
-            "TARGET_EXISTS",
+            Reason::TargetExists,
             format!("{} exists already", file.display()),
         )
         .hint("Nothing was written. Move it away, or name another file."),
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            Failure::new(DISK_FULL, "DISK_FULL", text)
-                .hint("Nothing was left there. Make room, or name a file on another disk.")
-        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Failure::new(Reason::DiskFull, text)
+            .hint("Nothing was left there. Make room, or name a file on another disk."),
         _ => Failure::other(text),
     }
 }

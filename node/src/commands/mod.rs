@@ -30,8 +30,9 @@ use crate::{
     cli::{Cli, Command},
     client::Client,
     daemon, demo,
-    exit::{Failure, NOT_FOUND},
+    exit::Failure,
     output,
+    reason::Reason,
 };
 
 /// Runs one.
@@ -188,7 +189,7 @@ fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failu
         return Ok(());
     }
     let text = format!("{what}: {}; all else was done as asked", absent.join(", "));
-    Err(Failure::new(NOT_FOUND, "NO_SUCH_ENTRY", text).hint(hint))
+    Err(Failure::new(Reason::NoSuchEntry, text).hint(hint))
 }
 
 /// Says that the disk of the home is full, and what to do.

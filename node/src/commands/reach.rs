@@ -11,8 +11,9 @@ use super::{clock_json, clock_warning};
 use crate::{
     cli::{Connect, Ping},
     client::Client,
-    exit::{Failure, NO_PROVIDER},
+    exit::Failure,
     output::{self, out},
+    reason::Reason,
 };
 
 /// Between two looks at whether a path has become direct.
@@ -152,8 +153,7 @@ pub(super) async fn connect(
     }
     if wait.is_some() && direct.is_none() {
         return Err(Failure::new(
-            NO_PROVIDER,
-            "UNREACHABLE",
+            Reason::Unreachable,
             format!("the path to {} is still relayed", peer.peer_id),
         )
         .hint("It works as it is. `weft doctor` on both machines says what keeps them from a direct one."));

@@ -10,8 +10,9 @@ use super::all_were_there;
 use crate::{
     cli::Registry,
     client::Client,
-    exit::{Failure, NOT_FOUND},
+    exit::Failure,
     output::{self, err, out, out_raw, table},
+    reason::Reason,
 };
 
 pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Result<(), Failure> {
@@ -168,11 +169,9 @@ fn registry_json(registry: &api::Registry) -> Value {
 
 fn not_followed(id: DocumentId) -> Failure {
     Failure::new(
-        NOT_FOUND,
-        "NOT_FOLLOWED",
+        Reason::NotFollowed,
         format!("this node does not follow registry {id}"),
     )
-    .hint("`weft registry follow ID` does; `weft registry ls` shows which it follows.")
 }
 
 async fn find(client: &Client, id: DocumentId) -> Result<api::Registry, Failure> {
@@ -433,7 +432,7 @@ async fn withdraw(
     let answer = client.registries().withdraw(request).await?.into_inner();
     if !answer.existed {
         let text = format!("this node does not list {name} in registry {id}");
-        return Err(Failure::new(NOT_FOUND, "NO_SUCH_NAME", text)
+        return Err(Failure::new(Reason::NoSuchName, text)
             .hint("`weft registry ls ID` shows who lists what."));
     }
     match as_json {

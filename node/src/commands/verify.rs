@@ -9,8 +9,9 @@ use super::follow::{Event, follow};
 use crate::{
     cli::Verify,
     client::Client,
-    exit::{DAMAGED, Failure},
+    exit::Failure,
     output::{self, Meter, err, out, printable},
+    reason::Reason,
     stop::Stop,
 };
 
@@ -38,8 +39,7 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
         return Ok(());
     }
     let failure = Failure::new(
-        DAMAGED,
-        "DAMAGED",
+        Reason::Damaged,
         format!(
             "{} not as it should be",
             match done.problems {
@@ -60,7 +60,7 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
     };
     match as_json {
         // The result has been printed, and says it.
-        true => Err(Failure::silent(DAMAGED, "DAMAGED")),
+        true => Err(Failure::silent(Reason::Damaged)),
         false => Err(failure.hint(hint)),
     }
 }
