@@ -283,14 +283,19 @@ fn peer_address(text: &str) -> Result<Multiaddr, String> {
     }
 }
 
-/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024; or
-/// `none`.
+/// Bytes as [`bytes`] reads them, or `none`.
 fn quota(text: &str) -> Result<Quota, String> {
     if text.eq_ignore_ascii_case("none") {
         return Ok(Quota(None));
     }
     let wrong =
-        || format!("{text:?} is no quota: give bytes, such as 500M, 100GB or 64GiB, or none");
+        |_| format!("{text:?} is no quota: give bytes, such as 500M, 100GB or 64GiB, or none");
+    bytes(text).map(|bytes| Quota(Some(bytes))).map_err(wrong)
+}
+
+/// Bytes: a number, and k, M, G or T for thousands, millions and so on, or Ki, Mi, Gi or Ti for powers of 1,024.
+fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no size: give bytes, such as 500M, 100GB or 64GiB");
     let number = text.trim_end_matches(['b', 'B']);
     let (number, base) = match number.strip_suffix('i') {
         Some(number) => (number, 1024_f64),
@@ -306,7 +311,7 @@ fn quota(text: &str) -> Result<Quota, String> {
     };
     let bytes = digits.trim().parse::<f64>().map_err(|_| wrong())? * unit;
     match (0.0..1e18).contains(&bytes) {
-        true => Ok(Quota(Some(bytes as u64))),
+        true => Ok(bytes as u64),
         false => Err(wrong()),
     }
 }
@@ -1299,8 +1304,13 @@ fn model(text: &str) -> Result<String, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct Demo {
-    /// A model folder to move [default: a safetensors model of 64 MiB, written for the demo]
+    /// A model folder to move [default: a safetensors model, written for the demo]
     pub(crate) model: Option<PathBuf>,
+
+    /// Bytes of the model that is written for the demo, such as 64MiB, in steps of 8 MiB [default: 1GiB, or less where
+    /// the disk has no room for 2.5 times as much]
+    #[arg(long, value_name = "BYTES", value_parser = bytes, conflicts_with = "model")]
+    pub(crate) size: Option<u64>,
 }
 
 #[cfg(test)]

@@ -228,6 +228,18 @@ impl Meter {
         }
     }
 
+    /// Makes a meter for work that has been named in a line of its own: `text` alone is no reason for another line.
+    pub(crate) fn begun(text: &str) -> Self {
+        let meter = Self {
+            last_text: text.to_owned(),
+            ..Self::new()
+        };
+        if let Some(bar) = &meter.bar {
+            bar.set_message(escaped(text).to_string());
+        }
+        meter
+    }
+
     /// Shows `text`, and how many of `total` bytes are done if the total is known.
     pub(crate) fn update(&mut self, text: &str, done: u64, total: u64) {
         self.show(text, (done, total), false);
