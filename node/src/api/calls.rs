@@ -79,12 +79,12 @@ impl Caller for Whom {
 
 /// Implements the service.
 #[derive(Debug, Clone)]
-pub(crate) struct Service {
+pub(super) struct CallService {
     node: Node,
 }
 
-impl Service {
-    pub(crate) fn new(node: Node) -> Self {
+impl CallService {
+    pub(super) fn new(node: Node) -> Self {
         Self { node }
     }
 
@@ -229,7 +229,7 @@ fn to_tonic(status: CallStatus) -> Status {
 }
 
 #[tonic::async_trait]
-impl Calls for Service {
+impl Calls for CallService {
     type CallStream = Answers<CallMessage>;
     type ServeStream = Answers<ServeEvent>;
     type WatchServiceStream = Answers<api::ServiceEvent>;

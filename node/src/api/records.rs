@@ -14,12 +14,12 @@ use crate::reason::Reason;
 
 /// Implements the service.
 #[derive(Debug, Clone)]
-pub(crate) struct Service {
+pub(super) struct RecordService {
     node: Node,
 }
 
-impl Service {
-    pub(crate) fn new(node: Node) -> Self {
+impl RecordService {
+    pub(super) fn new(node: Node) -> Self {
         Self { node }
     }
 }
@@ -45,7 +45,7 @@ fn event(what: What) -> RecordEvent {
 }
 
 #[tonic::async_trait]
-impl Records for Service {
+impl Records for RecordService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<RecordEvent, Status>> + Send>>;
 
     async fn put(

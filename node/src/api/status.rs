@@ -6,7 +6,7 @@ use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt};
 use weft::{
     ConnectError, DiskError, DocumentError, DocumentStoreError, EditError, Error, ExportError,
-    FindError, HfCacheError, HomeError, IndexError, LockError, OpenError, PingError,
+    FindError, HfCacheError, HomeError, IndexError, LockError, OpenError, PeerId, PingError,
     SelectionError, SpawnError, TopicError,
 };
 
@@ -46,6 +46,12 @@ pub(super) fn failed(reason: Reason, message: impl Into<String>) -> Status {
 /// Refuses a request of a client.
 pub(super) fn invalid(message: impl Into<String>) -> Status {
     failed(Reason::InvalidInput, message)
+}
+
+/// Reads a PeerId of a request.
+pub(super) fn peer_id(text: &str) -> Result<PeerId, Status> {
+    text.parse()
+        .map_err(|_| invalid(format!("not a PeerId: {text}")))
 }
 
 fn with_reason(
