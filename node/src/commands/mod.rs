@@ -19,8 +19,6 @@ mod topic;
 mod trust;
 mod verify;
 
-pub(crate) use self::registry::{Former, Publisher};
-
 use std::path::PathBuf;
 
 use serde_json::json;

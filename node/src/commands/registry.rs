@@ -3,12 +3,12 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use weft::{DocumentId, ModelName, NamePattern, PeerId};
+use weft::{DocumentId, ModelName, PeerId};
 use weft_proto::api;
 
 use super::all_were_there;
 use crate::{
-    cli::Registry,
+    cli::{Former, Publisher, Registry},
     client::Client,
     exit::Failure,
     output::{self, err, out, out_raw, table},
@@ -82,69 +82,6 @@ pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Re
         }
         Registry::Publish { id, name, model } => publish(client, id, name, model, as_json).await,
         Registry::Withdraw { id, name } => withdraw(client, id, name, as_json).await,
-    }
-}
-
-/// `PEER`, or `PEER=PATTERN`.
-#[derive(Debug, Clone)]
-pub(crate) struct Publisher {
-    peer: PeerId,
-    pattern: NamePattern,
-}
-
-/// As [`Publisher`], but for all patterns if none is given.
-#[derive(Debug, Clone)]
-pub(crate) struct Former {
-    peer: PeerId,
-    pattern: Option<NamePattern>,
-}
-
-impl std::str::FromStr for Former {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (peer, pattern) = match text.split_once('=') {
-            Some((peer, pattern)) => (peer, Some(pattern)),
-            None => (text, None),
-        };
-        let peer = peer.parse().map_err(|_| {
-            format!("{peer:?} is no PeerId, which looks like 12D3KooW...: give PEER=PATTERN")
-        })?;
-        let pattern = pattern.map(str::parse).transpose();
-        let pattern = pattern.map_err(|error: weft::ParsePatternError| error.to_string())?;
-        Ok(Self { peer, pattern })
-    }
-}
-
-impl std::str::FromStr for Publisher {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let Former { peer, pattern } = text.parse()?;
-        let pattern = pattern.unwrap_or_else(NamePattern::all);
-        Ok(Self { peer, pattern })
-    }
-}
-
-impl Publisher {
-    fn to_api(&self) -> api::RegistryPublisher {
-        api::RegistryPublisher {
-            peer_id: self.peer.to_string(),
-            pattern: self.pattern.to_string(),
-        }
-    }
-}
-
-impl Former {
-    fn to_api(&self) -> api::RegistryPublisher {
-        api::RegistryPublisher {
-            peer_id: self.peer.to_string(),
-            pattern: self
-                .pattern
-                .as_ref()
-                .map(ToString::to_string)
-                .unwrap_or_default(),
-        }
     }
 }
 
