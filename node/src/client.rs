@@ -23,7 +23,7 @@ use weft_proto::api::{
     topics_client::TopicsClient,
 };
 
-use crate::{api::Files, exit::Failure, reason::Reason};
+use crate::{api::ApiFiles, exit::Failure, reason::Reason};
 
 /// The longest answer accepted, in bytes: a manifest of its greatest size, with room for the text form of hashes.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
@@ -59,7 +59,7 @@ impl Client {
         let failed = |error: &io::Error| unreachable(home, error);
         // The node writes them at the real path, and the socket's path has a limit.
         let home = home.canonicalize().map_err(|error| failed(&error))?;
-        let files = Files::of(&home);
+        let files = ApiFiles::of(&home);
         // A node has its socket whenever it can. Without one, whoever listens at the address is not to get the token.
         match files.socket.symlink_metadata() {
             Ok(_) => return Self::connect_socket(&home, files.socket).await,

@@ -10,14 +10,8 @@ use tokio::time::{Instant, sleep};
 use weft::Node;
 
 use crate::{
-    api::Endpoint,
-    cli::{Quota, RelayServer, Up},
-    client::Client,
-    commands::DISK_FULL,
-    exit::Failure,
-    metrics::Metrics,
-    reason::Reason,
-    stop::Stop,
+    api::ApiServer, cli::Up, client::Client, commands::FULL_DISK, exit::Failure, metrics::Metrics,
+    reason::Reason, stop::Stop,
 };
 
 /// Open files, sockets included, that a node asks for.
@@ -70,72 +64,31 @@ async fn spawn(builder: weft::Builder, home: &Path) -> Result<Node, Failure> {
 }
 
 /// Runs a node and its API until a signal.
-pub(crate) async fn up(
-    home: std::path::PathBuf,
-    options: Up,
-    as_json: bool,
-) -> Result<(), Failure> {
+pub(crate) async fn up(home: &Path, options: Up, as_json: bool) -> Result<(), Failure> {
     let mut stop = Stop::new()?;
     raise_file_limit();
-    let quota = options.quota;
-    let mut builder = Node::builder()
-        .home(&home)
-        .bootstrap(options.bootstrap)
-        .external(options.external)
-        .relays(options.relay)
-        .relay_server(match options.relay_server {
-            RelayServer::Auto => weft::RelayServer::Auto,
-            RelayServer::Always => weft::RelayServer::Always,
-            RelayServer::Never => weft::RelayServer::Never,
-        })
-        .relay_limits(weft::RelayLimits {
-            reservations: options.relay_limits.relay_reservations,
-            circuits: options.relay_limits.relay_circuits,
-            circuits_per_peer: options.relay_limits.relay_circuits_per_peer,
-            circuit_bytes: options.relay_limits.relay_circuit_bytes,
-            circuit_duration: Duration::from_secs(options.relay_limits.relay_circuit_seconds),
-            rate: options.relay_limits.relay_rate,
-            rate_per_peer: options.relay_limits.relay_rate_per_peer,
-            daily_bytes: options.relay_limits.relay_daily_bytes,
-            daily_bytes_per_peer: options.relay_limits.relay_daily_bytes_per_peer,
-            reservation_duration: Duration::from_secs(
-                options.relay_limits.relay_reservation_seconds,
-            ),
-        })
-        .limits(options.limits.get())
-        .call_limits(options.limits.calls())
-        .rates(weft::Rates {
-            download: options.rates.max_download,
-            upload: options.rates.max_upload,
-            download_per_peer: options.rates.max_download_per_peer,
-            upload_per_peer: options.rates.max_upload_per_peer,
-        })
-        .access(weft::Access {
-            allow: options.access.allow,
-            block: options.access.block,
-        })
-        .ws_origins(options.web.ws_origin)
-        .trusted_proxies(options.web.trusted_proxy)
-        .port_mapping(!options.no_port_mapping)
-        .hole_punching(!options.no_hole_punching)
-        .mdns(!options.no_mdns);
-    if let Some(Quota(quota)) = quota {
-        builder = builder.quota(quota);
-    }
-    if !options.listen.is_empty() {
-        builder = builder.listen(options.listen);
-    }
-    if let (Some(chain), Some(key)) = (&options.web.ws_certificate, &options.web.ws_key) {
-        let certificate = weft::Certificate::from_pem_files(chain, key)
-            .map_err(|error| Failure::usage(error.to_string()))?;
-        builder = builder.certificate(certificate);
-    }
-    let node = spawn(builder, &home).await?;
-    let metrics = match options.metrics {
+    let (api, metrics) = (options.api, options.metrics);
+    let builder = options.builder(home);
+    let builder = builder.map_err(|error| Failure::usage(error.to_string()))?;
+    let node = spawn(builder, home).await?;
+    let metrics = match metrics {
         Some(address) => Some(Metrics::serve(node.clone(), address).await?),
         None => None,
     };
-    let endpoint = Endpoint::serve(node.clone(), options.api).await?;
+    let server = ApiServer::serve(node.clone(), api).await?;
+    announce(&node, &server, metrics.as_ref(), as_json).await;
+    stop.wait().await;
+    if !as_json {
+        err!("stopping");
+    }
+    drop(metrics);
+    server.stop().await;
+    node.shutdown().await;
+    Ok(())
+}
+
+/// Says that the node is up, and where.
+async fn announce(node: &Node, api: &ApiServer, metrics: Option<&Metrics>, as_json: bool) {
     let addresses = node.addresses().await;
     if as_json {
         out!(
@@ -143,10 +96,10 @@ pub(crate) async fn up(
             json!({
                 "peer_id": node.peer_id().to_string(),
                 "addresses": addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                "api": endpoint.names(),
-                "token_file": endpoint.files().token.display().to_string(),
+                "api": api.names(),
+                "token_file": api.files().token.display().to_string(),
                 "home": node.home().display().to_string(),
-                "metrics": metrics.as_ref().map(Metrics::url),
+                "metrics": metrics.map(Metrics::url),
                 "pid": std::process::id(),
             })
         );
@@ -160,23 +113,15 @@ pub(crate) async fn up(
                 if i == 0 { "address" } else { "       " }
             );
         }
-        for (i, name) in endpoint.names().iter().enumerate() {
+        for (i, name) in api.names().iter().enumerate() {
             out!("  {}  {name}", if i == 0 { "api    " } else { "       " });
         }
-        if let Some(metrics) = &metrics {
+        if let Some(metrics) = metrics {
             out!("  metrics  {}", metrics.url());
         }
         out!("Ctrl-C stops it.");
     }
     if node.is_disk_full() {
-        err!("attention: the disk of the home is {DISK_FULL}");
+        err!("attention: the disk of the home is {FULL_DISK}");
     }
-    stop.wait().await;
-    if !as_json {
-        err!("stopping");
-    }
-    drop(metrics);
-    endpoint.stop().await;
-    node.shutdown().await;
-    Ok(())
 }

@@ -8,7 +8,6 @@ use tonic_types::StatusExt;
 use weft_proto::rpc;
 
 use crate::{
-    api,
     output::{err, out},
     reason::{FAILED, Reason},
 };
@@ -116,12 +115,6 @@ impl Failure {
 /// Joins the lines of a text that is wrapped for people: a program that shows it wraps it as it likes.
 fn one_line(text: &str) -> String {
     text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
-}
-
-impl From<weft::Error> for Failure {
-    fn from(error: weft::Error) -> Self {
-        Self::new(Reason::from(&error), api::message(&error))
-    }
 }
 
 impl From<Status> for Failure {

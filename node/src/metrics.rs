@@ -4,7 +4,7 @@ use std::{fmt::Write, net::SocketAddr};
 
 use axum::{Router, extract::State, http::header::CONTENT_TYPE, response::IntoResponse, routing};
 use tokio::{net::TcpListener, task::JoinHandle};
-use weft::{Node, PathKind};
+use weft::{ClockDifference, LimitUse, Node, PathKind, PeerInfo, Reachability};
 
 use crate::exit::Failure;
 
@@ -46,157 +46,176 @@ impl Metrics {
 }
 
 async fn answer(State(node): State<Node>) -> impl IntoResponse {
-    let text = text(&node).await;
+    let text = text(&Observed::of(&node).await);
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text)
 }
 
-/// One metric with its help, and a value for each set of labels.
-fn metric(
-    text: &mut String,
-    (name, kind, help): (&str, &str, &str),
-    values: impl IntoIterator<Item = (String, f64)>,
-) {
-    // Writing to a string does not fail.
-    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    for (labels, value) in values {
-        let _ = writeln!(text, "{name}{labels} {value}");
+/// The state of the node at one moment, of which the metrics show parts.
+struct Observed {
+    peers: Vec<PeerInfo>,
+    /// Empty once the node has stopped.
+    limits: Vec<LimitUse>,
+    clock: Option<ClockDifference>,
+    reachability: Option<Reachability>,
+    status: Option<weft::Status>,
+}
+
+impl Observed {
+    async fn of(node: &Node) -> Self {
+        Self {
+            peers: node.peers().await,
+            limits: node.limits().await.unwrap_or_default(),
+            clock: node.clock().await,
+            reachability: node.doctor().await.ok(),
+            status: node.status().await.ok(),
+        }
     }
 }
 
-async fn text(node: &Node) -> String {
+/// One value of a metric, and its labels as Prometheus writes them.
+type Sample = (String, f64);
+
+/// One metric, and the samples that an observation gives; `None` leaves the metric out.
+struct Metric {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    samples: fn(&Observed) -> Option<Vec<Sample>>,
+}
+
+const METRICS: &[Metric] = &[
+    Metric {
+        name: "weft_peers",
+        kind: "gauge",
+        help: "Connected peers by the kind of the best path.",
+        samples: |now| Some(peers(now)),
+    },
+    Metric {
+        name: "weft_limit_used",
+        kind: "gauge",
+        help: "What is used of a limit now.",
+        samples: |now| Some(limits(now, |limit| Some(limit.used))),
+    },
+    Metric {
+        name: "weft_limit",
+        kind: "gauge",
+        help: "Limits; those that are none are left out.",
+        samples: |now| Some(limits(now, |limit| limit.limit)),
+    },
+    Metric {
+        name: "weft_limit_refused_total",
+        kind: "counter",
+        help: "What was refused because of a limit since the start.",
+        samples: |now| Some(limits(now, |limit| Some(limit.refused))),
+    },
+    Metric {
+        name: "weft_clock_difference_seconds",
+        kind: "gauge",
+        help: "Seconds by which this machine's clock is ahead of its peers'; none while there are too few peers to tell.",
+        samples: |now| Some(clock(now, |clock| clock.seconds() as f64)),
+    },
+    Metric {
+        name: "weft_clock_peers",
+        kind: "gauge",
+        help: "Peers whose clocks are compared with this machine's.",
+        samples: |now| Some(clock(now, |clock| clock.peers as f64)),
+    },
+    Metric {
+        name: "weft_relay_bytes_total",
+        kind: "counter",
+        help: "Bytes relayed for others since the start, both ways.",
+        samples: |now| one(now.reachability.as_ref()?.relay_use.bytes as f64),
+    },
+    Metric {
+        name: "weft_relays_held",
+        kind: "gauge",
+        help: "Relays that hold a place for this node.",
+        samples: |now| one(now.reachability.as_ref()?.relays.len() as f64),
+    },
+    Metric {
+        name: "weft_reachable_addresses",
+        kind: "gauge",
+        help: "Addresses at which strangers reach this node.",
+        samples: |now| one(now.reachability.as_ref()?.public.len() as f64),
+    },
+    Metric {
+        name: "weft_uptime_seconds",
+        kind: "counter",
+        help: "Time since the start.",
+        samples: |now| one(now.status.as_ref()?.uptime.as_secs_f64()),
+    },
+    Metric {
+        name: "weft_dht_nodes",
+        kind: "gauge",
+        help: "Nodes in the DHT's routing table.",
+        samples: |now| one(now.status.as_ref()?.dht_nodes as f64),
+    },
+    Metric {
+        name: "weft_dht_records",
+        kind: "gauge",
+        help: "Records kept for the DHT.",
+        samples: |now| one(now.status.as_ref()?.dht_records as f64),
+    },
+    Metric {
+        name: "weft_models",
+        kind: "gauge",
+        help: "Models held, whole or in part.",
+        samples: |now| one(now.status.as_ref()?.models as f64),
+    },
+    Metric {
+        name: "weft_model_bytes",
+        kind: "gauge",
+        help: "The sum of their sizes.",
+        samples: |now| one(now.status.as_ref()?.model_bytes as f64),
+    },
+];
+
+fn text(now: &Observed) -> String {
     let mut text = String::new();
-    let peers = node.peers().await;
+    for metric in METRICS {
+        let Metric {
+            name, kind, help, ..
+        } = metric;
+        let Some(samples) = (metric.samples)(now) else {
+            continue;
+        };
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        for (labels, value) in samples {
+            let _ = writeln!(text, "{name}{labels} {value}");
+        }
+    }
+    text
+}
+
+/// The sample of a metric without labels.
+fn one(value: f64) -> Option<Vec<Sample>> {
+    Some(vec![(String::new(), value)])
+}
+
+fn peers(now: &Observed) -> Vec<Sample> {
     let kinds = [
         PathKind::Loopback,
         PathKind::Lan,
         PathKind::Direct,
         PathKind::Relayed,
     ];
-    metric(
-        &mut text,
-        (
-            "weft_peers",
-            "gauge",
-            "Connected peers by the kind of the best path.",
-        ),
-        kinds.map(|kind| {
-            let count = peers.iter().filter(|peer| peer.path.kind == kind).count();
-            (format!("{{path=\"{kind}\"}}"), count as f64)
-        }),
-    );
-    // None once the node has stopped.
-    let limits = node.limits().await.unwrap_or_default();
-    let of = |value: &dyn Fn(&weft::LimitUse) -> Option<u64>| {
-        let values = limits.iter().filter_map(|limit| {
-            Some((format!("{{name=\"{}\"}}", limit.name), value(limit)? as f64))
-        });
-        values.collect::<Vec<_>>()
+    let sample = |kind| {
+        let of_kind = now.peers.iter().filter(|peer| peer.path.kind == kind);
+        (format!("{{path=\"{kind}\"}}"), of_kind.count() as f64)
     };
-    metric(
-        &mut text,
-        ("weft_limit_used", "gauge", "What is used of a limit now."),
-        of(&|limit| Some(limit.used)),
-    );
-    metric(
-        &mut text,
-        (
-            "weft_limit",
-            "gauge",
-            "Limits; those that are none are left out.",
-        ),
-        of(&|limit| limit.limit),
-    );
-    metric(
-        &mut text,
-        (
-            "weft_limit_refused_total",
-            "counter",
-            "What was refused because of a limit since the start.",
-        ),
-        of(&|limit| Some(limit.refused)),
-    );
-    let one = |value: f64| [(String::new(), value)];
-    let clock = node.clock().await;
-    let of_clock = |value: fn(&weft::ClockDifference) -> f64| {
-        clock.iter().map(move |clock| (String::new(), value(clock)))
+    kinds.map(sample).into()
+}
+
+fn limits(now: &Observed, value: fn(&LimitUse) -> Option<u64>) -> Vec<Sample> {
+    let sample = |limit: &LimitUse| {
+        let labels = format!("{{name=\"{}\"}}", limit.name);
+        Some((labels, value(limit)? as f64))
     };
-    metric(
-        &mut text,
-        (
-            "weft_clock_difference_seconds",
-            "gauge",
-            "Seconds by which this machine's clock is ahead of its peers'; none while there are too few peers to tell.",
-        ),
-        of_clock(|clock| clock.seconds() as f64),
-    );
-    metric(
-        &mut text,
-        (
-            "weft_clock_peers",
-            "gauge",
-            "Peers whose clocks are compared with this machine's.",
-        ),
-        of_clock(|clock| clock.peers as f64),
-    );
-    if let Ok(known) = node.doctor().await {
-        metric(
-            &mut text,
-            (
-                "weft_relay_bytes_total",
-                "counter",
-                "Bytes relayed for others since the start, both ways.",
-            ),
-            one(known.relay_use.bytes as f64),
-        );
-        metric(
-            &mut text,
-            (
-                "weft_relays_held",
-                "gauge",
-                "Relays that hold a place for this node.",
-            ),
-            one(known.relays.len() as f64),
-        );
-        metric(
-            &mut text,
-            (
-                "weft_reachable_addresses",
-                "gauge",
-                "Addresses at which strangers reach this node.",
-            ),
-            one(known.public.len() as f64),
-        );
-    }
-    if let Ok(status) = node.status().await {
-        metric(
-            &mut text,
-            ("weft_uptime_seconds", "counter", "Time since the start."),
-            one(status.uptime.as_secs_f64()),
-        );
-        metric(
-            &mut text,
-            (
-                "weft_dht_nodes",
-                "gauge",
-                "Nodes in the DHT's routing table.",
-            ),
-            one(status.dht_nodes as f64),
-        );
-        metric(
-            &mut text,
-            ("weft_dht_records", "gauge", "Records kept for the DHT."),
-            one(status.dht_records as f64),
-        );
-        metric(
-            &mut text,
-            ("weft_models", "gauge", "Models held, whole or in part."),
-            one(status.models as f64),
-        );
-        metric(
-            &mut text,
-            ("weft_model_bytes", "gauge", "The sum of their sizes."),
-            one(status.model_bytes as f64),
-        );
-    }
-    text
+    now.limits.iter().filter_map(sample).collect()
+}
+
+fn clock(now: &Observed, value: fn(&ClockDifference) -> f64) -> Vec<Sample> {
+    let clock = now.clock.iter();
+    clock.map(|clock| (String::new(), value(clock))).collect()
 }

@@ -396,9 +396,16 @@ mod tests {
             include_str!("daemon.rs").to_owned(),
             include_str!("exit.rs").to_owned(),
         ];
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/commands");
-        for file in std::fs::read_dir(folder).unwrap() {
-            sources.push(std::fs::read_to_string(file.unwrap().path()).unwrap());
+        let mut folders = vec![concat!(env!("CARGO_MANIFEST_DIR"), "/src/commands").into()];
+        while let Some(folder) = folders.pop() {
+            let folder: std::path::PathBuf = folder;
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                match path.is_dir() {
+                    true => folders.push(path),
+                    false => sources.push(std::fs::read_to_string(path).unwrap()),
+                }
+            }
         }
         let mut count = 0;
         for key in sources.iter().flat_map(|source| keys(source)) {

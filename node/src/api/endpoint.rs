@@ -57,7 +57,7 @@ const MAX_SOCKET_PATH: usize = 103;
 
 /// The files through which clients of a home find its API.
 #[derive(Debug, Clone)]
-pub(crate) struct Files {
+pub(crate) struct ApiFiles {
     pub(crate) folder: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) token: PathBuf,
@@ -65,7 +65,7 @@ pub(crate) struct Files {
     pub(crate) address: PathBuf,
 }
 
-impl Files {
+impl ApiFiles {
     pub(crate) fn of(home: &Path) -> Self {
         let folder = home.join("api");
         Self {
@@ -84,14 +84,14 @@ impl Files {
 
 /// The running API.
 #[derive(Debug)]
-pub(crate) struct Endpoint {
-    files: Files,
+pub(crate) struct ApiServer {
+    files: ApiFiles,
     names: Vec<String>,
     stop: Option<oneshot::Sender<()>>,
     servers: Vec<JoinHandle<Result<(), Error>>>,
 }
 
-impl Endpoint {
+impl ApiServer {
     /// Serves the API of `node`.
     pub(crate) async fn serve(node: Node, address: SocketAddr) -> Result<Self, Failure> {
         if !address.ip().is_loopback() {
@@ -100,7 +100,7 @@ impl Endpoint {
             ))
             .hint("Use --api 127.0.0.1:PORT; reach it from elsewhere through ssh -L, say."));
         }
-        let files = Files::of(node.home());
+        let files = ApiFiles::of(node.home());
         let failed = |what: &Path| {
             let what = what.display().to_string();
             move |error: io::Error| {
@@ -177,7 +177,7 @@ impl Endpoint {
     }
 
     /// The files through which clients find it.
-    pub(crate) fn files(&self) -> &Files {
+    pub(crate) fn files(&self) -> &ApiFiles {
         &self.files
     }
 

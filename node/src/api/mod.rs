@@ -16,6 +16,5 @@ mod topics;
 
 pub(crate) use self::{
     calls::OF_CALL,
-    endpoint::{Endpoint, Files},
-    status::message,
+    endpoint::{ApiFiles, ApiServer},
 };

@@ -1,4 +1,4 @@
-//! Errors of the SDK as reasons, and reasons as gRPC's statuses.
+//! Errors of the SDK as reasons, and reasons as statuses of gRPC and as failures of the program.
 
 use std::collections::HashMap;
 
@@ -10,13 +10,13 @@ use weft::{
     SelectionError, SpawnError, TopicError,
 };
 
-use crate::reason::Reason;
+use crate::{exit::Failure, reason::Reason};
 
 /// The domain of the reasons in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
 
 /// Returns the status for an error: a code, the message, and an `ErrorInfo` whose reason programs can rely on.
-pub(crate) fn status(error: &Error) -> Status {
+pub(super) fn status(error: &Error) -> Status {
     let mut metadata = HashMap::new();
     if let Error::SeveralPublishers { publishers, .. } = error {
         let peers = publishers.iter().map(|(peer, _)| peer.to_string());
@@ -26,8 +26,14 @@ pub(crate) fn status(error: &Error) -> Status {
     with_reason(Reason::from(error), message(error), metadata)
 }
 
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::new(Reason::from(&error), message(&error))
+    }
+}
+
 /// Returns the text of an error, with the publishers that claim a name.
-pub(crate) fn message(error: &Error) -> String {
+fn message(error: &Error) -> String {
     let mut message = error.to_string();
     if let Error::SeveralPublishers { publishers, .. } = error {
         for (peer, model) in publishers {

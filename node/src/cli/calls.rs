@@ -56,7 +56,7 @@ pub(crate) struct Call {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Service {
+pub(crate) struct ServiceOptions {
     /// The service's name
     #[arg(value_name = "NAME")]
     pub(crate) name: String,

@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use weft::{PeerId, Rule};
 
-use super::{address::peer_id, units::rate, up::Access};
+use super::{address::peer_id, units::rate, up::AccessOptions};
 
 #[derive(Debug, Args)]
 pub(crate) struct Connect {
@@ -49,7 +49,7 @@ pub(crate) struct RatesChange {
 #[derive(Debug, Args)]
 pub(crate) struct AccessChange {
     #[command(flatten)]
-    pub(crate) add: Access,
+    pub(crate) add: AccessOptions,
 
     /// Take a rule out of both lists; may be repeated
     #[arg(long, value_name = "RULE")]

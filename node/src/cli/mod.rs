@@ -15,14 +15,14 @@ use std::{ffi::OsString, path::PathBuf};
 use clap::{CommandFactory, Parser, Subcommand};
 
 pub(crate) use self::{
-    calls::{Call, Service},
+    calls::{Call, ServiceOptions},
     documents::Doc,
     mesh::{AccessChange, Connect, Ping, RatesChange, Trust},
-    models::{Add, Cat, Demo, Gc, Get, Providers, Rm, Search, Show, Storage, Tag, Verify},
+    models::{Add, Cat, Demo, Gc, Get, Providers, Rm, Search, Show, StorageOptions, Tag, Verify},
     records::{Record, Topic},
     registry::{Former, Publisher, Registry},
     units::Quota,
-    up::{Relay, RelayServer, Up},
+    up::{Relay, Up},
 };
 
 /// Machines that find each other and move models, with no server between them.
@@ -62,7 +62,7 @@ pub(crate) enum Command {
     /// Call a method of a service at another node, with JSON
     Call(Call),
     /// List the peers that offer a service, in the order in which they would be asked
-    Service(Service),
+    Service(ServiceOptions),
     /// Publish messages to topics, and watch them
     #[command(subcommand)]
     Topic(Topic),
@@ -111,7 +111,7 @@ pub(crate) enum Command {
     /// never deleted
     Gc(Gc),
     /// Show disk usage, or change the quota of fetched content
-    Storage(Storage),
+    Storage(StorageOptions),
     /// Read all content that is here again, and repair damage
     Verify(Verify),
     /// Run three nodes in this process and move a model between them

@@ -199,7 +199,7 @@ pub(crate) struct Gc {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Storage {
+pub(crate) struct StorageOptions {
     /// Bytes of fetched content in the node's home, such as 100GB, or none; kept across restarts
     #[arg(long, value_name = "BYTES", value_parser = quota)]
     pub(crate) quota: Option<Quota>,

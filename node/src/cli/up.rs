@@ -1,9 +1,13 @@
 //! Arguments of `weft up` and `weft relay`: a node with its addresses and limits.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{Args, ValueEnum};
-use weft::{Multiaddr, Rule, rpc::CallLimits};
+use weft::{Certificate, CertificateError, Multiaddr, Node, Rule, rpc::CallLimits};
 
 use super::{
     address::{address, network, peer_address, socket},
@@ -31,27 +35,27 @@ pub(crate) struct Up {
 
     /// Relay for other peers: auto starts once strangers have reached this node, with small limits unless a limit is
     /// given
-    #[arg(long, value_enum, default_value_t = RelayServer::Auto, value_name = "WHEN")]
-    pub(crate) relay_server: RelayServer,
+    #[arg(long, value_enum, default_value_t = RelayServerMode::Auto, value_name = "WHEN")]
+    pub(crate) relay_server: RelayServerMode,
 
     #[command(flatten)]
-    pub(crate) relay_limits: RelayLimits,
+    pub(crate) relay_limits: RelayLimitOptions,
 
     #[command(flatten)]
-    pub(crate) limits: Limits,
+    pub(crate) limits: LimitOptions,
 
     #[command(flatten)]
-    pub(crate) rates: Rates,
+    pub(crate) rates: RateOptions,
 
     /// Bytes of fetched content in the node's home, such as 100GB, or none; what was used longest ago is evicted [default: as it was]
     #[arg(long, value_name = "BYTES", value_parser = quota)]
     pub(crate) quota: Option<Quota>,
 
     #[command(flatten)]
-    pub(crate) access: Access,
+    pub(crate) access: AccessOptions,
 
     #[command(flatten)]
-    pub(crate) web: Web,
+    pub(crate) web: WebOptions,
 
     /// Stay on relays: open no direct connection beside a relayed one
     #[arg(long)]
@@ -76,7 +80,7 @@ pub(crate) struct Up {
 
 /// How fast content may come and go.
 #[derive(Debug, Default, Args)]
-pub(crate) struct Rates {
+pub(crate) struct RateOptions {
     /// Bytes a second of content from all peers, such as 40M; 0: no limit
     #[arg(long, value_name = "RATE", default_value = "0", value_parser = rate)]
     pub(crate) max_download: u64,
@@ -96,7 +100,7 @@ pub(crate) struct Rates {
 
 /// What others can make this node hold.
 #[derive(Debug, Args)]
-pub(crate) struct Limits {
+pub(crate) struct LimitOptions {
     /// Connections in all
     #[arg(long, value_name = "N", default_value_t = weft::Limits::default().established)]
     pub(crate) max_connections: u32,
@@ -182,9 +186,9 @@ pub(crate) struct Limits {
 /// A process that is nothing but a node needs a small part of this even with all its limits reached.
 const MAX_MEMORY: u64 = 2 << 30;
 
-impl Limits {
+impl LimitOptions {
     /// Of calls from others.
-    pub(crate) fn calls(&self) -> CallLimits {
+    fn calls(&self) -> CallLimits {
         let default = CallLimits::default();
         CallLimits {
             sessions: self.max_call_sessions,
@@ -199,7 +203,7 @@ impl Limits {
         }
     }
 
-    pub(crate) fn get(&self) -> weft::Limits {
+    fn get(&self) -> weft::Limits {
         weft::Limits {
             pending_incoming: self.max_pending_incoming,
             pending_outgoing: self.max_pending_outgoing,
@@ -223,7 +227,7 @@ impl Limits {
 
 /// Whom to have to do with.
 #[derive(Debug, Args)]
-pub(crate) struct Access {
+pub(crate) struct AccessOptions {
     /// Connect with nobody but this PeerId, or network such as 192.0.2.0/24; may be repeated
     #[arg(long, value_name = "RULE")]
     pub(crate) allow: Vec<Rule>,
@@ -235,7 +239,7 @@ pub(crate) struct Access {
 
 /// WebSocket.
 #[derive(Debug, Args)]
-pub(crate) struct Web {
+pub(crate) struct WebOptions {
     /// The certificate chain for secure WebSocket (PEM), for browsers and proxies [default: one that only other nodes take]
     #[arg(long, value_name = "FILE", requires = "ws_key")]
     pub(crate) ws_certificate: Option<PathBuf>,
@@ -257,14 +261,14 @@ pub(crate) struct Web {
 
 /// Whether to relay for others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum RelayServer {
+pub(crate) enum RelayServerMode {
     Auto,
     Always,
     Never,
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct RelayLimits {
+pub(crate) struct RelayLimitOptions {
     /// Peers that this node holds a place for as their relay
     #[arg(long, value_name = "N", default_value_t = weft::RelayLimits::default().reservations)]
     pub(crate) relay_reservations: usize,
@@ -321,16 +325,16 @@ pub(crate) struct Relay {
     pub(crate) external: Vec<Multiaddr>,
 
     #[command(flatten)]
-    pub(crate) relay_limits: RelayLimits,
+    pub(crate) relay_limits: RelayLimitOptions,
 
     #[command(flatten)]
-    pub(crate) limits: Limits,
+    pub(crate) limits: LimitOptions,
 
     #[command(flatten)]
-    pub(crate) access: Access,
+    pub(crate) access: AccessOptions,
 
     #[command(flatten)]
-    pub(crate) web: Web,
+    pub(crate) web: WebOptions,
 
     /// The TCP address of the API; loopback only
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0", value_parser = socket)]
@@ -341,6 +345,79 @@ pub(crate) struct Relay {
     pub(crate) metrics: Option<SocketAddr>,
 }
 
+impl Up {
+    /// Returns the node that these options describe, on a home.
+    pub(crate) fn builder(self, home: &Path) -> Result<weft::Builder, CertificateError> {
+        let mut builder = Node::builder()
+            .home(home)
+            .bootstrap(self.bootstrap)
+            .external(self.external)
+            .relays(self.relay)
+            .relay_server(self.relay_server.get())
+            .relay_limits(self.relay_limits.get())
+            .limits(self.limits.get())
+            .call_limits(self.limits.calls())
+            .rates(self.rates.get())
+            .access(weft::Access {
+                allow: self.access.allow,
+                block: self.access.block,
+            })
+            .ws_origins(self.web.ws_origin)
+            .trusted_proxies(self.web.trusted_proxy)
+            .port_mapping(!self.no_port_mapping)
+            .hole_punching(!self.no_hole_punching)
+            .mdns(!self.no_mdns);
+        if let Some(Quota(quota)) = self.quota {
+            builder = builder.quota(quota);
+        }
+        if !self.listen.is_empty() {
+            builder = builder.listen(self.listen);
+        }
+        if let (Some(chain), Some(key)) = (&self.web.ws_certificate, &self.web.ws_key) {
+            builder = builder.certificate(Certificate::from_pem_files(chain, key)?);
+        }
+        Ok(builder)
+    }
+}
+
+impl RateOptions {
+    fn get(&self) -> weft::Rates {
+        weft::Rates {
+            download: self.max_download,
+            upload: self.max_upload,
+            download_per_peer: self.max_download_per_peer,
+            upload_per_peer: self.max_upload_per_peer,
+        }
+    }
+}
+
+impl RelayServerMode {
+    fn get(self) -> weft::RelayServer {
+        match self {
+            Self::Auto => weft::RelayServer::Auto,
+            Self::Always => weft::RelayServer::Always,
+            Self::Never => weft::RelayServer::Never,
+        }
+    }
+}
+
+impl RelayLimitOptions {
+    fn get(&self) -> weft::RelayLimits {
+        weft::RelayLimits {
+            reservations: self.relay_reservations,
+            circuits: self.relay_circuits,
+            circuits_per_peer: self.relay_circuits_per_peer,
+            circuit_bytes: self.relay_circuit_bytes,
+            circuit_duration: Duration::from_secs(self.relay_circuit_seconds),
+            rate: self.relay_rate,
+            rate_per_peer: self.relay_rate_per_peer,
+            daily_bytes: self.relay_daily_bytes,
+            daily_bytes_per_peer: self.relay_daily_bytes_per_peer,
+            reservation_duration: Duration::from_secs(self.relay_reservation_seconds),
+        }
+    }
+}
+
 impl From<Relay> for Up {
     fn from(relay: Relay) -> Self {
         Self {
@@ -348,10 +425,10 @@ impl From<Relay> for Up {
             listen: relay.listen,
             external: relay.external,
             relay: Vec::new(),
-            relay_server: RelayServer::Always,
+            relay_server: RelayServerMode::Always,
             relay_limits: relay.relay_limits,
             limits: relay.limits,
-            rates: Rates::default(),
+            rates: RateOptions::default(),
             quota: None,
             access: relay.access,
             web: relay.web,

@@ -44,10 +44,10 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         None => weft::default_home().map_err(weft::Error::from)?,
     };
     if let Command::Up(options) = cli.command {
-        return daemon::up(home, options, json).await;
+        return daemon::up(&home, options, json).await;
     }
     if let Command::Relay(options) = cli.command {
-        return daemon::up(home, options.into(), json).await;
+        return daemon::up(&home, options.into(), json).await;
     }
     let client = Client::connect(&home).await?;
     match cli.command {
@@ -176,7 +176,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         out!("clock      {warning}");
     }
     if status.disk_full {
-        out!("disk       {DISK_FULL}");
+        out!("disk       {FULL_DISK}");
     }
     Ok(())
 }
@@ -191,7 +191,7 @@ fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failu
 }
 
 /// Says that the disk of the home is full, and what to do.
-pub(crate) const DISK_FULL: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
+pub(crate) const FULL_DISK: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
 
 fn lowered_json(one: &api::LoweredLimits) -> serde_json::Value {
     json!({
