@@ -23,9 +23,11 @@ use weft::{AddProgress, Added, Error, Got, ModelName, Node, Operation, PeerInfo,
 use crate::{
     cli,
     exit::Failure,
-    output::{self, Meter, err, out},
     reason::Reason,
-    stop::Stop,
+    terminal::{
+        output::{self, Meter, err, out},
+        stop::Stop,
+    },
 };
 
 /// Bytes of the demo's own model: the transfer takes more than a second on loopback, so that its start does not count

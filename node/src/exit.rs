@@ -8,8 +8,8 @@ use tonic_types::StatusExt;
 use weft_proto::rpc;
 
 use crate::{
-    output::{err, out},
     reason::{FAILED, Reason},
+    terminal::output::{err, out},
 };
 
 /// The message of a failed command, and the code that the program ends with.

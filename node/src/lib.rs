@@ -16,12 +16,9 @@ mod commands;
 mod daemon;
 mod demo;
 mod exit;
-mod input;
 mod log;
-mod metrics;
-mod output;
 pub mod reason;
-mod stop;
+mod terminal;
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -57,12 +54,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         .build()
         .map_err(|error| Failure::other(format!("cannot start: {error}")))
         .and_then(|runtime| {
-            let result = runtime.block_on(stop::race(commands::run(cli)));
+            let result = runtime.block_on(terminal::stop::race(commands::run(cli)));
             // Threads that still hash or sync have been told to stop.
             runtime.shutdown_timeout(std::time::Duration::from_secs(5));
             result
         });
-    let result = result.and_then(|()| match output::lost() {
+    let result = result.and_then(|()| match terminal::output::lost() {
         None => Ok(()),
         Some(error) => Err(
             Failure::other(format!("cannot write to standard output: {error}"))

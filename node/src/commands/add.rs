@@ -1,7 +1,5 @@
 //! `weft add`.
 
-use crate::output::{err, out};
-
 use serde_json::{Value, json};
 use tonic::Streaming;
 use weft_proto::api::{
@@ -19,9 +17,11 @@ use crate::{
     cli::Add,
     client::Client,
     exit::Failure,
-    output::{self, Meter},
     reason::Reason,
-    stop::Stop,
+    terminal::{
+        output::{self, Meter, err, out},
+        stop::Stop,
+    },
 };
 
 pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<(), Failure> {

@@ -27,9 +27,11 @@ use crate::{
     cli::{Call, ServiceOptions},
     client::Client,
     exit::Failure,
-    input,
-    output::{self, out, out_raw, printable},
     reason::Reason,
+    terminal::{
+        input,
+        output::{self, out, out_raw, printable},
+    },
 };
 
 /// Lines of standard input that wait to be sent.

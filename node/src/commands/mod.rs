@@ -1,7 +1,5 @@
 //! The subcommands.
 
-use crate::output::{out, out_raw};
-
 mod add;
 mod call;
 mod cat;
@@ -29,8 +27,8 @@ use crate::{
     client::Client,
     daemon, demo,
     exit::Failure,
-    output,
     reason::Reason,
+    terminal::output::{self, out, out_raw},
 };
 
 /// Runs one.
@@ -176,7 +174,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         out!("clock      {warning}");
     }
     if status.disk_full {
-        out!("disk       {FULL_DISK}");
+        out!("disk       {}", output::FULL_DISK);
     }
     Ok(())
 }
@@ -189,9 +187,6 @@ fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failu
     let text = format!("{what}: {}; all else was done as asked", absent.join(", "));
     Err(Failure::new(Reason::NoSuchEntry, text).hint(hint))
 }
-
-/// Says that the disk of the home is full, and what to do.
-pub(crate) const FULL_DISK: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
 
 fn lowered_json(one: &api::LoweredLimits) -> serde_json::Value {
     json!({

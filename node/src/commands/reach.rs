@@ -12,8 +12,8 @@ use crate::{
     cli::{Connect, Ping},
     client::Client,
     exit::Failure,
-    output::{self, out},
     reason::Reason,
+    terminal::output::{self, out},
 };
 
 /// Between two looks at whether a path has become direct.

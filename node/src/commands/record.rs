@@ -11,9 +11,11 @@ use crate::{
     cli::Record,
     client::Client,
     exit::Failure,
-    input,
-    output::{self, out, out_raw, table},
     reason::Reason,
+    terminal::{
+        input,
+        output::{self, out, out_raw, table},
+    },
 };
 
 /// Bytes read of standard input: one more than a value may have, so that the node says what is wrong.

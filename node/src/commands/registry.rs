@@ -11,8 +11,8 @@ use crate::{
     cli::{Former, Publisher, Registry},
     client::Client,
     exit::Failure,
-    output::{self, err, out, out_raw, table},
     reason::Reason,
+    terminal::output::{self, err, out, out_raw, table},
 };
 
 pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Result<(), Failure> {

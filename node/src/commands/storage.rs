@@ -7,7 +7,7 @@ use crate::{
     cli::{Gc, Quota, StorageOptions},
     client::Client,
     exit::Failure,
-    output::{bytes, count, out},
+    terminal::output::{bytes, count, out},
 };
 
 pub(super) async fn storage(

@@ -10,9 +10,11 @@ use crate::{
     cli::Verify,
     client::Client,
     exit::Failure,
-    output::{self, Meter, err, out, printable},
     reason::Reason,
-    stop::Stop,
+    terminal::{
+        output::{self, Meter, err, out, printable},
+        stop::Stop,
+    },
 };
 
 pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Result<(), Failure> {

@@ -13,9 +13,11 @@ use weft_proto::api;
 use crate::{
     client::Client,
     exit::Failure,
-    input,
-    output::{self, err, out},
     reason::Reason,
+    terminal::{
+        input,
+        output::{self, err, out},
+    },
 };
 
 /// Bytes of an exported document in one message.

@@ -13,9 +13,11 @@ use crate::{
     cli::Doc,
     client::Client,
     exit::Failure,
-    input,
-    output::{self, out, out_raw, table},
     reason::Reason,
+    terminal::{
+        input,
+        output::{self, out, out_raw, table},
+    },
 };
 
 /// Bytes read of standard input for a value: more than a change may have, so that the node says what is wrong.

@@ -17,7 +17,7 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{exit::Failure, output::err, reason::INTERRUPTED};
+use crate::{exit::Failure, reason::INTERRUPTED, terminal::output::err};
 
 /// The state of this process; signals are sent to a process.
 static STATE: OnceLock<State> = OnceLock::new();

@@ -1,6 +1,6 @@
 //! `weft up`.
 
-use crate::output::{err, out};
+mod metrics;
 
 use std::{path::Path, time::Duration};
 
@@ -9,9 +9,17 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 use weft::Node;
 
+use self::metrics::Metrics;
 use crate::{
-    api::ApiServer, cli::Up, client::Client, commands::FULL_DISK, exit::Failure, metrics::Metrics,
-    reason::Reason, stop::Stop,
+    api::ApiServer,
+    cli::Up,
+    client::Client,
+    exit::Failure,
+    reason::Reason,
+    terminal::{
+        output::{self, err, out},
+        stop::Stop,
+    },
 };
 
 /// Open files, sockets included, that a node asks for.
@@ -122,6 +130,6 @@ async fn announce(node: &Node, api: &ApiServer, metrics: Option<&Metrics>, as_js
         out!("Ctrl-C stops it.");
     }
     if node.is_disk_full() {
-        err!("attention: the disk of the home is {FULL_DISK}");
+        err!("attention: the disk of the home is {}", output::FULL_DISK);
     }
 }
