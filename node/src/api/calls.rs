@@ -15,6 +15,7 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 use weft::{
     Node, PeerId,
     rpc::{Announced, Labels, Peer, ServiceChange},
@@ -244,6 +245,14 @@ impl Calls for CallService {
             return Err(invalid("the first message must be `begin`"));
         };
         let whom = self.whom(&mut begin).await?;
+        let span = match &whom {
+            Whom::Peer(peer) => {
+                tracing::info_span!("call", peer = %peer.id(), method = begin.method)
+            }
+            Whom::Service(_) => {
+                tracing::info_span!("call", service = begin.service, method = begin.method)
+            }
+        };
         let method = Method {
             name: begin.method.into(),
             idempotent: begin.idempotent,
@@ -258,13 +267,15 @@ impl Calls for CallService {
             let Some(call_request::What::Message(only)) = only else {
                 return Err(invalid("after `begin` of a unary call comes its message"));
             };
-            let answer = whom.unary(method, of_api(only), options).await;
+            let answer = whom.unary(method, of_api(only), options);
+            let answer = answer.instrument(span).await;
             let answer = answer.map(to_api).map_err(to_tonic)?;
             return Ok(Response::new(Box::pin(futures::stream::iter([Ok(answer)]))));
         }
-        let (mut sender, receiver) = whom.open(method, options).await.map_err(to_tonic)?;
+        let opened = whom.open(method, options).instrument(span.clone()).await;
+        let (mut sender, receiver) = opened.map_err(to_tonic)?;
         // Ends with the call: sending fails then.
-        tokio::spawn(async move {
+        let send = async move {
             while let Some(request) = requests.next().await {
                 // A program that fails has not said all that it had to say.
                 let Ok(request) = request else {
@@ -278,10 +289,14 @@ impl Calls for CallService {
                 }
             }
             sender.close().await;
-        });
-        let answers = futures::stream::try_unfold(receiver, |mut receiver| async move {
-            let message = receiver.next().await.map_err(to_tonic)?;
-            Ok(message.map(|message| (to_api(message), receiver)))
+        };
+        tokio::spawn(send.instrument(span.clone()));
+        let answers = futures::stream::try_unfold(receiver, move |mut receiver| {
+            let next = async move {
+                let message = receiver.next().await.map_err(to_tonic)?;
+                Ok(message.map(|message| (to_api(message), receiver)))
+            };
+            next.instrument(span.clone())
         });
         Ok(Response::new(Box::pin(answers)))
     }
@@ -538,7 +553,8 @@ impl Drop for Given {
 impl Handler for Proxy {
     fn call(&self, context: Context, mut requests: Receiver, mut responses: Sender) -> Ended {
         let program = Arc::clone(&self.0);
-        Box::pin(async move {
+        let span = tracing::info_span!("call", peer = %context.peer, method = context.method);
+        let pass = async move {
             let call = program.next.fetch_add(1, Ordering::Relaxed) + 1;
             let (to, mut answers) = mpsc::unbounded_channel();
             let ahead = Arc::new(AtomicUsize::new(0));
@@ -623,7 +639,8 @@ impl Handler for Proxy {
             };
             given.told = false;
             ended
-        })
+        };
+        Box::pin(pass.instrument(span))
     }
 }
 

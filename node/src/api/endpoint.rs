@@ -21,9 +21,11 @@ use tokio::{
 };
 use tonic::{
     Request, Status,
+    codegen::http,
     service::InterceptorLayer,
     transport::{Error, Server, server::Router},
 };
+use tracing::Span;
 use weft::Node;
 use weft_proto::{
     DESCRIPTORS,
@@ -234,9 +236,18 @@ async fn serve_tcp(
         .await
 }
 
-/// Returns a builder of an API server, with keep-alive pings on its connections.
+/// The span of a request: log lines written while it is handled name the method.
+fn request_span<B>(request: &http::Request<B>) -> Span {
+    tracing::info_span!(
+        "request",
+        method = request.uri().path().trim_start_matches('/')
+    )
+}
+
+/// Returns a builder of an API server, with a span for each request and keep-alive pings on its connections.
 fn server() -> Server {
     Server::builder()
+        .trace_fn(request_span)
         .http2_keepalive_interval(Some(ALIVE))
         .http2_keepalive_timeout(Some(ALIVE))
 }
@@ -314,4 +325,19 @@ fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .open(&temporary)?;
     file.write_all(bytes)?;
     fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_span_of_a_request_names_the_method() {
+        tracing::subscriber::with_default(tracing_subscriber::registry(), || {
+            let span = request_span(&http::Request::new(()));
+            let metadata = span.metadata().expect("enabled");
+            assert_eq!(metadata.name(), "request");
+            assert!(metadata.fields().field("method").is_some());
+        });
+    }
 }
