@@ -23,10 +23,7 @@ use weft_proto::api::{
     topics_client::TopicsClient,
 };
 
-use crate::{
-    api::Files,
-    exit::{Failure, NOT_RUNNING},
-};
+use crate::{api::ApiFiles, exit::Failure, reason::Reason};
 
 /// The longest answer accepted, in bytes: a manifest of its greatest size, with room for the text form of hashes.
 const MAX_ANSWER: usize = 256 * 1024 * 1024;
@@ -62,7 +59,7 @@ impl Client {
         let failed = |error: &io::Error| unreachable(home, error);
         // The node writes them at the real path, and the socket's path has a limit.
         let home = home.canonicalize().map_err(|error| failed(&error))?;
-        let files = Files::of(&home);
+        let files = ApiFiles::of(&home);
         // A node has its socket whenever it can. Without one, whoever listens at the address is not to get the token.
         match files.socket.symlink_metadata() {
             Ok(_) => return Self::connect_socket(&home, files.socket).await,
@@ -155,8 +152,7 @@ fn not_connected(home: &Path, error: &tonic::transport::Error) -> Failure {
         source = cause.source();
     }
     Failure::new(
-        NOT_RUNNING,
-        "NOT_RUNNING",
+        Reason::NotRunning,
         format!("cannot connect to the node on {}: {error}", home.display()),
     )
     .hint("It may be a node of another version: stop it and start it again with `weft up`.")
@@ -167,16 +163,14 @@ fn unreachable(home: &Path, error: &io::Error) -> Failure {
     match error.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::NotADirectory => not_running(home),
         ErrorKind::PermissionDenied => Failure::new(
-            1,
-            "NOT_ALLOWED",
+            Reason::NotAllowed,
             format!("this user may not use the node on {}: {error}", home.display()),
         )
         .hint(
             "Run the command as the user who started the node, or start a node of your own: `weft --home DIR up`.",
         ),
         _ => Failure::new(
-            NOT_RUNNING,
-            "NOT_RUNNING",
+            Reason::NotRunning,
             format!("cannot connect to the node on {}: {error}", home.display()),
         )
         .hint("If the node hangs or has no files left to open, stop it and start it again with `weft up`."),
@@ -190,8 +184,7 @@ fn damaged(file: &Path) -> Failure {
 
 fn not_running(home: &Path) -> Failure {
     Failure::new(
-        NOT_RUNNING,
-        "NOT_RUNNING",
+        Reason::NotRunning,
         format!("no node is running on {}", home.display()),
     )
     .hint("Start one with `weft up`, in another terminal or as a service; with another home, add --home DIR to both.")

@@ -1,41 +1,63 @@
-//! `weft demo`: the main job, on one machine, in half a minute.
+//! `weft demo`: publishes, finds, fetches and checks a model, on one machine.
 //!
-//! Three nodes in this process talk over real sockets on loopback. One has a model, one fetches it by name, and the two know
-//! only the third.
-
-use crate::output::{err, out};
+//! Three nodes in this process talk over real sockets on loopback. One has a model, one fetches it by name, and these two
+//! know only the third. Each phase is named on standard error when it begins, and shows its progress while it goes on;
+//! the result is printed last. The rate counts verified bytes from the folder of one node to the folder of another.
 
 use std::{
     fs::{self, File},
     io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use futures::StreamExt;
 use serde_json::json;
 use tempfile::TempDir;
-use weft::{Error, Got, ModelName, Node, PeerInfo, Target};
+use weft::{AddProgress, Added, Error, Got, ModelName, Node, Operation, PeerInfo, Target};
 
 use crate::{
     cli,
     exit::Failure,
-    output::{self, Meter},
-    stop::Stop,
+    reason::Reason,
+    terminal::{
+        output::{self, Meter, err, out},
+        stop::Stop,
+    },
 };
 
-/// The tensors of the demo's own model: a small transformer, 64 MiB in all.
-const LAYERS: usize = 8;
-const TENSORS_PER_LAYER: usize = 4;
+/// Bytes of the demo's own model: the transfer takes more than a second on loopback, so that its start does not count
+/// much.
+const SIZE: u64 = 1 << 30;
+
+/// The least that the demo chooses by itself where the disk has no room for [`SIZE`].
+const MIN_SIZE: u64 = 64 << 20;
+
+/// Copies of the model on disk at once, source and result, and half a copy of room to spare.
+const fn room(size: u64) -> u64 {
+    size.saturating_mul(5) / 2
+}
+
+/// The tensors of the demo's own model: a transformer of layers of 8 MiB.
+const TENSORS: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
 const ROWS: usize = 1024;
 const COLUMNS: usize = 1024;
 /// bf16.
 const ELEMENT: usize = 2;
+const TENSOR: u64 = (ROWS * COLUMNS * ELEMENT) as u64;
+const LAYER: u64 = TENSORS.len() as u64 * TENSOR;
 
 const NAME: &str = "demo/model";
 
-/// How long removing the demo's folder is tried.
+/// The longest time for which the removal of the demo's folder is tried.
 const REMOVE: Duration = Duration::from_secs(10);
+
+/// The pause between two looks at how far the writing of the model is.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What is shown, and printed with `--json`.
 struct Outcome {
@@ -51,11 +73,18 @@ pub(crate) async fn run(options: cli::Demo, as_json: bool) -> Result<(), Failure
         .prefix("weft-demo-")
         .tempdir()
         .map_err(|error| Failure::other(format!("cannot make a folder for the demo: {error}")))?;
+    let mut phases = Phases::new(match options.model {
+        Some(_) => 5,
+        None => 6,
+    });
     let mut nodes = Vec::new();
     let outcome = tokio::select! {
-        outcome = play(&folder, options.model, &mut nodes) => outcome,
+        outcome = play(&folder, options, &mut nodes, &mut phases) => outcome,
         () = stop.wait() => Err(Failure::interrupted("stopped; nothing is left behind")),
     };
+    if outcome.is_ok() {
+        phases.begin("stopping the nodes and removing their folders");
+    }
     for node in nodes.drain(..) {
         node.shutdown().await;
     }
@@ -68,6 +97,23 @@ pub(crate) async fn run(options: cli::Demo, as_json: bool) -> Result<(), Failure
         Ok(())
     } else {
         Err(Failure::other("what arrived is not what was sent"))
+    }
+}
+
+/// Numbers the phases, and says which one begins.
+struct Phases {
+    begun: usize,
+    count: usize,
+}
+
+impl Phases {
+    fn new(count: usize) -> Self {
+        Self { begun: 0, count }
+    }
+
+    fn begin(&mut self, text: &str) {
+        self.begun += 1;
+        err!("{}/{}  {text}", self.begun, self.count);
     }
 }
 
@@ -91,24 +137,25 @@ async fn remove(folder: &TempDir) -> Result<(), Failure> {
 
 async fn play(
     folder: &TempDir,
-    model: Option<PathBuf>,
+    options: cli::Demo,
     nodes: &mut Vec<Node>,
+    phases: &mut Phases,
 ) -> Result<Outcome, Failure> {
-    let source = match model {
+    let source = match options.model {
         Some(path) => path,
         None => {
-            err!("writing a safetensors model of 64 MiB");
+            let size = choose_size(folder.path(), options.size)?;
             let path = folder.path().join("source");
-            let written = path.clone();
-            tokio::task::spawn_blocking(move || write_model(&written))
-                .await
-                .map_err(|error| Failure::other(error.to_string()))?
-                .map_err(|error| Failure::other(format!("cannot write a model: {error}")))?;
+            phases.begin(&format!(
+                "writing a safetensors model of {} to {}",
+                output::bytes(size),
+                path.display()
+            ));
+            write(&path, size).await?;
             path
         }
     };
-    let name: ModelName = NAME.parse().map_err(Error::Name)?;
-    err!("starting three nodes: one to meet at, one with the model, one without");
+    phases.begin("starting three nodes: one to meet at, one with the model, one without");
     let meeting = node(&folder.path().join("meeting"), None).await?;
     nodes.push(meeting.clone());
     let publisher = node(&folder.path().join("publisher"), Some(&meeting)).await?;
@@ -119,46 +166,80 @@ async fn play(
         met(node).await?;
     }
 
-    let mut meter = Meter::new();
-    let mut add = publisher.models().add(&source).name(name.clone()).start();
-    while let Some(progress) = add.next().await {
-        meter.update("adding", progress.bytes_done, progress.bytes_total);
-    }
-    meter.finish();
-    let added = add.await?;
-    err!(
-        "added {}, {}, in {}: {NAME} is {}",
-        output::count(added.model.file_count as u64, "file"),
-        output::bytes(added.model.size),
-        output::duration(meter.elapsed()),
-        added.model.id
-    );
-
-    let mut meter = Meter::new();
+    phases.begin(&format!("adding the model at its publisher as {NAME}"));
+    let added = add(&publisher, &source).await?;
+    phases.begin(&format!("getting {NAME} at the node that has nothing"));
     let target = folder.path().join("received");
-    let mut get = receiver
-        .models()
-        .get(Target::Name(name))
-        .to(&target)
-        .start();
-    while let Some(progress) = get.next().await {
-        let text = format!("getting {NAME}");
-        meter.update(&text, progress.bytes_done, progress.bytes_total);
-    }
-    meter.finish();
-    let got = get.await?;
+    let got = get(&receiver, &target).await?;
     let peers = receiver.peers().await;
-
-    // With other code than that which received it: from the files alone.
-    err!("reading back what arrived");
-    let again = receiver.models().add(&target).start().await?;
-    let verified = again.model.id == added.model.id;
+    phases.begin("reading the files that arrived");
+    let verified = read_back(&receiver, &target).await?.model.id == added.model.id;
     Ok(Outcome {
         got,
         announced_to: added.announced_to,
         peers,
         verified,
     })
+}
+
+fn name() -> Result<ModelName, Failure> {
+    Ok(NAME.parse().map_err(Error::Name)?)
+}
+
+async fn add(node: &Node, source: &Path) -> Result<Added, Failure> {
+    let add = node.models().add(source).name(name()?);
+    let began = Instant::now();
+    let added = show(add.start(), "hashing", |progress: &AddProgress| {
+        (progress.bytes_done, progress.bytes_total)
+    })
+    .await?;
+    err!(
+        "     added {}, {}, in {}: {NAME} is {}",
+        output::count(added.model.file_count as u64, "file"),
+        output::bytes(added.model.size),
+        output::duration(began.elapsed()),
+        added.model.id
+    );
+    Ok(added)
+}
+
+async fn get(node: &Node, target: &Path) -> Result<Got, Failure> {
+    let get = node.models().get(Target::Name(name()?)).to(target);
+    let got = show(get.start(), "fetching", |progress| {
+        (progress.bytes_done, progress.bytes_total)
+    })
+    .await?;
+    err!(
+        "     got {} in {}",
+        output::bytes(got.bytes_moved),
+        output::duration(got.elapsed)
+    );
+    Ok(got)
+}
+
+/// Hashes the files that arrived with other code than that which received them.
+async fn read_back(node: &Node, folder: &Path) -> Result<Added, Failure> {
+    let add = node.models().add(folder);
+    show(add.start(), "hashing", |progress| {
+        (progress.bytes_done, progress.bytes_total)
+    })
+    .await
+}
+
+/// Shows the progress of an operation until it is done, as bytes done of a total.
+async fn show<P, T: Unpin>(
+    mut operation: Operation<P, T>,
+    text: &str,
+    bytes: impl Fn(&P) -> (u64, u64),
+) -> Result<T, Failure> {
+    let text = format!("     {text}");
+    let mut meter = Meter::begun(&text);
+    while let Some(progress) = operation.next().await {
+        let (done, total) = bytes(&progress);
+        meter.update(&text, done, total);
+    }
+    meter.finish();
+    Ok(operation.await?)
 }
 
 /// A node on loopback that knows at most one other.
@@ -192,24 +273,98 @@ async fn met(node: &Node) -> Result<(), Failure> {
         })?
 }
 
-/// A valid safetensors file and a configuration beside it; the same bytes every time.
-fn write_model(folder: &Path) -> io::Result<()> {
+/// Returns the size of the model to write, in whole layers: as asked for, or [`SIZE`], or less if the disk has no room
+/// for that.
+fn choose_size(folder: &Path, asked: Option<u64>) -> Result<u64, Failure> {
+    let free = rustix::fs::statvfs(folder)
+        .map(|stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+        .map_err(|error| {
+            let error = io::Error::from(error);
+            Failure::other(format!("{}: {error}", folder.display()))
+        })?;
+    size_for(asked, free).ok_or_else(|| {
+        let needed = room(asked.unwrap_or(MIN_SIZE));
+        let text = format!(
+            "the disk that holds {} is full: the demo takes {}, and {} are free",
+            folder.display(),
+            output::bytes(needed),
+            output::bytes(free)
+        );
+        Failure::new(Reason::DiskFull, text).hint(
+            "Make room there and run the same command again, choose a smaller model with --size, or set TMPDIR to a folder\n\
+             on another disk.",
+        )
+    })
+}
+
+fn size_for(asked: Option<u64>, free: u64) -> Option<u64> {
+    let layers = |size: u64| size.div_ceil(LAYER).max(1) * LAYER;
+    let fits = |size: &u64| room(*size) <= free;
+    match asked {
+        Some(size) => Some(layers(size)).filter(fits),
+        None => {
+            let halves = std::iter::successors(Some(SIZE), |size| Some(size / 2));
+            halves.take_while(|size| *size >= MIN_SIZE).find(fits)
+        }
+    }
+}
+
+/// The progress of the thread that writes the model. The thread ends early if this is dropped.
+#[derive(Debug, Default)]
+struct Writing {
+    bytes: AtomicU64,
+    is_stopped: AtomicBool,
+}
+
+/// Stops the thread that writes when the command is interrupted.
+struct StopOnDrop(Arc<Writing>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.is_stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Writes the demo's model and shows the progress.
+async fn write(folder: &Path, size: u64) -> Result<(), Failure> {
+    let writing = Arc::new(Writing::default());
+    let _stop = StopOnDrop(Arc::clone(&writing));
+    let (theirs, path) = (Arc::clone(&writing), folder.to_owned());
+    let mut thread = tokio::task::spawn_blocking(move || write_model(&path, size, &theirs));
+    let text = "     writing";
+    let mut meter = Meter::begun(text);
+    let written = loop {
+        tokio::select! {
+            written = &mut thread => break written,
+            () = tokio::time::sleep(LOOK) => {
+                meter.update(text, writing.bytes.load(Ordering::Relaxed), size);
+            }
+        }
+    };
+    meter.finish();
+    written
+        .map_err(|error| Failure::other(error.to_string()))?
+        .map_err(|error| Failure::other(format!("cannot write a model: {error}")))
+}
+
+/// Writes a valid safetensors file with a configuration beside it: the same bytes for a size every time.
+fn write_model(folder: &Path, size: u64, writing: &Writing) -> io::Result<()> {
+    let layers = size / LAYER;
     fs::create_dir_all(folder)?;
     fs::write(
         folder.join("config.json"),
-        json!({ "model_type": "demo", "num_hidden_layers": LAYERS, "hidden_size": COLUMNS })
+        json!({ "model_type": "demo", "num_hidden_layers": layers, "hidden_size": COLUMNS })
             .to_string(),
     )?;
-    let size = ROWS * COLUMNS * ELEMENT;
     let mut header = serde_json::Map::new();
     let mut offset = 0;
-    for layer in 0..LAYERS {
-        for part in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+    for layer in 0..layers {
+        for part in TENSORS {
             header.insert(
                 format!("model.layers.{layer}.self_attn.{part}.weight"),
-                json!({ "dtype": "BF16", "shape": [ROWS, COLUMNS], "data_offsets": [offset, offset + size] }),
+                json!({ "dtype": "BF16", "shape": [ROWS, COLUMNS], "data_offsets": [offset, offset + TENSOR] }),
             );
-            offset += size;
+            offset += TENSOR;
         }
     }
     let header = serde_json::Value::Object(header).to_string();
@@ -218,11 +373,17 @@ fn write_model(folder: &Path) -> io::Result<()> {
     file.write_all(header.as_bytes())?;
     // xorshift64 (Marsaglia, 2003): bytes that no layer below can compress.
     let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
-    for _ in 0..LAYERS * TENSORS_PER_LAYER * size / 8 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        file.write_all(&state.to_le_bytes())?;
+    for _ in 0..layers * TENSORS.len() as u64 {
+        if writing.is_stopped.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        for _ in 0..TENSOR / 8 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            file.write_all(&state.to_le_bytes())?;
+        }
+        writing.bytes.fetch_add(TENSOR, Ordering::Relaxed);
     }
     file.flush()
 }
@@ -254,9 +415,10 @@ fn print(outcome: &Outcome, as_json: bool) {
         return;
     }
     let row = |a: &str, b: String| vec![a.to_owned(), b];
+    let paths = paths.join(", ");
     let rows = [
         row("peers of the receiver", outcome.peers.len().to_string()),
-        row("path", paths.join(", ")),
+        row("path", paths.clone()),
         row("look-up", output::duration(got.lookup)),
         row("received", output::bytes(got.bytes_moved)),
         row("in", output::duration(got.elapsed)),
@@ -272,9 +434,38 @@ fn print(outcome: &Outcome, as_json: bool) {
         ),
     ];
     out!("{}", output::table(&rows));
+    out!(
+        "The rate counts verified bytes, from the folder of one node to the folder of another, over"
+    );
+    out!("{paths}: from the call of `get` with the name until the last file was in place.");
+    out!();
     out!("Now on two machines:");
     out!("  weft up                                    on both; on the second, with --bootstrap");
     out!("                                             and an address that the first one prints");
     out!("  weft add ./my-model --name me/my-model     on the first, in another terminal");
     out!("  weft get me/my-model                       on the second");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_size_is_as_asked_for_or_what_the_disk_has_room_for() {
+        for (asked, free, size) in [
+            (None, u64::MAX, Some(SIZE)),
+            (None, room(SIZE), Some(SIZE)),
+            (None, room(SIZE) - 1, Some(SIZE / 2)),
+            (None, room(MIN_SIZE), Some(MIN_SIZE)),
+            (None, room(MIN_SIZE) - 1, None),
+            (Some(64 << 20), u64::MAX, Some(64 << 20)),
+            (Some(1), u64::MAX, Some(LAYER)),
+            (Some(LAYER + 1), u64::MAX, Some(2 * LAYER)),
+            (Some(SIZE), room(SIZE) - 1, None),
+        ] {
+            assert_eq!(size_for(asked, free), size, "{asked:?} of {free}");
+        }
+        assert_eq!(SIZE % LAYER, 0);
+        assert_eq!(MIN_SIZE % LAYER, 0);
+    }
 }

@@ -5,7 +5,7 @@
 //! - `demo` runs three nodes in this process and moves a model between them.
 //!
 //! It promises: whatever the program does, an embedding process can do through the SDK, and any language through the API; every command
-//! takes `--json`; errors say what happened and what to do next, and end with the exit codes of [`exit`].
+//! takes `--json`; errors say what happened and what to do next, and end with the exit codes of [`reason`].
 //!
 //! It leaves out: everything a node does by itself, which is in the SDK and below.
 
@@ -15,12 +15,10 @@ mod client;
 mod commands;
 mod daemon;
 mod demo;
-pub mod exit;
-mod input;
+mod exit;
 mod log;
-mod metrics;
-mod output;
-mod stop;
+pub mod reason;
+mod terminal;
 
 use std::{ffi::OsString, process::ExitCode};
 
@@ -41,11 +39,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 let text = error.render().to_string();
                 let (message, hint) = usage(&text);
                 Failure::usage(message).hint(hint).print(true, is_content);
-                return ExitCode::from(exit::USAGE);
+                return ExitCode::from(reason::USAGE);
             }
             // Help goes to standard output, mistakes to standard error; a closed one is no reason to fail differently.
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { exit::USAGE } else { 0 });
+            return ExitCode::from(if error.use_stderr() { reason::USAGE } else { 0 });
         }
     };
     log::init();
@@ -56,12 +54,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         .build()
         .map_err(|error| Failure::other(format!("cannot start: {error}")))
         .and_then(|runtime| {
-            let result = runtime.block_on(stop::race(commands::run(cli)));
+            let result = runtime.block_on(terminal::stop::race(commands::run(cli)));
             // Threads that still hash or sync have been told to stop.
             runtime.shutdown_timeout(std::time::Duration::from_secs(5));
             result
         });
-    let result = result.and_then(|()| match output::lost() {
+    let result = result.and_then(|()| match terminal::output::lost() {
         None => Ok(()),
         Some(error) => Err(
             Failure::other(format!("cannot write to standard output: {error}"))

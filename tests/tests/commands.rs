@@ -215,7 +215,7 @@ fn the_demo_moves_a_model_and_leaves_nothing_behind() {
     fs::create_dir(&temporary).unwrap();
     let path = folder(&home, "m", &[5; 300_000]);
     for (arguments, bytes) in [
-        (&["demo", "--json"][..], 64 << 20),
+        (&["demo", "--json", "--size", "64MiB"][..], 64 << 20),
         (&["demo", "--json", &path], 300_002),
     ] {
         let mut command = home.command(arguments);

@@ -15,6 +15,7 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 use weft::{
     Node, PeerId,
     rpc::{Announced, Labels, Peer, ServiceChange},
@@ -31,6 +32,7 @@ use weft_proto::{
 };
 
 use super::status::{failed, invalid};
+use crate::reason::Reason;
 
 /// Events that wait for a program.
 const WAITING: usize = 16;
@@ -78,12 +80,12 @@ impl Caller for Whom {
 
 /// Implements the service.
 #[derive(Debug, Clone)]
-pub(crate) struct Service {
+pub(super) struct CallService {
     node: Node,
 }
 
-impl Service {
-    pub(crate) fn new(node: Node) -> Self {
+impl CallService {
+    pub(super) fn new(node: Node) -> Self {
         Self { node }
     }
 
@@ -228,7 +230,7 @@ fn to_tonic(status: CallStatus) -> Status {
 }
 
 #[tonic::async_trait]
-impl Calls for Service {
+impl Calls for CallService {
     type CallStream = Answers<CallMessage>;
     type ServeStream = Answers<ServeEvent>;
     type WatchServiceStream = Answers<api::ServiceEvent>;
@@ -243,6 +245,14 @@ impl Calls for Service {
             return Err(invalid("the first message must be `begin`"));
         };
         let whom = self.whom(&mut begin).await?;
+        let span = match &whom {
+            Whom::Peer(peer) => {
+                tracing::info_span!("call", peer = %peer.id(), method = begin.method)
+            }
+            Whom::Service(_) => {
+                tracing::info_span!("call", service = begin.service, method = begin.method)
+            }
+        };
         let method = Method {
             name: begin.method.into(),
             idempotent: begin.idempotent,
@@ -257,13 +267,15 @@ impl Calls for Service {
             let Some(call_request::What::Message(only)) = only else {
                 return Err(invalid("after `begin` of a unary call comes its message"));
             };
-            let answer = whom.unary(method, of_api(only), options).await;
+            let answer = whom.unary(method, of_api(only), options);
+            let answer = answer.instrument(span).await;
             let answer = answer.map(to_api).map_err(to_tonic)?;
             return Ok(Response::new(Box::pin(futures::stream::iter([Ok(answer)]))));
         }
-        let (mut sender, receiver) = whom.open(method, options).await.map_err(to_tonic)?;
+        let opened = whom.open(method, options).instrument(span.clone()).await;
+        let (mut sender, receiver) = opened.map_err(to_tonic)?;
         // Ends with the call: sending fails then.
-        tokio::spawn(async move {
+        let send = async move {
             while let Some(request) = requests.next().await {
                 // A program that fails has not said all that it had to say.
                 let Ok(request) = request else {
@@ -277,10 +289,14 @@ impl Calls for Service {
                 }
             }
             sender.close().await;
-        });
-        let answers = futures::stream::try_unfold(receiver, |mut receiver| async move {
-            let message = receiver.next().await.map_err(to_tonic)?;
-            Ok(message.map(|message| (to_api(message), receiver)))
+        };
+        tokio::spawn(send.instrument(span.clone()));
+        let answers = futures::stream::try_unfold(receiver, move |mut receiver| {
+            let next = async move {
+                let message = receiver.next().await.map_err(to_tonic)?;
+                Ok(message.map(|message| (to_api(message), receiver)))
+            };
+            next.instrument(span.clone())
         });
         Ok(Response::new(Box::pin(answers)))
     }
@@ -379,7 +395,7 @@ impl Calls for Service {
                 ServiceChange::Joined { peer, labels } => What::Joined(offer(peer, labels)),
                 ServiceChange::Changed { peer, labels } => What::Changed(offer(peer, labels)),
                 ServiceChange::Left { peer } => What::Left(peer.to_string()),
-                other => return Some((Err(failed(format!("{other:?}"))), watch)),
+                other => return Some((Err(failed(Reason::Other, format!("{other:?}"))), watch)),
             };
             Some((Ok(api::ServiceEvent { what: Some(what) }), watch))
         });
@@ -537,7 +553,8 @@ impl Drop for Given {
 impl Handler for Proxy {
     fn call(&self, context: Context, mut requests: Receiver, mut responses: Sender) -> Ended {
         let program = Arc::clone(&self.0);
-        Box::pin(async move {
+        let span = tracing::info_span!("call", peer = %context.peer, method = context.method);
+        let pass = async move {
             let call = program.next.fetch_add(1, Ordering::Relaxed) + 1;
             let (to, mut answers) = mpsc::unbounded_channel();
             let ahead = Arc::new(AtomicUsize::new(0));
@@ -622,7 +639,8 @@ impl Handler for Proxy {
             };
             given.told = false;
             ended
-        })
+        };
+        Box::pin(pass.instrument(span))
     }
 }
 

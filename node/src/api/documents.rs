@@ -26,7 +26,7 @@ const MAX_IMPORT: usize = 256 << 20;
 
 /// Implements the service.
 #[derive(Debug, Clone)]
-pub(crate) struct Service {
+pub(super) struct DocumentService {
     node: Node,
 }
 
@@ -95,8 +95,8 @@ fn event(what: What) -> Result<DocumentEvent, Status> {
     Ok(DocumentEvent { what: Some(what) })
 }
 
-impl Service {
-    pub(crate) fn new(node: Node) -> Self {
+impl DocumentService {
+    pub(super) fn new(node: Node) -> Self {
         Self { node }
     }
 
@@ -117,7 +117,7 @@ impl Service {
 }
 
 #[tonic::async_trait]
-impl Documents for Service {
+impl Documents for DocumentService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<DocumentEvent, Status>> + Send>>;
     type ExportStream = Pin<Box<dyn Stream<Item = Result<api::DocumentChunk, Status>> + Send>>;
 

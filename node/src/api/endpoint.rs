@@ -21,9 +21,11 @@ use tokio::{
 };
 use tonic::{
     Request, Status,
+    codegen::http,
     service::InterceptorLayer,
     transport::{Error, Server, server::Router},
 };
+use tracing::Span;
 use weft::Node;
 use weft_proto::{
     DESCRIPTORS,
@@ -36,9 +38,13 @@ use weft_proto::{
 
 use super::{
     accept::{Visitor, for_all, for_owner},
-    calls, documents, records, registries,
-    service::Service,
-    topics,
+    calls::CallService,
+    documents::DocumentService,
+    models::ModelService,
+    node::NodeService,
+    records::RecordService,
+    registries::RegistryService,
+    topics::TopicService,
 };
 use crate::exit::Failure;
 
@@ -53,7 +59,7 @@ const MAX_SOCKET_PATH: usize = 103;
 
 /// The files through which clients of a home find its API.
 #[derive(Debug, Clone)]
-pub(crate) struct Files {
+pub(crate) struct ApiFiles {
     pub(crate) folder: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) token: PathBuf,
@@ -61,7 +67,7 @@ pub(crate) struct Files {
     pub(crate) address: PathBuf,
 }
 
-impl Files {
+impl ApiFiles {
     pub(crate) fn of(home: &Path) -> Self {
         let folder = home.join("api");
         Self {
@@ -80,14 +86,14 @@ impl Files {
 
 /// The running API.
 #[derive(Debug)]
-pub(crate) struct Endpoint {
-    files: Files,
+pub(crate) struct ApiServer {
+    files: ApiFiles,
     names: Vec<String>,
     stop: Option<oneshot::Sender<()>>,
     servers: Vec<JoinHandle<Result<(), Error>>>,
 }
 
-impl Endpoint {
+impl ApiServer {
     /// Serves the API of `node`.
     pub(crate) async fn serve(node: Node, address: SocketAddr) -> Result<Self, Failure> {
         if !address.ip().is_loopback() {
@@ -96,7 +102,7 @@ impl Endpoint {
             ))
             .hint("Use --api 127.0.0.1:PORT; reach it from elsewhere through ssh -L, say."));
         }
-        let files = Files::of(node.home());
+        let files = ApiFiles::of(node.home());
         let failed = |what: &Path| {
             let what = what.display().to_string();
             move |error: io::Error| {
@@ -137,20 +143,23 @@ impl Endpoint {
             tracing::warn!(path = %files.socket.display(), "too long for a Unix socket: the API is on TCP only");
             None
         };
-        let service = Service::new(node, names.clone());
+        let served = Served {
+            service: NodeService::new(node.clone(), names.clone()),
+            node,
+        };
         let (stop, stopped) = oneshot::channel::<()>();
         // An error means that the sender is gone, which is the same wish.
         let stopped = stopped.map(drop).shared();
         let token = Arc::new(token);
         let mut servers = vec![tokio::spawn(serve_tcp(
-            service.clone(),
+            served.clone(),
             tcp,
             token,
             stopped.clone(),
         ))];
         if let Some(socket) = socket {
             servers.push(tokio::spawn(async move {
-                router(server(), service)
+                router(server(), served)
                     .await
                     .serve_with_incoming_shutdown(for_owner(socket), stopped)
                     .await
@@ -170,7 +179,7 @@ impl Endpoint {
     }
 
     /// The files through which clients find it.
-    pub(crate) fn files(&self) -> &Files {
+    pub(crate) fn files(&self) -> &ApiFiles {
         &self.files
     }
 
@@ -194,7 +203,7 @@ impl Endpoint {
 }
 
 async fn serve_tcp(
-    service: Service,
+    served: Served,
     tcp: TcpListener,
     token: Arc<String>,
     stopped: Shared<impl Future<Output = ()> + Send + 'static>,
@@ -221,45 +230,56 @@ async fn serve_tcp(
         }
     };
     let server = server().layer(InterceptorLayer::new(check));
-    router(server, service)
+    router(server, served)
         .await
         .serve_with_incoming_shutdown(for_all(tcp), stopped)
         .await
 }
 
-/// Returns a builder of an API server, with keep-alive pings on its connections.
+/// The span of a request: log lines written while it is handled name the method.
+fn request_span<B>(request: &http::Request<B>) -> Span {
+    tracing::info_span!(
+        "request",
+        method = request.uri().path().trim_start_matches('/')
+    )
+}
+
+/// Returns a builder of an API server, with a span for each request and keep-alive pings on its connections.
 fn server() -> Server {
     Server::builder()
+        .trace_fn(request_span)
         .http2_keepalive_interval(Some(ALIVE))
         .http2_keepalive_timeout(Some(ALIVE))
 }
 
+/// The node, and its service that all servers share: changes through one must not undo those through another.
+#[derive(Debug, Clone)]
+struct Served {
+    node: Node,
+    service: NodeService,
+}
+
 /// All services on one server: ours, health, reflection.
-async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> {
+async fn router<L: Clone>(mut server: Server<L>, served: Served) -> Router<L> {
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<NodeServer<Service>>().await;
-    health.set_serving::<ModelsServer<Service>>().await;
-    health.set_serving::<CallsServer<calls::Service>>().await;
-    health.set_serving::<TopicsServer<topics::Service>>().await;
+    health.set_serving::<NodeServer<NodeService>>().await;
+    health.set_serving::<ModelsServer<ModelService>>().await;
+    health.set_serving::<CallsServer<CallService>>().await;
+    health.set_serving::<TopicsServer<TopicService>>().await;
+    health.set_serving::<RecordsServer<RecordService>>().await;
     health
-        .set_serving::<RecordsServer<records::Service>>()
+        .set_serving::<DocumentsServer<DocumentService>>()
         .await;
     health
-        .set_serving::<DocumentsServer<documents::Service>>()
+        .set_serving::<RegistriesServer<RegistryService>>()
         .await;
-    health
-        .set_serving::<RegistriesServer<registries::Service>>()
-        .await;
-    let documents = documents::Service::new(service.node().clone());
-    let registries = registries::Service::new(service.node().clone());
-    let calls = calls::Service::new(service.node().clone());
-    let topics = topics::Service::new(service.node().clone());
-    let records = records::Service::new(service.node().clone());
+    let Served { node, service } = served;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
+    let calls = CallsServer::new(CallService::new(node.clone()));
     server
         .add_service(health_service)
         .add_service(
@@ -272,13 +292,13 @@ async fn router<L: Clone>(mut server: Server<L>, service: Service) -> Router<L> 
                 .build_v1alpha()
                 .expect("the schemas are those this was built from"),
         )
-        .add_service(CallsServer::new(calls).max_decoding_message_size(MAX_CALL_MESSAGE))
-        .add_service(TopicsServer::new(topics))
-        .add_service(RecordsServer::new(records))
-        .add_service(DocumentsServer::new(documents))
-        .add_service(RegistriesServer::new(registries))
-        .add_service(NodeServer::new(service.clone()))
-        .add_service(ModelsServer::new(service))
+        .add_service(calls.max_decoding_message_size(MAX_CALL_MESSAGE))
+        .add_service(TopicsServer::new(TopicService::new(node.clone())))
+        .add_service(RecordsServer::new(RecordService::new(node.clone())))
+        .add_service(DocumentsServer::new(DocumentService::new(node.clone())))
+        .add_service(RegistriesServer::new(RegistryService::new(node.clone())))
+        .add_service(NodeServer::new(service))
+        .add_service(ModelsServer::new(ModelService::new(node)))
 }
 
 /// In a time that does not depend on where they differ.
@@ -305,4 +325,19 @@ fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .open(&temporary)?;
     file.write_all(bytes)?;
     fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_span_of_a_request_names_the_method() {
+        tracing::subscriber::with_default(tracing_subscriber::registry(), || {
+            let span = request_span(&http::Request::new(()));
+            let metadata = span.metadata().expect("enabled");
+            assert_eq!(metadata.name(), "request");
+            assert!(metadata.fields().field("method").is_some());
+        });
+    }
 }

@@ -4,16 +4,17 @@ mod accept;
 mod calls;
 mod documents;
 mod endpoint;
+mod events;
+mod models;
+mod node;
 mod read;
 mod records;
 mod registries;
-mod service;
 mod status;
 mod storage;
 mod topics;
 
 pub(crate) use self::{
     calls::OF_CALL,
-    endpoint::{Endpoint, Files},
-    status::status,
+    endpoint::{ApiFiles, ApiServer},
 };

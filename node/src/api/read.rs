@@ -13,6 +13,7 @@ use weft::Reader;
 use weft_proto::api::ReadResponse;
 
 use super::status::{failed, invalid, status};
+use crate::reason::Reason;
 
 /// Bytes in one message.
 const PIECE: usize = 256 * 1024;
@@ -41,7 +42,7 @@ impl Reading {
         reader
             .seek(SeekFrom::Start(offset))
             .await
-            .map_err(|error| failed(error.to_string()))?;
+            .map_err(|error| failed(Reason::Store, error.to_string()))?;
         Ok(Self {
             reader,
             left: length.unwrap_or(u64::MAX).min(size - offset),
@@ -92,5 +93,5 @@ fn read_status(error: &std::io::Error) -> Status {
         }
         cause = inner.source();
     }
-    failed(error.to_string())
+    failed(Reason::Store, error.to_string())
 }

@@ -10,15 +10,16 @@ use weft_proto::api::{
 };
 
 use super::status::{failed, status};
+use crate::reason::Reason;
 
 /// Implements the service.
 #[derive(Debug, Clone)]
-pub(crate) struct Service {
+pub(super) struct RecordService {
     node: Node,
 }
 
-impl Service {
-    pub(crate) fn new(node: Node) -> Self {
+impl RecordService {
+    pub(super) fn new(node: Node) -> Self {
         Self { node }
     }
 }
@@ -44,7 +45,7 @@ fn event(what: What) -> RecordEvent {
 }
 
 #[tonic::async_trait]
-impl Records for Service {
+impl Records for RecordService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<RecordEvent, Status>> + Send>>;
 
     async fn put(
@@ -103,7 +104,7 @@ impl Records for Service {
                     publisher: publisher.to_string(),
                     subkey,
                 }),
-                other => return Some((Err(failed(format!("{other:?}"))), watch)),
+                other => return Some((Err(failed(Reason::Other, format!("{other:?}"))), watch)),
             };
             Some((Ok(event(what)), watch))
         });

@@ -17,7 +17,7 @@ use super::{
 
 /// Implements the service.
 #[derive(Debug, Clone)]
-pub(crate) struct Service {
+pub(super) struct RegistryService {
     node: Node,
 }
 
@@ -83,8 +83,8 @@ fn listed(model: ListedModel) -> api::ListedModel {
     }
 }
 
-impl Service {
-    pub(crate) fn new(node: Node) -> Self {
+impl RegistryService {
+    pub(super) fn new(node: Node) -> Self {
         Self { node }
     }
 
@@ -100,7 +100,7 @@ impl Service {
 }
 
 #[tonic::async_trait]
-impl Registries for Service {
+impl Registries for RegistryService {
     type ListModelsStream = Pin<Box<dyn Stream<Item = Result<api::ListedModel, Status>> + Send>>;
 
     async fn create(

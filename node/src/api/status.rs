@@ -1,97 +1,133 @@
-//! Errors of the node as gRPC's.
+//! Errors of the SDK as reasons, and reasons as statuses of gRPC and as failures of the program.
 
 use std::collections::HashMap;
 
-use tonic::{Code, Status};
+use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt};
 use weft::{
     ConnectError, DiskError, DocumentError, DocumentStoreError, EditError, Error, ExportError,
-    FindError, HfCacheError, HomeError, IndexError, LockError, OpenError, PingError,
+    FindError, HfCacheError, HomeError, IndexError, LockError, OpenError, PeerId, PingError,
     SelectionError, SpawnError, TopicError,
 };
 
-/// Whose reasons these are, in `google.rpc.ErrorInfo`.
+use crate::{exit::Failure, reason::Reason};
+
+/// The domain of the reasons in `google.rpc.ErrorInfo`.
 const DOMAIN: &str = "weft";
 
-/// The status for an error: a code, the message, and an `ErrorInfo` whose reason programs can rely on.
-pub(crate) fn status(error: &Error) -> Status {
+/// Returns the status for an error: a code, the message, and an `ErrorInfo` whose reason programs can rely on.
+pub(super) fn status(error: &Error) -> Status {
     let mut metadata = HashMap::new();
-    let (code, reason) = match error {
-        Error::NoSuchName { .. } => (Code::NotFound, "NO_SUCH_NAME"),
-        Error::NoSuchModel(_) => (Code::NotFound, "NO_SUCH_MODEL"),
-        Error::NoSuchFile { .. } => (Code::NotFound, "NO_SUCH_FILE"),
-        Error::Selection(SelectionError::NoMatch { .. }) => (Code::NotFound, "NO_MATCH"),
-        Error::Selection(_) | Error::FilePattern(_) => (Code::InvalidArgument, "INVALID_INPUT"),
-        Error::Result(_) => (Code::DataLoss, "INVALID_CONTENT"),
-        Error::NoProvider { .. } => (Code::Unavailable, "NO_PROVIDER"),
-        Error::Disconnected(_) => (Code::Unavailable, "DISCONNECTED"),
-        Error::SeveralPublishers { publishers, .. } => {
-            let list: Vec<String> = publishers
-                .iter()
-                .map(|(peer, _)| peer.to_string())
-                .collect();
-            metadata.insert("publishers".to_owned(), list.join(","));
-            (Code::FailedPrecondition, "SEVERAL_PUBLISHERS")
-        }
-        Error::TargetExists { .. } => (Code::AlreadyExists, "TARGET_EXISTS"),
-        Error::DiskFull { .. } | Error::Disk(DiskError::Full) => {
-            (Code::ResourceExhausted, "DISK_FULL")
-        }
-        Error::QuotaExceeded { .. } => (Code::ResourceExhausted, "QUOTA_EXCEEDED"),
-        Error::Tagged { .. } => (Code::FailedPrecondition, "TAGGED"),
-        Error::OtherNames { .. } => (Code::FailedPrecondition, "OTHER_NAMES"),
-        Error::NoSuchTag(_) => (Code::NotFound, "NO_SUCH_TAG"),
-        Error::Tag(_) => (Code::InvalidArgument, "INVALID_INPUT"),
-        Error::Busy(_) => (Code::Aborted, "BUSY"),
-        Error::HfCache(error) => of_hf_cache(error),
-        Error::Index(IndexError::Names(_)) => (Code::InvalidArgument, "UNPORTABLE_NAMES"),
-        Error::Index(IndexError::NothingLeft { .. }) => (Code::InvalidArgument, "NOTHING_TO_ADD"),
-        Error::Index(IndexError::Strict(_)) => (Code::InvalidArgument, "UNREADABLE_FILES"),
-        Error::Index(IndexError::Changed(_)) => (Code::Aborted, "CHANGED"),
-        Error::Record(_)
-        | Error::Index(_)
-        | Error::Name(_)
-        | Error::Target(_)
-        | Error::Address(_) => (Code::InvalidArgument, "INVALID_INPUT"),
-        Error::Home(HomeError::InUse(_)) => (Code::FailedPrecondition, "HOME_IN_USE"),
-        Error::Home(_) => (Code::FailedPrecondition, "HOME"),
-        Error::InvalidContent { .. } => (Code::DataLoss, "INVALID_CONTENT"),
-        Error::Network(SpawnError::Bootstrap(_)) => (Code::InvalidArgument, "INVALID_INPUT"),
-        Error::Network(_) => (Code::Internal, "NETWORK"),
-        Error::Connect(ConnectError::Stopped)
-        | Error::Ping(PingError::Open(OpenError::Stopped)) => (Code::Unavailable, "STOPPED"),
-        Error::Connect(_) | Error::Ping(_) => (Code::Unavailable, "UNREACHABLE"),
-        Error::Topic(TopicError::Name(_) | TopicError::TooLarge(_)) => {
-            (Code::InvalidArgument, "INVALID_INPUT")
-        }
-        Error::Topic(TopicError::TooMany) => (Code::ResourceExhausted, "TOO_MANY_TOPICS"),
-        Error::Topic(TopicError::Busy) => (Code::ResourceExhausted, "BUSY"),
-        Error::Topic(_) => (Code::Internal, "TOPIC"),
-        Error::Document(error) => of_document(error),
-        Error::NotWriter { .. } | Error::NotOwner { .. } => (Code::PermissionDenied, "NOT_ALLOWED"),
-        Error::NotListed { .. } => (Code::NotFound, "NOT_LISTED"),
-        Error::Followed(_) => (Code::FailedPrecondition, "FOLLOWED"),
-        Error::NotFollowed(_) => (Code::NotFound, "NOT_FOLLOWED"),
-        Error::NotPublisher { .. } => (Code::PermissionDenied, "NOT_PUBLISHER"),
-        Error::NotAdministrator { .. } => (Code::PermissionDenied, "NOT_ADMINISTRATOR"),
-        Error::NotRegistry(_) | Error::Pattern(_) => (Code::InvalidArgument, "INVALID_INPUT"),
-        Error::Value(_) | Error::NoKey(_) => (Code::InvalidArgument, "INVALID_INPUT"),
-        Error::Stopped => (Code::Unavailable, "STOPPED"),
-        _ => (Code::Internal, "STORE"),
-    };
-    let (code, reason) = of_system(error).unwrap_or((code, reason));
+    if let Error::SeveralPublishers { publishers, .. } = error {
+        let peers = publishers.iter().map(|(peer, _)| peer.to_string());
+        let peers = peers.collect::<Vec<_>>().join(",");
+        metadata.insert("publishers".to_owned(), peers);
+    }
+    with_reason(Reason::from(error), message(error), metadata)
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::new(Reason::from(&error), message(&error))
+    }
+}
+
+/// Returns the text of an error, with the publishers that claim a name.
+fn message(error: &Error) -> String {
     let mut message = error.to_string();
     if let Error::SeveralPublishers { publishers, .. } = error {
         for (peer, model) in publishers {
             message.push_str(&format!("\n  {peer} says it is {model}"));
         }
     }
-    let details = ErrorDetails::with_error_info(reason, DOMAIN, metadata);
-    Status::with_error_details(code, message, details)
+    message
+}
+
+/// Returns the status for a failure of this side that is no error of the SDK. It has a reason, so that no client takes
+/// it for a lost connection.
+pub(super) fn failed(reason: Reason, message: impl Into<String>) -> Status {
+    with_reason(reason, message, HashMap::new())
+}
+
+/// Refuses a request of a client.
+pub(super) fn invalid(message: impl Into<String>) -> Status {
+    failed(Reason::InvalidInput, message)
+}
+
+/// Reads a PeerId of a request.
+pub(super) fn peer_id(text: &str) -> Result<PeerId, Status> {
+    text.parse()
+        .map_err(|_| invalid(format!("not a PeerId: {text}")))
+}
+
+fn with_reason(
+    reason: Reason,
+    message: impl Into<String>,
+    metadata: HashMap<String, String>,
+) -> Status {
+    let details = ErrorDetails::with_error_info(reason.name(), DOMAIN, metadata);
+    Status::with_error_details(reason.grpc_code(), message, details)
+}
+
+impl From<&Error> for Reason {
+    fn from(error: &Error) -> Self {
+        if let Some(reason) = of_system(error) {
+            return reason;
+        }
+        match error {
+            Error::NoSuchName { .. } => Self::NoSuchName,
+            Error::NoSuchModel(_) => Self::NoSuchModel,
+            Error::NoSuchFile { .. } => Self::NoSuchFile,
+            Error::Selection(SelectionError::NoMatch { .. }) => Self::NoMatch,
+            Error::NoProvider { .. } => Self::NoProvider,
+            Error::Disconnected(_) => Self::Disconnected,
+            Error::SeveralPublishers { .. } => Self::SeveralPublishers,
+            Error::TargetExists { .. } => Self::TargetExists,
+            Error::DiskFull { .. } | Error::Disk(DiskError::Full) => Self::DiskFull,
+            Error::QuotaExceeded { .. } => Self::QuotaExceeded,
+            Error::Tagged { .. } => Self::Tagged,
+            Error::OtherNames { .. } => Self::OtherNames,
+            Error::NoSuchTag(_) => Self::NoSuchTag,
+            Error::Busy(_) => Self::Busy,
+            Error::Result(_) | Error::InvalidContent { .. } => Self::InvalidContent,
+            Error::HfCache(error) => of_hf_cache(error),
+            Error::Index(error) => of_index(error),
+            Error::Home(HomeError::InUse(_)) => Self::HomeInUse,
+            Error::Home(_) => Self::Home,
+            Error::Network(SpawnError::Bootstrap(_)) => Self::InvalidInput,
+            Error::Network(_) => Self::Network,
+            Error::Connect(ConnectError::Stopped)
+            | Error::Ping(PingError::Open(OpenError::Stopped))
+            | Error::Stopped => Self::Stopped,
+            Error::Connect(_) | Error::Ping(_) => Self::Unreachable,
+            Error::Topic(error) => of_topic(error),
+            Error::Document(error) => of_document(error),
+            Error::NotWriter { .. } | Error::NotOwner { .. } => Self::NotAllowed,
+            Error::NotListed { .. } => Self::NotListed,
+            Error::Followed(_) => Self::Followed,
+            Error::NotFollowed(_) => Self::NotFollowed,
+            Error::NotPublisher { .. } => Self::NotPublisher,
+            Error::NotAdministrator { .. } => Self::NotAdministrator,
+            Error::Address(_)
+            | Error::FilePattern(_)
+            | Error::Name(_)
+            | Error::NoKey(_)
+            | Error::NotRegistry(_)
+            | Error::Pattern(_)
+            | Error::Record(_)
+            | Error::Selection(_)
+            | Error::Tag(_)
+            | Error::Target(_)
+            | Error::Value(_) => Self::InvalidInput,
+            Error::Store(_) | Error::Disk(_) => Self::Store,
+            // One that this program does not know yet, or that has no reason of its own.
+            _ => Self::Other,
+        }
+    }
 }
 
 /// The reason for an error of the system on a file, wherever it was met: what to do about it is the same everywhere.
-fn of_system(error: &Error) -> Option<(Code, &'static str)> {
+fn of_system(error: &Error) -> Option<Reason> {
     use std::io::ErrorKind;
 
     let places = matches!(
@@ -103,11 +139,9 @@ fn of_system(error: &Error) -> Option<(Code, &'static str)> {
         if let Some(error) = error.downcast_ref::<std::io::Error>() {
             return match error.kind() {
                 ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-                    Some((Code::FailedPrecondition, "PERMISSION"))
+                    Some(Reason::Permission)
                 }
-                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-                    Some((Code::ResourceExhausted, "DISK_FULL"))
-                }
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Some(Reason::DiskFull),
                 _ => None,
             };
         }
@@ -116,55 +150,56 @@ fn of_system(error: &Error) -> Option<(Code, &'static str)> {
     None
 }
 
-fn of_hf_cache(error: &HfCacheError) -> (Code, &'static str) {
+fn of_index(error: &IndexError) -> Reason {
+    match error {
+        IndexError::Names(_) => Reason::UnportableNames,
+        IndexError::NothingLeft { .. } => Reason::NothingToAdd,
+        IndexError::Strict(_) => Reason::UnreadableFiles,
+        IndexError::Changed(_) => Reason::Changed,
+        _ => Reason::InvalidInput,
+    }
+}
+
+fn of_hf_cache(error: &HfCacheError) -> Reason {
     match error {
         HfCacheError::Name(_) | HfCacheError::NoRepo | HfCacheError::Selection => {
-            (Code::InvalidArgument, "INVALID_INPUT")
+            Reason::InvalidInput
         }
-        HfCacheError::Find(FindError::Name(_)) => (Code::InvalidArgument, "INVALID_INPUT"),
+        HfCacheError::Find(FindError::Name(_)) => Reason::InvalidInput,
         HfCacheError::Find(
             FindError::NoSuchRepo { .. }
             | FindError::NoSuchRevision { .. }
             | FindError::NoFiles { .. },
-        ) => (Code::NotFound, "NOT_IN_CACHE"),
-        HfCacheError::Export(ExportError::Conflict { .. }) => {
-            (Code::AlreadyExists, "TARGET_EXISTS")
-        }
-        HfCacheError::Export(ExportError::Lock(LockError::Held { .. })) => (Code::Aborted, "BUSY"),
-        _ => (Code::FailedPrecondition, "HF_CACHE"),
+        ) => Reason::NotInCache,
+        HfCacheError::Export(ExportError::Conflict { .. }) => Reason::TargetExists,
+        HfCacheError::Export(ExportError::Lock(LockError::Held { .. })) => Reason::Busy,
+        _ => Reason::HfCache,
     }
 }
 
-fn of_document(error: &DocumentError) -> (Code, &'static str) {
+fn of_topic(error: &TopicError) -> Reason {
     match error {
-        DocumentError::Unknown(_) => (Code::NotFound, "NO_SUCH_DOCUMENT"),
-        DocumentError::NotYet(_) => (Code::FailedPrecondition, "NOT_ARRIVED"),
-        DocumentError::NotWriter { .. } | DocumentError::NotOwner { .. } => {
-            (Code::PermissionDenied, "NOT_ALLOWED")
-        }
-        DocumentError::Edit(EditError::NotFound(_)) => (Code::NotFound, "NOTHING_THERE"),
-        DocumentError::Store(DocumentStoreError::Document { .. }) => {
-            (Code::DataLoss, "DOCUMENT_DAMAGED")
-        }
-        DocumentError::Store(DocumentStoreError::Full) => (Code::ResourceExhausted, "DISK_FULL"),
-        DocumentError::Store(_) => (Code::Internal, "STORE"),
-        DocumentError::TooLarge { .. } => (Code::ResourceExhausted, "TOO_LARGE"),
-        DocumentError::ImportIncomplete(_) => (Code::DataLoss, "IMPORT_INCOMPLETE"),
-        DocumentError::Stopped => (Code::Unavailable, "STOPPED"),
-        _ => (Code::InvalidArgument, "INVALID_INPUT"),
+        TopicError::Name(_) | TopicError::TooLarge(_) => Reason::InvalidInput,
+        TopicError::TooMany => Reason::TooManyTopics,
+        TopicError::Busy => Reason::TopicBusy,
+        _ => Reason::Topic,
     }
 }
 
-/// A failure of this side that has no name of its own: with a reason, so that no client takes it for a lost connection.
-pub(crate) fn failed(message: impl Into<String>) -> Status {
-    let details = ErrorDetails::with_error_info("STORE", DOMAIN, HashMap::new());
-    Status::with_error_details(Code::Internal, message, details)
-}
-
-/// Refuses what a client sent.
-pub(crate) fn invalid(message: impl Into<String>) -> Status {
-    let details = ErrorDetails::with_error_info("INVALID_INPUT", DOMAIN, HashMap::new());
-    Status::with_error_details(Code::InvalidArgument, message, details)
+fn of_document(error: &DocumentError) -> Reason {
+    match error {
+        DocumentError::Unknown(_) => Reason::NoSuchDocument,
+        DocumentError::NotYet(_) => Reason::NotArrived,
+        DocumentError::NotWriter { .. } | DocumentError::NotOwner { .. } => Reason::NotAllowed,
+        DocumentError::Edit(EditError::NotFound(_)) => Reason::NothingThere,
+        DocumentError::Store(DocumentStoreError::Document { .. }) => Reason::DocumentDamaged,
+        DocumentError::Store(DocumentStoreError::Full) => Reason::DiskFull,
+        DocumentError::Store(_) => Reason::Store,
+        DocumentError::TooLarge { .. } => Reason::TooLarge,
+        DocumentError::ImportIncomplete(_) => Reason::ImportIncomplete,
+        DocumentError::Stopped => Reason::Stopped,
+        _ => Reason::InvalidInput,
+    }
 }
 
 #[cfg(test)]

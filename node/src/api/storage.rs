@@ -1,48 +1,12 @@
-//! Tags, collection, quota and verification over the SDK: a part of the service `Models`.
+//! Collection, quota and verification over the SDK: a part of the service `Models`.
 
 use tonic::{Response, Status};
 use weft::{Condition, Node, Storage, Verified, VerifiedFile, VerifyPhase, VerifyProgress};
 use weft_proto::api::{self, verify_event};
 
-use super::{
-    service::{Events, model},
-    status::status,
-};
+use super::{events::Events, status::status};
 
 pub(super) type VerifyEvents = Events<VerifyProgress, Verified, api::VerifyEvent>;
-
-pub(super) async fn tag(
-    node: &Node,
-    request: api::TagRequest,
-) -> Result<Response<api::TagResponse>, Status> {
-    let tagged = node.models().tag(&request.tag, &request.model).await;
-    let tagged = tagged.map_err(|error| status(&error))?;
-    Ok(Response::new(api::TagResponse {
-        model: Some(model(tagged)),
-    }))
-}
-
-pub(super) async fn untag(
-    node: &Node,
-    request: api::UntagRequest,
-) -> Result<Response<api::UntagResponse>, Status> {
-    let model = node.models().untag(&request.tag).await;
-    Ok(Response::new(api::UntagResponse {
-        model_id: model.map_err(|error| status(&error))?.to_string(),
-    }))
-}
-
-pub(super) async fn tags(node: &Node) -> Result<Response<api::TagsResponse>, Status> {
-    let tags = node.models().tags().await;
-    let tags = tags.map_err(|error| status(&error))?.into_iter();
-    let tags = tags.map(|tag| api::Tag {
-        tag: tag.name,
-        model_id: tag.model.to_string(),
-    });
-    Ok(Response::new(api::TagsResponse {
-        tags: tags.collect(),
-    }))
-}
 
 pub(super) async fn gc(
     node: &Node,

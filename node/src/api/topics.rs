@@ -13,12 +13,12 @@ use super::status::{invalid, status};
 
 /// Implements the service.
 #[derive(Debug, Clone)]
-pub(crate) struct Service {
+pub(super) struct TopicService {
     node: Node,
 }
 
-impl Service {
-    pub(crate) fn new(node: Node) -> Self {
+impl TopicService {
+    pub(super) fn new(node: Node) -> Self {
         Self { node }
     }
 }
@@ -28,7 +28,7 @@ fn event(what: What) -> TopicEvent {
 }
 
 #[tonic::async_trait]
-impl Topics for Service {
+impl Topics for TopicService {
     type SubscribeStream = Pin<Box<dyn Stream<Item = Result<TopicEvent, Status>> + Send>>;
 
     async fn publish(

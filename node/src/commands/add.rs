@@ -1,7 +1,5 @@
 //! `weft add`.
 
-use crate::output::{err, out};
-
 use serde_json::{Value, json};
 use tonic::Streaming;
 use weft_proto::api::{
@@ -19,8 +17,11 @@ use crate::{
     cli::Add,
     client::Client,
     exit::Failure,
-    output::{self, Meter},
-    stop::Stop,
+    reason::Reason,
+    terminal::{
+        output::{self, Meter, err, out},
+        stop::Stop,
+    },
 };
 
 pub(crate) async fn run(client: &Client, options: Add, as_json: bool) -> Result<(), Failure> {
@@ -254,7 +255,7 @@ fn print_cache(
     };
     let result = match done.failed.is_empty() {
         true => Ok(()),
-        false => Err(Failure::silent(1, "HF_CACHE")),
+        false => Err(Failure::silent(Reason::HfCache)),
     };
     if as_json {
         let added = added().map(|(repos, done)| {

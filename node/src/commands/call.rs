@@ -10,7 +10,7 @@ use std::{
 use futures::{StreamExt, stream};
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage, MethodDescriptor, ServiceDescriptor};
-use serde_json::{Deserializer, json};
+use serde_json::{Deserializer, Value, json};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use weft::PeerId;
@@ -24,11 +24,14 @@ use weft_proto::{
 
 use crate::{
     api::OF_CALL,
-    cli::{Call, Service},
+    cli::{Call, ServiceOptions},
     client::Client,
     exit::Failure,
-    input,
-    output::{self, out, out_raw, printable},
+    reason::Reason,
+    terminal::{
+        input,
+        output::{self, out, out_raw, printable},
+    },
 };
 
 /// Lines of standard input that wait to be sent.
@@ -41,35 +44,7 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
         let made = std::fs::create_dir_all(folder);
         made.map_err(|error| Failure::other(format!("{}: {error}", folder.display())))?;
     }
-    let metadata = options
-        .metadata
-        .iter()
-        .map(|pair| {
-            let (name, value) = pair.split_once('=').ok_or_else(|| {
-                Failure::usage(format!("--metadata {pair}: it must be NAME=VALUE"))
-            })?;
-            Ok(CallMetadata {
-                name: name.to_owned(),
-                value: value.as_bytes().to_vec(),
-            })
-        })
-        .collect::<Result<_, Failure>>()?;
-    let timeout_millis = options
-        .timeout
-        .map(|seconds| (seconds.max(0.0) * 1e3) as u64);
-    let chosen = FindServiceRequest {
-        labels: labels(&options.label)?,
-        only: options.only.iter().map(ToString::to_string).collect(),
-        trusted: options.trusted,
-        ..FindServiceRequest::default()
-    };
-    let begin = CallBegin {
-        timeout_millis,
-        metadata,
-        bulk: options.bulk,
-        ..whom(&options.peer, chosen)?
-    };
-    let failed = |status| failed(status, &options.peer);
+    let begin = begin(&options)?;
     let pool = schemas(client, &begin, &options.peer).await?;
     let Some(name) = &options.method else {
         list(pool.services(), &options.peer, as_json);
@@ -93,14 +68,61 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
         unary: !method.is_client_streaming() && !method.is_server_streaming(),
         ..begin
     };
-    let mut answers = match options.data.as_slice() {
-        [data] if data == "-" && !method.is_client_streaming() => {
+    let messages = messages(&method, &options.data, attachments).await?;
+    let answers = call(client, begin, messages, &options.peer).await?;
+    show(answers, &method, &options).await
+}
+
+/// The beginning of a call of no method yet: the peer or service, the metadata and the deadline.
+fn begin(options: &Call) -> Result<CallBegin, Failure> {
+    let metadata = options
+        .metadata
+        .iter()
+        .map(|pair| {
+            let (name, value) = pair.split_once('=').ok_or_else(|| {
+                Failure::usage(format!("--metadata {pair}: it must be NAME=VALUE"))
+            })?;
+            Ok(CallMetadata {
+                name: name.to_owned(),
+                value: value.as_bytes().to_vec(),
+            })
+        })
+        .collect::<Result<_, Failure>>()?;
+    let timeout_millis = options
+        .timeout
+        .map(|seconds| (seconds.max(0.0) * 1e3) as u64);
+    let chosen = FindServiceRequest {
+        labels: labels(&options.label)?,
+        only: options.only.iter().map(ToString::to_string).collect(),
+        trusted: options.trusted,
+        ..FindServiceRequest::default()
+    };
+    Ok(CallBegin {
+        timeout_millis,
+        metadata,
+        bulk: options.bulk,
+        ..whom(&options.peer, chosen)?
+    })
+}
+
+/// Messages to send, in order.
+type Messages = stream::BoxStream<'static, CallMessage>;
+
+/// The messages that --data gives, the first with the attachments.
+async fn messages(
+    method: &MethodDescriptor,
+    data: &[String],
+    attachments: Vec<CallAttachment>,
+) -> Result<Messages, Failure> {
+    let streams = method.is_client_streaming();
+    match data {
+        [data] if data == "-" && !streams => {
             let text = input::read_text(u64::MAX).await?;
             let messages = text.lines().filter(|line| !line.trim().is_empty());
             let messages: Vec<_> = messages.collect();
-            let mut message = encode(&method, one(&method, &messages)?.unwrap_or("{}"))?;
+            let mut message = encode(method, one(method, &messages)?.unwrap_or("{}"))?;
             message.attachments = attachments;
-            call(client, begin, stream::iter([message]), &options.peer).await?
+            Ok(stream::iter([message]).boxed())
         }
         [data] if data == "-" => {
             let mut attachments = Some(attachments);
@@ -108,27 +130,36 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
                 attachments: attachments.take().unwrap_or_default(),
                 ..message
             });
-            call(client, begin, lines, &options.peer).await?
+            Ok(lines.boxed())
         }
         data => {
-            if !method.is_client_streaming() {
-                one(&method, data)?;
+            if !streams {
+                one(method, data)?;
             }
             let empty = ["{}".to_owned()];
             let data = match data {
-                [] if !method.is_client_streaming() => &empty[..],
+                [] if !streams => &empty[..],
                 data => data,
             };
-            let messages: Result<Vec<_>, _> = data.iter().map(|d| encode(&method, d)).collect();
+            let messages: Result<Vec<_>, _> = data.iter().map(|d| encode(method, d)).collect();
             let mut messages = messages?;
             match messages.first_mut() {
                 Some(first) => first.attachments = attachments,
                 None if attachments.is_empty() => {}
                 None => return Err(Failure::usage("--attach needs a message: add --data JSON")),
             }
-            call(client, begin, stream::iter(messages), &options.peer).await?
+            Ok(stream::iter(messages).boxed())
         }
-    };
+    }
+}
+
+/// Prints the answers as they come, and saves their attachments if asked to.
+async fn show(
+    mut answers: Streaming<CallMessage>,
+    method: &MethodDescriptor,
+    options: &Call,
+) -> Result<(), Failure> {
+    let failed = |status| failed(status, &options.peer);
     let mut number = 0;
     while let Some(answer) = answers.message().await.map_err(failed)? {
         let message = DynamicMessage::decode(method.output(), answer.data.as_slice());
@@ -140,18 +171,8 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
         if !answer.attachments.is_empty() {
             let attachments = answer.attachments.iter().enumerate();
             let attachments = attachments.map(|(n, attachment)| {
-                let saved = options.save.as_ref().map(|folder| {
-                    let path = folder.join(format!("{number}-{n}.bin"));
-                    let written = std::fs::write(&path, &attachment.data);
-                    let failed = |error| Failure::other(format!("{}: {error}", path.display()));
-                    written.map_err(failed).map(|()| path.display().to_string())
-                });
-                Ok(json!({
-                    "dtype": attachment.dtype,
-                    "shape": attachment.shape,
-                    "bytes": attachment.data.len(),
-                    "saved": saved.transpose()?,
-                }))
+                let name = format!("{number}-{n}.bin");
+                attachment_json(attachment, &name, options.save.as_deref())
             });
             let attachments: Vec<_> = attachments.collect::<Result<_, Failure>>()?;
             text = json!({ "message": text, "attachments": attachments });
@@ -160,6 +181,26 @@ pub(super) async fn run(client: &Client, options: Call, as_json: bool) -> Result
         out!("{text}");
     }
     Ok(())
+}
+
+/// Describes an attachment, and writes it as a file of this name if a folder is given.
+fn attachment_json(
+    attachment: &CallAttachment,
+    name: &str,
+    folder: Option<&Path>,
+) -> Result<Value, Failure> {
+    let saved = folder.map(|folder| {
+        let path = folder.join(name);
+        let written = std::fs::write(&path, &attachment.data);
+        let failed = |error| Failure::other(format!("{}: {error}", path.display()));
+        written.map_err(failed).map(|()| path.display().to_string())
+    });
+    Ok(json!({
+        "dtype": attachment.dtype,
+        "shape": attachment.shape,
+        "bytes": attachment.data.len(),
+        "saved": saved.transpose()?,
+    }))
 }
 
 /// The only one of the messages for a method that takes one.
@@ -267,7 +308,7 @@ fn size_of(dtype: &str) -> Option<u64> {
 /// `weft service`.
 pub(super) async fn service(
     client: &Client,
-    options: Service,
+    options: ServiceOptions,
     as_json: bool,
 ) -> Result<(), Failure> {
     let request = FindServiceRequest {
@@ -408,7 +449,7 @@ enum Found {
 }
 
 fn find(pool: &DescriptorPool, name: &str, whom: &str) -> Result<Found, Failure> {
-    let no_such = |text: String| Failure::new(3, "NO_SUCH_METHOD", text);
+    let no_such = |text: String| Failure::new(Reason::NoSuchMethod, text);
     if !name.contains(['/', '.']) {
         let methods = pool
             .services()
@@ -551,9 +592,9 @@ fn failed(status: tonic::Status, whom: &str) -> Failure {
                     "Check that a node that offers it is up and that both share a bootstrap node; `weft service {whom}` shows who offers it."
                 ),
             };
-            Failure::new(4, "UNREACHABLE", status.message()).hint(hint)
+            Failure::new(Reason::Unreachable, status.message()).hint(hint)
         }
-        code => Failure::new(1, code.name(), format!("{code}: {}", status.message())),
+        code => Failure::answered(code, status.message()),
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 use weft::Target;
 use weft_proto::api::ReadRequest;
 
-use crate::{cli::Cat, client::Client, exit::Failure, output::Meter};
+use crate::{cli::Cat, client::Client, exit::Failure, terminal::output::Meter};
 
 /// The time without progress on standard error: short enough that nobody wonders, and long enough that content which
 /// is here is read without a word.

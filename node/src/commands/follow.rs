@@ -2,7 +2,10 @@
 
 use tonic::Streaming;
 
-use crate::{exit::Failure, output::Meter, stop::Stop};
+use crate::{
+    exit::Failure,
+    terminal::{output::Meter, stop::Stop},
+};
 
 /// What a stream of events says.
 pub(super) trait Event {

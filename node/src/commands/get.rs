@@ -1,7 +1,5 @@
 //! `weft get`.
 
-use crate::output::out;
-
 use std::{
     path::PathBuf,
     time::{Duration, Instant},
@@ -21,8 +19,10 @@ use crate::{
     cli::Get,
     client::Client,
     exit::Failure,
-    output::{self, Meter},
-    stop::Stop,
+    terminal::{
+        output::{self, Meter, out},
+        stop::Stop,
+    },
 };
 
 /// How often the providers are shown.

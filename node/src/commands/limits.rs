@@ -8,7 +8,7 @@ use crate::{
     cli::{AccessChange, RatesChange},
     client::Client,
     exit::Failure,
-    output::{out, out_raw, per_second, table},
+    terminal::output::{out, out_raw, per_second, table},
 };
 
 pub(super) async fn limits(client: &Client, as_json: bool) -> Result<(), Failure> {

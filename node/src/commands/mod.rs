@@ -1,7 +1,5 @@
 //! The subcommands.
 
-use crate::output::{out, out_raw};
-
 mod add;
 mod call;
 mod cat;
@@ -19,8 +17,6 @@ mod topic;
 mod trust;
 mod verify;
 
-pub(crate) use self::registry::{Former, Publisher};
-
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -30,8 +26,9 @@ use crate::{
     cli::{Cli, Command},
     client::Client,
     daemon, demo,
-    exit::{Failure, NOT_FOUND},
-    output,
+    exit::Failure,
+    reason::Reason,
+    terminal::output::{self, out, out_raw},
 };
 
 /// Runs one.
@@ -45,10 +42,10 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         None => weft::default_home().map_err(weft::Error::from)?,
     };
     if let Command::Up(options) = cli.command {
-        return daemon::up(home, options, json).await;
+        return daemon::up(&home, options, json).await;
     }
     if let Command::Relay(options) = cli.command {
-        return daemon::up(home, options.into(), json).await;
+        return daemon::up(&home, options.into(), json).await;
     }
     let client = Client::connect(&home).await?;
     match cli.command {
@@ -177,7 +174,7 @@ async fn status(client: &Client, as_json: bool) -> Result<(), Failure> {
         out!("clock      {warning}");
     }
     if status.disk_full {
-        out!("disk       {DISK_FULL}");
+        out!("disk       {}", output::FULL_DISK);
     }
     Ok(())
 }
@@ -188,11 +185,8 @@ fn all_were_there(absent: &[String], what: &str, hint: &str) -> Result<(), Failu
         return Ok(());
     }
     let text = format!("{what}: {}; all else was done as asked", absent.join(", "));
-    Err(Failure::new(NOT_FOUND, "NO_SUCH_ENTRY", text).hint(hint))
+    Err(Failure::new(Reason::NoSuchEntry, text).hint(hint))
 }
-
-/// Says that the disk of the home is full, and what to do.
-pub(crate) const DISK_FULL: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
 
 fn lowered_json(one: &api::LoweredLimits) -> serde_json::Value {
     json!({

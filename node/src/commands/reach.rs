@@ -11,8 +11,9 @@ use super::{clock_json, clock_warning};
 use crate::{
     cli::{Connect, Ping},
     client::Client,
-    exit::{Failure, NO_PROVIDER},
-    output::{self, out},
+    exit::Failure,
+    reason::Reason,
+    terminal::output::{self, out},
 };
 
 /// Between two looks at whether a path has become direct.
@@ -152,8 +153,7 @@ pub(super) async fn connect(
     }
     if wait.is_some() && direct.is_none() {
         return Err(Failure::new(
-            NO_PROVIDER,
-            "UNREACHABLE",
+            Reason::Unreachable,
             format!("the path to {} is still relayed", peer.peer_id),
         )
         .hint("It works as it is. `weft doctor` on both machines says what keeps them from a direct one."));
@@ -195,63 +195,79 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
         .doctor(api::DoctorRequest {})
         .await?
         .into_inner();
-    let relayed = known.relay_use.unwrap_or_default();
     let advice = advice(&known);
     if as_json {
-        let verified = known.verified_addresses.iter();
-        let verified = verified.map(|v| json!({ "address": v.address, "verdict": v.verdict }));
-        out!(
-            "{}",
-            json!({
-                "public_addresses": known.public_addresses,
-                "verified_addresses": verified.collect::<Vec<_>>(),
-                "mapped_addresses": known.mapped_addresses,
-                "observed_addresses": known.observed_addresses,
-                "tcp_mapping": known.tcp_mapping,
-                "quic_mapping": known.quic_mapping,
-                "tcp_filtering": known.tcp_filtering,
-                "quic_filtering": known.quic_filtering,
-                "udp": known.udp,
-                "ipv6": known.ipv6,
-                "relays": known.relays,
-                "lacks_relays": known.lacks_relays,
-                "port_mapping": known.port_mapping,
-                "tcp_port": known.tcp_port,
-                "quic_port": known.quic_port,
-                "bootstrap": known.bootstrap.iter().map(bootstrap_json).collect::<Vec<_>>(),
-                "is_relay": known.is_relay,
-                "relay_use": {
-                    "reservations": relayed.reservations,
-                    "circuits": relayed.circuits,
-                    "bytes": relayed.bytes,
-                    "refused": relayed.refused,
-                },
-                "clock": clock_json(known.clock.as_ref()),
-                "advice": advice,
-            })
-        );
+        out!("{}", doctor_json(&known, &advice));
         return Ok(());
     }
-    let list = |name: &str, all: &[String], none: &str| {
-        if all.is_empty() {
-            out!("{name}  {none}");
-        }
-        for (i, one) in all.iter().enumerate() {
-            let name = if i == 0 { name } else { "           " };
-            out!("{name}  {one}");
-        }
-    };
-    list(
+    show_addresses(&known);
+    show_nat(&known);
+    show_relays(&known);
+    if !advice.is_empty() {
+        out!();
+    }
+    for line in advice {
+        out!("{line}");
+    }
+    Ok(())
+}
+
+fn doctor_json(known: &api::DoctorResponse, advice: &[String]) -> Value {
+    let relayed = known.relay_use.unwrap_or_default();
+    let verified = known.verified_addresses.iter();
+    let verified = verified.map(|v| json!({ "address": v.address, "verdict": v.verdict }));
+    json!({
+        "public_addresses": known.public_addresses,
+        "verified_addresses": verified.collect::<Vec<_>>(),
+        "mapped_addresses": known.mapped_addresses,
+        "observed_addresses": known.observed_addresses,
+        "tcp_mapping": known.tcp_mapping,
+        "quic_mapping": known.quic_mapping,
+        "tcp_filtering": known.tcp_filtering,
+        "quic_filtering": known.quic_filtering,
+        "udp": known.udp,
+        "ipv6": known.ipv6,
+        "relays": known.relays,
+        "lacks_relays": known.lacks_relays,
+        "port_mapping": known.port_mapping,
+        "tcp_port": known.tcp_port,
+        "quic_port": known.quic_port,
+        "bootstrap": known.bootstrap.iter().map(bootstrap_json).collect::<Vec<_>>(),
+        "is_relay": known.is_relay,
+        "relay_use": {
+            "reservations": relayed.reservations,
+            "circuits": relayed.circuits,
+            "bytes": relayed.bytes,
+            "refused": relayed.refused,
+        },
+        "clock": clock_json(known.clock.as_ref()),
+        "advice": advice,
+    })
+}
+
+/// Prints a list under a name, or `none` for an empty one.
+fn show_list(name: &str, all: &[String], none: &str) {
+    if all.is_empty() {
+        out!("{name}  {none}");
+    }
+    for (i, one) in all.iter().enumerate() {
+        let name = if i == 0 { name } else { "           " };
+        out!("{name}  {one}");
+    }
+}
+
+fn show_addresses(known: &api::DoctorResponse) {
+    show_list(
         "reached at ",
         &known.public_addresses,
         "no stranger has reached this node yet",
     );
-    list(
+    show_list(
         "seen at    ",
         &known.observed_addresses,
         "nobody has told yet: connect to a peer outside this network",
     );
-    list(
+    show_list(
         "forwarded  ",
         &known.mapped_addresses,
         match known.port_mapping {
@@ -263,7 +279,10 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
     let verified: Vec<_> = verified
         .map(|v| format!("{}: {}", v.address, verdict(&v.verdict)))
         .collect();
-    list("tried      ", &verified, "nobody was asked yet");
+    show_list("tried      ", &verified, "nobody was asked yet");
+}
+
+fn show_nat(known: &api::DoctorResponse) {
     out!("NAT, TCP     {}", mapping(&known.tcp_mapping));
     out!("NAT, QUIC    {}", mapping(&known.quic_mapping));
     out!("lets in      TCP: {}", filtering(&known.tcp_filtering));
@@ -284,12 +303,16 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
             "no public address"
         }
     );
+}
+
+fn show_relays(known: &api::DoctorResponse) {
+    let relayed = known.relay_use.unwrap_or_default();
     let bootstrap = known.bootstrap.iter();
     let bootstrap: Vec<_> = bootstrap
         .map(|one| format!("{}: {}", one.address, bootstrap_state(one)))
         .collect();
-    list("bootstrap  ", &bootstrap, "none was given");
-    list("relays     ", &known.relays, "none");
+    show_list("bootstrap  ", &bootstrap, "none was given");
+    show_list("relays     ", &known.relays, "none");
     if known.lacks_relays && !known.relays.is_empty() {
         out!("             more are being looked for");
     }
@@ -306,19 +329,12 @@ pub(super) async fn doctor(client: &Client, as_json: bool) -> Result<(), Failure
     }
     out!(
         "clock        {}",
-        match known.clock {
-            Some(clock) if clock.is_wrong => clock.text,
-            Some(_) => "agrees with those of its peers".to_owned(),
-            None => "unknown: too few peers have told theirs".to_owned(),
+        match &known.clock {
+            Some(clock) if clock.is_wrong => clock.text.as_str(),
+            Some(_) => "agrees with those of its peers",
+            None => "unknown: too few peers have told theirs",
         }
     );
-    if !advice.is_empty() {
-        out!();
-    }
-    for line in advice {
-        out!("{line}");
-    }
-    Ok(())
 }
 
 /// What to change, if anything.

@@ -10,9 +10,12 @@ use weft_proto::api::{self, record_event::What};
 use crate::{
     cli::Record,
     client::Client,
-    exit::{Failure, NOT_FOUND},
-    input,
-    output::{self, out, out_raw, table},
+    exit::Failure,
+    reason::Reason,
+    terminal::{
+        input,
+        output::{self, out, out_raw, table},
+    },
 };
 
 /// Bytes read of standard input: one more than a value may have, so that the node says what is wrong.
@@ -75,7 +78,7 @@ async fn get(
     records.retain(|record| publishers.is_empty() || publishers.contains(&record.publisher));
     if records.is_empty() {
         let text = format!("nobody states anything under {key:?}");
-        return Err(Failure::new(NOT_FOUND, "NO_SUCH_RECORD", text).hint(
+        return Err(Failure::new(Reason::NoSuchRecord, text).hint(
             "Check the spelling, and that `weft status` shows peers; records end with their time.",
         ));
     }
@@ -163,8 +166,9 @@ async fn remove(
     let removed = client.records().remove(request).await?.into_inner();
     if !removed.existed {
         let text = format!("this node states nothing under {key:?} and that subkey");
-        return Err(Failure::new(NOT_FOUND, "NO_SUCH_RECORD", text)
-            .hint("`weft record ls` shows what it states."));
+        return Err(
+            Failure::new(Reason::NoSuchRecord, text).hint("`weft record ls` shows what it states.")
+        );
     }
     if as_json {
         out!("{}", json!({ "heard_by": removed.heard_by }));

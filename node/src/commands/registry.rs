@@ -3,15 +3,16 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use weft::{DocumentId, ModelName, NamePattern, PeerId};
+use weft::{DocumentId, ModelName, PeerId};
 use weft_proto::api;
 
 use super::all_were_there;
 use crate::{
-    cli::Registry,
+    cli::{Former, Publisher, Registry},
     client::Client,
-    exit::{Failure, NOT_FOUND},
-    output::{self, err, out, out_raw, table},
+    exit::Failure,
+    reason::Reason,
+    terminal::output::{self, err, out, out_raw, table},
 };
 
 pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Result<(), Failure> {
@@ -84,69 +85,6 @@ pub(super) async fn run(client: &Client, command: Registry, as_json: bool) -> Re
     }
 }
 
-/// `PEER`, or `PEER=PATTERN`.
-#[derive(Debug, Clone)]
-pub(crate) struct Publisher {
-    peer: PeerId,
-    pattern: NamePattern,
-}
-
-/// As [`Publisher`], but for all patterns if none is given.
-#[derive(Debug, Clone)]
-pub(crate) struct Former {
-    peer: PeerId,
-    pattern: Option<NamePattern>,
-}
-
-impl std::str::FromStr for Former {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (peer, pattern) = match text.split_once('=') {
-            Some((peer, pattern)) => (peer, Some(pattern)),
-            None => (text, None),
-        };
-        let peer = peer.parse().map_err(|_| {
-            format!("{peer:?} is no PeerId, which looks like 12D3KooW...: give PEER=PATTERN")
-        })?;
-        let pattern = pattern.map(str::parse).transpose();
-        let pattern = pattern.map_err(|error: weft::ParsePatternError| error.to_string())?;
-        Ok(Self { peer, pattern })
-    }
-}
-
-impl std::str::FromStr for Publisher {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let Former { peer, pattern } = text.parse()?;
-        let pattern = pattern.unwrap_or_else(NamePattern::all);
-        Ok(Self { peer, pattern })
-    }
-}
-
-impl Publisher {
-    fn to_api(&self) -> api::RegistryPublisher {
-        api::RegistryPublisher {
-            peer_id: self.peer.to_string(),
-            pattern: self.pattern.to_string(),
-        }
-    }
-}
-
-impl Former {
-    fn to_api(&self) -> api::RegistryPublisher {
-        api::RegistryPublisher {
-            peer_id: self.peer.to_string(),
-            pattern: self
-                .pattern
-                .as_ref()
-                .map(ToString::to_string)
-                .unwrap_or_default(),
-        }
-    }
-}
-
 fn registry_json(registry: &api::Registry) -> Value {
     let publisher =
         |one: &api::RegistryPublisher| json!({ "peer_id": one.peer_id, "pattern": one.pattern });
@@ -168,11 +106,9 @@ fn registry_json(registry: &api::Registry) -> Value {
 
 fn not_followed(id: DocumentId) -> Failure {
     Failure::new(
-        NOT_FOUND,
-        "NOT_FOLLOWED",
+        Reason::NotFollowed,
         format!("this node does not follow registry {id}"),
     )
-    .hint("`weft registry follow ID` does; `weft registry ls` shows which it follows.")
 }
 
 async fn find(client: &Client, id: DocumentId) -> Result<api::Registry, Failure> {
@@ -433,7 +369,7 @@ async fn withdraw(
     let answer = client.registries().withdraw(request).await?.into_inner();
     if !answer.existed {
         let text = format!("this node does not list {name} in registry {id}");
-        return Err(Failure::new(NOT_FOUND, "NO_SUCH_NAME", text)
+        return Err(Failure::new(Reason::NoSuchName, text)
             .hint("`weft registry ls ID` shows who lists what."));
     }
     match as_json {

@@ -1,7 +1,5 @@
 //! `weft ls`, `weft show`, `weft providers`, `weft rm`.
 
-use crate::output::{err, out, out_raw};
-
 use serde_json::{Value, json};
 use weft::Target;
 use weft_proto::api;
@@ -10,7 +8,7 @@ use crate::{
     cli::{Providers, Rm, Show},
     client::Client,
     exit::Failure,
-    output,
+    terminal::output::{self, err, out, out_raw},
 };
 
 pub(crate) async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {

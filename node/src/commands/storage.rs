@@ -4,15 +4,15 @@ use serde_json::{Value, json};
 use weft_proto::api;
 
 use crate::{
-    cli::{Gc, Quota, Storage},
+    cli::{Gc, Quota, StorageOptions},
     client::Client,
     exit::Failure,
-    output::{bytes, count, out},
+    terminal::output::{bytes, count, out},
 };
 
 pub(super) async fn storage(
     client: &Client,
-    options: Storage,
+    options: StorageOptions,
     as_json: bool,
 ) -> Result<(), Failure> {
     let now = match options.quota {

@@ -8,7 +8,7 @@ use crate::{
     cli::Tag,
     client::Client,
     exit::Failure,
-    output::{out, out_raw, table},
+    terminal::output::{out, out_raw, table},
 };
 
 pub(super) async fn run(client: &Client, command: Tag, as_json: bool) -> Result<(), Failure> {

@@ -8,8 +8,10 @@ use crate::{
     cli::Topic,
     client::Client,
     exit::Failure,
-    input,
-    output::{self, out, out_raw, printable, table},
+    terminal::{
+        input,
+        output::{self, out, out_raw, printable, table},
+    },
 };
 
 /// Bytes read of standard input: one more than a message may have, so that the node says what is wrong.

@@ -9,9 +9,12 @@ use super::follow::{Event, follow};
 use crate::{
     cli::Verify,
     client::Client,
-    exit::{DAMAGED, Failure},
-    output::{self, Meter, err, out, printable},
-    stop::Stop,
+    exit::Failure,
+    reason::Reason,
+    terminal::{
+        output::{self, Meter, err, out, printable},
+        stop::Stop,
+    },
 };
 
 pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Result<(), Failure> {
@@ -38,8 +41,7 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
         return Ok(());
     }
     let failure = Failure::new(
-        DAMAGED,
-        "DAMAGED",
+        Reason::Damaged,
         format!(
             "{} not as it should be",
             match done.problems {
@@ -60,7 +62,7 @@ pub(crate) async fn run(client: &Client, options: Verify, as_json: bool) -> Resu
     };
     match as_json {
         // The result has been printed, and says it.
-        true => Err(Failure::silent(DAMAGED, "DAMAGED")),
+        true => Err(Failure::silent(Reason::Damaged)),
         false => Err(failure.hint(hint)),
     }
 }

@@ -17,10 +17,7 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{
-    exit::{Failure, INTERRUPTED},
-    output::err,
-};
+use crate::{exit::Failure, reason::INTERRUPTED, terminal::output::err};
 
 /// The state of this process; signals are sent to a process.
 static STATE: OnceLock<State> = OnceLock::new();

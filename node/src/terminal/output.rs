@@ -12,11 +12,11 @@ use std::{
 macro_rules! out {
     () => {{
         use std::io::Write;
-        $crate::output::wrote(writeln!(std::io::stdout()));
+        $crate::terminal::output::wrote(writeln!(std::io::stdout()));
     }};
     ($($argument:tt)*) => {{
         use std::io::Write;
-        $crate::output::wrote(writeln!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*))));
+        $crate::terminal::output::wrote(writeln!(std::io::stdout(), "{}", crate::terminal::output::escaped(format_args!($($argument)*))));
     }};
 }
 
@@ -24,7 +24,7 @@ macro_rules! out {
 macro_rules! out_raw {
     ($($argument:tt)*) => {{
         use std::io::Write;
-        $crate::output::wrote(write!(std::io::stdout(), "{}", crate::output::escaped(format_args!($($argument)*))));
+        $crate::terminal::output::wrote(write!(std::io::stdout(), "{}", crate::terminal::output::escaped(format_args!($($argument)*))));
     }};
 }
 
@@ -32,7 +32,7 @@ macro_rules! out_raw {
 macro_rules! err {
     ($($argument:tt)*) => {{
         use std::io::Write;
-        let _ = writeln!(std::io::stderr(), "{}", crate::output::escaped(format_args!($($argument)*)));
+        let _ = writeln!(std::io::stderr(), "{}", crate::terminal::output::escaped(format_args!($($argument)*)));
     }};
 }
 
@@ -108,6 +108,9 @@ impl<T: fmt::Display> fmt::Display for Escaped<T> {
         write!(Filter(f, self.1), "{}", self.0)
     }
 }
+
+/// Says that the disk of the home is full, and what to do.
+pub(crate) const FULL_DISK: &str = "full: what is here is served, and little or nothing taken in; `weft storage` shows what takes room, `weft gc` and `weft rm` make some";
 
 /// How often a plain line of progress is printed where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(2);
@@ -226,6 +229,18 @@ impl Meter {
             rate: 0.0,
             last_text: String::new(),
         }
+    }
+
+    /// Makes a meter for work that has been named in a line of its own: `text` alone is no reason for another line.
+    pub(crate) fn begun(text: &str) -> Self {
+        let meter = Self {
+            last_text: text.to_owned(),
+            ..Self::new()
+        };
+        if let Some(bar) = &meter.bar {
+            bar.set_message(escaped(text).to_string());
+        }
+        meter
     }
 
     /// Shows `text`, and how many of `total` bytes are done if the total is known.
@@ -377,16 +392,23 @@ mod tests {
 
     #[test]
     fn each_key_of_json_is_documented_and_names_its_thing_as_the_others_do() {
-        let operations = include_str!("../../docs/operations.md");
+        let operations = include_str!("../../../docs/operations.md");
         let section = operations.split("\n## JSON\n").nth(1).unwrap();
         let section = section.split("\n## ").next().unwrap();
         let mut sources = vec![
-            include_str!("daemon.rs").to_owned(),
-            include_str!("exit.rs").to_owned(),
+            include_str!("../daemon/mod.rs").to_owned(),
+            include_str!("../exit.rs").to_owned(),
         ];
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/commands");
-        for file in std::fs::read_dir(folder).unwrap() {
-            sources.push(std::fs::read_to_string(file.unwrap().path()).unwrap());
+        let mut folders = vec![concat!(env!("CARGO_MANIFEST_DIR"), "/src/commands").into()];
+        while let Some(folder) = folders.pop() {
+            let folder: std::path::PathBuf = folder;
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                match path.is_dir() {
+                    true => folders.push(path),
+                    false => sources.push(std::fs::read_to_string(path).unwrap()),
+                }
+            }
         }
         let mut count = 0;
         for key in sources.iter().flat_map(|source| keys(source)) {

@@ -1,12 +1,9 @@
 //! `weft doc`.
 
-use std::{
-    io::{ErrorKind, Write},
-    path::{Path, PathBuf},
-    time::{Duration, UNIX_EPOCH},
-};
+mod file;
 
-use futures::stream;
+use std::time::{Duration, UNIX_EPOCH};
+
 use serde_json::{Value, json};
 use weft::{DocumentId, PeerId};
 use weft_proto::api::{self, document_edit::What as Edit, document_event::What};
@@ -15,18 +12,24 @@ use super::all_were_there;
 use crate::{
     cli::Doc,
     client::Client,
-    exit::{DAMAGED, DISK_FULL, Failure, INCOMPLETE, NO_PROVIDER, NOT_FOUND, TARGET_EXISTS},
-    input,
-    output::{self, err, out, out_raw, table},
+    exit::Failure,
+    reason::Reason,
+    terminal::{
+        input,
+        output::{self, out, out_raw, table},
+    },
 };
-
-/// Bytes of an exported document in one message.
-const CHUNK: usize = 256 << 10;
 
 /// Bytes read of standard input for a value: more than a change may have, so that the node says what is wrong.
 const MOST: u64 = 1 << 20;
 
 pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<(), Failure> {
+    let once = |id, path, what| Change {
+        id,
+        path,
+        what,
+        message: String::new(),
+    };
     match command {
         Doc::Create {
             label,
@@ -34,15 +37,11 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
             writer,
             reader,
         } => {
-            let readers = (!reader.is_empty()).then(|| api::DocumentReaders {
-                peers: texts(&reader),
-            });
-            let writers = texts(&writer);
             let request = api::CreateDocumentRequest {
                 label,
                 single_writer,
-                writers,
-                readers,
+                writers: texts(&writer),
+                readers: named(&reader),
             };
             let made = client.documents().create(request).await?.into_inner();
             say_id(&made, as_json)
@@ -57,106 +56,68 @@ pub(super) async fn run(client: &Client, command: Doc, as_json: bool) -> Result<
             value,
             message,
         } => {
-            let edit = Edit::Put(read_value(value).await?);
-            commit(client, id, (path, edit), message, as_json).await
+            let what = Edit::Put(read_value(value).await?);
+            let change = Change {
+                message,
+                ..once(id, path, what)
+            };
+            commit(client, change, as_json).await
         }
         Doc::Insert { id, path, value } => {
-            let edit = Edit::Insert(read_value(value).await?);
-            commit(client, id, (path, edit), String::new(), as_json).await
+            let what = Edit::Insert(read_value(value).await?);
+            commit(client, once(id, path, what), as_json).await
         }
         Doc::Increment { id, path, by } => {
-            commit(
-                client,
-                id,
-                (path, Edit::Increment(by)),
-                String::new(),
-                as_json,
-            )
-            .await
+            commit(client, once(id, path, Edit::Increment(by)), as_json).await
         }
         Doc::Delete { id, path } => {
-            commit(
-                client,
-                id,
-                (path, Edit::Delete(true)),
-                String::new(),
-                as_json,
-            )
-            .await
+            commit(client, once(id, path, Edit::Delete(true)), as_json).await
         }
         Doc::Watch { id, count } => watch(client, id, count, as_json).await,
         Doc::History { id, limit } => history(client, id, limit, as_json).await,
-        Doc::Writers { id, add, revoke } => {
-            let request = api::SetDocumentRightsRequest {
-                id: id.to_string(),
-                add_writers: texts(&add),
-                revoke_writers: texts(&revoke),
-                ..api::SetDocumentRightsRequest::default()
-            };
-            let mut absent = texts(&revoke);
-            if !absent.is_empty() {
-                let writers = arrived(client, id).await?.writers;
-                absent.retain(|peer| !writers.contains(peer));
-            }
-            let document = match add.is_empty() && revoke.is_empty() {
-                true => arrived(client, id).await?,
-                false => client.documents().set_rights(request).await?.into_inner(),
-            };
-            let hint = "`weft doc writers ID` shows the writers; the owner stays one.";
-            all_were_there(&absent, "no writer before", hint)?;
-            writers(&document, as_json)
-        }
+        Doc::Writers { id, add, revoke } => writers(client, id, &add, &revoke, as_json).await,
         Doc::Readers {
             id,
             only,
             everybody,
-        } => {
-            let readers = (!only.is_empty()).then(|| api::DocumentReaders {
-                peers: texts(&only),
-            });
-            let request = api::SetDocumentRightsRequest {
-                id: id.to_string(),
-                readers,
-                readable_by_everybody: everybody,
-                ..api::SetDocumentRightsRequest::default()
-            };
-            let document = match only.is_empty() && !everybody {
-                true => arrived(client, id).await?,
-                false => client.documents().set_rights(request).await?.into_inner(),
-            };
-            readers_of(&document, as_json)
-        }
-        Doc::Compact { id } => {
-            let request = api::CompactDocumentRequest { id: id.to_string() };
-            client.documents().compact(request).await?;
-            if as_json {
-                out!("{}", json!({ "id": id.to_string() }));
-            } else {
-                out!("its content begins anew, without its history");
-            }
-            Ok(())
-        }
-        Doc::Export { id, file } => export(client, id, &file, as_json).await,
-        Doc::Import { file } => import(client, &file, as_json).await,
-        Doc::Rm { id } => {
-            let request = api::RemoveDocumentRequest { id: id.to_string() };
-            if !client
-                .documents()
-                .remove(request)
-                .await?
-                .into_inner()
-                .existed
-            {
-                return Err(no_such(id));
-            }
-            if as_json {
-                out!("{}", json!({ "id": id.to_string() }));
-            } else {
-                out!("removed; other nodes keep what they hold");
-            }
-            Ok(())
-        }
+        } => readers(client, id, &only, everybody, as_json).await,
+        Doc::Compact { id } => compact(client, id, as_json).await,
+        Doc::Export { id, file } => file::export(client, id, &file, as_json).await,
+        Doc::Import { file } => say_id(&file::import(client, &file, as_json).await?, as_json),
+        Doc::Rm { id } => remove(client, id, as_json).await,
     }
+}
+
+/// The readers that are named; `None` for no names.
+fn named(readers: &[PeerId]) -> Option<api::DocumentReaders> {
+    (!readers.is_empty()).then(|| api::DocumentReaders {
+        peers: texts(readers),
+    })
+}
+
+async fn compact(client: &Client, id: DocumentId, as_json: bool) -> Result<(), Failure> {
+    let request = api::CompactDocumentRequest { id: id.to_string() };
+    client.documents().compact(request).await?;
+    if as_json {
+        out!("{}", json!({ "id": id.to_string() }));
+    } else {
+        out!("its content begins anew, without its history");
+    }
+    Ok(())
+}
+
+async fn remove(client: &Client, id: DocumentId, as_json: bool) -> Result<(), Failure> {
+    let request = api::RemoveDocumentRequest { id: id.to_string() };
+    let removed = client.documents().remove(request).await?.into_inner();
+    if !removed.existed {
+        return Err(no_such(id));
+    }
+    if as_json {
+        out!("{}", json!({ "id": id.to_string() }));
+    } else {
+        out!("removed; other nodes keep what they hold");
+    }
+    Ok(())
 }
 
 fn texts(peers: &[PeerId]) -> Vec<String> {
@@ -165,11 +126,9 @@ fn texts(peers: &[PeerId]) -> Vec<String> {
 
 fn no_such(id: DocumentId) -> Failure {
     Failure::new(
-        NOT_FOUND,
-        "NO_SUCH_DOCUMENT",
+        Reason::NoSuchDocument,
         format!("this node does not hold document {id}"),
     )
-    .hint("`weft doc open ID` gets it from whoever holds it; `weft doc ls` shows what is here.")
 }
 
 fn say_id(document: &api::Document, as_json: bool) -> Result<(), Failure> {
@@ -230,15 +189,11 @@ async fn arrived(client: &Client, id: DocumentId) -> Result<api::Document, Failu
     let document = info(client, id).await?;
     if !document.damage.is_empty() {
         let text = format!("document {id} is damaged on disk: {}", document.damage);
-        return Err(Failure::new(DAMAGED, "DOCUMENT_DAMAGED", text).hint(
-            "`weft doc open ID` keeps what can be read of it, and gets the rest from the nodes that hold it.",
-        ));
+        return Err(Failure::new(Reason::DocumentDamaged, text));
     }
     if !document.arrived {
         let text = format!("document {id} has not arrived yet");
-        return Err(Failure::new(1, "NOT_ARRIVED", text).hint(
-            "`weft doc open ID` waits for it. A node that holds it must be up and share a bootstrap node with this one.",
-        ));
+        return Err(Failure::new(Reason::NotArrived, text));
     }
     Ok(document)
 }
@@ -335,46 +290,34 @@ async fn open(
     if completeness.holders.is_empty() && !document.arrived {
         super::reach::is_connected(client).await?;
     }
-    Err(incomplete((id, wait), &completeness, &here, as_json))
+    if as_json {
+        return Err(Failure::silent(lacking_reason(&completeness)));
+    }
+    let text = incomplete(&completeness, &here, wait);
+    let text = format!("document {id}{text}");
+    Err(Failure::new(lacking_reason(&completeness), text))
 }
 
-/// Returns the failure for a document that is not whole; with `as_json`, the printed output says the rest.
-fn incomplete(
-    (id, wait): (DocumentId, Duration),
-    completeness: &api::DocumentCompleteness,
-    here: &str,
-    as_json: bool,
-) -> Failure {
-    let code = match completeness.holders.is_empty() {
-        true => NO_PROVIDER,
-        false => INCOMPLETE,
-    };
-    if as_json {
-        return Failure::silent(code, "INCOMPLETE");
+/// Returns why a document is not whole.
+fn lacking_reason(completeness: &api::DocumentCompleteness) -> Reason {
+    match completeness.holders.is_empty() {
+        true => Reason::NoHolder,
+        false => Reason::Incomplete,
     }
-    let waited = output::duration(wait);
+}
+
+/// Says what is missing of a document after waiting for it.
+fn incomplete(completeness: &api::DocumentCompleteness, here: &str, waited: Duration) -> String {
+    let waited = output::duration(waited);
     if completeness.holders.is_empty() {
-        let text = format!(
-            "document {id}: no peer that holds it is connected after {waited}; here: {here}"
-        );
-        return Failure::new(code, "INCOMPLETE", text).hint(
-            "It is held from now on, and looked for further. A node that holds it must be up and share a bootstrap\n\
-             node with this one; if the document is private, its owner must have named this node.",
-        );
+        return format!(": no peer that holds it is connected after {waited}; here: {here}");
     }
     let lacking = completeness
         .holders
         .iter()
         .filter(|holder| !holder.answered || holder.missing > 0 || holder.missing_decisions > 0);
     let lacking: Vec<_> = lacking.map(|holder| holder.text.as_str()).collect();
-    let text = format!(
-        "document {id} is not whole after {waited}: {}",
-        lacking.join("; ")
-    );
-    Failure::new(code, "INCOMPLETE", text).hint(
-        "It is held from now on, and the rest comes by itself. Run this again to wait for it, with a longer --wait\n\
-         if the document is large.",
-    )
+    format!(" is not whole after {waited}: {}", lacking.join("; "))
 }
 
 async fn list(client: &Client, as_json: bool) -> Result<(), Failure> {
@@ -425,8 +368,7 @@ async fn get(client: &Client, id: DocumentId, path: String, as_json: bool) -> Re
     let got = client.documents().get(request).await?.into_inner().json;
     let Some(value) = got else {
         let text = format!("there is nothing at {path} in document {id}");
-        return Err(Failure::new(NOT_FOUND, "NOTHING_THERE", text)
-            .hint("`weft doc get ID` shows the whole document."));
+        return Err(Failure::new(Reason::NothingThere, text));
     };
     if as_json {
         out!("{value}");
@@ -451,21 +393,23 @@ async fn read_value(value: String) -> Result<String, Failure> {
     }
 }
 
-async fn commit(
-    client: &Client,
+/// One edit of a document, with a note on it.
+struct Change {
     id: DocumentId,
-    (path, what): (String, Edit),
+    path: String,
+    what: Edit,
     message: String,
-    as_json: bool,
-) -> Result<(), Failure> {
+}
+
+async fn commit(client: &Client, change: Change, as_json: bool) -> Result<(), Failure> {
     let edits = vec![api::DocumentEdit {
-        path,
-        what: Some(what),
+        path: change.path,
+        what: Some(change.what),
     }];
     let request = api::CommitDocumentRequest {
-        id: id.to_string(),
+        id: change.id.to_string(),
         edits,
-        message,
+        message: change.message,
     };
     let change = client
         .documents()
@@ -622,7 +566,30 @@ async fn history(
     Ok(())
 }
 
-fn writers(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+async fn writers(
+    client: &Client,
+    id: DocumentId,
+    add: &[PeerId],
+    revoke: &[PeerId],
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::SetDocumentRightsRequest {
+        id: id.to_string(),
+        add_writers: texts(add),
+        revoke_writers: texts(revoke),
+        ..api::SetDocumentRightsRequest::default()
+    };
+    let mut absent = texts(revoke);
+    if !absent.is_empty() {
+        let writers = arrived(client, id).await?.writers;
+        absent.retain(|peer| !writers.contains(peer));
+    }
+    let document = match add.is_empty() && revoke.is_empty() {
+        true => arrived(client, id).await?,
+        false => client.documents().set_rights(request).await?.into_inner(),
+    };
+    let hint = "`weft doc writers ID` shows the writers; the owner stays one.";
+    all_were_there(&absent, "no writer before", hint)?;
     if as_json {
         out!(
             "{}",
@@ -635,7 +602,23 @@ fn writers(document: &api::Document, as_json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-fn readers_of(document: &api::Document, as_json: bool) -> Result<(), Failure> {
+async fn readers(
+    client: &Client,
+    id: DocumentId,
+    only: &[PeerId],
+    everybody: bool,
+    as_json: bool,
+) -> Result<(), Failure> {
+    let request = api::SetDocumentRightsRequest {
+        id: id.to_string(),
+        readers: named(only),
+        readable_by_everybody: everybody,
+        ..api::SetDocumentRightsRequest::default()
+    };
+    let document = match only.is_empty() && !everybody {
+        true => arrived(client, id).await?,
+        false => client.documents().set_rights(request).await?.into_inner(),
+    };
     let readers = document.readers.as_ref().map(|readers| &readers.peers);
     match (as_json, readers) {
         (true, readers) => out!("{}", json!({ "readers": readers })),
@@ -646,178 +629,4 @@ fn readers_of(document: &api::Document, as_json: bool) -> Result<(), Failure> {
         }
     }
     Ok(())
-}
-
-async fn export(
-    client: &Client,
-    id: DocumentId,
-    file: &Path,
-    as_json: bool,
-) -> Result<(), Failure> {
-    let request = api::ExportDocumentRequest { id: id.to_string() };
-    let failed = |error: std::io::Error| cannot_write(file, &error);
-    let mut target = match file.to_str() {
-        Some("-") => None,
-        _ => Some(NewFile::create(file).map_err(failed)?),
-    };
-    let mut chunks = client.documents().export(request).await?.into_inner();
-    let mut bytes = 0;
-    while let Some(chunk) = chunks.message().await? {
-        bytes += chunk.data.len();
-        match &mut target {
-            Some(target) => target.file.write_all(&chunk.data),
-            None => std::io::stdout().write_all(&chunk.data),
-        }
-        .map_err(failed)?;
-    }
-    let Some(target) = target else {
-        return std::io::stdout().flush().map_err(failed);
-    };
-    target.finish().map_err(failed)?;
-    match as_json {
-        true => out!("{}", json!({ "bytes": bytes })),
-        false => out!("{} written", output::bytes(bytes as u64)),
-    }
-    Ok(())
-}
-
-fn cannot_write(file: &Path, error: &std::io::Error) -> Failure {
-    let text = format!("{}: {error}", file.display());
-    match error.kind() {
-        ErrorKind::AlreadyExists => Failure::new(
-            TARGET_EXISTS,
-            "TARGET_EXISTS",
-            format!("{} exists already", file.display()),
-        )
-        .hint("Nothing was written. Move it away, or name another file."),
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            Failure::new(DISK_FULL, "DISK_FULL", text)
-                .hint("Nothing was left there. Make room, or name a file on another disk.")
-        }
-        _ => Failure::other(text),
-    }
-}
-
-/// A file that is there when all of it is on disk, and not before: it is written under another name beside.
-struct NewFile {
-    file: std::fs::File,
-    beside: PathBuf,
-    name: PathBuf,
-}
-
-impl NewFile {
-    fn create(name: &Path) -> std::io::Result<Self> {
-        if name.symlink_metadata().is_ok() {
-            return Err(ErrorKind::AlreadyExists.into());
-        }
-        let mut beside = name.as_os_str().to_owned();
-        beside.push(format!(".{}.part", std::process::id()));
-        Ok(Self {
-            file: std::fs::File::create_new(&beside)?,
-            beside: beside.into(),
-            name: name.to_owned(),
-        })
-    }
-
-    /// Gives the file its name; one that has come to be there meanwhile stays.
-    fn finish(self) -> std::io::Result<()> {
-        self.file.sync_all()?;
-        match std::fs::hard_link(&self.beside, &self.name) {
-            Ok(()) => {}
-            // A file system without links.
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
-                if self.name.symlink_metadata().is_ok() {
-                    return Err(ErrorKind::AlreadyExists.into());
-                }
-                std::fs::rename(&self.beside, &self.name)?;
-            }
-            Err(error) => return Err(error),
-        }
-        let folder = match self.name.parent() {
-            Some(folder) if folder != Path::new("") => folder,
-            _ => Path::new("."),
-        };
-        // The name is on disk as well. Only Unix opens folders as files.
-        #[cfg(unix)]
-        std::fs::File::open(folder)?.sync_all()?;
-        #[cfg(not(unix))]
-        let _ = folder;
-        Ok(())
-    }
-}
-
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        match std::fs::remove_file(&self.beside) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::warn!(%error, file = %self.beside.display(), "cannot be removed");
-            }
-            _ => {}
-        }
-    }
-}
-
-async fn import(client: &Client, file: &Path, as_json: bool) -> Result<(), Failure> {
-    let failed = |error: std::io::Error| Failure::other(format!("{}: {error}", file.display()));
-    let content = match file.to_str() {
-        Some("-") => input::read(u64::MAX).await?,
-        _ => std::fs::read(file).map_err(failed)?,
-    };
-    let chunks: Vec<_> = content
-        .chunks(CHUNK)
-        .map(|data| api::DocumentChunk {
-            data: data.to_vec(),
-        })
-        .collect();
-    let imported = client.documents().import(stream::iter(chunks)).await?;
-    let document = imported.into_inner();
-    let void = document.imported.map_or(0, |imported| imported.void);
-    if void > 0 && !as_json {
-        let void = output::count(void, "change");
-        err!(
-            "{void} of the file are void on every node: the author was revoked or has equivocated, or the content \
-             began anew"
-        );
-    }
-    say_id(&document, as_json)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(folder: &Path) -> Vec<String> {
-        let entries = std::fs::read_dir(folder).unwrap();
-        let mut names: Vec<_> = entries
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn an_export_that_fails_leaves_no_file_and_one_that_succeeds_overwrites_none() {
-        let folder = tempfile::tempdir().unwrap();
-        let name = folder.path().join("document");
-        let mut file = NewFile::create(&name).unwrap();
-        file.file.write_all(b"a part").unwrap();
-        drop(file);
-        assert!(names(folder.path()).is_empty());
-        let mut file = NewFile::create(&name).unwrap();
-        file.file.write_all(b"all").unwrap();
-        assert!(!name.exists());
-        file.finish().unwrap();
-        assert_eq!(names(folder.path()), ["document"]);
-        assert_eq!(std::fs::read(&name).unwrap(), b"all");
-        let exists = NewFile::create(&name).err().unwrap();
-        assert_eq!(exists.kind(), ErrorKind::AlreadyExists);
-        // One that comes while it is written.
-        let name = folder.path().join("other");
-        let file = NewFile::create(&name).unwrap();
-        std::fs::write(&name, b"mine").unwrap();
-        let exists = file.finish().err().unwrap();
-        assert_eq!(exists.kind(), ErrorKind::AlreadyExists);
-        assert_eq!(names(folder.path()), ["document", "other"]);
-        assert_eq!(std::fs::read(&name).unwrap(), b"mine");
-    }
 }
