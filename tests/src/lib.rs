@@ -6,20 +6,26 @@
 //!
 //! It leaves out: the tests themselves, in `tests/`, and the benchmarks, in the program `bench`.
 
+mod alone;
 pub mod bench;
+pub mod content;
 mod echo_service;
 pub mod lab;
 pub mod links;
 mod mesh;
 mod model;
+pub mod network;
+pub mod numbers;
 mod program;
 mod proxy;
 mod random;
 
 pub use self::{
+    alone::{Alone, alone},
     echo_service::EchoService,
-    mesh::{bare_network, mesh, node},
+    mesh::{capped, contact, mesh, node, providers},
     model::{python, real_model, same_files},
+    network::bare_network,
     program::{Daemon, Finished, Home, Running},
     proxy::Proxy,
     random::Random,

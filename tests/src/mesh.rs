@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use weft::{Multiaddr, Node};
-use weft_dht::Dht;
-use weft_net::{Config, Network, identity::Keypair};
+use weft::{Multiaddr, Node, PeerId, Rates, Ticket};
 
 /// A node that finds nobody but by `bootstrap`.
 ///
@@ -22,18 +20,45 @@ pub async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
         .expect("a node starts")
 }
 
-/// A network on loopback that follows the DHT and serves nothing, for peers that a test makes itself.
+/// Where a node is reached, as a ticket says it: without the id in the addresses.
+pub async fn contact(node: &Node) -> (PeerId, Vec<Multiaddr>) {
+    let addresses = node.addresses().await.into_iter();
+    let bare = addresses.map(|address| weft::split_peer_id(address).0);
+    (node.peer_id(), bare.collect())
+}
+
+/// Rates of which only the upload is limited, to so many bytes a second.
+pub fn capped(upload: u64) -> Rates {
+    Rates {
+        upload,
+        ..Rates::default()
+    }
+}
+
+/// Nodes that have the same model, each sending at most `upload` bytes a second (zero is no limit), and a ticket for all
+/// of them. Their homes are in `folder`.
 ///
 /// # Panics
-/// If it does not start.
-pub async fn bare_network() -> Network {
-    let key = Keypair::generate_ed25519();
-    let mut config = Config::new(key.clone());
-    config.mdns = false;
-    config.listen = Some(vec!["/ip4/127.0.0.1/tcp/0".parse().expect("an address")]);
-    Network::spawn(config, Dht::new(&key).1)
-        .await
-        .expect("a network starts")
+/// If they do not start, or there are none.
+pub async fn providers(
+    folder: &Path,
+    model: &Path,
+    count: usize,
+    upload: u64,
+) -> (Vec<Node>, Ticket) {
+    let mut nodes = Vec::new();
+    let mut peers = Vec::new();
+    let mut id = None;
+    for n in 0..count {
+        let node = node(&folder.join(format!("provider{n}")), &[]).await;
+        node.set_rates(capped(upload));
+        let added = node.models().add(model).start().await;
+        id = Some(added.expect("a model can be added").model.id);
+        peers.push(contact(&node).await);
+        nodes.push(node);
+    }
+    let model = id.expect("there is one");
+    (nodes, Ticket { model, peers })
 }
 
 /// The homes, in their order, of one node that the others know, and of these, which know only it.

@@ -3,7 +3,7 @@
 use std::{
     env,
     io::{BufRead, BufReader, Read},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
@@ -135,6 +135,30 @@ impl Home {
         }
         all.extend_from_slice(arguments);
         Daemon::wait_for(self.command(&all))
+    }
+
+    /// Starts such a node in a mount namespace of its own, where the folder `at` is an empty disk with these options of
+    /// `mount`, such as `size=40m` or `ro`.
+    pub fn up_on_disk(&self, at: &Path, options: &str) -> Daemon {
+        let inner = self.command(&[
+            "--json",
+            "up",
+            "--no-mdns",
+            "--listen",
+            "/ip4/127.0.0.1/tcp/0",
+        ]);
+        let mut outer = Command::new("unshare");
+        outer
+            .args(["--map-root-user", "--mount", "sh", "-c"])
+            .arg("mount -t tmpfs -o \"$1\" tmpfs \"$0\" && shift && exec \"$@\"")
+            .arg(at)
+            .arg(options)
+            .arg(inner.get_program())
+            .args(inner.get_args())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Daemon::wait_for(outer)
     }
 }
 

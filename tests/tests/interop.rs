@@ -1,5 +1,5 @@
-//! js-libp2p as the other side: connections, ping, identify, relays in both roles, and 64 MiB on a stream of ours. Run by `tests/nightly`, which
-//! installs it.
+//! js-libp2p as the other side: connections, ping, identify, relays in both roles, and 64 MiB on a stream of ours. Run
+//! by `tests/nightly`, which installs it.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libp2p::swarm::dummy;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
@@ -17,11 +16,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 use weft_net::{
-    Class, Config, Multiaddr, Network, PathKind, PeerId, RelayServer, StreamProtocol, Transport,
-    identity::Keypair, split_peer_id,
+    Class, Config, Multiaddr, Network, PathKind, PeerId, RelayServer, Transport, split_peer_id,
 };
+use weft_tests::network::{self, ECHO, config, plain_network};
 
-const ECHO: &str = "/weft/test/echo/1";
 const SIZE: usize = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -42,7 +40,7 @@ impl Js {
         let mut child = Command::new("node")
             .arg(folder.join("peer.mjs"))
             .args(arguments)
-            .args(["--echo", ECHO])
+            .args(["--echo", ECHO.as_ref()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -80,26 +78,9 @@ impl Js {
     }
 }
 
-fn config(listen: &[&str]) -> Config {
-    let mut config = Config::new(Keypair::generate_ed25519());
-    config.mdns = false;
-    config.port_mapping = false;
-    config.listen = Some(listen.iter().map(|a| a.parse().unwrap()).collect());
-    config
-}
-
 async fn spawn(config: Config) -> Network {
-    let network = Network::spawn(config, dummy::Behaviour).await.unwrap();
-    let mut incoming = network.accept(StreamProtocol::new(ECHO)).unwrap();
-    tokio::spawn(async move {
-        while let Some(stream) = incoming.next().await {
-            tokio::spawn(async move {
-                let (mut reader, mut writer) = tokio::io::split(stream);
-                tokio::io::copy(&mut reader, &mut writer).await?;
-                writer.shutdown().await
-            });
-        }
-    });
+    let network = plain_network(config).await;
+    network::echo(&network);
     network
 }
 
@@ -118,8 +99,7 @@ async fn address(network: &Network, fits: impl Fn(&str) -> bool) -> String {
 
 /// Sends 64 MiB over a stream of ours, and compares what comes back.
 async fn echo(network: &Network, peer: PeerId, class: Class) -> PathKind {
-    let protocol = StreamProtocol::new(ECHO);
-    let stream = network.open(peer, protocol, class).await.unwrap();
+    let stream = network.open(peer, ECHO, class).await.unwrap();
     let kind = stream.path().kind;
     let (mut reader, mut writer) = tokio::io::split(stream);
     let sent: Vec<u8> = (0..SIZE as u32)
@@ -159,8 +139,8 @@ async fn js_dials_and_pings_and_identifies_and_gets_64_mib_back() {
             assert!(known["agent"].as_str().unwrap().starts_with("weft/"));
             assert_eq!(known["protocol_version"], "/weft/1");
             let protocols = known["protocols"].as_array().unwrap();
-            assert!(protocols.iter().any(|p| p == ECHO), "{known}");
-            let back = json!({ "peer_id": id, "protocol": ECHO, "bytes": SIZE });
+            assert!(protocols.iter().any(|p| p == ECHO.as_ref()), "{known}");
+            let back = json!({ "peer_id": id, "protocol": ECHO.as_ref(), "bytes": SIZE });
             assert_eq!(js.ask("echo", back).await["bytes"], SIZE);
             // And the other way on the same connection.
             echo(&network, js.peer, Class::Interactive).await;
@@ -229,6 +209,6 @@ async fn we_are_reached_through_a_js_relay() {
     assert_eq!(dialled["limited"], true, "{dialled}");
     let id = network.local_peer().to_string();
     js.ask("ping", json!({ "peer_id": id })).await;
-    let back = json!({ "peer_id": id, "protocol": ECHO, "bytes": SIZE });
+    let back = json!({ "peer_id": id, "protocol": ECHO.as_ref(), "bytes": SIZE });
     assert_eq!(js.ask("echo", back).await["bytes"], SIZE);
 }

@@ -1,0 +1,9 @@
+//! Bytes from strangers, mutated: parsers and a whole node refuse or accept them, and nothing panics.
+//!
+//! A program of its own: `node` counts the panics of all threads with a panic hook, so that a test which panics on
+//! purpose, or fails, must not run beside it.
+
+#![allow(clippy::unwrap_used)]
+
+mod node;
+mod parsers;

@@ -1,0 +1,32 @@
+//! A node whose connections, in the handshake or open, strangers hold.
+
+use libtest_mimic::{Failed, Trial};
+use weft_tests::lab;
+
+/// Connections in the handshake from one address (`net/src/policy/pending.rs`).
+const PER_ADDRESS: u64 = 16;
+
+pub(super) fn trial() -> Trial {
+    Trial::test(
+        "crowded::an_honest_node_connects_at_once_though_strangers_hold_idle_sockets_or_all_open_connections",
+        besieged,
+    )
+}
+
+fn besieged() -> Result<(), Failed> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let besieged = runtime.block_on(lab::besiege());
+    let besieged = besieged.map_err(|error| error.to_string())?;
+    println!("{besieged:?}");
+    if !besieged.came_in || besieged.attempts.iter().any(|(_, code, _)| *code != 0) {
+        return Err(format!("{besieged:#?}").into());
+    }
+    // An attack that did nothing shows nothing; and whoever looks for the cause finds it in the row of its limit.
+    let (used, refused) = besieged.limit("connections_pending_per_address");
+    if used > PER_ADDRESS || refused == 0 || besieged.limit("connections").1 != 0 {
+        return Err(format!("{besieged:#?}").into());
+    }
+    Ok(())
+}

@@ -1,0 +1,9 @@
+//! Tests that measure times and rates, or that need both cores for themselves. They are a program of their own, because
+//! cargo runs one program after another, and each of them holds [`weft_tests::alone`]: nothing runs beside them.
+
+#![allow(clippy::unwrap_used)]
+
+mod api;
+mod churn;
+mod swarm;
+mod sybils;
