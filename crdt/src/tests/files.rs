@@ -129,7 +129,7 @@ fn an_export_is_in_causal_order() {
     let mut known = std::collections::BTreeSet::new();
     let envelopes = parts(&file).into_iter().flat_map(|part| part.envelopes);
     for envelope in envelopes {
-        for dep in crate::chunk::dependencies(&envelope.change) {
+        for dep in crate::log::chunk::dependencies(&envelope.change) {
             assert!(
                 known.contains(&dep),
                 "a change comes before what it builds on"

@@ -9,8 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    envelope::Envelope,
     id::{Chain, ChangeId, EpochId, Key, SessionId},
+    log::envelope::Envelope,
 };
 
 /// Envelopes of one document that were told unasked and wait, and the bytes of their changes.
@@ -199,9 +199,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        envelope::{Header, Run},
         id::DocumentId,
-        signed::Identity,
+        log::{
+            envelope::{Header, Run},
+            signed::Identity,
+        },
     };
 
     fn envelope(index: u64, bytes: usize) -> Envelope {

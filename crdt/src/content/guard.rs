@@ -21,10 +21,12 @@ use automerge::{
 };
 
 use crate::{
-    batch::{Batch, Decoded, Operations, Pending, View},
-    chunk::{self, MAX_MAP_KEY},
-    clocks::{Clock, Clocks},
+    content::{
+        batch::{Batch, Decoded, Operations, Pending, View},
+        clocks::{Clock, Clocks},
+    },
     id::ChangeId,
+    log::chunk::{self, MAX_MAP_KEY},
     refusal::Refusal,
 };
 

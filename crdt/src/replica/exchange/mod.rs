@@ -30,16 +30,16 @@ use prost::Message;
 use weft_proto::wire::{self, document_message::Kind};
 
 use crate::{
-    completeness::Told,
-    document::{Source, read_envelope},
-    envelope::{Header, Proof},
-    epoch::{Epoch, Head, Heads, heads_to_wire, read_heads},
-    genesis::Genesis,
-    guard,
+    content::guard,
+    document::{Source, read_envelope, saved},
     id::{Digest, DocumentId, EpochId, Key, SessionId},
+    log::{
+        envelope::{Header, Proof},
+        epoch::{Epoch, Head, Heads, heads_to_wire, read_heads},
+        genesis::Genesis,
+    },
     refusal::Refusal,
-    replica::{Held, NOTHING, Output, Replica, as_news},
-    saved,
+    replica::{Held, NOTHING, Output, Replica, as_news, completeness::Told},
     store::{StoreError, key},
 };
 

@@ -5,9 +5,11 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::{
-    envelope::Run,
-    epoch::{Head, Heads},
     id::{Chain, Digest, EpochId, Key, SessionId},
+    log::{
+        envelope::Run,
+        epoch::{Head, Heads},
+    },
 };
 
 /// Sessions whose heads are kept with a document's figures. A row for more would be written anew, with 72 bytes for

@@ -5,6 +5,9 @@
 //! write, before the index at which equivocation is proven, and only so far as everything that a change builds on
 //! counts as well. When an epoch or a proof takes something away, the document is built anew from what is left.
 
+pub(crate) mod saved;
+pub(crate) mod waiting;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque},
     mem,
@@ -17,21 +20,27 @@ use prost::Message;
 use weft_proto::wire;
 
 use crate::{
-    batch::{self, Batch, Pending, View},
-    causal::{CausalOrder, Place},
-    chunk::{self, MAX_CHANGE},
-    envelope::{Envelope, Header, Proof, Run},
-    epoch::{Epoch, Epochs, Head, Heads, MAX_BASE, MAX_SESSIONS, Standing, Statement},
+    content::{
+        batch::{self, Batch, Pending, View},
+        guard::{self, Memory},
+        value::{self, Edit, Path},
+    },
+    document::{
+        saved::{Figures, Save},
+        waiting::{On, Waiter, Waiting},
+    },
     error::Error,
-    genesis::{Genesis, Readers},
-    guard::{self, Memory},
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
+    log::{
+        causal::{CausalOrder, Place},
+        chunk::{self, MAX_CHANGE},
+        envelope::{Envelope, Header, Proof, Run},
+        epoch::{Epoch, Epochs, Head, Heads, MAX_BASE, MAX_SESSIONS, Standing, Statement},
+        genesis::{Genesis, Readers},
+        signed::Identity,
+    },
     refusal::Refusal,
-    saved::{self, Figures, Save},
-    signed::Identity,
     store::{Store, StoreError, key},
-    value::{self, Edit, Path},
-    waiting::{On, Waiter, Waiting},
 };
 
 /// Bytes of a document's envelopes since it last began anew.
@@ -1524,11 +1533,11 @@ impl Document {
         }
         let (number, previous) = (self.epochs.count() + 1, self.epochs.current(&self.genesis));
         let advice = ": make a new document";
-        if number > crate::epoch::MAX_EPOCHS as u64 {
+        if number > crate::log::epoch::MAX_EPOCHS as u64 {
             return Err(Error::TooLarge {
                 what: "the number of epochs",
                 size: number,
-                limit: crate::epoch::MAX_EPOCHS as u64,
+                limit: crate::log::epoch::MAX_EPOCHS as u64,
                 advice,
             });
         }

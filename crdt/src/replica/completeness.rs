@@ -12,10 +12,9 @@ use std::{
 
 use crate::{
     document::Document,
-    envelope::Proof,
-    epoch::Heads,
     error::Error,
     id::{DocumentId, EpochId, Key},
+    log::{envelope::Proof, epoch::Heads},
     replica::Replica,
     store::StoreError,
 };

@@ -5,6 +5,15 @@
 //! in memory, [`Replica::flush`] puts it on disk, and only then [`Replica::poll`] gives out what follows from it. So
 //! nothing is told to anybody that a crash could take back.
 
+mod archive;
+mod completeness;
+pub(crate) mod exchange;
+
+pub use self::{
+    completeness::{Comparing, Completeness, Holder},
+    exchange::MAX_MESSAGE_BYTES,
+};
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
@@ -18,20 +27,22 @@ use serde_json::Value;
 use weft_proto::wire;
 
 use crate::{
-    completeness::Comparison,
-    document::{Commit, Document, From, Source, Taken},
-    envelope::{Envelope, Proof},
-    epoch::{Epoch, Statement},
+    content::value::{self, Edit, Path},
+    document::{Commit, Document, From, Source, Taken, saved::Figures, waiting::MAX_IN_ALL},
     error::Error,
-    exchange::{Arrival, PIECE, Peer},
-    genesis::{self, Genesis, Kind, MAX_LABEL, Readers},
     id::{ChangeId, Digest, DocumentId, Key, SessionId},
+    log::{
+        envelope::{Envelope, Proof},
+        epoch::{Epoch, Statement},
+        genesis::{self, Genesis, Kind, MAX_LABEL, Readers},
+        signed::Identity,
+    },
     refusal::Refusal,
-    saved::Figures,
-    signed::Identity,
+    replica::{
+        completeness::Comparison,
+        exchange::{Arrival, PIECE, Peer},
+    },
     store::{Store, StoreError, key},
-    value::{self, Edit, Path},
-    waiting::MAX_IN_ALL,
 };
 
 /// Documents that a node holds.
@@ -470,7 +481,7 @@ impl Replica {
     }
 
     fn nonce(&mut self) -> [u8; 16] {
-        crate::epoch::prefix(&self.draw())
+        crate::log::epoch::prefix(&self.draw())
     }
 
     // Documents in memory.

@@ -6,8 +6,8 @@ use weft_proto::wire;
 
 use crate::{
     id::{DocumentId, EpochId, Key},
+    log::signed::{self, Identity},
     refusal::Refusal,
-    signed::{self, Identity},
 };
 
 const DOMAIN: &[u8] = b"weft document genesis v1\0";
