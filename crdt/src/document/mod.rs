@@ -39,7 +39,7 @@ use crate::{
         genesis::{Genesis, Readers},
         signed::Identity,
     },
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     store::{Store, StoreError, key},
 };
 
@@ -1142,14 +1142,12 @@ impl Document {
         store: &mut Store,
         epochs: Vec<Epoch>,
         base: &[Bytes],
-    ) -> Result<Result<Taken, Refusal>, StoreError> {
+    ) -> Result<Taken, TakeError> {
         let mut chain = self.epochs.clone();
         let mut dropped = 0;
         let mut covered = Heads::new();
         for epoch in &epochs {
-            if let Err(refusal) = chain.would_take(epoch, &self.genesis) {
-                return Ok(Err(refusal));
-            }
+            chain.would_take(epoch, &self.genesis)?;
             dropped = dropped.max(chain.take(epoch.clone()));
             if epoch.is_beginning() {
                 for (session, head) in &epoch.says.heads {
@@ -1162,10 +1160,7 @@ impl Document {
         }
         let id = self.id();
         let begins = epochs.iter().rev().find(|epoch| epoch.is_beginning());
-        let built = match begins.map(|epoch| build_base(epoch, base)).transpose() {
-            Ok(built) => built,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+        let built = begins.map(|epoch| build_base(epoch, base)).transpose()?;
         let mut taken = Taken::default();
         let had = (
             self.epochs.count(),
@@ -1218,7 +1213,7 @@ impl Document {
             taken.rebuilt = true;
         }
         self.forget_void();
-        Ok(Ok(taken))
+        Ok(taken)
     }
 
     /// Whether what is here of a session is another branch than the one an epoch names.
@@ -1583,9 +1578,10 @@ impl Document {
                 .map_err(|error| StoreError::Other(error.to_string()))?,
         };
         let epoch = Epoch::sign(identity, &self.genesis, (number, previous), &says);
-        match self.take_epochs(store, vec![epoch.clone()], &base)? {
+        match self.take_epochs(store, vec![epoch.clone()], &base) {
             Ok(taken) => Ok((epoch, taken)),
-            Err(refusal) => {
+            Err(TakeError::Store(error)) => Err(error.into()),
+            Err(TakeError::Refused(refusal)) => {
                 Err(StoreError::Other(format!("the new epoch is refused: {refusal}")).into())
             }
         }

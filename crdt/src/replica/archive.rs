@@ -28,7 +28,7 @@ use crate::{
         epoch::Epoch,
         genesis::Genesis,
     },
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     replica::Replica,
     store::{Store, StoreError, key},
 };
@@ -411,14 +411,19 @@ impl Replica {
         }
         let beginning = new.iter().rev().find(|epoch| epoch.is_beginning());
         let base = beginning.map_or(Vec::new(), |epoch| content.base(&epoch.id));
-        match document.take_epochs(store, new.clone(), &base)? {
+        match document.take_epochs(store, new.clone(), &base) {
             Ok(taken) => {
                 // Any of these epochs that a peer was giving are here now.
                 self.arrivals.remove(&id);
                 self.epochs_taken(id, new, None, taken)?;
             }
-            Err(Refusal::Early) => imported.fault("the beginning of the content is not whole"),
-            Err(refusal) => imported.fault(format!("the beginning of the content: {refusal}")),
+            Err(TakeError::Refused(Refusal::Early)) => {
+                imported.fault("the beginning of the content is not whole")
+            }
+            Err(TakeError::Refused(refusal)) => {
+                imported.fault(format!("the beginning of the content: {refusal}"));
+            }
+            Err(TakeError::Store(error)) => return Err(error),
         }
         Ok(epochs)
     }

@@ -186,7 +186,7 @@ impl Play {
             false => Vec::new(),
         };
         if !epochs.is_empty() {
-            document.take_epochs(store, epochs, &base).unwrap().unwrap();
+            document.take_epochs(store, epochs, &base).unwrap();
         }
         for proof in proofs {
             document.take_proof(store, &proof).unwrap();

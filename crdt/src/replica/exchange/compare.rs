@@ -7,13 +7,12 @@ use weft_proto::wire::{self, document_message::Kind};
 
 use crate::{
     id::{Digest, DocumentId, Key},
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     replica::{
         Replica,
         exchange::{CHECK_SOON, MAX_EXCHANGES, MAX_LISTED},
         held::Held,
     },
-    store::StoreError,
 };
 
 /// A document's entry in a listing: its id, and the beginning of its digest.
@@ -57,7 +56,7 @@ impl Replica {
         buckets
     }
 
-    pub(super) fn on_root(&mut self, peer: Key, root: &wire::Root) -> Result<(), Refusal> {
+    pub(super) fn on_root(&mut self, peer: Key, root: &wire::Root) -> Result<(), TakeError> {
         let documents = self.readable(&peer, root.shared);
         // It may not know yet that it is to read no longer what it has.
         let is_withheld = |held: &Held| held.is_decided() && !held.may_read(&peer);
@@ -104,9 +103,13 @@ impl Replica {
         Ok(())
     }
 
-    pub(super) fn on_buckets(&mut self, peer: Key, theirs: &wire::Buckets) -> Result<(), Refusal> {
+    pub(super) fn on_buckets(
+        &mut self,
+        peer: Key,
+        theirs: &wire::Buckets,
+    ) -> Result<(), TakeError> {
         if theirs.digests.len() != 256 * 8 {
-            return Err(Refusal::Malformed("buckets of a wrong length"));
+            return Err(Refusal::Malformed("buckets of a wrong length").into());
         }
         let documents = self.readable(&peer, theirs.shared);
         let ours = self.buckets(&documents);
@@ -164,11 +167,11 @@ impl Replica {
         &mut self,
         peer: Key,
         listing: &wire::Listing,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    ) -> Result<(), TakeError> {
         if !listing.entries.len().is_multiple_of(ENTRY)
             || listing.entries.len() > MAX_LISTED * ENTRY
         {
-            return Ok(Err(Refusal::Malformed("a listing of a wrong length")));
+            return Err(Refusal::Malformed("a listing of a wrong length").into());
         }
         if listing.equal.len() == 32 {
             let is_equal =
@@ -235,7 +238,7 @@ impl Replica {
                 self.send_summary(peer, id, true)?;
             }
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// Tells all peers which documents are held from now on, or no longer.
@@ -268,11 +271,11 @@ impl Replica {
         &mut self,
         peer: Key,
         interest: &wire::Interest,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    ) -> Result<(), TakeError> {
         let wrong =
             |bytes: &Bytes| !bytes.len().is_multiple_of(32) || bytes.len() > MAX_LISTED * 32;
         if wrong(&interest.holds) || wrong(&interest.drops) {
-            return Ok(Err(Refusal::Malformed("an interest of a wrong length")));
+            return Err(Refusal::Malformed("an interest of a wrong length").into());
         }
         let ids = |bytes: &Bytes| {
             bytes
@@ -307,6 +310,6 @@ impl Replica {
                 }
             }
         }
-        Ok(Ok(()))
+        Ok(())
     }
 }

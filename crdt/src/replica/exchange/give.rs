@@ -13,30 +13,23 @@ use crate::{
         envelope::Header,
         epoch::{Head, Heads, read_heads},
     },
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     replica::{Replica, peer::Peer},
     store::{Store, StoreError, key},
 };
 
 impl Replica {
-    pub(super) fn on_want(
-        &mut self,
-        peer: Key,
-        want: &wire::Want,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    pub(super) fn on_want(&mut self, peer: Key, want: &wire::Want) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&want.document) else {
-            return Ok(Err(Refusal::Malformed("a want of no document")));
+            return Err(Refusal::Malformed("a want of no document").into());
         };
         let may_read = self.held.get(&id).is_some_and(|held| held.may_read(&peer));
         let is_shut_out = |known: &Peer| known.shut_out.contains_key(&id);
         let gets_decisions = want.epochs > 0 && self.peers.get(&peer).is_some_and(is_shut_out);
         if !may_read && !gets_decisions {
-            return Ok(Ok(()));
+            return Ok(());
         }
-        let sessions = match read_heads(&want.sessions) {
-            Ok(sessions) => sessions,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+        let sessions = read_heads(&want.sessions)?;
         let decisions = wire::Want {
             document: want.document.clone(),
             epochs: want.epochs,
@@ -50,13 +43,13 @@ impl Replica {
             Ok(give) => give,
             Err(error) => {
                 self.suspect(id, &error);
-                return Err(error);
+                return Err(error.into());
             }
         };
         if let Some(give) = give {
             self.send(peer, Kind::Give(give));
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// A piece of what is wanted; with decisions that begin the content anew, the new content only `with_base`.

@@ -33,7 +33,7 @@ use weft_proto::wire::{self, document_message::Kind};
 
 use crate::{
     id::{DocumentId, Key},
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     replica::{Replica, event::Output, peer::Peer},
     store::StoreError,
 };
@@ -192,9 +192,9 @@ impl Replica {
         };
         tracing::trace!(%peer, message = kind.as_ref().map_or("none", name), bytes = message.len(), "documents");
         let taken = match kind {
-            None => Ok(Err(Refusal::Malformed("a message cannot be decoded"))),
-            Some(Kind::Root(root)) => Ok(self.on_root(peer, &root)),
-            Some(Kind::Buckets(buckets)) => Ok(self.on_buckets(peer, &buckets)),
+            None => Err(Refusal::Malformed("a message cannot be decoded").into()),
+            Some(Kind::Root(root)) => self.on_root(peer, &root),
+            Some(Kind::Buckets(buckets)) => self.on_buckets(peer, &buckets),
             Some(Kind::Listing(listing)) => self.on_listing(peer, &listing),
             Some(Kind::Interest(interest)) => self.on_interest(peer, &interest),
             Some(Kind::Summary(summary)) => self.on_summary(peer, &summary),
@@ -203,16 +203,16 @@ impl Replica {
             Some(Kind::News(news)) => self.on_news(peer, news),
         };
         match taken {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(refusal)) => {
+            Ok(()) => Ok(()),
+            Err(TakeError::Refused(refusal)) => {
                 if refusal.is_offence() {
                     self.offend(peer, &refusal);
                 }
                 Ok(())
             }
             // The flush takes back what was done with the document; the peer is not told anything of it.
-            Err(StoreError::Document { .. }) => Ok(()),
-            Err(error) => Err(error),
+            Err(TakeError::Store(StoreError::Document { .. })) => Ok(()),
+            Err(TakeError::Store(error)) => Err(error),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::{
         envelope::{Envelope, Proof},
         epoch::{Epoch, Head, Heads},
     },
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     replica::{Replica, exchange::MAX_EXCHANGES},
     store::StoreError,
 };
@@ -22,39 +22,29 @@ use crate::{
 const NEWS: usize = 256 << 10;
 
 impl Replica {
-    pub(super) fn on_news(
-        &mut self,
-        peer: Key,
-        news: wire::News,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    pub(super) fn on_news(&mut self, peer: Key, news: wire::News) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&news.document) else {
-            return Ok(Err(Refusal::Malformed("news of no document")));
+            return Err(Refusal::Malformed("news of no document").into());
         };
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
             self.shut_out(peer, id, false)?;
-            return Ok(Ok(()));
+            return Ok(());
         }
         if let Some(known) = self.peers.get_mut(&peer) {
             known.shared.insert(id);
         }
         let Some((document, _)) = self.document(&id)? else {
             self.ask_again(peer, id)?;
-            return Ok(Ok(()));
+            return Ok(());
         };
         let genesis = document.genesis.clone();
         let mut more = Heads::new();
         let mut epochs = Vec::new();
         for epoch in news.epochs {
-            match Epoch::read(epoch, &genesis) {
-                Ok(epoch) => epochs.push(epoch),
-                Err(refusal) => return Ok(Err(refusal)),
-            }
+            epochs.push(Epoch::read(epoch, &genesis)?);
         }
         for envelope in news.envelopes {
-            let envelope = match read_envelope(&envelope.encode_to_vec(), &id) {
-                Ok(envelope) => envelope,
-                Err(refusal) => return Ok(Err(refusal)),
-            };
+            let envelope = read_envelope(&envelope.encode_to_vec(), &id)?;
             if !envelope.change.is_empty() {
                 let source = Source::Peer {
                     key: peer,
@@ -81,16 +71,10 @@ impl Replica {
             }
         }
         for proof in &news.proofs {
-            match Proof::read(proof, &id) {
-                Ok(proof) => self.take_proof(id, &proof)?,
-                Err(refusal) => return Ok(Err(refusal)),
-            }
+            self.take_proof(id, &Proof::read(proof, &id)?)?;
         }
         let begins = epochs.iter().any(Epoch::is_beginning);
-        let stray = match self.take_epochs(peer, id, epochs)? {
-            Ok(stray) => stray,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+        let stray = self.take_epochs(peer, id, epochs)?;
         if stray || begins {
             self.ask_again(peer, id)?;
         }
@@ -105,7 +89,7 @@ impl Replica {
             }
             self.go_on(peer, id)?;
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// Tells peers what is new.

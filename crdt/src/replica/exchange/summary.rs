@@ -7,7 +7,7 @@ use weft_proto::wire::{self, document_message::Kind};
 use crate::{
     id::{DocumentId, EpochId, Key},
     log::epoch::{heads_to_wire, read_heads},
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     replica::{
         Replica,
         exchange::{CHECK_SOON, MAX_EXCHANGES, MAX_LISTED},
@@ -74,15 +74,12 @@ impl Replica {
         &mut self,
         peer: Key,
         summary: &wire::Summary,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    ) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&summary.document) else {
-            return Ok(Err(Refusal::Malformed("a summary of no document")));
+            return Err(Refusal::Malformed("a summary of no document").into());
         };
-        let read = || Ok((read_heads(&summary.sessions)?, read_heads(&summary.forks)?));
-        let (sessions, forks) = match read() {
-            Ok(read) => read,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+        let sessions = read_heads(&summary.sessions)?;
+        let forks = read_heads(&summary.forks)?;
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
             let epoch = EpochId::read(&summary.epoch);
             let has_part = match self.document(&id)? {
@@ -90,7 +87,7 @@ impl Replica {
                 None => false,
             };
             self.shut_out(peer, id, has_part)?;
-            return Ok(Ok(()));
+            return Ok(());
         }
         if summary.answer {
             self.send_summary(peer, id, false)?;
@@ -117,7 +114,7 @@ impl Replica {
             }
         }
         self.go_on(peer, id)?;
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// A peer may not read a document that it speaks of. If it might once, it is told how many decisions there are, so

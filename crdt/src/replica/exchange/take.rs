@@ -19,7 +19,7 @@ use crate::{
         epoch::Epoch,
         genesis::Genesis,
     },
-    refusal::Refusal,
+    refusal::{Refusal, TakeError},
     replica::{Replica, held::NOTHING, peer::Arrival},
     store::StoreError,
 };
@@ -28,16 +28,12 @@ use crate::{
 const MAX_BASE_BYTES: usize = 64 << 20;
 
 impl Replica {
-    pub(super) fn on_give(
-        &mut self,
-        peer: Key,
-        give: wire::Give,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    pub(super) fn on_give(&mut self, peer: Key, give: wire::Give) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&give.document) else {
-            return Ok(Err(Refusal::Malformed("a gift of no document")));
+            return Err(Refusal::Malformed("a gift of no document").into());
         };
         if !self.held.get(&id).is_some_and(|held| held.may_read(&peer)) {
-            return Ok(Ok(()));
+            return Ok(());
         }
         // The index that the given envelopes reach in each session.
         let mut given: BTreeMap<SessionId, u64> = BTreeMap::new();
@@ -75,7 +71,11 @@ impl Replica {
                 .collect(),
             None => BTreeSet::new(),
         };
-        let taken = self.take_give(peer, id, give, &asked)?;
+        let refused = match self.take_give(peer, id, give, &asked) {
+            Ok(()) => None,
+            Err(TakeError::Refused(refusal)) => Some(refusal),
+            Err(error) => return Err(error),
+        };
         let after = self.state_of(&id)?;
         if let Some(exchange) = self
             .peers
@@ -104,19 +104,14 @@ impl Replica {
             exchange.until = Duration::ZERO;
             exchange.idle = before == after && !sought && !blocked;
         }
-        match taken {
-            Ok(()) => {
-                self.go_on(peer, id)?;
-                Ok(Ok(()))
-            }
-            Err(refusal) => {
-                if let Some(known) = self.peers.get_mut(&peer) {
-                    known.exchanges.remove(&id);
-                }
-                self.go_on_with_any(id)?;
-                Ok(Err(refusal))
-            }
+        let Some(refusal) = refused else {
+            return Ok(self.go_on(peer, id)?);
+        };
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.exchanges.remove(&id);
         }
+        self.go_on_with_any(id)?;
+        Err(refusal.into())
     }
 
     /// What tells whether a piece has brought anything: the digest, and what has arrived of new epochs.
@@ -138,34 +133,28 @@ impl Replica {
         id: DocumentId,
         give: wire::Give,
         asked: &BTreeMap<SessionId, u64>,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    ) -> Result<(), TakeError> {
         if let Some(genesis) = give.genesis
             && self
                 .held
                 .get(&id)
                 .is_some_and(|held| held.genesis.is_none())
         {
-            match Genesis::read(genesis) {
-                Ok(genesis) if genesis.id == id => self.arrived(genesis)?,
-                Ok(_) => return Ok(Err(Refusal::Malformed("a genesis of another document"))),
-                Err(refusal) => return Ok(Err(refusal)),
+            let genesis = Genesis::read(genesis)?;
+            if genesis.id != id {
+                return Err(Refusal::Malformed("a genesis of another document").into());
             }
+            self.arrived(genesis)?;
         }
         let Some((document, _)) = self.document(&id)? else {
-            return Ok(Ok(()));
+            return Ok(());
         };
         let genesis = document.genesis.clone();
         let mut epochs = Vec::new();
         for epoch in give.epochs {
-            match Epoch::read(epoch, &genesis) {
-                Ok(epoch) => epochs.push(epoch),
-                Err(refusal) => return Ok(Err(refusal)),
-            }
+            epochs.push(Epoch::read(epoch, &genesis)?);
         }
-        let stray = match self.take_epochs(peer, id, epochs)? {
-            Ok(stray) => stray,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+        let stray = self.take_epochs(peer, id, epochs)?;
         if let Some(exchange) = self
             .peers
             .get_mut(&peer)
@@ -177,30 +166,20 @@ impl Replica {
             }
             exchange.all_epochs = stray && !exchange.all_epochs;
         }
-        if !give.base_changes.is_empty()
-            && let Err(refusal) =
-                self.take_base(peer, id, &give.base, give.base_from, give.base_changes)?
-        {
-            return Ok(Err(refusal));
+        if !give.base_changes.is_empty() {
+            self.take_base(peer, id, &give.base, give.base_from, give.base_changes)?;
         }
         for proof in &give.proofs {
-            match Proof::read(proof, &id) {
-                Ok(proof) => self.take_proof(id, &proof)?,
-                Err(refusal) => return Ok(Err(refusal)),
-            }
+            self.take_proof(id, &Proof::read(proof, &id)?)?;
         }
         for envelope in give.envelopes {
-            match read_envelope(&envelope.encode_to_vec(), &id) {
-                Ok(envelope) => {
-                    let header = &envelope.header;
-                    let asked = asked
-                        .get(&header.session)
-                        .is_some_and(|from| *from <= header.index);
-                    let source = Source::Peer { key: peer, asked };
-                    self.inbox.entry(id).or_default().push((envelope, source));
-                }
-                Err(refusal) => return Ok(Err(refusal)),
-            }
+            let envelope = read_envelope(&envelope.encode_to_vec(), &id)?;
+            let header = &envelope.header;
+            let asked = asked
+                .get(&header.session)
+                .is_some_and(|from| *from <= header.index);
+            let source = Source::Peer { key: peer, asked };
+            self.inbox.entry(id).or_default().push((envelope, source));
         }
         // At once, for what is wanted next depends on it.
         if let Some(envelopes) = self.inbox.remove(&id)
@@ -209,7 +188,7 @@ impl Replica {
             let taken = document.take(store, envelopes)?;
             self.follow(id, taken)?;
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     pub(crate) fn take_proof(&mut self, id: DocumentId, proof: &Proof) -> Result<(), StoreError> {
@@ -227,12 +206,12 @@ impl Replica {
         peer: Key,
         id: DocumentId,
         epochs: Vec<Epoch>,
-    ) -> Result<Result<bool, Refusal>, StoreError> {
+    ) -> Result<bool, TakeError> {
         if epochs.is_empty() {
-            return Ok(Ok(false));
+            return Ok(false);
         }
         let Some((document, _)) = self.document(&id)? else {
-            return Ok(Ok(false));
+            return Ok(false);
         };
         let (genesis, mut chain) = (document.genesis.clone(), document.epochs.clone());
         let mut arrival = self.arrivals.remove(&id).unwrap_or_default();
@@ -264,10 +243,10 @@ impl Replica {
                 self.decided(id, &says, row);
             }
             self.arrivals.insert(id, arrival);
-            return Ok(Ok(stray));
+            return Ok(stray);
         }
-        let taken = self.take_arrival(peer, id, arrival)?;
-        Ok(taken.map(|()| stray))
+        self.take_arrival(peer, id, arrival)?;
+        Ok(stray)
     }
 
     fn take_base(
@@ -277,41 +256,37 @@ impl Replica {
         epoch: &[u8],
         from: u64,
         changes: Vec<Bytes>,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    ) -> Result<(), TakeError> {
         let Some(arrival) = self.arrivals.get_mut(&id) else {
-            return Ok(Ok(()));
+            return Ok(());
         };
         let Some(beginning) = arrival.beginning() else {
-            return Ok(Ok(()));
+            return Ok(());
         };
         if beginning.id.0 != *epoch || from != arrival.base.len() as u64 {
-            return Ok(Ok(()));
+            return Ok(());
         }
         let expected = beginning.says.base.clone();
         for change in changes {
             let Some(id) = expected.get(arrival.base.len()) else {
-                return Ok(Err(Refusal::Malformed(
-                    "a base has more changes than were signed",
-                )));
+                return Err(Refusal::Malformed("a base has more changes than were signed").into());
             };
             // Automerge's hash covers all but the magic number and the checksum that is a part of it.
             if guard::hash_of(&change).as_ref() != Some(id) {
-                return Ok(Err(Refusal::Malformed(
-                    "a base has another change than was signed",
-                )));
+                return Err(Refusal::Malformed("a base has another change than was signed").into());
             }
             arrival.bytes += change.len();
             if arrival.bytes > MAX_BASE_BYTES {
-                return Ok(Err(Refusal::Malformed("a base is larger than is allowed")));
+                return Err(Refusal::Malformed("a base is larger than is allowed").into());
             }
             arrival.base.push(change);
         }
         if arrival.base.len() < expected.len() {
-            return Ok(Ok(()));
+            return Ok(());
         }
         match self.arrivals.remove(&id) {
             Some(arrival) => self.take_arrival(peer, id, arrival),
-            None => Ok(Ok(())),
+            None => Ok(()),
         }
     }
 
@@ -320,19 +295,17 @@ impl Replica {
         peer: Key,
         id: DocumentId,
         arrival: Arrival,
-    ) -> Result<Result<(), Refusal>, StoreError> {
+    ) -> Result<(), TakeError> {
         if arrival.epochs.is_empty() {
-            return Ok(Ok(()));
+            return Ok(());
         }
         let Some((document, store)) = self.document(&id)? else {
-            return Ok(Ok(()));
+            return Ok(());
         };
-        match document.take_epochs(store, arrival.epochs.clone(), &arrival.base)? {
-            Ok(taken) => self
-                .epochs_taken(id, arrival.epochs, Some(peer), taken)
-                .map(Ok),
-            Err(refusal) if refusal.is_offence() => Ok(Err(refusal)),
-            Err(_) => Ok(Ok(())),
+        match document.take_epochs(store, arrival.epochs.clone(), &arrival.base) {
+            Ok(taken) => Ok(self.epochs_taken(id, arrival.epochs, Some(peer), taken)?),
+            Err(TakeError::Refused(refusal)) if !refusal.is_offence() => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }
