@@ -142,10 +142,10 @@ impl Documents {
         let (reply, done) = oneshot::channel();
         let work: Work = Box::new(move |replica| {
             let result = work(replica);
-            Box::new(move |flushed| {
+            Box::new(move |finished| {
                 // The caller may wait no more. Work that failed by itself has changed nothing.
                 let _ = reply.send(result.and_then(|done| {
-                    flushed?;
+                    finished?;
                     Ok(done)
                 }));
             })
@@ -221,8 +221,8 @@ async fn run(
             (done, replica.take_concerns())
         };
         let done: Vec<_> = batch.drain(..).map(work).collect();
-        let flushed = replica.flush();
-        if let Err(error) = &flushed {
+        let finished = replica.finish_round();
+        if let Err(error) = &finished {
             tracing::warn!(%error, "documents");
         }
         while let Some(output) = replica.poll() {
@@ -237,7 +237,7 @@ async fn run(
             let undone = concerns.iter().find_map(|id| replica.undone().get(id));
             done(match undone {
                 Some(error) => Err(error.clone()),
-                None => flushed.clone(),
+                None => finished.clone(),
             });
         }
     }

@@ -2,8 +2,8 @@
 //! events come out.
 //!
 //! It does no I/O but on its store, has no clock and no thread: [`Replica::receive`] and the operations change what is
-//! in memory, [`Replica::flush`] puts it on disk, and only then [`Replica::poll`] gives out what follows from it. So
-//! nothing is told to anybody that a crash could take back.
+//! in memory, [`Replica::finish_round`] puts it on disk, and only then [`Replica::poll`] gives out what follows from
+//! it. So nothing is told to anybody that a crash could take back.
 
 mod archive;
 mod begin;
@@ -83,7 +83,7 @@ pub struct Replica {
     dirty: BTreeSet<DocumentId>,
     /// Documents that were changed since [`take_concerns`](Self::take_concerns).
     concerns: BTreeSet<DocumentId>,
-    /// Documents of which the last flush took back what had been done, and why.
+    /// Documents of which the last round took back what had been done, and why.
     undone: BTreeMap<DocumentId, StoreError>,
     /// Documents that were being read when the disk failed.
     suspects: BTreeMap<DocumentId, String>,
@@ -203,7 +203,7 @@ impl Replica {
         self.wall = self.wall.max(wall);
     }
 
-    /// Makes a document; its owner is this replica. It is kept when [`flush`](Self::flush) has succeeded. One with a
+    /// Makes a document; its owner is this replica. It is kept when [`finish_round`](Self::finish_round) has succeeded. One with a
     /// nonce that is here already is left as it is.
     ///
     /// # Errors
@@ -318,7 +318,7 @@ impl Replica {
     }
 
     /// Makes edits as one commit: all of them or, after an error, none. `time` is in seconds since the Unix epoch.
-    /// `None` if they change nothing. The commit counts when [`flush`](Self::flush) has succeeded.
+    /// `None` if they change nothing. The commit counts when [`finish_round`](Self::finish_round) has succeeded.
     ///
     /// # Errors
     /// [`Error`].

@@ -23,22 +23,23 @@ use crate::{
 const TRY_AGAIN: Duration = Duration::from_secs(60);
 
 impl Replica {
-    /// Puts on disk what was done since the last time, and lets out what follows from it. A fault of the disk that any
-    /// operation met since then fails the flush, also if that operation returned no error. Damage of a document takes
-    /// back what was done with that document alone: [`undone`](Self::undone).
+    /// Finishes a round of work: applies the envelopes that peers have sent, puts everything that was done since the
+    /// last round on disk in one transaction, tells peers what is new, and lets out what [`poll`](Self::poll) returns.
+    /// A fault of the disk that any operation met since the last round fails this one, also if that operation returned
+    /// no error. Damage of a document takes back what was done with that document alone: [`undone`](Self::undone).
     ///
     /// # Errors
-    /// [`StoreError`]; then nothing of what was done since the last time has happened.
-    pub fn flush(&mut self) -> Result<(), StoreError> {
+    /// [`StoreError`]; then nothing of what was done since the last round has happened.
+    pub fn finish_round(&mut self) -> Result<(), StoreError> {
         self.undone.clear();
-        let flushed = self.try_flush();
-        if flushed.is_err() {
+        let finished = self.try_finish();
+        if finished.is_err() {
             self.go_back();
         }
-        flushed
+        finished
     }
 
-    fn try_flush(&mut self) -> Result<(), StoreError> {
+    fn try_finish(&mut self) -> Result<(), StoreError> {
         self.recover()?;
         self.settle()?;
         // Peers are told last, for nobody is told of a change that is taken back. The news is read from memory.
@@ -95,7 +96,7 @@ impl Replica {
         Ok(())
     }
 
-    /// A document is damaged on disk: what was done with it since the last flush is taken back, and it is as it is on
+    /// A document is damaged on disk: what was done with it since the last round is taken back, and it is as it is on
     /// disk, to be opened again. All else goes on.
     fn undo(&mut self, id: DocumentId, what: String) -> Result<(), StoreError> {
         tracing::error!(document = %id, what, "a document is damaged on disk");
@@ -161,12 +162,12 @@ impl Replica {
         Ok(())
     }
 
-    /// Returns the next output, in order; only outputs that [`flush`](Self::flush) has let out.
+    /// Returns the next output, in order; only outputs that [`finish_round`](Self::finish_round) has let out.
     pub fn poll(&mut self) -> Option<Output> {
         self.outputs.pop_front()
     }
 
-    /// Lets something out at the next flush; what is of a document, only if nothing of that was taken back.
+    /// Lets something out at the end of the round; what is of a document, only if nothing of that was taken back.
     pub(super) fn queue(&mut self, of: Option<DocumentId>, output: Output) {
         self.queued.push((of, output));
     }
@@ -183,13 +184,13 @@ impl Replica {
     }
 
     /// Returns the documents that were changed since this was called last: what was done with them is taken back if
-    /// the next flush finds them damaged ([`undone`](Self::undone)).
+    /// the end of the round finds them damaged ([`undone`](Self::undone)).
     pub fn take_concerns(&mut self) -> BTreeSet<DocumentId> {
         mem::take(&mut self.concerns)
     }
 
-    /// Documents that the last [`flush`](Self::flush) found damaged: nothing of what was done with them since the flush
-    /// before has happened, while everything else is on disk.
+    /// Documents that the last [`finish_round`](Self::finish_round) found damaged: nothing of what was done with them
+    /// in that round has happened, while everything else is on disk.
     pub fn undone(&self) -> &BTreeMap<DocumentId, StoreError> {
         &self.undone
     }

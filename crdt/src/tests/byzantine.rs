@@ -696,7 +696,7 @@ fn who_asks_gets_one_piece_for_each_message() {
     }
     .encode_to_vec();
     world.node(0).receive(key(LIAR), &message).unwrap();
-    world.node(0).flush().unwrap();
+    world.node(0).finish_round().unwrap();
     let mut answers = Vec::new();
     while let Some(output) = world.node(0).poll() {
         if let crate::Output::Send { peer, message } = output {

@@ -210,7 +210,7 @@ impl Replica {
                 }
                 Ok(())
             }
-            // The flush takes back what was done with the document; the peer is not told anything of it.
+            // The end of the round takes back what was done with the document; the peer is not told anything of it.
             Err(TakeError::Store(StoreError::Document { .. })) => Ok(()),
             Err(TakeError::Store(error)) => Err(error),
         }
