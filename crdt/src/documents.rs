@@ -104,7 +104,7 @@ impl Documents {
         let told = events.clone();
         let thread = std::thread::Builder::new()
             .name("weft-documents".to_owned())
-            .spawn(move || clock.block_on(run(replica, waiting, stopped, (told, outgoing))))
+            .spawn(move || clock.block_on(run(replica, waiting, stopped, told, outgoing)))
             .map_err(other)?;
         let thread = Thread {
             stop: Some(stop),
@@ -189,7 +189,8 @@ async fn run(
     mut replica: Replica,
     mut waiting: mpsc::Receiver<Work>,
     mut stopped: oneshot::Receiver<()>,
-    (events, outgoing): (broadcast::Sender<Event>, mpsc::UnboundedSender<Outgoing>),
+    events: broadcast::Sender<Event>,
+    outgoing: mpsc::UnboundedSender<Outgoing>,
 ) {
     let began = Instant::now();
     let mut batch = Vec::with_capacity(BATCH);

@@ -23,7 +23,10 @@ use weft_proto::wire;
 
 use crate::{
     content::{batch, guard::Memory},
-    document::{saved::Figures, waiting::Waiting},
+    document::{
+        saved::{Counts, Figures},
+        waiting::Waiting,
+    },
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
     log::{
         causal::{CausalOrder, Place},
@@ -35,7 +38,10 @@ use crate::{
     store::{Store, StoreError, key},
 };
 
-pub(crate) use self::take::{From, Source, Taken};
+pub(crate) use self::{
+    author::{Decision, Draft, Made},
+    take::{From, Source, Taken},
+};
 
 /// Bytes of a document's envelopes since it last began anew.
 pub const MAX_LOG: u64 = 128 << 20;
@@ -279,8 +285,14 @@ impl Document {
         Figures::of(
             self.digest(),
             self.epochs.current(&self.genesis),
-            (&self.heads(), &self.forks()),
-            (self.epochs.count(), changes, log_bytes, self.base_changes()),
+            &self.heads(),
+            &self.forks(),
+            Counts {
+                epochs: self.epochs.count(),
+                changes,
+                log_bytes,
+                base_changes: self.base_changes(),
+            },
         )
     }
 

@@ -18,6 +18,15 @@ use crate::{
     store::{Store, StoreError, key},
 };
 
+/// What counts when a document is built anew.
+struct Counting {
+    /// The envelopes of each session that count.
+    kept: BTreeMap<SessionId, usize>,
+    /// Their changes, in causal order.
+    changes: Vec<Change>,
+    looked_at: usize,
+}
+
 impl Document {
     /// Whether what is here of a session is another branch than the one an epoch names.
     pub(super) fn goes_astray(&self, session: &SessionId, known: &Session) -> bool {
@@ -49,55 +58,11 @@ impl Document {
         covered: &Heads,
     ) -> Result<Vec<Edit>, StoreError> {
         let id = self.id();
-        let mut known: HashSet<ChangeHash> = base
-            .get_changes_meta(&[])
-            .into_iter()
-            .map(|meta| meta.hash)
-            .collect();
-        let limits: BTreeMap<SessionId, usize> = self
-            .sessions
-            .iter()
-            .map(|(session, entries)| {
-                let limit = match self.goes_astray(session, entries) {
-                    true => 0,
-                    false => self.limit(session, &entries.run),
-                };
-                (
-                    *session,
-                    usize::try_from(limit)
-                        .unwrap_or(usize::MAX)
-                        .min(entries.entries.len()),
-                )
-            })
-            .collect();
-        let mut kept: BTreeMap<SessionId, usize> =
-            limits.keys().map(|session| (*session, 0)).collect();
-        let mut changes: Vec<Change> = Vec::new();
-        let ranges = limits.iter();
-        let ranges = ranges.map(|(session, limit)| (*session, 0..*limit as u64));
-        // One pass: what a change builds on comes before it.
-        let mut looked_at = 0_usize;
-        for (session, index) in self.ordered(ranges.collect()) {
-            let (Some(count), Some(entries)) =
-                (kept.get_mut(&session), self.sessions.get(&session))
-            else {
-                continue;
-            };
-            // One before it does not count.
-            if *count as u64 != index {
-                continue;
-            }
-            looked_at += 1;
-            let entry = entries.entries.get(*count);
-            let change = entry.and_then(|(_, change)| self.doc.get_change_by_hash(&hash(change)));
-            if let Some(change) = change
-                && change.deps().iter().all(|dep| known.contains(dep))
-            {
-                known.insert(change.hash());
-                changes.push(change);
-                *count += 1;
-            }
-        }
+        let Counting {
+            kept,
+            changes,
+            looked_at,
+        } = self.what_counts(base);
         let mut doc = base.clone();
         let applied = guard::contained(|| doc.apply_changes(changes));
         if !matches!(applied, Ok(Ok(()))) {
@@ -110,34 +75,90 @@ impl Document {
         }
         let carry = self.lost_edits(&kept, covered);
         for (session, count) in kept {
-            let Some(entries) = self.sessions.get_mut(&session) else {
-                continue;
-            };
-            for index in count..entries.entries.len() {
-                let row = key::envelope(&id, &session, index as u64);
-                if let Some(row) = store.get(&row)? {
-                    self.log_bytes = self.log_bytes.saturating_sub(row.len() as u64);
-                }
-                store.delete(row);
-            }
-            if count < entries.entries.len() {
-                entries.entries.truncate(count);
-                // What would follow builds on what is gone.
-                if self.writing == Some(session) {
-                    self.writing = None;
-                }
-            }
-            if count == 0 {
-                self.sessions.remove(&session);
-                store.delete(key::own(&id, &session));
-                self.own.remove(&session);
-            }
+            self.shorten(store, session, count)?;
         }
         self.doc = doc;
         self.memory = Memory::default();
         self.digest = None;
         self.put_save(store);
         Ok(carry)
+    }
+
+    /// What of each session counts, by epochs, proofs, and what each change builds on.
+    fn what_counts(&self, base: &Automerge) -> Counting {
+        let mut known: HashSet<ChangeHash> = base
+            .get_changes_meta(&[])
+            .into_iter()
+            .map(|meta| meta.hash)
+            .collect();
+        let range = |(id, session): (&SessionId, &Session)| {
+            let limit = match self.goes_astray(id, session) {
+                true => 0,
+                false => self.limit(id, &session.run),
+            };
+            (*id, 0..limit.min(session.entries.len() as u64))
+        };
+        let mut counting = Counting {
+            kept: self.sessions.keys().map(|session| (*session, 0)).collect(),
+            changes: Vec::new(),
+            looked_at: 0,
+        };
+        // One pass: what a change builds on comes before it.
+        for (session, index) in self.ordered(self.sessions.iter().map(range).collect()) {
+            let (Some(count), Some(known_session)) =
+                (counting.kept.get_mut(&session), self.sessions.get(&session))
+            else {
+                continue;
+            };
+            // One before it does not count.
+            if *count as u64 != index {
+                continue;
+            }
+            counting.looked_at += 1;
+            let entry = known_session.entries.get(*count);
+            let change = entry.and_then(|(_, change)| self.doc.get_change_by_hash(&hash(change)));
+            if let Some(change) = change
+                && change.deps().iter().all(|dep| known.contains(dep))
+            {
+                known.insert(change.hash());
+                counting.changes.push(change);
+                *count += 1;
+            }
+        }
+        counting
+    }
+
+    /// Drops what of a session no longer counts.
+    fn shorten(
+        &mut self,
+        store: &mut Store,
+        session: SessionId,
+        count: usize,
+    ) -> Result<(), StoreError> {
+        let id = self.id();
+        let Some(entries) = self.sessions.get_mut(&session) else {
+            return Ok(());
+        };
+        for index in count..entries.entries.len() {
+            let row = key::envelope(&id, &session, index as u64);
+            if let Some(row) = store.get(&row)? {
+                self.log_bytes = self.log_bytes.saturating_sub(row.len() as u64);
+            }
+            store.delete(row);
+        }
+        if count < entries.entries.len() {
+            entries.entries.truncate(count);
+            // What would follow builds on what is gone.
+            if self.writing == Some(session) {
+                self.writing = None;
+            }
+        }
+        if count == 0 {
+            self.sessions.remove(&session);
+            store.delete(key::own(&id, &session));
+            self.own.remove(&session);
+        }
+        Ok(())
     }
 
     /// What this replica has edited and is no longer kept, each change as it was meant: against what it was built on.

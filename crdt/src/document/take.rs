@@ -402,7 +402,7 @@ impl Document {
             return;
         }
         if fits && (!asked || self.waiting.make_room(&envelope, &key, asked)) {
-            self.waiting.insert(envelope, (key, asked), on);
+            self.waiting.insert(envelope, key, asked, on);
         }
         taken.early.insert(key);
     }

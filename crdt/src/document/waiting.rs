@@ -105,7 +105,7 @@ impl Waiting {
         true
     }
 
-    pub(crate) fn insert(&mut self, envelope: Envelope, (from, asked): (Key, bool), on: On) {
+    pub(crate) fn insert(&mut self, envelope: Envelope, from: Key, asked: bool, on: On) {
         let bytes = envelope.change.len();
         let place = place(&envelope);
         self.remove(&place);
@@ -213,13 +213,13 @@ mod tests {
             epoch: EpochId([1; 32]),
         };
         let identity = Identity::from_secret([1; 32]);
-        let place = (index, Chain([1; 32]));
         Envelope {
             header: Header::sign(
                 &identity,
                 &DocumentId([1; 32]),
                 run,
-                place,
+                index,
+                Chain([1; 32]),
                 ChangeId([1; 32]),
             ),
             change: Bytes::from(vec![0; bytes]),
@@ -240,7 +240,7 @@ mod tests {
             let fits = waiting.make_room(&envelope, &from, asked);
             if fits {
                 let on = On::Place(envelope.header.session, *index);
-                waiting.insert(envelope, (from, asked), on);
+                waiting.insert(envelope, from, asked, on);
             }
             fits
         };

@@ -84,7 +84,8 @@ impl Header {
         identity: &Identity,
         document: &DocumentId,
         run: Run,
-        (index, previous): (u64, Chain),
+        index: u64,
+        previous: Chain,
         change: ChangeId,
     ) -> Self {
         let session = run.session(document);

@@ -92,7 +92,8 @@ impl Epoch {
     pub(crate) fn sign(
         identity: &Identity,
         genesis: &Genesis,
-        (number, previous): (u64, EpochId),
+        number: u64,
+        previous: EpochId,
         says: &Statement,
     ) -> Self {
         let epoch = wire::Epoch {

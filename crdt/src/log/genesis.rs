@@ -114,7 +114,8 @@ pub(crate) fn unsigned(
     owner: &Key,
     nonce: [u8; 16],
     kind: Kind,
-    (writers, readers): (&[Key], &Readers),
+    writers: &[Key],
+    readers: &Readers,
     label: &str,
 ) -> Bytes {
     wire::Genesis {

@@ -17,7 +17,7 @@ use weft_proto::wire;
 
 use crate::{
     content::guard,
-    document::{Source, Taken, saved},
+    document::{Document, Source, Taken, saved},
     error::Error,
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
     imported::{Imported, Refused},
@@ -354,11 +354,14 @@ impl Replica {
             self.follow_quietly(id, taken)?;
         }
         self.settle()?;
-        self.compare_with_file(
-            (id, &mut imported),
-            (&log, &order, &refused),
-            (&epochs, &proofs),
-        )?;
+        let file = File {
+            log: &log,
+            order: &order,
+            refused: &refused,
+            epochs: &epochs,
+            proofs: &proofs,
+        };
+        self.compare_with_file(id, &file, &mut imported)?;
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
             // Told as a whole, and not change by change.
@@ -450,82 +453,98 @@ impl Replica {
     /// Finds out what of a file counts, and of the rest why not.
     fn compare_with_file(
         &mut self,
-        (id, imported): (DocumentId, &mut Imported),
-        (log, order, refused): (&Log, &[Place], &Refusals),
-        (epochs, proofs): (&[Epoch], &[Proof]),
+        id: DocumentId,
+        file: &File<'_>,
+        imported: &mut Imported,
     ) -> Result<(), StoreError> {
-        let Some((document, _)) = self.document(&id)? else {
-            return Ok(());
-        };
-        let genesis = &document.genesis;
-        for epoch in epochs {
-            let is_decided = document.epochs.get(epoch.number);
-            // If two have one number, all replicas take the same of them.
-            if is_decided.is_none() {
-                imported.fault(format!(
-                    "decision {} of the owner does not follow those that are here",
-                    epoch.number
-                ));
-            }
-        }
-        for proof in proofs {
-            let known = document.proof(&proof.session());
-            if document.matters(proof) && known.is_none_or(|known| known.index() > proof.index()) {
-                imported.fault("there is no room for a proof of equivocation");
-            }
-        }
-        let of_file: BTreeSet<EpochId> = epochs
-            .iter()
-            .map(|epoch| epoch.id)
-            .chain([genesis.epoch()])
-            .collect();
-        let mut void: HashSet<ChangeId> = HashSet::new();
-        for place in order {
-            let Some(envelope) = log.at(place) else {
-                continue;
-            };
-            let header = &envelope.header;
-            let chain = header.chain();
-            if document.chain_at(&header.session, header.index.saturating_add(1)) == Some(chain) {
-                imported.counted += 1;
-                continue;
-            }
-            let refusal = refused.get(&(header.session, header.index, chain));
-            let knows = document.knows(&header.run.epoch);
-            // Nothing that damage says of author or session makes a change void.
-            let is_intact = || {
-                let hash = guard::hash_of(&envelope.change);
-                hash == Some(header.change) && header.is_signed(&id)
-            };
-            // The change is void if an earlier change of its session, or one that it builds on, is void.
-            let follows_void = || {
-                let deps = chunk::dependencies(&envelope.change);
-                deps.iter().any(|dep| void.contains(dep))
-            };
-            match refusal {
-                Some(refusal) if refusal.is_offence() || *refusal == Refusal::Foreign => {
-                    imported.refused.damaged += 1;
-                    imported.fault(refusal.to_string());
-                }
-                Some(Refusal::Full) => imported.refused.full += 1,
-                _ if !is_intact() => {
-                    imported.refused.damaged += 1;
-                    imported.fault("a change or its signature is damaged");
-                }
-                Some(Refusal::Void) => {
-                    imported.refused.void += 1;
-                    void.insert(header.change);
-                }
-                _ if knows && document.is_void(header)
-                    || !knows && of_file.contains(&header.run.epoch)
-                    || follows_void() =>
-                {
-                    imported.refused.void += 1;
-                    void.insert(header.change);
-                }
-                _ => imported.refused.missing += 1,
-            }
+        if let Some((document, _)) = self.document(&id)? {
+            compare_decisions(document, file, imported);
+            compare_changes(document, file, imported);
         }
         Ok(())
+    }
+}
+
+/// What was read of a file, and what became of its changes.
+struct File<'a> {
+    log: &'a Log,
+    order: &'a [Place],
+    refused: &'a Refusals,
+    epochs: &'a [Epoch],
+    proofs: &'a [Proof],
+}
+
+fn compare_decisions(document: &Document, file: &File<'_>, imported: &mut Imported) {
+    for epoch in file.epochs {
+        let is_decided = document.epochs.get(epoch.number);
+        // If two have one number, all replicas take the same of them.
+        if is_decided.is_none() {
+            imported.fault(format!(
+                "decision {} of the owner does not follow those that are here",
+                epoch.number
+            ));
+        }
+    }
+    for proof in file.proofs {
+        let known = document.proof(&proof.session());
+        if document.matters(proof) && known.is_none_or(|known| known.index() > proof.index()) {
+            imported.fault("there is no room for a proof of equivocation");
+        }
+    }
+}
+
+fn compare_changes(document: &Document, file: &File<'_>, imported: &mut Imported) {
+    let of_file: BTreeSet<EpochId> = file
+        .epochs
+        .iter()
+        .map(|epoch| epoch.id)
+        .chain([document.genesis.epoch()])
+        .collect();
+    let mut void: HashSet<ChangeId> = HashSet::new();
+    for place in file.order {
+        let Some(envelope) = file.log.at(place) else {
+            continue;
+        };
+        let header = &envelope.header;
+        let chain = header.chain();
+        if document.chain_at(&header.session, header.index.saturating_add(1)) == Some(chain) {
+            imported.counted += 1;
+            continue;
+        }
+        let refusal = file.refused.get(&(header.session, header.index, chain));
+        let knows = document.knows(&header.run.epoch);
+        // Nothing that damage says of author or session makes a change void.
+        let is_intact = || {
+            let hash = guard::hash_of(&envelope.change);
+            hash == Some(header.change) && header.is_signed(&document.id())
+        };
+        // The change is void if an earlier change of its session, or one that it builds on, is void.
+        let follows_void = || {
+            let deps = chunk::dependencies(&envelope.change);
+            deps.iter().any(|dep| void.contains(dep))
+        };
+        match refusal {
+            Some(refusal) if refusal.is_offence() || *refusal == Refusal::Foreign => {
+                imported.refused.damaged += 1;
+                imported.fault(refusal.to_string());
+            }
+            Some(Refusal::Full) => imported.refused.full += 1,
+            _ if !is_intact() => {
+                imported.refused.damaged += 1;
+                imported.fault("a change or its signature is damaged");
+            }
+            Some(Refusal::Void) => {
+                imported.refused.void += 1;
+                void.insert(header.change);
+            }
+            _ if knows && document.is_void(header)
+                || !knows && of_file.contains(&header.run.epoch)
+                || follows_void() =>
+            {
+                imported.refused.void += 1;
+                void.insert(header.change);
+            }
+            _ => imported.refused.missing += 1,
+        }
     }
 }

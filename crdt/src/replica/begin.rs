@@ -55,15 +55,11 @@ impl NewDocument {
                 advice: " bytes",
             });
         }
-        let lists = (
-            if self.single_writer {
-                &[]
-            } else {
-                &writers[..]
-            },
-            &readers,
-        );
-        let genesis = genesis::unsigned(owner, nonce, kind, lists, &self.label);
+        let others = match self.single_writer {
+            true => &[],
+            false => &writers[..],
+        };
+        let genesis = genesis::unsigned(owner, nonce, kind, others, &readers, &self.label);
         if self.single_writer && !writers.is_empty() {
             return Err(Error::SingleWriter(genesis::id_of(&genesis)));
         }

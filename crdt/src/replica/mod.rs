@@ -27,12 +27,12 @@ use serde_json::Value;
 
 use crate::{
     content::value::{self, Edit, Path},
-    document::{Commit, Source},
+    document::{Commit, Decision, Draft, Made, Source},
     error::Error,
     id::{ChangeId, DocumentId, Key},
     log::{
         envelope::Envelope,
-        genesis::{self, Genesis, Kind, Readers},
+        genesis::{self, Genesis, Kind},
         signed::Identity,
     },
     replica::{
@@ -329,27 +329,21 @@ impl Replica {
         message: Option<&str>,
         time: i64,
     ) -> Result<Option<ChangeId>, Error> {
-        self.commit_as(id, edits, message, time, false)
+        let draft = Draft {
+            edits,
+            message,
+            lenient: false,
+            time,
+            nonce: self.nonce(),
+        };
+        self.commit_as(id, &draft)
     }
 
-    fn commit_as(
-        &mut self,
-        id: DocumentId,
-        edits: &[Edit],
-        message: Option<&str>,
-        time: i64,
-        lenient: bool,
-    ) -> Result<Option<ChangeId>, Error> {
-        self.wall = self.wall.max(time);
-        let (identity, nonce) = (self.identity.clone(), self.nonce());
+    fn commit_as(&mut self, id: DocumentId, draft: &Draft<'_>) -> Result<Option<ChangeId>, Error> {
+        self.wall = self.wall.max(draft.time);
+        let identity = self.identity.clone();
         let (document, store) = self.present(&id)?;
-        let made = document.commit(
-            store,
-            &identity,
-            (edits, message, lenient),
-            (time, || nonce),
-        )?;
-        let Some((envelope, paths)) = made else {
+        let Some(Made { envelope, paths }) = document.commit(store, &identity, draft)? else {
             return Ok(None);
         };
         let change = envelope.header.change;
@@ -402,7 +396,12 @@ impl Replica {
         {
             return Ok(());
         }
-        self.decide_as(id, writers, readers, false)
+        let decision = Decision {
+            writers,
+            readers,
+            anew: None,
+        };
+        self.decide_as(id, decision)
     }
 
     /// Begins the content anew as it is, without its history. Only the owner may.
@@ -410,25 +409,21 @@ impl Replica {
     /// # Errors
     /// [`Error`].
     pub fn compact(&mut self, id: DocumentId) -> Result<(), Error> {
+        let wall = self.wall;
         let (document, _) = self.present(&id)?;
         let genesis = &document.genesis;
-        let (writers, readers) = (
-            document.epochs.writers(genesis).to_vec(),
-            document.epochs.readers(genesis).clone(),
-        );
-        self.decide_as(id, writers, readers, true)
+        let decision = Decision {
+            writers: document.epochs.writers(genesis).to_vec(),
+            readers: document.epochs.readers(genesis).clone(),
+            anew: Some(wall),
+        };
+        self.decide_as(id, decision)
     }
 
-    fn decide_as(
-        &mut self,
-        id: DocumentId,
-        writers: Vec<Key>,
-        readers: Readers,
-        anew: bool,
-    ) -> Result<(), Error> {
-        let (identity, anew) = (self.identity.clone(), anew.then_some(self.wall));
+    fn decide_as(&mut self, id: DocumentId, decision: Decision) -> Result<(), Error> {
+        let identity = self.identity.clone();
         let (document, store) = self.present(&id)?;
-        let (epoch, taken) = document.decide(store, &identity, (writers, readers), anew)?;
+        let (epoch, taken) = document.decide(store, &identity, decision)?;
         self.epochs_taken(id, vec![epoch], None, taken)?;
         Ok(())
     }

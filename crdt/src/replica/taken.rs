@@ -4,7 +4,7 @@ use std::mem;
 
 use crate::{
     content::value::{Edit, Path},
-    document::{Source, Taken},
+    document::{Draft, Source, Taken},
     error::Error,
     id::{DocumentId, Key},
     log::{
@@ -92,7 +92,14 @@ impl Replica {
             return Ok(());
         }
         for some in edits.chunks(CARRIED) {
-            match self.commit_as(id, some, Some("made again"), self.wall, true) {
+            let draft = Draft {
+                edits: some,
+                message: Some("made again"),
+                lenient: true,
+                time: self.wall,
+                nonce: self.nonce(),
+            };
+            match self.commit_as(id, &draft) {
                 Ok(_) => {}
                 Err(Error::Store(error)) => return Err(error),
                 Err(error) => tracing::warn!(document = %id, %error, "edits cannot be made again"),

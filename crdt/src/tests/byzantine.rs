@@ -92,7 +92,8 @@ impl Liar {
             &self.identity,
             &self.document,
             self.run,
-            (index, previous),
+            index,
+            previous,
             id,
         );
         Envelope {
@@ -392,7 +393,7 @@ fn only_the_owner_signs_epochs() {
     let mut epoch = {
         let mut owned = genesis.clone();
         owned.owner = key(LIAR);
-        Epoch::sign(&identity(LIAR), &owned, (1, genesis.epoch()), &says).wire
+        Epoch::sign(&identity(LIAR), &owned, 1, genesis.epoch(), &says).wire
     };
     let tell = |epoch: &wire::SignedEpoch| {
         Kind::News(wire::News {

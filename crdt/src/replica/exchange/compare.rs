@@ -22,6 +22,16 @@ fn short(digest: &Digest) -> &[u8] {
     &digest.0[..8]
 }
 
+/// The entries of a listing.
+fn entries(listed: &[(DocumentId, Digest)]) -> Bytes {
+    let mut entries = Vec::with_capacity(listed.len() * ENTRY);
+    for (id, digest) in listed {
+        entries.extend(id.0);
+        entries.extend(short(digest));
+    }
+    entries.into()
+}
+
 impl Replica {
     /// Documents that a peer may read, with their digests; `shared`: only those it is known to hold as well.
     pub(super) fn readable(&mut self, peer: &Key, shared: bool) -> Vec<(DocumentId, Digest)> {
@@ -136,31 +146,16 @@ impl Replica {
             equal[usize::from(id.0[0]) / 8] |= 1 << (id.0[0] % 8);
         }
         let listed = &listed[..listed.len().min(MAX_LISTED)];
-        self.send_listing(peer, listed, equal.into(), (true, theirs.shared));
-        Ok(())
-    }
-
-    fn send_listing(
-        &mut self,
-        peer: Key,
-        listed: &[(DocumentId, Digest)],
-        equal: Bytes,
-        (answer, shared): (bool, bool),
-    ) {
-        let mut entries = Vec::with_capacity(listed.len() * ENTRY);
-        for (id, digest) in listed {
-            entries.extend(id.0);
-            entries.extend(short(digest));
-        }
         self.send(
             peer,
             Kind::Listing(wire::Listing {
-                entries: entries.into(),
-                answer,
-                shared,
-                equal,
+                entries: entries(listed),
+                answer: true,
+                shared: theirs.shared,
+                equal: equal.into(),
             }),
         );
+        Ok(())
     }
 
     pub(super) fn on_listing(
@@ -228,7 +223,15 @@ impl Replica {
             common.extend(unlisted.collect::<Vec<_>>());
             common.truncate(MAX_LISTED);
             if !common.is_empty() {
-                self.send_listing(peer, &common, Bytes::new(), (false, listing.shared));
+                self.send(
+                    peer,
+                    Kind::Listing(wire::Listing {
+                        entries: entries(&common),
+                        answer: false,
+                        shared: listing.shared,
+                        equal: Bytes::new(),
+                    }),
+                );
             }
             let later = differ.split_off(differ.len().min(MAX_EXCHANGES));
             if let Some(known) = self.peers.get_mut(&peer) {
