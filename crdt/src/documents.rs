@@ -104,7 +104,7 @@ impl Documents {
         let told = events.clone();
         let thread = std::thread::Builder::new()
             .name("weft-documents".to_owned())
-            .spawn(move || clock.block_on(run(replica, waiting, stopped, (told, outgoing))))
+            .spawn(move || clock.block_on(run(replica, waiting, stopped, told, outgoing)))
             .map_err(other)?;
         let thread = Thread {
             stop: Some(stop),
@@ -142,10 +142,10 @@ impl Documents {
         let (reply, done) = oneshot::channel();
         let work: Work = Box::new(move |replica| {
             let result = work(replica);
-            Box::new(move |flushed| {
+            Box::new(move |finished| {
                 // The caller may wait no more. Work that failed by itself has changed nothing.
                 let _ = reply.send(result.and_then(|done| {
-                    flushed?;
+                    finished?;
                     Ok(done)
                 }));
             })
@@ -189,7 +189,8 @@ async fn run(
     mut replica: Replica,
     mut waiting: mpsc::Receiver<Work>,
     mut stopped: oneshot::Receiver<()>,
-    (events, outgoing): (broadcast::Sender<Event>, mpsc::UnboundedSender<Outgoing>),
+    events: broadcast::Sender<Event>,
+    outgoing: mpsc::UnboundedSender<Outgoing>,
 ) {
     let began = Instant::now();
     let mut batch = Vec::with_capacity(BATCH);
@@ -221,8 +222,8 @@ async fn run(
             (done, replica.take_concerns())
         };
         let done: Vec<_> = batch.drain(..).map(work).collect();
-        let flushed = replica.flush();
-        if let Err(error) = &flushed {
+        let finished = replica.finish_round();
+        if let Err(error) = &finished {
             tracing::warn!(%error, "documents");
         }
         while let Some(output) = replica.poll() {
@@ -237,7 +238,7 @@ async fn run(
             let undone = concerns.iter().find_map(|id| replica.undone().get(id));
             done(match undone {
                 Some(error) => Err(error.clone()),
-                None => flushed.clone(),
+                None => finished.clone(),
             });
         }
     }

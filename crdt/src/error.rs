@@ -1,10 +1,10 @@
 //! What can go wrong.
 
 use crate::{
-    file::Imported,
+    content::value::{EditError, PathError},
     id::{DocumentId, Key},
+    imported::Imported,
     store::StoreError,
-    value::{EditError, PathError},
 };
 
 /// An operation on a document failed; nothing of it was done.

@@ -10,48 +10,38 @@
 //! all alike; an author that signs two different changes for one place is found out, and all drop the same; what a stranger can make a replica store, compute
 //! or send is bounded. It leaves out: transport (`weft-net`), finding who holds a document, and short-lived facts, which are records (`weft-dht`).
 
-mod batch;
-mod causal;
-mod chunk;
-mod clocks;
-mod completeness;
+mod content;
 mod document;
 mod documents;
-mod envelope;
-mod epoch;
 mod error;
-mod exchange;
-mod file;
-mod genesis;
-mod guard;
 mod id;
+mod imported;
+mod log;
 mod refusal;
 mod replica;
-mod saved;
-mod signed;
 mod store;
 #[cfg(test)]
 mod tests;
-mod value;
-mod waiting;
 
 pub use self::{
-    chunk::{MAX_CHANGE, MAX_MAP_KEY, MAX_MESSAGE, MAX_OPS},
-    completeness::{Comparing, Completeness, Holder},
+    content::{
+        guard::MAX_DEPTH,
+        value::{Edit, EditError, Path, PathError},
+    },
     document::{Commit, MAX_LOG},
     documents::{Documents, Outgoing},
-    epoch::MAX_EPOCHS,
     error::Error,
-    exchange::MAX_MESSAGE_BYTES,
-    file::{Imported, Refused},
-    genesis::{Kind, MAX_KEYS, MAX_LABEL, Readers},
-    guard::MAX_DEPTH,
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, ParseIdError, SessionId},
-    replica::{
-        DocumentDetails, DocumentInfo, Event, MAX_DOCUMENTS, NewDocument, Output, Replica, Rights,
-        Watching,
+    imported::{Imported, Refused},
+    log::{
+        chunk::{MAX_CHANGE, MAX_MAP_KEY, MAX_MESSAGE, MAX_OPS},
+        epoch::MAX_EPOCHS,
+        genesis::{Kind, MAX_KEYS, MAX_LABEL, Readers},
+        signed::Identity,
     },
-    signed::Identity,
+    replica::{
+        Comparing, Completeness, DocumentDetails, DocumentInfo, Event, Holder, MAX_DOCUMENTS,
+        MAX_MESSAGE_BYTES, NewDocument, Output, Replica, Rights, Watching,
+    },
     store::{OpenDatabase, Store, StoreError},
-    value::{Edit, EditError, Path, PathError},
 };

@@ -1,5 +1,7 @@
 //! Why something from a peer is not taken.
 
+use crate::store::StoreError;
+
 /// What is wrong with what a peer sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
@@ -38,4 +40,16 @@ impl Refusal {
             Self::Malformed(_) | Self::Signature | Self::Poisoned(_)
         )
     }
+}
+
+/// Something from a peer was not taken. The two cases have different causes and consequences: a refusal speaks of the
+/// peer, and ends there; a fault of this side's disk says nothing of the peer, and takes back what was done with it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TakeError {
+    /// The message is refused.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The disk failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }

@@ -186,7 +186,7 @@ impl Play {
             false => Vec::new(),
         };
         if !epochs.is_empty() {
-            document.take_epochs(store, epochs, &base).unwrap().unwrap();
+            document.take_epochs(store, epochs, &base).unwrap();
         }
         for proof in proofs {
             document.take_proof(store, &proof).unwrap();
@@ -245,7 +245,7 @@ impl Play {
     /// The receiver meets the giver; the pieces that came, and whether it was cut after some of them.
     fn receive(&mut self, cut_after: Option<usize>) -> usize {
         for at in [GIVER, RECEIVER] {
-            self.world.node(at).piece = PIECE;
+            self.world.node(at).set_piece(PIECE);
         }
         let mut pieces = 0;
         let mut cut_after = cut_after;
@@ -316,7 +316,7 @@ fn play(case: u64) -> (usize, usize, usize) {
     if !decided {
         assert!(bytes >= 10 * PIECE, "only {bytes} bytes are missing");
     }
-    play.world.node(GIVER).by_session = by_session;
+    play.world.node(GIVER).set_by_session(by_session);
     let cut_after = cut.then(|| play.world.random.usize(..(bytes / PIECE).max(1)));
     let pieces = play.receive(cut_after);
     let id = play.id;
@@ -370,8 +370,8 @@ fn what_was_asked_for_may_take_all_the_room_that_there_is_for_it() {
         world.settle();
         world.disconnect(0, 1);
     }
-    world.node(0).by_session = true;
-    world.node(0).piece = 100 << 10;
+    world.node(0).set_by_session(true);
+    world.node(0).set_piece(100 << 10);
     world.node(3).hold(id).unwrap();
     world.flush(3).unwrap();
     world.connect(0, 3);
@@ -404,7 +404,7 @@ fn a_document_is_whole_when_all_is_here_that_its_holders_have() {
         nobody.holders.is_empty() && !nobody.is_whole(),
         "{nobody:?}"
     );
-    world.node(0).piece = 8 << 10;
+    world.node(0).set_piece(8 << 10);
     world.connect(0, 3);
     let mut seen = BTreeSet::new();
     while world.deliver() {

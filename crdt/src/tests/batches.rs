@@ -13,13 +13,13 @@ use super::{
 };
 use crate::{
     ChangeId, DocumentId, Edit, Key, NewDocument, Path,
-    batch::DECODED,
+    content::{batch::DECODED, guard, value},
     document::{Document, Source},
-    envelope::Envelope,
-    epoch::{Head, Heads},
-    guard,
     id::SessionId,
-    value,
+    log::{
+        envelope::Envelope,
+        epoch::{Head, Heads},
+    },
 };
 
 /// The result of taking envelopes: the heads, the content, and which changes were an offence.

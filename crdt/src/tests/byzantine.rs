@@ -15,14 +15,18 @@ use weft_proto::wire::{self, document_message::Kind};
 use super::{World, at, identity, key, mutants, put};
 use crate::{
     ChangeId, DocumentId, Edit, Event, Identity, Key, NewDocument, Path, Rights,
-    batch::{Batch, View},
-    envelope::{Envelope, Header, Proof, Run},
-    epoch::{Epoch, Statement},
-    genesis::Readers,
-    guard::{self, Memory},
+    content::{
+        batch::{Batch, View},
+        guard::{self, Memory},
+        value,
+    },
     id::{Chain, EpochId, SessionId},
+    log::{
+        envelope::{Envelope, Header, Proof, Run},
+        epoch::{Epoch, Statement},
+        genesis::Readers,
+    },
     refusal::Refusal,
-    value,
 };
 
 /// The number of the liar's key. It is no node of the world.
@@ -88,7 +92,8 @@ impl Liar {
             &self.identity,
             &self.document,
             self.run,
-            (index, previous),
+            index,
+            previous,
             id,
         );
         Envelope {
@@ -388,7 +393,7 @@ fn only_the_owner_signs_epochs() {
     let mut epoch = {
         let mut owned = genesis.clone();
         owned.owner = key(LIAR);
-        Epoch::sign(&identity(LIAR), &owned, (1, genesis.epoch()), &says).wire
+        Epoch::sign(&identity(LIAR), &owned, 1, genesis.epoch(), &says).wire
     };
     let tell = |epoch: &wire::SignedEpoch| {
         Kind::News(wire::News {
@@ -674,11 +679,11 @@ fn who_asks_gets_one_piece_for_each_message() {
     }
     world.settle();
     let (document, _) = world.node(0).document(&id).unwrap().unwrap();
-    let sessions = crate::epoch::heads_to_wire(
+    let sessions = crate::log::epoch::heads_to_wire(
         &document
             .heads()
             .into_iter()
-            .map(|(id, head)| (id, crate::epoch::Head { count: 0, ..head }))
+            .map(|(id, head)| (id, crate::log::epoch::Head { count: 0, ..head }))
             .collect(),
     );
     let want = wire::Want {
@@ -692,7 +697,7 @@ fn who_asks_gets_one_piece_for_each_message() {
     }
     .encode_to_vec();
     world.node(0).receive(key(LIAR), &message).unwrap();
-    world.node(0).flush().unwrap();
+    world.node(0).finish_round().unwrap();
     let mut answers = Vec::new();
     while let Some(output) = world.node(0).poll() {
         if let crate::Output::Send { peer, message } = output {

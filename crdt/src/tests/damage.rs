@@ -39,7 +39,7 @@ fn two_documents(disk: &Disk) -> (Replica, [DocumentId; 2]) {
             replica.commit(id, &[edit], None, 0).unwrap();
         }
     }
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     (replica, ids)
 }
 
@@ -110,7 +110,7 @@ fn a_fault_of_the_disk_is_told_to_everybody_whose_work_it_took_back() {
     drop(replica);
     let mut replica = open(&disk, 2);
     replica.connected(key_of(7));
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     while replica.poll().is_some() {}
     replica
         .commit(y, &[put("/new", json!(1))], None, 0)
@@ -119,7 +119,7 @@ fn a_fault_of_the_disk_is_told_to_everybody_whose_work_it_took_back() {
     assert!(replica.receive(key_of(7), &want).is_err());
     disk.fail_reads(false);
     // The operation that met it may drop the error; the flush does not.
-    assert!(replica.flush().is_err());
+    assert!(replica.finish_round().is_err());
     assert!(replica.poll().is_none());
     assert_eq!(replica.get(y, &at("/new")).unwrap(), None);
     // One document that cannot be read is left alone for a while, and costs the others nothing.
@@ -130,12 +130,12 @@ fn a_fault_of_the_disk_is_told_to_everybody_whose_work_it_took_back() {
     replica
         .commit(y, &[put("/new", json!(2))], None, 0)
         .unwrap();
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     assert_eq!(replica.get(y, &at("/new")).unwrap(), Some(json!(2)));
     // Then it is tried again.
     replica.tick(Duration::from_secs(120), 0);
     replica.receive(key_of(7), &want).unwrap();
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     assert!(replica.get(x, &at("/8")).unwrap().is_some());
     assert_eq!(replica.info(x).unwrap().damage, None);
 }
@@ -149,7 +149,7 @@ fn an_operation_that_a_fault_interrupts_leaves_nothing_half_done() {
     disk.fail_reads(true);
     replica.remove(x).unwrap_err();
     disk.fail_reads(false);
-    replica.flush().unwrap_err();
+    replica.finish_round().unwrap_err();
     assert!(replica.get(x, &at("/8")).unwrap().is_some());
 }
 
@@ -232,14 +232,14 @@ fn what_is_left_of_a_damaged_document_is_kept_without_any_peer() {
     drop(replica);
     let mut replica = open(&disk, 2);
     replica.get(x, &Path::default()).unwrap_err();
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     replica.hold(x).unwrap();
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     let content = replica.get(x, &Path::default()).unwrap().unwrap();
     let kept: Vec<_> = content.as_object().unwrap().keys().cloned().collect();
     assert_eq!(kept, ["0", "1", "2"]);
     replica.commit(x, &[put("/3", json!(3))], None, 0).unwrap();
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     drop(replica);
     let mut replica = open(&disk, 3);
     assert_eq!(replica.get(x, &at("/3")).unwrap(), Some(json!(3)));
@@ -251,7 +251,7 @@ fn a_listing_loads_nothing_and_a_file_of_an_earlier_version_is_listed_as_well() 
     let disk = Disk::default();
     let (mut replica, ids) = two_documents(&disk);
     replica.compact(ids[1]).unwrap();
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     let known = replica.list().unwrap();
     assert_eq!(known.len(), 2);
     drop(replica);
@@ -268,7 +268,7 @@ fn a_listing_loads_nothing_and_a_file_of_an_earlier_version_is_listed_as_well() 
     drop(replica);
     let mut replica = open(&disk, 3);
     assert_eq!(replica.list().unwrap(), known);
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     ids.iter().for_each(|id| replica.assert_loads(*id));
     drop(replica);
     // Once they have been made, they are there.
@@ -284,7 +284,7 @@ fn a_listing_loads_nothing_and_a_file_of_an_earlier_version_is_listed_as_well() 
         info.details.unwrap().changes
     };
     assert_eq!(changes(&mut replica), 10);
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     drop(replica);
     assert_eq!(changes(&mut open(&disk, 5)), 10);
 }
@@ -334,7 +334,7 @@ fn a_save_that_is_not_of_the_log_is_not_believed() {
         let (document, store) = replica.present(&id).unwrap();
         document.save(store, true);
     }
-    replica.flush().unwrap();
+    replica.finish_round().unwrap();
     let whole = replica.get(x, &Path::default()).unwrap();
     // The save of another document, which is right by itself.
     let other = replica.store().get(&key::save(&y)).unwrap().unwrap();

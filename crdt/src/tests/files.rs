@@ -89,8 +89,8 @@ fn a_file_is_imported_whole_in_whatever_order_it_was_written() {
         let mut play = history(case, case % 2 == 1);
         let id = play.id;
         for by_session in [false, true] {
-            play.world.node(GIVER).by_session = by_session;
-            play.world.node(GIVER).piece = 3 << 10;
+            play.world.node(GIVER).set_by_session(by_session);
+            play.world.node(GIVER).set_piece(3 << 10);
             let file = play.world.node(GIVER).export(id).unwrap();
             let to = stranger(&mut play.world);
             let imported = play.world.node(to).import(&file).unwrap();
@@ -112,7 +112,7 @@ fn a_file_is_imported_whole_in_whatever_order_it_was_written() {
 fn an_old_file_of_many_changes_is_imported_at_once() {
     let mut world = World::new(3, 1);
     let id = turns(&mut world, 800);
-    world.node(0).by_session = true;
+    world.node(0).set_by_session(true);
     let file = world.node(0).export(id).unwrap();
     let imported = world.node(2).import(&file).unwrap();
     world.flush(2).unwrap();
@@ -124,12 +124,12 @@ fn an_old_file_of_many_changes_is_imported_at_once() {
 fn an_export_is_in_causal_order() {
     let mut world = World::new(2, 1);
     let id = turns(&mut world, 100);
-    world.node(0).piece = 2 << 10;
+    world.node(0).set_piece(2 << 10);
     let file = world.node(0).export(id).unwrap();
     let mut known = std::collections::BTreeSet::new();
     let envelopes = parts(&file).into_iter().flat_map(|part| part.envelopes);
     for envelope in envelopes {
-        for dep in crate::chunk::dependencies(&envelope.change) {
+        for dep in crate::log::chunk::dependencies(&envelope.change) {
             assert!(
                 known.contains(&dep),
                 "a change comes before what it builds on"
@@ -211,7 +211,7 @@ fn an_import_that_is_not_whole_fails_and_says_what_does_not_count_and_why() {
 fn a_file_that_ends_early_gives_what_it_has() {
     let mut world = World::new(3, 1);
     let id = turns(&mut world, 60);
-    world.node(0).piece = 2 << 10;
+    world.node(0).set_piece(2 << 10);
     let file = world.node(0).export(id).unwrap();
     let imported = incomplete(world.node(2).import(&file[..file.len() - 1]));
     assert_eq!(imported.faults, ["the file ends early"]);

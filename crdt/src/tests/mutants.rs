@@ -13,10 +13,12 @@ use sha2::{Digest, Sha256};
 use super::{at, put};
 use crate::{
     Edit,
-    batch::{Batch, View},
-    guard::{self, Memory},
+    content::{
+        batch::{Batch, View},
+        guard::{self, Memory},
+        value,
+    },
     refusal::Refusal,
-    value,
 };
 
 const ACTOR: [u8; 16] = [7; 16];

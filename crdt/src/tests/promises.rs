@@ -728,7 +728,7 @@ fn work(
         Some(id) => id,
         None => {
             let made = replica.create(NewDocument::default())?;
-            replica.flush()?;
+            replica.finish_round()?;
             *id.insert(made)
         }
     };
@@ -742,7 +742,7 @@ fn work(
         if number == 7 {
             replica.compact(document)?;
         }
-        replica.flush()?;
+        replica.finish_round()?;
         acknowledged.push(number);
     }
     Ok(())
@@ -790,7 +790,7 @@ fn a_crash_at_any_write_loses_nothing_that_was_acknowledged() {
             replica
                 .commit(id, &[put("/again", json!(1))], None, 0)
                 .unwrap();
-            replica.flush().unwrap();
+            replica.finish_round().unwrap();
         }
     }
 }

@@ -207,7 +207,7 @@ fn who_never_had_a_part_of_a_document_is_not_told_who_may_read_it() {
     for kind in says {
         let message = wire::DocumentMessage { kind: Some(kind) }.encode_to_vec();
         world.node(0).receive(stranger, &message).unwrap();
-        world.node(0).flush().unwrap();
+        world.node(0).finish_round().unwrap();
         while let Some(output) = world.node(0).poll() {
             let Output::Send { peer, message } = output else {
                 continue;

@@ -240,7 +240,7 @@ fn pump(one: &mut Replica, other: &mut Replica) -> Result<(usize, Duration), Fai
     let (a, b) = (one.key(), other.key());
     loop {
         let (mut quiet, begin) = (true, Instant::now());
-        other.flush()?;
+        other.finish_round()?;
         let mut outputs = Vec::new();
         while let Some(output) = other.poll() {
             outputs.push(output);
@@ -253,7 +253,7 @@ fn pump(one: &mut Replica, other: &mut Replica) -> Result<(usize, Duration), Fai
                 one.receive(b, &message)?;
             }
         }
-        one.flush()?;
+        one.finish_round()?;
         while let Some(output) = one.poll() {
             if let Output::Send { message, .. } = output {
                 bytes += message.len();
@@ -281,7 +281,7 @@ fn apply(folder: &Path) -> Measured {
         let edit = Edit::Put(at((number % 500).to_string()), json!(number));
         one.commit(id, &[edit], None, 0)?;
     }
-    one.flush()?;
+    one.finish_round()?;
     other.hold(id)?;
     meet(&mut one, &mut other);
     let (_, took) = pump(&mut one, &mut other)?;
@@ -443,10 +443,10 @@ fn reconnect(folder: &Path) -> Measured {
                 0,
             )?;
         }
-        one.flush()?;
+        one.finish_round()?;
         other.hold(id)?;
     }
-    other.flush()?;
+    other.finish_round()?;
     meet(&mut one, &mut other);
     pump(&mut one, &mut other)?;
     // What differs beyond what is compared at a time comes with the next looks.
@@ -844,7 +844,7 @@ fn load(folder: &Path, side: Side) -> Measured {
             for some in edits.chunks(1000) {
                 replica.commit(id, some, None, 0)?;
             }
-            replica.flush()?;
+            replica.finish_round()?;
         }
         Side::Automerge => {
             let mut plain = AutoCommit::new();

@@ -337,7 +337,7 @@ impl World {
             self.random.fill(&mut entropy);
             self.node(at).stir(entropy);
         }
-        let flushed = self.node(at).flush();
+        let flushed = self.node(at).finish_round();
         while let Some(output) = self.node(at).poll() {
             match output {
                 Output::Send { peer, message } => {

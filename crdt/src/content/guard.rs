@@ -21,10 +21,12 @@ use automerge::{
 };
 
 use crate::{
-    batch::{Batch, Decoded, Operations, Pending, View},
-    chunk::{self, MAX_MAP_KEY},
-    clocks::{Clock, Clocks},
+    content::{
+        batch::{Batch, Decoded, Operations, Pending, View},
+        clocks::{Clock, Clocks},
+    },
     id::ChangeId,
+    log::chunk::{self, MAX_MAP_KEY},
     refusal::Refusal,
 };
 
@@ -264,7 +266,8 @@ fn references(
     view: View<'_>,
     checked: &Checked,
     previous: Option<ChangeHash>,
-    (clocks, decoded): (&mut Clocks, &mut Decoded),
+    clocks: &mut Clocks,
+    decoded: &mut Decoded,
 ) -> Result<(Touched, Operations), Refusal> {
     let change = &checked.change;
     let mut max_op = 0;
@@ -391,15 +394,17 @@ impl Memory {
 struct Depths(HashMap<OpId, usize>);
 
 impl Depths {
-    /// Whether none of the objects is too deep. `ops` are those of the change itself, the first with the number `start`.
+    /// Whether none of the objects is too deep. `ops` are those of the change itself.
     fn check(
         &mut self,
         view: View<'_>,
-        (ops, start, actor): (&Operations, u64, &ActorId),
+        change: &Change,
+        ops: &Operations,
         touched: &Touched,
         decoded: &mut Decoded,
     ) -> Result<(), Refusal> {
         let missing = || Refusal::Poisoned("it changes an object that is nowhere");
+        let (start, actor) = (change.start_op().get(), change.actor_id());
         let mut own: HashMap<OpId, usize> = HashMap::new();
         // By the change that made them, so that none is decoded over and over.
         let mut objects: Vec<_> = touched.keys().collect();
@@ -463,9 +468,8 @@ pub(crate) fn check(
             clocks,
             decoded,
         } = memory;
-        let (touched, operations) = references(view, &checked, previous, (clocks, decoded))?;
-        let (start, actor) = (checked.change.start_op().get(), checked.change.actor_id());
-        depths.check(view, (&operations, start, actor), &touched, decoded)?;
+        let (touched, operations) = references(view, &checked, previous, clocks, decoded)?;
+        depths.check(view, &checked.change, &operations, &touched, decoded)?;
         if view.has(&checked.change.hash()) {
             return Err(Refusal::Known);
         }

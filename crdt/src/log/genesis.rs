@@ -6,8 +6,8 @@ use weft_proto::wire;
 
 use crate::{
     id::{DocumentId, EpochId, Key},
+    log::signed::{self, Identity},
     refusal::Refusal,
-    signed::{self, Identity},
 };
 
 const DOMAIN: &[u8] = b"weft document genesis v1\0";
@@ -114,7 +114,8 @@ pub(crate) fn unsigned(
     owner: &Key,
     nonce: [u8; 16],
     kind: Kind,
-    (writers, readers): (&[Key], &Readers),
+    writers: &[Key],
+    readers: &Readers,
     label: &str,
 ) -> Bytes {
     wire::Genesis {

@@ -9,8 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    envelope::Envelope,
     id::{Chain, ChangeId, EpochId, Key, SessionId},
+    log::envelope::Envelope,
 };
 
 /// Envelopes of one document that were told unasked and wait, and the bytes of their changes.
@@ -22,7 +22,7 @@ pub(crate) const MAX_TOLD_BYTES: usize = 4 << 20;
 pub(crate) const MAX_ASKED: usize = 4096;
 pub(crate) const MAX_ASKED_BYTES: usize = 4 << 20;
 
-/// Bytes of changes that wait in all documents of a replica. Checked whenever a replica flushes; one message may exceed
+/// Bytes of changes that wait in all documents of a replica. Checked at the end of each round of a replica; one message may exceed
 /// it until then.
 pub(crate) const MAX_IN_ALL: usize = 64 << 20;
 
@@ -105,7 +105,7 @@ impl Waiting {
         true
     }
 
-    pub(crate) fn insert(&mut self, envelope: Envelope, (from, asked): (Key, bool), on: On) {
+    pub(crate) fn insert(&mut self, envelope: Envelope, from: Key, asked: bool, on: On) {
         let bytes = envelope.change.len();
         let place = place(&envelope);
         self.remove(&place);
@@ -199,9 +199,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        envelope::{Header, Run},
         id::DocumentId,
-        signed::Identity,
+        log::{
+            envelope::{Header, Run},
+            signed::Identity,
+        },
     };
 
     fn envelope(index: u64, bytes: usize) -> Envelope {
@@ -211,13 +213,13 @@ mod tests {
             epoch: EpochId([1; 32]),
         };
         let identity = Identity::from_secret([1; 32]);
-        let place = (index, Chain([1; 32]));
         Envelope {
             header: Header::sign(
                 &identity,
                 &DocumentId([1; 32]),
                 run,
-                place,
+                index,
+                Chain([1; 32]),
                 ChangeId([1; 32]),
             ),
             change: Bytes::from(vec![0; bytes]),
@@ -238,7 +240,7 @@ mod tests {
             let fits = waiting.make_room(&envelope, &from, asked);
             if fits {
                 let on = On::Place(envelope.header.session, *index);
-                waiting.insert(envelope, (from, asked), on);
+                waiting.insert(envelope, from, asked, on);
             }
             fits
         };

@@ -7,10 +7,12 @@ use bytes::Bytes;
 use weft_proto::wire;
 
 use crate::{
-    epoch::prefix,
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
+    log::{
+        epoch::prefix,
+        signed::{self, Identity},
+    },
     refusal::Refusal,
-    signed::{self, Identity},
 };
 
 const DOMAIN: &[u8] = b"weft document envelope v1\0";
@@ -82,7 +84,8 @@ impl Header {
         identity: &Identity,
         document: &DocumentId,
         run: Run,
-        (index, previous): (u64, Chain),
+        index: u64,
+        previous: Chain,
         change: ChangeId,
     ) -> Self {
         let session = run.session(document);

@@ -7,10 +7,12 @@ use prost::Message;
 use weft_proto::wire;
 
 use crate::{
-    genesis::{Genesis, Kind, Readers, read_keys, to_wire},
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
+    log::{
+        genesis::{Genesis, Kind, Readers, read_keys, to_wire},
+        signed::{self, Identity},
+    },
     refusal::Refusal,
-    signed::{self, Identity},
 };
 
 const DOMAIN: &[u8] = b"weft document epoch v1\0";
@@ -90,7 +92,8 @@ impl Epoch {
     pub(crate) fn sign(
         identity: &Identity,
         genesis: &Genesis,
-        (number, previous): (u64, EpochId),
+        number: u64,
+        previous: EpochId,
         says: &Statement,
     ) -> Self {
         let epoch = wire::Epoch {

@@ -8,7 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    fmt, mem,
+    mem,
 };
 
 use bytes::Bytes;
@@ -16,18 +16,20 @@ use prost::Message;
 use weft_proto::wire;
 
 use crate::{
-    causal::{CausalOrder, Place},
-    chunk,
-    document::{Source, Taken},
-    envelope::{Envelope, Header, Proof},
-    epoch::Epoch,
+    content::guard,
+    document::{Document, Source, Taken, saved},
     error::Error,
-    genesis::Genesis,
-    guard,
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
-    refusal::Refusal,
+    imported::{Imported, Refused},
+    log::{
+        causal::{CausalOrder, Place},
+        chunk,
+        envelope::{Envelope, Header, Proof},
+        epoch::Epoch,
+        genesis::Genesis,
+    },
+    refusal::{Refusal, TakeError},
     replica::Replica,
-    saved,
     store::{Store, StoreError, key},
 };
 
@@ -35,101 +37,6 @@ const EXPORT: &[u8] = b"weft document 1\n";
 
 /// Changes of a file are taken in batches of about this many bytes: each batch costs a copy of the document.
 const BATCH: usize = 4 << 20;
-
-/// Faults that are told, of any number.
-const MAX_FAULTS: usize = 8;
-
-/// Changes of a file that do not count, by reason.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Refused {
-    /// They would count on no replica that knows what this one knows: the owner has revoked their author since, or
-    /// begun the content anew, or their author has equivocated. No fault of the file.
-    pub void: u64,
-    /// The change or its signature is damaged.
-    pub damaged: u64,
-    /// They build on changes that are damaged, or neither in the file nor here.
-    pub missing: u64,
-    /// The document has no room for them.
-    pub full: u64,
-}
-
-/// The result of an import; [`Replica::import`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Imported {
-    /// The document.
-    pub document: DocumentId,
-    /// Changes in the file, each counted once.
-    pub changes: u64,
-    /// Of these the changes that count here now, including those that did before.
-    pub counted: u64,
-    /// The others.
-    pub refused: Refused,
-    /// Faults in the rest of the file, or in the first damaged change; at most eight.
-    pub faults: Vec<String>,
-}
-
-impl Imported {
-    /// Returns true if all of the file counts here, or is void everywhere.
-    pub fn is_whole(&self) -> bool {
-        let Refused {
-            void: _,
-            damaged,
-            missing,
-            full,
-        } = self.refused;
-        damaged + missing + full == 0 && self.faults.is_empty()
-    }
-
-    fn fault(&mut self, fault: impl Into<String>) {
-        let fault = fault.into();
-        if self.faults.len() < MAX_FAULTS && !self.faults.contains(&fault) {
-            self.faults.push(fault);
-        }
-    }
-}
-
-impl fmt::Display for Imported {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} of the file's {} changes count",
-            self.counted, self.changes
-        )?;
-        let Refused {
-            void,
-            damaged,
-            missing,
-            full,
-        } = self.refused;
-        let mut separator = ": ";
-        for (count, one, many) in [
-            (damaged, "is damaged", "are damaged"),
-            (
-                missing,
-                "builds on a change that is damaged, or neither in the file nor here",
-                "build on changes that are damaged, or neither in the file nor here",
-            ),
-            (full, "has no room", "have no room"),
-            (
-                void,
-                "is void (its author was revoked or has equivocated, or the content began anew)",
-                "are void (their author was revoked or has equivocated, or the content began anew)",
-            ),
-        ] {
-            if count > 0 {
-                let says = if count == 1 { one } else { many };
-                write!(f, "{separator}{count} {says}")?;
-                separator = ", ";
-            }
-        }
-        for fault in &self.faults {
-            write!(f, "; {fault}")?;
-        }
-        Ok(())
-    }
-}
 
 fn not_a_document(why: &str) -> Error {
     Error::Import(why.to_owned())
@@ -447,11 +354,14 @@ impl Replica {
             self.follow_quietly(id, taken)?;
         }
         self.settle()?;
-        self.compare_with_file(
-            (id, &mut imported),
-            (&log, &order, &refused),
-            (&epochs, &proofs),
-        )?;
+        let file = File {
+            log: &log,
+            order: &order,
+            refused: &refused,
+            epochs: &epochs,
+            proofs: &proofs,
+        };
+        self.compare_with_file(id, &file, &mut imported)?;
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
             // Told as a whole, and not change by change.
@@ -504,14 +414,19 @@ impl Replica {
         }
         let beginning = new.iter().rev().find(|epoch| epoch.is_beginning());
         let base = beginning.map_or(Vec::new(), |epoch| content.base(&epoch.id));
-        match document.take_epochs(store, new.clone(), &base)? {
+        match document.take_epochs(store, new.clone(), &base) {
             Ok(taken) => {
                 // Any of these epochs that a peer was giving are here now.
                 self.arrivals.remove(&id);
                 self.epochs_taken(id, new, None, taken)?;
             }
-            Err(Refusal::Early) => imported.fault("the beginning of the content is not whole"),
-            Err(refusal) => imported.fault(format!("the beginning of the content: {refusal}")),
+            Err(TakeError::Refused(Refusal::Early)) => {
+                imported.fault("the beginning of the content is not whole")
+            }
+            Err(TakeError::Refused(refusal)) => {
+                imported.fault(format!("the beginning of the content: {refusal}"));
+            }
+            Err(TakeError::Store(error)) => return Err(error),
         }
         Ok(epochs)
     }
@@ -538,82 +453,98 @@ impl Replica {
     /// Finds out what of a file counts, and of the rest why not.
     fn compare_with_file(
         &mut self,
-        (id, imported): (DocumentId, &mut Imported),
-        (log, order, refused): (&Log, &[Place], &Refusals),
-        (epochs, proofs): (&[Epoch], &[Proof]),
+        id: DocumentId,
+        file: &File<'_>,
+        imported: &mut Imported,
     ) -> Result<(), StoreError> {
-        let Some((document, _)) = self.document(&id)? else {
-            return Ok(());
-        };
-        let genesis = &document.genesis;
-        for epoch in epochs {
-            let is_decided = document.epochs.get(epoch.number);
-            // If two have one number, all replicas take the same of them.
-            if is_decided.is_none() {
-                imported.fault(format!(
-                    "decision {} of the owner does not follow those that are here",
-                    epoch.number
-                ));
-            }
-        }
-        for proof in proofs {
-            let known = document.proof(&proof.session());
-            if document.matters(proof) && known.is_none_or(|known| known.index() > proof.index()) {
-                imported.fault("there is no room for a proof of equivocation");
-            }
-        }
-        let of_file: BTreeSet<EpochId> = epochs
-            .iter()
-            .map(|epoch| epoch.id)
-            .chain([genesis.epoch()])
-            .collect();
-        let mut void: HashSet<ChangeId> = HashSet::new();
-        for place in order {
-            let Some(envelope) = log.at(place) else {
-                continue;
-            };
-            let header = &envelope.header;
-            let chain = header.chain();
-            if document.chain_at(&header.session, header.index.saturating_add(1)) == Some(chain) {
-                imported.counted += 1;
-                continue;
-            }
-            let refusal = refused.get(&(header.session, header.index, chain));
-            let knows = document.knows(&header.run.epoch);
-            // Nothing that damage says of author or session makes a change void.
-            let is_intact = || {
-                let hash = guard::hash_of(&envelope.change);
-                hash == Some(header.change) && header.is_signed(&id)
-            };
-            // The change is void if an earlier change of its session, or one that it builds on, is void.
-            let follows_void = || {
-                let deps = chunk::dependencies(&envelope.change);
-                deps.iter().any(|dep| void.contains(dep))
-            };
-            match refusal {
-                Some(refusal) if refusal.is_offence() || *refusal == Refusal::Foreign => {
-                    imported.refused.damaged += 1;
-                    imported.fault(refusal.to_string());
-                }
-                Some(Refusal::Full) => imported.refused.full += 1,
-                _ if !is_intact() => {
-                    imported.refused.damaged += 1;
-                    imported.fault("a change or its signature is damaged");
-                }
-                Some(Refusal::Void) => {
-                    imported.refused.void += 1;
-                    void.insert(header.change);
-                }
-                _ if knows && document.is_void(header)
-                    || !knows && of_file.contains(&header.run.epoch)
-                    || follows_void() =>
-                {
-                    imported.refused.void += 1;
-                    void.insert(header.change);
-                }
-                _ => imported.refused.missing += 1,
-            }
+        if let Some((document, _)) = self.document(&id)? {
+            compare_decisions(document, file, imported);
+            compare_changes(document, file, imported);
         }
         Ok(())
+    }
+}
+
+/// What was read of a file, and what became of its changes.
+struct File<'a> {
+    log: &'a Log,
+    order: &'a [Place],
+    refused: &'a Refusals,
+    epochs: &'a [Epoch],
+    proofs: &'a [Proof],
+}
+
+fn compare_decisions(document: &Document, file: &File<'_>, imported: &mut Imported) {
+    for epoch in file.epochs {
+        let is_decided = document.epochs.get(epoch.number);
+        // If two have one number, all replicas take the same of them.
+        if is_decided.is_none() {
+            imported.fault(format!(
+                "decision {} of the owner does not follow those that are here",
+                epoch.number
+            ));
+        }
+    }
+    for proof in file.proofs {
+        let known = document.proof(&proof.session());
+        if document.matters(proof) && known.is_none_or(|known| known.index() > proof.index()) {
+            imported.fault("there is no room for a proof of equivocation");
+        }
+    }
+}
+
+fn compare_changes(document: &Document, file: &File<'_>, imported: &mut Imported) {
+    let of_file: BTreeSet<EpochId> = file
+        .epochs
+        .iter()
+        .map(|epoch| epoch.id)
+        .chain([document.genesis.epoch()])
+        .collect();
+    let mut void: HashSet<ChangeId> = HashSet::new();
+    for place in file.order {
+        let Some(envelope) = file.log.at(place) else {
+            continue;
+        };
+        let header = &envelope.header;
+        let chain = header.chain();
+        if document.chain_at(&header.session, header.index.saturating_add(1)) == Some(chain) {
+            imported.counted += 1;
+            continue;
+        }
+        let refusal = file.refused.get(&(header.session, header.index, chain));
+        let knows = document.knows(&header.run.epoch);
+        // Nothing that damage says of author or session makes a change void.
+        let is_intact = || {
+            let hash = guard::hash_of(&envelope.change);
+            hash == Some(header.change) && header.is_signed(&document.id())
+        };
+        // The change is void if an earlier change of its session, or one that it builds on, is void.
+        let follows_void = || {
+            let deps = chunk::dependencies(&envelope.change);
+            deps.iter().any(|dep| void.contains(dep))
+        };
+        match refusal {
+            Some(refusal) if refusal.is_offence() || *refusal == Refusal::Foreign => {
+                imported.refused.damaged += 1;
+                imported.fault(refusal.to_string());
+            }
+            Some(Refusal::Full) => imported.refused.full += 1,
+            _ if !is_intact() => {
+                imported.refused.damaged += 1;
+                imported.fault("a change or its signature is damaged");
+            }
+            Some(Refusal::Void) => {
+                imported.refused.void += 1;
+                void.insert(header.change);
+            }
+            _ if knows && document.is_void(header)
+                || !knows && of_file.contains(&header.run.epoch)
+                || follows_void() =>
+            {
+                imported.refused.void += 1;
+                void.insert(header.change);
+            }
+            _ => imported.refused.missing += 1,
+        }
     }
 }

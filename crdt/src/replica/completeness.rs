@@ -4,19 +4,15 @@
 //! waits for the answer, each connected peer that may read the document is asked for a summary of what it has, and the
 //! document here is compared with the answers.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
-    document::Document,
-    envelope::Proof,
-    epoch::Heads,
     error::Error,
-    id::{DocumentId, EpochId, Key},
-    replica::Replica,
+    id::{DocumentId, Key},
+    replica::{
+        Replica,
+        peer::{Comparison, Told},
+    },
     store::StoreError,
 };
 
@@ -74,57 +70,6 @@ impl Holder {
     }
 }
 
-/// A peer's summary of what it has.
-#[derive(Debug, Clone)]
-pub(crate) struct Told {
-    pub(crate) genesis: bool,
-    pub(crate) epochs: u64,
-    pub(crate) epoch: Option<EpochId>,
-    pub(crate) sessions: Heads,
-    pub(crate) forks: Heads,
-}
-
-/// Holders of one document are being asked. Bounded by the peers that are connected, each with a summary of at most
-/// 4,096 sessions.
-#[derive(Debug)]
-pub(crate) struct Comparison {
-    token: Weak<()>,
-    told: BTreeMap<Key, Told>,
-    asked: BTreeMap<Key, Duration>,
-}
-
-impl Told {
-    /// Changes that a document lacks of this, and decisions and proofs.
-    fn lacking(&self, document: &Document) -> (u64, u64) {
-        let (mut changes, mut decisions): (u64, u64) = (0, 0);
-        for (session, head) in &self.sessions {
-            let void = document.proof(session).map_or(u64::MAX, Proof::index);
-            let (count, end) = (document.count(session), head.count.min(void));
-            if count < end {
-                changes = end.saturating_sub(count).saturating_add(changes);
-            } else if head.count <= void
-                && document.chain_at(session, head.count) != Some(head.chain)
-            {
-                // Another branch; a proof is being looked for.
-                decisions += 1;
-            }
-        }
-        let forks = self.forks.iter().filter(|(session, fork)| {
-            let known = document.proof(session);
-            known.is_none_or(|known| known.index() > fork.count)
-        });
-        decisions += forks.count() as u64;
-        let ours = document.epochs.count();
-        let has = document.epochs.id_of(self.epochs, &document.genesis);
-        if self.epochs > ours {
-            decisions = decisions.saturating_add(self.epochs - ours);
-        } else if self.epoch.is_some() && self.epoch != has {
-            decisions = decisions.saturating_add(1);
-        }
-        (changes, decisions)
-    }
-}
-
 impl Replica {
     /// Asks all connected peers that may read a document, and those that connect later, what they have of it, for as
     /// long as what this returns is held.
@@ -155,7 +100,7 @@ impl Replica {
     }
 
     /// Asks a peer that has just connected about documents that are being compared.
-    pub(crate) fn compare_with(&mut self, peer: Key) -> Result<(), StoreError> {
+    pub(super) fn compare_with(&mut self, peer: Key) -> Result<(), StoreError> {
         let is_used = |one: &Comparison| one.token.strong_count() > 0;
         self.comparisons.retain(|_, one| is_used(one));
         let ids: Vec<_> = self.comparisons.keys().copied().collect();
@@ -177,18 +122,18 @@ impl Replica {
     }
 
     /// A peer has said what it has.
-    pub(crate) fn heard(&mut self, peer: Key, id: &DocumentId, told: Told) {
+    pub(super) fn heard(&mut self, peer: Key, id: &DocumentId, told: &Told) {
         if let Some(comparison) = self.comparisons.get_mut(id) {
             if comparison.token.strong_count() == 0 {
                 self.comparisons.remove(id);
             } else {
-                comparison.told.insert(peer, told);
+                comparison.told.insert(peer, told.clone());
             }
         }
     }
 
     /// A peer is gone.
-    pub(crate) fn unheard(&mut self, peer: &Key) {
+    pub(super) fn unheard(&mut self, peer: &Key) {
         for comparison in self.comparisons.values_mut() {
             comparison.told.remove(peer);
             comparison.asked.remove(peer);

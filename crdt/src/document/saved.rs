@@ -5,9 +5,11 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::{
-    envelope::Run,
-    epoch::{Head, Heads},
     id::{Chain, Digest, EpochId, Key, SessionId},
+    log::{
+        envelope::Run,
+        epoch::{Head, Heads},
+    },
 };
 
 /// Sessions whose heads are kept with a document's figures. A row for more would be written anew, with 72 bytes for
@@ -83,6 +85,17 @@ impl<'a> Save<'a> {
     }
 }
 
+/// How much there is of a document.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Counts {
+    pub(crate) epochs: u64,
+    /// Changes since the content last began anew, and their bytes.
+    pub(crate) changes: u64,
+    pub(crate) log_bytes: u64,
+    /// Changes that the content began anew with.
+    pub(crate) base_changes: u64,
+}
+
 /// A document's figures: everything that a listing says of it, and a peer is told when the two compare it.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Figures {
@@ -135,9 +148,16 @@ impl Figures {
     pub(crate) fn of(
         digest: Digest,
         epoch: EpochId,
-        (heads, forks): (&Heads, &Heads),
-        (epochs, changes, log_bytes, base_changes): (u64, u64, u64, u64),
+        heads: &Heads,
+        forks: &Heads,
+        counts: Counts,
     ) -> Self {
+        let Counts {
+            epochs,
+            changes,
+            log_bytes,
+            base_changes,
+        } = counts;
         let has_heads = heads.len() + forks.len() <= MAX_HEADS;
         let pack = |heads| match has_heads {
             true => pack_heads(heads),
@@ -264,7 +284,13 @@ mod tests {
         for sessions in [0, 3, MAX_HEADS as u8 + 1] {
             let heads: Heads = (0..sessions).map(head).collect();
             let (digest, epoch) = (Digest([9; 32]), EpochId([8; 32]));
-            let figures = Figures::of(digest, epoch, (&heads, &Heads::new()), (1, 2, 3, 4));
+            let counts = Counts {
+                epochs: 1,
+                changes: 2,
+                log_bytes: 3,
+                base_changes: 4,
+            };
+            let figures = Figures::of(digest, epoch, &heads, &Heads::new(), counts);
             let row = figures.encode_to_vec();
             assert_eq!(Figures::read(&row, &digest), Some(figures.clone()));
             assert_eq!(Figures::read(&row, &Digest([7; 32])), None);

@@ -17,7 +17,7 @@ use automerge::{
     legacy::{Op, OpId},
 };
 
-use crate::guard::{Checked, Touched, object};
+use crate::content::guard::{Checked, Touched, object};
 
 /// Changes of a batch, and their bytes: two pieces of a log. More gains nothing, for what is the same for all of them
 /// is a small part of the work by then; and what is undone if Automerge fails on one of them stays small.

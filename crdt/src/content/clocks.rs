@@ -12,7 +12,7 @@ use std::{
 
 use automerge::{ActorId, ChangeHash};
 
-use crate::batch::View;
+use crate::content::batch::View;
 
 /// Entries of all clocks that are kept for a document: about 5 MB. Two branches of any length need a clock each; a
 /// document whose 4,096 sessions all go on at once has room for 16 clocks, and looks at its history again for the
@@ -123,7 +123,7 @@ mod tests {
     use automerge::{Automerge, ROOT, transaction::Transactable};
 
     use super::*;
-    use crate::batch::Batch;
+    use crate::content::batch::Batch;
 
     #[test]
     fn a_clock_tells_the_same_ancestors_as_a_walk_over_the_graph() {

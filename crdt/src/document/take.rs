@@ -1,0 +1,588 @@
+//! What is taken of peers' envelopes, epochs and proofs: each is checked in a fixed order, counts, waits, or is refused.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    mem,
+};
+
+use automerge::Automerge;
+use bytes::Bytes;
+use prost::Message;
+
+use crate::{
+    content::{
+        batch::{Batch, Pending, View},
+        guard::{self, Memory},
+        value::{self, Edit, Path},
+    },
+    document::{
+        Document, MAX_LOG, hash,
+        rebuild::build_base,
+        saved,
+        waiting::{On, Waiter},
+    },
+    id::{ChangeId, Key, SessionId},
+    log::{
+        chunk,
+        envelope::{Envelope, Header, Proof, Run},
+        epoch::{Epoch, Heads, MAX_SESSIONS, Standing},
+    },
+    refusal::{Refusal, TakeError},
+    store::{Store, StoreError, key},
+};
+
+/// An envelope, and which peer it came from.
+pub(crate) type From = (Envelope, Option<Key>);
+
+/// The source of an envelope.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A peer; `asked`: it was wanted of that peer.
+    Peer { key: Key, asked: bool },
+    /// A file of the user's own, whose envelopes are taken in causal order.
+    File,
+}
+
+impl Source {
+    fn peer(&self) -> Option<Key> {
+        match self {
+            Self::Peer { key, .. } => Some(*key),
+            Self::File => None,
+        }
+    }
+}
+
+/// What became of envelopes.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    /// Those that are new and count.
+    pub(crate) new: Vec<From>,
+    pub(crate) proofs: Vec<Proof>,
+    /// Sessions of which a peer has given what can never count.
+    pub(crate) void: BTreeSet<(Key, SessionId)>,
+    /// Envelopes of a file that do not count, and why.
+    pub(crate) refused: Vec<(Header, Refusal)>,
+    /// Peers that sent what no honest peer would.
+    pub(crate) offences: Vec<(Key, Refusal)>,
+    /// Sessions of which another branch is known, and who knows it: the point where they part is to be found.
+    pub(crate) astray: Vec<(Key, SessionId)>,
+    /// From these something is missing.
+    pub(crate) early: BTreeSet<Key>,
+    /// Where the content has changed; `None`: it was not asked.
+    pub(crate) paths: Vec<Path>,
+    /// Own edits that no longer counted, to be made again.
+    pub(crate) carry: Vec<Edit>,
+    /// The document was built anew.
+    pub(crate) rebuilt: bool,
+    /// It takes no more.
+    pub(crate) full: bool,
+    /// Peers are told of what is new in another way.
+    pub(crate) quiet: bool,
+}
+
+/// An envelope that is to be taken.
+#[derive(Debug)]
+struct Sent {
+    envelope: Envelope,
+    source: Source,
+    /// Its signature has been checked.
+    verified: bool,
+}
+
+impl std::convert::From<Waiter> for Sent {
+    fn from(waiter: Waiter) -> Self {
+        Self {
+            envelope: waiter.envelope,
+            source: Source::Peer {
+                key: waiter.from,
+                asked: waiter.asked,
+            },
+            verified: true,
+        }
+    }
+}
+
+/// The result of a check of one envelope.
+enum Verdict {
+    Counts(Box<Pending>),
+    Waits(On),
+    Refused(Refusal),
+}
+
+impl Document {
+    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here. After an
+    /// error, what was taken before it counts.
+    pub(crate) fn take(
+        &mut self,
+        store: &mut Store,
+        envelopes: impl IntoIterator<Item = (Envelope, Source)>,
+    ) -> Result<Taken, StoreError> {
+        let mut taken = Taken::default();
+        let before = self.doc.get_heads();
+        let due: Vec<On> = self.waiting.awaited().copied().collect();
+        let due = due.into_iter().filter(|on| self.is_here(on));
+        let mut queue = VecDeque::new();
+        for on in due.collect::<Vec<_>>() {
+            queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
+        }
+        queue.extend(envelopes.into_iter().map(|(envelope, source)| Sent {
+            envelope,
+            source,
+            verified: false,
+        }));
+        // Each envelope is looked at once, and again when the one thing is here that it waits for.
+        let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
+        // Envelopes that count, and their changes, which are applied together. `alone` changes are applied one by one,
+        // because Automerge has failed on one of them.
+        let (mut counting, mut batch, mut alone) = (Vec::new(), Batch::default(), 0_usize);
+        let mut failed = None;
+        loop {
+            let next = match alone > 0 || batch.len() >= self.together || batch.is_full() {
+                true if !batch.is_empty() => None,
+                _ => queue.pop_front(),
+            };
+            let Some(sent) = next else {
+                if batch.is_empty() {
+                    break;
+                }
+                let (sent, batch) = (mem::take(&mut counting), mem::take(&mut batch));
+                match self.settle(store, batch, sent, &mut taken) {
+                    Ok(again) => {
+                        alone += again.len();
+                        for sent in again.into_iter().rev() {
+                            queue.push_front(sent);
+                        }
+                        continue;
+                    }
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+            };
+            alone = alone.saturating_sub(1);
+            let verdict = match self.consider(store, &sent, &batch, &mut taken) {
+                Ok(verdict) => verdict,
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            };
+            let header = &sent.envelope.header;
+            match verdict {
+                Verdict::Counts(pending) => {
+                    let next = On::Place(header.session, header.index + 1);
+                    for on in [On::Change(header.change), next] {
+                        queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
+                        queue.extend(stalled.remove(&on).unwrap_or_default());
+                    }
+                    self.push(store, &sent.envelope);
+                    batch.add(&self.doc, *pending);
+                    counting.push(sent);
+                }
+                Verdict::Waits(on) => stalled.entry(on).or_default().push(sent),
+                Verdict::Refused(refusal) => self.refuse(sent, refusal, &mut taken),
+            }
+        }
+        if let Some(error) = failed {
+            // Envelopes that count are in the log, so they have to be in the document. If that fails, the first error
+            // is told.
+            let _ = self.settle(store, batch, counting, &mut taken);
+            return Err(error);
+        }
+        if self.watched && !taken.new.is_empty() {
+            taken.paths = value::touched(&self.doc.diff(&before, &self.doc.get_heads()));
+        }
+        for (on, sent) in stalled {
+            sent.into_iter()
+                .for_each(|sent| self.wait(sent, on, &mut taken));
+        }
+        for proof in mem::take(&mut taken.proofs) {
+            let also = self.take_proof(store, &proof)?;
+            taken.rebuilt |= also.rebuilt;
+            taken.carry.extend(also.carry);
+            taken.proofs.extend(also.proofs);
+        }
+        Ok(taken)
+    }
+
+    /// Puts a batch into the document, whose envelopes are in the log. Where Automerge fails on it, they leave the log,
+    /// and are returned to be taken one by one: each other one counts all the same. One that is alone is refused.
+    fn settle(
+        &mut self,
+        store: &mut Store,
+        batch: Batch,
+        sent: Vec<Sent>,
+        taken: &mut Taken,
+    ) -> Result<Vec<Sent>, StoreError> {
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Err(refusal) = guard::apply(&mut self.doc, &batch, &mut self.memory) else {
+            self.unsaved += sent.len();
+            let new = sent.into_iter();
+            taken
+                .new
+                .extend(new.map(|sent| (sent.envelope, sent.source.peer())));
+            return Ok(Vec::new());
+        };
+        for sent in sent.iter().rev() {
+            self.pop(store, &sent.envelope.header)?;
+        }
+        // The document may be half changed. All that counts is in the log: only a writer can make this happen, and a
+        // copy for each batch would cost all of them as much.
+        self.doc = Self::load(store, self.genesis.clone())?.doc;
+        self.memory = Memory::default();
+        let mut again: Vec<_> = sent
+            .into_iter()
+            .map(|sent| Sent {
+                verified: true,
+                ..sent
+            })
+            .collect();
+        if again.len() == 1
+            && let Some(one) = again.pop()
+        {
+            self.refuse(one, refusal, taken);
+        }
+        Ok(again)
+    }
+
+    /// All checks of one envelope, in their order, against the document and what is to be applied to it before.
+    fn consider(
+        &mut self,
+        store: &Store,
+        sent: &Sent,
+        batch: &Batch,
+        taken: &mut Taken,
+    ) -> Result<Verdict, StoreError> {
+        let (envelope, document) = (&sent.envelope, self.id());
+        let header = &envelope.header;
+        let is_signed = || sent.verified || header.is_signed(&document);
+        let mut astray = false;
+        let admitted = self.admit(envelope, &mut astray);
+        if astray {
+            if !is_signed() {
+                return Ok(Verdict::Refused(Refusal::Signature));
+            }
+            let ours = match header.index < self.count(&header.session) {
+                true => Some(self.envelope(store, &header.session, header.index)?.header),
+                false => None,
+            };
+            match (
+                ours.and_then(|ours| Proof::of(ours, header.clone())),
+                sent.source.peer(),
+            ) {
+                (Some(proof), _) => taken.proofs.push(proof),
+                (None, Some(from)) => taken.astray.push((from, header.session)),
+                (None, None) => {}
+            }
+            // The point where the branches part is looked for: this session is not over for the peer.
+            if let Err(Refusal::Void) = admitted
+                && sent.source != Source::File
+            {
+                return Ok(Verdict::Refused(Refusal::Known));
+            }
+        }
+        match admitted {
+            Ok(()) => {}
+            Err(Refusal::Early) if !self.knows(&header.run.epoch) => {
+                return Ok(Verdict::Waits(On::Epoch(header.run.epoch)));
+            }
+            Err(Refusal::Early) => {
+                return Ok(Verdict::Waits(On::Place(header.session, header.index)));
+            }
+            Err(refusal) => return Ok(Verdict::Refused(refusal)),
+        }
+        // Looked at before all that costs something: what waits is decoded once, when it can be applied.
+        let dependencies = chunk::dependencies(&envelope.change);
+        let view = View {
+            doc: &self.doc,
+            batch,
+        };
+        let is_missing = |dep: &&ChangeId| !view.has(&hash(dep));
+        if let Some(missing) = dependencies.iter().find(is_missing) {
+            return Ok(Verdict::Waits(On::Change(*missing)));
+        }
+        if !is_signed() {
+            return Ok(Verdict::Refused(Refusal::Signature));
+        }
+        let actor = header.session.actor();
+        let checked = match guard::decode(&envelope.change, actor, header.index + 1) {
+            Ok(checked) if checked.id == header.change => checked,
+            Ok(_) => {
+                return Ok(Verdict::Refused(Refusal::Malformed(
+                    "a change is not the one that was signed",
+                )));
+            }
+            Err(refusal) => return Ok(Verdict::Refused(refusal)),
+        };
+        let session = self.sessions.get(&header.session);
+        let previous = session
+            .and_then(|session| session.entries.last())
+            .map(|(_, change)| *change);
+        Ok(
+            match guard::check(view, checked, previous, &mut self.memory) {
+                Ok(pending) => Verdict::Counts(Box::new(pending)),
+                Err(refusal) => Verdict::Refused(refusal),
+            },
+        )
+    }
+
+    /// Checks an envelope up to where Automerge is needed. `Err(Astray)` comes as [`Refusal::Early`] with `astray` set.
+    fn admit(&self, envelope: &Envelope, astray: &mut bool) -> Result<(), Refusal> {
+        let header = &envelope.header;
+        let known = self.sessions.get(&header.session);
+        let count = known.map_or(0, |session| session.entries.len() as u64);
+        if header.index < count {
+            return match self.chain_at(&header.session, header.index + 1) {
+                Some(chain) if chain == header.chain() => Err(Refusal::Known),
+                _ => {
+                    *astray = true;
+                    Err(Refusal::Void)
+                }
+            };
+        }
+        let standing = self.standing(&header.session, &header.run);
+        if header.index >= self.limit(&header.session, &header.run) {
+            // Of an epoch that is not here yet.
+            let later = standing == Standing::Void && !self.knows(&header.run.epoch);
+            return Err(if later { Refusal::Early } else { Refusal::Void });
+        }
+        if let Standing::Until(head) = standing
+            && header.index + 1 == head.count
+            && header.chain() != head.chain
+        {
+            return Err(Refusal::Void);
+        }
+        if header.index > count {
+            return Err(Refusal::Early);
+        }
+        if self.chain_at(&header.session, count) != Some(header.previous) {
+            *astray = true;
+            return Err(Refusal::Void);
+        }
+        if known.is_none() && self.sessions.len() >= MAX_SESSIONS {
+            return Err(Refusal::Full);
+        }
+        if self.log_bytes + envelope.change.len() as u64 > MAX_LOG {
+            return Err(Refusal::Full);
+        }
+        Ok(())
+    }
+
+    /// Returns true if what an envelope waits for is here.
+    fn is_here(&self, on: &On) -> bool {
+        match on {
+            On::Place(session, index) => self.count(session) >= *index,
+            On::Change(change) => self.doc.get_change_meta_by_hash(&hash(change)).is_some(),
+            On::Epoch(epoch) => self.knows(epoch),
+        }
+    }
+
+    /// Keeps an envelope for when what it builds on is here, if there is room.
+    fn wait(&mut self, sent: Sent, on: On, taken: &mut Taken) {
+        let Sent {
+            envelope,
+            source,
+            verified,
+        } = sent;
+        let Source::Peer { key, asked } = source else {
+            taken.refused.push((envelope.header, Refusal::Early));
+            return;
+        };
+        if self.waiting.has(&envelope) {
+            return;
+        }
+        // The signature of an envelope that nobody asked for is not checked if there is no room for the envelope. Room
+        // for a requested envelope is made at the cost of other peers, and so after the check.
+        let fits = asked || self.waiting.make_room(&envelope, &key, asked);
+        if fits && !verified && !envelope.header.is_signed(&self.id()) {
+            taken.offences.push((key, Refusal::Signature));
+            return;
+        }
+        if fits && (!asked || self.waiting.make_room(&envelope, &key, asked)) {
+            self.waiting.insert(envelope, key, asked, on);
+        }
+        taken.early.insert(key);
+    }
+
+    /// Notes why an envelope does not count.
+    fn refuse(&self, sent: Sent, refusal: Refusal, taken: &mut Taken) {
+        let header = sent.envelope.header;
+        match sent.source {
+            Source::File if refusal == Refusal::Known => {}
+            Source::File => taken.refused.push((header, refusal)),
+            Source::Peer { key, .. } => match refusal {
+                Refusal::Full => taken.full = true,
+                Refusal::Void => _ = taken.void.insert((key, header.session)),
+                Refusal::Foreign => {
+                    // Not wanted again at once, and told to whoever runs this node; no fault of the peer.
+                    tracing::warn!(document = %self.id(), author = %header.run.author, "{refusal}");
+                    taken.void.insert((key, header.session));
+                }
+                refusal if refusal.is_offence() => taken.offences.push((key, refusal)),
+                _ => {}
+            },
+        }
+    }
+
+    /// Takes the last envelope of a session out of the log again.
+    fn pop(&mut self, store: &mut Store, header: &Header) -> Result<(), StoreError> {
+        let row = key::envelope(&self.id(), &header.session, header.index);
+        if let Some(row) = store.get(&row)? {
+            self.log_bytes = self.log_bytes.saturating_sub(row.len() as u64);
+        }
+        store.delete(row);
+        if let Some(session) = self.sessions.get_mut(&header.session) {
+            session.entries.pop();
+            if session.entries.is_empty() && !self.own.contains(&header.session) {
+                self.sessions.remove(&header.session);
+            }
+        }
+        self.digest = None;
+        Ok(())
+    }
+
+    /// Writes an envelope that has been checked behind its session.
+    pub(super) fn push(&mut self, store: &mut Store, envelope: &Envelope) {
+        let header = &envelope.header;
+        let row = saved::seal(envelope.to_wire().encode_to_vec());
+        self.log_bytes += row.len() as u64;
+        store.put(
+            key::envelope(&self.id(), &header.session, header.index),
+            row,
+        );
+        self.session_of(header.run)
+            .entries
+            .push((header.chain(), header.change));
+        self.digest = None;
+    }
+
+    /// Takes a proof whose signatures have been checked.
+    pub(crate) fn take_proof(
+        &mut self,
+        store: &mut Store,
+        proof: &Proof,
+    ) -> Result<Taken, StoreError> {
+        let mut taken = Taken::default();
+        let (session, run) = (proof.session(), proof.one.run);
+        if !self.matters(proof)
+            || self
+                .proofs
+                .get(&session)
+                .is_some_and(|known| known.index() <= proof.index())
+        {
+            return Ok(taken);
+        }
+        if self.proofs.len() >= MAX_SESSIONS && !self.proofs.contains_key(&session) {
+            taken.full = true;
+            return Ok(taken);
+        }
+        store.put(
+            key::proof(&self.id(), &session),
+            proof.to_wire().encode_to_vec(),
+        );
+        self.proofs.insert(session, proof.clone());
+        self.digest = None;
+        taken.proofs.push(proof.clone());
+        self.forget_void();
+        if self.count(&session) > proof.index() {
+            tracing::warn!(document = %self.id(), author = %run.author, "an author has equivocated");
+            let base = self.base(store)?;
+            taken.carry = self.rebuild(store, &base, &Heads::new())?;
+            taken.rebuilt = true;
+        }
+        Ok(taken)
+    }
+
+    /// Takes epochs that follow each other, with what the base of the last new beginning among them is made of.
+    pub(crate) fn take_epochs(
+        &mut self,
+        store: &mut Store,
+        epochs: Vec<Epoch>,
+        base: &[Bytes],
+    ) -> Result<Taken, TakeError> {
+        let mut chain = self.epochs.clone();
+        let mut dropped = 0;
+        let mut covered = Heads::new();
+        for epoch in &epochs {
+            chain.would_take(epoch, &self.genesis)?;
+            dropped = dropped.max(chain.take(epoch.clone()));
+            if epoch.is_beginning() {
+                for (session, head) in &epoch.says.heads {
+                    let known = covered.entry(*session).or_insert(*head);
+                    if known.count < head.count {
+                        *known = *head;
+                    }
+                }
+            }
+        }
+        let id = self.id();
+        let begins = epochs.iter().rev().find(|epoch| epoch.is_beginning());
+        let built = begins.map(|epoch| build_base(epoch, base)).transpose()?;
+        let mut taken = Taken::default();
+        let had = (
+            self.epochs.count(),
+            self.epochs.beginning().map(|epoch| epoch.id),
+        );
+        for epoch in &epochs {
+            store.put(key::epoch(&id, epoch.number), epoch.wire.encode_to_vec());
+        }
+        for number in chain.count() + 1..=had.0 {
+            store.delete(key::epoch(&id, number));
+        }
+        self.epochs = chain;
+        self.digest = None;
+        for (session, known) in &mut self.sessions {
+            let Run { author, epoch, .. } = &known.run;
+            known.standing = self.epochs.standing(&self.genesis, author, session, epoch);
+        }
+        let begins = built.is_some();
+        let built = match built {
+            Some(built) => {
+                store.delete_all(&key::base(&id))?;
+                for (index, change) in base.iter().enumerate() {
+                    store.put(key::base_at(&id, index as u64), change.to_vec());
+                }
+                built
+            }
+            // A beginning that is no longer in the chain; what is before it is to come from others.
+            None if had.1 != self.epochs.beginning().map(|epoch| epoch.id) => {
+                store.delete_all(&key::base(&id))?;
+                Automerge::new()
+            }
+            None => self.base(store)?,
+        };
+        let void: Vec<_> = self
+            .proofs
+            .iter()
+            .filter(|(_, proof)| !self.matters(proof))
+            .map(|(id, _)| *id)
+            .collect();
+        for session in void {
+            store.delete(key::proof(&id, &session));
+            self.proofs.remove(&session);
+        }
+        let cut = self.sessions.iter().any(|(session, known)| {
+            let limit = self.limit(session, &known.run);
+            known.entries.len() as u64 > limit || self.goes_astray(session, known)
+        });
+        if begins || cut || dropped > 0 {
+            taken.carry = self.rebuild(store, &built, &covered)?;
+            taken.rebuilt = true;
+        }
+        self.forget_void();
+        Ok(taken)
+    }
+
+    /// Forgets what waits and can never count.
+    fn forget_void(&mut self) {
+        let mut waiting = mem::take(&mut self.waiting);
+        waiting.retain(|envelope| {
+            let admitted = self.admit(envelope, &mut false);
+            !matches!(admitted, Err(Refusal::Void | Refusal::Known))
+        });
+        self.waiting = waiting;
+    }
+}

@@ -1,0 +1,295 @@
+//! What is wanted of which peer, and when: one peer gives a document at a time, piece by piece.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use weft_proto::wire::{self, document_message::Kind};
+
+use crate::{
+    document::Document,
+    id::{DocumentId, EpochId, Key, SessionId},
+    log::envelope::Proof,
+    replica::{
+        Replica,
+        exchange::MAX_EXCHANGES,
+        peer::{Arrival, Exchange, Told},
+    },
+    store::StoreError,
+};
+
+/// Pieces of one peer in a row that bring nothing that can be applied; then it is another peer's turn. Of a peer that
+/// gives in causal order, one in a row is usual where it has not heard of a proof or an epoch. One that gives session
+/// by session needs up to one for each session.
+const MAX_FRUITLESS: u32 = 64;
+
+/// What was wanted and has not come after this long is wanted again, from whoever has it.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+impl Replica {
+    /// Another branch of a session is known there: where they part is looked for.
+    pub(in crate::replica) fn seek(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+        if let Some(known) = self.peers.get_mut(&peer)
+            && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
+        {
+            known
+                .exchanges
+                .entry(id)
+                .or_default()
+                .seek
+                .entry(session)
+                .or_insert(0);
+        }
+    }
+
+    /// A peer has given what can never count of a session, by the decisions that are here: it is not wanted of that
+    /// peer again before these have changed, or the peer has said anew what it has.
+    pub(in crate::replica) fn forgo(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+        if let Some(exchange) = self
+            .peers
+            .get_mut(&peer)
+            .and_then(|known| known.exchanges.get_mut(&id))
+        {
+            exchange.void.insert(session);
+        }
+    }
+
+    /// Decisions about a document have changed, and with them what counts.
+    pub(in crate::replica) fn reconsider(&mut self, id: &DocumentId) {
+        for known in self.peers.values_mut() {
+            if let Some(exchange) = known.exchanges.get_mut(id) {
+                exchange.void.clear();
+            }
+        }
+    }
+
+    /// Returns true if a peer is known to hold a document.
+    pub(in crate::replica) fn shares(&self, peer: &Key, id: &DocumentId) -> bool {
+        self.peers
+            .get(peer)
+            .is_some_and(|known| known.shared.contains(id))
+    }
+
+    /// Returns true if something of a document is wanted of any peer just now, or this peer is to be asked for it next.
+    pub(in crate::replica) fn is_wanted(&self, peer: &Key, id: &DocumentId) -> bool {
+        self.is_given(id, peer)
+            || self.peers.get(peer).is_some_and(|known| {
+                let exchange = known.exchanges.get(id);
+                exchange.is_some_and(|one| one.wanted.is_some() && one.until > self.now)
+            })
+    }
+
+    /// Whether another peer is giving this document just now.
+    fn is_given(&self, id: &DocumentId, except: &Key) -> bool {
+        self.peers.iter().any(|(peer, known)| {
+            peer != except
+                && known
+                    .exchanges
+                    .get(id)
+                    .is_some_and(|one| one.wanted.is_some() && one.until > self.now)
+        })
+    }
+
+    pub(super) fn go_on_with_any(&mut self, id: DocumentId) -> Result<(), StoreError> {
+        let peers: Vec<Key> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.exchanges.contains_key(&id))
+            .map(|(key, _)| *key)
+            .collect();
+        for peer in peers {
+            self.go_on(peer, id)?;
+        }
+        Ok(())
+    }
+
+    /// Wants what a peer has more, if there is anything, nothing is wanted of it already, and nobody else is giving it.
+    pub(super) fn go_on(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+        if self.is_given(&id, &peer) {
+            return Ok(());
+        }
+        let now = self.now;
+        let Some(exchange) = self
+            .peers
+            .get_mut(&peer)
+            .and_then(|peer| peer.exchanges.remove(&id))
+        else {
+            return Ok(());
+        };
+        let mut exchange = exchange;
+        if exchange.wanted.is_some() && exchange.until > now {
+            self.put_back(peer, id, exchange);
+            return Ok(());
+        }
+        let want = self.what_to_want(&id, &exchange)?;
+        let same = exchange.idle && exchange.wanted.as_ref() == want.as_ref()
+            || exchange.fruitless > MAX_FRUITLESS;
+        match want {
+            Some(want) if !same => {
+                exchange.wanted = Some(want.clone());
+                exchange.until = now + PATIENCE;
+                self.put_back(peer, id, exchange);
+                self.send(peer, Kind::Want(want));
+                Ok(())
+            }
+            // There is nothing, or what was wanted brought nothing. Another peer's turn, and another document's.
+            _ => {
+                let later = self
+                    .peers
+                    .get_mut(&peer)
+                    .and_then(|known| known.later.pop_first());
+                if let Some(later) = later.filter(|later| {
+                    self.held
+                        .get(later)
+                        .is_some_and(|held| held.may_read(&peer))
+                }) {
+                    self.send_summary(peer, later, true)?;
+                }
+                self.go_on_with_any(id)
+            }
+        }
+    }
+
+    fn put_back(&mut self, peer: Key, id: DocumentId, exchange: Exchange) {
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.exchanges.insert(id, exchange);
+        }
+    }
+
+    fn what_to_want(
+        &mut self,
+        id: &DocumentId,
+        exchange: &Exchange,
+    ) -> Result<Option<wire::Want>, StoreError> {
+        let nothing = wire::Want {
+            document: Bytes::copy_from_slice(&id.0),
+            ..wire::Want::default()
+        };
+        let mut want = nothing.clone();
+        let arriving = self.arrivals.get(id).map(Arriving::of).unwrap_or_default();
+        match self.document(id)? {
+            None if exchange.there.genesis => want_all(&mut want, &exchange.there),
+            None => {}
+            Some((document, _)) => {
+                want_epochs(&mut want, document, exchange, &arriving);
+                want_sessions(&mut want, document, exchange);
+                want_proofs(&mut want, document, exchange);
+            }
+        }
+        Ok((want != nothing).then_some(want))
+    }
+}
+
+/// How far an arrival has come.
+#[derive(Default)]
+struct Arriving {
+    /// The number of its last epoch.
+    epochs: Option<u64>,
+    /// The new beginning whose base is awaited, and the changes of the base that are here.
+    base: Option<(EpochId, u64)>,
+}
+
+impl Arriving {
+    fn of(arrival: &Arrival) -> Self {
+        Self {
+            epochs: arrival.epochs.last().map(|epoch| epoch.number),
+            base: arrival
+                .beginning()
+                .map(|epoch| (epoch.id, arrival.base.len() as u64)),
+        }
+    }
+}
+
+fn from(session: &SessionId, count: u64) -> wire::SessionHead {
+    wire::SessionHead {
+        session: Bytes::copy_from_slice(&session.0),
+        count,
+        chain: Bytes::copy_from_slice(&session.0),
+    }
+}
+
+/// Wants a document of which nothing is here.
+fn want_all(want: &mut wire::Want, there: &Told) {
+    want.genesis = true;
+    want.epochs = u64::from(there.epochs > 0);
+    want.sessions = there
+        .sessions
+        .keys()
+        .map(|session| from(session, 0))
+        .collect();
+    want.forks = there
+        .forks
+        .keys()
+        .map(|session| Bytes::copy_from_slice(&session.0))
+        .collect();
+}
+
+fn want_epochs(
+    want: &mut wire::Want,
+    document: &Document,
+    exchange: &Exchange,
+    arriving: &Arriving,
+) {
+    let there = &exchange.there;
+    let current = document.epochs.current(&document.genesis);
+    let ours = arriving.epochs.unwrap_or(document.epochs.count());
+    if exchange.all_epochs {
+        want.epochs = 1;
+    } else if there.epochs > ours {
+        want.epochs = ours + 1;
+    } else if there.epochs > 0
+        && arriving.epochs.is_none()
+        && there.epoch != document.epochs.id_of(there.epochs, &document.genesis)
+        && there.epoch != Some(current)
+    {
+        want.epochs = 1;
+    }
+    if let Some((epoch, from)) = arriving.base {
+        want.base = Bytes::copy_from_slice(&epoch.0);
+        want.base_from = from;
+    }
+}
+
+/// Wants what sessions have more there, and what tells where two branches of one part.
+fn want_sessions(want: &mut wire::Want, document: &Document, exchange: &Exchange) {
+    for (session, head) in &exchange.there.sessions {
+        let count = document.count(session);
+        let void = document.proof(session).map_or(u64::MAX, Proof::index);
+        if head.count > count && count < void {
+            let is_over = exchange.blocked.contains(session) || exchange.void.contains(session);
+            let reach = match exchange.kept.contains(session) {
+                true => document.reach(session),
+                false => count,
+            };
+            if !is_over && head.count > reach {
+                want.sessions.push(from(session, reach));
+            }
+        } else if head.count <= count
+            && document.chain_at(session, head.count) != Some(head.chain)
+            && head.count <= void
+        {
+            // Looked for from the beginning, below.
+            let next = exchange.seek.get(session).copied().unwrap_or(0);
+            want.sessions.push(from(session, next));
+        }
+    }
+    for (session, next) in &exchange.seek {
+        let known = document.proof(session).is_some();
+        if !known
+            && *next < document.count(session)
+            && !want.sessions.iter().any(|one| one.session[..] == session.0)
+        {
+            want.sessions.push(from(session, *next));
+        }
+    }
+}
+
+fn want_proofs(want: &mut wire::Want, document: &Document, exchange: &Exchange) {
+    let proofs = exchange.there.forks.iter().filter(|(session, fork)| {
+        document
+            .proof(session)
+            .is_none_or(|known| known.index() > fork.count)
+    });
+    want.forks = proofs
+        .map(|(session, _)| Bytes::copy_from_slice(&session.0))
+        .collect();
+}

@@ -1,0 +1,130 @@
+//! A document in the list of those that a node holds, in memory or not.
+
+use std::time::Duration;
+
+use prost::Message;
+use weft_proto::wire;
+
+use crate::{
+    document::Document,
+    id::{Digest, DocumentId, Key, SessionId},
+    log::{
+        epoch::{Epoch, Statement},
+        genesis::{self, Genesis, Readers},
+    },
+    store::{Store, StoreError, key},
+};
+
+/// Has no documents yet: nobody's digest.
+pub(super) const NOTHING: Digest = Digest([0; 32]);
+
+/// What is held of a document.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// `None` until a peer has sent it.
+    pub(super) genesis: Option<Genesis>,
+    pub(super) digest: Digest,
+    /// The keys that may write the document and, in `readers`, those that may read it, by the last decision that is
+    /// known, in force here or not.
+    pub(super) writers: Vec<Key>,
+    pub(super) readers: Readers,
+    pub(super) is_decided: bool,
+    pub(super) damage: Option<Damage>,
+    pub(super) loaded: Option<Box<Document>>,
+    /// In which this replica writes, while the document is not in memory.
+    pub(super) writing: Option<SessionId>,
+    /// Of what is in memory, when the document was last put on disk.
+    pub(super) weight: usize,
+    pub(super) used: u64,
+}
+
+/// Why a document cannot be used.
+#[derive(Debug, Clone)]
+pub(super) struct Damage {
+    pub(super) what: String,
+    /// When it is tried again; `None`: when it is opened again.
+    pub(super) until: Option<Duration>,
+}
+
+impl Held {
+    pub(super) fn new(genesis: Option<Genesis>, digest: Digest) -> Self {
+        let (writers, readers) = match &genesis {
+            Some(genesis) => (genesis.writers.clone(), genesis.readers.clone()),
+            None => (Vec::new(), Readers::Everybody),
+        };
+        Self {
+            genesis,
+            digest,
+            writers,
+            readers,
+            is_decided: false,
+            damage: None,
+            loaded: None,
+            writing: None,
+            weight: 0,
+            used: 0,
+        }
+    }
+
+    /// Returns true if a peer may read the document, and the document can be read.
+    pub(super) fn may_read(&self, peer: &Key) -> bool {
+        let owner = self.genesis.as_ref().map(|genesis| genesis.owner);
+        self.damage.is_none()
+            && owner
+                .is_none_or(|owner| genesis::is_reader(&owner, &self.writers, &self.readers, peer))
+    }
+
+    /// Returns true if a peer is the document's owner, or is named as one of its writers or readers.
+    pub(super) fn names(&self, peer: &Key) -> bool {
+        let is_named = |keys: &[Key]| keys.binary_search(peer).is_ok();
+        self.genesis.as_ref().is_some_and(|one| one.owner == *peer)
+            || is_named(&self.writers)
+            || matches!(&self.readers, Readers::Named(keys) if is_named(keys))
+    }
+
+    /// Returns true if the document's owner has decided something since the document was made.
+    pub(super) fn is_decided(&self) -> bool {
+        self.is_decided
+    }
+
+    pub(super) fn decided(&mut self, says: &Statement) {
+        self.is_decided = true;
+        self.writers.clone_from(&says.writers);
+        self.readers.clone_from(&says.readers);
+    }
+}
+
+/// Reads what the list of documents says of one.
+pub(super) fn read_held(store: &Store, id: &DocumentId, row: &[u8]) -> Result<Held, StoreError> {
+    let Some((digest, genesis)) = row.split_at_checked(32) else {
+        return Ok(damaged_held(None, "its entry in the list of documents"));
+    };
+    let digest = Digest::read(digest).unwrap_or(NOTHING);
+    if genesis.is_empty() {
+        return Ok(Held::new(None, digest));
+    }
+    let genesis = wire::SignedGenesis::decode(genesis).ok();
+    let genesis = genesis.and_then(|genesis| Genesis::stored(genesis).ok());
+    let Some(genesis) = genesis.filter(|genesis| genesis.id == *id) else {
+        return Ok(damaged_held(None, "its beginning"));
+    };
+    let mut held = Held::new(Some(genesis.clone()), digest);
+    let of_chain = store.last(&key::epochs(id))?.map(|(_, row)| row);
+    let decided = store.get(&key::decided(id))?;
+    // The later one, if its base has not come yet, says who may read as well.
+    for row in [of_chain, decided].into_iter().flatten() {
+        let epoch = wire::SignedEpoch::decode(&row[..]).ok();
+        match epoch.and_then(|epoch| Epoch::stored(epoch, &genesis).ok()) {
+            Some(epoch) => held.decided(&epoch.says),
+            None => return Ok(damaged_held(Some(genesis), "a decision of its owner")),
+        }
+    }
+    Ok(held)
+}
+
+fn damaged_held(genesis: Option<Genesis>, what: &str) -> Held {
+    let mut held = Held::new(genesis, NOTHING);
+    let what = format!("{what} cannot be read");
+    held.damage = Some(Damage { what, until: None });
+    held
+}

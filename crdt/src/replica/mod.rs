@@ -1,0 +1,467 @@
+//! All documents of a node, as a state machine: what peers send and what the application asks for goes in, messages and
+//! events come out.
+//!
+//! It does no I/O but on its store, has no clock and no thread: [`Replica::receive`] and the operations change what is
+//! in memory, [`Replica::finish_round`] puts it on disk, and only then [`Replica::poll`] gives out what follows from
+//! it. So nothing is told to anybody that a crash could take back.
+
+mod archive;
+mod begin;
+mod completeness;
+mod event;
+mod exchange;
+mod held;
+mod info;
+mod memory;
+mod peer;
+mod round;
+mod taken;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::{
+    content::value::{self, Edit, Path},
+    document::{Commit, Decision, Draft, Made, Source},
+    error::Error,
+    id::{ChangeId, DocumentId, Key},
+    log::{
+        envelope::Envelope,
+        genesis::{self, Genesis, Kind},
+        signed::Identity,
+    },
+    replica::{
+        begin::{check_keys, tidy_readers},
+        held::{Held, NOTHING, read_held},
+        peer::{Arrival, Comparison, News, PIECE, Peer},
+    },
+    store::{Store, StoreError, key},
+};
+
+pub use self::{
+    begin::{NewDocument, Rights},
+    completeness::{Comparing, Completeness, Holder},
+    event::{Event, Output},
+    exchange::MAX_MESSAGE_BYTES,
+    info::{DocumentDetails, DocumentInfo},
+};
+
+/// Documents that a node holds.
+pub const MAX_DOCUMENTS: usize = 65_536;
+
+/// Bytes of documents kept in memory, by `Document::weight`; the others are read when they are used. Enough for 5,000
+/// small documents, and no more than one document may have in its log: the one in use is in memory whatever it weighs.
+const MAX_LOADED: usize = 128 << 20;
+
+/// Paths of changes are worked out for a document while this is held; [`Replica::watch`].
+#[derive(Debug, Clone)]
+pub struct Watching {
+    _token: Arc<()>,
+}
+
+/// All documents of a node.
+#[derive(Debug)]
+pub struct Replica {
+    store: Store,
+    identity: Identity,
+    key: Key,
+    held: BTreeMap<DocumentId, Held>,
+    peers: BTreeMap<Key, Peer>,
+    /// What peers have told and is not looked at yet.
+    inbox: BTreeMap<DocumentId, Vec<(Envelope, Source)>>,
+    arrivals: BTreeMap<DocumentId, Arrival>,
+    /// What peers are to be told.
+    news: BTreeMap<DocumentId, News>,
+    /// Outputs that follow from changes that are not on disk yet, each with its document.
+    queued: Vec<(Option<DocumentId>, Output)>,
+    outputs: VecDeque<Output>,
+    dirty: BTreeSet<DocumentId>,
+    /// Documents that were changed since [`take_concerns`](Self::take_concerns).
+    concerns: BTreeSet<DocumentId>,
+    /// Documents of which the last round took back what had been done, and why.
+    undone: BTreeMap<DocumentId, StoreError>,
+    /// Documents that were being read when the disk failed.
+    suspects: BTreeMap<DocumentId, String>,
+    /// Documents in memory by their last use, and what all of them weighed when they were last put on disk.
+    recent: BTreeMap<u64, DocumentId>,
+    weight: usize,
+    /// Bytes of documents kept in memory.
+    max_loaded: usize,
+    watched: BTreeMap<DocumentId, Weak<()>>,
+    /// Documents that were not taken for there were too many.
+    refused: u64,
+    now: Duration,
+    /// Seconds since the Unix epoch.
+    wall: i64,
+    entropy: [u8; 32],
+    drawn: u64,
+    uses: u64,
+    /// After a fault of the disk: what is in memory is not to be relied on.
+    stale: bool,
+    /// Bytes of a piece of what a peer wants.
+    piece: usize,
+    /// Gives and exports session by session, as versions before causal order do.
+    #[cfg(test)]
+    by_session: bool,
+    /// Documents of which somebody waits to hear how much of them is here.
+    comparisons: BTreeMap<DocumentId, Comparison>,
+}
+
+impl Replica {
+    /// Reads what is on disk. `entropy` must never be the same twice: from it come the nonces that keep a restored
+    /// backup from continuing an old session.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(store: Store, identity: Identity, entropy: [u8; 32]) -> Result<Self, StoreError> {
+        let mut this = Self {
+            key: identity.key(),
+            store,
+            identity,
+            held: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            inbox: BTreeMap::new(),
+            arrivals: BTreeMap::new(),
+            news: BTreeMap::new(),
+            queued: Vec::new(),
+            outputs: VecDeque::new(),
+            dirty: BTreeSet::new(),
+            concerns: BTreeSet::new(),
+            undone: BTreeMap::new(),
+            suspects: BTreeMap::new(),
+            recent: BTreeMap::new(),
+            weight: 0,
+            max_loaded: MAX_LOADED,
+            watched: BTreeMap::new(),
+            refused: 0,
+            now: Duration::ZERO,
+            wall: 0,
+            entropy,
+            drawn: 0,
+            uses: 0,
+            stale: false,
+            piece: PIECE,
+            #[cfg(test)]
+            by_session: false,
+            comparisons: BTreeMap::new(),
+        };
+        this.read_all()?;
+        Ok(this)
+    }
+
+    /// Reads the list of documents. Signatures in it were checked before they were put on disk.
+    fn read_all(&mut self) -> Result<(), StoreError> {
+        let mut all = BTreeMap::new();
+        for (row, value) in self.store.scan(key::ALL_DOCUMENTS, &[], usize::MAX)? {
+            let Some(id) = row.get(1..).and_then(DocumentId::read) else {
+                return Err(StoreError::Other(
+                    "the list of documents is damaged".to_owned(),
+                ));
+            };
+            all.insert(id, read_held(&self.store, &id, &value)?);
+        }
+        self.held = all;
+        self.recent.clear();
+        self.weight = 0;
+        // Damage that was found just now is a state of its document from here on.
+        self.store.take_damage();
+        Ok(())
+    }
+
+    /// This replica's public key.
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
+    /// Mixes fresh randomness into what nonces come from. Two machines that go on from one image of a running one would
+    /// otherwise draw alike: they equivocate, each makes its lost edits again in a session with the same nonce as the
+    /// other's, and so without end.
+    pub fn stir(&mut self, entropy: [u8; 32]) {
+        let mut hasher = blake3::Hasher::new_keyed(&self.entropy);
+        hasher.update(&entropy);
+        self.entropy = hasher.finalize().into();
+    }
+
+    /// 32 bytes that were never drawn before.
+    fn draw(&mut self) -> [u8; 32] {
+        self.drawn += 1;
+        let mut hasher = blake3::Hasher::new_keyed(&self.entropy);
+        hasher.update(&self.drawn.to_be_bytes());
+        hasher.finalize().into()
+    }
+
+    fn nonce(&mut self) -> [u8; 16] {
+        crate::log::epoch::prefix(&self.draw())
+    }
+
+    fn set_wall(&mut self, wall: i64) {
+        self.wall = self.wall.max(wall);
+    }
+
+    /// Makes a document; its owner is this replica. It is kept when [`finish_round`](Self::finish_round) has succeeded. One with a
+    /// nonce that is here already is left as it is.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
+    pub fn create(&mut self, new: NewDocument) -> Result<DocumentId, Error> {
+        let nonce = new.nonce.unwrap_or_else(|| self.nonce());
+        let genesis = new.begin(&self.key, nonce)?;
+        let id = genesis::id_of(&genesis);
+        match self.held.get(&id) {
+            Some(held) if held.genesis.is_some() => return Ok(id),
+            Some(_) => self.event(Event::Arrived(id)),
+            None => self.room()?,
+        }
+        let genesis = Genesis::sign(&self.identity, genesis);
+        self.begin(genesis)?;
+        self.say_interest(&[id], &[]);
+        Ok(id)
+    }
+
+    fn room(&mut self) -> Result<(), Error> {
+        self.recover()?;
+        let (size, limit) = (self.held.len() as u64 + 1, MAX_DOCUMENTS as u64);
+        if size > limit {
+            self.refused += 1;
+            return Err(Error::TooLarge {
+                what: "the number of documents",
+                size,
+                limit,
+                advice: ": remove some",
+            });
+        }
+        Ok(())
+    }
+
+    /// Holds a document from now on: asks all connected peers for it, and every peer that is met later. Of one that is
+    /// held and damaged, what can be read is kept, and peers are asked for the rest. Returns true if it was held
+    /// before.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if too many are held, [`Error::Store`].
+    pub fn hold(&mut self, id: DocumentId) -> Result<bool, Error> {
+        self.recover()?;
+        if let Some(held) = self.held.get(&id) {
+            if held.damage.is_some() {
+                self.salvage(id)?;
+            }
+            return Ok(true);
+        }
+        self.room()?;
+        self.held.insert(id, Held::new(None, NOTHING));
+        self.touched(id);
+        self.say_interest(&[id], &[]);
+        Ok(false)
+    }
+
+    fn begin(&mut self, genesis: Genesis) -> Result<(), StoreError> {
+        let id = genesis.id;
+        // The beginning may have been damaged, and the rest still be here.
+        let is_left = !self.store.scan(&key::log(&id), &[], 0)?.is_empty();
+        self.keep(genesis);
+        match is_left {
+            true => self.salvage(id),
+            false => Ok(()),
+        }
+    }
+
+    /// A genesis has come for a document that was sought.
+    pub(crate) fn arrived(&mut self, genesis: Genesis) -> Result<(), StoreError> {
+        self.event(Event::Arrived(genesis.id));
+        self.begin(genesis)
+    }
+
+    /// A document whose beginning is damaged is looked for as if it had never been here.
+    fn seek_again(&mut self, id: DocumentId) {
+        self.held.insert(id, Held::new(None, NOTHING));
+        self.touched(id);
+        self.say_interest(&[id], &[]);
+    }
+
+    /// Holds a document no longer; what is here of it is deleted. Returns true if it was held.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn remove(&mut self, id: DocumentId) -> Result<bool, Error> {
+        self.recover()?;
+        let Some(held) = self.held.remove(&id) else {
+            return Ok(false);
+        };
+        self.recent.remove(&held.used);
+        self.weight -= held.weight;
+        self.concerns.insert(id);
+        for part in key::PARTS {
+            self.store.delete_all(&key::part(*part, &id))?;
+        }
+        self.store.delete(key::document(&id));
+        self.dirty.remove(&id);
+        self.inbox.remove(&id);
+        self.arrivals.remove(&id);
+        self.news.remove(&id);
+        self.say_interest(&[], &[id]);
+        self.event(Event::Removed(id));
+        Ok(true)
+    }
+
+    /// What is at a path; `None` if nothing is.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    pub fn get(&mut self, id: DocumentId, path: &Path) -> Result<Option<Value>, Error> {
+        let (document, _) = self.present(&id)?;
+        Ok(value::get(document.automerge(), path))
+    }
+
+    /// Makes edits as one commit: all of them or, after an error, none. `time` is in seconds since the Unix epoch.
+    /// `None` if they change nothing. The commit counts when [`finish_round`](Self::finish_round) has succeeded.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn commit(
+        &mut self,
+        id: DocumentId,
+        edits: &[Edit],
+        message: Option<&str>,
+        time: i64,
+    ) -> Result<Option<ChangeId>, Error> {
+        let draft = Draft {
+            edits,
+            message,
+            lenient: false,
+            time,
+            nonce: self.nonce(),
+        };
+        self.commit_as(id, &draft)
+    }
+
+    fn commit_as(&mut self, id: DocumentId, draft: &Draft<'_>) -> Result<Option<ChangeId>, Error> {
+        self.wall = self.wall.max(draft.time);
+        let identity = self.identity.clone();
+        let (document, store) = self.present(&id)?;
+        let Some(Made { envelope, paths }) = document.commit(store, &identity, draft)? else {
+            return Ok(None);
+        };
+        let change = envelope.header.change;
+        self.news
+            .entry(id)
+            .or_default()
+            .envelopes
+            .push((envelope, None));
+        self.touched(id);
+        self.event(Event::Changed {
+            document: id,
+            paths,
+            local: true,
+        });
+        Ok(Some(change))
+    }
+
+    /// Commits, the latest first, at most `limit`.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    pub fn history(&mut self, id: DocumentId, limit: usize) -> Result<Vec<Commit>, Error> {
+        let (document, _) = self.present(&id)?;
+        Ok(document.history(limit))
+    }
+
+    /// Changes who may write and read. Only the owner may.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn decide(&mut self, id: DocumentId, rights: Rights) -> Result<(), Error> {
+        let (document, _) = self.present(&id)?;
+        let genesis = &document.genesis;
+        if genesis.kind == Kind::SingleWriter && !rights.add.is_empty() {
+            return Err(Error::SingleWriter(id));
+        }
+        let mut writers = document.epochs.writers(genesis).to_vec();
+        writers.retain(|key| !rights.revoke.contains(key));
+        writers.extend(rights.add);
+        let writers = genesis::tidy(writers, &genesis.owner);
+        check_keys("the list of writers", writers.len())?;
+        let owner = genesis.owner;
+        let readers = match rights.readers {
+            Some(readers) => tidy_readers(readers, &owner)?,
+            None => document.epochs.readers(genesis).clone(),
+        };
+        if writers == document.epochs.writers(genesis)
+            && readers == *document.epochs.readers(genesis)
+            && self.key == owner
+        {
+            return Ok(());
+        }
+        let decision = Decision {
+            writers,
+            readers,
+            anew: None,
+        };
+        self.decide_as(id, decision)
+    }
+
+    /// Begins the content anew as it is, without its history. Only the owner may.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn compact(&mut self, id: DocumentId) -> Result<(), Error> {
+        let wall = self.wall;
+        let (document, _) = self.present(&id)?;
+        let genesis = &document.genesis;
+        let decision = Decision {
+            writers: document.epochs.writers(genesis).to_vec(),
+            readers: document.epochs.readers(genesis).clone(),
+            anew: Some(wall),
+        };
+        self.decide_as(id, decision)
+    }
+
+    fn decide_as(&mut self, id: DocumentId, decision: Decision) -> Result<(), Error> {
+        let identity = self.identity.clone();
+        let (document, store) = self.present(&id)?;
+        let (epoch, taken) = document.decide(store, &identity, decision)?;
+        self.epochs_taken(id, vec![epoch], None, taken)?;
+        Ok(())
+    }
+
+    /// Events say which paths of the document change, for as long as what this returns is held.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`].
+    pub fn watch(&mut self, id: DocumentId) -> Result<Watching, Error> {
+        if !self.held.contains_key(&id) {
+            return Err(Error::Unknown(id));
+        }
+        self.watched.retain(|_, watch| watch.strong_count() > 0);
+        let known = self.watched.get(&id).and_then(Weak::upgrade);
+        let token = known.unwrap_or_default();
+        self.watched.insert(id, Arc::downgrade(&token));
+        Ok(Watching { _token: token })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn assert_loads(&mut self, id: DocumentId) {
+        self.present(&id).unwrap().0.assert_loads();
+    }
+
+    /// Gives pieces of about so many bytes.
+    #[cfg(test)]
+    pub(crate) fn set_piece(&mut self, bytes: usize) {
+        self.piece = bytes;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_by_session(&mut self, by_session: bool) {
+        self.by_session = by_session;
+    }
+
+    /// Returns the store, for tests that damage the documents on disk.
+    #[cfg(test)]
+    pub(crate) fn store(&mut self) -> &mut Store {
+        &mut self.store
+    }
+}

@@ -1,0 +1,205 @@
+//! What follows from what a document has taken: events, news, offences, and own edits that are made again.
+
+use std::mem;
+
+use crate::{
+    content::value::{Edit, Path},
+    document::{Draft, Source, Taken},
+    error::Error,
+    id::{DocumentId, Key},
+    log::{
+        envelope::Envelope,
+        epoch::{Epoch, Statement},
+    },
+    refusal::Refusal,
+    replica::{
+        Replica,
+        event::{Event, Output},
+    },
+    store::{StoreError, key},
+};
+
+/// Carried edits that go into one commit.
+const CARRIED: usize = 1024;
+
+impl Replica {
+    /// Tells of what has been taken into a document, and makes lost edits again.
+    pub(super) fn follow(&mut self, id: DocumentId, taken: Taken) -> Result<(), StoreError> {
+        let Taken {
+            new,
+            proofs,
+            offences,
+            early,
+            paths,
+            carry,
+            rebuilt,
+            full,
+            astray,
+            void,
+            refused: _,
+            quiet,
+        } = taken;
+        let changed = !new.is_empty() || rebuilt;
+        if changed || !proofs.is_empty() {
+            self.touched(id);
+        }
+        if changed {
+            let paths = if rebuilt {
+                vec![Path::default()]
+            } else {
+                paths
+            };
+            self.event(Event::Changed {
+                document: id,
+                paths,
+                local: false,
+            });
+        }
+        let news = self.news.entry(id).or_default();
+        if !quiet {
+            news.envelopes.extend(new);
+        }
+        news.proofs.extend(proofs.iter().cloned());
+        for proof in proofs {
+            let (author, session, index) = (proof.one.run.author, proof.session(), proof.index());
+            self.event(Event::Equivocated {
+                document: id,
+                author,
+                session,
+                index,
+            });
+        }
+        if full {
+            self.event(Event::Full(id));
+        }
+        for (peer, refusal) in offences {
+            self.offend(peer, &refusal);
+        }
+        for (peer, session) in astray {
+            self.seek(peer, id, session);
+        }
+        for (peer, session) in void {
+            self.forgo(peer, id, session);
+        }
+        for peer in early {
+            self.ask_again(peer, id)?;
+        }
+        self.carry(id, &carry)
+    }
+
+    fn carry(&mut self, id: DocumentId, edits: &[Edit]) -> Result<(), StoreError> {
+        if edits.is_empty() {
+            return Ok(());
+        }
+        for some in edits.chunks(CARRIED) {
+            let draft = Draft {
+                edits: some,
+                message: Some("made again"),
+                lenient: true,
+                time: self.wall,
+                nonce: self.nonce(),
+            };
+            match self.commit_as(id, &draft) {
+                Ok(_) => {}
+                Err(Error::Store(error)) => return Err(error),
+                Err(error) => tracing::warn!(document = %id, %error, "edits cannot be made again"),
+            }
+        }
+        self.event(Event::Carried {
+            document: id,
+            edits: edits.len(),
+        });
+        Ok(())
+    }
+
+    /// Epochs are in force now.
+    pub(super) fn epochs_taken(
+        &mut self,
+        id: DocumentId,
+        epochs: Vec<Epoch>,
+        from: Option<Key>,
+        taken: Taken,
+    ) -> Result<(), StoreError> {
+        let beginning = epochs.iter().any(Epoch::is_beginning);
+        self.reconsider(&id);
+        let news = self.news.entry(id).or_default();
+        news.epochs
+            .extend(epochs.into_iter().map(|epoch| (epoch, from)));
+        self.touched(id);
+        if let Some((document, _)) = self.document(&id)? {
+            let last = document.epochs.last().map(|epoch| epoch.says.clone());
+            if let Some(held) = self.held.get_mut(&id)
+                && let Some(says) = last
+            {
+                held.decided(&says);
+            }
+        }
+        self.store.delete(key::decided(&id));
+        let shut_out: Vec<Key> = self
+            .peers
+            .iter()
+            .filter(|(peer, known)| {
+                known.shares(&id) && self.held.get(&id).is_some_and(|held| !held.may_read(peer))
+            })
+            .map(|(peer, _)| *peer)
+            .collect();
+        for peer in shut_out {
+            // It has a part, or has said so while it might read all of it.
+            self.shut_out(peer, id, true)?;
+        }
+        self.event(if beginning {
+            Event::Compacted(id)
+        } else {
+            Event::Rights(id)
+        });
+        self.follow(id, taken)?;
+        // What waited for the epoch.
+        self.inbox.entry(id).or_default();
+        Ok(())
+    }
+
+    /// A decision is known that cannot be taken before the content comes that it begins anew with.
+    pub(super) fn decided(&mut self, id: DocumentId, says: &Statement, row: Vec<u8>) {
+        if let Some(held) = self.held.get_mut(&id) {
+            held.decided(says);
+            self.store.put(key::decided(&id), row);
+        }
+    }
+
+    pub(super) fn offend(&mut self, peer: Key, refusal: &Refusal) {
+        tracing::warn!(%peer, %refusal, "a peer sent what no honest peer would");
+        let why = refusal.to_string();
+        self.queue(None, Output::Offence { peer, why });
+    }
+
+    /// Looks at what peers have told.
+    pub(crate) fn settle(&mut self) -> Result<(), StoreError> {
+        // Each round may bring what a round before waited for; the bound is against a mistake here.
+        for _ in 0..16 {
+            let inbox = mem::take(&mut self.inbox);
+            if inbox.is_empty() {
+                break;
+            }
+            for (id, envelopes) in inbox {
+                // One that is damaged keeps no other from being worked on.
+                match self.take_inbox(id, envelopes) {
+                    Ok(()) | Err(StoreError::Document { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn take_inbox(
+        &mut self,
+        id: DocumentId,
+        envelopes: Vec<(Envelope, Source)>,
+    ) -> Result<(), StoreError> {
+        let Some((document, store)) = self.document(&id)? else {
+            return Ok(());
+        };
+        let taken = document.take(store, envelopes)?;
+        self.follow(id, taken)
+    }
+}
