@@ -19,7 +19,6 @@ mod discards;
 mod gc;
 mod holds;
 mod looks;
-mod metadata;
 mod parts;
 mod quota;
 mod refs;
@@ -48,12 +47,12 @@ use std::{
 };
 
 use prost::Message;
-use redb::{Database, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
+use redb::{ReadTransaction, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
+use weft_disk::{Database, Failure, Fault, Options, is_full};
 
 pub(crate) use self::parts::{Copied, PartLease, part_path};
 use self::{
     discards::DISCARDS,
-    metadata::Metadata,
     parts::{Seen, forget_parts},
     quota::{SETTINGS, Uses},
     refs::{REFS, add_refs, count_late},
@@ -86,7 +85,7 @@ const PARTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("parts");
 /// How the names of files end that are being written, in the store's own folders.
 const TEMPORARY: &str = ".new";
 
-/// Page cache of the metadata database, in bytes. Rows are small and few; redb's default of 1 GiB would be the node's whole budget.
+/// Page cache of the metadata database, in bytes: rows are small and few.
 const DATABASE_CACHE: usize = 8 * 1024 * 1024;
 
 /// The store of one node. Cheap to clone; every method may block on the disk.
@@ -98,7 +97,7 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     folder: PathBuf,
-    database: Metadata,
+    database: Database,
     /// Part files that a [`Partial`] has open.
     open_parts: Mutex<HashSet<PathBuf>>,
     /// The partials themselves, by part file: what they have is served.
@@ -232,14 +231,6 @@ pub enum StoreError {
     TooManyTags,
 }
 
-fn is_full(error: &io::Error) -> bool {
-    let kind = error.kind();
-    matches!(
-        kind,
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    )
-}
-
 fn need(needed: &Option<u64>, free: &Option<u64>) -> String {
     match (needed, free) {
         (Some(needed), Some(free)) => format!(": {needed} bytes are needed and {free} are free"),
@@ -279,13 +270,36 @@ impl StoreError {
     }
 }
 
-fn database<E: Into<redb::Error>>(error: E) -> StoreError {
-    match error.into() {
-        redb::Error::Io(source) if is_full(&source) => {
-            StoreError::full(PathBuf::from("the store's database"))
+impl From<weft_disk::Error> for StoreError {
+    fn from(error: weft_disk::Error) -> Self {
+        match error {
+            weft_disk::Error::Full => Self::full(PathBuf::from("the store's database")),
+            weft_disk::Error::Damaged(source) | weft_disk::Error::Failed(source) => {
+                Self::Database(source)
+            }
+            _ => Self::Database(Box::new(redb::Error::DatabaseAlreadyOpen)),
         }
-        error => StoreError::Database(Box::new(error)),
     }
+}
+
+impl Failure for StoreError {
+    fn fault(&self) -> Option<Fault> {
+        match self {
+            Self::DiskFull { .. } => Some(Fault::Full),
+            Self::Database(error) => Fault::of(error),
+            _ => None,
+        }
+    }
+}
+
+/// Wraps an error of the database within a transaction.
+fn database<E: Into<redb::Error>>(error: E) -> StoreError {
+    weft_disk::Error::of(error).into()
+}
+
+/// The settings of the metadata database.
+fn database_options() -> Options {
+    Options::new("the store's metadata", DATABASE_CACHE)
 }
 
 /// A model that the store holds, whole or in part.
@@ -429,27 +443,15 @@ impl Store {
             sweep(&folder.join(kind))?;
         }
         let path = folder.join("meta.redb");
-        let database = path.clone();
-        let open = move |first| {
-            let mut builder = Database::builder();
-            builder.set_cache_size(DATABASE_CACHE);
-            match first {
-                true => builder.create(&path),
-                // If it is gone, what it held is not to be taken for nothing.
-                false => builder.open(&path),
-            }
-        };
-        let opened = Metadata::open(open).map_err(|error| match error {
-            StoreError::Database(source) => StoreError::Unopened {
-                path: database,
-                source,
-            },
+        let opened = Database::open(&path, database_options());
+        let opened = opened.map_err(|error| match error.into() {
+            StoreError::Database(source) => StoreError::Unopened { path, source },
             error => error,
         });
         Self::with_database(folder, lock, opened?)
     }
 
-    fn with_database(folder: &Path, lock: Lock, database: Metadata) -> Result<Self, StoreError> {
+    fn with_database(folder: &Path, lock: Lock, database: Database) -> Result<Self, StoreError> {
         let epoch = quota::begin_epoch(&database, lock.was_left())?;
         let store = Self {
             inner: Arc::new(Inner {
@@ -769,7 +771,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn models(&self) -> Result<Vec<Model>, StoreError> {
-        let mut models = self.inner.database.read(|txn| {
+        let mut models = self.read(|txn| {
             let table = txn.open_table(MODELS).map_err(database)?;
             let mut models = Vec::new();
             for row in table.iter().map_err(database)? {
@@ -790,7 +792,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold it.
     pub fn model(&self, id: &Hash) -> Result<Model, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(MODELS).map_err(database)?;
             match table.get(id.as_bytes()).map_err(database)? {
                 Some(row) => Ok(Model::from_row(*id, decode("models", row.value())?)),
@@ -947,7 +949,7 @@ impl Store {
     }
 
     fn blob_row(&self, hash: &Hash) -> Result<Option<BlobRow>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(BLOBS).map_err(database)?;
             let row = match table.get(hash.as_bytes()).map_err(database)? {
                 Some(row) => decode::<BlobRow>("blobs", row.value())?,
@@ -959,18 +961,18 @@ impl Store {
         })
     }
 
+    fn read<T>(
+        &self,
+        look: impl Fn(&ReadTransaction) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.inner.database.read(look)
+    }
+
     fn write<T>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let (generation, mut txn) = self.inner.database.begin_write()?;
-        // Without it, opening after a crash walks the whole database.
-        txn.set_quick_repair(true);
-        let changed = change(&txn).and_then(|value| {
-            txn.commit().map_err(database)?;
-            Ok(value)
-        });
-        changed.inspect_err(|error| self.inner.database.failed(generation, error))
+        self.inner.database.write(change)
     }
 
     fn put_model(

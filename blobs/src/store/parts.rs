@@ -381,7 +381,7 @@ impl Store {
     }
 
     pub(super) fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let keys = part_keys(hash);
             let rows = table.range(keys.start().as_slice()..=keys.end().as_slice());
@@ -433,7 +433,7 @@ impl Store {
         hash: &Hash,
         tree: &Tree,
     ) -> Result<Option<Claim>, StoreError> {
-        let row = self.inner.database.read(|txn| {
+        let row = self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let key = part_key(hash, part);
             let row = table.get(key.as_slice()).map_err(database)?;

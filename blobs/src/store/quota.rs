@@ -18,12 +18,12 @@ use std::{
 };
 
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
+use weft_disk::{Database, Outcome};
 
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, change_blob, database,
     discards::{Doomed, allocated},
     looks::Sights,
-    metadata::Metadata,
     part_path,
     refs::REFS,
     remove::Forget,
@@ -165,24 +165,17 @@ pub(super) fn note_use(txn: &WriteTransaction, number: u64) -> Result<(), StoreE
 
 /// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what
 /// no row knows of.
-pub(super) fn begin_epoch(metadata: &Metadata, was_left: bool) -> Result<u64, StoreError> {
-    let (generation, mut txn) = metadata.begin_write()?;
-    txn.set_quick_repair(true);
-    let begin = || {
-        let epoch = {
-            let mut table = txn.open_table(SETTINGS).map_err(database)?;
-            let known = table.get(EPOCH).map_err(database)?;
-            let known = known.map_or(0, |epoch| epoch.value());
-            if !was_left {
-                return Ok(known);
-            }
-            table.insert(EPOCH, known + 1).map_err(database)?;
-            known + 1
-        };
-        txn.commit().map_err(database)?;
-        Ok(epoch)
-    };
-    begin().inspect_err(|error| metadata.failed(generation, error))
+pub(super) fn begin_epoch(metadata: &Database, was_left: bool) -> Result<u64, StoreError> {
+    metadata.decide(|txn| {
+        let mut table = txn.open_table(SETTINGS).map_err(database)?;
+        let known = table.get(EPOCH).map_err(database)?;
+        let known = known.map_or(0, |epoch| epoch.value());
+        if !was_left {
+            return Ok(Outcome::Abort(known));
+        }
+        table.insert(EPOCH, known + 1).map_err(database)?;
+        Ok(Outcome::Commit(known + 1))
+    })
 }
 
 impl Store {
@@ -191,7 +184,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn quota(&self) -> Result<Option<u64>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(SETTINGS).map_err(database)?;
             let quota = table.get(QUOTA).map_err(database)?;
             Ok(quota.map(|quota| quota.value()))
@@ -513,7 +506,7 @@ impl Store {
     }
 
     pub(super) fn blob_rows(&self) -> Result<HashMap<Hash, BlobRow>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(BLOBS).map_err(database)?;
             let mut rows = HashMap::new();
             for row in table.iter().map_err(database)? {
@@ -547,7 +540,7 @@ impl Store {
 
     /// The part files that rows speak of, each with the bytes that it holds.
     pub(super) fn all_parts(&self) -> Result<HashMap<Hash, Vec<(PathBuf, u64)>>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let mut parts: HashMap<Hash, Vec<(PathBuf, u64)>> = HashMap::new();
             for row in table.iter().map_err(database)? {
@@ -566,7 +559,7 @@ impl Store {
     }
 
     fn ref_counts(&self) -> Result<HashMap<Hash, u64>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(REFS).map_err(database)?;
             let mut counts = HashMap::new();
             for row in table.iter().map_err(database)? {
