@@ -12,9 +12,9 @@ use prost::Message;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
-    PARTS, Store, StoreError, database, discard,
+    PARTS, Store, StoreError, database,
+    durable::{discard, remove_empty_folders},
     looks::{Sights, ToSee},
-    remove_empty_folders,
     rows::{DiscardRow, LocationRow, decode, part_key, path_from},
 };
 use crate::{Hash, files, index::Location};

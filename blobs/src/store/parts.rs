@@ -14,9 +14,10 @@ use prost::Message;
 use redb::{Table, WriteTransaction};
 
 use super::{
-    Hold, Located, PARTS, Store, StoreError, database, forget_locations, has_size,
+    Hold, PARTS, Store, StoreError, database,
+    durable::{has_size, sync_folder},
+    locations::{Located, forget_locations},
     rows::{PartRow, StampRow, decode, part_key, part_keys, path_from},
-    sync_folder,
     verify::{difference, read},
 };
 use crate::{

@@ -10,7 +10,7 @@ use redb::{ReadableTable, WriteTransaction};
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::Doomed,
-    forget_locations,
+    locations::forget_locations,
     looks::{IN_ROOT, Sights, ToSee},
     part_path,
     refs::{drop_refs, refs},
