@@ -348,13 +348,13 @@ impl Dht {
     }
 
     /// A statement of this node with this number is known.
-    fn raise(&self, number: u64) {
+    pub(crate) fn raise(&self, number: u64) {
         self.sequence.fetch_max(number, Ordering::AcqRel);
     }
 
     /// Returns the clock in milliseconds, or, if that is no more than a number that was given out or seen before, the
     /// next after that: also when the clock was ahead and has been set back.
-    fn next_sequence(&self) -> u64 {
+    pub(crate) fn next_sequence(&self) -> u64 {
         let now = record::now();
         let next = |last: u64| now.max(last.saturating_add(1));
         match self

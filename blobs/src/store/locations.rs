@@ -13,7 +13,7 @@ use super::{
     BLOBS, StoreError, database,
     rows::{BlobRow, LocationRow, StampRow, decode, path_from},
 };
-use crate::{Hash, index::Location, stamp::Stamp};
+use crate::{Hash, files::stamp::Stamp, index::Location};
 
 /// Files that are known to hold a blob whose tree is here.
 #[derive(Debug, Default)]

@@ -17,17 +17,21 @@
 mod damage;
 mod discards;
 mod durable;
+pub(crate) mod elsewhere;
 mod error;
 mod gc;
 mod holds;
 mod locations;
 mod looks;
 mod models;
+pub(crate) mod occupancy;
+pub(crate) mod partial;
 mod parts;
 mod quota;
 mod refs;
 mod remove;
 mod rows;
+pub mod source;
 mod tags;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -42,6 +46,7 @@ pub mod verify;
 use std::{
     collections::{HashMap, HashSet},
     fs::{self, File},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, RwLock, Weak,
@@ -58,10 +63,12 @@ use self::{
     error::database,
     locations::Located,
     models::set_name,
+    partial::Partial,
     parts::{Seen, forget_parts},
     quota::{SETTINGS, Uses},
     refs::{REFS, count_late},
     rows::{BlobRow, decode, path_from},
+    source::Source,
     tags::TAGS,
 };
 pub(crate) use self::{
@@ -79,11 +86,9 @@ pub use self::{
     tags::{MAX_TAG, MAX_TAGS, Tag},
 };
 use crate::{
-    Hash, Manifest, elsewhere, files,
+    Hash, Manifest, complete, files,
     index::{Indexed, IndexedFile, Location},
     lock::Lock,
-    partial::Partial,
-    source::Source,
     tree::{GROUP, Tree},
 };
 
@@ -438,6 +443,17 @@ impl Store {
         Ok(KnownFiles(
             good.map(|row| (path_from(&row.path), row)).collect(),
         ))
+    }
+
+    /// Describes the files that `manifest` lacks by its own account, as far as the indices that name them are here.
+    /// Blocks.
+    pub fn lacking(&self, manifest: &Manifest) -> Vec<String> {
+        complete::lacking(manifest, |file| {
+            let (_, open) = self.locate(&file.blake3).ok()??;
+            let mut content = vec![0; usize::try_from(file.size).ok()?];
+            open.read_exact_at(&mut content, 0).ok()?;
+            Some(content)
+        })
     }
 
     /// Opens what is here of a blob, for reading with proofs: the whole of it, or the parts that are arriving or have been left. Empty if nothing of it is

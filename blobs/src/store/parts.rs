@@ -24,10 +24,10 @@ use crate::{
     Hash,
     bitfield::Bitfield,
     files,
+    files::stamp::Stamp,
     index::Location,
-    partial::{Kept, Partial},
     source::Source,
-    stamp::Stamp,
+    store::partial::{Kept, Partial},
     tree::Tree,
 };
 

@@ -90,7 +90,7 @@ impl Store {
         })?;
         let (files_deleted, folders) = files_deleted;
         if files && sights.has_folder(&model.root.join(IN_ROOT)).is_some() {
-            crate::occupancy::sweep(&model.root);
+            crate::store::occupancy::sweep(&model.root);
         }
         // Committed: what follows only frees room.
         self.delete(doomed, &sights)?;

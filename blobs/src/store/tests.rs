@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::{
+    files::lock::LockError,
     index::{Progress, index},
     source::ReadError,
 };
@@ -112,10 +113,9 @@ fn a_database_that_is_gone_is_not_made_anew() {
     store.add(&indexed, None).unwrap();
     let [path, aside] = ["meta.redb", "aside.redb"].map(|name| folder.join(name));
     fs::rename(&path, &aside).unwrap();
-    store
-        .inner
-        .database
-        .failed(1, &database(redb::Error::PreviousIo));
+    // A fault of the database.
+    let failed: Result<(), _> = store.write(|_| Err(database(redb::Error::PreviousIo)));
+    failed.unwrap_err();
     assert!(matches!(store.models(), Err(StoreError::Database(_))));
     assert!(store.add(&indexed, None).is_err());
     assert!(!path.exists());

@@ -8,7 +8,7 @@ use super::{Store, StoreError, testing::Origin, torn::open};
 use crate::{
     Hash,
     bitfield::Bitfield,
-    partial::{Partial, Segment},
+    store::partial::{Partial, Segment},
     testing::{Random, power},
     tree::{GROUP, Tree},
 };

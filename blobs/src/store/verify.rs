@@ -31,10 +31,10 @@ use crate::{
     Hash, Manifest,
     bitfield::Bitfield,
     files,
+    files::stamp::Stamp,
     index::{self, IndexError, Location, hash_file},
-    partial::rename_new,
     source::{ReadError, Source},
-    stamp::Stamp,
+    store::partial::rename_new,
     tree::Tree,
 };
 use redb::WriteTransaction;

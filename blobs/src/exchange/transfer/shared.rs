@@ -17,10 +17,9 @@ use tokio::{sync::Notify, task::spawn_blocking, time::Instant};
 use crate::{
     Hash, Store, StoreError,
     bitfield::Bitfield,
-    elsewhere::Elsewhere,
-    partial::Partial,
+    exchange::schedule::Schedule,
     plan::{Progress, Want, open},
-    schedule::Schedule,
+    store::{elsewhere::Elsewhere, partial::Partial},
     tree::Tree,
 };
 

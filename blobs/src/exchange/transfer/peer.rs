@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::shared::Shared;
-use crate::{arrivals::Arrivals, schedule::PeerKey};
+use crate::{arrivals::Arrivals, exchange::schedule::PeerKey};
 
 /// A provider of a transfer. Dropping it takes it out, and its work goes to others.
 #[derive(Debug)]

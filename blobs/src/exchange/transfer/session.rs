@@ -26,10 +26,12 @@ use super::{
 };
 use crate::{
     StoreError,
-    elsewhere::Elsewhere,
-    partial::{Partial, Segment},
+    exchange::schedule::{Next, Run},
     rate::{self, Limit},
-    schedule::{Next, Run},
+    store::{
+        elsewhere::Elsewhere,
+        partial::{Partial, Segment},
+    },
     tree::{PARENT, Step, Verifier},
 };
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering};
 use tokio::task::spawn_blocking;
 
 use super::shared::{Open, Shared, State};
-use crate::{StoreError, bitfield::Bitfield, files, partial::Partial, plan::Want};
+use crate::{StoreError, bitfield::Bitfield, files, plan::Want, store::partial::Partial};
 
 /// A want whose turn it is to be opened.
 struct Turn {

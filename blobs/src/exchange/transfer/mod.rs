@@ -42,11 +42,11 @@ use self::{
 use crate::{
     Hash, Manifest, Store, StoreError,
     bitfield::Bitfield,
+    exchange::schedule::{Schedule, UrgentKey},
     files,
-    partial::Partial,
     plan::{Plan, Progress, Want},
     rate::Limit,
-    schedule::{Schedule, UrgentKey},
+    store::partial::Partial,
     tree::Tree,
 };
 
