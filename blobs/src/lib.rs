@@ -17,50 +17,40 @@
 //!
 //! It leaves out: the network (streams are any `AsyncRead + AsyncWrite`), and who has what (`weft-dht`).
 
-pub mod arrivals;
-pub mod availability;
-pub mod bitfield;
-pub mod complete;
-mod elsewhere;
-pub mod extract;
+mod content;
+mod exchange;
 mod files;
-mod hash;
-mod hasher;
-pub mod header;
 pub mod hf_cache;
-mod holder;
-pub mod index;
-pub mod lock;
-pub mod manifest;
-mod occupancy;
-mod partial;
-pub mod path;
-pub mod pattern;
+mod model;
 pub mod plan;
-pub mod rate;
-pub mod results;
-mod schedule;
-pub mod selection;
-pub mod serve;
-pub mod shards;
-pub mod source;
-mod stamp;
 pub mod store;
 #[cfg(test)]
 mod testing;
-pub mod transfer;
-pub mod tree;
-pub mod uplink;
 
 #[doc(hidden)]
 pub use self::files::is_out_of_descriptors;
 pub use self::{
-    hash::{Hash, ParseHashError},
-    header::HeaderError,
-    manifest::Manifest,
-    pattern::Pattern,
-    plan::{Plan, PlanError},
-    selection::Selection,
-    store::{Store, StoreError},
-    transfer::{Transfer, TransferError},
+    content::{
+        bitfield,
+        hash::{Hash, ParseHashError},
+        tree,
+    },
+    exchange::{
+        arrivals, availability, rate, serve,
+        transfer::{self, Transfer, TransferError},
+        uplink,
+    },
+    files::lock,
+    model::{
+        complete, extract,
+        header::{self, HeaderError},
+        index,
+        manifest::{self, Manifest},
+        path,
+        pattern::{self, Pattern},
+        selection::{self, Selection},
+        shards,
+    },
+    plan::{Plan, PlanError, results},
+    store::{Store, StoreError, source},
 };

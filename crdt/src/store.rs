@@ -13,19 +13,20 @@
 //! | `q` document | the last of the owner's decisions that cannot be taken yet: it says who may read |
 //!
 //! Writes gather until [`Store::flush`], which puts all of them on disk in one transaction: what was acknowledged survives a crash, and many commits share a sync.
-//! Commits are in two phases, for the content comes from strangers; repair after a crash is quick.
+//! After a fault of the disk the store refuses everything until it is opened again, so that memory can go back to what is on disk.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::BTreeMap,
-    fmt, io,
+    fmt,
     ops::Bound,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use redb::{Database, ReadOnlyTable, ReadableDatabase, TableDefinition};
+use redb::{ReadOnlyTable, ReadTransaction, TableDefinition};
+use weft_disk::{Database, Error, Options};
 
 use crate::id::{DocumentId, SessionId};
 
@@ -33,9 +34,6 @@ const DOCUMENTS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("documents
 
 /// Page cache of the database, in bytes.
 const CACHE: usize = 16 << 20;
-
-/// How long it is waited for another to close them.
-const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The documents on disk cannot be opened, read or written.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -71,33 +69,34 @@ pub enum StoreError {
     Other(String),
 }
 
+/// Wraps an error of redb within a transaction.
 fn failed<E: Into<redb::Error>>(error: E) -> StoreError {
-    match error.into() {
-        redb::Error::Io(source)
-            if matches!(
-                source.kind(),
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-            ) =>
-        {
-            StoreError::Full
+    Error::of(error).into()
+}
+
+impl From<Error> for StoreError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Full => Self::Full,
+            error => Self::Other(error.to_string()),
         }
-        error => StoreError::Other(error.to_string()),
     }
 }
 
 /// Opens a database; called again after a fault.
-pub type OpenDatabase = Arc<dyn Fn() -> Result<Database, redb::DatabaseError> + Send + Sync>;
+pub type OpenDatabase = Arc<dyn Fn() -> Result<redb::Database, redb::DatabaseError> + Send + Sync>;
 
-#[derive(Clone)]
-enum Place {
-    File(PathBuf),
-    Other(OpenDatabase),
+fn options() -> Options {
+    Options::new("documents", CACHE)
 }
 
 /// Documents on disk.
 pub struct Store {
-    place: Place,
-    database: Option<Database>,
+    database: Database,
+    /// The file of the database, if it is in one.
+    file: Option<PathBuf>,
+    /// It refuses everything after a fault, until [`reopen`](Self::reopen): memory may be ahead of the disk.
+    closed: Cell<bool>,
     /// What is not on disk yet.
     pending: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     noted: RefCell<Noted>,
@@ -147,30 +146,35 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        Self::at(Place::File(path.to_owned()))
+        let opened = Database::open(path, options());
+        let database = opened.map_err(|error| of_opening(error, Some(path)))?;
+        Ok(Self::of(database, Some(path.to_owned())))
     }
 
-    /// Opens the documents wherever `open` has them, such as in memory.
+    /// Opens the documents wherever `open` has them, such as in memory. After a fault it is called without a pause.
     ///
     /// # Errors
     /// [`StoreError`].
     pub fn open_with(open: OpenDatabase) -> Result<Self, StoreError> {
-        Self::at(Place::Other(open))
+        let opened = Database::open_with(move || open(), options().with_pause(Duration::ZERO));
+        let database = opened.map_err(|error| of_opening(error, None))?;
+        Ok(Self::of(database, None))
     }
 
-    fn at(place: Place) -> Result<Self, StoreError> {
-        let database = Some(open(&place)?);
-        Ok(Self {
-            place,
+    fn of(database: Database, file: Option<PathBuf>) -> Self {
+        Self {
             database,
+            file,
+            closed: Cell::new(false),
             pending: BTreeMap::new(),
             noted: RefCell::default(),
-        })
+        }
     }
 
     /// Keeps a fault of the disk for the next flush, which fails with it.
     fn note<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
         if let Err(error) = &result {
+            self.closed.set(true);
             self.noted.borrow_mut().fault.get_or_insert(error.clone());
         }
         result
@@ -219,7 +223,16 @@ impl Store {
 
     fn database(&self) -> Result<&Database, StoreError> {
         let closed = || StoreError::Other("they are closed after a fault".to_owned());
-        self.note(self.database.as_ref().ok_or_else(closed))
+        self.note(
+            (!self.closed.get())
+                .then_some(&self.database)
+                .ok_or_else(closed),
+        )
+    }
+
+    fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
+        let begun = self.database()?.begin_read();
+        self.note(begun.map_err(StoreError::from))
     }
 
     pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
@@ -231,7 +244,7 @@ impl Store {
 
     /// Reads many rows, one at a time, in one transaction.
     pub(crate) fn reader(&self) -> Result<Reader<'_>, StoreError> {
-        let read = self.note(self.database()?.begin_read().map_err(failed))?;
+        let read = self.begin_read()?;
         let table = match read.open_table(DOCUMENTS) {
             Ok(table) => Some(table),
             Err(redb::TableError::TableDoesNotExist(_)) => None,
@@ -271,7 +284,7 @@ impl Store {
         let begin = [prefix, from].concat();
         let mut rows: BTreeMap<Vec<u8>, Option<Vec<u8>>> = BTreeMap::new();
         let (mut size, mut cut) = (0, None);
-        let read = self.note(self.database()?.begin_read().map_err(failed))?;
+        let read = self.begin_read()?;
         match read.open_table(DOCUMENTS) {
             Ok(table) => {
                 let range = (Bound::Included(begin.as_slice()), Bound::Unbounded);
@@ -323,7 +336,7 @@ impl Store {
 
     /// Puts everything on disk that was written since the last time. After an error nothing of it is there, and the store is closed until it is opened again.
     pub(crate) fn flush(&mut self) -> Result<(), StoreError> {
-        if self.pending.is_empty() && self.database.is_some() {
+        if self.pending.is_empty() && !self.closed.get() {
             return Ok(());
         }
         let pending = std::mem::take(&mut self.pending);
@@ -331,26 +344,38 @@ impl Store {
             .database()
             .and_then(|database| commit(database, &pending));
         if written.is_err() {
-            // After a fault redb wants to be opened again.
-            self.database = None;
+            self.closed.set(true);
         }
         written
     }
 
-    /// Opens it again after a fault.
+    /// Opens it again after a fault, with what is on disk.
     pub(crate) fn reopen(&mut self) -> Result<(), StoreError> {
         self.pending.clear();
         *self.noted.get_mut() = Noted::default();
-        if let Place::File(path) = &self.place
-            && !path.exists()
-        {
-            // Not made anew: what it held is not to be taken for nothing.
-            return Err(StoreError::Other(format!("{} is gone", path.display())));
-        }
-        // Closed first: it may be open still, after a fault that a read met, and nobody opens it twice.
-        self.database = None;
-        self.database = Some(open(&self.place)?);
+        self.closed.set(true);
+        let opened = self.database.reopen();
+        opened.map_err(|error| of_opening(error, self.file.as_deref()))?;
+        self.closed.set(false);
         Ok(())
+    }
+}
+
+/// The error of an opening, with the file that it concerns.
+fn of_opening(error: Error, file: Option<&Path>) -> StoreError {
+    let Some(file) = file else {
+        return error.into();
+    };
+    match error {
+        Error::InUse => StoreError::InUse(file.to_owned()),
+        Error::Damaged(what) => StoreError::Damaged {
+            file: file.to_owned(),
+            what: what.to_string(),
+        },
+        error if error.is_missing_file() => {
+            StoreError::Other(format!("{} is gone", file.display()))
+        }
+        error => error.into(),
     }
 }
 
@@ -358,51 +383,18 @@ fn commit(
     database: &Database,
     rows: &BTreeMap<Vec<u8>, Option<Vec<u8>>>,
 ) -> Result<(), StoreError> {
-    let mut write = database.begin_write().map_err(failed)?;
-    write.set_two_phase_commit(true);
-    write.set_quick_repair(true);
-    {
-        let mut table = write.open_table(DOCUMENTS).map_err(failed)?;
+    let written = database.write(|txn| {
+        let mut table = txn.open_table(DOCUMENTS).map_err(Error::of)?;
         for (key, value) in rows {
             match value {
                 Some(value) => table.insert(key.as_slice(), value.as_slice()),
                 None => table.remove(key.as_slice()),
             }
-            .map_err(failed)?;
+            .map_err(Error::of)?;
         }
-    }
-    write.commit().map_err(failed)
-}
-
-fn open(place: &Place) -> Result<Database, StoreError> {
-    let mut builder = Database::builder();
-    builder.set_cache_size(CACHE);
-    let path = match place {
-        Place::File(path) => path,
-        Place::Other(open) => return open().map_err(failed),
-    };
-    let begin = Instant::now();
-    let opened = loop {
-        match builder.create(path) {
-            // A node of this process that is just stopping.
-            Err(redb::DatabaseError::DatabaseAlreadyOpen) if begin.elapsed() < PATIENCE => {
-                std::thread::sleep(PATIENCE / 50);
-            }
-            opened => break opened,
-        }
-    };
-    opened.map_err(|error| match error {
-        redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.clone()),
-        redb::DatabaseError::Storage(redb::StorageError::Io(error))
-            if error.kind() != io::ErrorKind::InvalidData =>
-        {
-            failed(redb::StorageError::Io(error))
-        }
-        error => StoreError::Damaged {
-            file: path.clone(),
-            what: error.to_string(),
-        },
-    })
+        Ok::<_, Error>(())
+    });
+    written.map_err(StoreError::from)
 }
 
 /// What keys look like.
@@ -541,9 +533,15 @@ mod tests {
         store.flush().unwrap();
         std::fs::rename(&path, &aside).unwrap();
         assert!(store.reopen().is_err());
+        // Nor is anything read or written until it is back.
+        assert!(store.get(b"a").is_err() && store.flush().is_err());
         assert!(!path.exists());
         std::fs::rename(&aside, &path).unwrap();
-        store.reopen().unwrap();
+        let begin = std::time::Instant::now();
+        while let Err(error) = store.reopen() {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{error}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
         assert_eq!(store.get(b"a").unwrap(), Some(b"1".to_vec()));
     }
 

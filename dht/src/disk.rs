@@ -5,26 +5,24 @@
 
 use std::{
     collections::HashMap,
-    fmt, io,
+    fmt,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{ReadableTable, TableDefinition};
 use tokio::sync::oneshot;
+use weft_disk::{Database, Error, Options};
 
 const RECORDS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("records-1");
 
 /// Page cache of the database, in bytes: it is read once and then only written.
 const CACHE: usize = 4 << 20;
 
-/// What others had us keep is written this often.
+/// What others had us keep is written this often; and after a fault, this long passes before the next attempt.
 const PAUSE: Duration = Duration::from_secs(1);
-
-/// How long it is waited for another to close them.
-const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Records on disk cannot be opened or written.
 #[derive(Debug, thiserror::Error)]
@@ -41,17 +39,12 @@ pub enum DiskError {
     Other(String),
 }
 
-fn failed<E: Into<redb::Error>>(error: E) -> DiskError {
-    match error.into() {
-        redb::Error::Io(source)
-            if matches!(
-                source.kind(),
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-            ) =>
-        {
-            DiskError::Full
+impl From<Error> for DiskError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Full => Self::Full,
+            error => Self::Other(error.to_string()),
         }
-        error => DiskError::Other(error.to_string()),
     }
 }
 
@@ -99,29 +92,10 @@ impl Disk {
     /// # Errors
     /// [`DiskError`].
     pub fn open(path: &Path) -> Result<Self, DiskError> {
-        let file = path.to_owned();
-        let open = move || Database::builder().set_cache_size(CACHE).create(&file);
-        let begin = Instant::now();
-        let opened = loop {
-            match open() {
-                // A node of this process that is just stopping.
-                Err(redb::DatabaseError::DatabaseAlreadyOpen) if begin.elapsed() < PATIENCE => {
-                    std::thread::sleep(PATIENCE / 50);
-                }
-                opened => break opened,
-            }
-        };
-        let database = match opened {
-            Ok(database) => database,
-            Err(redb::DatabaseError::DatabaseAlreadyOpen) => {
-                return Err(DiskError::InUse(path.to_owned()));
-            }
-            Err(redb::DatabaseError::Storage(redb::StorageError::Io(error)))
-                if error.kind() != io::ErrorKind::InvalidData =>
-            {
-                return Err(failed(redb::StorageError::Io(error)));
-            }
-            Err(error) => {
+        let options = Options::new("records", CACHE);
+        let database = match Database::open(path, options.clone()) {
+            Err(Error::InUse) => return Err(DiskError::InUse(path.to_owned())),
+            Err(Error::Damaged(error)) => {
                 let aside = path.with_extension("damaged");
                 tracing::warn!(
                     %error, file = %path.display(), aside = %aside.display(),
@@ -129,24 +103,20 @@ impl Disk {
                 );
                 let moved = std::fs::rename(path, aside);
                 moved.map_err(|error| DiskError::Other(error.to_string()))?;
-                open().map_err(failed)?
+                Database::open(path, options)
             }
+            opened => opened,
         };
-        Self::with(database, reopen(path))
+        Self::with(database?)
     }
 
-    /// `open` opens the database again after a fault.
-    fn with(database: Database, open: Open) -> Result<Self, DiskError> {
+    fn with(database: Database) -> Result<Self, DiskError> {
         let loaded = load(&database)?;
         let shared = Arc::new(Shared::default());
         let of_writer = Arc::clone(&shared);
-        let mut file = File {
-            open,
-            database: Some(database),
-        };
         let writer = std::thread::Builder::new()
             .name("weft-records".to_owned())
-            .spawn(move || write(&mut file, &of_writer))
+            .spawn(move || write(&database, &of_writer))
             .map_err(|error| DiskError::Other(error.to_string()))?;
         Ok(Self {
             shared,
@@ -187,50 +157,25 @@ impl Drop for Disk {
     }
 }
 
-/// What opens the records in this file again. Not made anew: if it is gone, what it held is not to be taken for nothing.
-fn reopen(path: &Path) -> Open {
-    let path = path.to_owned();
-    Box::new(move || Database::builder().set_cache_size(CACHE).open(&path))
-}
-
 /// A row: its key and its value.
 type Row = (Vec<u8>, Vec<u8>);
 
-fn load(database: &Database) -> Result<Vec<Row>, DiskError> {
-    let read = database.begin_read().map_err(failed)?;
-    let table = match read.open_table(RECORDS) {
-        Ok(table) => table,
-        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
-    let rows = table.iter().map_err(failed)?.map(|row| {
-        let (key, value) = row.map_err(failed)?;
-        Ok((key.value().to_vec(), value.value().to_vec()))
-    });
-    rows.collect()
-}
-
-type Open = Box<dyn Fn() -> Result<Database, redb::DatabaseError> + Send>;
-
-/// The database, which redb wants to be opened again after a fault.
-struct File {
-    open: Open,
-    database: Option<Database>,
-}
-
-impl File {
-    fn commit(&mut self, changes: &HashMap<Vec<u8>, Option<Vec<u8>>>) -> Result<(), DiskError> {
-        let database = match self.database.take() {
-            Some(database) => database,
-            None => (self.open)().map_err(failed)?,
+fn load(database: &Database) -> Result<Vec<Row>, Error> {
+    database.read(|txn| {
+        let table = match txn.open_table(RECORDS) {
+            Ok(table) => table,
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+            Err(error) => return Err(Error::of(error)),
         };
-        commit(&database, changes)?;
-        self.database = Some(database);
-        Ok(())
-    }
+        let rows = table.iter().map_err(Error::of)?.map(|row| {
+            let (key, value) = row.map_err(Error::of)?;
+            Ok((key.value().to_vec(), value.value().to_vec()))
+        });
+        rows.collect()
+    })
 }
 
-fn write(file: &mut File, shared: &Shared) {
+fn write(database: &Database, shared: &Shared) {
     let mut pending = shared.lock();
     loop {
         while pending.changes.is_empty() && pending.waiting.is_empty() && !pending.stop {
@@ -245,7 +190,7 @@ fn write(file: &mut File, shared: &Shared) {
         drop(pending);
         let written = match changes.is_empty() {
             true => Ok(()),
-            false => file.commit(&changes),
+            false => commit(database, &changes).map_err(DiskError::from),
         };
         pending = shared.lock();
         if let Err(error) = &written {
@@ -268,7 +213,11 @@ fn write(file: &mut File, shared: &Shared) {
             return;
         }
         if written.is_err() {
-            pending = wait(shared, pending, Some(PAUSE));
+            // Also if somebody waits, or it stops: a database that could not be opened again is not tried any sooner,
+            // and the next attempt has to be a real one.
+            drop(pending);
+            std::thread::sleep(PAUSE);
+            pending = shared.lock();
         }
     }
 }
@@ -290,29 +239,25 @@ fn wait<'a>(
     waited.expect("nothing panics while holding the lock").0
 }
 
-fn commit(
-    database: &Database,
-    changes: &HashMap<Vec<u8>, Option<Vec<u8>>>,
-) -> Result<(), DiskError> {
-    let mut write = database.begin_write().map_err(failed)?;
-    // In two phases: after a sync that failed, the next opening must not trust what only the page cache holds.
-    write.set_quick_repair(true);
-    {
-        let mut table = write.open_table(RECORDS).map_err(failed)?;
+fn commit(database: &Database, changes: &HashMap<Vec<u8>, Option<Vec<u8>>>) -> Result<(), Error> {
+    database.write(|txn| {
+        let mut table = txn.open_table(RECORDS).map_err(Error::of)?;
         for (key, value) in changes {
             match value {
                 Some(value) => table.insert(key.as_slice(), value.as_slice()),
                 None => table.remove(key.as_slice()),
             }
-            .map_err(failed)?;
+            .map_err(Error::of)?;
         }
-    }
-    write.commit().map_err(failed)
+        Ok(())
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Instant;
+
+    use weft_disk::testing;
 
     use super::*;
 
@@ -333,62 +278,26 @@ mod tests {
         assert_eq!(disk.take_loaded(), [pair(b"b", b"2"), pair(b"c", b"3")]);
     }
 
-    /// A disk that outlives what is opened on it, and is full at times.
-    #[derive(Debug, Clone, Default)]
-    struct Full {
-        content: Arc<redb::backends::InMemoryBackend>,
-        full: Arc<AtomicBool>,
-    }
-
-    impl Full {
-        fn check(&self) -> io::Result<()> {
-            match self.full.load(Ordering::Relaxed) {
-                true => Err(io::ErrorKind::StorageFull.into()),
-                false => Ok(()),
-            }
-        }
-    }
-
-    impl redb::StorageBackend for Full {
-        fn len(&self) -> io::Result<u64> {
-            self.content.len()
-        }
-
-        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-            self.content.read(offset, out)
-        }
-
-        fn set_len(&self, length: u64) -> io::Result<()> {
-            self.check()?;
-            self.content.set_len(length)
-        }
-
-        fn sync_data(&self) -> io::Result<()> {
-            self.check()
-        }
-
-        fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-            self.check()?;
-            self.content.write(offset, bytes)
-        }
-    }
-
     #[tokio::test]
     async fn what_a_full_disk_did_not_take_is_there_when_it_has_room_again() {
-        let on = Full::default();
-        let of_database = on.clone();
-        let open = move || Database::builder().create_with_backend(of_database.clone());
-        let disk = Disk::with(open().unwrap(), Box::new(open.clone())).unwrap();
+        let on = testing::Disk::default();
+        let open = || {
+            let on = on.clone();
+            let open = move || redb::Database::builder().create_with_backend(on.clone());
+            let database = Database::open_with(open, Options::new("records", CACHE));
+            Disk::with(database.unwrap()).unwrap()
+        };
+        let disk = open();
         disk.change(b"a".to_vec(), Some(b"1".to_vec()));
         disk.flush().await.unwrap().unwrap();
-        on.full.store(true, Ordering::Relaxed);
+        on.fill(true);
         disk.change(b"b".to_vec(), Some(b"2".to_vec()));
         assert!(disk.flush().await.unwrap().is_err());
         assert!(disk.flush().await.unwrap().is_err());
-        on.full.store(false, Ordering::Relaxed);
+        on.fill(false);
         disk.flush().await.unwrap().unwrap();
         drop(disk);
-        let mut disk = Disk::with(open().unwrap(), Box::new(open)).unwrap();
+        let mut disk = open();
         let pair = |key: &[u8], value: &[u8]| (key.to_vec(), value.to_vec());
         assert_eq!(disk.take_loaded(), [pair(b"a", b"1"), pair(b"b", b"2")]);
     }
@@ -397,18 +306,21 @@ mod tests {
     fn a_file_that_is_gone_is_not_made_anew() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("records.redb");
-        drop(Disk::open(&path).unwrap());
-        let mut file = File {
-            open: reopen(&path),
-            database: None,
-        };
+        let database = Database::open(&path, Options::new("records", CACHE)).unwrap();
         let changes = HashMap::from([(b"a".to_vec(), Some(b"1".to_vec()))]);
         let aside = folder.path().join("aside");
         std::fs::rename(&path, &aside).unwrap();
-        assert!(matches!(file.commit(&changes), Err(DiskError::Other(_))));
+        // As after a fault.
+        assert!(database.reopen().is_err());
+        let refused = commit(&database, &changes).map_err(DiskError::from);
+        assert!(matches!(refused, Err(DiskError::Other(_))));
         assert!(!path.exists());
         std::fs::rename(&aside, &path).unwrap();
-        file.commit(&changes).unwrap();
+        let begin = Instant::now();
+        while let Err(error) = commit(&database, &changes) {
+            assert!(begin.elapsed() < 10 * PAUSE, "{error}");
+            std::thread::sleep(PAUSE / 10);
+        }
     }
 
     #[test]

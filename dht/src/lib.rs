@@ -12,10 +12,12 @@
 //! leave the routing table: see `liveness`. It leaves out Kademlia's provider records.
 
 mod behaviour;
+mod command;
 mod disk;
 #[cfg(any(test, feature = "fuzz"))]
 #[doc(hidden)]
 pub mod fuzz;
+mod handle;
 mod intake;
 mod liveness;
 mod lookup;
@@ -24,8 +26,10 @@ mod region;
 mod store;
 
 pub use self::{
-    behaviour::{Behaviour, Dht, DhtError, Progress, Status, place},
+    behaviour::Behaviour,
+    command::{DhtError, Progress, Status},
     disk::{Disk, DiskError},
+    handle::{Dht, place},
     record::{MAX_KEY, MAX_SKEW, MAX_SUBKEY, MAX_TTL, MAX_VALUE, Record, RecordError},
     store::Usage,
 };

@@ -18,7 +18,10 @@ use libp2p::{
     kad::{KBucketDistance as Distance, KBucketKey},
 };
 
-use crate::{behaviour::MAX_ADDRESSES, liveness, store::Origin};
+use crate::{liveness, store::Origin};
+
+/// Addresses remembered of a peer.
+pub(crate) const MAX_ADDRESSES: usize = 16;
 
 /// Nodes that a path ends with, and that a statement is stored at; the value of the Kademlia paper.
 pub(crate) const WIDTH: usize = 20;

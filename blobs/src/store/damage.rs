@@ -13,7 +13,8 @@ use std::{
 };
 
 use super::{
-    Inner, PARTS, PartLease, Store, StoreError, change_location, database,
+    Inner, PARTS, PartLease, Store, StoreError, database,
+    locations::change_location,
     rows::{LocationRow, path_from},
     verify::{Progress, Reading},
 };

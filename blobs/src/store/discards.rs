@@ -12,9 +12,9 @@ use prost::Message;
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
 
 use super::{
-    PARTS, Store, StoreError, database, discard,
+    PARTS, Store, StoreError, database,
+    durable::{discard, remove_empty_folders},
     looks::{Sights, ToSee},
-    remove_empty_folders,
     rows::{DiscardRow, LocationRow, decode, part_key, path_from},
 };
 use crate::{Hash, files, index::Location};
@@ -118,7 +118,7 @@ impl Store {
     }
 
     fn discards(&self) -> Result<Vec<(PathBuf, DiscardRow)>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(DISCARDS).map_err(database)?;
             let mut discards = Vec::new();
             for row in table.iter().map_err(database)? {
@@ -159,7 +159,7 @@ impl Store {
     }
 
     fn has_part_row(&self, hash: &Hash, part: &Path) -> Result<bool, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let key = part_key(hash, part);
             Ok(table.get(key.as_slice()).map_err(database)?.is_some())

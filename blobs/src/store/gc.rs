@@ -12,6 +12,7 @@ use std::{
 
 use prost::Message;
 use redb::{ReadableTable, WriteTransaction};
+use weft_disk::Outcome;
 
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
@@ -100,27 +101,36 @@ impl Store {
             self.finish_discards(&sights)?;
         }
         let held = self.held()?;
-        let (generation, txn) = self.inner.database.begin_write()?;
-        let collected = self.collect_in(txn, (dry_run, gone), &held, &sights);
-        collected.inspect_err(|error| self.inner.database.failed(generation, error))
+        let decided: Result<_, StoreError> = self.inner.database.decide(|txn| {
+            let (doomed, collected) = self.collect_in(txn, gone, &held, &sights)?;
+            if dry_run {
+                return Ok(Outcome::Abort((None, collected)));
+            }
+            doomed.note(txn)?;
+            Ok(Outcome::Commit((Some(doomed), collected)))
+        });
+        let (doomed, collected) = decided?;
+        if let Some(doomed) = doomed {
+            self.delete(doomed, &sights)?;
+        }
+        Ok(collected)
     }
 
     fn collect_in(
         &self,
-        mut txn: WriteTransaction,
-        (dry_run, gone): (bool, bool),
+        txn: &WriteTransaction,
+        forget_away: bool,
         held: &HashSet<Hash>,
         sights: &Sights,
-    ) -> Result<Collected, StoreError> {
-        txn.set_quick_repair(true);
-        self.recount(&txn, true)?;
+    ) -> Result<(Doomed, Collected), StoreError> {
+        self.recount(txn, true)?;
         let mut collector = Collector {
             store: self,
-            txn: &txn,
-            models: models(&txn)?,
+            txn,
+            models: models(txn)?,
             held,
             sights,
-            forget_away: gone,
+            forget_away,
             whole: HashSet::new(),
             kept: HashSet::new(),
             with_tree: HashSet::new(),
@@ -129,7 +139,7 @@ impl Store {
             collected: Collected::default(),
         };
         collector.blobs()?;
-        if gone {
+        if forget_away {
             collector.rehouse()?;
         }
         collector.parts()?;
@@ -138,14 +148,7 @@ impl Store {
         let Collector {
             doomed, collected, ..
         } = collector;
-        if dry_run {
-            txn.abort().map_err(database)?;
-            return Ok(collected);
-        }
-        doomed.note(&txn)?;
-        txn.commit().map_err(database)?;
-        self.delete(doomed, sights)?;
-        Ok(collected)
+        Ok((doomed, collected))
     }
 }
 
@@ -685,7 +688,7 @@ mod tests {
             origin.bring(&store, &a, &root.join("a"), 3);
             origin.bring(&store, &b, &root.join("b"), 1);
             fs::write(&owned, "left").unwrap();
-            let (_, txn) = store.inner.database.begin_write().unwrap();
+            let sights = store.see_all(true).unwrap();
             let mut doomed = Doomed::default();
             for (hash, name) in [(&a, "a"), (&b, "b")] {
                 let row = store.blob_row(hash).unwrap();
@@ -693,16 +696,18 @@ mod tests {
                     doomed.written(hash, &location.into(), &root);
                 }
                 let part = part_path(&root.join(name), hash);
-                doomed.part(&store, hash, part, &store.see_all(true).unwrap());
-                txn.open_table(BLOBS)
-                    .unwrap()
-                    .remove(hash.as_bytes())
-                    .unwrap();
+                doomed.part(&store, hash, part, &sights);
             }
-            txn.delete_table(PARTS).unwrap();
-            txn.open_table(PARTS).unwrap();
-            doomed.note(&txn).unwrap();
-            txn.commit().unwrap();
+            let cut = store.write(|txn| {
+                for hash in [&a, &b] {
+                    let mut blobs = txn.open_table(BLOBS).unwrap();
+                    blobs.remove(hash.as_bytes()).unwrap();
+                }
+                txn.delete_table(PARTS).unwrap();
+                txn.open_table(PARTS).unwrap();
+                doomed.note(txn)
+            });
+            cut.unwrap();
             assert_eq!(files(&root).len(), 2);
         }
         let store = store(&home);

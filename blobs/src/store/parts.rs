@@ -14,19 +14,20 @@ use prost::Message;
 use redb::{Table, WriteTransaction};
 
 use super::{
-    Hold, Located, PARTS, Store, StoreError, database, forget_locations, has_size,
+    Hold, PARTS, Store, StoreError, database,
+    durable::{has_size, sync_folder},
+    locations::{Located, forget_locations},
     rows::{PartRow, StampRow, decode, part_key, part_keys, path_from},
-    sync_folder,
     verify::{difference, read},
 };
 use crate::{
     Hash,
     bitfield::Bitfield,
     files,
+    files::stamp::Stamp,
     index::Location,
-    partial::{Kept, Partial},
     source::Source,
-    stamp::Stamp,
+    store::partial::{Kept, Partial},
     tree::Tree,
 };
 
@@ -381,7 +382,7 @@ impl Store {
     }
 
     pub(super) fn part_rows(&self, hash: &Hash) -> Result<Vec<(PathBuf, PartRow)>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let keys = part_keys(hash);
             let rows = table.range(keys.start().as_slice()..=keys.end().as_slice());
@@ -433,7 +434,7 @@ impl Store {
         hash: &Hash,
         tree: &Tree,
     ) -> Result<Option<Claim>, StoreError> {
-        let row = self.inner.database.read(|txn| {
+        let row = self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let key = part_key(hash, part);
             let row = table.get(key.as_slice()).map_err(database)?;

@@ -18,12 +18,13 @@ use std::{
 };
 
 use redb::{ReadableTable, TableDefinition, WriteTransaction};
+use weft_disk::{Database, Outcome};
 
 use super::{
-    BLOBS, MODELS, Model, PARTS, Store, StoreError, change_blob, database,
+    BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::{Doomed, allocated},
+    locations::change_blob,
     looks::Sights,
-    metadata::Metadata,
     part_path,
     refs::REFS,
     remove::Forget,
@@ -127,6 +128,35 @@ enum Candidate {
     Model(Box<Model>, Box<Manifest>),
 }
 
+/// The candidates that are chosen, until they free enough.
+struct Choice {
+    /// Bytes to be freed.
+    bytes: u64,
+    freed: u64,
+    chosen: Vec<Candidate>,
+}
+
+impl Choice {
+    /// Chooses one that frees `size` bytes, unless enough is chosen. Returns true if enough is chosen then.
+    fn take(&mut self, candidate: Candidate, size: u64) -> bool {
+        if size > 0 && self.freed < self.bytes {
+            self.freed += size;
+            self.chosen.push(candidate);
+        }
+        self.freed >= self.bytes
+    }
+}
+
+/// The rows by which candidates are chosen, and how their files look.
+struct Known<'a> {
+    home: &'a Path,
+    sights: &'a Sights,
+    blobs: HashMap<Hash, BlobRow>,
+    parts: HashMap<Hash, Vec<(PathBuf, u64)>>,
+    /// How many models need a blob.
+    counts: HashMap<Hash, u64>,
+}
+
 /// The setting that counts what was used, so that the order of eviction does not depend on clocks, which jump.
 const USES: &str = "uses";
 
@@ -165,24 +195,17 @@ pub(super) fn note_use(txn: &WriteTransaction, number: u64) -> Result<(), StoreE
 
 /// The number of the epoch that begins now: another one if the store was not closed, for then part files may hold what
 /// no row knows of.
-pub(super) fn begin_epoch(metadata: &Metadata, was_left: bool) -> Result<u64, StoreError> {
-    let (generation, mut txn) = metadata.begin_write()?;
-    txn.set_quick_repair(true);
-    let begin = || {
-        let epoch = {
-            let mut table = txn.open_table(SETTINGS).map_err(database)?;
-            let known = table.get(EPOCH).map_err(database)?;
-            let known = known.map_or(0, |epoch| epoch.value());
-            if !was_left {
-                return Ok(known);
-            }
-            table.insert(EPOCH, known + 1).map_err(database)?;
-            known + 1
-        };
-        txn.commit().map_err(database)?;
-        Ok(epoch)
-    };
-    begin().inspect_err(|error| metadata.failed(generation, error))
+pub(super) fn begin_epoch(metadata: &Database, was_left: bool) -> Result<u64, StoreError> {
+    metadata.decide(|txn| {
+        let mut table = txn.open_table(SETTINGS).map_err(database)?;
+        let known = table.get(EPOCH).map_err(database)?;
+        let known = known.map_or(0, |epoch| epoch.value());
+        if !was_left {
+            return Ok(Outcome::Abort(known));
+        }
+        table.insert(EPOCH, known + 1).map_err(database)?;
+        Ok(Outcome::Commit(known + 1))
+    })
 }
 
 impl Store {
@@ -191,7 +214,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn quota(&self) -> Result<Option<u64>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(SETTINGS).map_err(database)?;
             let quota = table.get(QUOTA).map_err(database)?;
             Ok(quota.map(|quota| quota.value()))
@@ -332,44 +355,56 @@ impl Store {
         (home, sights): (&Path, &Sights),
         published: &HashSet<Hash>,
     ) -> Result<Option<Vec<Candidate>>, StoreError> {
-        let held = self.held()?;
-        let tagged: HashSet<Hash> = self.tags()?.into_iter().map(|tag| tag.model).collect();
-        let needed = self.needed_blobs()?;
-        let blobs = self.blob_rows()?;
-        let parts = self.all_parts()?;
-        let owned_size = |hash: &Hash| {
-            let owned = self.owned_path(hash);
-            fs::symlink_metadata(owned).map_or(0, |file| file.len())
+        let known = Known {
+            home,
+            sights,
+            blobs: self.blob_rows()?,
+            parts: self.all_parts()?,
+            counts: self.ref_counts()?,
         };
-        let mut chosen = Vec::new();
-        let mut freed = 0;
-        let mut take = |candidate: Candidate, size: u64| {
-            if size > 0 && freed < bytes {
-                freed += size;
-                chosen.push(candidate);
-            }
-            freed >= bytes
+        let mut choice = Choice {
+            bytes,
+            freed: 0,
+            chosen: Vec::new(),
         };
+        if self.choose_orphans(&known, &mut choice)? {
+            return Ok(Some(choice.chosen));
+        }
+        let (models, guarded) = self.by_use(&known)?;
+        let enough = self.choose_parts(&known, &models, &guarded, &mut choice)
+            || self.choose_models(&known, models, published, &mut choice);
+        Ok(enough.then_some(choice.chosen))
+    }
 
+    /// Chooses blobs that no model needs and nobody holds. Returns true if that is enough.
+    fn choose_orphans(&self, known: &Known<'_>, choice: &mut Choice) -> Result<bool, StoreError> {
+        let held = self.held()?;
         let of_parts = |hash: &Hash| -> u64 {
-            let parts = parts.get(hash).into_iter().flatten();
-            let below = parts.filter(|(part, _)| part.starts_with(home));
-            below.filter_map(|(part, _)| sights.allocated(part)).sum()
+            let parts = known.parts.get(hash).into_iter().flatten();
+            let below = parts.filter(|(part, _)| part.starts_with(known.home));
+            below
+                .filter_map(|(part, _)| known.sights.allocated(part))
+                .sum()
         };
+        let blobs = known.blobs.keys().chain(known.parts.keys());
         let orphans: HashSet<Hash> = blobs
-            .keys()
-            .chain(parts.keys())
-            .filter(|hash| !needed.contains(hash) && !held.contains(hash))
+            .filter(|hash| !known.counts.contains_key(hash) && !held.contains(hash))
             .copied()
             .collect();
-        for hash in &orphans {
-            if take(Candidate::Blob(*hash), owned_size(hash) + of_parts(hash)) {
-                return Ok(Some(chosen));
-            }
-        }
+        Ok(orphans.iter().any(|hash| {
+            let size = self.owned_size(hash) + of_parts(hash);
+            choice.take(Candidate::Blob(*hash), size)
+        }))
+    }
 
+    /// The models that may be evicted, the one that was used longest ago first, and the files of all others: parts of
+    /// what somebody works with, or has tagged, stay.
+    fn by_use(
+        &self,
+        known: &Known<'_>,
+    ) -> Result<(Vec<(Model, Manifest)>, HashSet<Hash>), StoreError> {
+        let tagged: HashSet<Hash> = self.tags()?.into_iter().map(|tag| tag.model).collect();
         let mut models = Vec::new();
-        // Parts of what somebody works with, or has tagged, stay.
         let mut guarded = HashSet::new();
         for model in self.models()? {
             let Some(manifest) = self.manifest(&model.id)? else {
@@ -381,34 +416,54 @@ impl Store {
                 guarded.extend(files());
                 continue;
             }
-            let used = files().filter_map(|hash| Some(blobs.get(&hash)?.used_at));
+            let used = files().filter_map(|hash| Some(known.blobs.get(&hash)?.used_at));
             let used = used.max().unwrap_or(0).max(model.used_at);
             models.push((used, model, manifest));
         }
         models.sort_by_key(|(used, model, _)| (*used, model.id));
+        let models = models.into_iter();
+        let models = models.map(|(_, model, manifest)| (model, manifest));
+        Ok((models.collect(), guarded))
+    }
+
+    /// Chooses part files of models that may be evicted. Returns true if that is enough.
+    fn choose_parts(
+        &self,
+        known: &Known<'_>,
+        models: &[(Model, Manifest)],
+        guarded: &HashSet<Hash>,
+        choice: &mut Choice,
+    ) -> bool {
         let mut gone = HashSet::new();
-        for (_, _, manifest) in &models {
-            for file in manifest.files() {
-                let hash = file.blake3;
-                for (part, _) in parts.get(&hash).into_iter().flatten() {
-                    let stays = guarded.contains(&hash)
-                        || self.is_arriving(part)
-                        || !part.starts_with(home)
-                        || gone.contains(part);
-                    if stays {
-                        continue;
-                    }
-                    gone.insert(part.clone());
-                    let bytes = sights.allocated(part).unwrap_or(0);
-                    if take(Candidate::Part(hash, part.clone()), bytes) {
-                        return Ok(Some(chosen));
-                    }
+        for file in models.iter().flat_map(|(_, manifest)| manifest.files()) {
+            let hash = file.blake3;
+            for (part, _) in known.parts.get(&hash).into_iter().flatten() {
+                let stays = guarded.contains(&hash)
+                    || self.is_arriving(part)
+                    || !part.starts_with(known.home)
+                    || gone.contains(part);
+                if stays {
+                    continue;
+                }
+                gone.insert(part.clone());
+                let bytes = known.sights.allocated(part).unwrap_or(0);
+                if choice.take(Candidate::Part(hash, part.clone()), bytes) {
+                    return true;
                 }
             }
         }
+        false
+    }
 
-        let counts = self.ref_counts()?;
-        for (_, model, manifest) in models {
+    /// Chooses models that were fetched and are not published. Returns true if that is enough.
+    fn choose_models(
+        &self,
+        known: &Known<'_>,
+        models: Vec<(Model, Manifest)>,
+        published: &HashSet<Hash>,
+        choice: &mut Choice,
+    ) -> bool {
+        for (model, manifest) in models {
             let is_published = model.names.iter().any(|name| name.published);
             if !model.fetched || is_published || published.contains(&model.id) {
                 continue;
@@ -416,22 +471,30 @@ impl Store {
             let mut size = 0;
             for file in manifest.files() {
                 let path = model.root.join(&file.path);
-                let rows = blobs.get(&file.blake3).into_iter();
+                let rows = known.blobs.get(&file.blake3).into_iter();
                 let rows = rows.flat_map(|row| &row.locations);
                 let here = rows.filter(|row| row.written && path_from(&row.path) == path);
-                let mut here = here.filter(|row| sights.is_here(row) == Some(true));
-                if let (true, Some(row)) = (path.starts_with(home), here.next()) {
+                let mut here = here.filter(|row| known.sights.is_here(row) == Some(true));
+                if let (true, Some(row)) = (path.starts_with(known.home), here.next()) {
                     size += row.size;
                 }
-                if counts.get(&file.blake3).is_none_or(|count| *count <= 1) {
-                    size += owned_size(&file.blake3);
+                let count = known.counts.get(&file.blake3);
+                if count.is_none_or(|count| *count <= 1) {
+                    size += self.owned_size(&file.blake3);
                 }
             }
-            if take(Candidate::Model(Box::new(model), Box::new(manifest)), size) {
-                return Ok(Some(chosen));
+            let candidate = Candidate::Model(Box::new(model), Box::new(manifest));
+            if choice.take(candidate, size) {
+                return true;
             }
         }
-        Ok(None)
+        false
+    }
+
+    /// The size of the store's own copy of a blob; zero if there is none.
+    fn owned_size(&self, hash: &Hash) -> u64 {
+        let owned = self.owned_path(hash);
+        fs::symlink_metadata(owned).map_or(0, |file| file.len())
     }
 
     /// Drops all of it in one transaction, and then the files; the models among it.
@@ -513,7 +576,7 @@ impl Store {
     }
 
     pub(super) fn blob_rows(&self) -> Result<HashMap<Hash, BlobRow>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(BLOBS).map_err(database)?;
             let mut rows = HashMap::new();
             for row in table.iter().map_err(database)? {
@@ -547,7 +610,7 @@ impl Store {
 
     /// The part files that rows speak of, each with the bytes that it holds.
     pub(super) fn all_parts(&self) -> Result<HashMap<Hash, Vec<(PathBuf, u64)>>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(PARTS).map_err(database)?;
             let mut parts: HashMap<Hash, Vec<(PathBuf, u64)>> = HashMap::new();
             for row in table.iter().map_err(database)? {
@@ -566,7 +629,7 @@ impl Store {
     }
 
     fn ref_counts(&self) -> Result<HashMap<Hash, u64>, StoreError> {
-        self.inner.database.read(|txn| {
+        self.read(|txn| {
             let table = txn.open_table(REFS).map_err(database)?;
             let mut counts = HashMap::new();
             for row in table.iter().map_err(database)? {
@@ -575,10 +638,6 @@ impl Store {
             }
             Ok(counts)
         })
-    }
-
-    fn needed_blobs(&self) -> Result<HashSet<Hash>, StoreError> {
-        Ok(self.ref_counts()?.into_keys().collect())
     }
 
     fn rooms(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Vec<Need>>> {

@@ -10,7 +10,7 @@ use redb::{ReadableTable, WriteTransaction};
 use super::{
     BLOBS, MODELS, Model, PARTS, Store, StoreError, database,
     discards::Doomed,
-    forget_locations,
+    locations::forget_locations,
     looks::{IN_ROOT, Sights, ToSee},
     part_path,
     refs::{drop_refs, refs},
@@ -90,7 +90,7 @@ impl Store {
         })?;
         let (files_deleted, folders) = files_deleted;
         if files && sights.has_folder(&model.root.join(IN_ROOT)).is_some() {
-            crate::occupancy::sweep(&model.root);
+            crate::store::occupancy::sweep(&model.root);
         }
         // Committed: what follows only frees room.
         self.delete(doomed, &sights)?;

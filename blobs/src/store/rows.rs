@@ -9,7 +9,7 @@ use std::{
 use prost::Message;
 
 use super::StoreError;
-use crate::{Hash, index::Location, stamp::Stamp};
+use crate::{Hash, files::stamp::Stamp, index::Location};
 
 /// A row of `blobs`: a whole blob.
 #[derive(Clone, PartialEq, Message)]

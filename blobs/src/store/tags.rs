@@ -117,9 +117,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn tags(&self) -> Result<Vec<Tag>, StoreError> {
-        self.inner
-            .database
-            .read(|txn| collect(&txn.open_table(TAGS).map_err(database)?))
+        self.read(|txn| collect(&txn.open_table(TAGS).map_err(database)?))
     }
 }
 

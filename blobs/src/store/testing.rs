@@ -12,8 +12,8 @@ use super::Store;
 use crate::{
     Hash, Manifest,
     index::{Progress, index},
-    partial::Segment,
     source::Source,
+    store::partial::Segment,
     tree::GROUP,
 };
 

@@ -1,14 +1,10 @@
 //! The metadata database when power is lost: what was not synced is lost or torn, at any point.
 
-use std::{
-    fs, io,
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use std::{fs, path::Path};
 
-use redb::{Database, StorageBackend};
+use weft_disk::{Database, testing::Disk};
 
-use super::{DATABASE_CACHE, Store, StoreError, metadata::Metadata};
+use super::{DATABASE_CACHE, Store, StoreError, database_options};
 use crate::{
     Hash,
     index::{Indexed, Progress, index},
@@ -16,145 +12,20 @@ use crate::{
     testing::Random,
 };
 
-/// Bytes that a disk writes whole or not at all.
-const SECTOR: usize = 512;
-
 /// Runs, each cut at another point.
 const SEEDS: u64 = 60;
 
-/// What a disk holds for certain, and what was written since.
-#[derive(Debug, Default)]
-struct Disk {
-    synced: Vec<u8>,
-    now: Vec<u8>,
-    /// Since the last sync, in order.
-    unsynced: Vec<Write>,
-    /// Writes and syncs until the power goes.
-    left: Option<usize>,
-}
-
-#[derive(Debug)]
-enum Write {
-    Bytes(usize, Vec<u8>),
-    Length(usize),
-}
-
-impl Write {
-    fn apply(&self, content: &mut Vec<u8>) {
-        match self {
-            Self::Length(length) => content.resize(*length, 0),
-            Self::Bytes(offset, bytes) => {
-                let end = offset + bytes.len();
-                content.resize(content.len().max(end), 0);
-                content[*offset..end].copy_from_slice(bytes);
-            }
-        }
-    }
-}
-
-impl Disk {
-    fn powered(&mut self) -> io::Result<()> {
-        match &mut self.left {
-            Some(0) => return Err(io::Error::other("the power is gone")),
-            Some(left) => *left -= 1,
-            None => {}
-        }
-        Ok(())
-    }
-
-    /// What is there when the power is back: of what was not synced, any of the sectors.
-    fn after_crash(&self, random: &mut Random) -> Self {
-        let mut content = self.synced.clone();
-        for write in &self.unsynced {
-            match write {
-                Write::Length(_) if random.below(2) == 0 => {}
-                Write::Length(_) => write.apply(&mut content),
-                Write::Bytes(offset, bytes) => {
-                    let mut at = 0;
-                    while at < bytes.len() {
-                        // Sectors are aligned on the disk, and not in what is written.
-                        let end = (at + SECTOR - (offset + at) % SECTOR).min(bytes.len());
-                        if random.below(2) == 0 {
-                            let sector = bytes[at..end].to_vec();
-                            Write::Bytes(offset + at, sector).apply(&mut content);
-                        }
-                        at = end;
-                    }
-                }
-            }
-        }
-        Self {
-            now: content.clone(),
-            synced: content,
-            ..Self::default()
-        }
-    }
-}
-
-/// A handle on the disk, which outlives the database.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Backend(Arc<Mutex<Disk>>);
-
-impl StorageBackend for Backend {
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.0.lock().unwrap().now.len() as u64)
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        let disk = self.0.lock().unwrap();
-        let from = offset as usize;
-        let content = disk.now.get(from..from + out.len());
-        out.copy_from_slice(content.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-
-    fn set_len(&self, length: u64) -> io::Result<()> {
-        self.write_down(Write::Length(length as usize))
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        let mut disk = self.0.lock().unwrap();
-        disk.powered()?;
-        disk.unsynced.clear();
-        disk.synced = disk.now.clone();
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.write_down(Write::Bytes(offset as usize, bytes.to_vec()))
-    }
-}
-
-impl Backend {
-    fn write_down(&self, write: Write) -> io::Result<()> {
-        let mut disk = self.0.lock().unwrap();
-        disk.powered()?;
-        write.apply(&mut disk.now);
-        disk.unsynced.push(write);
-        Ok(())
-    }
-
-    /// The power goes after so many writes and syncs.
-    pub(super) fn goes_after(&self, writes: usize) {
-        self.0.lock().unwrap().left = Some(writes);
-    }
-
-    /// The disk as it is when the power is back.
-    pub(super) fn after_crash(&self, random: &mut Random) -> Self {
-        let after = self.0.lock().unwrap().after_crash(random);
-        Self(Arc::new(Mutex::new(after)))
-    }
-
-    pub(super) fn open(&self, folder: &Path) -> Result<Store, StoreError> {
-        let lock = Lock::take(folder)?;
-        let backend = self.clone();
-        let open = move |_| {
-            Database::builder()
-                .set_cache_size(DATABASE_CACHE)
-                .create_with_backend(backend.clone())
-        };
-        Store::with_database(folder, lock, Metadata::open(open)?)
-    }
+/// Opens the store in `folder` with its database on `disk`.
+pub(super) fn open(disk: &Disk, folder: &Path) -> Result<Store, StoreError> {
+    let lock = Lock::take(folder)?;
+    let disk = disk.clone();
+    let open = move || {
+        let mut builder = redb::Database::builder();
+        builder.set_cache_size(DATABASE_CACHE);
+        builder.create_with_backend(disk.clone())
+    };
+    let database = Database::open_with(open, database_options())?;
+    Store::with_database(folder, lock, database)
 }
 
 fn models(folder: &Path, count: u8) -> Vec<Indexed> {
@@ -250,11 +121,11 @@ fn what_was_acknowledged_survives_writes_that_are_lost_or_torn() {
             fs::create_dir_all(folder.join(kind)).unwrap();
         }
         let mut random = Random(seed);
-        let mut backend = Backend::default();
+        let mut disk = Disk::default();
         let mut possible = [Acknowledged::default(), Acknowledged::default()];
         // More than once: what a crash left is what the next one finds.
         for _ in 0..3 {
-            let store = backend.open(&folder).unwrap();
+            let store = open(&disk, &folder).unwrap();
             let found = Acknowledged::of(&store);
             assert!(
                 possible.contains(&found),
@@ -263,12 +134,12 @@ fn what_was_acknowledged_survives_writes_that_are_lost_or_torn() {
             // Counts are of the same transactions.
             let before = store.collect(true).unwrap();
             assert_eq!(before.locations, 0, "seed {seed}");
-            backend.goes_after(random.below(120));
+            disk.fail_in(Some(random.below(120) as u64));
             possible = change(&store, &models, found, &mut random);
             drop(store);
-            backend = backend.after_crash(&mut random);
+            disk = disk.lose_power(&mut |below| random.below(below));
         }
-        let store = backend.open(&folder).unwrap();
+        let store = open(&disk, &folder).unwrap();
         let found = Acknowledged::of(&store);
         assert!(
             possible.contains(&found),

@@ -2,11 +2,13 @@
 
 use std::{collections::HashMap, fs, path::PathBuf, sync::atomic::AtomicBool};
 
-use super::{Store, StoreError, testing::Origin, torn::Backend};
+use weft_disk::testing::Disk;
+
+use super::{Store, StoreError, testing::Origin, torn::open};
 use crate::{
     Hash,
     bitfield::Bitfield,
-    partial::{Partial, Segment},
+    store::partial::{Partial, Segment},
     testing::{Random, power},
     tree::{GROUP, Tree},
 };
@@ -147,7 +149,7 @@ fn what_a_settled_part_vouches_for_survives_the_loss_of_power() {
         fs::create_dir(root.join("to")).unwrap();
         power::watch(root);
         let mut random = Random(seed);
-        let mut backend = Backend::default();
+        let mut disk = Disk::default();
         let mut wanted: Vec<_> = names
             .iter()
             .zip(&contents)
@@ -167,18 +169,18 @@ fn what_a_settled_part_vouches_for_survives_the_loss_of_power() {
             })
             .collect();
         for _ in 0..4 {
-            let store = backend.open(&folder).unwrap();
+            let store = open(&disk, &folder).unwrap();
             wanted.iter().for_each(|one| one.check(&store, seed));
-            backend.goes_after(random.below(400));
+            disk.fail_in(Some(random.below(400) as u64));
             match fetch(&store, &origin, &mut wanted, &mut random) {
                 Ok(()) | Err(StoreError::Database(_)) => {}
                 Err(error) => panic!("seed {seed}: {error}"),
             }
             drop(store);
-            backend = backend.after_crash(&mut random);
+            disk = disk.lose_power(&mut |below| random.below(below));
             power::cut(root, &mut random);
         }
-        let store = backend.open(&folder).unwrap();
+        let store = open(&disk, &folder).unwrap();
         wanted.iter().for_each(|one| one.check(&store, seed));
         whole += wanted.iter().filter(|one| one.vouched.is_full()).count();
         power::forget(root);

@@ -11,155 +11,42 @@ mod promises;
 mod readers;
 mod simulation;
 
-use std::{
-    collections::BTreeSet,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::BTreeSet, ops::Deref, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use redb::{Builder, StorageBackend};
 use serde_json::{Value, json};
+use weft_disk::testing;
 
 use crate::{
     DocumentId, Edit, Error, Event, Identity, Key, NewDocument, Output, Path, Replica, Store,
     StoreError,
 };
 
-/// A disk in memory, that outlives whoever writes to it.
+/// A disk in memory, that outlives the replicas on it.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Disk(Arc<Mutex<Platter>>);
+pub(crate) struct Disk(testing::Disk);
 
-#[derive(Debug, Default)]
-struct Platter {
-    bytes: Vec<u8>,
-    /// What was there at the last sync, and what was written since.
-    synced: Vec<u8>,
-    unsynced: Vec<(usize, Vec<u8>)>,
-    /// Operations until it fails.
-    fails_in: Option<u64>,
-    full: bool,
-    unreadable: bool,
-    operations: u64,
-}
+impl Deref for Disk {
+    type Target = testing::Disk;
 
-type Outcome<T> = std::io::Result<T>;
-
-fn broken(kind: std::io::ErrorKind) -> std::io::Error {
-    kind.into()
-}
-
-impl Platter {
-    fn operate(&mut self) -> Outcome<()> {
-        self.operations += 1;
-        if let Some(left) = &mut self.fails_in {
-            match left.checked_sub(1) {
-                Some(less) => *left = less,
-                None => return Err(broken(std::io::ErrorKind::Other)),
-            }
-        }
-        if self.full {
-            return Err(broken(std::io::ErrorKind::StorageFull));
-        }
-        Ok(())
-    }
-}
-
-impl StorageBackend for Disk {
-    fn len(&self) -> Outcome<u64> {
-        Ok(self.0.lock().unwrap().bytes.len() as u64)
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> Outcome<()> {
-        let platter = self.0.lock().unwrap();
-        let offset = offset as usize;
-        if platter.unreadable {
-            return Err(broken(std::io::ErrorKind::Other));
-        }
-        match platter.bytes.get(offset..offset + out.len()) {
-            Some(bytes) => out.copy_from_slice(bytes),
-            None => return Err(broken(std::io::ErrorKind::UnexpectedEof)),
-        }
-        Ok(())
-    }
-
-    fn set_len(&self, len: u64) -> Outcome<()> {
-        let mut platter = self.0.lock().unwrap();
-        platter.operate()?;
-        platter.bytes.resize(len as usize, 0);
-        Ok(())
-    }
-
-    fn sync_data(&self) -> Outcome<()> {
-        let mut platter = self.0.lock().unwrap();
-        platter.operate()?;
-        platter.synced = platter.bytes.clone();
-        platter.unsynced.clear();
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Outcome<()> {
-        let mut platter = self.0.lock().unwrap();
-        platter.operate()?;
-        let offset = offset as usize;
-        platter.bytes[offset..offset + data.len()].copy_from_slice(data);
-        platter.unsynced.push((offset, data.to_vec()));
-        Ok(())
+    fn deref(&self) -> &testing::Disk {
+        &self.0
     }
 }
 
 impl Disk {
     pub(crate) fn copy(&self) -> Self {
-        let bytes = self.0.lock().unwrap().bytes.clone();
-        Self(Arc::new(Mutex::new(Platter {
-            bytes,
-            ..Platter::default()
-        })))
+        Self(self.0.copy())
     }
 
-    pub(crate) fn fail_in(&self, operations: Option<u64>) {
-        self.0.lock().unwrap().fails_in = operations;
-    }
-
-    pub(crate) fn fill(&self, full: bool) {
-        self.0.lock().unwrap().full = full;
-    }
-
-    pub(crate) fn fail_reads(&self, fails: bool) {
-        self.0.lock().unwrap().unreadable = fails;
-    }
-
-    pub(crate) fn operations(&self) -> u64 {
-        self.0.lock().unwrap().operations
-    }
-
-    /// What a loss of power leaves: of what was not synced some writes, some halves of writes, in no order.
     pub(crate) fn lose_power(&self, random: &mut fastrand::Rng) -> Self {
-        let platter = self.0.lock().unwrap();
-        let mut bytes = platter.synced.clone();
-        bytes.resize(platter.bytes.len(), 0);
-        let mut writes: Vec<_> = platter.unsynced.iter().collect();
-        random.shuffle(&mut writes);
-        for (offset, data) in writes {
-            let kept = match random.u8(..3) {
-                0 => 0,
-                1 => random.usize(..=data.len()),
-                _ => data.len(),
-            };
-            if let Some(place) = bytes.get_mut(*offset..offset + kept) {
-                place.copy_from_slice(&data[..kept]);
-            }
-        }
-        Self(Arc::new(Mutex::new(Platter {
-            bytes,
-            ..Platter::default()
-        })))
+        Self(self.0.lose_power(&mut |below| random.usize(..below)))
     }
 
     pub(crate) fn open(&self) -> Result<Store, StoreError> {
-        let disk = self.clone();
+        let disk = self.0.clone();
         Store::open_with(Arc::new(move || {
-            let mut builder = Builder::new();
+            let mut builder = redb::Builder::new();
             builder.set_cache_size(1 << 20);
             builder.create_with_backend(disk.clone())
         }))

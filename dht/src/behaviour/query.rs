@@ -17,11 +17,12 @@ use libp2p::{
 };
 use tokio::sync::oneshot;
 
-use super::{Behaviour, DhtError, MAX_ADDRESSES, Stored};
+use super::Behaviour;
 use crate::{
     DiskError, Record,
+    command::{DhtError, Enough, Progress, Stored},
     liveness::{self, Standing},
-    lookup::{Candidate, Lookup, MAX_OF_NETWORK, WIDTH, Wait},
+    lookup::{Candidate, Lookup, MAX_ADDRESSES, MAX_OF_NETWORK, WIDTH, Wait},
     store::{Found, Origin, Refusal},
 };
 
@@ -43,38 +44,6 @@ pub(super) const MAX_QUERIES: usize = 256;
 type Handler = <Behaviour as NetworkBehaviour>::ConnectionHandler;
 pub(super) type Request = <Handler as ConnectionHandler>::FromBehaviour;
 pub(super) type Event = THandlerOutEvent<Behaviour>;
-
-/// Decides from the statements found so far, and from how far the look-up is, whether they are enough.
-pub(super) type IsEnough = Box<dyn Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send>;
-
-/// The progress of a look-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Other nodes that have answered with any statement.
-    pub answers: usize,
-    /// True once only nodes are waited for that should have answered by now.
-    pub settled: bool,
-}
-
-/// When a look-up has found enough.
-pub(super) enum Enough {
-    /// Every node that should know has been asked.
-    All,
-    /// So many nodes have answered with something.
-    Answers(usize),
-    /// The caller says.
-    When(IsEnough),
-}
-
-impl std::fmt::Debug for Enough {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::All => f.write_str("All"),
-            Self::Answers(count) => f.debug_tuple("Answers").field(count).finish(),
-            Self::When(_) => f.write_str("When"),
-        }
-    }
-}
 
 /// A dial under way.
 #[derive(Debug)]

@@ -20,11 +20,10 @@ use rustix::{
 use crate::{
     Hash,
     bitfield::Bitfield,
+    files::stamp::Stamp,
     index::{self, Location},
-    occupancy::Occupancy,
     path::OWN_PREFIX,
-    stamp::Stamp,
-    store::{PartLease, StoreError},
+    store::{PartLease, StoreError, occupancy::Occupancy},
     tree::{GROUP, PARENT, Tree},
 };
 

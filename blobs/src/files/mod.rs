@@ -5,6 +5,10 @@
 //! begun: what lies there counts as not answering, and everything else goes on. And when the process has no descriptor
 //! left, an open waits until it has one.
 
+pub(crate) mod holder;
+pub mod lock;
+pub(crate) mod stamp;
+
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions},
@@ -23,7 +27,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::stamp::Stamp;
+use crate::files::stamp::Stamp;
 
 /// The longest time that an open may take before its mount is suspected: a disk that has to spin up takes several
 /// seconds, and answers the second open all the same.

@@ -14,7 +14,7 @@ use crate::{
     Hash,
     bitfield::Bitfield,
     index::Location,
-    partial,
+    store::partial,
     tree::{Mismatch, PARENT, Step, Tree, Verifier},
 };
 

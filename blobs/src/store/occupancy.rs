@@ -18,9 +18,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::{fs::OFlags, io::Errno};
+use rustix::fs::OFlags;
 
-use crate::{holder::Holder, store::StoreError};
+use crate::{
+    files::{holder::Holder, lock::has_no_locks},
+    store::StoreError,
+};
 
 /// The file that is locked.
 const LOCKED: &str = ".weft-lock";
@@ -295,15 +298,6 @@ fn said_in(path: &Path) -> io::Result<(Vec<u8>, Option<Holder>)> {
     Ok((said, Holder::read(&file)?))
 }
 
-/// Returns true if `error` means that the file system does not support locks, or has no room for them.
-pub(crate) fn has_no_locks(error: &io::Error) -> bool {
-    let error = Errno::from_io_error(error);
-    matches!(
-        error,
-        Some(Errno::NOSYS | Errno::NOLCK | Errno::OPNOTSUPP | Errno::INVAL)
-    ) || error == Some(Errno::NOTSUP)
-}
-
 /// Makes the file that only one process can make.
 fn make(path: &Path) -> io::Result<Attempt> {
     let made = OpenOptions::new()
@@ -386,7 +380,7 @@ fn take_away(folder: &Path, said: &[u8]) -> io::Result<()> {
         result => result?,
     }
     if !matches!(said_in(&aside), Ok((now, _)) if now == said) {
-        return crate::partial::rename_new(&aside, &path);
+        return crate::store::partial::rename_new(&aside, &path);
     }
     tracing::warn!(folder = %folder.display(), "a lock is taken over: its holder is gone");
     fs::remove_file(&aside)
@@ -420,6 +414,8 @@ impl Drop for Occupancy {
 #[cfg(test)]
 mod tests {
     use std::{process::Command, sync::mpsc};
+
+    use rustix::io::Errno;
 
     use super::*;
 

@@ -5,13 +5,10 @@
 //! missing. A missing file is no reason to refuse the model: complete models with an index of an older layout are
 //! common.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    os::unix::fs::FileExt,
-};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use crate::{
-    Manifest, Store,
+    Manifest,
     index::counted,
     manifest,
     shards::{MAX_INDEX, shards},
@@ -114,19 +111,6 @@ pub fn lacking(
         ));
     }
     notes
-}
-
-impl Store {
-    /// Describes the files that `manifest` lacks by its own account, as far as the indices that name them are here.
-    /// Blocks.
-    pub fn lacking(&self, manifest: &Manifest) -> Vec<String> {
-        lacking(manifest, |file| {
-            let (_, open) = self.locate(&file.blake3).ok()??;
-            let mut content = vec![0; usize::try_from(file.size).ok()?];
-            open.read_exact_at(&mut content, 0).ok()?;
-            Some(content)
-        })
-    }
 }
 
 fn shown(paths: &[String]) -> String {

@@ -1,6 +1,7 @@
 //! Swarms in simulation: peers with a rate and a round trip, and a clock of our own.
 
-use super::*;
+use super::{sender::FIRST_WINDOW, *};
+use crate::tree::GROUP;
 
 const MIB: u64 = 1 << 20;
 const TICK: Duration = Duration::from_millis(5);

@@ -17,12 +17,11 @@ use crate::{
     Hash, Manifest, Store, StoreError,
     extract::{self, ExtractError},
     files, manifest,
-    partial::rename_new,
     path::OWN_PREFIX,
     selection::{Selected, Wanted},
     shards::{self, MAX_INDEX, ShardError},
     source::{ReadError, Source},
-    store::{make_folders, sync_folder},
+    store::{make_folders, partial::rename_new, sync_folder},
     tree::GROUP,
 };
 

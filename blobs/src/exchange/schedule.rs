@@ -5,38 +5,19 @@
 //! differs from node to node, where all peers have everything and nobody else is known to fetch; else what is rarest among a sample.
 //! When nothing is left to ask for, a peer takes over what another would deliver much later than it would itself, and the other is told that it is not needed.
 
+mod sender;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Range,
     time::Duration,
 };
 
-use crate::{
-    bitfield::Bitfield,
-    tree::{GROUP, Tree},
-};
+use self::sender::{Has, Rate, Sender};
+use crate::{bitfield::Bitfield, tree::Tree};
 
 /// Groups in a piece: 1 MiB, which costs 0.2 % of proofs in a blob of 100 GB, and is soon answered, so that work can move to another peer.
 pub(crate) const PIECE: u64 = 16;
-
-/// Groups in the first runs that are asked of a peer, before its rate is known: 128 KiB, which a link of 256 kbit/s
-/// takes four seconds for.
-const FIRST_RUN: u64 = 2;
-
-/// What a peer whose rate is not known yet is asked for ahead, in bytes.
-const FIRST_WINDOW: u64 = 2 << 20;
-
-/// The most asked of a peer ahead, in bytes: it keeps a path of 1 Gbit/s and 250 ms busy.
-const MAX_WINDOW: u64 = 32 << 20;
-
-/// Beyond two round trips, a peer is asked for what it sends in this time: for the disk and the scheduler at both ends.
-const SLACK: Duration = Duration::from_millis(200);
-
-/// How long a peer that was asked may send nothing before others get its work, at least; four round trips if that is more.
-const STALL: Duration = Duration::from_secs(2);
-
-/// A run takes a peer no longer than this, as far as its rate is known: so that a slow one does not hold a piece that others could send at once.
-const RUN_TIME: Duration = Duration::from_millis(250);
 
 /// A run of which only the parents are asked for counts for this part of its content: some more than what they take, so that not all is asked of one peer.
 const PROOFS: u64 = 64;
@@ -50,9 +31,6 @@ const COPIES: usize = 2;
 /// The time for which a peer is not asked again for a group that it could not read: a disk may come back, and a damaged
 /// file may be repaired.
 const UNREADABLE: Duration = Duration::from_secs(60);
-
-/// How often a rate is measured.
-const MEASURE: Duration = Duration::from_millis(100);
 
 /// A peer of a schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -90,7 +68,7 @@ pub(crate) struct Schedule {
     blobs: Vec<Blob>,
     /// By number of the piece: its groups that are wanted and that nobody is asked for.
     open: BTreeMap<u64, u16>,
-    peers: BTreeMap<PeerKey, Peer>,
+    peers: BTreeMap<PeerKey, Sender>,
     next_peer: u32,
     /// Others fetch the same from the same peers: what each of us has is to differ.
     crowded: bool,
@@ -113,120 +91,6 @@ struct Blob {
     need: Option<Bitfield>,
     /// Content that this machine has in other blobs, as far as is known.
     elsewhere: Option<Bitfield>,
-}
-
-#[derive(Debug)]
-struct Peer {
-    has: Has,
-    relayed: bool,
-    asked: VecDeque<Run>,
-    /// Bytes asked for and not here.
-    ahead: u64,
-    rate: Rate,
-    round_trip: Option<Duration>,
-    /// When it was asked while nothing was on its way; until the answer comes.
-    asked_at: Option<Duration>,
-    /// When it last sent something, or was asked while nothing was on its way.
-    last: Duration,
-    cancels: Vec<Run>,
-    /// There was nothing that is open and that it has, and neither has changed.
-    barren: bool,
-    /// Groups that it could not read, and until when it is not asked for them.
-    unreadable: BTreeMap<(usize, u64), Duration>,
-    /// When the first of them may be asked for again.
-    unreadable_until: Option<Duration>,
-    /// Pieces in which it could not read something: it is asked for their groups one by one.
-    fragile: BTreeSet<(usize, u64)>,
-}
-
-#[derive(Debug)]
-enum Has {
-    All,
-    Some(BTreeMap<usize, Bitfield>),
-}
-
-/// Bytes a second, smoothed.
-#[derive(Debug, Default)]
-struct Rate {
-    value: f64,
-    bytes: u64,
-    since: Duration,
-}
-
-impl Rate {
-    fn restart(&mut self, now: Duration) {
-        self.bytes = 0;
-        self.since = now;
-    }
-
-    fn add(&mut self, bytes: u64, now: Duration) {
-        self.bytes += bytes;
-        let time = now.saturating_sub(self.since);
-        if time < MEASURE {
-            return;
-        }
-        let sample = self.bytes as f64 / time.as_secs_f64();
-        self.value = match self.value {
-            0.0 => sample,
-            value => 0.6 * value + 0.4 * sample,
-        };
-        self.restart(now);
-    }
-}
-
-impl Peer {
-    fn has(&self, blob: usize, groups: Range<u64>) -> bool {
-        let mut bad = self
-            .unreadable
-            .range((blob, groups.start)..(blob, groups.end));
-        if bad.next().is_some() {
-            return false;
-        }
-        match &self.has {
-            Has::All => true,
-            Has::Some(blobs) => blobs.get(&blob).is_some_and(|bits| bits.has_all(groups)),
-        }
-    }
-
-    fn window(&self) -> u64 {
-        if self.rate.value == 0.0 {
-            return FIRST_WINDOW;
-        }
-        let time = 2 * self.round_trip.unwrap_or_default() + SLACK;
-        let window = (self.rate.value * time.as_secs_f64()) as u64;
-        // At least two runs, so that the next is asked for before the last is here.
-        window.clamp(2 * GROUP * self.longest(), MAX_WINDOW)
-    }
-
-    /// Groups in a run that is asked of it, at most.
-    fn longest(&self) -> u64 {
-        match self.rate.value {
-            0.0 => FIRST_RUN,
-            rate => ((rate * RUN_TIME.as_secs_f64()) as u64 / GROUP).clamp(1, PIECE),
-        }
-    }
-
-    fn is_stalled(&self, now: Duration) -> bool {
-        let patience = STALL.max(4 * self.round_trip.unwrap_or_default());
-        !self.asked.is_empty() && now.saturating_sub(self.last) > patience
-    }
-
-    /// Seconds until `bytes` more than what is on its way would be here.
-    fn time_for(&self, bytes: u64) -> f64 {
-        let round_trip = self.round_trip.unwrap_or_default().as_secs_f64();
-        (self.ahead + bytes) as f64 / self.rate.value + round_trip
-    }
-
-    fn end(&mut self, run: &Run, left: u64) {
-        if let Some(at) = self.asked.iter().position(|asked| asked == run) {
-            self.asked.remove(at);
-            self.ahead = self.ahead.saturating_sub(left);
-        }
-        if self.asked.is_empty() {
-            self.ahead = 0;
-        }
-        self.cancels.retain(|cancel| cancel != run);
-    }
 }
 
 impl Schedule {
@@ -348,7 +212,7 @@ impl Schedule {
         self.next_peer += 1;
         self.peers.insert(
             key,
-            Peer {
+            Sender {
                 has: Has::Some(BTreeMap::new()),
                 relayed,
                 asked: VecDeque::new(),
@@ -791,7 +655,7 @@ impl Schedule {
                 && asked.groups.start < run.groups.end
                 && run.groups.start < asked.groups.end
         };
-        let asked = |peer: &&Peer| peer.asked.iter().any(overlap);
+        let asked = |peer: &&Sender| peer.asked.iter().any(overlap);
         self.peers.values().filter(asked).count()
     }
 }

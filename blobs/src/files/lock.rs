@@ -9,9 +9,9 @@ use std::{
     sync::{LazyLock, Mutex, PoisonError},
 };
 
-use rustix::fs::OFlags;
+use rustix::{fs::OFlags, io::Errno};
 
-use crate::{holder::Holder, occupancy::has_no_locks};
+use crate::files::holder::Holder;
 
 /// Locks that this process holds, by device and inode: a file system that grants every lock grants a second one to the
 /// same process, too.
@@ -158,6 +158,15 @@ impl Drop for Lock {
         let mut of_process = HELD.lock().unwrap_or_else(PoisonError::into_inner);
         of_process.remove(&self.number);
     }
+}
+
+/// Returns true if `error` means that the file system does not support locks, or has no room for them.
+pub(crate) fn has_no_locks(error: &io::Error) -> bool {
+    let error = Errno::from_io_error(error);
+    matches!(
+        error,
+        Some(Errno::NOSYS | Errno::NOLCK | Errno::OPNOTSUPP | Errno::INVAL)
+    ) || error == Some(Errno::NOTSUP)
 }
 
 #[cfg(test)]

@@ -26,8 +26,8 @@ use self::walk::{Place, Walker};
 use crate::{
     Hash,
     complete::lacking,
+    content::hasher::{HashError, Hashers},
     files::{self, Sighting},
-    hasher::{HashError, Hashers},
     header::{Format, HeaderError},
     manifest::{self, Manifest, ManifestError, Tensor},
     path::{self as portable, PathError},
@@ -352,31 +352,11 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
         return Err(IndexError::Strict(faults));
     }
     let contents = index_files(found, progress)?;
-    let mut entries = Vec::with_capacity(contents.len());
-    let mut files = BTreeMap::new();
-    let mut opaque = Vec::new();
-    for (name, content) in contents {
-        let content = match content {
-            Ok(content) => content,
-            Err(reason) => {
-                faults.push(format!("{name}: {reason}"));
-                skipped.push(format!("{name}: {reason}"));
-                continue;
-            }
-        };
-        if let Some(reason) = content.opaque {
-            let path = name.clone();
-            opaque.push(Opaque { path, reason });
-        }
-        entries.push(manifest::File {
-            path: name.clone(),
-            size: content.file.location.size,
-            blake3: content.blake3,
-            sha256: content.sha256,
-            tensors: content.tensors,
-        });
-        files.insert(name, content.file);
-    }
+    let Gathered {
+        mut entries,
+        files,
+        mut opaque,
+    } = gather(contents, &mut faults, &mut skipped);
     for path in manifest::leave_out_tensors(&mut entries) {
         let reason = "with its tensors the model would be over the limits of a manifest, 1000000 \
                       tensors and 64 MiB; they cannot be fetched one by one"
@@ -409,6 +389,46 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
         followed: followed.list(),
         incomplete,
     })
+}
+
+/// What was read of the files of a folder.
+#[derive(Default)]
+struct Gathered {
+    entries: Vec<manifest::File>,
+    files: BTreeMap<String, IndexedFile>,
+    opaque: Vec<Opaque>,
+}
+
+/// Sorts what was read; files that could not be read are noted.
+fn gather(
+    contents: BTreeMap<String, Readable>,
+    faults: &mut Vec<String>,
+    skipped: &mut Notes,
+) -> Gathered {
+    let mut gathered = Gathered::default();
+    for (name, content) in contents {
+        let content = match content {
+            Ok(content) => content,
+            Err(reason) => {
+                faults.push(format!("{name}: {reason}"));
+                skipped.push(format!("{name}: {reason}"));
+                continue;
+            }
+        };
+        if let Some(reason) = content.opaque {
+            let path = name.clone();
+            gathered.opaque.push(Opaque { path, reason });
+        }
+        gathered.entries.push(manifest::File {
+            path: name.clone(),
+            size: content.file.location.size,
+            blake3: content.blake3,
+            sha256: content.sha256,
+            tensors: content.tensors,
+        });
+        gathered.files.insert(name, content.file);
+    }
+    gathered
 }
 
 impl Indexed {

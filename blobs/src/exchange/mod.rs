@@ -1,0 +1,9 @@
+//! Content between nodes: the fetching and the serving side, the schedule of requests, and limits on both.
+
+pub mod arrivals;
+pub mod availability;
+pub mod rate;
+pub(crate) mod schedule;
+pub mod serve;
+pub mod transfer;
+pub mod uplink;

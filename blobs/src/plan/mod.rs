@@ -1,0 +1,665 @@
+//! Before anything is fetched: what of a model is to go where, what of it is on this machine already, and whether there is room.
+
+mod copy;
+pub mod results;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::task::spawn_blocking;
+
+use self::copy::{ADOPTED, fill, put_same};
+use crate::{
+    Hash, Manifest, Store, StoreError,
+    bitfield::Bitfield,
+    content::hasher::Hashers,
+    files::holder::Holder,
+    index::{self, IndexError, IndexedFile},
+    manifest,
+    selection::{Selected, Wanted},
+    store::{
+        KnownFiles,
+        elsewhere::Elsewhere,
+        make_folders,
+        occupancy::Occupancy,
+        part_path,
+        partial::{Partial, try_naming},
+    },
+    tree::Tree,
+};
+
+/// Of a blob that is in more files, what is known of them is kept while all of a model's files are looked at: a model
+/// may have a hundred thousand files of the same content.
+const MANY: usize = 64;
+
+/// How long to wait for a part file that an earlier, cancelled transfer is still settling.
+const BUSY_WAIT: Duration = Duration::from_secs(5);
+
+/// How far a download is. Shared with whoever shows it.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes in all files.
+    pub total: AtomicU64,
+    /// Bytes verified and written, or found in place.
+    pub done: AtomicU64,
+    /// Content bytes received.
+    pub moved: AtomicU64,
+    /// Content bytes that were taken from other files of this machine, which a provider's proofs fit.
+    pub reused: AtomicU64,
+    /// Bytes that earlier runs left of a file that is whole now, while they are read before it gets its name; zero when
+    /// nothing is.
+    pub reread_total: AtomicU64,
+    /// Bytes of these that were read.
+    pub reread: AtomicU64,
+    /// Another process that fills the folder now, in words, while it is waited for.
+    pub occupied: Mutex<Option<String>>,
+    /// The same counters for hashing what is already there; its flag stops that.
+    pub check: index::Progress,
+}
+
+/// Why a download cannot begin.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// Files stand where the model's files are to go, with other content. Nothing was changed.
+    #[error("{}{} exists with other content; nothing was written", .first.display(), others(.count))]
+    TargetExists {
+        /// The first such file.
+        first: PathBuf,
+        /// How many there are.
+        count: usize,
+    },
+    /// The store or the disk failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A file that is there could not be read.
+    #[error(transparent)]
+    Check(#[from] IndexError),
+}
+
+fn others(count: &usize) -> String {
+    match count {
+        0 | 1 => String::new(),
+        n => format!(" (and {} more)", n - 1),
+    }
+}
+
+/// A blob that is to be fetched, and the file it becomes.
+#[derive(Debug, Clone)]
+pub(crate) struct Want {
+    pub(crate) hash: Hash,
+    pub(crate) tree: Tree,
+    pub(crate) target: PathBuf,
+    /// The groups that are wanted, if not all.
+    pub(crate) groups: Option<Bitfield>,
+    /// Wanted bytes that were verified before, already counted as done.
+    pub(crate) had: u64,
+    /// Hashes of the content that the file at the target is known to hold, if this one is to take its place.
+    pub(crate) replaces: Vec<Hash>,
+    /// The right to fill the folder that the target lies in.
+    pub(crate) occupancy: Option<Arc<Occupancy>>,
+    /// What this machine has of it in other blobs, as far as is known.
+    pub(crate) elsewhere: Option<Arc<Elsewhere>>,
+    /// Somebody waits for it.
+    pub(crate) urgent: bool,
+    /// No plan wants it.
+    pub(crate) of_reader: bool,
+}
+
+impl Want {
+    /// All of a blob.
+    pub(crate) fn whole(hash: Hash, size: u64, target: PathBuf) -> Self {
+        Self {
+            hash,
+            tree: Tree::new(size),
+            target,
+            groups: None,
+            had: 0,
+            replaces: Vec::new(),
+            occupancy: None,
+            elsewhere: None,
+            urgent: false,
+            of_reader: false,
+        }
+    }
+
+    /// Of `have`, what is wanted.
+    pub(crate) fn wanted(&self, mut have: Bitfield) -> Bitfield {
+        if let Some(groups) = &self.groups {
+            have.retain(groups);
+        }
+        have
+    }
+
+    /// Whether all that is wanted is had.
+    fn is_satisfied(&self, have: &Bitfield) -> bool {
+        match &self.groups {
+            Some(groups) => have.contains(groups),
+            None => have.is_full(),
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        match &self.groups {
+            Some(groups) => groups.bytes(&self.tree),
+            None => self.tree.size(),
+        }
+    }
+}
+
+/// A model's files, or a selection of them, on their way into a folder.
+#[derive(Debug)]
+pub struct Plan {
+    store: Store,
+    root: PathBuf,
+    /// What only a provider has.
+    wants: Vec<Want>,
+    /// Files whose content arrives under another path first.
+    copies: Vec<Want>,
+    /// Blobs that are whole here.
+    here: HashSet<Hash>,
+    progress: Arc<Progress>,
+    /// The right to fill the folder, if anything is missing there.
+    occupancy: Option<Arc<Occupancy>>,
+}
+
+impl Plan {
+    /// Finds out what of `manifest`, or of what is `selected` of it, is missing in `root`, and puts in place what this machine has elsewhere. Blocks.
+    ///
+    /// # Errors
+    /// [`PlanError::TargetExists`] before anything is written; [`StoreError::DiskFull`] before anything is fetched.
+    pub fn new(
+        store: &Store,
+        manifest: &Manifest,
+        selected: Option<&Selected>,
+        root: &Path,
+        progress: Arc<Progress>,
+    ) -> Result<Self, PlanError> {
+        let existing = Existing::default();
+        Self::with(store, (manifest, selected), root, existing, progress)
+    }
+
+    /// As [`new`](Self::new), and says what is done about files that stand in the folder.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with(
+        store: &Store,
+        (manifest, selected): (&Manifest, Option<&Selected>),
+        root: &Path,
+        existing: Existing,
+        progress: Arc<Progress>,
+    ) -> Result<Self, PlanError> {
+        let Chosen { files, owned } = Chosen::new(store, manifest, selected);
+        let total = files.iter().map(|file| file.size).sum::<u64>();
+        let total = total + owned.iter().map(Want::bytes).sum::<u64>();
+        progress.total.store(total, Ordering::Relaxed);
+        make_folders(root)?;
+        let root = root
+            .canonicalize()
+            .map_err(StoreError::io("cannot read", root))?;
+        let look = || missing_files(store, &files, &root, existing, &progress);
+        let mut missing = look()?;
+        if let Some(selected) = selected {
+            check_results(manifest, selected, &root)?;
+        }
+        let mut occupancy = None;
+        check_room(&root, &missing)?;
+        if !missing.is_empty() {
+            let (taken, waited) = occupy(&root, &progress)?;
+            if waited {
+                // The process that has filled the folder meanwhile has most likely left nothing to do.
+                progress.done.store(0, Ordering::Relaxed);
+                missing = look()?;
+                check_room(&root, &missing)?;
+            }
+            if !missing.is_empty() {
+                try_naming(&root)?;
+                occupancy = Some(Arc::new(taken));
+            }
+        }
+        let mut plan = Self {
+            occupancy,
+            store: store.clone(),
+            wants: Vec::new(),
+            copies: Vec::new(),
+            here: files.iter().map(|file| file.blake3).collect(),
+            root,
+            progress,
+        };
+        for wants in plan.of_one_content(missing) {
+            let hash = wants.first().map(|want| want.hash);
+            let not_there = put_same(store, wants, &plan.progress)?;
+            if let (Some(hash), false) = (hash, not_there.is_empty()) {
+                plan.here.remove(&hash);
+            }
+            plan.want(not_there);
+        }
+        for mut want in owned {
+            let whole = store.whole(&want.hash)?;
+            if whole.is_some_and(|whole| whole.tree().size() == want.tree.size()) {
+                plan.progress
+                    .done
+                    .fetch_add(want.bytes(), Ordering::Relaxed);
+                plan.here.insert(want.hash);
+                continue;
+            }
+            let satisfied = fill(store, &mut want, &plan.progress)?;
+            plan.progress.done.fetch_add(want.had, Ordering::Relaxed);
+            if !satisfied {
+                plan.wants.push(want);
+            }
+        }
+        plan.look_elsewhere(manifest)?;
+        plan.release();
+        Ok(plan)
+    }
+
+    /// The files that are missing, as wants, those of one content together.
+    fn of_one_content(&self, missing: Vec<Missing<'_>>) -> Vec<Vec<Want>> {
+        let mut same: Vec<Vec<Want>> = Vec::new();
+        let mut places: HashMap<Hash, usize> = HashMap::new();
+        for (file, replaces) in missing {
+            let place = *places.entry(file.blake3).or_insert(same.len());
+            if place == same.len() {
+                same.push(Vec::new());
+            }
+            same[place].push(Want {
+                occupancy: self.occupancy.clone(),
+                replaces,
+                ..Want::whole(file.blake3, file.size, self.root.join(&file.path))
+            });
+        }
+        same
+    }
+
+    /// Has the first of files of one content fetched, and the others copied from it.
+    fn want(&mut self, not_there: Vec<Want>) {
+        let mut not_there = not_there.into_iter();
+        self.wants.extend(not_there.next());
+        self.copies.extend(not_there);
+    }
+
+    /// Lets others fill the folder when nothing is missing there any more.
+    pub(crate) fn release(&mut self) {
+        if self.is_complete() {
+            self.occupancy = None;
+        }
+    }
+
+    /// What is wanted may lie in other files of this machine.
+    fn look_elsewhere(&mut self, manifest: &Manifest) -> Result<(), StoreError> {
+        let wanted: HashSet<Hash> = self.wants.iter().map(|want| want.hash).collect();
+        let mut seen = HashSet::new();
+        let files: Vec<_> = manifest
+            .files()
+            .iter()
+            .filter(|file| wanted.contains(&file.blake3) && seen.insert(file.blake3))
+            .collect();
+        let mut found = Elsewhere::find(&self.store, &files)?;
+        for want in &mut self.wants {
+            want.elsewhere = match found.remove(&want.hash) {
+                Some(found) => Some(found),
+                None => left(&self.store, want)?,
+            };
+        }
+        Ok(())
+    }
+
+    /// A plan that wants nothing: what a transfer brings, readers ask for.
+    pub fn of_nothing(store: &Store, progress: Arc<Progress>) -> Self {
+        Self {
+            store: store.clone(),
+            root: PathBuf::new(),
+            wants: Vec::new(),
+            copies: Vec::new(),
+            here: HashSet::new(),
+            progress,
+            occupancy: None,
+        }
+    }
+
+    /// Where the files go, without links.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whether everything is in place.
+    pub fn is_complete(&self) -> bool {
+        self.wants.is_empty() && self.copies.is_empty()
+    }
+
+    /// Whether anything is missing that only a provider has.
+    pub fn needs_provider(&self) -> bool {
+        !self.wants.is_empty()
+    }
+
+    /// What is to be fetched; from then on whoever takes it sees to it.
+    pub(crate) fn take_wants(&mut self) -> Vec<Want> {
+        std::mem::take(&mut self.wants)
+    }
+
+    /// Blobs that were whole here when the plan was made.
+    pub(crate) fn here(&self) -> &HashSet<Hash> {
+        &self.here
+    }
+
+    /// Puts files in place whose content has arrived under another path. What turns out not to be there is wanted from a provider again.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn finish_copies(&mut self) -> Result<(), StoreError> {
+        let (left, now): (Vec<_>, Vec<_>) = std::mem::take(&mut self.copies)
+            .into_iter()
+            .partition(|copy| self.wants.iter().any(|want| want.hash == copy.hash));
+        self.copies = left;
+        let mut same: HashMap<Hash, Vec<Want>> = HashMap::new();
+        for copy in now {
+            same.entry(copy.hash).or_default().push(copy);
+        }
+        for wants in same.into_values() {
+            let (store, progress) = (self.store.clone(), Arc::clone(&self.progress));
+            let not_there = spawn_blocking(move || put_same(&store, wants, &progress))
+                .await
+                .expect("copying does not panic")?;
+            self.want(not_there);
+        }
+        self.release();
+        Ok(())
+    }
+}
+
+/// Returns content that lies in the part file of `want` although this store has no row of it.
+fn left(store: &Store, want: &Want) -> Result<Option<Arc<Elsewhere>>, StoreError> {
+    let claim = store.committed_part(&want.target, &want.hash, &want.tree)?;
+    if claim.is_some() {
+        return Ok(None);
+    }
+    let part = part_path(&want.target, &want.hash);
+    match Elsewhere::left(want.hash, want.tree, &part) {
+        Ok(left) => Ok(left.map(Arc::new)),
+        Err(error) => {
+            // It is only worth having: all of it can be fetched.
+            tracing::debug!(%error, part = %part.display(), "what was left of a file cannot be read");
+            Ok(None)
+        }
+    }
+}
+
+/// Not for what goes into the store's own folder: of that only a part may come, which nobody set room aside for.
+fn check_room(root: &Path, missing: &[Missing<'_>]) -> Result<(), StoreError> {
+    let stat = rustix::fs::statvfs(root)
+        .map_err(io::Error::from)
+        .map_err(StoreError::io("cannot read", root))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let needed: u64 = missing
+        .iter()
+        .map(|(file, _)| {
+            let allocated = fs::metadata(part_path(&root.join(&file.path), &file.blake3))
+                // Blocks are of 512 bytes whatever the file system's own are (POSIX).
+                .map_or(0, |part| part.blocks().saturating_mul(512));
+            file.size.saturating_sub(allocated)
+        })
+        .sum();
+    if needed > free {
+        return Err(StoreError::DiskFull {
+            path: root.to_owned(),
+            needed: Some(needed),
+            free: Some(free),
+        });
+    }
+    Ok(())
+}
+
+/// What of a model is to go where.
+struct Chosen<'a> {
+    /// Into the folder.
+    files: Vec<&'a manifest::File>,
+    /// Into the store: what files of the folder are made of.
+    owned: Vec<Want>,
+}
+
+impl<'a> Chosen<'a> {
+    fn new(store: &Store, manifest: &'a Manifest, selected: Option<&Selected>) -> Self {
+        let all = manifest.files();
+        let Some(selected) = selected else {
+            return Self {
+                files: all.iter().collect(),
+                owned: Vec::new(),
+            };
+        };
+        let indices = results::indices(manifest, selected);
+        let mut files = Vec::new();
+        let mut owned: BTreeMap<Hash, Want> = BTreeMap::new();
+        let mut own = |file: &manifest::File, groups: Option<Bitfield>| {
+            let target = store.owned_path(&file.blake3);
+            let new = Want {
+                groups,
+                ..Want::whole(file.blake3, file.size, target)
+            };
+            match owned.entry(file.blake3) {
+                Entry::Vacant(entry) => drop(entry.insert(new)),
+                Entry::Occupied(mut entry) => {
+                    let known = entry.get_mut();
+                    known.groups = match (known.groups.take(), new.groups) {
+                        (Some(mut known), Some(new)) => {
+                            known.extend(&new);
+                            Some(known)
+                        }
+                        _ => None,
+                    };
+                }
+            }
+        };
+        for index in &indices {
+            own(&all[*index], None);
+        }
+        for one in selected.files() {
+            let file = &all[one.file];
+            match one.wanted {
+                Wanted::Whole if indices.contains(&one.file) => {}
+                Wanted::Whole => files.push(file),
+                Wanted::Tensors { .. } => {
+                    let mut groups = Bitfield::empty(Tree::new(file.size).groups());
+                    let ranges = one.groups();
+                    ranges.into_iter().for_each(|run| groups.insert_range(run));
+                    own(file, Some(groups));
+                }
+            }
+        }
+        // A file of the folder is as good.
+        for file in &files {
+            owned.remove(&file.blake3);
+        }
+        Self {
+            files,
+            owned: owned.into_values().collect(),
+        }
+    }
+}
+
+/// The treatment of files that stand where the model's files are to go.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Existing {
+    /// Reads all of them, also those that nothing seems to have touched.
+    pub reread: bool,
+    /// Has the model's files take the place of those that an earlier transfer of this store wrote or found there and
+    /// that hold something else: another revision, or a file that was changed since. Not of files that were added in
+    /// place. Each stands until the new one is whole.
+    pub replace: bool,
+}
+
+/// A file that is not there, and what the file that it is to replace is known to hold.
+type Missing<'a> = (&'a manifest::File, Vec<Hash>);
+
+/// Those of `files` that are not in `root`. Finds all conflicts before anything is written.
+fn missing_files<'a>(
+    store: &Store,
+    files: &[&'a manifest::File],
+    root: &Path,
+    existing: Existing,
+    progress: &Progress,
+) -> Result<Vec<Missing<'a>>, PlanError> {
+    let mut missing = Vec::new();
+    let mut conflicts = Vec::new();
+    let mut hashers = None;
+    let mut written = None;
+    let mut found = Vec::new();
+    let mut known: HashMap<Hash, KnownFiles> = HashMap::new();
+    for &file in files {
+        let target = root.join(&file.path);
+        if let Some(blocking) = blocking_component(root, &file.path) {
+            conflicts.push(blocking);
+            continue;
+        }
+        let Ok(metadata) = fs::symlink_metadata(&target) else {
+            missing.push((file, Vec::new()));
+            continue;
+        };
+        let mut conflict = |target: PathBuf| {
+            if existing.replace && metadata.is_file() {
+                let written: &HashMap<_, _> = match &mut written {
+                    Some(written) => written,
+                    None => written.insert(store.fetched_files()?),
+                };
+                if let Some(hashes) = written.get(&target) {
+                    missing.push((file, hashes.clone()));
+                    return Ok(());
+                }
+            }
+            conflicts.push(target);
+            Ok::<_, StoreError>(())
+        };
+        if !metadata.is_file() || metadata.len() != file.size {
+            conflict(target)?;
+            continue;
+        }
+        let is_untouched = match (existing.reread, known.get(&file.blake3)) {
+            (true, _) => false,
+            (false, Some(known)) => known.has_untouched(&target),
+            (false, None) => {
+                let files = store.known_files(&file.blake3)?;
+                let is_untouched = files.has_untouched(&target);
+                if files.len() > MANY {
+                    known.insert(file.blake3, files);
+                }
+                is_untouched
+            }
+        };
+        if !is_untouched {
+            let hashers = hashers.get_or_insert_with(Hashers::start);
+            let (hash, indexed) = index::hash_file_with(hashers, &target, &progress.check)?;
+            if hash != file.blake3 {
+                conflict(target)?;
+                continue;
+            }
+            found.push((hash, indexed));
+            if found.len() >= ADOPTED {
+                adopt(store, &mut found)?;
+            }
+        }
+        progress.done.fetch_add(file.size, Ordering::Relaxed);
+    }
+    adopt(store, &mut found)?;
+    match conflicts.first() {
+        Some(first) => Err(PlanError::TargetExists {
+            first: first.clone(),
+            count: conflicts.len(),
+        }),
+        None => Ok(missing),
+    }
+}
+
+/// Takes in files that were found in place, and forgets them here.
+fn adopt(store: &Store, found: &mut Vec<(Hash, IndexedFile)>) -> Result<(), StoreError> {
+    let files: Vec<_> = found.iter().map(|(hash, file)| (*hash, file)).collect();
+    if !files.is_empty() {
+        store.adopt_all(&files)?;
+    }
+    found.clear();
+    Ok(())
+}
+
+/// Finds files that stand where those of selected tensors are to go and that hold other tensors, before anything is
+/// fetched.
+fn check_results(manifest: &Manifest, selected: &Selected, root: &Path) -> Result<(), PlanError> {
+    let conflicts = results::conflicts(manifest, selected, root);
+    match conflicts.first() {
+        Some(first) => Err(PlanError::TargetExists {
+            first: first.clone(),
+            count: conflicts.len(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The first component between `root` and the file that is there and not a plain folder: following a link would write elsewhere.
+fn blocking_component(root: &Path, path: &str) -> Option<PathBuf> {
+    path.match_indices('/').find_map(|(at, _)| {
+        let folder = root.join(&path[..at]);
+        match fs::symlink_metadata(&folder) {
+            Ok(metadata) if !metadata.is_dir() => Some(folder),
+            _ => None,
+        }
+    })
+}
+
+fn make_folder(target: &Path) -> Result<(), StoreError> {
+    match target.parent() {
+        Some(folder) => make_folders(folder),
+        None => Ok(()),
+    }
+}
+
+/// Opens the part file of `want`, waiting for a cancelled transfer to let go of it. Blocks.
+pub(crate) fn open(
+    store: &Store,
+    want: &Want,
+    cancelled: &AtomicBool,
+) -> Result<Arc<Partial>, StoreError> {
+    let begin = Instant::now();
+    loop {
+        let room = want.groups.is_none();
+        match store.partial(want.hash, want.tree, &want.target, room, cancelled) {
+            Err(StoreError::Busy(_)) if begin.elapsed() < BUSY_WAIT => {
+                std::thread::park_timeout(Duration::from_millis(20));
+            }
+            result => {
+                if let Ok(partial) = &result {
+                    want.occupancy.iter().for_each(|one| partial.occupy(one));
+                    partial.replace(&want.replaces);
+                }
+                return result;
+            }
+        }
+    }
+}
+
+/// Waits until this process may fill `root`; whether it had to wait. Blocks.
+fn occupy(root: &Path, progress: &Progress) -> Result<(Occupancy, bool), StoreError> {
+    let said = || {
+        progress
+            .occupied
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    };
+    let waiting = |holder: Option<&Holder>| {
+        let holder = holder.map_or_else(|| "another process".to_owned(), ToString::to_string);
+        *said() = Some(holder);
+    };
+    let taken = Occupancy::take(root, &progress.check.cancelled, &waiting);
+    *said() = None;
+    taken
+}
+
+#[cfg(test)]
+mod tests;
