@@ -38,7 +38,7 @@ pub enum ServiceChange {
     },
 }
 
-/// The changes of who offers a service; [`Service::watch`]. Keeps no node from stopping.
+/// The changes of who offers a service; [`Service::watch`](super::Service::watch). Keeps no node from stopping.
 #[derive(Debug)]
 pub struct ServiceWatch {
     pub(super) watcher: Watcher,

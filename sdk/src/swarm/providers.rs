@@ -30,7 +30,7 @@ pub struct Provider {
     pub peer: PeerId,
     /// Where it says that it is.
     pub addresses: Heard,
-    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`]).
+    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`](crate::Manifest::shard_group)).
     pub shards: Option<u64>,
     /// There is a connection to it.
     pub connected: bool,
