@@ -51,7 +51,7 @@ fn key(topic: &str) -> Vec<u8> {
 
 /// What a node remembers of topics.
 #[derive(Debug, Default)]
-pub(crate) struct Known {
+pub(crate) struct KnownTopics {
     members: HashMap<String, Weak<Member>>,
     looked: HashMap<String, Instant>,
 }
@@ -202,7 +202,7 @@ impl Topics {
         Ok(self.node.network().topics().list().await?)
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, KnownTopics> {
         let known = self.node.known_topics();
         known.lock().expect("nothing panics while holding the lock")
     }

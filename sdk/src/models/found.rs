@@ -19,7 +19,7 @@ use crate::{
     Error, Hash, Manifest, ModelName, Node, Selection, Target,
     operation::blocking,
     swarm::{
-        providers::{Known, Providers},
+        providers::{KnownProviders, Providers},
         watch,
     },
 };
@@ -165,7 +165,7 @@ impl Found {
         &self,
         node: &Node,
         mut answered: impl FnMut(),
-    ) -> Result<(Arc<Manifest>, Known), Error> {
+    ) -> Result<(Arc<Manifest>, KnownProviders), Error> {
         let id = self.id;
         let mut providers = Providers::new(node.clone(), id, self.given.clone());
         let store = node.store().clone();

@@ -29,7 +29,7 @@ use crate::{
         leases::Lease,
     },
     operation::blocking,
-    swarm::{self, Job, Shown, Swarm, providers::Known, turns::Turn},
+    swarm::{self, Job, Shown, Swarm, providers::KnownProviders, turns::Turn},
 };
 
 /// How often the mesh is told what has come.
@@ -481,7 +481,7 @@ impl Work {
         found: &Found,
         keep_trying: bool,
         pause: &mut Duration,
-    ) -> Result<(Arc<Manifest>, Known), Error> {
+    ) -> Result<(Arc<Manifest>, KnownProviders), Error> {
         self.enter(GetPhase::Connecting);
         let (started, lookup) = (self.started, &mut self.lookup);
         let mut answered = || {
@@ -499,7 +499,7 @@ impl Work {
     }
 
     /// The job of fetching a model, without limits.
-    fn job(&self, id: Hash, manifest: &Manifest, known: Known) -> Job {
+    fn job(&self, id: Hash, manifest: &Manifest, known: KnownProviders) -> Job {
         let counts = Arc::clone(&self.counts);
         Job {
             model: id,

@@ -28,7 +28,7 @@ use crate::{
     Error, File, Hash, Node, Priority, Target,
     models::found::Found,
     operation::blocking,
-    swarm::{self, Job, Shown, Swarm, providers::Known},
+    swarm::{self, Job, Shown, Swarm, providers::KnownProviders},
 };
 
 /// Chunk groups read from the disk at a time: 1 MiB.
@@ -535,9 +535,9 @@ async fn fetch(
         fastrand::u64(..),
     );
     let _lingering = transfer.linger();
-    let known = Known {
+    let known = KnownProviders {
         given,
-        ..Known::default()
+        ..KnownProviders::default()
     };
     let mut plan = Plan::of_nothing(node.store(), Arc::clone(&progress));
     let job = Job {

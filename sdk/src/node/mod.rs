@@ -59,8 +59,8 @@ struct Inner {
     offered: Offered,
     serving: Serving,
     discovery: Discovery,
-    topics: Mutex<topics::Known>,
-    services: services::Known,
+    topics: Mutex<topics::KnownTopics>,
+    services: services::KnownServices,
     resolved: Resolved,
     /// Where what the node does by itself runs.
     runtime: Handle,
@@ -371,7 +371,7 @@ impl Node {
         &self.inner.discovery
     }
 
-    pub(crate) fn known_topics(&self) -> &Mutex<topics::Known> {
+    pub(crate) fn known_topics(&self) -> &Mutex<topics::KnownTopics> {
         &self.inner.topics
     }
 
@@ -384,7 +384,7 @@ impl Node {
         &self.inner.resolved
     }
 
-    pub(crate) fn services(&self) -> &services::Known {
+    pub(crate) fn services(&self) -> &services::KnownServices {
         &self.inner.services
     }
 

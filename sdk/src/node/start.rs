@@ -86,7 +86,7 @@ impl Node {
                 serving: Serving::new(calls),
                 discovery,
                 topics: Mutex::default(),
-                services: services::Known::default(),
+                services: services::KnownServices::default(),
                 resolved: Resolved::default(),
                 runtime: Handle::current(),
                 admission: Admission::default(),

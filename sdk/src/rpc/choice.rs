@@ -170,7 +170,7 @@ impl Offers {
     /// Whom to ask: the cheapest of those that have not failed, or of all if they have.
     pub(super) fn choose(
         &mut self,
-        wanted: &WantedNow<'_>,
+        wanted: &ConditionsNow<'_>,
         tried: &HashSet<PeerId>,
         now: Instant,
     ) -> Option<(PeerId, Heard)> {
@@ -245,13 +245,13 @@ impl Offers {
 
 /// The conditions that a provider has to meet, with the list of trusted peers as it is.
 #[derive(Debug)]
-pub(super) struct WantedNow<'a> {
+pub(super) struct ConditionsNow<'a> {
     pub(super) labels: &'a Labels,
     pub(super) only: Option<&'a BTreeSet<PeerId>>,
     pub(super) trusted: Option<BTreeSet<PeerId>>,
 }
 
-impl WantedNow<'_> {
+impl ConditionsNow<'_> {
     pub(super) fn fits(&self, peer: &PeerId, labels: &Labels) -> bool {
         has(labels, self.labels)
             && self.only.is_none_or(|only| only.contains(peer))

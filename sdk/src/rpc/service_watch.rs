@@ -9,7 +9,7 @@ use weft_net::PeerId;
 
 use super::{
     announced::Labels,
-    choice::{WantedNow, offer},
+    choice::{ConditionsNow, offer},
 };
 use crate::discovery::watch::{Change, Watcher};
 
@@ -38,7 +38,7 @@ pub enum ServiceChange {
     },
 }
 
-/// The changes of who offers a service; [`Service::watch`]. Keeps no node from stopping.
+/// The changes of who offers a service; [`Service::watch`](super::Service::watch). Keeps no node from stopping.
 #[derive(Debug)]
 pub struct ServiceWatch {
     pub(super) watcher: Watcher,
@@ -72,7 +72,7 @@ impl ServiceWatch {
             Change::Left { publisher, subkey } if subkey.is_empty() => (publisher, None),
             Change::Left { .. } => return None,
         };
-        let wanted = WantedNow {
+        let wanted = ConditionsNow {
             labels: &self.wanted,
             only: self.only.as_deref(),
             trusted: None,

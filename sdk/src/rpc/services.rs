@@ -26,7 +26,7 @@ use weft_proto::rpc::{
 
 use super::{
     announced::{Labels, ServiceError, check, key},
-    choice::{Offers, WantedNow, in_turns},
+    choice::{ConditionsNow, Offers, in_turns},
     may_repeat, names,
     retries::{ATTEMPTS, Pauses, Retries},
     service_watch::ServiceWatch,
@@ -88,7 +88,7 @@ pub struct ServicePeer {
 
 /// The services that this node calls by name, or did so lately.
 #[derive(Debug, Default)]
-pub(crate) struct Known(Mutex<HashMap<String, Remembered>>);
+pub(crate) struct KnownServices(Mutex<HashMap<String, Remembered>>);
 
 #[derive(Debug)]
 struct Remembered {
@@ -96,7 +96,7 @@ struct Remembered {
     used: Instant,
 }
 
-impl Known {
+impl KnownServices {
     fn get(&self, name: &str, node: &Node) -> Arc<Shared> {
         let now = Instant::now();
         let mut known = lock(&self.0);
@@ -297,13 +297,13 @@ pub struct Service {
     node: Node,
     name: String,
     shared: Arc<Shared>,
-    wanted: Wanted,
+    wanted: Conditions,
     class: Class,
 }
 
 /// The conditions that a provider of a service has to meet to be called.
 #[derive(Debug, Clone, Default)]
-struct Wanted {
+struct Conditions {
     labels: Labels,
     /// Only these.
     only: Option<Arc<BTreeSet<PeerId>>>,
@@ -311,10 +311,10 @@ struct Wanted {
     trusted: Option<Node>,
 }
 
-impl Wanted {
+impl Conditions {
     /// Returns the conditions as they are at this moment.
-    fn now(&self) -> WantedNow<'_> {
-        WantedNow {
+    fn now(&self) -> ConditionsNow<'_> {
+        ConditionsNow {
             labels: &self.labels,
             only: self.only.as_deref(),
             trusted: self.trusted.as_ref().map(|node| node.trusted().peers()),
@@ -348,7 +348,7 @@ impl Service {
             node: node.clone(),
             name: name.to_owned(),
             shared,
-            wanted: Wanted::default(),
+            wanted: Conditions::default(),
             class: Class::Interactive,
         })
     }

@@ -73,7 +73,7 @@ pub(crate) struct Link {
 /// All of them, by model. Cheap to clone; all clones are one.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Hub {
-    rooms: Arc<Mutex<HashMap<Hash, Room>>>,
+    rooms: Arc<Mutex<HashMap<Hash, Gathering>>>,
     looking: Looking,
 }
 
@@ -88,7 +88,7 @@ impl Default for Looking {
 }
 
 #[derive(Debug, Default)]
-struct Room {
+struct Gathering {
     guests: HashMap<PeerId, Guest>,
     next: u64,
     link: Option<Link>,
@@ -158,7 +158,7 @@ impl Drop for Present<'_> {
 }
 
 impl Hub {
-    fn rooms(&self) -> MutexGuard<'_, HashMap<Hash, Room>> {
+    fn rooms(&self) -> MutexGuard<'_, HashMap<Hash, Gathering>> {
         self.rooms
             .lock()
             .expect("nothing panics while holding the lock")

@@ -44,7 +44,7 @@ pub(crate) use self::{
 use crate::{
     Error, Failure, Node, Priority, Provider,
     swarm::{
-        providers::{Known, find_providers, reach},
+        providers::{KnownProviders, find_providers, reach},
         turns::Rank,
     },
 };
@@ -192,7 +192,7 @@ pub(crate) struct Job {
     pub(crate) progress: Arc<plan::Progress>,
     pub(crate) shown: Shown,
     /// Providers that are known to have all of the model, and peers that are never asked.
-    pub(crate) known: Known,
+    pub(crate) known: KnownProviders,
     pub(crate) limits: Vec<Limit>,
     pub(crate) priority: Priority,
     /// Go on however long nobody delivers.
@@ -207,7 +207,7 @@ impl Swarm {
             transfer,
             progress,
             shown,
-            known: Known { given, banned },
+            known: KnownProviders { given, banned },
             limits,
             priority,
             keep_trying,

@@ -30,7 +30,7 @@ pub struct Provider {
     pub peer: PeerId,
     /// Where it says that it is.
     pub addresses: Heard,
-    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`]).
+    /// The shard groups that it says it has, where it has not all of them: bit `g` for group `g` ([`Manifest::shard_group`](crate::Manifest::shard_group)).
     pub shards: Option<u64>,
     /// There is a connection to it.
     pub connected: bool,
@@ -76,7 +76,7 @@ pub(crate) struct Providers {
 
 /// What is known of a model's providers before content is fetched.
 #[derive(Debug, Default)]
-pub(crate) struct Known {
+pub(crate) struct KnownProviders {
     /// Who has it, and where they are.
     pub(crate) given: Vec<(PeerId, Vec<Multiaddr>)>,
     /// Those that are never asked.
@@ -165,13 +165,13 @@ impl Providers {
     }
 
     /// Whom it has found to answer, and who sent wrong bytes, each with what it did.
-    pub(crate) fn into_known(self) -> Known {
+    pub(crate) fn into_known(self) -> KnownProviders {
         let mut good = self.given;
         // It is connected: what was heard of where it is need not be told.
         let answered = self.queue.into_iter().take(1).filter(|_| self.succeeded);
         good.extend(answered.map(|(peer, at)| (peer, at.given)));
         good.retain(|(peer, _)| !self.banned.contains(peer));
-        Known {
+        KnownProviders {
             given: good,
             banned: self.banned,
         }

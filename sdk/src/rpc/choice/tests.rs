@@ -31,8 +31,8 @@ fn choose(state: &mut Offers) -> PeerId {
     chosen.unwrap().0
 }
 
-fn any(labels: &Labels) -> WantedNow<'_> {
-    WantedNow {
+fn any(labels: &Labels) -> ConditionsNow<'_> {
+    ConditionsNow {
         labels,
         only: None,
         trusted: None,
@@ -192,22 +192,22 @@ fn only_peers_that_are_named_or_trusted_are_asked() {
     let (mut state, peers) = state(vec![candidate(ms(1), DIRECT), candidate(ms(90), DIRECT)]);
     let labels = Labels::new();
     let far = BTreeSet::from([peers[1]]);
-    let asked = |state: &mut Offers, wanted: &WantedNow<'_>| {
+    let asked = |state: &mut Offers, wanted: &ConditionsNow<'_>| {
         let asked = state.choose(wanted, &HashSet::new(), Instant::now());
         asked.map(|(peer, _)| peer)
     };
-    let only = WantedNow {
+    let only = ConditionsNow {
         only: Some(&far),
         ..any(&labels)
     };
-    let trusted = WantedNow {
+    let trusted = ConditionsNow {
         trusted: Some(far.clone()),
         ..any(&labels)
     };
     for wanted in [&only, &trusted] {
         assert_eq!(asked(&mut state, wanted), Some(peers[1]));
     }
-    let nobody = WantedNow {
+    let nobody = ConditionsNow {
         only: Some(&far),
         trusted: Some(BTreeSet::from([peers[0]])),
         ..any(&labels)
