@@ -26,7 +26,7 @@ use std::{
 };
 
 use redb::{ReadOnlyTable, ReadTransaction, TableDefinition};
-use weft_disk::{Database, Error, Options};
+use weft_disk::{Database, Error, Failure, Fault, Options};
 
 use crate::id::{DocumentId, SessionId};
 
@@ -67,11 +67,6 @@ pub enum StoreError {
     /// Something else.
     #[error("the documents on disk: {0}")]
     Other(String),
-}
-
-/// Wraps an error of redb within a transaction.
-fn failed<E: Into<redb::Error>>(error: E) -> StoreError {
-    Error::of(error).into()
 }
 
 impl From<Error> for StoreError {
@@ -132,7 +127,7 @@ impl Reader<'_> {
         let Some(table) = &self.table else {
             return Ok(None);
         };
-        let value = self.store.note(table.get(key).map_err(failed))?;
+        let value = self.store.note(table.get(key).map_err(Error::of))?;
         Ok(value.map(|value| value.value().to_vec()))
     }
 }
@@ -171,13 +166,21 @@ impl Store {
         }
     }
 
-    /// Keeps a fault of the disk for the next flush, which fails with it.
-    fn note<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
-        if let Err(error) = &result {
-            self.closed.set(true);
-            self.noted.borrow_mut().fault.get_or_insert(error.clone());
-        }
-        result
+    /// Keeps an error of the database for the next flush, which fails with it.
+    fn note<T>(&self, result: Result<T, Error>) -> Result<T, StoreError> {
+        result.map_err(|error| {
+            // As redb itself does, also when it could be opened again at once.
+            if !matches!(error.fault(), None | Some(Fault::Unsound)) {
+                self.closed.set(true);
+            }
+            self.keep(error.into())
+        })
+    }
+
+    fn keep(&self, error: StoreError) -> StoreError {
+        let mut noted = self.noted.borrow_mut();
+        noted.fault.get_or_insert(error.clone());
+        error
     }
 
     /// Takes the first fault of the disk since the last flush.
@@ -222,17 +225,17 @@ impl Store {
     }
 
     fn database(&self) -> Result<&Database, StoreError> {
-        let closed = || StoreError::Other("they are closed after a fault".to_owned());
-        self.note(
-            (!self.closed.get())
-                .then_some(&self.database)
-                .ok_or_else(closed),
-        )
+        match self.closed.get() {
+            false => Ok(&self.database),
+            true => {
+                let closed = "they are closed after a fault".to_owned();
+                Err(self.keep(StoreError::Other(closed)))
+            }
+        }
     }
 
     fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
-        let begun = self.database()?.begin_read();
-        self.note(begun.map_err(StoreError::from))
+        self.note(self.database()?.begin_read())
     }
 
     pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
@@ -248,7 +251,7 @@ impl Store {
         let table = match read.open_table(DOCUMENTS) {
             Ok(table) => Some(table),
             Err(redb::TableError::TableDoesNotExist(_)) => None,
-            Err(error) => return self.note(Err(failed(error))),
+            Err(error) => return self.note(Err(Error::of(error))),
         };
         Ok(Reader { store: self, table })
     }
@@ -269,7 +272,7 @@ impl Store {
         let last = table
             .range::<&[u8]>((Bound::Included(prefix), Bound::Included(end.as_slice())))
             .and_then(|mut rows| rows.next_back().transpose())
-            .map_err(failed);
+            .map_err(Error::of);
         let last = self.note(last)?;
         Ok(last.map(|(key, value)| (key.value().to_vec(), value.value().to_vec())))
     }
@@ -288,9 +291,9 @@ impl Store {
         match read.open_table(DOCUMENTS) {
             Ok(table) => {
                 let range = (Bound::Included(begin.as_slice()), Bound::Unbounded);
-                let found = self.note(table.range::<&[u8]>(range).map_err(failed))?;
+                let found = self.note(table.range::<&[u8]>(range).map_err(Error::of))?;
                 for row in found {
-                    let (key, value) = self.note(row.map_err(failed))?;
+                    let (key, value) = self.note(row.map_err(Error::of))?;
                     if !key.value().starts_with(prefix) {
                         break;
                     }
@@ -306,7 +309,7 @@ impl Store {
                 }
             }
             Err(redb::TableError::TableDoesNotExist(_)) => {}
-            Err(error) => return self.note(Err(failed(error))),
+            Err(error) => return self.note(Err(Error::of(error))),
         }
         let pending = self
             .pending

@@ -339,7 +339,7 @@ struct Server<'a, S> {
 }
 
 /// What a request comes to.
-enum Answer {
+enum Reply {
     Refused(Status),
     Slice(Arc<Source>, Range<u64>, Slice),
 }
@@ -378,11 +378,11 @@ where
                         return patient(queue, self.writer.shutdown()).await;
                     };
                     match self.look_at(&waiting).await? {
-                        Answer::Refused(status) => {
+                        Reply::Refused(status) => {
                             self.refuse(status).await?;
                             continue;
                         }
-                        Answer::Slice(source, groups, slice) => {
+                        Reply::Slice(source, groups, slice) => {
                             let buffer = spare.pop().unwrap_or_default();
                             let reading = begin(&source, slice, buffer);
                             (waiting, source, groups, reading)
@@ -406,12 +406,12 @@ where
                 && let Some(next) = queue.try_pop()
             {
                 match self.look_at(&next).await? {
-                    Answer::Slice(source, groups, slice) => {
+                    Reply::Slice(source, groups, slice) => {
                         let buffer = spare.pop().unwrap_or_default();
                         let reading = begin(&source, slice, buffer);
                         ahead = Some((next, source, groups, reading));
                     }
-                    Answer::Refused(status) => {
+                    Reply::Refused(status) => {
                         self.send(&part.buffer[..part.end]).await?;
                         sending.bytes = self.sent - before;
                         drop(sending);
@@ -482,10 +482,10 @@ where
     }
 
     /// Opens what is asked for.
-    async fn look_at(&mut self, waiting: &Waiting) -> Result<Answer, ServeError> {
+    async fn look_at(&mut self, waiting: &Waiting) -> Result<Reply, ServeError> {
         let request = &waiting.request;
         if waiting.cancelled {
-            return Ok(Answer::Refused(Status::Cancelled));
+            return Ok(Reply::Refused(Status::Cancelled));
         }
         let Some(hash) = Hash::from_slice(&request.hash) else {
             return self.bad_request("the hash is not 32 bytes").await;
@@ -502,7 +502,7 @@ where
                     Err(error) => {
                         tracing::warn!(%hash, %error, "a blob cannot be opened");
                         self.sources = None;
-                        return Ok(Answer::Refused(Status::Internal));
+                        return Ok(Reply::Refused(Status::Internal));
                     }
                 };
             }
@@ -521,14 +521,14 @@ where
                 };
                 if source.has(groups.clone()) {
                     let slice = source.slice(groups.clone(), request.proofs_only);
-                    return Ok(Answer::Slice(Arc::clone(source), groups, slice));
+                    return Ok(Reply::Slice(Arc::clone(source), groups, slice));
                 }
             }
         }
         // Of a damaged file, other groups are worth asking for, and these one by one.
         let sources = self.sources.iter().flat_map(|(_, sources)| sources);
         let damaged = sources.into_iter().any(|source| source.is_damaged());
-        Ok(Answer::Refused(match damaged {
+        Ok(Reply::Refused(match damaged {
             true => Status::Internal,
             false => Status::NotFound,
         }))

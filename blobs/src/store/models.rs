@@ -297,7 +297,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let number = self.next_use();
         quota::note_use(txn, number)?;
-        put_model(txn, id, (root, fetched), number, manifest)
+        put_model(txn, id, root, fetched, number, manifest)
     }
 }
 
@@ -305,7 +305,8 @@ impl Store {
 fn put_model(
     txn: &WriteTransaction,
     id: Hash,
-    (root, fetched): (&Path, bool),
+    root: &Path,
+    fetched: bool,
     used: u64,
     manifest: Option<&Manifest>,
 ) -> Result<(), StoreError> {

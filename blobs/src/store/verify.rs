@@ -135,6 +135,22 @@ enum Kind {
     },
 }
 
+/// A file as a model lists it.
+#[derive(Clone, Copy)]
+struct Listed<'a> {
+    model: Hash,
+    /// Its path in the model.
+    path: &'a str,
+    hash: Hash,
+}
+
+/// A part file and the groups that it holds.
+struct Held<'a> {
+    part: &'a Path,
+    bits: &'a Bitfield,
+    tree: Tree,
+}
+
 /// The files to be verified, each once.
 struct Tasks<'a> {
     store: &'a Store,
@@ -146,13 +162,8 @@ struct Tasks<'a> {
 impl Tasks<'_> {
     /// Adds the files and part files of a blob, which is at `path` in a model. `target`: where the model has it; `None`
     /// for a model that is not held, which lacks nothing.
-    fn add(
-        &mut self,
-        (model, path): (Hash, &str),
-        hash: Hash,
-        target: Option<&Path>,
-    ) -> Result<(), StoreError> {
-        let store = self.store;
+    fn add(&mut self, of: Listed<'_>, target: Option<&Path>) -> Result<(), StoreError> {
+        let (store, hash) = (self.store, of.hash);
         let owned = store.owned_path(&hash);
         let rows = store.blob_row(&hash)?;
         for row in rows.into_iter().flat_map(|row| row.locations) {
@@ -167,7 +178,7 @@ impl Tasks<'_> {
                 continue;
             }
             let ours = row.written && own;
-            self.put((model, path), hash, (at, own), Kind::File { row, ours });
+            self.put(of, at, own, Kind::File { row, ours });
         }
         for (part, row) in store.part_rows(&hash)? {
             let tree = Tree::new(row.size);
@@ -176,28 +187,23 @@ impl Tasks<'_> {
                 && part.exists()
             {
                 let size = row.size;
-                let at = (part.clone(), false);
-                self.put((model, path), hash, at, Kind::Part { part, size, bits });
+                let at = part.clone();
+                self.put(of, at, false, Kind::Part { part, size, bits });
             }
         }
         Ok(())
     }
 
-    fn put(
-        &mut self,
-        (model, path): (Hash, &str),
-        hash: Hash,
-        (at, own): (PathBuf, bool),
-        kind: Kind,
-    ) {
+    /// `own`: the model, or the store itself, has it at `at`.
+    fn put(&mut self, of: Listed<'_>, at: PathBuf, own: bool, kind: Kind) {
         let task = Task {
-            model,
-            path: path.to_owned(),
-            hash,
+            model: of.model,
+            path: of.path.to_owned(),
+            hash: of.hash,
             kind,
-            _hold: self.store.hold(hash),
+            _hold: self.store.hold(of.hash),
         };
-        match self.known.entry((hash, at)) {
+        match self.known.entry((of.hash, at)) {
             Entry::Occupied(known) if own && !self.tasks[*known.get()].is_ours() => {
                 self.tasks[*known.get()] = task;
             }
@@ -306,7 +312,12 @@ impl Store {
         for model in models.unwrap_or(&all) {
             for file in self.manifest(&model.id)?.iter().flat_map(Manifest::files) {
                 let target = model.root.join(&file.path);
-                tasks.add((model.id, &file.path), file.blake3, Some(&target))?;
+                let of = Listed {
+                    model: model.id,
+                    path: &file.path,
+                    hash: file.blake3,
+                };
+                tasks.add(of, Some(&target))?;
             }
         }
         if models.is_none() {
@@ -329,14 +340,24 @@ impl Store {
                 continue;
             }
             for file in self.manifest(id)?.iter().flat_map(Manifest::files) {
-                tasks.add((*id, &file.path), file.blake3, None)?;
+                let of = Listed {
+                    model: *id,
+                    path: &file.path,
+                    hash: file.blake3,
+                };
+                tasks.add(of, None)?;
             }
         }
         let mut rest: Vec<Hash> = contents.into_iter().map(|(hash, _)| *hash).collect();
         rest.extend(self.all_parts()?.keys());
         rest.sort_unstable();
         for hash in rest {
-            tasks.add((hash, &hash.to_string()), hash, None)?;
+            let of = Listed {
+                model: hash,
+                path: &hash.to_string(),
+                hash,
+            };
+            tasks.add(of, None)?;
         }
         Ok(())
     }
@@ -349,7 +370,9 @@ impl Store {
                 self.check_file(&task.hash, row, repair, *ours, &reading)?
             }
             Kind::Part { part, size, bits } => {
-                self.check_part(&task.hash, (part, *size, bits), repair, &reading)?
+                let tree = Tree::new(*size);
+                let held = Held { part, bits, tree };
+                self.check_part(&task.hash, held, repair, &reading)?
             }
         };
         reading.end(task.bytes());
@@ -466,11 +489,11 @@ impl Store {
     fn check_part(
         &self,
         hash: &Hash,
-        (part, size, bits): (&Path, u64, &Bitfield),
+        held: Held<'_>,
         repair: bool,
         reading: &Reading<'_>,
     ) -> Result<Found, StoreError> {
-        let tree = Tree::new(size);
+        let Held { part, bits, tree } = held;
         let file = match files::open(part) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -478,7 +501,7 @@ impl Store {
             }
             Err(error) => return Err(StoreError::io("cannot read", part)(error)),
         };
-        if file.metadata().is_ok_and(|file| file.len() != size) {
+        if file.metadata().is_ok_and(|file| file.len() != tree.size()) {
             return Ok(Found::only(Condition::Changed));
         }
         from_disk(&file);
@@ -497,7 +520,12 @@ impl Store {
         found.bad = Some((bad, tree));
         // Whoever opened it meanwhile goes on from what is in the row.
         if repair && let Ok(_lease) = PartLease::take(self, *hash, part) {
-            self.note_part(hash, (part, &good, &tree), false, |_| Ok(()))?;
+            let held = Held {
+                part,
+                bits: &good,
+                tree,
+            };
+            self.note_part(hash, &held, false, |_| Ok(()))?;
             found.action = Action::Cleared;
         }
         Ok(found)
@@ -523,14 +551,19 @@ impl Store {
             _ => {}
         }
         let tree = Tree::new(location.size);
-        self.note_part(hash, (&part, good, &tree), false, |_| Ok(()))?;
+        let held = Held {
+            part: &part,
+            bits: good,
+            tree,
+        };
+        self.note_part(hash, &held, false, |_| Ok(()))?;
         rename_new(&location.path, &part)
             .map_err(StoreError::io("cannot rename", &location.path))?;
         if let Some(folder) = part.parent() {
             sync_folder(folder)?;
         }
         // Every group that the row claims has just been read.
-        self.note_part(hash, (&part, good, &tree), true, |txn| {
+        self.note_part(hash, &held, true, |txn| {
             forget_locations(txn, hash, |path| path == location.path).map(drop)
         })?;
         Ok(true)
@@ -541,10 +574,11 @@ impl Store {
     fn note_part(
         &self,
         hash: &Hash,
-        (part, bits, tree): (&Path, &Bitfield, &Tree),
+        held: &Held<'_>,
         read: bool,
         more: impl FnOnce(&WriteTransaction) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
+        let Held { part, bits, tree } = held;
         let metadata = fs::symlink_metadata(part).ok().filter(|_| read);
         let stamp = metadata.map(|metadata| Stamp::of(&metadata));
         self.write(|txn| {

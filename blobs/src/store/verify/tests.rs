@@ -288,9 +288,12 @@ fn a_crash_while_a_file_becomes_a_part_loses_no_more_than_its_bad_groups() {
     origin.fetch(&store, &root);
     flip(&root.join("a"), 4 * GROUP);
     let part = part_path(&root.join("a"), &a);
-    store
-        .note_part(&a, (&part, &good, &tree), false, |_| Ok(()))
-        .unwrap();
+    let held = Held {
+        part: &part,
+        bits: &good,
+        tree,
+    };
+    store.note_part(&a, &held, false, |_| Ok(())).unwrap();
     drop(store);
     let store = self::store(&home);
     assert_eq!(verify(&store, true)[0].action, Action::Reopened);
@@ -299,9 +302,12 @@ fn a_crash_while_a_file_becomes_a_part_loses_no_more_than_its_bad_groups() {
     let (store, root) = (self::store(&other), other.path().join("to"));
     origin.fetch(&store, &root);
     let part = part_path(&root.join("a"), &a);
-    store
-        .note_part(&a, (&part, &good, &tree), false, |_| Ok(()))
-        .unwrap();
+    let held = Held {
+        part: &part,
+        bits: &good,
+        tree,
+    };
+    store.note_part(&a, &held, false, |_| Ok(())).unwrap();
     fs::rename(root.join("a"), &part).unwrap();
     drop(store);
     let store = self::store(&other);
