@@ -1,23 +1,37 @@
 //! Nodes of one process, on loopback.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
-use weft::{Multiaddr, Node, PeerId, Rates, Ticket};
+use tokio::time::sleep;
+use weft::{HomeError, Multiaddr, Node, PeerId, Rates, Ticket};
+
+/// How long to wait for a home that is in use: a node that was shut down may have a task left that holds it.
+const FREE: Duration = Duration::from_secs(30);
 
 /// A node that finds nobody but by `bootstrap`.
 ///
 /// # Panics
 /// If it does not start.
 pub async fn node(home: &Path, bootstrap: &[Multiaddr]) -> Node {
-    Node::builder()
-        .home(home)
-        .mdns(false)
-        .port_mapping(false)
-        .listen(["/ip4/127.0.0.1/tcp/0".parse().expect("an address")])
-        .bootstrap(bootstrap.iter().cloned())
-        .spawn()
-        .await
-        .expect("a node starts")
+    let begin = Instant::now();
+    loop {
+        let builder = Node::builder()
+            .home(home)
+            .mdns(false)
+            .port_mapping(false)
+            .listen(["/ip4/127.0.0.1/tcp/0".parse().expect("an address")])
+            .bootstrap(bootstrap.iter().cloned());
+        match builder.spawn().await {
+            // What an earlier node still does with its home ends soon.
+            Err(weft::Error::Home(HomeError::InUse(_))) if begin.elapsed() < FREE => {
+                sleep(Duration::from_millis(20)).await;
+            }
+            started => return started.expect("a node starts"),
+        }
+    }
 }
 
 /// Where a node is reached, as a ticket says it: without the id in the addresses.

@@ -138,7 +138,14 @@ async fn a_key_is_not_taken_by_many_identities_of_one_network() {
 
     let begin = Instant::now();
     for (n, (dht, _)) in honest.iter().enumerate().take(5) {
-        let took = dht.publish(KEY, b"", &[n as u8], HOUR).await.unwrap();
+        // On a machine that is busy with something else a try may end before anybody has answered.
+        let mut took = 0;
+        for _try in 0..10 {
+            took = dht.publish(KEY, b"", &[n as u8], HOUR).await.unwrap();
+            if took >= 15 {
+                break;
+            }
+        }
         eprintln!("put {took} {:?}", begin.elapsed());
         assert!(took >= 15, "only {took} took it");
     }
