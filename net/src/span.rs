@@ -1,27 +1,29 @@
 //! Spans that group log lines: one for each peer, one for each connection, and one for each handshake.
 //!
 //! The name and the fields of a span stand before each line that is logged within it, so that the lines of one peer or
-//! one connection can be found among the others.
+//! one connection can be found among the others. None has a parent: what a peer's connection sets off at another peer
+//! is logged with that peer.
 
 use std::{fmt::Display, future::Future};
 
 use libp2p::{PeerId, swarm::ConnectionId};
 use tokio::task::JoinHandle;
-use tracing::{Instrument, Span, info_span};
+use tracing::{Instrument, Span, debug_span, info_span};
 
 /// Work for one peer, on no connection in particular.
 pub(crate) fn peer(peer: PeerId) -> Span {
-    info_span!("peer", %peer)
+    info_span!(parent: None, "peer", %peer)
 }
 
 /// Work on one connection to a peer.
 pub(crate) fn connection(peer: PeerId, id: ConnectionId) -> Span {
-    info_span!("connection", %peer, %id)
+    info_span!(parent: None, "connection", %peer, %id)
 }
 
-/// A connection that is being secured; the peer is not proven yet.
+/// A connection that is being secured; the peer is not proven yet. Strangers can begin many: without debug lines, the
+/// span costs nothing.
 pub(crate) fn handshake(address: &dyn Display) -> Span {
-    info_span!("handshake", %address)
+    debug_span!(parent: None, "handshake", %address)
 }
 
 /// Spawns a task that works for one peer.

@@ -94,8 +94,8 @@ const STOP_WAIT: Duration = Duration::from_secs(1);
 /// How often it is looked what is due.
 const TICK: Duration = Duration::from_secs(1);
 
-/// The time in which a doubted connection has to show that it still works ([`Network::check`](crate::Network::check)): three retransmissions
-/// of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
+/// The time in which a doubted connection has to show that it still works ([`Network::check`](crate::Network::check)):
+/// three retransmissions of TCP, or eight round trips of half a second. A transfer over a slow link gives more.
 pub const PATH_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// What tasks have come to and the driver has not looked at yet.
