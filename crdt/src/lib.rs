@@ -9,6 +9,13 @@
 //! It promises: what one replica acknowledges survives its crash; replicas that know the same show the same; a change that would break Automerge is refused by
 //! all alike; an author that signs two different changes for one place is found out, and all drop the same; what a stranger can make a replica store, compute
 //! or send is bounded. It leaves out: transport (`weft-net`), finding who holds a document, and short-lived facts, which are records (`weft-dht`).
+//!
+//! # A panic hook
+//! A hostile change can make Automerge panic. Such a panic is caught, and so that it is not reported as a fault of this
+//! program, the first document that is loaded or taken from a peer installs a panic hook for the whole process
+//! ([`std::panic::set_hook`]). The hook is silent for panics that this crate catches, and calls the hook that was there
+//! before for all others. A program that has a hook of its own should install it before it opens a replica: a hook that
+//! is installed later sees these panics as well. A program that is built with `panic = "abort"` ends at the first one.
 
 mod content;
 mod document;

@@ -32,6 +32,9 @@
 //! a stream and stop when dropped, keeping what is done; every error says what failed and why.
 //!
 //! It leaves out: the command line and the gRPC API, which the `weft` program builds on exactly this.
+//!
+//! One effect is process-wide: documents install a panic hook, which silences panics that they catch and passes all
+//! others on to the hook before it. A program that has a hook of its own should install it before it starts a node.
 
 mod discovery;
 mod documents;

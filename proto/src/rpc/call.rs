@@ -22,10 +22,13 @@ use super::{
     limits::{MAX_ATTACHMENTS, MAX_RANK},
     message::{Attachment, Message},
     outbox::{Body, Frame},
-    session::{SHORT, Shared, lock, within},
+    session::{Shared, lock, within},
     status::{Code, Status},
 };
 use crate::wire::{RpcAttachment, RpcRequest};
+
+/// Messages up to this many bytes are copied into one frame, so that they keep no larger buffer alive.
+const SHORT: usize = 4096;
 
 /// One call, at either side.
 pub(super) struct Call {

@@ -12,16 +12,13 @@ use tokio::{
 };
 
 use super::{
-    frame::{self, HEAD, Head, Kind, Violation, limit},
+    frame::{self, HEAD, Head, Kind, VERSION, Violation, limit},
     limits::{Limits, MAX_CONTROL},
     outbox::Out,
     serve::Serving,
     session::{Shared, Used, lock},
 };
 use crate::wire::{RpcHello, RpcShutdown};
-
-/// The only version there is.
-pub(super) const VERSION: u32 = 1;
 
 /// Bytes read at a time: while little comes, and while every read is filled.
 const READ: usize = 16 * 1024;

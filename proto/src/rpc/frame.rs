@@ -5,6 +5,9 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 
+/// The version of the protocol, told in `RpcHello`; the only one there is.
+pub(crate) const VERSION: u32 = 1;
+
 /// Bytes of a frame's head.
 pub(crate) const HEAD: usize = 10;
 

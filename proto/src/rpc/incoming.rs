@@ -44,6 +44,7 @@ impl Shared {
         }
     }
 
+    /// Takes one frame, whose head has been read.
     pub(super) async fn take<R>(
         self: &Arc<Self>,
         head: Head,
@@ -53,108 +54,101 @@ impl Shared {
     where
         R: AsyncRead + Unpin,
     {
-        let length = u64::from(head.length);
-        let control = |what| limit(what, length, MAX_CONTROL);
+        let serves = serving.is_some();
         match head.kind {
             Kind::Hello => return Err(Violation::Order("a second hello").into()),
-            Kind::Request => {
-                let most = MAX_CONTROL + self.ours.max_metadata as u64;
-                limit("a request", length, most)?;
-                // Who opens calls without end is to hold up nobody else.
-                tokio::task::consume_budget().await;
-                let bytes = input.bytes(head.length).await?;
-                let request: RpcRequest = frame::decode("a request", &bytes)?;
-                let Some(server) = serving else {
-                    let text = "a request from the side that is called";
-                    return Err(Violation::Order(text).into());
-                };
-                return Ok(self.requested(head.call, request, length, server).await?);
-            }
-            Kind::Shutdown => {
-                control("a shutdown")?;
-                if serving.is_some() {
-                    return Err(Violation::Order("a shutdown from the side that calls").into());
-                }
-                let bytes = input.bytes(head.length).await?;
-                let shutdown: RpcShutdown = frame::decode("a shutdown", &bytes)?;
-                self.shut_down(shutdown.last_call);
-                return Ok(());
-            }
+            Kind::Request => return self.request(head, input, serving).await,
+            Kind::Shutdown => return self.shutdown(head, input, serves).await,
             _ => {}
         }
         let call = lock(&self.calls).open.get(&head.call).cloned();
         let Some(call) = call else {
             // It has ended here, and the other side does not know yet. What was never opened is another matter.
-            if head.call == 0 || (serving.is_none() && head.call > lock(&self.calls).next) {
+            if head.call == 0 || (!serves && head.call > lock(&self.calls).next) {
                 return Err(Violation::Order("a frame of a call that was never made").into());
             }
             return input.skip(head.length).await;
         };
+        let length = u64::from(head.length);
         match head.kind {
             Kind::Data => {
                 let bytes = input.bytes(head.length).await?;
-                self.data(&call, head.flags, bytes, serving.is_some())?;
+                self.data(&call, head.flags, bytes, serves)?;
             }
             Kind::Attachment => {
-                control("an attachment's head")?;
+                limit("an attachment's head", length, MAX_CONTROL)?;
                 let bytes = input.bytes(head.length).await?;
                 self.attachment(&call, &bytes)?;
             }
             Kind::Raw => self.raw(&call, head.length, input).await?,
-            Kind::Credit => {
-                let bytes = input.bytes(head.length).await?;
-                let bytes: [u8; 4] = bytes
-                    .as_ref()
-                    .try_into()
-                    .map_err(|_| Violation::Order("credit that is no number of four bytes"))?;
-                let more = u64::from(u32::from_le_bytes(bytes));
-                let mut state = lock(&call.state);
-                state.heard = true;
-                state.credit += more;
-                limit("credit", state.credit, 1 << 40)?;
-                let waker = state.credit_waker.take();
-                drop(state);
-                waker.into_iter().for_each(Waker::wake);
-            }
-            Kind::Cancel => {
-                limit("a cancellation", length, 0)?;
-                if serving.is_none() {
-                    return Err(
-                        Violation::Order("a cancellation by the side that is called").into(),
-                    );
-                }
-                self.cut_off(lock(&self.calls), Which::One(call.id), |_, _| {
-                    Some(Status::new(Code::Cancelled, "the caller has cancelled"))
-                });
-            }
-            Kind::Close => {
-                limit("a close", length, 0)?;
-                if serving.is_none() {
-                    return Err(Violation::Order("a close by the side that is called").into());
-                }
-                call.end(Ok(()), true);
-            }
+            Kind::Credit => call.credited(&input.bytes(head.length).await?)?,
+            Kind::Cancel => self.cancelled(&call, length, serves)?,
+            Kind::Close => call.closed(length, serves)?,
             Kind::End => {
-                control("a status")?;
-                if serving.is_some() {
+                limit("a status", length, MAX_CONTROL)?;
+                if serves {
                     return Err(Violation::Order("a status from the side that calls").into());
                 }
-                let bytes = input.bytes(head.length).await?;
-                let status: RpcStatus = frame::decode("a status", &bytes)?;
-                lock(&call.state).heard = true;
-                let ended = match Code::from_number(status.code) {
-                    Code::Ok => Ok(()),
-                    code => Err(Status {
-                        code,
-                        message: cut(status.message),
-                        details: status.details,
-                        seen: None,
-                    }),
-                };
-                call.end(ended, true);
+                call.ended(&input.bytes(head.length).await?)?;
             }
             Kind::Hello | Kind::Request | Kind::Shutdown => unreachable!("taken above"),
         }
+        Ok(())
+    }
+
+    async fn request<R>(
+        self: &Arc<Self>,
+        head: Head,
+        input: &mut Input<R>,
+        serving: &Serving,
+    ) -> Result<(), SessionError>
+    where
+        R: AsyncRead + Unpin,
+    {
+        let length = u64::from(head.length);
+        let most = MAX_CONTROL + self.ours.max_metadata as u64;
+        limit("a request", length, most)?;
+        // A caller that opens calls without end is to hold up nobody else.
+        tokio::task::consume_budget().await;
+        let bytes = input.bytes(head.length).await?;
+        let request: RpcRequest = frame::decode("a request", &bytes)?;
+        let Some(server) = serving else {
+            let text = "a request from the side that is called";
+            return Err(Violation::Order(text).into());
+        };
+        Ok(self.requested(head.call, request, length, server).await?)
+    }
+
+    async fn shutdown<R>(
+        &self,
+        head: Head,
+        input: &mut Input<R>,
+        serves: bool,
+    ) -> Result<(), SessionError>
+    where
+        R: AsyncRead + Unpin,
+    {
+        limit("a shutdown", head.length.into(), MAX_CONTROL)?;
+        if serves {
+            return Err(Violation::Order("a shutdown from the side that calls").into());
+        }
+        let bytes = input.bytes(head.length).await?;
+        let shutdown: RpcShutdown = frame::decode("a shutdown", &bytes)?;
+        self.shut_down(shutdown.last_call);
+        Ok(())
+    }
+
+    /// The caller waits for no answer any more.
+    fn cancelled(&self, call: &Call, length: u64, serves: bool) -> Result<(), Violation> {
+        limit("a cancellation", length, 0)?;
+        if !serves {
+            return Err(Violation::Order(
+                "a cancellation by the side that is called",
+            ));
+        }
+        self.cut_off(lock(&self.calls), Which::One(call.id), |_, _| {
+            Some(Status::new(Code::Cancelled, "the caller has cancelled"))
+        });
         Ok(())
     }
 
@@ -362,5 +356,50 @@ impl Shared {
             let why = "the other side takes no more calls";
             Some(Status::lost(Seen::No, why))
         });
+    }
+}
+
+impl Call {
+    /// The other side takes more bytes.
+    fn credited(&self, bytes: &[u8]) -> Result<(), Violation> {
+        let bytes: [u8; 4] = bytes
+            .try_into()
+            .map_err(|_| Violation::Order("credit that is no number of four bytes"))?;
+        let more = u64::from(u32::from_le_bytes(bytes));
+        let mut state = lock(&self.state);
+        state.heard = true;
+        state.credit += more;
+        limit("credit", state.credit, 1 << 40)?;
+        let waker = state.credit_waker.take();
+        drop(state);
+        waker.into_iter().for_each(Waker::wake);
+        Ok(())
+    }
+
+    /// Nothing more comes from the caller.
+    fn closed(&self, length: u64, serves: bool) -> Result<(), Violation> {
+        limit("a close", length, 0)?;
+        if !serves {
+            return Err(Violation::Order("a close by the side that is called"));
+        }
+        self.end(Ok(()), true);
+        Ok(())
+    }
+
+    /// The called side says how the call has ended.
+    fn ended(&self, bytes: &[u8]) -> Result<(), Violation> {
+        let status: RpcStatus = frame::decode("a status", bytes)?;
+        lock(&self.state).heard = true;
+        let ended = match Code::from_number(status.code) {
+            Code::Ok => Ok(()),
+            code => Err(Status {
+                code,
+                message: cut(status.message),
+                details: status.details,
+                seen: None,
+            }),
+        };
+        self.end(ended, true);
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{drive::VERSION, session::lock};
+use super::{frame::VERSION, session::lock};
 use crate::wire::RpcHello;
 
 /// What everybody takes, before their `RpcHello` has come.

@@ -213,6 +213,14 @@ impl Server {
     }
 }
 
+/// A request that has passed the limits.
+struct Asked {
+    method: String,
+    metadata: Metadata,
+    /// How long the caller waits.
+    time: Option<Duration>,
+}
+
 impl Shared {
     /// Begins to answer a call whose request has `length` bytes, or says at once why it is not answered.
     pub(super) async fn requested(
@@ -253,8 +261,12 @@ impl Shared {
             self.outbox.push(&Call::new(id, 0), None, end).await;
             return Ok(());
         }
-        let (method, time) = (request.method, request.timeout_micros);
-        self.begin_serving(id, (method, metadata, time), held, server);
+        let asked = Asked {
+            method: request.method,
+            metadata,
+            time: request.timeout_micros.map(Duration::from_micros),
+        };
+        self.begin_serving(id, asked, held, server);
         Ok(())
     }
 
@@ -289,13 +301,7 @@ impl Shared {
         is_free()
     }
 
-    fn begin_serving(
-        self: &Arc<Self>,
-        id: u32,
-        (method, metadata, timeout_micros): (String, Metadata, Option<u64>),
-        held: usize,
-        server: &Server,
-    ) {
+    fn begin_serving(self: &Arc<Self>, id: u32, asked: Asked, held: usize, server: &Server) {
         let window = self.theirs().window;
         let call = Call::new(id, window);
         {
@@ -303,7 +309,11 @@ impl Shared {
             calls.open.insert(id, Arc::clone(&call));
             calls.living += 1;
         }
-        let time = timeout_micros.map(Duration::from_micros);
+        let Asked {
+            method,
+            metadata,
+            time,
+        } = asked;
         let context = Context {
             peer: Arc::clone(&server.peer),
             method,

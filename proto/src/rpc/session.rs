@@ -26,9 +26,6 @@ use super::{
 };
 use crate::wire::RpcRequest;
 
-/// What is shorter is copied, so that it holds nothing else.
-pub(super) const SHORT: usize = 4096;
-
 /// What a caller says beside the method and the message.
 #[derive(Debug, Clone, Default)]
 pub struct Options {

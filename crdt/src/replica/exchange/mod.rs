@@ -190,7 +190,12 @@ impl Replica {
                 .and_then(|message| message.kind),
             _ => None,
         };
-        tracing::trace!(%peer, message = kind.as_ref().map_or("none", name), bytes = message.len(), "documents");
+        let _span = tracing::info_span!("exchange", %peer).entered();
+        tracing::trace!(
+            message = kind.as_ref().map_or("none", name),
+            bytes = message.len(),
+            "documents"
+        );
         let taken = match kind {
             None => Err(Refusal::Malformed("a message cannot be decoded").into()),
             Some(Kind::Root(root)) => self.on_root(peer, &root),
