@@ -85,7 +85,8 @@ pub(crate) async fn run(options: cli::Demo, as_json: bool) -> Result<(), Failure
     if outcome.is_ok() {
         phases.begin("stopping the nodes and removing their folders");
     }
-    for node in nodes.drain(..) {
+    // The node that the others know last: they would miss it, and say so.
+    while let Some(node) = nodes.pop() {
         node.shutdown().await;
     }
     // Before the table: what it ends with is the last that happens.
