@@ -635,6 +635,13 @@ impl fmt::Debug for Behaviour {
 }
 
 impl Behaviour {
+    /// What one of Kademlia's own queries looks for. For a simulation that takes the place of the swarm and of
+    /// Kademlia's connection handler, to which alone Kademlia gives what is to be asked on a new connection.
+    #[doc(hidden)]
+    pub fn kademlia_query(&self, id: &QueryId) -> Option<kad::QueryInfo> {
+        self.kad.query(id).map(|query| query.info().clone())
+    }
+
     /// Nodes in the routing table.
     fn nodes(&mut self) -> usize {
         self.kad.kbuckets().map(|bucket| bucket.num_entries()).sum()
