@@ -114,6 +114,22 @@ impl Origin {
         }
     }
 
+    /// Returns true if a peer at this address is of this network, as [`of`](Self::of) has it. An address that begins
+    /// with an IP address of another network is not parsed: a routing table has hundreds.
+    pub(crate) fn is_of(self, address: &Multiaddr) -> bool {
+        /// The codes of `/ip4` and `/ip6`.
+        const IP4: u8 = 4;
+        const IP6: u8 = 41;
+        let bytes = self.0.to_be_bytes();
+        let may_be = match (self.0.leading_zeros(), address.as_ref() as &[u8]) {
+            (0, [IP4, ip @ ..]) => ip.starts_with(&bytes[5..]),
+            (1, [IP6, ip @ ..]) => ip.starts_with(&bytes[2..]),
+            (0, [IP6, ..]) | (1, [IP4, ..]) => false,
+            _ => true,
+        };
+        may_be && Self::of(address) == self
+    }
+
     pub(crate) fn is_public(self) -> bool {
         self != Self::NEAR
     }
@@ -859,6 +875,29 @@ mod tests {
         }
         for (origin, bytes) in &store.by_network {
             assert_eq!(*bytes, sum(&|kept| kept.origin == *origin));
+        }
+    }
+
+    #[test]
+    fn an_address_is_of_its_own_network_only() {
+        let relay = PeerId::random();
+        let addresses = [
+            "/ip4/8.8.8.8/tcp/1".to_owned(),
+            "/ip4/8.8.8.9/udp/1/quic-v1".to_owned(),
+            "/ip4/8.8.9.8/tcp/1".to_owned(),
+            "/ip4/192.168.8.8/tcp/1".to_owned(),
+            "/ip6/2a00:1450:4001::1/tcp/1".to_owned(),
+            "/ip6/2a00:1450:4002::1/tcp/1".to_owned(),
+            "/dns/example.com/tcp/1".to_owned(),
+            "/memory/1".to_owned(),
+            format!("/ip4/8.8.8.8/tcp/1/p2p/{relay}/p2p-circuit"),
+        ];
+        let addresses = addresses.map(|text| text.parse::<Multiaddr>().unwrap());
+        for a in &addresses {
+            for b in &addresses {
+                let network = Origin::of(a);
+                assert_eq!(network.is_of(b), network == Origin::of(b), "{a} {b}");
+            }
         }
     }
 

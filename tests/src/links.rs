@@ -58,7 +58,10 @@ pub struct Distances {
 impl Distances {
     /// Returns the one-way latency between two places, which is the same both ways.
     pub fn one_way(&self, a: Ipv4Addr, b: Ipv4Addr) -> Duration {
-        let (a, b) = (u64::from(u32::from(a.min(b))), u64::from(u32::from(a.max(b))));
+        let (a, b) = (
+            u64::from(u32::from(a.min(b))),
+            u64::from(u32::from(a.max(b))),
+        );
         let mut random = Random::new(self.seed ^ (a << 32 | b));
         // Pairs that differ in few bits begin with numbers that do.
         random.below(2);

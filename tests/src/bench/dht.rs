@@ -59,6 +59,15 @@ pub struct Options {
     pub seed: u64,
     /// Swarms in real time.
     pub real: bool,
+    /// Meshes of more nodes are not joined node by node: they begin with filled routing tables.
+    pub joined: usize,
+}
+
+impl Options {
+    /// Whether the mesh begins with filled routing tables.
+    fn is_filled(&self) -> bool {
+        !self.real && self.nodes > self.joined
+    }
 }
 
 /// The rate at which nodes come and go.
@@ -95,16 +104,51 @@ const fn row(
 /// All figures, in the order in which they are printed.
 const ROWS: &[Row] = &[
     row("success", "%", "found, %", "99.9"),
-    row("latency-rtts", "round trips", "look-up, median, round trips", ""),
-    row("p99-rtts", "round trips", "look-up, 99th percentile, round trips", ""),
+    row(
+        "latency-rtts",
+        "round trips",
+        "look-up, median, round trips",
+        "",
+    ),
+    row(
+        "p99-rtts",
+        "round trips",
+        "look-up, 99th percentile, round trips",
+        "",
+    ),
     row("messages", "requests", "requests of a look-up", ""),
-    row("provide", "requests", "requests to announce one of many things", ""),
+    row(
+        "provide",
+        "requests",
+        "requests to announce one of many things",
+        "",
+    ),
     row("find-success", "%", "of these found, %", "99.9"),
     row("churn-success", "%", "nodes come and go: found, %", ""),
-    row("churn-median", "round trips", "nodes come and go: median, round trips", "≤ 4"),
-    row("churn-p99", "s", "nodes come and go: 99th percentile, s", "≤ 2"),
-    row("churn-dead", "% of the table", "nodes come and go: dead nodes in the table, %", ""),
-    row("success-churn30", "%", "30 % have left without a word: found, %", "99"),
+    row(
+        "churn-median",
+        "round trips",
+        "nodes come and go: median, round trips",
+        "≤ 4",
+    ),
+    row(
+        "churn-p99",
+        "s",
+        "nodes come and go: 99th percentile, s",
+        "≤ 2",
+    ),
+    row(
+        "churn-dead",
+        "% of the table",
+        "nodes come and go: dead nodes in the table, %",
+        "",
+    ),
+    row(
+        "success-churn30",
+        "%",
+        "30 % have left without a word: found, %",
+        "99",
+    ),
     row(
         "latency-rtts-churn30",
         "round trips",
@@ -167,7 +211,8 @@ pub fn simulate(side: Side, options: Options) -> Result<Vec<(&'static str, f64)>
                 let network = Network::new(options.distances, ids);
                 let mesh = Mesh::Simulated(network.clone());
                 let measure = measure(side, options, mesh);
-                let figures = simulated::drive(&simulation, &network, measure, progress()).await;
+                let progress = progress(side);
+                let figures = simulated::drive(&simulation, &network, measure, progress).await;
                 // Taking ten thousand nodes down takes long, and the process ends.
                 std::mem::forget(network);
                 figures
@@ -182,7 +227,7 @@ pub fn simulate(side: Side, options: Options) -> Result<Vec<(&'static str, f64)>
 const PROGRESS: f64 = 10.0;
 
 /// Tells on standard error how far a simulation is.
-fn progress() -> impl FnMut(Duration, usize, u64) {
+fn progress(side: Side) -> impl FnMut(Duration, usize, u64) {
     let begin = uptime();
     let mut told = begin;
     move |virtual_time, nodes, requests| {
@@ -190,7 +235,7 @@ fn progress() -> impl FnMut(Duration, usize, u64) {
         if now - told >= PROGRESS {
             told = now;
             eprintln!(
-                "{:.0} s: virtual time {} s, {nodes} nodes, {requests} requests",
+                "{side:?}, {:.0} s: virtual time {} s, {nodes} nodes, {requests} requests",
                 now - begin,
                 virtual_time.as_secs()
             );
@@ -205,7 +250,10 @@ fn uptime() -> f64 {
     seconds.unwrap_or_default()
 }
 
-/// All numbers of nodes, and both sides of each: a side at a time in real time, both at once in virtual time.
+/// The largest simulated mesh of which both sides are measured at once: routing tables take 1.3 MiB a node.
+const TOGETHER: usize = 2000;
+
+/// Measures all numbers of nodes, and both sides of each: both at once in virtual time if there is memory for both.
 ///
 /// # Errors
 /// [`Failure`] if a side ends without its figures.
@@ -217,7 +265,7 @@ pub fn run(nodes: &[usize], options: Options, sides: &[Side], json: bool) -> Res
     for &nodes in nodes {
         let options = Options { nodes, ..options };
         let mut figures = Vec::new();
-        if options.real {
+        if options.real || nodes > TOGETHER {
             for &side in sides {
                 figures.push((side, figures_of(spawn(side, options)?)?));
             }
@@ -266,8 +314,8 @@ fn heading(options: Options) -> String {
     format!(
         "{how} Each pair of nodes has a round trip of its own, of {mean} ms ± {spread:.0} % (uniform); \"round trips\" \
          are of {mean} ms. A dial takes one; a dial to a node that has left is refused after one, or silent for 5 s \
-         more, by halves.{churn} Seed {}.",
-        options.seed
+         more, by halves.{churn} Meshes of more than {} nodes begin with filled routing tables instead of joins. Seed {}.",
+        options.joined, options.seed
     )
 }
 
@@ -293,10 +341,9 @@ fn print_table(columns: &[(usize, Vec<(Side, Figures)>)]) {
     for row in ROWS {
         let cells = columns.iter().map(|(_, sides)| {
             let cells = sides.iter().map(|(_, figures)| match value(figures, row) {
-                Some(value) if value >= 1000.0 => format!("{value:.0}"),
-                Some(value) => format!("{value:.4}")[..5.min(format!("{value:.4}").len())]
-                    .trim_end_matches('.')
-                    .to_owned(),
+                Some(value) if value >= 100.0 => format!("{value:.0}"),
+                Some(value) if value >= 10.0 => format!("{value:.1}"),
+                Some(value) => format!("{value:.2}"),
                 None => "–".to_owned(),
             });
             cells.collect::<Vec<_>>().join(" / ")
@@ -336,7 +383,10 @@ fn print_json(options: Options, sides: &[(Side, Figures)]) {
             }
             // One side alone has no ratio.
             (Some(only), None) | (None, Some(only)) => {
-                println!(r#"{{"bench":"{bench}","value":{only:.3},"unit":"{}"}}"#, row.unit);
+                println!(
+                    r#"{{"bench":"{bench}","value":{only:.3},"unit":"{}"}}"#,
+                    row.unit
+                );
             }
             (None, None) => {}
         }
@@ -364,6 +414,7 @@ fn spawn(side: Side, options: Options) -> Result<Child, Failure> {
         ("--half-life", half_life),
         ("--lasts", lasts),
         ("--seed", options.seed),
+        ("--joined", options.joined as u64),
     ] {
         command.args([option, &value.to_string()]);
     }

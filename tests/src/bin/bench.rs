@@ -214,6 +214,10 @@ struct DhtOptions {
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
+    /// Largest simulated mesh that nodes join one after the other; larger meshes begin with filled routing tables
+    #[arg(long, default_value_t = 1000, value_name = "NODES")]
+    joined: usize,
+
     /// Run libp2p swarms in real time instead of the simulation; for some hundreds of nodes
     #[arg(long)]
     real: bool,
@@ -237,6 +241,7 @@ impl DhtOptions {
             }),
             seed: self.seed,
             real: self.real,
+            joined: self.joined,
         }
     }
 }
@@ -331,7 +336,12 @@ fn main() -> ExitCode {
     }
 }
 
-#[cfg(all(test, target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
+#[cfg(all(
+    test,
+    target_os = "linux",
+    target_env = "gnu",
+    target_pointer_width = "64"
+))]
 mod tests {
     use super::*;
 
@@ -349,6 +359,7 @@ mod tests {
             churn: None,
             seed,
             real: false,
+            joined: 1000,
         };
         let simulate = |side, seed| {
             let figures = dht::simulate(side, options(seed)).expect("the clock can be stopped");

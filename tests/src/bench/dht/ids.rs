@@ -74,7 +74,8 @@ impl NetworkBehaviour for Maker {
         for _ in 0..STREAMS {
             let key = Vec::new();
             let query_id = self.kad.get_closest_peers(peer);
-            self.to_ask.push((peer, Request::FindNodeReq { key, query_id }));
+            self.to_ask
+                .push((peer, Request::FindNodeReq { key, query_id }));
         }
         self.kad
             .handle_established_outbound_connection(id, peer, to, role, port)

@@ -10,7 +10,7 @@ use std::{
 };
 
 use futures::{FutureExt, StreamExt, stream};
-use libp2p::PeerId;
+use libp2p::{PeerId, identity::Keypair, kad};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep},
@@ -24,14 +24,21 @@ use super::{
     simulated::Network,
     swarms,
 };
-use crate::{Random, links::Links};
+use crate::{
+    Random,
+    links::{Links, address},
+};
 
-/// Look-ups at a time.
+/// Look-ups at a time, and one more for each so many nodes that are simulated: they take no processor from each other.
 const AT_A_TIME: usize = 8;
+const NODES_A_LOOKUP: usize = 100;
 
 /// Nodes that join at a time, and how many each knows.
 const JOINING: usize = 20;
 const KNOWN: usize = 3;
+
+/// Time that nodes with filled tables have for the bootstraps with which Kademlia answers that.
+const ISOLATED: Duration = Duration::from_secs(2);
 
 /// Of the nodes, so many leave at once.
 const LEAVE: f64 = 0.3;
@@ -73,18 +80,21 @@ impl Mesh {
         &self,
         side: Side,
         number: usize,
-        known: &[(PeerId, Ipv4Addr)],
-        random: &mut Random,
+        keys: &Keypair,
+        (known, routes): (&[(PeerId, Ipv4Addr)], &[(PeerId, Ipv4Addr)]),
     ) -> Node {
-        let (keys, place) = (keys(random), place(number));
+        let place = place(number);
         let peer = keys.public().to_peer_id();
         let (handle, stop) = match (self, side) {
             (Self::Swarms(links), _) => {
-                let (handle, stop) = swarms::start(side, &keys, place, links, known);
+                let (handle, stop) = swarms::start(side, keys, place, links, known);
                 (handle, Some(stop))
             }
             (Self::Simulated(network), Side::Weft) => {
-                let (dht, behaviour) = Dht::new(&keys);
+                let (dht, mut behaviour) = Dht::new(keys);
+                for (peer, place) in routes {
+                    behaviour.remember(*peer, address(*place));
+                }
                 // There is room for it: it is the first command.
                 let _ = dht.set_reachable(true).now_or_never();
                 network.borrow_mut().start_ours(peer, behaviour, known);
@@ -93,7 +103,11 @@ impl Mesh {
             (Self::Simulated(network), Side::Kad) => {
                 let (asks, requests) = mpsc::channel(ASKS);
                 let mut network = network.borrow_mut();
-                network.start_stock(peer, stock(peer), requests, known);
+                let mut kad = stock(peer);
+                for (peer, place) in routes {
+                    kad.add_address(peer, address(*place));
+                }
+                network.start_stock(peer, kad, requests, known);
                 (Handle::Stock(asks), None)
             }
         };
@@ -186,8 +200,12 @@ pub(super) async fn measure(
         figures: Vec::new(),
     };
     let before = resident()?;
-    run.join().await;
-    run.settle().await;
+    if options.is_filled() {
+        run.fill().await;
+    } else {
+        run.join().await;
+        run.settle().await;
+    }
     let memory = (resident()? - before) / options.nodes as f64 / 1024.0;
     run.figures.push(("memory", memory));
     run.quiet().await;
@@ -210,11 +228,21 @@ impl Run {
     fn start(&mut self, known: &[(PeerId, Ipv4Addr)]) -> Node {
         self.started += 1;
         let number = self.started - 1;
-        self.mesh.start(self.side, number, known, &mut self.random)
+        let keys = keys(&mut self.random);
+        self.mesh.start(self.side, number, &keys, (known, &[]))
+    }
+
+    fn at_a_time(&self) -> usize {
+        match self.options.real {
+            true => AT_A_TIME,
+            false => AT_A_TIME + self.options.nodes / NODES_A_LOOKUP,
+        }
     }
 
     fn any(&mut self) -> Handle {
-        self.nodes[self.random.below(self.nodes.len())].handle.clone()
+        self.nodes[self.random.below(self.nodes.len())]
+            .handle
+            .clone()
     }
 
     async fn join(&mut self) {
@@ -233,6 +261,53 @@ impl Run {
             sleep(self.options.distances.round_trip * 2).await;
         }
         self.say("all have joined");
+    }
+
+    /// All nodes are there at once, and each has in each bucket of its routing table as many others as there is room
+    /// for, drawn at random, as nodes have after some hours.
+    async fn fill(&mut self) {
+        let count = self.options.nodes;
+        let keys: Vec<_> = (0..count).map(|_| keys(&mut self.random)).collect();
+        let peers: Vec<_> = keys.iter().map(|keys| keys.public().to_peer_id()).collect();
+        // No two nodes have the first sixteen bytes in common.
+        let begin = |place: [u8; 32]| {
+            let half = place[..16].try_into();
+            u128::from_be_bytes(half.expect("these are sixteen bytes"))
+        };
+        let at = peers
+            .iter()
+            .map(|peer| begin(weft_dht::place(&peer.to_bytes())));
+        let at: Vec<_> = at.collect();
+        if let Mesh::Simulated(network) = &self.mesh {
+            network.borrow_mut().parted = true;
+        }
+        for (number, keys) in keys.iter().enumerate() {
+            let mut room = [kad::K_VALUE.get(); 128];
+            let from = self.random.below(count);
+            let others = (0..count).map(|n| (from + n) % count);
+            let known = others.filter(|other| {
+                let bucket = (at[number] ^ at[*other]).leading_zeros() as usize;
+                let is_new = room.get(bucket).is_some_and(|room| *room > 0);
+                if is_new {
+                    room[bucket] -= 1;
+                }
+                is_new
+            });
+            let routes: Vec<_> = known.map(|other| (peers[other], place(other))).collect();
+            let node = self.mesh.start(self.side, number, keys, (&[], &routes));
+            self.nodes.push(node);
+            if number % 100 == 99 {
+                // Kademlia answers each change of its table with a bootstrap. With filled tables there is nothing to
+                // learn by it, and as nobody is reached it costs no request.
+                sleep(Duration::from_millis(10)).await;
+            }
+        }
+        self.started = count;
+        sleep(ISOLATED).await;
+        if let Mesh::Simulated(network) = &self.mesh {
+            network.borrow_mut().parted = false;
+        }
+        self.say("all are there");
     }
 
     /// Until routing tables grow no more, and nobody asks for the sake of them.
@@ -258,8 +333,10 @@ impl Run {
     async fn put_all(&mut self, keys: &[Vec<u8>]) {
         let puts = keys.iter().map(|key| (self.any(), key.clone()));
         let puts: Vec<_> = puts.collect();
-        let puts = puts.into_iter().map(|(of, key)| async move { of.put(key).await });
-        let done = stream::iter(puts).buffer_unordered(AT_A_TIME);
+        let puts = puts
+            .into_iter()
+            .map(|(of, key)| async move { of.put(key).await });
+        let done = stream::iter(puts).buffer_unordered(self.at_a_time());
         let done = done.filter(|done| std::future::ready(*done)).count().await;
         self.say(&format!("put {done} of {}", keys.len()));
     }
@@ -273,7 +350,7 @@ impl Run {
             let found = of.get(key).await;
             found.then(|| begin.elapsed().as_secs_f64())
         });
-        let took = stream::iter(gets).buffer_unordered(AT_A_TIME);
+        let took = stream::iter(gets).buffer_unordered(self.at_a_time());
         let took: Vec<_> = took.collect().await;
         Phase {
             asked: took.len(),
@@ -324,7 +401,7 @@ impl Run {
         let count = looked_for.len();
         let finds = looked_for.into_iter();
         let finds = finds.map(|(of, key)| async move { of.find(key).await });
-        let found = stream::iter(finds).buffer_unordered(AT_A_TIME);
+        let found = stream::iter(finds).buffer_unordered(self.at_a_time());
         let found = found.filter(|done| std::future::ready(*done)).count().await;
         self.say("looked for some of them");
         self.figures.extend([

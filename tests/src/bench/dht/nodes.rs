@@ -110,18 +110,17 @@ impl Queries {
         else {
             return;
         };
-        let done = match result {
-            QueryResult::GetRecord(Ok(GetRecordOk::FoundRecord(_))) => Some(true),
-            QueryResult::PutRecord(result) => Some(result.is_ok()),
-            QueryResult::StartProviding(result) => Some(result.is_ok()),
-            QueryResult::GetProviders(Ok(GetProvidersOk::FoundProviders { providers, .. }))
-                if !providers.is_empty() =>
-            {
-                Some(true)
-            }
-            _ if step.last => Some(false),
-            _ => None,
-        };
+        let done =
+            match result {
+                QueryResult::GetRecord(Ok(GetRecordOk::FoundRecord(_))) => Some(true),
+                QueryResult::PutRecord(result) => Some(result.is_ok()),
+                QueryResult::StartProviding(result) => Some(result.is_ok()),
+                QueryResult::GetProviders(Ok(GetProvidersOk::FoundProviders {
+                    providers, ..
+                })) if !providers.is_empty() => Some(true),
+                _ if step.last => Some(false),
+                _ => None,
+            };
         if let Some(done) = done
             && let Some(reply) = self.0.remove(&id)
         {

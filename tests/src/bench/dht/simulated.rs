@@ -13,6 +13,9 @@
 //! - A connection on which nothing was said for a minute is closed by the end that asked last. A node that leaves
 //!   without a word leaves its connections open: what is sent on them is not answered.
 //!
+//! Bringing up ten thousand nodes by joins costs millions of requests, most of them Kademlia's bootstraps. Larger meshes
+//! therefore begin with filled routing tables (`measure.rs`), and with no connections.
+//!
 //! Time moves in steps of a millisecond. Whatever is due in a step is done in an order that depends on the seed only.
 
 use std::{
@@ -46,9 +49,7 @@ use libp2p::{
         self, CloseConnection, ConnectionDenied, ConnectionError, ConnectionHandler,
         ConnectionHandlerEvent, ConnectionId, DialError, FromSwarm, NetworkBehaviour,
         NotifyHandler, StreamUpgradeError, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
-        behaviour::{
-            ConnectionClosed, ConnectionEstablished, DialFailure, NewExternalAddrOfPeer,
-        },
+        behaviour::{ConnectionClosed, ConnectionEstablished, DialFailure, NewExternalAddrOfPeer},
         dial_opts::{DialOpts, PeerCondition},
         handler::{ConnectionEvent, DialUpgradeError},
     },
@@ -77,9 +78,9 @@ const UNANSWERED: u64 = 10_000;
 /// Time after which a connection on which nothing is said is closed.
 const IDLE: u64 = 60_000;
 
-/// Milliseconds between two waits for the thread of `futures-timer`, of which libp2p-kad uses timers of half a second
-/// and more.
-const SETTLE: u64 = 10;
+/// Milliseconds between two waits for the thread of `futures-timer`, which cost two changes of threads. libp2p-kad has
+/// timers of half a second and more there, and they may be late by this.
+const SETTLE: u64 = 50;
 
 /// Numbers of connections that were dialled by others begin here; libp2p counts the others from one.
 const INBOUND: usize = 1 << 40;
@@ -178,7 +179,9 @@ macro_rules! behaviour {
                 .handle_established_inbound_connection(id, peer, local, remote);
             let queries = handler.map(preloaded).unwrap_or_default();
             let queries = queries.into_iter();
-            queries.filter_map(|id| Some(to_request($query(self, &id)?, id))).collect()
+            queries
+                .filter_map(|id| Some(to_request($query(self, &id)?, id)))
+                .collect()
         }
 
         fn outbound(&mut self, id: ConnectionId, peer: PeerId, to: &Multiaddr) -> Vec<Request> {
@@ -191,7 +194,9 @@ macro_rules! behaviour {
             );
             let queries = handler.map(preloaded).unwrap_or_default();
             let queries = queries.into_iter();
-            queries.filter_map(|id| Some(to_request($query(self, &id)?, id))).collect()
+            queries
+                .filter_map(|id| Some(to_request($query(self, &id)?, id)))
+                .collect()
         }
 
         fn addresses(
@@ -210,7 +215,8 @@ macro_rules! behaviour {
         }
 
         fn on_handler(&mut self, peer: PeerId, id: ConnectionId, event: Event) {
-            self.$behaviour().on_connection_handler_event(peer, id, event);
+            self.$behaviour()
+                .on_connection_handler_event(peer, id, event);
         }
     };
 }
@@ -224,7 +230,10 @@ impl OurNode {
 }
 
 impl Machine for OurNode {
-    behaviour!(behaviour, |node: &Self, id: &QueryId| node.0.kademlia_query(id));
+    behaviour!(behaviour, |node: &mut Self, id: &QueryId| {
+        let query = node.0.kademlia().query(id);
+        query.map(|query| query.info().clone())
+    });
 
     fn on_swarm(&mut self, event: FromSwarm<'_>) {
         self.0.on_swarm_event(event);
@@ -249,7 +258,7 @@ impl StockNode {
 }
 
 impl Machine for StockNode {
-    behaviour!(behaviour, |node: &Self, id: &QueryId| {
+    behaviour!(behaviour, |node: &mut Self, id: &QueryId| {
         node.kad.query(id).map(|query| query.info().clone())
     });
 
@@ -296,7 +305,9 @@ impl NetworkBehaviour for Addresses {
         _: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         self.0 = addresses.to_vec();
-        Err(ConnectionDenied::new(io::Error::other("nothing is dialled here")))
+        Err(ConnectionDenied::new(io::Error::other(
+            "nothing is dialled here",
+        )))
     }
 
     fn handle_established_inbound_connection(
@@ -479,6 +490,8 @@ pub(super) struct Network {
     /// Milliseconds since the start.
     now: u64,
     pub(super) requests: u64,
+    /// Nobody reaches anybody yet.
+    pub(super) parted: bool,
     woken: Arc<Woken>,
     addresses: Swarm<Addresses>,
     /// Says how a request fails.
@@ -515,6 +528,7 @@ impl Network {
             coming: BTreeMap::new(),
             now: 0,
             requests: 0,
+            parted: false,
             woken: Arc::new(Woken {
                 thread: std::thread::current().id(),
                 here: Mutex::default(),
@@ -614,7 +628,9 @@ impl Network {
     }
 
     fn delay_of(&mut self, connection: Connection) -> u64 {
-        let ends = self.link(connection).map(|link| (link.ends[0].node, link.ends[1].node));
+        let ends = self
+            .link(connection)
+            .map(|link| (link.ends[0].node, link.ends[1].node));
         ends.map_or(1, |(a, b)| self.delay(a, b))
     }
 
@@ -709,6 +725,10 @@ impl Network {
             let error = DialError::DialPeerConditionFalse(condition);
             return self.dial_failed(node, peer, id, &error);
         }
+        if self.parted {
+            // Nothing was sent: that says nothing of the other node.
+            return self.dial_failed(node, peer, id, &DialError::Aborted);
+        }
         // It is always denied, and says so.
         let _ = self.addresses.dial(opts);
         let mut addresses = std::mem::take(&mut self.addresses.behaviour_mut().0);
@@ -716,10 +736,12 @@ impl Network {
             addresses.extend(machine.addresses(id, peer, &addresses.clone()));
         }
         let own = self.nodes[node].place;
-        let to = addresses.iter().find_map(|address| match address.iter().next() {
-            Some(Protocol::Ip4(place)) if place != own => Some(index(place)),
-            _ => None,
-        });
+        let to = addresses
+            .iter()
+            .find_map(|address| match address.iter().next() {
+                Some(Protocol::Ip4(place)) if place != own => Some(index(place)),
+                _ => None,
+            });
         let Some(to) = to.filter(|to| *to < self.nodes.len()) else {
             return self.dial_failed(node, peer, id, &DialError::NoAddresses);
         };
@@ -742,7 +764,9 @@ impl Network {
     /// A node gives something to the handler of its end of a connection.
     fn say(&mut self, connection: Connection, node: usize, event: Request) {
         let here = self.end_of(connection, node);
-        let is_open = self.link(connection).is_some_and(|link| link.ends[here].is_open);
+        let is_open = self
+            .link(connection)
+            .is_some_and(|link| link.ends[here].is_open);
         if !is_open {
             return;
         }
@@ -755,36 +779,44 @@ impl Network {
             Request::FindNodeRes {
                 closer_peers,
                 request_id,
-            } => self.answer(connection, here, Request::Reset(request_id), |query_id| Event::FindNodeRes {
-                closer_peers,
-                query_id,
+            } => self.answer(connection, here, Request::Reset(request_id), |query_id| {
+                Event::FindNodeRes {
+                    closer_peers,
+                    query_id,
+                }
             }),
             Request::GetRecordRes {
                 record,
                 closer_peers,
                 request_id,
-            } => self.answer(connection, here, Request::Reset(request_id), |query_id| Event::GetRecordRes {
-                record,
-                closer_peers,
-                query_id,
+            } => self.answer(connection, here, Request::Reset(request_id), |query_id| {
+                Event::GetRecordRes {
+                    record,
+                    closer_peers,
+                    query_id,
+                }
             }),
             Request::PutRecordRes {
                 key,
                 value,
                 request_id,
-            } => self.answer(connection, here, Request::Reset(request_id), |query_id| Event::PutRecordRes {
-                key,
-                value,
-                query_id,
+            } => self.answer(connection, here, Request::Reset(request_id), |query_id| {
+                Event::PutRecordRes {
+                    key,
+                    value,
+                    query_id,
+                }
             }),
             Request::GetProvidersRes {
                 closer_peers,
                 provider_peers,
                 request_id,
-            } => self.answer(connection, here, Request::Reset(request_id), |query_id| Event::GetProvidersRes {
-                closer_peers,
-                provider_peers,
-                query_id,
+            } => self.answer(connection, here, Request::Reset(request_id), |query_id| {
+                Event::GetProvidersRes {
+                    closer_peers,
+                    provider_peers,
+                    query_id,
+                }
             }),
             Request::Reset(_) => {
                 let delay = self.delay_of(connection);
@@ -1120,13 +1152,21 @@ impl Network {
             return;
         };
         let (said, by) = link.said;
-        let is_busy = link.ends.iter().any(|end| end.is_open && !end.sent.is_empty());
+        let is_busy = link
+            .ends
+            .iter()
+            .any(|end| end.is_open && !end.sent.is_empty());
         if is_busy || now < said + IDLE {
             let wait = (said + IDLE).saturating_sub(now).max(1000);
             return self.after(wait, Happening::Idle { connection });
         }
         let end = if link.ends[by].is_open { by } else { 1 - by };
-        self.close(connection, end, Some(&ConnectionError::KeepAliveTimeout), true);
+        self.close(
+            connection,
+            end,
+            Some(&ConnectionError::KeepAliveTimeout),
+            true,
+        );
     }
 
     /// An end closes; `tells`: the other end hears of it.
@@ -1186,7 +1226,11 @@ impl Network {
     /// Does what is due; returns false if nothing was.
     fn turn(&mut self) -> bool {
         let mut any = false;
-        while let Some(mut due) = self.coming.first_entry().filter(|first| *first.key() <= self.now) {
+        while let Some(mut due) = self
+            .coming
+            .first_entry()
+            .filter(|first| *first.key() <= self.now)
+        {
             any = true;
             let due = std::mem::take(due.get_mut());
             // What is added meanwhile is due later.
@@ -1204,7 +1248,10 @@ impl Network {
 
     /// Nodes that are there.
     fn alive(&self) -> usize {
-        self.nodes.iter().filter(|node| node.machine.is_some()).count()
+        self.nodes
+            .iter()
+            .filter(|node| node.machine.is_some())
+            .count()
     }
 }
 
@@ -1246,7 +1293,10 @@ pub(super) async fn drive<T>(
     mut progress: impl FnMut(Duration, usize, u64),
 ) -> T {
     let mut measure = pin!(measure);
-    let (woken, nodes) = (Arc::new(Flag::default()), Arc::clone(&network.borrow().woken));
+    let (woken, nodes) = (
+        Arc::new(Flag::default()),
+        Arc::clone(&network.borrow().woken),
+    );
     let waker = Waker::from(Arc::clone(&woken));
     woken.0.store(true, Ordering::Release);
     let runtime = tokio::runtime::Handle::current().metrics();
@@ -1278,7 +1328,11 @@ pub(super) async fn drive<T>(
         }
         if now.is_multiple_of(1000) {
             let network = network.borrow();
-            progress(Duration::from_secs(now / 1000), network.alive(), network.requests);
+            progress(
+                Duration::from_secs(now / 1000),
+                network.alive(),
+                network.requests,
+            );
         }
         // Tokio's timers wake whom they are due for.
         tokio::task::yield_now().await;
