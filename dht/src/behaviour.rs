@@ -221,6 +221,23 @@ impl Behaviour {
         Arc::clone(&self.sequence)
     }
 
+    /// Kademlia itself. For a simulation that takes the place of the swarm and of Kademlia's connection handler, to
+    /// which alone Kademlia gives what is to be asked on a new connection.
+    #[doc(hidden)]
+    pub fn kademlia(
+        &mut self,
+    ) -> &mut kad::Behaviour<impl kad::store::RecordStore + Send + 'static> {
+        &mut self.kad
+    }
+
+    /// A node is in the routing table from now on, and has just answered. For a simulation that begins with filled
+    /// routing tables.
+    #[doc(hidden)]
+    pub fn remember(&mut self, peer: PeerId, address: Multiaddr) {
+        self.liveness.answered(peer, None, Instant::now());
+        self.kad.add_address(&peer, address);
+    }
+
     /// Nodes in the routing table.
     fn nodes(&mut self) -> usize {
         self.kad.kbuckets().map(|bucket| bucket.num_entries()).sum()
@@ -410,8 +427,8 @@ impl Behaviour {
             for bucket in self.kad.kbuckets() {
                 let is_own = Some(bucket.range()) == own;
                 for entry in bucket.iter().filter(|entry| *entry.node.key != key) {
-                    let addresses = entry.node.value.iter();
-                    if addresses.map(Origin::of).any(|of| of == network) {
+                    let mut addresses = entry.node.value.iter();
+                    if addresses.any(|address| network.is_of(address)) {
                         here += 1;
                         in_bucket += usize::from(is_own);
                     }

@@ -114,6 +114,22 @@ impl Origin {
         }
     }
 
+    /// Returns true if a peer at this address is of this network, as [`of`](Self::of) has it. An address that begins
+    /// with an IP address of another network is not parsed: a routing table has hundreds.
+    pub(crate) fn is_of(self, address: &Multiaddr) -> bool {
+        /// The codes of `/ip4` and `/ip6`.
+        const IP4: u8 = 4;
+        const IP6: u8 = 41;
+        let bytes = self.0.to_be_bytes();
+        let may_be = match (self.0.leading_zeros(), address.as_ref() as &[u8]) {
+            (0, [IP4, ip @ ..]) => ip.starts_with(&bytes[5..]),
+            (1, [IP6, ip @ ..]) => ip.starts_with(&bytes[2..]),
+            (0, [IP6, ..]) | (1, [IP4, ..]) => false,
+            _ => true,
+        };
+        may_be && Self::of(address) == self
+    }
+
     pub(crate) fn is_public(self) -> bool {
         self != Self::NEAR
     }

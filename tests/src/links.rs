@@ -38,8 +38,37 @@ use tokio::{
 };
 use weft_net::split_peer_id;
 
+use crate::Random;
+
 /// How long a dial of what is gone without a word takes to fail.
-const SILENCE: Duration = Duration::from_secs(5);
+pub(crate) const SILENCE: Duration = Duration::from_secs(5);
+
+/// The latencies of all links: each has one of its own, which depends on the seed and the two places only.
+#[derive(Debug, Clone, Copy)]
+pub struct Distances {
+    /// The mean round trip.
+    pub round_trip: Duration,
+    /// The most by which a round trip differs from the mean, either way, as a share of the mean. All differences are
+    /// equally likely.
+    pub spread: f64,
+    /// The same seed gives the same latencies.
+    pub seed: u64,
+}
+
+impl Distances {
+    /// Returns the one-way latency between two places, which is the same both ways.
+    pub fn one_way(&self, a: Ipv4Addr, b: Ipv4Addr) -> Duration {
+        let (a, b) = (
+            u64::from(u32::from(a.min(b))),
+            u64::from(u32::from(a.max(b))),
+        );
+        let mut random = Random::new(self.seed ^ (a << 32 | b));
+        // Pairs that differ in few bits begin with numbers that do.
+        random.below(2);
+        let unit = random.below(1 << 20) as f64 / f64::from(1 << 19) - 1.0;
+        (self.round_trip / 2).mul_f64(1.0 + self.spread * unit)
+    }
+}
 
 type Listener = (PeerId, UnboundedSender<Arriving>);
 
@@ -49,8 +78,7 @@ const DHT: &str = "/weft/kad/1";
 /// All links of a network.
 #[derive(Debug)]
 pub struct Links {
-    /// One way.
-    delay: Duration,
+    distances: Distances,
     listeners: Mutex<HashMap<Ipv4Addr, Listener>>,
     /// Requests sent to the DHT.
     pub requests: AtomicU64,
@@ -66,8 +94,17 @@ struct Arriving {
 impl Links {
     /// With this round trip between any two places.
     pub fn new(round_trip: Duration) -> Arc<Self> {
+        Self::with_distances(Distances {
+            round_trip,
+            spread: 0.0,
+            seed: 0,
+        })
+    }
+
+    /// With a round trip of its own between any two places.
+    pub fn with_distances(distances: Distances) -> Arc<Self> {
         Arc::new(Self {
-            delay: round_trip / 2,
+            distances,
             listeners: Mutex::default(),
             requests: AtomicU64::new(0),
         })
@@ -195,7 +232,7 @@ impl NetworkBehaviour for Acquaint {
 }
 
 /// Whether a place says nothing when nobody is there any more; the others refuse.
-fn is_silent(place: Ipv4Addr) -> bool {
+pub(crate) fn is_silent(place: Ipv4Addr) -> bool {
     place.octets().iter().map(|byte| byte % 2).sum::<u8>() % 2 == 0
 }
 
@@ -244,18 +281,19 @@ impl Transport for Link {
         };
         let (links, own) = (Arc::clone(&self.links), (self.place, self.peer));
         Ok(async move {
+            let delay = links.distances.one_way(own.0, place);
             // As QUIC's handshake: there and back.
-            sleep(links.delay).await;
+            sleep(delay).await;
             let listener = links.listeners().get(&place).cloned();
             let Some((peer, listener)) = listener else {
                 // Of what is gone, half refuses and half is silent.
                 if is_silent(place) {
                     sleep(SILENCE).await;
                 }
-                sleep(links.delay).await;
+                sleep(delay).await;
                 return Err(io::ErrorKind::ConnectionRefused.into());
             };
-            let (here, there) = Muxer::pair(&links);
+            let (here, there) = Muxer::pair(&links, delay);
             let arriving = Arriving {
                 from: own.0,
                 peer: own.1,
@@ -263,7 +301,7 @@ impl Transport for Link {
             };
             let sent = listener.send(arriving);
             sent.map_err(|_| io::Error::from(io::ErrorKind::ConnectionRefused))?;
-            sleep(links.delay).await;
+            sleep(delay).await;
             Ok((peer, StreamMuxerBox::new(here)))
         }
         .boxed())
@@ -299,16 +337,19 @@ impl Transport for Link {
 #[derive(Debug)]
 struct Muxer {
     links: Arc<Links>,
+    /// One way.
+    delay: Duration,
     to: UnboundedSender<Pipe>,
     from: UnboundedReceiver<Pipe>,
 }
 
 impl Muxer {
-    fn pair(links: &Arc<Links>) -> (Self, Self) {
+    fn pair(links: &Arc<Links>, delay: Duration) -> (Self, Self) {
         let (to_there, from_here) = unbounded_channel();
         let (to_here, from_there) = unbounded_channel();
         let end = |to, from| Self {
             links: Arc::clone(links),
+            delay,
             to,
             from,
         };
@@ -328,7 +369,7 @@ impl StreamMuxer for Muxer {
     }
 
     fn poll_outbound(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<Pipe>> {
-        let (mut here, there) = Pipe::pair(self.links.delay);
+        let (mut here, there) = Pipe::pair(self.delay);
         here.links = Some(Arc::clone(&self.links));
         let sent = self.to.send(there);
         Poll::Ready(match sent {

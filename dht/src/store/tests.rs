@@ -84,6 +84,29 @@ fn check(store: &Store) {
 }
 
 #[test]
+fn an_address_is_of_its_own_network_only() {
+    let relay = PeerId::random();
+    let addresses = [
+        "/ip4/8.8.8.8/tcp/1".to_owned(),
+        "/ip4/8.8.8.9/udp/1/quic-v1".to_owned(),
+        "/ip4/8.8.9.8/tcp/1".to_owned(),
+        "/ip4/192.168.8.8/tcp/1".to_owned(),
+        "/ip6/2a00:1450:4001::1/tcp/1".to_owned(),
+        "/ip6/2a00:1450:4002::1/tcp/1".to_owned(),
+        "/dns/example.com/tcp/1".to_owned(),
+        "/memory/1".to_owned(),
+        format!("/ip4/8.8.8.8/tcp/1/p2p/{relay}/p2p-circuit"),
+    ];
+    let addresses = addresses.map(|text| text.parse::<Multiaddr>().unwrap());
+    for a in &addresses {
+        for b in &addresses {
+            let network = Origin::of(a);
+            assert_eq!(network.is_of(b), network == Origin::of(b), "{a} {b}");
+        }
+    }
+}
+
+#[test]
 fn publishers_share_a_key_and_none_replaces_another() {
     let mut store = store();
     let keys: Vec<_> = (0..3).map(|_| Keypair::generate_ed25519()).collect();

@@ -1,12 +1,17 @@
 //! The benchmarks. Each prints one line a figure, with both sides measured in the same run, and their ratio; see
 //! `docs/benchmarks.md`.
 
+#[cfg(all(target_os = "linux", target_env = "gnu", target_pointer_width = "64"))]
+#[path = "bench/system.rs"]
+mod system;
+
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use weft_tests::{
     bench::{Failure, crdt, dht, hash, nat, rpc, stream, swarm, tensor, transfer},
     lab::{self, Distance},
+    links::Distances,
 };
 
 #[derive(Debug, Parser)]
@@ -121,7 +126,8 @@ enum Bench {
         #[arg(value_enum)]
         side: rpc::Side,
     },
-    /// A thousand nodes of the DHT in one process, against stock libp2p-kad: who finds what, at what cost, also when many leave
+    /// Simulate meshes of 100, 1,000 and 10,000 nodes of the DHT in virtual time, against stock libp2p-kad: look-ups that
+    /// succeed, their latency and cost, while nodes come and go and after many have left
     Dht {
         #[command(flatten)]
         options: DhtOptions,
@@ -176,47 +182,66 @@ enum Bench {
 
 #[derive(Debug, clap::Args)]
 struct DhtOptions {
-    /// Nodes
-    #[arg(long, default_value_t = 1000)]
-    nodes: usize,
+    /// Numbers of nodes, with commas; each is a mesh of its own and a column of the table
+    #[arg(long, value_delimiter = ',', default_values_t = [100, 1000, 10_000])]
+    nodes: Vec<usize>,
 
-    /// Round trip between any two nodes, in milliseconds
+    /// Mean round trip between two nodes, in milliseconds
     #[arg(long, default_value_t = 200, value_name = "MS")]
     round_trip: u64,
 
-    /// Values that are put and looked up
-    #[arg(long, default_value_t = 500)]
+    /// Most by which the round trip of a pair of nodes differs from the mean, in percent
+    #[arg(long, default_value_t = 50, value_name = "PERCENT", value_parser = clap::value_parser!(u64).range(0..=99))]
+    spread: u64,
+
+    /// Values that are put and looked up, in each phase
+    #[arg(long, default_value_t = 1000)]
     values: usize,
 
-    /// Things that one node states that it has
-    #[arg(long, default_value_t = 1000)]
+    /// Things that one node announces; 0 leaves this phase out
+    #[arg(long, default_value_t = 500)]
     things: usize,
 
-    /// Instead of the rest: measure look-ups while nodes come and go, half of all within this many seconds
-    #[arg(long, value_name = "SECONDS")]
-    half_life: Option<u64>,
+    /// Time in which half of the nodes are replaced while nodes come and go, in seconds; 0 leaves this phase out
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    half_life: u64,
 
-    /// Duration of the measurement with `--half-life`, in seconds
+    /// Time for which nodes come and go, in seconds
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     lasts: u64,
 
-    /// The same seed gives a similar network
+    /// Seed of the mesh; the same seed gives the same simulated figures
     #[arg(long, default_value_t = 1)]
     seed: u64,
+
+    /// Largest simulated mesh that nodes join one after the other; larger meshes begin with filled routing tables
+    #[arg(long, default_value_t = 1000, value_name = "NODES")]
+    joined: usize,
+
+    /// Run libp2p swarms in real time instead of the simulation; for some hundreds of nodes
+    #[arg(long)]
+    real: bool,
 }
 
 impl DhtOptions {
+    /// For the first number of nodes.
     fn get(&self) -> dht::Options {
         dht::Options {
-            nodes: self.nodes,
-            round_trip: Duration::from_millis(self.round_trip),
+            nodes: self.nodes.first().copied().unwrap_or(100).max(1),
+            distances: Distances {
+                round_trip: Duration::from_millis(self.round_trip),
+                spread: self.spread as f64 / 100.0,
+                seed: self.seed,
+            },
             values: self.values,
             things: self.things,
-            churn: self.half_life.map(|half_life| dht::Churn {
-                half_life: Duration::from_secs(half_life),
+            churn: (self.half_life > 0).then(|| dht::Churn {
+                half_life: Duration::from_secs(self.half_life),
                 lasts: Duration::from_secs(self.lasts),
             }),
             seed: self.seed,
+            real: self.real,
+            joined: self.joined,
         }
     }
 }
@@ -275,7 +300,7 @@ fn main() -> ExitCode {
         Bench::Dht { options, side } => {
             let both = [dht::Side::Weft, dht::Side::Kad];
             let sides = if side.is_empty() { &both[..] } else { &side };
-            dht::run(options.get(), sides, cli.json)
+            dht::run(&options.nodes, options.get(), sides, cli.json)
         }
         Bench::Crdt { rounds, only } => crdt::run(rounds, &only, cli.json),
         Bench::CrdtLoad {
@@ -308,5 +333,47 @@ fn main() -> ExitCode {
             eprintln!("bench: {text}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(all(
+    test,
+    target_os = "linux",
+    target_env = "gnu",
+    target_pointer_width = "64"
+))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_simulated_mesh_finds_what_it_keeps_and_one_seed_gives_the_same_figures() {
+        let options = |seed| dht::Options {
+            nodes: 60,
+            distances: Distances {
+                round_trip: Duration::from_millis(200),
+                spread: 0.5,
+                seed,
+            },
+            values: 40,
+            things: 20,
+            churn: None,
+            seed,
+            real: false,
+            joined: 1000,
+        };
+        let simulate = |side, seed| {
+            let figures = dht::simulate(side, options(seed)).expect("the clock can be stopped");
+            let figures = figures.into_iter().filter(|(name, _)| *name != "memory");
+            figures.collect::<std::collections::BTreeMap<_, _>>()
+        };
+        let ours = simulate(dht::Side::Weft, 1);
+        assert_eq!(ours["success"], 100.0, "{ours:?}");
+        assert!(ours["success-churn30"] >= 95.0, "{ours:?}");
+        // Round trips of a pair differ by half of the mean at most, and the nearest answer first.
+        assert!((0.5..=4.0).contains(&ours["latency-rtts"]), "{ours:?}");
+        assert_eq!(simulate(dht::Side::Weft, 1), ours);
+        assert_ne!(simulate(dht::Side::Weft, 2), ours);
+        let stock = simulate(dht::Side::Kad, 1);
+        assert!(stock["success"] >= 99.0, "{stock:?}");
     }
 }
