@@ -45,7 +45,8 @@ pub struct Reachability {
     pub relay_use: RelayUse,
 }
 
-/// A peer to stay connected to, given by [`Config::bootstrap`](crate::Config::bootstrap) or [`Config::relays`](crate::Config::relays).
+/// A peer to stay connected to, given by [`Config::bootstrap`](crate::Config::bootstrap) or
+/// [`Config::relays`](crate::Config::relays).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootstrapPeer {
     /// The peer that has to answer there.
