@@ -13,7 +13,7 @@ pub struct Reachability {
     pub public: Vec<Multiaddr>,
     /// What others found who were asked whether they reach this node at an address.
     pub verified: Vec<(Multiaddr, Verdict)>,
-    /// Whether the gateway is asked to forward ports ([`Config::port_mapping`]).
+    /// Whether the gateway is asked to forward ports ([`Config::port_mapping`](crate::Config::port_mapping)).
     pub port_mapping: bool,
     /// The TCP port on which this node listens for other machines.
     pub tcp_port: Option<u16>,
@@ -45,7 +45,8 @@ pub struct Reachability {
     pub relay_use: RelayUse,
 }
 
-/// A peer to stay connected to, given by [`Config::bootstrap`] or [`Config::relays`].
+/// A peer to stay connected to, given by [`Config::bootstrap`](crate::Config::bootstrap) or
+/// [`Config::relays`](crate::Config::relays).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootstrapPeer {
     /// The peer that has to answer there.
