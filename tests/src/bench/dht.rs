@@ -5,9 +5,8 @@
 //! they are libp2p swarms in real time (`swarms.rs`), some hundreds at most; both modes have the same phases
 //! (`measure.rs`), the same latencies and the same keys.
 //!
-//! Each side runs in a process of its own. Hops are how many round trips a look-up took: a node that is not connected
-//! costs two. Messages are all requests of the DHT that were sent meanwhile, divided by the look-ups: those that refresh
-//! routing tables as well.
+//! Each side runs in a process of its own. A node that is not connected costs a look-up two round trips. Messages are all
+//! requests of the DHT that were sent meanwhile, divided by the look-ups: also those that refresh routing tables.
 
 mod ids;
 mod measure;

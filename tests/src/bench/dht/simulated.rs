@@ -17,6 +17,9 @@
 //! therefore begin with filled routing tables (`measure.rs`), and with no connections.
 //!
 //! Time moves in steps of a millisecond. Whatever is due in a step is done in an order that depends on the seed only.
+//! libp2p-kad's timers, of half a second and more, are up to 50 ms late.
+//!
+//! It is one file although it is long: nodes, connections and what is on the way between them change each other.
 
 use std::{
     cell::RefCell,
