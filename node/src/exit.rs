@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_status_without_a_reason_is_the_connections_and_one_with_an_unknown_reason_the_nodes() {
-        let lost = Failure::from(Status::internal("h2 protocol error"));
+        let lost = Failure::from(Status::unavailable("h2 protocol error"));
         assert_eq!((lost.code, lost.reason.as_str()), (6, "NOT_RUNNING"));
         let token = Failure::from(Status::unauthenticated("the token is wrong"));
         assert_eq!((token.code, token.reason.as_str()), (1, "OTHER"));
