@@ -1,4 +1,5 @@
-//! What is taken of peers' envelopes, epochs and proofs: each is checked in a fixed order, counts, waits, or is refused.
+//! What is taken of peers' envelopes, epochs and proofs: each is checked in a fixed order, counts, waits, or is
+//! refused.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},

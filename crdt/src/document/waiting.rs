@@ -22,8 +22,8 @@ pub(crate) const MAX_TOLD_BYTES: usize = 4 << 20;
 pub(crate) const MAX_ASKED: usize = 4096;
 pub(crate) const MAX_ASKED_BYTES: usize = 4 << 20;
 
-/// Bytes of changes that wait in all documents of a replica. Checked at the end of each round of a replica; one message may exceed
-/// it until then.
+/// Bytes of changes that wait in all documents of a replica. Checked at the end of each round of a replica; one message
+/// may exceed it until then.
 pub(crate) const MAX_IN_ALL: usize = 64 << 20;
 
 /// The condition that an envelope waits for.

@@ -11,7 +11,7 @@ use crate::{
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Output {
-    /// A message for a peer, as bytes for [`Replica::receive`] there.
+    /// A message for a peer, as bytes for [`Replica::receive`](crate::Replica::receive) there.
     Send {
         /// To whom.
         peer: Key,

@@ -145,7 +145,8 @@ impl Replica {
         Some(self.held.get(id)?.genesis.as_ref()?.owner)
     }
 
-    /// How many documents are held, and how many were not taken since the start because there were [`MAX_DOCUMENTS`].
+    /// How many documents are held, and how many were not taken since the start because there were
+    /// [`MAX_DOCUMENTS`](crate::MAX_DOCUMENTS).
     pub fn count(&self) -> (usize, u64) {
         (self.held.len(), self.refused)
     }

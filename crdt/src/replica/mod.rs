@@ -203,8 +203,8 @@ impl Replica {
         self.wall = self.wall.max(wall);
     }
 
-    /// Makes a document; its owner is this replica. It is kept when [`finish_round`](Self::finish_round) has succeeded. One with a
-    /// nonce that is here already is left as it is.
+    /// Makes a document; its owner is this replica. It is kept when [`finish_round`](Self::finish_round) has succeeded.
+    /// One with a nonce that is here already is left as it is.
     ///
     /// # Errors
     /// [`Error::TooLarge`], [`Error::SingleWriter`] if it is to have other writers as well.
