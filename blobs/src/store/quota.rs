@@ -128,6 +128,9 @@ enum Candidate {
     Model(Box<Model>, Box<Manifest>),
 }
 
+/// A model with what it lists.
+type Listed = (Model, Manifest);
+
 /// The candidates that are chosen, until they free enough.
 struct Choice {
     /// Bytes to be freed.
@@ -399,10 +402,7 @@ impl Store {
 
     /// The models that may be evicted, the one that was used longest ago first, and the files of all others: parts of
     /// what somebody works with, or has tagged, stay.
-    fn by_use(
-        &self,
-        known: &Known<'_>,
-    ) -> Result<(Vec<(Model, Manifest)>, HashSet<Hash>), StoreError> {
+    fn by_use(&self, known: &Known<'_>) -> Result<(Vec<Listed>, HashSet<Hash>), StoreError> {
         let tagged: HashSet<Hash> = self.tags()?.into_iter().map(|tag| tag.model).collect();
         let mut models = Vec::new();
         let mut guarded = HashSet::new();
@@ -430,7 +430,7 @@ impl Store {
     fn choose_parts(
         &self,
         known: &Known<'_>,
-        models: &[(Model, Manifest)],
+        models: &[Listed],
         guarded: &HashSet<Hash>,
         choice: &mut Choice,
     ) -> bool {
@@ -459,7 +459,7 @@ impl Store {
     fn choose_models(
         &self,
         known: &Known<'_>,
-        models: Vec<(Model, Manifest)>,
+        models: Vec<Listed>,
         published: &HashSet<Hash>,
         choice: &mut Choice,
     ) -> bool {
