@@ -86,12 +86,13 @@ pub use self::{
     models::{
         Add, AddPhase, AddProgress, Added, Claim, FoundName, ModelInfo, Models, NotDeleted,
         Removed, ReservedName,
-        get::{Get, GetPhase, GetProgress, Got, PeerProgress, Source},
+        get::{Get, Got, Source},
         hf_cache::{
             AddHfCache, AddedHfCache, AddedSnapshot, FailedSnapshot, HfCacheError, HfRepo,
             default_hf_cache,
         },
         name::{ModelName, ParseNameError},
+        progress::{GetPhase, GetProgress, PeerProgress},
         reader::Reader,
         storage::{
             Collected, Condition, Freed, MAX_TAG, MAX_TAGS, Storage, Tag, Verified, VerifiedFile,

@@ -6,6 +6,7 @@ pub(crate) mod get;
 pub(crate) mod hf_cache;
 pub(crate) mod leases;
 pub(crate) mod name;
+pub(crate) mod progress;
 pub(crate) mod reader;
 pub(crate) mod resolve;
 mod room;

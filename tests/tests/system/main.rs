@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod adding;
+mod bench_dht;
 mod calls;
 mod clock;
 mod commands;
