@@ -1,7 +1,12 @@
 //! Twenty replicas under everything that can go wrong without a liar, and one thing that looks like one: two machines that run from one copied disk with one
 //! source of randomness. Each run follows from its seed; a failing one is printed, and `SEED=N cargo test simulation` plays it again.
 
-use std::{collections::BTreeMap, env, time::Duration};
+use std::{
+    collections::BTreeMap,
+    env,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 
@@ -295,17 +300,29 @@ fn twenty_replicas_converge_whatever_happens() {
     }
     let seeds: u64 =
         env::var("SEEDS").map_or(20, |seeds| seeds.parse().expect("SEEDS is a number"));
-    let mut forked = 0;
-    for seed in 0..seeds {
-        let result = std::panic::catch_unwind(|| run(seed));
-        match result {
-            Ok(saw) => forked += u64::from(saw),
-            Err(panic) => {
-                eprintln!("seed {seed} fails: SEED={seed} cargo test -p weft-crdt simulation");
-                std::panic::resume_unwind(panic);
+    let (next, forked) = (AtomicU64::new(0), AtomicU64::new(0));
+    // On all cores: a seed is a world of its own.
+    let play = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds {
+                return;
+            }
+            match std::panic::catch_unwind(|| run(seed)) {
+                Ok(saw) => _ = forked.fetch_add(u64::from(saw), Ordering::Relaxed),
+                Err(panic) => {
+                    eprintln!("seed {seed} fails: SEED={seed} cargo test -p weft-crdt simulation");
+                    std::panic::resume_unwind(panic);
+                }
             }
         }
-    }
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        (1..cores).for_each(|_| _ = scope.spawn(play));
+        play();
+    });
+    let forked = forked.into_inner();
     assert!(
         forked > 0 || seeds < 20,
         "the twins were found out in none of {seeds} runs"

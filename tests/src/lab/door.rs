@@ -26,6 +26,9 @@ const STRANGERS: usize = 2;
 /// Open connections that the attacked node takes from others.
 const INCOMING: usize = 16;
 
+/// How long a connection to a killed node may take to be given up.
+const GONE: Duration = Duration::from_secs(120);
+
 /// The result of an attack.
 #[derive(Debug)]
 pub struct Besieged {
@@ -111,6 +114,21 @@ pub async fn besiege() -> Result<Besieged, LabError> {
     }
     let limits = server.home.json(&["limits"]);
     drop(sieges);
+    // A connection of the honest node that was killed before it answered a ping holds a place for twenty seconds.
+    let begin = Instant::now();
+    let incoming = || {
+        let limits = rows(&server.home.json(&["limits"]));
+        let row = limits
+            .iter()
+            .find(|(name, ..)| name == "connections_incoming");
+        row.map_or(0, |(_, used, _)| *used)
+    };
+    while incoming() > 0 {
+        if begin.elapsed() > GONE {
+            return Err(LabError("a killed node is still connected".to_owned()));
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     let at = format!("/ip4/{ip}/tcp/9338/p2p/{}", server.peer_id());
     let _identities = siege(&strangers[0], &[wire::IDENTITIES.to_owned(), at.clone()])?;
     let output = host.home.run(&["connect", &at]);
@@ -118,17 +136,22 @@ pub async fn besiege() -> Result<Besieged, LabError> {
     attempts.push(("full".to_owned(), code, output.stderr));
     let peers = server.home.json(&["peers"]).to_string();
     let came_in = peers.contains(host.peer_id());
+    Ok(Besieged {
+        came_in,
+        attempts,
+        limits: rows(&limits),
+    })
+}
+
+/// The rows of `weft limits`: name, use, and number of refusals.
+fn rows(limits: &Value) -> Vec<(String, u64, u64)> {
     let rows = limits["limits"].as_array().or_else(|| limits.as_array());
     let number = |row: &Value, name: &str| row[name].as_u64().unwrap_or_default();
     let rows = rows.into_iter().flatten().map(|row| {
         let name = row["name"].as_str().unwrap_or_default().to_owned();
         (name, number(row, "used"), number(row, "refused"))
     });
-    Ok(Besieged {
-        came_in,
-        attempts,
-        limits: rows.collect(),
-    })
+    rows.collect()
 }
 
 /// Starts a stranger, and waits until it holds as many as it can get.
