@@ -3,17 +3,19 @@
 step_times=()
 step_running=
 
-# step COMMAND...: runs it.
+# step COMMAND...: runs it, notes its time, and returns its status.
 step() {
-  local begin=$SECONDS
+  local begin=$SECONDS status=0 note=
   # One line, however many arguments there are.
   step_running=$*
   step_running=${step_running:0:100}
   step_began=$begin
   printf '\n== %s\n' "$step_running"
-  "$@"
-  step_times+=("$(printf '%6d s  %s' $((SECONDS - begin)) "$step_running")")
+  "$@" || status=$?
+  [ "$status" = 0 ] || note=': failed'
+  step_times+=("$(printf '%6d s  %s%s' $((SECONDS - begin)) "$step_running" "$note")")
   step_running=
+  return "$status"
 }
 
 print_steps() {
