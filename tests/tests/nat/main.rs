@@ -48,6 +48,6 @@ fn groups() -> [(Vec<Trial>, usize); 3] {
         // They wait for one exchange after another, and for what should not happen.
         (matrix::trials(), 4),
         // Most of the time they wait; but each moves hundreds of megabytes meanwhile.
-        (waiting, 4),
+        (waiting, 3),
     ]
 }

@@ -11,6 +11,10 @@ const PACE: Duration = Duration::from_millis(200);
 /// Work that may be done at once after a pause: what most nodes have to say in all.
 const BURST: u32 = 50;
 
+/// The most time that is used up in advance. What somebody waits for does not wait for its turn, and is counted: however
+/// much of that there is, the rest waits for ten seconds at most.
+const MOST: Duration = Duration::from_secs(20);
+
 /// Tells when the next piece of work may begin.
 #[derive(Debug)]
 pub(crate) struct Pace {
@@ -30,7 +34,7 @@ impl Pace {
 
     /// Counts a piece of work that begins now.
     pub(crate) fn take(&mut self, now: Instant) {
-        self.used = self.used.max(now) + PACE;
+        self.used = (self.used.max(now) + PACE).min(now + MOST);
     }
 
     /// Forgets what was counted: none of it has reached anybody.
@@ -59,6 +63,14 @@ mod tests {
         }
         // The first of the fifty that follow the burst may begin with it.
         assert_eq!(now - start, PACE * 49);
+    }
+
+    #[test]
+    fn however_much_is_done_at_once_the_rest_waits_for_ten_seconds_at_most() {
+        let now = Instant::now();
+        let mut pace = Pace::new(now);
+        (0..10_000).for_each(|_| pace.take(now));
+        assert_eq!(pace.next(now) - now, Duration::from_secs(10));
     }
 
     #[test]

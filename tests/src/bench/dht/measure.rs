@@ -81,7 +81,8 @@ impl Mesh {
         side: Side,
         number: usize,
         keys: &Keypair,
-        (known, routes): (&[(PeerId, Ipv4Addr)], &[(PeerId, Ipv4Addr)]),
+        known: &[(PeerId, Ipv4Addr)],
+        routes: &[(PeerId, Ipv4Addr)],
     ) -> Node {
         let place = place(number);
         let peer = keys.public().to_peer_id();
@@ -229,7 +230,7 @@ impl Run {
         self.started += 1;
         let number = self.started - 1;
         let keys = keys(&mut self.random);
-        self.mesh.start(self.side, number, &keys, (known, &[]))
+        self.mesh.start(self.side, number, &keys, known, &[])
     }
 
     fn at_a_time(&self) -> usize {
@@ -294,7 +295,7 @@ impl Run {
                 is_new
             });
             let routes: Vec<_> = known.map(|other| (peers[other], place(other))).collect();
-            let node = self.mesh.start(self.side, number, keys, (&[], &routes));
+            let node = self.mesh.start(self.side, number, keys, &[], &routes);
             self.nodes.push(node);
             if number % 100 == 99 {
                 // Kademlia answers each change of its table with a bootstrap. With filled tables there is nothing to
