@@ -5,7 +5,7 @@
 //! asks this module what to answer. Outside a simulation the answer is `None`: then the system is asked.
 //!
 //! Virtual time is set by one thread, in steps of a millisecond, and is the same for the whole process. The timers of
-//! `futures-timer` run in a thread of that crate; [`settle_timers`] waits until that thread has seen the new time.
+//! `futures-timer` run in a thread of that crate; `settle_timers` waits until that thread has seen the new time.
 
 use std::{
     future::Future,
