@@ -499,7 +499,7 @@ async fn documents_outlive_partitions_and_kills() -> Result<(), Failed> {
             if of_one == of_other && lacks.is_none() {
                 break;
             }
-            if begin.elapsed() > END {
+            if begin.elapsed() > PATIENCE {
                 let differ = of_one == of_other;
                 return Err(format!("lacks {lacks:?}, the same: {differ}{}", cell.logs()).into());
             }
