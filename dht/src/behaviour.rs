@@ -89,6 +89,8 @@ struct Peer {
     claimed: Vec<Multiaddr>,
     /// Whether it is a server of our DHT.
     serves: bool,
+    /// The connections on which it says so. What it says on one may be older than what it says on another.
+    serving: HashSet<ConnectionId>,
     connections: HashMap<ConnectionId, Multiaddr>,
 }
 
@@ -470,10 +472,54 @@ impl Behaviour {
         self.outside = outside;
         let serves = self.reachable || !outside;
         if serves != self.serves {
-            self.serves = serves;
-            tracing::debug!(serves, "the DHT's records");
-            let mode = if serves { Mode::Server } else { Mode::Client };
-            self.kad.set_mode(Some(mode));
+            self.set_serves(serves);
+        }
+    }
+
+    /// A connection is about to begin. The first with a stranger ends our serving before the stranger is told of our
+    /// protocols: libp2p-identify loses a change that comes before it has told them, and the stranger would take us for
+    /// a server until something else changes.
+    fn comes(&mut self, remote: &Multiaddr) {
+        if self.serves && !self.reachable && !is_private(remote) {
+            self.set_serves(false);
+        }
+    }
+
+    /// A connection that was about to begin may be none.
+    fn came_to_nothing(&mut self) {
+        if !self.serves && !self.outside {
+            self.settle_role();
+        }
+    }
+
+    fn set_serves(&mut self, serves: bool) {
+        self.serves = serves;
+        tracing::debug!(serves, "the DHT's records");
+        let mode = if serves { Mode::Server } else { Mode::Client };
+        self.kad.set_mode(Some(mode));
+    }
+
+    /// A peer says on a connection that it serves, which is a sign of life: it may just have begun to.
+    fn on_serving(&mut self, peer: PeerId, connection: ConnectionId) {
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.serving.insert(connection);
+            self.is_alive(peer, None);
+            self.on_server(peer);
+        }
+    }
+
+    /// A peer says on a connection that it does not serve.
+    fn on_not_serving(&mut self, peer: PeerId, connection: ConnectionId) {
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return;
+        };
+        known.serving.remove(&connection);
+        if known.serves && known.serving.is_empty() {
+            known.serves = false;
+            tracing::debug!(%peer, "serves the DHT no more");
+            self.regions.forget(peer);
+            self.kad.remove_peer(&peer);
+            self.count_nodes();
         }
     }
 
@@ -525,18 +571,6 @@ impl Behaviour {
             return;
         }
         known.claimed.push(address.clone());
-        let known_route = |kad: &mut kad::Behaviour<Store>| {
-            kad.kbucket(peer).is_some_and(|bucket| {
-                bucket
-                    .iter()
-                    .any(|entry| *entry.node.key.preimage() == peer)
-            })
-        };
-        // A peer that comes back is in the table already, and Kademlia says nothing of it.
-        if !known.serves && known_route(&mut self.kad) {
-            known.serves = true;
-            self.met.send_modify(|met| *met += 1);
-        }
         if known.serves {
             self.route(peer, address);
         }
@@ -565,6 +599,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.comes(remote);
         self.kad
             .handle_established_inbound_connection(id, peer, local, remote)
     }
@@ -600,6 +635,7 @@ impl NetworkBehaviour for Behaviour {
         role: Endpoint,
         port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
+        self.comes(address);
         self.kad
             .handle_established_outbound_connection(id, peer, address, role, port)
     }
@@ -618,6 +654,7 @@ impl NetworkBehaviour for Behaviour {
                     outside: !is_private(address),
                     claimed: Vec::new(),
                     serves: false,
+                    serving: HashSet::new(),
                     connections: HashMap::new(),
                 });
                 peer.see(*connection_id, address.clone());
@@ -645,6 +682,7 @@ impl NetworkBehaviour for Behaviour {
             }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
                     peer.connections.remove(connection_id);
+                    peer.serving.remove(connection_id);
                     peer.look();
                     if peer.connections.is_empty() {
                         self.peers.remove(peer_id);
@@ -661,7 +699,11 @@ impl NetworkBehaviour for Behaviour {
                 peer_id: Some(peer),
                 error,
                 ..
-            }) => self.dial_failed(*peer, error),
+            }) => {
+                self.dial_failed(*peer, error);
+                self.came_to_nothing();
+            }
+            FromSwarm::DialFailure(_) | FromSwarm::ListenFailure(_) => self.came_to_nothing(),
             FromSwarm::NewExternalAddrOfPeer(NewExternalAddrOfPeer { peer_id, addr }) => {
                 self.on_claimed(*peer_id, addr);
             }
@@ -676,6 +718,11 @@ impl NetworkBehaviour for Behaviour {
         id: ConnectionId,
         event: THandlerOutEvent<Self>,
     ) {
+        match &event {
+            THandlerOutEvent::<Self>::ProtocolConfirmed { .. } => self.on_serving(peer, id),
+            THandlerOutEvent::<Self>::ProtocolNotSupported { .. } => self.on_not_serving(peer, id),
+            _ => {}
+        }
         let Some(event) = self.on_answer(peer, event) else {
             return;
         };
@@ -737,7 +784,7 @@ impl NetworkBehaviour for Behaviour {
 
 #[cfg(test)]
 mod tests {
-    use libp2p::identity::Keypair;
+    use libp2p::{core::ConnectedPoint, identity::Keypair};
 
     use super::*;
     use crate::Dht;
@@ -785,6 +832,7 @@ mod tests {
             outside: true,
             claimed: Vec::new(),
             serves: true,
+            serving: HashSet::new(),
             connections: HashMap::new(),
         };
         peer.see(ConnectionId::new_unchecked(1), relayed.clone());
@@ -797,6 +845,103 @@ mod tests {
         peer.connections.remove(&ConnectionId::new_unchecked(2));
         peer.look();
         assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
+    }
+
+    fn dialled(peer: PeerId, at: &Multiaddr) -> (ConnectionId, ConnectedPoint) {
+        let endpoint = ConnectedPoint::Dialer {
+            address: at.clone().with_p2p(peer).unwrap(),
+            role_override: Endpoint::Dialer,
+            port_use: PortUse::Reuse,
+        };
+        (ConnectionId::new_unchecked(1), endpoint)
+    }
+
+    fn connect(behaviour: &mut Behaviour, peer: PeerId, at: &Multiaddr) {
+        let (id, endpoint) = dialled(peer, at);
+        behaviour
+            .handle_established_outbound_connection(id, peer, at, Endpoint::Dialer, PortUse::Reuse)
+            .unwrap();
+        behaviour.on_swarm_event(FromSwarm::ConnectionEstablished(ConnectionEstablished {
+            peer_id: peer,
+            connection_id: id,
+            endpoint: &endpoint,
+            failed_addresses: &[],
+            other_established: 0,
+        }));
+    }
+
+    /// Has the behaviour do what it has to do.
+    async fn settle(behaviour: &mut Behaviour) {
+        std::future::poll_fn(|cx| {
+            while behaviour.poll(cx).is_ready() {}
+            Poll::Ready(())
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_node_that_answered_nothing_is_asked_again_when_it_says_that_it_serves() {
+        let mut behaviour = behaviour();
+        let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
+        connect(&mut behaviour, peer, &at);
+        let (id, endpoint) = dialled(peer, &at);
+        let serves = || THandlerOutEvent::<Behaviour>::ProtocolConfirmed {
+            endpoint: endpoint.clone(),
+        };
+        behaviour.on_connection_handler_event(peer, id, serves());
+        settle(&mut behaviour).await;
+        assert_eq!(behaviour.nodes(), 1);
+        let later = |s| Instant::now() + Duration::from_secs(s);
+        for asked in [later(1), later(10)] {
+            let routes = behaviour.routes_of(peer);
+            let liveness = &mut behaviour.liveness;
+            liveness.failed(peer, asked, &routes, routes.clone(), false, asked);
+        }
+        behaviour.has_failed(peer, later(20), &[]);
+        let (now, routes) = (later(20), [at.clone()]);
+        let standing = |b: &Behaviour| b.liveness.standing(peer, &routes, now);
+        assert_eq!(standing(&behaviour), Standing::Gone);
+        assert_eq!(behaviour.nodes(), 0);
+        behaviour.on_connection_handler_event(peer, id, serves());
+        settle(&mut behaviour).await;
+        assert_eq!(standing(&behaviour), Standing::Good);
+        assert_eq!(behaviour.nodes(), 1);
+        // One that serves no more is asked nothing, and has not failed either.
+        let no_more = THandlerOutEvent::<Behaviour>::ProtocolNotSupported { endpoint };
+        behaviour.on_connection_handler_event(peer, id, no_more);
+        settle(&mut behaviour).await;
+        assert_eq!(
+            (behaviour.nodes(), behaviour.peers[&peer].serves),
+            (0, false)
+        );
+        assert_eq!(standing(&behaviour), Standing::Good);
+    }
+
+    #[tokio::test]
+    async fn a_stranger_is_never_told_that_a_node_serves_which_does_not() {
+        let mut behaviour = behaviour();
+        let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
+        assert_eq!(behaviour.kad.mode(), Mode::Server);
+        let id = ConnectionId::new_unchecked(1);
+        // Before the connection has its handler.
+        behaviour.comes(&at);
+        assert_eq!(behaviour.kad.mode(), Mode::Client);
+        // It comes to nothing.
+        behaviour.on_swarm_event(FromSwarm::DialFailure(DialFailure {
+            peer_id: Some(peer),
+            error: &libp2p::swarm::DialError::Aborted,
+            connection_id: id,
+        }));
+        assert_eq!(behaviour.kad.mode(), Mode::Server);
+        connect(&mut behaviour, peer, &at);
+        assert_eq!(behaviour.kad.mode(), Mode::Client);
+        // A neighbour concerns it as little as a node that strangers reach.
+        let mut other = self::behaviour();
+        connect(&mut other, peer, &address("/ip4/192.168.1.2/tcp/1"));
+        assert_eq!(other.kad.mode(), Mode::Server);
+        other.reachable = true;
+        other.comes(&at);
+        assert_eq!(other.kad.mode(), Mode::Server);
     }
 
     #[tokio::test]
@@ -825,6 +970,7 @@ mod tests {
             outside: true,
             claimed: Vec::new(),
             serves: true,
+            serving: HashSet::new(),
             connections: HashMap::new(),
         };
         let of_stranger = PeerId::random();

@@ -366,7 +366,8 @@ impl Liveness {
         let pause = |failed: &Failed| {
             let doubled = CHECK_SUSPECT.0 * (1 << failed.times.saturating_sub(1).min(5));
             match failed.gone {
-                true => CHECK_SUSPECT.1,
+                // Asked on a connection that is there, which costs little.
+                true => CHECK.0,
                 false => doubled.min(CHECK_SUSPECT.1),
             }
         };

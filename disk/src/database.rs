@@ -191,7 +191,8 @@ impl Database {
     /// Makes a change. When it returns, the change survives a crash and a loss of power.
     ///
     /// # Errors
-    /// The errors of `change`, and [`Error`] if the database cannot be written. Nothing is changed then.
+    /// The errors of `change`, after which nothing is changed, and [`Error`] if the database cannot be written. If the
+    /// fault came while the change was committed, it may be on disk or not.
     pub fn write<T, E: Failure>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<T, E>,

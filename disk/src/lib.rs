@@ -6,8 +6,9 @@
 //!
 //! It promises: a transaction that [`Database::write`] acknowledges survives a crash and a loss of power; a file that
 //! is gone is not made anew, because an empty database would be taken for what it held; a fault that lasts costs one
-//! attempt to open the database a second, however many ask. It leaves out: tables and rows, which belong to the
-//! callers, and repair of damaged files, which is reported ([`Error::Damaged`]) and decided by the caller.
+//! attempt a second to open the database, or sixteen where it opens and cannot be read, however many ask. It leaves
+//! out: tables and rows, which belong to the callers, and repair of damaged files, which is reported
+//! ([`Error::Damaged`]) and decided by the caller.
 
 mod database;
 mod error;

@@ -4,6 +4,7 @@
 //! Here the sockets can be borrowed for a search for a port, a connection can be dialled from a socket that such a search
 //! has found, AES-128-GCM is preferred, and a connection follows a peer whose NAT gives it another port.
 
+mod resets;
 mod sockets;
 
 use std::{
@@ -41,7 +42,10 @@ use tokio::{
 use tracing::Instrument;
 
 pub(crate) use self::sockets::Sockets;
-use self::sockets::{Registered, fits};
+use self::{
+    resets::Resets,
+    sockets::{Registered, fits},
+};
 use crate::{
     Place, Transport,
     address::{any_socket, of_socket},
@@ -91,7 +95,7 @@ const WATCH_AGAIN: Duration = Duration::from_secs(5);
 
 /// The transport.
 pub(crate) struct Quic {
-    endpoint: EndpointConfig,
+    resets: Resets,
     server: quinn::ServerConfig,
     client: quinn::ClientConfig,
     sockets: Sockets,
@@ -143,14 +147,8 @@ impl Quic {
             QuicClientConfig::try_from(tls.client()).map_err(ConfigError::Suite)?,
         ));
         client.transport_config(transport);
-        // The same after a restart: peers then learn at once that their connections are gone.
-        let mut endpoint = match key.derive_secret(b"weft quic stateless reset") {
-            Some(secret) => EndpointConfig::new(Arc::new(ResetKey(secret))),
-            None => EndpointConfig::default(),
-        };
-        endpoint.supported_versions(vec![1]);
         Ok(Self {
-            endpoint,
+            resets: Resets::new(key),
             server,
             client,
             sockets,
@@ -168,13 +166,14 @@ impl Quic {
     }
 
     fn serve(&self, socket: UdpSocket, server: bool) -> io::Result<Endpoint> {
+        let mut endpoint = match server {
+            true => self.resets.endpoint(socket.local_addr()?),
+            // From a port that is another one after a restart.
+            false => EndpointConfig::default(),
+        };
+        endpoint.supported_versions(vec![1]);
         let server = server.then(|| self.server.clone());
-        Endpoint::new(
-            self.endpoint.clone(),
-            server,
-            socket,
-            Arc::new(TokioRuntime),
-        )
+        Endpoint::new(endpoint, server, socket, Arc::new(TokioRuntime))
     }
 
     /// The endpoint to dial `to` from.
@@ -570,29 +569,6 @@ impl Listener {
 
 fn accept(endpoint: Endpoint) -> BoxFuture<'static, Option<quinn::Incoming>> {
     async move { endpoint.accept().await }.boxed()
-}
-
-/// Signs stateless resets.
-struct ResetKey([u8; 32]);
-
-impl quinn::crypto::HmacKey for ResetKey {
-    fn sign(&self, data: &[u8], signature: &mut [u8]) {
-        let hash = blake3::keyed_hash(&self.0, data);
-        signature.copy_from_slice(hash.as_bytes());
-    }
-
-    fn signature_len(&self) -> usize {
-        blake3::OUT_LEN
-    }
-
-    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), quinn::crypto::CryptoError> {
-        let hash = blake3::keyed_hash(&self.0, data);
-        // Compared in constant time.
-        match <[u8; blake3::OUT_LEN]>::try_from(signature) {
-            Ok(signature) if hash == signature => Ok(()),
-            _ => Err(quinn::crypto::CryptoError),
-        }
-    }
 }
 
 type Opening = BoxFuture<'static, Result<(quinn::SendStream, quinn::RecvStream), ConnectionError>>;

@@ -20,10 +20,13 @@ fn transport() -> (PeerId, Sockets, Quic) {
 }
 
 fn counted(pending: Pending) -> (PeerId, Sockets, Quic) {
-    let key = Keypair::generate_ed25519();
+    of(&Keypair::generate_ed25519(), pending)
+}
+
+fn of(key: &Keypair, pending: Pending) -> (PeerId, Sockets, Quic) {
     let sockets = Sockets::default();
-    let tls = Tls::new(&key).unwrap();
-    let quic = Quic::new(&key, &tls, sockets.clone(), pending).unwrap();
+    let tls = Tls::new(key).unwrap();
+    let quic = Quic::new(key, &tls, sockets.clone(), pending).unwrap();
     (key.public().to_peer_id(), sockets, quic)
 }
 
@@ -381,4 +384,51 @@ async fn a_listener_that_is_removed_says_so() {
         TransportEvent::ListenerClosed { reason: Ok(()), .. }
     ));
     assert!(quic.sockets.listening([127, 0, 0, 1].into()).is_none());
+}
+
+/// Runs a node in a runtime of its own and drops that, which says no more to anybody than `kill -9`. Returns where it
+/// listened.
+fn killed(
+    key: &Keypair,
+    listening: impl FnOnce(Multiaddr) + Send + 'static,
+    connected: std::sync::mpsc::Receiver<()>,
+) -> std::thread::JoinHandle<()> {
+    let key = key.clone();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let far = runtime.block_on(async {
+            let (_, _, mut far) = of(&key, pending(256));
+            listening(listen(&mut far).await);
+            let accepted = accept(&mut far).await.1.unwrap();
+            (far, accepted)
+        });
+        connected.recv().unwrap();
+        runtime.shutdown_background();
+        drop(far);
+    })
+}
+
+#[tokio::test]
+async fn a_node_that_was_killed_and_is_back_has_its_peers_know_at_once() {
+    let key = Keypair::generate_ed25519();
+    let (_, _, mut near) = transport();
+    let (listening, address) = tokio::sync::oneshot::channel();
+    let (told, connected) = std::sync::mpsc::channel();
+    let first = killed(&key, |at| listening.send(at).unwrap(), connected);
+    let address = address.await.unwrap();
+    let dial = near.dial(address.clone(), options(PortUse::Reuse)).unwrap();
+    let (_, mut connection) = dial.await.unwrap();
+    told.send(()).unwrap();
+    first.join().unwrap();
+    let (_, _, mut again) = of(&key, pending(256));
+    again.listen_on(ListenerId::next(), address).unwrap();
+    assert!(matches!(
+        next(&mut again).await,
+        TransportEvent::NewAddress { .. }
+    ));
+    let mut stream = outbound(&mut connection).await;
+    stream.write_all(b"are you there").await.unwrap();
+    stream.flush().await.unwrap();
+    // Nothing but a reset, or half a minute of silence, ends it.
+    assert_eq!(connection.connection.closed().await, ConnectionError::Reset);
 }

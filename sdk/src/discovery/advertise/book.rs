@@ -58,6 +58,15 @@ pub(super) enum Outcome {
     Over,
 }
 
+/// A record that is withdrawn when the node stops.
+#[derive(Debug, PartialEq)]
+pub(super) struct Leaving {
+    pub(super) id: RecordId,
+    /// The record's lifetime, if its withdrawal has begun: then the local store has it as withdrawn, and others may
+    /// not have heard of that.
+    pub(super) began: Option<Duration>,
+}
+
 /// What is known of one record.
 #[derive(Debug)]
 struct Entry<V> {
@@ -161,8 +170,14 @@ impl<V: Clone> Book<V> {
         let mut entry = Entry::new(&id, terms, vec![(0, value)], true, now + again);
         entry.taken = (took > 0).then_some(now);
         match self.entries.get_mut(&id) {
-            // It may have found the record before.
-            Some(known) if known.doing.is_some() => known.renewed = true,
+            // That work may have found the record before.
+            Some(known) if known.doing.is_some() => {
+                known.renewed = true;
+                known.taken = entry.taken.or(known.taken);
+                if took == 0 {
+                    self.bring_forward(&id, entry.due);
+                }
+            }
             _ => {
                 self.forget(&id);
                 self.insert(id, entry);
@@ -221,6 +236,7 @@ impl<V: Clone> Book<V> {
     /// The first node was met: what was stated before has reached nobody.
     pub(super) fn joined(&mut self, now: Instant) {
         self.pace.start_over(now);
+        self.bring_all_forward(now, |entry| entry.taken.is_none());
     }
 
     /// The time at which [`poll`](Self::poll) has work next.
@@ -313,15 +329,24 @@ impl<V: Clone> Book<V> {
         }
     }
 
-    /// The records that are withdrawn when the node stops, in the order in which that matters to others.
-    pub(super) fn leaving(&self) -> Vec<RecordId> {
+    /// The records that are withdrawn when the node stops, in the order in which that matters to others: those that
+    /// hold only while it runs, and those whose withdrawal is due or under way.
+    pub(super) fn leaving(&self) -> Vec<Leaving> {
         let entries = self.entries.iter();
-        let leaving = entries.filter(|(_, entry)| entry.terms.at_stop == AtStop::Withdraw);
+        let leaving = entries.filter(|(_, entry)| {
+            entry.terms.at_stop == AtStop::Withdraw || entry.values.is_empty()
+        });
         let mut leaving: Vec<_> = leaving
-            .map(|(id, entry)| (entry.terms.rank as usize, entry.place, id.clone()))
+            .map(|(id, entry)| (entry.terms.rank as usize, entry.place, id, entry))
             .collect();
-        leaving.sort();
-        leaving.into_iter().map(|(_, _, id)| id).collect()
+        leaving.sort_by_key(|(rank, place, id, _)| (*rank, *place, *id));
+        leaving
+            .into_iter()
+            .map(|(_, _, id, entry)| Leaving {
+                id: id.clone(),
+                began: (entry.doing == Some(Doing::Withdrawing)).then_some(entry.terms.ttl),
+            })
+            .collect()
     }
 
     /// A place in the queues before all others.

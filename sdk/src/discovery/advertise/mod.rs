@@ -22,7 +22,7 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream};
 use tokio::{
     sync::{mpsc, oneshot},
-    task::JoinSet,
+    task::{self, JoinError, JoinSet},
     time::{Instant, sleep_until, timeout},
 };
 use weft_dht::{Dht, DhtError};
@@ -285,6 +285,7 @@ async fn keep(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Co
     let mut keeper = Keeper {
         book: Book::new(Instant::now()),
         works: JoinSet::new(),
+        under_way: HashMap::new(),
         waiting: HashMap::new(),
         dht,
         network,
@@ -304,9 +305,7 @@ async fn keep(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Co
                 }
                 Some(command) => keeper.take(command),
             },
-            Some(done) = keeper.works.join_next() => if let Ok((id, outcome)) = done {
-                keeper.done(&id, outcome, alone);
-            },
+            Some(done) = keeper.works.join_next_with_id() => keeper.ended(done, alone),
             changed = nodes.changed() => {
                 let Ok(()) = changed else { return };
                 let is_alone = *nodes.borrow_and_update() == 0;
@@ -334,7 +333,9 @@ async fn keep(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Co
 
 struct Keeper {
     book: Book<Value>,
-    works: JoinSet<(RecordId, Outcome)>,
+    works: JoinSet<Outcome>,
+    /// The record that each task of `works` is about.
+    under_way: HashMap<task::Id, RecordId>,
     /// Callers that wait for work on a record which has not begun, in the order in which they came.
     waiting: HashMap<RecordId, VecDeque<Reply>>,
     dht: Dht,
@@ -387,7 +388,8 @@ impl Keeper {
         let waiting = self.waiting.get_mut(&work.id);
         let reply = waiting.and_then(VecDeque::pop_front);
         let (dht, network) = (self.dht.clone(), self.network.clone());
-        self.works.spawn(async move {
+        let id = work.id.clone();
+        let task = self.works.spawn(async move {
             let (done, outcome) = match &work.deed {
                 Deed::State {
                     value: Value::Signed,
@@ -411,8 +413,17 @@ impl Keeper {
                 // The caller may have gone.
                 let _ = reply.send(done);
             }
-            (work.id, outcome)
+            outcome
         });
+        self.under_way.insert(task.id(), id);
+    }
+
+    /// A task has ended. One that has panicked is as one that has failed: the record is not lost with it.
+    fn ended(&mut self, task: Result<(task::Id, Outcome), JoinError>, alone: bool) {
+        let (task, outcome) = task.unwrap_or_else(|error| (error.id(), Outcome::Failed));
+        if let Some(id) = self.under_way.remove(&task) {
+            self.done(&id, outcome, alone);
+        }
     }
 
     fn done(&mut self, id: &RecordId, outcome: Outcome, alone: bool) {
@@ -442,8 +453,10 @@ impl Keeper {
                 (RecordId { key, subkey }, record.remaining())
             });
             let stated: HashMap<_, _> = by_id.collect();
-            let leaving = self.book.leaving().into_iter();
-            let leaving = leaving.filter_map(|id| stated.get(&id).map(|left| (id, *left)));
+            let leaving = self.book.leaving().into_iter().filter_map(|leaving| {
+                let left = stated.get(&leaving.id).copied().or(leaving.began)?;
+                Some((leaving.id, left))
+            });
             let withdrawn =
                 stream::iter(leaving).for_each_concurrent(LEAVING, async |(id, left)| {
                     // Nodes that do not hear of it forget the record by themselves.

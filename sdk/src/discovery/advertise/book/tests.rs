@@ -64,6 +64,11 @@ impl World {
         self.book.done(&work.id, outcome, false, self.now);
     }
 
+    fn leaving(&self) -> Vec<RecordId> {
+        let leaving = self.book.leaving().into_iter();
+        leaving.map(|leaving| leaving.id).collect()
+    }
+
     /// Everything that is done within this time, with when.
     fn run(&mut self, time: Duration) -> Vec<(Duration, Work<u32>)> {
         let until = self.now + time;
@@ -350,7 +355,55 @@ fn records_that_hold_while_the_node_runs_are_withdrawn_when_it_stops_and_those_o
         ..CONTENT
     };
     world.register("name", name);
-    assert_eq!(world.book.leaving(), [id("topic"), id("model")]);
+    assert_eq!(world.leaving(), [id("topic"), id("model")]);
+}
+
+#[test]
+fn what_was_removed_just_before_the_node_stops_is_withdrawn_whatever_kind_it_is_of() {
+    let name = Terms {
+        at_stop: AtStop::Keep,
+        ..CONTENT
+    };
+    let mut world = World::new();
+    world.register("name", name);
+    world.register("other", name);
+    world.run(Duration::from_secs(10));
+    assert_eq!(world.leaving(), []);
+    world.book.remove(&id("name"), 0, world.now);
+    assert_eq!(world.leaving(), [id("name")]);
+    // Its withdrawal has begun: the local store may have it already, and others may not have heard of it.
+    let work = world.book.poll(world.now).expect("it is due");
+    assert_eq!(work.deed, Deed::Withdraw);
+    let leaving = world.book.leaving();
+    assert_eq!(leaving[0].began, Some(name.ttl));
+}
+
+#[test]
+fn what_was_stated_before_anybody_was_met_is_stated_when_somebody_is() {
+    let mut world = World::new();
+    world.register("model", CONTENT);
+    let work = world.book.poll(world.now).expect("it is due");
+    let nobody = Outcome::Took(0);
+    world.book.done(&work.id, nobody, true, world.now);
+    world.now += HOUR / 60;
+    world.book.joined(world.now);
+    assert_eq!(world.run(Duration::from_secs(1)).len(), 1);
+}
+
+#[test]
+fn a_record_that_nobody_took_is_said_again_soon_also_if_an_older_one_was_under_way() {
+    let mut world = World::new();
+    let record = || id("record");
+    world
+        .book
+        .register_stated(record(), 0, CONTENT, 1, world.now);
+    world.now += HOUR;
+    let work = world.book.poll(world.now).expect("it is due");
+    world
+        .book
+        .register_stated(record(), 0, CONTENT, 0, world.now);
+    world.done(&work);
+    assert_eq!(world.run(Duration::from_secs(10)).len(), 1);
 }
 
 #[test]
