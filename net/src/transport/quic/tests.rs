@@ -403,7 +403,8 @@ fn killed(
             (far, accepted)
         });
         connected.recv().unwrap();
-        runtime.shutdown_background();
+        // First what sends packets, so that nothing says goodbye; then the socket.
+        drop(runtime);
         drop(far);
     })
 }
