@@ -34,7 +34,7 @@ use tokio::{
 
 use self::{
     check::Checks,
-    query::{Dialling, MAX_QUERIES, Query},
+    query::{Dialing, MAX_QUERIES, Query},
 };
 use crate::{
     Disk,
@@ -129,7 +129,7 @@ pub struct Behaviour {
     /// What look-ups have found out lately.
     regions: Regions,
     /// Dials under way, for queries and for checks.
-    dialling: HashMap<PeerId, Dialling>,
+    dialing: HashMap<PeerId, Dialing>,
     /// Requests to connected peers that were not answered yet, and when they were sent.
     asked: HashMap<PeerId, VecDeque<(QueryId, Instant)>>,
     liveness: Liveness,
@@ -200,7 +200,7 @@ impl Behaviour {
             requests,
             local,
             queries: HashMap::new(),
-            dialling: HashMap::new(),
+            dialing: HashMap::new(),
             asked: HashMap::new(),
             liveness: Liveness::default(),
             regions: Regions::default(),
@@ -303,22 +303,22 @@ impl Behaviour {
     /// Dials the node whose life is most in doubt, if one is due.
     fn check_next(&mut self) {
         let now = Instant::now();
-        let silent = |dialling: &Dialling| dialling.checks && dialling.counted.is_none();
-        let late: Vec<_> = (self.dialling.iter())
-            .filter(|(peer, dialling)| {
-                silent(dialling) && now >= dialling.since + self.liveness.deadline(**peer, false)
+        let silent = |dialing: &Dialing| dialing.checks && dialing.counted.is_none();
+        let late: Vec<_> = (self.dialing.iter())
+            .filter(|(peer, dialing)| {
+                silent(dialing) && now >= dialing.since + self.liveness.deadline(**peer, false)
             })
-            .map(|(peer, dialling)| (*peer, dialling.since, dialling.addresses.clone()))
+            .map(|(peer, dialing)| (*peer, dialing.since, dialing.addresses.clone()))
             .collect();
         for (peer, since, addresses) in late {
-            if let Some(dialling) = self.dialling.get_mut(&peer) {
-                dialling.counted = Some(now);
+            if let Some(dialing) = self.dialing.get_mut(&peer) {
+                dialing.counted = Some(now);
             }
             self.has_failed(peer, since, &addresses);
         }
         // A dial whose end nobody told of: the swarm had another under way.
-        self.dialling
-            .retain(|_, dialling| now < dialling.since + FORGOTTEN);
+        self.dialing
+            .retain(|_, dialing| now < dialing.since + FORGOTTEN);
         let mut members = Vec::new();
         for bucket in self.kad.kbuckets() {
             members.extend(bucket.iter().map(|entry| *entry.node.key.preimage()));
@@ -328,8 +328,8 @@ impl Behaviour {
         let peers = &self.peers;
         self.liveness
             .retain(|peer| table.contains(&peer) || peers.contains_key(&peer));
-        let dialling = &self.dialling;
-        let is_under_way = |peer| dialling.contains_key(&peer);
+        let dialing = &self.dialing;
+        let is_under_way = |peer| dialing.contains_key(&peer);
         let is_connected = |peer| peers.contains_key(&peer);
         let due = self
             .liveness
@@ -341,8 +341,8 @@ impl Behaviour {
                 self.poke(check.peer);
                 return;
             }
-            let dialling = self.dial(check.peer, check.addresses, false);
-            dialling.checks = true;
+            let dialing = self.dial(check.peer, check.addresses, false);
+            dialing.checks = true;
         }
     }
 
@@ -847,7 +847,7 @@ mod tests {
         assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
     }
 
-    fn dialled(peer: PeerId, at: &Multiaddr) -> (ConnectionId, ConnectedPoint) {
+    fn dialed(peer: PeerId, at: &Multiaddr) -> (ConnectionId, ConnectedPoint) {
         let endpoint = ConnectedPoint::Dialer {
             address: at.clone().with_p2p(peer).unwrap(),
             role_override: Endpoint::Dialer,
@@ -857,7 +857,7 @@ mod tests {
     }
 
     fn connect(behaviour: &mut Behaviour, peer: PeerId, at: &Multiaddr) {
-        let (id, endpoint) = dialled(peer, at);
+        let (id, endpoint) = dialed(peer, at);
         behaviour
             .handle_established_outbound_connection(id, peer, at, Endpoint::Dialer, PortUse::Reuse)
             .unwrap();
@@ -884,7 +884,7 @@ mod tests {
         let mut behaviour = behaviour();
         let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
         connect(&mut behaviour, peer, &at);
-        let (id, endpoint) = dialled(peer, &at);
+        let (id, endpoint) = dialed(peer, &at);
         let serves = || THandlerOutEvent::<Behaviour>::ProtocolConfirmed {
             endpoint: endpoint.clone(),
         };
@@ -979,14 +979,14 @@ mod tests {
         assert_eq!((behaviour.nodes(), behaviour.serves), (0, false));
         behaviour.route(neighbour, address("/ip4/192.168.1.3/tcp/1"));
         assert_eq!(behaviour.nodes(), 0);
-        // It is still dialled there.
-        let dialled = behaviour.handle_pending_outbound_connection(
+        // It is still dialed there.
+        let dialed = behaviour.handle_pending_outbound_connection(
             ConnectionId::new_unchecked(1),
             Some(neighbour),
             &[],
             Endpoint::Dialer,
         );
-        assert_eq!(dialled.unwrap().len(), 2);
+        assert_eq!(dialed.unwrap().len(), 2);
         behaviour.reachable = true;
         behaviour.settle_role();
         assert!(behaviour.serves);

@@ -62,7 +62,7 @@ const WEIGHT: f64 = 1.0 / 16.0;
 const IDLE: Duration = Duration::from_secs(150);
 
 /// A lost connection causes a check at most this often for one peer: a peer that closes connections, for want of memory
-/// say, is not dialled in a loop.
+/// say, is not dialed in a loop.
 const CHECK_LOST: Duration = Duration::from_secs(60);
 
 /// A round trip that is estimated from measurements, as RFC 6298 does for TCP.
@@ -376,7 +376,7 @@ impl Liveness {
             .iter()
             .filter(|(peer, failed)| {
                 !failed.routes.is_empty()
-                    // One that is gone is not dialled; while it is connected, it may have been suspended.
+                    // One that is gone is not dialed; while it is connected, it may have been suspended.
                     && (!failed.gone || is_connected(**peer))
                     && now.saturating_duration_since(failed.at.max(failed.checked)) >= pause(failed)
                     && !is_under_way(**peer)
@@ -469,7 +469,7 @@ mod tests {
         assert_eq!(standing(&two, at(2080)), Standing::Good);
         let late = at(2060) + FORGET;
         assert_eq!(standing(&[address(1)], late), Standing::Good);
-        // It is not dialled, and checked slowly while it is connected. Its answer, however late, brings it back.
+        // It is not dialed, and checked slowly while it is connected. Its answer, however late, brings it back.
         let due = |connected| {
             let nobody = std::iter::empty();
             liveness.due(nobody, |_| false, |_| connected, at(2060) + CHECK_SUSPECT.1)

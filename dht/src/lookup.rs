@@ -53,7 +53,7 @@ pub(crate) struct Candidate {
     pub(crate) addresses: Vec<Multiaddr>,
     /// Where it is as far as is known: all networks of its addresses, or the one that it is seen in.
     pub(crate) networks: Vec<Origin>,
-    /// It has been dialled at other addresses in vain, or still is.
+    /// It has been dialed at other addresses in vain, or still is.
     pub(crate) again: bool,
     /// It failed to answer lately.
     pub(crate) suspect: bool,

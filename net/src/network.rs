@@ -82,8 +82,8 @@ impl Network {
     /// Connects to `peer` at any of these addresses (without `/p2p`), or, if there are none, where the DHT has seen it.
     /// Returns the best path at once if there is one.
     ///
-    /// A `Vec<Multiaddr>` holds addresses that the user has given; they are dialled as they are. Addresses that
-    /// anybody else has stated come as [`Heard`](crate::Heard) and are dialled as far as the rules for hearsay admit.
+    /// A `Vec<Multiaddr>` holds addresses that the user has given; they are dialed as they are. Addresses that
+    /// anybody else has stated come as [`Heard`](crate::Heard) and are dialed as far as the rules for hearsay admit.
     ///
     /// # Errors
     /// [`ConnectError`], after 15 s at the latest.

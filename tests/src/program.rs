@@ -368,7 +368,7 @@ impl Daemon {
         self.info["peer_id"].as_str().expect("up prints its id")
     }
 
-    /// The first address it can be dialled at, with its id.
+    /// The first address it can be dialed at, with its id.
     pub fn address(&self) -> &str {
         self.info["addresses"][0]
             .as_str()

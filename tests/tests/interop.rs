@@ -129,10 +129,10 @@ async fn js_dials_and_pings_and_identifies_and_gets_64_mib_back() {
         for ws in [false, true] {
             let mut js = Js::start(&["--security", security]).await;
             let at = address(&network, |a| a.ends_with("/ws") == ws).await;
-            let dialled = js.ask("dial", json!({ "address": at })).await;
+            let dialed = js.ask("dial", json!({ "address": at })).await;
             let id = network.local_peer().to_string();
-            assert_eq!(dialled["peer_id"], id.as_str());
-            assert_eq!(dialled["limited"], false);
+            assert_eq!(dialed["peer_id"], id.as_str());
+            assert_eq!(dialed["limited"], false);
             let pong = js.ask("ping", json!({ "peer_id": id })).await;
             assert!(pong["rtt_ms"].as_f64().unwrap() < 1000.0, "{pong}");
             let known = js.ask("identify", json!({ "peer_id": id })).await;
@@ -150,7 +150,7 @@ async fn js_dials_and_pings_and_identifies_and_gets_64_mib_back() {
 }
 
 #[tokio::test]
-async fn js_is_dialled_and_gives_64_mib_back() {
+async fn js_is_dialed_and_gives_64_mib_back() {
     let listen = [
         "--listen",
         "/ip4/127.0.0.1/tcp/0",
@@ -205,8 +205,8 @@ async fn we_are_reached_through_a_js_relay() {
     let network = spawn(behind).await;
     let at = address(&network, |a| a.contains("p2p-circuit")).await;
     let mut js = Js::start(&[]).await;
-    let dialled = js.ask("dial", json!({ "address": at })).await;
-    assert_eq!(dialled["limited"], true, "{dialled}");
+    let dialed = js.ask("dial", json!({ "address": at })).await;
+    assert_eq!(dialed["limited"], true, "{dialed}");
     let id = network.local_peer().to_string();
     js.ask("ping", json!({ "peer_id": id })).await;
     let back = json!({ "peer_id": id, "protocol": ECHO.as_ref(), "bytes": SIZE });

@@ -47,11 +47,11 @@ pub(super) type Event = THandlerOutEvent<Behaviour>;
 
 /// A dial under way.
 #[derive(Debug)]
-pub(super) struct Dialling {
+pub(super) struct Dialing {
     /// Queries that wait for it.
     pub(super) queries: Vec<QueryId>,
     pub(super) since: Instant,
-    /// Addresses that are dialled beside those of the routing table.
+    /// Addresses that are dialed beside those of the routing table.
     pub(super) addresses: Vec<Multiaddr>,
     /// It is to find out whether the node lives.
     pub(super) checks: bool,
@@ -425,8 +425,8 @@ impl Behaviour {
             let nearest = is_done.then(|| lookup.nearest_answered());
             let overdue = lookup.take_overdue();
             for (peer, asked) in overdue {
-                let dialling = self.dialling.get(&peer);
-                let addresses = dialling.map(|dialling| dialling.addresses.clone());
+                let dialing = self.dialing.get(&peer);
+                let addresses = dialing.map(|dialing| dialing.addresses.clone());
                 self.has_failed(peer, asked, &addresses.unwrap_or_default());
             }
             for candidate in next {
@@ -487,8 +487,8 @@ impl Behaviour {
         if self.peers.contains_key(&peer) {
             return self.request(id, peer, request);
         }
-        let dialling = self.dial(peer, candidate.addresses, candidate.again);
-        dialling.queries.push(id);
+        let dialing = self.dial(peer, candidate.addresses, candidate.again);
+        dialing.queries.push(id);
     }
 
     fn request(&mut self, id: QueryId, peer: PeerId, request: Request) {
@@ -519,7 +519,7 @@ impl Behaviour {
         peer: PeerId,
         addresses: Vec<Multiaddr>,
         again: bool,
-    ) -> &mut Dialling {
+    ) -> &mut Dialing {
         let condition = match again {
             true => PeerCondition::Disconnected,
             false => PeerCondition::DisconnectedAndNotDialing,
@@ -529,7 +529,7 @@ impl Behaviour {
             .addresses(addresses.clone())
             .extend_addresses_through_behaviour();
         self.actions.push_back(ToSwarm::Dial { opts: opts.build() });
-        let dialling = self.dialling.entry(peer).or_insert_with(|| Dialling {
+        let dialing = self.dialing.entry(peer).or_insert_with(|| Dialing {
             queries: Vec::new(),
             since: Instant::now(),
             addresses: Vec::new(),
@@ -537,17 +537,17 @@ impl Behaviour {
             counted: None,
         });
         for address in addresses {
-            if dialling.addresses.len() < MAX_ADDRESSES && !dialling.addresses.contains(&address) {
-                dialling.addresses.push(address);
+            if dialing.addresses.len() < MAX_ADDRESSES && !dialing.addresses.contains(&address) {
+                dialing.addresses.push(address);
             }
         }
-        dialling
+        dialing
     }
 
     /// A peer is connected now: what waits for it is asked.
     pub(super) fn ask_connected(&mut self, peer: PeerId) {
-        let dialling = self.dialling.remove(&peer);
-        for id in dialling.map(|d| d.queries).unwrap_or_default() {
+        let dialing = self.dialing.remove(&peer);
+        for id in dialing.map(|d| d.queries).unwrap_or_default() {
             if let Some(query) = self.queries.get(&id) {
                 let request = query.request(id);
                 self.request(id, peer, request);
@@ -562,7 +562,7 @@ impl Behaviour {
         }
         self.regions.forget(peer);
         // Somebody else's dial, to addresses that say nothing of the node, may have been the one that failed.
-        let Some(dialling) = self.dialling.remove(&peer) else {
+        let Some(dialing) = self.dialing.remove(&peer) else {
             return;
         };
         let was_refused_here = matches!(
@@ -573,9 +573,9 @@ impl Behaviour {
             // Nothing was sent, because this node has reached a limit, say. That says nothing of the other node.
             self.liveness.postpone(peer, Instant::now());
         } else if !self.peers.contains_key(&peer) {
-            self.has_failed(peer, dialling.since, &dialling.addresses);
+            self.has_failed(peer, dialing.since, &dialing.addresses);
         }
-        for id in dialling.queries {
+        for id in dialing.queries {
             self.query_failed(id, peer);
         }
     }
@@ -609,8 +609,8 @@ impl Behaviour {
             }
         }
         let queries = &self.queries;
-        for dialling in self.dialling.values_mut() {
-            dialling.queries.retain(|id| queries.contains_key(id));
+        for dialing in self.dialing.values_mut() {
+            dialing.queries.retain(|id| queries.contains_key(id));
         }
     }
 

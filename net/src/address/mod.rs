@@ -362,7 +362,7 @@ fn kind(address: &Multiaddr) -> PathKind {
 }
 
 /// Whether `candidate`, which a peer seen at `seen_at` claims as its own, can lead to it from here: a loopback address
-/// only from the same machine, a private one only from a private network. Others would be dialled in vain, or reach
+/// only from the same machine, a private one only from a private network. Others would be dialed in vain, or reach
 /// somebody else. A peer seen through a relay may be anywhere, however near the relay is; only its relayed addresses
 /// count from the relay.
 pub fn dialable_from(seen_at: &Multiaddr, candidate: &Multiaddr) -> bool {

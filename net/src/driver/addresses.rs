@@ -23,7 +23,7 @@ use crate::{
         any_socket, first_ip, is_link_local, is_outside, is_public, of_socket, own::Own, socket,
     },
     nat::reach::Reach,
-    policy::gate::dialled::Dialled,
+    policy::gate::dialed::Dialed,
     split_peer_id,
 };
 
@@ -90,8 +90,8 @@ pub(super) struct Addressing {
     pub(super) public: HashMap<Multiaddr, Instant>,
     /// Where peers see us.
     pub(super) reach: Reach,
-    /// Where we have dialled: a packet from there proves nothing about strangers.
-    pub(super) dialled: Dialled,
+    /// Where we have dialed: a packet from there proves nothing about strangers.
+    pub(super) dialed: Dialed,
     /// We are part of a mesh beyond our own networks, or are about to be: it is told no private addresses.
     pub(super) outside: bool,
     /// Our addresses, for those who want to know of changes.
@@ -100,13 +100,9 @@ pub(super) struct Addressing {
 
 impl Addressing {
     /// `open`: the listeners, and what each was told to listen on.
-    pub(super) fn new(
-        config: &Config,
-        open: Vec<(ListenerId, Multiaddr)>,
-        dialled: Dialled,
-    ) -> Self {
+    pub(super) fn new(config: &Config, open: Vec<(ListenerId, Multiaddr)>, dialed: Dialed) -> Self {
         let interfaces = IfWatcher::new().inspect_err(|error| {
-            tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialled");
+            tracing::warn!(%error, "the interfaces cannot be watched: private addresses that others state are not dialed");
         });
         let external = config.external.iter().cloned().map(split_peer_id);
         let mut named = config.bootstrap.iter().chain(&config.relays);
@@ -119,7 +115,7 @@ impl Addressing {
             configured: external.map(|(address, _)| address).collect(),
             public: HashMap::new(),
             reach: Reach::default(),
-            dialled,
+            dialed,
             outside: named.any(is_outside),
             told: watch::Sender::default(),
         }
@@ -189,9 +185,9 @@ where
         else {
             return;
         };
-        // Where we have dialled, a NAT or a firewall lets the answer through: that proves nothing about strangers.
+        // Where we have dialed, a NAT or a firewall lets the answer through: that proves nothing about strangers.
         let stranger =
-            is_public(&from.ip()) && !self.addressing.dialled.contains(from.ip(), Instant::now());
+            is_public(&from.ip()) && !self.addressing.dialed.contains(from.ip(), Instant::now());
         if !stranger || !is_public(&at.ip()) {
             return;
         }

@@ -1,4 +1,4 @@
-//! AutoNAT as the driver deals with it: which of our addresses to ask about, whom, and dialling for others.
+//! AutoNAT as the driver deals with it: which of our addresses to ask about, whom, and dialing for others.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,7 +13,7 @@ use libp2p::{
 };
 use tokio::{sync::oneshot, time::timeout};
 
-use super::{Driver, How, Outcome, accept, dialling::Dial, opened};
+use super::{Driver, How, Outcome, accept, dialing::Dial, opened};
 use crate::{
     AutonatLimits, Class, Filtering, Heard, Incoming, PathKind, Place, Shares, Stream, Transport,
     address::{is_public, of_socket, socket},
@@ -36,10 +36,10 @@ const UDP: Duration = Duration::from_secs(600);
 /// Between two tries whether UDP gets through.
 const UDP_AGAIN: Duration = Duration::from_secs(60);
 
-/// How long a request may take until the address in it is dialled, with all that is sent in advance.
+/// How long a request may take until the address in it is dialed, with all that is sent in advance.
 const REQUEST: Duration = Duration::from_secs(30);
 
-/// Requests to be dialled that are refused with a message at a time; what is beyond is reset.
+/// Requests to be dialed that are refused with a message at a time; what is beyond is reset.
 const MAX_REJECTIONS: usize = 64;
 
 /// What the driver remembers of it.
@@ -58,7 +58,7 @@ pub(super) struct Autonat {
     udp_through: Option<Instant>,
     udp_tried: Option<Instant>,
     udp_blocked: bool,
-    /// Requests to be dialled that are being refused.
+    /// Requests to be dialed that are being refused.
     rejections: Shares,
 }
 
@@ -208,7 +208,7 @@ where
                 .filter(|(_, place)| place.is_ipv4() == v4 && !tried.covers(place));
             // Best one that we have never sent to: what it finds, any stranger would.
             let best =
-                fitting.min_by_key(|(_, place)| self.addressing.dialled.contains(*place, now));
+                fitting.min_by_key(|(_, place)| self.addressing.dialed.contains(*place, now));
             match best {
                 Some((server, place)) => self.ask_server(*server, *place, address),
                 None => self.autonat.verdicts.put_off(&address, now),
@@ -284,7 +284,7 @@ where
         })
     }
 
-    /// A server has opened a stream on a connection that it has dialled for us.
+    /// A server has opened a stream on a connection that it has dialed for us.
     pub(super) fn on_called_back(&mut self, mut stream: Stream) {
         let server = stream.peer();
         if !self
@@ -333,7 +333,7 @@ where
         let chosen = self.bootstrap.iter().any(|b| b.peer == server);
         let back = connection.as_ref().and_then(|connection| {
             let question = &asked.question;
-            let back = question.answered_by(connection, &self.addressing.dialled, chosen, now)?;
+            let back = question.answered_by(connection, &self.addressing.dialed, chosen, now)?;
             Some((back, connection.from.ip()))
         });
         if back.is_none() {
@@ -392,7 +392,7 @@ where
         self.tell_addresses();
     }
 
-    /// Somebody asks to be dialled.
+    /// Somebody asks to be dialed.
     pub(super) fn on_dial_request(&mut self, mut stream: Stream) {
         let (peer, now) = (stream.peer(), Instant::now());
         let from = match stream.path().kind {
@@ -420,7 +420,7 @@ where
             let wanted = match received.await {
                 Ok(wanted) => wanted,
                 Err(error) => {
-                    tracing::debug!(%peer, %error, "a request to be dialled came to nothing");
+                    tracing::debug!(%peer, %error, "a request to be dialed came to nothing");
                     None
                 }
             };
@@ -467,7 +467,7 @@ where
         }
     }
 
-    /// Whether a connection that has opened, or has not, was dialled for somebody else.
+    /// Whether a connection that has opened, or has not, was dialed for somebody else.
     pub(super) fn on_probe(&mut self, id: ConnectionId, connected: bool) -> bool {
         if self.autonat.given_up.remove(&id) {
             if connected {
@@ -537,7 +537,7 @@ where
             let over_tcp = peer
                 .connections
                 .values()
-                .any(|c| c.dialled && !c.punched && c.path.kind == PathKind::Direct);
+                .any(|c| c.dialed && !c.punched && c.path.kind == PathKind::Direct);
             let quic = peer.quic.as_ref().filter(|_| over_tcp)?;
             Some((*id, quic.clone()))
         });
@@ -556,7 +556,7 @@ where
         }
         if let Ok(id) = self.dial_admitted(&admitted, how) {
             let addresses = admitted.addresses().to_vec();
-            self.dialling.dials.insert(
+            self.dialing.dials.insert(
                 id,
                 Dial {
                     peer,

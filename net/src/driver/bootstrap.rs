@@ -14,7 +14,7 @@ use libp2p::{
 use super::{
     Config, Driver, SpawnError,
     dial_error::{attempt_error, dial_error},
-    dialling::Dial,
+    dialing::Dial,
 };
 use crate::{BootstrapPeer, ConnectError, address::own::by_quic, split_peer_id};
 
@@ -74,7 +74,7 @@ impl Bootstrap {
         self.peer == peer && self.address == *address
     }
 
-    /// It is dialled at once, and soon again.
+    /// It is dialed at once, and soon again.
     pub(super) fn begin_anew(&mut self, now: Instant) {
         self.rest();
         self.next = now;
@@ -148,7 +148,7 @@ where
         }
     }
 
-    /// A dial has failed. Notes the reason of each bootstrap address that was dialled, and of no other.
+    /// A dial has failed. Notes the reason of each bootstrap address that was dialed, and of no other.
     pub(super) fn bootstrap_dial_failed(&mut self, dial: &Dial, error: &DialError) {
         let failed = failed(dial, error);
         let Some(name) = &dial.name else {
@@ -260,7 +260,7 @@ mod tests {
         let now = bootstrap.next;
         let only = [tcp.clone()];
         assert_eq!(bootstrap.due(&only, now), Some(tcp.clone()));
-        // One that answers in time is not dialled twice.
+        // One that answers in time is not dialed twice.
         assert_eq!(bootstrap.due(&only, now), None);
         assert_eq!(bootstrap.due(&only, now + RETRY.0), Some(tcp.clone()));
         assert_eq!(bootstrap.due(&only, now + BY_QUIC), Some(quic.clone()));

@@ -31,10 +31,10 @@ use crate::{
     streams::Moved,
 };
 
-/// A bootstrap node that has kept a connection for this long is dialled at once when it is lost; one that takes connections and closes them is not.
+/// A bootstrap node that has kept a connection for this long is dialed at once when it is lost; one that takes connections and closes them is not.
 const STEADY: Duration = Duration::from_secs(30);
 
-/// Peers found by mDNS are dialled while fewer than this many are connected: a hall full of machines is no reason to connect to all.
+/// Peers found by mDNS are dialed while fewer than this many are connected: a hall full of machines is no reason to connect to all.
 const MDNS_PEERS: usize = 32;
 
 impl<E> Driver<E>
@@ -156,12 +156,12 @@ where
         for (peer, addresses) in by_peer {
             self.gate.announced(peer, &addresses, Instant::now());
             let known = self.peers.get(&peer);
-            let few = self.peers.len() + self.dialling.dials.len() < MDNS_PEERS;
+            let few = self.peers.len() + self.dialing.dials.len() < MDNS_PEERS;
             if known.is_some_and(|known| !known.is_direct()) {
                 self.dial_neighbour(peer);
             } else if few && known.is_none() {
                 tracing::debug!(%peer, "found on the local network");
-                // Already dialling it is as good.
+                // Already dialing it is as good.
                 let found = self.gate.neighbour(&peer);
                 let _ = self.dial(peer, found);
             }
@@ -182,13 +182,13 @@ where
             self.autonat.udp_got_through(now);
         }
         tracing::debug!(peer = %id, address = %path.address, kind = %path.kind, "connected");
-        let dial = self.dialling.dials.remove(&connection);
+        let dial = self.dialing.dials.remove(&connection);
         if let Some(dial) = &dial {
             self.bootstrap_reached(dial, &path.address);
         }
-        let punched = self.punching.dialled(connection);
+        let punched = self.punching.dialed(connection);
         self.lanes.forget(&id);
-        for reply in self.dialling.waiting.remove(&id).unwrap_or_default() {
+        for reply in self.dialing.waiting.remove(&id).unwrap_or_default() {
             // Whoever asked may be gone.
             let _ = reply.send(Ok(path.clone()));
         }
@@ -208,9 +208,9 @@ where
             return;
         };
         if let (Some(dial), Some((at, _))) = (dial, socket(&path.address)) {
-            let dialled = dial.addresses.into_iter().map(|(_, address)| address);
-            let dialled: Vec<_> = dialled.collect();
-            lanes::remember(&mut peer.tcp, &dialled, at.ip());
+            let dialed = dial.addresses.into_iter().map(|(_, address)| address);
+            let dialed: Vec<_> = dialed.collect();
+            lanes::remember(&mut peer.tcp, &dialed, at.ip());
         }
         let opened = Connection::new(endpoint, path, source, punched, now);
         peer.connections.insert(connection, opened);
@@ -291,7 +291,7 @@ where
         let seen_at = connection.path.address.clone();
         let relayed = connection.path.kind == PathKind::Relayed;
         // A web page, or a stranger behind a proxy: it is not on this machine, wherever it comes from.
-        let proxied = !connection.dialled
+        let proxied = !connection.dialed
             && connection.path.transport == Transport::Ws
             && connection.path.kind == PathKind::Loopback;
         let claimed: Vec<Multiaddr> = info

@@ -1,4 +1,4 @@
-//! The behaviours of the swarm, none of which can dial: what they want dialled goes to the driver, and through the
+//! The behaviours of the swarm, none of which can dial: what they want dialed goes to the driver, and through the
 //! gate.
 
 use std::{
@@ -36,7 +36,7 @@ pub(crate) struct WantedDial {
 pub(crate) enum GuardedEvent<E: NetworkBehaviour<ToSwarm = Infallible>> {
     /// An event of one of them.
     Inner(Box<BehaviourEvent<E>>),
-    /// One of them wants a peer to be dialled.
+    /// One of them wants a peer to be dialed.
     Wanted(WantedDial),
 }
 
@@ -71,7 +71,7 @@ impl<E: NetworkBehaviour<ToSwarm = Infallible>> Guarded<E> {
 
     /// Returns the addresses that the extension has heard of a peer.
     pub(super) fn heard_of(&mut self, peer: PeerId) -> Heard {
-        // Asked in the way that the swarm asks; the number is never dialled.
+        // Asked in the way that the swarm asks; the number is never dialed.
         let id = ConnectionId::new_unchecked(usize::MAX);
         let extension = &mut self.inner.extension;
         let known =

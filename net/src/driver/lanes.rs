@@ -247,12 +247,12 @@ where
         let came = known
             .connections
             .iter()
-            .find(|(_, c)| !c.dialled && !c.punched && c.path.kind < PathKind::Relayed);
+            .find(|(_, c)| !c.dialed && !c.punched && c.path.kind < PathKind::Relayed);
         came.filter(|_| reachable)
             .map(|(connection, _)| Way::Call(*connection))
     }
 
-    /// Where a lane to `peer` could be dialled.
+    /// Where a lane to `peer` could be dialed.
     fn lane_target(&self, peer: &PeerId) -> Option<(Multiaddr, Target)> {
         let address = self.peers.get(peer)?.lane_target()?;
         if !self.admits(peer, &address) {
@@ -271,7 +271,7 @@ where
         access.admits(Some(peer), first_ip(address).as_ref())
     }
 
-    /// Somebody has dialled a lane.
+    /// Somebody has dialed a lane.
     pub(super) fn on_lane(&mut self, arrival: LaneArrival) {
         let peer = arrival.peer;
         let direct =

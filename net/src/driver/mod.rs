@@ -1,7 +1,7 @@
 //! The swarm's owner: one task that all events and requests pass through.
 //!
 //! [`Driver`] holds the swarm and the parts, each a struct in a file of its own: `peers` (what is known of those
-//! connected), `dialling` and `bootstrap`, `addresses` (our own) and `ports` (what the gateway forwards), `relaying`,
+//! connected), `dialing` and `bootstrap`, `addresses` (our own) and `ports` (what the gateway forwards), `relaying`,
 //! `punching`, `lanes`, `autonat`, `liveness`, `clocks`, `budget` (limits). A file holds its part and the driver's methods
 //! that deal with it. `events` takes what the swarm tells, `outcome` what tasks have come to, `report` tells the handle.
 
@@ -14,7 +14,7 @@ mod command;
 mod config;
 mod descriptors;
 mod dial_error;
-mod dialling;
+mod dialing;
 mod events;
 mod guarded;
 mod info;
@@ -54,7 +54,7 @@ use self::{
     autonat::Autonat,
     bootstrap::Bootstrap,
     budget::Budget,
-    dialling::{Dialling, How},
+    dialing::{Dialing, How},
     guarded::Guarded,
     lanes::Lanes,
     liveness::Liveness,
@@ -123,12 +123,12 @@ pub(crate) struct Driver<E: NetworkBehaviour<ToSwarm = Infallible>> {
     swarm: Swarm<Guarded<E>>,
     requests: mpsc::Receiver<Command>,
     protocols: Protocols,
-    /// The gate that decides which addresses may be dialled.
+    /// The gate that decides which addresses may be dialed.
     gate: Gate,
     /// QUIC's.
     sockets: Sockets,
     peers: HashMap<PeerId, Peer>,
-    dialling: Dialling,
+    dialing: Dialing,
     bootstrap: Vec<Bootstrap>,
     addressing: Addressing,
     ports: PortMappings,
@@ -187,11 +187,11 @@ where
         Ok(Self {
             swarm,
             requests,
-            addressing: Addressing::new(&config, listening, gate.dialled()),
+            addressing: Addressing::new(&config, listening, gate.dialed()),
             gate,
             sockets,
             peers: HashMap::new(),
-            dialling: Dialling::new(),
+            dialing: Dialing::new(),
             bootstrap,
             ports: PortMappings::new(config.port_mapping),
             relaying,
@@ -290,7 +290,7 @@ where
                 Some(need) = self.relaying.needs.recv() => self.on_need(need),
                 Some(mapped) = self.ports.changes.recv() => self.on_mapped(mapped),
                 Some(outcome) = self.finished.recv() => self.on_outcome(outcome),
-                change = dialling::next_change(&mut self.addressing.interfaces) => match change {
+                change = dialing::next_change(&mut self.addressing.interfaces) => match change {
                     IfEvent::Up(network) => self.gate.network_changed(network, true),
                     IfEvent::Down(network) => self.gate.network_changed(network, false),
                 },
@@ -313,7 +313,7 @@ where
                     return;
                 }
                 match self.dial(peer, destinations.sources()) {
-                    Ok(()) => self.dialling.waiting.entry(peer).or_default().push(reply),
+                    Ok(()) => self.dialing.waiting.entry(peer).or_default().push(reply),
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }

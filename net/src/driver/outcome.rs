@@ -4,7 +4,7 @@ use std::net::{SocketAddr, UdpSocket};
 
 use libp2p::{Multiaddr, PeerId, swarm::ConnectionId};
 
-use super::{autonat::Told, dialling::Resolved, lanes::NoLane};
+use super::{autonat::Told, dialing::Resolved, lanes::NoLane};
 use crate::{
     Permit, Stream,
     nat::{
@@ -54,7 +54,7 @@ pub(super) enum Outcome {
     Told(Told),
     /// One has come back with this.
     CalledBack { stream: Stream, nonce: u64 },
-    /// Somebody wants to be dialled, unless what was asked for makes no sense.
+    /// Somebody wants to be dialed, unless what was asked for makes no sense.
     ToDial {
         stream: Stream,
         wanted: Option<Wanted>,

@@ -24,7 +24,7 @@ pub(super) struct Peer {
     pub(super) direct_after: Option<Duration>,
     /// Relays for others, at these addresses of its own.
     pub(super) hop: Option<Vec<Multiaddr>>,
-    /// Where it may take TCP connections, as it says or as we have dialled it; at IP addresses at which we are connected to it.
+    /// Where it may take TCP connections, as it says or as we have dialed it; at IP addresses at which we are connected to it.
     pub(super) tcp: Vec<Multiaddr>,
     /// Where it takes QUIC connections, as it says.
     pub(super) quic: Option<Multiaddr>,
@@ -38,9 +38,9 @@ pub(super) struct Connection {
     pub(super) path: Path,
     pub(super) rtt: Option<Duration>,
     pub(super) since: Instant,
-    /// We dialled it.
-    pub(super) dialled: bool,
-    /// Our end of it, if the peer dialled it.
+    /// We dialed it.
+    pub(super) dialed: bool,
+    /// Our end of it, if the peer dialed it.
     pub(super) local: Option<(SocketAddr, Transport)>,
     /// Our end of it is our listening port.
     pub(super) from_listener: bool,
@@ -72,7 +72,7 @@ impl Connection {
             path,
             rtt: None,
             since: now,
-            dialled: endpoint.is_dialer(),
+            dialed: endpoint.is_dialer(),
             local,
             from_listener,
             punched,
@@ -106,13 +106,13 @@ impl Peer {
         }
     }
 
-    /// Where a lane could be dialled.
+    /// Where a lane could be dialed.
     pub(super) fn lane_target(&self) -> Option<Multiaddr> {
         let direct = self.connections.values();
         let direct = direct.filter(|c| c.path.kind < PathKind::Relayed && !c.punched);
         // Best where we are connected by TCP already.
         let proven = direct
-            .filter(|c| c.dialled && c.path.transport == Transport::Tcp)
+            .filter(|c| c.dialed && c.path.transport == Transport::Tcp)
             .map(|c| split_peer_id(c.path.address.clone()).0)
             .find(|address| socket(address).is_some());
         proven.or_else(|| self.tcp.first().cloned())
@@ -128,12 +128,12 @@ impl Peer {
             .is_some_and(|best| best.path.kind < PathKind::Relayed)
     }
 
-    /// A relayed connection that we dialled: it is on us to punch.
+    /// A relayed connection that we dialed: it is on us to punch.
     pub(super) fn to_punch(&self) -> Option<ConnectionId> {
         if self.is_direct() {
             return None;
         }
-        let mut dialled = self.connections.iter().filter(|(_, c)| c.dialled);
-        dialled.next().map(|(id, _)| *id)
+        let mut dialed = self.connections.iter().filter(|(_, c)| c.dialed);
+        dialed.next().map(|(id, _)| *id)
     }
 }

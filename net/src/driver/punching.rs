@@ -1,4 +1,4 @@
-//! Hole punching as the driver does it: when to begin, what to dial, and the search where dialling does not do.
+//! Hole punching as the driver does it: when to begin, what to dial, and the search where dialing does not do.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -41,7 +41,7 @@ const MAX_RESPONDING: usize = 64;
 /// A peer's exchanges begin at least this far apart.
 const RESPOND_AGAIN: Duration = Duration::from_millis(500);
 
-/// Dials that come of exchanges, under way at a time. Others have the rest of what may be dialled at a time.
+/// Dials that come of exchanges, under way at a time. Others have the rest of what may be dialed at a time.
 const MAX_DIALS: usize = 64;
 
 /// The same of one peer: three attempts of four.
@@ -117,7 +117,7 @@ impl Punching {
     }
 
     /// A dial is over, whatever it came to; whether it was one of an exchange.
-    pub(super) fn dialled(&mut self, id: ConnectionId) -> bool {
+    pub(super) fn dialed(&mut self, id: ConnectionId) -> bool {
         self.dials.remove(&id).is_some()
     }
 
@@ -135,7 +135,7 @@ impl Punching {
 
     /// Whether another exchange with `peer` may lead to dials. Those of an attempt that is over may go on for a while.
     fn may_dial(&self, peer: &PeerId, now: Instant) -> bool {
-        let begun = self.dials.values().filter(|(dialled, _)| dialled == peer);
+        let begun = self.dials.values().filter(|(dialed, _)| dialed == peer);
         let begun: Vec<_> = begun.map(|(_, at)| *at).collect();
         let over = |at: &Instant| now.duration_since(*at) >= ATTEMPT;
         self.dials.len() < MAX_DIALS && begun.len() < MAX_DIALS_PER_PEER && begun.iter().all(over)
@@ -280,7 +280,7 @@ where
         responded.retain(|_, at| now.duration_since(*at) < RESPOND_AGAIN);
         if direct
             || !punching.enabled
-            // What a peer names is dialled, and might be somebody else's: not too much of it.
+            // What a peer names is dialed, and might be somebody else's: not too much of it.
             || punching.responded.contains_key(&id)
             || !punching.may_dial(&id, now)
             || !punching.may_answer(self.swarm.local_peer_id(), &id)
@@ -424,7 +424,7 @@ where
         };
         let confirmed = self.confirm(peer, targets);
         let gate = self.gate.clone();
-        // The witnesses answer while dialling has its head start.
+        // The witnesses answer while dialing has its head start.
         let admitted = async move {
             let (confirmed, ()) = tokio::join!(confirmed, sleep(HEAD_START));
             let Some(confirmed) = confirmed else {
@@ -617,7 +617,7 @@ mod tests {
         assert!(punching.may_dial(&PeerId::random(), now));
         // A packet that is never answered takes longer to fail than an attempt has.
         assert!(punching.may_dial(&peer, now + ATTEMPT));
-        punching.dialled(first);
+        punching.dialed(first);
         assert!(punching.may_dial(&peer, now));
         for _ in 0..MAX_DIALS_PER_PEER {
             dial(&mut punching, peer, now);

@@ -131,8 +131,8 @@ where
                 .connections
                 .values()
                 .filter(|c| c.path.kind < PathKind::Relayed);
-            let connection = direct.min_by_key(|c| (!c.dialled, c.rtt))?;
-            let address = match connection.dialled {
+            let connection = direct.min_by_key(|c| (!c.dialed, c.rtt))?;
+            let address = match connection.dialed {
                 true => connection.path.address.clone(),
                 false => hop
                     .iter()
@@ -221,8 +221,8 @@ where
         let Some(seen) = direct.first() else {
             return Vec::new();
         };
-        let dialled = direct.iter().filter(|c| c.dialled);
-        let dialled = dialled.map(|c| split_peer_id(c.path.address.clone()).0);
+        let dialed = direct.iter().filter(|c| c.dialed);
+        let dialed = dialed.map(|c| split_peer_id(c.path.address.clone()).0);
         let named = grant.addresses.iter().filter(|address| {
             let place = match first_ip(address) {
                 Some(ip) => is_public(&ip) || dialable_from(&seen.path.address, address),
@@ -230,7 +230,7 @@ where
             };
             place && !is_relayed(address)
         });
-        let mut all: Vec<_> = dialled.chain(named.cloned()).collect();
+        let mut all: Vec<_> = dialed.chain(named.cloned()).collect();
         let mut known = HashSet::new();
         all.retain(|address| known.insert(address.clone()));
         all.truncate(MAX_ADDRESSES);
@@ -268,7 +268,7 @@ where
         if self.peers.get(&relay).is_some_and(Peer::is_direct) {
             return self.open_circuit(request);
         }
-        let dialled = match request.address.is_empty() {
+        let dialed = match request.address.is_empty() {
             true => Err(OpenError::NotConnected(relay).to_string()),
             // An address that was given for the destination is given for its relay.
             false => self
@@ -281,7 +281,7 @@ where
                 )
                 .map_err(|error| error.to_string()),
         };
-        match dialled {
+        match dialed {
             Ok(()) => self
                 .relaying
                 .waiting

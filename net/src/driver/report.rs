@@ -98,7 +98,7 @@ where
         ));
         all.extend(self.relaying.server.limits());
         all.extend(self.gate.limits(Instant::now()));
-        all.extend(self.dialling.names.limits(Instant::now()));
+        all.extend(self.dialing.names.limits(Instant::now()));
         all
     }
 

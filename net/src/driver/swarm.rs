@@ -26,7 +26,7 @@ const IDLE: Duration = Duration::from_secs(300);
 /// Streams that a peer may be negotiating on a connection.
 const MAX_NEGOTIATING: usize = 64;
 
-/// Addresses of a peer dialled at a time: a dead one does not hold up those after it.
+/// Addresses of a peer dialed at a time: a dead one does not hold up those after it.
 const CONCURRENT_ADDRESSES: u8 = 16;
 
 /// The behaviours of a node.
@@ -105,7 +105,7 @@ pub(super) fn build<E: NetworkBehaviour<ToSwarm = Infallible>>(
         tls: shared.tls,
         certificate: config.certificate.as_ref(),
         sockets: shared.sockets,
-        dialled: shared.gate.dialled(),
+        dialed: shared.gate.dialed(),
         access: shared.access.clone(),
         gate: shared.gate,
         door: Door {

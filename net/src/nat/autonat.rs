@@ -4,7 +4,7 @@
 //! libp2p's own server dials whatever it is told, private addresses among them, as often as it is asked; its client never asks again. Here the server
 //! dials public addresses only, within rates in all, of one peer and of one network; and what the client has learnt is asked again ([`Verdicts`]).
 //!
-//! The exchanges and the bookkeeping are here, without dialling: that is the driver's.
+//! The exchanges and the bookkeeping are here, without dialing: that is the driver's.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -26,14 +26,14 @@ use crate::{
     AutonatLimits, Transport,
     address::{is_public, network, socket},
     exchange::{self, ExchangeError, within},
-    policy::gate::dialled::Dialled,
+    policy::gate::dialed::Dialed,
 };
 
 /// From a client to a server.
 pub(crate) const DIAL_REQUEST: StreamProtocol =
     StreamProtocol::new("/libp2p/autonat/2/dial-request");
 
-/// From a server to a client, on the connection that it has dialled.
+/// From a server to a client, on the connection that it has dialed.
 pub(crate) const DIAL_BACK: StreamProtocol = StreamProtocol::new("/libp2p/autonat/2/dial-back");
 
 /// Bytes in a message.
@@ -51,7 +51,7 @@ pub(crate) const DIAL: Duration = Duration::from_secs(10);
 /// Addresses read from a request.
 const MAX_ADDRESSES: usize = 16;
 
-/// What a client has to send before an address is dialled where it is not seen itself: more than the dial sends there, so that nobody has us
+/// What a client has to send before an address is dialed where it is not seen itself: more than the dial sends there, so that nobody has us
 /// multiply what he sends to a third party. The least and the most, between which the amount is drawn.
 const DATA: (u64, u64) = (30_000, 100_000);
 
@@ -143,7 +143,7 @@ where
     Ok(())
 }
 
-/// What a client wants to have dialled.
+/// What a client wants to have dialed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) address: Multiaddr,
@@ -199,7 +199,7 @@ where
     Ok(Some(wanted))
 }
 
-/// The first address that may be dialled: public, and not where we are ourselves, because what is tried within a network says nothing about it from outside.
+/// The first address that may be dialed: public, and not where we are ourselves, because what is tried within a network says nothing about it from outside.
 fn choose(request: &AutonatDialRequest, from: IpAddr, mine: &HashSet<IpAddr>) -> Option<Wanted> {
     let addresses = request.addrs.iter().take(MAX_ADDRESSES).enumerate();
     addresses
@@ -217,17 +217,17 @@ fn choose(request: &AutonatDialRequest, from: IpAddr, mine: &HashSet<IpAddr>) ->
         .next()
 }
 
-/// The server's answer, once it has dialled. `dialled`: a connection came about; `told`: the nonce went through as well.
+/// The server's answer, once it has dialed. `dialed`: a connection came about; `told`: the nonce went through as well.
 pub(crate) async fn respond<S>(
     stream: &mut S,
     wanted: &Wanted,
-    dialled: bool,
+    dialed: bool,
     told: bool,
 ) -> Result<(), AutonatError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let status = match (dialled, told) {
+    let status = match (dialed, told) {
         (true, true) => AutonatDialStatus::Ok,
         (true, false) => AutonatDialStatus::DialBackError,
         (false, _) => AutonatDialStatus::DialError,
@@ -256,7 +256,7 @@ where
     Ok(())
 }
 
-/// At the server, on the connection that it has dialled: proves that it came from us.
+/// At the server, on the connection that it has dialed: proves that it came from us.
 pub(crate) async fn call<S>(mut stream: S, nonce: u64) -> Result<(), AutonatError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -398,7 +398,7 @@ impl DialQuestion {
     pub(crate) fn answered_by(
         &self,
         connection: &Inbound,
-        dialled: &Dialled,
+        dialed: &Dialed,
         chosen: bool,
         now: Instant,
     ) -> Option<Back> {
@@ -413,9 +413,9 @@ impl DialQuestion {
         if !there || !after || connection.transport != self.transport || !is_public(&from.ip()) {
             return None;
         }
-        Some(if !dialled.contains(from.ip(), now) {
+        Some(if !dialed.contains(from.ip(), now) {
             Back::Proven
-        } else if self.open && !dialled.contains_socket(from, now) {
+        } else if self.open && !dialed.contains_socket(from, now) {
             match chosen {
                 true => Back::Proven,
                 false => Back::Open,

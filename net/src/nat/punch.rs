@@ -1,7 +1,7 @@
 //! Opening a direct connection where both sides are behind NATs: the exchange over the relayed one, and when to try again.
 //!
 //! The idea is DCUtR's: over the relayed connection both sides learn where the other may be reached, agree on an instant, and dial at once, so
-//! that each one's packets open its own NAT for the other's. It differs in what is dialled: the raw observations of [`Reach`](crate::nat::reach),
+//! that each one's packets open its own NAT for the other's. It differs in what is dialed: the raw observations of [`Reach`](crate::nat::reach),
 //! the addresses of our interfaces if they are public, and the private ones only while no peer from outside our own
 //! networks has been met; TCP and QUIC
 //! together; an ordinary dial is part of every attempt, so that a side that is reachable is reached whichever side began.
@@ -33,7 +33,7 @@ const MAX_MESSAGE: usize = 4096;
 /// Addresses in a message.
 pub(crate) const MAX_ADDRESSES: usize = 16;
 
-/// Of these, IP addresses of one family that are dialled, and ports at one for each transport.
+/// Of these, IP addresses of one family that are dialed, and ports at one for each transport.
 const MAX_PLACES: usize = 2;
 const MAX_PORTS: usize = 3;
 
@@ -43,7 +43,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How long an attempt takes to show: from the exchange to a connection.
 pub(crate) const ATTEMPT: Duration = Duration::from_secs(3);
 
-/// How long dialling has before a search begins.
+/// How long dialing has before a search begins.
 pub(crate) const HEAD_START: Duration = Duration::from_millis(600);
 
 /// Candidates that change make the attempts begin anew: this often at first, while they become known, and then once in this time. Behind a symmetric
@@ -58,7 +58,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Candidates {
     pub(crate) addresses: Vec<Multiaddr>,
-    /// The mesh is our own networks: private addresses are told and dialled. Outside, whatever the other side says of
+    /// The mesh is our own networks: private addresses are told and dialed. Outside, whatever the other side says of
     /// where it is, they are not: it may say what it likes. Two nodes behind one NAT find each other by mDNS.
     pub(crate) near: bool,
     /// How the NAT maps our QUIC port on IPv4.
@@ -78,7 +78,7 @@ impl Candidates {
     }
 }
 
-/// A search for a port, to be begun if dialling does not do.
+/// A search for a port, to be begun if dialing does not do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Search {
     /// By opening many ports, because ours are never the same.
@@ -109,11 +109,11 @@ pub(crate) struct Plan {
 pub(crate) enum PunchError {
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
-    #[error("the other side names no address that can be dialled from here")]
+    #[error("the other side names no address that can be dialed from here")]
     NoAddress,
 }
 
-/// The side that dialled the relayed connection.
+/// The side that dialed the relayed connection.
 pub(crate) async fn initiate<S>(mut stream: S, mine: &Candidates) -> Result<Plan, PunchError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn in_a_mesh_of_our_own_networks_private_addresses_are_dialled() {
+    async fn in_a_mesh_of_our_own_networks_private_addresses_are_dialed() {
         let near = |address: &str| Candidates {
             near: true,
             ..candidates(&[address])
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_peer_that_claims_our_public_address_has_no_private_address_dialled() {
+    async fn a_peer_that_claims_our_public_address_has_no_private_address_dialed() {
         // At 6.6.6.6 in truth.
         let liar = candidates(&[
             "/ip4/1.1.1.1/tcp/1",
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn addresses_that_lead_to_our_neighbours_are_not_dialled() {
+    async fn addresses_that_lead_to_our_neighbours_are_not_dialed() {
         let one = candidates(&["/ip4/1.1.1.1/tcp/1"]);
         let liar = candidates(&[
             "/ip4/10.0.0.7/tcp/1",

@@ -146,7 +146,7 @@ impl Access {
 }
 
 impl Access {
-    /// Returns true if a peer may be dialled, as far as its identity tells. Its address shows later, and may let it in.
+    /// Returns true if a peer may be dialed, as far as its identity tells. Its address shows later, and may let it in.
     fn may_dial(&self, peer: &PeerId) -> bool {
         let rule = Rule::Peer(*peer);
         let only_peers =

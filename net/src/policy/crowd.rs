@@ -110,7 +110,7 @@ struct Bounds {
 #[derive(Debug, Default)]
 struct State {
     open: HashMap<ConnectionId, Open>,
-    dialling: HashSet<ConnectionId>,
+    dialing: HashSet<ConnectionId>,
     by_group: ByGroup,
     by_peer: HashMap<PeerId, usize>,
     incoming: usize,
@@ -225,7 +225,7 @@ impl Crowd {
             ),
             LimitUse::of(
                 "connections_pending_outgoing",
-                state.dialling.len(),
+                state.dialing.len(),
                 limits.outgoing_pending,
                 refused.outgoing,
             ),
@@ -355,7 +355,7 @@ impl State {
     }
 
     fn remove(&mut self, id: ConnectionId) {
-        self.dialling.remove(&id);
+        self.dialing.remove(&id);
         if let Some(open) = self.open.remove(&id)
             && !open.leaving
         {
@@ -454,11 +454,11 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         let mut state = self.0.state();
-        if state.dialling.len() >= self.0.limits.outgoing_pending {
+        if state.dialing.len() >= self.0.limits.outgoing_pending {
             state.count(&Crowded::Outgoing);
             return Err(ConnectionDenied::new(Crowded::Outgoing));
         }
-        state.dialling.insert(id);
+        state.dialing.insert(id);
         Ok(Vec::new())
     }
 
@@ -471,7 +471,7 @@ impl NetworkBehaviour for Behaviour {
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
         let mut state = self.0.state();
-        state.dialling.remove(&id);
+        state.dialing.remove(&id);
         let refused = match () {
             () if count(&state.by_peer, &peer) >= self.0.limits.per_peer => Crowded::Peer,
             () if state.all >= self.0.limits.all => Crowded::All,
@@ -488,7 +488,7 @@ impl NetworkBehaviour for Behaviour {
         let mut state = self.0.state();
         match event {
             FromSwarm::ConnectionEstablished(ConnectionEstablished { connection_id, .. }) => {
-                state.dialling.remove(&connection_id);
+                state.dialing.remove(&connection_id);
             }
             FromSwarm::ConnectionClosed(closed) => state.remove(closed.connection_id),
             FromSwarm::ListenFailure(failure) => state.remove(failure.connection_id),

@@ -136,7 +136,7 @@ impl Behaviour {
         };
     }
 
-    /// A connection that is being dialled is not to be counted as a path to its peer.
+    /// A connection that is being dialed is not to be counted as a path to its peer.
     pub(crate) fn set_aside(&mut self, connection: ConnectionId) {
         self.set_aside.insert(connection);
     }

@@ -205,7 +205,7 @@ impl tokio::io::AsyncWrite for Bytes {
     }
 }
 
-/// A lane that somebody has dialled to us.
+/// A lane that somebody has dialed to us.
 pub(crate) struct LaneArrival {
     pub(crate) peer: PeerId,
     /// Where it came from.

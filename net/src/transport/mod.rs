@@ -44,7 +44,7 @@ use crate::{
     address::of_socket,
     policy::{
         access::Shared,
-        gate::{Gate, dialled::Dialled},
+        gate::{Gate, dialed::Dialed},
         pending::Counted,
     },
     span,
@@ -78,11 +78,11 @@ pub(crate) struct Parts<'a> {
     pub(crate) certificate: Option<&'a Certificate>,
     /// Access to QUIC's sockets.
     pub(crate) sockets: Sockets,
-    /// Where what is dialled is noted.
-    pub(crate) dialled: Dialled,
+    /// Where what is dialed is noted.
+    pub(crate) dialed: Dialed,
     /// Where not to dial.
     pub(crate) access: Shared,
-    /// The gate that decides which addresses may be dialled.
+    /// The gate that decides which addresses may be dialed.
     pub(crate) gate: Gate,
     /// Where lanes go that arrive; `None`: none are taken.
     pub(crate) lanes: Option<Arrivals>,
@@ -121,7 +121,7 @@ where
 /// TCP, with or without WebSocket, and QUIC. The gate has replaced names before anything comes here.
 fn direct(parts: &Parts<'_>) -> Result<Boxed<Connection>, BuildError> {
     let security = Security::new(parts)?;
-    let noted = (&parts.dialled, &parts.access, &parts.gate);
+    let noted = (&parts.dialed, &parts.access, &parts.gate);
     let quic = Noted::new(
         Quic::new(
             parts.key,
@@ -207,7 +207,7 @@ async fn upgrade_tcp(
             let muxer = Yamux.upgrade_outbound(stream, info).await?;
             Ok((peer, StreamMuxerBox::new(muxer)))
         }
-        // One that was dialled, by both sides at once.
+        // One that was dialed, by both sides at once.
         (Endpoint::Listener, None) => listen(socket, &endpoint, security, lanes, None).await,
         (Endpoint::Listener, Some(arrived)) => {
             let Arrived { mut ticket, from } = arrived;
@@ -325,7 +325,7 @@ impl<M: StreamMuxer + Unpin> StreamMuxer for Moved<M> {
 /// Who speaks first on a punched TCP connection, seen from the side that agreed to listen.
 ///
 /// Two packets that cross open one connection, and the other side speaks. But a packet that arrives before the other side has
-/// dialled reaches its listening socket, which waits to be spoken to: without this, both would wait until they time out.
+/// dialed reaches its listening socket, which waits to be spoken to: without this, both would wait until they time out.
 async fn punched_role(socket: &Tcp, begin: Instant) -> io::Result<Endpoint> {
     let wait = (begin.elapsed() * 2).clamp(SPOKEN_TO.0, SPOKEN_TO.1);
     match timeout(wait, socket.peek()).await {

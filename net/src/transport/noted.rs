@@ -20,11 +20,11 @@ use crate::{
     address::any_socket,
     policy::{
         access::{KeptOut, Shared},
-        gate::{Gate, dialled::Dialled},
+        gate::{Gate, dialed::Dialed},
     },
 };
 
-/// Nothing has asked the gate whether this socket may be dialled.
+/// Nothing has asked the gate whether this socket may be dialed.
 #[derive(Debug, thiserror::Error)]
 #[error("the gate holds no permit for this destination")]
 pub(crate) struct NoPermit;
@@ -35,7 +35,7 @@ pub(crate) struct NoPermit;
 #[derive(Debug)]
 pub(crate) struct Noted<T> {
     inner: T,
-    dialled: Dialled,
+    dialed: Dialed,
     access: Shared,
     gate: Gate,
     /// The transport that it carries: a permit for TCP is not used up by QUIC, nor the reverse.
@@ -44,11 +44,11 @@ pub(crate) struct Noted<T> {
 
 impl<T> Noted<T> {
     /// `kind`: TCP or QUIC, whichever `inner` is.
-    pub(crate) fn new(inner: T, kind: Kind, dialled: Dialled, access: Shared, gate: Gate) -> Self {
+    pub(crate) fn new(inner: T, kind: Kind, dialed: Dialed, access: Shared, gate: Gate) -> Self {
         Self {
             kind,
             inner,
-            dialled,
+            dialed,
             access,
             gate,
         }
@@ -105,13 +105,13 @@ where
             )));
         };
         let dial = self.inner.dial(address, options)?;
-        self.dialled.note(at, begin);
+        self.dialed.note(at, begin);
         let dial = dial.map_ok(move |output| (output, begin));
         Ok(match permit.patience {
             None => dial.boxed(),
             // Nobody has shown to be there: not many packets into the void.
             Some(patience) => timeout(patience, dial)
-                .map(|dialled| dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())))
+                .map(|dialed| dialed.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())))
                 .boxed(),
         })
     }
@@ -148,7 +148,7 @@ mod tests {
         let mut noted = Noted::new(
             tcp,
             Kind::Tcp,
-            Dialled::default(),
+            Dialed::default(),
             Shared::default(),
             gate.clone(),
         );
@@ -157,7 +157,7 @@ mod tests {
             port_use: PortUse::New,
         };
         let Err(TransportError::Other(error)) = noted.dial(address.clone(), options) else {
-            panic!("dialled without a permit");
+            panic!("dialed without a permit");
         };
         assert!(error.get_ref().unwrap().is::<NoPermit>());
         let came = timeout(Duration::from_millis(50), listener.accept()).await;

@@ -1,7 +1,7 @@
 //! QUIC version 1, as libp2p has it (<https://github.com/libp2p/specs/blob/master/quic/README.md>), on quinn.
 //!
 //! libp2p-quic keeps its sockets to itself, offers ChaCha20 first, and lets a connection die when the peer's NAT gives it another port.
-//! Here the sockets can be borrowed for a search for a port, a connection can be dialled from a socket that such a search
+//! Here the sockets can be borrowed for a search for a port, a connection can be dialed from a socket that such a search
 //! has found, AES-128-GCM is preferred, and a connection follows a peer whose NAT gives it another port.
 
 mod resets;

@@ -9,7 +9,7 @@
 //! as on plain TCP. A certificate can be given ([`Certificate`]) for browsers and proxies, which do check it; otherwise
 //! one is made up.
 //!
-//! libp2p-websocket lets whoever is dialled have us hold 256 MiB for a message; here a message is bounded on both
+//! libp2p-websocket lets whoever is dialed have us hold 256 MiB for a message; here a message is bounded on both
 //! sides, and so is the head of the request and of the response.
 //!
 //! A web page in a browser on this machine or network can open a WebSocket to it, and would be a peer from here. A
@@ -392,7 +392,7 @@ pub(crate) struct Door {
 #[derive(Debug)]
 pub(crate) struct Begun {
     pub(crate) socket: Socket,
-    /// The time at which it was dialled, or came in.
+    /// The time at which it was dialed, or came in.
     pub(crate) begin: Instant,
     /// Of one that came in.
     pub(crate) arrived: Option<Arrived>,

@@ -77,7 +77,7 @@ async fn a_hundred_streams_at_once_all_arrive() {
 }
 
 #[tokio::test]
-async fn a_dialler_that_a_limit_keeps_out_is_told_of_limits_and_the_limit_counts_it() {
+async fn a_dialer_that_a_limit_keeps_out_is_told_of_limits_and_the_limit_counts_it() {
     for (listen, told) in [
         ("/ip4/127.0.0.1/tcp/0", "a limit on connections is reached"),
         ("/ip4/127.0.0.1/udp/0/quic-v1", "refused"),
@@ -568,7 +568,7 @@ async fn a_name_is_what_it_leads_to() {
 
 /// The transports below take such addresses apart from the end, and everything that judges them from the beginning.
 #[tokio::test]
-async fn an_address_that_hides_another_is_not_dialled() {
+async fn an_address_that_hides_another_is_not_dialed() {
     let two = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     let one = network(&[]).await;
     let address = two.addresses().all.remove(0);

@@ -33,7 +33,7 @@ async fn echoed(network: &Network, other: &Network, class: Class) -> Stream {
 }
 
 #[tokio::test]
-async fn bulk_gets_a_lane_whoever_has_dialled_and_the_rest_does_not() {
+async fn bulk_gets_a_lane_whoever_has_dialed_and_the_rest_does_not() {
     let one = spawn(config(&["/ip4/127.0.0.1/tcp/0"])).await;
     let other = spawn(config(&[])).await;
     echo(&one);

@@ -3,7 +3,7 @@
 //!
 //! A record outlives a publisher that lost power, and costs a stranger nothing. So a record is a hint, and only the
 //! peer itself proves it: by sharing the document, by its subscription, by a reservation. [`Chooser`] decides which
-//! peers are dialled. It has no clock and no sockets; [`Discovery`] gives it both.
+//! peers are dialed. It has no clock and no sockets; [`Discovery`] gives it both.
 
 use std::{
     cmp::Reverse,
@@ -81,7 +81,7 @@ impl Disappointment {
     }
 }
 
-/// Chooses which candidates are dialled, and remembers those that were tried in vain.
+/// Chooses which candidates are dialed, and remembers those that were tried in vain.
 #[derive(Debug, Default)]
 struct Chooser(HashMap<(Subject, PeerId), Disappointment>);
 
@@ -165,7 +165,7 @@ pub(crate) struct Discovery {
 pub(crate) struct Round {
     /// Peers that were connected to. None has proved anything yet.
     pub reached: usize,
-    /// Peers that were dialled.
+    /// Peers that were dialed.
     pub tried: usize,
 }
 
@@ -191,7 +191,7 @@ impl Discovery {
         chooser.expect("nothing panics while holding the lock")
     }
 
-    /// Records that these peers keep what their records promise, so that they are dialled at once when their
+    /// Records that these peers keep what their records promise, so that they are dialed at once when their
     /// connection was lost.
     pub(crate) fn proved(&self, subject: &Subject, peers: impl IntoIterator<Item = PeerId>) {
         let mut chooser = self.chooser();
@@ -267,7 +267,7 @@ impl Discovery {
                 round.tried += 1;
             }
             tokio::select! {
-                dialled = dials.next() => match dialled {
+                dialed = dials.next() => match dialed {
                     None => break,
                     Some(Ok(Ok(_))) => round.reached += 1,
                     Some(_) => more = 1,

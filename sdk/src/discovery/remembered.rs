@@ -25,7 +25,7 @@ const SOON: Duration = Duration::from_secs(5);
 const FIRST: Duration = Duration::from_secs(3);
 const LAST: Duration = Duration::from_secs(120);
 
-/// Peers that are dialled at a time, and how long a dial may take.
+/// Peers that are dialed at a time, and how long a dial may take.
 const AT_A_TIME: usize = 4;
 const DIAL: Duration = Duration::from_secs(10);
 
@@ -106,8 +106,8 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
                 let heard = Heard::new([address.clone()]);
                 timeout(DIAL, network.connect(*peer, heard))
             });
-            let dialled = futures::future::join_all(dials).await;
-            if dialled.iter().any(|dialled| matches!(dialled, Ok(Ok(_)))) {
+            let dialed = futures::future::join_all(dials).await;
+            if dialed.iter().any(|dialed| matches!(dialed, Ok(Ok(_)))) {
                 break;
             }
         }

@@ -276,12 +276,12 @@ impl Exchanger {
     ) -> Result<(), Error> {
         let peer = stream.peer();
         let (present, introduced) = self.hub.enter(model, peer);
-        let dialled = first.is_none();
+        let dialed = first.is_none();
         if let Some(first) = first {
             self.heard(peer, &model, first).await;
         }
         let (reader, writer) = tokio::io::split(stream);
-        let said = self.say(writer, model, dialled, introduced);
+        let said = self.say(writer, model, dialed, introduced);
         let heard = self.hear(reader, peer, model);
         let result = tokio::select! {
             result = said => result,
@@ -295,7 +295,7 @@ impl Exchanger {
         &self,
         mut writer: W,
         model: Hash,
-        dialled: bool,
+        dialed: bool,
         mut introduced: mpsc::Receiver<(PeerId, Heard)>,
     ) -> Result<(), Error>
     where
@@ -308,7 +308,7 @@ impl Exchanger {
             }],
             ..Default::default()
         };
-        if dialled {
+        if dialed {
             first.manifest = model.as_bytes().to_vec().into();
         }
         let mut told = Told::default();
@@ -317,7 +317,7 @@ impl Exchanger {
             Some(link) => told.news(&link.transfer),
             None => self.stored(model).await?,
         };
-        if !dialled && news.is_empty() && linked.is_none() {
+        if !dialed && news.is_empty() && linked.is_none() {
             first.unknown = true;
         }
         if !news.is_empty() {

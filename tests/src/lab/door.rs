@@ -34,7 +34,7 @@ const GONE: Duration = Duration::from_secs(120);
 pub struct Besieged {
     /// The honest node was among the peers of the attacked one when a stranger's identities held all open connections.
     pub came_in: bool,
-    /// Exit code and message of each attempt of the honest node, by the address that it dialled.
+    /// Exit code and message of each attempt of the honest node, by the address that it dialed.
     pub attempts: Vec<(String, i32, String)>,
     /// The rows of the attacked node's limits, by name: what is used, and what was refused.
     pub limits: Vec<(String, u64, u64)>,

@@ -99,9 +99,9 @@ async fn first_bytes(ending: &str) -> Vec<u8> {
     let address: Multiaddr = format!("/ip4/127.0.0.1/tcp/{port}{ending}")
         .parse()
         .unwrap();
-    let dialler = network(&[]).await;
+    let dialer = network(&[]).await;
     let peer = Keypair::generate_ed25519().public().to_peer_id();
-    let dial = tokio::spawn(async move { dialler.connect(peer, vec![address]).await });
+    let dial = tokio::spawn(async move { dialer.connect(peer, vec![address]).await });
     let (mut socket, _) = timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
     let mut bytes = vec![0; 4096];
     let mut end = 0;
@@ -124,10 +124,10 @@ async fn first_packet() -> Vec<u8> {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = socket.local_addr().unwrap().port();
     let address = format!("/ip4/127.0.0.1/udp/{port}/quic-v1");
-    let dialler = network(&[]).await;
+    let dialer = network(&[]).await;
     let peer = Keypair::generate_ed25519().public().to_peer_id();
     let address = vec![address.parse().unwrap()];
-    let dial = tokio::spawn(async move { dialler.connect(peer, address).await });
+    let dial = tokio::spawn(async move { dialer.connect(peer, address).await });
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let receive = move || {
         let mut packet = vec![0; 2048];

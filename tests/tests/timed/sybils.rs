@@ -42,7 +42,7 @@ fn identify(keys: &Keypair) -> identify::Behaviour {
     identify::Behaviour::new(identify::Config::new("/weft/1".to_owned(), keys.public()))
 }
 
-/// A swarm that is there and has dialled these, running by itself.
+/// A swarm that is there and has dialed these, running by itself.
 fn join<B>(links: &Arc<Links>, at: Place, behaviour: B, known: &[Place])
 where
     B: NetworkBehaviour<ToSwarm: Send> + Send,

@@ -152,14 +152,14 @@ async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
         let _ = frame::read::<AutonatMessage, _>(&mut stream, MAX).await;
     });
     tokio::spawn(async move {
-        let mut dialling = None;
+        let mut dialing = None;
         loop {
             tokio::select! {
                 event = swarm.select_next_some() => {
                     let SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } = event else {
                         continue;
                     };
-                    if let Some(reply) = dialling.take_if(|_| endpoint.is_dialer()) {
+                    if let Some(reply) = dialing.take_if(|_| endpoint.is_dialer()) {
                         let streams = &mut swarm.behaviour_mut().streams;
                         streams.open_on(peer_id, connection_id, DIAL_BACK, reply);
                     }
@@ -170,7 +170,7 @@ async fn server(way: Way) -> (Multiaddr, tokio::task::JoinHandle<()>) {
                         streams.open(peer, DIAL_BACK, Class::Control, reply);
                     }
                     Way::Dial => {
-                        dialling = Some(reply);
+                        dialing = Some(reply);
                         let dial = DialOpts::peer_id(peer)
                             .condition(PeerCondition::Always)
                             .addresses(vec![address])
@@ -216,8 +216,8 @@ fn run<T>(test: impl Future<Output = T>) -> T {
 }
 
 #[test]
-fn a_server_that_only_claims_to_have_dialled_makes_no_address_public() {
-    if !inside("a_server_that_only_claims_to_have_dialled_makes_no_address_public") {
+fn a_server_that_only_claims_to_have_dialed_makes_no_address_public() {
+    if !inside("a_server_that_only_claims_to_have_dialed_makes_no_address_public") {
         return;
     }
     run(async {

@@ -56,7 +56,7 @@ async fn an_address_elsewhere_has_to_be_paid_for() {
 }
 
 #[tokio::test]
-async fn nothing_private_is_dialled_nor_ourselves() {
+async fn nothing_private_is_dialed_nor_ourselves() {
     for refused in [
         "/ip4/10.0.0.1/tcp/22",
         "/ip4/127.0.0.1/tcp/22",
@@ -140,7 +140,7 @@ fn at(text: &str) -> SocketAddr {
 /// Each row breaks one condition.
 #[test]
 fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
-    let (begin, dialled) = (Instant::now(), Dialled::default());
+    let (begin, dialed) = (Instant::now(), Dialed::default());
     let later = begin + Duration::from_secs(1);
     let own = DialQuestion {
         at: at("1.1.1.1:9338"),
@@ -156,7 +156,7 @@ fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
         since: later,
     };
     let check = |question: &DialQuestion, connection: &Inbound| {
-        question.answered_by(connection, &dialled, false, later)
+        question.answered_by(connection, &dialed, false, later)
     };
     assert_eq!(check(&own, &good), Some(Back::Proven));
     let change = |change: &dyn Fn(&mut Inbound)| {
@@ -185,13 +185,13 @@ fn a_dial_back_counts_only_on_a_new_inbound_connection_at_the_asked_address() {
     let through = change(&|c| c.local = at("192.168.1.7:9338"));
     assert_eq!(check(&nat, &through), Some(Back::Proven));
     // A machine that we have sent to.
-    dialled.note(at("7.7.7.7:443"), begin);
+    dialed.note(at("7.7.7.7:443"), begin);
     assert_eq!(check(&nat, &through), Some(Back::Contact));
     assert_eq!(check(&own, &good), Some(Back::Open));
-    let chosen = own.answered_by(&good, &dialled, true, later);
+    let chosen = own.answered_by(&good, &dialed, true, later);
     assert_eq!(chosen, Some(Back::Proven));
     // The port that we have sent to: a firewall takes it for the answer.
-    dialled.note(at("7.7.7.7:40000"), begin);
+    dialed.note(at("7.7.7.7:40000"), begin);
     assert_eq!(check(&own, &good), Some(Back::Contact));
 }
 

@@ -62,9 +62,9 @@ impl fmt::Debug for Heard {
 /// The addresses to dial a peer at: those that the user has given, and those that were heard. Both may be empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Destinations {
-    /// From configuration, a ticket, the command line or the API: dialled as they are.
+    /// From configuration, a ticket, the command line or the API: dialed as they are.
     pub given: Vec<Multiaddr>,
-    /// From anybody else: dialled as far as the gate admits.
+    /// From anybody else: dialed as far as the gate admits.
     pub heard: Heard,
 }
 

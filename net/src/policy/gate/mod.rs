@@ -1,12 +1,12 @@
-//! The gate that every dial passes: which destinations may be dialled, and how often.
+//! The gate that every dial passes: which destinations may be dialed, and how often.
 //!
 //! Addresses come from two sources. *Given* addresses come from the user: configuration, a ticket, the command line,
-//! the API. They are dialled as they are. *Hearsay* ([`Heard`]) is what a peer, a record, a relay or any other message
+//! the API. They are dialed as they are. *Hearsay* ([`Heard`]) is what a peer, a record, a relay or any other message
 //! has stated. A stranger who chooses a destination could have this node attack its own machine, its network, or a
 //! third party, so hearsay is checked and paced.
 //!
 //! [`Gate`] is a state machine without I/O. Its types make a forgotten check a compile error: hearsay does not turn
-//! into a [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialled. Behind them, the
+//! into a [`Multiaddr`], only the gate makes [`Admitted`] and [`Target`], and only these are dialed. Behind them, the
 //! transport ([`Noted`](crate::transport::noted::Noted)) takes a [`Permit`] for each socket it opens and refuses a destination
 //! that has none.
 //!
@@ -14,16 +14,16 @@
 //!
 //! 1. Never an unspecified, multicast, broadcast or link-local address, port 0, or a socket that this node listens on.
 //! 2. Loopback only while the mesh is on this machine ([`Extent::Machine`]), or a socket at which the peer has been
-//!    dialled.
+//!    dialed.
 //! 3. Public addresses, except this machine's own while the mesh reaches beyond its networks.
-//! 4. Private addresses only where the peer has been dialled before; or while nobody from outside has been met
+//! 4. Private addresses only where the peer has been dialed before; or while nobody from outside has been met
 //!    ([`Extent::Lan`]) and the address lies in a network of one of our interfaces, or in the private block of a given
 //!    address.
 //! 5. At most two IP addresses of a family and three ports at each, per peer and dial.
-//! 6. A destination that has not proved itself, by an authenticated connection, is dialled at the rates below, whoever
+//! 6. A destination that has not proved itself, by an authenticated connection, is dialed at the rates below, whoever
 //!    named it.
 
-pub(crate) mod dialled;
+pub(crate) mod dialed;
 mod heard;
 pub(crate) mod resolve;
 pub(crate) mod seen;
@@ -56,7 +56,7 @@ use crate::{
         own::{self, first_places},
         site, socket, socket_within, starts_with_name,
     },
-    policy::gate::{dialled::Dialled, seen::Confirmed},
+    policy::gate::{dialed::Dialed, seen::Confirmed},
     split_peer_id,
 };
 
@@ -74,7 +74,7 @@ pub(crate) enum Extent {
     World,
 }
 
-/// Why an address is not dialled.
+/// Why an address is not dialed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// The address cannot be a peer's.
@@ -85,11 +85,11 @@ pub(crate) enum Refusal {
     Private,
     /// Too many addresses for one peer.
     Many,
-    /// Dialled too often lately, or in vain.
+    /// Dialed too often lately, or in vain.
     Often,
 }
 
-/// Addresses that may be dialled. Only the gate makes this value.
+/// Addresses that may be dialed. Only the gate makes this value.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     peer: PeerId,
@@ -111,12 +111,12 @@ impl Admitted {
     }
 }
 
-/// A socket that is dialled: the address, and whether by UDP. One port often serves both transports, and a dial by one
+/// A socket that is dialed: the address, and whether by UDP. One port often serves both transports, and a dial by one
 /// is none by the other.
 type Socket = (SocketAddr, bool);
 
 /// A socket address to which something other than the swarm may send: a lane, or a search. Only the gate makes it, and
-/// notes in [`Dialled`] that something is sent there.
+/// notes in [`Dialed`] that something is sent there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Target(SocketAddr);
 
@@ -152,8 +152,8 @@ pub(crate) struct Permit {
 /// Knowledge about a peer that is asked about.
 #[derive(Debug, Default)]
 pub(crate) struct Evidence {
-    /// Sockets at which we have dialled the peer, and are connected to it.
-    pub(crate) dialled_at: Vec<SocketAddr>,
+    /// Sockets at which we have dialed the peer, and are connected to it.
+    pub(crate) dialed_at: Vec<SocketAddr>,
     /// Relays that we are connected to directly: to use them costs no dial.
     pub(crate) relays: HashSet<PeerId>,
     /// Attempts of a hole punch, which have to be repeated while the last one is still under way.
@@ -168,7 +168,7 @@ impl Gate {
     /// A gate for a node to which these addresses were given, to dial or as its own.
     pub(crate) fn new<'a>(given: impl Iterator<Item = &'a Multiaddr>) -> Self {
         let mut state = State {
-            dialled: Dialled::default(),
+            dialed: Dialed::default(),
             permits: HashMap::new(),
             base: None,
             unresolved: HashSet::new(),
@@ -207,8 +207,8 @@ impl Gate {
     }
 
     /// Returns the record of where this node has sent.
-    pub(crate) fn dialled(&self) -> Dialled {
-        self.state().dialled.clone()
+    pub(crate) fn dialed(&self) -> Dialed {
+        self.state().dialed.clone()
     }
 
     /// Returns the extent of the mesh.
@@ -290,7 +290,7 @@ impl Gate {
         addresses.map(|address| (Source::Mdns, address)).collect()
     }
 
-    /// Returns the addresses that may be dialled for `peer`. Names may not: they have to be resolved, and come back
+    /// Returns the addresses that may be dialed for `peer`. Names may not: they have to be resolved, and come back
     /// here.
     pub(crate) fn admit(
         &self,
@@ -324,14 +324,14 @@ impl Gate {
                 Err(refusal) => {
                     state.refused += 1;
                     state.refused_often += u64::from(refusal == Refusal::Often);
-                    tracing::debug!(%peer, %address, ?refusal, "not dialled");
+                    tracing::debug!(%peer, %address, ?refusal, "not dialed");
                 }
             }
         }
         admitted
     }
 
-    /// Decides whether a lane may be dialled to `peer` at this address.
+    /// Decides whether a lane may be dialed to `peer` at this address.
     pub(crate) fn admit_lane(
         &self,
         peer: PeerId,
@@ -348,7 +348,7 @@ impl Gate {
         let charged = judged.and_then(|()| state.charge(at, now));
         match charged {
             Ok(()) => {
-                state.dialled.note(at, now);
+                state.dialed.note(at, now);
                 Some(Target(at))
             }
             Err(refusal) => {
@@ -375,7 +375,7 @@ impl Gate {
             }
             if chosen.contains(&ip) || state.may_search(ip, now) {
                 chosen.insert(ip);
-                state.dialled.note_all_ports(at.ip(), now);
+                state.dialed.note_all_ports(at.ip(), now);
                 targets.push(Target(*at));
             } else {
                 state.refused_often += 1;
@@ -403,7 +403,7 @@ impl Gate {
             }
             Err(refusal) => {
                 state.refused += 1;
-                tracing::debug!(%peer, %address, ?refusal, "not dialled");
+                tracing::debug!(%peer, %address, ?refusal, "not dialed");
             }
         }
         admitted

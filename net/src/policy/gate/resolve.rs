@@ -1,4 +1,4 @@
-//! Names: resolved before the gate looks at where they lead, and before anything is dialled.
+//! Names: resolved before the gate looks at where they lead, and before anything is dialed.
 //!
 //! A name that a stranger has stated causes packets to the resolver, and tells the stranger's name server that somebody
 //! asks. So the names of hearsay are few, and those that cannot be looked up outside of our own networks are not looked
@@ -80,7 +80,7 @@ impl Names {
         let resolver = resolver
             .inspect_err(|error| {
                 // A machine without a resolver still has addresses.
-                tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialled");
+                tracing::warn!(%error, "no DNS resolver: addresses with names cannot be dialed");
             })
             .ok();
         Self {

@@ -1,4 +1,4 @@
-//! The gate's state and its rules: what an address may be, and how often it may be dialled.
+//! The gate's state and its rules: what an address may be, and how often it may be dialed.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -9,7 +9,7 @@ use std::{
 use if_watch::IpNet;
 use libp2p::{Multiaddr, PeerId, multiaddr::Protocol, swarm::ConnectionId};
 
-use super::{Evidence, Extent, Permit, Refusal, Socket, Source, dialled::Dialled};
+use super::{Evidence, Extent, Permit, Refusal, Socket, Source, dialed::Dialed};
 use crate::{
     Transport,
     address::{is_public, is_relayed, network, site, socket, socket_within, starts_with_name},
@@ -60,7 +60,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) const PROVEN: Duration = Duration::from_secs(3600);
 
 /// Destinations whose attempts are remembered, and those that have proved themselves. When it is full, the one not
-/// dialled for the longest goes: to wash out one entry takes half an hour of all attempts there are.
+/// dialed for the longest goes: to wash out one entry takes half an hour of all attempts there are.
 pub(super) const MAX_TRIED: usize = 16_384;
 pub(super) const MAX_PROVEN: usize = 4096;
 
@@ -73,7 +73,7 @@ pub(super) const MAX_PERMITS: usize = 4096;
 /// Time for which a permit waits for the transport.
 pub(super) const PERMIT: Duration = Duration::from_secs(30);
 
-/// Given addresses of relays, remembered until the circuit through them is dialled.
+/// Given addresses of relays, remembered until the circuit through them is dialed.
 pub(super) const MAX_CIRCUITS: usize = 1024;
 
 /// The first and the longest pause between two searches for a port at one IP address. A search is 2,048 packets at
@@ -114,7 +114,7 @@ pub(super) enum DialTarget {
 #[derive(Debug)]
 pub(super) struct State {
     /// Addresses to which this node has sent packets.
-    pub(super) dialled: Dialled,
+    pub(super) dialed: Dialed,
     pub(super) permits: HashMap<Socket, Permit>,
     /// The extent that the addresses given by the user show, as far as they show one.
     pub(super) base: Option<Extent>,
@@ -320,7 +320,7 @@ impl State {
         last.is_some_and(|last| now.duration_since(*last) < PROVEN)
     }
 
-    /// Decides whether an address that was heard may be dialled at all.
+    /// Decides whether an address that was heard may be dialed at all.
     pub(super) fn judge(
         &mut self,
         source: Source,
@@ -336,8 +336,8 @@ impl State {
         if self.listening.contains(&at) {
             return Err(Refusal::Own);
         }
-        let dialled = |one: &&SocketAddr| canonical(**one) == at;
-        if evidence.dialled_at.iter().any(|one| dialled(&one)) {
+        let dialed = |one: &&SocketAddr| canonical(**one) == at;
+        if evidence.dialed_at.iter().any(|one| dialed(&one)) {
             return Ok(());
         }
         if ip.is_loopback() {
@@ -355,7 +355,7 @@ impl State {
             return Ok(());
         }
         let there = evidence
-            .dialled_at
+            .dialed_at
             .iter()
             .any(|one| one.ip().to_canonical() == ip);
         let given = block(ip).is_some_and(|block| self.blocks.contains(&block));
@@ -451,7 +451,7 @@ impl State {
         }
     }
 
-    /// Decides whether one address may be dialled; returns the socket that is tried by it.
+    /// Decides whether one address may be dialed; returns the socket that is tried by it.
     pub(super) fn admit_one(
         &mut self,
         peer: PeerId,
@@ -479,7 +479,7 @@ impl State {
         self.judge(source, at, evidence)?;
         let key = (at, is_udp(address));
         let under_way =
-            |(dialled, tried): &(PeerId, Vec<Socket>)| *dialled == peer && tried.contains(&key);
+            |(dialed, tried): &(PeerId, Vec<Socket>)| *dialed == peer && tried.contains(&key);
         if !evidence.again && self.dials.values().any(under_way) {
             return Err(Refusal::Many);
         }
@@ -492,7 +492,7 @@ impl State {
         Ok(Some(key))
     }
 
-    /// Decides whether to dial through a relay. The relay itself is dialled later, and passes the gate then.
+    /// Decides whether to dial through a relay. The relay itself is dialed later, and passes the gate then.
     pub(super) fn admit_circuit(
         &mut self,
         source: Source,

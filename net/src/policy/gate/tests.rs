@@ -96,7 +96,7 @@ fn hearsay_leads_to_public_addresses_only_and_what_is_given_anywhere() {
     ] {
         assert!(heard_one(&home(), text), "{text}");
     }
-    // A name is not dialled: where it leads is.
+    // A name is not dialed: where it leads is.
     assert!(!heard_one(&home(), "/dns4/localhost/tcp/8080/ws"));
 }
 
@@ -180,16 +180,16 @@ fn a_given_name_counts_by_where_it_leads() {
 }
 
 #[test]
-fn neighbours_are_dialled_where_they_announce_themselves_on_our_networks() {
+fn neighbours_are_dialed_where_they_announce_themselves_on_our_networks() {
     let (gate, now) = (home(), Instant::now());
     let mdns = |text| !admitted(&gate, Source::Mdns, &[text], now).is_empty();
     assert!(mdns("/ip4/192.168.1.9/tcp/9338"));
     assert!(!mdns("/ip4/192.168.2.9/tcp/9338"));
     assert!(!mdns("/ip4/127.0.0.1/tcp/9338"));
     assert!(!mdns("/ip4/11.0.2.1/tcp/9338"));
-    // The peer is at an address if we have dialled it there and are connected to it.
+    // The peer is at an address if we have dialed it there and are connected to it.
     let evidence = Evidence {
-        dialled_at: vec![at("192.168.5.5:1"), at("127.0.0.1:5")],
+        dialed_at: vec![at("192.168.5.5:1"), at("127.0.0.1:5")],
         ..Evidence::default()
     };
     let lane = |text: &str| {
@@ -232,7 +232,7 @@ fn attempts(gate: &Gate, text: impl Fn(u64) -> String, minutes: u64) -> Vec<usiz
 }
 
 #[test]
-fn a_third_party_is_dialled_twelve_times_a_minute_and_eighty_four_times_an_hour() {
+fn a_third_party_is_dialed_twelve_times_a_minute_and_eighty_four_times_an_hour() {
     // The limit holds for any port, and for any source of the address.
     let ports = |n: u64| format!("/ip4/11.0.2.1/tcp/{}", 1 + n % 60_000);
     let hour = attempts(&home(), ports, 60);
@@ -250,7 +250,7 @@ fn a_third_party_is_dialled_twelve_times_a_minute_and_eighty_four_times_an_hour(
 }
 
 #[test]
-fn a_peer_that_has_proved_itself_is_dialled_freely_until_it_is_gone() {
+fn a_peer_that_has_proved_itself_is_dialed_freely_until_it_is_gone() {
     let (gate, now) = (home(), Instant::now());
     let one = ["/ip4/11.0.2.1/tcp/9338"];
     gate.proved(at("11.0.2.1:9338"), now);
@@ -388,19 +388,19 @@ fn bridges_of_containers_do_not_take_the_place_of_an_address_that_works() {
 #[test]
 fn every_target_outside_of_the_swarm_is_noted_as_sent_to() {
     let gate = home();
-    let (dialled, now) = (gate.dialled(), Instant::now());
+    let (dialed, now) = (gate.dialed(), Instant::now());
     let lane = address("/ip4/7.7.7.7/tcp/443");
     let (peer, evidence) = (PeerId::random(), Evidence::default());
     assert!(gate.admit_lane(peer, &lane, &evidence, now).is_some());
-    assert!(dialled.contains_socket(at("7.7.7.7:443"), now));
+    assert!(dialed.contains_socket(at("7.7.7.7:443"), now));
     assert_eq!(
         gate.admit_search(&Confirmed::in_test(&[at("8.8.8.8:5")]), now)
             .len(),
         1
     );
     // A search tries all ports.
-    assert!(dialled.contains_socket(at("8.8.8.8:4000"), now));
-    assert!(!dialled.contains("9.9.9.9".parse().unwrap(), now));
+    assert!(dialed.contains_socket(at("8.8.8.8:4000"), now));
+    assert!(!dialed.contains("9.9.9.9".parse().unwrap(), now));
 }
 
 #[test]

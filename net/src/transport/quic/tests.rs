@@ -61,12 +61,12 @@ async fn accept(quic: &mut Quic) -> (SocketAddr, io::Result<(PeerId, Connection)
     }
 }
 
-/// Two ends of a new connection, the dialler's first, and what is said of them: who each saw.
+/// Two ends of a new connection, the dialer's first, and what is said of them: who each saw.
 async fn connected(near: &mut Quic, far: &mut Quic) -> [(PeerId, Connection); 2] {
     let address = listen(far).await;
     let dial = near.dial(address, options(PortUse::Reuse)).unwrap();
-    let (dialled, (_, accepted)) = tokio::join!(dial, accept(far));
-    [dialled.unwrap(), accepted.unwrap()]
+    let (dialed, (_, accepted)) = tokio::join!(dial, accept(far));
+    [dialed.unwrap(), accepted.unwrap()]
 }
 
 async fn outbound(connection: &mut Connection) -> Stream {
@@ -192,8 +192,8 @@ async fn a_peer_that_sends_from_somebody_elses_address_is_not_believed_to_be_the
     let server = quic(&listen(&mut far).await).unwrap();
     let (through, victim_got, spoof) = spoofer(server).await;
     let dial = near.dial(of_socket(through, Transport::Quic), options(PortUse::Reuse));
-    let (dialled, (_, accepted)) = tokio::join!(dial.unwrap(), accept(&mut far));
-    let ((_, mut here), (_, mut there)) = (dialled.unwrap(), accepted.unwrap());
+    let (dialed, (_, accepted)) = tokio::join!(dial.unwrap(), accept(&mut far));
+    let ((_, mut here), (_, mut there)) = (dialed.unwrap(), accepted.unwrap());
     let before = there.remote;
     spoof.send(true).unwrap();
     let mut stream = outbound(&mut here).await;

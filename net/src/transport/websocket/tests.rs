@@ -10,7 +10,7 @@ use crate::{
     Limits, Transport as Kind,
     policy::{
         crowd::Crowd,
-        gate::{Gate, dialled::Dialled},
+        gate::{Gate, dialed::Dialed},
         limits::Memory,
     },
     transport::noted::Noted,
@@ -37,7 +37,7 @@ fn gated(gate: Gate) -> Web {
     let tcp = tcp::tokio::Transport::new(tcp::Config::default());
     let outside = Outside::new(None).unwrap();
     WebOrPlain::new(
-        Noted::new(tcp, Kind::Tcp, Dialled::default(), Shared::default(), gate),
+        Noted::new(tcp, Kind::Tcp, Dialed::default(), Shared::default(), gate),
         outside,
         door(&[], &[]),
     )
@@ -252,7 +252,7 @@ async fn a_response_head_without_end_ends_the_dial_after_8_kib() {
         }
         sent
     };
-    let dialled = async {
+    let dialed = async {
         let error = dial.await.unwrap_err();
         assert!(
             error.to_string().contains("longer than 8192 bytes"),
@@ -261,7 +261,7 @@ async fn a_response_head_without_end_ends_the_dial_after_8_kib() {
     };
     timeout(
         Duration::from_secs(60),
-        futures::future::join(dialled, endless),
+        futures::future::join(dialed, endless),
     )
     .await
     .unwrap();

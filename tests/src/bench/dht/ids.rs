@@ -29,7 +29,7 @@ use crate::links::{Links, address};
 /// Longest time that this may take: it is done in milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Asks as many things as it may of a node that it has dialled, and keeps the ids of what it is asked.
+/// Asks as many things as it may of a node that it has dialed, and keeps the ids of what it is asked.
 struct Maker {
     kad: kad::Behaviour<MemoryStore>,
     to_ask: Vec<(PeerId, Request)>,

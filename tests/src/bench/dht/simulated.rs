@@ -85,7 +85,7 @@ const IDLE: u64 = 60_000;
 /// timers of half a second and more there, and they may be late by this.
 const SETTLE: u64 = 50;
 
-/// Numbers of connections that were dialled by others begin here; libp2p counts the others from one.
+/// Numbers of connections that were dialed by others begin here; libp2p counts the others from one.
 const INBOUND: usize = 1 << 40;
 
 /// What a node is made of.
@@ -93,7 +93,7 @@ trait Machine {
     /// A connection is there; gives back what is to be asked on it.
     fn inbound(&mut self, id: ConnectionId, peer: PeerId, at: [&Multiaddr; 2]) -> Vec<Request>;
     fn outbound(&mut self, id: ConnectionId, peer: PeerId, to: &Multiaddr) -> Vec<Request>;
-    /// Where else a peer is dialled.
+    /// Where else a peer is dialed.
     fn addresses(&mut self, id: ConnectionId, peer: PeerId, given: &[Multiaddr]) -> Vec<Multiaddr>;
     fn on_swarm(&mut self, event: FromSwarm<'_>);
     fn on_handler(&mut self, peer: PeerId, id: ConnectionId, event: Event);
@@ -309,7 +309,7 @@ impl NetworkBehaviour for Addresses {
     ) -> Result<Vec<Multiaddr>, ConnectionDenied> {
         self.0 = addresses.to_vec();
         Err(ConnectionDenied::new(io::Error::other(
-            "nothing is dialled here",
+            "nothing is dialed here",
         )))
     }
 
@@ -411,7 +411,7 @@ struct Node {
     place: Ipv4Addr,
     waker: Waker,
     connections: HashMap<PeerId, Vec<(ConnectionId, Connection)>>,
-    dialling: HashMap<PeerId, usize>,
+    dialing: HashMap<PeerId, usize>,
 }
 
 /// One of [`Network::links`]; its slot may have gone to another.
@@ -440,7 +440,7 @@ struct End {
     waiting: VecDeque<Request>,
 }
 
-/// A connection; the first end has dialled.
+/// A connection; the first end has dialed.
 struct Link {
     generation: u32,
     ends: [End; 2],
@@ -456,7 +456,7 @@ enum Happening {
         to: usize,
         id: ConnectionId,
     },
-    /// At the node that has dialled.
+    /// At the node that has dialed.
     DialEnds {
         from: usize,
         to: usize,
@@ -574,7 +574,7 @@ impl Network {
             place: place(node),
             waker: Waker::from(Arc::new(NodeWaker { node, woken })),
             connections: HashMap::new(),
-            dialling: HashMap::new(),
+            dialing: HashMap::new(),
         });
         // First, so that a node knows what it was told before it meets anybody.
         self.poll_node(node);
@@ -723,7 +723,7 @@ impl Network {
             return;
         };
         let of = &self.nodes[node];
-        if of.connections.contains_key(&peer) || of.dialling.contains_key(&peer) {
+        if of.connections.contains_key(&peer) || of.dialing.contains_key(&peer) {
             let condition = PeerCondition::DisconnectedAndNotDialing;
             let error = DialError::DialPeerConditionFalse(condition);
             return self.dial_failed(node, peer, id, &error);
@@ -748,7 +748,7 @@ impl Network {
         let Some(to) = to.filter(|to| *to < self.nodes.len()) else {
             return self.dial_failed(node, peer, id, &DialError::NoAddresses);
         };
-        *self.nodes[node].dialling.entry(peer).or_default() += 1;
+        *self.nodes[node].dialing.entry(peer).or_default() += 1;
         let arrives = Happening::DialArrives { from: node, to, id };
         self.after(self.delay(node, to), arrives);
     }
@@ -991,11 +991,11 @@ impl Network {
         connection: Option<Connection>,
     ) {
         let peer = self.nodes[to].peer;
-        let dialling = &mut self.nodes[from].dialling;
-        if let Some(count) = dialling.get_mut(&peer) {
+        let dialing = &mut self.nodes[from].dialing;
+        if let Some(count) = dialing.get_mut(&peer) {
             *count -= 1;
             if *count == 0 {
-                dialling.remove(&peer);
+                dialing.remove(&peer);
             }
         }
         match connection {
@@ -1012,7 +1012,7 @@ impl Network {
 
     fn endpoint(&mut self, connection: Connection, end: usize) -> Option<ConnectedPoint> {
         let link = self.link(connection)?;
-        let [dialler, listener] = [0, 1].map(|end| address(place(link.ends[end].node)));
+        let [dialer, listener] = [0, 1].map(|end| address(place(link.ends[end].node)));
         Some(match end {
             0 => ConnectedPoint::Dialer {
                 address: listener,
@@ -1021,7 +1021,7 @@ impl Network {
             },
             _ => ConnectedPoint::Listener {
                 local_addr: listener,
-                send_back_addr: dialler,
+                send_back_addr: dialer,
             },
         })
     }

@@ -29,9 +29,9 @@ struct Sent {
 
 /// Cheap to clone; all clones are one.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Dialled(Arc<Mutex<HashMap<IpAddr, Sent>>>);
+pub(crate) struct Dialed(Arc<Mutex<HashMap<IpAddr, Sent>>>);
 
-impl Dialled {
+impl Dialed {
     /// Something is sent to this socket.
     pub(crate) fn note(&self, at: SocketAddr, now: Instant) {
         self.remember(at.ip(), Some(at.port()), now);
@@ -100,38 +100,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_dialled_is_remembered_for_a_while_and_not_without_end() {
-        let dialled = Dialled::default();
+    fn what_was_dialed_is_remembered_for_a_while_and_not_without_end() {
+        let dialed = Dialed::default();
         let now = Instant::now();
         let at = |ip: IpAddr| SocketAddr::new(ip, 9338);
         let one: IpAddr = [1, 1, 1, 1].into();
-        dialled.note(at(one), now);
-        assert!(dialled.contains(one, now));
-        assert!(dialled.contains_socket(at(one), now));
-        assert!(!dialled.contains_socket(SocketAddr::new(one, 1), now));
-        assert!(!dialled.contains([2, 2, 2, 2].into(), now));
-        assert!(!dialled.contains(one, now + MEMORY));
+        dialed.note(at(one), now);
+        assert!(dialed.contains(one, now));
+        assert!(dialed.contains_socket(at(one), now));
+        assert!(!dialed.contains_socket(SocketAddr::new(one, 1), now));
+        assert!(!dialed.contains([2, 2, 2, 2].into(), now));
+        assert!(!dialed.contains(one, now + MEMORY));
         for n in 0..2 * MAX as u32 {
-            dialled.note(at(IpAddr::V4(n.into())), now + Duration::from_secs(1));
+            dialed.note(at(IpAddr::V4(n.into())), now + Duration::from_secs(1));
         }
-        assert_eq!(dialled.lock().len(), MAX);
-        assert!(!dialled.contains(one, now));
+        assert_eq!(dialed.lock().len(), MAX);
+        assert!(!dialed.contains(one, now));
     }
 
     #[test]
     fn an_address_of_which_many_ports_were_tried_counts_with_all_of_them() {
-        let (dialled, now) = (Dialled::default(), Instant::now());
+        let (dialed, now) = (Dialed::default(), Instant::now());
         let (one, two): (IpAddr, IpAddr) = ([1, 1, 1, 1].into(), [2, 2, 2, 2].into());
         for port in 1..=MAX_PORTS as u16 + 1 {
-            dialled.note(SocketAddr::new(one, port), now);
+            dialed.note(SocketAddr::new(one, port), now);
         }
-        dialled.note_all_ports(two, now);
+        dialed.note_all_ports(two, now);
         for ip in [one, two] {
-            assert!(dialled.contains_socket(SocketAddr::new(ip, 4000), now));
+            assert!(dialed.contains_socket(SocketAddr::new(ip, 4000), now));
         }
         // After a long silence a NAT has forgotten them.
         let later = now + MEMORY;
-        dialled.note(SocketAddr::new(one, 1), later);
-        assert!(!dialled.contains_socket(SocketAddr::new(one, 2), later));
+        dialed.note(SocketAddr::new(one, 1), later);
+        assert!(!dialed.contains_socket(SocketAddr::new(one, 2), later));
     }
 }

@@ -1,4 +1,4 @@
-//! Dialling: the one place where the driver has the swarm dial, and only what the gate has admitted.
+//! Dialing: the one place where the driver has the swarm dial, and only what the gate has admitted.
 
 use std::{collections::HashMap, convert::Infallible, time::Instant};
 
@@ -29,23 +29,23 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Dial {
     pub(super) peer: PeerId,
-    /// Addresses that were dialled, for another try without those that turn out to be another peer's.
+    /// Addresses that were dialed, for another try without those that turn out to be another peer's.
     pub(super) addresses: Vec<(Source, Multiaddr)>,
     /// The name that has led to them, without the peer.
     pub(super) name: Option<Multiaddr>,
 }
 
 /// The dials under way, and those that wait for them.
-pub(super) struct Dialling {
+pub(super) struct Dialing {
     pub(super) dials: HashMap<ConnectionId, Dial>,
     /// Requests that wait for a connection to a peer.
     pub(super) waiting: HashMap<PeerId, Vec<oneshot::Sender<Result<Path, ConnectError>>>>,
     pub(super) names: Names,
-    /// The number of names that are being looked up for each peer that is to be dialled.
+    /// The number of names that are being looked up for each peer that is to be dialed.
     pub(super) resolving: HashMap<PeerId, usize>,
 }
 
-impl Dialling {
+impl Dialing {
     pub(super) fn new() -> Self {
         Self {
             dials: HashMap::new(),
@@ -103,13 +103,13 @@ where
     pub(super) fn evidence(&self, peer: &PeerId) -> Evidence {
         let direct = |c: &&Connection| c.path.kind < PathKind::Relayed;
         let connections = self.peers.get(peer).into_iter();
-        let dialled = connections
+        let dialed = connections
             .flat_map(|peer| peer.connections.values())
             .filter(direct)
-            .filter(|c| c.dialled);
+            .filter(|c| c.dialed);
         let relays = self.peers.iter().filter(|(_, peer)| peer.is_direct());
         Evidence {
-            dialled_at: dialled
+            dialed_at: dialed
                 .filter_map(|c| socket_within(&c.path.address))
                 .collect(),
             relays: relays.map(|(id, _)| *id).collect(),
@@ -122,7 +122,7 @@ where
         self.gate.extent() < Extent::World
     }
 
-    /// Asks the gate which of these addresses may be dialled.
+    /// Asks the gate which of these addresses may be dialed.
     pub(super) fn admit(
         &self,
         peer: PeerId,
@@ -179,11 +179,11 @@ where
             }
             _ => self.gate.failed(id, Instant::now()),
         }
-        self.punching.dialled(id);
+        self.punching.dialed(id);
         if self.on_probe(id, false) {
             return;
         }
-        let Some(dial) = self.dialling.dials.remove(&id) else {
+        let Some(dial) = self.dialing.dials.remove(&id) else {
             return;
         };
         tracing::debug!(peer = %dial.peer, %error, "a dial failed");
@@ -221,13 +221,13 @@ where
             }
         }
         // Another dial to the same peer may still succeed.
-        if self.is_dialling(&peer) {
+        if self.is_dialing(&peer) {
             return;
         }
         self.give_up(&peer, || dial_error(peer, error));
     }
 
-    /// Dials a peer that is not connected. An address with a name is dialled once the name is resolved.
+    /// Dials a peer that is not connected. An address with a name is dialed once the name is resolved.
     pub(super) fn dial(
         &mut self,
         peer: PeerId,
@@ -244,13 +244,13 @@ where
         let (names, sockets): (Vec<_>, Vec<_>) = sources.into_iter().partition(named);
         let resolving = self.resolve(peer, names);
         let admitted = self.admit(peer, sockets, How::default());
-        if admitted.is_empty() && (resolving || self.is_dialling(&peer)) {
+        if admitted.is_empty() && (resolving || self.is_dialing(&peer)) {
             return Ok(());
         }
         let refused = admitted.is_empty() && !none;
         match self.begin(admitted, None) {
             Ok(()) => Ok(()),
-            Err(_) if resolving || self.is_dialling(&peer) => Ok(()),
+            Err(_) if resolving || self.is_dialing(&peer) => Ok(()),
             Err(_) if refused => Err(not_admitted(peer)),
             Err(error) => Err(dial_error(peer, &error)),
         }
@@ -270,7 +270,7 @@ where
             // It is connected already: there was no attempt.
             Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => Ok(()),
             Err(DialError::NoAddresses) => {
-                Err("not an address that can be dialled from here".to_owned())
+                Err("not an address that can be dialed from here".to_owned())
             }
             Err(error) => Err(bootstrap::text(&dial_error(peer, &error))),
         }
@@ -297,13 +297,13 @@ where
             addresses: admitted.addresses().to_vec(),
             name,
         };
-        self.dialling.dials.insert(id, dial);
+        self.dialing.dials.insert(id, dial);
         Ok(())
     }
 
-    pub(super) fn is_dialling(&self, peer: &PeerId) -> bool {
-        self.dialling.dials.values().any(|dial| dial.peer == *peer)
-            || self.dialling.resolving.contains_key(peer)
+    pub(super) fn is_dialing(&self, peer: &PeerId) -> bool {
+        self.dialing.dials.values().any(|dial| dial.peer == *peer)
+            || self.dialing.resolving.contains_key(peer)
     }
 
     /// Begins to look up names; whether any is.
@@ -314,16 +314,16 @@ where
             .partition(|(source, _)| *source == Source::Given);
         let stated = stated.into_iter().map(|(_, address)| address);
         let mut all = given;
-        let few = self.dialling.names.few(stated, near, now).into_iter();
+        let few = self.dialing.names.few(stated, near, now).into_iter();
         all.extend(few.map(|address| (Source::Heard, address)));
         let mut any = false;
         for (source, name) in all {
             let given = source == Source::Given;
-            let Some(resolution) = self.dialling.names.resolve(name.clone(), given, near) else {
+            let Some(resolution) = self.dialing.names.resolve(name.clone(), given, near) else {
                 continue;
             };
             any = true;
-            *self.dialling.resolving.entry(peer).or_default() += 1;
+            *self.dialing.resolving.entry(peer).or_default() += 1;
             let outcomes = self.outcomes.clone();
             span::spawn(peer, async move {
                 let resolved = Resolved {
@@ -348,21 +348,21 @@ where
             found,
         } = resolved;
         let now = Instant::now();
-        if let Some(left) = self.dialling.resolving.get_mut(&peer) {
+        if let Some(left) = self.dialing.resolving.get_mut(&peer) {
             *left -= 1;
             if *left == 0 {
-                self.dialling.resolving.remove(&peer);
+                self.dialing.resolving.remove(&peer);
             }
         }
         let mut addresses = found.as_ref().cloned().unwrap_or_default();
-        self.dialling.names.done(&name, !addresses.is_empty(), now);
+        self.dialing.names.done(&name, !addresses.is_empty(), now);
         if source == Source::Given {
             self.gate.resolved(&name, &addresses);
         } else {
             addresses.retain(|address| !first_ip(address).is_some_and(is_made_up));
         }
         let short = split_peer_id(name.clone()).0;
-        let none = "the name leads to no address that may be dialled from here";
+        let none = "the name leads to no address that may be dialed from here";
         let failed = match &found {
             Err(error) => Some(error.as_str()),
             Ok(_) => addresses.is_empty().then_some(none),
@@ -383,7 +383,7 @@ where
             Err(_) if failed.is_some() => {}
             Err(_) => self.bootstrap_failed(peer, &short, none),
         }
-        if self.is_dialling(&peer) {
+        if self.is_dialing(&peer) {
             return;
         }
         // The behaviours are told as well.
@@ -396,13 +396,13 @@ where
         });
     }
 
-    /// A behaviour wants a peer to be dialled.
+    /// A behaviour wants a peer to be dialed.
     pub(super) fn on_wanted(&mut self, wanted: WantedDial) {
         let WantedDial { peer, heard: known } = wanted;
         if self.peers.contains_key(&peer) {
             return;
         }
-        if known.is_empty() && self.is_dialling(&peer) {
+        if known.is_empty() && self.is_dialing(&peer) {
             return;
         }
         if let Err(error) = self.dial(peer, heard(known).collect()) {
@@ -413,7 +413,7 @@ where
     /// No dial to `peer` is under way any more: whoever waits for one is told.
     pub(super) fn give_up(&mut self, peer: &PeerId, error: impl Fn() -> ConnectError) {
         self.refuse_circuits(peer, &error().to_string());
-        for reply in self.dialling.waiting.remove(peer).unwrap_or_default() {
+        for reply in self.dialing.waiting.remove(peer).unwrap_or_default() {
             // The caller may be gone.
             let _ = reply.send(Err(error()));
         }
@@ -423,7 +423,7 @@ where
 fn not_admitted(peer: PeerId) -> ConnectError {
     ConnectError::Failed {
         peer,
-        reason: "none of the addresses that others state for it may be dialled from here, or not so soon again; \
+        reason: "none of the addresses that others state for it may be dialed from here, or not so soon again; \
                  name an address yourself to dial it in any case"
             .to_owned(),
     }
