@@ -125,8 +125,8 @@ struct Inner {
     last_use: AtomicU64,
     /// Index from tensors to the models that contain them.
     tensors: Mutex<elsewhere::Index>,
-    /// Number of times the store was opened without having been closed before. Rows about part files from earlier epochs are
-    /// checked before use.
+    /// Number of times the store was opened without having been closed before. Rows about part files from earlier
+    /// epochs are checked before use.
     epoch: u64,
     /// Groups of part files that this process has written or read, by part file.
     seen: Mutex<HashMap<PathBuf, Seen>>,

@@ -77,8 +77,8 @@ fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them(
     let words = home.run(&["add", text(&odd), "--hidden", "--follow-links"]);
     assert_eq!(words.code(), Some(0), "{words:#?}");
     for says in [
-        "without tensors: model.safetensors: it is a pointer of Git LFS",
-        "left out latest.bin: a link to gone, which is not there",
+        "without tensors: model.safetensors: it is a Git LFS pointer",
+        "left out latest.bin: a link to gone, which does not exist",
         "followed a link out of the folder: x.json",
         "incomplete: 1 of 2 files of q-*-of-00002.bin",
     ] {
