@@ -72,7 +72,7 @@ const MAX_OF_NETWORK: usize = 10;
 const MAX_OF_NETWORK_IN_BUCKET: usize = 2;
 
 /// Most nodes whose private addresses are remembered.
-const MAX_NEAR: usize = 1024;
+const MAX_WITH_PRIVATE: usize = 1024;
 
 /// Returns true if an address stays within this node's own networks or within this process.
 fn is_private(address: &Multiaddr) -> bool {
@@ -99,12 +99,12 @@ struct Peer {
 
 impl Peer {
     /// Notes the address of a connection that has opened or whose address has changed.
-    fn see(&mut self, connection: ConnectionId, address: Multiaddr) {
+    fn set_address(&mut self, connection: ConnectionId, address: Multiaddr) {
         self.connections.insert(connection, address);
-        self.look();
+        self.choose_seen_at();
     }
 
-    fn look(&mut self) {
+    fn choose_seen_at(&mut self) {
         let mut connections: Vec<_> = self.connections.iter().collect();
         connections.sort_by_key(|(id, address)| (Origin::of(address) == Origin::RELAYED, **id));
         if let Some((_, address)) = connections.first() {
@@ -114,8 +114,8 @@ impl Peer {
     }
 }
 
-/// The behaviour's ends of the channels that it shares with its handle.
-pub(crate) struct Ends {
+/// The behaviour's channels of the channels that it shares with its handle.
+pub(crate) struct Channels {
     pub(crate) requests: mpsc::Receiver<Command>,
     /// Publishes the number of nodes in the routing table.
     pub(crate) count: watch::Sender<usize>,
@@ -155,7 +155,7 @@ pub struct Behaviour {
     /// True if this node announces itself as a server.
     serves: bool,
     /// Private addresses of nodes, which are not given to peers outside this node's own networks.
-    near: HashMap<PeerId, Vec<Multiaddr>>,
+    private_addresses: HashMap<PeerId, Vec<Multiaddr>>,
     /// Records of other publishers whose signatures are checked outside the swarm's task.
     checks: Checks,
     offenders: Offenders,
@@ -174,12 +174,12 @@ impl fmt::Debug for Behaviour {
 
 impl Behaviour {
     /// Creates the behaviour of the node `local`. It stores records on `disk`, or in memory if there is none.
-    pub(crate) fn new(local: PeerId, disk: Option<Disk>, ends: Ends) -> Self {
-        let Ends {
+    pub(crate) fn new(local: PeerId, disk: Option<Disk>, channels: Channels) -> Self {
+        let Channels {
             requests,
             count,
             met,
-        } = ends;
+        } = channels;
         let mut config = kad::Config::new(PROTOCOL);
         config
             .set_max_packet_size(MAX_PACKET)
@@ -217,7 +217,7 @@ impl Behaviour {
             reachable: false,
             outside: false,
             serves: true,
-            near: HashMap::new(),
+            private_addresses: HashMap::new(),
         }
     }
 
@@ -268,7 +268,7 @@ impl Behaviour {
 
     /// Notes that a peer has answered, after `took` if that was measured, or has connected. A suspect returns to the
     /// routing table.
-    fn is_alive(&mut self, peer: PeerId, took: Option<Duration>) {
+    fn on_alive(&mut self, peer: PeerId, took: Option<Duration>) {
         for address in self.liveness.answered(peer, took, Instant::now()) {
             self.route(peer, address);
         }
@@ -282,7 +282,7 @@ impl Behaviour {
 
     /// Notes that a node did not answer a request sent at `asked` to `addresses`. The node leaves the routing table,
     /// so other nodes no longer learn of it here.
-    fn has_failed(&mut self, peer: PeerId, asked: Instant, addresses: &[Multiaddr]) {
+    fn on_failed(&mut self, peer: PeerId, asked: Instant, addresses: &[Multiaddr]) {
         let routes = self.routes_of(peer);
         let is_member = !routes.is_empty();
         let tried: Vec<_> = addresses.iter().chain(&routes).cloned().collect();
@@ -296,7 +296,7 @@ impl Behaviour {
         tracing::debug!(%peer, ?standing, "DHT node does not answer");
         self.regions.forget(peer);
         if standing == Standing::Gone {
-            self.near.remove(&peer);
+            self.private_addresses.remove(&peer);
         }
         if is_member {
             self.kad.remove_peer(&peer);
@@ -318,7 +318,7 @@ impl Behaviour {
             if let Some(dialing) = self.dialing.get_mut(&peer) {
                 dialing.counted = Some(now);
             }
-            self.has_failed(peer, since, &addresses);
+            self.on_failed(peer, since, &addresses);
         }
         // Drop dials whose end was never reported because the swarm had another dial in progress.
         self.dialing
@@ -342,7 +342,7 @@ impl Behaviour {
             tracing::debug!(peer = %check.peer, "checking whether the DHT node is alive");
             if self.peers.contains_key(&check.peer) {
                 self.liveness.postpone(check.peer, now);
-                self.poke(check.peer);
+                self.probe(check.peer);
                 return;
             }
             let dialing = self.dial(check.peer, check.addresses, false);
@@ -412,8 +412,10 @@ impl Behaviour {
     fn route(&mut self, peer: PeerId, address: Multiaddr) {
         let address = weft_net::split_peer_id(address).0;
         if is_private(&address) {
-            if self.near.len() < MAX_NEAR || self.near.contains_key(&peer) {
-                let near = self.near.entry(peer).or_default();
+            if self.private_addresses.len() < MAX_WITH_PRIVATE
+                || self.private_addresses.contains_key(&peer)
+            {
+                let near = self.private_addresses.entry(peer).or_default();
                 if near.len() < MAX_ADDRESSES && !near.contains(&address) {
                     near.push(address.clone());
                 }
@@ -427,7 +429,7 @@ impl Behaviour {
             return;
         }
         let network = Origin::of(&address);
-        if network != Origin::NEAR {
+        if network != Origin::LOCAL {
             let (mut here, mut in_bucket) = (0, 0);
             let key = kad::KBucketKey::from(peer);
             let own = self.kad.kbucket(peer).map(|bucket| bucket.range());
@@ -482,17 +484,17 @@ impl Behaviour {
         }
     }
 
-    /// Handles a connection that is about to open. The first one with a peer from outside ends the server role before
+    /// Handles a connection that is about to open. The first one with a peer from outside channels the server role before
     /// that peer learns the protocols of this node. libp2p-identify loses a change that comes before its first message,
     /// so the peer would take this node for a server until another change.
-    fn comes(&mut self, remote: &Multiaddr) {
+    fn connection_begins(&mut self, remote: &Multiaddr) {
         if self.serves && !self.reachable && !is_private(remote) {
             self.set_serves(false);
         }
     }
 
     /// Restores the server role if a pending connection to a peer from outside has not opened.
-    fn came_to_nothing(&mut self) {
+    fn connection_did_not_open(&mut self) {
         if !self.serves && !self.outside {
             self.settle_role();
         }
@@ -510,7 +512,7 @@ impl Behaviour {
     fn on_serving(&mut self, peer: PeerId, connection: ConnectionId) {
         if let Some(known) = self.peers.get_mut(&peer) {
             known.serving.insert(connection);
-            self.is_alive(peer, None);
+            self.on_alive(peer, None);
             self.on_server(peer);
         }
     }
@@ -540,7 +542,7 @@ impl Behaviour {
                     true => &mut connected,
                     false => &mut others,
                 };
-                let near = self.near.get(&peer).into_iter().flatten();
+                let near = self.private_addresses.get(&peer).into_iter().flatten();
                 let addresses = entry.node.value.iter().chain(near).take(2);
                 let whole = addresses.filter_map(|a| a.clone().with_p2p(peer).ok());
                 routes.extend(whole);
@@ -606,7 +608,7 @@ impl NetworkBehaviour for Behaviour {
         local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.comes(remote);
+        self.connection_begins(remote);
         self.kad
             .handle_established_inbound_connection(id, peer, local, remote)
     }
@@ -623,7 +625,7 @@ impl NetworkBehaviour for Behaviour {
             .handle_pending_outbound_connection(id, peer, addresses, role)?;
         // Most of these addresses come from other peers. They must not make this node dial its private networks.
         let outside = self.outside;
-        let near = peer.and_then(|peer| self.near.get(&peer));
+        let near = peer.and_then(|peer| self.private_addresses.get(&peer));
         let near = near.cloned().unwrap_or_default();
         known.retain(|address| {
             let is_route = |peer| self.is_route(peer, address);
@@ -642,7 +644,7 @@ impl NetworkBehaviour for Behaviour {
         role: Endpoint,
         port: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        self.comes(address);
+        self.connection_begins(address);
         self.kad
             .handle_established_outbound_connection(id, peer, address, role, port)
     }
@@ -664,9 +666,9 @@ impl NetworkBehaviour for Behaviour {
                     serving: HashSet::new(),
                     connections: HashMap::new(),
                 });
-                peer.see(*connection_id, address.clone());
+                peer.set_address(*connection_id, address.clone());
                 self.settle_role();
-                self.is_alive(*peer_id, None);
+                self.on_alive(*peer_id, None);
                 self.ask_connected(*peer_id);
             }
             // The address of a connection changes when a name was resolved or the peer has moved.
@@ -677,7 +679,7 @@ impl NetworkBehaviour for Behaviour {
                 ..
             }) => {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
-                    peer.see(*connection_id, new.get_remote_address().clone());
+                    peer.set_address(*connection_id, new.get_remote_address().clone());
                 }
                 self.settle_role();
             }
@@ -690,7 +692,7 @@ impl NetworkBehaviour for Behaviour {
                 if let Some(peer) = self.peers.get_mut(peer_id) {
                     peer.connections.remove(connection_id);
                     peer.serving.remove(connection_id);
-                    peer.look();
+                    peer.choose_seen_at();
                     if peer.connections.is_empty() {
                         self.peers.remove(peer_id);
                         self.asked.remove(peer_id);
@@ -708,9 +710,11 @@ impl NetworkBehaviour for Behaviour {
                 ..
             }) => {
                 self.dial_failed(*peer, error);
-                self.came_to_nothing();
+                self.connection_did_not_open();
             }
-            FromSwarm::DialFailure(_) | FromSwarm::ListenFailure(_) => self.came_to_nothing(),
+            FromSwarm::DialFailure(_) | FromSwarm::ListenFailure(_) => {
+                self.connection_did_not_open()
+            }
             FromSwarm::NewExternalAddrOfPeer(NewExternalAddrOfPeer { peer_id, addr }) => {
                 self.on_claimed(*peer_id, addr);
             }
@@ -842,15 +846,15 @@ mod tests {
             serving: HashSet::new(),
             connections: HashMap::new(),
         };
-        peer.see(ConnectionId::new_unchecked(1), relayed.clone());
+        peer.set_address(ConnectionId::new_unchecked(1), relayed.clone());
         assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
-        peer.see(ConnectionId::new_unchecked(2), direct.clone());
+        peer.set_address(ConnectionId::new_unchecked(2), direct.clone());
         assert_eq!(peer.seen_at, direct);
         // A relayed connection that opens later changes nothing.
-        peer.see(ConnectionId::new_unchecked(3), relayed.clone());
+        peer.set_address(ConnectionId::new_unchecked(3), relayed.clone());
         assert_eq!(peer.seen_at, direct);
         peer.connections.remove(&ConnectionId::new_unchecked(2));
-        peer.look();
+        peer.choose_seen_at();
         assert_eq!(Origin::of(&peer.seen_at), Origin::RELAYED);
     }
 
@@ -904,7 +908,7 @@ mod tests {
             let liveness = &mut behaviour.liveness;
             liveness.failed(peer, asked, &routes, routes.clone(), false, asked);
         }
-        behaviour.has_failed(peer, later(20), &[]);
+        behaviour.on_failed(peer, later(20), &[]);
         let (now, routes) = (later(20), [at.clone()]);
         let standing = |b: &Behaviour| b.liveness.standing(peer, &routes, now);
         assert_eq!(standing(&behaviour), Standing::Gone);
@@ -931,7 +935,7 @@ mod tests {
         assert_eq!(behaviour.kad.mode(), Mode::Server);
         let id = ConnectionId::new_unchecked(1);
         // The connection has no handler yet.
-        behaviour.comes(&at);
+        behaviour.connection_begins(&at);
         assert_eq!(behaviour.kad.mode(), Mode::Client);
         // The connection does not open.
         behaviour.on_swarm_event(FromSwarm::DialFailure(DialFailure {
@@ -947,7 +951,7 @@ mod tests {
         connect(&mut other, peer, &address("/ip4/192.168.1.2/tcp/1"));
         assert_eq!(other.kad.mode(), Mode::Server);
         other.reachable = true;
-        other.comes(&at);
+        other.connection_begins(&at);
         assert_eq!(other.kad.mode(), Mode::Server);
     }
 

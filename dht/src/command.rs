@@ -14,7 +14,8 @@ pub enum DhtError {
     Record(#[from] RecordError),
     /// This node has published a newer record under the same key and subkey in the meantime. The newer record stays.
     #[error(
-        "the record is superseded: this node has published a newer one under the same key,          with sequence number {0}; publish the value again"
+        "the record is superseded: this node has published a newer one under the same key, \
+         with sequence number {0}; publish the value again"
     )]
     Superseded(u64),
     /// The record could not be written to this node's disk.

@@ -45,21 +45,21 @@ pub fn sets() -> Vec<Vec<u8>> {
 pub fn records(bytes: &[u8]) {
     let key = RecordKey::new(&KEY);
     let mut store = Store::new(PeerId::random(), None);
-    let check = |statements: Vec<wire::SignedRecord>| {
-        let sent = statements.len();
+    let check = |records: Vec<wire::SignedRecord>| {
+        let sent = records.len();
         let job = Job {
             peer: PeerId::random(),
             network: Origin::RELAYED,
-            statements,
+            records,
             context: (),
         };
         let checked = RUNTIME.block_on(job.check());
         assert_eq!(checked.forged, checked.records.len() < sent);
         checked.records
     };
-    if let Ok(statements) = store.consider(&key, bytes, Origin::RELAYED) {
-        assert!(statements.len() <= 4);
-        for record in check(statements) {
+    if let Ok(records) = store.consider(&key, bytes, Origin::RELAYED) {
+        assert!(records.len() <= 4);
+        for record in check(records) {
             assert_eq!(record.key(), KEY);
             Record::verify(record.as_wire().clone(), KEY).expect("it was checked");
             // A quota may refuse the record.
@@ -68,9 +68,9 @@ pub fn records(bytes: &[u8]) {
     }
     assert!(store.answer(&key).len() <= 4);
     let mut found = Found::default();
-    if let Some((known, statements)) = found.sort_out(KEY, bytes) {
+    if let Some((known, records)) = found.sort_out(KEY, bytes) {
         assert!(!known);
-        let right = check(statements);
+        let right = check(records);
         found.add(right.clone());
         assert!(found.records().count() <= right.len());
         let again = found.sort_out(KEY, bytes);
@@ -93,7 +93,7 @@ pub fn intake(bytes: &[u8]) {
     let mut now = Instant::now();
     let (mut intake, mut offenders) = (Intake::new(PUTS, now), Offenders::default());
     let peers: Vec<_> = (0..8).map(|_| PeerId::random()).collect();
-    let networks = [Origin::NEAR, Origin::RELAYED];
+    let networks = [Origin::LOCAL, Origin::RELAYED];
     let mut waiting = 0;
     for step in bytes.chunks_exact(2) {
         let (which, many) = (step[0], usize::from(step[1]));
@@ -119,7 +119,7 @@ pub fn intake(bytes: &[u8]) {
                 let job = Job {
                     peer,
                     network,
-                    statements: vec![wire::SignedRecord::default(); 1 + many % 4],
+                    records: vec![wire::SignedRecord::default(); 1 + many % 4],
                     context: (),
                 };
                 // A refused job is returned; it may be an older one of the same peer.

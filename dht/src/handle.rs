@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     Disk, Record,
-    behaviour::{Behaviour, Ends},
+    behaviour::{Behaviour, Channels},
     command::{Command, DhtError, Enough, Progress, Status, Stored},
     record,
 };
@@ -56,12 +56,12 @@ impl Dht {
         let (commands, requests) = mpsc::channel(COMMANDS);
         let (count, nodes) = watch::channel(0);
         let (met, meetings) = watch::channel(0);
-        let ends = Ends {
+        let channels = Channels {
             requests,
             count,
             met,
         };
-        let behaviour = Behaviour::new(keys.public().to_peer_id(), disk, ends);
+        let behaviour = Behaviour::new(keys.public().to_peer_id(), disk, channels);
         let dht = Self {
             keys: keys.clone(),
             commands,
@@ -124,7 +124,8 @@ impl Dht {
         value: &[u8],
         ttl: Duration,
     ) -> Result<usize, DhtError> {
-        self.state((key, subkey), Some(value), ttl, true).await
+        self.sign_and_store((key, subkey), Some(value), ttl, true)
+            .await
     }
 
     /// Renews a record as it was signed, like [`publish_again`](Self::publish_again), and returns the number of other
@@ -147,7 +148,7 @@ impl Dht {
             }
         }
         let about = (record.key(), record.subkey());
-        self.state(about, record.value(), ttl, true).await
+        self.sign_and_store(about, record.value(), ttl, true).await
     }
 
     /// Withdraws the record that this node published under `key` and `subkey`, and returns the number of other nodes
@@ -171,7 +172,7 @@ impl Dht {
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, Enough::All).await.map(valid)
+        self.lookup(key, Enough::All).await.map(valid)
     }
 
     /// Looks up `key` like [`get`](Self::get), but returns as soon as `is_enough` accepts the records found so far.
@@ -185,7 +186,7 @@ impl Dht {
         F: Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send + 'static,
     {
         let enough = Enough::When(Box::new(is_enough));
-        self.look_up(key, enough).await.map(valid)
+        self.lookup(key, enough).await.map(valid)
     }
 
     /// Returns one connected peer's answer for `key`, including withdrawn records. For this node's own id, returns the
@@ -217,7 +218,7 @@ impl Dht {
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get_with_removed(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, Enough::All).await
+        self.lookup(key, Enough::All).await
     }
 
     /// Looks up `key` like [`get`](Self::get), but returns after the first few answers. For callers to which some of
@@ -226,10 +227,10 @@ impl Dht {
     /// # Errors
     /// [`DhtError::Stopped`].
     pub async fn get_some(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
-        self.look_up(key, Enough::Answers(ENOUGH)).await.map(valid)
+        self.lookup(key, Enough::Answers(ENOUGH)).await.map(valid)
     }
 
-    async fn look_up(&self, key: &[u8], enough: Enough) -> Result<Vec<Record>, DhtError> {
+    async fn lookup(&self, key: &[u8], enough: Enough) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let key = key.to_vec();
         self.send(Command::Get { key, enough, reply }).await?;
@@ -300,12 +301,12 @@ impl Dht {
     ) -> Result<usize, DhtError> {
         // A withdrawal goes to the nodes that have the record.
         let again = value.is_none();
-        self.state((key, subkey), value, ttl, again).await
+        self.sign_and_store((key, subkey), value, ttl, again).await
     }
 
     /// Signs and stores a record with a sequence number above all known ones. If other nodes turn out to know a higher
     /// number, signs it once more.
-    async fn state(
+    async fn sign_and_store(
         &self,
         (key, subkey): (&[u8], &[u8]),
         value: Option<&[u8]>,

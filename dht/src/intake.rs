@@ -31,7 +31,7 @@ const FORGERY: f64 = 100.0;
 const MAX_OFFENCES: u32 = 3;
 
 /// Time for which offences are remembered, and so the time for which an offender is ignored.
-const GRUDGE: Duration = Duration::from_secs(600);
+const OFFENCE_MEMORY: Duration = Duration::from_secs(600);
 
 /// Most peers whose offences are remembered. Each takes some 150 bytes.
 const MAX_OFFENDERS: usize = 4096;
@@ -109,7 +109,7 @@ pub(crate) const ANSWERS: Limits = Limits {
 pub(crate) struct Job<T> {
     pub(crate) peer: PeerId,
     pub(crate) network: Origin,
-    pub(crate) statements: Vec<wire::SignedRecord>,
+    pub(crate) records: Vec<wire::SignedRecord>,
     /// Data that the creator of the job needs when the job is done.
     pub(crate) context: T,
 }
@@ -131,10 +131,10 @@ pub(crate) struct Checked<T> {
 impl<T> Job<T> {
     /// Checks the signatures one after the other, until one is wrong.
     pub(crate) async fn check(self) -> Checked<T> {
-        let count = self.statements.len();
+        let count = self.records.len();
         let mut records = Vec::with_capacity(count);
         let mut forged = false;
-        for (at, wire) in self.statements.into_iter().enumerate() {
+        for (at, wire) in self.records.into_iter().enumerate() {
             if at % BEFORE_YIELD == BEFORE_YIELD - 1 {
                 tokio::task::yield_now().await;
             }
@@ -333,7 +333,7 @@ impl<T> Intake<T> {
                 let Some(job) = self.queues.get(&peer).and_then(VecDeque::front) else {
                     continue;
                 };
-                let (network, size) = (job.network, job.statements.len());
+                let (network, size) = (job.network, job.records.len());
                 let wait = self.wait(peer, network, size as f64, now);
                 if !wait.is_zero() {
                     let at = now + wait;
@@ -385,7 +385,7 @@ impl Offenders {
     /// Counts an offence. Returns true if the peer is ignored from now on.
     pub(crate) fn add(&mut self, peer: PeerId, now: Instant) -> bool {
         if self.of.len() >= MAX_OFFENDERS && !self.of.contains_key(&peer) {
-            self.of.retain(|_, (_, last)| now < *last + GRUDGE);
+            self.of.retain(|_, (_, last)| now < *last + OFFENCE_MEMORY);
             let oldest = self.of.iter().min_by_key(|(_, (_, last))| *last);
             let oldest = oldest.map(|(peer, _)| *peer);
             if let Some(oldest) = oldest.filter(|_| self.of.len() >= MAX_OFFENDERS) {
@@ -393,7 +393,7 @@ impl Offenders {
             }
         }
         let (count, last) = self.of.entry(peer).or_insert((0, now));
-        if now >= *last + GRUDGE {
+        if now >= *last + OFFENCE_MEMORY {
             *count = 0;
         }
         *last = now;
@@ -404,7 +404,7 @@ impl Offenders {
     /// Returns true if the peer is ignored.
     pub(crate) fn contains(&self, peer: &PeerId, now: Instant) -> bool {
         let of = self.of.get(peer);
-        of.is_some_and(|(count, last)| *count >= MAX_OFFENCES && now < *last + GRUDGE)
+        of.is_some_and(|(count, last)| *count >= MAX_OFFENCES && now < *last + OFFENCE_MEMORY)
     }
 }
 
@@ -418,11 +418,11 @@ mod tests {
         Origin::of(&format!("/ip4/8.8.{n}.1/tcp/1").parse().unwrap())
     }
 
-    fn job(peer: PeerId, network: Origin, statements: usize) -> Job<()> {
+    fn job(peer: PeerId, network: Origin, records: usize) -> Job<()> {
         Job {
             peer,
             network,
-            statements: vec![wire::SignedRecord::default(); statements],
+            records: vec![wire::SignedRecord::default(); records],
             context: (),
         }
     }
@@ -445,7 +445,7 @@ mod tests {
                     break;
                 };
                 let at = peers.iter().position(|(peer, _)| *peer == job.peer);
-                left[at.unwrap()] += job.statements.len();
+                left[at.unwrap()] += job.records.len();
             }
         }
         left
@@ -534,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_that_sends_forged_statements_gets_few_of_them_checked() {
+    fn a_network_that_sends_forged_records_gets_few_of_them_checked() {
         let mut intake = Intake::new(PUTS, Instant::now());
         let begin = Instant::now();
         let mut checked = 0;
@@ -551,17 +551,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_first_forged_statement_ends_its_set() {
+    async fn the_first_forged_record_ends_its_set() {
         let keys = Keypair::generate_ed25519();
         let hour = Duration::from_secs(3600);
         let sign = |subkey: u8| {
             let record = Record::sign(&keys, b"k", &[subkey], Some(b"v"), 1, hour).unwrap();
             record.as_wire().clone()
         };
-        let mut statements: Vec<_> = (0..20).map(sign).collect();
-        statements[10].value = vec![1].into();
+        let mut records: Vec<_> = (0..20).map(sign).collect();
+        records[10].value = vec![1].into();
         let mut job = job(PeerId::random(), network(1), 0);
-        job.statements = statements;
+        job.records = records;
         let checked = job.check().await;
         assert_eq!((checked.records.len(), checked.forged), (10, true));
     }
@@ -577,7 +577,7 @@ mod tests {
         assert!(offenders.add(peer, now));
         assert!(offenders.contains(&peer, now));
         assert!(!offenders.contains(&PeerId::random(), now));
-        assert!(!offenders.contains(&peer, now + GRUDGE));
+        assert!(!offenders.contains(&peer, now + OFFENCE_MEMORY));
         for _ in 0..2 * MAX_OFFENDERS {
             offenders.add(PeerId::random(), now);
         }

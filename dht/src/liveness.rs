@@ -68,12 +68,12 @@ const CHECK_LOST: Duration = Duration::from_secs(60);
 
 /// A round-trip estimate from measurements, as in RFC 6298 for TCP.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Pace {
+pub(crate) struct RttEstimate {
     smoothed: Option<Duration>,
     deviation: Duration,
 }
 
-impl Pace {
+impl RttEstimate {
     pub(crate) fn measured(&mut self, took: Duration) {
         let took = took.min(OUTLIER);
         match self.smoothed {
@@ -123,7 +123,7 @@ struct Failed {
 #[derive(Debug)]
 struct Heard {
     at: Instant,
-    pace: Pace,
+    rtt: RttEstimate,
     /// True if the connection was lost and the node may have left.
     lost: bool,
     /// Time at which a connection was last lost.
@@ -142,7 +142,7 @@ pub(crate) struct Check {
 #[derive(Debug)]
 pub(crate) struct Liveness {
     /// Estimate over all nodes that answer.
-    pace: Pace,
+    rtt: RttEstimate,
     failed: HashMap<PeerId, Failed>,
     heard: HashMap<PeerId, Heard>,
     /// Total time that nodes were observed to live, and the number of them that ended; both weighted towards recent
@@ -154,7 +154,7 @@ pub(crate) struct Liveness {
 impl Default for Liveness {
     fn default() -> Self {
         Self {
-            pace: Pace::default(),
+            rtt: RttEstimate::default(),
             failed: HashMap::new(),
             heard: HashMap::new(),
             lived: LIFETIME,
@@ -167,8 +167,8 @@ impl Liveness {
     /// Returns the time to wait for an answer of `peer`, at most [`LONGEST`]. If `connected` is set, no dial is needed.
     /// A peer without measurements may be farther away than others, so it gets more time.
     pub(crate) fn deadline(&self, peer: PeerId, connected: bool) -> Duration {
-        let known = self.heard.get(&peer).and_then(|heard| heard.pace.late());
-        let (late, least) = match (known, self.pace.late()) {
+        let known = self.heard.get(&peer).and_then(|heard| heard.rtt.late());
+        let (late, least) = match (known, self.rtt.late()) {
             (Some(late), _) => (late, SHORTEST),
             (None, Some(late)) => (late, SHORTEST * 2),
             (None, None) => return LONGEST,
@@ -180,7 +180,7 @@ impl Liveness {
     /// Returns the time after which another node is asked in parallel to one that has not answered.
     pub(crate) fn hedge(&self, connected: bool) -> Duration {
         let trips = if connected { 1 } else { DIAL };
-        let late = self.pace.late().map_or(LONGEST / 2, |late| late * trips);
+        let late = self.rtt.late().map_or(LONGEST / 2, |late| late * trips);
         late.clamp(SHORTEST / 2, LONGEST)
     }
 
@@ -201,13 +201,13 @@ impl Liveness {
         }
         let heard = self.heard.entry(peer).or_insert(Heard {
             at: now,
-            pace: Pace::default(),
+            rtt: RttEstimate::default(),
             lost: false,
             lost_at: None,
         });
         if let Some(took) = took {
-            self.pace.measured(took);
-            heard.pace.measured(took);
+            self.rtt.measured(took);
+            heard.rtt.measured(took);
         }
         let since = now.saturating_duration_since(heard.at);
         heard.at = now;
@@ -337,7 +337,7 @@ impl Liveness {
         } else if self.heard.len() < MAX_HEARD {
             let heard = Heard {
                 at: now,
-                pace: Pace::default(),
+                rtt: RttEstimate::default(),
                 lost: false,
                 lost_at: None,
             };

@@ -105,13 +105,13 @@ struct Node {
 
 /// The results of the nodes that one node has named.
 #[derive(Debug, Default)]
-struct Word {
+struct NamedNodes {
     failed: usize,
     answered: usize,
 }
 
-impl Word {
-    fn is_good(&self) -> bool {
+impl NamedNodes {
+    fn is_credible(&self) -> bool {
         self.failed < MAX_FAILED || self.failed < 2 * self.answered
     }
 }
@@ -123,7 +123,7 @@ pub(crate) struct Lookup {
     local: PeerId,
     nodes: HashMap<PeerId, Node>,
     paths: Vec<BTreeMap<Distance, PeerId>>,
-    words: HashMap<PeerId, Word>,
+    named_nodes: HashMap<PeerId, NamedNodes>,
     /// Time at which most paths had ended.
     mostly_done: Option<Instant>,
     /// True if suspects are asked as well.
@@ -144,7 +144,7 @@ impl Lookup {
             local,
             nodes: HashMap::new(),
             paths: vec![BTreeMap::new(); PATHS],
-            words: HashMap::new(),
+            named_nodes: HashMap::new(),
             mostly_done: None,
             last_resort: false,
             overdue: Vec::new(),
@@ -326,7 +326,7 @@ impl Lookup {
         }
         let path = node.path;
         if let Some(by) = node.named_by {
-            self.words.entry(by).or_default().answered += 1;
+            self.named_nodes.entry(by).or_default().answered += 1;
         }
         for candidate in closer.into_iter().take(WIDTH) {
             self.learn(path, Some(peer), candidate);
@@ -352,9 +352,9 @@ impl Lookup {
         let Some(by) = self.nodes.get(&peer).and_then(|node| node.named_by) else {
             return;
         };
-        let word = self.words.entry(by).or_default();
-        word.failed += 1;
-        if word.is_good() {
+        let named = self.named_nodes.entry(by).or_default();
+        named.failed += 1;
+        if named.is_credible() {
             return;
         }
         // Other nodes may still name the dropped ones.

@@ -70,7 +70,7 @@ const MAX_PUT_BYTES: usize = MAX_PUT * record::MAX_SIZE;
 const CLOCK_GRACE: Duration = Duration::from_secs(600);
 
 /// Shortest time between two searches for expired records under a key.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Most keys whose changes are watched on this node.
 const MAX_WATCHED: usize = 4096;
@@ -85,7 +85,7 @@ pub(crate) struct Origin(u64);
 
 impl Origin {
     /// This node itself, or a network that is not public and thus has no strangers.
-    pub(crate) const NEAR: Self = Self(0);
+    pub(crate) const LOCAL: Self = Self(0);
 
     /// All peers behind relays, as one network group. Any peer can get a reservation on any public relay, so the
     /// network group of the relay means nothing.
@@ -98,7 +98,7 @@ impl Origin {
             return Self::RELAYED;
         }
         if !weft_net::is_outside(seen_at) {
-            return Self::NEAR;
+            return Self::LOCAL;
         }
         let ip = seen_at.iter().find_map(|part| match part {
             Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
@@ -113,7 +113,7 @@ impl Origin {
                 .iter()
                 .any(|part| matches!(part, Protocol::Memory(_))) =>
             {
-                Self::NEAR
+                Self::LOCAL
             }
             None => Self(1 << 61),
         }
@@ -136,7 +136,7 @@ impl Origin {
     }
 
     pub(crate) fn is_public(self) -> bool {
-        self != Self::NEAR
+        self != Self::LOCAL
     }
 }
 
@@ -177,7 +177,7 @@ struct Set {
     kept: Vec<Kept>,
     bytes: usize,
     /// Time of the next search for expired records; none is dropped before.
-    look: Instant,
+    next_check: Instant,
 }
 
 /// The reason for which a record is not stored.
@@ -195,7 +195,7 @@ pub(crate) enum Refusal {
 
 /// The slot for a record in its set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Slot {
     /// The record is already stored.
     Same,
     /// The record replaces the one at this index.
@@ -321,7 +321,7 @@ impl Store {
         let Some((_, set)) = self.sets.get_index_mut(at) else {
             return;
         };
-        if now < set.look {
+        if now < set.next_check {
             return;
         }
         let mut gone = Vec::new();
@@ -336,7 +336,7 @@ impl Store {
         set.bytes -= gone.iter().map(|one| one.size).sum::<usize>();
         let soonest = set.kept.iter().map(|one| one.until).min();
         // A record that is still valid by the clock is checked again, but not at each request.
-        set.look = soonest.map_or(now, |soonest| soonest.max(now + LOOK));
+        set.next_check = soonest.map_or(now, |soonest| soonest.max(now + CHECK_INTERVAL));
         if set.kept.is_empty() {
             self.sets.swap_remove_index(at);
         }
@@ -394,8 +394,8 @@ impl Store {
                 continue;
             }
             let publisher = record::claimed_publisher(&wire).ok_or(Refusal::Offence)?;
-            match self.place(key, &publisher, &wire, origin) {
-                Ok(Place::Same) => outcome = Ok(()),
+            match self.slot(key, &publisher, &wire, origin) {
+                Ok(Slot::Same) => outcome = Ok(()),
                 Ok(_) => worth.push(wire),
                 Err(refusal) => {
                     self.refused += u64::from(refusal == Refusal::Quota);
@@ -410,13 +410,13 @@ impl Store {
     }
 
     /// Returns the slot of a record in its set, or an error if the record has been superseded or is over a quota.
-    fn place(
+    fn slot(
         &self,
         key: &RecordKey,
         publisher: &PeerId,
         wire: &wire::SignedRecord,
         origin: Origin,
-    ) -> Result<Place, Refusal> {
+    ) -> Result<Slot, Refusal> {
         let set = self.sets.get(key).map_or(&[][..], |set| &set.kept);
         let (mut known, mut count, mut bytes, mut of_network_here) = (None, 0, 0, 0);
         for (at, kept) in set.iter().enumerate() {
@@ -431,15 +431,15 @@ impl Store {
         }
         if let Some(before) = known.map(|at| set[at].record.as_wire()) {
             if before == wire {
-                return Ok(Place::Same);
+                return Ok(Slot::Same);
             }
             if (before.sequence, &before.signature) >= (wire.sequence, &wire.signature) {
                 return Err(Refusal::Superseded(before.sequence));
             }
         }
-        let place = known.map_or(Place::New, Place::Of);
+        let slot = known.map_or(Slot::New, Slot::Of);
         if *publisher == self.local {
-            return Ok(place);
+            return Ok(slot);
         }
         // The replaced record frees quota of its publisher and of its network group.
         let (size, before) = (record::size_of(wire), known.map(|at| &set[at]));
@@ -457,7 +457,7 @@ impl Store {
         {
             return Err(Refusal::Quota);
         }
-        Ok(place)
+        Ok(slot)
     }
 
     /// Stores a record with a verified signature if it is new and there is room. This node's own records count as
@@ -465,24 +465,24 @@ impl Store {
     pub(crate) fn take(&mut self, record: Record, origin: Origin) -> Result<(), Refusal> {
         let (now, clock) = (Instant::now(), record::now());
         let is_own = record.publisher() == self.local;
-        let origin = if is_own { Origin::NEAR } else { origin };
+        let origin = if is_own { Origin::LOCAL } else { origin };
         let key = RecordKey::new(&record.key());
         if let Some(at) = self.sets.get_index_of(&key) {
             self.drop_expired(at, clock, now);
         }
-        let place = self
-            .place(&key, &record.publisher(), record.as_wire(), origin)
+        let slot = self
+            .slot(&key, &record.publisher(), record.as_wire(), origin)
             .inspect_err(|refusal| self.refused += u64::from(*refusal == Refusal::Quota))?;
-        let replaced = match place {
-            Place::Same => return Ok(()),
-            Place::Of(at) => {
+        let replaced = match slot {
+            Slot::Same => return Ok(()),
+            Slot::Of(at) => {
                 let set = self.sets.get_mut(&key).expect("it was found there");
                 let old = set.kept.swap_remove(at);
                 set.bytes -= old.size;
                 self.forget(&old);
                 Some(old)
             }
-            Place::New => None,
+            Slot::New => None,
         };
         let size = record.size();
         if !is_own && !self.make_room(&key, size) {
@@ -522,10 +522,10 @@ impl Store {
         let set = self.sets.entry(key).or_insert_with(|| Set {
             kept: Vec::new(),
             bytes: 0,
-            look: kept.until,
+            next_check: kept.until,
         });
         set.bytes += kept.size;
-        set.look = set.look.min(kept.until);
+        set.next_check = set.next_check.min(kept.until);
         set.kept.push(kept);
     }
 
@@ -718,8 +718,8 @@ impl Found {
     }
 
     /// Returns the budget for records of [`Self::sort_out`] whose signatures are not checked after all.
-    pub(crate) fn unchecked(&mut self, statements: usize) {
-        self.checks = self.checks.saturating_sub(statements);
+    pub(crate) fn unchecked(&mut self, records: usize) {
+        self.checks = self.checks.saturating_sub(records);
     }
 
     fn is_full(&self) -> bool {

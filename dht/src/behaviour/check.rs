@@ -35,7 +35,7 @@ const BATCH: usize = 32;
 
 /// Shortest time between two searches for records to check. Hundreds of peers over their budgets thus cost no more than
 /// a few percent of the swarm's task.
-const LOOK: Duration = Duration::from_millis(2);
+const SEARCH_INTERVAL: Duration = Duration::from_millis(2);
 
 /// A peer's request to store records, as Kademlia's handler reports it.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ pub(super) struct Checks {
     /// The batch being checked; one at a time. Dropping it cancels the check.
     running: JoinSet<Batch>,
     /// Time of the last search for records to check.
-    looked: Instant,
+    last_search: Instant,
     /// Before this time, no waiting record has budget.
     idle_until: Option<Instant>,
     /// Timer for the next search.
@@ -81,7 +81,7 @@ impl Checks {
             puts: Intake::new(PUTS, now),
             answers: Intake::new(ANSWERS, now),
             running: JoinSet::new(),
-            looked: now,
+            last_search: now,
             idle_until: None,
             pause: None,
         }
@@ -99,11 +99,13 @@ impl Checks {
         }
         let not_before = self
             .idle_until
-            .map_or(self.looked + LOOK, |idle| idle.max(self.looked + LOOK));
+            .map_or(self.last_search + SEARCH_INTERVAL, |idle| {
+                idle.max(self.last_search + SEARCH_INTERVAL)
+            });
         if now < not_before {
             return Some(not_before);
         }
-        self.looked = now;
+        self.last_search = now;
         let (answers, answers_at) = self.answers.take(BATCH, now);
         let (puts, puts_at) = self.puts.take(BATCH, now);
         let at = answers_at.into_iter().chain(puts_at).min();
@@ -128,7 +130,7 @@ impl Checks {
 impl Behaviour {
     fn origin(&self, peer: PeerId) -> Origin {
         let peer = self.peers.get(&peer);
-        peer.map_or(Origin::NEAR, |peer| Origin::of(&peer.seen_at))
+        peer.map_or(Origin::LOCAL, |peer| Origin::of(&peer.seen_at))
     }
 
     /// Handles requests to store records, and returns any other event. Does nothing that costs more than reading the
@@ -167,11 +169,11 @@ impl Behaviour {
         };
         match considered {
             Ok(known) if known.is_empty() => self.reply(peer, put, true),
-            Ok(statements) => {
+            Ok(records) => {
                 let job = Job {
                     peer,
                     network,
-                    statements,
+                    records,
                     context: put,
                 };
                 self.checks.idle_until = None;
@@ -217,24 +219,24 @@ impl Behaviour {
         &mut self,
         peer: PeerId,
         query: QueryId,
-        statements: Vec<wire::SignedRecord>,
+        records: Vec<wire::SignedRecord>,
         counted: bool,
     ) -> Result<(), usize> {
         let now = Instant::now();
-        if statements.is_empty() || self.offenders.contains(&peer, now) {
-            return Err(statements.len());
+        if records.is_empty() || self.offenders.contains(&peer, now) {
+            return Err(records.len());
         }
         let job = Job {
             peer,
             network: self.origin(peer),
-            statements,
+            records,
             context: Answer { query, counted },
         };
         self.checks.idle_until = None;
         let Some(refused) = self.checks.answers.push(job) else {
             return Ok(());
         };
-        let unchecked = refused.statements.len();
+        let unchecked = refused.records.len();
         // The refused job, this one or an earlier one, belongs to this query, so the query waits for as many checks as
         // before.
         if refused.context.query == query {

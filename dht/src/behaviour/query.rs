@@ -29,10 +29,10 @@ use crate::{
 };
 
 /// Longest duration of a lookup. A node that fails costs a second at most, but there can be many such nodes.
-const PATIENCE: Duration = Duration::from_secs(10);
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Longest time to wait for a node to store a record, including the dial.
-const STORING: Duration = liveness::LONGEST;
+const STORE_TIMEOUT: Duration = liveness::LONGEST;
 
 /// Unanswered requests to one peer that are remembered, to measure how long the answers take.
 const MAX_ASKED: usize = 32;
@@ -114,7 +114,7 @@ impl Purpose {
 
 #[derive(Debug)]
 enum Stage {
-    LookUp(Box<Lookup>),
+    Lookup(Box<Lookup>),
     /// One node is asked, until the given time.
     Ask {
         peer: PeerId,
@@ -183,7 +183,7 @@ impl Query {
 
     fn failed(&mut self, peer: PeerId) {
         match &mut self.stage {
-            Stage::LookUp(lookup) => lookup.failed(peer),
+            Stage::Lookup(lookup) => lookup.failed(peer),
             Stage::Ask { answered, .. } => *answered = true,
             Stage::Store { waiting, .. } => drop(waiting.remove(&peer)),
         }
@@ -197,7 +197,7 @@ impl Behaviour {
         again: bool,
         reply: oneshot::Sender<Result<Stored, DhtError>>,
     ) {
-        if let Err(refusal) = self.kad.store_mut().take(record.clone(), Origin::NEAR) {
+        if let Err(refusal) = self.kad.store_mut().take(record.clone(), Origin::LOCAL) {
             let number = match refusal {
                 Refusal::Superseded(number) => number,
                 // This node's own records are subject to no quota.
@@ -226,7 +226,7 @@ impl Behaviour {
             .flatten();
         match near {
             Some(nodes) => {
-                let id = self.number(&key);
+                let id = self.new_query_id(&key);
                 let mut query = Query::new(key, purpose);
                 self.store_at(id, &mut query, nodes);
                 self.drive(id, query);
@@ -272,7 +272,7 @@ impl Behaviour {
             let _ = reply.send(found.into_records());
             return;
         }
-        let id = self.number(&key);
+        let id = self.new_query_id(&key);
         let purpose = Purpose::Get {
             enough: Enough::All,
             answers: 0,
@@ -294,7 +294,7 @@ impl Behaviour {
     }
 
     fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
-        let id = self.number(&key);
+        let id = self.new_query_id(&key);
         let target = kad::KBucketKey::new(key.clone());
         let in_table = self.kad.get_closest_local_peers(&target);
         let in_table = in_table.map(kad::KBucketKey::into_preimage);
@@ -325,12 +325,12 @@ impl Behaviour {
         let now = Instant::now();
         seeds.retain(|seed| !self.is_gone(seed, now));
         let mut query = Query::new(key, purpose);
-        query.stage = Stage::LookUp(Box::new(Lookup::new(&query.key, self.local, seeds)));
+        query.stage = Stage::Lookup(Box::new(Lookup::new(&query.key, self.local, seeds)));
         self.drive(id, query);
     }
 
     /// Returns a query id that none of Kademlia's own queries has. Handlers return the id with each answer.
-    fn number(&mut self, key: &[u8]) -> QueryId {
+    fn new_query_id(&mut self, key: &[u8]) -> QueryId {
         // Kademlia's query with this id ends at once.
         let none = KadRecord::new(RecordKey::new(&key), Vec::new());
         let nobody = std::iter::empty();
@@ -392,15 +392,15 @@ impl Behaviour {
                 return;
             }
             if !answered {
-                self.has_failed(peer, query.began, &[]);
+                self.on_failed(peer, query.began, &[]);
             }
             if let Purpose::Get { found, reply, .. } = query.purpose {
                 let _ = reply.send(found.into_records());
             }
             return;
         }
-        if let Stage::LookUp(lookup) = &mut query.stage {
-            let mut is_done = now >= query.began + PATIENCE;
+        if let Stage::Lookup(lookup) = &mut query.stage {
+            let mut is_done = now >= query.began + LOOKUP_TIMEOUT;
             let is_checked = query.checking == 0;
             if !is_done && is_checked && lookup.is_done(now) {
                 // Without any result, ask suspects as well: a suspect may only be slow, and the only node with the
@@ -432,7 +432,7 @@ impl Behaviour {
             for (peer, asked) in overdue {
                 let dialing = self.dialing.get(&peer);
                 let addresses = dialing.map(|dialing| dialing.addresses.clone());
-                self.has_failed(peer, asked, &addresses.unwrap_or_default());
+                self.on_failed(peer, asked, &addresses.unwrap_or_default());
             }
             for candidate in next {
                 self.ask(id, candidate, query.request(id));
@@ -447,10 +447,10 @@ impl Behaviour {
             }
         }
         if let Stage::Store { waiting, .. } = &mut query.stage
-            && now >= query.began + STORING
+            && now >= query.began + STORE_TIMEOUT
         {
             for peer in std::mem::take(waiting) {
-                self.has_failed(peer, query.began, &[]);
+                self.on_failed(peer, query.began, &[]);
             }
         }
         match (query.stage, query.purpose) {
@@ -510,9 +510,9 @@ impl Behaviour {
     }
 
     /// Sends a connected peer an arbitrary request, to see whether it answers.
-    pub(super) fn poke(&mut self, peer: PeerId) {
+    pub(super) fn probe(&mut self, peer: PeerId) {
         let key = peer.to_bytes();
-        let id = self.number(&key);
+        let id = self.new_query_id(&key);
         let request = Request::FindNodeReq { key, query_id: id };
         self.request(id, peer, request);
     }
@@ -579,7 +579,7 @@ impl Behaviour {
             // node.
             self.liveness.postpone(peer, Instant::now());
         } else if !self.peers.contains_key(&peer) {
-            self.has_failed(peer, dialing.since, &dialing.addresses);
+            self.on_failed(peer, dialing.since, &dialing.addresses);
         }
         for id in dialing.queries {
             self.query_failed(id, peer);
@@ -589,7 +589,7 @@ impl Behaviour {
     /// Fails the requests to a peer whose last connection has closed.
     pub(super) fn disconnected(&mut self, peer: PeerId) {
         let waiting = self.queries.iter().filter(|(_, query)| match &query.stage {
-            Stage::LookUp(lookup) => lookup.is_waiting_for(peer),
+            Stage::Lookup(lookup) => lookup.is_waiting_for(peer),
             Stage::Ask { peer: asked, .. } => *asked == peer,
             Stage::Store { waiting, .. } => waiting.contains(&peer),
         });
@@ -635,10 +635,10 @@ impl Behaviour {
             Some(asked.remove(at)?.1)
         });
         match (&event, asked_at) {
-            (Event::QueryError { .. }, Some(asked)) => self.has_failed(peer, asked, &[]),
+            (Event::QueryError { .. }, Some(asked)) => self.on_failed(peer, asked, &[]),
             (Event::QueryError { .. }, None) => {}
             // An answer that comes too late also counts: the node is slow, not dead.
-            _ => self.is_alive(peer, asked_at.map(|asked| asked.elapsed())),
+            _ => self.on_alive(peer, asked_at.map(|asked| asked.elapsed())),
         }
         let Some(mut query) = self.queries.remove(&id) else {
             return Some(event);
@@ -688,7 +688,7 @@ impl Behaviour {
                 Err(unchecked) => found.unchecked(unchecked),
             }
         }
-        if let Stage::LookUp(lookup) = &mut query.stage {
+        if let Stage::Lookup(lookup) = &mut query.stage {
             let network = self.peers.get(&peer).map(|peer| Origin::of(&peer.seen_at));
             let closer = closer.into_iter().take(WIDTH);
             let closer = closer.map(|peer| self.named(peer));
@@ -760,7 +760,7 @@ mod tests {
 
     /// Begins a query that ends with no answer, so that a test can inspect its results.
     fn endless(behaviour: &mut Behaviour) -> (QueryId, oneshot::Receiver<Vec<Record>>) {
-        let id = behaviour.number(b"k");
+        let id = behaviour.new_query_id(b"k");
         let (reply, result) = oneshot::channel();
         let purpose = Purpose::Get {
             enough: Enough::All,
@@ -806,7 +806,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answers_of_liars_do_not_use_up_the_checks_of_a_look_up() {
+    async fn answers_of_liars_do_not_use_up_the_checks_of_a_lookup() {
         let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
         let (id, _result) = endless(&mut behaviour);
         // The first record of each answer is forged, so the records after it are not checked.

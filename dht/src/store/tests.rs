@@ -30,7 +30,7 @@ fn put_from(store: &mut Store, key: &[u8], value: &[u8], from: Origin) -> Result
 
 fn put(store: &mut Store, records: &[Record]) -> Result<(), Refusal> {
     let value = encode(records.iter());
-    put_from(store, records[0].key(), &value, Origin::NEAR)
+    put_from(store, records[0].key(), &value, Origin::LOCAL)
 }
 
 /// Returns the records of the store's answer, all verified.
@@ -72,7 +72,8 @@ fn check(store: &Store) {
         assert_eq!(set.bytes, set.kept.iter().map(|kept| kept.size).sum());
         assert!(set.kept.iter().all(|kept| kept.size == kept.record.size()));
         assert!(
-            set.kept.iter().all(|kept| kept.until >= set.look) || set.look <= Instant::now() + LOOK
+            set.kept.iter().all(|kept| kept.until >= set.next_check)
+                || set.next_check <= Instant::now() + CHECK_INTERVAL
         );
     }
     for (publisher, bytes) in &store.by_publisher {
@@ -151,15 +152,15 @@ fn forged_expired_and_misplaced_records_are_not_stored() {
         vec![0xff; 10],
         vec![0; MAX_PACKET + 1],
     ] {
-        assert!(put_from(&mut store, b"k", &bad, Origin::NEAR).is_err());
+        assert!(put_from(&mut store, b"k", &bad, Origin::LOCAL).is_err());
     }
     let value = set(vec![good.as_wire().clone()]);
-    let wrong = put_from(&mut store, b"other", &value, Origin::NEAR);
+    let wrong = put_from(&mut store, b"other", &value, Origin::LOCAL);
     assert_eq!(wrong, Err(Refusal::Offence));
     assert_eq!(store.usage().records, 0);
     // A record with a wrong time does not discredit the rest of its set.
     let mixed = set(vec![expired.as_wire().clone(), good.as_wire().clone()]);
-    put_from(&mut store, b"k", &mixed, Origin::NEAR).unwrap();
+    put_from(&mut store, b"k", &mixed, Origin::LOCAL).unwrap();
     assert_eq!(read(&store), [good]);
     // Kademlia itself stores nothing either.
     assert!(RecordStore::put(&mut store, KadRecord::new(b"k".to_vec(), value)).is_err());
@@ -225,15 +226,15 @@ fn a_record_can_be_replaced_while_the_quota_of_its_network_is_full() {
     // Neither a larger record fits, nor one from another network group that is full.
     let larger = record(&keys, b"", &[3; 101], 3);
     assert_eq!(put_at(&mut store, &larger, network(1)), Err(Refusal::Quota));
-    let elsewhere = record(&keys, b"", &[3; 100], 3);
+    let from_other_network = record(&keys, b"", &[3; 100], 3);
     assert_eq!(
-        put_at(&mut store, &elsewhere, network(2)),
+        put_at(&mut store, &from_other_network, network(2)),
         Err(Refusal::Quota)
     );
     // From a network group with room, it replaces the old one.
-    put_at(&mut store, &elsewhere, network(3)).unwrap();
+    put_at(&mut store, &from_other_network, network(3)).unwrap();
     assert!(store.by_network[&network(1)] < MAX_OF_NETWORK - 100);
-    assert_eq!(store.by_network[&network(3)], elsewhere.size());
+    assert_eq!(store.by_network[&network(3)], from_other_network.size());
 }
 
 #[test]
@@ -247,7 +248,7 @@ fn a_replacement_for_which_there_is_no_room_leaves_the_older_record() {
     let mut n = 0_u16;
     while store.bytes + 4000 <= MAX_SET {
         let ours = record(&own, &n.to_be_bytes(), &[0; 3000], 1);
-        store.take(ours, Origin::NEAR).unwrap();
+        store.take(ours, Origin::LOCAL).unwrap();
         n += 1;
     }
     let larger = record(&other, b"", &[0; 4000], 2);
@@ -275,7 +276,7 @@ fn a_peer_behind_a_relay_counts_as_relayed_wherever_the_relay_is() {
         }
     }
     let near = Origin::of(&"/ip4/192.168.1.1/tcp/1".parse().unwrap());
-    assert_eq!(near, Origin::NEAR);
+    assert_eq!(near, Origin::LOCAL);
 }
 
 #[test]
@@ -341,10 +342,10 @@ fn a_request_to_store_more_than_a_few_records_is_refused_undecoded() {
     let full = set(500);
     assert!((55_000..MAX_PACKET).contains(&full.len()), "{}", full.len());
     for many in [full, set(MAX_PUT as u16 + 1)] {
-        let refused = store.consider(&key, &many, Origin::NEAR);
+        let refused = store.consider(&key, &many, Origin::LOCAL);
         assert_eq!(refused, Err(Refusal::Offence));
     }
-    let few = store.consider(&key, &set(MAX_PUT as u16), Origin::NEAR);
+    let few = store.consider(&key, &set(MAX_PUT as u16), Origin::LOCAL);
     assert_eq!(few.unwrap().len(), MAX_PUT);
     // The largest possible record is accepted.
     let largest = Record::sign(&keys, &[b'k'; 512], &[0; 256], Some(&[0; 4096]), 1, HOUR);
@@ -371,14 +372,14 @@ fn quotas_and_known_records_are_checked_before_any_signature() {
         }
         .encode_to_vec()
     };
-    let over = store.consider(&key, &unsigned(b"one more", 5), Origin::NEAR);
+    let over = store.consider(&key, &unsigned(b"one more", 5), Origin::LOCAL);
     assert_eq!(over, Err(Refusal::Quota));
-    let older = store.consider(&key, &unsigned(&[0], 4), Origin::NEAR);
+    let older = store.consider(&key, &unsigned(&[0], 4), Origin::LOCAL);
     assert_eq!(older, Err(Refusal::Superseded(5)));
-    let newer = store.consider(&key, &unsigned(&[0], 6), Origin::NEAR);
+    let newer = store.consider(&key, &unsigned(&[0], 6), Origin::LOCAL);
     assert_eq!(newer.unwrap().len(), 1);
     let same = read(&store).remove(0);
-    let again = store.consider(&key, &encode([&same]), Origin::NEAR);
+    let again = store.consider(&key, &encode([&same]), Origin::LOCAL);
     assert_eq!(again.unwrap(), []);
 }
 
@@ -396,7 +397,7 @@ fn the_sequence_numbers_of_own_records_survive_a_restart() {
         put(&mut store, &[record(&keys, b"", b"v", ahead)]).unwrap();
         // A record that has expired when the store is opened again.
         let brief = Record::sign(&keys, b"b", b"", None, ahead + 1, Duration::ZERO);
-        store.take(brief.unwrap(), Origin::NEAR).unwrap();
+        store.take(brief.unwrap(), Origin::LOCAL).unwrap();
         assert_eq!(store.newest_own(), ahead + 1);
     }
     let store = Store::new(local, Some(Disk::open(&path).unwrap()));
@@ -410,12 +411,12 @@ fn a_clock_that_jumps_ahead_and_back_loses_no_record() {
     put(&mut store, &[record(&keys, b"", b"v", 1)]).unwrap();
     let (now, later) = (Instant::now(), Instant::now() + 2 * HOUR);
     let ahead = record::now() + 36_000_000;
-    store.drop_expired(0, ahead, now + 2 * LOOK);
+    store.drop_expired(0, ahead, now + 2 * CHECK_INTERVAL);
     assert_eq!(read(&store).len(), 1);
     // A clock that goes back does not keep records that all other nodes consider expired.
     store.drop_expired(0, record::now(), later);
     assert_eq!(store.usage().records, 1);
-    store.drop_expired(0, ahead, later + 2 * LOOK);
+    store.drop_expired(0, ahead, later + 2 * CHECK_INTERVAL);
     assert_eq!(store.usage().records, 0);
     check(&store);
 }
@@ -515,7 +516,7 @@ fn mutated_sets_are_refused_or_yield_the_original_records() {
                 .all(|found| good.contains(found))
         );
         // The store may accept or refuse the mutant.
-        let _ = put_from(&mut store, b"k", &mutant, Origin::NEAR);
+        let _ = put_from(&mut store, b"k", &mutant, Origin::LOCAL);
     }
     assert!(read(&store).iter().all(|kept| good.contains(kept)));
     check(&store);

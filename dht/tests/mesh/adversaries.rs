@@ -241,10 +241,10 @@ async fn invalid_records_are_not_stored_and_not_acknowledged() {
     let other = Keypair::generate_ed25519();
     let good = record(set(vec![signed(&other, draft())]));
     assert_eq!(store(&mut swarm, peer, vec![good]).await, [true]);
-    let (names, statements): (Vec<_>, Vec<_>) = bad.into_iter().unzip();
-    let mut records: Vec<_> = statements
+    let (names, records): (Vec<_>, Vec<_>) = bad.into_iter().unzip();
+    let mut records: Vec<_> = records
         .into_iter()
-        .map(|statement| record(set(vec![statement])))
+        .map(|signed_record| record(set(vec![signed_record])))
         .collect();
     for garbage in [vec![], vec![0xff; 1000], vec![1; 100_000]] {
         records.push(record(garbage));
@@ -284,18 +284,18 @@ const IN_REQUEST: u32 = 4;
 
 /// Creates the records of a request.
 fn junk(kind: Junk, keys: &Keypair, request: u32) -> Vec<u8> {
-    let statement = |n| {
+    let signed_record = |n| {
         let draft = Draft {
             sequence: u64::from(request * IN_REQUEST + n),
             ..Draft::default()
         };
-        let mut statement = signed(keys, draft);
+        let mut signed_record = signed(keys, draft);
         if let Junk::Forged = kind {
-            statement.signature = vec![1; 64].into();
+            signed_record.signature = vec![1; 64].into();
         }
-        statement
+        signed_record
     };
-    set((1..=IN_REQUEST).map(statement).collect())
+    set((1..=IN_REQUEST).map(signed_record).collect())
 }
 
 /// Encodes bytes after their length, or as a field of a protobuf message if there is a tag.
@@ -401,11 +401,11 @@ async fn answers_others_during(kind: Junk) {
     assert!(beside_flood > 0, "the flood is over before it is measured");
     // Records of other publishers are stored meanwhile, and returned on request.
     let honest = &honest;
-    let state_one = |n: u8| async move { honest.publish(&[n], &[], b"v", HOUR).await };
-    let stated = futures::future::join_all((0..100).map(state_one)).await;
+    let publish_one = |n: u8| async move { honest.publish(&[n], &[], b"v", HOUR).await };
+    let published = futures::future::join_all((0..100).map(publish_one)).await;
     assert!(!flood.is_finished());
     flood.abort();
-    assert!(stated.into_iter().all(|took| took.unwrap() >= 1));
+    assert!(published.into_iter().all(|took| took.unwrap() >= 1));
     for n in 0..100_u8 {
         assert_eq!(dht.kept(&[n]).await.unwrap().len(), 1, "{n}");
     }

@@ -155,9 +155,9 @@ async fn found(key: &[u8], record: Record) -> Vec<Vec<u8>> {
 #[tokio::test]
 async fn only_a_record_under_the_requested_key_counts() {
     let keys = Keypair::generate_ed25519();
-    let record = |stored_under: &[u8], statement: SignedRecord| {
+    let record = |stored_under: &[u8], signed_record: SignedRecord| {
         let set = RecordSet {
-            records: vec![statement],
+            records: vec![signed_record],
         };
         Record::new(stored_under.to_vec(), set.encode_to_vec())
     };
