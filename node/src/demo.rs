@@ -1,8 +1,8 @@
 //! `weft demo`: publishes, finds, fetches and checks a model, on one machine.
 //!
-//! Three nodes in this process talk over real sockets on loopback. One has a model, one fetches it by name, and these two
-//! know only the third. Each phase is named on standard error when it begins, and shows its progress while it goes on;
-//! the result is printed last. The rate counts verified bytes from the folder of one node to the folder of another.
+//! Three nodes in this process talk over real sockets on loopback. One has a model, one fetches it by name, and these
+//! two know only the third. Each phase is named on standard error when it begins, and shows its progress while it goes
+//! on; the result is printed last. The rate counts verified bytes from the folder of one node to the folder of another.
 
 use std::{
     fs::{self, File},

@@ -1,7 +1,7 @@
 //! For build scripts: Rust from `.proto` files, services included.
 //!
-//! A service `Echo` becomes `EchoClient`, which calls by way of any [`Caller`](crate::rpc::Caller), a trait `Echo` to be implemented, and
-//! `EchoServer`, which a [`Router`](crate::rpc::Router) takes. No `protoc` is needed.
+//! A service `Echo` becomes `EchoClient`, which calls by way of any [`Caller`](crate::rpc::Caller), a trait `Echo` to
+//! be implemented, and `EchoServer`, which a [`Router`](crate::rpc::Router) takes. No `protoc` is needed.
 //!
 //! ```no_run
 //! // build.rs
@@ -15,8 +15,8 @@ use std::{env, error::Error, fmt::Write, fs, path::PathBuf};
 use prost::Message;
 use prost_build::{Config, Method, Service, ServiceGenerator};
 
-/// Generates Rust for these files, found in `includes`, into `$OUT_DIR`: one file `<package>.rs` for each package, to be included with `include!`, and
-/// `descriptors.bin`, the schemas themselves.
+/// Generates Rust for these files, found in `includes`, into `$OUT_DIR`: one file `<package>.rs` for each package, to
+/// be included with `include!`, and `descriptors.bin`, the schemas themselves.
 ///
 /// # Errors
 /// What is wrong with the files, or that `$OUT_DIR` cannot be written.

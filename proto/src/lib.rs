@@ -1,9 +1,10 @@
 //! What goes on the wire.
 //!
-//! The `.proto` schemas under `schema/` are the contract between nodes ([`wire`]) and between a node and the programs beside it
-//! ([`api`]); [`frame`] puts messages on a byte stream; [`rpc`] is calls over one.
+//! The `.proto` schemas under `schema/` are the contract between nodes ([`wire`]) and between a node and the programs
+//! beside it ([`api`]); [`frame`] puts messages on a byte stream; [`rpc`] is calls over one.
 //!
-//! It promises: every decoder here bounds what it reads before it allocates, and refuses with an error that names the limit.
+//! It promises: every decoder here bounds what it reads before it allocates, and refuses with an error that names the
+//! limit.
 //!
 //! It leaves out: any transport (streams come from `weft-net`) and the meaning of messages (`weft-dht`, `weft-blobs`).
 

@@ -504,7 +504,8 @@ async fn recorded_answers() -> Vec<u8> {
     bytes
 }
 
-/// The bytes that are kept, each file one side's of a session: `caller-*` is what a caller sends, `answer-*` what comes back.
+/// The bytes that are kept, each file one side's of a session: `caller-*` is what a caller sends, `answer-*` what comes
+/// back.
 fn corpus(side: &str) -> Vec<(String, Vec<u8>)> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
     let mut kept: Vec<_> = std::fs::read_dir(folder)

@@ -1,7 +1,7 @@
 //! Where the API answers: a Unix socket in the home, and loopback TCP with a token.
 //!
-//! The socket's folder is for its owner alone, so who can open it is the owner. A TCP port is open to everybody on the machine, browsers
-//! included, hence the token.
+//! The socket's folder is for its owner alone, so who can open it is the owner. A TCP port is open to everybody on the
+//! machine, browsers included, hence the token.
 
 use std::{
     fs, io,
@@ -306,7 +306,8 @@ fn equal(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
 }
 
-/// 32 random bytes in hex, new at every start: what a dead node's address file leads to learns nothing that is still of use.
+/// 32 random bytes in hex, new at every start: what a dead node's address file leads to learns nothing that is still of
+/// use.
 fn make_token(path: &Path) -> io::Result<String> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(io::Error::other)?;

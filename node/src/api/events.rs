@@ -11,7 +11,8 @@ use weft::Operation;
 
 use super::status::status;
 
-/// An operation as a stream of events: progress, then the result. Dropping it, as when the client goes away, stops the work.
+/// An operation as a stream of events: progress, then the result. Dropping it, as when the client goes away, stops the
+/// work.
 pub(crate) struct Events<P, T, E> {
     operation: Option<Operation<P, T>>,
     progress: fn(P) -> E,

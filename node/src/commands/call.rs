@@ -294,7 +294,8 @@ fn attachment(given: &str) -> Result<CallAttachment, Failure> {
     })
 }
 
-/// Bytes of an element, of the types of safetensors that are whole bytes; what others are is between the caller and the called.
+/// Bytes of an element, of the types of safetensors that are whole bytes; what others are is between the caller and the
+/// called.
 fn size_of(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" => 1,

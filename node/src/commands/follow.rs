@@ -16,7 +16,8 @@ pub(super) trait Event {
     fn event(self) -> Option<Result<Self::Progress, Self::Done>>;
 }
 
-/// What the work comes to; `show` is given each step, and `stopped` says how things are when a person has stopped it at the last of them.
+/// What the work comes to; `show` is given each step, and `stopped` says how things are when a person has stopped it at
+/// the last of them.
 pub(super) async fn follow<E: Event>(
     mut events: Streaming<E>,
     (meter, stop): (&mut Meter, &mut Stop),

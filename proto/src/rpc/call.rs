@@ -34,7 +34,8 @@ const SHORT: usize = 4096;
 pub(super) struct Call {
     pub(super) id: u32,
     pub(super) state: Mutex<CallState>,
-    /// What begins it is on its way to the stream. Set and read with the queue of what is to be written locked, and so is the next.
+    /// What begins it is on its way to the stream. Set and read with the queue of what is to be written locked, and so
+    /// is the next.
     pub(super) begun: AtomicBool,
     /// Nobody here waits for it any more.
     pub(super) given_up: AtomicBool,
@@ -258,8 +259,8 @@ impl fmt::Debug for Sender {
 }
 
 impl Sender {
-    /// Sends a message. Waits while the other side has given no credit, or too much waits to be written. Whoever drops the future before it is ready gives
-    /// the call up.
+    /// Sends a message. Waits while the other side has given no credit, or too much waits to be written. Whoever drops
+    /// the future before it is ready gives the call up.
     ///
     /// # Errors
     /// If the call has ended, or the message is over a limit of the other side's, which leaves the call as it is.

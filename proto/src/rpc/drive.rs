@@ -31,7 +31,8 @@ const LITTLE: u32 = 64;
 const WRITE: usize = 256 * 1024;
 const KEPT: usize = 16 * 1024;
 
-/// With so many calls open and so few frames to be written, these wait until whoever can run has run: others are about to add to them.
+/// With so many calls open and so few frames to be written, these wait until whoever can run has run: others are about
+/// to add to them.
 const MANY: usize = 24;
 const FEW: usize = 4;
 

@@ -1,6 +1,7 @@
 //! Frames: ten bytes of head, then up to [`MAX_FRAME`] bytes.
 //!
-//! The head: the kind (1 byte), flags (1), the call's number (4, little-endian), the length of what follows (4, little-endian).
+//! The head: the kind (1 byte), flags (1), the call's number (4, little-endian), the length of what follows (4,
+//! little-endian).
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
@@ -11,7 +12,8 @@ pub(crate) const VERSION: u32 = 1;
 /// Bytes of a frame's head.
 pub(crate) const HEAD: usize = 10;
 
-/// Bytes of a frame without its head. Messages and attachments that are longer are cut: nothing else waits longer than for one of these.
+/// Bytes of a frame without its head. Messages and attachments that are longer are cut: nothing else waits longer than
+/// for one of these.
 pub(crate) const MAX_FRAME: usize = 64 * 1024;
 
 /// What a frame costs in credit beside its bytes, so that empty ones are not free.

@@ -188,7 +188,8 @@ impl Shared {
         false
     }
 
-    /// Gives credit back while a message is coming and nothing waits before it: whoever takes it cannot before it is whole.
+    /// Gives credit back while a message is coming and nothing waits before it: whoever takes it cannot before it is
+    /// whole.
     pub(super) fn go_on(&self, call: &Call, state: &mut CallState, cost: u64) {
         state.owed += cost as u32;
         // Not for every few bytes; what is left of the window takes the longest frame.

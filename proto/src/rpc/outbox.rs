@@ -92,8 +92,8 @@ impl Queue {
         }
     }
 
-    /// With what begins the call before it, if that has not been sent. What begins a call that was given up before it could is left out: the other side is not
-    /// to hear of it after its cancellation.
+    /// With what begins the call before it, if that has not been sent. What begins a call that was given up before it
+    /// could is left out: the other side is not to hear of it after its cancellation.
     fn add(&mut self, call: &Arc<Call>, begin: Option<&RpcRequest>, frame: Frame<'_>) {
         if let Some(request) = begin {
             if call.given_up.load(Ordering::Acquire) {

@@ -55,7 +55,8 @@ pub struct Context {
     pub budget: Budget,
 }
 
-/// Answers calls. Each is answered in a task of its own, which ends when the caller cancels, its time is over, or the session ends.
+/// Answers calls. Each is answered in a task of its own, which ends when the caller cancels, its time is over, or the
+/// session ends.
 pub trait Handler: Send + Sync + 'static {
     /// Answers one call. What it returns is how the call ends, after the messages that it has sent.
     fn call(
@@ -107,7 +108,8 @@ const BRIEF: Duration = Duration::from_micros(20);
 /// How long a batch may take; what has not begun by then is given tasks of its own.
 const BATCH_TIME: Duration = Duration::from_micros(200);
 
-/// How long a method's handlers take until they return or wait for the first time: nanoseconds, an average in which the last call counts for an eighth.
+/// How long a method's handlers take until they return or wait for the first time: nanoseconds, an average in which the
+/// last call counts for an eighth.
 struct Pace(AtomicU64);
 
 impl Pace {

@@ -29,7 +29,8 @@ use crate::wire::RpcRequest;
 /// What a caller says beside the method and the message.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// How long the caller waits for the end of the call. The other side is told, and drops its handler when it is over.
+    /// How long the caller waits for the end of the call. The other side is told, and drops its handler when it is
+    /// over.
     pub timeout: Option<Duration>,
     /// Names and values for the handler.
     pub metadata: Metadata,
@@ -147,8 +148,8 @@ pub(super) fn deadline(time: Option<Duration>) -> Option<Instant> {
 }
 
 impl Session {
-    /// The calling side on `stream`, and what drives it: a future to be spawned, which says why the session has ended, `Ok` if both sides wanted
-    /// that.
+    /// The calling side on `stream`, and what drives it: a future to be spawned, which says why the session has ended,
+    /// `Ok` if both sides wanted that.
     pub fn client<S>(
         stream: S,
         limits: Limits,

@@ -358,8 +358,8 @@ impl Router {
         self
     }
 
-    /// Has every call looked at before it is answered, in the order in which these were given: to let in, to count, to trace. The peer is in the
-    /// [`Context`].
+    /// Has every call looked at before it is answered, in the order in which these were given: to let in, to count, to
+    /// trace. The peer is in the [`Context`].
     #[must_use]
     pub fn intercept(
         mut self,
@@ -369,8 +369,8 @@ impl Router {
         self
     }
 
-    /// Tells whoever asks what the services look like: an encoded `FileDescriptorSet`, such as the `descriptors.bin` that `weft_proto::build` writes. `weft call`
-    /// reads and writes JSON by it.
+    /// Tells whoever asks what the services look like: an encoded `FileDescriptorSet`, such as the `descriptors.bin`
+    /// that `weft_proto::build` writes. `weft call` reads and writes JSON by it.
     #[must_use]
     pub fn schemas(mut self, descriptors: &[u8]) -> Self {
         // Two encoded messages in a row are one with the fields of both.
