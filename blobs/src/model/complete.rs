@@ -19,7 +19,7 @@ const INDEX: [&str; 2] = [".safetensors.index.json", ".bin.index.json"];
 /// Suffixes of files that are numbered in their names.
 const COUNTED: [&str; 3] = [".safetensors", ".gguf", ".bin"];
 
-/// Names listed in a note; further names are only counted.
+/// The most names listed in a note; further names are only counted.
 const SHOWN: usize = 5;
 
 /// The most notes returned. A hostile manifest could have fifty thousand index files.
@@ -80,7 +80,7 @@ pub fn lacking(
                 "{} names {} that the model does not have: {}",
                 index.path,
                 counted(names, "file"),
-                shown(&missing),
+                listed(&missing),
             ));
         }
         if misplaced > 0 {
@@ -107,13 +107,13 @@ pub fn lacking(
             numbers.len(),
             set.of,
             set.name(0).replacen(&set.number(0), "*", 1),
-            shown(&missing),
+            listed(&missing),
         ));
     }
     notes
 }
 
-fn shown(paths: &[String]) -> String {
+fn listed(paths: &[String]) -> String {
     let more = paths.len().saturating_sub(SHOWN);
     let mut text = paths[..paths.len() - more].join(", ");
     if more > 0 {

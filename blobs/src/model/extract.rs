@@ -260,7 +260,7 @@ fn choose<'a>(
             })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    chosen.sort_by_key(|tensor| order(tensor));
+    chosen.sort_by_key(|tensor| sort_key(tensor));
     let mut names = HashSet::with_capacity(chosen.len());
     let mut end = 0;
     for tensor in &chosen {
@@ -280,7 +280,7 @@ fn choose<'a>(
 }
 
 /// Returns the sort key of a file's tensors. An empty tensor comes before the tensor that starts at the same offset.
-pub(crate) fn order(tensor: &Tensor) -> (u64, u64, &str) {
+pub(crate) fn sort_key(tensor: &Tensor) -> (u64, u64, &str) {
     (tensor.start, tensor.end, &tensor.name)
 }
 

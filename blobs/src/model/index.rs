@@ -22,7 +22,7 @@ use std::{
 };
 
 pub(crate) use self::walk::litter;
-use self::walk::{Place, Walker};
+use self::walk::{FoundFile, Walker};
 use crate::{
     Hash,
     complete::lacking,
@@ -34,17 +34,17 @@ use crate::{
     shards::MAX_INDEX,
 };
 
-/// Files hashed at a time: enough for fast disks and many cores, and few enough for rotating disks.
+/// Number of files hashed at a time: enough for fast disks and many cores, and few enough for rotating disks.
 const AT_A_TIME: usize = 4;
 
 /// Folders that tools keep beside a model and that are not part of it.
 pub(crate) const NOT_PART_OF_A_MODEL: [&str; 2] = [".git", ".cache"];
 
-/// Entries in each list of notes; further entries are only counted. A note may hold two paths, some 5 KiB, so an answer
-/// stays below the gRPC message limit of 4 MiB.
+/// The most entries in each list of notes; further entries are only counted. A note may hold two paths, some 5 KiB, so
+/// an answer stays below the gRPC message limit of 4 MiB.
 const MAX_NOTES: usize = 300;
 
-/// Faults listed in an error message; further faults are only counted.
+/// The most faults listed in an error message; further faults are only counted.
 const MAX_SHOWN: usize = 20;
 
 /// The beginning of a Git LFS pointer: a small file that stands in for a large one
@@ -165,7 +165,7 @@ pub enum IndexError {
         reason: &'static str,
     },
     /// Names that other systems do not support: all of them.
-    #[error("{} cannot be part of a model: {}", counted(.0.len(), "name"), first(.0.iter().map(named)))]
+    #[error("{} cannot be part of a model: {}", counted(.0.len(), "name"), first_few(.0.iter().map(named)))]
     Names(Vec<PathError>),
     /// No file can be published; the reasons are listed.
     #[error("{} has no file that can be published{}", .folder.display(), left_out(.skipped))]
@@ -176,7 +176,7 @@ pub enum IndexError {
         skipped: Vec<String>,
     },
     /// Faults that [`Rules::strict`] does not allow.
-    #[error("{} cannot be published with --strict: {}", counted(.0.len(), "file"), first(.0.iter().cloned()))]
+    #[error("{} cannot be published with --strict: {}", counted(.0.len(), "file"), first_few(.0.iter().cloned()))]
     Strict(Vec<String>),
     /// A file changed, or was deleted, while it was read.
     #[error(
@@ -210,7 +210,7 @@ fn named(error: &PathError) -> String {
 }
 
 /// Joins the first entries of a list, and adds the number of further ones.
-fn first(list: impl ExactSizeIterator<Item = String>) -> String {
+fn first_few(list: impl ExactSizeIterator<Item = String>) -> String {
     let more = list.len().saturating_sub(MAX_SHOWN);
     let mut text = list.take(MAX_SHOWN).collect::<Vec<_>>().join("; ");
     if more > 0 {
@@ -223,7 +223,7 @@ fn first(list: impl ExactSizeIterator<Item = String>) -> String {
 fn left_out(skipped: &[String]) -> String {
     match skipped {
         [] => String::new(),
-        skipped => format!("; left out: {}", first(skipped.iter().cloned())),
+        skipped => format!("; left out: {}", first_few(skipped.iter().cloned())),
     }
 }
 
@@ -340,14 +340,14 @@ pub fn index_by(path: &Path, rules: &Rules, progress: &Progress) -> Result<Index
         skipped.push(named(&error));
         found.remove(&error.path);
     }
-    for (name, place) in &found {
+    for (name, found_file) in &found {
         progress.files_total.fetch_add(1, Ordering::Relaxed);
         progress
             .bytes_total
-            .fetch_add(place.seen.size, Ordering::Relaxed);
+            .fetch_add(found_file.seen.size, Ordering::Relaxed);
         // Checked before hours of hashing, because the folder may be refused.
         if rules.strict
-            && let Err(reason) = probe(name, place)
+            && let Err(reason) = probe(name, found_file)
         {
             faults.push(format!("{name}: {reason}"));
         }
@@ -480,7 +480,7 @@ type Readable = Result<Content, String>;
 /// Hashes the files, several at a time, because SHA-256 uses only one core per file. The first error ends all work; an
 /// unreadable file is not an error.
 fn index_files(
-    found: BTreeMap<String, Place>,
+    found: BTreeMap<String, FoundFile>,
     progress: &Progress,
 ) -> Result<BTreeMap<String, Readable>, IndexError> {
     let hashers = Hashers::start();
@@ -492,11 +492,11 @@ fn index_files(
     let work = || {
         loop {
             let next = left.lock().expect("taking the next does not panic").next();
-            let (Some((name, place)), false) = (next, failed.load(Ordering::Relaxed)) else {
+            let (Some((name, found_file)), false) = (next, failed.load(Ordering::Relaxed)) else {
                 return;
             };
             let stop = [&progress.cancelled, &failed];
-            let Place { path, seen } = place;
+            let FoundFile { path, seen } = found_file;
             let content = index_file(
                 (&path, Some(&seen)),
                 Format::of(&name),
@@ -540,9 +540,9 @@ fn unreadable(error: &io::Error) -> String {
 }
 
 /// Checks before hashing that a file meets [`Rules::strict`].
-fn probe(name: &str, place: &Place) -> Result<(), String> {
+fn probe(name: &str, found_file: &FoundFile) -> Result<(), String> {
     let read = || {
-        let Some(file) = files::open_seen(&place.path, &place.seen)? else {
+        let Some(file) = files::open_seen(&found_file.path, &found_file.seen)? else {
             return Err(io::Error::other("another file has replaced it"));
         };
         let size = file.metadata()?.len();

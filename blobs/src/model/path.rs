@@ -48,7 +48,7 @@ impl fmt::Display for PathError {
 }
 
 /// Characters that have a meaning on Windows or its file systems, each with the reason why it is not allowed.
-const MEANING: [(char, &str); 9] = [
+const NOT_PORTABLE: [(char, &str); 9] = [
     (
         '\\',
         "it contains the character `\\`, which separates folders on Windows",
@@ -121,8 +121,8 @@ pub fn check(path: &str) -> Result<(), PathError> {
         if component.starts_with(OWN_PREFIX) {
             return refuse("names that begin with `.weft-` are reserved for Weft's own files");
         }
-        let meant = |c: char| MEANING.iter().find(|(meant, _)| *meant == c);
-        if let Some((_, reason)) = component.chars().find_map(meant) {
+        let listed = |c: char| NOT_PORTABLE.iter().find(|(listed, _)| *listed == c);
+        if let Some((_, reason)) = component.chars().find_map(listed) {
             return refuse(reason);
         }
         if component.chars().any(char::is_control) {
@@ -157,10 +157,10 @@ fn is_device(component: &str) -> bool {
 /// # Errors
 /// [`PathError`] for the first path that breaks a rule.
 pub fn check_all<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<(), PathError> {
-    let mut beside = Beside::new(|text| text.to_lowercase());
+    let mut set = PathSet::new(|text| text.to_lowercase());
     for path in paths {
         check(path)?;
-        beside.place(path)?;
+        set.add(path)?;
     }
     Ok(())
 }
@@ -171,9 +171,9 @@ pub fn check_all<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<(), Pat
 ///
 /// Stricter than the check of a manifest from a peer: such names work on the system where they were created.
 pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<PathError> {
-    let mut beside = Beside::new(fold);
+    let mut set = PathSet::new(fold);
     let errors = paths.into_iter().filter_map(|path| {
-        let placed = check(path).and_then(|()| beside.place(path));
+        let placed = check(path).and_then(|()| set.add(path));
         // The full path, however long: the caller compares it.
         placed.err().map(|error| PathError {
             path: path.to_owned(),
@@ -193,14 +193,14 @@ fn fold(text: &str) -> String {
 }
 
 /// The paths added so far, in the form in which they are compared.
-struct Beside<'a> {
+struct PathSet<'a> {
     fold: fn(&str) -> String,
     files: HashMap<String, &'a str>,
     folders: HashMap<String, &'a str>,
     seen_folders: HashSet<&'a str>,
 }
 
-impl<'a> Beside<'a> {
+impl<'a> PathSet<'a> {
     fn new(fold: fn(&str) -> String) -> Self {
         Self {
             fold,
@@ -211,7 +211,7 @@ impl<'a> Beside<'a> {
     }
 
     /// Adds a path. A path that is not allowed is not added.
-    fn place(&mut self, path: &'a str) -> Result<(), PathError> {
+    fn add(&mut self, path: &'a str) -> Result<(), PathError> {
         let refuse = |reason, other: &str| {
             Err(PathError {
                 path: path.to_owned(),

@@ -226,8 +226,8 @@ impl Pattern {
 
     fn run(&self, text: &str, kind: Kind) -> bool {
         let slash_ends = |c| kind == Kind::Path && c == '/';
-        let mut now = Places::new(self.program.len());
-        let mut next = Places::new(self.program.len());
+        let mut now = StateSet::new(self.program.len());
+        let mut next = StateSet::new(self.program.len());
         now.reach(&self.program, 0, kind);
         for c in text.chars() {
             if now.list.is_empty() {
@@ -251,7 +251,7 @@ impl Pattern {
 }
 
 /// A set of states.
-struct Places {
+struct StateSet {
     list: Vec<usize>,
     /// For each state, the last round in which it was reached.
     reached: Vec<u64>,
@@ -260,11 +260,11 @@ struct Places {
     stack: Vec<usize>,
 }
 
-impl Places {
-    fn new(places: usize) -> Self {
+impl StateSet {
+    fn new(states: usize) -> Self {
         Self {
             list: Vec::new(),
-            reached: vec![0; places],
+            reached: vec![0; states],
             round: 1,
             stack: Vec::new(),
         }

@@ -15,7 +15,7 @@ use crate::{
 /// takes some tenths of a second.
 pub const MAX_PATTERNS: usize = 1024;
 
-/// Names that an error suggests.
+/// The most names that an error suggests.
 const SUGGESTIONS: usize = 3;
 
 /// Patterns for the wanted part of a model. Without any pattern, the whole model is wanted.
@@ -121,14 +121,15 @@ impl Selection {
                 return Err(SelectionError::TooManyPatterns(what));
             }
         }
-        let mut wanted_files = Wants::new(&self.files);
-        let mut wanted_tensors = Wants::new(&self.tensors);
+        let mut wanted_files = PatternHits::new(&self.files);
+        let mut wanted_tensors = PatternHits::new(&self.tensors);
         let mut files = Vec::new();
         for (index, file) in manifest.files().iter().enumerate() {
-            let is_whole = wanted_files.offer(|pattern| pattern.matches_path(&file.path));
+            let is_whole = wanted_files.any_matches(|pattern| pattern.matches_path(&file.path));
             let tensors: Vec<usize> = (0..file.tensors.len())
                 .filter(|i| {
-                    wanted_tensors.offer(|pattern| pattern.matches_tensor(&file.tensors[*i].name))
+                    wanted_tensors
+                        .any_matches(|pattern| pattern.matches_tensor(&file.tensors[*i].name))
                 })
                 .collect();
             let wanted = if is_whole || self.is_everything() {
@@ -145,11 +146,11 @@ impl Selection {
             });
         }
         let all = manifest.files();
-        if let Some(pattern) = wanted_files.missed() {
+        if let Some(pattern) = wanted_files.first_without_match() {
             let names = all.iter().map(|file| file.path.as_str());
             return Err(no_match("file", pattern, names));
         }
-        if let Some(pattern) = wanted_tensors.missed() {
+        if let Some(pattern) = wanted_tensors.first_without_match() {
             let tensors = all.iter().flat_map(|file| &file.tensors);
             let names = tensors.map(|tensor| tensor.name.as_str());
             return Err(no_match("tensor", pattern, names));
@@ -250,7 +251,7 @@ fn wanted_tensors_of(
             bytes: header.end,
         });
     }
-    tensors.sort_by_key(|index| extract::order(&file.tensors[*index]));
+    tensors.sort_by_key(|index| extract::sort_key(&file.tensors[*index]));
     let places = tensors.iter().map(|index| {
         let tensor = &file.tensors[*index];
         tensor.start..tensor.end
@@ -276,12 +277,12 @@ fn merge(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
 }
 
 /// Patterns, with a record of which have matched.
-struct Wants<'a> {
+struct PatternHits<'a> {
     patterns: &'a [Pattern],
     hit: Vec<bool>,
 }
 
-impl<'a> Wants<'a> {
+impl<'a> PatternHits<'a> {
     fn new(patterns: &'a [Pattern]) -> Self {
         Self {
             patterns,
@@ -290,7 +291,7 @@ impl<'a> Wants<'a> {
     }
 
     /// Returns true if any pattern matches. Skips patterns whose answer cannot change anything.
-    fn offer(&mut self, matches: impl Fn(&Pattern) -> bool) -> bool {
+    fn any_matches(&mut self, matches: impl Fn(&Pattern) -> bool) -> bool {
         let mut is_wanted = false;
         for (pattern, hit) in self.patterns.iter().zip(&mut self.hit) {
             if (!is_wanted || !*hit) && matches(pattern) {
@@ -302,7 +303,7 @@ impl<'a> Wants<'a> {
     }
 
     /// Returns the first pattern that has matched nothing.
-    fn missed(&self) -> Option<&'a Pattern> {
+    fn first_without_match(&self) -> Option<&'a Pattern> {
         let at = self.hit.iter().position(|hit| !hit)?;
         Some(&self.patterns[at])
     }

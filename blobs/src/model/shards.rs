@@ -112,7 +112,7 @@ pub fn reduce(
     let wanted: Vec<HashMap<&str, u64>> = weights
         .files
         .iter()
-        .map(|name| wanted_of(&format!("{}{name}", folder(path)), manifest, selected))
+        .map(|name| wanted_sizes(&format!("{}{name}", folder(path)), manifest, selected))
         .collect();
     let mut weight_map = Map::new();
     let mut total_size: u64 = 0;
@@ -141,7 +141,11 @@ fn folder(path: &str) -> &str {
 }
 
 /// Returns the sizes, in bytes, of the wanted tensors in the manifest's file at `path`, by name.
-fn wanted_of<'a>(path: &str, manifest: &'a Manifest, selected: &Selected) -> HashMap<&'a str, u64> {
+fn wanted_sizes<'a>(
+    path: &str,
+    manifest: &'a Manifest,
+    selected: &Selected,
+) -> HashMap<&'a str, u64> {
     let files = manifest.files();
     let Ok(at) = files.binary_search_by(|file| file.path.as_str().cmp(path)) else {
         return HashMap::new();
@@ -211,7 +215,7 @@ impl<'de> Deserialize<'de> for Index {
                         others.insert(key.clone(), value).is_some()
                     };
                     if is_second {
-                        return Err(twice(&key));
+                        return Err(duplicate(&key));
                     }
                 }
                 let metadata = match others.remove("metadata") {
@@ -230,7 +234,7 @@ impl<'de> Deserialize<'de> for Index {
     }
 }
 
-fn twice<E: de::Error>(key: &str) -> E {
+fn duplicate<E: de::Error>(key: &str) -> E {
     E::custom(format_args!("{:?} occurs twice", shown(key)))
 }
 
@@ -267,7 +271,7 @@ impl<'de> Deserialize<'de> for Weights {
                     };
                     // A tensor that is listed in two files could be in either.
                     if weights.tensors.contains_key(&tensor) {
-                        return Err(twice(&tensor));
+                        return Err(duplicate(&tensor));
                     }
                     weights.tensors.insert(tensor, index);
                 }

@@ -25,11 +25,11 @@ use crate::{
     tree::Tree,
 };
 
-/// Runs of damaged groups that are recorded for a file. A file with more runs is not used until it is verified: its
-/// disk is failing. The limit keeps a database row below 100 kB.
+/// The most runs of damaged groups that are recorded for a file. A file with more runs is not used until it is
+/// verified: its disk is failing. The limit keeps a database row below 100 kB.
 const MAX_RUNS: usize = 4096;
 
-/// Files that may wait for a full read. In other files, damage is found only when a group is read.
+/// The most files that wait for a full read. In further files, damage is found only when a group is read.
 const MAX_WAITING: usize = 64;
 
 /// Chunk groups read at a time.
@@ -246,7 +246,7 @@ fn read_all(store: &Weak<Inner>) {
 
 fn read_one(
     store: Store,
-    again: &Weak<Inner>,
+    weak: &Weak<Inner>,
     hash: Hash,
     location: &Location,
 ) -> Result<(), StoreError> {
@@ -275,12 +275,12 @@ fn read_one(
                 }
             }
         }
-        if again.strong_count() == 0 {
+        if weak.strong_count() == 0 {
             return Ok(());
         }
         thread::sleep(begun.elapsed().min(MAX_PAUSE));
     }
-    let Some(inner) = again.upgrade() else {
+    let Some(inner) = weak.upgrade() else {
         return Ok(());
     };
     let store = Store { inner };

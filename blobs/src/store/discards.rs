@@ -86,7 +86,7 @@ impl Store {
         states: &FileStates,
     ) -> Result<(), StoreError> {
         deletions.own.iter().for_each(|path| discard(path));
-        self.finish_discards(states)
+        self.delete_all_noted(states)
     }
 
     /// Adds the files that are still to be deleted.
@@ -99,14 +99,14 @@ impl Store {
 
     /// Deletes the files noted for deletion, except those that a row lists again, and those on a disk that does not
     /// respond.
-    pub(super) fn finish_discards(&self, states: &FileStates) -> Result<(), StoreError> {
+    pub(super) fn delete_all_noted(&self, states: &FileStates) -> Result<(), StoreError> {
         let mut done = Vec::new();
         let mut result = Ok(());
         for (path, row) in self.discards()? {
             if states.is_there(&path).is_none() {
                 continue;
             }
-            match self.finish_discard(&path, &row) {
+            match self.delete_noted(&path, &row) {
                 Ok(()) => done.push(path),
                 Err(error) => result = Err(error),
             }
@@ -136,16 +136,16 @@ impl Store {
         })
     }
 
-    fn finish_discard(&self, path: &Path, row: &DiscardRow) -> Result<(), StoreError> {
+    fn delete_noted(&self, path: &Path, row: &DiscardRow) -> Result<(), StoreError> {
         let Some(hash) = Hash::from_slice(&row.hash) else {
             return Ok(());
         };
         let goes = match &row.location {
             Some(known) => {
-                let again = self.blob_row(&hash)?;
-                let again = again.iter().flat_map(|row| &row.locations);
-                let again = again.into_iter().any(|row| path_from(&row.path) == path);
-                !again && Location::from(known).open().is_some()
+                let relisted = self.blob_row(&hash)?;
+                let relisted = relisted.iter().flat_map(|row| &row.locations);
+                let relisted = relisted.into_iter().any(|row| path_from(&row.path) == path);
+                !relisted && Location::from(known).open().is_some()
             }
             None => !self.is_arriving(path) && !self.has_part_row(&hash, path)?,
         };

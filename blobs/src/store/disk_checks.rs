@@ -29,7 +29,7 @@ use crate::{
 /// The longest time without progress in a check. A disk that spins up takes longer, and responds to the next check.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Models for which the last result is remembered.
+/// The most models for which the last result is remembered.
 const MAX_KNOWN: usize = 10_000;
 
 #[derive(Debug, Clone, Default)]

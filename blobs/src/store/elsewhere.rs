@@ -26,14 +26,14 @@ use crate::{
     tree::{GROUP, Tree},
 };
 
-/// Files kept open as sources.
+/// The most files kept open as sources.
 const MAX_SOURCES: usize = 256;
 
-/// Separate written ranges of a part file that are recorded; each costs two system calls. The rest of the file counts
-/// as written.
+/// The most written ranges of a part file that are told apart; each costs two system calls. The rest of the file
+/// counts as written.
 const MAX_RANGES: usize = 4096;
 
-/// Tensors that [`Index`] holds at most: 16 bytes each, 16 MiB in all. Models beyond that are read for each search.
+/// The most tensors in an [`Index`]: 16 bytes each, 16 MiB in all. Models beyond that are read for each search.
 const MAX_INDEXED: usize = 1 << 20;
 
 /// An index from tensors to the models of a store that contain them. It covers the models read so far; manifests do not
@@ -50,7 +50,7 @@ impl Index {
     /// Adds the tensors of a model, if there is room.
     fn insert(&mut self, model: Hash, manifest: &Manifest) {
         let tensors = manifest.files().iter().flat_map(|file| &file.tensors);
-        let tensors: Vec<u64> = tensors.map(|tensor| beginning(&tensor.blake3)).collect();
+        let tensors: Vec<u64> = tensors.map(|tensor| hash_prefix(&tensor.blake3)).collect();
         if self.known.contains(&model) || self.tensors.len() + tensors.len() > MAX_INDEXED {
             return;
         }
@@ -91,15 +91,13 @@ impl Index {
     }
 
     /// Returns the models that may contain any of these tensors.
-    fn may_have(&self, wanted: impl Iterator<Item = Hash>) -> HashSet<Hash> {
+    fn models_with(&self, wanted: impl Iterator<Item = Hash>) -> HashSet<Hash> {
         let mut found = HashSet::new();
         for tensor in wanted {
-            let beginning = beginning(&tensor);
-            let first = self
-                .tensors
-                .partition_point(|(known, _)| *known < beginning);
+            let prefix = hash_prefix(&tensor);
+            let first = self.tensors.partition_point(|(known, _)| *known < prefix);
             let same = self.tensors[first..].iter();
-            let same = same.take_while(|(known, _)| *known == beginning);
+            let same = same.take_while(|(known, _)| *known == prefix);
             found.extend(same.map(|(_, place)| self.models[*place as usize]));
         }
         found
@@ -107,7 +105,7 @@ impl Index {
 }
 
 /// Returns the first 8 bytes of a hash: enough to skip nearly all models that do not contain the tensor.
-fn beginning(hash: &Hash) -> u64 {
+fn hash_prefix(hash: &Hash) -> u64 {
     let (first, _) = hash
         .as_bytes()
         .split_first_chunk()
@@ -162,7 +160,7 @@ impl Elsewhere {
         let likely = {
             let mut index = store.tensors();
             index.keep_only(&models.iter().map(|model| model.id).collect());
-            index.may_have(wanted.keys().copied())
+            index.models_with(wanted.keys().copied())
         };
         for model in models {
             if !likely.contains(&model.id) && store.tensors().known.contains(&model.id) {
@@ -359,10 +357,14 @@ mod tests {
         assert_eq!(index.tensors.len(), 2);
         for origin in &origins {
             let tensor = origin.manifest().files()[0].tensors[0].blake3;
-            let found = index.may_have([tensor].into_iter());
+            let found = index.models_with([tensor].into_iter());
             assert_eq!(found, HashSet::from([origin.id()]));
         }
-        assert!(index.may_have([Hash::of(b"other")].into_iter()).is_empty());
+        assert!(
+            index
+                .models_with([Hash::of(b"other")].into_iter())
+                .is_empty()
+        );
     }
 
     #[test]
@@ -388,7 +390,7 @@ mod tests {
         for origin in &origins[1..] {
             let tensor = origin.manifest().files()[0].tensors[0].blake3;
             assert_eq!(
-                index.may_have([tensor].into_iter()),
+                index.models_with([tensor].into_iter()),
                 HashSet::from([origin.id()])
             );
         }

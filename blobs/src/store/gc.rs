@@ -97,9 +97,9 @@ impl Store {
     /// As [`collect`](Self::collect).
     pub fn collect_with(&self, dry_run: bool, gone: bool) -> Result<Collected, StoreError> {
         let states = self.check_all(true)?;
-        let _alone = self.deleting();
+        let _alone = self.lock_deletion();
         if !dry_run {
-            self.finish_discards(&states)?;
+            self.delete_all_noted(&states)?;
         }
         let held = self.held()?;
         let decided: Result<_, StoreError> = self.inner.database.decide(|txn| {
@@ -120,7 +120,7 @@ impl Store {
     fn collect_in(
         &self,
         txn: &WriteTransaction,
-        forget_away: bool,
+        forget_gone_folders: bool,
         held: &HashSet<Hash>,
         states: &FileStates,
     ) -> Result<(Deletions, Collected), StoreError> {
@@ -131,7 +131,7 @@ impl Store {
             models: models(txn)?,
             held,
             states,
-            forget_away,
+            forget_gone_folders,
             whole: HashSet::new(),
             kept: HashSet::new(),
             with_tree: HashSet::new(),
@@ -140,7 +140,7 @@ impl Store {
             collected: Collected::default(),
         };
         collector.blobs()?;
-        if forget_away {
+        if forget_gone_folders {
             collector.move_models()?;
         }
         collector.parts()?;
@@ -162,7 +162,7 @@ struct Collector<'a> {
     held: &'a HashSet<Hash>,
     states: &'a FileStates,
     /// True if the rows of files whose folder is gone are removed too.
-    forget_away: bool,
+    forget_gone_folders: bool,
     /// Blobs of which a whole file is here.
     whole: HashSet<Hash>,
     /// Owned files and part files that stay.
@@ -240,7 +240,7 @@ impl Collector<'_> {
 
     /// Returns true if the folder of the file is gone and may come back, so that its row is kept.
     fn is_away(&self, path: &Path) -> bool {
-        !self.forget_away && self.states.has_folder(path) == Some(false)
+        !self.forget_gone_folders && self.states.has_folder(path) == Some(false)
     }
 
     /// Returns true if the file is known to be unchanged.

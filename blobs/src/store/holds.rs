@@ -21,8 +21,8 @@ impl Store {
     /// Protects `hash`: a blob, or a manifest with every blob that it lists. Waits for a running deletion, so that
     /// content found or written afterwards is not deleted.
     pub fn hold(&self, hash: Hash) -> Hold {
-        let _none_is_deleting = self.none_deletes();
-        *self.counts_of_holds().entry(hash).or_default() += 1;
+        let _no_deletion = self.block_deletion();
+        *self.hold_counts().entry(hash).or_default() += 1;
         Hold {
             store: self.clone(),
             hash,
@@ -31,12 +31,12 @@ impl Store {
 
     /// Returns true if `hash` itself is held.
     pub(super) fn is_held(&self, hash: &Hash) -> bool {
-        self.counts_of_holds().contains_key(hash)
+        self.hold_counts().contains_key(hash)
     }
 
     /// Returns everything that is held, including the blobs that held manifests list.
     pub(super) fn held(&self) -> Result<HashSet<Hash>, StoreError> {
-        let mut held: HashSet<Hash> = self.counts_of_holds().keys().copied().collect();
+        let mut held: HashSet<Hash> = self.hold_counts().keys().copied().collect();
         for hash in held.clone() {
             let manifest = self.manifest(&hash)?;
             let files = manifest.iter().flat_map(Manifest::files);
@@ -46,7 +46,7 @@ impl Store {
     }
 
     /// Waits for a running deletion; no deletion begins while the returned guard is held.
-    pub(super) fn none_deletes(&self) -> RwLockReadGuard<'_, ()> {
+    pub(super) fn block_deletion(&self) -> RwLockReadGuard<'_, ()> {
         self.inner
             .deleting
             .read()
@@ -55,14 +55,14 @@ impl Store {
 
     /// Takes the right to delete files. Its owner decides what to delete and deletes it before anyone can take a
     /// [`Hold`] on it.
-    pub(super) fn deleting(&self) -> RwLockWriteGuard<'_, ()> {
+    pub(super) fn lock_deletion(&self) -> RwLockWriteGuard<'_, ()> {
         self.inner
             .deleting
             .write()
             .expect("nothing panics while holding the lock")
     }
 
-    fn counts_of_holds(&self) -> MutexGuard<'_, HashMap<Hash, usize>> {
+    fn hold_counts(&self) -> MutexGuard<'_, HashMap<Hash, usize>> {
         self.inner
             .holds
             .lock()

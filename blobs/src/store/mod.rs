@@ -125,8 +125,8 @@ struct Inner {
     last_use: AtomicU64,
     /// Index from tensors to the models that contain them.
     tensors: Mutex<elsewhere::Index>,
-    /// Number of times the store was opened without having been closed before. Rows about part files from earlier
-    /// epochs are checked before use.
+    /// Number of times the store was opened without a clean close before. Rows about part files from earlier epochs are
+    /// checked before use.
     epoch: u64,
     /// Groups of part files that this process has written or read, by part file.
     seen: Mutex<HashMap<PathBuf, Seen>>,
@@ -223,7 +223,7 @@ impl Store {
         let mut checks = disk_checks::FileChecks::new(&store, false);
         store.add_discards(&mut checks)?;
         let states = checks.run(&store)?;
-        if let Err(error) = store.finish_discards(&states) {
+        if let Err(error) = store.delete_all_noted(&states) {
             tracing::warn!(%error, "a file that is no longer needed stays");
         }
         Ok(store)
@@ -409,7 +409,7 @@ impl Store {
             return Ok(None);
         };
         if !self.has_outboard(hash, &Tree::new(row.size)) {
-            tracing::warn!(%hash, "a tree is missing: its content counts as absent until it is added again");
+            tracing::warn!(%hash, "an outboard is missing: its content counts as absent until it is added again");
             return Ok(None);
         }
         let usable = row.locations.iter().filter(|row| !row.damaged);
@@ -447,8 +447,8 @@ impl Store {
         ))
     }
 
-    /// Lists the files that the manifest's own index files name and the manifest lacks. Only index files on this node
-    /// are read. Blocks.
+    /// Describes the files that `manifest` refers to but does not have, by its index files and numbered file names.
+    /// Reads only index files that are on this node. Blocks.
     pub fn lacking(&self, manifest: &Manifest) -> Vec<String> {
         complete::lacking(manifest, |file| {
             let (_, open) = self.locate(&file.blake3).ok()??;

@@ -190,7 +190,7 @@ impl Store {
         name: &str,
         commit: Option<Commit>,
     ) -> Result<(), StoreError> {
-        let _none_is_deleting = self.none_deletes();
+        let _no_deletion = self.block_deletion();
         self.model(id)?;
         self.write(|txn| set_name(txn, *id, name, Some(commit)))
     }
@@ -232,10 +232,10 @@ impl Store {
         })
     }
 
-    /// Returns the manifest of a model, if this node has it.
+    /// Returns the manifest of a model, if this node has it. A stored manifest that does not match its hash is deleted.
     ///
     /// # Errors
-    /// [`StoreError`] if the manifest is here and damaged.
+    /// [`StoreError`] if the manifest cannot be read or is invalid.
     pub fn manifest(&self, id: &Hash) -> Result<Option<Manifest>, StoreError> {
         let path = self.manifest_path(id);
         let mut bytes = Vec::new();

@@ -28,10 +28,10 @@ use crate::{
 };
 
 /// Name of the file that is locked with `flock`.
-const LOCKED: &str = ".weft-lock";
+const LOCK_FILE: &str = ".weft-lock";
 
 /// Name of the file that only one process can create.
-const MADE: &str = ".weft-held";
+const CREATED_FILE: &str = ".weft-held";
 
 /// The interval at which the holder of the created file shows that it is alive.
 const BEAT: Duration = Duration::from_secs(5);
@@ -41,10 +41,10 @@ const BEAT: Duration = Duration::from_secs(5);
 const STALE: Duration = Duration::from_secs(120);
 
 /// Bytes of a lock file that are compared: several times the length that a process writes.
-const MAX_SAID: u64 = 4096;
+const MAX_COMPARED: u64 = 4096;
 
 /// The interval at which a waiting process tries again.
-const LOOK: Duration = Duration::from_millis(200);
+const RETRY: Duration = Duration::from_millis(200);
 
 /// The right to fill a folder, among processes; released when dropped.
 #[derive(Debug)]
@@ -56,12 +56,12 @@ pub(crate) struct Occupancy {
 #[derive(Debug)]
 enum Held {
     Locked(File),
-    Made(File, Option<Beating>),
+    Created(File, Option<Heartbeat>),
 }
 
 /// The thread that shows that the holder of a created file is alive, until dropped.
 #[derive(Debug)]
-struct Beating {
+struct Heartbeat {
     ended: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
@@ -132,27 +132,27 @@ impl Occupancy {
             if cancelled.load(Ordering::Relaxed) {
                 return Err(StoreError::Cancelled);
             }
-            let (said, holder) = match attempt(folder, try_lock).map_err(failed)? {
+            let (content, holder) = match attempt(folder, try_lock).map_err(failed)? {
                 Attempt::Taken(occupancy) => return Ok((occupancy, waited)),
                 Attempt::Again => continue,
-                Attempt::Held(said, holder) => (said, holder),
+                Attempt::Held(content, holder) => (content, holder),
             };
             waited = true;
             waiting(holder.as_ref());
             // The kernel releases a `flock` of an ended process; a created file has to be taken over.
-            if !said.is_empty() {
+            if !content.is_empty() {
                 let since = match &silent {
-                    Some((before, since)) if *before == said => *since,
+                    Some((before, since)) if *before == content => *since,
                     _ => Instant::now(),
                 };
-                silent = Some((said, since));
+                silent = Some((content, since));
                 let ended = holder.and_then(|holder| holder.runs()) == Some(false);
-                if let Some((said, _)) = silent.take_if(|_| ended || since.elapsed() >= stale) {
-                    take_away(folder, &said).map_err(failed)?;
+                if let Some((content, _)) = silent.take_if(|_| ended || since.elapsed() >= stale) {
+                    take_over(folder, &content).map_err(failed)?;
                     continue;
                 }
             }
-            thread::park_timeout(LOOK);
+            thread::park_timeout(RETRY);
         }
     }
 }
@@ -160,7 +160,7 @@ impl Occupancy {
 /// Removes the lock file that a killed process left, so that the folder can become empty.
 pub(crate) fn sweep(folder: &Path) {
     let left = |name| fs::symlink_metadata(folder.join(name)).is_ok();
-    if left(LOCKED)
+    if left(LOCK_FILE)
         && let Ok(Attempt::Taken(occupancy)) = attempt(folder, &File::try_lock)
     {
         drop(occupancy);
@@ -168,16 +168,16 @@ pub(crate) fn sweep(folder: &Path) {
 }
 
 fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
-    let path = folder.join(LOCKED);
+    let path = folder.join(LOCK_FILE);
     // Opening a device may have side effects, so the type is checked first.
-    check_plain(&path)?;
+    check_is_file(&path)?;
     let open = |write: bool| {
         OpenOptions::new()
             .read(true)
             .write(write)
             .create(write)
             .truncate(false)
-            .custom_flags(plainly())
+            .custom_flags(open_flags())
             .open(&path)
     };
     let (file, is_ours) = match open(true) {
@@ -193,12 +193,12 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
             }
         }
         Err(error) => {
-            check_plain(&path)?;
+            check_is_file(&path)?;
             return Err(error);
         }
     };
     if !file.metadata()?.is_file() {
-        return Err(no_lock_file(&path));
+        return Err(not_a_lock_file(&path));
     }
     match try_lock(&file) {
         Ok(()) => {}
@@ -221,7 +221,7 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
                 {
                     return Err(error);
                 }
-                _ => return make(&folder.join(MADE)),
+                _ => return create_exclusively(&folder.join(CREATED_FILE)),
             }
         }
         Err(TryLockError::Error(error)) => return Err(error),
@@ -259,19 +259,19 @@ fn attempt(folder: &Path, try_lock: TryLock<'_>) -> io::Result<Attempt> {
 
 /// Returns flags for opening a file in a folder that other users may write to: follow no link, and do not wait for a
 /// pipe.
-fn plainly() -> i32 {
+fn open_flags() -> i32 {
     (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32
 }
 
 /// Returns an error if something other than a plain file is at `path`.
-fn check_plain(path: &Path) -> io::Result<()> {
+fn check_is_file(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(there) if !there.is_file() => Err(no_lock_file(path)),
+        Ok(there) if !there.is_file() => Err(not_a_lock_file(path)),
         _ => Ok(()),
     }
 }
 
-fn no_lock_file(path: &Path) -> io::Error {
+fn not_a_lock_file(path: &Path) -> io::Error {
     let text = format!("remove {}: it is not a lock file", path.display());
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
@@ -284,26 +284,26 @@ fn is_named(path: &Path, file: &File) -> bool {
 }
 
 /// Reads the compared part of a lock file, and the signature in it.
-fn said_in(path: &Path) -> io::Result<(Vec<u8>, Option<Holder>)> {
-    check_plain(path)?;
+fn read_lock_file(path: &Path) -> io::Result<(Vec<u8>, Option<Holder>)> {
+    check_is_file(path)?;
     let file = OpenOptions::new()
         .read(true)
-        .custom_flags(plainly())
+        .custom_flags(open_flags())
         .open(path)?;
     if !file.metadata()?.is_file() {
-        return Err(no_lock_file(path));
+        return Err(not_a_lock_file(path));
     }
-    let mut said = Vec::new();
-    (&file).take(MAX_SAID).read_to_end(&mut said)?;
+    let mut content = Vec::new();
+    (&file).take(MAX_COMPARED).read_to_end(&mut content)?;
     // The process that created the file has not signed it yet.
-    if said.is_empty() {
-        said.push(b'\n');
+    if content.is_empty() {
+        content.push(b'\n');
     }
-    Ok((said, Holder::read(&file)?))
+    Ok((content, Holder::read(&file)?))
 }
 
 /// Creates the file that only one process can create.
-fn make(path: &Path) -> io::Result<Attempt> {
+fn create_exclusively(path: &Path) -> io::Result<Attempt> {
     let made = OpenOptions::new()
         .read(true)
         .write(true)
@@ -312,8 +312,8 @@ fn make(path: &Path) -> io::Result<Attempt> {
     let file = match made {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            return match said_in(path) {
-                Ok((said, holder)) => Ok(Attempt::Held(said, holder)),
+            return match read_lock_file(path) {
+                Ok((content, holder)) => Ok(Attempt::Held(content, holder)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Attempt::Again),
                 Err(error) => Err(error),
             };
@@ -322,12 +322,12 @@ fn make(path: &Path) -> io::Result<Attempt> {
     };
     let begun = Signature::new().and_then(|signature| {
         signature.write(&file, 0)?;
-        Beating::begin(path, file.try_clone()?, signature, BEAT)
+        Heartbeat::begin(path, file.try_clone()?, signature, BEAT)
     });
     match begun {
-        Ok(beating) => Ok(Attempt::Taken(Occupancy {
+        Ok(heartbeat) => Ok(Attempt::Taken(Occupancy {
             path: path.to_owned(),
-            held: Held::Made(file, Some(beating)),
+            held: Held::Created(file, Some(heartbeat)),
         })),
         Err(error) => {
             if is_named(path, &file) {
@@ -338,18 +338,18 @@ fn make(path: &Path) -> io::Result<Attempt> {
     }
 }
 
-impl Beating {
+impl Heartbeat {
     fn begin(path: &Path, file: File, signature: Signature, every: Duration) -> io::Result<Self> {
         let path = path.to_owned();
         let ended = Arc::new(AtomicBool::new(false));
-        let of_thread = Arc::clone(&ended);
+        let thread_ended = Arc::clone(&ended);
         let thread = thread::Builder::new().name("weft-folder".to_owned());
         let thread = thread.spawn(move || {
             let mut begun = Instant::now();
             let mut beat = 1;
-            while !of_thread.load(Ordering::Acquire) {
+            while !thread_ended.load(Ordering::Acquire) {
                 thread::park_timeout(every);
-                if begun.elapsed() < every || of_thread.load(Ordering::Acquire) {
+                if begun.elapsed() < every || thread_ended.load(Ordering::Acquire) {
                     continue;
                 }
                 begun = Instant::now();
@@ -377,16 +377,16 @@ impl Beating {
 
 /// Removes the lock file of a holder that has ended, if the file is unchanged. A changed file is put back, so that of
 /// two processes that do this at once, neither removes the file of the next holder.
-fn take_away(folder: &Path, said: &[u8]) -> io::Result<()> {
+fn take_over(folder: &Path, content: &[u8]) -> io::Result<()> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let path = folder.join(MADE);
-    let aside = folder.join(format!("{MADE}.{}.{number}", std::process::id()));
+    let path = folder.join(CREATED_FILE);
+    let aside = folder.join(format!("{CREATED_FILE}.{}.{number}", std::process::id()));
     match fs::rename(&path, &aside) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         result => result?,
     }
-    if !matches!(said_in(&aside), Ok((now, _)) if now == said) {
+    if !matches!(read_lock_file(&aside), Ok((now, _)) if now == content) {
         return crate::store::partial::rename_new(&aside, &path);
     }
     tracing::warn!(folder = %folder.display(), "taking over a lock whose holder has ended");
@@ -395,8 +395,8 @@ fn take_away(folder: &Path, said: &[u8]) -> io::Result<()> {
 
 impl Drop for Occupancy {
     fn drop(&mut self) {
-        if let Held::Made(_, beating) = &mut self.held
-            && let Some(Beating { ended, thread }) = beating.take()
+        if let Held::Created(_, heartbeat) = &mut self.held
+            && let Some(Heartbeat { ended, thread }) = heartbeat.take()
         {
             ended.store(true, Ordering::Release);
             thread.thread().unpark();
@@ -405,7 +405,7 @@ impl Drop for Occupancy {
                 tracing::warn!("the thread that renews a lock file has panicked");
             }
         }
-        let (Held::Locked(file) | Held::Made(file, _)) = &self.held;
+        let (Held::Locked(file) | Held::Created(file, _)) = &self.held;
         // Removed while the lock is held: the next holder creates another file. A file that was taken over belongs to
         // its new holder.
         if is_named(&self.path, file) {
@@ -471,7 +471,7 @@ mod tests {
     fn a_path_that_is_not_a_lock_file_is_named_and_left_alone() {
         use std::os::unix::fs::symlink;
 
-        for (name, locks) in [(LOCKED, true), (MADE, false)] {
+        for (name, locks) in [(LOCK_FILE, true), (CREATED_FILE, false)] {
             for kind in ["link", "dangling", "pipe", "folder"] {
                 let home = tempfile::tempdir().unwrap();
                 let folder = home.path().join("folder");
@@ -508,7 +508,7 @@ mod tests {
     #[test]
     fn a_lock_file_that_another_process_has_removed_is_not_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(LOCKED);
+        let path = folder.path().join(LOCK_FILE);
         let races = |_: &File| {
             fs::remove_file(&path).unwrap();
             no_locks(&File::open("/dev/null").unwrap())
@@ -523,7 +523,7 @@ mod tests {
         let signature = Signature::new().unwrap();
         signature.write(&file, 0).unwrap();
         let size = file.metadata().unwrap().len();
-        assert!(size < MAX_SAID);
+        assert!(size < MAX_COMPARED);
         for beat in [1, 9, 10, u64::MAX] {
             signature.write(&file, beat).unwrap();
             assert_eq!(file.metadata().unwrap().len(), size);
@@ -535,25 +535,25 @@ mod tests {
     fn a_lock_file_that_was_taken_over_is_neither_written_nor_removed() {
         for made in [true, false] {
             let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join(MADE);
+            let path = folder.path().join(CREATED_FILE);
             let file = File::create_new(&path).unwrap();
             let signature = Signature::new().unwrap();
             signature.write(&file, 0).unwrap();
-            let beating = made.then(|| {
+            let heartbeat = made.then(|| {
                 let file = file.try_clone().unwrap();
-                Beating::begin(&path, file, signature, Duration::from_millis(10)).unwrap()
+                Heartbeat::begin(&path, file, signature, Duration::from_millis(10)).unwrap()
             });
             fs::remove_file(&path).unwrap();
             fs::write(&path, "another's").unwrap();
-            if let Some(beating) = &beating {
+            if let Some(heartbeat) = &heartbeat {
                 let begun = Instant::now();
-                while !beating.thread.is_finished() {
+                while !heartbeat.thread.is_finished() {
                     assert!(begun.elapsed() < Duration::from_secs(60));
                     thread::sleep(Duration::from_millis(5));
                 }
             }
             let held = match made {
-                true => Held::Made(file, beating),
+                true => Held::Created(file, heartbeat),
                 false => Held::Locked(file),
             };
             let path_of = path.clone();
@@ -582,7 +582,7 @@ mod tests {
         let mut holder = Holder::this();
         holder.pid = ended.id();
         ended.wait().unwrap();
-        let file = File::create(folder.path().join(MADE)).unwrap();
+        let file = File::create(folder.path().join(CREATED_FILE)).unwrap();
         holder.write(file).unwrap();
         let (_taken, waited) = take(folder.path(), &no_locks, STALE);
         assert!(waited);
@@ -592,7 +592,7 @@ mod tests {
     fn a_lock_file_of_another_machine_is_taken_over_only_when_it_has_been_silent() {
         let folder = tempfile::tempdir().unwrap();
         let text = "7\nhost other\nsince 5\nspace of-another-machine\nbeat 1 1\n";
-        fs::write(folder.path().join(MADE), text).unwrap();
+        fs::write(folder.path().join(CREATED_FILE), text).unwrap();
         let cancelled = AtomicBool::new(false);
         let waiting = |holder: Option<&Holder>| {
             assert_eq!(holder.unwrap().to_string(), "process 7 on other");
@@ -620,7 +620,7 @@ mod tests {
         let this = this.split_whitespace().nth(19).unwrap();
         let text = String::from_utf8(text).unwrap();
         let text = text.replace(&format!("since {this}\n"), &format!("since {since}\n"));
-        fs::write(folder.path().join(LOCKED), text).unwrap();
+        fs::write(folder.path().join(LOCK_FILE), text).unwrap();
         let cancelled = AtomicBool::new(false);
         let waiting = |holder: Option<&Holder>| {
             assert_eq!(holder.unwrap().pid, other.id());

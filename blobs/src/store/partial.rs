@@ -156,14 +156,14 @@ impl Content {
         let mut failed = self.syncing();
         self.unsynced.store(0, Ordering::Relaxed);
         let result = match &*failed {
-            Some(error) => Err(again(error)),
+            Some(error) => Err(copy_of(error)),
             None if whole => self.file.sync_all(),
             None => self.file.sync_data(),
         };
         #[cfg(test)]
         crate::testing::power::synced(&self.part);
         if let (None, Err(error)) = (&*failed, &result) {
-            *failed = Some(again(error));
+            *failed = Some(copy_of(error));
         }
         result
     }
@@ -241,7 +241,7 @@ pub(crate) struct Partial {
 
 impl Partial {
     /// Opens the part file that `kept` vouches for, or creates a new one. With `room`, a new file gets disk space for
-    /// the whole blob; otherwise it grows as it is written.
+    /// the whole blob; otherwise the file is sparse.
     pub(crate) fn open(
         lease: PartLease,
         (hash, tree): (Hash, Tree),
@@ -496,7 +496,7 @@ impl Partial {
         if let Some((path, file)) = &self.outboard
             && let Err(error) = file.sync_data()
         {
-            self.syncing().get_or_insert_with(|| again(&error));
+            self.syncing().get_or_insert_with(|| copy_of(&error));
             return Err(StoreError::io("cannot sync", path)(error));
         }
         #[cfg(test)]
@@ -596,7 +596,7 @@ impl Deref for Partial {
 }
 
 /// Returns a copy of the error.
-fn again(error: &io::Error) -> io::Error {
+fn copy_of(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(code) => io::Error::from_raw_os_error(code),
         None => io::Error::new(error.kind(), error.to_string()),
@@ -704,7 +704,7 @@ fn is_unsupported(error: &io::Error) -> bool {
     ) || error == Some(Errno::NOTSUP)
 }
 
-/// Names that are tried. Each may be taken: an earlier process with the same process id may have left files.
+/// The most names that are tried. Each may be taken: an earlier process with the same process id may have left files.
 const NAMES: usize = 64;
 
 /// Tests with empty files whether files can be renamed in `folder`, so that a failure shows before anything is fetched.

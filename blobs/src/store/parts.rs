@@ -31,8 +31,8 @@ use crate::{
     tree::Tree,
 };
 
-/// Part files for which this process remembers the groups that it has written or read. Beyond this number it forgets
-/// all of them, and reads those groups again.
+/// The most part files for which this process remembers the groups that it has written or read. Beyond this number it
+/// forgets all of them, and reads those groups again.
 const MAX_SEEN: usize = 1024;
 
 /// Groups of a part file that this process has written or read. Valid while nothing else touches the file.

@@ -330,7 +330,7 @@ impl Store {
             _ => self.quota()?,
         };
         let states = quota.map(|_| self.check_all(true)).transpose()?;
-        let _alone = self.deleting();
+        let _alone = self.lock_deletion();
         let mut gone = Vec::new();
         if let (Some(quota), Some(states)) = (quota, &states) {
             self.note_used(true)?;

@@ -54,7 +54,7 @@ impl Store {
             self.add_discards(&mut checks)?;
             checks.run(self)?
         };
-        let _alone = self.deleting();
+        let _alone = self.lock_deletion();
         let model = self.model(id)?;
         let manifest = self.manifest(id)?;
         if self.is_held(id) {

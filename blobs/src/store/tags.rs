@@ -62,7 +62,7 @@ impl Store {
     /// [`StoreError::TooManyTags`].
     pub fn tag(&self, name: &str, id: &Hash) -> Result<(), StoreError> {
         check(name)?;
-        let _none_is_deleting = self.none_deletes();
+        let _no_deletion = self.block_deletion();
         self.write(|txn| {
             let models = txn.open_table(MODELS).map_err(database)?;
             if models.get(id.as_bytes()).map_err(database)?.is_none() {

@@ -40,7 +40,7 @@ use crate::{
 };
 use redb::WriteTransaction;
 
-/// Files read at a time. A second reader makes a disk faster; more hardly help.
+/// Number of files read at a time. A second reader makes a disk faster; more hardly help.
 const READERS: usize = 2;
 
 /// Chunk groups read at a time: 1 MiB, the memory of one reader.
@@ -423,7 +423,7 @@ impl Store {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let reopened = match repair && ours {
-                    true => self.end_reopening(hash, &location)?,
+                    true => self.finish_reopening(hash, &location)?,
                     false => None,
                 };
                 return Ok(reopened.unwrap_or_else(|| Found::only(Condition::Missing)));
@@ -594,7 +594,11 @@ impl Store {
 
     /// Finishes turning a missing file into a part file, after the last row could not be written because of a full disk
     /// or a power loss. Returns `None` if the file did not become a part file.
-    fn end_reopening(&self, hash: &Hash, location: &Location) -> Result<Option<Found>, StoreError> {
+    fn finish_reopening(
+        &self,
+        hash: &Hash,
+        location: &Location,
+    ) -> Result<Option<Found>, StoreError> {
         let part = part_path(&location.path, hash);
         let Ok(_lease) = PartLease::take(self, *hash, &part) else {
             return Ok(None);

@@ -10,7 +10,7 @@
 
 use std::{collections::BTreeSet, fs::File, os::unix::fs::FileExt};
 
-use super::{HeaderError, TensorInfo, in_order};
+use super::{HeaderError, TensorInfo, sorted_and_checked};
 use crate::manifest::{MAX_TENSOR_NAME, MAX_TENSORS};
 
 /// The longest header read, in bytes. A vocabulary of a quarter of a million words takes some 10 MB.
@@ -117,7 +117,7 @@ pub(super) fn read(file: &File, size: u64) -> Result<Vec<TensorInfo>, HeaderErro
             header_end: data_start,
         });
     }
-    place(entries, data_start, size)
+    byte_ranges(entries, data_start, size)
 }
 
 /// Skips the metadata, and returns the alignment.
@@ -274,7 +274,7 @@ fn contradicted(entries: &[Entry], offsets: &[u64]) -> BTreeSet<u32> {
             return true;
         }
         let length = entry.length(elements, block, bytes);
-        let room = following(offsets, entry.offset).map(|next| next - entry.offset);
+        let room = next_offset(offsets, entry.offset).map(|next| next - entry.offset);
         matches!((length, room), (Ok(length), Some(room)) if length > room)
     });
     wrong.map(|entry| entry.kind).collect()
@@ -285,14 +285,18 @@ fn known(kind: u32) -> Option<Known> {
 }
 
 /// Returns the first of the sorted `offsets` that is greater than `offset`.
-fn following(offsets: &[u64], offset: u64) -> Option<u64> {
+fn next_offset(offsets: &[u64], offset: u64) -> Option<u64> {
     let next = offsets.partition_point(|other| *other <= offset);
     offsets.get(next).copied()
 }
 
 /// Determines the byte ranges of the tensors. A tensor of an unknown type, or of a type that means something else in
 /// this file, ends where the next tensor begins, or at the end of the file.
-fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorInfo>, HeaderError> {
+fn byte_ranges(
+    entries: Vec<Entry>,
+    data_start: u64,
+    size: u64,
+) -> Result<Vec<TensorInfo>, HeaderError> {
     let mut offsets: Vec<u64> = entries.iter().map(|entry| entry.offset).collect();
     offsets.sort_unstable();
     let contradicted = contradicted(&entries, &offsets);
@@ -309,7 +313,7 @@ fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorIn
             } else if elements == 0 {
                 start
             } else {
-                match following(&offsets, entry.offset) {
+                match next_offset(&offsets, entry.offset) {
                     Some(next) => data_start.checked_add(next).ok_or_else(overflow)?,
                     None => size,
                 }
@@ -326,7 +330,7 @@ fn place(entries: Vec<Entry>, data_start: u64, size: u64) -> Result<Vec<TensorIn
             })
         })
         .collect::<Result<_, HeaderError>>()?;
-    in_order(tensors, size)
+    sorted_and_checked(tensors, size)
 }
 
 /// Reads a header from its beginning, within the file and [`MAX_HEADER`].

@@ -159,7 +159,10 @@ impl fmt::Display for Format {
 }
 
 /// Sorts `tensors` and checks them against the rules for a manifest's file of `size` bytes.
-fn in_order(mut tensors: Vec<TensorInfo>, size: u64) -> Result<Vec<TensorInfo>, HeaderError> {
+fn sorted_and_checked(
+    mut tensors: Vec<TensorInfo>,
+    size: u64,
+) -> Result<Vec<TensorInfo>, HeaderError> {
     tensors.sort_by(|a, b| (a.start, &a.name).cmp(&(b.start, &b.name)));
     let placed = tensors
         .iter()

@@ -15,7 +15,7 @@ use serde::{
     },
 };
 
-use super::{HeaderError, TensorInfo, in_order};
+use super::{HeaderError, TensorInfo, sorted_and_checked};
 use crate::manifest::{MAX_DIMENSIONS, MAX_TENSORS};
 
 /// The longest JSON read, in bytes: the limit of the format.
@@ -62,9 +62,9 @@ pub fn parse(header: &[u8], size: u64) -> Result<SafetensorsHeader, HeaderError>
         .get(..(data_start - LENGTH) as usize)
         .ok_or_else(|| incomplete(data_start))?;
     let Entries { tensors, metadata } = serde_json::from_slice(json)?;
-    let tensors = place(tensors, data_start, size)?;
+    let tensors = byte_ranges(tensors, data_start, size)?;
     Ok(SafetensorsHeader {
-        tensors: in_order(tensors, size)?,
+        tensors: sorted_and_checked(tensors, size)?,
         metadata,
         data_start,
     })
@@ -105,7 +105,7 @@ fn data_start(length: [u8; LENGTH as usize], size: u64) -> Result<u64, HeaderErr
 
 /// Determines the byte ranges of the tensors. Each range matches the tensor's shape and begins where another one ends,
 /// and the last ends with the file.
-fn place(
+fn byte_ranges(
     mut entries: Vec<(String, Entry)>,
     data_start: u64,
     size: u64,

@@ -20,7 +20,7 @@ use crate::{
 const KNOWN_HIDDEN: [&str; 4] = [".gitattributes", ".gitignore", ".gitkeep", ".gitmodules"];
 
 /// Files that operating systems leave in folders: those of the macOS Finder and the Windows Explorer.
-pub(crate) const OF_THE_SYSTEM: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
+const SYSTEM_FILES: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
 
 /// The folder that macOS adds to archives for the attributes of their files.
 const MACOSX: &str = "__MACOSX";
@@ -32,7 +32,7 @@ const APPLE_DOUBLE: &str = "._";
 pub(crate) fn litter(name: &str) -> Option<&'static str> {
     if name.starts_with(APPLE_DOUBLE) {
         Some("macOS stores another file's attributes in it")
-    } else if OF_THE_SYSTEM.contains(&name) || name == MACOSX {
+    } else if SYSTEM_FILES.contains(&name) || name == MACOSX {
         Some("it belongs to the operating system and not to the model")
     } else {
         None
@@ -41,7 +41,7 @@ pub(crate) fn litter(name: &str) -> Option<&'static str> {
 
 /// A file found in the folder.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct FoundFile {
     /// Path of the file, without links.
     pub(super) path: PathBuf,
     pub(super) seen: Sighting,
@@ -55,7 +55,7 @@ pub(super) struct Walker<'a> {
     /// Folders that links may lead into, without links: the root, and folders that belong to it.
     within: Vec<PathBuf>,
     /// The files, by path in the manifest.
-    pub(super) found: BTreeMap<String, Place>,
+    pub(super) found: BTreeMap<String, FoundFile>,
     pub(super) skipped: Notes,
     pub(super) followed: Notes,
     /// The left-out files that the user probably meant to publish.
@@ -70,7 +70,7 @@ impl<'a> Walker<'a> {
     pub(super) fn new(root: &'a Path, rules: &'a Rules, progress: &'a Progress) -> Self {
         let mut within = vec![root.to_owned()];
         within.extend(rules.within.iter().cloned());
-        within.extend(of_hub_snapshot(root));
+        within.extend(hub_snapshot_folders(root));
         Self {
             root,
             rules,
@@ -230,7 +230,7 @@ impl<'a> Walker<'a> {
         match fs::symlink_metadata(&path) {
             Ok(metadata) if metadata.is_file() => {
                 let seen = Sighting::of(&metadata);
-                self.found.insert(relative, Place { path, seen });
+                self.found.insert(relative, FoundFile { path, seen });
             }
             // The path was a file a moment ago.
             Ok(_) => return Err(IndexError::Changed(path)),
@@ -244,15 +244,15 @@ impl<'a> Walker<'a> {
 
     /// Returns the manifest path of `name` in `folder`. If the name cannot be one, notes that and returns `None`.
     fn name(&mut self, folder: &str, name: &OsStr) -> Option<String> {
-        let shown = join(folder, &name.to_string_lossy());
+        let path = join(folder, &name.to_string_lossy());
         let reason = match name.to_str() {
             None => "its name is not UTF-8",
             // Paths below it would be longer still.
-            Some(_) if shown.len() > MAX_PATH => "its path is longer than 1024 bytes",
-            Some(_) => return Some(shown),
+            Some(_) if path.len() > MAX_PATH => "its path is longer than 1024 bytes",
+            Some(_) => return Some(path),
         };
         self.refused.push(PathError {
-            path: shown,
+            path,
             reason,
             other: None,
         });
@@ -317,7 +317,7 @@ fn join(folder: &str, name: &str) -> String {
 
 /// Returns the folders that links of a snapshot in a Hugging Face cache lead to: the blobs of its repository, and those
 /// that several repositories share. Returns nothing if `root` is not a snapshot.
-fn of_hub_snapshot(root: &Path) -> Vec<PathBuf> {
+fn hub_snapshot_folders(root: &Path) -> Vec<PathBuf> {
     let is = |folder: Option<&Path>, name: &dyn Fn(&str) -> bool| {
         let folder = folder?;
         name(folder.file_name()?.to_str()?).then(|| folder.to_owned())
