@@ -20,7 +20,7 @@ pub(crate) struct Failure {
     /// another version of the node knows.
     pub(crate) reason: String,
     pub(crate) message: String,
-    /// What to do next.
+    /// The next step for the user.
     pub(crate) hint: Option<String>,
 }
 

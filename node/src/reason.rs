@@ -51,7 +51,7 @@ struct Row {
     name: &'static str,
     grpc_code: Option<Code>,
     exit_code: u8,
-    /// What to do next; empty if the message says it, or if the command adds its own hint.
+    /// The next step for the user; empty if the message says it, or if the command adds its own hint.
     hint: &'static str,
 }
 
@@ -106,7 +106,7 @@ reasons! {
         "`weft doc get ID` shows the whole document.";
     /// The node does not follow the registry.
     NotFollowed: "NOT_FOLLOWED", Some(Code::NotFound), NOT_FOUND,
-        "`weft registry follow ID` follows a registry; `weft registry ls` lists the registries that this node follows.";
+        "`weft registry follow ID` follows a registry; `weft registry ls` lists the followed registries.";
     /// The registry reserves the name, and no catalogue on this node lists it.
     NotListed: "NOT_LISTED", Some(Code::NotFound), NOT_FOUND,
         "`weft registry ls` shows how many catalogues have arrived. `weft search NAME` shows other publishers of\n\
@@ -126,7 +126,8 @@ reasons! {
 
     /// No provider of the model is reachable.
     NoProvider: "NO_PROVIDER", Some(Code::Unavailable), NO_PROVIDER,
-        "The verified part is kept. Start a node that has the model, check `weft peers`, and run the same command again.";
+        "The verified part is kept. Start a node that has the model, check `weft peers`, and run the same command\n\
+         again.";
     /// The node is connected to no peer, so the target may exist all the same.
     Disconnected: "DISCONNECTED", Some(Code::Unavailable), NO_PROVIDER,
         "This node is connected to no peer, so the target may still exist. Start the node with\n\
@@ -152,7 +153,8 @@ reasons! {
         "`weft rm NAME` drops only that name; `weft rm ID --files` removes the model with all its names.";
     /// The Hugging Face cache cannot be used.
     HfCache: "HF_CACHE", Some(Code::FailedPrecondition), FAILED,
-        "The node reads and writes the cache with the rights of the user who runs it. --cache-dir selects another cache.";
+        "The node reads and writes the cache with the rights of the user who runs it. --cache-dir selects another\n\
+         cache.";
     /// The document has not arrived yet.
     NotArrived: "NOT_ARRIVED", Some(Code::FailedPrecondition), FAILED,
         "`weft doc open ID` waits for the document. A holder must be running and share a bootstrap node with this\n\
@@ -167,8 +169,8 @@ reasons! {
     Home: "HOME", Some(Code::FailedPrecondition), FAILED, "";
     /// The system denies access to a file.
     Permission: "PERMISSION", Some(Code::FailedPrecondition), FAILED,
-        "The node reads and writes with the rights of the user who runs it. Grant access with chown or chmod, or choose\n\
-         another folder (--to, --cache-dir) or another home (--home DIR).";
+        "The node reads and writes with the rights of the user who runs it. Grant access with chown or chmod, or\n\
+         choose another folder (--to, --cache-dir) or another home (--home DIR).";
 
     /// The target has files with other content.
     TargetExists: "TARGET_EXISTS", Some(Code::AlreadyExists), TARGET_EXISTS,
@@ -206,8 +208,8 @@ reasons! {
         "`weft doc writers ID` lists the writers; the owner adds a writer with `weft doc writers ID --add PEER`.";
     /// The registry does not let the node publish the name.
     NotPublisher: "NOT_PUBLISHER", Some(Code::PermissionDenied), FAILED,
-        "`weft registry publishers ID` lists the publishers and their names; the registry's owner adds a publisher with\n\
-         `weft registry publishers ID --add PEER=PATTERN`.";
+        "`weft registry publishers ID` lists the publishers and their names; the registry's owner adds a publisher\n\
+         with `weft registry publishers ID --add PEER=PATTERN`.";
     /// The node may not change the publishers of the registry.
     NotAdministrator: "NOT_ADMINISTRATOR", Some(Code::PermissionDenied), FAILED,
         "`weft registry publishers ID` lists the publishers. The registry's owner makes this node an administrator\n\
@@ -233,7 +235,7 @@ reasons! {
     Topic: "TOPIC", Some(Code::Internal), FAILED, "";
     /// The store or a database of the node failed.
     Store: "STORE", Some(Code::Internal), FAILED,
-        "Run `weft up` with WEFT_LOG=weft=debug,info to see more. The store is the folder `store` in the node's home.";
+        "Run `weft up` with WEFT_LOG=weft=debug,info to see more. The store is the home's folder `store`.";
     /// An error without a reason of its own.
     Other: "OTHER", Some(Code::Internal), FAILED, "";
 
@@ -393,7 +395,7 @@ mod tests {
             };
             let first = hint.split(' ').next().unwrap_or_default();
             let relatives = [
-                "Who", "Whom", "What", "Where", "Which", "How", "Whether", "That", "Somebody",
+                "Who", "What", "Where", "Which", "How", "Whether", "That", "Somebody",
             ];
             assert!(!relatives.contains(&first), "{reason:?}: {hint}");
             let does = ["`weft ", "--", " again", "chmod", "Wait "];

@@ -111,7 +111,7 @@ const METRICS: &[Metric] = &[
     Metric {
         name: "weft_clock_difference_seconds",
         kind: "gauge",
-        help: "Seconds by which this machine's clock is ahead of its peers' clocks; absent with too few peers to compare.",
+        help: "Seconds by which this machine's clock is ahead of its peers' clocks; absent with too few peers.",
         samples: |now| Some(clock(now, |clock| clock.seconds() as f64)),
     },
     Metric {
