@@ -66,8 +66,8 @@ impl Format {
     }
 }
 
-/// Returns the path of the result of a selection from the file at `path`: the same path for a safetensors file,
-/// `x.safetensors` for `x.gguf`, and the path with `.safetensors` appended for other names.
+/// Returns the path of the result of a selection from the file at `path`. It is the same path for a safetensors file
+/// and `x.safetensors` for `x.gguf`. Other names get `.safetensors` appended.
 pub fn result_path(path: &str) -> String {
     match Format::of(path) {
         Format::Safetensors => path.to_owned(),

@@ -73,8 +73,8 @@ pub struct Progress {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Rules {
-    /// Refuse the folder, and list all reasons, if a file would be left out because it cannot be read, or published as
-    /// bytes although its name says that it has a header.
+    /// Refuse the folder, with all reasons, if a file cannot be read, or if its name says that it has a header but the
+    /// header cannot be read. Otherwise the former is left out, and the latter is published as bytes.
     pub strict: bool,
     /// Include hidden files and folders, except `.git` and `.cache`. Otherwise only files like `.gitattributes` are
     /// included.

@@ -1,8 +1,8 @@
 //! Rules for the paths in a manifest.
 //!
 //! A manifest comes from a stranger, and its paths become files on this node. So a path must mean the same on every
-//! system: it is relative and separated by `/`, and no component leads upwards, looks like one of Weft's own files, or
-//! is interpreted in a special way by some file system.
+//! system: it is relative and separated by `/`. No component may lead upwards, look like one of Weft's own files, or
+//! have a special meaning for some file system.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -151,8 +151,8 @@ fn is_device(component: &str) -> bool {
             && upper.as_bytes()[3].is_ascii_digit())
 }
 
-/// Checks that all of `paths` can exist together: each is allowed, no two are equal when case is ignored, and none is a
-/// file where another needs a folder.
+/// Checks that all of `paths` can exist together. Each path is allowed, no two are equal when case is ignored, and no
+/// path is a file where another needs a folder.
 ///
 /// # Errors
 /// [`PathError`] for the first path that breaks a rule.
@@ -166,8 +166,8 @@ pub fn check_all<'a>(paths: impl IntoIterator<Item = &'a str>) -> Result<(), Pat
 }
 
 /// Finds every path that cannot be published together with the paths before it. Applies the rules of [`check_all`]. In
-/// addition, no two paths may be equal on a system that ignores case and the composition of characters (Unicode's NFC
-/// and NFD, compatibility forms), as macOS does.
+/// addition, no two paths may be equal on a system such as macOS, which ignores case and how characters are composed
+/// (Unicode's NFC and NFD, compatibility forms).
 ///
 /// Stricter than the check of a manifest from a peer: such names work on the system where they were created.
 pub(crate) fn unportable<'a>(paths: impl IntoIterator<Item = &'a str>) -> Vec<PathError> {

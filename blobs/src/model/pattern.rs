@@ -35,11 +35,11 @@ pub const MAX_DIGITS: usize = 18;
 ///
 /// All other characters match themselves; case matters. A character is a Unicode scalar value.
 ///
-/// As in a `.gitignore`, a pattern without `/` is matched against a file's name in any folder, and a pattern with `/`
-/// against the whole path: `*.json` matches `onnx/config.json`, but `onnx/*.json` does not match `a/onnx/config.json`.
-/// A `/` at the start stands for the model's folder: `/*.json` matches only `config.json`. A pattern does not match a
-/// folder; the content of `onnx` is `onnx/**`. A tensor's name is always matched as a whole, and `/` in it has no
-/// special meaning.
+/// As in a `.gitignore`, a pattern without `/` is matched against a file's name in any folder. A pattern with `/` is
+/// matched against the whole path: `*.json` matches `onnx/config.json`, but `onnx/*.json` does not match
+/// `a/onnx/config.json`. A `/` at the start stands for the model's folder: `/*.json` matches only `config.json`. A
+/// pattern does not match a folder; the content of `onnx` is `onnx/**`. A tensor's name is always matched as a whole,
+/// and `/` in it has no special meaning.
 #[derive(Clone)]
 pub struct Pattern {
     source: String,

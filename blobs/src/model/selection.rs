@@ -325,8 +325,8 @@ fn no_match<'a>(
 /// with the pattern, and the triples of characters that occur in both. Case is ignored; of equally similar names, the
 /// shorter comes first. Makes one pass over the names, with a few steps per byte.
 fn close<'a>(pattern: &Pattern, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    // A slot for each triple, by a 16-bit hash: 0 if the pattern does not contain the triple, else the number of the
-    // last name for which it was counted.
+    // A slot for each triple, by a 16-bit hash. It is 0 if the pattern does not contain the triple, else the number of
+    // the last name for which the triple was counted.
     let mut triples = vec![0_u32; 1 << 16];
     let place = |triple: &[u8]| {
         let mixed = triple.iter().fold(0_u32, |mixed, byte| {

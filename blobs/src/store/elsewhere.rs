@@ -220,8 +220,8 @@ impl Elsewhere {
         Ok(of_files.collect())
     }
 
-    /// Finds content in a part file that has no row in this store: another node left it in a folder that both write to,
-    /// or the store's database is lost. Returns `None` if there is nothing. Blocks.
+    /// Finds content in a part file that has no row in this store. Such a file is there if another node left it in a
+    /// folder that both write to, or if the store's database was lost. Returns `None` if there is nothing. Blocks.
     ///
     /// # Errors
     /// An I/O error of the disk.

@@ -24,8 +24,8 @@ impl KnownFiles {
         self.0.len()
     }
 
-    /// Returns true if the file at `path` is known to hold the blob, and nothing has touched the file since it was last
-    /// read or written whole: its inode and its change time, which only the system sets, are the same. Content that is
+    /// Returns true if the file at `path` is known to hold the blob and has not been touched since it was last read or
+    /// written whole. Its inode and its change time, which only the system sets, must be the same. Content that is
     /// served is checked in any case; a file that is reported as complete without being read must pass this check.
     pub(crate) fn has_untouched(&self, path: &Path) -> bool {
         let Some(known) = self.0.get(path) else {
@@ -87,7 +87,7 @@ pub(super) fn forget_locations(
 }
 
 /// Files that hold whole blobs and are to be recorded, by blob and path. The row of each blob is read and written once,
-/// however many files hold it: a stranger's model may have a hundred thousand files of the same content.
+/// however many files hold it. A stranger's model may have a hundred thousand files of the same content.
 #[derive(Debug, Default)]
 pub(super) struct Located(pub(super) BTreeMap<Hash, BTreeMap<Vec<u8>, LocationRow>>);
 

@@ -31,9 +31,9 @@ pub struct Removed {
 }
 
 impl Store {
-    /// Removes a model from the store. With `files`, also deletes its files that were fetched and are unchanged, in all
-    /// folders that it was fetched into, and the folders that were created for it. Its part files and the store's own
-    /// copies are deleted in any case. Content that other models need stays. Durable on return.
+    /// Removes a model from the store. With `files`, also deletes its fetched files that are unchanged, in all folders
+    /// that it was fetched into, and the folders created for it. Its part files and the store's own copies are deleted
+    /// in any case. Content that other models need stays. Durable on return.
     ///
     /// # Errors
     /// [`StoreError::NoSuchModel`] if the store does not hold the model; [`StoreError::Tagged`]; [`StoreError::Busy`]
