@@ -1,4 +1,4 @@
-//! The document built anew from what counts, after an epoch or a proof has taken something away.
+//! Rebuilds a document from its valid envelopes after an epoch or a proof has invalidated some.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -18,9 +18,9 @@ use crate::{
     store::{Store, StoreError, key},
 };
 
-/// What counts when a document is built anew.
+/// The valid part of a document.
 struct Counting {
-    /// The envelopes of each session that count.
+    /// Number of valid envelopes of each session.
     kept: BTreeMap<SessionId, usize>,
     /// Their changes, in causal order.
     changes: Vec<Change>,
@@ -28,7 +28,7 @@ struct Counting {
 }
 
 impl Document {
-    /// Whether what is here of a session is another branch than the one an epoch names.
+    /// Returns true if this replica has another branch of a session than the one that an epoch names.
     pub(super) fn goes_astray(&self, session: &SessionId, known: &Session) -> bool {
         match self.standing(session, &known.run) {
             Standing::Until(head) => known
@@ -49,8 +49,8 @@ impl Document {
         Ok(doc)
     }
 
-    /// Builds the document from what counts, on this base; own edits that no longer count, but for what `covered`
-    /// contains and what was revoked.
+    /// Rebuilds the document on this base from its valid envelopes. Returns this replica's own edits that are no longer
+    /// valid, except for those that `covered` contains and those that were revoked.
     pub(super) fn rebuild(
         &mut self,
         store: &mut Store,
@@ -66,9 +66,9 @@ impl Document {
         let mut doc = base.clone();
         let applied = guard::contained(|| doc.apply_changes(changes));
         if !matches!(applied, Ok(Ok(()))) {
-            return Err(store.damaged(id, "its changes cannot be put together again"));
+            return Err(store.damaged(id, "its changes cannot be combined again"));
         }
-        tracing::debug!(document = %id, changes = looked_at, "a document is built anew");
+        tracing::debug!(document = %id, changes = looked_at, "rebuilt a document");
         #[cfg(test)]
         {
             self.looked_at += looked_at;
@@ -84,7 +84,7 @@ impl Document {
         Ok(carry)
     }
 
-    /// What of each session counts, by epochs, proofs, and what each change builds on.
+    /// Determines the valid part of each session, by epochs, proofs and the dependencies of each change.
     fn what_counts(&self, base: &Automerge) -> Counting {
         let mut known: HashSet<ChangeHash> = base
             .get_changes_meta(&[])
@@ -103,14 +103,14 @@ impl Document {
             changes: Vec::new(),
             looked_at: 0,
         };
-        // One pass: what a change builds on comes before it.
+        // One pass suffices: dependencies come before the changes that build on them.
         for (session, index) in self.ordered(self.sessions.iter().map(range).collect()) {
             let (Some(count), Some(known_session)) =
                 (counting.kept.get_mut(&session), self.sessions.get(&session))
             else {
                 continue;
             };
-            // One before it does not count.
+            // An earlier envelope of the session is invalid.
             if *count as u64 != index {
                 continue;
             }
@@ -128,7 +128,7 @@ impl Document {
         counting
     }
 
-    /// Drops what of a session no longer counts.
+    /// Drops the envelopes of a session that are no longer valid.
     fn shorten(
         &mut self,
         store: &mut Store,
@@ -148,7 +148,7 @@ impl Document {
         }
         if count < entries.entries.len() {
             entries.entries.truncate(count);
-            // What would follow builds on what is gone.
+            // Further changes would build on a dropped one.
             if self.writing == Some(session) {
                 self.writing = None;
             }
@@ -161,7 +161,8 @@ impl Document {
         Ok(())
     }
 
-    /// What this replica has edited and is no longer kept, each change as it was meant: against what it was built on.
+    /// Returns this replica's edits that are no longer valid. Each change is compared with the state that it was built
+    /// on, so that its edits keep their meaning.
     fn lost_edits(&self, kept: &BTreeMap<SessionId, usize>, covered: &Heads) -> Vec<Edit> {
         let mut edits = Vec::new();
         for session in &self.own {
@@ -169,7 +170,7 @@ impl Document {
                 continue;
             };
             let standing = self.standing(session, &entries.run);
-            // Taken away by the owner.
+            // Revoked by the owner.
             let revoked =
                 !self.may_write(&entries.run.author) || matches!(standing, Standing::Until(_));
             if revoked {
@@ -195,7 +196,7 @@ impl Document {
     }
 }
 
-/// The document that a base makes, each of its changes checked as if a peer had sent it.
+/// Builds the document of a base, and checks each change as if a peer had sent it.
 pub(super) fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
     if base.len() != epoch.says.base.len() {
         return Err(Refusal::Early);

@@ -1,4 +1,4 @@
-//! What is taken of peers' envelopes, epochs and proofs: each is checked in a fixed order, counts, waits, or is
+//! Accepts envelopes, epochs and proofs of peers. Each is checked in a fixed order, and is then valid, waits, or is
 //! refused.
 
 use std::{
@@ -32,15 +32,15 @@ use crate::{
     store::{Store, StoreError, key},
 };
 
-/// An envelope, and which peer it came from.
+/// An envelope, and the peer that it came from.
 pub(crate) type From = (Envelope, Option<Key>);
 
 /// The source of an envelope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A peer; `asked`: it was wanted of that peer.
+    /// A peer. `asked` is true if the envelope was requested from it.
     Peer { key: Key, asked: bool },
-    /// A file of the user's own, whose envelopes are taken in causal order.
+    /// A file of the user's, whose envelopes are in causal order.
     File,
 }
 
@@ -53,40 +53,40 @@ impl Source {
     }
 }
 
-/// What became of envelopes.
+/// The result of processing envelopes.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
-    /// Those that are new and count.
+    /// New valid envelopes.
     pub(crate) new: Vec<From>,
     pub(crate) proofs: Vec<Proof>,
-    /// Sessions of which a peer has given what can never count.
+    /// Sessions of which a peer has sent envelopes that can never be valid.
     pub(crate) void: BTreeSet<(Key, SessionId)>,
-    /// Envelopes of a file that do not count, and why.
+    /// Envelopes of a file that are not valid, with the reason.
     pub(crate) refused: Vec<(Header, Refusal)>,
-    /// Peers that sent what no honest peer would.
+    /// Peers that sent data that no honest peer would send.
     pub(crate) offences: Vec<(Key, Refusal)>,
-    /// Sessions of which another branch is known, and who knows it: the point where they part is to be found.
+    /// Sessions of which another branch is known, with the peer that knows it. The point of divergence is to be found.
     pub(crate) astray: Vec<(Key, SessionId)>,
-    /// From these something is missing.
+    /// Peers from which data is missing.
     pub(crate) early: BTreeSet<Key>,
-    /// Where the content has changed; `None`: it was not asked.
+    /// Changed paths; empty if the document is not watched.
     pub(crate) paths: Vec<Path>,
-    /// Own edits that no longer counted, to be made again.
+    /// Own edits that became invalid and are to be made again.
     pub(crate) carry: Vec<Edit>,
-    /// The document was built anew.
+    /// True if the document was rebuilt.
     pub(crate) rebuilt: bool,
-    /// It takes no more.
+    /// True if the document has no more room.
     pub(crate) full: bool,
-    /// Peers are told of what is new in another way.
+    /// True if peers learn of the new data in another way.
     pub(crate) quiet: bool,
 }
 
-/// An envelope that is to be taken.
+/// An envelope to process.
 #[derive(Debug)]
 struct Sent {
     envelope: Envelope,
     source: Source,
-    /// Its signature has been checked.
+    /// True if its signature was checked.
     verified: bool,
 }
 
@@ -103,7 +103,7 @@ impl std::convert::From<Waiter> for Sent {
     }
 }
 
-/// The result of a check of one envelope.
+/// The result of the checks of one envelope.
 enum Verdict {
     Counts(Box<Pending>),
     Waits(On),
@@ -111,8 +111,8 @@ enum Verdict {
 }
 
 impl Document {
-    /// Takes what is right of these envelopes and of those that waited, as far as what they build on is here. After an
-    /// error, what was taken before it counts.
+    /// Processes these envelopes and those that waited, as far as their dependencies are present. After an error,
+    /// everything accepted before it remains valid.
     pub(crate) fn take(
         &mut self,
         store: &mut Store,
@@ -131,10 +131,10 @@ impl Document {
             source,
             verified: false,
         }));
-        // Each envelope is looked at once, and again when the one thing is here that it waits for.
+        // Each envelope is examined once, and again when the one condition that it waits for is met.
         let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
-        // Envelopes that count, and their changes, which are applied together. `alone` changes are applied one by one,
-        // because Automerge has failed on one of them.
+        // Valid envelopes, and their changes, which are applied together. The next `alone` changes are applied one by
+        // one, because Automerge has failed on one of them.
         let (mut counting, mut batch, mut alone) = (Vec::new(), Batch::default(), 0_usize);
         let mut failed = None;
         loop {
@@ -186,8 +186,8 @@ impl Document {
             }
         }
         if let Some(error) = failed {
-            // Envelopes that count are in the log, so they have to be in the document. If that fails, the first error
-            // is told.
+            // Valid envelopes are in the log, so they have to be in the document as well. If that fails, the first
+            // error is returned.
             let _ = self.settle(store, batch, counting, &mut taken);
             return Err(error);
         }
@@ -207,8 +207,9 @@ impl Document {
         Ok(taken)
     }
 
-    /// Puts a batch into the document, whose envelopes are in the log. Where Automerge fails on it, they leave the log,
-    /// and are returned to be taken one by one: each other one counts all the same. One that is alone is refused.
+    /// Applies a batch, whose envelopes are in the log, to the document. If Automerge fails on it, its envelopes leave
+    /// the log and are returned, to be processed one by one, so that all others remain valid. A single envelope is
+    /// refused.
     fn settle(
         &mut self,
         store: &mut Store,
@@ -230,8 +231,8 @@ impl Document {
         for sent in sent.iter().rev() {
             self.pop(store, &sent.envelope.header)?;
         }
-        // The document may be half changed. All that counts is in the log: only a writer can make this happen, and a
-        // copy for each batch would cost all of them as much.
+        // The document may be partly changed, so it is loaded again from the log, which has all valid envelopes. Only a
+        // writer can cause this, and a copy before each batch would cost every batch as much.
         self.doc = Self::load(store, self.genesis.clone())?.doc;
         self.memory = Memory::default();
         let mut again: Vec<_> = sent
@@ -249,7 +250,7 @@ impl Document {
         Ok(again)
     }
 
-    /// All checks of one envelope, in their order, against the document and what is to be applied to it before.
+    /// Makes all checks of one envelope, in their order, against the document and the batch that is applied before it.
     fn consider(
         &mut self,
         store: &Store,
@@ -278,7 +279,7 @@ impl Document {
                 (None, Some(from)) => taken.astray.push((from, header.session)),
                 (None, None) => {}
             }
-            // The point where the branches part is looked for: this session is not over for the peer.
+            // The point of divergence is being searched for, so this session is not void for the peer.
             if let Err(Refusal::Void) = admitted
                 && sent.source != Source::File
             {
@@ -295,7 +296,7 @@ impl Document {
             }
             Err(refusal) => return Ok(Verdict::Refused(refusal)),
         }
-        // Looked at before all that costs something: what waits is decoded once, when it can be applied.
+        // Check this before anything expensive: a waiting change is decoded once, when it can be applied.
         let dependencies = chunk::dependencies(&envelope.change);
         let view = View {
             doc: &self.doc,
@@ -330,7 +331,8 @@ impl Document {
         )
     }
 
-    /// Checks an envelope up to where Automerge is needed. `Err(Astray)` comes as [`Refusal::Early`] with `astray` set.
+    /// Makes the checks of an envelope that need no Automerge. If the peer is on another branch, returns
+    /// [`Refusal::Early`] and sets `astray`.
     fn admit(&self, envelope: &Envelope, astray: &mut bool) -> Result<(), Refusal> {
         let header = &envelope.header;
         let known = self.sessions.get(&header.session);
@@ -346,7 +348,7 @@ impl Document {
         }
         let standing = self.standing(&header.session, &header.run);
         if header.index >= self.limit(&header.session, &header.run) {
-            // Of an epoch that is not here yet.
+            // The session may belong to an epoch that has not arrived.
             let later = standing == Standing::Void && !self.knows(&header.run.epoch);
             return Err(if later { Refusal::Early } else { Refusal::Void });
         }
@@ -372,7 +374,7 @@ impl Document {
         Ok(())
     }
 
-    /// Returns true if what an envelope waits for is here.
+    /// Returns true if the condition that an envelope waits for is met.
     fn is_here(&self, on: &On) -> bool {
         match on {
             On::Place(session, index) => self.count(session) >= *index,
@@ -381,7 +383,7 @@ impl Document {
         }
     }
 
-    /// Keeps an envelope for when what it builds on is here, if there is room.
+    /// Keeps an envelope until its dependencies arrive, if there is room.
     fn wait(&mut self, sent: Sent, on: On, taken: &mut Taken) {
         let Sent {
             envelope,
@@ -395,8 +397,8 @@ impl Document {
         if self.waiting.has(&envelope) {
             return;
         }
-        // The signature of an envelope that nobody asked for is not checked if there is no room for the envelope. Room
-        // for a requested envelope is made at the cost of other peers, and so after the check.
+        // If there is no room for an unrequested envelope, its signature is not checked. Room for a requested envelope
+        // is made at the expense of other peers, so only after the check.
         let fits = asked || self.waiting.make_room(&envelope, &key, asked);
         if fits && !verified && !envelope.header.is_signed(&self.id()) {
             taken.offences.push((key, Refusal::Signature));
@@ -408,7 +410,7 @@ impl Document {
         taken.early.insert(key);
     }
 
-    /// Notes why an envelope does not count.
+    /// Records the reason for which an envelope is not valid.
     fn refuse(&self, sent: Sent, refusal: Refusal, taken: &mut Taken) {
         let header = sent.envelope.header;
         match sent.source {
@@ -418,7 +420,8 @@ impl Document {
                 Refusal::Full => taken.full = true,
                 Refusal::Void => _ = taken.void.insert((key, header.session)),
                 Refusal::Foreign => {
-                    // Not wanted again at once, and told to whoever runs this node; no fault of the peer.
+                    // Do not request it again at once, and log it for the operator of this node. The peer is not at
+                    // fault.
                     tracing::warn!(document = %self.id(), author = %header.run.author, "{refusal}");
                     taken.void.insert((key, header.session));
                 }
@@ -428,7 +431,7 @@ impl Document {
         }
     }
 
-    /// Takes the last envelope of a session out of the log again.
+    /// Removes the last envelope of a session from the log.
     fn pop(&mut self, store: &mut Store, header: &Header) -> Result<(), StoreError> {
         let row = key::envelope(&self.id(), &header.session, header.index);
         if let Some(row) = store.get(&row)? {
@@ -445,7 +448,7 @@ impl Document {
         Ok(())
     }
 
-    /// Writes an envelope that has been checked behind its session.
+    /// Appends a checked envelope to its session.
     pub(super) fn push(&mut self, store: &mut Store, envelope: &Envelope) {
         let header = &envelope.header;
         let row = saved::seal(envelope.to_wire().encode_to_vec());
@@ -460,7 +463,7 @@ impl Document {
         self.digest = None;
     }
 
-    /// Takes a proof whose signatures have been checked.
+    /// Processes a proof whose signatures were checked.
     pub(crate) fn take_proof(
         &mut self,
         store: &mut Store,
@@ -497,7 +500,7 @@ impl Document {
         Ok(taken)
     }
 
-    /// Takes epochs that follow each other, with what the base of the last new beginning among them is made of.
+    /// Processes consecutive epochs, with the base of the last compaction among them.
     pub(crate) fn take_epochs(
         &mut self,
         store: &mut Store,
@@ -548,7 +551,7 @@ impl Document {
                 }
                 built
             }
-            // A beginning that is no longer in the chain; what is before it is to come from others.
+            // A compaction is no longer in the chain. The changes before it have to come from other replicas.
             None if had.1 != self.epochs.beginning().map(|epoch| epoch.id) => {
                 store.delete_all(&key::base(&id))?;
                 Automerge::new()
@@ -577,7 +580,7 @@ impl Document {
         Ok(taken)
     }
 
-    /// Forgets what waits and can never count.
+    /// Drops waiting envelopes that can never be valid.
     fn forget_void(&mut self) {
         let mut waiting = mem::take(&mut self.waiting);
         waiting.retain(|envelope| {

@@ -1,10 +1,10 @@
-//! Envelopes that came before what they build on.
+//! Envelopes that arrived before their dependencies.
 //!
-//! Anybody can make up envelopes of that kind, so what waits is bounded: of envelopes that were told unasked,
-//! [`MAX_TOLD`] and [`MAX_TOLD_BYTES`] for each document, a quarter of the number from one peer; of those that a peer
-//! gave because they were wanted of it, [`MAX_ASKED`] and [`MAX_ASKED_BYTES`] for each document. A document is wanted
-//! of one peer at a time; what another peer gave earlier is dropped first. All documents together have [`MAX_IN_ALL`].
-//! None of it is on disk, and whatever is dropped is wanted again.
+//! Any peer can make up such envelopes, so their number is limited. For unrequested envelopes, the limits for each
+//! document are [`MAX_TOLD`] and [`MAX_TOLD_BYTES`]; one peer may fill a quarter of the number. For requested
+//! envelopes, the limits for each document are [`MAX_ASKED`] and [`MAX_ASKED_BYTES`]. A document is requested from one
+//! peer at a time; envelopes that another peer sent earlier are dropped first. All documents together are limited to
+//! [`MAX_IN_ALL`]. Waiting envelopes are not on disk, and dropped ones are requested again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,27 +13,27 @@ use crate::{
     log::envelope::Envelope,
 };
 
-/// Envelopes of one document that were told unasked and wait, and the bytes of their changes.
+/// Most unrequested envelopes of one document that wait, and the most bytes of their changes.
 pub(crate) const MAX_TOLD: usize = 512;
 pub(crate) const MAX_TOLD_BYTES: usize = 4 << 20;
 
-/// Envelopes of one document that were wanted and wait, and the bytes of their changes: eight pieces of a peer that
-/// gives session by session, as versions before causal order do.
+/// Most requested envelopes of one document that wait, and the most bytes of their changes: eight pieces of a peer that
+/// sends session by session, as versions before the causal order do.
 pub(crate) const MAX_ASKED: usize = 4096;
 pub(crate) const MAX_ASKED_BYTES: usize = 4 << 20;
 
-/// Bytes of changes that wait in all documents of a replica. Checked at the end of each round of a replica; one message
-/// may exceed it until then.
+/// Most bytes of waiting changes in all documents of a replica. Checked at the end of each round of a replica; one
+/// message may exceed it until then.
 pub(crate) const MAX_IN_ALL: usize = 64 << 20;
 
 /// The condition that an envelope waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum On {
-    /// The envelopes of its session before this index.
+    /// The envelopes of its session before this index are present.
     Place(SessionId, u64),
-    /// A change that it builds on.
+    /// A dependency is present.
     Change(ChangeId),
-    /// The epoch in which its session began.
+    /// The epoch in which its session began is present.
     Epoch(EpochId),
 }
 
@@ -43,11 +43,11 @@ pub(crate) struct Waiter {
     pub(crate) from: Key,
     pub(crate) asked: bool,
     pub(crate) on: On,
-    /// Counts up with each that is kept.
+    /// Number that increases with each kept envelope.
     turn: u64,
 }
 
-/// The chain after an envelope tells apart branches of a session.
+/// Position of an envelope. The chain after the envelope distinguishes branches of a session.
 type Place = (SessionId, u64, Chain);
 
 fn place(envelope: &Envelope) -> Place {
@@ -55,13 +55,13 @@ fn place(envelope: &Envelope) -> Place {
     (header.session, header.index, header.chain())
 }
 
-/// Envelopes that wait; their signatures have been checked.
+/// Waiting envelopes, whose signatures were checked.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {
     entries: BTreeMap<Place, Waiter>,
-    /// The places of those that wait for something.
+    /// Positions of the envelopes that wait for each condition.
     by_on: BTreeMap<On, BTreeSet<Place>>,
-    /// Number and bytes of what was told, and of what was asked for.
+    /// Number and bytes of unrequested envelopes, and of requested ones.
     told: (usize, usize),
     asked: (usize, usize),
     told_by: BTreeMap<Key, usize>,
@@ -81,8 +81,8 @@ impl Waiting {
         self.entries.contains_key(&place(envelope))
     }
 
-    /// Returns true if there is room for an envelope; drops envelopes of other peers to make room for one that was
-    /// wanted.
+    /// Returns true if there is room for an envelope. For a requested envelope, drops envelopes of other peers to make
+    /// room.
     pub(crate) fn make_room(&mut self, envelope: &Envelope, from: &Key, asked: bool) -> bool {
         let bytes = envelope.change.len();
         if !asked {
@@ -157,14 +157,14 @@ impl Waiting {
         self.by_on.keys()
     }
 
-    /// Takes out what waits for this, in the order of sessions.
+    /// Removes and returns the envelopes that wait for this condition, ordered by session.
     pub(crate) fn wake(&mut self, on: &On) -> Vec<Waiter> {
         let places = self.by_on.get(on).cloned().unwrap_or_default();
         let waiters = places.iter().filter_map(|place| self.remove(place));
         waiters.collect()
     }
 
-    /// Drops what does not satisfy this.
+    /// Drops the envelopes for which `keep` returns false.
     pub(crate) fn retain(&mut self, keep: impl Fn(&Envelope) -> bool) {
         let others = self.entries.iter();
         let others = others.filter(|(_, waiter)| !keep(&waiter.envelope));
@@ -172,7 +172,8 @@ impl Waiting {
         others.iter().for_each(|place| _ = self.remove(place));
     }
 
-    /// Returns the index that a session reaches with its waiting envelopes, from `count` envelopes with this chain on.
+    /// Returns the index that a session reaches with its waiting envelopes, starting after `count` envelopes with this
+    /// chain.
     pub(crate) fn reach(&self, session: &SessionId, count: u64, mut chain: Chain) -> u64 {
         let mut next = count;
         loop {
@@ -248,14 +249,14 @@ mod tests {
     }
 
     #[test]
-    fn what_was_asked_for_is_not_held_to_the_quarter_and_all_of_it_is_bounded() {
+    fn requested_envelopes_are_exempt_from_the_quarter_and_the_total_is_limited() {
         let mut waiting = Waiting::default();
         assert_eq!(kept(&mut waiting, 1, false, 0..1_000, 10), MAX_TOLD / 4);
         assert_eq!(kept(&mut waiting, 2, false, 1_000..2_000, 10), MAX_TOLD / 4);
-        // Room of its own, bounded by number and by bytes.
+        // Requested envelopes have room of their own, limited by number and by bytes.
         assert_eq!(kept(&mut waiting, 1, true, 2_000..7_000, 10), MAX_ASKED);
         assert_eq!(waiting.len(), MAX_TOLD / 2 + MAX_ASKED);
-        // Envelopes that another peer is asked for replace those that the first gave, and never those that were told.
+        // Envelopes requested from another peer replace those of the first peer, but never unrequested ones.
         let large = MAX_ASKED_BYTES / 16;
         assert_eq!(kept(&mut waiting, 3, true, 8_000..8_100, large), 16);
         assert_eq!(waiting.len(), MAX_TOLD / 2 + 16);

@@ -183,7 +183,7 @@ async fn mistakes_say_what_to_do() {
         ),
         (
             node.docs().import(b"hello".to_vec()).await.unwrap_err(),
-            "no exported document",
+            "not an exported document",
         ),
     ] {
         assert!(error.to_string().contains(says), "{error}");

@@ -138,7 +138,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
             &one,
             &["import", one.path().join("key").to_str().unwrap()],
             1,
-            "no exported document",
+            "not an exported document",
         ),
         (
             &other,
