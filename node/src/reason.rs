@@ -217,8 +217,8 @@ reasons! {
 
     /// A manifest, or the result of a selection, is invalid.
     InvalidContent: "INVALID_CONTENT", Some(Code::DataLoss), FAILED,
-        "Nothing was written. Weft never writes an invalid manifest, so its publisher may be malicious: choose another\n\
-         publisher with --publisher PEERID, or another name or ticket.";
+        "Nothing was written. Weft never writes an invalid manifest, so its publisher may be malicious: choose\n\
+         another publisher with --publisher PEERID, or another name or ticket.";
     /// The document is damaged on disk.
     DocumentDamaged: "DOCUMENT_DAMAGED", Some(Code::DataLoss), DAMAGED,
         "`weft doc open ID` keeps the readable part, and fetches the rest from the document's holders.";
@@ -250,8 +250,8 @@ reasons! {
     Damaged: "DAMAGED", PROGRAM, DAMAGED, "";
     /// `weft doc open` stopped waiting before the document was complete.
     Incomplete: "INCOMPLETE", PROGRAM, INCOMPLETE,
-        "This node keeps its replica, and the rest arrives by itself. To wait for it, run the same command again, with\n\
-         a longer --wait if the document is large.";
+        "This node keeps its replica, and the rest arrives by itself. To wait for it, run the same command again,\n\
+         with a longer --wait if the document is large.";
     /// `weft doc open` stopped waiting, and no holder of the document is connected.
     NoHolder: "INCOMPLETE", PROGRAM, NO_PROVIDER,
         "This node keeps looking for holders. A holder must be running and share a bootstrap node with this node; a\n\

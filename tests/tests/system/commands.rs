@@ -197,8 +197,8 @@ fn text_output_reads_well() {
         (&["ls"][..], "a/b"),
         (&["show", "a/b"], "sub/config.json"),
         (&["status"], up.peer_id()),
-        (&["peers"], "nobody"),
-        (&["rm", "a/b"], "its files stay"),
+        (&["peers"], "no peer"),
+        (&["rm", "a/b"], "its files are kept"),
     ] {
         let finished = home.run(command);
         assert!(finished.status.success(), "{finished:#?}");

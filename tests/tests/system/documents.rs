@@ -99,7 +99,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
     );
     let info = one.run(&["doc", "info", &id]).stdout;
     assert!(
-        info.contains(up.peer_id()) && info.contains("everybody"),
+        info.contains(up.peer_id()) && info.contains("every node"),
         "{info}"
     );
     let file = one.beside("document");

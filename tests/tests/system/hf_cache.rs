@@ -197,7 +197,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     // Again, and by its other name: nothing moves but a ref.
     let again = receiver.run(&["get", "acme/m@v1", "--hf-cache", "--cache-dir", text(&to)]);
     assert!(
-        again.stdout.contains("all of it was on this machine"),
+        again.stdout.contains("all content was already on this machine"),
         "{again:#?}"
     );
     assert_eq!(layout(&repo), expected(&["v1"]));
@@ -251,7 +251,7 @@ fn what_is_in_the_way_in_a_cache_is_left_there() {
     let inode = fs::metadata(&blob).unwrap().ino();
     let finished = receiver.run(&get);
     assert!(
-        finished.stdout.contains("all of it was on this machine"),
+        finished.stdout.contains("all content was already on this machine"),
         "{finished:#?}"
     );
     assert_eq!(fs::metadata(&blob).unwrap().ino(), inode);

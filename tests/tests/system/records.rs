@@ -98,7 +98,7 @@ fn records_are_stated_read_taken_back_and_end() {
         (&["put", "k", "v", "--ttl", "soon"], 2, "10m"),
         (&["put", "k", "v", "--ttl", "49h"], 1, "48 hours"),
         (&["put", "k", "v", "--ttl", "0"], 1, "one second"),
-        (&["get", "nothing"], 3, "nobody states anything"),
+        (&["get", "nothing"], 3, "no record under"),
         (&["rm", "nothing"], 3, "record ls"),
     ] {
         let failed = one.run(&[&["record"], arguments].concat());

@@ -106,7 +106,7 @@ fn a_registry_is_made_followed_filled_and_left() {
         (
             vec!["registry", "publishers", &id, "--add", "nobody"],
             2,
-            "no PeerId",
+            "not a PeerId",
         ),
         (
             vec![
@@ -194,7 +194,7 @@ fn following_a_registry_that_nobody_has_says_so_at_once_and_what_to_do_at_the_en
     let unknown = "ab".repeat(32);
     let alone = one.run(&["registry", "follow", &unknown, "--wait", "0"]);
     assert_eq!(alone.code(), Some(0), "{alone:#?}");
-    assert!(alone.stderr.contains("connected to nobody"), "{alone:#?}");
+    assert!(alone.stderr.contains("connected to no peer"), "{alone:#?}");
     one.json(&["connect", other_up.address()]);
     // Nothing but what is said at once tells that it is waited for: it is stopped long before the wait is over.
     let mut follow = one.start(&["registry", "follow", &unknown, "--wait", "1h"]);
@@ -211,7 +211,7 @@ fn following_a_registry_that_nobody_has_says_so_at_once_and_what_to_do_at_the_en
         assert!(followed.stderr.contains(says), "{followed:#?}");
     }
     assert!(
-        !followed.stderr.contains("connected to nobody"),
+        !followed.stderr.contains("connected to no peer"),
         "{followed:#?}"
     );
     // It is followed for good.
