@@ -1,10 +1,10 @@
-//! A document as a file: the messages that would give all of it to a peer, each after its length in 8 bytes
-//! (big-endian).
+//! Exports a document to a file and imports it. The file consists of the messages that would send all of the document
+//! to a peer, each after its length in 8 bytes (big-endian).
 //!
-//! Envelopes are written in causal order. Files of versions before that hold them session by session; both are
-//! imported, in an order that is worked out from the changes themselves. Everything in a file is checked as if a peer
-//! had sent it. A file is the user's own: what it holds waits in memory for what it builds on, and is bounded by the
-//! file alone.
+//! Envelopes are written in causal order. Files of earlier versions have them session by session. Both kinds can be
+//! imported, because the order is computed from the changes themselves. All data in a file is checked as if a peer had
+//! sent it. A file belongs to the user, so its changes may wait in memory for their dependencies without any limit
+//! other than the size of the file.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -35,22 +35,22 @@ use crate::{
 
 const EXPORT: &[u8] = b"weft document 1\n";
 
-/// Changes of a file are taken in batches of about this many bytes: each batch costs a copy of the document.
+/// Approximate bytes of the changes that an import processes at once. Each batch costs a copy of the document.
 const BATCH: usize = 4 << 20;
 
 fn not_a_document(why: &str) -> Error {
     Error::Import(why.to_owned())
 }
 
-/// Everything that a file holds, as far as it can be read.
+/// The readable contents of a file.
 #[derive(Debug, Default)]
 struct Content {
     document: Option<DocumentId>,
     genesis: Option<wire::SignedGenesis>,
     epochs: Vec<wire::SignedEpoch>,
-    /// Of the base of an epoch, changes from an index on.
+    /// Changes of the base of an epoch, from an index on.
     bases: BTreeMap<(Vec<u8>, u64), Vec<Bytes>>,
-    /// Of rows on disk: the base, whichever epoch it is of.
+    /// For rows on disk: the base, whichever epoch it belongs to.
     base: Option<Vec<Bytes>>,
     proofs: Vec<wire::Equivocation>,
     envelopes: Vec<wire::Envelope>,
@@ -61,9 +61,9 @@ impl Content {
     fn read(content: &[u8]) -> Result<Self, Error> {
         let mut rest = content
             .strip_prefix(EXPORT)
-            .ok_or_else(|| not_a_document("it does not begin as one"))?;
+            .ok_or_else(|| not_a_document("it does not begin like one"))?;
         let mut this = Self::default();
-        // Each part but the last says that more follows; in files of earlier versions none does.
+        // Each part but the last says that another follows; in files of earlier versions none does.
         let mut is_complete = rest.is_empty();
         while !rest.is_empty() {
             let part = rest.split_first_chunk().and_then(|(length, rest)| {
@@ -89,7 +89,7 @@ impl Content {
         Ok(this)
     }
 
-    /// Reads the rows of a document on disk, as far as they can be read.
+    /// Reads the rows of a document on disk, as far as they are readable.
     fn rows(store: &Store, id: &DocumentId) -> Result<Self, StoreError> {
         let mut this = Self {
             document: Some(*id),
@@ -107,7 +107,7 @@ impl Content {
             let envelope = wire::Envelope::decode(&row[..]).ok();
             this.envelopes.extend(envelope.filter(|_| is_intact));
         }
-        // A base belongs to the last epoch that is a beginning.
+        // A base belongs to the last epoch that is a compaction.
         let base: Vec<Bytes> = rows(key::base(id))?
             .into_iter()
             .map(|(_, row)| row.into())
@@ -118,7 +118,7 @@ impl Content {
 
     fn add(&mut self, give: wire::Give) -> Result<(), Error> {
         let id = DocumentId::read(&give.document)
-            .ok_or_else(|| not_a_document("a part of it has no document"))?;
+            .ok_or_else(|| not_a_document("a part of it names no document"))?;
         if *self.document.get_or_insert(id) != id {
             return Err(not_a_document("it has parts of several documents"));
         }
@@ -133,7 +133,7 @@ impl Content {
         Ok(())
     }
 
-    /// The base of an epoch, as far as it is there without a gap.
+    /// Returns the base of an epoch up to the first gap.
     fn base(&self, epoch: &EpochId) -> Vec<Bytes> {
         if let Some(base) = &self.base {
             return base.clone();
@@ -151,17 +151,17 @@ impl Content {
     }
 }
 
-/// Why envelopes were not taken, by session, index and the chain after them.
+/// Reasons for which envelopes were refused, by session, index and the chain after them.
 type Refusals = HashMap<(SessionId, u64, Chain), Refusal>;
 
-/// The envelopes of a file, each once, by session and index.
+/// The envelopes of a file, without duplicates, by session and index.
 #[derive(Debug, Default)]
 struct Log {
     sessions: BTreeMap<SessionId, Vec<Envelope>>,
 }
 
 impl Log {
-    /// With the number of envelopes that cannot be read.
+    /// Decodes the envelopes. Also returns the number of those that cannot be decoded.
     fn read(envelopes: Vec<wire::Envelope>, document: &DocumentId) -> (Self, u64) {
         let mut this = Self::default();
         let mut damaged = 0;
@@ -192,7 +192,7 @@ impl Log {
         self.sessions.get(session)?.get(place)
     }
 
-    /// In causal order, by what the changes say that they build on.
+    /// Returns the positions in causal order, by the dependencies that the changes declare.
     fn causal(&self) -> Vec<Place> {
         let mut places: HashMap<ChangeId, Place> = HashMap::new();
         for (session, envelopes) in &self.sessions {
@@ -213,7 +213,7 @@ impl Log {
 }
 
 impl Replica {
-    /// The document as a file's content, for [`import`](Self::import) elsewhere.
+    /// Returns the document as the content of a file, for [`import`](Self::import) on another node.
     ///
     /// # Errors
     /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
@@ -227,14 +227,14 @@ impl Replica {
         Ok(out)
     }
 
-    /// Takes what was exported: everything in it is checked as if a peer had sent it, and what is right counts,
-    /// whatever is wrong with the rest. The document is held from now on. At the end the file is compared with what
-    /// counts.
+    /// Imports an exported document, which this node holds from now on. All data in the file is checked as if a peer
+    /// had sent it. The valid part is kept, whatever is wrong with the rest. At the end, the file is compared with the
+    /// document to determine which changes are valid.
     ///
     /// # Errors
-    /// [`Error::Import`] if it is no exported document, [`Error::TooLarge`], [`Error::Store`]; then nothing of it was
-    /// taken. [`Error::ImportIncomplete`] if a part of it does not count and should; what counts is kept, and so is
-    /// everything that was here before.
+    /// [`Error::Import`] if the content is not an exported document, [`Error::TooLarge`], [`Error::Store`]; then
+    /// nothing was imported. [`Error::ImportIncomplete`] if a part of the file is not valid although it should be; the
+    /// valid part is kept, and so are all earlier changes of the document.
     pub fn import(&mut self, content: &[u8]) -> Result<Imported, Error> {
         let content = Content::read(content)?;
         let id = content
@@ -246,15 +246,15 @@ impl Replica {
         let is_held = self.held.contains_key(&id);
         let genesis = match content.genesis.clone().map(Genesis::read) {
             Some(Ok(genesis)) if genesis.id == id => Some(genesis),
-            Some(_) => return Err(not_a_document("its beginning is damaged")),
+            Some(_) => return Err(not_a_document("its genesis is damaged")),
             None => None,
         };
         if is_held {
-            // If it is damaged, what can be read of it counts first.
+            // If the document on disk is damaged, its readable part is restored first.
             self.hold(id)?;
         }
         if !self.has_genesis(&id) {
-            let genesis = genesis.ok_or_else(|| not_a_document("its beginning is missing"))?;
+            let genesis = genesis.ok_or_else(|| not_a_document("its genesis is missing"))?;
             self.hold(id)?;
             self.arrived(genesis)?;
         }
@@ -276,14 +276,14 @@ impl Replica {
         Err(Error::ImportIncomplete(Box::new(imported)))
     }
 
-    /// Makes a document anew from those of its rows that can be read, each of them checked as if a peer had sent it.
-    /// Peers that share it are told what is left, and asked for the rest.
+    /// Restores a damaged document from its readable rows, each checked as if a peer had sent it. Peers that hold the
+    /// document get a summary of the result, and are asked for the rest.
     pub(crate) fn salvage(&mut self, id: DocumentId) -> Result<(), StoreError> {
         let content = Content::rows(&self.store, &id)?;
         let genesis = self.held.get(&id).and_then(|held| held.genesis.as_ref());
         let genesis = genesis.and_then(|genesis| Genesis::read(genesis.wire.clone()).ok());
         let Some(genesis) = genesis else {
-            // Its beginning comes from a peer; the rows wait for it.
+            // The genesis has to come from a peer; the rows are kept until then.
             self.seek_again(id);
             return Ok(());
         };
@@ -299,7 +299,7 @@ impl Replica {
                 .filter_map(|(row, _)| SessionId::read(row.get(33..)?));
             document.adopt(store, own);
         }
-        tracing::warn!(document = %id, kept = %imported, "a damaged document was made anew from what can be read");
+        tracing::warn!(document = %id, kept = %imported, "restored a damaged document from its readable part");
         self.say_interest(&[id], &[]);
         Ok(())
     }
@@ -364,7 +364,7 @@ impl Replica {
         self.compare_with_file(id, &file, &mut imported)?;
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
-            // Told as a whole, and not change by change.
+            // Send one summary instead of every change.
             if self.shares(&peer, &id) {
                 self.send_summary(peer, id, true)?;
             }
@@ -372,7 +372,7 @@ impl Replica {
         Ok(imported)
     }
 
-    /// As [`follow`](Self::follow), but peers hear of it when the file has been taken.
+    /// Acts like [`follow`](Self::follow), but peers learn of the changes only after the whole file.
     fn follow_quietly(&mut self, id: DocumentId, taken: Taken) -> Result<(), StoreError> {
         let quiet = Taken {
             quiet: true,
@@ -381,7 +381,7 @@ impl Replica {
         self.follow(id, quiet)
     }
 
-    /// Takes the owner's decisions; those that could be read.
+    /// Imports the owner's decisions. Returns those that could be read.
     fn import_epochs(
         &mut self,
         id: DocumentId,
@@ -416,15 +416,15 @@ impl Replica {
         let base = beginning.map_or(Vec::new(), |epoch| content.base(&epoch.id));
         match document.take_epochs(store, new.clone(), &base) {
             Ok(taken) => {
-                // Any of these epochs that a peer was giving are here now.
+                // Any of these epochs that a peer was sending are present now.
                 self.arrivals.remove(&id);
                 self.epochs_taken(id, new, None, taken)?;
             }
             Err(TakeError::Refused(Refusal::Early)) => {
-                imported.fault("the beginning of the content is not whole")
+                imported.fault("the base of a compaction is incomplete")
             }
             Err(TakeError::Refused(refusal)) => {
-                imported.fault(format!("the beginning of the content: {refusal}"));
+                imported.fault(format!("the base of a compaction: {refusal}"));
             }
             Err(TakeError::Store(error)) => return Err(error),
         }
@@ -450,7 +450,7 @@ impl Replica {
         Ok(proofs)
     }
 
-    /// Finds out what of a file counts, and of the rest why not.
+    /// Determines which changes of a file are valid, and the reason for the others.
     fn compare_with_file(
         &mut self,
         id: DocumentId,
@@ -465,7 +465,7 @@ impl Replica {
     }
 }
 
-/// What was read of a file, and what became of its changes.
+/// The contents of a file, and the refusals of its changes.
 struct File<'a> {
     log: &'a Log,
     order: &'a [Place],
@@ -477,10 +477,10 @@ struct File<'a> {
 fn compare_decisions(document: &Document, file: &File<'_>, imported: &mut Imported) {
     for epoch in file.epochs {
         let is_decided = document.epochs.get(epoch.number);
-        // If two have one number, all replicas take the same of them.
+        // Of two decisions with the same number, all replicas choose the same one.
         if is_decided.is_none() {
             imported.fault(format!(
-                "decision {} of the owner does not follow those that are here",
+                "decision {} of the owner does not follow the known ones",
                 epoch.number
             ));
         }
@@ -513,7 +513,7 @@ fn compare_changes(document: &Document, file: &File<'_>, imported: &mut Imported
         }
         let refusal = file.refused.get(&(header.session, header.index, chain));
         let knows = document.knows(&header.run.epoch);
-        // Nothing that damage says of author or session makes a change void.
+        // A change is void only if it is intact: its author and session may be damaged too.
         let is_intact = || {
             let hash = guard::hash_of(&envelope.change);
             hash == Some(header.change) && header.is_signed(&document.id())

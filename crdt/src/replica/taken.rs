@@ -1,4 +1,5 @@
-//! What follows from what a document has taken: events, news, offences, and own edits that are made again.
+//! Handles the results of processing envelopes, epochs and proofs: events, announcements, offences, and own edits that
+//! are made again.
 
 use std::mem;
 
@@ -19,11 +20,11 @@ use crate::{
     store::{StoreError, key},
 };
 
-/// Carried edits that go into one commit.
+/// Most edits that are made again in one commit.
 const CARRIED: usize = 1024;
 
 impl Replica {
-    /// Tells of what has been taken into a document, and makes lost edits again.
+    /// Reports what a document has accepted, and makes lost edits again.
     pub(super) fn follow(&mut self, id: DocumentId, taken: Taken) -> Result<(), StoreError> {
         let Taken {
             new,
@@ -102,7 +103,7 @@ impl Replica {
             match self.commit_as(id, &draft) {
                 Ok(_) => {}
                 Err(Error::Store(error)) => return Err(error),
-                Err(error) => tracing::warn!(document = %id, %error, "edits cannot be made again"),
+                Err(error) => tracing::warn!(document = %id, %error, "cannot make lost edits again"),
             }
         }
         self.event(Event::Carried {
@@ -112,7 +113,7 @@ impl Replica {
         Ok(())
     }
 
-    /// Epochs are in force now.
+    /// Handles epochs that have come into force.
     pub(super) fn epochs_taken(
         &mut self,
         id: DocumentId,
@@ -144,7 +145,7 @@ impl Replica {
             .map(|(peer, _)| *peer)
             .collect();
         for peer in shut_out {
-            // It has a part, or has said so while it might read all of it.
+            // The peer has a part of the document, or said so while it could read all of it.
             self.shut_out(peer, id, true)?;
         }
         self.event(if beginning {
@@ -153,12 +154,12 @@ impl Replica {
             Event::Rights(id)
         });
         self.follow(id, taken)?;
-        // What waited for the epoch.
+        // Process envelopes that waited for the epoch.
         self.inbox.entry(id).or_default();
         Ok(())
     }
 
-    /// A decision is known that cannot be taken before the content comes that it begins anew with.
+    /// Stores a decision that cannot be applied before the base of its compaction arrives.
     pub(super) fn decided(&mut self, id: DocumentId, says: &Statement, row: Vec<u8>) {
         if let Some(held) = self.held.get_mut(&id) {
             held.decided(says);
@@ -167,21 +168,21 @@ impl Replica {
     }
 
     pub(super) fn offend(&mut self, peer: Key, refusal: &Refusal) {
-        tracing::warn!(%peer, %refusal, "a peer sent what no honest peer would");
+        tracing::warn!(%peer, %refusal, "a peer sent data that no honest peer would send");
         let why = refusal.to_string();
         self.queue(None, Output::Offence { peer, why });
     }
 
-    /// Looks at what peers have told.
+    /// Processes the data that peers have sent.
     pub(crate) fn settle(&mut self) -> Result<(), StoreError> {
-        // Each round may bring what a round before waited for; the bound is against a mistake here.
+        // Each pass may bring data that an earlier one waited for. The limit guards against a bug in this loop.
         for _ in 0..16 {
             let inbox = mem::take(&mut self.inbox);
             if inbox.is_empty() {
                 break;
             }
             for (id, envelopes) in inbox {
-                // One that is damaged keeps no other from being worked on.
+                // A damaged document does not stop the others.
                 match self.take_inbox(id, envelopes) {
                     Ok(()) | Err(StoreError::Document { .. }) => {}
                     Err(error) => return Err(error),

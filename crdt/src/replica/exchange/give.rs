@@ -1,4 +1,4 @@
-//! Pieces of a document for a peer that wants them, and for a file.
+//! Sends pieces of a document to a peer that wants them, or to a file.
 
 use bytes::Bytes;
 use prost::Message;
@@ -21,7 +21,7 @@ use crate::{
 impl Replica {
     pub(super) fn on_want(&mut self, peer: Key, want: &wire::Want) -> Result<(), TakeError> {
         let Some(id) = DocumentId::read(&want.document) else {
-            return Err(Refusal::Malformed("a want of no document").into());
+            return Err(Refusal::Malformed("a want names no document").into());
         };
         let may_read = self.held.get(&id).is_some_and(|held| held.may_read(&peer));
         let is_shut_out = |known: &Peer| known.shut_out.contains_key(&id);
@@ -52,7 +52,8 @@ impl Replica {
         Ok(())
     }
 
-    /// A piece of what is wanted; with decisions that begin the content anew, the new content only `with_base`.
+    /// Returns the next piece of the wanted data. With a compaction among the decisions, the new content is included
+    /// only if `with_base` is set.
     fn give(
         &mut self,
         id: DocumentId,
@@ -84,7 +85,7 @@ impl Replica {
         Ok(Some(piece.give))
     }
 
-    /// Everything of a document, in pieces.
+    /// Returns all of a document, in pieces.
     pub(in crate::replica) fn give_all(
         &mut self,
         id: DocumentId,
@@ -122,7 +123,7 @@ impl Replica {
             let Some(mut give) = self.give(id, &want, &heads, true)? else {
                 return Ok(pieces);
             };
-            // Set below, in all but the last.
+            // Set below, in all pieces but the last.
             give.more = false;
             want.genesis = false;
             if want.epochs > 0 {
@@ -171,7 +172,7 @@ impl Replica {
             }
             pieces.push(give);
         }
-        // So that a file that was cut between two parts is known to be.
+        // Lets an import detect a file that was cut between two pieces.
         if let Some((_, before)) = pieces.split_last_mut() {
             for piece in before {
                 piece.more = true;
@@ -181,10 +182,10 @@ impl Replica {
     }
 }
 
-/// A piece that is being put together.
+/// A piece that is being assembled.
 struct Piece {
     give: wire::Give,
-    /// Bytes of a piece, and how many of them are left.
+    /// The size of a piece in bytes, and the number of bytes left.
     size: usize,
     room: usize,
 }
@@ -201,7 +202,7 @@ impl Piece {
         }
     }
 
-    /// Takes room for an item; with none left, the item is of the next piece, and false is returned.
+    /// Reserves room for an item. If there is none, the item belongs to the next piece, and false is returned.
     fn spend(&mut self, bytes: usize) -> bool {
         let fits = self.room > 0;
         self.room = self.room.saturating_sub(bytes);
@@ -209,7 +210,7 @@ impl Piece {
         fits
     }
 
-    /// Adds epochs, and the base of the last new beginning.
+    /// Adds epochs, and the base of the last compaction.
     fn add_decisions(
         &mut self,
         document: &Document,
@@ -228,7 +229,7 @@ impl Piece {
                 }
                 self.give.epochs.push(epoch.wire.clone());
                 if want.base.is_empty() && beginning.is_some_and(|last| last.id == epoch.id) {
-                    // Of no use without its base, which the receiver would ask for next.
+                    // The epoch is of no use without its base, which the receiver would request next.
                     base = Some((epoch, 0));
                 }
             }
@@ -298,8 +299,8 @@ impl Piece {
     }
 }
 
-/// The envelope of a row of the log; `None` if the row is not as it was. Such a row is not given: the peer would take
-/// this node for a liar.
+/// Decodes the envelope of a log row. Returns `None` if the row has changed. Such a row is not sent, because the peer
+/// would take this node for a liar.
 fn intact(document: &Document, (session, index): &Place, row: &[u8]) -> Option<wire::Envelope> {
     let id = document.id();
     let envelope = wire::Envelope::decode(row).ok()?;
