@@ -1,13 +1,14 @@
-//! The turns of streams that share one uplink.
+//! Turns for streams that share one uplink.
 //!
-//! On a slow uplink all answers at once would mean that none of them ends: each gets too little to deliver a chunk
-//! group in a time that anybody waits. So as many streams send at a time as the uplink carries at `PER_STREAM`, by what
-//! requesters say has arrived; the others wait. A fast uplink makes nobody wait.
+//! If a slow uplink served all streams at once, no answer would finish: each stream would get too little to deliver a
+//! chunk group before its receiver gives up. So only as many streams send at a time as the uplink carries at
+//! `PER_STREAM`; the others wait. Receivers report what has arrived, and the rate of the uplink is computed from that.
+//! On a fast uplink, no stream waits.
 //!
-//! Turns go round by network place, then by peer, because a peer's identity costs nothing and a network does. One place
-//! has at most half of the turns. A turn whose holder takes nothing for some seconds does not count, and another stream
-//! gets one. The rate is learnt only from streams of which something arrived, over the time that this took, so that
-//! peers that take nothing do not make a fast uplink look slow.
+//! Turns rotate by network group, then by peer: a new peer identity costs nothing, a network does. One network group
+//! has at most half of the turns. If a receiver accepts nothing for some seconds, its turn no longer counts, and
+//! another stream gets one. The rate is learned only from streams on which data arrived, over the time that this took.
+//! So peers that accept nothing do not make a fast uplink look slow.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -22,36 +23,36 @@ use tokio::{
 
 use crate::tree::GROUP;
 
-/// Bytes a second that a stream is to have of the uplink: a chunk group of 64 KiB then takes eight seconds, well below
-/// the twenty without a byte after which a requester gives a provider up.
+/// The share of the uplink that a stream is to have, in bytes a second. A chunk group of 64 KiB then takes eight
+/// seconds, well below the 20 s without a byte after which a receiver gives up a provider.
 const PER_STREAM: f64 = 8.0 * 1024.0;
 
-/// Streams that may send at a time, however slow the uplink is: a few whose receivers are slow do not keep all others
-/// waiting.
+/// Streams that may send at a time, however slow the uplink is. With several, a few slow receivers do not keep all
+/// others waiting.
 const FEWEST: usize = 4;
 
-/// The longest time for which a turn counts. A receiver that takes an answer more slowly than that gets it all the
-/// same, beside the streams that have a turn.
+/// The longest time for which a turn counts. A receiver that accepts an answer more slowly still gets all of it, beside
+/// the streams that have a turn.
 const TURN: Duration = Duration::from_secs(30);
 
-/// The shortest time without a byte taken after which a turn counts no more: longer than a path takes to recover from
-/// lost packets. On an uplink that is known to be slow it is the time of a chunk group, and at most [`TURN`].
+/// The shortest time without a byte accepted after which a turn no longer counts: longer than a path takes to recover
+/// from lost packets. On an uplink that is known to be slow, it is the time of a chunk group, and at most [`TURN`].
 const TAKES_NOTHING: Duration = Duration::from_secs(5);
 
-/// The time of answers under way that makes a sample of the rate.
+/// The time with answers under way that makes one sample of the rate.
 const SAMPLE: Duration = Duration::from_secs(1);
 
-/// The weight of a sample that is above the known rate: within seconds a fast uplink shows itself.
+/// The weight of a sample above the known rate. A fast uplink is recognized within seconds.
 const RISE: f64 = 0.4;
 
-/// The weight of a sample that is below the known rate. It is small because a slow sample may be due to slow receivers,
-/// and a fast one cannot be due to anything but the uplink.
+/// The weight of a sample below the known rate. It is small, because slow receivers can cause a low sample; only the
+/// uplink can cause a high one.
 const FALL: f64 = 0.1;
 
-/// The interval at which a stream that waits checks whether a turn has run out.
+/// The interval at which a waiting stream checks whether a turn has run out.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// An uplink, shared by all streams over which a node serves. Cheap to clone; all clones are one.
+/// An uplink, shared by all streams over which a node serves. Cheap to clone; all clones refer to the same uplink.
 #[derive(Debug, Clone, Default)]
 pub struct Uplink {
     shared: Arc<Shared>,
@@ -66,7 +67,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// Streams that send, whether their turns still count or not.
+    /// Streams that are sending, whether or not their turns still count.
     turns: BTreeMap<u64, Turn>,
     /// Streams that wait for a turn.
     waiting: BTreeMap<u64, Waiting>,
@@ -79,9 +80,9 @@ struct State {
 struct Turn {
     place: Arc<[u8]>,
     begun: Instant,
-    /// When the receiver last took something, or the turn began.
+    /// The time at which the receiver last accepted data, or the turn began.
     took: Instant,
-    /// When something of the stream last arrived, or the turn began: the time since then is what the next bytes took.
+    /// The time at which data of the stream last arrived, or the turn began. The next bytes took the time since then.
     since: Instant,
 }
 
@@ -89,22 +90,22 @@ struct Turn {
 struct Waiting {
     peer: Arc<[u8]>,
     place: Arc<[u8]>,
-    /// When the stream came, as a number.
+    /// The order of arrival of the stream, as a number.
     since: u64,
 }
 
-/// The turns of a peer, or of a place.
+/// The turns of a peer, or of a network group.
 #[derive(Debug, Default)]
 struct Served {
     streams: usize,
-    /// When it last had a turn, as a number.
+    /// The order of its latest turn, as a number.
     last: u64,
 }
 
-/// Bytes a second that arrive while answers are under way.
+/// The rate in bytes a second at which data arrives while answers are under way.
 #[derive(Debug, Default)]
 struct Measured {
-    /// Smoothed; zero while it is not known.
+    /// The smoothed rate; zero while it is unknown.
     value: f64,
     bytes: u64,
     busy: Duration,
@@ -113,8 +114,8 @@ struct Measured {
 }
 
 impl Measured {
-    /// Counts bytes that were under way from `since` until now. Time that is counted already, for another stream, is
-    /// not counted twice.
+    /// Counts bytes that were under way from `since` until `now`. Time that was counted for another stream is not
+    /// counted twice.
     fn arrived(&mut self, bytes: u64, since: Instant, now: Instant) {
         let from = self.until.map_or(since, |until| until.max(since));
         self.busy += now.saturating_duration_since(from);
@@ -136,7 +137,7 @@ impl Measured {
 }
 
 impl State {
-    /// The time without a byte taken after which a turn counts no more.
+    /// Returns the time without a byte accepted after which a turn no longer counts.
     fn patience(&self) -> Duration {
         if self.rate.value == 0.0 {
             return TAKES_NOTHING;
@@ -145,7 +146,7 @@ impl State {
         Duration::try_from_secs_f64(seconds).map_or(TURN, |time| time.clamp(TAKES_NOTHING, TURN))
     }
 
-    /// The turns that count.
+    /// Returns the turns that count.
     fn counted(&self, now: Instant) -> impl Iterator<Item = &Turn> {
         let patience = self.patience();
         self.turns.values().filter(move |turn| {
@@ -154,14 +155,15 @@ impl State {
         })
     }
 
-    /// Streams that may send at a time.
+    /// Returns the number of streams that may send at a time.
     fn most(&self) -> usize {
-        // Before a rate is known, few: a fast uplink shows itself within a second.
+        // Few until the rate is known: a fast uplink is recognized within a second.
         ((self.rate.value / PER_STREAM) as usize).max(FEWEST)
     }
 
-    /// The stream whose turn is next, if the uplink has room for it: of a place that does not have half of the turns,
-    /// the place and then the peer that have gone without for longest.
+    /// Returns the stream whose turn is next, if the uplink has room for it. Network groups with half of the turns are
+    /// left out. Of the others, the group that has waited longest comes first, and in it the peer that has waited
+    /// longest.
     fn next_in_turn(&self, now: Instant) -> Option<u64> {
         let most = self.most();
         let mut count = 0;
@@ -176,7 +178,7 @@ impl State {
         self.first(|place| of_places.get(place).is_none_or(|count| *count < most / 2))
     }
 
-    /// The stream that is to have the next turn, of those whose place may have one.
+    /// Returns the waiting stream that gets the next turn, among the network groups for which `may` returns true.
     fn first(&self, may: impl Fn(&[u8]) -> bool) -> Option<u64> {
         let last = |of: &HashMap<Arc<[u8]>, Served>, one| of.get(one).map_or(0, |one| one.last);
         let waiting = self.waiting.iter().filter(|(_, one)| may(&one.place));
@@ -187,7 +189,7 @@ impl State {
         first.map(|(stream, _)| *stream)
     }
 
-    /// Gives a turn to `stream`, if it is its turn.
+    /// Gives `stream` a turn if it is next. Returns true if it got one.
     fn try_take(&mut self, stream: u64, now: Instant) -> bool {
         if self.next_in_turn(now) != Some(stream) {
             return false;
@@ -212,17 +214,17 @@ impl State {
         true
     }
 
-    /// Counts a stream more of a peer or a place.
+    /// Counts one more stream of a peer or a network group.
     fn enter(of: &mut HashMap<Arc<[u8]>, Served>, one: &Arc<[u8]>, number: u64) {
         let served = of.entry(Arc::clone(one)).or_default();
         served.streams += 1;
         if served.streams == 1 {
-            // One that has just come does not go before those who wait.
+            // A newcomer does not go ahead of those that are waiting.
             served.last = number;
         }
     }
 
-    /// Counts a stream less of a peer or a place.
+    /// Counts one stream less of a peer or a network group.
     fn leave(of: &mut HashMap<Arc<[u8]>, Served>, one: &Arc<[u8]>) {
         if let Some(served) = of.get_mut(one) {
             served.streams -= 1;
@@ -234,19 +236,20 @@ impl State {
 }
 
 impl Uplink {
-    /// Bytes a second that arrive at requesters while answers are under way, smoothed; zero while that is not known.
+    /// Returns the rate in bytes a second at which data arrives while answers are under way, smoothed; zero while it is
+    /// unknown.
     pub fn rate(&self) -> u64 {
         self.state().rate.value as u64
     }
 
-    /// Streams that have a turn, and that wait for one.
+    /// Returns the number of streams that have a turn, and the number that wait for one.
     pub fn streams(&self) -> (usize, usize) {
         let state = self.state();
         let counted = state.counted(Instant::now()).count();
         (counted, state.waiting.len())
     }
 
-    /// The place of one stream to `peer`, which is in the network `place`. Turns go round by network.
+    /// Registers one stream to `peer`, which is in the network group `place`. Turns rotate by network group.
     pub fn line(&self, peer: &[u8], place: &[u8]) -> Line {
         let (peer, place): (Arc<[u8]>, Arc<[u8]>) = (peer.into(), place.into());
         let mut state = self.state();
@@ -271,7 +274,7 @@ impl Uplink {
     }
 }
 
-/// The place of a stream at an uplink. Dropping it gives its turn to others.
+/// A stream's entry at an uplink. Dropping it frees the stream's turn.
 #[derive(Debug)]
 pub struct Line {
     uplink: Uplink,
@@ -311,8 +314,8 @@ impl Line {
         false
     }
 
-    /// Waits for a turn, for at most `patience`; whether it has come. It goes on waiting in its place when it is called
-    /// again.
+    /// Waits for a turn, for at most `patience`. Returns true if the stream has one. A stream without a turn keeps its
+    /// position, and waits on when this is called again.
     pub(crate) async fn turn(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         if !self.is_waiting() && self.try_turn() {
@@ -321,11 +324,11 @@ impl Line {
         loop {
             let changed = self.uplink.shared.changed.notified();
             tokio::pin!(changed);
-            // From here on nothing is missed.
+            // From here on, no notification is missed.
             changed.as_mut().enable();
             let now = Instant::now();
             if self.uplink.state().try_take(self.stream, now) {
-                // Another turn may be free too.
+                // Another turn may be free, too.
                 self.uplink.shared.changed.notify_waiters();
                 return true;
             }
@@ -340,7 +343,7 @@ impl Line {
         self.uplink.state().waiting.contains_key(&self.stream)
     }
 
-    /// Returns true if the stream has a turn that another stream could have instead.
+    /// Returns true if the stream has a turn that a waiting stream could use instead.
     pub(crate) fn is_wanted(&self) -> bool {
         let state = self.uplink.state();
         if !state.turns.contains_key(&self.stream) || state.waiting.is_empty() {
@@ -351,28 +354,27 @@ impl Line {
             turns.filter(|turn| *turn.place == *place).count()
         };
         let half = state.most() / 2;
-        // A place could not have more than its half, however long it waits.
+        // A network group gets no more than half of the turns, however long it waits.
         state
             .waiting
             .values()
             .any(|one| one.place == self.place || of_place(&one.place) < half)
     }
 
-    /// The receiver takes what is sent, or what keeps it from coming is not the receiver's doing: the turn goes on
-    /// counting.
+    /// Renews the turn: the receiver accepts data, or the delay is not the receiver's fault.
     pub(crate) fn goes_on(&self) {
         if let Some(turn) = self.uplink.state().turns.get_mut(&self.stream) {
             turn.took = Instant::now();
         }
     }
 
-    /// Waits no more.
+    /// Stops waiting for a turn.
     pub(crate) fn pass(&self) {
         self.uplink.state().waiting.remove(&self.stream);
         self.uplink.shared.changed.notify_waiters();
     }
 
-    /// Bytes of answers have arrived; nothing more of what was sent is under way if `all`.
+    /// Counts bytes of answers that have arrived. `all` says that no sent data is under way any more.
     pub(crate) fn arrived(&self, bytes: u64, all: bool) {
         let now = Instant::now();
         let mut state = self.uplink.state();
@@ -405,8 +407,9 @@ impl Drop for Line {
 mod tests {
     use super::*;
 
-    /// Bytes that `streams` of as many peers get through an uplink in `time`, one group after another, at `rate` bytes
-    /// a second in all; and the most that had a turn at a time in the second half.
+    /// Simulates `streams` streams, each to its own peer, that share an uplink of `rate` bytes a second for `time`.
+    /// Returns the bytes that each got, in whole chunk groups, and the most streams that had a turn at a time in the
+    /// second half.
     async fn share(
         uplink: &Uplink,
         streams: usize,
@@ -462,7 +465,8 @@ mod tests {
         assert!(most >= 45, "{most} at a time");
     }
 
-    /// `count` streams, each of a network of its own if `apart`, whose receivers ask for an answer and take nothing.
+    /// Starts `count` streams whose receivers ask for an answer and accept nothing; each is in a network group of its
+    /// own if `apart`.
     fn idle(uplink: &Uplink, count: u8, apart: bool) -> tokio::task::JoinSet<()> {
         let mut idle = tokio::task::JoinSet::new();
         for i in 0..count {
@@ -484,7 +488,7 @@ mod tests {
         assert_eq!(uplink.streams(), (FEWEST / 2, 20 - FEWEST / 2));
         let alive = uplink.line(&[1], &[1]);
         assert!(alive.turn(Duration::ZERO).await);
-        // Its answers are not drawn out by those who cannot have its turn.
+        // Its answers are not delayed for streams that cannot have its turn.
         assert!(!alive.is_wanted());
     }
 
@@ -497,10 +501,10 @@ mod tests {
         let alive = uplink.line(&[1], &[1]);
         let begun = Instant::now();
         assert!(alive.turn(Duration::from_secs(120)).await);
-        // All who came before have had a turn.
+        // All streams that came earlier have had a turn.
         let rounds = 20 / FEWEST as u32;
         assert!(begun.elapsed() <= rounds * (TAKES_NOTHING + LOOK));
-        // It takes what it gets, and so its turn goes on.
+        // The receiver accepts what is sent, so its turn keeps counting.
         for _ in 0..10 {
             tokio::time::sleep(Duration::from_secs(1)).await;
             alive.goes_on();
@@ -520,7 +524,7 @@ mod tests {
         let _idle = idle(&uplink, 20, true);
         let time = Duration::from_secs(20);
         tokio::time::sleep(time).await;
-        // One at a time, with pauses in which only those who take nothing have turns.
+        // One active stream at a time, with pauses in which only the idle receivers have turns.
         for _ in 0..5 {
             share(&uplink, 1, 10e6, time / 10).await;
             let _more = idle(&uplink, 8, true);
