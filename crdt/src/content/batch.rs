@@ -52,8 +52,8 @@ impl Operations {
     }
 
     pub(crate) fn get(&self, id: &OpId) -> Option<&Op> {
-        let place = id.counter().checked_sub(self.start)?;
-        self.ops.get(usize::try_from(place).ok()?)
+        let position = id.counter().checked_sub(self.start)?;
+        self.ops.get(usize::try_from(position).ok()?)
     }
 }
 

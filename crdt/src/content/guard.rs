@@ -53,7 +53,7 @@ static HOOK: Once = Once::new();
 
 /// Runs work that a hostile change may make panic. The panic is not reported as a fault of this program; the peer that
 /// caused it is reported instead.
-pub(crate) fn contained<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
+pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Result<T, Refusal> {
     HOOK.call_once(|| {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
@@ -78,7 +78,7 @@ pub(crate) struct Checked {
 /// Decodes a change, and makes the checks that need no document.
 pub(crate) fn decode(bytes: &[u8], actor: [u8; 16], seq: u64) -> Result<Checked, Refusal> {
     chunk::check(bytes)?;
-    let change = contained(|| Change::from_bytes(bytes.to_vec()))?
+    let change = catch_panic(|| Change::from_bytes(bytes.to_vec()))?
         .map_err(|_| Refusal::Malformed("a change cannot be decoded"))?;
     if change.hash().0[..4] != bytes[4..8] {
         return Err(Refusal::Malformed("a change's checksum is wrong"));
@@ -106,7 +106,7 @@ pub(crate) fn decode(bytes: &[u8], actor: [u8; 16], seq: u64) -> Result<Checked,
 /// Returns the hash of a change, or `None` if it cannot be decoded.
 pub(crate) fn hash_of(bytes: &[u8]) -> Option<ChangeId> {
     chunk::check(bytes).ok()?;
-    let change = contained(|| Change::from_bytes(bytes.to_vec()))
+    let change = catch_panic(|| Change::from_bytes(bytes.to_vec()))
         .ok()?
         .ok()?;
     Some(ChangeId(change.hash().0))
@@ -146,9 +146,9 @@ impl<'a> Ancestry<'a> {
     }
 
     /// Returns true if an operation is in an ancestor, or in this change before the operation at `index`.
-    fn has(&self, id: &OpId, place: usize) -> bool {
+    fn has(&self, id: &OpId, position: usize) -> bool {
         if self.is_own(id) {
-            return id.counter() < self.start + place as u64;
+            return id.counter() < self.start + position as u64;
         }
         self.view
             .change_of(id)
@@ -296,8 +296,8 @@ fn references(
         ));
     }
     let mut touched = Touched::default();
-    for (place, op) in own.all().iter().enumerate() {
-        let known = |id: &OpId| ancestry.has(id, place);
+    for (position, op) in own.all().iter().enumerate() {
+        let known = |id: &OpId| ancestry.has(id, position);
         match &op.obj {
             ObjectId::Root => {}
             ObjectId::Id(id) if known(id) => {}
@@ -463,7 +463,7 @@ pub(crate) fn check(
     previous: Option<ChangeId>,
     memory: &mut Memory,
 ) -> Result<Pending, Refusal> {
-    contained(|| {
+    catch_panic(|| {
         let previous = previous.map(|id| ChangeHash(id.0));
         let Memory {
             depths,
@@ -489,7 +489,7 @@ pub(crate) fn apply(
     batch: &Batch,
     memory: &mut Memory,
 ) -> Result<(), Refusal> {
-    contained(|| {
+    catch_panic(|| {
         let changes = batch.changes();
         #[cfg(test)]
         for one in changes {

@@ -243,7 +243,7 @@ fn number_to_scalar(number: &Number) -> ScalarValue {
 }
 
 /// The position that an edit applies to.
-struct Place {
+struct Target {
     container: ObjId,
     prop: Prop,
     /// True if the container is a list and the index is its length.
@@ -268,7 +268,7 @@ fn containing(doc: &impl ReadDoc, path: &Path) -> Result<(ObjId, ObjType), EditE
     Ok((container, kind))
 }
 
-fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError> {
+fn target(doc: &impl ReadDoc, path: &Path) -> Result<(Target, ObjType), EditError> {
     let (parents, last) = path.split_last().ok_or(EditError::Root)?;
     let (container, kind) = containing(doc, &parents)?;
     if kind == ObjType::List {
@@ -282,7 +282,7 @@ fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError>
         }
         let at_end = index == length;
         return Ok((
-            Place {
+            Target {
                 container,
                 prop: Prop::Seq(index),
                 at_end,
@@ -294,7 +294,7 @@ fn place(doc: &impl ReadDoc, path: &Path) -> Result<(Place, ObjType), EditError>
         return Err(EditError::Key(last.len()));
     }
     Ok((
-        Place {
+        Target {
             container,
             prop: Prop::Map(last.to_owned()),
             at_end: false,
@@ -311,13 +311,13 @@ fn unexpected(error: automerge::AutomergeError) -> EditError {
 
 fn write(
     tx: &mut Transaction<'_>,
-    place: &Place,
+    target: &Target,
     insert: bool,
     value: &Value,
 ) -> Result<(), EditError> {
-    let Place {
+    let Target {
         container, prop, ..
-    } = place;
+    } = target;
     let made = match (scalar(value), prop) {
         (Some(scalar), Prop::Seq(index)) if insert => {
             tx.insert(container, *index, scalar).map(|()| None)
@@ -336,12 +336,12 @@ fn write(
     match value {
         Value::Array(values) => {
             for (index, value) in values.iter().enumerate() {
-                let place = Place {
+                let target = Target {
                     container: object.clone(),
                     prop: Prop::Seq(index),
                     at_end: true,
                 };
-                write(tx, &place, true, value)?;
+                write(tx, &target, true, value)?;
             }
         }
         Value::Object(map) => {
@@ -349,12 +349,12 @@ fn write(
                 if key.is_empty() || key.len() > MAX_MAP_KEY {
                     return Err(EditError::Key(key.len()));
                 }
-                let place = Place {
+                let target = Target {
                     container: object.clone(),
                     prop: Prop::Map(key.clone()),
                     at_end: false,
                 };
-                write(tx, &place, false, value)?;
+                write(tx, &target, false, value)?;
             }
         }
         _ => {}
@@ -384,18 +384,18 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
             .iter()
             .try_for_each(|(key, value)| apply(tx, &Edit::Put(path.join(key), value.clone())));
     }
-    let (place, kind) = place(tx, edit.path())?;
-    let there = match place.at_end {
+    let (target, kind) = target(tx, edit.path())?;
+    let there = match target.at_end {
         true => None,
         false => tx
-            .get(&place.container, place.prop.clone())
+            .get(&target.container, target.prop.clone())
             .map_err(unexpected)?,
     };
     let there = there.map(|(value, _)| value.into_owned());
     match edit {
-        Edit::Put(_, value) => write(tx, &place, place.at_end, value),
+        Edit::Put(_, value) => write(tx, &target, target.at_end, value),
         Edit::Insert(path, value) => match kind {
-            ObjType::List => write(tx, &place, true, value),
+            ObjType::List => write(tx, &target, true, value),
             _ => Err(EditError::NoList(
                 path.split_last()
                     .map(|(parent, _)| parent)
@@ -404,14 +404,16 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
         },
         Edit::Delete(path) => match there {
             None => Err(EditError::NotFound(path.clone())),
-            Some(_) => tx.delete(&place.container, place.prop).map_err(unexpected),
+            Some(_) => tx
+                .delete(&target.container, target.prop)
+                .map_err(unexpected),
         },
         Edit::Increment(path, by) => match there {
             None => {
                 let counter = ScalarValue::counter(*by);
-                match (&place.prop, place.at_end) {
-                    (Prop::Seq(index), true) => tx.insert(&place.container, *index, counter),
-                    (prop, _) => tx.put(&place.container, prop.clone(), counter),
+                match (&target.prop, target.at_end) {
+                    (Prop::Seq(index), true) => tx.insert(&target.container, *index, counter),
+                    (prop, _) => tx.put(&target.container, prop.clone(), counter),
                 }
                 .map_err(unexpected)
             }
@@ -420,7 +422,7 @@ pub(crate) fn apply(tx: &mut Transaction<'_>, edit: &Edit) -> Result<(), EditErr
                     i64::from(counter)
                         .checked_add(*by)
                         .ok_or_else(|| EditError::Range(path.clone()))?;
-                    tx.increment(&place.container, place.prop, *by)
+                    tx.increment(&target.container, target.prop, *by)
                         .map_err(unexpected)
                 }
                 _ => Err(EditError::NoCounter(path.clone())),

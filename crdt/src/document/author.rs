@@ -11,7 +11,7 @@ use crate::{
     log::{
         chunk::{self, MAX_CHANGE},
         envelope::{Envelope, Header, Run},
-        epoch::{Epoch, MAX_BASE, MAX_EPOCHS, MAX_SESSIONS, Standing, Statement},
+        epoch::{Epoch, MAX_BASE, MAX_EPOCHS, MAX_SESSIONS, Standing, Terms},
         genesis::Readers,
         signed::Identity,
     },
@@ -50,7 +50,7 @@ pub(crate) struct Decision {
     pub(crate) writers: Vec<Key>,
     pub(crate) readers: Readers,
     /// If set, the content is compacted at this time: it begins anew without its history.
-    pub(crate) anew: Option<i64>,
+    pub(crate) compact_at: Option<i64>,
 }
 
 impl Document {
@@ -225,14 +225,14 @@ impl Document {
         let Decision {
             writers,
             readers,
-            anew,
+            compact_at,
         } = decision;
-        let base = match anew {
+        let base = match compact_at {
             Some(time) => self.new_base(number, &previous, time)?,
             None => Vec::new(),
         };
         let mut heads = self.heads();
-        if anew.is_none() {
+        if compact_at.is_none() {
             // The epoch names the valid length only for sessions of authors who lose the right to write.
             heads.retain(|session, _| {
                 let author = self.sessions[session].run.author;
@@ -243,7 +243,7 @@ impl Document {
         let id_of = |change: &Bytes| {
             Change::from_bytes(change.to_vec()).map(|change| ChangeId(change.hash().0))
         };
-        let says = Statement {
+        let terms = Terms {
             writers,
             readers,
             heads,
@@ -253,7 +253,7 @@ impl Document {
                 .collect::<Result<_, _>>()
                 .map_err(|error| StoreError::Other(error.to_string()))?,
         };
-        let epoch = Epoch::sign(identity, &self.genesis, number, previous, &says);
+        let epoch = Epoch::sign(identity, &self.genesis, number, previous, &terms);
         match self.take_epochs(store, vec![epoch.clone()], &base) {
             Ok(taken) => Ok((epoch, taken)),
             Err(TakeError::Store(error)) => Err(error.into()),

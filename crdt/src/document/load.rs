@@ -65,7 +65,7 @@ impl Document {
             let save = Save::unpack(&row);
             // A save of an earlier version is an Automerge document alone.
             let document = save.as_ref().map_or(&row[..], |save| save.document);
-            match guard::contained(|| Automerge::load(document)) {
+            match guard::catch_panic(|| Automerge::load(document)) {
                 Ok(Ok(doc)) => this.doc = doc,
                 _ => {
                     tracing::warn!(document = %id, "the save cannot be loaded; reading the log instead");
@@ -92,7 +92,7 @@ impl Document {
         }
         changes.retain(|change| this.doc.get_change_meta_by_hash(&change.hash()).is_none());
         this.unsaved = changes.len();
-        let applied = guard::contained(|| this.doc.apply_changes(changes));
+        let applied = guard::catch_panic(|| this.doc.apply_changes(changes));
         match applied {
             Ok(Ok(())) if this.doc.get_missing_deps(&[]).is_empty() => Ok(Some(this)),
             _ => Err(damaged("a change")),
@@ -144,14 +144,14 @@ impl Document {
                 return Ok(true);
             }
             for (key, row) in rows {
-                let place = key[log.len()..].split_first_chunk();
-                let place = place.and_then(|(session, index)| {
+                let position = key[log.len()..].split_first_chunk();
+                let position = position.and_then(|(session, index)| {
                     Some((
                         SessionId(*session),
                         u64::from_be_bytes(index.try_into().ok()?),
                     ))
                 });
-                let (session, index) = place.ok_or_else(|| damaged("the log"))?;
+                let (session, index) = position.ok_or_else(|| damaged("the log"))?;
                 let count = self.count(&session);
                 if index < count {
                     // These envelopes are in the save; continue after them.

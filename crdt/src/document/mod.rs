@@ -30,7 +30,7 @@ use crate::{
     },
     id::{Chain, ChangeId, Digest, DocumentId, EpochId, Key, SessionId},
     log::{
-        causal::{CausalOrder, Place},
+        causal::{CausalOrder, Position},
         envelope::{Envelope, Header, Proof, Run},
         epoch::{Epochs, Head, Heads, Standing},
         genesis::{Genesis, Readers},
@@ -41,7 +41,7 @@ use crate::{
 
 pub(crate) use self::{
     author::{Decision, Draft, Made},
-    take::{From, Source, Taken},
+    take::{Received, Source, Taken},
 };
 
 /// Most bytes of a document's envelopes since it was last compacted.
@@ -110,7 +110,7 @@ pub(crate) struct Document {
     pub(crate) watched: bool,
     /// Number of changes that rebuilds have examined.
     #[cfg(test)]
-    pub(crate) looked_at: usize,
+    pub(crate) examined: usize,
 }
 
 impl Document {
@@ -131,7 +131,7 @@ impl Document {
             digest: None,
             watched: false,
             #[cfg(test)]
-            looked_at: 0,
+            examined: 0,
         }
     }
 
@@ -187,7 +187,7 @@ impl Document {
     }
 
     /// Returns true if a proof concerns an envelope that would be valid without it.
-    pub(crate) fn matters(&self, proof: &Proof) -> bool {
+    pub(crate) fn is_relevant(&self, proof: &Proof) -> bool {
         let run = &proof.one.run;
         match self
             .epochs
@@ -218,7 +218,7 @@ impl Document {
         let genesis = &self.genesis;
         let first = (&genesis.writers, &genesis.readers);
         let later = self.epochs.iter();
-        let later = later.map(|epoch| (&epoch.says.writers, &epoch.says.readers));
+        let later = later.map(|epoch| (&epoch.terms.writers, &epoch.terms.readers));
         let (mut as_named, mut as_everybody) = (*peer == genesis.owner, false);
         for (writers, readers) in [first].into_iter().chain(later) {
             as_everybody |= *readers == Readers::Everybody;
@@ -238,8 +238,8 @@ impl Document {
         let decision = epoch.and_then(|epoch| self.epochs.number_of(epoch, &self.genesis));
         // Sessions from before a compaction are known by that decision alone.
         let was_here = |session: &SessionId| {
-            let mut beginnings = self.epochs.iter().filter(|epoch| epoch.is_beginning());
-            beginnings.any(|epoch| epoch.says.heads.contains_key(session))
+            let mut beginnings = self.epochs.iter().filter(|epoch| epoch.is_compaction());
+            beginnings.any(|epoch| epoch.terms.heads.contains_key(session))
         };
         decision.is_some_and(|number| number > 0)
             || heads
@@ -260,7 +260,7 @@ impl Document {
         self.writing
     }
 
-    pub(crate) fn go_on_writing(&mut self, session: Option<SessionId>) {
+    pub(crate) fn resume_session(&mut self, session: Option<SessionId>) {
         self.writing = session.filter(|session| self.own.contains(session));
     }
 
@@ -278,8 +278,8 @@ impl Document {
 
     /// Returns the number of changes in the base of the last compaction.
     pub(crate) fn base_changes(&self) -> u64 {
-        let beginning = self.epochs.beginning();
-        beginning.map_or(0, |epoch| epoch.says.base.len() as u64)
+        let compaction = self.epochs.compaction();
+        compaction.map_or(0, |epoch| epoch.terms.base.len() as u64)
     }
 
     pub(crate) fn figures(&mut self) -> Figures {
@@ -417,7 +417,7 @@ impl Document {
 
     /// Returns the envelopes of these sessions, each from its count on, in causal order. The receiver is assumed to
     /// have the dependencies in other sessions.
-    pub(crate) fn causal(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
+    pub(crate) fn causal(&self, from: &Heads) -> impl Iterator<Item = Position> + '_ {
         let range = |(session, head): (&SessionId, &Head)| {
             let end = self.count(session);
             (head.count < end).then_some((*session, head.count..end))
@@ -426,7 +426,7 @@ impl Document {
     }
 
     /// Returns these ranges of sessions in causal order.
-    fn ordered(&self, ranges: Vec<(SessionId, Range<u64>)>) -> impl Iterator<Item = Place> + '_ {
+    fn ordered(&self, ranges: Vec<(SessionId, Range<u64>)>) -> impl Iterator<Item = Position> + '_ {
         let actors: HashMap<[u8; 16], SessionId> = ranges
             .iter()
             .map(|(session, _)| (session.actor(), *session))
@@ -436,26 +436,26 @@ impl Document {
                 let (_, change) = known.entries.get(usize::try_from(index).ok()?)?;
                 self.doc.get_change_meta_by_hash(&hash(change))
             });
-            let place = |dep: &ChangeHash| {
+            let position = |dep: &ChangeHash| {
                 let meta = self.doc.get_change_meta_by_hash(dep)?;
                 let actor = <[u8; 16]>::try_from(meta.actor.to_bytes()).ok()?;
                 Some((*actors.get(&actor)?, meta.seq.checked_sub(1)?))
             };
             let deps = entry.map(|meta| meta.deps).unwrap_or_default();
-            deps.iter().filter_map(place).collect()
+            deps.iter().filter_map(position).collect()
         };
         CausalOrder::new(ranges, dependencies)
     }
 
     /// Returns the envelopes of these sessions, each from its count on, session by session.
     #[cfg(test)]
-    pub(crate) fn by_session(&self, from: &Heads) -> impl Iterator<Item = Place> + '_ {
+    pub(crate) fn by_session(&self, from: &Heads) -> impl Iterator<Item = Position> + '_ {
         let range = |(session, head): (&SessionId, &Head)| {
             let (session, end) = (*session, self.count(session));
             (head.count..end).map(move |index| (session, index))
         };
-        let places: Vec<_> = from.iter().flat_map(range).collect();
-        places.into_iter()
+        let positions: Vec<_> = from.iter().flat_map(range).collect();
+        positions.into_iter()
     }
 
     /// Returns the index that a session reaches, including envelopes that wait for their dependencies.

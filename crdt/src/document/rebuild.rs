@@ -19,17 +19,17 @@ use crate::{
 };
 
 /// The valid part of a document.
-struct Counting {
+struct ValidPart {
     /// Number of valid envelopes of each session.
     kept: BTreeMap<SessionId, usize>,
     /// Their changes, in causal order.
     changes: Vec<Change>,
-    looked_at: usize,
+    examined: usize,
 }
 
 impl Document {
     /// Returns true if this replica has another branch of a session than the one that an epoch names.
-    pub(super) fn goes_astray(&self, session: &SessionId, known: &Session) -> bool {
+    pub(super) fn is_other_branch(&self, session: &SessionId, known: &Session) -> bool {
         match self.standing(session, &known.run) {
             Standing::Until(head) => known
                 .chain_before(session, head.count)
@@ -58,20 +58,20 @@ impl Document {
         covered: &Heads,
     ) -> Result<Vec<Edit>, StoreError> {
         let id = self.id();
-        let Counting {
+        let ValidPart {
             kept,
             changes,
-            looked_at,
-        } = self.what_counts(base);
+            examined,
+        } = self.valid_part(base);
         let mut doc = base.clone();
-        let applied = guard::contained(|| doc.apply_changes(changes));
+        let applied = guard::catch_panic(|| doc.apply_changes(changes));
         if !matches!(applied, Ok(Ok(()))) {
             return Err(store.damaged(id, "its changes cannot be combined again"));
         }
-        tracing::debug!(document = %id, changes = looked_at, "rebuilt a document");
+        tracing::debug!(document = %id, changes = examined, "rebuilt a document");
         #[cfg(test)]
         {
-            self.looked_at += looked_at;
+            self.examined += examined;
         }
         let carry = self.lost_edits(&kept, covered);
         for (session, count) in kept {
@@ -85,23 +85,23 @@ impl Document {
     }
 
     /// Determines the valid part of each session, by epochs, proofs and the dependencies of each change.
-    fn what_counts(&self, base: &Automerge) -> Counting {
+    fn valid_part(&self, base: &Automerge) -> ValidPart {
         let mut known: HashSet<ChangeHash> = base
             .get_changes_meta(&[])
             .into_iter()
             .map(|meta| meta.hash)
             .collect();
         let range = |(id, session): (&SessionId, &Session)| {
-            let limit = match self.goes_astray(id, session) {
+            let limit = match self.is_other_branch(id, session) {
                 true => 0,
                 false => self.limit(id, &session.run),
             };
             (*id, 0..limit.min(session.entries.len() as u64))
         };
-        let mut counting = Counting {
+        let mut counting = ValidPart {
             kept: self.sessions.keys().map(|session| (*session, 0)).collect(),
             changes: Vec::new(),
-            looked_at: 0,
+            examined: 0,
         };
         // One pass suffices: dependencies come before the changes that build on them.
         for (session, index) in self.ordered(self.sessions.iter().map(range).collect()) {
@@ -114,7 +114,7 @@ impl Document {
             if *count as u64 != index {
                 continue;
             }
-            counting.looked_at += 1;
+            counting.examined += 1;
             let entry = known_session.entries.get(*count);
             let change = entry.and_then(|(_, change)| self.doc.get_change_by_hash(&hash(change)));
             if let Some(change) = change
@@ -188,7 +188,7 @@ impl Document {
                 let Some(meta) = self.doc.get_change_meta_by_hash(&hash) else {
                     continue;
                 };
-                let diff = guard::contained(|| value::edits_of(&self.doc, &meta.deps, &[hash]));
+                let diff = guard::catch_panic(|| value::edits_of(&self.doc, &meta.deps, &[hash]));
                 edits.extend(diff.unwrap_or_default());
             }
         }
@@ -198,13 +198,13 @@ impl Document {
 
 /// Builds the document of a base, and checks each change as if a peer had sent it.
 pub(super) fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Refusal> {
-    if base.len() != epoch.says.base.len() {
+    if base.len() != epoch.terms.base.len() {
         return Err(Refusal::Early);
     }
     let actor = Epoch::base_actor(&epoch.document, epoch.number, &epoch.previous);
     let (mut doc, mut memory) = (Automerge::new(), Memory::default());
     let mut previous = None;
-    for (index, (change, id)) in base.iter().zip(&epoch.says.base).enumerate() {
+    for (index, (change, id)) in base.iter().zip(&epoch.terms.base).enumerate() {
         let checked = guard::decode(change, actor, index as u64 + 1)?;
         if checked.id != *id {
             return Err(Refusal::Malformed(

@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// An envelope, and the peer that it came from.
-pub(crate) type From = (Envelope, Option<Key>);
+pub(crate) type Received = (Envelope, Option<Key>);
 
 /// The source of an envelope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +57,7 @@ impl Source {
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
     /// New valid envelopes.
-    pub(crate) new: Vec<From>,
+    pub(crate) new: Vec<Received>,
     pub(crate) proofs: Vec<Proof>,
     /// Sessions of which a peer has sent envelopes that can never be valid.
     pub(crate) void: BTreeSet<(Key, SessionId)>,
@@ -66,7 +66,7 @@ pub(crate) struct Taken {
     /// Peers that sent data that no honest peer would send.
     pub(crate) offences: Vec<(Key, Refusal)>,
     /// Sessions of which another branch is known, with the peer that knows it. The point of divergence is to be found.
-    pub(crate) astray: Vec<(Key, SessionId)>,
+    pub(crate) diverged: Vec<(Key, SessionId)>,
     /// Peers from which data is missing.
     pub(crate) early: BTreeSet<Key>,
     /// Changed paths; empty if the document is not watched.
@@ -96,7 +96,7 @@ impl std::convert::From<Waiter> for Sent {
             envelope: waiter.envelope,
             source: Source::Peer {
                 key: waiter.from,
-                asked: waiter.asked,
+                asked: waiter.requested,
             },
             verified: true,
         }
@@ -172,7 +172,7 @@ impl Document {
             let header = &sent.envelope.header;
             match verdict {
                 Verdict::Counts(pending) => {
-                    let next = On::Place(header.session, header.index + 1);
+                    let next = On::Position(header.session, header.index + 1);
                     for on in [On::Change(header.change), next] {
                         queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
                         queue.extend(stalled.remove(&on).unwrap_or_default());
@@ -261,9 +261,9 @@ impl Document {
         let (envelope, document) = (&sent.envelope, self.id());
         let header = &envelope.header;
         let is_signed = || sent.verified || header.is_signed(&document);
-        let mut astray = false;
-        let admitted = self.admit(envelope, &mut astray);
-        if astray {
+        let mut diverged = false;
+        let admitted = self.admit(envelope, &mut diverged);
+        if diverged {
             if !is_signed() {
                 return Ok(Verdict::Refused(Refusal::Signature));
             }
@@ -276,7 +276,7 @@ impl Document {
                 sent.source.peer(),
             ) {
                 (Some(proof), _) => taken.proofs.push(proof),
-                (None, Some(from)) => taken.astray.push((from, header.session)),
+                (None, Some(from)) => taken.diverged.push((from, header.session)),
                 (None, None) => {}
             }
             // The point of divergence is being searched for, so this session is not void for the peer.
@@ -292,7 +292,7 @@ impl Document {
                 return Ok(Verdict::Waits(On::Epoch(header.run.epoch)));
             }
             Err(Refusal::Early) => {
-                return Ok(Verdict::Waits(On::Place(header.session, header.index)));
+                return Ok(Verdict::Waits(On::Position(header.session, header.index)));
             }
             Err(refusal) => return Ok(Verdict::Refused(refusal)),
         }
@@ -332,8 +332,8 @@ impl Document {
     }
 
     /// Makes the checks of an envelope that need no Automerge. If the peer is on another branch, returns
-    /// [`Refusal::Early`] and sets `astray`.
-    fn admit(&self, envelope: &Envelope, astray: &mut bool) -> Result<(), Refusal> {
+    /// [`Refusal::Early`] and sets `diverged`.
+    fn admit(&self, envelope: &Envelope, diverged: &mut bool) -> Result<(), Refusal> {
         let header = &envelope.header;
         let known = self.sessions.get(&header.session);
         let count = known.map_or(0, |session| session.entries.len() as u64);
@@ -341,7 +341,7 @@ impl Document {
             return match self.chain_at(&header.session, header.index + 1) {
                 Some(chain) if chain == header.chain() => Err(Refusal::Known),
                 _ => {
-                    *astray = true;
+                    *diverged = true;
                     Err(Refusal::Void)
                 }
             };
@@ -362,7 +362,7 @@ impl Document {
             return Err(Refusal::Early);
         }
         if self.chain_at(&header.session, count) != Some(header.previous) {
-            *astray = true;
+            *diverged = true;
             return Err(Refusal::Void);
         }
         if known.is_none() && self.sessions.len() >= MAX_SESSIONS {
@@ -377,7 +377,7 @@ impl Document {
     /// Returns true if the condition that an envelope waits for is met.
     fn is_here(&self, on: &On) -> bool {
         match on {
-            On::Place(session, index) => self.count(session) >= *index,
+            On::Position(session, index) => self.count(session) >= *index,
             On::Change(change) => self.doc.get_change_meta_by_hash(&hash(change)).is_some(),
             On::Epoch(epoch) => self.knows(epoch),
         }
@@ -471,7 +471,7 @@ impl Document {
     ) -> Result<Taken, StoreError> {
         let mut taken = Taken::default();
         let (session, run) = (proof.session(), proof.one.run);
-        if !self.matters(proof)
+        if !self.is_relevant(proof)
             || self
                 .proofs
                 .get(&session)
@@ -513,8 +513,8 @@ impl Document {
         for epoch in &epochs {
             chain.would_take(epoch, &self.genesis)?;
             dropped = dropped.max(chain.take(epoch.clone()));
-            if epoch.is_beginning() {
-                for (session, head) in &epoch.says.heads {
+            if epoch.is_compaction() {
+                for (session, head) in &epoch.terms.heads {
                     let known = covered.entry(*session).or_insert(*head);
                     if known.count < head.count {
                         *known = *head;
@@ -523,12 +523,12 @@ impl Document {
             }
         }
         let id = self.id();
-        let begins = epochs.iter().rev().find(|epoch| epoch.is_beginning());
+        let begins = epochs.iter().rev().find(|epoch| epoch.is_compaction());
         let built = begins.map(|epoch| build_base(epoch, base)).transpose()?;
         let mut taken = Taken::default();
         let had = (
             self.epochs.count(),
-            self.epochs.beginning().map(|epoch| epoch.id),
+            self.epochs.compaction().map(|epoch| epoch.id),
         );
         for epoch in &epochs {
             store.put(key::epoch(&id, epoch.number), epoch.wire.encode_to_vec());
@@ -552,7 +552,7 @@ impl Document {
                 built
             }
             // A compaction is no longer in the chain. The changes before it have to come from other replicas.
-            None if had.1 != self.epochs.beginning().map(|epoch| epoch.id) => {
+            None if had.1 != self.epochs.compaction().map(|epoch| epoch.id) => {
                 store.delete_all(&key::base(&id))?;
                 Automerge::new()
             }
@@ -561,7 +561,7 @@ impl Document {
         let void: Vec<_> = self
             .proofs
             .iter()
-            .filter(|(_, proof)| !self.matters(proof))
+            .filter(|(_, proof)| !self.is_relevant(proof))
             .map(|(id, _)| *id)
             .collect();
         for session in void {
@@ -570,7 +570,7 @@ impl Document {
         }
         let cut = self.sessions.iter().any(|(session, known)| {
             let limit = self.limit(session, &known.run);
-            known.entries.len() as u64 > limit || self.goes_astray(session, known)
+            known.entries.len() as u64 > limit || self.is_other_branch(session, known)
         });
         if begins || cut || dropped > 0 {
             taken.carry = self.rebuild(store, &built, &covered)?;

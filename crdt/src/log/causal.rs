@@ -14,7 +14,7 @@ use std::{
 use crate::id::SessionId;
 
 /// A position in a session.
-pub(crate) type Place = (SessionId, u64);
+pub(crate) type Position = (SessionId, u64);
 
 /// The next position of a session, the end of its range, and the number of dependencies of the next position that were
 /// not passed.
@@ -38,11 +38,11 @@ pub(crate) struct CausalOrder<D> {
     /// Sessions whose next position can follow.
     ready: BTreeSet<SessionId>,
     /// For a position that was not passed, the positions that wait for it.
-    blocked: BTreeMap<Place, Vec<Place>>,
+    blocked: BTreeMap<Position, Vec<Position>>,
     dependencies: D,
 }
 
-impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
+impl<D: FnMut(&SessionId, u64) -> Vec<Position>> CausalOrder<D> {
     pub(crate) fn new(
         ranges: impl IntoIterator<Item = (SessionId, Range<u64>)>,
         dependencies: D,
@@ -69,7 +69,7 @@ impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
         this
     }
 
-    fn is_ahead(&self, (session, index): &Place) -> bool {
+    fn is_ahead(&self, (session, index): &Position) -> bool {
         self.cursors
             .get(session)
             .is_some_and(|cursor| (cursor.next..cursor.end).contains(index))
@@ -80,12 +80,12 @@ impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
         let Some(next) = self.cursors.get(&session).map(|cursor| cursor.next) else {
             return;
         };
-        let place = (session, next);
+        let position = (session, next);
         let mut unmet = 0;
         for dependency in (self.dependencies)(&session, next) {
-            if dependency != place && self.is_ahead(&dependency) {
+            if dependency != position && self.is_ahead(&dependency) {
                 unmet += 1;
-                self.blocked.entry(dependency).or_default().push(place);
+                self.blocked.entry(dependency).or_default().push(position);
             }
         }
         if unmet == 0 {
@@ -97,24 +97,24 @@ impl<D: FnMut(&SessionId, u64) -> Vec<Place>> CausalOrder<D> {
     }
 }
 
-impl<D: FnMut(&SessionId, u64) -> Vec<Place>> Iterator for CausalOrder<D> {
-    type Item = Place;
+impl<D: FnMut(&SessionId, u64) -> Vec<Position>> Iterator for CausalOrder<D> {
+    type Item = Position;
 
-    fn next(&mut self) -> Option<Place> {
+    fn next(&mut self) -> Option<Position> {
         // A graph of hashes has no cycles, but a damaged file may claim one. Then continue in the order of sessions.
         let session = match self.ready.pop_first() {
             Some(session) => session,
             None => *self.cursors.first_key_value()?.0,
         };
         let cursor = self.cursors.get_mut(&session)?;
-        let place = (session, cursor.next);
+        let position = (session, cursor.next);
         cursor.next += 1;
         if cursor.next == cursor.end {
             self.cursors.remove(&session);
         } else {
             self.examine(session);
         }
-        for (waiting, index) in self.blocked.remove(&place).unwrap_or_default() {
+        for (waiting, index) in self.blocked.remove(&position).unwrap_or_default() {
             if let Some(cursor) = self.cursors.get_mut(&waiting)
                 && cursor.next == index
             {
@@ -124,7 +124,7 @@ impl<D: FnMut(&SessionId, u64) -> Vec<Place>> Iterator for CausalOrder<D> {
                 }
             }
         }
-        Some(place)
+        Some(position)
     }
 }
 

@@ -70,7 +70,7 @@ pub(crate) fn read_heads(heads: &[wire::SessionHead]) -> Result<Heads, Refusal> 
 
 /// The content of an epoch.
 #[derive(Debug, Clone)]
-pub(crate) struct Statement {
+pub(crate) struct Terms {
     pub(crate) writers: Vec<Key>,
     pub(crate) readers: Readers,
     pub(crate) heads: Heads,
@@ -84,7 +84,7 @@ pub(crate) struct Epoch {
     pub(crate) document: DocumentId,
     pub(crate) number: u64,
     pub(crate) previous: EpochId,
-    pub(crate) says: Statement,
+    pub(crate) terms: Terms,
     pub(crate) wire: wire::SignedEpoch,
 }
 
@@ -94,16 +94,16 @@ impl Epoch {
         genesis: &Genesis,
         number: u64,
         previous: EpochId,
-        says: &Statement,
+        terms: &Terms,
     ) -> Self {
         let epoch = wire::Epoch {
             document: Bytes::copy_from_slice(&genesis.id.0),
             number,
             previous: Bytes::copy_from_slice(&previous.0),
-            writers: to_wire(&says.writers),
-            readers: Some(says.readers.to_wire()),
-            heads: heads_to_wire(&says.heads),
-            base: says
+            writers: to_wire(&terms.writers),
+            readers: Some(terms.readers.to_wire()),
+            heads: heads_to_wire(&terms.heads),
+            base: terms
                 .base
                 .iter()
                 .map(|id| Bytes::copy_from_slice(&id.0))
@@ -155,7 +155,7 @@ impl Epoch {
             return Err(Refusal::Malformed("a base has too many changes"));
         }
         let base: Option<Vec<_>> = epoch.base.iter().map(|id| ChangeId::read(id)).collect();
-        let says = Statement {
+        let terms = Terms {
             writers,
             readers: Readers::read(epoch.readers.as_ref())?,
             heads: read_heads(&epoch.heads)?,
@@ -170,14 +170,14 @@ impl Epoch {
             document,
             number,
             previous,
-            says,
+            terms,
             wire,
         })
     }
 
     /// Returns true if the epoch compacts the document.
-    pub(crate) fn is_beginning(&self) -> bool {
-        !self.says.base.is_empty()
+    pub(crate) fn is_compaction(&self) -> bool {
+        !self.terms.base.is_empty()
     }
 
     /// Returns the actor of the base's changes. No session has this actor.
@@ -203,7 +203,7 @@ pub(crate) struct Epochs {
     chain: Vec<Epoch>,
     numbers: HashMap<EpochId, u64>,
     /// Number of the last epoch that compacted the document.
-    beginning: Option<u64>,
+    compaction: Option<u64>,
 }
 
 /// The part of a session that the epochs permit.
@@ -257,17 +257,17 @@ impl Epochs {
 
     pub(crate) fn writers<'a>(&'a self, genesis: &'a Genesis) -> &'a [Key] {
         self.last()
-            .map_or(&genesis.writers, |epoch| &epoch.says.writers)
+            .map_or(&genesis.writers, |epoch| &epoch.terms.writers)
     }
 
     pub(crate) fn readers<'a>(&'a self, genesis: &'a Genesis) -> &'a Readers {
         self.last()
-            .map_or(&genesis.readers, |epoch| &epoch.says.readers)
+            .map_or(&genesis.readers, |epoch| &epoch.terms.readers)
     }
 
     /// Returns the last epoch that compacted the document, if there is one.
-    pub(crate) fn beginning(&self) -> Option<&Epoch> {
-        self.get(self.beginning?)
+    pub(crate) fn compaction(&self) -> Option<&Epoch> {
+        self.get(self.compaction?)
     }
 
     /// Returns the permitted part of a session of `author` that began in `epoch`.
@@ -282,8 +282,8 @@ impl Epochs {
             return Standing::Void;
         };
         if self
-            .beginning()
-            .is_some_and(|beginning| number < beginning.number)
+            .compaction()
+            .is_some_and(|compaction| number < compaction.number)
         {
             return Standing::Void;
         }
@@ -293,7 +293,7 @@ impl Epochs {
         let began = match number {
             0 => &genesis.writers,
             number => match self.get(number) {
-                Some(epoch) => &epoch.says.writers,
+                Some(epoch) => &epoch.terms.writers,
                 None => return Standing::Void,
             },
         };
@@ -303,10 +303,10 @@ impl Epochs {
         // The first later epoch that does not list the author determines the permitted part.
         let revoked = self.chain[number as usize..]
             .iter()
-            .find(|later| later.says.writers.binary_search(author).is_err());
+            .find(|later| later.terms.writers.binary_search(author).is_err());
         match revoked {
             None => Standing::Open,
-            Some(epoch) => match epoch.says.heads.get(session) {
+            Some(epoch) => match epoch.terms.heads.get(session) {
                 Some(head) if head.count > 0 => Standing::Until(*head),
                 _ => Standing::Void,
             },
@@ -335,19 +335,19 @@ impl Epochs {
     /// Adds an epoch that [`would_take`](Self::would_take) allows. Drops the epochs from its number on, and returns how
     /// many there were.
     pub(crate) fn take(&mut self, epoch: Epoch) -> usize {
-        let place = (epoch.number - 1) as usize;
-        let dropped = self.chain.split_off(place);
+        let position = (epoch.number - 1) as usize;
+        let dropped = self.chain.split_off(position);
         for epoch in &dropped {
             self.numbers.remove(&epoch.id);
         }
         self.numbers.insert(epoch.id, epoch.number);
-        let is_beginning = epoch.is_beginning();
+        let is_compaction = epoch.is_compaction();
         self.chain.push(epoch);
-        if is_beginning {
-            self.beginning = self.last().map(|epoch| epoch.number);
-        } else if dropped.iter().any(Epoch::is_beginning) {
-            let last = self.iter().rev().find(|epoch| epoch.is_beginning());
-            self.beginning = last.map(|epoch| epoch.number);
+        if is_compaction {
+            self.compaction = self.last().map(|epoch| epoch.number);
+        } else if dropped.iter().any(Epoch::is_compaction) {
+            let last = self.iter().rev().find(|epoch| epoch.is_compaction());
+            self.compaction = last.map(|epoch| epoch.number);
         }
         dropped.len()
     }

@@ -90,7 +90,7 @@ pub(crate) fn is_reader(owner: &Key, writers: &[Key], readers: &Readers, peer: &
 }
 
 /// Returns a list of keys in its wire form: sorted, without duplicates, and without the owner.
-pub(crate) fn tidy(mut keys: Vec<Key>, owner: &Key) -> Vec<Key> {
+pub(crate) fn normalized(mut keys: Vec<Key>, owner: &Key) -> Vec<Key> {
     keys.retain(|key| key != owner);
     keys.sort();
     keys.dedup();

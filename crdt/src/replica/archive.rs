@@ -22,7 +22,7 @@ use crate::{
     id::{Chain, ChangeId, DocumentId, EpochId, Key, SessionId},
     imported::{Imported, Refused},
     log::{
-        causal::{CausalOrder, Place},
+        causal::{CausalOrder, Position},
         chunk,
         envelope::{Envelope, Header, Proof},
         epoch::Epoch,
@@ -125,8 +125,8 @@ impl Content {
         self.genesis = self.genesis.take().or(give.genesis);
         self.epochs.extend(give.epochs);
         if !give.base_changes.is_empty() {
-            let place = (give.base.to_vec(), give.base_from);
-            self.bases.insert(place, give.base_changes);
+            let position = (give.base.to_vec(), give.base_from);
+            self.bases.insert(position, give.base_changes);
         }
         self.proofs.extend(give.proofs);
         self.envelopes.extend(give.envelopes);
@@ -187,26 +187,27 @@ impl Log {
         (this, damaged)
     }
 
-    fn at(&self, (session, place): &Place) -> Option<&Envelope> {
-        let place = usize::try_from(*place).ok()?;
-        self.sessions.get(session)?.get(place)
+    fn at(&self, (session, position): &Position) -> Option<&Envelope> {
+        let position = usize::try_from(*position).ok()?;
+        self.sessions.get(session)?.get(position)
     }
 
     /// Returns the positions in causal order, by the dependencies that the changes declare.
-    fn causal(&self) -> Vec<Place> {
-        let mut places: HashMap<ChangeId, Place> = HashMap::new();
+    fn causal(&self) -> Vec<Position> {
+        let mut positions: HashMap<ChangeId, Position> = HashMap::new();
         for (session, envelopes) in &self.sessions {
-            for (place, envelope) in envelopes.iter().enumerate() {
-                places.insert(envelope.header.change, (*session, place as u64));
+            for (position, envelope) in envelopes.iter().enumerate() {
+                positions.insert(envelope.header.change, (*session, position as u64));
             }
         }
         let ranges = self.sessions.iter();
         let ranges = ranges.map(|(session, envelopes)| (*session, 0..envelopes.len() as u64));
-        let dependencies = |session: &SessionId, place: u64| {
-            let envelope = self.at(&(*session, place));
+        let dependencies = |session: &SessionId, position: u64| {
+            let envelope = self.at(&(*session, position));
             let deps = envelope.map(|envelope| chunk::dependencies(&envelope.change));
             let deps = deps.unwrap_or_default().into_iter();
-            deps.filter_map(|dep| places.get(&dep).copied()).collect()
+            deps.filter_map(|dep| positions.get(&dep).copied())
+                .collect()
         };
         CausalOrder::new(ranges, dependencies).collect()
     }
@@ -300,7 +301,7 @@ impl Replica {
             document.adopt(store, own);
         }
         tracing::warn!(document = %id, kept = %imported, "restored a damaged document from its readable part");
-        self.say_interest(&[id], &[]);
+        self.announce_interest(&[id], &[]);
         Ok(())
     }
 
@@ -332,13 +333,13 @@ impl Replica {
         let proofs = self.import_proofs(id, &content, &mut imported)?;
         let order = log.causal();
         let mut refused = Refusals::new();
-        let mut places = order.iter().peekable();
-        while places.peek().is_some() {
+        let mut positions = order.iter().peekable();
+        while positions.peek().is_some() {
             let (mut batch, mut bytes) = (Vec::new(), 0);
             while bytes < BATCH
-                && let Some(place) = places.next()
+                && let Some(position) = positions.next()
             {
-                let Some(envelope) = log.at(place) else {
+                let Some(envelope) = log.at(position) else {
                     continue;
                 };
                 bytes += envelope.change.len();
@@ -412,8 +413,8 @@ impl Replica {
         if new.is_empty() {
             return Ok(epochs);
         }
-        let beginning = new.iter().rev().find(|epoch| epoch.is_beginning());
-        let base = beginning.map_or(Vec::new(), |epoch| content.base(&epoch.id));
+        let compaction = new.iter().rev().find(|epoch| epoch.is_compaction());
+        let base = compaction.map_or(Vec::new(), |epoch| content.base(&epoch.id));
         match document.take_epochs(store, new.clone(), &base) {
             Ok(taken) => {
                 // Any of these epochs that a peer was sending are present now.
@@ -468,7 +469,7 @@ impl Replica {
 /// The contents of a file, and the refusals of its changes.
 struct File<'a> {
     log: &'a Log,
-    order: &'a [Place],
+    order: &'a [Position],
     refused: &'a Refusals,
     epochs: &'a [Epoch],
     proofs: &'a [Proof],
@@ -487,7 +488,7 @@ fn compare_decisions(document: &Document, file: &File<'_>, imported: &mut Import
     }
     for proof in file.proofs {
         let known = document.proof(&proof.session());
-        if document.matters(proof) && known.is_none_or(|known| known.index() > proof.index()) {
+        if document.is_relevant(proof) && known.is_none_or(|known| known.index() > proof.index()) {
             imported.fault("there is no room for a proof of equivocation");
         }
     }
@@ -501,8 +502,8 @@ fn compare_changes(document: &Document, file: &File<'_>, imported: &mut Imported
         .chain([document.genesis.epoch()])
         .collect();
     let mut void: HashSet<ChangeId> = HashSet::new();
-    for place in file.order {
-        let Some(envelope) = file.log.at(place) else {
+    for position in file.order {
+        let Some(envelope) = file.log.at(position) else {
             continue;
         };
         let header = &envelope.header;

@@ -44,9 +44,9 @@ impl NewDocument {
         } else {
             Kind::MultiWriter
         };
-        let writers = genesis::tidy(self.writers.clone(), owner);
+        let writers = genesis::normalized(self.writers.clone(), owner);
         check_keys("the list of writers", writers.len())?;
-        let readers = tidy_readers(self.readers.clone(), owner)?;
+        let readers = normalized_readers(self.readers.clone(), owner)?;
         if self.label.len() > MAX_LABEL {
             return Err(Error::TooLarge {
                 what: "the label",
@@ -90,11 +90,11 @@ pub(super) fn check_keys(what: &'static str, size: usize) -> Result<(), Error> {
     Ok(())
 }
 
-pub(super) fn tidy_readers(readers: Readers, owner: &Key) -> Result<Readers, Error> {
+pub(super) fn normalized_readers(readers: Readers, owner: &Key) -> Result<Readers, Error> {
     match readers {
         Readers::Everybody => Ok(Readers::Everybody),
         Readers::Named(keys) => {
-            let keys = genesis::tidy(keys, owner);
+            let keys = genesis::normalized(keys, owner);
             check_keys("the list of readers", keys.len())?;
             Ok(Readers::Named(keys))
         }

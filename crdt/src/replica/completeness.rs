@@ -11,7 +11,7 @@ use crate::{
     id::{DocumentId, Key},
     replica::{
         Replica,
-        peer::{Comparison, Told},
+        peer::{Comparison, PeerSummary},
     },
     store::StoreError,
 };
@@ -94,7 +94,7 @@ impl Replica {
         self.comparisons.insert(id, comparison);
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
-            self.ask_what(peer, id)?;
+            self.request_summary(peer, id)?;
         }
         Ok(Comparing { _token: token })
     }
@@ -105,12 +105,12 @@ impl Replica {
         self.comparisons.retain(|_, one| is_used(one));
         let ids: Vec<_> = self.comparisons.keys().copied().collect();
         for id in ids {
-            self.ask_what(peer, id)?;
+            self.request_summary(peer, id)?;
         }
         Ok(())
     }
 
-    fn ask_what(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+    fn request_summary(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
         let now = self.now;
         if self.held.get(&id).is_some_and(|held| held.may_read(&peer))
             && let Some(comparison) = self.comparisons.get_mut(&id)
@@ -122,7 +122,7 @@ impl Replica {
     }
 
     /// Stores the summary of a peer.
-    pub(super) fn heard(&mut self, peer: Key, id: &DocumentId, told: &Told) {
+    pub(super) fn summary_received(&mut self, peer: Key, id: &DocumentId, told: &PeerSummary) {
         if let Some(comparison) = self.comparisons.get_mut(id) {
             if comparison.token.strong_count() == 0 {
                 self.comparisons.remove(id);
@@ -133,7 +133,7 @@ impl Replica {
     }
 
     /// Forgets the summaries of a peer that has disconnected.
-    pub(super) fn unheard(&mut self, peer: &Key) {
+    pub(super) fn forget_summaries(&mut self, peer: &Key) {
         for comparison in self.comparisons.values_mut() {
             comparison.told.remove(peer);
             comparison.asked.remove(peer);
@@ -185,7 +185,7 @@ impl Replica {
             let asked = self.comparisons.get(&id);
             let asked = asked.and_then(|one| one.asked.get(&holder.peer));
             if !on_its_way && asked.is_some_and(|until| *until <= now) {
-                self.ask_what(holder.peer, id)?;
+                self.request_summary(holder.peer, id)?;
             }
         }
         Ok(Completeness {

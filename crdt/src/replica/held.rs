@@ -9,7 +9,7 @@ use crate::{
     document::Document,
     id::{Digest, DocumentId, Key, SessionId},
     log::{
-        epoch::{Epoch, Statement},
+        epoch::{Epoch, Terms},
         genesis::{self, Genesis, Readers},
     },
     store::{Store, StoreError, key},
@@ -87,10 +87,10 @@ impl Held {
         self.is_decided
     }
 
-    pub(super) fn decided(&mut self, says: &Statement) {
+    pub(super) fn decided(&mut self, terms: &Terms) {
         self.is_decided = true;
-        self.writers.clone_from(&says.writers);
-        self.readers.clone_from(&says.readers);
+        self.writers.clone_from(&terms.writers);
+        self.readers.clone_from(&terms.readers);
     }
 }
 
@@ -106,7 +106,7 @@ pub(super) fn read_held(store: &Store, id: &DocumentId, row: &[u8]) -> Result<He
     let genesis = wire::SignedGenesis::decode(genesis).ok();
     let genesis = genesis.and_then(|genesis| Genesis::stored(genesis).ok());
     let Some(genesis) = genesis.filter(|genesis| genesis.id == *id) else {
-        return Ok(damaged_held(None, "its beginning"));
+        return Ok(damaged_held(None, "its genesis"));
     };
     let mut held = Held::new(Some(genesis.clone()), digest);
     let of_chain = store.last(&key::epochs(id))?.map(|(_, row)| row);
@@ -115,7 +115,7 @@ pub(super) fn read_held(store: &Store, id: &DocumentId, row: &[u8]) -> Result<He
     for row in [of_chain, decided].into_iter().flatten() {
         let epoch = wire::SignedEpoch::decode(&row[..]).ok();
         match epoch.and_then(|epoch| Epoch::stored(epoch, &genesis).ok()) {
-            Some(epoch) => held.decided(&epoch.says),
+            Some(epoch) => held.decided(&epoch.terms),
             None => return Ok(damaged_held(Some(genesis), "a decision of its owner")),
         }
     }

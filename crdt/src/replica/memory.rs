@@ -111,7 +111,7 @@ impl Replica {
     fn put_in_memory(&mut self, id: DocumentId, mut document: Document) {
         self.make_room(document.weight(), Some(id));
         if let Some(held) = self.held.get_mut(&id) {
-            document.go_on_writing(held.writing);
+            document.resume_session(held.writing);
             self.weight = self.weight - held.weight + document.weight();
             held.weight = document.weight();
             held.loaded = Some(Box::new(document));

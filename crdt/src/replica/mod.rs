@@ -36,7 +36,7 @@ use crate::{
         signed::Identity,
     },
     replica::{
-        begin::{check_keys, tidy_readers},
+        begin::{check_keys, normalized_readers},
         held::{Held, NOTHING, read_held},
         peer::{Arrival, Comparison, News, PIECE, Peer},
     },
@@ -219,7 +219,7 @@ impl Replica {
         }
         let genesis = Genesis::sign(&self.identity, genesis);
         self.begin(genesis)?;
-        self.say_interest(&[id], &[]);
+        self.announce_interest(&[id], &[]);
         Ok(id)
     }
 
@@ -255,7 +255,7 @@ impl Replica {
         self.room()?;
         self.held.insert(id, Held::new(None, NOTHING));
         self.touched(id);
-        self.say_interest(&[id], &[]);
+        self.announce_interest(&[id], &[]);
         Ok(false)
     }
 
@@ -280,7 +280,7 @@ impl Replica {
     fn seek_again(&mut self, id: DocumentId) {
         self.held.insert(id, Held::new(None, NOTHING));
         self.touched(id);
-        self.say_interest(&[id], &[]);
+        self.announce_interest(&[id], &[]);
     }
 
     /// Stops holding a document, and deletes its data on this node. Returns true if it was held.
@@ -303,7 +303,7 @@ impl Replica {
         self.inbox.remove(&id);
         self.arrivals.remove(&id);
         self.news.remove(&id);
-        self.say_interest(&[], &[id]);
+        self.announce_interest(&[], &[id]);
         self.event(Event::Removed(id));
         Ok(true)
     }
@@ -384,11 +384,11 @@ impl Replica {
         let mut writers = document.epochs.writers(genesis).to_vec();
         writers.retain(|key| !rights.revoke.contains(key));
         writers.extend(rights.add);
-        let writers = genesis::tidy(writers, &genesis.owner);
+        let writers = genesis::normalized(writers, &genesis.owner);
         check_keys("the list of writers", writers.len())?;
         let owner = genesis.owner;
         let readers = match rights.readers {
-            Some(readers) => tidy_readers(readers, &owner)?,
+            Some(readers) => normalized_readers(readers, &owner)?,
             None => document.epochs.readers(genesis).clone(),
         };
         if writers == document.epochs.writers(genesis)
@@ -400,7 +400,7 @@ impl Replica {
         let decision = Decision {
             writers,
             readers,
-            anew: None,
+            compact_at: None,
         };
         self.decide_as(id, decision)
     }
@@ -417,7 +417,7 @@ impl Replica {
         let decision = Decision {
             writers: document.epochs.writers(genesis).to_vec(),
             readers: document.epochs.readers(genesis).clone(),
-            anew: Some(wall),
+            compact_at: Some(wall),
         };
         self.decide_as(id, decision)
     }

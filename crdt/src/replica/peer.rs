@@ -12,7 +12,7 @@ use bytes::Bytes;
 use weft_proto::wire;
 
 use crate::{
-    document::{Document, From},
+    document::{Document, Received},
     id::{DocumentId, EpochId, Key, SessionId},
     log::{
         envelope::Proof,
@@ -62,7 +62,7 @@ impl Peer {
 
 /// A peer's summary of its data of a document.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Told {
+pub(super) struct PeerSummary {
     pub(super) genesis: bool,
     pub(super) epochs: u64,
     pub(super) epoch: Option<EpochId>,
@@ -70,7 +70,7 @@ pub(super) struct Told {
     pub(super) forks: Heads,
 }
 
-impl Told {
+impl PeerSummary {
     /// Returns the number of changes in this summary that a document lacks, and the number of decisions and proofs.
     pub(super) fn lacking(&self, document: &Document) -> (u64, u64) {
         let (mut changes, mut decisions): (u64, u64) = (0, 0);
@@ -106,7 +106,7 @@ impl Told {
 #[derive(Debug, Default)]
 pub(super) struct Exchange {
     /// The peer's data.
-    pub(super) there: Told,
+    pub(super) there: PeerSummary,
     /// Sessions of which the peer has another branch, with the next envelope to compare.
     pub(super) seek: BTreeMap<SessionId, u64>,
     /// True if all epochs are requested, because this node's belong to another chain.
@@ -135,8 +135,8 @@ pub(super) struct Arrival {
 }
 
 impl Arrival {
-    pub(super) fn beginning(&self) -> Option<&Epoch> {
-        self.epochs.iter().rev().find(|epoch| epoch.is_beginning())
+    pub(super) fn compaction(&self) -> Option<&Epoch> {
+        self.epochs.iter().rev().find(|epoch| epoch.is_compaction())
     }
 }
 
@@ -145,14 +145,14 @@ impl Arrival {
 #[derive(Debug)]
 pub(super) struct Comparison {
     pub(super) token: Weak<()>,
-    pub(super) told: BTreeMap<Key, Told>,
+    pub(super) told: BTreeMap<Key, PeerSummary>,
     pub(super) asked: BTreeMap<Key, Duration>,
 }
 
 /// New data of a document, to be announced.
 #[derive(Debug, Default)]
 pub(super) struct News {
-    pub(super) envelopes: Vec<From>,
+    pub(super) envelopes: Vec<Received>,
     pub(super) proofs: Vec<Proof>,
     pub(super) epochs: Vec<(Epoch, Option<Key>)>,
 }

@@ -47,7 +47,7 @@ impl Replica {
         self.settle()?;
         // Announce data last, so that no rolled-back change is announced. The announcements are built from memory.
         while self.put_rows()? {}
-        self.tell()?;
+        self.announce()?;
         while self.put_rows()? {}
         self.make_room(0, None);
         self.bound_waiting();

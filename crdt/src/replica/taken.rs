@@ -10,7 +10,7 @@ use crate::{
     id::{DocumentId, Key},
     log::{
         envelope::Envelope,
-        epoch::{Epoch, Statement},
+        epoch::{Epoch, Terms},
     },
     refusal::Refusal,
     replica::{
@@ -35,7 +35,7 @@ impl Replica {
             carry,
             rebuilt,
             full,
-            astray,
+            diverged,
             void,
             refused: _,
             quiet,
@@ -76,11 +76,11 @@ impl Replica {
         for (peer, refusal) in offences {
             self.offend(peer, &refusal);
         }
-        for (peer, session) in astray {
-            self.seek(peer, id, session);
+        for (peer, session) in diverged {
+            self.find_fork(peer, id, session);
         }
         for (peer, session) in void {
-            self.forgo(peer, id, session);
+            self.mark_void(peer, id, session);
         }
         for peer in early {
             self.ask_again(peer, id)?;
@@ -103,7 +103,9 @@ impl Replica {
             match self.commit_as(id, &draft) {
                 Ok(_) => {}
                 Err(Error::Store(error)) => return Err(error),
-                Err(error) => tracing::warn!(document = %id, %error, "cannot make lost edits again"),
+                Err(error) => {
+                    tracing::warn!(document = %id, %error, "cannot make lost edits again")
+                }
             }
         }
         self.event(Event::Carried {
@@ -121,18 +123,18 @@ impl Replica {
         from: Option<Key>,
         taken: Taken,
     ) -> Result<(), StoreError> {
-        let beginning = epochs.iter().any(Epoch::is_beginning);
+        let compaction = epochs.iter().any(Epoch::is_compaction);
         self.reconsider(&id);
         let news = self.news.entry(id).or_default();
         news.epochs
             .extend(epochs.into_iter().map(|epoch| (epoch, from)));
         self.touched(id);
         if let Some((document, _)) = self.document(&id)? {
-            let last = document.epochs.last().map(|epoch| epoch.says.clone());
+            let last = document.epochs.last().map(|epoch| epoch.terms.clone());
             if let Some(held) = self.held.get_mut(&id)
-                && let Some(says) = last
+                && let Some(terms) = last
             {
-                held.decided(&says);
+                held.decided(&terms);
             }
         }
         self.store.delete(key::decided(&id));
@@ -148,7 +150,7 @@ impl Replica {
             // The peer has a part of the document, or said so while it could read all of it.
             self.shut_out(peer, id, true)?;
         }
-        self.event(if beginning {
+        self.event(if compaction {
             Event::Compacted(id)
         } else {
             Event::Rights(id)
@@ -160,9 +162,9 @@ impl Replica {
     }
 
     /// Stores a decision that cannot be applied before the base of its compaction arrives.
-    pub(super) fn decided(&mut self, id: DocumentId, says: &Statement, row: Vec<u8>) {
+    pub(super) fn decided(&mut self, id: DocumentId, terms: &Terms, row: Vec<u8>) {
         if let Some(held) = self.held.get_mut(&id) {
-            held.decided(says);
+            held.decided(terms);
             self.store.put(key::decided(&id), row);
         }
     }

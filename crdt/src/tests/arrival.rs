@@ -181,7 +181,7 @@ impl Play {
         let known: Vec<_> = document.epochs.iter().map(|epoch| epoch.id).collect();
         let epochs = epochs.iter().filter(|epoch| !known.contains(&epoch.id));
         let epochs: Vec<_> = epochs.cloned().collect();
-        let base = match epochs.iter().any(|epoch| epoch.is_beginning()) {
+        let base = match epochs.iter().any(|epoch| epoch.is_compaction()) {
             true => base,
             false => Vec::new(),
         };
@@ -214,14 +214,14 @@ impl Play {
         }
         let here = match self.world.node(RECEIVER).document(&id).unwrap() {
             Some((document, _)) => {
-                let beginning = document.epochs.beginning().map(|epoch| epoch.id);
-                (document.epochs.count(), beginning)
+                let compaction = document.epochs.compaction().map(|epoch| epoch.id);
+                (document.epochs.count(), compaction)
             }
             None => (0, None),
         };
         let new = theirs.epochs.iter().filter(|epoch| epoch.number > here.0);
         bytes += new.map(|epoch| epoch.wire.encoded_len()).sum::<usize>();
-        if theirs.epochs.beginning().map(|epoch| epoch.id) != here.1 {
+        if theirs.epochs.compaction().map(|epoch| epoch.id) != here.1 {
             let base = store.scan(&row::base(&id), &[], usize::MAX).unwrap();
             bytes += base.iter().map(|(_, change)| change.len()).sum::<usize>();
         }
@@ -324,7 +324,11 @@ fn play(case: u64) -> (usize, usize, usize) {
     play.world.assert_no_offence();
     let (document, _) = play.world.node(RECEIVER).document(&id).unwrap().unwrap();
     if !decided {
-        assert_eq!(document.waiting().0, 0, "an envelope waits without a reason");
+        assert_eq!(
+            document.waiting().0,
+            0,
+            "an envelope waits without a reason"
+        );
     }
     let full = bytes.div_ceil(PIECE);
     let bound = match by_session {

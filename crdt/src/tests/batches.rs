@@ -37,9 +37,9 @@ fn envelopes(world: &mut World, at: usize, id: DocumentId) -> Vec<Envelope> {
         (session, head)
     };
     let from: Heads = document.heads().into_iter().map(none).collect();
-    let places: Vec<_> = document.causal(&from).collect();
+    let positions: Vec<_> = document.causal(&from).collect();
     let read = |(session, index)| document.envelope(store, &session, index).unwrap();
-    places.into_iter().map(read).collect()
+    positions.into_iter().map(read).collect()
 }
 
 /// Makes a new replica process envelopes in messages of the given lengths.

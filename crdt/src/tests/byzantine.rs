@@ -23,7 +23,7 @@ use crate::{
     id::{Chain, EpochId, SessionId},
     log::{
         envelope::{Envelope, Header, Proof, Run},
-        epoch::{Epoch, Statement},
+        epoch::{Epoch, Terms},
         genesis::Readers,
     },
     refusal::Refusal,
@@ -384,7 +384,7 @@ fn only_the_owner_signs_epochs() {
     let (mut world, id) = world(2);
     let (document, _) = world.node(0).document(&id).unwrap().unwrap();
     let genesis = document.genesis.clone();
-    let says = Statement {
+    let terms = Terms {
         writers: vec![key(LIAR)],
         readers: Readers::Everybody,
         heads: Default::default(),
@@ -393,7 +393,7 @@ fn only_the_owner_signs_epochs() {
     let mut epoch = {
         let mut owned = genesis.clone();
         owned.owner = key(LIAR);
-        Epoch::sign(&identity(LIAR), &owned, 1, genesis.epoch(), &says).wire
+        Epoch::sign(&identity(LIAR), &owned, 1, genesis.epoch(), &terms).wire
     };
     let tell = |epoch: &wire::SignedEpoch| {
         Kind::News(wire::News {
@@ -527,9 +527,9 @@ fn a_change_may_refer_only_to_its_ancestors() {
     let envelope = liar.bent(&[put("/late", json!(2))], |change| {
         change.operations[0].pred = vec![id_of_late.clone()].into();
     });
-    world.refuses(0, id, &envelope, "cannot know");
     world.refuses(0, id, &envelope, "not among its ancestors");
     world.refuses(1, id, &envelope, "not among its ancestors");
+}
 
 #[test]
 fn nesting_is_limited_across_many_changes() {
@@ -655,12 +655,12 @@ fn arbitrary_messages_do_no_harm() {
     for _ in 0..20_000 {
         let mut message = honest[random.usize(..honest.len())].clone();
         for _ in 0..random.usize(1..6) {
-            let place = random.usize(..message.len());
+            let position = random.usize(..message.len());
             match random.u8(..4) {
-                0 => message[place] = random.u8(..),
-                1 => message[place] ^= 1 << random.u8(..8),
-                2 => message.truncate(place.max(1)),
-                _ => message.insert(place, random.u8(..)),
+                0 => message[position] = random.u8(..),
+                1 => message[position] ^= 1 << random.u8(..8),
+                2 => message.truncate(position.max(1)),
+                _ => message.insert(position, random.u8(..)),
             }
         }
         world.lie_bytes(0, &message);

@@ -10,7 +10,7 @@ use super::{Faults, World, at, put};
 use crate::{DocumentId, Edit, Error};
 
 /// Returns a path that exists in this content, or is next to one that does.
-fn place(world: &mut World, content: &Value) -> String {
+fn position(world: &mut World, content: &Value) -> String {
     let mut path = String::new();
     let mut here = content;
     loop {
@@ -42,7 +42,7 @@ fn edit(world: &mut World, node: usize, id: DocumentId) {
     let content = world.get(node, id);
     let mut edits = Vec::new();
     for _ in 0..world.random.usize(1..4) {
-        let path = place(world, &content);
+        let path = position(world, &content);
         let number = world.random.u8(..);
         edits.push(match world.random.u8(..10) {
             0 | 1 => Edit::Delete(at(&path)),

@@ -203,8 +203,8 @@ fn damaged(bends: impl Fn(&mut Replica, DocumentId)) -> (World, DocumentId, Docu
     world.settle();
     let again = world.assert_same(&[0, 1, 2], x);
     assert_eq!(again["later"], json!(1));
-    for (place, value) in whole.as_object().unwrap() {
-        assert_eq!(&again[place], value);
+    for (position, value) in whole.as_object().unwrap() {
+        assert_eq!(&again[position], value);
     }
     world.edit(1, x, "/written", 1);
     world.settle();

@@ -13,10 +13,10 @@ use super::{
 };
 use crate::{DocumentId, Error, Imported, Rights};
 
-const BEGINNING: &[u8] = b"weft document 1\n";
+const MAGIC: &[u8] = b"weft document 1\n";
 
 fn parts(file: &[u8]) -> Vec<wire::Give> {
-    let mut rest = file.strip_prefix(BEGINNING).unwrap();
+    let mut rest = file.strip_prefix(MAGIC).unwrap();
     let mut parts = Vec::new();
     while let Some((length, after)) = rest.split_first_chunk() {
         let (part, after) = after.split_at(u64::from_be_bytes(*length) as usize);
@@ -27,7 +27,7 @@ fn parts(file: &[u8]) -> Vec<wire::Give> {
 }
 
 fn file(parts: &[wire::Give]) -> Vec<u8> {
-    let mut file = BEGINNING.to_vec();
+    let mut file = MAGIC.to_vec();
     for part in parts {
         file.extend((part.encoded_len() as u64).to_be_bytes());
         file.extend(part.encode_to_vec());

@@ -256,13 +256,13 @@ impl World {
             return false;
         }
         let chance = |random: &mut fastrand::Rng, of: u8| random.u8(..) < of;
-        let place = match chance(&mut self.random, self.faults.reorder) {
+        let position = match chance(&mut self.random, self.faults.reorder) {
             true => self.random.usize(..self.flying.len()),
             false => 0,
         };
         let (from, to, message) = match chance(&mut self.random, self.faults.repeat) {
-            true => self.flying[place].clone(),
-            false => self.flying.remove(place),
+            true => self.flying[position].clone(),
+            false => self.flying.remove(position),
         };
         if chance(&mut self.random, self.faults.drop) {
             return true;

@@ -123,17 +123,17 @@ pub(super) fn mutate(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
         if bytes.is_empty() {
             return;
         }
-        let place = random.usize(..bytes.len());
+        let position = random.usize(..bytes.len());
         match random.u8(..7) {
-            0 => bytes[place] = random.u8(..),
-            1 => bytes[place] ^= 1 << random.u8(..8),
-            2 => bytes[place] = bytes[place].wrapping_add(1),
-            3 => bytes[place] = bytes[place].wrapping_sub(1),
-            4 => bytes.insert(place, random.u8(..)),
-            5 => _ = bytes.remove(place),
+            0 => bytes[position] = random.u8(..),
+            1 => bytes[position] ^= 1 << random.u8(..8),
+            2 => bytes[position] = bytes[position].wrapping_add(1),
+            3 => bytes[position] = bytes[position].wrapping_sub(1),
+            4 => bytes.insert(position, random.u8(..)),
+            5 => _ = bytes.remove(position),
             _ => {
                 let from = random.usize(..bytes.len());
-                bytes[place] = bytes[from];
+                bytes[position] = bytes[from];
             }
         }
     }
@@ -158,7 +158,7 @@ fn sorted(doc: &Automerge) -> Vec<char> {
 }
 
 fn assert_loads(doc: &Automerge, bytes: &[u8]) {
-    let loaded = guard::contained(|| {
+    let loaded = guard::catch_panic(|| {
         let loaded = Automerge::load(&doc.save()).ok()?;
         let same = loaded.get_heads() == doc.get_heads()
             && value::get(&loaded, &crate::Path::default()) == value::get(doc, &crate::Path::default())

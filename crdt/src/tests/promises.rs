@@ -625,7 +625,10 @@ fn a_removed_document_is_gone_and_can_be_opened_again() {
     world.sent = (0, 0);
     world.edit(0, id, "/b", 2);
     world.settle();
-    assert_eq!(world.sent.0, 0, "a peer that no longer holds it is sent nothing");
+    assert_eq!(
+        world.sent.0, 0,
+        "a peer that no longer holds it is sent nothing"
+    );
     world.restart(1);
     world.settle();
     assert!(world.node(1).list().unwrap().is_empty());
@@ -826,10 +829,10 @@ fn a_document_of_many_sessions_is_rebuilt_in_one_pass() {
     let content = world.assert_same(&[0, 2], id);
     assert_eq!(content.as_object().unwrap().len(), 60);
     let (document, _) = world.node(2).present(&id).unwrap();
-    let (looked_at, changes) = (document.looked_at, document.log().0 as usize);
+    let (examined, changes) = (document.examined, document.log().0 as usize);
     assert!(
-        (changes..=changes + 5).contains(&looked_at),
-        "{looked_at} looks at {changes} changes"
+        (changes..=changes + 5).contains(&examined),
+        "{examined} looks at {changes} changes"
     );
 }
 

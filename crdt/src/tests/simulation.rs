@@ -200,8 +200,8 @@ impl Simulation {
             464..=466 => {
                 let node = 10 + self.world.random.usize(..4);
                 let rights = match self.revoked.iter().position(|one| *one == node) {
-                    Some(place) => {
-                        self.revoked.remove(place);
+                    Some(position) => {
+                        self.revoked.remove(position);
                         Rights {
                             add: vec![key(node as u8)],
                             ..Rights::default()
@@ -272,8 +272,11 @@ impl Simulation {
         // A writer whose changes build on an equivocator's may lose those that it did not know to be void; they are
         // made again.
         for (id, name) in &self.acknowledged {
-            let place = self.documents.iter().position(|other| other == id).unwrap();
-            assert!(!contents[place][name].is_null(), "{name} was acknowledged");
+            let position = self.documents.iter().position(|other| other == id).unwrap();
+            assert!(
+                !contents[position][name].is_null(),
+                "{name} was acknowledged"
+            );
         }
         self.world.assert_no_offence();
     }
@@ -328,7 +331,7 @@ fn twenty_replicas_converge_whatever_happens() {
     let forked = forked.into_inner();
     assert!(
         forked > 0 || seeds < 20,
-            "the twins were detected in none of {seeds} runs"
+        "the twins were detected in none of {seeds} runs"
     );
 }
 

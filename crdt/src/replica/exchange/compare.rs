@@ -246,7 +246,11 @@ impl Replica {
     }
 
     /// Tells all peers which documents this node holds from now on, or no longer holds.
-    pub(in crate::replica) fn say_interest(&mut self, holds: &[DocumentId], drops: &[DocumentId]) {
+    pub(in crate::replica) fn announce_interest(
+        &mut self,
+        holds: &[DocumentId],
+        drops: &[DocumentId],
+    ) {
         let peers: Vec<Key> = self.peers.keys().copied().collect();
         for peer in peers {
             let may: Vec<_> = holds

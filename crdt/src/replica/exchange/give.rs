@@ -9,7 +9,7 @@ use crate::{
     document::{Document, saved},
     id::{DocumentId, Key, SessionId},
     log::{
-        causal::Place,
+        causal::Position,
         envelope::Header,
         epoch::{Head, Heads, read_heads},
     },
@@ -104,8 +104,8 @@ impl Replica {
             .keys()
             .map(|session| Bytes::copy_from_slice(&session.0))
             .collect();
-        let (epochs, beginning) = (document.epochs.count(), document.epochs.beginning());
-        let base = beginning.map_or(0, |epoch| epoch.says.base.len() as u64);
+        let (epochs, compaction) = (document.epochs.count(), document.epochs.compaction());
+        let base = compaction.map_or(0, |epoch| epoch.terms.base.len() as u64);
         let mut want = wire::Want {
             document: Bytes::copy_from_slice(&id.0),
             genesis: true,
@@ -113,7 +113,8 @@ impl Replica {
             forks,
             ..wire::Want::default()
         };
-        let beginning = beginning.map(|epoch| (epoch.number, Bytes::copy_from_slice(&epoch.id.0)));
+        let compaction =
+            compaction.map(|epoch| (epoch.number, Bytes::copy_from_slice(&epoch.id.0)));
         while want.genesis
             || want.epochs > 0
             || !want.base.is_empty()
@@ -128,7 +129,7 @@ impl Replica {
             want.genesis = false;
             if want.epochs > 0 {
                 want.epochs += give.epochs.len() as u64;
-                if let Some((number, id)) = &beginning
+                if let Some((number, id)) = &compaction
                     && give.base.is_empty()
                     && (want.epochs - give.epochs.len() as u64..want.epochs).contains(number)
                 {
@@ -218,8 +219,8 @@ impl Piece {
         want: &wire::Want,
         with_base: bool,
     ) -> Result<(), StoreError> {
-        let beginning = document.epochs.beginning();
-        let mut base = beginning
+        let compaction = document.epochs.compaction();
+        let mut base = compaction
             .filter(|epoch| epoch.id.0[..] == want.base[..])
             .map(|epoch| (epoch, want.base_from));
         if want.epochs > 0 {
@@ -228,7 +229,7 @@ impl Piece {
                     break;
                 }
                 self.give.epochs.push(epoch.wire.clone());
-                if want.base.is_empty() && beginning.is_some_and(|last| last.id == epoch.id) {
+                if want.base.is_empty() && compaction.is_some_and(|last| last.id == epoch.id) {
                     // The epoch is of no use without its base, which the receiver would request next.
                     base = Some((epoch, 0));
                 }
@@ -249,7 +250,7 @@ impl Piece {
             self.give.base_from = from;
         }
         let given = from.saturating_add(self.give.base_changes.len() as u64);
-        self.give.more |= given < epoch.says.base.len() as u64;
+        self.give.more |= given < epoch.terms.base.len() as u64;
         Ok(())
     }
 
@@ -280,17 +281,19 @@ impl Piece {
         &mut self,
         document: &Document,
         store: &Store,
-        order: impl Iterator<Item = Place>,
+        order: impl Iterator<Item = Position>,
     ) -> Result<(), StoreError> {
         let id = document.id();
         let rows = store.reader()?;
-        for place in order {
+        for position in order {
             if self.room == 0 {
                 self.give.more = true;
                 break;
             }
-            let row = rows.get(&key::envelope(&id, &place.0, place.1))?;
-            let envelope = row.as_ref().and_then(|row| intact(document, &place, row));
+            let row = rows.get(&key::envelope(&id, &position.0, position.1))?;
+            let envelope = row
+                .as_ref()
+                .and_then(|row| intact(document, &position, row));
             let damaged = || store.damaged(id, "a change cannot be read");
             self.give.envelopes.push(envelope.ok_or_else(damaged)?);
             self.room = self.room.saturating_sub(row.map_or(0, |row| row.len()));
@@ -301,7 +304,7 @@ impl Piece {
 
 /// Decodes the envelope of a log row. Returns `None` if the row has changed. Such a row is not sent, because the peer
 /// would take this node for a liar.
-fn intact(document: &Document, (session, index): &Place, row: &[u8]) -> Option<wire::Envelope> {
+fn intact(document: &Document, (session, index): &Position, row: &[u8]) -> Option<wire::Envelope> {
     let id = document.id();
     let envelope = wire::Envelope::decode(row).ok()?;
     let header = Header::read(envelope.header.as_ref()?, &id).ok()?;

@@ -91,7 +91,7 @@ impl Replica {
     /// Handles a disconnected peer.
     pub fn disconnected(&mut self, peer: &Key) {
         self.peers.remove(peer);
-        self.unheard(peer);
+        self.forget_summaries(peer);
         let waiting: BTreeSet<_> = self
             .peers
             .values()
@@ -99,7 +99,7 @@ impl Replica {
             .collect();
         for id in waiting {
             // Another peer may be asked instead.
-            if let Err(error) = self.go_on_with_any(id) {
+            if let Err(error) = self.request_from_any(id) {
                 tracing::warn!(%error, "cannot request a document from another peer");
             }
         }
@@ -147,7 +147,7 @@ impl Replica {
                 self.send(peer, Kind::Root(wire::Root { digest, shared }));
             }
             for id in stale {
-                if let Err(error) = self.go_on_with_any(id) {
+                if let Err(error) = self.request_from_any(id) {
                     tracing::warn!(%error, "cannot request a document from another peer");
                 }
             }

@@ -74,7 +74,7 @@ impl Replica {
         for proof in &news.proofs {
             self.take_proof(id, &Proof::read(proof, &id)?)?;
         }
-        let begins = epochs.iter().any(Epoch::is_beginning);
+        let begins = epochs.iter().any(Epoch::is_compaction);
         let stray = self.take_epochs(peer, id, epochs)?;
         if stray || begins {
             self.ask_again(peer, id)?;
@@ -88,13 +88,13 @@ impl Replica {
                 exchange.there.sessions.extend(more);
                 exchange.idle = false;
             }
-            self.go_on(peer, id)?;
+            self.request_more(peer, id)?;
         }
         Ok(())
     }
 
     /// Announces new data to peers.
-    pub(in crate::replica) fn tell(&mut self) -> Result<(), StoreError> {
+    pub(in crate::replica) fn announce(&mut self) -> Result<(), StoreError> {
         for (id, news) in mem::take(&mut self.news) {
             let peers: Vec<Key> = self
                 .peers

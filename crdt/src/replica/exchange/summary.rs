@@ -11,7 +11,7 @@ use crate::{
     replica::{
         Replica,
         exchange::{CHECK_SOON, MAX_EXCHANGES, MAX_LISTED},
-        peer::Told,
+        peer::PeerSummary,
     },
     store::StoreError,
 };
@@ -92,14 +92,14 @@ impl Replica {
         if summary.answer {
             self.send_summary(peer, id, false)?;
         }
-        let told = Told {
+        let told = PeerSummary {
             genesis: summary.genesis,
             epochs: summary.epochs,
             epoch: EpochId::read(&summary.epoch),
             sessions,
             forks,
         };
-        self.heard(peer, &id, &told);
+        self.summary_received(peer, &id, &told);
         if let Some(known) = self.peers.get_mut(&peer) {
             known.shared.insert(id);
             known.asked.remove(&id);
@@ -113,7 +113,7 @@ impl Replica {
                 known.later.insert(id);
             }
         }
-        self.go_on(peer, id)?;
+        self.request_more(peer, id)?;
         Ok(())
     }
 

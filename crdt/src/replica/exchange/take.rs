@@ -105,12 +105,12 @@ impl Replica {
             exchange.idle = before == after && !sought && !blocked;
         }
         let Some(refusal) = refused else {
-            return Ok(self.go_on(peer, id)?);
+            return Ok(self.request_more(peer, id)?);
         };
         if let Some(known) = self.peers.get_mut(&peer) {
             known.exchanges.remove(&id);
         }
-        self.go_on_with_any(id)?;
+        self.request_from_any(id)?;
         Err(refusal.into())
     }
 
@@ -216,7 +216,7 @@ impl Replica {
         };
         let (genesis, mut chain) = (document.genesis.clone(), document.epochs.clone());
         let mut arrival = self.arrivals.remove(&id).unwrap_or_default();
-        let waited = arrival.beginning().map(|epoch| epoch.id);
+        let waited = arrival.compaction().map(|epoch| epoch.id);
         let mut new: Vec<Epoch> = Vec::new();
         let mut stray = false;
         for epoch in mem::take(&mut arrival.epochs).into_iter().chain(epochs) {
@@ -232,16 +232,16 @@ impl Replica {
             }
         }
         arrival.epochs = new;
-        if arrival.beginning().map(|epoch| epoch.id) != waited {
+        if arrival.compaction().map(|epoch| epoch.id) != waited {
             arrival.base.clear();
             arrival.bytes = 0;
         }
-        if arrival.beginning().is_some() {
+        if arrival.compaction().is_some() {
             if let Some(last) = arrival.epochs.last() {
                 // The readers are known from here on, even if the new content does not arrive.
                 let row = last.wire.encode_to_vec();
-                let says = last.says.clone();
-                self.decided(id, &says, row);
+                let terms = last.terms.clone();
+                self.decided(id, &terms, row);
             }
             self.arrivals.insert(id, arrival);
             return Ok(stray);
@@ -261,20 +261,24 @@ impl Replica {
         let Some(arrival) = self.arrivals.get_mut(&id) else {
             return Ok(());
         };
-        let Some(beginning) = arrival.beginning() else {
+        let Some(compaction) = arrival.compaction() else {
             return Ok(());
         };
-        if beginning.id.0 != *epoch || from != arrival.base.len() as u64 {
+        if compaction.id.0 != *epoch || from != arrival.base.len() as u64 {
             return Ok(());
         }
-        let expected = beginning.says.base.clone();
+        let expected = compaction.terms.base.clone();
         for change in changes {
             let Some(id) = expected.get(arrival.base.len()) else {
-                return Err(Refusal::Malformed("a base has more changes than its epoch lists").into());
+                return Err(
+                    Refusal::Malformed("a base has more changes than its epoch lists").into(),
+                );
             };
             // Automerge's hash covers everything except the magic number and the checksum, which is a part of the hash.
             if guard::hash_of(&change).as_ref() != Some(id) {
-                return Err(Refusal::Malformed("a base has a change that its epoch does not list").into());
+                return Err(
+                    Refusal::Malformed("a base has a change that its epoch does not list").into(),
+                );
             }
             arrival.bytes += change.len();
             if arrival.bytes > MAX_BASE_BYTES {

@@ -12,7 +12,7 @@ use crate::{
     replica::{
         Replica,
         exchange::MAX_EXCHANGES,
-        peer::{Arrival, Exchange, Told},
+        peer::{Arrival, Exchange, PeerSummary},
     },
     store::StoreError,
 };
@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 impl Replica {
     /// Begins to search for the point where two branches of a session diverge, one of which the peer has.
-    pub(in crate::replica) fn seek(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+    pub(in crate::replica) fn find_fork(&mut self, peer: Key, id: DocumentId, session: SessionId) {
         if let Some(known) = self.peers.get_mut(&peer)
             && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
         {
@@ -43,7 +43,7 @@ impl Replica {
 
     /// Notes that a peer has sent envelopes of a session that can never be valid under the known decisions. The session
     /// is not requested from that peer again until the decisions change or the peer sends a new summary.
-    pub(in crate::replica) fn forgo(&mut self, peer: Key, id: DocumentId, session: SessionId) {
+    pub(in crate::replica) fn mark_void(&mut self, peer: Key, id: DocumentId, session: SessionId) {
         if let Some(exchange) = self
             .peers
             .get_mut(&peer)
@@ -89,7 +89,7 @@ impl Replica {
         })
     }
 
-    pub(super) fn go_on_with_any(&mut self, id: DocumentId) -> Result<(), StoreError> {
+    pub(super) fn request_from_any(&mut self, id: DocumentId) -> Result<(), StoreError> {
         let peers: Vec<Key> = self
             .peers
             .iter()
@@ -97,14 +97,14 @@ impl Replica {
             .map(|(key, _)| *key)
             .collect();
         for peer in peers {
-            self.go_on(peer, id)?;
+            self.request_more(peer, id)?;
         }
         Ok(())
     }
 
     /// Requests the data that a peer has and this node lacks, unless a request to this peer is pending or another peer
     /// is sending the document.
-    pub(super) fn go_on(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
+    pub(super) fn request_more(&mut self, peer: Key, id: DocumentId) -> Result<(), StoreError> {
         if self.is_given(&id, &peer) {
             return Ok(());
         }
@@ -121,7 +121,7 @@ impl Replica {
             self.put_back(peer, id, exchange);
             return Ok(());
         }
-        let want = self.what_to_want(&id, &exchange)?;
+        let want = self.next_want(&id, &exchange)?;
         let same = exchange.idle && exchange.wanted.as_ref() == want.as_ref()
             || exchange.fruitless > MAX_FRUITLESS;
         match want {
@@ -146,7 +146,7 @@ impl Replica {
                 }) {
                     self.send_summary(peer, later, true)?;
                 }
-                self.go_on_with_any(id)
+                self.request_from_any(id)
             }
         }
     }
@@ -157,7 +157,7 @@ impl Replica {
         }
     }
 
-    fn what_to_want(
+    fn next_want(
         &mut self,
         id: &DocumentId,
         exchange: &Exchange,
@@ -195,7 +195,7 @@ impl Arriving {
         Self {
             epochs: arrival.epochs.last().map(|epoch| epoch.number),
             base: arrival
-                .beginning()
+                .compaction()
                 .map(|epoch| (epoch.id, arrival.base.len() as u64)),
         }
     }
@@ -210,7 +210,7 @@ fn from(session: &SessionId, count: u64) -> wire::SessionHead {
 }
 
 /// Requests a document of which this node has nothing.
-fn want_all(want: &mut wire::Want, there: &Told) {
+fn want_all(want: &mut wire::Want, there: &PeerSummary) {
     want.genesis = true;
     want.epochs = u64::from(there.epochs > 0);
     want.sessions = there
