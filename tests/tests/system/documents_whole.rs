@@ -87,7 +87,7 @@ fn what_is_not_whole_is_said_so() {
     // Nobody who holds it is there.
     let failed = other.run(&["doc", "open", &id, "--wait", "1s"]);
     assert_eq!(failed.code(), Some(4), "{failed:#?}");
-    assert!(failed.stderr.contains("connected to nobody"), "{failed:#?}");
+    assert!(failed.stderr.contains("not connected to any peer"), "{failed:#?}");
     // Nobody was waited for.
     let held = other.json(&["doc", "open", &id, "--wait", "0s"]);
     assert_eq!(
@@ -102,7 +102,7 @@ fn what_is_not_whole_is_said_so() {
     let as_json = other.run(&["--json", "doc", "open", &id, "--wait", "1s"]);
     up.signal(Signal::CONT);
     assert_eq!(failed.code(), Some(10), "{failed:#?}");
-    let says = format!("peer {} has not said what it has", up.peer_id());
+    let says = format!("peer {} has not reported its changes yet", up.peer_id());
     assert!(failed.stderr.contains(&says), "{failed:#?}");
     assert_eq!(as_json.code(), Some(10), "{as_json:#?}");
     assert_eq!(as_json.json()["holders"][0]["answered"], false);

@@ -16,7 +16,7 @@ fn services_by_name_at_the_command_line() {
     assert_eq!(none["peers"].as_array().map(Vec::len), Some(0));
     let failed = calling.run(&["call", "example.echo.v1.Echo", "Say"]);
     assert_eq!(failed.code(), Some(4), "{failed:?}");
-    assert!(failed.stderr.contains("nobody offers"), "{failed:?}");
+    assert!(failed.stderr.contains("no peer offers"), "{failed:?}");
 
     let service = EchoService::start(&serving);
     let begin = Instant::now();
@@ -55,7 +55,7 @@ fn services_by_name_at_the_command_line() {
     assert_eq!(std::fs::read(saved.join("0-0.bin")).unwrap(), [1, 2, 3, 4]);
     for (arguments, code, says) in [
         (&["--label", "x"][..], 2, "NAME=VALUE"),
-        (&["--label", "model=other"], 4, "nobody offers"),
+        (&["--label", "model=other"], 4, "no peer offers"),
         (&["--attach", "U8:2y2:x"], 2, "2x3"),
         (&["--attach", "/no/such"], 1, "/no/such"),
         (
