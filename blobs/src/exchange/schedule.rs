@@ -77,7 +77,7 @@ pub(crate) struct Schedule {
     peers: BTreeMap<PeerKey, Sender>,
     next_peer: u32,
     /// True if other nodes fetch the same content from the same peers. Each node then fetches other pieces first.
-    crowded: bool,
+    contended: bool,
     /// Number of wanted groups that are still missing.
     needed: u64,
     /// Urgent groups, by request: they are fetched before everything else, in the order of the requests.
@@ -97,7 +97,7 @@ struct Blob {
     /// Wanted groups that are missing. Allocated when a group of the blob is first wanted.
     need: Option<Bitfield>,
     /// Groups whose content this machine has in other blobs, as far as is known.
-    elsewhere: Option<Bitfield>,
+    local: Option<Bitfield>,
 }
 
 impl Schedule {
@@ -109,7 +109,7 @@ impl Schedule {
                 tree,
                 first,
                 need: None,
-                elsewhere: None,
+                local: None,
             };
             first += tree.groups().div_ceil(PIECE);
             blob
@@ -122,7 +122,7 @@ impl Schedule {
             open: BTreeMap::new(),
             peers: BTreeMap::new(),
             next_peer: 0,
-            crowded: false,
+            contended: false,
             needed: 0,
             urgent: BTreeMap::new(),
             next_urgent: 0,
@@ -166,18 +166,18 @@ impl Schedule {
     }
 
     /// Sets the groups whose content this machine has in other blobs, as far as is known.
-    pub(crate) fn set_elsewhere(&mut self, blob: usize, groups: Bitfield) {
-        self.blobs[blob].elsewhere = Some(groups);
+    pub(crate) fn set_local(&mut self, blob: usize, groups: Bitfield) {
+        self.blobs[blob].local = Some(groups);
     }
 
     /// Records that this machine does not have the content of `groups` in other blobs.
-    pub(crate) fn not_elsewhere(&mut self, blob: usize, groups: Range<u64>) {
-        if let Some(elsewhere) = &mut self.blobs[blob].elsewhere {
-            elsewhere.remove_range(groups);
+    pub(crate) fn not_local(&mut self, blob: usize, groups: Range<u64>) {
+        if let Some(local) = &mut self.blobs[blob].local {
+            local.remove_range(groups);
         }
     }
 
-    /// Makes groups of a blob urgent until [`calm`](Self::calm) is called. Several urgent requests are served in order.
+    /// Makes groups of a blob urgent until [`end_urgent`](Self::end_urgent) is called. Several urgent requests are served in order.
     pub(crate) fn urge(&mut self, blob: usize, groups: Range<u64>) -> UrgentKey {
         let key = UrgentKey(self.next_urgent);
         self.next_urgent += 1;
@@ -191,7 +191,7 @@ impl Schedule {
     }
 
     /// Ends an urgent request made by [`urge`](Self::urge).
-    pub(crate) fn calm(&mut self, key: UrgentKey) {
+    pub(crate) fn end_urgent(&mut self, key: UrgentKey) {
         self.urgent.remove(&key);
     }
 
@@ -209,8 +209,8 @@ impl Schedule {
     }
 
     /// Sets whether other nodes fetch the same content from the same peers.
-    pub(crate) fn set_crowded(&mut self, crowded: bool) {
-        self.crowded = crowded;
+    pub(crate) fn set_contended(&mut self, contended: bool) {
+        self.contended = contended;
     }
 
     /// Adds a peer that has nothing, as far as is known.
@@ -229,7 +229,7 @@ impl Schedule {
                 asked_at: None,
                 last: Duration::ZERO,
                 cancels: Vec::new(),
-                barren: false,
+                exhausted: false,
                 unreadable: BTreeMap::new(),
                 unreadable_until: None,
                 fragile: BTreeSet::new(),
@@ -269,7 +269,7 @@ impl Schedule {
     pub(crate) fn has_all(&mut self, key: PeerKey) {
         if let Some(peer) = self.peers.get_mut(&key) {
             peer.has = Has::All;
-            peer.barren = false;
+            peer.exhausted = false;
         }
     }
 
@@ -281,13 +281,13 @@ impl Schedule {
         {
             let bits = blobs.entry(blob).or_insert_with(|| Bitfield::empty(bound));
             bits.insert_range(groups.start..groups.end.min(bound));
-            peer.barren = false;
+            peer.exhausted = false;
         }
     }
 
     /// Records that a peer does not have the run it was asked for, whatever it said before. Returns true if it had said
     /// that it has everything.
-    pub(crate) fn has_not(&mut self, key: PeerKey, run: &Run) -> bool {
+    pub(crate) fn lacks(&mut self, key: PeerKey, run: &Run) -> bool {
         let blobs = &self.blobs;
         let Some(peer) = self.peers.get_mut(&key) else {
             return false;
@@ -341,7 +341,7 @@ impl Schedule {
         if peer.unreadable_until.is_some_and(|until| until <= now) {
             peer.unreadable.retain(|_, until| *until > now);
             peer.unreadable_until = peer.unreadable.values().min().copied();
-            peer.barren = false;
+            peer.exhausted = false;
         }
         if peer.ahead >= peer.window() || peer.is_stalled(now) {
             return Next::Wait;
@@ -463,7 +463,7 @@ impl Schedule {
             at = end;
         }
         for peer in self.peers.values_mut() {
-            peer.barren = false;
+            peer.exhausted = false;
         }
     }
 
@@ -485,8 +485,8 @@ impl Schedule {
         let peer = &self.peers[&key];
         // A relay's bandwidth belongs to others, so relayed peers bring only what no direct path brings.
         let spared = peer.relayed && self.is_carried_directly(now);
-        if !spared && !self.peers[&key].barren {
-            let rare = self.crowded || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
+        if !spared && !self.peers[&key].exhausted {
+            let rare = self.contended || self.peers.values().any(|p| matches!(p.has, Has::Some(_)));
             let urgent = self.most_urgent(key);
             if urgent.is_none()
                 && !self.urgent.is_empty()
@@ -505,7 +505,7 @@ impl Schedule {
                 return Some(self.take(run));
             }
             if let Some(peer) = self.peers.get_mut(&key) {
-                peer.barren = true;
+                peer.exhausted = true;
             }
         }
         self.take_over(key, now, false)
@@ -593,10 +593,10 @@ impl Schedule {
         let has = |group: u64| {
             open & mask(group..group + 1) != 0 && peer.has(blob, base + group..base + group + 1)
         };
-        let elsewhere = self.blobs[blob].elsewhere.as_ref();
-        let is_elsewhere = |group: u64| elsewhere.is_some_and(|groups| groups.has(base + group));
+        let local = self.blobs[blob].local.as_ref();
+        let is_local = |group: u64| local.is_some_and(|groups| groups.has(base + group));
         let start = (0..PIECE).find(|group| has(*group))?;
-        let proofs_only = is_elsewhere(start);
+        let proofs_only = is_local(start);
         let longest = match proofs_only {
             _ if peer.fragile.contains(&(blob, base / PIECE)) => 1,
             true => PIECE,
@@ -604,7 +604,7 @@ impl Schedule {
         };
         let bound = PIECE.min(start + longest);
         let end = (start..bound)
-            .find(|group| !has(*group) || is_elsewhere(*group) != proofs_only)
+            .find(|group| !has(*group) || is_local(*group) != proofs_only)
             .unwrap_or(bound);
         Some(Run {
             blob,

@@ -53,7 +53,7 @@ const TAKES_NOTHING: Duration = Duration::from_secs(30 * 60);
 const TELL: Duration = Duration::from_secs(5);
 
 /// The interval at which a stream that waits for its turn checks for changes.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_secs(1);
 
 /// The longest time that a peer waits for its turn if it does not understand the message that its request waits. The
 /// answer then comes well before the 20 s of silence after which the peer gives up this node.
@@ -377,7 +377,7 @@ where
                     let Some(waiting) = next else {
                         return patient(queue, self.writer.shutdown()).await;
                     };
-                    match self.look_at(&waiting).await? {
+                    match self.prepare(&waiting).await? {
                         Reply::Refused(status) => {
                             self.refuse(status).await?;
                             continue;
@@ -405,7 +405,7 @@ where
             if part.ended
                 && let Some(next) = queue.try_pop()
             {
-                match self.look_at(&next).await? {
+                match self.prepare(&next).await? {
                     Reply::Slice(source, groups, slice) => {
                         let buffer = spare.pop().unwrap_or_default();
                         let reading = begin(&source, slice, buffer);
@@ -454,12 +454,12 @@ where
         loop {
             // A turn is one answer: while other streams wait, the last answer has to arrive before this one begins.
             if queue.line.is_wanted() && !queue.has_arrived() {
-                let _ = timeout(LOOK, queue.arrived.notified()).await;
-            } else if queue.line.turn(LOOK).await {
+                let _ = timeout(POLL, queue.arrived.notified()).await;
+            } else if queue.line.turn(POLL).await {
                 break;
             }
             if !tells && begun.elapsed() >= UNTOLD {
-                queue.line.pass();
+                queue.line.stop_waiting();
                 break;
             }
             if begun.elapsed() >= QUEUED {
@@ -482,7 +482,7 @@ where
     }
 
     /// Opens the blob that is requested and chooses a source for the range.
-    async fn look_at(&mut self, waiting: &Waiting) -> Result<Reply, ServeError> {
+    async fn prepare(&mut self, waiting: &Waiting) -> Result<Reply, ServeError> {
         let request = &waiting.request;
         if waiting.cancelled {
             return Ok(Reply::Refused(Status::Cancelled));
@@ -559,8 +559,8 @@ where
             for limit in self.limits {
                 let pass = limit.pass(part.len() as u64);
                 tokio::pin!(pass);
-                while timeout(LOOK, &mut pass).await.is_err() {
-                    self.queue.line.goes_on();
+                while timeout(POLL, &mut pass).await.is_err() {
+                    self.queue.line.keep_turn();
                 }
             }
             let mut rest = part;
@@ -570,7 +570,7 @@ where
                     return Err(io::Error::from(io::ErrorKind::WriteZero).into());
                 }
                 rest = &rest[n..];
-                self.queue.line.goes_on();
+                self.queue.line.keep_turn();
             }
         }
         self.sent += bytes.len() as u64;

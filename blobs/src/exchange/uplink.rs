@@ -50,7 +50,7 @@ const RISE: f64 = 0.4;
 const FALL: f64 = 0.1;
 
 /// The interval at which a waiting stream checks whether a turn has run out.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_secs(1);
 
 /// An uplink, shared by all streams over which a node serves. Cheap to clone; all clones refer to the same uplink.
 #[derive(Debug, Clone, Default)]
@@ -72,13 +72,13 @@ struct State {
     /// Streams that wait for a turn.
     waiting: BTreeMap<u64, Waiting>,
     peers: HashMap<Arc<[u8]>, Served>,
-    places: HashMap<Arc<[u8]>, Served>,
+    networks: HashMap<Arc<[u8]>, Served>,
     rate: Measured,
 }
 
 #[derive(Debug)]
 struct Turn {
-    place: Arc<[u8]>,
+    network: Arc<[u8]>,
     begun: Instant,
     /// The time at which the receiver last accepted data, or the turn began.
     took: Instant,
@@ -89,7 +89,7 @@ struct Turn {
 #[derive(Debug)]
 struct Waiting {
     peer: Arc<[u8]>,
-    place: Arc<[u8]>,
+    network: Arc<[u8]>,
     /// The order of arrival of the stream, as a number.
     since: u64,
 }
@@ -167,24 +167,28 @@ impl State {
     fn next_in_turn(&self, now: Instant) -> Option<u64> {
         let most = self.most();
         let mut count = 0;
-        let mut of_places: HashMap<&[u8], usize> = HashMap::new();
+        let mut of_networks: HashMap<&[u8], usize> = HashMap::new();
         for turn in self.counted(now) {
             count += 1;
-            *of_places.entry(&turn.place).or_default() += 1;
+            *of_networks.entry(&turn.network).or_default() += 1;
         }
         if count >= most {
             return None;
         }
-        self.first(|place| of_places.get(place).is_none_or(|count| *count < most / 2))
+        self.first(|network| {
+            of_networks
+                .get(network)
+                .is_none_or(|count| *count < most / 2)
+        })
     }
 
     /// Returns the waiting stream that gets the next turn, among the network groups for which `may` returns true.
     fn first(&self, may: impl Fn(&[u8]) -> bool) -> Option<u64> {
         let last = |of: &HashMap<Arc<[u8]>, Served>, one| of.get(one).map_or(0, |one| one.last);
-        let waiting = self.waiting.iter().filter(|(_, one)| may(&one.place));
+        let waiting = self.waiting.iter().filter(|(_, one)| may(&one.network));
         let first = waiting.min_by_key(|(_, one)| {
-            let place = last(&self.places, &one.place);
-            (place, last(&self.peers, &one.peer), one.since)
+            let network = last(&self.networks, &one.network);
+            (network, last(&self.peers, &one.peer), one.since)
         });
         first.map(|(stream, _)| *stream)
     }
@@ -201,11 +205,11 @@ impl State {
         if let Some(peer) = self.peers.get_mut(&waiting.peer) {
             peer.last = self.next;
         }
-        if let Some(place) = self.places.get_mut(&waiting.place) {
-            place.last = self.next;
+        if let Some(network) = self.networks.get_mut(&waiting.network) {
+            network.last = self.next;
         }
         let turn = Turn {
-            place: waiting.place,
+            network: waiting.network,
             begun: now,
             took: now,
             since: now,
@@ -249,19 +253,19 @@ impl Uplink {
         (counted, state.waiting.len())
     }
 
-    /// Registers one stream to `peer`, which is in the network group `place`. Turns rotate by network group.
-    pub fn line(&self, peer: &[u8], place: &[u8]) -> Line {
-        let (peer, place): (Arc<[u8]>, Arc<[u8]>) = (peer.into(), place.into());
+    /// Registers one stream to `peer`, which is in the network group `network`. Turns rotate by network group.
+    pub fn line(&self, peer: &[u8], network: &[u8]) -> Line {
+        let (peer, network): (Arc<[u8]>, Arc<[u8]>) = (peer.into(), network.into());
         let mut state = self.state();
         state.next += 1;
         let stream = state.next;
         State::enter(&mut state.peers, &peer, stream);
-        State::enter(&mut state.places, &place, stream);
+        State::enter(&mut state.networks, &network, stream);
         drop(state);
         Line {
             uplink: self.clone(),
             peer,
-            place,
+            network,
             stream,
         }
     }
@@ -279,7 +283,7 @@ impl Uplink {
 pub struct Line {
     uplink: Uplink,
     peer: Arc<[u8]>,
-    place: Arc<[u8]>,
+    network: Arc<[u8]>,
     stream: u64,
 }
 
@@ -299,7 +303,7 @@ impl Line {
         state.next += 1;
         let waiting = Waiting {
             peer: Arc::clone(&self.peer),
-            place: Arc::clone(&self.place),
+            network: Arc::clone(&self.network),
             since: state.next,
         };
         state.waiting.insert(self.stream, waiting);
@@ -335,7 +339,7 @@ impl Line {
             if now >= until {
                 return false;
             }
-            let _ = timeout(LOOK.min(until - now), changed).await;
+            let _ = timeout(POLL.min(until - now), changed).await;
         }
     }
 
@@ -349,27 +353,27 @@ impl Line {
         if !state.turns.contains_key(&self.stream) || state.waiting.is_empty() {
             return false;
         }
-        let of_place = |place: &[u8]| {
+        let of_network = |network: &[u8]| {
             let turns = state.counted(Instant::now());
-            turns.filter(|turn| *turn.place == *place).count()
+            turns.filter(|turn| *turn.network == *network).count()
         };
         let half = state.most() / 2;
         // A network group gets no more than half of the turns, however long it waits.
         state
             .waiting
             .values()
-            .any(|one| one.place == self.place || of_place(&one.place) < half)
+            .any(|one| one.network == self.network || of_network(&one.network) < half)
     }
 
     /// Renews the turn: the receiver accepts data, or the delay is not the receiver's fault.
-    pub(crate) fn goes_on(&self) {
+    pub(crate) fn keep_turn(&self) {
         if let Some(turn) = self.uplink.state().turns.get_mut(&self.stream) {
             turn.took = Instant::now();
         }
     }
 
     /// Stops waiting for a turn.
-    pub(crate) fn pass(&self) {
+    pub(crate) fn stop_waiting(&self) {
         self.uplink.state().waiting.remove(&self.stream);
         self.uplink.shared.changed.notify_waiters();
     }
@@ -397,7 +401,7 @@ impl Drop for Line {
         state.turns.remove(&self.stream);
         state.waiting.remove(&self.stream);
         State::leave(&mut state.peers, &self.peer);
-        State::leave(&mut state.places, &self.place);
+        State::leave(&mut state.networks, &self.network);
         drop(state);
         self.uplink.shared.changed.notify_waiters();
     }
@@ -429,7 +433,7 @@ mod tests {
             }
             for (line, sent, all, turn) in lines.iter_mut().filter(|one| one.3) {
                 *sent += rate / 10.0 / sending as f64;
-                line.goes_on();
+                line.keep_turn();
                 if *sent >= GROUP as f64 {
                     (*sent, *turn) = (0.0, false);
                     *all += GROUP;
@@ -470,8 +474,8 @@ mod tests {
     fn idle(uplink: &Uplink, count: u8, apart: bool) -> tokio::task::JoinSet<()> {
         let mut idle = tokio::task::JoinSet::new();
         for i in 0..count {
-            let place = [100 + i * u8::from(apart)];
-            let line = uplink.line(&[100 + i], &place);
+            let network = [100 + i * u8::from(apart)];
+            let line = uplink.line(&[100 + i], &network);
             idle.spawn(async move {
                 while !line.turn(TURN).await {}
                 std::future::pending().await
@@ -503,17 +507,17 @@ mod tests {
         assert!(alive.turn(Duration::from_secs(120)).await);
         // All streams that came earlier have had a turn.
         let rounds = 20 / FEWEST as u32;
-        assert!(begun.elapsed() <= rounds * (TAKES_NOTHING + LOOK));
+        assert!(begun.elapsed() <= rounds * (TAKES_NOTHING + POLL));
         // The receiver accepts what is sent, so its turn keeps counting.
         for _ in 0..10 {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            alive.goes_on();
+            alive.keep_turn();
             assert!(
                 alive
                     .uplink
                     .state()
                     .counted(Instant::now())
-                    .any(|one| *one.place == [1])
+                    .any(|one| *one.network == [1])
             );
         }
     }

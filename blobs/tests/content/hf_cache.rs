@@ -138,7 +138,7 @@ fn an_error_for_a_missing_name_lists_what_is_there() {
     assert!(find(&cache, "acme/m@main").is_ok());
     assert!(find(&cache, &format!("acme/m@{COMMIT}")).is_ok());
     let text = error("acme/n").to_string();
-    assert_eq!(text, "acme/n is not in the cache; it holds acme/m");
+    assert_eq!(text, "acme/n is not in the cache; the cache holds acme/m");
     let text = error("acme/m@v2").to_string();
     assert_eq!(text, "the cache does not hold acme/m at v2; it holds main");
     assert!(matches!(

@@ -278,7 +278,7 @@ fn a_cache_with_damage_is_published_without_what_is_damaged() {
     assert_eq!(added["added"][0]["model"]["file_count"], 1, "{added}");
     let reason = added["failed"][0]["reason"].as_str().unwrap();
     assert!(
-        reason.contains("b.bin: it links to a file that is not there"),
+        reason.contains("b.bin: the link leads to a file that does not exist"),
         "{added}"
     );
     let skipped = list(&added["skipped"]).join("\n");

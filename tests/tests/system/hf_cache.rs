@@ -119,7 +119,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     assert_eq!(failed.len(), 1, "{added}");
     assert_eq!(failed[0]["what"], "acme/broken");
     let reason = failed[0]["reason"].as_str().unwrap();
-    assert!(reason.contains("links to a file that is not"), "{reason}");
+    assert!(reason.contains("leads to a file that does not"), "{reason}");
     let skipped = list(&added["skipped"]);
     assert!(skipped[0].contains("x.incomplete"), "{skipped:?}");
     assert_eq!(layout(&from), before);
@@ -137,9 +137,9 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
     );
     for (repo, code, says) in [
         ("acme/m@v1", 0, ""),
-        ("acme/none", 3, "it holds acme/broken, acme/m, gpt2"),
+        ("acme/none", 3, "the cache holds acme/broken, acme/m, gpt2"),
         ("acme/m@v2", 3, "it holds main, refs/pr/1, v1"),
-        ("acme/broken", 1, "links to a file that is not there"),
+        ("acme/broken", 1, "leads to a file that does not exist"),
         ("a/b/c", 2, "name of a repository"),
     ] {
         let repo = format!("--hf-cache={repo}");

@@ -49,7 +49,7 @@ pub(super) struct Sender {
     pub(super) last: Duration,
     pub(super) cancels: Vec<Run>,
     /// True if the peer has none of the open groups, and neither its content nor the open groups have changed since.
-    pub(super) barren: bool,
+    pub(super) exhausted: bool,
     /// Groups that the peer could not read, each with the time until which it is not asked for them.
     pub(super) unreadable: BTreeMap<(usize, u64), Duration>,
     /// The earliest time in `unreadable`.

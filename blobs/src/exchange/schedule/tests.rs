@@ -58,7 +58,10 @@ impl Simulation {
     /// Runs until everything has arrived. Returns the seconds that it took.
     fn run(&mut self) -> f64 {
         while self.schedule.needed() > 0 {
-            assert!(self.now < Duration::from_secs(600), "the transfer does not end");
+            assert!(
+                self.now < Duration::from_secs(600),
+                "the transfer does not end"
+            );
             for at in 0..self.senders.len() {
                 self.ask(at);
                 self.send(at);
@@ -296,7 +299,7 @@ fn counters_stay_right_in_any_order_of_events() {
                 }
                 8 if !asked.is_empty() && random.u8(..) < 40 => {
                     let run = asked.remove(0);
-                    schedule.has_not(*key, &run);
+                    schedule.lacks(*key, &run);
                 }
                 9 if random.u8(..) < 20 => {
                     schedule.leave(*key);
@@ -334,9 +337,9 @@ fn urgent_groups_come_first_and_local_content_costs_only_its_proofs() {
     let key = schedule.join(false, None);
     schedule.has_all(key);
     let urgent = schedule.urge(0, 805..820);
-    let mut elsewhere = Bitfield::empty(tree.groups());
-    elsewhere.insert_range(808..812);
-    schedule.set_elsewhere(0, elsewhere);
+    let mut local = Bitfield::empty(tree.groups());
+    local.insert_range(808..812);
+    schedule.set_local(0, local);
     // Adjacent runs count as one here.
     let mut asked: Vec<(Range<u64>, bool)> = Vec::new();
     while asked.last().is_none_or(|(last, _)| last.end < 832) {
@@ -353,9 +356,9 @@ fn urgent_groups_come_first_and_local_content_costs_only_its_proofs() {
     // The pieces that hold the urgent groups, in order.
     let wanted = [(800..808, false), (808..812, true), (812..832, false)];
     assert_eq!(asked, wanted);
-    schedule.calm(urgent);
+    schedule.end_urgent(urgent);
     assert!(!schedule.is_urged());
-    schedule.not_elsewhere(0, 808..812);
+    schedule.not_local(0, 808..812);
     schedule.lost(key);
     schedule.unwant(0);
     assert_eq!(schedule.needed(), 0);

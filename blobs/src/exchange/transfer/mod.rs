@@ -70,7 +70,7 @@ pub struct Urged {
 impl Drop for Urged {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
-            shared.state().schedule.calm(self.key);
+            shared.state().schedule.end_urgent(self.key);
         }
     }
 }
@@ -172,7 +172,7 @@ impl Transfer {
     /// Sets whether other nodes fetch the same content from the same providers. Each node then fetches other pieces
     /// first, so that they can fetch from each other.
     pub fn set_crowded(&self, crowded: bool) {
-        self.shared.state().schedule.set_crowded(crowded);
+        self.shared.state().schedule.set_contended(crowded);
     }
 
     /// Fetches what `plan` lacks, while it is polled and [`fetch`](Self::fetch) runs beside it. When it returns `Ok`,
@@ -275,7 +275,7 @@ impl Transfer {
                 Some((_, want)) => want,
                 None => Want {
                     groups: Some(wanted.clone()),
-                    of_reader: true,
+                    for_readers: true,
                     ..Want::whole(hash, tree.size(), shared.store.owned_path(&hash))
                 },
             };

@@ -18,7 +18,7 @@ struct Turn {
 
 /// Opens part files, as many as may be open.
 pub(super) async fn open_some(shared: &Arc<Shared>) -> Result<(), StoreError> {
-    if !shared.state().is_room() {
+    if !shared.state().has_room() {
         return Ok(());
     }
     let shared = Arc::clone(shared);
@@ -47,7 +47,7 @@ impl Shared {
     /// Takes the next want, if another part file may be opened.
     fn next_want(&self) -> Option<Turn> {
         let mut state = self.state();
-        if !state.is_room() {
+        if !state.has_room() {
             return None;
         }
         let (place, want) = state.wants.pop_front()?;
@@ -75,7 +75,7 @@ impl Shared {
                 Ok(true)
             }
             Ok(None) => {
-                self.came_otherwise(place, &want);
+                self.mark_complete(place, &want);
                 Ok(true)
             }
             // Another transfer fetches the same content for another model. This transfer finds the content when that
@@ -106,7 +106,7 @@ impl Shared {
     }
 
     /// Records that the content of a want came from another source.
-    fn came_otherwise(&self, place: usize, want: &Want) {
+    fn mark_complete(&self, place: usize, want: &Want) {
         let mut state = self.state();
         state.opening = None;
         state.whole.insert(place as u64);
@@ -124,7 +124,7 @@ impl Shared {
         let done = &self.progress.done;
         done.fetch_add(bytes.saturating_sub(want.had), Ordering::Relaxed);
         done.fetch_sub(want.had.saturating_sub(bytes), Ordering::Relaxed);
-        let planned = match want.of_reader {
+        let planned = match want.for_readers {
             true => Some(Bitfield::empty(want.tree.groups())),
             false => want.groups.clone(),
         };
@@ -138,9 +138,9 @@ impl Shared {
         missing
             .runs()
             .for_each(|run| state.schedule.want(place, run));
-        if let Some(elsewhere) = &want.elsewhere {
-            let groups = elsewhere.groups().clone();
-            state.schedule.set_elsewhere(place, groups);
+        if let Some(local_copies) = &want.local_copies {
+            let groups = local_copies.groups().clone();
+            state.schedule.set_local(place, groups);
         }
         state.without = None;
         state.open.insert(
@@ -149,7 +149,7 @@ impl Shared {
                 partial,
                 wanted: want.groups,
                 planned,
-                elsewhere: want.elsewhere,
+                local_copies: want.local_copies,
             },
         );
         drop(state);

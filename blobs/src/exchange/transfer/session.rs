@@ -49,7 +49,7 @@ const MAX_UNREADABLE: u32 = 32;
 const COUNT: Duration = Duration::from_millis(100);
 
 /// The interval at which an idle session checks whether its provider can take over requests from a slower one.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL: Duration = Duration::from_millis(100);
 
 /// Bytes handed to the writer at a time.
 const SEGMENT: usize = 1 << 20;
@@ -73,7 +73,7 @@ struct Request {
     number: u64,
     run: Run,
     partial: Arc<Partial>,
-    elsewhere: Option<Arc<Elsewhere>>,
+    local_copies: Option<Arc<Elsewhere>>,
     /// True if the provider was told that the request is cancelled.
     cancelled: bool,
 }
@@ -188,11 +188,12 @@ impl Session<'_> {
                     Next::Ask(run) => state.open.get(&run.blob),
                     _ => None,
                 };
-                let opened = open.map(|open| (Arc::clone(&open.partial), open.elsewhere.clone()));
+                let opened =
+                    open.map(|open| (Arc::clone(&open.partial), open.local_copies.clone()));
                 (next, opened)
             };
             match (next, opened) {
-                (Next::Ask(run), Some((partial, elsewhere))) => {
+                (Next::Ask(run), Some((partial, local_copies))) => {
                     let request = BlobRequest {
                         hash: partial.hash().as_bytes().to_vec().into(),
                         size: Some(partial.tree().size()),
@@ -209,7 +210,7 @@ impl Session<'_> {
                         number,
                         run,
                         partial,
-                        elsewhere,
+                        local_copies,
                         cancelled: false,
                     });
                     number += 1;
@@ -243,7 +244,7 @@ impl Session<'_> {
                         flushed = true;
                     }
                     // The timeout makes it check whether work of a slower provider has become worth taking over.
-                    let _ = timeout(LOOK, changed).await;
+                    let _ = timeout(POLL, changed).await;
                 }
             }
         }
@@ -378,14 +379,14 @@ impl Session<'_> {
                         if let (Ok(_), true) = (&result, request.run.proofs_only) {
                             let Run { blob, groups, .. } = &request.run;
                             let wrong = groups.start + verified..groups.end;
-                            state.schedule.not_elsewhere(*blob, wrong);
+                            state.schedule.not_local(*blob, wrong);
                         }
                         state.schedule.done(key, &request.run, verified, came)
                     }
                     Ok(Received::Cancelled) => state.schedule.cancelled(key, &request.run),
                     Ok(Received::Missing) => {
                         // If the provider had only said what it has in part, it is asked for the rest.
-                        if state.schedule.has_not(key, &request.run) {
+                        if state.schedule.lacks(key, &request.run) {
                             result = Err(TransferError::Missing(request.partial.hash()));
                         }
                     }
@@ -456,7 +457,9 @@ impl Session<'_> {
             Answer::Waits => return Err(TransferError::Queued),
         };
         if size != tree.size() {
-            return Err(TransferError::Protocol("it answered with a different blob size"));
+            return Err(TransferError::Protocol(
+                "it answered with a different blob size",
+            ));
         }
         // If another provider has sent the content already, it is read from the stream and not written again.
         let needed = self.shared.state().schedule.needs(run);
@@ -534,7 +537,7 @@ impl Session<'_> {
         let end = tree.group_bytes(run.groups.end - 1).end;
         let needed = self.shared.state().schedule.needs(run);
         let data = match needed {
-            true => read_elsewhere(&request.elsewhere, start..end).await,
+            true => read_local_copies(&request.local_copies, start..end).await,
             false => Vec::new(),
         };
         let mut fits = needed;
@@ -583,13 +586,13 @@ impl Session<'_> {
 }
 
 /// Reads the content of a run that was found in other blobs; less, or nothing, if not all of it can be read.
-async fn read_elsewhere(elsewhere: &Option<Arc<Elsewhere>>, bytes: Range<u64>) -> Vec<u8> {
-    let Some(elsewhere) = elsewhere.clone() else {
+async fn read_local_copies(local_copies: &Option<Arc<Elsewhere>>, bytes: Range<u64>) -> Vec<u8> {
+    let Some(local_copies) = local_copies.clone() else {
         return Vec::new();
     };
     let read = spawn_blocking(move || {
         let mut data = vec![0; (bytes.end - bytes.start) as usize];
-        elsewhere.read(&mut data, bytes.start).map(|()| data)
+        local_copies.read(&mut data, bytes.start).map(|()| data)
     });
     match read.await.expect("reading does not panic") {
         Ok(data) => data,

@@ -102,7 +102,7 @@ pub(super) struct Open {
     pub(super) wanted: Option<Bitfield>,
     /// The groups that the plan wants, a part of `wanted`; empty if only readers want the blob.
     pub(super) planned: Option<Bitfield>,
-    pub(super) elsewhere: Option<Arc<Elsewhere>>,
+    pub(super) local_copies: Option<Arc<Elsewhere>>,
 }
 
 impl Open {
@@ -122,7 +122,7 @@ impl Open {
 impl State {
     /// Returns true if everything that the plan wants is here.
     pub(super) fn is_complete(&self) -> bool {
-        self.wants.iter().all(|(_, want)| want.of_reader)
+        self.wants.iter().all(|(_, want)| want.for_readers)
             && self.open.values().all(Open::is_for_readers)
     }
 
@@ -134,7 +134,7 @@ impl State {
     }
 
     /// Returns true if another part file may be opened. An urgent want may exceed the limit by a quarter.
-    pub(super) fn is_room(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         let most = match self.wants.front() {
             None => 0,
             Some((_, want)) if want.urgent => self.most_open + self.most_open.div_ceil(4),
@@ -270,7 +270,7 @@ impl Shared {
     }
 
     /// Closes part files. Their written content is made durable in the background.
-    fn let_go(store: &Store, open: Vec<Arc<Partial>>) {
+    fn close_all(store: &Store, open: Vec<Arc<Partial>>) {
         let dirty: Vec<_> = open.into_iter().filter(|one| one.take_dirty()).collect();
         if dirty.is_empty() {
             return;
@@ -297,7 +297,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        Self::let_go(&self.store, self.open());
+        Self::close_all(&self.store, self.open());
     }
 }
 
