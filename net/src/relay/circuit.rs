@@ -82,7 +82,7 @@ fn reason(status: CircuitStatus) -> &'static str {
         CircuitStatus::ConnectionFailed => "it cannot reach the peer",
         CircuitStatus::NoReservation => "the peer holds no reservation there",
         CircuitStatus::MalformedMessage | CircuitStatus::UnexpectedMessage => {
-            "it did not understand"
+            "it did not understand the request"
         }
         CircuitStatus::Unused | CircuitStatus::Ok => "it gave no reason",
     }
