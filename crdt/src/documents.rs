@@ -89,7 +89,7 @@ impl Documents {
     /// Starts a thread for a replica. Messages for peers come out of the returned receiver.
     ///
     /// # Errors
-    /// [`Error::Store`] if the thread cannot be started.
+    /// Returns [`Error::Store`] if the thread cannot be started.
     pub fn start(replica: Replica) -> Result<(Self, mpsc::UnboundedReceiver<Outgoing>), Error> {
         let key = replica.key();
         let (work, waiting) = mpsc::channel(WAITING);
@@ -135,7 +135,8 @@ impl Documents {
     /// Runs `work` with the replica, and returns its result once all changes are on disk.
     ///
     /// # Errors
-    /// The errors of `work`, [`Error::Store`] if the changes are not on disk, [`Error::Stopped`].
+    /// Returns the error of `work`, [`Error::Store`] if the changes are not on disk, or [`Error::Stopped`] if the
+    /// replica has stopped.
     pub async fn with<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Replica) -> Result<T, Error> + Send + 'static,
@@ -179,7 +180,7 @@ impl Documents {
     /// Processes a message of a peer, and returns once that is done.
     ///
     /// # Errors
-    /// [`Error::Store`], [`Error::Stopped`].
+    /// Returns [`Error::Store`] if the disk fails, and [`Error::Stopped`] if the replica has stopped.
     pub async fn received(&self, peer: Key, message: Bytes) -> Result<(), Error> {
         self.with(move |replica| Ok(replica.receive(peer, &message)?))
             .await

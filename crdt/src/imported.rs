@@ -62,7 +62,7 @@ impl fmt::Display for Imported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} of the file's {} changes count",
+            "{} of the file's {} changes are valid",
             self.counted, self.changes
         )?;
         let Refused {
@@ -76,10 +76,14 @@ impl fmt::Display for Imported {
             (damaged, "is damaged", "are damaged"),
             (
                 missing,
-                "builds on a change that is damaged, or neither in the file nor here",
-                "build on changes that are damaged, or neither in the file nor here",
+                "builds on a change that is damaged, or neither in the file nor on this node",
+                "build on changes that are damaged, or neither in the file nor on this node",
             ),
-            (full, "has no room", "have no room"),
+            (
+                full,
+                "does not fit into the document",
+                "do not fit into the document",
+            ),
             (
                 void,
                 "is void (its author was revoked or has equivocated, or the document was compacted)",

@@ -147,7 +147,7 @@ impl Store {
     /// Opens the documents in this file, or creates it. Blocks.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`] if the documents cannot be opened or read.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let opened = Database::open(path, options());
         let database = opened.map_err(|error| of_opening(error, Some(path)))?;
@@ -157,7 +157,7 @@ impl Store {
     /// Opens the documents with `open`, for example in memory. After a fault, `open` is called without a pause.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`] if the documents cannot be opened or read.
     pub fn open_with(open: OpenDatabase) -> Result<Self, StoreError> {
         let opened = Database::open_with(move || open(), options().with_pause(Duration::ZERO));
         let database = opened.map_err(|error| of_opening(error, None))?;

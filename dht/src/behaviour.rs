@@ -114,7 +114,7 @@ impl Peer {
     }
 }
 
-/// The behaviour's channels of the channels that it shares with its handle.
+/// The behaviour's ends of the channels that it shares with its handle.
 pub(crate) struct Channels {
     pub(crate) requests: mpsc::Receiver<Command>,
     /// Publishes the number of nodes in the routing table.
@@ -484,9 +484,9 @@ impl Behaviour {
         }
     }
 
-    /// Handles a connection that is about to open. The first one with a peer from outside channels the server role before
-    /// that peer learns the protocols of this node. libp2p-identify loses a change that comes before its first message,
-    /// so the peer would take this node for a server until another change.
+    /// Handles a connection that is about to open. The first one with a peer from outside ends the server role
+    /// before that peer learns the protocols of this node. libp2p-identify loses a change that comes before its first
+    /// message, so the peer would take this node for a server until another change.
     fn connection_begins(&mut self, remote: &Multiaddr) {
         if self.serves && !self.reachable && !is_private(remote) {
             self.set_serves(false);

@@ -95,7 +95,7 @@ impl Disk {
     /// logged; other nodes still have the records.
     ///
     /// # Errors
-    /// [`DiskError`].
+    /// Returns [`DiskError`] if the database cannot be opened.
     pub fn open(path: &Path) -> Result<Self, DiskError> {
         let options = Options::new("records", CACHE);
         let database = match Database::open(path, options.clone()) {

@@ -76,7 +76,7 @@ impl Dht {
     /// record. Zero is no error: this node stores the record itself and returns it to every node that asks.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn publish(
         &self,
         key: &[u8],
@@ -91,7 +91,7 @@ impl Dht {
     /// record has no [value](Record::value).
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn own(&self, prefix: &[u8]) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let prefix = prefix.to_vec();
@@ -103,7 +103,7 @@ impl Dht {
     /// other node is asked.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn seen(&self, prefix: &[u8], most: usize) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let prefix = prefix.to_vec();
@@ -116,7 +116,7 @@ impl Dht {
     /// large batches: ten thousand keys in the order of their [`place`]s cost little more than storing them.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn publish_again(
         &self,
         key: &[u8],
@@ -135,7 +135,7 @@ impl Dht {
     /// record with a higher number. In both cases this machine's clock was ahead when one of the records was published.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn say_again(&self, record: Record) -> Result<usize, DhtError> {
         let ttl = record.remaining().min(record::MAX_TTL);
         if record.remaining() <= record::MAX_TTL + record::MAX_SKEW {
@@ -155,7 +155,7 @@ impl Dht {
     /// that stored the withdrawal.
     ///
     /// # Errors
-    /// [`DhtError`].
+    /// Returns [`DhtError`] if the record is invalid or superseded, or if the disk or the network fails.
     pub async fn withdraw(
         &self,
         key: &[u8],
@@ -170,7 +170,7 @@ impl Dht {
     /// takes at most 10 s.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         self.lookup(key, Enough::All).await.map(valid)
     }
@@ -180,7 +180,7 @@ impl Dht {
     /// `is_enough` runs in the swarm's task, at each answer and ten times a second, so it must be quick.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get_until<F>(&self, key: &[u8], is_enough: F) -> Result<Vec<Record>, DhtError>
     where
         F: Fn(&mut dyn Iterator<Item = &Record>, Progress) -> bool + Send + 'static,
@@ -193,7 +193,7 @@ impl Dht {
     /// records of its own store. The result is empty if the peer is not connected or does not answer within a second.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn ask(&self, peer: PeerId, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         let (reply, answer) = oneshot::channel();
         let key = key.to_vec();
@@ -207,7 +207,7 @@ impl Dht {
     /// asked.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn kept(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         self.ask(self.keys.public().to_peer_id(), key).await
     }
@@ -216,7 +216,7 @@ impl Dht {
     /// [value](Record::value). For callers that remember earlier records.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get_with_removed(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         self.lookup(key, Enough::All).await
     }
@@ -225,7 +225,7 @@ impl Dht {
     /// many records are enough.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn get_some(&self, key: &[u8]) -> Result<Vec<Record>, DhtError> {
         self.lookup(key, Enough::Answers(ENOUGH)).await.map(valid)
     }
@@ -243,7 +243,7 @@ impl Dht {
     /// until it has connected to a peer outside those networks.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn set_reachable(&self, reachable: bool) -> Result<(), DhtError> {
         self.send(Command::Reachable(reachable)).await
     }
@@ -252,7 +252,7 @@ impl Dht {
     /// and each address ends in `/p2p/<PeerId>`.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn routes(&self, most: usize) -> Result<Vec<Multiaddr>, DhtError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Routes(most, reply)).await?;
@@ -262,7 +262,7 @@ impl Dht {
     /// Returns the state of the DHT as this node sees it.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn status(&self) -> Result<Status, DhtError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Status(reply)).await?;
@@ -280,12 +280,12 @@ impl Dht {
         self.meetings.clone()
     }
 
-    /// Returns a receiver that is notified when the records that this node stores under `key` change, whoever their
-    /// publisher is. In a mesh of fewer than some twenty nodes, every node stores every record. Returns `None` if too
-    /// many keys are watched.
+    /// Returns a receiver that is notified when the records of any publisher change that this node stores under
+    /// `key`. In a mesh of fewer than some twenty nodes, every node stores every record. Returns `None` if too many
+    /// keys are watched.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`].
+    /// Returns [`DhtError::Stopped`] if the network has stopped.
     pub async fn changes(&self, key: &[u8]) -> Result<Option<watch::Receiver<()>>, DhtError> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Watch(key.to_vec(), reply)).await?;
@@ -391,7 +391,7 @@ impl Dht {
 pub fn place(key: &[u8]) -> [u8; 32] {
     let key = kad::KBucketKey::new(key.to_vec());
     let bytes = key.hashed_bytes().try_into();
-    bytes.expect("places are SHA-256 hashes")
+    bytes.expect("positions are SHA-256 hashes")
 }
 
 /// Keeps the records that were not withdrawn.

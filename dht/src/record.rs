@@ -108,7 +108,7 @@ impl Record {
     /// Signs a record that holds for `ttl` from now. Without a value, the record withdraws an earlier one.
     ///
     /// # Errors
-    /// [`RecordError`] if a field or the time to live is over its limit.
+    /// Returns [`RecordError`] if a field or the time to live is over its limit.
     pub fn sign(
         keys: &Keypair,
         key: &[u8],

@@ -116,7 +116,7 @@ impl Database {
     /// Opens the database in this file, or creates it. Blocks for up to three seconds while another user has it open.
     ///
     /// # Errors
-    /// [`Error`]; a damaged file is left unchanged.
+    /// Returns [`Error`] if the database cannot be opened; a damaged file is left unchanged.
     pub fn open(path: &Path, options: Options) -> Result<Self, Error> {
         let (path, cache) = (path.to_owned(), options.cache);
         let open = move |occasion| {
@@ -136,7 +136,7 @@ impl Database {
     /// size itself.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the database cannot be opened.
     pub fn open_with(
         open: impl Fn() -> Result<redb::Database, DatabaseError> + Send + Sync + 'static,
         options: Options,
@@ -163,7 +163,7 @@ impl Database {
     /// between.
     ///
     /// # Errors
-    /// The errors of `look`, and [`Error`] if the database cannot be read.
+    /// Returns the error of `look`, or [`Error`] if the database cannot be read.
     pub fn read<T, E: Failure>(
         &self,
         look: impl Fn(&ReadTransaction) -> Result<T, E>,
@@ -183,7 +183,7 @@ impl Database {
     /// caller has to [`reopen`](Self::reopen) it after one.
     ///
     /// # Errors
-    /// [`Error`] if the database cannot be read.
+    /// Returns [`Error`] if the database cannot be read.
     pub fn begin_read(&self) -> Result<ReadTransaction, Error> {
         let (_, txn) = self.begin(ReadableDatabase::begin_read, MAX_OPENED)?;
         Ok(txn)
@@ -192,8 +192,8 @@ impl Database {
     /// Makes a change. Once this returns, the change survives a crash and a power loss.
     ///
     /// # Errors
-    /// The errors of `change`, after which nothing is changed, and [`Error`] if the database cannot be written. If the
-    /// fault occurred during the commit, the change may be on disk or not.
+    /// Returns the error of `change`, after which nothing is changed, or [`Error`] if the database cannot be written. If
+    /// the fault occurred during the commit, the change may be on disk or not.
     pub fn write<T, E: Failure>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<T, E>,
@@ -234,7 +234,7 @@ impl Database {
     /// transaction tries again.
     ///
     /// # Errors
-    /// [`Error`] if the database cannot be opened, or could not within the last [`pause`](Options::pause).
+    /// Returns [`Error`] if the database cannot be opened, or could not within the last [`pause`](Options::pause).
     pub fn reopen(&self) -> Result<(), Error> {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let generation = known.generation;

@@ -53,7 +53,7 @@ impl Platter {
     fn operate(&mut self) -> io::Result<()> {
         self.operations += 1;
         match &mut self.left {
-            Some(0) => return Err(io::Error::other("the power is gone")),
+            Some(0) => return Err(io::Error::other("the disk has stopped")),
             Some(left) => *left -= 1,
             None => {}
         }

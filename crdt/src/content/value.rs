@@ -80,7 +80,7 @@ impl Path {
     /// Parses a JSON pointer.
     ///
     /// # Errors
-    /// [`PathError`].
+    /// Returns [`PathError`] if the text is not a valid pointer.
     pub fn parse(text: &str) -> Result<Self, PathError> {
         if text.is_empty() {
             return Ok(Self::default());

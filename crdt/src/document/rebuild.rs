@@ -208,7 +208,7 @@ pub(super) fn build_base(epoch: &Epoch, base: &[Bytes]) -> Result<Automerge, Ref
         let checked = guard::decode(change, actor, index as u64 + 1)?;
         if checked.id != *id {
             return Err(Refusal::Malformed(
-                "a base has another change than was signed",
+                "a base has a change that its epoch does not list",
             ));
         }
         let mut batch = Batch::default();

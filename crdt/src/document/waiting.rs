@@ -1,10 +1,10 @@
 //! Envelopes that arrived before their dependencies.
 //!
 //! Any peer can make up such envelopes, so their number is limited. For unrequested envelopes, the limits for each
-//! document are [`MAX_UNREQUESTED`] and [`MAX_UNREQUESTED_BYTES`]; one peer may fill a quarter of the number. For requested
-//! envelopes, the limits for each document are [`MAX_REQUESTED`] and [`MAX_REQUESTED_BYTES`]. A document is requested from one
-//! peer at a time; envelopes that another peer sent earlier are dropped first. All documents together are limited to
-//! [`MAX_IN_ALL`]. Waiting envelopes are not on disk, and dropped ones are requested again.
+//! document are [`MAX_UNREQUESTED`] and [`MAX_UNREQUESTED_BYTES`]; one peer may fill a quarter of the number. For
+//! requested envelopes, the limits for each document are [`MAX_REQUESTED`] and [`MAX_REQUESTED_BYTES`]. A document is
+//! requested from one peer at a time; envelopes that another peer sent earlier are dropped first. All documents
+//! together are limited to [`MAX_IN_ALL`]. Waiting envelopes are not on disk, and dropped ones are requested again.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -217,7 +217,8 @@ impl Replica {
     /// Returns the document as the content of a file, for [`import`](Self::import) on another node.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, [`Error::NotYet`] if it has not arrived, and
+    /// [`Error::Store`] if the disk fails.
     pub fn export(&mut self, id: DocumentId) -> Result<Vec<u8>, Error> {
         self.present(&id)?;
         let mut out = EXPORT.to_vec();
@@ -233,7 +234,7 @@ impl Replica {
     /// document to determine which changes are valid.
     ///
     /// # Errors
-    /// [`Error::Import`] if the content is not an exported document, [`Error::TooLarge`], [`Error::Store`]; then
+    /// Returns [`Error::Import`] if the content is not an exported document, [`Error::TooLarge`], [`Error::Store`]; then
     /// nothing was imported. [`Error::ImportIncomplete`] if a part of the file is not valid although it should be; the
     /// valid part is kept, and so are all earlier changes of the document.
     pub fn import(&mut self, content: &[u8]) -> Result<Imported, Error> {

@@ -29,7 +29,8 @@ impl NewDocument {
     /// Returns the id of the document that this owner would create, or `None` without a nonce.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::SingleWriter`] if a single-writer document has other writers.
+    /// Returns [`Error::TooLarge`] if a setting is over its limit, and [`Error::SingleWriter`] if a single-writer
+    /// document has other writers.
     pub fn id_by(&self, owner: &Key) -> Result<Option<DocumentId>, Error> {
         match self.nonce {
             Some(nonce) => Ok(Some(genesis::id_of(&self.begin(owner, nonce)?))),

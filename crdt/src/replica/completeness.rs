@@ -75,7 +75,7 @@ impl Replica {
     /// returned guard is dropped.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, and [`Error::Store`] if the disk fails.
     pub fn compare(&mut self, id: DocumentId) -> Result<Comparing, Error> {
         if !self.held.contains_key(&id) {
             return Err(Error::Unknown(id));
@@ -144,7 +144,7 @@ impl Replica {
     /// [`compare`](Self::compare). A holder that has more is asked again if no data is arriving.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, and [`Error::Store`] if the disk fails.
     pub fn completeness(&mut self, id: DocumentId) -> Result<Completeness, Error> {
         if !self.held.contains_key(&id) {
             return Err(Error::Unknown(id));

@@ -57,7 +57,7 @@ impl Replica {
     /// version.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// Returns [`Error::Store`] if the disk fails.
     pub fn list(&mut self) -> Result<Vec<DocumentInfo>, Error> {
         self.recover()?;
         let ids: Vec<_> = self.held.keys().copied().collect();
@@ -67,7 +67,7 @@ impl Replica {
     /// Returns information about a document.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, and [`Error::Store`] if the disk fails.
     pub fn info(&mut self, id: DocumentId) -> Result<DocumentInfo, Error> {
         self.recover()?;
         let figures = match self.figures(&id) {

@@ -117,7 +117,7 @@ impl Replica {
     /// from continuing an old session derive from it.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// Returns [`StoreError`] if the documents cannot be opened or read.
     pub fn open(store: Store, identity: Identity, entropy: [u8; 32]) -> Result<Self, StoreError> {
         let mut this = Self {
             key: identity.key(),
@@ -207,7 +207,8 @@ impl Replica {
     /// If `new` has a nonce and the document already exists, it is left unchanged.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::SingleWriter`] if a single-writer document has other writers.
+    /// Returns [`Error::TooLarge`] if a setting is over its limit, and [`Error::SingleWriter`] if a single-writer
+    /// document has other writers.
     pub fn create(&mut self, new: NewDocument) -> Result<DocumentId, Error> {
         let nonce = new.nonce.unwrap_or_else(|| self.nonce());
         let genesis = new.begin(&self.key, nonce)?;
@@ -243,7 +244,7 @@ impl Replica {
     /// was held before.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if too many are held, [`Error::Store`].
+    /// Returns [`Error::TooLarge`] if too many documents are held, and [`Error::Store`] if the disk fails.
     pub fn hold(&mut self, id: DocumentId) -> Result<bool, Error> {
         self.recover()?;
         if let Some(held) = self.held.get(&id) {
@@ -286,7 +287,7 @@ impl Replica {
     /// Stops holding a document, and deletes its data on this node. Returns true if it was held.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// Returns [`Error::Store`] if the disk fails.
     pub fn remove(&mut self, id: DocumentId) -> Result<bool, Error> {
         self.recover()?;
         let Some(held) = self.held.remove(&id) else {
@@ -311,7 +312,8 @@ impl Replica {
     /// Returns the value at a path, or `None` if there is none.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, [`Error::NotYet`] if it has not arrived, and
+    /// [`Error::Store`] if the disk fails.
     pub fn get(&mut self, id: DocumentId, path: &Path) -> Result<Option<Value>, Error> {
         let (document, _) = self.present(&id)?;
         Ok(value::get(document.automerge(), path))
@@ -322,7 +324,8 @@ impl Replica {
     /// succeeded.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the operation is not allowed or does not fit, or if the disk fails; then nothing is
+    /// changed.
     pub fn commit(
         &mut self,
         id: DocumentId,
@@ -365,7 +368,8 @@ impl Replica {
     /// Returns at most `limit` commits, the latest first.
     ///
     /// # Errors
-    /// [`Error::Unknown`], [`Error::NotYet`], [`Error::Store`].
+    /// Returns [`Error::Unknown`] if the document is not held, [`Error::NotYet`] if it has not arrived, and
+    /// [`Error::Store`] if the disk fails.
     pub fn history(&mut self, id: DocumentId, limit: usize) -> Result<Vec<Commit>, Error> {
         let (document, _) = self.present(&id)?;
         Ok(document.history(limit))
@@ -374,7 +378,8 @@ impl Replica {
     /// Changes the rights to write and read. Only the owner may do this.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the operation is not allowed or does not fit, or if the disk fails; then nothing is
+    /// changed.
     pub fn decide(&mut self, id: DocumentId, rights: Rights) -> Result<(), Error> {
         let (document, _) = self.present(&id)?;
         let genesis = &document.genesis;
@@ -409,7 +414,8 @@ impl Replica {
     /// this.
     ///
     /// # Errors
-    /// [`Error`].
+    /// Returns [`Error`] if the operation is not allowed or does not fit, or if the disk fails; then nothing is
+    /// changed.
     pub fn compact(&mut self, id: DocumentId) -> Result<(), Error> {
         let wall = self.wall;
         let (document, _) = self.present(&id)?;
@@ -433,7 +439,7 @@ impl Replica {
     /// Makes events report which paths of the document change, until the returned guard is dropped.
     ///
     /// # Errors
-    /// [`Error::Unknown`].
+    /// Returns [`Error::Unknown`] if the document is not held.
     pub fn watch(&mut self, id: DocumentId) -> Result<Watching, Error> {
         if !self.held.contains_key(&id) {
             return Err(Error::Unknown(id));

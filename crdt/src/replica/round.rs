@@ -32,7 +32,7 @@ impl Replica {
     /// Damage to a document rolls back only the changes to that document: see [`undone`](Self::undone).
     ///
     /// # Errors
-    /// [`StoreError`]; then all changes since the last round are rolled back.
+    /// Returns [`StoreError`]; then all changes since the last round are rolled back.
     pub fn finish_round(&mut self) -> Result<(), StoreError> {
         self.undone.clear();
         let finished = self.try_finish();

@@ -330,8 +330,10 @@ fn equivocation_is_detected_and_all_nodes_drop_the_same_changes() {
     let expected = json!({"m": {"x": 1}, "l": "first", "honest one": 1, "honest other": 1, "n": 3});
     assert_eq!(content, expected);
     for node in 0..5 {
-        let told = world.saw(node, |event| matches!(event, Event::Equivocated { author, index: 1, .. } if *author == key(LIAR)));
-        assert!(told, "node {node} has no event");
+        let has_event = world.saw(node, |event| {
+            matches!(event, Event::Equivocated { author, index: 1, .. } if *author == key(LIAR))
+        });
+        assert!(has_event, "node {node} has no event");
         assert!(world.offences(node).is_empty());
     }
     // The proof is permanent, and nodes that come later receive it.

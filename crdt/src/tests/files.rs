@@ -133,7 +133,7 @@ fn an_export_is_in_causal_order() {
         for dep in crate::log::chunk::dependencies(&envelope.change) {
             assert!(
                 known.contains(&dep),
-                "a change comes before what it builds on"
+                "a change comes before one of its dependencies"
             );
         }
         known.insert(crate::ChangeId::read(&envelope.header.unwrap().change).unwrap());
@@ -167,7 +167,11 @@ fn an_incomplete_import_fails_and_reports_the_refused_changes_and_the_reasons() 
         (&flip as Bend<'_>, damaged, "1 is damaged"),
         (&forge, damaged, "a signature is wrong"),
         (&spoil, damaged, "19 build on changes that are damaged"),
-        (&drop, (59, 40, 0, 19), "neither in the file nor here"),
+        (
+            &drop,
+            (59, 40, 0, 19),
+            "neither in the file nor on this node",
+        ),
     ] {
         let to = stranger(&mut world);
         let bad = bent(&good, 40, bend);

@@ -127,7 +127,7 @@ enum Stage {
     },
 }
 
-/// A query under way.
+/// A query in progress.
 #[derive(Debug)]
 pub(super) struct Query {
     key: Vec<u8>,
@@ -775,7 +775,7 @@ mod tests {
 
     fn gathered(behaviour: &Behaviour, id: QueryId) -> Vec<&Record> {
         let Purpose::Get { found, .. } = &behaviour.queries[&id].purpose else {
-            unreachable!("it was made so");
+            unreachable!("the test began a lookup");
         };
         found.records().collect()
     }

@@ -195,7 +195,7 @@ async fn invalid_records_are_not_stored_and_not_acknowledged() {
         ("forged", forged),
         ("of another", of_another),
         ("under another subkey", moved),
-        ("of no Ed25519 key", rsa_like),
+        ("by another kind of key", rsa_like),
         (
             "expired",
             signed(
@@ -263,7 +263,7 @@ async fn invalid_records_are_not_stored_and_not_acknowledged() {
     });
     let taken = futures::future::join_all(attempts).await;
     let wrongly = taken.iter().position(|taken| *taken);
-    assert_eq!(wrongly, None, "of {names:?} and what follows");
+    assert_eq!(wrongly, None, "of {names:?} and the ones after them");
     assert_eq!(dht.status().await.unwrap().kept.records, 1);
     let found = dht.get(b"k").await.unwrap();
     assert_eq!(found.len(), 1);

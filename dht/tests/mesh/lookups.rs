@@ -68,7 +68,7 @@ async fn published_records_are_found_and_many_publishers_share_a_key() {
     };
     timeout(Duration::from_secs(60), publish)
         .await
-        .expect("all others take it");
+        .expect("all others store it");
     nodes[2].dht.publish(b"k", b"", b"two", HOUR).await.unwrap();
     let mut found = nodes[4].dht.get(b"k").await.unwrap();
     found.sort_by_key(|record| record.sequence());
@@ -164,7 +164,7 @@ async fn a_new_node_is_found_where_another_has_left() {
     };
     timeout(Duration::from_secs(30), publish)
         .await
-        .expect("both take it");
+        .expect("both store it");
     let peer = back.network.local_peer();
     let asked = nodes[1].dht.ask(peer, b"k").await.unwrap();
     assert_eq!(asked.len(), 1);

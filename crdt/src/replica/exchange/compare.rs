@@ -120,7 +120,7 @@ impl Replica {
         theirs: &wire::Buckets,
     ) -> Result<(), TakeError> {
         if theirs.digests.len() != 256 * 8 {
-            return Err(Refusal::Malformed("buckets of a wrong length").into());
+            return Err(Refusal::Malformed("the buckets have a wrong length").into());
         }
         let documents = self.readable(&peer, theirs.shared);
         let ours = self.buckets(&documents);
@@ -167,7 +167,7 @@ impl Replica {
         if !listing.entries.len().is_multiple_of(ENTRY)
             || listing.entries.len() > MAX_LISTED * ENTRY
         {
-            return Err(Refusal::Malformed("a listing of a wrong length").into());
+            return Err(Refusal::Malformed("a listing has a wrong length").into());
         }
         if listing.equal.len() == 32 {
             let is_equal =
@@ -283,7 +283,7 @@ impl Replica {
         let wrong =
             |bytes: &Bytes| !bytes.len().is_multiple_of(32) || bytes.len() > MAX_LISTED * 32;
         if wrong(&interest.holds) || wrong(&interest.drops) {
-            return Err(Refusal::Malformed("an interest of a wrong length").into());
+            return Err(Refusal::Malformed("an interest has a wrong length").into());
         }
         let ids = |bytes: &Bytes| {
             bytes

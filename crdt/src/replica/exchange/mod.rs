@@ -181,7 +181,7 @@ impl Replica {
     /// Processes a message of a peer.
     ///
     /// # Errors
-    /// [`StoreError`] if the disk fails. A faulty message is reported as [`Output::Offence`].
+    /// Returns [`StoreError`] if the disk fails. A faulty message is reported as [`Output::Offence`].
     pub fn receive(&mut self, peer: Key, message: &[u8]) -> Result<(), StoreError> {
         if !self.peers.contains_key(&peer) {
             return Ok(());
