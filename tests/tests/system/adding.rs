@@ -1,5 +1,4 @@
-//! Publishing folders and caches as people have them: odd files, odd names, parts of a model; and letting go of them
-//! again.
+//! Publishing real-world folders and caches: odd files, odd names, parts of a model; and removing them again.
 
 use std::{
     fs,
@@ -26,7 +25,7 @@ fn list(value: &Value) -> Vec<&str> {
     values.map(|one| one.as_str().unwrap()).collect()
 }
 
-/// A folder beside a home, with a config file of its own content.
+/// Creates a folder beside a home, with a config file of unique content.
 fn folder(home: &Home, name: &str) -> PathBuf {
     let folder = home.beside(name);
     write(folder.join("config.json"), name);
@@ -73,7 +72,7 @@ fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them(
     let shown = home.json(&["show", "me/odd"]);
     assert_eq!(shown["incomplete"], added["incomplete"]);
 
-    // In words, and with what was left out.
+    // As text, and with the files that were left out.
     let words = home.run(&["add", text(&odd), "--hidden", "--follow-links"]);
     assert_eq!(words.code(), Some(0), "{words:#?}");
     for says in [
@@ -141,7 +140,7 @@ fn one_of_several_names_is_dropped_alone_and_the_last_one_with_the_model() {
         ["me/a"]
     );
 
-    // A name that moves says from where.
+    // Moving a name says which model it was taken from.
     let moved = home.run(&["add", text(&other), "--name", "me/a"]);
     assert!(moved.stderr.contains("taken from the model"), "{moved:#?}");
     assert!(moved.stderr.contains(id), "{moved:#?}");
@@ -180,7 +179,7 @@ fn removing_a_model_with_its_files_deletes_all_copies_and_the_folders_that_were_
     assert!(model.join("sub/weights.bin").exists());
 }
 
-/// A cache with a part of a commit of `acme/m-GGUF`.
+/// Creates a cache with a part of a commit of `acme/m-GGUF`.
 fn part(home: &Home, files: &[(&str, &str)]) -> PathBuf {
     let cache = home.beside("hub");
     let repo = cache.join("models--acme--m-GGUF");
@@ -228,7 +227,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
     let (got, to) = get(&["--files", "*Q8*"], "q8");
     assert_eq!(fs::read(to.join("m-Q8.gguf")).unwrap(), b"eight bits");
     assert_eq!(got["publisher"], others[0].peer_id());
-    // Without a choice it is the part that has most.
+    // Without a choice, the part with the most files is fetched.
     let (got, to) = get(&[], "all");
     assert_eq!(
         (
@@ -251,7 +250,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
     homes[0].json(&["get", "acme/m-GGUF", "--files", "*Q8*", "--to", text(&to)]);
     assert_eq!(fs::read(to.join("m-Q8.gguf")).unwrap(), b"eight bits");
 
-    // A part that says otherwise of a file is of another model, whatever commit it names.
+    // A part with a different hash for a file belongs to another model, even if it names the same commit.
     let forged = part(
         &homes[3],
         &[("README.md", "another"), ("m-Q8.gguf", "evil")],

@@ -1,4 +1,4 @@
-//! The command line: what it prints, and how it ends.
+//! The command line: its output, and its exit codes.
 
 use std::{
     fs,
@@ -37,7 +37,11 @@ fn each_failure_has_its_exit_code_and_says_what_to_do() {
             4,
             "not connected to any peer",
         ),
-        (&["get", &absent, "--to", to], 4, "not connected to any peer"),
+        (
+            &["get", &absent, "--to", to],
+            4,
+            "not connected to any peer",
+        ),
         (&["get", "llama", "--to", to], 2, "neither a name"),
         (&["get", "weft:abc", "--to", to], 2, "ticket"),
         (&["get", "a/b/c", "--to", to], 2, "org/name"),
@@ -105,7 +109,7 @@ fn several_publishers_are_listed_and_one_can_be_chosen() {
     let got = homes[2].json(&["get", "acme/llama@v2", "--to", to, "--publisher", publisher]);
     assert_eq!(got["publisher"], publisher);
     same_files(&homes[1].beside("m"), &target);
-    // Or trusted, now and after a restart.
+    // A publisher can also be trusted, now and after a restart.
     let receiver = &homes[2];
     let found = receiver.json(&["search", "acme/"]);
     assert_eq!(found["names"][0]["name"], "acme/llama@v2", "{found}");
@@ -127,7 +131,7 @@ fn several_publishers_are_listed_and_one_can_be_chosen() {
     let first_claim = &found["names"][0]["claims"][0];
     assert_eq!(first_claim["publisher"], first.peer_id());
     assert_eq!(first_claim["trusted"], true);
-    // Whoever trusts both has to choose after all.
+    // A user who trusts both has to choose after all.
     receiver.json(&["trust", "add", second.peer_id()]);
     let finished = receiver.run(&["get", "acme/llama@v2", "--to", to]);
     assert_eq!(finished.code(), Some(5), "{finished:#?}");
@@ -160,7 +164,7 @@ fn a_target_with_other_content_is_left_alone() {
         "mine"
     );
     assert!(!target.join("sub").exists());
-    // The right content is taken for what it is, and other files do not matter.
+    // Content that is right already is recognized, and other files do not matter.
     fs::write(target.join("weights.bin"), "weights").unwrap();
     fs::write(target.join("notes.txt"), "mine").unwrap();
     let got = receiver.json(&["get", "a/b", "--to", to]);
@@ -284,7 +288,7 @@ fn limits_and_lists_are_shown_and_hold() {
         assert!(begin.elapsed() < Duration::from_secs(10), "still connected");
         std::thread::park_timeout(Duration::from_millis(20));
     }
-    // It may take a moment to see that it was cut off.
+    // The node may need a moment to notice that it was disconnected.
     let refused = other.run(&["ping", up.address(), "-n", "1"]);
     assert_eq!(refused.code(), Some(4), "{refused:?}");
     assert!(limit(&home.json(&["limits"]), "access")["refused"].as_u64() > Some(0));
@@ -336,7 +340,7 @@ fn a_websocket_listener_is_told_to_others_and_found_by_them() {
     same_files(model.as_ref(), &to);
 }
 
-/// A home whose API takes connections and never answers, as that of a node that hangs.
+/// Creates a home whose API accepts connections and never answers, as that of a node that hangs.
 fn wedged(home: &Home) -> UnixListener {
     let folder = home.path().join("api");
     fs::create_dir_all(&folder).unwrap();
@@ -371,7 +375,7 @@ fn ctrl_c_and_sigterm_end_every_command_also_when_the_node_hangs() {
     }
 }
 
-/// Returns true if a process, as `/proc` shows it, handles SIGHUP, SIGINT and SIGTERM: 1, 2 and 15.
+/// Returns true if a process handles SIGHUP, SIGINT and SIGTERM (1, 2 and 15), by its `/proc` status.
 fn handles(status: &str) -> bool {
     let mask = status
         .lines()
@@ -380,7 +384,7 @@ fn handles(status: &str) -> bool {
     mask.is_some_and(|mask| mask & 0x4003 == 0x4003)
 }
 
-/// Waits until a program handles signals: before that, one would end it like any program.
+/// Waits until a program handles signals. Before that, a signal would end it at once.
 fn listening_for_signals(command: &Running) {
     let begin = Instant::now();
     let status = format!("/proc/{}/status", command.pid());
@@ -402,7 +406,7 @@ fn a_signal_ends_a_command_that_reads_standard_input() {
         &["topic", "publish", "t", "-"],
         &["doc", "import", "-"],
     ] {
-        // Nothing comes, and it stays open.
+        // Nothing is written to it, and it stays open.
         let (nothing, input) = std::io::pipe().unwrap();
         let mut command = home.command(arguments);
         command.stdin(nothing);
@@ -440,7 +444,7 @@ fn a_closed_terminal_stops_a_node_cleanly() {
 fn a_restart_waits_for_the_node_that_is_stopping() {
     let home = Home::new();
     home.up(&[]).stop(Signal::TERM);
-    // As a node that says goodbye to its peers and serves no API any more.
+    // A node that says goodbye to its peers and no longer serves its API.
     let stopping = weft_blobs::lock::Lock::take(&home.path()).unwrap();
     let mut next = home.command(&[
         "--json",
@@ -456,7 +460,7 @@ fn a_restart_waits_for_the_node_that_is_stopping() {
     assert!(line.contains("waiting until"), "{line}");
     drop(stopping);
     let _up = Daemon::wait_for_child(child);
-    // But a node that runs is not waited for.
+    // The program does not wait for a node that keeps running.
     let refused = home.run(&["up", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0"]);
     assert_eq!(refused.code(), Some(1), "{refused:#?}");
     assert!(
@@ -633,7 +637,7 @@ fn files_that_stay_when_a_model_is_removed_with_its_files_are_named_with_the_rea
 
 #[test]
 fn an_error_of_the_system_on_a_file_says_what_to_do() {
-    // Nobody makes folders there, not even root.
+    // Not even root can make folders there.
     let home = Home::new();
     let finished = Command::new(home.command(&[]).get_program())
         .args(["--home", "/sys/weft", "up"])

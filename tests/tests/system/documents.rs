@@ -10,7 +10,7 @@ use weft_tests::Home;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Until a document shows this at a path.
+/// Waits until a document has this value at a path.
 fn shows(home: &Home, id: &str, path: &str, wanted: &Value) {
     let begin = Instant::now();
     loop {
@@ -82,7 +82,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
             .len(),
         1
     );
-    // Its content is of now, and so is what is said of it.
+    // The content is new, and so is its age in the output.
     let history = one.run(&["doc", "history", &id]).stdout;
     let age = history.lines().nth(1).unwrap().split_whitespace().nth(2);
     assert!(
@@ -161,7 +161,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
     // A put of the whole document replaces it.
     one.json(&["doc", "put", &id, "", r#"{"only": 1}"#]);
     assert_eq!(one.json(&["doc", "get", &id]), json!({"only": 1}));
-    // A reader that is shut out learns of it.
+    // A removed reader learns of it.
     one.json(&["doc", "readers", &id, "--only", up.peer_id()]);
     let begin = Instant::now();
     while other.json(&["doc", "readers", &id]) != json!({"readers": []}) {
@@ -178,7 +178,8 @@ fn documents_are_made_shared_watched_and_carried_about() {
     assert_eq!(other.json(&["doc", "ls"]), json!({"documents": []}));
 }
 
-/// Both write all the time, and either is killed again and again: nothing that was acknowledged is missing in the end, and both show the same.
+/// Both nodes write all the time, and either is killed again and again. No acknowledged change is lost, and both
+/// replicas are the same in the end.
 #[test]
 fn what_was_acknowledged_survives_kill_9() {
     let homes = [Home::new(), Home::new()];

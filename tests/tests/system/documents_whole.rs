@@ -87,7 +87,10 @@ fn what_is_not_whole_is_said_so() {
     // No holder is connected.
     let failed = other.run(&["doc", "open", &id, "--wait", "1s"]);
     assert_eq!(failed.code(), Some(4), "{failed:#?}");
-    assert!(failed.stderr.contains("not connected to any peer"), "{failed:#?}");
+    assert!(
+        failed.stderr.contains("not connected to any peer"),
+        "{failed:#?}"
+    );
     // With `--wait 0s`, the command does not wait for a holder.
     let held = other.json(&["doc", "open", &id, "--wait", "0s"]);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! The gRPC API as clients in another language use it.
+//! The gRPC API, used by clients in another language.
 
 use std::{path::Path, process::Output};
 

@@ -1,4 +1,4 @@
-//! Peers and files that mean harm.
+//! Malicious peers and files.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use weft_net::{Network, StreamProtocol};
 use weft_proto::wire::{Manifest, ManifestFile};
 use weft_tests::{Home, bare_network};
 
-/// A node that serves these bytes as a manifest, without looking at them as an honest one would.
+/// A node that serves any bytes as a manifest, without the checks of an honest node.
 struct Liar {
     network: Network,
     _folder: tempfile::TempDir,

@@ -70,7 +70,7 @@ fn services_by_name_at_the_command_line() {
     }
     let failed = calling.run(&["call", up.address(), "Say", "--label", "a=b"]);
     assert_eq!(failed.code(), Some(2), "{failed:?}");
-    // The program ends: nobody offers it any more.
+    // The program ends, so the service is no longer offered.
     drop(service);
     let begin = Instant::now();
     loop {
