@@ -74,7 +74,7 @@ pub enum Error {
     },
     /// Nothing was found, and this node has no connected peer that it could have asked. Holds the given bootstrap
     /// nodes and relays.
-    #[error("not connected to any peer: {}", bootstrap(.0))]
+    #[error("connected to no peer: {}", bootstrap(.0))]
     Disconnected(Vec<BootstrapPeer>),
     /// This node does not hold the model. Holds the name or id that was asked for.
     #[error("this node holds no model {0}")]

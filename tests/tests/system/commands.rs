@@ -35,12 +35,12 @@ fn each_failure_has_its_exit_code_and_says_what_to_do() {
         (
             &["get", "no/such", "--to", to][..],
             4,
-            "not connected to any peer",
+            "connected to no peer",
         ),
         (
             &["get", &absent, "--to", to],
             4,
-            "not connected to any peer",
+            "connected to no peer",
         ),
         (&["get", "llama", "--to", to], 2, "neither a name"),
         (&["get", "weft:abc", "--to", to], 2, "ticket"),
