@@ -1,4 +1,5 @@
-//! Manifests: what is accepted is what it says it is, and a selection of it stays within its files.
+//! Fuzzes manifests. An accepted manifest is the same when encoded and decoded again, and a selection of it stays
+//! within its files.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

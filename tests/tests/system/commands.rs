@@ -37,11 +37,7 @@ fn each_failure_has_its_exit_code_and_says_what_to_do() {
             4,
             "connected to no peer",
         ),
-        (
-            &["get", &absent, "--to", to],
-            4,
-            "connected to no peer",
-        ),
+        (&["get", &absent, "--to", to], 4, "connected to no peer"),
         (&["get", "llama", "--to", to], 2, "neither a name"),
         (&["get", "weft:abc", "--to", to], 2, "ticket"),
         (&["get", "a/b/c", "--to", to], 2, "org/name"),

@@ -103,10 +103,7 @@ fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist()
         let finished = alone.run(command);
         assert_eq!(finished.code(), Some(4), "{command:?}: {finished:?}");
         let said = &finished.stderr;
-        assert!(
-            said.contains("connected to no peer"),
-            "{command:?}: {said}"
-        );
+        assert!(said.contains("connected to no peer"), "{command:?}: {said}");
         assert!(
             said.contains(&wrong) && said.contains(error),
             "{command:?}: {said}"
