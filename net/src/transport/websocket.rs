@@ -133,7 +133,7 @@ impl Certificate {
             .and_then(Iterator::collect::<Result<Vec<_>, _>>)
             .map_err(|error| wrong(chain, error.to_string()))?;
         if certificates.is_empty() {
-            return Err(wrong(chain, "no certificate in it".to_owned()));
+            return Err(wrong(chain, "the file has no certificate".to_owned()));
         }
         let private =
             PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(key, error.to_string()))?;
