@@ -1,7 +1,7 @@
 //! Verified content: the files of a model, the places where their bytes are stored, and their transfer between nodes.
 //!
-//! - [`struct@Hash`] names bytes by BLAKE3. [`tree`] is the hash tree over chunk groups, by which any range is verified
-//!   alone.
+//! - [`struct@Hash`] names bytes by BLAKE3. [`tree`] is the hash tree over chunk groups, so that any range can be
+//!   verified without the rest.
 //! - [`manifest`] lists a model's files and tensors; its hash is the model's id. [`index`] makes a manifest from files
 //!   on disk and their [`header`]s. [`complete`] finds files that a model refers to and does not contain.
 //! - [`store`] records which bytes are where: in files that stay where the user put them, and in part files that are
@@ -11,7 +11,7 @@
 //!   sides use [`availability`] to tell each other what they have.
 //! - [`uplink`] decides which stream may send next: on a slow uplink, only a few send at a time.
 //! - [`selection`] is a part of a model, chosen by [`pattern`]s for files and tensors. [`results`] are the files that a
-//!   selection produces in a folder: [`extract`] makes files of chosen tensors, and [`shards`] makes the index that
+//!   selection produces in a folder. [`extract`] makes files of chosen tensors, and [`shards`] makes the index that
 //!   goes with them.
 //! - [`hf_cache`] reads and writes the cache of huggingface_hub.
 //!

@@ -31,8 +31,9 @@ use crate::{
 /// hashing. It is at least one group, because a group may reach back into one earlier piece only.
 const PIECE: u64 = 16 * GROUP;
 
-/// Pieces that may wait, for SHA-256 of each file and for the pool. It bounds memory: this many mebibytes a queue, and
-/// the pieces in use: one a core, the piece before each of those, and for each file one in SHA-256 and one being read.
+/// Pieces that may wait, for SHA-256 of each file and for the pool. It bounds memory to this many mebibytes a queue and
+/// the pieces in use. These are one a core, the piece before each of those, and for each file one in SHA-256 and one
+/// being read.
 const QUEUE: usize = 8;
 
 /// The hashes of a file.

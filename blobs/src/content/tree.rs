@@ -2,7 +2,7 @@
 //!
 //! BLAKE3 hashes a tree whose leaves are 1 KiB chunks. Here, the leaves are subtrees of [`GROUP`] bytes. A group is
 //! verified with one 64-byte parent a level; the proofs of a whole blob cost 64 bytes a group, 0.1 %. The shape follows
-//! from the size alone: a subtree of `n` groups has on its left the largest power of two below `n` (BLAKE3 paper,
+//! from the size alone. A subtree of `n` groups has on its left the largest power of two below `n` (BLAKE3 paper,
 //! section 2.1).
 //!
 //! An *outboard* is all parents of a tree in pre-order, 64 bytes each: the left child's chaining value, then the

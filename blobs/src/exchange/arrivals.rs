@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_path_that_proves_slow_while_it_is_waited_for_gets_the_longer_time() {
+    async fn a_path_found_slow_during_a_wait_gets_the_longer_time() {
         let begun = Instant::now();
         let arrivals = Arrivals::default();
         assert_eq!(arrivals.within(pending::<()>()).await, None);

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_limit_holds_over_time_for_all_who_share_it() {
+    async fn a_limit_holds_over_time_for_all_its_users() {
         let limit = Limit::new(1_000_000);
         let begin = Instant::now();
         let passing = || {

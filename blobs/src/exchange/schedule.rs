@@ -1,12 +1,12 @@
-//! The schedule: which peer is asked for which content. It does no I/O and has no clock; time is an argument, so tests
-//! simulate swarms in milliseconds.
+//! The schedule decides which peer is asked for which content. It does no I/O and has no clock; time is an argument, so
+//! tests simulate swarms in milliseconds.
 //!
 //! Wanted content is cut into *pieces* of [`PIECE`] chunk groups. A request is a *run*: adjacent groups within a piece.
 //! A peer is asked for as many bytes ahead as its window allows; the window follows its measured rate and round trip.
 //!
-//! If all peers have everything and no other node is known to fetch the same, pieces are requested in order, from a
-//! start that differs from node to node. Otherwise the rarest piece of a sample is requested. When nothing is left to
-//! request, a peer takes over work that another would deliver much later, and the other's request is cancelled.
+//! Pieces are requested in order if all peers have everything and no other node is known to fetch the same. The start
+//! differs from node to node. Otherwise the rarest piece of a sample is requested. When nothing is left to request, a
+//! peer takes over work that another would deliver much later, and the other's request is cancelled.
 
 mod sender;
 
@@ -19,12 +19,12 @@ use std::{
 use self::sender::{Has, Rate, Sender};
 use crate::{bitfield::Bitfield, tree::Tree};
 
-/// Groups in a piece: 1 MiB. Proofs cost 0.2 % at this size in a blob of 100 GB, and an answer ends soon, so that work
-/// can move to another peer.
+/// Groups in a piece: 1 MiB. Proofs cost 0.2 % at this size in a blob of 100 GB. An answer ends soon, so that work can
+/// move to another peer.
 pub(crate) const PIECE: u64 = 16;
 
-/// The divisor for the cost of a run of which only the parents are requested. It counts a little more than the parents'
-/// size, so that not all of it is requested from one peer.
+/// The divisor for the cost of a run of which only the parents are requested. The cost is a little more than the size
+/// of the parents, so that not all such runs go to one peer.
 const PROOFS: u64 = 64;
 
 /// Open pieces that are compared when the rarest is chosen.
@@ -177,7 +177,8 @@ impl Schedule {
         }
     }
 
-    /// Makes groups of a blob urgent until [`end_urgent`](Self::end_urgent) is called. Several urgent requests are served in order.
+    /// Makes groups of a blob urgent until [`end_urgent`](Self::end_urgent) is called. Several urgent requests are
+    /// served in order.
     pub(crate) fn urge(&mut self, blob: usize, groups: Range<u64>) -> UrgentKey {
         let key = UrgentKey(self.next_urgent);
         self.next_urgent += 1;

@@ -46,10 +46,10 @@ const IDLE: Duration = Duration::from_secs(60);
 
 /// The longest time for which a peer may accept no data, however often it shows that it is alive. A peer that limits
 /// itself to 100 bytes a second takes 22 minutes for the 128 KiB after which yamux makes room for more.
-const TAKES_NOTHING: Duration = Duration::from_secs(30 * 60);
+const ACCEPTS_NOTHING: Duration = Duration::from_secs(30 * 60);
 
-/// The interval at which a peer is told that its request waits: four times in the 20 s of silence after which the peer
-/// gives up this node.
+/// The interval at which a peer is told that its request waits. Four such messages fit into the 20 s of silence after
+/// which the peer gives up this node.
 const TELL: Duration = Duration::from_secs(5);
 
 /// The interval at which a stream that waits for its turn checks for changes.
@@ -255,8 +255,8 @@ impl Queue {
         }
     }
 
-    /// Returns the next request, or an error if the peer is idle. A peer is idle if all answers have arrived, as far as
-    /// is known, and it sends no further request.
+    /// Returns the next request, or an error if the peer is idle. A peer is idle if it asks for nothing for [`IDLE`],
+    /// although all answers have arrived, as far as is known. It is also idle if it sends nothing at all in that time.
     async fn pop_patiently(&self) -> Result<Option<Waiting>, ServeError> {
         let begun = Instant::now();
         loop {
@@ -264,7 +264,7 @@ impl Queue {
                 return Ok(next);
             }
             let idle = self.has_arrived() || self.state().heard.elapsed() >= IDLE;
-            if idle || begun.elapsed() >= TAKES_NOTHING {
+            if idle || begun.elapsed() >= ACCEPTS_NOTHING {
                 return Err(ServeError::Idle);
             }
         }
@@ -500,7 +500,7 @@ where
                 self.sources = match open(&self.store, hash).await {
                     Ok(found) => Some((hash, found.into_iter().map(Arc::new).collect())),
                     Err(error) => {
-                        tracing::warn!(%hash, %error, "a blob cannot be opened");
+                        tracing::warn!(%hash, %error, "cannot open a blob");
                         self.sources = None;
                         return Ok(Reply::Refused(Status::Internal));
                     }
@@ -525,7 +525,7 @@ where
                 }
             }
         }
-        // Internal makes the peer ask for other groups of a damaged file, and for these one by one.
+        // `Internal` makes the peer ask for other groups of a damaged file, and for these one by one.
         let sources = self.sources.iter().flat_map(|(_, sources)| sources);
         let damaged = sources.into_iter().any(|source| source.is_damaged());
         Ok(Reply::Refused(match damaged {
@@ -544,7 +544,7 @@ where
         }
         let (store, source) = (self.store.clone(), Arc::clone(source));
         let noted = spawn_blocking(move || store.note_damage(&source, groups)).await;
-        if let Err(error) = noted.expect("noting damage does not panic") {
+        if let Err(error) = noted.expect("recording damage does not panic") {
             tracing::warn!(%error, "cannot record damaged content");
         }
     }
@@ -634,7 +634,7 @@ async fn open(store: &Store, hash: Hash) -> Result<Vec<Source>, StoreError> {
         .expect("opening a blob does not panic")
 }
 
-/// Awaits work that depends on the peer, as long as the peer shows that it is alive, but at most [`TAKES_NOTHING`].
+/// Awaits work that depends on the peer, as long as the peer shows that it is alive, but at most [`ACCEPTS_NOTHING`].
 async fn patient<T, E>(
     queue: &Queue,
     work: impl Future<Output = Result<T, E>>,
@@ -648,7 +648,7 @@ where
         match timeout(IDLE, &mut work).await {
             Ok(done) => return Ok(done?),
             Err(_) if queue.state().heard.elapsed() >= IDLE => return Err(ServeError::Idle),
-            Err(_) if begun.elapsed() >= TAKES_NOTHING => return Err(ServeError::Idle),
+            Err(_) if begun.elapsed() >= ACCEPTS_NOTHING => return Err(ServeError::Idle),
             Err(_) => {}
         }
     }

@@ -1,6 +1,6 @@
 //! Turns for streams that share one uplink.
 //!
-//! If a slow uplink served all streams at once, no answer would finish: each stream would get too little to deliver a
+//! If a slow uplink served all streams at once, no answer would finish. Each stream would get too little to deliver a
 //! chunk group before its receiver gives up. So only as many streams send at a time as the uplink carries at
 //! `PER_STREAM`; the others wait. Receivers report what has arrived, and the rate of the uplink is computed from that.
 //! On a fast uplink, no stream waits.
@@ -24,7 +24,7 @@ use tokio::{
 use crate::tree::GROUP;
 
 /// The share of the uplink that a stream is to have, in bytes a second. A chunk group of 64 KiB then takes eight
-/// seconds, well below the 20 s without a byte after which a receiver gives up a provider.
+/// seconds. A receiver gives up a provider after 20 s without a byte.
 const PER_STREAM: f64 = 8.0 * 1024.0;
 
 /// Streams that may send at a time, however slow the uplink is. With several, a few slow receivers do not keep all
@@ -36,8 +36,9 @@ const FEWEST: usize = 4;
 const TURN: Duration = Duration::from_secs(30);
 
 /// The shortest time without a byte accepted after which a turn no longer counts: longer than a path takes to recover
-/// from lost packets. On an uplink that is known to be slow, it is the time of a chunk group, and at most [`TURN`].
-const TAKES_NOTHING: Duration = Duration::from_secs(5);
+/// from lost packets. On an uplink that is known to be slow, the time is that of a chunk group while [`FEWEST`] streams
+/// send, and at most [`TURN`].
+const ACCEPTS_NOTHING: Duration = Duration::from_secs(5);
 
 /// The time with answers under way that makes one sample of the rate.
 const SAMPLE: Duration = Duration::from_secs(1);
@@ -140,10 +141,10 @@ impl State {
     /// Returns the time without a byte accepted after which a turn no longer counts.
     fn patience(&self) -> Duration {
         if self.rate.value == 0.0 {
-            return TAKES_NOTHING;
+            return ACCEPTS_NOTHING;
         }
         let seconds = GROUP as f64 * FEWEST as f64 / self.rate.value;
-        Duration::try_from_secs_f64(seconds).map_or(TURN, |time| time.clamp(TAKES_NOTHING, TURN))
+        Duration::try_from_secs_f64(seconds).map_or(TURN, |time| time.clamp(ACCEPTS_NOTHING, TURN))
     }
 
     /// Returns the turns that count.
@@ -288,7 +289,8 @@ pub struct Line {
 }
 
 impl Line {
-    /// Returns true if the stream may begin another answer at once: no other stream waits, or a turn is free.
+    /// Takes a turn if no other stream waits or a turn is free, and waits for one otherwise. Returns true if the stream
+    /// may begin another answer at once.
     fn try_turn(&self) -> bool {
         let now = Instant::now();
         let mut state = self.uplink.state();
@@ -319,7 +321,7 @@ impl Line {
     }
 
     /// Waits for a turn, for at most `patience`. Returns true if the stream has one. A stream without a turn keeps its
-    /// position, and waits on when this is called again.
+    /// position, and goes on waiting when this is called again.
     pub(crate) async fn turn(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         if !self.is_waiting() && self.try_turn() {
@@ -485,7 +487,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn receivers_of_one_network_that_take_nothing_keep_no_other_network_waiting() {
+    async fn receivers_of_one_network_that_accept_nothing_keep_no_other_network_waiting() {
         let uplink = Uplink::default();
         let _idle = idle(&uplink, 20, false);
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -497,7 +499,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn receivers_that_take_nothing_keep_a_turn_for_some_seconds() {
+    async fn receivers_that_accept_nothing_keep_a_turn_for_some_seconds() {
         let uplink = Uplink::default();
         let _idle = idle(&uplink, 20, true);
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -507,7 +509,7 @@ mod tests {
         assert!(alive.turn(Duration::from_secs(120)).await);
         // All streams that came earlier have had a turn.
         let rounds = 20 / FEWEST as u32;
-        assert!(begun.elapsed() <= rounds * (TAKES_NOTHING + POLL));
+        assert!(begun.elapsed() <= rounds * (ACCEPTS_NOTHING + POLL));
         // The receiver accepts what is sent, so its turn keeps counting.
         for _ in 0..10 {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -523,7 +525,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn receivers_that_take_nothing_do_not_make_a_fast_uplink_look_slow() {
+    async fn receivers_that_accept_nothing_do_not_make_a_fast_uplink_look_slow() {
         let uplink = Uplink::default();
         let _idle = idle(&uplink, 20, true);
         let time = Duration::from_secs(20);

@@ -25,7 +25,7 @@ pub(crate) struct Holder {
 }
 
 impl Holder {
-    /// Returns the holder that stands for this process.
+    /// Returns this process as a holder.
     pub(crate) fn this() -> Self {
         let read = |path| {
             fs::read_to_string(path)

@@ -2,7 +2,7 @@
 //!
 //! A path may lead to a pipe, or to a mount whose server is gone; an ordinary `open` would wait for ever there. Pipes
 //! are opened without waiting, and refused. On a mount where [`STUCK`] opens have waited for longer than [`PATIENCE`],
-//! no further open is begun: the mount counts as not answering, and all other mounts go on. When the process has no
+//! no further open is begun. The mount counts as not answering; other mounts are not affected. When the process has no
 //! file descriptor left, an open waits for one.
 
 pub(crate) mod holder;
@@ -30,7 +30,7 @@ use rustix::{
 use crate::files::stamp::Stamp;
 
 /// The longest time that an open may take before its mount is suspected. A disk that has to spin up takes several
-/// seconds; it is suspected at the first open, and answers the second.
+/// seconds and exceeds this time, but it answers the second open.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Opens that may be stuck on one mount; each costs a thread.
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn few_descriptors_mean_few_files_at_a_time_and_never_none() {
+    fn few_descriptors_allow_few_files_at_a_time_but_at_least_one() {
         assert_eq!(of_limit(30, 64), 1);
         assert_eq!(of_limit(64, 64), 6);
         assert_eq!(of_limit(1024, 64), 64);

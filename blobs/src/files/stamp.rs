@@ -3,7 +3,7 @@
 use std::{fs::Metadata, os::unix::fs::MetadataExt};
 
 /// A file's inode and times. Two equal stamps mean that the file was not touched in between, as far as its file system
-/// tells. Two stamps that differ do not prove different content: a user-space file system may renumber its files at
+/// tells. Two stamps that differ do not prove different content. A user-space file system may renumber its files at
 /// each mount, and a new hard link changes the change time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stamp {

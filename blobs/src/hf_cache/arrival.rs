@@ -133,7 +133,7 @@ impl Destination {
         let missing = match missing.is_empty() {
             true => None,
             false => Some(
-                Manifest::new(missing).expect("a part of a manifest's files breaks no rule of it"),
+                Manifest::new(missing).expect("a part of a manifest's files is a valid manifest"),
             ),
         };
         Ok(Arrival {
@@ -151,7 +151,7 @@ impl Destination {
 
     fn layout(&self, cache: &Path, commit: Commit) -> Layout {
         Layout::new(cache, &self.repo, self.revision.clone(), commit)
-            .expect("a revision that is a commit is the one that is asked for")
+            .expect("the commit of a revision is the commit that was asked for")
     }
 }
 

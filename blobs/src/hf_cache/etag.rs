@@ -1,8 +1,8 @@
 //! Names of blobs in the cache: the ETag that the hub sends for a file.
 //!
-//! The name is the SHA-256 of the content for a file that the hub keeps in Git LFS, and otherwise the id of its git
-//! blob, a SHA-1. The hub decides which applies when a file is uploaded; without the hub, this module guesses by the
-//! hub's rules. A wrong guess only leads to another name: readers of a cache follow the links.
+//! A file that the hub keeps in Git LFS is named by the SHA-256 of its content. Any other file is named by the id of
+//! its git blob, a SHA-1. The hub decides which applies when a file is uploaded; without the hub, this module guesses
+//! by the hub's rules. A wrong guess only leads to another name: readers of a cache follow the links.
 
 use std::fmt;
 

@@ -1,9 +1,9 @@
 //! Writes a model into a cache.
 //!
-//! All checks come before the first change. Then three steps follow, each durable before the next begins: the blobs,
-//! each under a temporary name until it is complete; the links of the snapshot; the ref. So a ref never names a
-//! snapshot that lacks a file. A crash leaves the earlier ref, or a snapshot without a ref, and the next export of the
-//! model continues from there.
+//! All checks come before the first change. Then the blobs are written, each under a temporary name until it is
+//! complete. The links of the snapshot follow, and then the ref. Each step is durable before the next begins. So a ref
+//! never names a snapshot that lacks a file. A crash leaves the earlier ref, or a snapshot without a ref, and the next
+//! export of the model continues from there.
 //!
 //! Temporary files are beside the blobs, where huggingface_hub ignores them; in `refs` or `snapshots` it would take
 //! each for a ref or a snapshot. A lock beside those of huggingface_hub lets one export at a time write to a
@@ -45,13 +45,14 @@ pub struct Export<'a> {
     pub manifest: &'a Manifest,
     /// The model's files, by path in the manifest. A file whose content is in the cache already needs no source.
     ///
-    /// The caller vouches for the content: of a file in Git LFS, only the size is checked, and that the file does not
-    /// change during the export. A source may be the blob that [`Layout::places`] gave; it is then linked and not read.
+    /// The caller vouches for the content. For a file in Git LFS, the export only checks the size, and that the file
+    /// does not change meanwhile. A source may be the blob that [`Layout::places`] gave; it is then linked and not
+    /// read.
     pub sources: &'a BTreeMap<String, PathBuf>,
-    /// Moves the sources into the cache, because the caller gives them away. A source is copied, and removed at the
-    /// end, if it is on another file system; if it has other hard links, through which its content could change later;
-    /// or if it is small, because the next attempt could not find its blob without it. A source stays if it is not
-    /// needed, is a symbolic link, or lies in the repository's `blobs` or `snapshots`.
+    /// Moves the sources into the cache, because the caller gives them away. Sources of three kinds are copied instead,
+    /// and removed at the end: a source on another file system; a source with other hard links, through which its
+    /// content could change later; and a small source, because the next attempt could not find its blob without it. A
+    /// source stays if it is not needed, is a symbolic link, or lies in the repository's `blobs` or `snapshots`.
     pub take: bool,
 }
 
@@ -172,13 +173,13 @@ impl Export<'_> {
         let mut plan = Plan::of(self, progress)?;
         let blobs = self.layout.blobs();
         make_folders(&blobs)?;
-        sweep(&blobs)?;
-        let copied_away = self.place_blobs(&mut plan, progress)?;
+        remove_temporary_files(&blobs)?;
+        let copied_sources = self.place_blobs(&mut plan, progress)?;
         let (links_made, copied) = self.make_links(&mut plan, progress, &mut make_link)?;
         if let Some(reference) = &plan.reference {
             self.write_ref(reference)?;
         }
-        copied_away.iter().for_each(|source| discard(source));
+        copied_sources.iter().for_each(|source| discard(source));
 
         let mut exported = Exported {
             snapshot: self.layout.snapshot(),
@@ -212,7 +213,7 @@ impl Export<'_> {
             *uses.entry(&blob.source.path).or_default() += 1;
         }
         let mut how = HashMap::<&str, How>::new();
-        let mut copied_away = Vec::new();
+        let mut copied_sources = Vec::new();
         for (etag, blob) in &plan.blobs {
             stop_if_cancelled(progress)?;
             let source = blob.source.path.as_path();
@@ -233,7 +234,7 @@ impl Export<'_> {
             how.insert(&blob.file, How::Copied);
             progress.files_done.fetch_add(1, Ordering::Relaxed);
             if take {
-                copied_away.push(source.to_owned());
+                copied_sources.push(source.to_owned());
             }
         }
         sync_folder(&self.layout.blobs())?;
@@ -242,7 +243,7 @@ impl Export<'_> {
                 file.how = *how;
             }
         }
-        Ok(copied_away)
+        Ok(copied_sources)
     }
 
     /// Returns true if a source may be moved or removed: it is not a symbolic link, and not part of the repository's
@@ -304,8 +305,8 @@ impl Export<'_> {
 
     /// Makes the entries of the snapshot. Returns their number, and the bytes copied where a link could not be made.
     ///
-    /// If the file system has no links, a blob that this export wrote becomes the entry itself, as in huggingface_hub,
-    /// so that its content is stored once. A blob that existed before is copied, because another snapshot may need it.
+    /// If the file system has no links, a blob that this export wrote becomes the entry itself, as in huggingface_hub.
+    /// Its content is then stored once. A blob that existed before is copied, because another snapshot may need it.
     fn make_links(
         &self,
         plan: &mut Plan,
@@ -385,7 +386,7 @@ impl Export<'_> {
     fn write_ref(&self, reference: &Path) -> Result<(), ExportError> {
         use std::io::Write;
 
-        let folder = reference.parent().expect("a ref lies in the folder refs");
+        let folder = reference.parent().expect("a ref is in the folder refs");
         make_folders(folder)?;
         let temporary = self.layout.blobs().join(temporary("ref"));
         let write = || -> io::Result<()> {
@@ -459,7 +460,7 @@ pub(super) fn make_folders(folder: &Path) -> Result<(), StoreError> {
 }
 
 /// Removes leftovers of interrupted exports. The caller holds the lock.
-fn sweep(blobs: &Path) -> Result<(), StoreError> {
+fn remove_temporary_files(blobs: &Path) -> Result<(), StoreError> {
     let cannot_read = || StoreError::io("cannot read", blobs);
     for entry in fs::read_dir(blobs).map_err(cannot_read())? {
         let entry = entry.map_err(cannot_read())?;
@@ -547,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn an_export_that_stops_anywhere_leaves_the_old_model_and_is_finished_by_the_next() {
+    fn an_interrupted_export_leaves_the_old_model_and_the_next_finishes_it() {
         for take in [false, true] {
             for stop_at in 0..4 {
                 let (old, new) = (World::new("old"), World::new("new"));
@@ -556,7 +557,7 @@ mod tests {
                 let mut made = 0;
                 let stopped = new.export(&cache, take, |target, at| {
                     if made == stop_at {
-                        return Err(io::Error::other("the power failed"));
+                        return Err(io::Error::other("simulated loss of power"));
                     }
                     made += 1;
                     symlink(target, at)
@@ -570,7 +571,7 @@ mod tests {
                 assert_eq!(exported.bytes_moved + exported.bytes_copied, 0);
                 assert_eq!(found(&cache).as_ref(), Some(&new.manifest));
                 let left = find(&cache, "acme/m").unwrap().repo.problems;
-                assert_eq!(left, [], "the temporary file is swept");
+                assert_eq!(left, [], "the temporary file is removed");
             }
         }
     }

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_names_itself_and_no_other() {
+    fn a_commit_leads_to_itself_only() {
         let commit = Commit::of_model(&Hash::of(b"1"));
         let other = Commit::of_model(&Hash::of(b"2"));
         let layout = |revision: &str| {

@@ -136,7 +136,7 @@ fn source(export: &Export<'_>, file: &manifest::File) -> Result<Option<Location>
         return Err(refuse(&file.path, path, "it is not a file"));
     }
     if metadata.len() != file.size {
-        return Err(refuse(&file.path, path, "it has another size"));
+        return Err(refuse(&file.path, path, "its size is different"));
     }
     Ok(Some(Location::from_metadata(path, &metadata)))
 }
@@ -148,7 +148,7 @@ fn git_blob(source: &Location, file: &manifest::File) -> Result<Etag, ExportErro
         .and_then(|open| open.take(file.size + 1).read_to_end(&mut content))
         .map_err(StoreError::io("cannot read", &source.path))?;
     if Sha256::digest(&content)[..] != file.sha256 {
-        return Err(refuse(&file.path, &source.path, "it has other content"));
+        return Err(refuse(&file.path, &source.path, "its content is different"));
     }
     Ok(Etag::git_blob(&content))
 }
@@ -189,7 +189,7 @@ impl Checker<'_> {
             return Err(conflict("a file is needed here"));
         }
         if metadata.len() != file.size {
-            return Err(conflict("it does not have the size of the model's file"));
+            return Err(conflict("its size differs from that of the model's file"));
         }
         if source.is_some_and(|source| is_same(&source.path, &metadata)) {
             return Ok(());
@@ -200,7 +200,9 @@ impl Checker<'_> {
         };
         self.hashed.insert(there.to_owned(), hash);
         if hash != file.sha256 {
-            return Err(conflict("it does not have the content of the model's file"));
+            return Err(conflict(
+                "its content differs from that of the model's file",
+            ));
         }
         Ok(())
     }
@@ -268,7 +270,7 @@ fn names(path: &Path, commit: Commit) -> Result<bool, ExportError> {
         Ok(metadata) if metadata.is_symlink() => Ok(false),
         Ok(_) => Err(ExportError::Conflict {
             path: path.to_owned(),
-            reason: "the ref of the revision goes here",
+            reason: "the ref of the revision is needed here",
         }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(StoreError::io("cannot read", path)(error).into()),

@@ -34,9 +34,9 @@ pub(super) const ADOPTED: usize = 64;
 /// crash costs no more than for a larger file, which is settled once a second.
 const TOGETHER: u64 = MAX_GROUPS * GROUP;
 
-/// Copies wanted content from the same blob in other places on this machine, complete or in parts, and verifies it.
-/// Sets `want.had` to the bytes that are present then. Returns true if that is all that is wanted. If it is a whole
-/// blob, the file is in place. Blocks.
+/// Copies wanted content from other copies of the blob on this machine, complete or partial, and verifies it. Sets
+/// `want.had` to the bytes that are present then. Returns true if that is all that is wanted. If it is a whole blob,
+/// the file is in place. Blocks.
 pub(super) fn fill(
     store: &Store,
     want: &mut Want,

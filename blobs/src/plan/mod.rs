@@ -1,5 +1,5 @@
-//! Plans a download: finds out which files of a model are missing in a folder, which of their content is on this
-//! machine, and whether there is room for the rest.
+//! Plans a download. A plan finds out which files of a model are missing in a folder, and which of their content is on
+//! this machine. It also checks that there is room for the rest.
 
 mod copy;
 pub mod results;
@@ -496,7 +496,7 @@ impl<'a> Chosen<'a> {
 pub struct Existing {
     /// Reads all of them, also those that seem unchanged.
     pub reread: bool,
-    /// Replaces files that an earlier transfer of this store wrote or found there, if their content differs: they
+    /// Replaces files that an earlier transfer of this store wrote or found there, if their content differs. Such files
     /// belong to another revision, or were changed since. Files that were added in place are never replaced. Each file
     /// stays until the new one is complete.
     pub replace: bool,
@@ -649,7 +649,7 @@ pub(crate) fn open(
     }
 }
 
-/// Waits until this process may fill `root`. Returns true in the second place if it had to wait. Blocks.
+/// Waits until this process may fill `root`. The flag is true if it had to wait. Blocks.
 fn occupy(root: &Path, progress: &Progress) -> Result<(Occupancy, bool), StoreError> {
     let said = || {
         progress

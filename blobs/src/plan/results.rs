@@ -1,5 +1,5 @@
-//! Writes the files that a selection of tensors produces in a folder: a safetensors file for each file of which some
-//! tensors are wanted, and the index files that go with them.
+//! Writes the files that a selection of tensors produces in a folder. These are a safetensors file for each file of
+//! which some tensors are wanted, and the index files that go with them.
 //!
 //! They are made from content in the store, with every byte verified, once all of it is there. The same selection
 //! produces the same bytes. So a result that was made before is left alone, and no other existing file is replaced.
@@ -185,7 +185,7 @@ fn names_in(path: &Path) -> Option<BTreeSet<String>> {
     Some(names.filter(|name| name != "__metadata__").collect())
 }
 
-/// Returns the index files of shards that are made anew for a selection, by their indices in the manifest.
+/// Returns the index files of shards that are made again for a selection, by their indices in the manifest.
 pub(crate) fn indices(manifest: &Manifest, selected: &Selected) -> Vec<usize> {
     let files = manifest.files();
     let mut indices = shards::indices(manifest, selected);
@@ -324,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_link_in_the_place_of_a_file_that_is_being_made_is_not_written_through() {
+    fn a_link_in_the_place_of_a_temporary_file_is_not_written_through() {
         let folder = tempfile::tempdir().unwrap();
         let foreign = folder.path().join("foreign");
         fs::write(&foreign, "mine").unwrap();

@@ -170,7 +170,7 @@ fn a_file_gets_its_name_only_after_this_process_wrote_or_read_every_byte() {
 }
 
 #[test]
-fn a_file_that_changed_with_its_time_put_back_is_not_called_complete() {
+fn a_file_that_changed_and_kept_its_time_is_not_complete() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 20))]);
@@ -192,7 +192,7 @@ fn a_file_that_changed_with_its_time_put_back_is_not_called_complete() {
 }
 
 #[test]
-fn all_that_is_in_place_is_read_again_when_asked() {
+fn all_existing_files_are_read_again_on_request() {
     let home = tempfile::tempdir().unwrap();
     let store = store(&home);
     let origin = Origin::new(&[("a", &content(1, 20)), ("b", &content(2, 3))]);

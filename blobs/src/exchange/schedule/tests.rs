@@ -177,7 +177,7 @@ fn a_slow_peer_delays_nothing_at_the_end() {
 }
 
 #[test]
-fn what_a_stalled_peer_was_asked_for_goes_to_others() {
+fn requests_to_a_stalled_peer_go_to_others() {
     let size = 64 * MIB;
     let mut simulation = Simulation::new(size);
     simulation.add(10, |_| 20e6);
@@ -205,7 +205,7 @@ fn a_peer_that_comes_back_from_a_stall_is_used_again() {
 }
 
 #[test]
-fn relays_rest_while_a_direct_path_carries_everything() {
+fn relays_are_not_used_while_a_direct_path_carries_everything() {
     let size = 64 * MIB;
     let mut simulation = Simulation::new(size);
     simulation.add(10, |_| 10e6);
@@ -344,7 +344,7 @@ fn urgent_groups_come_first_and_local_content_costs_only_its_proofs() {
     let mut asked: Vec<(Range<u64>, bool)> = Vec::new();
     while asked.last().is_none_or(|(last, _)| last.end < 832) {
         let Next::Ask(run) = schedule.next(key, Duration::ZERO) else {
-            panic!("there is a window for all that is urgent");
+            panic!("the window has room for all urgent groups");
         };
         match asked.last_mut() {
             Some((last, proofs)) if last.end == run.groups.start && *proofs == run.proofs_only => {
@@ -395,7 +395,7 @@ fn an_unreadable_group_costs_only_that_group_and_another_peer_sends_it() {
     let other = schedule.join(false, None);
     schedule.has_all(other);
     let Next::Ask(run) = schedule.next(other, now) else {
-        panic!("another has it");
+        panic!("another peer has the group");
     };
     assert_eq!(run.groups, bad..bad + 1);
     schedule.leave(other);

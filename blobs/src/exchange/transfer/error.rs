@@ -17,7 +17,7 @@ pub enum TransferError {
     /// Nothing arrived for this many seconds.
     #[error("the provider sent nothing for {0} s")]
     Stalled(u64),
-    /// A chunk group took longer than [`SLOWEST`].
+    /// A chunk group took too long.
     #[error("the provider took more than {} s for 64 KiB", SLOWEST.as_secs())]
     TooSlow,
     /// The provider's queue is too long.

@@ -1,7 +1,7 @@
 //! The receiver's side of a transfer: fetches wanted content from many providers at once, and writes it to disk.
 //!
-//! [`Transfer`] is the handle. `shared` is its state, `opening` opens part files, `peer` is a provider, `session` is
-//! one stream to a provider, and `wire` has the messages on it.
+//! [`Transfer`] is the handle. `shared` is its state, and `opening` opens part files. `peer` is a provider, `session`
+//! is one stream to it, and `wire` has the messages on the stream.
 //!
 //! [`Transfer::run`] opens part files, makes written content durable once a second, and returns when all content is in
 //! place. Beside it run any number of [`Transfer::fetch`], one for each stream to a provider. Each sends the requests
@@ -300,7 +300,7 @@ impl Transfer {
         self.shared.state().schedule.is_urged()
     }
 
-    /// Resolves when content is written after this call. It counts from the call only once it was enabled or polled.
+    /// Returns a future that resolves when content is written after this call. It has to be enabled or polled first.
     pub fn written(&self) -> Notified<'_> {
         self.shared.written.notified()
     }

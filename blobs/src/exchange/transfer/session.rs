@@ -35,8 +35,8 @@ use crate::{
     tree::{PARENT, Step, Verifier},
 };
 
-/// The interval at which a requester that waits for answers shows that it is alive: four times in the minute of silence
-/// after which a provider gives it up.
+/// The interval at which a requester that waits for answers shows that it is alive. Four such messages fit into the
+/// minute of silence after which a provider gives it up.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// A request number that is never used. Cancelling it changes nothing, and shows that the requester is alive.
@@ -694,8 +694,8 @@ impl Drop for LostOnDrop<'_> {
     }
 }
 
-/// Runs both until the receiver ends. If the sender fails, the receiver goes on, because answers on their way are still
-/// useful.
+/// Runs both until the receiver ends. If the sender fails, the receiver continues, because answers that are on their
+/// way are useful.
 async fn both(
     send: impl Future<Output = Result<(), TransferError>>,
     receive: impl Future<Output = Result<(), TransferError>>,

@@ -278,7 +278,7 @@ impl Shared {
         let store = store.clone();
         let settle = move || {
             if let Err(error) = store.settle(&dirty) {
-                tracing::warn!(%error, "cannot keep the last second of a stopped transfer");
+                tracing::warn!(%error, "cannot save the last second of a stopped transfer");
             }
         };
         match tokio::runtime::Handle::try_current() {

@@ -25,8 +25,9 @@ use crate::{
 /// not hold up a receiver.
 const LEAST: usize = 64;
 
-/// The longest time for a chunk group, however many of its bytes have arrived: 110 bytes a second, the share of one of
-/// eight streams on a link of 7 kbit/s. This limit bounds what a provider gains by sending a byte now and then.
+/// The longest time for a chunk group, however many of its bytes have arrived. It means 110 bytes a second: the share
+/// of one of eight streams on a link of 7 kbit/s. This limit bounds what a provider gains by sending a byte now and
+/// then.
 pub(super) const SLOWEST: Duration = Duration::from_secs(600);
 
 /// The longest time for which a provider may keep a request in its queue, however often it shows that it is alive.
