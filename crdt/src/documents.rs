@@ -24,10 +24,10 @@ use crate::{
 };
 
 /// Capacity of the work queue. Callers wait while it is full.
-const WAITING: usize = 256;
+const QUEUE_CAPACITY: usize = 256;
 
 /// Most work items in one transaction.
-const BATCH: usize = 128;
+const MAX_BATCH: usize = 128;
 
 /// Events that a slow listener may be behind.
 const EVENTS: usize = 1024;
@@ -92,7 +92,7 @@ impl Documents {
     /// Returns [`Error::Store`] if the thread cannot be started.
     pub fn start(replica: Replica) -> Result<(Self, mpsc::UnboundedReceiver<Outgoing>), Error> {
         let key = replica.key();
-        let (work, waiting) = mpsc::channel(WAITING);
+        let (work, waiting) = mpsc::channel(QUEUE_CAPACITY);
         let (events, _) = broadcast::channel(EVENTS);
         // Bounded by the input: each message of a peer is answered with a limited number of messages.
         let (outgoing, out) = mpsc::unbounded_channel();
@@ -102,10 +102,10 @@ impl Documents {
             .enable_time()
             .build()
             .map_err(other)?;
-        let told = events.clone();
+        let event_sender = events.clone();
         let thread = std::thread::Builder::new()
             .name("weft-documents".to_owned())
-            .spawn(move || clock.block_on(run(replica, waiting, stopped, told, outgoing)))
+            .spawn(move || clock.block_on(run(replica, waiting, stopped, event_sender, outgoing)))
             .map_err(other)?;
         let thread = Thread {
             stop: Some(stop),
@@ -195,14 +195,14 @@ async fn run(
     outgoing: mpsc::UnboundedSender<Outgoing>,
 ) {
     let began = Instant::now();
-    let mut batch = Vec::with_capacity(BATCH);
+    let mut batch = Vec::with_capacity(MAX_BATCH);
     loop {
         let pause = replica
             .next_tick()
             .map_or(IDLE, |at| at.saturating_sub(began.elapsed()).min(IDLE));
         tokio::select! {
             biased;
-            received = timeout(pause.max(Duration::from_millis(10)), waiting.recv_many(&mut batch, BATCH)) => {
+            received = timeout(pause.max(Duration::from_millis(10)), waiting.recv_many(&mut batch, MAX_BATCH)) => {
                 if received == Ok(0) {
                     return;
                 }

@@ -5,7 +5,7 @@ use crate::store::StoreError;
 /// The reason for which an envelope, epoch, proof or genesis of a peer is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
-    /// It breaks a rule that every honest sender follows.
+    /// The data breaks a rule that every honest sender follows.
     #[error("{0}")]
     Malformed(&'static str),
     /// A signature is wrong.
@@ -14,17 +14,17 @@ pub(crate) enum Refusal {
     /// Automerge cannot process the change, or would break on it.
     #[error("a change is poisoned: {0}")]
     Poisoned(&'static str),
-    /// It is encoded as by another version of Automerge. This replica cannot accept it, because a save would have it
-    /// under another hash. Its author and the sending peer may be honest.
+    /// The change is encoded as by another version of Automerge. This replica cannot accept it, because a save would
+    /// have it under another hash. Its author and the sending peer may be honest.
     #[error("a change is encoded by another version of Automerge; update this node")]
     Foreign,
-    /// It may be valid, but one of its dependencies is missing.
+    /// The data may be valid, but one of its dependencies is missing.
     #[error("a dependency of it is missing")]
     Early,
-    /// It is not valid: its author may not write, or its session has ended. An honest peer may not know that yet.
+    /// The data is not valid: its author may not write, or its session has ended. An honest peer may not know that yet.
     #[error("it is not valid: its author may not write, or its session has ended")]
     Void,
-    /// It is already known.
+    /// The data is already known.
     #[error("it is already known")]
     Known,
     /// The document has no more room.

@@ -776,7 +776,7 @@ impl NetworkBehaviour for Behaviour {
                 let tick = self.tick.get_or_insert_with(|| Box::pin(sleep(TICK)));
                 if tick.as_mut().poll(cx).is_ready() {
                     self.tick = None;
-                    self.drive_all();
+                    self.advance_all();
                     continue;
                 }
             }
@@ -834,7 +834,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_counts_as_where_it_is_directly_connected_and_not_as_its_relay() {
+    fn a_peer_belongs_to_the_network_group_of_its_direct_connection() {
         let relay = PeerId::random();
         let relayed = address(&format!("/ip4/8.8.8.8/tcp/1/p2p/{relay}/p2p-circuit"));
         let direct = address("/ip4/9.9.9.9/tcp/1");
@@ -891,7 +891,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_node_that_answered_nothing_is_asked_again_when_it_says_that_it_serves() {
+    async fn a_node_that_answered_nothing_is_asked_again_when_it_announces_the_server_role() {
         let mut behaviour = behaviour();
         let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
         connect(&mut behaviour, peer, &at);
@@ -929,7 +929,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stranger_is_never_told_that_a_node_serves_which_does_not() {
+    async fn a_client_never_announces_the_server_role_to_a_stranger() {
         let mut behaviour = behaviour();
         let (peer, at) = (PeerId::random(), address("/ip4/8.8.8.8/tcp/1"));
         assert_eq!(behaviour.kad.mode(), Mode::Server);
@@ -971,7 +971,7 @@ mod tests {
     }
 
     #[test]
-    fn private_addresses_are_told_only_while_there_is_no_stranger() {
+    fn private_addresses_are_shared_only_while_no_outside_peer_is_connected() {
         let mut behaviour = behaviour();
         let neighbour = PeerId::random();
         behaviour.route(neighbour, address("/ip4/192.168.1.2/tcp/1"));

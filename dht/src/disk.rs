@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_was_waited_for_is_there_and_the_rest_when_it_is_closed() {
+    async fn flushed_records_are_on_disk_at_once_and_all_others_after_closing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("records.redb");
         let disk = Disk::open(&path).unwrap();
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_full_disk_did_not_take_is_there_when_it_has_room_again() {
+    async fn records_refused_by_a_full_disk_are_written_once_it_has_room() {
         let on = testing::Disk::default();
         let open = || {
             let on = on.clone();
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_gone_is_not_made_anew() {
+    fn a_missing_file_is_not_created_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("records.redb");
         let database = Database::open(&path, Options::new("records", CACHE)).unwrap();

@@ -329,8 +329,8 @@ impl Dht {
         }
     }
 
-    /// Returns true if a node that refused this record has a newer one of this node that is unknown here, so it was
-    /// published while the clock was ahead. Its sequence number counts from now on.
+    /// Returns true if a node that refused this record has a newer record of this node that is unknown here. That one
+    /// was published while the clock was ahead. Its sequence number counts from now on.
     async fn is_behind(&self, record: &Record, stored: &Stored) -> Result<bool, DhtError> {
         let about = |other: &&Record| {
             other.key() == record.key() && other.is_about(&record.publisher(), record.subkey())

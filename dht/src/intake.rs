@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_gets_so_many_checks_and_no_more() {
+    fn the_checks_for_one_peer_are_limited() {
         let mut intake = Intake::new(PUTS, Instant::now());
         let left = leave(&mut intake, &[(PeerId::random(), network(1))], 10);
         assert!((6900..=7010).contains(&left[0]), "{left:?}");
@@ -567,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_offends_again_and_again_is_not_listened_to_for_a_while() {
+    fn a_peer_with_several_offences_is_ignored_for_a_while() {
         let mut offenders = Offenders::default();
         let (peer, now) = (PeerId::random(), Instant::now());
         for _ in 1..MAX_OFFENCES {

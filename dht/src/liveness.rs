@@ -483,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn checks_that_do_not_count_put_off_no_failure() {
+    fn checks_that_do_not_count_delay_no_failure() {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         let (peer, at) = (PeerId::random(), [address(1)]);
         let fail = |liveness: &mut Liveness, now| {
@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_given_up_while_no_peer_is_connected() {
+    fn no_node_is_given_up_while_no_peer_is_connected() {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         let peer = PeerId::random();
         for n in 0..10 {
@@ -527,7 +527,7 @@ mod tests {
     }
 
     #[test]
-    fn what_strangers_can_have_remembered_is_bounded() {
+    fn the_state_that_other_peers_can_cause_is_bounded() {
         let (mut liveness, begin) = (Liveness::default(), Instant::now());
         for n in 0..2 * MAX_FAILED as u32 {
             let asked = begin + n * MS;

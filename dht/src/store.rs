@@ -689,7 +689,7 @@ impl Found {
     /// Decodes an answer without a signature check. Returns whether it has records that were found before, and the
     /// records to check, which count as checked unless returned by [`Self::unchecked`]. Records that break other rules
     /// are skipped, because a set comes from many publishers. Returns `None` if the answer itself is malformed.
-    pub(crate) fn sort_out(
+    pub(crate) fn decode_answer(
         &mut self,
         key: &[u8],
         value: &[u8],
@@ -717,7 +717,7 @@ impl Found {
         Some((any_known, unknown))
     }
 
-    /// Returns the budget for records of [`Self::sort_out`] whose signatures are not checked after all.
+    /// Returns the budget for records of [`Self::decode_answer`] whose signatures are not checked after all.
     pub(crate) fn unchecked(&mut self, records: usize) {
         self.checks = self.checks.saturating_sub(records);
     }

@@ -19,11 +19,11 @@ use crate::error::{Error, Failure, Fault};
 
 /// Longest wait of the first opening for another user to close the database, such as a node of this process that is
 /// just stopping.
-const PATIENCE: Duration = Duration::from_secs(3);
+const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Longest wait of a reopening for transactions in progress, which keep the old database open. All other transactions
 /// wait meanwhile.
-const PATIENCE_AGAIN: Duration = Duration::from_secs(1);
+const REOPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The default of [`Options::pause`].
 const PAUSE: Duration = Duration::from_secs(1);
@@ -87,14 +87,14 @@ pub enum Outcome<T> {
 pub struct Database {
     options: Options,
     open: Open,
-    known: RwLock<Known>,
+    state: RwLock<State>,
     /// The last generation that had a fault.
     failed: AtomicU64,
     /// True if the last fault was a full disk.
     full: AtomicBool,
 }
 
-struct Known {
+struct State {
     /// The open database; `None` after a fault, until it could be reopened.
     database: Option<redb::Database>,
     /// Number of openings so far. A fault is reported with the generation that it concerns; a later opening has already
@@ -145,11 +145,12 @@ impl Database {
     }
 
     fn with(open: Open, options: Options) -> Result<Self, Error> {
-        let first = patiently(PATIENCE, || open(Occasion::First)).map_err(Error::of_opening)?;
+        let first =
+            open_with_retries(OPEN_TIMEOUT, || open(Occasion::First)).map_err(Error::of_opening)?;
         Ok(Self {
             options,
             open,
-            known: RwLock::new(Known {
+            state: RwLock::new(State {
                 database: Some(first),
                 generation: 1,
                 tried: None,
@@ -192,8 +193,8 @@ impl Database {
     /// Makes a change. Once this returns, the change survives a crash and a power loss.
     ///
     /// # Errors
-    /// Returns the error of `change`, after which nothing is changed, or [`Error`] if the database cannot be written. If
-    /// the fault occurred during the commit, the change may be on disk or not.
+    /// Returns the error of `change`, after which nothing is changed, or [`Error`] if the database cannot be written.
+    /// If the fault occurred during the commit, the change may be on disk or not.
     pub fn write<T, E: Failure>(
         &self,
         change: impl FnOnce(&WriteTransaction) -> Result<T, E>,
@@ -236,10 +237,10 @@ impl Database {
     /// # Errors
     /// Returns [`Error`] if the database cannot be opened, or could not within the last [`pause`](Options::pause).
     pub fn reopen(&self) -> Result<(), Error> {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        let generation = known.generation;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let generation = state.generation;
         self.failed.fetch_max(generation, Ordering::AcqRel);
-        self.open_again(&mut known, u32::MAX)
+        self.open_again(&mut state, u32::MAX)
     }
 
     /// Notes that a transaction of this generation failed. After a fault, the next transaction reopens the database.
@@ -261,30 +262,30 @@ impl Database {
         most: u32,
     ) -> Result<(u64, T), Error> {
         {
-            let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(open) = &known.database
-                && self.failed.load(Ordering::Acquire) < known.generation
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+            if let Some(open) = &state.database
+                && self.failed.load(Ordering::Acquire) < state.generation
             {
                 match begin(open).map_err(Error::of) {
-                    Ok(begun) => return Ok((known.generation, begun)),
-                    Err(error) => self.note(known.generation, error.fault()),
+                    Ok(begun) => return Ok((state.generation, begun)),
+                    Err(error) => self.note(state.generation, error.fault()),
                 }
             }
         }
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         // Another thread may have reopened it meanwhile.
-        if known.database.is_none() || self.failed.load(Ordering::Acquire) >= known.generation {
-            self.open_again(&mut known, most)?;
+        if state.database.is_none() || self.failed.load(Ordering::Acquire) >= state.generation {
+            self.open_again(&mut state, most)?;
         }
-        let generation = known.generation;
-        let open = known.database.as_ref().expect("it was just opened");
+        let generation = state.generation;
+        let open = state.database.as_ref().expect("it was just opened");
         Ok((generation, begin(open).map_err(Error::of)?))
     }
 
     /// Reopens the database, unless that failed within the last pause or has happened `most` times in it.
-    fn open_again(&self, known: &mut Known, most: u32) -> Result<(), Error> {
+    fn open_again(&self, state: &mut State, most: u32) -> Result<(), Error> {
         let pause = self.options.pause;
-        let tried = known.tried.filter(|(since, _)| since.elapsed() < pause);
+        let tried = state.tried.filter(|(since, _)| since.elapsed() < pause);
         let (since, count) = tried.unwrap_or((Instant::now(), 0));
         if count >= most {
             return Err(Error::of(match self.full.load(Ordering::Acquire) {
@@ -292,30 +293,30 @@ impl Database {
                 false => redb::Error::PreviousIo,
             }));
         }
-        if count == 0 && known.database.is_some() {
+        if count == 0 && state.database.is_some() {
             tracing::warn!(
                 database = self.options.name,
                 "reopening a database after a fault"
             );
         }
         // Close the database first: redb does not open a file twice.
-        known.database = None;
-        let opened = patiently(PATIENCE_AGAIN, || (self.open)(Occasion::Again));
-        known.tried = Some(match opened {
+        state.database = None;
+        let opened = open_with_retries(REOPEN_TIMEOUT, || (self.open)(Occasion::Again));
+        state.tried = Some(match opened {
             Ok(_) => (since, count.saturating_add(1)),
             Err(_) => (Instant::now(), u32::MAX),
         });
         let opened = opened
             .map_err(Error::of_opening)
-            .inspect_err(|error| self.note(known.generation, error.fault()))?;
-        known.database = Some(opened);
-        known.generation += 1;
+            .inspect_err(|error| self.note(state.generation, error.fault()))?;
+        state.database = Some(opened);
+        state.generation += 1;
         Ok(())
     }
 }
 
 /// Opens a database, waiting up to `patience` while another user has it open.
-fn patiently(
+fn open_with_retries(
     patience: Duration,
     open: impl Fn() -> Result<redb::Database, DatabaseError>,
 ) -> Result<redb::Database, DatabaseError> {

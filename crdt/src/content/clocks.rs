@@ -125,7 +125,7 @@ mod tests {
     use crate::content::batch::Batch;
 
     #[test]
-    fn a_clock_tells_the_same_ancestors_as_a_walk_over_the_graph() {
+    fn a_clock_identifies_the_same_ancestors_as_a_walk_over_the_graph() {
         for seed in 0..30 {
             let mut random = fastrand::Rng::with_seed(seed);
             let mut docs: Vec<Automerge> = (0..5)

@@ -75,7 +75,7 @@ impl Document {
         let bytes = Bytes::copy_from_slice(change.raw_bytes());
         if let Err(refusal) = chunk::check(&bytes) {
             tracing::warn!(%refusal, "a commit is too large");
-            self.forget_last(store)?;
+            self.undo_last_commit(store)?;
             return Err(value::EditError::TooMuch.into());
         }
         let count = self.count(&session);
@@ -188,7 +188,7 @@ impl Document {
     }
 
     /// Undoes a commit that was made in memory only.
-    fn forget_last(&mut self, store: &Store) -> Result<(), StoreError> {
+    fn undo_last_commit(&mut self, store: &Store) -> Result<(), StoreError> {
         let genesis = self.genesis.clone();
         let mut again = Self::load(store, genesis)?;
         again.watched = self.watched;

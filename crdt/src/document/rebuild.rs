@@ -73,15 +73,15 @@ impl Document {
         {
             self.examined += examined;
         }
-        let carry = self.lost_edits(&kept, covered);
+        let reapply = self.lost_edits(&kept, covered);
         for (session, count) in kept {
-            self.shorten(store, session, count)?;
+            self.truncate_session(store, session, count)?;
         }
         self.doc = doc;
         self.memory = Memory::default();
         self.digest = None;
         self.put_save(store);
-        Ok(carry)
+        Ok(reapply)
     }
 
     /// Determines the valid part of each session, by epochs, proofs and the dependencies of each change.
@@ -129,7 +129,7 @@ impl Document {
     }
 
     /// Drops the envelopes of a session that are no longer valid.
-    fn shorten(
+    fn truncate_session(
         &mut self,
         store: &mut Store,
         session: SessionId,

@@ -20,7 +20,7 @@ use crate::{
         Document, MAX_LOG, hash,
         rebuild::build_base,
         saved,
-        waiting::{On, Waiter},
+        waiting::{Condition, Waiter},
     },
     id::{ChangeId, Key, SessionId},
     log::{
@@ -72,7 +72,7 @@ pub(crate) struct Taken {
     /// Changed paths; empty if the document is not watched.
     pub(crate) paths: Vec<Path>,
     /// Own edits that became invalid and are to be made again.
-    pub(crate) carry: Vec<Edit>,
+    pub(crate) reapply: Vec<Edit>,
     /// True if the document was rebuilt.
     pub(crate) rebuilt: bool,
     /// True if the document has no more room.
@@ -106,7 +106,7 @@ impl std::convert::From<Waiter> for Sent {
 /// The result of the checks of one envelope.
 enum Verdict {
     Counts(Box<Pending>),
-    Waits(On),
+    Waits(Condition),
     Refused(Refusal),
 }
 
@@ -120,7 +120,7 @@ impl Document {
     ) -> Result<Taken, StoreError> {
         let mut taken = Taken::default();
         let before = self.doc.get_heads();
-        let due: Vec<On> = self.waiting.awaited().copied().collect();
+        let due: Vec<Condition> = self.waiting.awaited().copied().collect();
         let due = due.into_iter().filter(|on| self.is_here(on));
         let mut queue = VecDeque::new();
         for on in due.collect::<Vec<_>>() {
@@ -132,7 +132,7 @@ impl Document {
             verified: false,
         }));
         // Each envelope is examined once, and again when the one condition that it waits for is met.
-        let mut stalled: BTreeMap<On, Vec<Sent>> = BTreeMap::new();
+        let mut stalled: BTreeMap<Condition, Vec<Sent>> = BTreeMap::new();
         // Valid envelopes, and their changes, which are applied together. The next `alone` changes are applied one by
         // one, because Automerge has failed on one of them.
         let (mut counting, mut batch, mut alone) = (Vec::new(), Batch::default(), 0_usize);
@@ -172,8 +172,8 @@ impl Document {
             let header = &sent.envelope.header;
             match verdict {
                 Verdict::Counts(pending) => {
-                    let next = On::Position(header.session, header.index + 1);
-                    for on in [On::Change(header.change), next] {
+                    let next = Condition::Position(header.session, header.index + 1);
+                    for on in [Condition::Change(header.change), next] {
                         queue.extend(self.waiting.wake(&on).into_iter().map(Sent::from));
                         queue.extend(stalled.remove(&on).unwrap_or_default());
                     }
@@ -201,7 +201,7 @@ impl Document {
         for proof in mem::take(&mut taken.proofs) {
             let also = self.take_proof(store, &proof)?;
             taken.rebuilt |= also.rebuilt;
-            taken.carry.extend(also.carry);
+            taken.reapply.extend(also.reapply);
             taken.proofs.extend(also.proofs);
         }
         Ok(taken)
@@ -289,10 +289,13 @@ impl Document {
         match admitted {
             Ok(()) => {}
             Err(Refusal::Early) if !self.knows(&header.run.epoch) => {
-                return Ok(Verdict::Waits(On::Epoch(header.run.epoch)));
+                return Ok(Verdict::Waits(Condition::Epoch(header.run.epoch)));
             }
             Err(Refusal::Early) => {
-                return Ok(Verdict::Waits(On::Position(header.session, header.index)));
+                return Ok(Verdict::Waits(Condition::Position(
+                    header.session,
+                    header.index,
+                )));
             }
             Err(refusal) => return Ok(Verdict::Refused(refusal)),
         }
@@ -304,7 +307,7 @@ impl Document {
         };
         let is_missing = |dep: &&ChangeId| !view.has(&hash(dep));
         if let Some(missing) = dependencies.iter().find(is_missing) {
-            return Ok(Verdict::Waits(On::Change(*missing)));
+            return Ok(Verdict::Waits(Condition::Change(*missing)));
         }
         if !is_signed() {
             return Ok(Verdict::Refused(Refusal::Signature));
@@ -375,16 +378,16 @@ impl Document {
     }
 
     /// Returns true if the condition that an envelope waits for is met.
-    fn is_here(&self, on: &On) -> bool {
+    fn is_here(&self, on: &Condition) -> bool {
         match on {
-            On::Position(session, index) => self.count(session) >= *index,
-            On::Change(change) => self.doc.get_change_meta_by_hash(&hash(change)).is_some(),
-            On::Epoch(epoch) => self.knows(epoch),
+            Condition::Position(session, index) => self.count(session) >= *index,
+            Condition::Change(change) => self.doc.get_change_meta_by_hash(&hash(change)).is_some(),
+            Condition::Epoch(epoch) => self.knows(epoch),
         }
     }
 
     /// Keeps an envelope until its dependencies arrive, if there is room.
-    fn wait(&mut self, sent: Sent, on: On, taken: &mut Taken) {
+    fn wait(&mut self, sent: Sent, on: Condition, taken: &mut Taken) {
         let Sent {
             envelope,
             source,
@@ -494,7 +497,7 @@ impl Document {
         if self.count(&session) > proof.index() {
             tracing::warn!(document = %self.id(), author = %run.author, "an author has equivocated");
             let base = self.base(store)?;
-            taken.carry = self.rebuild(store, &base, &Heads::new())?;
+            taken.reapply = self.rebuild(store, &base, &Heads::new())?;
             taken.rebuilt = true;
         }
         Ok(taken)
@@ -573,7 +576,7 @@ impl Document {
             known.entries.len() as u64 > limit || self.is_other_branch(session, known)
         });
         if begins || cut || dropped > 0 {
-            taken.carry = self.rebuild(store, &built, &covered)?;
+            taken.reapply = self.rebuild(store, &built, &covered)?;
             taken.rebuilt = true;
         }
         self.forget_void();

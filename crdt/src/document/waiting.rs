@@ -28,7 +28,7 @@ pub(crate) const MAX_IN_ALL: usize = 64 << 20;
 
 /// The condition that an envelope waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum On {
+pub(crate) enum Condition {
     /// The envelopes of its session before this index are present.
     Position(SessionId, u64),
     /// A dependency is present.
@@ -42,7 +42,7 @@ pub(crate) struct Waiter {
     pub(crate) envelope: Envelope,
     pub(crate) from: Key,
     pub(crate) requested: bool,
-    pub(crate) on: On,
+    pub(crate) on: Condition,
     /// Number that increases with each kept envelope.
     turn: u64,
 }
@@ -60,7 +60,7 @@ fn position(envelope: &Envelope) -> Position {
 pub(crate) struct Waiting {
     entries: BTreeMap<Position, Waiter>,
     /// Positions of the envelopes that wait for each condition.
-    by_on: BTreeMap<On, BTreeSet<Position>>,
+    by_condition: BTreeMap<Condition, BTreeSet<Position>>,
     /// Number and bytes of unrequested envelopes, and of requested ones.
     unrequested: (usize, usize),
     requested: (usize, usize),
@@ -105,7 +105,7 @@ impl Waiting {
         true
     }
 
-    pub(crate) fn insert(&mut self, envelope: Envelope, from: Key, requested: bool, on: On) {
+    pub(crate) fn insert(&mut self, envelope: Envelope, from: Key, requested: bool, on: Condition) {
         let bytes = envelope.change.len();
         let position = position(&envelope);
         self.remove(&position);
@@ -125,15 +125,15 @@ impl Waiting {
             turn: self.turns,
         };
         self.entries.insert(position, waiter);
-        self.by_on.entry(on).or_default().insert(position);
+        self.by_condition.entry(on).or_default().insert(position);
     }
 
     fn remove(&mut self, position: &Position) -> Option<Waiter> {
         let waiter = self.entries.remove(position)?;
-        if let Some(positions) = self.by_on.get_mut(&waiter.on) {
+        if let Some(positions) = self.by_condition.get_mut(&waiter.on) {
             positions.remove(position);
             if positions.is_empty() {
-                self.by_on.remove(&waiter.on);
+                self.by_condition.remove(&waiter.on);
             }
         }
         let bytes = waiter.envelope.change.len();
@@ -153,13 +153,13 @@ impl Waiting {
     }
 
     /// Returns all conditions that envelopes wait for.
-    pub(crate) fn awaited(&self) -> impl Iterator<Item = &On> {
-        self.by_on.keys()
+    pub(crate) fn awaited(&self) -> impl Iterator<Item = &Condition> {
+        self.by_condition.keys()
     }
 
     /// Removes and returns the envelopes that wait for this condition, ordered by session.
-    pub(crate) fn wake(&mut self, on: &On) -> Vec<Waiter> {
-        let positions = self.by_on.get(on).cloned().unwrap_or_default();
+    pub(crate) fn wake(&mut self, on: &Condition) -> Vec<Waiter> {
+        let positions = self.by_condition.get(on).cloned().unwrap_or_default();
         let waiters = positions
             .iter()
             .filter_map(|position| self.remove(position));
@@ -242,7 +242,7 @@ mod tests {
             let envelope = envelope(*index, bytes);
             let fits = waiting.make_room(&envelope, &from, requested);
             if fits {
-                let on = On::Position(envelope.header.session, *index);
+                let on = Condition::Position(envelope.header.session, *index);
                 waiting.insert(envelope, from, requested, on);
             }
             fits
@@ -269,7 +269,7 @@ mod tests {
         assert_eq!(kept(&mut waiting, 3, true, 8_000..8_100, large), 16);
         assert_eq!(waiting.len(), MAX_UNREQUESTED / 2 + 16);
         assert!(waiting.bytes() <= MAX_UNREQUESTED_BYTES + MAX_REQUESTED_BYTES);
-        let awaited: Vec<On> = waiting.awaited().copied().collect();
+        let awaited: Vec<Condition> = waiting.awaited().copied().collect();
         assert_eq!(awaited.len(), waiting.len());
         let woken: usize = awaited.iter().map(|on| waiting.wake(on).len()).sum();
         assert_eq!(

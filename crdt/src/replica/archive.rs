@@ -234,9 +234,9 @@ impl Replica {
     /// document to determine which changes are valid.
     ///
     /// # Errors
-    /// Returns [`Error::Import`] if the content is not an exported document, [`Error::TooLarge`], [`Error::Store`]; then
-    /// nothing was imported. [`Error::ImportIncomplete`] if a part of the file is not valid although it should be; the
-    /// valid part is kept, and so are all earlier changes of the document.
+    /// Returns [`Error::Import`] if the content is not an exported document, [`Error::TooLarge`], [`Error::Store`];
+    /// then nothing was imported. [`Error::ImportIncomplete`] if a part of the file is not valid although it should be;
+    /// the valid part is kept, and so are all earlier changes of the document.
     pub fn import(&mut self, content: &[u8]) -> Result<Imported, Error> {
         let content = Content::read(content)?;
         let id = content

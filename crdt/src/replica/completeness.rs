@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Time after which a holder is asked again if it has not answered, or if it has missing data and none is arriving.
-const AGAIN: Duration = Duration::from_secs(1);
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// A guard returned by [`Replica::compare`]. Holders of a document are asked for summaries until it is dropped.
 #[derive(Debug, Clone)]
@@ -88,7 +88,7 @@ impl Replica {
             .unwrap_or_default();
         let comparison = Comparison {
             token: Arc::downgrade(&token),
-            told: BTreeMap::new(),
+            summaries: BTreeMap::new(),
             asked: BTreeMap::new(),
         };
         self.comparisons.insert(id, comparison);
@@ -115,7 +115,7 @@ impl Replica {
         if self.held.get(&id).is_some_and(|held| held.may_read(&peer))
             && let Some(comparison) = self.comparisons.get_mut(&id)
         {
-            comparison.asked.insert(peer, now + AGAIN);
+            comparison.asked.insert(peer, now + ASK_AGAIN_AFTER);
             self.send_summary(peer, id, true)?;
         }
         Ok(())
@@ -127,7 +127,7 @@ impl Replica {
             if comparison.token.strong_count() == 0 {
                 self.comparisons.remove(id);
             } else {
-                comparison.told.insert(peer, told.clone());
+                comparison.summaries.insert(peer, told.clone());
             }
         }
     }
@@ -135,7 +135,7 @@ impl Replica {
     /// Forgets the summaries of a peer that has disconnected.
     pub(super) fn forget_summaries(&mut self, peer: &Key) {
         for comparison in self.comparisons.values_mut() {
-            comparison.told.remove(peer);
+            comparison.summaries.remove(peer);
             comparison.asked.remove(peer);
         }
     }
@@ -151,7 +151,7 @@ impl Replica {
         }
         let sharing: Vec<Key> = self.peers().filter(|peer| self.shares(peer, &id)).collect();
         let is_arriving = self.arrivals.contains_key(&id);
-        let told = self.comparisons.get(&id).map(|one| one.told.clone());
+        let told = self.comparisons.get(&id).map(|one| one.summaries.clone());
         let told = told.unwrap_or_default();
         let document = self.document(&id)?.map(|(document, _)| document);
         let (changes, log_bytes) = document.as_ref().map_or((0, 0), |document| document.log());
@@ -167,7 +167,7 @@ impl Replica {
                 counts.fold(0, u64::saturating_add)
             });
             let (missing, missing_decisions) = match (told, &document) {
-                (Some(told), Some(document)) => told.lacking(document),
+                (Some(told), Some(document)) => told.missing_from(document),
                 (Some(told), None) => (changes, told.epochs.saturating_add(1)),
                 (None, _) => (0, 0),
             };

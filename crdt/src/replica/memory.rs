@@ -37,7 +37,7 @@ impl Replica {
             let document = match load(&self.store, genesis, digest) {
                 Ok(document) => document,
                 Err(error) => {
-                    self.suspect(*id, &error);
+                    self.mark_unreadable(*id, &error);
                     return Err(error);
                 }
             };
@@ -86,9 +86,9 @@ impl Replica {
 
     /// Marks a document whose read failed, so that it is not read again for a while. Otherwise each message of a peer
     /// about it would make all documents be read again.
-    pub(super) fn suspect(&mut self, id: DocumentId, error: &StoreError) {
+    pub(super) fn mark_unreadable(&mut self, id: DocumentId, error: &StoreError) {
         if !matches!(error, StoreError::Document { .. }) {
-            self.suspects.insert(id, error.to_string());
+            self.unreadable.insert(id, error.to_string());
         }
     }
 

@@ -86,7 +86,7 @@ pub struct Replica {
     /// Documents whose changes the last round rolled back, with the reason.
     undone: BTreeMap<DocumentId, StoreError>,
     /// Documents that were being read when the disk failed.
-    suspects: BTreeMap<DocumentId, String>,
+    unreadable: BTreeMap<DocumentId, String>,
     /// Documents in memory by their last use, and their total weight when they were last written to disk.
     recent: BTreeMap<u64, DocumentId>,
     weight: usize,
@@ -133,7 +133,7 @@ impl Replica {
             dirty: BTreeSet::new(),
             concerns: BTreeSet::new(),
             undone: BTreeMap::new(),
-            suspects: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
             recent: BTreeMap::new(),
             weight: 0,
             max_loaded: MAX_LOADED,

@@ -72,7 +72,7 @@ pub(super) struct PeerSummary {
 
 impl PeerSummary {
     /// Returns the number of changes in this summary that a document lacks, and the number of decisions and proofs.
-    pub(super) fn lacking(&self, document: &Document) -> (u64, u64) {
+    pub(super) fn missing_from(&self, document: &Document) -> (u64, u64) {
         let (mut changes, mut decisions): (u64, u64) = (0, 0);
         for (session, head) in &self.sessions {
             let void = document.proof(session).map_or(u64::MAX, Proof::index);
@@ -106,7 +106,7 @@ impl PeerSummary {
 #[derive(Debug, Default)]
 pub(super) struct Exchange {
     /// The peer's data.
-    pub(super) there: PeerSummary,
+    pub(super) peer_summary: PeerSummary,
     /// Sessions of which the peer has another branch, with the next envelope to compare.
     pub(super) seek: BTreeMap<SessionId, u64>,
     /// True if all epochs are requested, because this node's belong to another chain.
@@ -145,7 +145,7 @@ impl Arrival {
 #[derive(Debug)]
 pub(super) struct Comparison {
     pub(super) token: Weak<()>,
-    pub(super) told: BTreeMap<Key, PeerSummary>,
+    pub(super) summaries: BTreeMap<Key, PeerSummary>,
     pub(super) asked: BTreeMap<Key, Duration>,
 }
 

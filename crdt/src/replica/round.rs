@@ -37,7 +37,7 @@ impl Replica {
         self.undone.clear();
         let finished = self.try_finish();
         if finished.is_err() {
-            self.go_back();
+            self.roll_back();
         }
         finished
     }
@@ -131,7 +131,7 @@ impl Replica {
     }
 
     /// Discards the state in memory after a disk fault, and returns to the state on disk.
-    fn go_back(&mut self) {
+    fn roll_back(&mut self) {
         self.queued.clear();
         self.dirty.clear();
         self.inbox.clear();
@@ -145,7 +145,7 @@ impl Replica {
             tracing::error!(%error, "cannot read documents after a disk fault");
         }
         let until = Some(self.now + TRY_AGAIN);
-        for (id, what) in mem::take(&mut self.suspects) {
+        for (id, what) in mem::take(&mut self.unreadable) {
             if let Some(held) = self.held.get_mut(&id)
                 && !self.stale
             {

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Most edits that are made again in one commit.
-const CARRIED: usize = 1024;
+const MAX_REAPPLIED: usize = 1024;
 
 impl Replica {
     /// Reports what a document has accepted, and makes lost edits again.
@@ -32,7 +32,7 @@ impl Replica {
             offences,
             early,
             paths,
-            carry,
+            reapply,
             rebuilt,
             full,
             diverged,
@@ -74,7 +74,7 @@ impl Replica {
             self.event(Event::Full(id));
         }
         for (peer, refusal) in offences {
-            self.offend(peer, &refusal);
+            self.report_offence(peer, &refusal);
         }
         for (peer, session) in diverged {
             self.find_fork(peer, id, session);
@@ -85,14 +85,14 @@ impl Replica {
         for peer in early {
             self.ask_again(peer, id)?;
         }
-        self.carry(id, &carry)
+        self.reapply(id, &reapply)
     }
 
-    fn carry(&mut self, id: DocumentId, edits: &[Edit]) -> Result<(), StoreError> {
+    fn reapply(&mut self, id: DocumentId, edits: &[Edit]) -> Result<(), StoreError> {
         if edits.is_empty() {
             return Ok(());
         }
-        for some in edits.chunks(CARRIED) {
+        for some in edits.chunks(MAX_REAPPLIED) {
             let draft = Draft {
                 edits: some,
                 message: Some("made again"),
@@ -169,7 +169,7 @@ impl Replica {
         }
     }
 
-    pub(super) fn offend(&mut self, peer: Key, refusal: &Refusal) {
+    pub(super) fn report_offence(&mut self, peer: Key, refusal: &Refusal) {
         tracing::warn!(%peer, %refusal, "a peer sent data that no honest peer would send");
         let why = refusal.to_string();
         self.queue(None, Output::Offence { peer, why });

@@ -195,7 +195,7 @@ impl Play {
     }
 
     /// Returns the bytes that the receiver lacks: envelopes, decisions, base and proofs.
-    fn lacking(&mut self) -> usize {
+    fn missing_bytes(&mut self) -> usize {
         let mut receiver = self.informed(RECEIVER, GIVER);
         let mut giver = self.informed(GIVER, RECEIVER);
         let id = self.id;
@@ -308,7 +308,7 @@ pub(super) fn history(seed: u64, decided: bool) -> Play {
 fn play(case: u64) -> (usize, usize, usize) {
     let (decided, cut, by_session) = (case % 2 == 1, case / 2 % 2 == 1, case / 4 % 4 == 3);
     let mut play = history(case, decided);
-    let bytes = play.lacking();
+    let bytes = play.missing_bytes();
     let sessions = {
         let (document, _) = play.world.node(GIVER).document(&play.id).unwrap().unwrap();
         document.heads().len()

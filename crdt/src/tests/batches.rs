@@ -95,7 +95,7 @@ fn edit(random: &mut fastrand::Rng, step: usize) -> Edit {
 /// Creates changes whose parts are valid individually, but refer to other positions than their own.
 fn lies(world: &mut World, at_node: usize, id: DocumentId, nonce: u8) -> Vec<Envelope> {
     let mut all = Vec::new();
-    // It replaces a value under another key.
+    // The change replaces a value under another key.
     let mut one = Liar::knowing(world, at_node, id, nonce);
     all.push(
         one.bent(&[put("/a", json!(1)), put("/b", json!(2))], |change| {
@@ -106,12 +106,12 @@ fn lies(world: &mut World, at_node: usize, id: DocumentId, nonce: u8) -> Vec<Env
             change.operations[1].pred = vec![id].into();
         }),
     );
-    // It uses a map as a list.
+    // The change uses a map as a list.
     let mut two = Liar::knowing(world, at_node, id, nonce.wrapping_add(1));
     all.push(two.bent(&[Edit::Insert(at("/l/0"), json!(1))], |change| {
         change.operations[0].obj = automerge::legacy::ObjectId::Root;
     }));
-    // It uses an element of another list.
+    // The change uses an element of another list.
     let mut three = Liar::knowing(world, at_node, id, nonce.wrapping_add(2));
     let edits = [
         Edit::Insert(at("/l/0"), json!(1)),

@@ -708,7 +708,7 @@ fn each_request_is_answered_with_one_piece() {
             answers.push(message.len());
         }
     }
-    // One message lists the shared documents, and one is the piece.
+    // The answers are a list of the shared documents, and a piece.
     assert_eq!(answers.len(), 2, "{answers:?}");
     assert!(answers.iter().sum::<usize>() < 1 << 20, "{answers:?}");
 }

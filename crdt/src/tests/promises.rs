@@ -832,7 +832,7 @@ fn a_document_of_many_sessions_is_rebuilt_in_one_pass() {
     let (examined, changes) = (document.examined, document.log().0 as usize);
     assert!(
         (changes..=changes + 5).contains(&examined),
-        "{examined} looks at {changes} changes"
+        "{examined} changes were examined for {changes} changes"
     );
 }
 

@@ -252,7 +252,7 @@ impl Behaviour {
             return;
         };
         query.checked(records, answer.counted, unchecked);
-        self.drive(answer.query, query);
+        self.advance(answer.query, query);
     }
 
     /// Processes checked records and starts the next check. Returns true if there was progress.

@@ -115,7 +115,7 @@ impl Purpose {
 #[derive(Debug)]
 enum Stage {
     Lookup(Box<Lookup>),
-    /// One node is asked, until the given time.
+    /// Asks one node, until the given time.
     Ask {
         peer: PeerId,
         until: Instant,
@@ -229,7 +229,7 @@ impl Behaviour {
                 let id = self.new_query_id(&key);
                 let mut query = Query::new(key, purpose);
                 self.store_at(id, &mut query, nodes);
-                self.drive(id, query);
+                self.advance(id, query);
             }
             None => self.begin(key, purpose),
         }
@@ -290,7 +290,7 @@ impl Behaviour {
             let candidate = self.candidate(peer, Vec::new());
             self.ask(id, candidate, query.request(id));
         }
-        self.drive(id, query);
+        self.advance(id, query);
     }
 
     fn begin(&mut self, key: Vec<u8>, purpose: Purpose) {
@@ -326,7 +326,7 @@ impl Behaviour {
         seeds.retain(|seed| !self.is_gone(seed, now));
         let mut query = Query::new(key, purpose);
         query.stage = Stage::Lookup(Box::new(Lookup::new(&query.key, self.local, seeds)));
-        self.drive(id, query);
+        self.advance(id, query);
     }
 
     /// Returns a query id that none of Kademlia's own queries has. Handlers return the id with each answer.
@@ -376,7 +376,7 @@ impl Behaviour {
     }
 
     /// Advances a query: sends its next requests, and completes it if it has ended.
-    pub(super) fn drive(&mut self, id: QueryId, mut query: Query) {
+    pub(super) fn advance(&mut self, id: QueryId, mut query: Query) {
         let now = Instant::now();
         if query.purpose.is_over() {
             return;
@@ -602,16 +602,16 @@ impl Behaviour {
     fn query_failed(&mut self, id: QueryId, peer: PeerId) {
         if let Some(mut query) = self.queries.remove(&id) {
             query.failed(peer);
-            self.drive(id, query);
+            self.advance(id, query);
         }
     }
 
     /// Advances all queries; called by the timer.
-    pub(super) fn drive_all(&mut self) {
+    pub(super) fn advance_all(&mut self) {
         let ids: Vec<_> = self.queries.keys().copied().collect();
         for id in ids {
             if let Some(query) = self.queries.remove(&id) {
-                self.drive(id, query);
+                self.advance(id, query);
             }
         }
         let queries = &self.queries;
@@ -652,7 +652,7 @@ impl Behaviour {
                 {
                     stored.refused.push(peer);
                 }
-                self.drive(id, query);
+                self.advance(id, query);
                 return None;
             }
             Event::FindNodeRes { closer_peers, .. } => (None, closer_peers),
@@ -665,12 +665,12 @@ impl Behaviour {
                 if let Stage::Store { waiting, stored } = &mut query.stage {
                     stored.took += usize::from(waiting.remove(&peer));
                 }
-                self.drive(id, query);
+                self.advance(id, query);
                 return None;
             }
             _ => {
                 query.failed(peer);
-                self.drive(id, query);
+                self.advance(id, query);
                 return None;
             }
         };
@@ -680,7 +680,7 @@ impl Behaviour {
         // Check the record against the requested key, not the key in the answer. With the latter, the peer could
         // substitute any record that is valid under another key.
         if let (Purpose::Get { found, answers, .. }, Some(record)) = (&mut query.purpose, record)
-            && let Some((any_known, unknown)) = found.sort_out(&query.key, &record.value)
+            && let Some((any_known, unknown)) = found.decode_answer(&query.key, &record.value)
         {
             *answers += usize::from(any_known);
             match self.check_answer(peer, id, unknown, any_known) {
@@ -696,7 +696,7 @@ impl Behaviour {
             let closer: Vec<_> = closer.filter(|named| !self.is_gone(named, now)).collect();
             lookup.answered(peer, network, closer);
         }
-        self.drive(id, query);
+        self.advance(id, query);
         None
     }
 }
@@ -833,7 +833,7 @@ mod tests {
 
     /// On one thread, so that the order of turns is known.
     #[tokio::test]
-    async fn others_have_their_turns_while_a_long_answer_is_checked() {
+    async fn other_tasks_run_while_a_long_answer_is_checked() {
         let mut behaviour = Dht::new(&Keypair::generate_ed25519()).1;
         let (id, _result) = endless(&mut behaviour);
         let turns = Arc::new(AtomicUsize::new(0));

@@ -42,7 +42,7 @@ fn read(store: &Store) -> Vec<Record> {
 }
 
 fn gather(found: &mut Found, key: &[u8], value: &[u8]) -> bool {
-    let Some((known, unknown)) = found.sort_out(key, value) else {
+    let Some((known, unknown)) = found.decode_answer(key, value) else {
         return false;
     };
     let records = unknown.into_iter();
@@ -531,7 +531,7 @@ fn answers_are_merged_and_the_newest_record_wins() {
     assert!(gather(&mut found, b"k", &encode([&new, &other])));
     assert!(gather(&mut found, b"k", &encode([&old])));
     // A known record still counts as an answer.
-    let (known, unknown) = found.sort_out(b"k", &encode([&other])).unwrap();
+    let (known, unknown) = found.decode_answer(b"k", &encode([&other])).unwrap();
     assert!(known && unknown.is_empty(), "and is not checked again");
     assert!(!gather(&mut found, b"k", b"\xff"));
     assert!(!gather(&mut Found::default(), b"other", &encode([&other])));

@@ -42,7 +42,7 @@ impl Replica {
         let give = match given {
             Ok(give) => give,
             Err(error) => {
-                self.suspect(id, &error);
+                self.mark_unreadable(id, &error);
                 return Err(error.into());
             }
         };

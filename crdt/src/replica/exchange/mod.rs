@@ -213,7 +213,7 @@ impl Replica {
             Ok(()) => Ok(()),
             Err(TakeError::Refused(refusal)) => {
                 if refusal.is_offence() {
-                    self.offend(peer, &refusal);
+                    self.report_offence(peer, &refusal);
                 }
                 Ok(())
             }

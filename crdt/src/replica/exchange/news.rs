@@ -84,8 +84,8 @@ impl Replica {
                 && (known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id))
             {
                 let exchange = known.exchanges.entry(id).or_default();
-                exchange.there.genesis = true;
-                exchange.there.sessions.extend(more);
+                exchange.peer_summary.genesis = true;
+                exchange.peer_summary.sessions.extend(more);
                 exchange.idle = false;
             }
             self.request_more(peer, id)?;

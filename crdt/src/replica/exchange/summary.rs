@@ -105,7 +105,7 @@ impl Replica {
             known.asked.remove(&id);
             if known.exchanges.len() < MAX_EXCHANGES || known.exchanges.contains_key(&id) {
                 let exchange = known.exchanges.entry(id).or_default();
-                exchange.there = told;
+                exchange.peer_summary = told;
                 exchange.idle = false;
                 exchange.blocked.clear();
                 exchange.void.clear();

@@ -163,7 +163,7 @@ impl Replica {
         {
             if stray && exchange.all_epochs {
                 // Even from the first epoch on, they belong to a chain that loses against this node's.
-                exchange.there.epochs = 0;
+                exchange.peer_summary.epochs = 0;
             }
             exchange.all_epochs = stray && !exchange.all_epochs;
         }

@@ -23,7 +23,7 @@ use crate::{
 const MAX_FRUITLESS: u32 = 64;
 
 /// Time after which missing data is requested again, from any peer that has it.
-const PATIENCE: Duration = Duration::from_secs(20);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Replica {
     /// Begins to search for the point where two branches of a session diverge, one of which the peer has.
@@ -127,7 +127,7 @@ impl Replica {
         match want {
             Some(want) if !same => {
                 exchange.wanted = Some(want.clone());
-                exchange.until = now + PATIENCE;
+                exchange.until = now + REQUEST_TIMEOUT;
                 self.put_back(peer, id, exchange);
                 self.send(peer, Kind::Want(want));
                 Ok(())
@@ -169,7 +169,7 @@ impl Replica {
         let mut want = nothing.clone();
         let arriving = self.arrivals.get(id).map(Arriving::of).unwrap_or_default();
         match self.document(id)? {
-            None if exchange.there.genesis => want_all(&mut want, &exchange.there),
+            None if exchange.peer_summary.genesis => want_all(&mut want, &exchange.peer_summary),
             None => {}
             Some((document, _)) => {
                 want_epochs(&mut want, document, exchange, &arriving);
@@ -210,15 +210,15 @@ fn from(session: &SessionId, count: u64) -> wire::SessionHead {
 }
 
 /// Requests a document of which this node has nothing.
-fn want_all(want: &mut wire::Want, there: &PeerSummary) {
+fn want_all(want: &mut wire::Want, peer_summary: &PeerSummary) {
     want.genesis = true;
-    want.epochs = u64::from(there.epochs > 0);
-    want.sessions = there
+    want.epochs = u64::from(peer_summary.epochs > 0);
+    want.sessions = peer_summary
         .sessions
         .keys()
         .map(|session| from(session, 0))
         .collect();
-    want.forks = there
+    want.forks = peer_summary
         .forks
         .keys()
         .map(|session| Bytes::copy_from_slice(&session.0))
@@ -231,17 +231,20 @@ fn want_epochs(
     exchange: &Exchange,
     arriving: &Arriving,
 ) {
-    let there = &exchange.there;
+    let peer_summary = &exchange.peer_summary;
     let current = document.epochs.current(&document.genesis);
     let ours = arriving.epochs.unwrap_or(document.epochs.count());
     if exchange.all_epochs {
         want.epochs = 1;
-    } else if there.epochs > ours {
+    } else if peer_summary.epochs > ours {
         want.epochs = ours + 1;
-    } else if there.epochs > 0
+    } else if peer_summary.epochs > 0
         && arriving.epochs.is_none()
-        && there.epoch != document.epochs.id_of(there.epochs, &document.genesis)
-        && there.epoch != Some(current)
+        && peer_summary.epoch
+            != document
+                .epochs
+                .id_of(peer_summary.epochs, &document.genesis)
+        && peer_summary.epoch != Some(current)
     {
         want.epochs = 1;
     }
@@ -253,7 +256,7 @@ fn want_epochs(
 
 /// Requests missing envelopes, and those that show where two branches of a session diverge.
 fn want_sessions(want: &mut wire::Want, document: &Document, exchange: &Exchange) {
-    for (session, head) in &exchange.there.sessions {
+    for (session, head) in &exchange.peer_summary.sessions {
         let count = document.count(session);
         let void = document.proof(session).map_or(u64::MAX, Proof::index);
         if head.count > count && count < void {
@@ -286,11 +289,15 @@ fn want_sessions(want: &mut wire::Want, document: &Document, exchange: &Exchange
 }
 
 fn want_proofs(want: &mut wire::Want, document: &Document, exchange: &Exchange) {
-    let proofs = exchange.there.forks.iter().filter(|(session, fork)| {
-        document
-            .proof(session)
-            .is_none_or(|known| known.index() > fork.count)
-    });
+    let proofs = exchange
+        .peer_summary
+        .forks
+        .iter()
+        .filter(|(session, fork)| {
+            document
+                .proof(session)
+                .is_none_or(|known| known.index() > fork.count)
+        });
     want.forks = proofs
         .map(|(session, _)| Bytes::copy_from_slice(&session.0))
         .collect();
