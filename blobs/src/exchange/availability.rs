@@ -1,5 +1,5 @@
-//! Messages of `/weft/swarm/1`, by which peers tell each other what they have: made from a transfer, and applied to
-//! one.
+//! Messages of `/weft/swarm/1`, by which peers tell each other what they have. They are made from a transfer or a
+//! store, and applied to a transfer.
 
 use std::{collections::HashMap, ops::Range};
 

@@ -46,7 +46,8 @@ impl Holder {
         }
     }
 
-    /// Reads the holder from a lock file; `None` if no process has the lock recorded, or the last holder released it.
+    /// Reads the holder from a lock file; `None` if the file is empty: no process has written to it, or the last holder
+    /// released the lock.
     pub(crate) fn read(mut file: impl Read + Seek) -> io::Result<Option<Self>> {
         file.seek(SeekFrom::Start(0))?;
         let mut text = Vec::new();

@@ -144,7 +144,7 @@ impl fmt::Display for Problem {
 pub struct Found {
     /// The repository, with all its snapshots.
     pub repo: Repo,
-    /// The revision that was asked for.
+    /// The requested revision.
     pub revision: Revision,
     /// The snapshot of the revision. It may have problems.
     pub snapshot: Snapshot,
@@ -168,7 +168,7 @@ pub enum FindError {
     /// The repository is not in the cache.
     #[error("{repo} is not in the cache; {}", there_is("the cache holds", .there))]
     NoSuchRepo {
-        /// The repository that was asked for.
+        /// The requested repository.
         repo: RepoId,
         /// The repositories in the cache.
         there: Vec<RepoId>,
@@ -178,7 +178,7 @@ pub enum FindError {
     NoSuchRevision {
         /// The repository.
         repo: RepoId,
-        /// The revision that was asked for.
+        /// The requested revision.
         revision: Revision,
         /// The revisions that the cache has files of: refs, and commits without a ref.
         there: Vec<Revision>,
@@ -191,7 +191,7 @@ pub enum FindError {
     NoFiles {
         /// The repository.
         repo: RepoId,
-        /// The revision that was asked for.
+        /// The requested revision.
         revision: Revision,
         /// The commit of the revision.
         commit: Commit,
@@ -203,7 +203,7 @@ pub enum FindError {
     Damaged {
         /// The repository.
         repo: RepoId,
-        /// The revision that was asked for.
+        /// The requested revision.
         revision: Revision,
         /// The problem.
         problem: Problem,
@@ -226,7 +226,7 @@ fn there_is<T: fmt::Display>(it: &str, there: &[T]) -> String {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImportError {
-    /// All files of the snapshot are missing or damaged, or a file is that must not be left out.
+    /// All files of the snapshot are missing or damaged, or a file that must not be left out is missing or damaged.
     #[error("cannot index {}: {}", on_one_line(.folder), there_is("files with problems:", .problems))]
     Damaged {
         /// The snapshot's folder.

@@ -174,7 +174,7 @@ where
     Ok(())
 }
 
-/// Distinguishes a slow link from a provider that deliberately sends very little.
+/// Distinguishes a slow link from a provider that sends very little.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     bytes: usize,
