@@ -355,9 +355,9 @@ impl Behaviour {
         match command {
             Command::Put {
                 record,
-                again,
+                reuse_lookup,
                 reply,
-            } => self.put(&record, again, reply),
+            } => self.put(&record, reuse_lookup, reply),
             Command::Get { key, enough, reply } => self.get(key, enough, reply),
             Command::Ask { key, peer, reply } => self.ask_one(key, peer, reply),
             Command::Own { prefix, reply } => {
@@ -407,8 +407,8 @@ impl Behaviour {
         }
     }
 
-    /// Adds an address to the routing table, unless it is private and must stay secret, or its network group has enough
-    /// nodes there.
+    /// Adds an address to the routing table, unless its network group has enough nodes there. A private address is not
+    /// added while a peer from outside is connected.
     fn route(&mut self, peer: PeerId, address: Multiaddr) {
         let address = weft_net::split_peer_id(address).0;
         if is_private(&address) {

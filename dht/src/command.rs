@@ -15,7 +15,7 @@ pub enum DhtError {
     /// This node has published a newer record under the same key and subkey in the meantime. The newer record stays.
     #[error(
         "the record is superseded: this node has published a newer one under the same key, \
-         with sequence number {0}; publish the value again"
+         with sequence number {0}; publish the value reuse_lookup"
     )]
     Superseded(u64),
     /// The record could not be written to this node's disk.
@@ -50,7 +50,7 @@ pub(crate) enum Command {
     Put {
         record: Box<Record>,
         /// If true, the record may be stored at the nodes found by a recent lookup for a neighboring key.
-        again: bool,
+        reuse_lookup: bool,
         reply: oneshot::Sender<Result<Stored, DhtError>>,
     },
     Get {

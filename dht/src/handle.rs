@@ -300,8 +300,9 @@ impl Dht {
         ttl: Duration,
     ) -> Result<usize, DhtError> {
         // A withdrawal goes to the nodes that have the record.
-        let again = value.is_none();
-        self.sign_and_store((key, subkey), value, ttl, again).await
+        let reuse_lookup = value.is_none();
+        self.sign_and_store((key, subkey), value, ttl, reuse_lookup)
+            .await
     }
 
     /// Signs and stores a record with a sequence number above all known ones. If other nodes turn out to know a higher
@@ -311,13 +312,13 @@ impl Dht {
         (key, subkey): (&[u8], &[u8]),
         value: Option<&[u8]>,
         ttl: Duration,
-        again: bool,
+        reuse_lookup: bool,
     ) -> Result<usize, DhtError> {
         let mut tries = 0..TRIES;
         loop {
             let record = Record::sign(&self.keys, key, subkey, value, self.next_sequence(), ttl)?;
             let is_last = tries.next().is_none();
-            match self.send_record(record.clone(), again).await {
+            match self.send_record(record.clone(), reuse_lookup).await {
                 // Another record, published at the same time, has overtaken this one.
                 Err(DhtError::Superseded(number)) if !is_last => self.raise(number),
                 Err(error) => return Err(error),
@@ -348,12 +349,12 @@ impl Dht {
         Ok(false)
     }
 
-    async fn send_record(&self, record: Record, again: bool) -> Result<Stored, DhtError> {
+    async fn send_record(&self, record: Record, reuse_lookup: bool) -> Result<Stored, DhtError> {
         let (reply, answer) = oneshot::channel();
         let record = Box::new(record);
         let put = Command::Put {
             record,
-            again,
+            reuse_lookup,
             reply,
         };
         self.send(put).await?;

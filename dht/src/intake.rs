@@ -39,7 +39,7 @@ const MAX_OFFENDERS: usize = 4096;
 /// Number of budgets at which those that are full again are dropped.
 const MAX_BUDGETS: usize = 4096;
 
-/// Checks made before the checking task yields to others: some 400 us of work.
+/// Number of checks after which the checking task yields to others: some 400 us of work.
 pub(crate) const BEFORE_YIELD: usize = 8;
 
 /// A rate of checks: the number per second, and the number at once after a pause.

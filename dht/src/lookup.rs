@@ -60,7 +60,7 @@ pub(crate) struct Candidate {
     /// Network groups in which the node may be: those of its addresses, or only the observed one if it is connected.
     pub(crate) networks: Vec<Origin>,
     /// True if the node was dialed at other addresses in vain, or still is.
-    pub(crate) again: bool,
+    pub(crate) redial: bool,
     /// True if the node failed to answer lately.
     pub(crate) suspect: bool,
 }
@@ -179,7 +179,7 @@ impl Lookup {
                 peer,
                 addresses: Vec::new(),
                 networks: Vec::new(),
-                again: false,
+                redial: false,
                 suspect: candidate.suspect,
             },
             state: State::Known,
@@ -198,7 +198,7 @@ impl Lookup {
         let new: Vec<_> = new.take(room).collect();
         if !new.is_empty() && matches!(node.state, State::Failed | State::Late) {
             node.state = State::Known;
-            node.candidate.again = true;
+            node.candidate.redial = true;
         }
         node.candidate.addresses.extend(new);
         for network in candidate.networks {
@@ -436,7 +436,7 @@ mod tests {
             peer,
             networks: vec![Origin::of(&address)],
             addresses: vec![address],
-            again: false,
+            redial: false,
             suspect: false,
         }
     }

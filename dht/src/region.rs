@@ -119,7 +119,7 @@ mod tests {
             peer: key(n).to_peer_id(),
             addresses: Vec::new(),
             networks: Vec::new(),
-            again: false,
+            redial: false,
             suspect: false,
         });
         let nodes: Vec<_> = nodes.collect();

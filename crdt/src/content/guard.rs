@@ -145,7 +145,7 @@ impl<'a> Ancestry<'a> {
         id.actor() == self.actor && id.counter() >= self.start
     }
 
-    /// Returns true if an operation is in an ancestor, or in this change before the operation at `index`.
+    /// Returns true if an operation is in an ancestor, or in this change before the operation at `position`.
     fn has(&self, id: &OpId, position: usize) -> bool {
         if self.is_own(id) {
             return id.counter() < self.start + position as u64;

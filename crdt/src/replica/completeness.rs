@@ -16,7 +16,8 @@ use crate::{
     store::StoreError,
 };
 
-/// Time after which a holder is asked again if it has not answered, or if it has missing data and none is arriving.
+/// Time after which a holder is asked again if it has not answered, or if it has data that this replica lacks and none
+/// is arriving.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// A guard returned by [`Replica::compare`]. Holders of a document are asked for summaries until it is dropped.

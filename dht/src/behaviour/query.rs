@@ -194,7 +194,7 @@ impl Behaviour {
     pub(super) fn put(
         &mut self,
         record: &Record,
-        again: bool,
+        reuse_lookup: bool,
         reply: oneshot::Sender<Result<Stored, DhtError>>,
     ) {
         if let Err(refusal) = self.kad.store_mut().take(record.clone(), Origin::LOCAL) {
@@ -221,7 +221,7 @@ impl Behaviour {
             written,
             reply,
         };
-        let near = again
+        let near = reuse_lookup
             .then(|| self.regions.near(&key, Instant::now()))
             .flatten();
         match near {
@@ -354,7 +354,7 @@ impl Behaviour {
             peer,
             addresses,
             networks,
-            again: false,
+            redial: false,
             suspect: standing != Standing::Good,
         }
     }
@@ -492,7 +492,7 @@ impl Behaviour {
         if self.peers.contains_key(&peer) {
             return self.request(id, peer, request);
         }
-        let dialing = self.dial(peer, candidate.addresses, candidate.again);
+        let dialing = self.dial(peer, candidate.addresses, candidate.redial);
         dialing.queries.push(id);
     }
 
@@ -517,15 +517,15 @@ impl Behaviour {
         self.request(id, peer, request);
     }
 
-    /// Dials a peer at `addresses` and at those of the routing table. If `again` is set, dials even if a dial to other
+    /// Dials a peer at `addresses` and at those of the routing table. If `redial` is set, dials even if a dial to other
     /// addresses may be in progress.
     pub(super) fn dial(
         &mut self,
         peer: PeerId,
         addresses: Vec<Multiaddr>,
-        again: bool,
+        redial: bool,
     ) -> &mut Dialing {
-        let condition = match again {
+        let condition = match redial {
             true => PeerCondition::Disconnected,
             false => PeerCondition::DisconnectedAndNotDialing,
         };
