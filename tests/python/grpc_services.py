@@ -1,4 +1,7 @@
-"""Checks the health, reflection and token of a node's gRPC API, as any gRPC client sees them. Argument: the node's home."""
+"""Checks the health, reflection and token of a node's gRPC API, as any gRPC client sees them.
+
+Argument: the node's home.
+"""
 
 import os
 import sys

@@ -8,7 +8,10 @@ use weft_blobs::{
 };
 
 /// A safetensors header, without its length.
-pub const SAFETENSORS: &str = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#;
+pub const SAFETENSORS: &str = concat!(
+    r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+    r#""b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#
+);
 
 /// Returns [`SAFETENSORS`] as at the start of a file, with its length.
 pub fn safetensors() -> Vec<u8> {

@@ -24,7 +24,11 @@ static KNOWN: LazyLock<Known> = LazyLock::new(|| {
     Known { world, selected }
 });
 
-const FIRST: &[u8] = br#"{"metadata":{"total_size":12},"weight_map":{"a":"model.safetensors","b":"model.safetensors"}}"#;
+const FIRST: &[u8] = concat!(
+    r#"{"metadata":{"total_size":12},"#,
+    r#""weight_map":{"a":"model.safetensors","b":"model.safetensors"}}"#
+)
+.as_bytes();
 
 fn begin() {
     seed(&[FIRST]);

@@ -78,10 +78,16 @@ fn print_cell(one: Side, other: Side, outcome: &Outcome) {
         |direct| direct.as_millis().to_string(),
     );
     println!(
-        r#"{{"bench":"nat-cell","one":"{one}","other":"{other}","path":"{}","transport":"{}","connected_ms":{},"direct_ms":{direct},"possible":{}}}"#,
+        concat!(
+            r#"{{"bench":"nat-cell","one":"{}","other":"{}","path":"{}","transport":"{}","#,
+            r#""connected_ms":{},"direct_ms":{},"possible":{}}}"#
+        ),
+        one,
+        other,
         outcome.path,
         outcome.transport,
         outcome.connected.as_millis(),
+        direct,
         lab::is_possible(one, other)
     );
 }

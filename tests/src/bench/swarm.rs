@@ -37,7 +37,8 @@ pub fn run(size: u64, rounds: usize, folder: &Path, json: bool) -> Result<(), Fa
         let of_eight = runtime.block_on(get(folder.path(), &source, 1, 8))?;
         last.push(of_eight.took.as_secs_f64());
         eprintln!(
-            "round {round}: four providers {:.1} MB/s, {:.4} of the payload twice; one receiver {:.2} s, eight {:.2} s, of which the provider sent {:.2} copies",
+            "round {round}: four providers {:.1} MB/s, {:.4} of the payload twice; one receiver {:.2} s, eight \
+             receivers {:.2} s, of which the provider sent {:.2} copies",
             four[round - 1],
             of_four.wasted as f64 / size as f64,
             alone[round - 1],

@@ -83,7 +83,8 @@ pub fn run(
                 receiver,
             } = all[round - 1];
             eprintln!(
-                "round {round}: {name} {rate:.0} MB/s; processor {:.2} s to send, {:.2} s to receive; memory {:.0} and {:.0} MB",
+                "round {round}: {name} {rate:.0} MB/s; CPU {:.2} s to send, {:.2} s to receive; memory {:.0} and {:.0} \
+                 MB",
                 sender.cpu,
                 receiver.cpu,
                 sender.peak / 1e6,

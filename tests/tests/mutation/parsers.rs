@@ -49,7 +49,11 @@ fn check(what: &str, seed_bytes: &[u8], parse: impl Fn(Vec<u8>)) {
 }
 
 fn model(folder: &std::path::Path) -> Manifest {
-    let header = br#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#;
+    let header = concat!(
+        r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+        r#""b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}}"#
+    )
+    .as_bytes();
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(header);
     bytes.extend_from_slice(&[7; 12]);

@@ -63,7 +63,8 @@ async fn a_provider_that_leaves_every_five_seconds_is_made_use_of() {
     let of_leaver = got.sources.iter().filter(|one| one.peer == leaver);
     let of_leaver: u64 = of_leaver.map(|one| one.bytes).sum();
     println!(
-        "{seconds:.1} s where the steady one alone takes {}; {of_leaver} bytes from the provider that leaves; {} arrived twice",
+        "{seconds:.1} s, and {} s from the steady provider alone; {of_leaver} bytes from the provider that leaves; {} \
+         arrived twice",
         size / 1_000_000,
         got.bytes_wasted
     );
