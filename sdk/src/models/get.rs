@@ -451,7 +451,7 @@ impl Work {
         let announcer = self.node.announcer().clone();
         self.node.spawn(async move {
             if let Err(error) = announcer.announce(&model).await {
-                tracing::debug!(%error, "a fetched model is not announced yet");
+                tracing::debug!(%error, "cannot announce a fetched model yet");
             }
         });
     }
@@ -647,7 +647,7 @@ async fn share(node: Node, id: Hash) {
         }
         match node.announcer().announce(&model).await {
             Ok(_) => said = info.shards,
-            Err(error) => tracing::debug!(%error, "a part of a model is not announced yet"),
+            Err(error) => tracing::debug!(%error, "cannot announce a part of a model yet"),
         }
     }
 }

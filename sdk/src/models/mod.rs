@@ -510,7 +510,7 @@ impl Models {
         match announced {
             Ok(()) => {}
             Err(Error::Stopped) => return Err(Error::Stopped),
-            Err(error) => problems.push(format!("the mesh: {error}")),
+            Err(error) => problems.push(format!("DHT: {error}")),
         }
         Ok(problems)
     }
@@ -683,13 +683,13 @@ fn not_deleted(
     }
     let kept = left.into_iter().map(|file| NotDeleted {
         reason: match (model.fetched, of_others.contains(&file)) {
-            (_, true) => "another model that is here has it",
-            (false, false) => "it was added in place, and is not weft's to delete",
+            (_, true) => "another model on this node contains it",
+            (false, false) => "it was added in place, and weft deletes only files that it fetched",
             // `get` writes links only into such caches.
             (true, false) if file.is_symlink() => {
-                "it is in a Hugging Face cache; `hf cache rm` deletes what is there"
+                "it is in a Hugging Face cache; delete it with `hf cache rm`"
             }
-            (true, false) => "it was changed since weft wrote it, or weft found it there",
+            (true, false) => "it was changed since weft wrote it, or was there before",
         },
         file,
     });
@@ -742,14 +742,14 @@ pub(crate) fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
         return Err(none());
     }
     if prefix.len() < MIN_ID_PREFIX {
-        return Err(digits("of an id, at least the first six digits are needed"));
+        return Err(digits("give at least the first six digits of an id"));
     }
     let mut matching = models
         .into_iter()
         .filter(|model| model.id.to_string().starts_with(&prefix));
     match (matching.next(), matching.next()) {
         (Some(model), None) => Ok(model),
-        (Some(_), Some(_)) => Err(digits("several ids begin so; give more digits")),
+        (Some(_), Some(_)) => Err(digits("several models have ids that begin with these digits; give more digits")),
         (None, _) => Err(none()),
     }
 }
