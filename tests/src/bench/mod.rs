@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_middle_one_counts() {
+    fn the_median_is_the_middle_value() {
         assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(vec![1.0]), 1.0);
     }

@@ -142,7 +142,7 @@ async fn first_packet() -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_port_that_is_sent_anything() {
+async fn mutated_first_bytes_on_each_port_are_harmless() {
     let panics = count_panics();
     let node = network(&["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"]).await;
     echo(&node);
@@ -267,7 +267,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>, bool)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_protocol_that_is_sent_anything() {
+async fn mutated_messages_of_each_protocol_are_harmless() {
     let panics = count_panics();
     let node = network(&["/ip4/127.0.0.1/tcp/0"]).await;
     echo(&node);

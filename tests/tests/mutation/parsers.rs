@@ -64,7 +64,7 @@ fn model(folder: &std::path::Path) -> Manifest {
 }
 
 #[test]
-fn messages_names_and_tickets() {
+fn mutated_messages_names_and_tickets_are_refused_or_round_trip() {
     let folder = tempfile::tempdir().unwrap();
     let manifest = model(folder.path());
     check("manifest", &manifest.encode(), |bytes| {
@@ -122,7 +122,7 @@ fn messages_names_and_tickets() {
 }
 
 #[test]
-fn what_peers_say_that_they_have() {
+fn mutated_availability_messages_are_refused_or_read() {
     let folder = tempfile::tempdir().unwrap();
     let manifest = model(&folder.path().join("source"));
     let store = Store::open(&folder.path().join("store")).unwrap();
@@ -164,7 +164,7 @@ fn what_peers_say_that_they_have() {
 }
 
 #[test]
-fn patterns_and_selections_of_mutated_manifests() {
+fn patterns_and_selections_of_mutated_manifests_stay_in_bounds() {
     let folder = tempfile::tempdir().unwrap();
     let manifest = model(folder.path()).encode();
     let selection = Selection {
@@ -199,7 +199,7 @@ fn patterns_and_selections_of_mutated_manifests() {
 }
 
 #[test]
-fn frames() {
+fn frames_of_any_bytes_are_refused_or_read() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
@@ -226,7 +226,7 @@ fn frames() {
 }
 
 #[test]
-fn safetensors_headers() {
+fn mutated_safetensors_headers_are_refused_or_read() {
     let folder = tempfile::tempdir().unwrap();
     model(folder.path());
     let bytes = fs::read(folder.path().join("model.safetensors")).unwrap();
@@ -292,7 +292,7 @@ async fn recorded_answers(store: &Store, manifest: &Manifest, root: &std::path::
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_receiver_fed_mutated_answers_writes_nothing_wrong() {
+async fn a_receiver_of_mutated_answers_writes_no_wrong_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     let source = root.join("source");

@@ -32,20 +32,20 @@ pub(super) fn trials() -> Vec<Trial> {
     }
     trials![
         a_transfer_leaves_the_relay_for_a_direct_path,
-        a_transfer_outlives_the_relay_that_it_goes_through,
-        a_transfer_outlives_all_relays_until_they_are_back,
+        a_transfer_survives_the_loss_of_its_relay,
+        a_transfer_survives_the_loss_of_all_relays_until_they_return,
         a_relay_that_falls_silent_is_left,
-        a_relay_that_grants_places_and_relays_nothing_is_got_around,
+        a_relay_that_grants_reservations_and_relays_nothing_is_avoided,
         a_slow_relay_is_used_and_not_given_up,
         a_nat_that_rebinds_before_a_public_peer_ends_no_transfer,
         a_nat_that_rebinds_before_a_punched_path_ends_no_transfer,
-        both_ends_move_to_other_networks,
-        a_link_is_down_for_a_while,
+        a_transfer_survives_a_move_of_both_ends_to_other_networks,
+        a_transfer_survives_a_link_that_is_down_for_a_while,
         a_flood_from_one_machine_is_survived,
         a_flood_from_many_machines_is_survived,
         calls_go_over_a_relay,
         calls_follow_the_path,
-        documents_outlive_partitions_and_kills,
+        documents_survive_partitions_and_kills,
     ]
 }
 
@@ -193,7 +193,7 @@ async fn a_transfer_leaves_the_relay_for_a_direct_path() -> Result<(), Failed> {
 const SLOW: &[&str] = &["--relay-rate-per-peer", "12000000"];
 
 /// Both are behind symmetric NATs, so the only path is through a relay. The relay is killed in the middle.
-async fn a_transfer_outlives_the_relay_that_it_goes_through() -> Result<(), Failed> {
+async fn a_transfer_survives_the_loss_of_its_relay() -> Result<(), Failed> {
     let mut cell = cell(Side::Symmetric, Side::Symmetric, &[SLOW, SLOW]).await?;
     let transfer = Transfer::begin(&cell, 128)?;
     let relay = relay_in_use(&cell)?;
@@ -203,7 +203,7 @@ async fn a_transfer_outlives_the_relay_that_it_goes_through() -> Result<(), Fail
     Ok(())
 }
 
-async fn a_transfer_outlives_all_relays_until_they_are_back() -> Result<(), Failed> {
+async fn a_transfer_survives_the_loss_of_all_relays_until_they_return() -> Result<(), Failed> {
     let mut cell = cell(Side::Symmetric, Side::Symmetric, &[SLOW, SLOW]).await?;
     let transfer = Transfer::begin(&cell, 128)?;
     for relay in cell.relays() {
@@ -244,7 +244,7 @@ async fn a_relay_that_falls_silent_is_left() -> Result<(), Failed> {
 }
 
 /// One of the two relays grants reservations, and then refuses every circuit.
-async fn a_relay_that_grants_places_and_relays_nothing_is_got_around() -> Result<(), Failed> {
+async fn a_relay_that_grants_reservations_and_relays_nothing_is_avoided() -> Result<(), Failed> {
     let lies = &["--relay-circuits", "0"][..];
     for relays in [[lies, SLOW], [SLOW, lies]] {
         let cell = cell(Side::Symmetric, Side::Symmetric, &relays).await?;
@@ -294,7 +294,7 @@ async fn a_nat_that_rebinds_before_a_punched_path_ends_no_transfer() -> Result<(
     Ok(())
 }
 
-async fn both_ends_move_to_other_networks() -> Result<(), Failed> {
+async fn a_transfer_survives_a_move_of_both_ends_to_other_networks() -> Result<(), Failed> {
     // The remaining time should be seconds through a relay too, because the test measures it.
     let relay = &["--relay-rate-per-peer", "40000000"][..];
     let cell = cell(Side::Home, Side::Home, &[relay, relay]).await?;
@@ -316,7 +316,7 @@ async fn both_ends_move_to_other_networks() -> Result<(), Failed> {
     Ok(())
 }
 
-async fn a_link_is_down_for_a_while() -> Result<(), Failed> {
+async fn a_transfer_survives_a_link_that_is_down_for_a_while() -> Result<(), Failed> {
     let cell = cell(Side::Home, Side::Home, &[SLOW, SLOW]).await?;
     cell.slow_down("other", 20).map_err(lab_error)?;
     let transfer = Transfer::begin(&cell, 160)?;
@@ -469,7 +469,7 @@ fn write(home: &Home, id: &str, name: &str, most: usize) -> Vec<String> {
 
 /// Both write while they are disconnected, and one is killed meanwhile. No acknowledged change is lost, and both
 /// replicas are the same afterwards.
-async fn documents_outlive_partitions_and_kills() -> Result<(), Failed> {
+async fn documents_survive_partitions_and_kills() -> Result<(), Failed> {
     let mut cell = cell(Side::Home, Side::Home, &[&[], &[]]).await?;
     let writer = cell.other.peer_id().to_owned();
     let made = cell.one.home.json(&["doc", "create", "--writer", &writer]);

@@ -36,7 +36,7 @@ pub(super) fn trials() -> Vec<Trial> {
             move || doctor(side, name, expected),
         )
     });
-    let both = Trial::test("matrix::a_search_is_one_although_both_ends_begin", || {
+    let both = Trial::test("matrix::two_crossing_exchanges_lead_to_one_search", || {
         runtime()?.block_on(begin_at_both())
     });
     let far = FAR.map(|(one, other, loss)| {

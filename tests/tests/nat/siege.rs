@@ -8,7 +8,7 @@ const PER_ADDRESS: u64 = 16;
 
 pub(super) fn trial() -> Trial {
     Trial::test(
-        "siege::an_honest_node_connects_at_once_though_strangers_hold_idle_sockets_or_all_open_connections",
+        "siege::an_honest_node_connects_at_once_while_strangers_hold_idle_sockets_or_all_connections",
         besieged,
     )
 }

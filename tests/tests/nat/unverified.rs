@@ -18,7 +18,7 @@ const SEARCH: u64 = 2048;
 
 pub(super) fn trial() -> Trial {
     Trial::test(
-        "unverified::a_stranger_has_nodes_send_nothing_nearby_and_little_to_third_parties",
+        "unverified::a_stranger_makes_nodes_send_nothing_nearby_and_little_to_third_parties",
         attacked,
     )
 }

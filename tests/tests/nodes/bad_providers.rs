@@ -182,7 +182,7 @@ async fn get(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_sends_another_blob_is_asked_once_and_nothing_of_it_is_kept() {
+async fn a_provider_of_another_blob_is_asked_once_and_its_bytes_are_dropped() {
     let folder = tempfile::tempdir().unwrap();
     let [right, wrong] = ["1", "2"].map(|seed| model(folder.path(), seed));
     let (_good, at_good) = good(&folder.path().join("good"), &right).await;
@@ -230,7 +230,7 @@ async fn who_sends_another_blob_is_asked_once_and_nothing_of_it_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_byte_a_second_costs_little_beside_a_good_provider() {
+async fn a_provider_of_one_byte_a_second_costs_little_beside_a_good_one() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let (_good, at_good) = good(&folder.path().join("good"), &right).await;
@@ -315,18 +315,18 @@ async fn ends_beside_one_that_trickles_after(free: u64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_byte_a_second_from_the_only_provider_ends_the_get() {
+async fn a_get_ends_if_the_only_provider_sends_one_byte_a_second() {
     ends_beside_one_that_trickles_after(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes: part of tests/nightly slow"]
-async fn a_kilobyte_and_then_a_byte_a_second_from_the_only_provider_ends_the_get() {
+async fn a_get_ends_if_the_only_provider_sends_a_kilobyte_and_then_one_byte_a_second() {
     ends_beside_one_that_trickles_after(1000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_only_provider_that_sends_nothing_for_a_while_is_gone_on_with() {
+async fn a_get_resumes_when_its_only_provider_was_silent_for_a_while() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let (mut fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
@@ -349,7 +349,7 @@ async fn an_only_provider_that_sends_nothing_for_a_while_is_gone_on_with() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_lacks_the_content_at_first_is_asked_again() {
+async fn a_provider_that_lacks_the_content_at_first_is_asked_again() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let (fake, models) = Fake::new(&folder.path().join("fake"), &[&right]);
@@ -415,7 +415,7 @@ fn introduce_many(network: &Network, count: usize, at: Multiaddr) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_speaks_of_many_that_are_none_has_few_of_them_reached_at_a_time() {
+async fn made_up_peers_are_tried_a_few_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let right = model(folder.path(), "1");
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();

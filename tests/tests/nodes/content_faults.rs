@@ -22,7 +22,7 @@ async fn started(home: &Path, listen: Option<&str>, upload: u64) -> Node {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_provider_that_leaves_every_five_seconds_is_made_use_of() {
+async fn a_provider_that_leaves_every_five_seconds_is_used() {
     let folder = tempfile::tempdir().unwrap();
     let size = 36_000_000;
     let source = split_model(folder.path().join("source"), size);
@@ -75,7 +75,7 @@ async fn a_provider_that_leaves_every_five_seconds_is_made_use_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_removed_comes_again_and_from_who_has_it_later() {
+async fn removed_content_is_fetched_again_and_from_a_later_provider() {
     let folder = tempfile::tempdir().unwrap();
     let source = split_model(folder.path().join("source"), 6_000_000);
     let first = started(&folder.path().join("1"), None, 0).await;

@@ -28,7 +28,7 @@ async fn shows(doc: &Doc, path: &str, wanted: &Value) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_several_nodes_write_all_read_and_strangers_find_it_by_its_id() {
+async fn all_nodes_read_all_changes_and_strangers_find_a_document_by_its_id() {
     let (_homes, hub, [a, b, c]) = mesh().await;
     let new = NewDoc {
         writers: vec![b.peer_id()],
@@ -97,7 +97,7 @@ async fn what_several_nodes_write_all_read_and_strangers_find_it_by_its_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_is_there_soon_after_it_is_made() {
+async fn a_change_arrives_soon_after_it_is_made() {
     let (_homes, _hub, [a, b]) = mesh().await;
     let of_a = a.docs().create(NewDoc::default()).await.unwrap();
     let of_b = b.docs().open(of_a.id()).await.unwrap();
@@ -172,7 +172,7 @@ async fn a_private_document_is_not_given_to_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn mistakes_say_what_to_do() {
+async fn errors_say_what_to_do() {
     let home = tempfile::tempdir().unwrap();
     let node = node(home.path(), &[]).await;
     let doc = node.docs().create(NewDoc::default()).await.unwrap();

@@ -30,7 +30,7 @@ async fn shows(doc: &Doc, path: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_two_writers_wrote_by_turns_arrives_whole() {
+async fn alternating_changes_of_two_writers_arrive_whole() {
     let (_homes, _hub, [a, b, c]) = mesh().await;
     let new = NewDoc {
         writers: vec![b.peer_id()],
@@ -89,7 +89,7 @@ async fn catalogue(node: &Node) -> Doc {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_of_five_thousand_models_arrives_whole_and_comes_back_after_a_loss() {
+async fn a_registry_of_five_thousand_models_arrives_whole_and_is_restored_after_a_loss() {
     let (homes, hub, [mut publisher, follower]) = mesh().await;
     let bootstrap = hub.addresses().await;
     // A handle that is kept would keep the home open.

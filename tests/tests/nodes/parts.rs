@@ -39,7 +39,7 @@ async fn offer(provider: &Node, model: &Path) -> Ticket {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn selected_tensors_come_alone_and_make_a_model_that_loads() {
+async fn selected_tensors_are_fetched_alone_and_make_a_model_that_loads() {
     let folder = tempfile::tempdir().unwrap();
     let model = sharded_model(folder.path().join("model"));
     let (_provider, ticket) = provider(&folder.path().join("p"), &model, 0).await;
@@ -189,7 +189,7 @@ fn large(folder: &Path, size: usize) -> (PathBuf, Vec<u8>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
+async fn reading_a_file_of_a_remote_model_transfers_only_the_bytes_read() {
     let folder = tempfile::tempdir().unwrap();
     let size = 40_000_000;
     let (model, bytes) = large(folder.path(), size);
@@ -238,7 +238,7 @@ async fn a_file_is_read_that_is_not_here_and_only_what_is_read_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_read_comes_first_while_the_model_comes() {
+async fn content_that_is_read_arrives_before_the_rest_of_the_model() {
     let folder = tempfile::tempdir().unwrap();
     let size = 40_000_000;
     let (model, bytes) = large(folder.path(), size);
@@ -267,7 +267,7 @@ async fn what_is_read_comes_first_while_the_model_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_get_takes_over_from_a_reader_and_a_reader_from_a_get() {
+async fn a_get_continues_a_readers_transfer_and_a_reader_continues_a_gets() {
     let folder = tempfile::tempdir().unwrap();
     let (model, bytes) = large(folder.path(), 24_000_000);
     let (_provider, ticket) = provider(&folder.path().join("p"), &model, 8_000_000).await;
@@ -295,7 +295,7 @@ async fn a_get_takes_over_from_a_reader_and_a_reader_from_a_get() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_fails_when_nobody_delivers_and_the_next_one_tries_again() {
+async fn a_read_without_providers_fails_and_the_next_one_tries_again() {
     let folder = tempfile::tempdir().unwrap();
     let (model, bytes) = large(folder.path(), 4_000_000);
     let home = folder.path().join("p");
@@ -322,7 +322,7 @@ async fn a_read_fails_when_nobody_delivers_and_the_next_one_tries_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_revision_takes_tensors_from_the_old_one_wherever_they_lie() {
+async fn a_new_revision_reuses_tensors_of_the_old_one_at_any_offset() {
     let folder = tempfile::tempdir().unwrap();
     let weight = |name: &str| noise(name, 1_500_000);
     let old = folder.path().join("old");

@@ -33,7 +33,7 @@ async fn reads(node: &Node, key: &str, wanted: &[&str]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_many_state_under_one_key_is_all_read_and_nobody_overwrites_another() {
+async fn records_of_many_publishers_under_one_key_are_all_read_and_none_is_overwritten() {
     let (_homes, _hub, nodes) = mesh::<5>().await;
     // Ten at a time, of which Lattica kept two.
     let puts = nodes.iter().enumerate().flat_map(|(n, node)| {
@@ -76,7 +76,7 @@ async fn what_many_state_under_one_key_is_all_read_and_nobody_overwrites_another
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_else_having_taken_it_is_said_and_they_are_told_later() {
+async fn a_record_that_no_other_node_stored_is_reported_and_published_later() {
     let homes: [_; 2] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
     let alone = node(homes[0].path(), &[]).await;
     // Lattica reports it as stored.
@@ -124,7 +124,7 @@ async fn a_restart_of_all_nodes_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_are_named_and_nothing_is_stored() {
+async fn records_over_a_limit_are_refused_with_its_name() {
     let (_homes, _hub, [node]) = mesh().await;
     let records = node.records();
     for (key, subkey, value, ttl, says) in [
@@ -158,7 +158,7 @@ async fn limits_are_named_and_nothing_is_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_in_a_small_mesh_sees_values_that_do_not_last() {
+async fn a_watch_in_a_small_mesh_sees_short_lived_values() {
     let (_homes, _hub, [one, other]) = mesh().await;
     one.records().put("k", "", "begin", HOUR).await.unwrap();
     let mut watch = other.records().watch("k").await.unwrap();
@@ -181,7 +181,7 @@ async fn a_watch_in_a_small_mesh_sees_values_that_do_not_last() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_sees_what_joins_changes_and_leaves() {
+async fn a_watch_sees_records_join_change_and_leave() {
     let (_homes, _hub, [one, other]) = mesh().await;
     one.records().put("k", "", "1", HOUR).await.unwrap();
     let mut watch = other.records().watch("k").await.unwrap();

@@ -65,7 +65,7 @@ async fn get(node: &Node, name: &str) -> Result<(Hash, Option<PeerId>), Error> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
+async fn a_registry_decides_the_meaning_of_names_and_strangers_do_not() {
     let (homes, hub, [owner, publisher, stranger, follower]) = mesh().await;
     let new = NewRegistry {
         label: "models".to_owned(),
@@ -194,7 +194,7 @@ async fn names_mean_what_the_registry_says_and_strangers_say_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_follower_knows_names_when_all_others_are_gone_and_holds_only_what_is_of_interest() {
+async fn a_follower_resolves_names_offline_and_holds_only_documents_within_its_prefix() {
     let (homes, hub, [a, b, c]) = mesh().await;
     let new = NewRegistry {
         publishers: vec![(a.peer_id(), pattern("a/*")), (b.peer_id(), pattern("b/*"))],
@@ -260,7 +260,7 @@ async fn a_follower_knows_names_when_all_others_are_gone_and_holds_only_what_is_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_private_registry_and_what_it_lists_are_read_by_its_readers_alone() {
+async fn only_the_readers_of_a_private_registry_read_it_and_its_catalogues() {
     let (homes, _hub, [owner, publisher, stranger]) = mesh().await;
     let new = NewRegistry {
         publishers: vec![(publisher.peer_id(), NamePattern::all())],
@@ -311,7 +311,7 @@ async fn a_private_registry_and_what_it_lists_are_read_by_its_readers_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reserved_name_means_nothing_until_its_publisher_says_so() {
+async fn a_reserved_name_has_no_meaning_until_its_publisher_lists_it() {
     let (homes, hub, [owner, publisher, stranger]) = mesh().await;
     let new = NewRegistry {
         publishers: vec![(publisher.peer_id(), pattern("acme/*"))],

@@ -142,7 +142,7 @@ async fn node(home: &std::path::Path, listen: &str) -> Node {
 
 /// Calls by PeerId alone, from both classes at once, and again after the other side was away.
 #[tokio::test(flavor = "multi_thread")]
-async fn nodes_call_each_other_and_go_on_after_one_was_away() {
+async fn nodes_call_each_other_again_after_one_was_away() {
     let homes = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let one = node(homes[0].path(), "/ip4/127.0.0.1/tcp/0").await;
     // An address of its own, so that no other node takes the port meanwhile.
@@ -194,7 +194,7 @@ async fn nodes_call_each_other_and_go_on_after_one_was_away() {
 
 /// A call fails with its connection, and the caller learns of it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_call_to_a_node_that_stops_fails_and_says_whether_it_was_seen() {
+async fn a_call_to_a_node_that_stops_fails_and_reports_whether_it_was_seen() {
     let (near, far) = (network(&[]).await, network(&["/ip4/127.0.0.1/tcp/0"]).await);
     let client = client(
         &near,

@@ -140,7 +140,7 @@ async fn many_streams_at_a_time_do_not_wedge() {
 /// In Lattica, handlers ran in the loop of the network. Eight handlers of half a second took four seconds, and no peer
 /// could connect meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 10)]
-async fn handlers_that_block_hold_up_no_others_and_no_connections() {
+async fn blocking_handlers_delay_no_other_calls_and_no_connections() {
     let pair = pair().await;
     // Makes the methods known as brief before they block.
     let quick = (0..500).map(|value| pair.client.echo(Number { value }));
@@ -178,7 +178,7 @@ async fn handlers_that_block_hold_up_no_others_and_no_connections() {
 
 /// In Lattica, a handler that made a call deadlocked.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_handler_calls_whoever_calls_it() {
+async fn a_handler_calls_its_caller() {
     let pair = pair().await;
     let calls = (0..32).map(|_| pair.client.echo(Number { value: CALL_BACK }));
     for answer in in_time(join_all(calls)).await {
@@ -217,7 +217,7 @@ async fn a_stream_that_fails_does_not_look_like_one_that_ends() {
 
 /// In Lattica, a handler that raised any error was called three more times.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_handler_says_is_not_retried_and_comes_back_whole() {
+async fn a_handlers_error_is_not_retried_and_arrives_whole() {
     let pair = pair().await;
     let failed = in_time(pair.client.echo(Number { value: FAIL })).await;
     let failed = failed.unwrap_err();
@@ -278,7 +278,7 @@ async fn a_call_is_cancelled_after_its_peer_has_vanished() {
 
 /// In Lattica, a client that was stopped froze the server.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_stops_taking_freezes_nobody() {
+async fn a_client_that_stops_reading_freezes_no_other() {
     let pair = pair().await;
     // Endless streams, of which nothing is taken.
     let mut stopped = Vec::new();

@@ -83,7 +83,7 @@ fn labels(model: &str) -> Labels {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
+async fn calls_are_balanced_and_continue_when_a_provider_is_gone() {
     let (_homes, _hub, [a, b, caller]) = mesh().await;
     let [at_a, at_b] = [1, 2].map(|number| Numbered {
         number,
@@ -151,7 +151,7 @@ async fn calls_are_shared_out_and_go_on_when_one_is_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn labels_choose_among_those_of_one_name_and_change() {
+async fn labels_select_providers_of_one_service_and_can_change() {
     let (_homes, _hub, [a, b, caller]) = mesh().await;
     let mut held = Vec::new();
     for (number, node, model) in [(1, &a, "small"), (2, &b, "large")] {
@@ -195,7 +195,7 @@ async fn labels_choose_among_those_of_one_name_and_change() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_watch_tells_who_begins_and_ends_to_offer() {
+async fn a_watch_reports_providers_that_start_and_stop() {
     let (_homes, _hub, [a, b, caller]) = mesh().await;
     async fn next(watch: &mut ServiceWatch) -> ServiceChange {
         timeout(PATIENCE, watch.next()).await.unwrap().unwrap()

@@ -101,7 +101,7 @@ async fn two_gets_of_one_model_share_the_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_get_that_takes_over_from_a_dropped_one_goes_on_with_its_parts() {
+async fn a_get_after_a_dropped_one_resumes_its_part_files() {
     let folder = tempfile::tempdir().unwrap();
     let size = 40_000_000;
     let model = opaque_model(folder.path().join("model"), "", size);

@@ -42,7 +42,7 @@ async fn knows(node: &Node, topic: &str, peers: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn subscribers_find_each_other_and_hear_whoever_publishes() {
+async fn subscribers_find_each_other_and_receive_from_every_publisher() {
     let (_homes, hub, [a, b, outsider]) = mesh().await;
     let mut at_a = a.topics().subscribe("models/acme").await.unwrap();
     let mut at_b = b.topics().subscribe("models/acme").await.unwrap();
@@ -83,7 +83,7 @@ async fn subscribers_find_each_other_and_hear_whoever_publishes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_accepted_is_neither_taken_nor_passed_on() {
+async fn rejected_messages_are_neither_delivered_nor_passed_on() {
     let (_homes, _hub, [a, b, c]) = mesh().await;
     let asked = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&asked);
@@ -126,7 +126,7 @@ async fn what_is_not_accepted_is_neither_taken_nor_passed_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_hold_and_are_named() {
+async fn topic_limits_are_enforced_and_named() {
     let (_homes, _hub, [a, b]) = mesh().await;
     let topics = a.topics();
     let failed = topics
@@ -300,7 +300,7 @@ async fn a_peer_that_subscribes_to_an_endless_name_is_disconnected() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_breaks_the_rules_reaches_nobody() {
+async fn invalid_messages_reach_no_subscriber() {
     let (_homes, _hub, [victim, other]) = mesh().await;
     let mut taken = victim.topics().subscribe("t").await.unwrap();
     let mut passed_on = other.topics().subscribe("t").await.unwrap();

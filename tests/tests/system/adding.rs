@@ -33,7 +33,7 @@ fn folder(home: &Home, name: &str) -> PathBuf {
 }
 
 #[test]
-fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them() {
+fn a_folder_with_odd_files_is_published_and_the_answer_names_them() {
     let home = Home::new();
     let _up = home.up(&[]);
     let odd = folder(&home, "odd");
@@ -87,7 +87,7 @@ fn a_folder_is_published_whatever_odd_files_are_in_it_and_the_answer_names_them(
 }
 
 #[test]
-fn names_that_some_systems_cannot_hold_are_listed_and_an_option_leaves_them_out() {
+fn unportable_names_are_listed_and_an_option_skips_them() {
     let home = Home::new();
     let _up = home.up(&[]);
     let model = folder(&home, "names");
@@ -122,7 +122,7 @@ fn names_that_some_systems_cannot_hold_are_listed_and_an_option_leaves_them_out(
 }
 
 #[test]
-fn one_of_several_names_is_dropped_alone_and_the_last_one_with_the_model() {
+fn removing_one_of_several_names_keeps_the_model_and_removing_the_last_removes_it() {
     let home = Home::new();
     let _up = home.up(&[]);
     let (one, other) = (folder(&home, "one"), folder(&home, "other"));
@@ -262,7 +262,7 @@ fn parts_of_one_commit_on_two_machines_are_found_by_its_name() {
 }
 
 #[test]
-fn a_cache_with_damage_is_published_without_what_is_damaged() {
+fn a_damaged_cache_is_published_without_its_damaged_files() {
     let home = Home::new();
     let _up = home.up(&[]);
     let cache = part(&home, &[("a.bin", "a"), ("b.bin", "b")]);

@@ -24,7 +24,7 @@ fn simulate(side: &str, seed: &str) -> BTreeMap<String, f64> {
 }
 
 #[test]
-fn a_simulated_mesh_finds_what_it_keeps_and_one_seed_gives_the_same_figures() {
+fn a_simulated_mesh_finds_its_records_and_one_seed_gives_the_same_figures() {
     let ours = simulate("weft", "1");
     assert_eq!(ours["dht-success-40"], 100.0, "{ours:?}");
     assert!(ours["dht-success-40-churn30"] >= 95.0, "{ours:?}");

@@ -132,7 +132,7 @@ async fn answer_with_much(home: &Path, name: &str, paced: bool, says: mpsc::Send
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_caller_paces_a_program_that_asks_to_be() {
+async fn a_slow_caller_paces_a_program_that_asks_for_it() {
     let (serving, calling) = (Home::new(), Home::new());
     let up = serving.up(&[]);
     let _up = calling.up(&[]);

@@ -155,7 +155,7 @@ fn clock(home: &Home) -> Option<Value> {
 }
 
 #[test]
-fn a_clock_that_is_off_is_named_by_add_status_and_doctor_and_only_where_it_is_off() {
+fn only_the_node_whose_clock_is_off_reports_it_in_add_status_and_doctor() {
     let homes = [Home::new(), Home::new(), Home::new()];
     let first = homes[0].up(&[]);
     let second = homes[1].up(&["--bootstrap", first.address()]);
@@ -186,7 +186,7 @@ fn a_clock_that_is_off_is_named_by_add_status_and_doctor_and_only_where_it_is_of
 }
 
 #[test]
-fn a_clock_before_1970_is_named_and_nothing_panics() {
+fn a_clock_before_1970_is_reported_and_nothing_panics() {
     let home = Home::new();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let day_before = -(now.as_secs() as i64) - 86_400;
@@ -203,7 +203,7 @@ fn a_clock_before_1970_is_named_and_nothing_panics() {
 }
 
 #[test]
-fn a_node_that_starts_again_with_its_clock_set_back_is_heard_on_its_topics() {
+fn a_node_restarted_with_its_clock_set_back_is_heard_on_its_topics() {
     let (listener, publisher) = (Home::new(), Home::new());
     let listening = listener.up(&[]);
     let mut watch = listener.start(&["--json", "topic", "watch", "news"]);

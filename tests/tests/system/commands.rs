@@ -169,7 +169,7 @@ fn a_target_with_other_content_is_left_alone() {
 }
 
 #[test]
-fn no_reachable_provider_is_told_from_no_such_name() {
+fn no_reachable_provider_is_distinguished_from_no_such_name() {
     let homes = [Home::new(), Home::new(), Home::new()];
     let meeting = homes[0].up(&[]);
     let publisher = homes[1].up(&["--bootstrap", meeting.address()]);
@@ -245,7 +245,7 @@ fn the_demo_moves_a_model_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn limits_and_lists_are_shown_and_hold() {
+fn limits_and_access_lists_are_shown_and_enforced() {
     let (home, other) = (Home::new(), Home::new());
     let up = home.up(&[
         "--max-streams",
@@ -323,7 +323,7 @@ fn limits_and_lists_are_shown_and_hold() {
 }
 
 #[test]
-fn a_websocket_listener_is_told_to_others_and_found_by_them() {
+fn a_websocket_listener_is_advertised_and_dialed() {
     let (home, other) = (Home::new(), Home::new());
     let up = home.up(&["--listen", "/ip4/127.0.0.1/tcp/0/tls/ws"]);
     assert!(up.address().contains("/tls/ws/p2p/"), "{}", up.address());
@@ -416,7 +416,7 @@ fn a_signal_ends_a_command_that_reads_standard_input() {
 }
 
 #[test]
-fn output_that_is_lost_is_an_error() {
+fn lost_output_is_an_error() {
     let home = Home::new();
     let _up = home.up(&[]);
     for arguments in [&["ls"][..], &["--json", "status"]] {
@@ -466,7 +466,7 @@ fn a_restart_waits_for_the_node_that_is_stopping() {
 }
 
 #[test]
-fn another_users_node_is_not_called_stopped() {
+fn another_users_node_is_not_reported_as_stopped() {
     let home = Home::new();
     let _up = home.up(&[]);
     let command = home.command(&["status"]);
@@ -492,7 +492,7 @@ fn another_users_node_is_not_called_stopped() {
 }
 
 #[test]
-fn a_home_of_any_bytes_has_a_node_and_its_commands() {
+fn a_home_whose_path_is_not_utf_8_works() {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
     let home = Home::new();
     let odd = home.beside("n").join(OsStr::from_bytes(b"\xff"));
@@ -521,7 +521,7 @@ fn a_home_of_any_bytes_has_a_node_and_its_commands() {
 }
 
 #[test]
-fn mistakes_are_json_too_and_empty_variables_are_none() {
+fn usage_errors_are_json_too_and_empty_variables_count_as_unset() {
     let home = Home::new();
     for arguments in [
         &["--json", "get"][..],
@@ -554,7 +554,7 @@ fn mistakes_are_json_too_and_empty_variables_are_none() {
 }
 
 #[test]
-fn cat_writes_content_alone_to_standard_output_and_shows_progress_while_no_provider_answers() {
+fn cat_writes_only_content_to_standard_output_and_shows_progress_without_a_provider() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let _second = receiver.up(&["--bootstrap", first.address()]);
@@ -585,7 +585,7 @@ fn cat_writes_content_alone_to_standard_output_and_shows_progress_while_no_provi
 }
 
 #[test]
-fn removing_what_is_not_there_says_so_and_ends_with_three() {
+fn removing_something_that_does_not_exist_exits_with_three() {
     let home = Home::new();
     let up = home.up(&["--block", "192.0.2.0/24"]);
     let peer = up.peer_id();
@@ -609,7 +609,7 @@ fn removing_what_is_not_there_says_so_and_ends_with_three() {
 }
 
 #[test]
-fn files_that_stay_when_a_model_is_removed_with_its_files_are_named_with_the_reason() {
+fn removing_a_model_names_each_file_that_stays_and_the_reason() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let _second = receiver.up(&["--bootstrap", first.address()]);
@@ -632,7 +632,7 @@ fn files_that_stay_when_a_model_is_removed_with_its_files_are_named_with_the_rea
 }
 
 #[test]
-fn an_error_of_the_system_on_a_file_says_what_to_do() {
+fn a_system_error_on_a_file_says_what_to_do() {
     // Not even root can make folders there.
     let home = Home::new();
     let finished = Command::new(home.command(&[]).get_program())

@@ -91,7 +91,7 @@ fn data(file: &[u8]) -> &[u8] {
 }
 
 #[test]
-fn a_disk_that_fills_up_at_any_point_costs_nothing_that_was_verified() {
+fn a_disk_that_fills_up_at_any_point_loses_no_verified_content() {
     let provider = Home::new();
     let source = split_model(provider.beside("m"), 18_000_000);
     let _up = provider.up(&[]);
@@ -164,7 +164,7 @@ fn a_disk_that_fills_up_at_any_point_costs_nothing_that_was_verified() {
 }
 
 #[test]
-fn a_node_starts_on_a_full_disk_says_so_serves_what_it_has_and_lets_a_person_make_room() {
+fn a_node_starts_on_a_full_disk_reports_it_serves_its_content_and_lets_the_user_make_room() {
     let source = Home::new();
     let folder = split_model(source.beside("m"), 3_000_000);
     let script = r#"
@@ -200,7 +200,7 @@ fn a_node_starts_on_a_full_disk_says_so_serves_what_it_has_and_lets_a_person_mak
 }
 
 #[test]
-fn a_target_that_takes_nothing_is_named() {
+fn an_error_names_a_target_that_cannot_be_written() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = split_model(provider.beside("m"), 3_000_000);
     let _up = provider.up(&[]);
@@ -233,7 +233,7 @@ fn a_target_that_takes_nothing_is_named() {
 }
 
 #[test]
-fn a_full_disk_is_said_by_add_export_and_verify_and_they_go_on_when_there_is_room() {
+fn add_export_and_verify_report_a_full_disk_and_work_once_there_is_room() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = split_model(provider.beside("m"), 18_000_000);
     let _up = provider.up(&[]);

@@ -32,7 +32,7 @@ fn id_of(made: &Value) -> String {
 }
 
 #[test]
-fn documents_are_made_shared_watched_and_carried_about() {
+fn documents_are_created_shared_watched_exported_and_imported() {
     let (one, other) = (Home::new(), Home::new());
     let (up, other_up) = (one.up(&[]), other.up(&[]));
     one.json(&["connect", other_up.address()]);
@@ -181,7 +181,7 @@ fn documents_are_made_shared_watched_and_carried_about() {
 /// Both nodes write all the time, and either is killed again and again. No acknowledged change is lost, and both
 /// replicas are the same in the end.
 #[test]
-fn what_was_acknowledged_survives_kill_9() {
+fn acknowledged_changes_survive_kill_9() {
     let homes = [Home::new(), Home::new()];
     let mut ups = homes.each_ref().map(|home| Some(home.up(&[])));
     homes[0].json(&["connect", ups[1].as_ref().unwrap().address()]);

@@ -33,7 +33,7 @@ fn opens_whole(home: &Home, id: &str, changes: u64) {
 
 /// A writer restarts three times. Then its `documents.redb` is lost, and its readers give everything back.
 #[test]
-fn what_a_restarted_writer_wrote_arrives_whole_and_comes_back_after_a_loss() {
+fn changes_of_a_restarted_writer_arrive_whole_and_are_restored_after_a_loss() {
     let (writer, reader) = (Home::new(), Home::new());
     let mut up = writer.up(&[]);
     let made = writer.json(&["doc", "create", "--single-writer"]);
@@ -77,7 +77,7 @@ fn what_a_restarted_writer_wrote_arrives_whole_and_comes_back_after_a_loss() {
 }
 
 #[test]
-fn what_is_not_whole_is_said_so() {
+fn an_incomplete_document_is_reported() {
     let (one, other) = (Home::new(), Home::new());
     let up = one.up(&[]);
     let _other_up = other.up(&[]);
@@ -113,7 +113,7 @@ fn what_is_not_whole_is_said_so() {
 }
 
 #[test]
-fn an_import_that_is_not_whole_fails_and_keeps_what_counts() {
+fn an_incomplete_import_fails_and_keeps_the_valid_changes() {
     let (one, other) = (Home::new(), Home::new());
     let (_up, _other_up) = (one.up(&[]), other.up(&[]));
     let made = one.json(&["doc", "create"]);

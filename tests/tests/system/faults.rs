@@ -56,7 +56,7 @@ fn slow(rate: u64) -> Slow {
 }
 
 #[test]
-fn a_receiver_killed_in_the_middle_fetches_at_most_two_seconds_again() {
+fn resume_after_a_kill_transfers_at_most_two_seconds_again() {
     // The bytes of two seconds are little compared with half the model.
     let rate = 8_000_000;
     let slow = slow(rate);
@@ -87,7 +87,7 @@ fn a_receiver_killed_in_the_middle_fetches_at_most_two_seconds_again() {
 }
 
 #[test]
-fn a_provider_killed_in_the_middle_and_started_again_is_waited_for() {
+fn a_get_waits_for_a_provider_that_is_killed_and_restarted() {
     let slow = slow(RATE);
     let receiver = Home::new();
     let target = receiver.beside("model");
@@ -113,7 +113,7 @@ fn a_provider_killed_in_the_middle_and_started_again_is_waited_for() {
 }
 
 #[test]
-fn an_interrupted_get_keeps_what_is_verified() {
+fn an_interrupted_get_keeps_verified_content() {
     let slow = slow(RATE);
     let receiver = Home::new();
     let target = receiver.beside("model");
@@ -136,7 +136,7 @@ fn an_interrupted_get_keeps_what_is_verified() {
 }
 
 #[test]
-fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
+fn a_bit_flipped_on_a_providers_disk_is_found_and_never_served() {
     let (provider, receiver) = (Home::new(), Home::new());
     let source = provider.beside("model");
     fs::create_dir(&source).unwrap();
@@ -211,7 +211,7 @@ fn a_bit_that_flipped_on_a_providers_disk_is_found_and_never_served() {
 }
 
 #[test]
-fn a_full_disk_is_named_and_costs_nothing() {
+fn a_full_disk_is_reported_and_loses_nothing() {
     let (provider, receiver) = (Home::new(), Home::new());
     let daemon = provider.up(&[]);
     let added = provider.json(&["add", real_model().to_str().unwrap()]);
@@ -251,7 +251,7 @@ fn a_crash_while_adding_leaves_a_store_that_opens() {
 }
 
 #[test]
-fn a_store_or_home_that_another_process_holds_says_whose_it_is() {
+fn opening_a_store_or_home_in_use_names_the_process_that_holds_it() {
     let home = Home::new();
     let up = home.up(&[]);
     let second = home.run(&["up", "--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0"]);
@@ -279,7 +279,7 @@ fn a_store_or_home_that_another_process_holds_says_whose_it_is() {
 }
 
 #[test]
-fn a_stopped_node_ends_cleanly_and_comes_back_as_itself() {
+fn a_stopped_node_ends_cleanly_and_restarts_with_the_same_identity() {
     let home = Home::new();
     let mut ids = Vec::new();
     for signal in [Signal::INT, Signal::TERM] {

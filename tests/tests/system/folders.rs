@@ -39,7 +39,7 @@ fn pair(provider: &Home, receiver: &Home) -> (Daemon, Daemon) {
 }
 
 #[test]
-fn two_gets_of_one_model_into_one_folder_both_end_well() {
+fn two_gets_of_one_model_into_one_folder_both_succeed() {
     let (provider, receiver) = (Home::new(), Home::new());
     let (_first, _second) = pair(&provider, &receiver);
     let source = model(&provider, "model", 1, 4 << 20);
@@ -60,7 +60,7 @@ fn two_gets_of_one_model_into_one_folder_both_end_well() {
 }
 
 #[test]
-fn another_model_into_a_folder_that_is_being_filled_is_refused_as_busy() {
+fn another_model_is_refused_while_its_folder_is_being_filled() {
     let (provider, receiver) = (Home::new(), Home::new());
     let (_first, _second) = pair(&provider, &receiver);
     let one = publish(&provider, &model(&provider, "one", 1, 8 << 20));
@@ -82,7 +82,7 @@ fn another_model_into_a_folder_that_is_being_filled_is_refused_as_busy() {
 }
 
 #[test]
-fn two_nodes_that_fill_one_folder_both_end_well_and_both_have_it() {
+fn two_nodes_that_fill_one_folder_both_succeed_and_have_the_model() {
     let (provider, homes) = (Home::new(), [Home::new(), Home::new()]);
     let up = provider.up(&["--max-upload", "2M"]);
     let _ups = homes
@@ -105,7 +105,7 @@ fn two_nodes_that_fill_one_folder_both_end_well_and_both_have_it() {
 }
 
 #[test]
-fn what_get_wrote_and_what_changed_since_is_mended_as_the_hints_say() {
+fn following_the_hints_repairs_changed_files_of_a_get() {
     let (provider, receiver) = (Home::new(), Home::new());
     let up = provider.up(&[]);
     let _second = receiver.up(&["--bootstrap", up.address()]);

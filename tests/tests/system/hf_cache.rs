@@ -233,7 +233,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
 }
 
 #[test]
-fn what_is_in_the_way_in_a_cache_is_left_there() {
+fn files_in_the_way_in_a_cache_are_left_alone() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let model = provider.beside("m");
@@ -264,7 +264,7 @@ fn what_is_in_the_way_in_a_cache_is_left_there() {
 }
 
 #[test]
-fn a_cache_that_cannot_be_written_is_named() {
+fn an_error_names_a_cache_that_cannot_be_written() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let model = provider.beside("m");
@@ -330,7 +330,7 @@ fn leftovers(repo: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_get_into_a_cache_that_is_killed_goes_on_and_huggingface_hub_loads_what_came() {
+fn a_killed_get_into_a_cache_resumes_and_huggingface_hub_loads_the_model() {
     let provider = Home::new();
     let daemon = provider.up(&[]);
     let added = provider.json(&["add", text(&real_model()), "--name", "sbert/minilm"]);

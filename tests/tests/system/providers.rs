@@ -28,7 +28,7 @@ fn providers(home: &Home, target: &str) -> Vec<Value> {
 }
 
 #[test]
-fn parts_of_a_model_are_found_and_fetched_from_whoever_has_them() {
+fn parts_of_a_model_are_found_and_fetched_from_their_providers() {
     let (hub, whole, part, getter) = (Home::new(), Home::new(), Home::new(), Home::new());
     let hub_up = hub.up(&[]);
     let bootstrap = ["--bootstrap", hub_up.address()];

@@ -59,7 +59,7 @@ fn relays_and_peers_are_found_through_the_mesh() {
 }
 
 #[test]
-fn a_bootstrap_address_that_is_wrong_is_named_and_nothing_is_said_not_to_exist() {
+fn a_wrong_bootstrap_address_is_named_and_no_command_reports_a_missing_name() {
     let (there, alone, none) = (Home::new(), Home::new(), Home::new());
     let other = there.up(&[]);
     let (at, peer) = other.address().rsplit_once('/').unwrap();

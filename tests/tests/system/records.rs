@@ -44,7 +44,7 @@ fn meets(home: &Home) {
 }
 
 #[test]
-fn records_are_stated_read_taken_back_and_end() {
+fn records_are_published_read_withdrawn_and_expire() {
     let (one, other) = (Home::new(), Home::new());
     let (up, other_up) = (one.up(&[]), other.up(&[]));
     one.json(&["connect", other_up.address()]);
@@ -108,7 +108,7 @@ fn records_are_stated_read_taken_back_and_end() {
 }
 
 #[test]
-fn what_was_acknowledged_survives_kill_9_of_all() {
+fn acknowledged_records_survive_kill_9_of_all_nodes() {
     let (one, other) = (Home::new(), Home::new());
     let (up, other_up) = (one.up(&[]), other.up(&[]));
     one.json(&["connect", other_up.address()]);

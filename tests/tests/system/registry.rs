@@ -160,7 +160,7 @@ fn a_registry_is_made_followed_filled_and_left() {
 }
 
 #[test]
-fn a_name_that_a_registry_reserves_for_another_is_warned_of_when_it_is_added() {
+fn adding_a_name_that_a_registry_reserves_for_another_prints_a_warning() {
     let (owner, publisher) = (Home::new(), Home::new());
     let (_up, publisher_up) = (owner.up(&[]), publisher.up(&[]));
     let lets = format!("{}=acme/*", publisher_up.peer_id());
@@ -188,7 +188,7 @@ fn a_name_that_a_registry_reserves_for_another_is_warned_of_when_it_is_added() {
 }
 
 #[test]
-fn following_a_registry_that_nobody_has_says_so_at_once_and_what_to_do_at_the_end() {
+fn following_an_unreachable_registry_reports_it_at_once_and_says_what_to_do() {
     let (one, other) = (Home::new(), Home::new());
     let (_up, other_up) = (one.up(&[]), other.up(&[]));
     let unknown = "ab".repeat(32);

@@ -185,7 +185,7 @@ fn twelve_receivers_behind_256_kbit_a_second_all_get_2_megabytes() {
 }
 
 #[test]
-fn a_node_with_few_descriptors_gets_many_files_and_only_goes_slower() {
+fn a_node_with_few_file_descriptors_fetches_many_files_only_slower() {
     let (publisher, receiver) = (Home::new(), Home::new());
     let model = publisher.beside("model");
     fs::create_dir(&model).unwrap();
@@ -209,7 +209,7 @@ fn a_node_with_few_descriptors_gets_many_files_and_only_goes_slower() {
 }
 
 #[test]
-fn a_pipe_in_the_place_of_a_file_keeps_neither_status_nor_other_models_waiting() {
+fn a_pipe_in_place_of_a_file_blocks_neither_status_nor_other_models() {
     let home = Home::new();
     let _up = home.up(&[]);
     for name in ["good", "bad"] {
@@ -246,7 +246,7 @@ fn a_pipe_in_the_place_of_a_file_keeps_neither_status_nor_other_models_waiting()
 }
 
 #[test]
-fn what_was_read_and_is_damaged_is_fetched_again() {
+fn damaged_content_is_fetched_again_when_it_is_read() {
     let (publisher, reader) = (Home::new(), Home::new());
     let model = publisher.beside("model");
     fs::create_dir(&model).unwrap();

@@ -42,7 +42,7 @@ fn flip(path: &Path, offset: u64) {
 }
 
 #[test]
-fn verify_without_a_model_reads_what_cat_left_and_the_next_cat_repairs_it() {
+fn verify_without_a_model_reads_content_left_by_cat_and_the_next_cat_repairs_it() {
     let (provider, reader) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let _second = reader.up(&["--bootstrap", first.address()]);
@@ -155,7 +155,7 @@ fn a_flipped_bit_is_found_never_served_and_repaired() {
 }
 
 #[test]
-fn a_tag_keeps_a_model_until_it_is_removed() {
+fn a_tag_pins_a_model_until_the_tag_is_removed() {
     let home = Home::new();
     let up = home.up(&[]);
     publish(&home, "model", 1, 100_000);
@@ -182,7 +182,7 @@ fn a_tag_keeps_a_model_until_it_is_removed() {
 }
 
 #[test]
-fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
+fn the_least_recently_used_model_is_evicted_and_tagged_models_stay() {
     let (provider, receiver) = (Home::new(), Home::new());
     let first = provider.up(&[]);
     let up = receiver.up(&["--quota", "3M"]);
@@ -236,7 +236,7 @@ fn what_was_used_longest_ago_makes_room_and_tags_are_kept() {
 }
 
 #[test]
-fn what_a_crash_or_a_removed_model_leaves_is_collected_and_nothing_else() {
+fn only_leftovers_of_crashes_and_removed_models_are_collected() {
     let (provider, receiver) = (Home::new(), Home::new());
     let _first = provider.up(&[]);
     let ticket = publish(&provider, "model", 1, 1 << 20);

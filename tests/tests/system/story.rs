@@ -96,7 +96,7 @@ fn a_real_model_moves_by_name_between_nodes_that_know_only_a_third() {
 }
 
 #[test]
-fn a_name_that_is_withdrawn_is_unknown_and_a_new_revision_takes_over() {
+fn a_withdrawn_name_is_unknown_and_a_new_revision_replaces_the_old_one() {
     let (publisher, receiver) = (Home::new(), Home::new());
     let first = publisher.up(&[]);
     let _second = receiver.up(&["--bootstrap", first.address()]);

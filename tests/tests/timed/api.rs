@@ -25,7 +25,7 @@ fn processor_time(pid: u32) -> Duration {
 }
 
 #[test]
-fn idle_connections_to_the_api_lock_nobody_out_though_files_are_few() {
+fn idle_connections_to_the_api_lock_no_client_out_with_few_file_descriptors() {
     let _alone = alone();
     let home = Home::new();
     let up = home.command(&[

@@ -43,7 +43,7 @@ fn median(times: &[Duration]) -> Duration {
 }
 
 #[test]
-fn look_ups_stay_fast_while_nodes_come_and_go() {
+fn lookups_stay_fast_while_nodes_join_and_leave() {
     let _alone = alone();
     let nightly = env::var("CHURN_SECONDS").ok();
     let lasts = nightly.as_deref().map_or(12, |s| s.parse().unwrap());
@@ -104,7 +104,7 @@ fn look_ups_stay_fast_while_nodes_come_and_go() {
 }
 
 #[test]
-fn a_dead_provider_of_a_service_costs_one_failed_try_at_most() {
+fn a_dead_provider_of_a_service_costs_one_failed_call_at_most() {
     let _alone = alone();
     let homes = [Home::new(), Home::new(), Home::new()];
     let calling = Home::new();

@@ -36,7 +36,7 @@ async fn get(node: &Node, ticket: Ticket, to: &Path) -> Got {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_byte_comes_once_however_many_provide_and_their_rates_add_up() {
+async fn each_byte_is_transferred_once_and_the_rates_of_providers_add_up() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut rate = None;
@@ -81,7 +81,7 @@ async fn every_byte_comes_once_however_many_provide_and_their_rates_add_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn receivers_send_to_each_other_what_each_has() {
+async fn receivers_send_each_other_their_content() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let size = 48_000_000;
@@ -170,7 +170,7 @@ async fn slow_stalled_and_vanished_providers_cost_little() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_on_rate_hold_on_both_sides() {
+async fn rate_limits_are_enforced_on_both_sides() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let size = 6_000_000;

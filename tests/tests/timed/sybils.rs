@@ -86,7 +86,7 @@ fn sybil(keys: &Keypair, others: &[Place]) -> Sybil {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_is_not_taken_by_many_identities_of_one_network() {
+async fn many_identities_of_one_network_do_not_capture_a_key() {
     let _alone = alone();
     let links = Links::new(Duration::from_millis(4));
     let mut honest: Vec<(Dht, Place)> = Vec::new();
