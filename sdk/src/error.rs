@@ -210,7 +210,9 @@ pub enum Error {
     #[error("the value has the wrong type, or cannot be stored in a document: {0}")]
     Value(#[from] serde_json::Error),
     /// The peer has no Ed25519 key, by which documents identify peers.
-    #[error("{0} has no Ed25519 key, so it cannot be the owner, a writer or a reader of a document")]
+    #[error(
+        "{0} has no Ed25519 key, so it cannot be the owner, a writer or a reader of a document"
+    )]
     NoKey(PeerId),
     /// This node does not follow the registry.
     #[error("this node does not follow registry {0}; follow it with `weft registry follow ID`")]

@@ -143,7 +143,7 @@ impl Records {
         let dht = self.node.dht();
         let took = dht.publish(&key, &subkey, value.as_ref(), ttl).await?;
         let id = RecordId { key, subkey };
-        self.node.advertiser().keep_stated(id, TERMS, took);
+        self.node.advertiser().keep_published(id, TERMS, took);
         Ok(took)
     }
 
@@ -188,7 +188,7 @@ impl Records {
         // Nodes that were not reached are told later.
         let subkey = subkey.to_vec();
         let id = RecordId { key, subkey };
-        self.node.advertiser().keep_stated(id, TERMS, heard);
+        self.node.advertiser().keep_published(id, TERMS, heard);
         Ok((is_known, heard))
     }
 
@@ -241,7 +241,7 @@ impl RecordWatch {
 }
 
 /// Renews the records that an earlier run of this node has published.
-pub(crate) async fn say_again(dht: Dht, advertiser: Advertiser) {
+pub(crate) async fn renew(dht: Dht, advertiser: Advertiser) {
     // Once the DHT has stopped, there is nothing to renew.
     let own = dht.own(SPACE).await.unwrap_or_default();
     let ids = own.iter().map(|record| RecordId {

@@ -171,7 +171,8 @@ impl Topics {
     fn join(&self, topic: &str) -> Member {
         let value = Value::of(|addresses| wire::PeerClaim { addresses }.encode_to_vec());
         let advertiser = self.node.advertiser();
-        let presence = advertiser.be_present(RecordId::of(key(topic)), value, Terms::PRESENCE);
+        let presence =
+            advertiser.register_while_held(RecordId::of(key(topic)), value, Terms::PRESENCE);
         let (finder, topic) = (Finder::new(&self.node), topic.to_owned());
         let looking = tokio::spawn(async move { finder.keep_looking(&topic).await });
         Member {
@@ -191,7 +192,7 @@ impl Topics {
         let topics = self.node.network().topics();
         if (1..=MAX_TOPIC).contains(&topic.len())
             && topics.peers(topic).await?.is_empty()
-            && self.is_to_look(topic)
+            && self.is_search_due(topic)
         {
             self.node.meet().await;
             let finder = Finder::new(&self.node);
@@ -215,7 +216,7 @@ impl Topics {
     }
 
     /// Returns true, and notes the time, if subscribers of the topic were not searched within the last 30 seconds.
-    fn is_to_look(&self, topic: &str) -> bool {
+    fn is_search_due(&self, topic: &str) -> bool {
         let (mut known, now) = (self.known(), Instant::now());
         known
             .looked

@@ -1,4 +1,4 @@
-//! Nodes that were known when this one ran last, so that one that has lost every bootstrap node finds its way back.
+//! Nodes that were known in the last run, so that a node finds its way back if all its bootstrap nodes are gone.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,25 +14,27 @@ use weft_net::{Heard, Multiaddr, Network, PeerId, split_peer_id};
 
 use crate::home::lines;
 
-/// Addresses that are remembered.
+/// The most addresses that are remembered.
 const MOST: usize = 128;
 
-/// How often they are written, if they have changed; and how soon after the first node is met.
+/// Interval at which changed addresses are written, and the delay after the first node is met.
 const PERIOD: Duration = Duration::from_secs(300);
 const SOON: Duration = Duration::from_secs(5);
 
-/// How long bootstrap nodes and the local network have before remembered ones are tried, and the longest pause between two rounds.
+/// Time for bootstrap nodes and the local network before remembered nodes are tried, and the longest pause between
+/// two rounds.
 const FIRST: Duration = Duration::from_secs(3);
 const LAST: Duration = Duration::from_secs(120);
 
-/// Peers that are dialed at a time, and how long a dial may take.
+/// Number of peers that are dialed at a time, and the longest time for a dial.
 const AT_A_TIME: usize = 4;
 const DIAL: Duration = Duration::from_secs(10);
 
-/// What the file says, an address a line that ends in `/p2p/<PeerId>`. Lines that are none are passed over: they are only hints.
+/// Reads the file, which has an address that ends in `/p2p/<PeerId>` on each line. Malformed lines are ignored,
+/// because the file holds only hints.
 pub(crate) fn read(path: &Path) -> Vec<(PeerId, Multiaddr)> {
     let lines = lines::read(path).unwrap_or_else(|error| {
-        tracing::warn!(file = %path.display(), %error, "nodes that were known before are not remembered");
+        tracing::warn!(file = %path.display(), %error, "cannot read the list of remembered nodes");
         Vec::new()
     });
     let addresses = lines.iter().filter_map(|line| {
@@ -42,7 +44,7 @@ pub(crate) fn read(path: &Path) -> Vec<(PeerId, Multiaddr)> {
     addresses.take(MOST).collect()
 }
 
-/// Writes down who is known, from time to time. Ends with the network.
+/// Writes the known nodes to the file from time to time. Ends with the network.
 pub(crate) async fn remember(dht: Dht, path: PathBuf) {
     let mut nodes = dht.nodes();
     let mut written = Vec::new();
@@ -55,14 +57,14 @@ pub(crate) async fn remember(dht: Dht, path: PathBuf) {
             return;
         };
         let text: Vec<String> = routes.iter().map(ToString::to_string).collect();
-        // Who knows nobody now keeps what it knew.
+        // A node that knows no other now keeps the earlier list.
         if !routes.is_empty() && text != written {
             let (to, what) = (path.clone(), text.clone());
             match spawn_blocking(move || lines::write(&to, what)).await {
                 Ok(Ok(())) => written = text,
                 Ok(Err(error)) => tracing::warn!(
                     file = %path.display(), %error,
-                    "cannot be written; who is known now is not remembered"
+                    "cannot write the list of remembered nodes"
                 ),
                 // The runtime is stopping.
                 Err(_) => return,
@@ -72,7 +74,7 @@ pub(crate) async fn remember(dht: Dht, path: PathBuf) {
     }
 }
 
-/// Connects to remembered nodes while no other is known. Ends with the network.
+/// Connects to remembered nodes while no other node is known. Ends with the network.
 pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Multiaddr)>) {
     if known.is_empty() {
         return;
@@ -88,7 +90,7 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
                     return;
                 }
                 pause = FIRST;
-                // Until it is alone again.
+                // Waits until this node is alone again.
                 if nodes.wait_for(|nodes| *nodes == 0).await.is_err() {
                     return;
                 }
@@ -98,11 +100,11 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
         }
         tracing::debug!(
             known = known.len(),
-            "alone: trying nodes that were known before"
+            "no node is known: dialing remembered nodes"
         );
         for some in known.chunks(AT_A_TIME) {
             let dials = some.iter().map(|(peer, address)| {
-                // Most of it is what the peers themselves once said.
+                // Most of these addresses were once reported by the peers themselves, so they are unverified.
                 let heard = Heard::new([address.clone()]);
                 timeout(DIAL, network.connect(*peer, heard))
             });
@@ -122,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_and_the_rest_passed_over() {
+    fn written_addresses_are_read_and_malformed_lines_ignored() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("peers");
         assert!(read(&path).is_empty());

@@ -18,7 +18,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Time between two looks while changes arrive.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How complete a document on this node is, compared with the connected holders; returned by
+/// The completeness of a document on this node, compared with the connected holders; returned by
 /// [`Doc::whole`](super::Doc::whole).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]

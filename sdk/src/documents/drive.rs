@@ -20,7 +20,7 @@ use weft_net::{Class, Network, PeerId, Stream, StreamProtocol};
 use weft_proto::frame;
 
 use super::{
-    holders::{self, Wish, find_holders},
+    holders::{self, SearchRequest, find_holders},
     key_of, peer_of,
 };
 use crate::discovery::{advertise::Advertiser, find::Discovery};
@@ -59,7 +59,7 @@ const FIRST: Duration = Duration::from_secs(10);
 pub(crate) struct Driver {
     pub(crate) documents: Documents,
     network: Network,
-    wishes: mpsc::UnboundedSender<Wish>,
+    requests: mpsc::UnboundedSender<SearchRequest>,
     advertiser: Advertiser,
     run: Run,
     /// Notified when a new document is held, or when holders of one have been connected to.
@@ -103,18 +103,23 @@ impl Driver {
             opened,
         };
         // Bounded by the number of documents, and by how often an application opens and removes documents.
-        let (wishes, wished) = mpsc::unbounded_channel();
+        let (requests, requested) = mpsc::unbounded_channel();
         let changed = Arc::new(Notify::new());
         let mut run = Run::default();
         if let Err(error) = getrandom::fill(&mut run) {
             tracing::warn!(%error, "no randomness: peers will notice restarts of this node late");
         }
         let network = discovery.network().clone();
-        let find = find_holders(discovery, documents.clone(), Arc::clone(&changed), wished);
+        let find = find_holders(
+            discovery,
+            documents.clone(),
+            Arc::clone(&changed),
+            requested,
+        );
         let driver = Arc::new(Self {
             documents,
             network,
-            wishes,
+            requests,
             advertiser,
             run,
             changed,
@@ -132,19 +137,19 @@ impl Driver {
         self.advertiser
             .register(holders::record(&id), holders::value(), holders::HOLDER);
         // Sending fails once the node has stopped: then no holders are needed.
-        let _ = self.wishes.send(Wish::Find(id));
+        let _ = self.requests.send(SearchRequest::Find(id));
         self.changed.notify_one();
     }
 
     /// Notes that a document is no longer held.
     pub(crate) fn drops(&self, id: DocumentId) {
         self.advertiser.remove(holders::record(&id));
-        let _ = self.wishes.send(Wish::Forget(id));
+        let _ = self.requests.send(SearchRequest::Forget(id));
     }
 }
 
 /// Advertises this node as a holder, and searches for holders, of the documents that it held before the restart.
-pub(crate) async fn hold_again(driver: Arc<Driver>) {
+pub(crate) async fn advertise_held(driver: Arc<Driver>) {
     let held = driver
         .documents
         .with(|replica| Ok(replica.ids().collect::<Vec<_>>()))

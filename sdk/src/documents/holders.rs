@@ -62,7 +62,7 @@ pub(super) fn value() -> Value {
 
 /// A request to [`find_holders`].
 #[derive(Debug)]
-pub(super) enum Wish {
+pub(super) enum SearchRequest {
     /// Finds holders of a document from now on.
     Find(DocumentId),
     /// Stops finding holders of a document.
@@ -111,7 +111,7 @@ pub(super) async fn find_holders(
     discovery: Discovery,
     documents: Documents,
     changed: Arc<Notify>,
-    mut wishes: mpsc::UnboundedReceiver<Wish>,
+    mut requests: mpsc::UnboundedReceiver<SearchRequest>,
 ) {
     let now = Instant::now();
     let mut meetings = discovery.dht().meetings();
@@ -135,10 +135,10 @@ pub(super) async fn find_holders(
             changed = nodes.changed(), if alone => if changed.is_err() {
                 return;
             },
-            wish = wishes.recv() => match wish {
+            request = requests.recv() => match request {
                 None => return,
-                Some(Wish::Find(id)) => finding.find(id),
-                Some(Wish::Forget(id)) => finding.forget(&id),
+                Some(SearchRequest::Find(id)) => finding.find(id),
+                Some(SearchRequest::Forget(id)) => finding.forget(&id),
             },
             Some(sought) = searches.join_next() => if let Ok(sought) = sought {
                 finding.sought(&sought);

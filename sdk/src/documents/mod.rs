@@ -20,7 +20,7 @@ use weft_crdt::{
 };
 use weft_net::PeerId;
 
-pub(crate) use self::drive::{Driver, Listener, PROTOCOL, drive, hold_again};
+pub(crate) use self::drive::{Driver, Listener, PROTOCOL, advertise_held, drive};
 pub use self::{
     completeness::{DocCompleteness, DocHolder},
     watch::{DocChange, DocWatch},

@@ -33,8 +33,8 @@ const LEAST: usize = SIZE / 4;
 /// missing reserve costs one write, which fails if there is no room.
 const EVERY: Duration = Duration::from_secs(30);
 
-/// Interval at which the node asks for the free bytes of a disk on which the reserve was given up. After a `gc` or `rm`,
-/// the reserve is then back before the disk fills again. Asking writes nothing.
+/// Interval at which the node asks for the free bytes of a disk on which the reserve was given up. After a `gc` or
+/// `rm`, the reserve is then back before the disk fills again. Asking writes nothing.
 const SOON: Duration = Duration::from_millis(500);
 
 /// The reserve of a home.

@@ -49,10 +49,10 @@ impl Announcer {
         let (store, id) = (self.store.clone(), model.id);
         let model = blocking(move || Ok(store.model(&id)?)).await?;
         let (provider, value) = self.provider(model.id);
-        let mut took = self.advertiser.state(provider, value, PROVIDER).await?;
+        let mut took = self.advertiser.publish(provider, value, PROVIDER).await?;
         for (name, _) in published(&model) {
             let (name, value) = self.name(model.id, name);
-            took = took.min(self.advertiser.state(name, value, NAME).await?);
+            took = took.min(self.advertiser.publish(name, value, NAME).await?);
         }
         Ok(took)
     }

@@ -749,7 +749,9 @@ pub(crate) fn find(store: &Store, text: &str) -> Result<store::Model, Error> {
         .filter(|model| model.id.to_string().starts_with(&prefix));
     match (matching.next(), matching.next()) {
         (Some(model), None) => Ok(model),
-        (Some(_), Some(_)) => Err(digits("several models have ids that begin with these digits; give more digits")),
+        (Some(_), Some(_)) => Err(digits(
+            "several models have ids that begin with these digits; give more digits",
+        )),
         (None, _) => Err(none()),
     }
 }

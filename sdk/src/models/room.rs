@@ -103,7 +103,10 @@ impl Node {
             let announcer = self.announcer().clone();
             self.spawn(async move {
                 if let Err(error) = announcer.withdraw(&model).await {
-                    tracing::debug!(model = %model.id, %error, "cannot withdraw the records of an evicted model; they will expire");
+                    tracing::debug!(
+                        model = %model.id, %error,
+                        "cannot withdraw the records of an evicted model; they will expire"
+                    );
                 }
             });
         }

@@ -109,9 +109,8 @@ impl FromStr for Ticket {
             return Err(damaged("its checksum is wrong"));
         }
         let message = match body {
-            [VERSION, message @ ..] => {
-                wire::Ticket::decode(message).map_err(|_| damaged("its content cannot be decoded"))?
-            }
+            [VERSION, message @ ..] => wire::Ticket::decode(message)
+                .map_err(|_| damaged("its content cannot be decoded"))?,
             _ => return Err(damaged("its version is not supported")),
         };
         let peers = message

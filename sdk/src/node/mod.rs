@@ -21,7 +21,7 @@ use weft_net::{
 use self::admission::Admission;
 use crate::{
     Builder, Docs, Error, Models, Records, Registries, Topics, Trust,
-    discovery::{advertise::Advertiser, find::Discovery, whereabouts},
+    discovery::{advertise::Advertiser, find::Discovery, known_addresses},
     documents::Driver,
     home::Home,
     models::{
@@ -189,7 +189,7 @@ impl Node {
 
     /// Checks that this node has a connected peer.
     /// # Errors
-    /// [`Error::Disconnected`] if this node is connected to nobody.
+    /// [`Error::Disconnected`] if this node has no connected peer.
     pub(crate) async fn is_connected(&self) -> Result<(), Error> {
         match self.inner.network.peers().await.is_empty() {
             true => Err(Error::Disconnected(self.bootstrap().await)),
@@ -229,7 +229,7 @@ impl Node {
             Err(error) => error,
         };
         self.meet().await;
-        let found = whereabouts::find(&self.inner.dht, &peer).await;
+        let found = known_addresses::find(&self.inner.dht, &peer).await;
         let found = found.map_err(|_| Error::Stopped)?;
         if found.is_empty() {
             return Err(error.into());

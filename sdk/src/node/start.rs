@@ -16,7 +16,7 @@ use super::{
     admission::{Admission, serve_all, serve_transfer},
 };
 use crate::{
-    discovery::{advertise::Advertiser, find::Discovery, relays, remembered, whereabouts},
+    discovery::{advertise::Advertiser, find::Discovery, known_addresses, relays, remembered},
     documents::{self, Driver},
     home::Home,
     models::{
@@ -164,22 +164,25 @@ impl Inner {
     /// Starts the tasks that renew records, find relays and remember peers. None of them holds a clone of the node.
     fn keep_up(&self, tasks: &mut JoinSet<()>) {
         let (dht, network) = (&self.dht, &self.network);
-        tasks.spawn(documents::hold_again(Arc::clone(&self.driver)));
+        tasks.spawn(documents::advertise_held(Arc::clone(&self.driver)));
         tasks.spawn(registry::keep_up(
             Arc::clone(&self.followed),
             Arc::clone(&self.driver),
         ));
         tasks.spawn(self.announcer.clone().announce_all());
-        tasks.spawn(records::say_again(dht.clone(), self.advertiser.clone()));
+        tasks.spawn(records::renew(dht.clone(), self.advertiser.clone()));
         let of_disk = self.store.clone();
         let free = move || of_disk.free().ok();
         tasks.spawn(self.home.reserve().clone().keep_up(free));
         tasks.spawn(remembered::remember(dht.clone(), self.home.peers()));
-        tasks.spawn(whereabouts::say_whether_reached(
+        tasks.spawn(known_addresses::report_reachability(
             dht.clone(),
             network.clone(),
         ));
-        tasks.spawn(whereabouts::tell(self.advertiser.clone(), network.clone()));
+        tasks.spawn(known_addresses::advertise(
+            self.advertiser.clone(),
+            network.clone(),
+        ));
         tasks.spawn(relays::find_relays(self.discovery.clone()));
     }
 }

@@ -254,12 +254,14 @@ mod tests {
     #[test]
     fn malformed_entries_are_ignored() {
         let entry = json!({
-            "manifest": "ab".repeat(32), "manifest_size": 1, "size": 2, "tensors": 3, "shard_groups": 1, "file_count": 1, "files": "2 a b\n", "published": 4,
+            "manifest": "ab".repeat(32), "manifest_size": 1, "size": 2, "tensors": 3, "shard_groups": 1,
+            "file_count": 1, "files": "2 a b\n", "published": 4,
         });
         let mut short = entry.clone();
         short["manifest"] = json!("ab");
         let content = json!({
-            "acme/a@main": entry, "acme/b": entry, "other/a@main": entry, "acme/c@main": short, "acme/d@main": 7, "x": {},
+            "acme/a@main": entry, "acme/b": entry, "other/a@main": entry, "acme/c@main": short,
+            "acme/d@main": 7, "x": {},
         });
         let Value::Object(content) = content else {
             unreachable!()

@@ -157,7 +157,10 @@ impl Root {
             return Ok(None);
         }
         if details.log_bytes > MAX_LOG {
-            tracing::warn!(registry = %id, bytes = details.log_bytes, "registry is too large to be read; its owner can compact it");
+            tracing::warn!(
+                registry = %id, bytes = details.log_bytes,
+                "registry is too large to be read; its owner can compact it"
+            );
             return Ok(None);
         }
         let publishers = match get("publishers")? {
@@ -165,7 +168,10 @@ impl Root {
             _ => serde_json::Map::new(),
         };
         if publishers.len() > MAX_CATALOGUES {
-            tracing::warn!(registry = %id, of = publishers.len(), "registry has too many publishers; only the first {MAX_CATALOGUES} count");
+            tracing::warn!(
+                registry = %id, of = publishers.len(),
+                "registry has too many publishers; only the first {MAX_CATALOGUES} count"
+            );
         }
         let catalogue = |key: &String| {
             let (peer, pattern) = key.split_once(' ')?;

@@ -111,7 +111,9 @@ impl Announced {
         check_labels(&labels)?;
         let labels = Arc::new(Mutex::new(labels));
         let (id, value) = record(name, Arc::clone(&labels));
-        let presence = node.advertiser().be_present(id, value, Terms::PRESENCE);
+        let presence = node
+            .advertiser()
+            .register_while_held(id, value, Terms::PRESENCE);
         Ok(Self {
             labels,
             presence: Arc::new(presence),

@@ -573,7 +573,10 @@ impl Service {
                 let was_reached = matches!(session, Ok(Ok(_)));
                 let failed = match session {
                     Err(_) => {
-                        let text = format!("cannot reach {peer}: no connection within {} s", reach.as_secs());
+                        let text = format!(
+                            "cannot reach {peer}: no connection within {} s",
+                            reach.as_secs()
+                        );
                         unreached(text)
                     }
                     Ok(Err(status)) => status,

@@ -35,8 +35,8 @@ const IDLE: Duration = Duration::from_secs(120);
 /// Number of remembered slots at which those without a session are forgotten.
 const REMEMBERED: usize = 256;
 
-/// Bytes of answers that have come and wait to be taken, of all sessions together. One peer may have an eighth of it,
-/// and more only while three eighths are free: an answer may be as large as 260 MiB.
+/// The most bytes of answers that have arrived and wait for the caller, of all sessions together. One peer may have an
+/// eighth of them, and more only while three eighths are free: an answer may be as large as 260 MiB.
 const ANSWERS: usize = 512 << 20;
 
 /// The sessions of a node, for calls to other nodes.

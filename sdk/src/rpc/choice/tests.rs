@@ -140,7 +140,7 @@ fn labels_are_matched_and_records_replaced_and_withdrawn() {
 }
 
 /// Returns the record of an offer of which only the address is known.
-fn stated(keys: &Keypair, address: &str, sequence: u64) -> Record {
+fn offer_record(keys: &Keypair, address: &str, sequence: u64) -> Record {
     let address: Multiaddr = address.parse().unwrap();
     let claim = wire::ServiceClaim {
         addresses: vec![address.to_vec().into()],
@@ -161,17 +161,21 @@ fn false_offers_evict_neither_answering_peers_nor_those_of_other_networks() {
     let at = |n: usize| format!("/ip4/203.0.{}.{}/tcp/1", 113 + n % 2, n % 250 + 1);
     // In the network of the false offers, which does not count against peers that answer.
     let first = [(&proven, at(1)), (&connected, at(2))];
-    let first = first.map(|(keys, address)| stated(keys, &address, 1));
+    let first = first.map(|(keys, address)| offer_record(keys, &address, 1));
     state.learn(own, &first, now);
     state.of.get_mut(&ids[0]).unwrap().proven = true;
     let path = Path::of(&DIRECT.parse().unwrap());
     state.of.get_mut(&ids[1]).unwrap().path = Some((path, None));
     let liars: Vec<_> = (0..2 * MAX_OFFERS)
-        .map(|n| stated(&keys(), &at(n), 1))
+        .map(|n| offer_record(&keys(), &at(n), 1))
         .collect();
     state.learn(own, &liars[..MAX_OFFERS], now);
     assert_eq!(state.of.len(), MAX_OFFERS);
-    state.learn(own, &[stated(&honest, "/ip4/198.51.100.1/tcp/1", 1)], now);
+    state.learn(
+        own,
+        &[offer_record(&honest, "/ip4/198.51.100.1/tcp/1", 1)],
+        now,
+    );
     state.learn(own, &liars[MAX_OFFERS..], now);
     assert_eq!(state.of.len(), MAX_OFFERS);
     assert!(ids.iter().all(|id| state.of.contains_key(id)));
