@@ -217,8 +217,8 @@ reasons! {
 
     /// A manifest, or the result of a selection, is invalid.
     InvalidContent: "INVALID_CONTENT", Some(Code::DataLoss), FAILED,
-        "Nothing was written. Weft never writes an invalid manifest, so its publisher may be malicious: choose\n\
-         another publisher with --publisher PEERID, or another name or ticket.";
+        "Nothing was written. Weft never writes an invalid manifest, so its publisher may be malicious:\n\
+         choose another publisher with --publisher PEERID, or another name or ticket.";
     /// The document is damaged on disk.
     DocumentDamaged: "DOCUMENT_DAMAGED", Some(Code::DataLoss), DAMAGED,
         "`weft doc open ID` keeps the readable part, and fetches the rest from the document's holders.";

@@ -762,7 +762,7 @@ async fn each_violation_ends_the_session_and_is_named() {
         .unwrap()
         .unwrap()
         .unwrap_err();
-    assert!(error.to_string().contains("no hello"), "{error}");
+    assert!(error.to_string().contains("not a hello"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

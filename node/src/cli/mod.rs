@@ -38,7 +38,7 @@ pub(crate) use self::{
     disable_help_flag = true
 )]
 pub(crate) struct Cli {
-    /// Folder with the node's key, store and databases [env: WEFT_HOME]
+    /// Folder with the node's key and store [env: WEFT_HOME]
     #[arg(long, global = true, value_name = "DIR", help_heading = "General")]
     pub(crate) home: Option<PathBuf>,
 

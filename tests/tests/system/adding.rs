@@ -142,7 +142,7 @@ fn removing_one_of_several_names_keeps_the_model_and_removing_the_last_removes_i
 
     // Moving a name says which model it was taken from.
     let moved = home.run(&["add", text(&other), "--name", "me/a"]);
-    assert!(moved.stderr.contains("taken from the model"), "{moved:#?}");
+    assert!(moved.stderr.contains("moved from the model"), "{moved:#?}");
     assert!(moved.stderr.contains(id), "{moved:#?}");
     let short = home.run(&["show", &id[..3]]);
     assert!(short.stderr.contains("first six digits"), "{short:#?}");

@@ -39,7 +39,7 @@ fn a_service_in_python_is_called_from_another_node() {
     assert_eq!(answered.stdout, "{\"text\":\"a token\"}\n", "{answered:?}");
     for (arguments, code, says) in [
         (&["no.Such/Method"][..], 3, "no service no.Such"),
-        (&["example.echo.v1.Echo/Sing"], 3, "It has Say"),
+        (&["example.echo.v1.Echo/Sing"], 3, "Its methods are Say"),
         (&[METHOD, "--data", "{"], 2, "not a example.echo.v1.Text"),
         (&[METHOD, "--data", r#"{"txt": 1}"#], 2, "txt"),
         (&[METHOD, "--metadata", "x"], 2, "NAME=VALUE"),

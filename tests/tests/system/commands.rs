@@ -453,7 +453,7 @@ fn a_restart_waits_for_the_node_that_is_stopping() {
     let mut line = String::new();
     let mut errors = BufReader::new(child.stderr.take().unwrap());
     errors.read_line(&mut line).unwrap();
-    assert!(line.contains("waiting until"), "{line}");
+    assert!(line.contains("waiting for the node"), "{line}");
     drop(stopping);
     let _up = Daemon::wait_for_child(child);
     // The program does not wait for a node that keeps running.

@@ -134,7 +134,7 @@ fn a_cache_is_published_where_it_is_and_fetched_into_another() {
         "{words:#?}"
     );
     assert!(
-        words.stderr.contains("1 problem: not everything"),
+        words.stderr.contains("1 problem: not all models"),
         "{words:#?}"
     );
     for (repo, code, says) in [

@@ -198,13 +198,13 @@ fn following_an_unreachable_registry_reports_it_at_once_and_says_what_to_do() {
     one.json(&["connect", other_up.address()]);
     // Only the first message shows that the command waits: it is stopped long before the wait is over.
     let mut follow = one.start(&["registry", "follow", &unknown, "--wait", "1h"]);
-    follow.wait_for_error("looking for a node that has the registry");
+    follow.wait_for_error("looking for a node with the registry");
     follow.signal(Signal::INT);
     follow.finish();
     let followed = one.run(&["registry", "follow", &unknown, "--wait", "1s"]);
     assert_eq!(followed.code(), Some(0), "{followed:#?}");
     assert!(
-        followed.stdout.contains("nothing is here yet"),
+        followed.stdout.contains("not arrived yet"),
         "{followed:#?}"
     );
     for says in ["weft registry ls", "weft registry unfollow", &unknown] {

@@ -61,7 +61,7 @@ fn services_by_name_at_the_command_line() {
         (
             &["--attach", &format!("F32:2x2:{}", file.display())],
             2,
-            "is not 4 bytes",
+            "has 4 bytes",
         ),
     ] {
         let failed = calling.run(&[&say[..], arguments].concat());
