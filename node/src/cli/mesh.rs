@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use weft::{PeerId, Rule};
 
-use super::{address::peer_id, units::rate, up::AccessOptions};
+use super::{address::peer_id, units::rate};
 
 #[derive(Debug, Args)]
 pub(crate) struct Connect {
@@ -48,10 +48,15 @@ pub(crate) struct RatesChange {
 
 #[derive(Debug, Args)]
 pub(crate) struct AccessChange {
-    #[command(flatten)]
-    pub(crate) add: AccessOptions,
+    /// Add a rule to the allow list: a PeerId, or a network such as 192.0.2.0/24; may be repeated
+    #[arg(long, value_name = "RULE")]
+    pub(crate) allow: Vec<Rule>,
 
-    /// Remove a rule from both lists; may be repeated
+    /// Add a rule to the block list: a PeerId, or a network such as 192.0.2.0/24; may be repeated
+    #[arg(long, value_name = "RULE")]
+    pub(crate) block: Vec<Rule>,
+
+    /// Remove a rule from both lists: a PeerId, or a network such as 192.0.2.0/24; may be repeated
     #[arg(long, value_name = "RULE")]
     pub(crate) remove: Vec<Rule>,
 }

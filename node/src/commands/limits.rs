@@ -97,8 +97,8 @@ pub(super) async fn access(
 ) -> Result<(), Failure> {
     let text = |rules: &[weft::Rule]| rules.iter().map(ToString::to_string).collect::<Vec<_>>();
     let change = api::ChangeAccessRequest {
-        allow: text(&options.add.allow),
-        block: text(&options.add.block),
+        allow: text(&options.allow),
+        block: text(&options.block),
         remove: text(&options.remove),
     };
     let unchanged = change == api::ChangeAccessRequest::default();
