@@ -16,11 +16,11 @@
 //!     .spawn()
 //!     .await?;
 //!
-//! Publish a folder of weights. The files stay in place.
+//! // Publish a folder of weights. The files stay in place.
 //! let added = node.models().add("/models/llama").name("acme/llama".parse()?).start().await?;
 //! println!("{} is {}", added.ticket, added.model.id);
 //!
-//! Fetch a model by name, and show progress.
+//! // Fetch a model by name, and show progress.
 //! let mut get = node.models().get("acme/mistral".parse()?).to("/models/mistral").start();
 //! while let Some(progress) = get.next().await {
 //!     println!("{} of {} bytes", progress.bytes_done, progress.bytes_total);
@@ -30,10 +30,21 @@
 //! # }
 //! ```
 //!
+//! # Overview
+//!
+//! [`Builder`] configures and starts a node, and the node hands out a handle to each of its parts:
+//!
+//! - [`Node::models`]: publish, fetch, open, verify and remove models.
+//! - [`Node::registries`] and [`Node::trust`]: decide which publishers' model names count.
+//! - [`Node::rpc`]: call services of other nodes, and offer services to them.
+//! - [`Node::topics`]: publish messages and subscribe to them.
+//! - [`Node::records`]: publish, read and watch small signed records in the DHT.
+//! - [`Node::docs`]: create, edit and watch replicated documents.
+//!
 //! # Handles and cancellation
 //!
-//! [`Node`] and the handles that its methods return, such as [`Models`] and [`Docs`], are cheap to clone. Dropping
-//! the last handle stops the node; [`Node::shutdown`] stops it in order. All methods need a Tokio runtime.
+//! A [`Node`] and its handles are cheap to clone. Dropping the last of them stops the node; [`Node::shutdown`] stops it
+//! gracefully. A node runs in the Tokio runtime in which it was started.
 //!
 //! Long work is an [`Operation`]: a stream of progress and a future of the result. Dropping an operation stops the
 //! work. Content that was verified until then is kept, so the next attempt goes on from there.

@@ -183,8 +183,8 @@ impl Topics {
 
     /// Publishes a message to all subscribers of a topic. Returns the number of connected peers that have subscribed.
     ///
-    /// If no connected peer has subscribed, first searches for subscribers for up to five seconds. A result of zero
-    /// is not an error: no subscriber could be found now.
+    /// If no connected peer has subscribed, first searches for subscribers for up to five seconds, at most once in 30
+    /// seconds for each topic. A result of zero is not an error: no subscriber could be found now.
     ///
     /// # Errors
     /// [`Error::Topic`] if the topic's name or the message breaks a limit; [`Error::Stopped`] after a shutdown.

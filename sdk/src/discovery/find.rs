@@ -209,7 +209,7 @@ impl Discovery {
     /// all.
     ///
     /// # Errors
-    /// [`DhtError::Stopped`], and other failures of the DHT.
+    /// [`DhtError::Stopped`] after the network has stopped.
     pub(crate) async fn find(
         &self,
         key: &[u8],

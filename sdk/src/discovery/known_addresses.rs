@@ -32,7 +32,7 @@ fn peer_key(peer: &PeerId) -> Vec<u8> {
 /// Returns the addresses that `peer` claims in its record. They are unverified.
 ///
 /// # Errors
-/// [`DhtError::Stopped`], and other failures of the DHT.
+/// [`DhtError::Stopped`] after the network has stopped.
 pub(crate) async fn find(dht: &Dht, peer: &PeerId) -> Result<Heard, DhtError> {
     // Only the peer's own record counts. All records are read, because other nodes may have published some under the
     // key.

@@ -103,7 +103,7 @@ fn relay_subject(relay: &PeerId) -> [u8; 32] {
 /// Connects to a few relays from the DHT.
 ///
 /// # Errors
-/// [`DhtError::Stopped`], and other failures of the DHT.
+/// [`DhtError::Stopped`] after the network has stopped.
 async fn try_relays(discovery: &Discovery, shard: &mut u8) -> Result<Round, DhtError> {
     let mut all = Round::default();
     for _ in 0..SHARDS {

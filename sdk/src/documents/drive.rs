@@ -107,7 +107,7 @@ impl Driver {
         let changed = Arc::new(Notify::new());
         let mut run = Run::default();
         if let Err(error) = getrandom::fill(&mut run) {
-            tracing::warn!(%error, "no randomness: peers will notice restarts of this node late");
+            tracing::warn!(%error, "cannot get random bytes: peers will notice restarts of this node late");
         }
         let network = discovery.network().clone();
         let find = find_holders(

@@ -572,7 +572,7 @@ impl Doc {
 
 /// Edits that become one change; see [`Doc::transaction`]. Nothing happens before [`commit`](Self::commit).
 #[derive(Debug)]
-#[must_use = "nothing is done before it is committed"]
+#[must_use = "nothing happens before commit()"]
 pub struct Transaction {
     doc: Doc,
     edits: Vec<Edit>,
@@ -709,7 +709,7 @@ pub(crate) fn start(
     let mut entropy = [0; 32];
     getrandom::fill(&mut entropy).map_err(|error| {
         weft_crdt::Error::from(weft_crdt::StoreError::Other(format!(
-            "no randomness: {error}"
+            "cannot get random bytes from the system: {error}"
         )))
     })?;
     let identity = weft_crdt::Identity::from_secret(secret);

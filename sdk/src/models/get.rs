@@ -420,7 +420,7 @@ impl Work {
         match self.node.turns().try_take(id) {
             Some(turn) => turn,
             None => {
-                self.wait_for("another get of the same model");
+                self.wait_for("another fetch of the same model");
                 self.node.turns().take(id, true).await
             }
         }

@@ -254,8 +254,8 @@ impl Models {
     ///
     /// # Errors
     /// [`Error::NoSuchName`], [`Error::SeveralPublishers`] or [`Error::NotListed`] if a name cannot be resolved;
-    /// [`Error::NoProvider`] if the manifest is neither here nor sent by any provider; [`Error::NoSuchFile`] if the
-    /// model has no file at `path`.
+    /// [`Error::NoProvider`] if the manifest is neither here nor sent by any provider; [`Error::Disconnected`] if
+    /// there is no peer to ask; [`Error::NoSuchFile`] if the model has no file at `path`.
     pub async fn open(&self, target: Target, path: &str) -> Result<Reader, Error> {
         Reader::open(&self.node, target, None, path).await
     }

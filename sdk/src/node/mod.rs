@@ -210,8 +210,7 @@ impl Node {
     /// dials those. The returned path is the best one available now; a better one may replace it later.
     ///
     /// # Errors
-    /// [`Error::Connect`] if no address works, after a little more than a minute at the latest; [`Error::Stopped`]
-    /// after a shutdown.
+    /// [`Error::Connect`] if no address works, after a little more than a minute at the latest.
     pub async fn connect(
         &self,
         peer: PeerId,
@@ -312,11 +311,10 @@ impl Node {
         Models::new(self.clone())
     }
 
-    /// Stops the node in order: withdraws records that hold only while it runs (for two seconds at most), ends its
+    /// Stops the node gracefully: withdraws records that hold only while it runs (for two seconds at most), ends its
     /// services, closes its connections and stops its background tasks.
     ///
-    /// Calls on remaining handles fail with [`Error::Stopped`]. The home is free for another node when the last
-    /// handle is dropped.
+    /// Calls on remaining handles then fail. The home is free for another node when the last handle is dropped.
     pub async fn shutdown(&self) {
         self.inner.advertiser.leave().await;
         // Handlers of calls may hold a clone of this node, and with it the home.

@@ -368,7 +368,8 @@ impl Swarm {
         self.note_other_fetchers();
     }
 
-    /// If others are fetching the same model, this node fetches parts that they lack first.
+    /// Tells the transfer whether others fetch the same model. Each node then fetches different parts first, so that they
+    /// can fetch from each other.
     fn note_other_fetchers(&self) {
         let others = self.members.values().any(|one| one.offers && !one.complete);
         self.transfer.set_crowded(others);

@@ -47,7 +47,7 @@ const MAX_PROVIDERS: usize = 32;
 const RACE: usize = 4;
 
 /// Time without an answer after which as many other providers are dialed beside the first ones, and the most dials in
-/// all. Where nodes come and go, most listed providers may be dead, and a dial of a dead peer takes long to fail.
+/// all. Most listed providers may be dead where nodes come and go, and a dial of a dead peer takes long to fail.
 const STAGGER: Duration = Duration::from_millis(500);
 const MAX_RACE: usize = 16;
 
@@ -292,7 +292,7 @@ async fn connected(node: &Node) -> HashSet<PeerId> {
 /// Finds providers of a model or a part of it in the DHT: all that can be found, or some. This node is left out.
 ///
 /// # Errors
-/// [`Error::Stopped`] after a shutdown, and other failures of the DHT.
+/// [`Error::Stopped`] after a shutdown.
 pub(crate) async fn find_providers(
     node: &Node,
     model: &Hash,
