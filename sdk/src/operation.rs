@@ -16,7 +16,7 @@ use tokio::{
 use crate::Error;
 
 /// Interval between progress reports: short enough for a smooth bar, long enough to cost nothing.
-const EVERY: Duration = Duration::from_millis(100);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Work under way, such as a fetch.
 ///
@@ -50,7 +50,7 @@ where
         sample: impl Fn() -> P + Send + Sync + 'static,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Self {
-        let mut tick = interval(EVERY);
+        let mut tick = interval(PROGRESS_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             sample: Box::new(sample),

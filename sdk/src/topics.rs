@@ -28,20 +28,20 @@ use crate::{
 };
 
 /// Number of subscribers that a node connects to, if there are as many: as many as gossipsub passes a message on to.
-const ENOUGH: usize = 6;
+const WANTED_SUBSCRIBERS: usize = 6;
 
 /// The first and the longest pause between two searches for subscribers.
-const LOOK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+const SEARCH_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// Longest search for subscribers by a publisher that knows none, and the shortest time between two such searches.
-const FIND: Duration = Duration::from_secs(5);
-const FIND_AGAIN: Duration = Duration::from_secs(30);
+const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
+const SEARCH_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The most topics for which the time of the last search is remembered.
-const MAX_LOOKED: usize = 256;
+const MAX_SEARCHED: usize = 256;
 
 /// Pause between two looks at a new peer's subscriptions, which arrive right after the connection opens.
-const EXCHANGE: Duration = Duration::from_millis(20);
+const SUBSCRIPTION_POLL: Duration = Duration::from_millis(20);
 
 fn key(topic: &str) -> Vec<u8> {
     // The topic is hashed because its name may be longer than a key.
@@ -197,7 +197,7 @@ impl Topics {
             self.node.meet().await;
             let finder = Finder::new(&self.node);
             // A search that takes longer counts as having found nobody.
-            let _ = timeout(FIND, finder.look(topic)).await;
+            let _ = timeout(SEARCH_TIMEOUT, finder.look(topic)).await;
         }
         Ok(topics.publish(topic, data.into()).await?)
     }
@@ -220,8 +220,8 @@ impl Topics {
         let (mut known, now) = (self.known(), Instant::now());
         known
             .looked
-            .retain(|_, at| now.duration_since(*at) < FIND_AGAIN);
-        if known.looked.contains_key(topic) || known.looked.len() >= MAX_LOOKED {
+            .retain(|_, at| now.duration_since(*at) < SEARCH_INTERVAL);
+        if known.looked.contains_key(topic) || known.looked.len() >= MAX_SEARCHED {
             return false;
         }
         known.looked.insert(topic.to_owned(), now);
@@ -238,7 +238,7 @@ impl Finder {
     }
 
     async fn keep_looking(&self, topic: &str) {
-        let mut pause = LOOK.0;
+        let mut pause = SEARCH_PAUSE.0;
         let mut meetings = self.0.dht().meetings();
         loop {
             meetings.mark_unchanged();
@@ -247,10 +247,10 @@ impl Finder {
             };
             let subject = weft_dht::place(&key(topic));
             self.0.proved(&subject, peers.iter().copied());
-            if peers.len() >= ENOUGH || self.look(topic).await == 0 {
-                pause = (pause * 2).min(LOOK.1);
+            if peers.len() >= WANTED_SUBSCRIBERS || self.look(topic).await == 0 {
+                pause = (pause * 2).min(SEARCH_PAUSE.1);
             } else {
-                pause = LOOK.0;
+                pause = SEARCH_PAUSE.0;
             }
             tokio::select! {
                 () = sleep(pause) => {}
@@ -259,7 +259,7 @@ impl Finder {
                         return;
                     }
                     // The new node may know more subscribers.
-                    sleep(LOOK.0).await;
+                    sleep(SEARCH_PAUSE.0).await;
                 }
             }
         }
@@ -269,7 +269,7 @@ impl Finder {
     async fn look(&self, topic: &str) -> usize {
         let topics = self.0.network().topics();
         let subscribed = topics.peers(topic).await.map_or(0, |peers| peers.len());
-        let wanted = ENOUGH.saturating_sub(subscribed);
+        let wanted = WANTED_SUBSCRIBERS.saturating_sub(subscribed);
         let round = self.0.find(&key(topic), Terms::PRESENCE.ttl, wanted).await;
         let reached = round.unwrap_or_default().reached;
         // Waits until the new peers have sent their subscriptions, for at most one second.
@@ -278,7 +278,7 @@ impl Finder {
             if reached == 0 || now.map_or(true, |now| now.len() > subscribed) {
                 break;
             }
-            sleep(EXCHANGE).await;
+            sleep(SUBSCRIPTION_POLL).await;
         }
         reached
     }

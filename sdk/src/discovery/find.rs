@@ -22,14 +22,14 @@ use crate::discovery::addresses::addresses_of;
 
 /// The first and the longest pause after a peer did not prove its record. The pause doubles each time. The first is as
 /// long as a node takes to restart; the longest is a quarter of the lifetime of a document's record.
-const PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(30 * 60));
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(30 * 60));
 
 /// The most failed attempts that are remembered, over all subjects, at some 100 bytes each. A full table forgets the
 /// peer whose pause ends next.
 const MAX_REMEMBERED: usize = 4096;
 
 /// Share of its lifetime after which a record is stale: all kinds are renewed when a third is over.
-const STALE: f64 = 0.4;
+const STALE_SHARE: f64 = 0.4;
 
 /// The most dials for one subject in one round, for each wanted peer. Each failure makes room for the next candidate.
 const DIALS_PER_WANTED: usize = 4;
@@ -39,7 +39,7 @@ const DIALS_PER_WANTED: usize = 4;
 const STAGGER: Duration = Duration::from_secs(1);
 
 /// The longest time for one connection attempt.
-const CONNECT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The subject of a search: the position of a DHT key in the key space.
 pub(crate) type Subject = [u8; 32];
@@ -74,7 +74,7 @@ impl FailedAttempt {
     /// shortens the pause to the first one.
     fn holds(&self, sequence: u64, now: Instant) -> bool {
         let pause = match sequence > self.sequence {
-            true => PAUSE.0,
+            true => RETRY_PAUSE.0,
             false => self.pause,
         };
         now < self.at + pause
@@ -128,8 +128,8 @@ impl Chooser {
             self.0.remove(&next);
         }
         let pause = match self.0.get(&key) {
-            Some(known) => (known.pause * 2).min(PAUSE.1),
-            None => PAUSE.0,
+            Some(known) => (known.pause * 2).min(RETRY_PAUSE.1),
+            None => RETRY_PAUSE.0,
         };
         let known = FailedAttempt {
             at: now,
@@ -142,7 +142,7 @@ impl Chooser {
     /// Shortens all pauses to the first one: on another network, other peers are within reach.
     fn start_over(&mut self) {
         for known in self.0.values_mut() {
-            known.pause = known.pause.min(PAUSE.0);
+            known.pause = known.pause.min(RETRY_PAUSE.0);
         }
     }
 
@@ -245,7 +245,7 @@ impl Discovery {
                 peer,
                 network: heard.network(),
                 sequence: record.sequence(),
-                is_fresh: record.remaining() > ttl.mul_f64(1.0 - STALE),
+                is_fresh: record.remaining() > ttl.mul_f64(1.0 - STALE_SHARE),
             });
             addresses.insert(peer, heard);
         }
@@ -263,7 +263,7 @@ impl Discovery {
                 self.chooser().tried(subject, &candidate, Instant::now());
                 let heard = addresses.remove(&candidate.peer).unwrap_or_default();
                 let dial = self.network.connect(candidate.peer, heard);
-                dials.push(timeout(CONNECT, dial));
+                dials.push(timeout(CONNECT_TIMEOUT, dial));
                 round.tried += 1;
             }
             tokio::select! {
@@ -353,7 +353,7 @@ mod tests {
         let (mut chooser, mut now) = (Chooser::default(), Instant::now());
         let peer = candidate(1, true);
         let mut random = fastrand::Rng::with_seed(1);
-        let mut expected = PAUSE.0;
+        let mut expected = RETRY_PAUSE.0;
         for _ in 0..10 {
             chooser.tried([0; 32], &peer, now);
             let before = now + expected - Duration::from_millis(1);
@@ -365,7 +365,7 @@ mod tests {
             assert!(!tries(before));
             assert!(tries(now + expected));
             now += expected;
-            expected = (expected * 2).min(PAUSE.1);
+            expected = (expected * 2).min(RETRY_PAUSE.1);
         }
         // Another subject has its own pauses.
         assert!(
@@ -397,7 +397,7 @@ mod tests {
                 .is_empty()
         };
         assert!(!tries(now));
-        assert!(tries(now + PAUSE.0));
+        assert!(tries(now + RETRY_PAUSE.0));
     }
 
     #[test]

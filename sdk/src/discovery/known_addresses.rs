@@ -15,7 +15,7 @@ use crate::discovery::{
 };
 
 /// Terms of the records of a node's addresses, and of a relay's.
-pub(crate) const NODE: Terms = Terms {
+pub(crate) const ADDRESS_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Presence,
     has_addresses: true,
@@ -23,7 +23,7 @@ pub(crate) const NODE: Terms = Terms {
 };
 
 /// Interval at which reachability is checked if no change is reported.
-const REACHED: Duration = Duration::from_secs(15);
+const REACHABILITY_INTERVAL: Duration = Duration::from_secs(15);
 
 fn peer_key(peer: &PeerId) -> Vec<u8> {
     format!("peer/{peer}").into_bytes()
@@ -52,7 +52,7 @@ pub(crate) async fn advertise(advertiser: Advertiser, network: Network) {
     let value = || Value::of(|addresses| wire::PeerClaim { addresses }.encode_to_vec());
     // The first addresses arrive one after the other.
     sleep(SETTLE).await;
-    advertiser.register(RecordId::of(peer_key(&own)), value(), NODE);
+    advertiser.register(RecordId::of(peer_key(&own)), value(), ADDRESS_TERMS);
     let mut was_relay = false;
     loop {
         addresses.mark_unchanged();
@@ -60,7 +60,7 @@ pub(crate) async fn advertise(advertiser: Advertiser, network: Network) {
         let before = std::mem::replace(&mut was_relay, is_relay);
         let relay = RecordId::of(relay_key(&own));
         match (before, is_relay) {
-            (false, true) => advertiser.register(relay, value(), NODE),
+            (false, true) => advertiser.register(relay, value(), ADDRESS_TERMS),
             (true, false) => advertiser.remove(relay),
             _ => {}
         }
@@ -84,7 +84,7 @@ pub(crate) async fn report_reachability(dht: Dht, network: Network) {
         }
         tokio::select! {
             changed = addresses.changed() => if changed.is_err() { return },
-            () = sleep(REACHED) => {}
+            () = sleep(REACHABILITY_INTERVAL) => {}
         }
     }
 }

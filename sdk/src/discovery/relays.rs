@@ -9,7 +9,7 @@ use weft_net::PeerId;
 use crate::discovery::{
     advertise::SMALL_MESH,
     find::{Discovery, Round},
-    known_addresses::NODE,
+    known_addresses::ADDRESS_TERMS,
 };
 
 /// Number of keys over which the records of relays are spread, so that no node stores all of them.
@@ -17,10 +17,10 @@ const SHARDS: u8 = 16;
 
 /// The first and the longest pause between two searches of a node that lacks relays. Each search makes up to sixteen
 /// lookups, and a mesh may have no relay.
-const LOOK: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
+const SEARCH_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
 
 /// Number of relays that are connected to at a time, to find out which are near.
-const TRY: usize = 4;
+const WANTED_RELAYS: usize = 4;
 
 /// Returns the key under which a relay publishes its addresses.
 pub(crate) fn relay_key(relay: &PeerId) -> Vec<u8> {
@@ -45,7 +45,7 @@ pub(crate) async fn find_relays(discovery: Discovery) {
     }
     let mut addresses = network.watch_addresses();
     let mut meetings = dht.meetings();
-    let mut pause = LOOK.0;
+    let mut pause = SEARCH_PAUSE.0;
     // Each node begins with another key.
     let mut shard = shard_of(&network.local_peer());
     loop {
@@ -63,13 +63,13 @@ pub(crate) async fn find_relays(discovery: Discovery) {
                 return;
             };
             pause = match round.reached {
-                0 => (pause * 2).min(LOOK.1),
-                _ => LOOK.0,
+                0 => (pause * 2).min(SEARCH_PAUSE.1),
+                _ => SEARCH_PAUSE.0,
             };
         } else {
-            pause = LOOK.0;
+            pause = SEARCH_PAUSE.0;
         }
-        let (soonest, latest) = (Instant::now() + LOOK.0, Instant::now() + pause);
+        let (soonest, latest) = (Instant::now() + SEARCH_PAUSE.0, Instant::now() + pause);
         loop {
             tokio::select! {
                 // A reservation may have been lost.
@@ -110,10 +110,12 @@ async fn try_relays(discovery: &Discovery, shard: &mut u8) -> Result<Round, DhtE
         let key = key_of(*shard);
         // The next search begins with the relays under another key.
         *shard = (*shard + 1) % SHARDS;
-        let round = discovery.find(&key, NODE.ttl, TRY - all.reached).await?;
+        let round = discovery
+            .find(&key, ADDRESS_TERMS.ttl, WANTED_RELAYS - all.reached)
+            .await?;
         all.reached += round.reached;
         all.tried += round.tried;
-        if all.reached >= TRY || all.tried >= TRY * 4 {
+        if all.reached >= WANTED_RELAYS || all.tried >= WANTED_RELAYS * 4 {
             break;
         }
     }

@@ -15,20 +15,20 @@ use weft_net::{Heard, Multiaddr, Network, PeerId, split_peer_id};
 use crate::home::lines;
 
 /// The most addresses that are remembered.
-const MOST: usize = 128;
+const MAX_ADDRESSES: usize = 128;
 
 /// Interval at which changed addresses are written, and the delay after the first node is met.
-const PERIOD: Duration = Duration::from_secs(300);
-const SOON: Duration = Duration::from_secs(5);
+const WRITE_INTERVAL: Duration = Duration::from_secs(300);
+const FIRST_WRITE: Duration = Duration::from_secs(5);
 
 /// Time for bootstrap nodes and the local network before remembered nodes are tried, and the longest pause between
 /// two rounds.
-const FIRST: Duration = Duration::from_secs(3);
-const LAST: Duration = Duration::from_secs(120);
+const FIRST_PAUSE: Duration = Duration::from_secs(3);
+const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 
 /// Number of peers that are dialed at a time, and the longest time for a dial.
-const AT_A_TIME: usize = 4;
-const DIAL: Duration = Duration::from_secs(10);
+const MAX_DIALS: usize = 4;
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reads the file, which has an address that ends in `/p2p/<PeerId>` on each line. Malformed lines are ignored,
 /// because the file holds only hints.
@@ -41,7 +41,7 @@ pub(crate) fn read(path: &Path) -> Vec<(PeerId, Multiaddr)> {
         let (address, peer) = split_peer_id(line.parse().ok()?);
         Some((peer?, address))
     });
-    addresses.take(MOST).collect()
+    addresses.take(MAX_ADDRESSES).collect()
 }
 
 /// Writes the known nodes to the file from time to time. Ends with the network.
@@ -51,9 +51,9 @@ pub(crate) async fn remember(dht: Dht, path: PathBuf) {
     if nodes.wait_for(|nodes| *nodes > 0).await.is_err() {
         return;
     }
-    sleep(SOON).await;
+    sleep(FIRST_WRITE).await;
     loop {
-        let Ok(routes) = dht.routes(MOST).await else {
+        let Ok(routes) = dht.routes(MAX_ADDRESSES).await else {
             return;
         };
         let text: Vec<String> = routes.iter().map(ToString::to_string).collect();
@@ -70,7 +70,7 @@ pub(crate) async fn remember(dht: Dht, path: PathBuf) {
                 Err(_) => return,
             }
         }
-        sleep(PERIOD).await;
+        sleep(WRITE_INTERVAL).await;
     }
 }
 
@@ -80,7 +80,7 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
         return;
     }
     let mut nodes = dht.nodes();
-    let mut pause = FIRST;
+    let mut pause = FIRST_PAUSE;
     loop {
         let until = Instant::now() + pause;
         let met = async { nodes.wait_for(|nodes| *nodes > 0).await.is_ok() };
@@ -89,7 +89,7 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
                 if !found {
                     return;
                 }
-                pause = FIRST;
+                pause = FIRST_PAUSE;
                 // Waits until this node is alone again.
                 if nodes.wait_for(|nodes| *nodes == 0).await.is_err() {
                     return;
@@ -102,18 +102,18 @@ pub(crate) async fn find_back(dht: Dht, network: Network, known: Vec<(PeerId, Mu
             known = known.len(),
             "no node is known: dialing remembered nodes"
         );
-        for some in known.chunks(AT_A_TIME) {
+        for some in known.chunks(MAX_DIALS) {
             let dials = some.iter().map(|(peer, address)| {
                 // Most of these addresses were once reported by the peers themselves, so they are unverified.
                 let heard = Heard::new([address.clone()]);
-                timeout(DIAL, network.connect(*peer, heard))
+                timeout(DIAL_TIMEOUT, network.connect(*peer, heard))
             });
             let dialed = futures::future::join_all(dials).await;
             if dialed.iter().any(|dialed| matches!(dialed, Ok(Ok(_)))) {
                 break;
             }
         }
-        pause = (pause * 2).min(LAST);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 

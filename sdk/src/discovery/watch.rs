@@ -16,14 +16,14 @@ use crate::discovery::advertise::SMALL_MESH;
 
 /// Interval at which the key is looked up on other nodes. Changes of records that this node stores itself are seen at
 /// once; in a mesh of fewer than about twenty nodes it stores every record.
-const WATCH: Duration = Duration::from_secs(5);
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Time after which a node that was just met has published its records to this node.
-const TOLD: Duration = Duration::from_secs(2);
+const PUBLISH_DELAY: Duration = Duration::from_secs(2);
 
 /// The shortest time between two reads of this node's own store, so that a publisher that floods the key does not
 /// cause more reads. Of several values within this time, only the last is reported.
-const LOOK: Duration = Duration::from_millis(50);
+const READ_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The most records that are remembered, and their most bytes. One lookup may return four times as many. A publisher
 /// may also replace its records each second by others, and each would be remembered until it expires.
@@ -31,11 +31,11 @@ const MAX_KNOWN: usize = 1024;
 const MAX_BYTES: usize = 4 << 20;
 
 /// Memory that a record takes in addition to its subkey and value, in bytes.
-const OVERHEAD: usize = 128;
+const RECORD_OVERHEAD: usize = 128;
 
 /// Number of lookups in a row after which a record that they have not returned counts as gone. One lookup may miss
 /// it, because it asks only some of the nodes that have it.
-const MISSES: u32 = 3;
+const MAX_MISSES: u32 = 3;
 
 /// A change of the records under the key.
 #[derive(Debug, Clone, PartialEq)]
@@ -127,7 +127,7 @@ impl Watcher {
             }
             if self.changed && Instant::now() < self.next {
                 let records = self.dht.kept(&self.key).await.ok()?;
-                (self.changed, self.look) = (false, Instant::now() + LOOK);
+                (self.changed, self.look) = (false, Instant::now() + READ_INTERVAL);
                 self.changes = self.learn(records, false, Instant::now()).into();
                 self.next = self.next.min(self.soonest_end().unwrap_or(self.next));
                 continue;
@@ -142,7 +142,7 @@ impl Watcher {
                 met = self.meetings.changed(), if small => {
                     met.ok()?;
                     // The new node first needs time to publish its records.
-                    self.next = self.next.min(Instant::now() + TOLD);
+                    self.next = self.next.min(Instant::now() + PUBLISH_DELAY);
                     continue;
                 }
             }
@@ -152,7 +152,7 @@ impl Watcher {
             // left; the records then expire by themselves.
             let answered = !records.is_empty() && *self.dht.nodes().borrow() > 0;
             self.changes = self.learn(records, answered, now).into();
-            let next = now + WATCH;
+            let next = now + LOOKUP_INTERVAL;
             self.next = self.soonest_end().map_or(next, |soonest| soonest.min(next));
         }
     }
@@ -176,7 +176,7 @@ impl Watcher {
         }
         let mut bytes = 0;
         self.known.retain(|id, known| {
-            let holds = known.until > now && known.misses < MISSES;
+            let holds = known.until > now && known.misses < MAX_MISSES;
             if holds {
                 bytes += known.bytes;
             } else if known.value.is_some() {
@@ -235,7 +235,7 @@ impl Watcher {
         self.number += 1;
         let new = Known {
             sequence: record.sequence(),
-            bytes: OVERHEAD + id.1.len() + value.as_ref().map_or(0, Vec::len),
+            bytes: RECORD_OVERHEAD + id.1.len() + value.as_ref().map_or(0, Vec::len),
             until: now + record.remaining(),
             value,
             misses: 0,

@@ -13,10 +13,10 @@ use super::peer_of;
 use crate::Error;
 
 /// Interval between two looks at holders that had nothing to send. A change of the document is noticed at once.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Time between two looks while changes arrive.
-const PAUSE: Duration = Duration::from_millis(20);
+const CHANGE_PAUSE: Duration = Duration::from_millis(20);
 
 /// The completeness of a document on this node, compared with the connected holders; returned by
 /// [`Doc::whole`](super::Doc::whole).
@@ -116,11 +116,11 @@ pub(super) async fn wait(
         if completeness.is_whole() || now >= until {
             return Ok(completeness.into());
         }
-        let look = until.min(now + LOOK);
+        let look = until.min(now + POLL_INTERVAL);
         match timeout_at(look, events.recv()).await {
             Ok(Err(RecvError::Closed)) => return Err(Error::Stopped),
             // A receiver that lags has missed an event, and looks again.
-            Ok(_) => sleep_until(until.min(now + PAUSE)).await,
+            Ok(_) => sleep_until(until.min(now + CHANGE_PAUSE)).await,
             Err(_) => {}
         }
     }

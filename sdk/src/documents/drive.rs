@@ -29,30 +29,30 @@ use crate::discovery::{advertise::Advertiser, find::Discovery};
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new("/weft/docs/1");
 
 /// Interval at which the connected peers are looked up.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// First and longest pause before another stream is opened after one has failed soon. The pause doubles with each
 /// failure.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Age from which a stream that fails has not failed soon: another is opened at once.
-const LIVED: Duration = Duration::from_secs(10);
+const EARLY_FAILURE: Duration = Duration::from_secs(10);
 
 /// The most bytes that may wait for one peer. A peer that reads too slowly is disconnected from documents for a
 /// while.
 const MAX_WAITING: usize = 8 << 20;
 
 /// The shortest time that a stream stays on its path before it moves to a better one.
-const SWITCH: Duration = Duration::from_secs(5);
+const SHORTEST_STAY: Duration = Duration::from_secs(5);
 
 /// The longest time to write one message.
-const WRITE: Duration = Duration::from_secs(60);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time for which a peer is ignored after it sent something that no honest peer would.
-const BAN: Duration = Duration::from_secs(3600);
+const BAN_TIME: Duration = Duration::from_secs(3600);
 
 /// The longest time that a peer may take to send the first frame of a stream that it has opened.
-const FIRST: Duration = Duration::from_secs(10);
+const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connects the node's documents to the network and the DHT.
 #[derive(Debug)]
@@ -135,7 +135,7 @@ impl Driver {
     /// Notes that a document is held from now on: advertises this node as a holder, and searches for other holders.
     pub(crate) fn holds(&self, id: DocumentId) {
         self.advertiser
-            .register(holders::record(&id), holders::value(), holders::HOLDER);
+            .register(holders::record(&id), holders::value(), holders::HOLDER_TERMS);
         // Sending fails once the node has stopped: then no holders are needed.
         let _ = self.requests.send(SearchRequest::Find(id));
         self.changed.notify_one();
@@ -207,7 +207,7 @@ pub(crate) async fn drive(
         writers: JoinSet::new(),
     };
     drop(driver);
-    let mut look = tokio::time::interval(LOOK);
+    let mut look = tokio::time::interval(LOOK_INTERVAL);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -216,7 +216,7 @@ pub(crate) async fn drive(
                 Some(Outgoing::Offence(key, why)) => {
                     if let Some(peer) = peer_of(&key) {
                         tracing::warn!(%peer, why, "ignoring a peer's messages about documents for an hour");
-                        meeting.banned.insert(peer, Instant::now() + BAN);
+                        meeting.banned.insert(peer, Instant::now() + BAN_TIME);
                         meeting.part(peer).await;
                     }
                 }
@@ -262,7 +262,7 @@ impl Meeting {
         self.banned.retain(|_, until| *until > now);
         // The length of the last pause is forgotten after the same time again.
         self.later
-            .retain(|_, (until, pause)| *until + *pause + LIVED > now);
+            .retain(|_, (until, pause)| *until + *pause + EARLY_FAILURE > now);
         let gone = self.known.keys().filter(|peer| !here.contains(peer));
         for peer in gone.copied().collect::<Vec<_>>() {
             self.part(peer).await;
@@ -299,7 +299,7 @@ impl Meeting {
         if outbox.is_none_or(|outbox| !outbox.writing.is_finished()) {
             return;
         }
-        if outbox.is_some_and(|outbox| outbox.since.elapsed() >= LIVED) {
+        if outbox.is_some_and(|outbox| outbox.since.elapsed() >= EARLY_FAILURE) {
             self.part(peer).await;
             self.look().await;
         } else {
@@ -309,7 +309,7 @@ impl Meeting {
 
     async fn fails(&mut self, peer: PeerId) {
         let last = self.later.get(&peer).map(|(_, pause)| *pause * 2);
-        let pause = last.unwrap_or(AGAIN.0).min(AGAIN.1);
+        let pause = last.unwrap_or(RETRY_PAUSE.0).min(RETRY_PAUSE.1);
         self.later.insert(peer, (Instant::now() + pause, pause));
         self.part(peer).await;
     }
@@ -393,10 +393,10 @@ async fn write_all(
             // The last messages may not have arrived.
             () = end(&mut stream) => return Err("the peer has closed its side".into()),
         };
-        let written = timeout(WRITE, async {
+        let written = timeout(WRITE_TIMEOUT, async {
             // Moves to a better path, if there is one. This is tried at intervals, because the better path may turn
             // out not to work.
-            if opened.elapsed() > SWITCH
+            if opened.elapsed() > SHORTEST_STAY
                 && let Some(old) = stream.take_if(|stream| stream.best_path().is_better_open())
             {
                 finish(old).await?;
@@ -452,7 +452,11 @@ impl Listener {
         let Some(key) = key_of(&peer) else {
             return;
         };
-        let first = timeout(FIRST, frame::read_bytes(&mut stream, size_of::<Run>())).await;
+        let first = timeout(
+            FIRST_FRAME_TIMEOUT,
+            frame::read_bytes(&mut stream, size_of::<Run>()),
+        )
+        .await;
         let Ok(Ok(Some(run))) = first else {
             return;
         };

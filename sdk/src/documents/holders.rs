@@ -25,7 +25,7 @@ use crate::discovery::{
 };
 
 /// Terms of the record of a document's holder. A holder that has crashed is tried in vain for two hours at most.
-pub(super) const HOLDER: Terms = Terms {
+pub(super) const HOLDER_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Content,
     has_addresses: true,
@@ -34,17 +34,17 @@ pub(super) const HOLDER: Terms = Terms {
 
 /// Longest pause between searches for a document that no connected peer holds, and the time for which this limit
 /// applies: the holders may be just starting.
-const STARTING: (Duration, Duration) = (Duration::from_secs(4), Duration::from_secs(60));
+const STARTING_PAUSE: (Duration, Duration) = (Duration::from_secs(4), Duration::from_secs(60));
 
 /// The most searches under way.
-const AT_A_TIME: usize = 8;
+const MAX_SEARCHES: usize = 8;
 
 /// Number of holders of a document that a node connects to, if there are as many.
-const ENOUGH: usize = 6;
+const WANTED_HOLDERS: usize = 6;
 
 /// The first and the longest pause between two searches for holders of a document. With many documents, the longest
 /// pause is the time of one round of searches.
-const SEEK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+const SEARCH_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 
 fn key(id: &DocumentId) -> Vec<u8> {
     format!("document/{id}").into_bytes()
@@ -130,7 +130,7 @@ pub(super) async fn find_holders(
         let alone = *nodes.borrow_and_update() == 0;
         let next = finding
             .next()
-            .filter(|_| !alone && searches.len() < AT_A_TIME);
+            .filter(|_| !alone && searches.len() < MAX_SEARCHES);
         tokio::select! {
             changed = nodes.changed(), if alone => if changed.is_err() {
                 return;
@@ -183,7 +183,7 @@ impl Finding {
         let known = Known {
             place: place(&key(&id)),
             seek_at: self.unseen,
-            pause: SEEK.0,
+            pause: SEARCH_PAUSE.0,
             since: Instant::now(),
             found: false,
             queued: None,
@@ -202,11 +202,11 @@ impl Finding {
 
     /// Brings searches forward after a node was met, because it may know more holders.
     fn met(&mut self, small: bool) {
-        let soon = Instant::now() + SEEK.0;
+        let soon = Instant::now() + SEARCH_PAUSE.0;
         let mut sooner = Vec::new();
         for (id, known) in &mut self.known {
             // Documents that are searched often are searched again soon in any case.
-            if (small || !known.found) && known.pause > SEEK.0 * 8 && known.seek_at > soon {
+            if (small || !known.found) && known.pause > SEARCH_PAUSE.0 * 8 && known.seek_at > soon {
                 known.seek_at = soon;
                 // A document whose search is under way is queued when the search ends.
                 if known.queued.is_some() {
@@ -240,17 +240,17 @@ impl Finding {
                 return Sought {
                     id,
                     reached: 0,
-                    sharing: ENOUGH,
+                    sharing: WANTED_HOLDERS,
                 };
             };
             let key = key(&id);
             discovery.proved(&place(&key), sharing.iter().filter_map(peer_of));
-            let wanted = ENOUGH.saturating_sub(sharing.len());
+            let wanted = WANTED_HOLDERS.saturating_sub(sharing.len());
             let round = match wanted {
                 0 => Round::default(),
                 // Once the DHT has stopped, nothing is found.
                 _ => discovery
-                    .find(&key, HOLDER.ttl, wanted)
+                    .find(&key, HOLDER_TERMS.ttl, wanted)
                     .await
                     .unwrap_or_default(),
             };
@@ -265,7 +265,7 @@ impl Finding {
 
     /// Returns the longest pause between two searches for one document.
     fn longest(&self) -> Duration {
-        SEEK.1.max(Pace::round_of(self.known.len()))
+        SEARCH_PAUSE.1.max(Pace::round_of(self.known.len()))
     }
 
     fn sought(&mut self, sought: &Sought) {
@@ -276,10 +276,12 @@ impl Finding {
         };
         known.found = sought.reached + sought.sharing > 0;
         known.pause = match (sought.reached, sought.sharing) {
-            (0, ENOUGH..) => longest,
-            (0, 0) if known.since.elapsed() < STARTING.1 => (known.pause * 2).min(STARTING.0),
+            (0, WANTED_HOLDERS..) => longest,
+            (0, 0) if known.since.elapsed() < STARTING_PAUSE.1 => {
+                (known.pause * 2).min(STARTING_PAUSE.0)
+            }
             (0, _) => (known.pause * 2).min(longest),
-            _ => SEEK.0,
+            _ => SEARCH_PAUSE.0,
         };
         known.seek_at = known.seek_at.min(now + known.pause);
         if sought.reached > 0 {

@@ -27,15 +27,15 @@ use tokio::{
 const SIZE: usize = 1 << 20;
 
 /// Bytes that must be writable for a disk not to count as full: the amount that a start writes.
-const LEAST: usize = SIZE / 4;
+const PROBE_SIZE: usize = SIZE / 4;
 
 /// Interval at which the node checks the reserve and writes it again if it is missing. A check looks at one file. A
 /// missing reserve costs one write, which fails if there is no room.
-const EVERY: Duration = Duration::from_secs(30);
+const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Interval at which the node asks for the free bytes of a disk on which the reserve was given up. After a `gc` or
 /// `rm`, the reserve is then back before the disk fills again. Asking writes nothing.
-const SOON: Duration = Duration::from_millis(500);
+const FREE_SPACE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The reserve of a home.
 #[derive(Debug, Clone)]
@@ -86,7 +86,7 @@ impl Reserve {
         let _turn = self.turn();
         let probe = self.probe();
         // Only a write reveals a quota.
-        let written = write_noise(&probe, LEAST);
+        let written = write_noise(&probe, PROBE_SIZE);
         // The probe may not even have been created.
         let _ = fs::remove_file(&probe);
         if written.is_err_and(|error| is_full(&error)) {
@@ -156,9 +156,9 @@ impl Reserve {
     pub(crate) async fn keep_up(self, free: impl Fn() -> Option<u64> + Clone + Send + 'static) {
         loop {
             let has_room = if self.is_full() {
-                timeout(EVERY, has_room(&free)).await.is_ok()
+                timeout(CHECK_INTERVAL, has_room(&free)).await.is_ok()
             } else {
-                let turn = timeout(EVERY, self.given_up.notified());
+                let turn = timeout(CHECK_INTERVAL, self.given_up.notified());
                 if turn.await.is_ok() && self.is_full() {
                     continue;
                 }
@@ -170,7 +170,7 @@ impl Reserve {
             if has_room && self.is_full() {
                 // The disk has room that this user may not take, as under a quota. Only a write reveals when that
                 // ends.
-                sleep(EVERY).await;
+                sleep(CHECK_INTERVAL).await;
             }
         }
     }
@@ -180,7 +180,7 @@ impl Reserve {
 /// the `gc` or `rm` for which the reserve was given up.
 async fn has_room(free: &(impl Fn() -> Option<u64> + Clone + Send + 'static)) {
     loop {
-        sleep(SOON).await;
+        sleep(FREE_SPACE_INTERVAL).await;
         let free = spawn_blocking(free.clone()).await;
         if matches!(free, Ok(Some(bytes)) if bytes >= 2 * SIZE as u64) {
             return;
@@ -257,10 +257,10 @@ mod tests {
         let size = || fs::metadata(reserve.file()).map_or(0, |file| file.len());
         tokio::spawn(reserve.clone().keep_up(|| None));
         fs::remove_file(reserve.file()).unwrap();
-        sleep(EVERY + SOON).await;
+        sleep(CHECK_INTERVAL + FREE_SPACE_INTERVAL).await;
         assert_eq!(size(), SIZE as u64);
         fs::write(reserve.file(), "cut").unwrap();
-        sleep(EVERY + SOON).await;
+        sleep(CHECK_INTERVAL + FREE_SPACE_INTERVAL).await;
         assert_eq!(size(), SIZE as u64);
     }
 
@@ -274,12 +274,12 @@ mod tests {
         let free = move || of_disk.load(Ordering::Relaxed).then_some(2 * SIZE as u64);
         tokio::spawn(reserve.clone().keep_up(free));
         // The task waits for its turn.
-        sleep(SOON).await;
+        sleep(FREE_SPACE_INTERVAL).await;
         reserve.give_up();
-        sleep(4 * SOON).await;
+        sleep(4 * FREE_SPACE_INTERVAL).await;
         assert!(!reserve.file().exists() && reserve.is_full());
         has_room.store(true, Ordering::Relaxed);
-        sleep(2 * SOON).await;
+        sleep(2 * FREE_SPACE_INTERVAL).await;
         assert!(reserve.file().exists() && !reserve.is_full());
     }
 }

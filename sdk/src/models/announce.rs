@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Terms of a provider's record. A provider that has crashed is tried in vain for two hours at most.
-const PROVIDER: Terms = Terms {
+const PROVIDER_TERMS: Terms = Terms {
     ttl: Duration::from_secs(2 * 3600),
     rank: Rank::Content,
     has_addresses: true,
@@ -23,11 +23,11 @@ const PROVIDER: Terms = Terms {
 };
 
 /// Terms of a name claim. It leads to its model for a day after the publisher has stopped.
-const NAME: Terms = Terms {
+const NAME_TERMS: Terms = Terms {
     ttl: Duration::from_secs(24 * 3600),
     has_addresses: false,
     at_stop: AtStop::Keep,
-    ..PROVIDER
+    ..PROVIDER_TERMS
 };
 
 /// Publishes and withdraws the records of models and names.
@@ -49,10 +49,13 @@ impl Announcer {
         let (store, id) = (self.store.clone(), model.id);
         let model = blocking(move || Ok(store.model(&id)?)).await?;
         let (provider, value) = self.provider(model.id);
-        let mut took = self.advertiser.publish(provider, value, PROVIDER).await?;
+        let mut took = self
+            .advertiser
+            .publish(provider, value, PROVIDER_TERMS)
+            .await?;
         for (name, _) in published(&model) {
             let (name, value) = self.name(model.id, name);
-            took = took.min(self.advertiser.publish(name, value, NAME).await?);
+            took = took.min(self.advertiser.publish(name, value, NAME_TERMS).await?);
         }
         Ok(took)
     }
@@ -60,7 +63,7 @@ impl Announcer {
     /// Withdraws the records that [`announce`](Self::announce) published.
     pub(crate) async fn withdraw(&self, model: &Model) -> Result<(), Error> {
         let provider = RecordId::of(provider_key(&model.id));
-        self.advertiser.withdraw(provider, PROVIDER).await?;
+        self.advertiser.withdraw(provider, PROVIDER_TERMS).await?;
         for (name, _) in published(model) {
             self.withdraw_name(&name).await?;
         }
@@ -70,7 +73,7 @@ impl Announcer {
     /// Withdraws this node's claim of a name.
     pub(crate) async fn withdraw_name(&self, name: &ModelName) -> Result<(), Error> {
         let id = RecordId::of(name.record_key());
-        self.advertiser.withdraw(id, NAME).await?;
+        self.advertiser.withdraw(id, NAME_TERMS).await?;
         Ok(())
     }
 
@@ -85,12 +88,13 @@ impl Announcer {
             }
         };
         let providers = models.iter().map(|model| self.provider(model.id));
-        self.advertiser.register_all(providers.collect(), PROVIDER);
+        self.advertiser
+            .register_all(providers.collect(), PROVIDER_TERMS);
         let names = models.iter().flat_map(|model| {
             let names = published(model);
             names.map(|(name, _)| self.name(model.id, name))
         });
-        self.advertiser.register_all(names.collect(), NAME);
+        self.advertiser.register_all(names.collect(), NAME_TERMS);
     }
 
     fn provider(&self, id: Hash) -> (RecordId, Value) {

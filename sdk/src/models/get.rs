@@ -34,11 +34,11 @@ use crate::{
 };
 
 /// Interval at which the node announces which parts of the model have arrived.
-const SHARING: Duration = Duration::from_secs(15);
+const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The first and the longest pause of a `get` that keeps trying. A request a minute costs the mesh nothing, and
 /// nobody watches a download overnight.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// A request to fetch a model; see [`Models::get`](crate::Models::get). [`start`](Self::start) begins it.
 #[derive(Debug, Clone)]
@@ -248,7 +248,7 @@ impl Work {
         if request.hf_cache.is_some() && !request.selection.is_everything() {
             return Err(Error::HfCache(HfCacheError::Selection));
         }
-        let mut pause = AGAIN.0;
+        let mut pause = RETRY_PAUSE.0;
         let found = self.find(&request, &mut pause).await?;
         let (id, publisher) = (found.id, found.publisher);
         let other_parts = found.parts.len().saturating_sub(1);
@@ -624,7 +624,7 @@ async fn wait(state: &Mutex<State>, what: &str, pause: &mut Duration) {
     };
     let phase = show(GetPhase::Waiting, Some(what.to_owned()));
     sleep(*pause).await;
-    *pause = (*pause * 2).min(AGAIN.1);
+    *pause = (*pause * 2).min(RETRY_PAUSE.1);
     show(phase, None);
 }
 
@@ -632,7 +632,7 @@ async fn wait(state: &Mutex<State>, what: &str, pause: &mut Duration) {
 async fn share(node: Node, id: Hash) {
     let mut said = 0;
     loop {
-        sleep(SHARING).await;
+        sleep(ANNOUNCE_INTERVAL).await;
         let store = node.store().clone();
         let described = blocking(move || {
             let model = store.model(&id)?;

@@ -32,21 +32,21 @@ use crate::{
 };
 
 /// Chunk groups read from the disk at a time: 1 MiB.
-const PIECE: u64 = 16;
+const PIECE_GROUPS: u64 = 16;
 
 /// Chunk groups requested ahead of a reader, at first and at most. The number doubles with each piece that is read in
 /// order, up to 32 MiB.
-const AHEAD: (u64, u64) = (PIECE, 32 * PIECE);
+const AHEAD_GROUPS: (u64, u64) = (PIECE_GROUPS, 32 * PIECE_GROUPS);
 
 /// Room is reserved for this many times the bytes requested ahead, because reserving it looks at every file of the
 /// store.
-const ROOM: u64 = 4;
+const ROOM_FACTOR: u64 = 4;
 
 /// Interval at which a waiting reader looks for changes of which it is not notified.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Time for which fetching for readers goes on when they want nothing.
-const IDLE: Duration = Duration::from_secs(10);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A file of a model, open for reading; see [`Models::open`](crate::Models::open).
 ///
@@ -88,12 +88,12 @@ struct State {
     ahead: u64,
     task: Option<Arc<Task>>,
     /// Room for content that is fetched only for readers.
-    room: Option<Aside>,
+    room: Option<ReservedRoom>,
 }
 
 /// Room on the disk that is reserved.
 #[derive(Debug)]
-struct Aside {
+struct ReservedRoom {
     _room: store::Room,
     /// Bytes of the room that were not requested yet.
     left: u64,
@@ -270,7 +270,7 @@ impl Shared {
             return;
         }
         let range = group..group + state.ahead;
-        if let Some(Aside { left, last, .. }) = &mut state.room {
+        if let Some(ReservedRoom { left, last, .. }) = &mut state.room {
             // Groups that were requested before do not count again.
             let known = last
                 .end
@@ -310,11 +310,13 @@ impl Shared {
             ahead
         };
         let file = self.file();
-        let room = self.node.make_more_room(self.model, file, ROOM * ahead);
+        let room = self
+            .node
+            .make_more_room(self.model, file, ROOM_FACTOR * ahead);
         let room = room.await.map_err(io::Error::other)?;
-        self.state().room = Some(Aside {
+        self.state().room = Some(ReservedRoom {
             _room: room,
-            left: ROOM * ahead,
+            left: ROOM_FACTOR * ahead,
             last: 0..0,
         });
         Ok(())
@@ -324,8 +326,8 @@ impl Shared {
     fn note(&self, group: u64) {
         let mut state = self.state();
         state.ahead = match group == state.next && state.ahead > 0 {
-            true => (state.ahead * 2).min(AHEAD.1),
-            false => AHEAD.0,
+            true => (state.ahead * 2).min(AHEAD_GROUPS.1),
+            false => AHEAD_GROUPS.0,
         };
     }
 }
@@ -334,7 +336,7 @@ impl Shared {
 /// until some are here.
 async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Bytes)> {
     let group = from / GROUP;
-    let groups = group..end.div_ceil(GROUP).min(group + PIECE);
+    let groups = group..end.div_ceil(GROUP).min(group + PIECE_GROUPS);
     shared.note(group);
     let mut begun = None;
     loop {
@@ -382,7 +384,7 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
                 shared.state().urged = None;
                 shared.urge(transfer, group);
                 let _ = match written.as_pin_mut() {
-                    Some(written) => timeout(LOOK, written).await,
+                    Some(written) => timeout(POLL_INTERVAL, written).await,
                     None => Ok(()),
                 };
                 if let Some(begun) = begun {
@@ -395,7 +397,7 @@ async fn load(shared: Arc<Shared>, from: u64, end: u64) -> io::Result<(u64, Byte
                 let failures = begin(&shared);
                 let begun = *begun.get_or_insert(failures);
                 shared.node.reading().check(&shared.model, begun)?;
-                sleep(LOOK / 10).await;
+                sleep(POLL_INTERVAL / 10).await;
             }
         }
     }
@@ -562,8 +564,8 @@ async fn fetch(
     let mut swarm = Swarm::new(node, job);
     let idle = async {
         let mut looks = 0;
-        while looks < IDLE.as_millis() / LOOK.as_millis() {
-            sleep(LOOK).await;
+        while looks < IDLE_TIMEOUT.as_millis() / POLL_INTERVAL.as_millis() {
+            sleep(POLL_INTERVAL).await;
             looks = if transfer.is_idle() { looks + 1 } else { 0 };
         }
     };

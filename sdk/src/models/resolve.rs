@@ -31,11 +31,11 @@ use crate::{Error, ModelName, Node, models::by_name, operation::blocking};
 const MAX_NAMES: usize = 1024;
 
 /// Time for which a resolved name is remembered without being used.
-const REMEMBER: Duration = Duration::from_secs(600);
+const REMEMBER_TIME: Duration = Duration::from_secs(600);
 
 /// Age at which a name is looked up again although its publisher confirms it. Another publisher's claim may be missed
 /// for this long.
-const LOOK: Duration = Duration::from_secs(60);
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A publisher's claim to a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,7 +140,7 @@ impl Resolved {
             .0
             .lock()
             .expect("nothing panics while holding the lock");
-        slots.retain(|_, slot| now.duration_since(slot.used) < REMEMBER);
+        slots.retain(|_, slot| now.duration_since(slot.used) < REMEMBER_TIME);
         if slots.len() >= MAX_NAMES
             && !slots.contains_key(&question)
             && let Some(oldest) = slots.iter().min_by_key(|(_, slot)| slot.used)
@@ -302,7 +302,7 @@ async fn in_mesh(
     let peers = node.network().peers().await;
     let connected: HashSet<PeerId> = peers.iter().map(|info| info.peer).collect();
     if let Some(before) = known.take_if(|before| before.trusted == *trusted)
-        && before.looked.elapsed() < LOOK
+        && before.looked.elapsed() < LOOKUP_INTERVAL
         && connected.contains(&before.claim.publisher)
         && let Some(claim) = confirm(node, &key, before.claim.publisher, publisher, trusted).await?
     {
@@ -462,7 +462,7 @@ mod tests {
             resolved.slot((n.to_le_bytes().to_vec(), None));
         }
         assert_eq!(count(), MAX_NAMES);
-        tokio::time::advance(REMEMBER).await;
+        tokio::time::advance(REMEMBER_TIME).await;
         resolved.slot((Vec::new(), None));
         assert_eq!(count(), 1);
     }

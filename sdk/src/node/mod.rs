@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// The longest wait for a first peer of the DHT after the node's start.
-const MEET: Duration = Duration::from_secs(5);
+const MEET_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running node.
 ///
@@ -467,14 +467,14 @@ impl Node {
         self.inner.home.models()
     }
 
-    /// Waits until the DHT knows a peer, for at most [`MEET`] after the node's start, and only if peers are expected.
-    /// Right after a start, a lookup would otherwise find nothing, and a record would reach no other node.
+    /// Waits until the DHT knows a peer, for at most [`MEET_TIMEOUT`] after the node's start, and only if peers are
+    /// expected. Right after a start, a lookup would otherwise find nothing, and a record would reach no other node.
     pub(crate) async fn meet(&self) {
         if !self.inner.expects_peers {
             return;
         }
         let mut nodes = self.inner.dht.nodes();
-        let until = tokio::time::Instant::from_std(self.inner.started + MEET);
+        let until = tokio::time::Instant::from_std(self.inner.started + MEET_TIMEOUT);
         // A timeout is no error: the work that follows reports its own result.
         let _ = tokio::time::timeout_at(until, nodes.wait_for(|nodes| *nodes > 0)).await;
     }

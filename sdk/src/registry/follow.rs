@@ -32,11 +32,11 @@ use crate::{
 };
 
 /// Pause after a document could not be held.
-const LATER: Duration = Duration::from_secs(30);
+const RETRY_PAUSE: Duration = Duration::from_secs(30);
 
 /// Delay after a change of a registry. Several changes often come together, and each would cost a look at all
 /// registries.
-const SETTLE: Duration = Duration::from_millis(300);
+const SETTLE_DELAY: Duration = Duration::from_millis(300);
 
 /// The most registries that a node follows.
 const MAX_FOLLOWED: usize = 64;
@@ -46,7 +46,7 @@ const MAX_FOLLOWED: usize = 64;
 const MAX_CATALOGUES: usize = 512;
 
 /// Bytes of changes above which a registry is not read.
-const MAX_LOG: u64 = 16 << 20;
+const MAX_LOG_BYTES: u64 = 16 << 20;
 
 /// The ids of registries, each with the prefix of the names of interest.
 pub(super) type List = BTreeMap<DocumentId, String>;
@@ -156,7 +156,7 @@ impl Root {
         if kind.as_ref().and_then(Value::as_str) != Some(TYPE) {
             return Ok(None);
         }
-        if details.log_bytes > MAX_LOG {
+        if details.log_bytes > MAX_LOG_BYTES {
             tracing::warn!(
                 registry = %id, bytes = details.log_bytes,
                 "registry is too large to be read; its owner can compact it"
@@ -266,13 +266,13 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
                 looked.dropped.into_iter().for_each(|id| driver.drops(id));
                 before = looked.held;
                 if looked.failed {
-                    again = Some(Instant::now() + LATER);
+                    again = Some(Instant::now() + RETRY_PAUSE);
                 }
             }
             Err(DocumentError::Stopped) => return,
             Err(error) => {
                 tracing::warn!(%error, "cannot update the documents of followed registries; trying again later");
-                again = Some(Instant::now() + LATER);
+                again = Some(Instant::now() + RETRY_PAUSE);
             }
         }
         let concerns = |event: &Event| match event {
@@ -288,7 +288,7 @@ pub(crate) async fn keep_up(followed: Arc<Followed>, driver: Arc<Driver>) {
                 event = events.recv() => match event {
                     Ok(event) if !concerns(&event) => {}
                     Ok(_) | Err(RecvError::Lagged(_)) => {
-                        sleep(SETTLE).await;
+                        sleep(SETTLE_DELAY).await;
                         skip(&mut events);
                         break;
                     }

@@ -11,7 +11,7 @@ use weft_crdt::{DocumentId, Edit, Error as DocumentError, Key, Path, Replica};
 use weft_net::PeerId;
 
 use super::{
-    ARRIVAL, ListedModel, NamePattern, RegistryDetails, RegistryInfo,
+    ARRIVAL_TIMEOUT, ListedModel, NamePattern, RegistryDetails, RegistryInfo,
     catalogue::{self, Entry, entries},
     follow::{self, Catalogue, Root},
     newest, now_millis, publisher_path,
@@ -58,7 +58,7 @@ impl Registry {
     pub(super) async fn wait_for_own(&self, name: &ModelName) -> Result<(), Error> {
         let documents = &self.node.driver().documents;
         let mut events = documents.events();
-        let until = Instant::now() + ARRIVAL;
+        let until = Instant::now() + ARRIVAL_TIMEOUT;
         loop {
             let (id, name) = (self.id, name.clone());
             let is_awaited = move |replica: &mut Replica| {

@@ -43,7 +43,7 @@ use crate::{
 };
 
 /// The longest wait for a catalogue that may be on its way.
-const ARRIVAL: Duration = Duration::from_secs(3);
+const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Creates, follows and lists registries; see [`Node::registries`].
 #[derive(Debug, Clone)]
@@ -332,7 +332,7 @@ impl Registries {
     /// Does the same as [`lookup`](Self::lookup), and waits up to three seconds for missing catalogues.
     pub(crate) async fn resolve(&self, name: &ModelName) -> Result<Listed, Error> {
         let mut events = self.node.driver().documents.events();
-        let until = Instant::now() + ARRIVAL;
+        let until = Instant::now() + ARRIVAL_TIMEOUT;
         loop {
             let listed = self.lookup(name).await?;
             if !listed.models.is_empty() || listed.missing.is_none() {

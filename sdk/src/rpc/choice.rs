@@ -23,18 +23,18 @@ const MAX_OFFERS: usize = 256;
 
 /// The longest time for which an offer is believed, whatever its publisher claims: the protocol's ten minutes, and a
 /// minute for inaccurate clocks.
-const BELIEVED: Duration = Duration::from_secs(11 * 60);
+const MAX_BELIEVED: Duration = Duration::from_secs(11 * 60);
 
 /// The first and the longest time for which a peer that failed is avoided.
-const AVOID: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
+const AVOID_TIME: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(120));
 
 /// Assumed round trips where none was measured: to a connected peer, and to a peer that is not connected.
-const UNKNOWN: Duration = Duration::from_millis(5);
+const ASSUMED_RTT: Duration = Duration::from_millis(5);
 
-const FAR: Duration = Duration::from_millis(50);
+const ASSUMED_RTT_FAR: Duration = Duration::from_millis(50);
 
 /// Shorter round trips count as this one: the difference does not matter.
-const NEXT_DOOR: Duration = Duration::from_millis(2);
+const MIN_RTT: Duration = Duration::from_millis(2);
 
 /// The known offers of one service.
 #[derive(Default)]
@@ -78,11 +78,11 @@ impl Candidate {
     /// Returns the expected time of a call, in arbitrary units.
     fn cost(&self) -> u128 {
         let (relayed, rtt) = match &self.path {
-            Some((path, rtt)) => (path.kind == PathKind::Relayed, rtt.unwrap_or(UNKNOWN)),
-            None => (false, FAR),
+            Some((path, rtt)) => (path.kind == PathKind::Relayed, rtt.unwrap_or(ASSUMED_RTT)),
+            None => (false, ASSUMED_RTT_FAR),
         };
         // A relay forwards more slowly than its round trip suggests, and its owner pays for the traffic.
-        let rtt = rtt.max(NEXT_DOOR) * if relayed { 2 } else { 1 };
+        let rtt = rtt.max(MIN_RTT) * if relayed { 2 } else { 1 };
         rtt.as_micros() * (self.outstanding as u128 + 1)
     }
 
@@ -113,7 +113,7 @@ impl Candidate {
     /// Avoids the provider for a while, longer each time.
     pub(super) fn failed(&mut self, now: Instant) {
         let times = self.failures.min(16);
-        let pause = (AVOID.0 * (1 << times)).min(AVOID.1);
+        let pause = (AVOID_TIME.0 * (1 << times)).min(AVOID_TIME.1);
         self.failures += 1;
         self.avoid_until = Some(now + pause);
     }
@@ -217,7 +217,7 @@ impl Offers {
             candidate.addresses = addresses;
             candidate.labels = labels;
             candidate.sequence = record.sequence();
-            candidate.until = Some(now + record.remaining().min(BELIEVED));
+            candidate.until = Some(now + record.remaining().min(MAX_BELIEVED));
         }
         self.of
             .retain(|_, c| c.outstanding > 0 || c.until.is_some_and(|until| until > now));

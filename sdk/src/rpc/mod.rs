@@ -28,7 +28,7 @@ use weft_proto::rpc::{
     Session, Status,
 };
 
-use self::retries::{ATTEMPTS, Pauses};
+use self::retries::{MAX_ATTEMPTS, Pauses};
 use crate::Node;
 
 pub use self::{
@@ -198,7 +198,9 @@ impl Peer {
                 };
                 match call(session, left).await {
                     Err(status)
-                        if attempt < ATTEMPTS && may_repeat(&status, &method) && retries.take() =>
+                        if attempt < MAX_ATTEMPTS
+                            && may_repeat(&status, &method)
+                            && retries.take() =>
                     {
                         tracing::debug!(peer = %self.peer, method = %method.name, %status, "repeating a call");
                         sleep(pauses.next()).await;

@@ -12,19 +12,19 @@ use std::{
 use tokio::time::Instant;
 
 /// The most attempts at one call, including the first.
-pub(super) const ATTEMPTS: u32 = 5;
+pub(super) const MAX_ATTEMPTS: u32 = 5;
 
 /// Mean pause before the second attempt. It doubles with each further attempt.
-const PAUSE: Duration = Duration::from_millis(50);
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Number of calls that allow one retry.
 const CALLS_PER_RETRY: f64 = 10.0;
 
 /// Additional retries allowed each second, for a caller that makes few calls.
-const PER_SECOND: f64 = 1.0;
+const RETRIES_PER_SECOND: f64 = 1.0;
 
 /// The most retries saved up: as many as there are calls under way when their provider is lost.
-const MOST: f64 = 128.0;
+const MAX_SAVED: f64 = 128.0;
 
 /// The remaining retries towards one peer or one service.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ struct State {
 impl Default for Retries {
     fn default() -> Self {
         Self(Mutex::new(State {
-            left: MOST,
+            left: MAX_SAVED,
             counted: Instant::now(),
         }))
     }
@@ -55,7 +55,7 @@ impl Retries {
     /// Counts a first attempt at a call.
     pub(super) fn called(&self) {
         let mut state = self.lock();
-        state.left = (state.left + 1.0 / CALLS_PER_RETRY).min(MOST);
+        state.left = (state.left + 1.0 / CALLS_PER_RETRY).min(MAX_SAVED);
     }
 
     /// Takes a retry. Returns false if none is left.
@@ -66,7 +66,7 @@ impl Retries {
     fn take_at(&self, now: Instant) -> bool {
         let mut state = self.lock();
         let passed = now.saturating_duration_since(state.counted);
-        state.left = (state.left + passed.as_secs_f64() * PER_SECOND).min(MOST);
+        state.left = (state.left + passed.as_secs_f64() * RETRIES_PER_SECOND).min(MAX_SAVED);
         state.counted = now;
         let is_left = state.left >= 1.0;
         if is_left {
@@ -82,7 +82,7 @@ pub(super) struct Pauses(Duration);
 
 impl Pauses {
     pub(super) fn new() -> Self {
-        Self(PAUSE)
+        Self(FIRST_PAUSE)
     }
 
     /// Returns the next pause: a mean that doubles each time, varied by half of it in either direction.

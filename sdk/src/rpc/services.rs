@@ -29,40 +29,40 @@ use super::{
     announced::{Labels, ServiceError, check, key},
     choice::{ConditionsNow, Offers, in_turns},
     may_repeat, names,
-    retries::{ATTEMPTS, Pauses, Retries},
+    retries::{MAX_ATTEMPTS, Pauses, Retries},
     service_watch::ServiceWatch,
 };
 use crate::{Node, discovery::watch::Watcher};
 
 /// Age at which the known providers of a service are looked up again, in the background.
-const FRESH: Duration = Duration::from_secs(15);
+const MAX_AGE: Duration = Duration::from_secs(15);
 
 /// Time between two lookups while all known providers have failed.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Age at which the known paths to providers are updated.
-const FRESH_PATHS: Duration = Duration::from_secs(2);
+const MAX_PATH_AGE: Duration = Duration::from_secs(2);
 
 /// Number of providers that are connected to before they are called, to find the nearest.
-const NEAR: usize = 8;
+const MAX_MET: usize = 8;
 
 /// Time to reach a peer before another is tried. A dial over a long path takes less. The time doubles in case there
 /// is no other provider; the dial goes on meanwhile.
-const REACH: Duration = Duration::from_secs(1);
+const REACH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Interval between pings of connected providers, time for which they are pinged after the last call, and number of
 /// providers pinged.
-const WATCH: Duration = Duration::from_secs(2);
-const WATCH_FOR: Duration = Duration::from_secs(60);
-const WATCHED: usize = 16;
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+const PING_TIME: Duration = Duration::from_secs(60);
+const MAX_PINGED: usize = 16;
 
 /// The shortest and the longest time that a pinged provider may take to answer. Between them, the time is a multiple
 /// of its round trip.
-const ALIVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
-const ALIVE_TRIPS: u32 = 8;
+const PING_TIMEOUT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
+const PING_TIMEOUT_TRIPS: u32 = 8;
 
 /// Time for which an unused service is remembered, and number of services remembered.
-const REMEMBER: Duration = Duration::from_secs(600);
+const REMEMBER_TIME: Duration = Duration::from_secs(600);
 const MAX_SERVICES: usize = 256;
 
 /// Locks a mutex whose holders do not panic.
@@ -105,7 +105,7 @@ impl KnownServices {
         let mut known = lock(&self.0);
         // A service that a handle refers to is in use.
         let idle = |one: &Remembered| Arc::strong_count(&one.shared) == 1;
-        known.retain(|_, one| !idle(one) || now.duration_since(one.used) < REMEMBER);
+        known.retain(|_, one| !idle(one) || now.duration_since(one.used) < REMEMBER_TIME);
         if known.len() >= MAX_SERVICES && !known.contains_key(name) {
             let unused = known.iter().filter(|(_, one)| idle(one));
             let oldest = unused.min_by_key(|(_, one)| one.used);
@@ -161,7 +161,7 @@ impl Shared {
             state.looked_some = Some(now);
             // After a lookup of a few, the next call starts a full lookup.
             state.looked = if some {
-                now.checked_sub(FRESH)
+                now.checked_sub(MAX_AGE)
             } else {
                 Some(now)
             };
@@ -182,12 +182,12 @@ impl Shared {
             let strangers = in_turns(strangers.map(|(peer, c)| (c.network.clone(), (*peer, c))));
             strangers
                 .into_iter()
-                .take(NEAR.saturating_sub(met))
+                .take(MAX_MET.saturating_sub(met))
                 .map(|(peer, c)| (peer, c.addresses.clone()))
                 .collect()
         };
         let dials = strangers.into_iter().map(|(peer, addresses)| {
-            let dial = timeout(REACH, self.network.connect(peer, addresses));
+            let dial = timeout(REACH_TIMEOUT, self.network.connect(peer, addresses));
             async move { (peer, matches!(dial.await, Ok(Ok(_)))) }
         });
         for (peer, reached) in futures::future::join_all(dials).await {
@@ -201,10 +201,10 @@ impl Shared {
     /// connections are checked and closed if they do not work.
     async fn watch(self: Arc<Self>) {
         loop {
-            sleep(WATCH).await;
+            sleep(PING_INTERVAL).await;
             {
                 let mut state = lock(&self.offers);
-                let idle = state.used.is_none_or(|used| used.elapsed() > WATCH_FOR);
+                let idle = state.used.is_none_or(|used| used.elapsed() > PING_TIME);
                 if idle {
                     state.watched = false;
                     return;
@@ -216,13 +216,17 @@ impl Shared {
                 let connected = state.of.iter();
                 let connected = connected.filter_map(|(peer, c)| {
                     let (_, rtt) = c.path.as_ref()?;
-                    let patience = rtt.unwrap_or_default() * ALIVE_TRIPS;
-                    Some((c.last, *peer, patience.clamp(ALIVE.0, ALIVE.1)))
+                    let patience = rtt.unwrap_or_default() * PING_TIMEOUT_TRIPS;
+                    Some((
+                        c.last,
+                        *peer,
+                        patience.clamp(PING_TIMEOUT.0, PING_TIMEOUT.1),
+                    ))
                 });
                 let mut connected: Vec<_> = connected.collect();
                 // The providers that were called last.
                 connected.sort_by_key(|(last, ..)| std::cmp::Reverse(*last));
-                connected.truncate(WATCHED);
+                connected.truncate(MAX_PINGED);
                 connected
             };
             let network = &self.network;
@@ -481,7 +485,7 @@ impl Service {
     fn is_doubtful(&self, tried: &HashSet<PeerId>) -> bool {
         let wanted = self.wanted.now();
         let (state, now) = (lock(&self.shared.offers), Instant::now());
-        let lately = |at: Instant| now.duration_since(at) < LOOK_AGAIN;
+        let lately = |at: Instant| now.duration_since(at) < LOOKUP_INTERVAL;
         let known = state.of.iter();
         let mut known = known
             .filter(|(peer, c)| !tried.contains(peer) && wanted.fits(peer, &c.labels))
@@ -507,8 +511,8 @@ impl Service {
             let mut state = lock(&self.shared.offers);
             let old =
                 |at: Option<Instant>, than| at.is_some_and(|at| now.duration_since(at) > than);
-            let all = old(state.looked, FRESH);
-            let paths = old(state.looked_at_paths, FRESH_PATHS);
+            let all = old(state.looked, MAX_AGE);
+            let paths = old(state.looked_at_paths, MAX_PATH_AGE);
             // One task looks at a time.
             if all {
                 state.looked = Some(now);
@@ -548,10 +552,10 @@ impl Service {
             .timeout
             .and_then(|time| Instant::now().checked_add(time));
         let attempts = async {
-            let (mut tried, mut pauses, mut reach) = (HashSet::new(), Pauses::new(), REACH);
+            let (mut tried, mut pauses, mut reach) = (HashSet::new(), Pauses::new(), REACH_TIMEOUT);
             self.shared.retries.called();
             let mut last = None;
-            for attempt in 1..=ATTEMPTS {
+            for attempt in 1..=MAX_ATTEMPTS {
                 let mut chosen = self.choose(&tried).await;
                 if chosen.is_none() && !tried.is_empty() {
                     // All have failed; the first of them may have recovered.

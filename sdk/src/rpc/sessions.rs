@@ -30,14 +30,14 @@ use crate::Node;
 const CALLS_BEFORE_LANE: u64 = 16;
 
 /// Time without a call after which a session is closed. It is closed after at least this time, and less than twice.
-const IDLE: Duration = Duration::from_secs(120);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Number of remembered slots at which those without a session are forgotten.
-const REMEMBERED: usize = 256;
+const MAX_REMEMBERED: usize = 256;
 
 /// The most bytes of answers that have arrived and wait for the caller, of all sessions together. One peer may have an
 /// eighth of them, and more only while three eighths are free: an answer may be as large as 260 MiB.
-const ANSWERS: usize = 512 << 20;
+const MAX_ANSWER_BYTES: usize = 512 << 20;
 
 /// The sessions of a node, for calls to other nodes.
 #[derive(Debug, Clone)]
@@ -50,7 +50,7 @@ impl Default for Sessions {
     fn default() -> Self {
         Self {
             slots: Arc::default(),
-            held: Budget::new(ANSWERS),
+            held: Budget::new(MAX_ANSWER_BYTES),
         }
     }
 }
@@ -152,7 +152,7 @@ impl Sessions {
         if let Some(slot) = slots.get(&(peer, class)) {
             return Arc::clone(slot);
         }
-        if slots.len() >= REMEMBERED {
+        if slots.len() >= MAX_REMEMBERED {
             // A slot that another task refers to is in use.
             slots.retain(|_, slot| Arc::strong_count(slot) > 1 || lock(&slot.open).is_some());
         }
@@ -206,7 +206,7 @@ impl Slot {
         let slot = Arc::downgrade(self);
         tokio::spawn(async move {
             let mut driver = pin!(driver);
-            let mut tick = interval(IDLE);
+            let mut tick = interval(IDLE_TIMEOUT);
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut calls = 0;
             loop {

@@ -10,7 +10,7 @@ use weft_net::PeerId;
 
 /// Time to look for a first provider that answers: long enough for a provider that is just starting, and short for a
 /// waiting user.
-pub(super) const FIRST: Duration = Duration::from_secs(10);
+pub(super) const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The first and the longest pause before a provider that failed is tried again, and between rounds over all
 /// providers.

@@ -34,21 +34,21 @@ use crate::{
 pub(crate) const PROTOCOL: StreamProtocol = StreamProtocol::new(availability::PROTOCOL);
 
 /// Interval at which a peer is told what has arrived.
-const TELL: Duration = Duration::from_millis(250);
+const TELL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The shortest time between two messages of a peer, which limits their cost for this node.
-const PACE: Duration = Duration::from_millis(10);
+const MESSAGE_PACE: Duration = Duration::from_millis(10);
 
 /// Number of files in a message for which one more pause is added.
 const FILES_AT_A_TIME: u32 = 1000;
 
 /// The longest time for a peer's first message.
-const FIRST: Duration = Duration::from_secs(10);
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time without a message after which the exchange of a model that is not being fetched here ends. A peer that
 /// fetches reports what has arrived. A peer that has all of the model, or waits for very long, starts another
 /// exchange when it has a reason.
-const SILENT: Duration = Duration::from_secs(600);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The most peers of one model that are introduced to each other.
 const MAX_PARTNERS: usize = 256;
@@ -254,7 +254,7 @@ impl Exchanger {
     /// Answers a peer that starts an exchange.
     pub(crate) async fn accept(self, mut stream: Stream) {
         let peer = stream.peer();
-        let first = timeout(FIRST, frame::read(&mut stream, MAX_MESSAGE)).await;
+        let first = timeout(FIRST_MESSAGE_TIMEOUT, frame::read(&mut stream, MAX_MESSAGE)).await;
         let Ok(Ok(Some(first))) = first else {
             tracing::debug!(%peer, "no first message in an exchange of bitfields");
             return;
@@ -327,7 +327,7 @@ impl Exchanger {
             first.have = Some(news.remove(0));
         }
         send(&mut writer, &first).await?;
-        let mut tell = interval(TELL);
+        let mut tell = interval(TELL_INTERVAL);
         loop {
             for have in news {
                 let message = wire::SwarmMessage {
@@ -374,7 +374,7 @@ impl Exchanger {
     {
         loop {
             let is_wanted = || self.hub.linked(&model).is_some();
-            let Some(message) = next_message(&mut reader, SILENT, is_wanted).await else {
+            let Some(message) = next_message(&mut reader, SILENCE_TIMEOUT, is_wanted).await else {
                 return Ok(());
             };
             let message = message.map_err(|error| {
@@ -388,7 +388,7 @@ impl Exchanger {
                 return Ok(());
             }
             // Handling a file costs microseconds. An honest peer's messages arrive more slowly than this pause.
-            sleep(PACE * (1 + files as u32 / FILES_AT_A_TIME)).await;
+            sleep(MESSAGE_PACE * (1 + files as u32 / FILES_AT_A_TIME)).await;
         }
     }
 

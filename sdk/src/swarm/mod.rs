@@ -32,7 +32,7 @@ use weft_net::{Destinations, PathKind, PeerId, Stream, is_superseded};
 use weft_proto::frame::FrameError;
 
 use self::{
-    failures::{Backoff, Banned, FIRST},
+    failures::{Backoff, Banned, FIRST_PATIENCE},
     hub::{Link, Linked, News},
     path_watch::SUSPICIOUS,
     shown::{PathUse, Traffic},
@@ -71,44 +71,44 @@ const MAX_ADDRESSES: usize = 32;
 /// The most peers that are dialed at a time only to ask for their bitfields, and the longest time for each. Most of
 /// the peers that others name may be gone.
 const MAX_REACHING: usize = 16;
-const REACH: Duration = Duration::from_secs(5);
+const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The most peers on the local network that are asked whether they have the model.
 const MAX_NEIGHBOURS: usize = 16;
 
 /// Time to wait for a provider after content has arrived: enough for a restart or a change of network.
-const LOST: Duration = Duration::from_secs(120);
+const LOST_PATIENCE: Duration = Duration::from_secs(120);
 
 /// The longest time in which nothing at all arrives while providers are connected.
-const SILENT: Duration = Duration::from_secs(45);
+const SILENCE_PATIENCE: Duration = Duration::from_secs(45);
 
 /// Head start of the providers in a ticket before the DHT is asked.
-const GIVEN: Duration = Duration::from_millis(1500);
+const TICKET_HEAD_START: Duration = Duration::from_millis(1500);
 
-/// The longest pause of a transfer that keeps trying, after it has waited for [`LOST`].
-const LONGEST: Duration = Duration::from_secs(60);
+/// The longest pause of a transfer that keeps trying, after it has waited for [`LOST_PATIENCE`].
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Time between lookups while a provider delivers and there is room for more.
-const LOOK_UP: Duration = Duration::from_secs(10);
+const LOOKUP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Interval at which the state is checked when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
 
 /// Number of failures since its last complete chunk group after which single bytes from a provider no longer count as
 /// progress: a part of a group is lost with the stream.
-const FRUITLESS: u32 = 3;
+const MAX_FRUITLESS: u32 = 3;
 
 /// Time after which a provider that delivers nothing is replaced by a waiting one: if it sends no bytes at all, and
 /// if it sends no complete chunk group.
-const USELESS: Duration = Duration::from_secs(5);
-const SLOW: Duration = Duration::from_secs(60);
+const NO_BYTES_TIMEOUT: Duration = Duration::from_secs(5);
+const NO_GROUP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time without content after which a provider that lacked announced groups is asked for all of them again, because
 /// they may have arrived there since: at first, and at most. It doubles each time.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Time for streams to end in order once everything is here.
-const FAREWELL: Duration = Duration::from_millis(500);
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The most changes of path without content in between before a provider counts as having failed.
 const MAX_CHANGES: u32 = 3;
@@ -245,7 +245,7 @@ impl Swarm {
             look_ups: 0,
             next_look_up: match given.is_empty() {
                 true => now,
-                false => now + GIVEN,
+                false => now + TICKET_HEAD_START,
             },
             pause: Backoff::default(),
             moved: 0,
@@ -253,7 +253,7 @@ impl Swarm {
             queued: 0,
             held: false,
             since: now,
-            patience: FIRST,
+            patience: FIRST_PATIENCE,
             keep_trying,
             first_answer: None,
         };
@@ -299,7 +299,7 @@ impl Swarm {
             }
         }
         // Providers see their streams end in order.
-        let farewell = Instant::now() + FAREWELL;
+        let farewell = Instant::now() + CLOSE_TIMEOUT;
         while let Ok(Some(event)) = timeout_at(farewell, self.sessions.next()).await {
             if let Event::Ended(peer, result) = event {
                 self.ended(peer, result);
@@ -346,7 +346,7 @@ impl Swarm {
             changes: 0,
             reason: String::new(),
             lacks: false,
-            again: AGAIN.0,
+            again: ASK_AGAIN.0,
             moved: (0, Instant::now()),
             alive: (0, Instant::now()),
             stop: Arc::default(),
@@ -368,8 +368,8 @@ impl Swarm {
         self.note_other_fetchers();
     }
 
-    /// Tells the transfer whether others fetch the same model. Each node then fetches different parts first, so that they
-    /// can fetch from each other.
+    /// Tells the transfer whether others fetch the same model. Each node then fetches different parts first, so that
+    /// they can fetch from each other.
     fn note_other_fetchers(&self) {
         let others = self.members.values().any(|one| one.offers && !one.complete);
         self.transfer.set_crowded(others);
@@ -428,7 +428,7 @@ impl Swarm {
                 true => true,
                 false => {
                     let _permit = reaching.acquire().await;
-                    let reached = timeout(REACH, network.connect(peer, addresses)).await;
+                    let reached = timeout(REACH_TIMEOUT, network.connect(peer, addresses)).await;
                     matches!(reached, Ok(Ok(_)))
                 }
             };
@@ -510,7 +510,7 @@ impl Swarm {
             let moved = member.handle.delivered();
             if moved != member.moved.0 {
                 member.moved = (moved, now);
-                member.again = AGAIN.0;
+                member.again = ASK_AGAIN.0;
             }
             let alive = member.handle.arrivals().signs();
             if alive != member.alive.0 {
@@ -525,7 +525,7 @@ impl Swarm {
             let silent = now.duration_since(member.moved.1) >= member.again;
             if member.complete && member.lacks && silent && !waits_for_us {
                 member.handle.has_all();
-                member.again = (member.again * 2).min(AGAIN.1);
+                member.again = (member.again * 2).min(ASK_AGAIN.1);
             }
         }
         let others = self.members.values();
@@ -535,7 +535,8 @@ impl Swarm {
         }
         let useless = self.members.values().filter(|one| one.busy);
         let useless = useless.filter(|one| {
-            now.duration_since(one.moved.1) >= SLOW || now.duration_since(one.alive.1) >= USELESS
+            now.duration_since(one.moved.1) >= NO_GROUP_TIMEOUT
+                || now.duration_since(one.alive.1) >= NO_BYTES_TIMEOUT
         });
         if let Some(member) = useless.min_by_key(|one| one.moved.1) {
             member.stop.notify_one();
@@ -554,14 +555,14 @@ impl Swarm {
                         self.exchange_with(provider.peer);
                     }
                 }
-                let longest = match self.keep_trying && self.since.elapsed() >= LOST {
-                    true => LONGEST,
+                let longest = match self.keep_trying && self.since.elapsed() >= LOST_PATIENCE {
+                    true => LONGEST_PAUSE,
                     false => Backoff::LONGEST,
                 };
                 let pause = self.pause.take(longest);
                 let pause = match self.sessions.is_empty() {
                     true => pause,
-                    false => LOOK_UP,
+                    false => LOOKUP_INTERVAL,
                 };
                 self.next_look_up = Instant::now() + pause;
             }
@@ -663,8 +664,8 @@ impl Swarm {
             member.failures += 1;
             member.reason = reason;
             // A transfer that never gives up asks less often after a while.
-            let longest = match self.keep_trying && self.since.elapsed() >= LOST {
-                true => LONGEST,
+            let longest = match self.keep_trying && self.since.elapsed() >= LOST_PATIENCE {
+                true => LONGEST_PAUSE,
                 false => Backoff::LONGEST,
             };
             member.retry_at = Instant::now() + Backoff::after(member.failures, longest);
@@ -684,12 +685,12 @@ impl Swarm {
         }
         let heard = self.transfer.heard();
         let mut busy = self.members.values().filter(|member| member.busy);
-        if heard > self.heard.0 && busy.any(|member| member.failures < FRUITLESS) {
+        if heard > self.heard.0 && busy.any(|member| member.failures < MAX_FRUITLESS) {
             // On a slow link a chunk group takes long, so any byte counts as progress here. Only complete groups are
             // kept.
             self.heard = (heard, Instant::now());
             self.since = Instant::now();
-            self.patience = self.patience.max(SILENT);
+            self.patience = self.patience.max(SILENCE_PATIENCE);
         }
         let queued = self.transfer.queued();
         if queued > self.queued {
@@ -697,14 +698,14 @@ impl Swarm {
             // A provider's keep-alive messages extend the patience only for a limited time.
             if self.heard.1.elapsed() < QUEUED {
                 self.since = Instant::now();
-                self.patience = LOST;
+                self.patience = LOST_PATIENCE;
             }
         }
         if moved > self.moved {
             self.moved = moved;
             self.rank.note();
             self.since = Instant::now();
-            self.patience = LOST;
+            self.patience = LOST_PATIENCE;
             self.pause = Backoff::default();
         }
         let waiting_for = match self.sessions.is_empty() {
@@ -762,14 +763,14 @@ impl Swarm {
         let mut offering = self.members.values().filter(|one| one.offers).peekable();
         let all_lack = offering.peek().is_some() && offering.all(|one| one.lacks);
         let patience = match all_lack {
-            true => FIRST,
+            true => FIRST_PATIENCE,
             false => self.patience,
         };
         let over = match self.sessions.is_empty() {
             true => !trying && (waited >= patience || nobody),
-            false if all_lack => waited >= FIRST,
-            false if self.is_slow() => waited >= LOST,
-            false => waited >= self.patience.max(SILENT),
+            false if all_lack => waited >= FIRST_PATIENCE,
+            false if self.is_slow() => waited >= LOST_PATIENCE,
+            false => waited >= self.patience.max(SILENCE_PATIENCE),
         };
         if !over || self.keep_trying {
             return Ok(());

@@ -22,7 +22,7 @@ const ALIVE_FIRST: Duration = Duration::from_secs(45);
 const ALIVE_SLOW: Duration = Duration::from_secs(60);
 
 /// Longest round trip of a fast path. The provider on a slow path gets more time.
-const QUICK: Duration = Duration::from_secs(2);
+const FAST_ROUND_TRIP: Duration = Duration::from_secs(2);
 
 /// Watches the path while content comes from `peer`. If none has arrived for a while, finds out whether the path is
 /// slow, and has the network check the connection. If the connection is dead, the stream fails at once, and not after
@@ -54,7 +54,7 @@ pub(crate) async fn watch(node: &Node, peer: PeerId, arrivals: &Arrivals) -> Inf
         if was_fast {
             network.check(peer, alive).await;
         }
-        match timeout(QUICK, network.ping(peer)).await {
+        match timeout(FAST_ROUND_TRIP, network.ping(peer)).await {
             // The path works, so the provider sends nothing.
             Ok(Ok(_)) => arrivals.set_slow(false),
             // The connection is being closed, or the peer does not answer pings.

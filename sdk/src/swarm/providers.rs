@@ -13,7 +13,7 @@ use weft_blobs::{Hash, TransferError};
 use weft_net::{Class, Destinations, Heard, Multiaddr, PeerId, Stream, StreamProtocol};
 use weft_proto::wire;
 
-use super::failures::{Backoff, Banned, FIRST};
+use super::failures::{Backoff, Banned, FIRST_PATIENCE};
 use crate::{Error, Failure, Node, discovery::addresses::decode};
 
 /// Name of the transfer protocol on the network.
@@ -132,7 +132,7 @@ impl Providers {
             let all_banned = !self.failures.is_empty()
                 && self.failures.keys().all(|peer| self.banned.contains(peer));
             // The ticket's own round does not count, because the DHT may know more providers.
-            if self.rounds >= 2 && (self.since.elapsed() >= FIRST || all_banned) {
+            if self.rounds >= 2 && (self.since.elapsed() >= FIRST_PATIENCE || all_banned) {
                 return Err(self.exhausted().await);
             }
             if self.rounds >= 2 {

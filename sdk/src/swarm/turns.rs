@@ -19,7 +19,7 @@ use tokio::{
 use crate::Hash;
 
 /// Time without content after which a transfer no longer holds back those of lower priority.
-const ACTIVE: Duration = Duration::from_secs(2);
+const ACTIVE_TIME: Duration = Duration::from_secs(2);
 
 /// The priority of a transfer among the transfers of a node. While content arrives for a transfer, those of lower
 /// priority request none.
@@ -192,7 +192,7 @@ impl Rank {
     pub(crate) fn is_outranked(&self) -> bool {
         let state = self.ranks.state();
         state.ranks.values().any(|(priority, moved)| {
-            *priority > self.priority && moved.is_some_and(|moved| moved.elapsed() < ACTIVE)
+            *priority > self.priority && moved.is_some_and(|moved| moved.elapsed() < ACTIVE_TIME)
         })
     }
 }
@@ -218,7 +218,7 @@ mod tests {
         assert!(!normal.is_outranked());
         low.note();
         assert!(!normal.is_outranked());
-        tokio::time::advance(ACTIVE).await;
+        tokio::time::advance(ACTIVE_TIME).await;
         assert!(!low.is_outranked());
         normal.note();
         drop(normal);

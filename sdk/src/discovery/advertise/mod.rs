@@ -38,18 +38,18 @@ pub(crate) const SETTLE: Duration = Duration::from_millis(200);
 
 /// The longest time between two publications of a record: three within the two hours that most records live, so that
 /// one lost round does no harm.
-const REFRESH: Duration = Duration::from_secs(40 * 60);
+const MAX_REFRESH: Duration = Duration::from_secs(40 * 60);
 
 /// Number of nodes below which each new node is told of all records. A record is stored by the twenty nodes closest
 /// to its key, so in a smaller mesh every node stores every record.
 pub(crate) const SMALL_MESH: usize = 20;
 
 /// The most background work under way.
-const AT_A_TIME: usize = 8;
+const MAX_TASKS: usize = 8;
 
 /// The longest time for withdrawals when the node stops, and the number of records withdrawn at a time.
-const LEAVE: Duration = Duration::from_secs(2);
-const LEAVING: usize = 32;
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+const MAX_WITHDRAWALS: usize = 32;
 
 /// Identifies one of this node's records.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,7 +83,7 @@ impl Terms {
     /// Returns the time between two publications: a third of the record's lifetime, so that one lost round does no
     /// harm.
     fn refresh(&self) -> Duration {
-        (self.ttl / 3).min(REFRESH)
+        (self.ttl / 3).min(MAX_REFRESH)
     }
 }
 
@@ -297,7 +297,7 @@ async fn run(dht: Dht, network: Network, mut wanted: mpsc::UnboundedReceiver<Com
     let mut alone = true;
     loop {
         let next = runner.schedule.next();
-        let next = next.filter(|_| runner.works.len() < AT_A_TIME);
+        let next = next.filter(|_| runner.works.len() < MAX_TASKS);
         tokio::select! {
             command = wanted.recv() => match command {
                 None => return,
@@ -462,14 +462,14 @@ impl Runner {
                 Some((leaving.id, left))
             });
             let withdrawn =
-                stream::iter(leaving).for_each_concurrent(LEAVING, async |(id, left)| {
+                stream::iter(leaving).for_each_concurrent(MAX_WITHDRAWALS, async |(id, left)| {
                     // Nodes that miss the withdrawal forget the record when it expires.
                     let _ = dht.withdraw(&id.key, &id.subkey, left).await;
                 });
             withdrawn.await;
             Ok::<_, DhtError>(())
         };
-        let _ = timeout(LEAVE, all).await;
+        let _ = timeout(LEAVE_TIMEOUT, all).await;
     }
 }
 

@@ -13,7 +13,7 @@ const BURST: u32 = 50;
 
 /// The most time that may be used up in advance. Work that a caller waits for is counted but not delayed. However
 /// much of it there is, other work waits for ten seconds at most.
-const MOST: Duration = Duration::from_secs(20);
+const MAX_AHEAD: Duration = Duration::from_secs(20);
 
 /// Tells when the next piece of work may begin.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ impl Pace {
 
     /// Counts a piece of work that begins now.
     pub(crate) fn take(&mut self, now: Instant) {
-        self.used = (self.used.max(now) + PACE).min(now + MOST);
+        self.used = (self.used.max(now) + PACE).min(now + MAX_AHEAD);
     }
 
     /// Forgets the counted work, because none of it has reached another node.

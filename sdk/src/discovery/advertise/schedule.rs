@@ -21,10 +21,10 @@ use super::{AtStop, Pace, Rank, RecordId, SETTLE, Terms};
 
 /// The shortest time between two publications of a record that another node stored, unless a caller waits for the
 /// second.
-const PAUSE: Duration = Duration::from_secs(2);
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The first and the longest pause before a record that no other node stored is published again.
-const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// Identifies one registration of a record.
 pub(super) type Token = u64;
@@ -98,7 +98,8 @@ impl<V> Entry<V> {
     /// Returns the time of a publication for which there is a new reason.
     fn soon(&self, now: Instant) -> Instant {
         let soon = now + SETTLE;
-        self.taken.map_or(soon, |taken| soon.max(taken + PAUSE))
+        self.taken
+            .map_or(soon, |taken| soon.max(taken + SHORTEST_INTERVAL))
     }
 }
 
@@ -167,7 +168,7 @@ impl<V: Clone> Schedule<V> {
     ) {
         self.pace.take(now);
         let again = match took {
-            0 => RETRY.0,
+            0 => RETRY_PAUSE.0,
             _ => terms.refresh(),
         };
         let mut entry = Entry::new(&id, terms, vec![(0, value)], true, now + again);
@@ -311,12 +312,12 @@ impl<V: Clone> Schedule<V> {
                 Outcome::Took(1..) => {
                     entry.again = true;
                     entry.taken = Some(now);
-                    entry.retry = RETRY.0;
+                    entry.retry = RETRY_PAUSE.0;
                     false
                 }
                 Outcome::Took(0) | Outcome::Failed if !alone => {
                     entry.due = entry.due.min(now + entry.retry);
-                    entry.retry = (entry.retry * 2).min(RETRY.1);
+                    entry.retry = (entry.retry * 2).min(RETRY_PAUSE.1);
                     false
                 }
                 Outcome::Took(0) | Outcome::Failed | Outcome::Nothing => false,
@@ -415,7 +416,7 @@ impl<V> Entry<V> {
             renewed: false,
             again,
             taken: None,
-            retry: RETRY.0,
+            retry: RETRY_PAUSE.0,
         }
     }
 }
