@@ -54,7 +54,7 @@ fn names(root: &Path, folder: &Path) -> Vec<String> {
         if path.is_dir() {
             found.extend(names(root, &path));
         } else {
-            let relative = path.strip_prefix(root).expect("it lies below the root");
+            let relative = path.strip_prefix(root).expect("the path is below the root");
             found.push(relative.display().to_string());
         }
     }

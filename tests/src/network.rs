@@ -51,7 +51,9 @@ pub async fn bare_network() -> Network {
 /// # Panics
 /// If the network serves the protocol already.
 pub fn echo(network: &Network) {
-    let mut incoming = network.accept(ECHO).expect("nobody serves it");
+    let mut incoming = network
+        .accept(ECHO)
+        .expect("the protocol is not served yet");
     tokio::spawn(async move {
         while let Some(stream) = incoming.next().await {
             tokio::spawn(async move {

@@ -57,7 +57,7 @@ impl World {
         fs::write(source.join("sub/big.bin"), vec![3; 300_000]).expect("a file");
         let indexed = index(&source, &index::Progress::default()).expect("a model");
         let store = Store::open(&home.path().join("store")).expect("a store");
-        store.add(&indexed, None).expect("it can be added");
+        store.add(&indexed, None).expect("the model can be added");
         Self {
             _home: home,
             store,

@@ -15,7 +15,7 @@ fn check(bytes: &[u8]) {
         return;
     };
     let again = Manifest::decode(&manifest.encode());
-    assert_eq!(again.expect("what was accepted once is again"), manifest);
+    assert_eq!(again.expect("an accepted manifest is accepted again"), manifest);
     let selection = Selection {
         files: vec!["**/*.bin".parse().expect("a pattern")],
         tensors: vec!["{a,b}*".parse().expect("a pattern")],

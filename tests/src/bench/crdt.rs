@@ -417,7 +417,7 @@ async fn visible_plain() -> Measured {
             let (when, what) = sees
                 .recv()
                 .await
-                .ok_or(Failure("it has ended".to_owned()))?;
+                .ok_or(Failure("the other side has ended".to_owned()))?;
             let answer = read_frame(&mut near).await?;
             if !answer.is_empty() {
                 let answer = sync::Message::decode(&answer)?;

@@ -288,7 +288,7 @@ async fn echo_theirs(mut client: Theirs, data: Bytes) -> Result<(), Failure> {
 fn same(sent: usize, got: usize) -> Result<(), Failure> {
     match sent == got {
         true => Ok(()),
-        false => Err(Failure(format!("{got} bytes came back of {sent}"))),
+        false => Err(Failure(format!("{got} of {sent} bytes came back"))),
     }
 }
 

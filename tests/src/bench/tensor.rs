@@ -29,7 +29,7 @@ pub fn run(size: u64, folder: &Path, json: bool) -> Result<(), Failure> {
     let runtime = tokio::runtime::Runtime::new()?;
     let wire = runtime.block_on(get(folder.path(), &source, count / 2))?;
     let wanted = header + TENSOR;
-    eprintln!("{count} tensors of {TENSOR} bytes, a header of {header}: {wire} bytes came");
+    eprintln!("{count} tensors of {TENSOR} bytes, a header of {header}: {wire} bytes arrived");
     Figure {
         bench: "tensor-bytes",
         weft: wanted as f64 / 1e6,

@@ -298,7 +298,9 @@ fn check(path: &Path, hash: &blake3::Hash) -> Result<(), Failure> {
     if hasher.finalize() == *hash {
         Ok(())
     } else {
-        Err(Failure("what arrived is not what was sent".to_owned()))
+        Err(Failure(
+            "the received blob differs from the sent one".to_owned(),
+        ))
     }
 }
 

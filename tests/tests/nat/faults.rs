@@ -238,7 +238,7 @@ async fn a_relay_that_falls_silent_is_left() -> Result<(), Failed> {
     }
     result?;
     if took > Duration::from_secs(70) {
-        return Err(format!("it took {took:?}{}", cell.logs()).into());
+        return Err(format!("the transfer took {took:?}{}", cell.logs()).into());
     }
     Ok(())
 }
@@ -311,7 +311,7 @@ async fn a_transfer_survives_a_move_of_both_ends_to_other_networks() -> Result<(
     transfer.finish(&cell)?;
     let took = begin.elapsed();
     if took > Duration::from_secs(60) {
-        return Err(format!("it took {took:?}{}", cell.logs()).into());
+        return Err(format!("the transfer took {took:?}{}", cell.logs()).into());
     }
     Ok(())
 }

@@ -344,7 +344,10 @@ async fn a_get_resumes_when_its_only_provider_was_silent_for_a_while() {
     let (got, ()) = tokio::join!(getting, resumes);
     let got = got.unwrap();
     same_files(&right, &to);
-    assert_eq!(got.bytes_moved, SIZE as u64, "no checked group comes twice");
+    assert_eq!(
+        got.bytes_moved, SIZE as u64,
+        "no verified group is transferred twice"
+    );
     assert!(fake.asked()[0] >= 2, "the stream that stood still was left");
 }
 

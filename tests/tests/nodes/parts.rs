@@ -443,7 +443,7 @@ async fn a_transfer_of_low_priority_waits_for_one_of_high() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    timeout(PATIENCE, watching).await.expect("it comes");
+    timeout(PATIENCE, watching).await.expect("progress arrives");
     timeout(PATIENCE, high).await.unwrap().unwrap();
     let meanwhile = of_low.last().unwrap() - of_low.first().unwrap();
     println!("{meanwhile} bytes arrived for the low transfer while 6 MB arrived for the high one");

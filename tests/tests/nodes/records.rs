@@ -104,7 +104,7 @@ async fn a_restart_of_all_nodes_loses_nothing() {
         let other = node(homes[1].path(), &one.addresses().await).await;
         let begin = Instant::now();
         while one.status().await.unwrap().dht_nodes == 0 {
-            assert!(begin.elapsed() < PATIENCE, "they do not meet");
+            assert!(begin.elapsed() < PATIENCE, "the nodes do not meet");
             sleep(Duration::from_millis(20)).await;
         }
         let records = one.records();

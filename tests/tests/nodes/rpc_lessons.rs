@@ -117,7 +117,7 @@ async fn pair() -> Pair {
 }
 
 async fn in_time<T>(what: impl Future<Output = T>) -> T {
-    timeout(PATIENCE, what).await.expect("it hangs")
+    timeout(PATIENCE, what).await.expect("a call hangs")
 }
 
 /// In Lattica, four streams at a time over TCP wedged the client for good.

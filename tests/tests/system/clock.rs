@@ -99,7 +99,7 @@ fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
 }
 
 fn meets(home: &Home, nodes: u64) {
-    until("they meet", || {
+    until("the nodes meet", || {
         let status = home.json(&["status"]);
         (status["dht_nodes"].as_u64()? >= nodes).then_some(())
     });
@@ -216,7 +216,7 @@ fn a_node_restarted_with_its_clock_set_back_is_heard_on_its_topics() {
     for (turn, seconds) in [0, -2 * 86_400, -86_400, 0].into_iter().enumerate() {
         let up = up_at(&publisher, seconds, &bootstrap);
         let text = format!("turn {turn}");
-        until("it is published", || {
+        until("the message is published", || {
             let published = publisher.json(&["topic", "publish", "news", &text]);
             // Before the nodes have met, the message reaches no subscriber.
             (published["peer_count"] == 1).then_some(())

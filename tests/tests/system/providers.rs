@@ -92,7 +92,7 @@ fn parts_of_a_model_are_found_and_fetched_from_their_providers() {
 
     // A removed model is withdrawn, and a model without providers is reported as such.
     getter.json(&["rm", &id]);
-    until("it is no longer found there", || {
+    until("the removed model is no longer found there", || {
         let found = providers(&hub, &id);
         let of_getter = |one: &&Value| one["peer_id"] == own_part["peer_id"];
         found.iter().find(of_getter).is_none().then_some(())

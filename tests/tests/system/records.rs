@@ -38,7 +38,7 @@ fn reads(home: &Home, key: &str, wanted: &[&str]) {
 fn meets(home: &Home) {
     let begin = Instant::now();
     while home.json(&["status"])["dht_nodes"].as_u64().unwrap() == 0 {
-        assert!(begin.elapsed() < PATIENCE, "they do not meet");
+        assert!(begin.elapsed() < PATIENCE, "the nodes do not meet");
         std::thread::park_timeout(Duration::from_millis(20));
     }
 }

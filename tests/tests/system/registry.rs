@@ -203,10 +203,7 @@ fn following_an_unreachable_registry_reports_it_at_once_and_says_what_to_do() {
     follow.finish();
     let followed = one.run(&["registry", "follow", &unknown, "--wait", "1s"]);
     assert_eq!(followed.code(), Some(0), "{followed:#?}");
-    assert!(
-        followed.stdout.contains("not arrived yet"),
-        "{followed:#?}"
-    );
+    assert!(followed.stdout.contains("not arrived yet"), "{followed:#?}");
     for says in ["weft registry ls", "weft registry unfollow", &unknown] {
         assert!(followed.stderr.contains(says), "{followed:#?}");
     }

@@ -25,7 +25,7 @@ fn services_by_name_at_the_command_line() {
         if found["peers"].as_array().is_some_and(|p| !p.is_empty()) {
             break found;
         }
-        assert!(begin.elapsed() < PATIENCE, "it is not found");
+        assert!(begin.elapsed() < PATIENCE, "the service is not found");
         std::thread::park_timeout(Duration::from_millis(50));
     };
     assert_eq!(found["peers"][0]["peer_id"], up.peer_id());
@@ -78,7 +78,7 @@ fn services_by_name_at_the_command_line() {
         if found["peers"].as_array().is_some_and(Vec::is_empty) {
             break;
         }
-        assert!(begin.elapsed() < PATIENCE, "it is still found");
+        assert!(begin.elapsed() < PATIENCE, "the service is still found");
         std::thread::park_timeout(Duration::from_millis(50));
     }
 }

@@ -75,7 +75,7 @@ fn verify_without_a_model_reads_content_left_by_cat_and_the_next_cat_repairs_it(
     assert_eq!(verified["damaged_bytes"], 64 << 10);
     assert_eq!(
         verified["problems"], 0,
-        "what is damaged no longer counts as here"
+        "damaged content no longer counts as present"
     );
     let again = reader.run(&cat);
     assert_eq!(again.code(), Some(0), "{again:#?}");

@@ -125,7 +125,7 @@ fn a_dead_provider_of_a_service_costs_one_failed_call_at_most() {
     while offered() < 3 {
         assert!(
             begin.elapsed() < Duration::from_secs(60),
-            "they are not found"
+            "the providers are not found"
         );
         std::thread::park_timeout(Duration::from_millis(50));
     }

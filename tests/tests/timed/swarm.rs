@@ -66,7 +66,7 @@ async fn each_byte_is_transferred_once_and_the_rates_of_providers_add_up() {
         said.unwrap();
         assert!((1.0..1.02).contains(&share), "{share}");
         // At most 1 MiB is requested at once.
-        assert!(twice <= (count as u64) << 20, "{twice} bytes came twice");
+        assert!(twice <= (count as u64) << 20, "{twice} bytes arrived twice");
         assert_eq!(got.sources.len(), count, "{:?}", got.sources);
         let rate = *rate.get_or_insert(size as f64 / took);
         let alone = size as f64 / rate;

@@ -452,7 +452,7 @@ impl Run {
             let next_get = due.iter().map(|(at, _)| *at).min();
             let soonest = [Some(next_end), Some(next_put), Some(next_sample), next_get];
             let soonest = soonest.into_iter().flatten().min();
-            let soonest = soonest.expect("one is always due");
+            let soonest = soonest.expect("an event is always due");
             tokio::select! {
                 biased;
                 Some((key, done)) = puts.next(), if !puts.is_empty() => {

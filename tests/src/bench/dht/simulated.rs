@@ -1033,7 +1033,9 @@ impl Network {
         let Some(endpoint) = self.endpoint(connection, end) else {
             return;
         };
-        let link = self.link(connection).expect("it has ends");
+        let link = self
+            .link(connection)
+            .expect("an open connection has a link");
         link.ends[end].is_open = true;
         let (node, id) = (link.ends[end].node, link.ends[end].id);
         let other = link.ends[1 - end].node;
@@ -1186,7 +1188,9 @@ impl Network {
             return;
         };
         let delay = self.delay_of(connection);
-        let link = self.link(connection).expect("it has ends");
+        let link = self
+            .link(connection)
+            .expect("an open connection has a link");
         let (other, closed) = (link.ends[1 - end].node, &mut link.ends[end]);
         if !std::mem::take(&mut closed.is_open) {
             return self.forget_closed(connection);
