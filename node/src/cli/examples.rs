@@ -91,7 +91,7 @@ pub(super) const REGISTRY: &str = "Examples:
       weft registry follow <DOCID>
       weft registry ls <DOCID>
 
-  List a model of this node in the registry:
+  List a model in the registry, on the publisher's node:
       weft registry publish <DOCID> acme/llama";
 
 pub(super) const TOPIC: &str = "Examples:
@@ -126,7 +126,7 @@ pub(super) const STORAGE: &str = "Examples:
   Show how much disk space models take:
       weft storage
 
-  Evict fetched content, used longest ago first, beyond 100 GB:
+  Limit fetched content to 100 GB; `weft get` then evicts content used longest ago:
       weft storage --quota 100GB
 
   Remove the quota:

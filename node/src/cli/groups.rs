@@ -38,7 +38,7 @@ const GROUPS: &[(&str, &[&str])] = &[
 const NAME: usize = 9;
 
 pub(super) const EXAMPLES: &str = "Examples:
-  weft demo                              Move a model between three nodes on this machine
+  weft demo                              Move a model between three local nodes
   weft up                                Run a node until Ctrl-C
   weft add ./llama --name acme/llama     Publish a folder of weights
   weft get acme/llama --to ./llama       Fetch the model on another machine

@@ -118,7 +118,7 @@ pub(crate) enum Command {
     Show(Show),
     /// Forget a model, or drop one of its names; keeps files by default
     Rm(Rm),
-    /// Add, list or remove tags; a tagged model is never evicted or removed
+    /// Add, list or remove tags, which pin models
     #[command(subcommand)]
     Tag(Tag),
     /// Delete content that no model needs, and forget missing files
